@@ -1,0 +1,1 @@
+"""RepVGG: train multi-branch, ship plain."""

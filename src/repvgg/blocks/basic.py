@@ -1,0 +1,51 @@
+"""The pieces that multi-branch blocks are made of. Shapes: x is (N, C, H, W), kernels are (O, I, kH, kW)."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+from torch import Tensor, nn
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution that takes its stride by skipping pixels first.
+
+    ``y = W * x[:, :, ::s, ::s] + b``: the same function as ``nn.Conv2d(..., kernel_size=1, stride=s)``, computed as a
+    stride-1 convolution of a strided view. oneDNN's weight gradient of a strided 1x1 convolution on few channels
+    writes past its workspace in channels_last on x86 CPUs (uxlfoundation/oneDNN#6035); this form never reaches it.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, stride=stride, groups=groups, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
+        """Return the convolution of every ``stride``-th pixel of ``input``."""
+        step_h, step_w = self.stride
+        if self.stride != (1, 1):
+            input = input[:, :, ::step_h, ::step_w]  # noqa: A001
+        return nn.functional.conv2d(input, self.weight, self.bias, groups=self.groups)
+
+
+class ConvBN(nn.Module):
+    """A convolution without bias, then batch norm: ``y = BN(W * x)``."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``BN(W * x)``."""
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class BranchSum(nn.ModuleDict):
+    """Named branches on one input, summed: ``y = Σ_k branch_k(x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of all branches on ``x``."""
+        return reduce(add, (branch(x) for branch in self.values()))

@@ -1,0 +1,106 @@
+"""The exceptions of repvgg, and the one way to ask for an optional package.
+
+Every error that repvgg raises on purpose is a :class:`RepvggError`; its text is one sentence that says what is wrong
+and what to do next. Catch by meaning::
+
+    RepvggError
+    ├── ReparamError                 a model or a block cannot be turned into a plain one
+    │   ├── TrainingModeError        a batch norm still normalizes with the statistics of the batch
+    │   ├── MissingStatisticsError   a batch norm has no running statistics to fold
+    │   ├── NotLinearError           a function on the way is not a linear, shift-invariant map
+    │   ├── BorderError              the two sides would differ at the border of the image
+    │   └── EquivalenceError         the outcome was run and is not equal to what it came from
+    ├── UnknownModelError            no row of that name in the table of models
+    ├── CheckpointError              a file cannot be read as a checkpoint, or does not fit the model
+    ├── OutputExistsError            a file is in the way and nobody asked to overwrite it
+    ├── DataError                    a data set is missing, empty or malformed
+    ├── ExportError                  a model could not be exported, or the exported file is not what it should be
+    ├── UsageError                   an argument makes no sense
+    └── MissingDependencyError       an optional package is not installed (also an ImportError)
+
+    NothingFoldedWarning             a conversion was asked for and there was nothing to convert
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class RepvggError(Exception):
+    """Whatever repvgg raises on purpose."""
+
+
+class ReparamError(RepvggError):
+    """A model or a block cannot be turned into a plain one."""
+
+
+class TrainingModeError(ReparamError):
+    """A batch norm still normalizes with the statistics of the batch: it is no fixed linear map."""
+
+
+class MissingStatisticsError(ReparamError):
+    """A batch norm keeps no running statistics: there is nothing to fold."""
+
+
+class NotLinearError(ReparamError):
+    """A function on the way is not a linear, shift-invariant map of the input."""
+
+
+class BorderError(ReparamError):
+    """The merged convolution would differ from its parts at the border of the image."""
+
+
+class EquivalenceError(ReparamError):
+    """The outcome was run and is not equal to what it came from."""
+
+
+class UnknownModelError(RepvggError):
+    """No row of that name in the table of models."""
+
+
+class CheckpointError(RepvggError):
+    """A file cannot be read as a checkpoint, or does not fit the model."""
+
+
+class OutputExistsError(RepvggError):
+    """A file is in the way and nobody asked to overwrite it."""
+
+
+class DataError(RepvggError):
+    """A data set is missing, empty or malformed."""
+
+
+class ExportError(RepvggError):
+    """A model could not be exported, or the exported file is not what it should be."""
+
+
+class UsageError(RepvggError):
+    """An argument makes no sense."""
+
+
+class MissingDependencyError(RepvggError, ImportError):
+    """An optional package is not installed."""
+
+
+class NothingFoldedWarning(UserWarning):
+    """A conversion was asked for and there was nothing to convert."""
+
+
+def require(package: str, extra: str | None = None) -> ModuleType:
+    """Import an optional ``package``, or say how to get it.
+
+    Args:
+        package: name of the module to import.
+        extra: the extra of repvgg that brings it, or None where the default install should hold it.
+
+    Raises:
+        MissingDependencyError: the package is not installed; the text names the extra.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        wanted = f"repvgg[{extra}]" if extra else "repvgg"
+        raise MissingDependencyError(
+            f"This needs {package!r}, which is not installed: pip install '{wanted}'."
+        ) from error

@@ -1,0 +1,16 @@
+"""The models: a table of frozen rows and one builder."""
+
+from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
+from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
+
+__all__ = [
+    "SPECS",
+    "ModelSpec",
+    "RepVGG",
+    "SqueezeExciteSpec",
+    "Stage",
+    "TrainingOutput",
+    "create_model",
+    "list_models",
+    "spec_of",
+]
