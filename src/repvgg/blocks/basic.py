@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -26,7 +27,7 @@ class PointwiseConv2d(nn.Conv2d):
         step_h, step_w = self.stride
         if self.stride != (1, 1):
             input = input[:, :, ::step_h, ::step_w]  # noqa: A001
-        return nn.functional.conv2d(input, self.weight, self.bias, groups=self.groups)
+        return F.conv2d(input, self.weight, self.bias, groups=self.groups)
 
 
 class ConvBN(nn.Module):

@@ -32,9 +32,7 @@ class RepVGG(nn.Module):
         blocks = _blocks(spec, in_channels, plain)
         self.spec = spec
         self.stem = next(blocks)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(next(blocks) for _ in range(stage.depth))) for stage in spec.stages
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*(next(blocks) for _ in range(stage.depth))) for stage in spec.stages)
         self.auxiliary = nn.ModuleDict()
         if not plain:
             for index in spec.auxiliary:
@@ -80,9 +78,7 @@ def _blocks(spec: ModelSpec, in_channels: int, plain: bool) -> Iterator[RepVGGBl
         for position in range(stage.depth):
             stride = stage.stride if position == 0 else 1
             groups = spec.groups if layer >= 2 and layer % 2 == 0 else 1
-            yield RepVGGBlock(
-                _conv(in_channels, stage.channels, stride, groups, plain), _act(spec, stage.channels)
-            )
+            yield RepVGGBlock(_conv(in_channels, stage.channels, stride, groups, plain), _act(spec, stage.channels))
             in_channels, layer = stage.channels, layer + 1
 
 
@@ -115,9 +111,7 @@ def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
     return head
 
 
-def create_model(
-    name: str | ModelSpec, num_classes: int = 1000, in_channels: int = 3, plain: bool = False
-) -> RepVGG:
+def create_model(name: str | ModelSpec, num_classes: int = 1000, in_channels: int = 3, plain: bool = False) -> RepVGG:
     """Build a model of the table, freshly initialized with PyTorch's defaults.
 
     Args:
