@@ -1,1 +1,33 @@
-"""The algebra room."""
+"""The algebra of convolutions: tensors in, tensors out. It knows no ``nn.Module``."""
+
+from repvgg.algebra.axis import Axis
+from repvgg.algebra.compose import compose, resample
+from repvgg.algebra.convmap import Border, ConvMap
+from repvgg.algebra.operations import (
+    add,
+    common_border,
+    concatenate,
+    embed,
+    open_groups,
+    scale,
+    select_channels,
+    shift,
+    with_symmetric_padding,
+)
+
+__all__ = [
+    "Axis",
+    "Border",
+    "ConvMap",
+    "add",
+    "common_border",
+    "compose",
+    "concatenate",
+    "embed",
+    "open_groups",
+    "resample",
+    "scale",
+    "select_channels",
+    "shift",
+    "with_symmetric_padding",
+]

@@ -1,0 +1,82 @@
+"""How many channels a ``forward`` expects, found by asking the first function that needs to know."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from repvgg.algebra import ConvMap
+from repvgg.errors import NotLinearError
+from repvgg.symbolic import handlers
+from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownSize
+
+_KEEP_CHANNELS = {
+    handler
+    for function, handler in HANDLERS.items()
+    if handler in (handlers.pad, handlers.dropout, handlers.unchanged, handlers.avg_pool2d)
+    or function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
+}
+
+
+class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
+    """The answer: the input has ``channels`` channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.channels = channels
+
+
+class ChannelProbe(SymbolicTensor):
+    """An input with an unknown number of channels; it raises :class:`ChannelsFound` at the first function that tells.
+
+    Functions that keep the number of channels pass it on; all others raise NotLinearError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Source(), ConvMap.identity(1, device="meta"))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch for any of its functions with a probe among the arguments."""
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is handlers.conv2d:
+            weight, groups = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 6, "groups")
+            raise ChannelsFound(weight.shape[1] * (groups or 1))
+        if handler is handlers.batch_norm:
+            statistics = _argument(args, kwargs, 1, "running_mean")
+            if statistics is not None:
+                raise ChannelsFound(len(statistics))
+        if handler in _KEEP_CHANNELS:
+            return next(argument for argument in args if isinstance(argument, ChannelProbe))
+        name = getattr(func, "__name__", func)
+        raise NotLinearError(f"the number of input channels cannot be told in front of {name}")
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """(N, C, H, W), all unknown."""
+        return (UnknownSize(),) * 4
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def channels_of(forward: Callable[[Any], Any]) -> int:
+    """The number of input channels that ``forward`` expects.
+
+    Raises:
+        NotLinearError: nothing on its way tells, or it fails before.
+    """
+    try:
+        forward(ChannelProbe())
+    except ChannelsFound as found:
+        return found.channels
+    raise NotLinearError("the number of input channels cannot be told: there is no convolution and no batch norm")

@@ -1,0 +1,176 @@
+"""The symbolic input: an object that goes through a ``forward`` in place of a tensor and comes out as a formula."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from repvgg.algebra import ConvMap
+from repvgg.errors import NotLinearError
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Enter a handler in the table under each of the torch ``functions`` that it speaks for."""
+
+    def enter(handler: Handler) -> Handler:
+        for function in functions:
+            HANDLERS[function] = handler
+        return handler
+
+    return enter
+
+
+class UnknownSize:
+    """The height, width or batch size of a symbolic input: nothing linear depends on it, so nothing may ask."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise NotLinearError("the outcome depends on the size of the image")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __mod__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __index__ = __neg__ = _refuse
+    __hash__ = object.__hash__
+
+
+class Source:
+    """The real tensor that symbolic tensors are functions of, and a ledger of what was done to it on the way.
+
+    Attributes:
+        merge_branches: whether sums and concatenations of several functions of this source may become one map.
+        operations: the names of the operations so far; a convolution is called ``conv``.
+        multiply_adds: what they cost in all, per pixel of the source, borders aside.
+    """
+
+    def __init__(self, merge_branches: bool = True) -> None:
+        self.merge_branches = merge_branches
+        self.operations: list[str] = []
+        self.multiply_adds = 0.0
+
+    def record(self, operation: str, multiply_adds: float = 0.0) -> None:
+        """Enter one operation in the ledger."""
+        self.operations.append(operation)
+        self.multiply_adds += multiply_adds
+
+
+class SymbolicTensor:
+    """A tensor of which only this is known: it is ``map(source)``, an algebraic function of one real tensor.
+
+    Torch functions called on it look themselves up in the table of handlers and act on the map. A function without a
+    handler ends the linear region: it raises NotLinearError. In-place functions change this object, as they would
+    change a tensor, so that aliases see it; where a view or the source itself would be changed, they raise.
+    """
+
+    def __init__(self, source: Source, conv: ConvMap, *, is_view: bool = False) -> None:
+        self.source = source
+        self.map = conv
+        self.is_view = is_view
+        self.is_source = False
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        channels: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ) -> SymbolicTensor:
+        """The source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
+        symbol = cls(source, ConvMap.identity(channels, dtype, device))
+        symbol.is_source = True
+        return symbol
+
+    def like(
+        self, conv: ConvMap, operation: str, multiply_adds: float = 0.0, *, is_view: bool = False
+    ) -> SymbolicTensor:
+        """Another function of the same source, after an ``operation`` at a cost per pixel of its input."""
+        area = self.map.stride[0] * self.map.stride[1]
+        self.source.record(operation, multiply_adds / area)
+        return SymbolicTensor(self.source, conv, is_view=is_view)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch for any of its functions with a symbolic argument."""
+        return dispatch(func, args, kwargs or {})
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """(N, C, H, W) of which only C is known."""
+        return UnknownSize(), self.map.out_channels, UnknownSize(), UnknownSize()
+
+    @property
+    def ndim(self) -> int:
+        """Always 4."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the algebra runs in."""
+        return self.map.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the algebra runs on."""
+        return self.map.weight.device
+
+    def dim(self) -> int:
+        """Always 4."""
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one entry of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(torch.Tensor, name, None)
+        if name.startswith("__") or not callable(method):
+            raise AttributeError(f"a symbolic tensor has no attribute {name!r}")
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    def __neg__(self) -> Any:
+        return self.__torch_function__(operator.neg, (), (self,))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__torch_function__(operator.getitem, (), (self, index))
+
+    def __bool__(self) -> NoReturn:
+        raise NotLinearError("a decision depends on the values of the image")
+
+    def __repr__(self) -> str:
+        return f"SymbolicTensor({self.map})"
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Let the handler of ``func`` act on the arguments.
+
+    Raises:
+        NotLinearError: there is no handler: the function is not known to be linear.
+    """
+    handler = HANDLERS.get(func)
+    if handler is None:
+        raise NotLinearError(f"{getattr(func, '__name__', func)} is not a linear, shift-invariant map")
+    return handler(*args, **kwargs)
+
+
+def _binary(function: Callable[..., Any]) -> Callable[[SymbolicTensor, Any], Any]:
+    return lambda self, other: self.__torch_function__(function, (), (self, other))
+
+
+def _reflected(function: Callable[..., Any]) -> Callable[[SymbolicTensor, Any], Any]:
+    return lambda self, other: self.__torch_function__(function, (), (other, self))
+
+
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(SymbolicTensor, f"__{_name}__", _binary(getattr(operator, _name)))
+    setattr(SymbolicTensor, f"__r{_name}__", _reflected(getattr(operator, _name)))
+    setattr(SymbolicTensor, f"__i{_name}__", _binary(getattr(operator, f"i{_name}")))

@@ -1,0 +1,103 @@
+"""The symbolic forward: run a module on a symbolic input, and read off the one convolution that it is equal to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from repvgg.algebra import ConvMap
+from repvgg.errors import NotLinearError, ReparamError, TrainingModeError
+from repvgg.symbolic.probe import channels_of
+from repvgg.symbolic.shadow import shadow_of
+from repvgg.symbolic.tensor import Source, SymbolicTensor
+
+
+class EquivalentConv(NamedTuple):
+    """Kernel (O, I / groups, H, W) and bias (O,) of the convolution that a module is equal to."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def algebra_device(tensor: Tensor | None) -> torch.device:
+    """Where the float64 algebra on ``tensor`` runs: its own device, or the CPU where that has no float64."""
+    if tensor is None or tensor.device.type == "mps":
+        return torch.device("cpu")
+    return tensor.device
+
+
+def first_float(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter or buffer: it tells dtype and device of a module."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def refuse_training(module: nn.Module, name: str = "") -> None:
+    """Check that nothing in ``module`` behaves as in training.
+
+    Raises:
+        TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
+    """
+    for inner, part in module.named_modules():
+        if part.training and isinstance(part, (_BatchNorm, _DropoutNd)):
+            path = ".".join(filter(None, (name, inner))) or type(part).__name__
+            raise TrainingModeError(f"{path!r} ({type(part).__name__}) is in training mode: call .eval() on the model.")
+
+
+def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``forward``; whatever a stranger's code raises on a symbolic input means that it is not linear."""
+    try:
+        return forward(*args, **kwargs)
+    except ReparamError:
+        raise
+    except Exception as error:
+        raise NotLinearError(f"its code cannot run on a symbolic input ({type(error).__name__}: {error})") from error
+
+
+def trace(module: nn.Module, in_channels: int | None = None, *, dtype: torch.dtype = torch.float64) -> ConvMap:
+    """The one convolution that ``module`` is equal to in eval mode, read off its own ``forward``.
+
+    Differentiable: gradients of the outcome reach the parameters of ``module``.
+
+    Args:
+        module: any module on one (N, C, H, W) tensor.
+        in_channels: C; found out where a convolution or batch norm tells it.
+        dtype: the algebra runs in it.
+
+    Raises:
+        TrainingModeError: a batch norm or dropout in it is in training mode.
+        MissingStatisticsError: a batch norm in it keeps no running statistics.
+        NotLinearError: it is not a linear, shift-invariant map.
+        BorderError: it is one inside the image, but no convolution equals it at the border.
+    """
+    refuse_training(module)
+    device = algebra_device(first_float(module))
+    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype))
+    channels = in_channels if in_channels is not None else guarded(channels_of, shadow)
+    outcome = guarded(shadow, SymbolicTensor.of(Source(), channels, dtype, device))
+    if not isinstance(outcome, SymbolicTensor):
+        raise NotLinearError(f"the outcome is a {type(outcome).__name__}, not one tensor")
+    return outcome.map
+
+
+def equivalent_conv(module: nn.Module, in_channels: int | None = None) -> EquivalentConv:
+    """Kernel and bias of the convolution that ``module`` is equal to, with gradients to its parameters.
+
+    Computed in float64 and cast once to the dtype and device of the module; for regularizers on the equivalent kernel
+    and for quantization-aware training. :func:`trace` gives stride, padding and the rest as well.
+
+    Args:
+        module: any module on one (N, C, H, W) tensor, in eval mode.
+        in_channels: C; found out where a convolution or batch norm tells it.
+
+    Raises:
+        ReparamError: see :func:`trace`.
+    """
+    conv = trace(module, in_channels)
+    like = first_float(module)
+    weight, bias = conv.weight, conv.bias_or_zeros()
+    return EquivalentConv(weight, bias) if like is None else EquivalentConv(weight.to(like), bias.to(like))
