@@ -12,6 +12,7 @@ from repvgg.symbolic.trace import (
     first_float,
     guarded,
     refuse_training,
+    run,
     trace,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "guarded",
     "handles",
     "refuse_training",
+    "run",
     "shadow_of",
     "trace",
 ]

@@ -89,7 +89,7 @@ def conv2d(
     sides = _conv_padding(padding, kernel.shape[2:], _pair(dilation))
     offset = None if bias is None else _constant(bias, input)
     outer = ConvMap(kernel, offset, _pair(stride), sides, _pair(dilation), groups, "zeros")
-    return input.like(algebra.compose(input.map, outer), "conv", outer.multiply_adds)
+    return input.like(algebra.compose(input.map, outer), "conv", outer)
 
 
 def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -237,7 +237,7 @@ def avg_pool2d(
     weight = torch.full((channels, 1, height, width), 1 / (divisor_override or height * width))
     steps = _pair(kernel_size if stride is None or stride == [] else stride)
     pool = ConvMap(weight.to(input.device, input.dtype), None, steps, (y, y, x, x), groups=channels, border="zeros")
-    return input.like(algebra.compose(input.map, pool), "avg_pool", pool.multiply_adds)
+    return input.like(algebra.compose(input.map, pool), "avg_pool", pool)
 
 
 @handles(_T.contiguous, _T.clone, torch.clone)

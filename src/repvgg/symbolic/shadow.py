@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def shadow_of(module: Module, convert: Callable[[Tensor], Tensor]) -> Module:
     """A module that runs the code of ``module`` with every parameter and buffer passed through ``convert``.
 
-    Nothing else is copied: plain attributes are shared. Tied tensors and shared submodules stay tied and shared.
+    Plain attributes are shared, but for containers. Tied tensors and shared submodules stay tied and shared.
     Parameters become ordinary tensors, so that gradients flow through ``convert`` to the originals.
     """
     return _Shadows(convert).of(module)
@@ -31,7 +32,8 @@ class _Shadows:
         if id(module) not in self.modules:
             shadow: Any = module.__class__.__new__(module.__class__)
             self.modules[id(module)] = shadow
-            state = dict(module.__dict__)
+            # Containers are copied too: a forward that caches something in a dictionary caches it in the shadow's.
+            state = {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in module.__dict__.items()}
             state["_parameters"] = {}
             # An ordinary tensor is no Parameter, and a buffer need not be one: both find their name there.
             state["_buffers"] = {k: self.tensor(v) for k, v in (*module._parameters.items(), *module._buffers.items())}

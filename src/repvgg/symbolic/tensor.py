@@ -44,17 +44,21 @@ class Source:
         merge_branches: whether sums and concatenations of several functions of this source may become one map.
         operations: the names of the operations so far; a convolution is called ``conv``.
         multiply_adds: what they cost in all, per pixel of the source, borders aside.
+        weights: how many numbers their kernels hold.
     """
 
     def __init__(self, merge_branches: bool = True) -> None:
         self.merge_branches = merge_branches
         self.operations: list[str] = []
         self.multiply_adds = 0.0
+        self.weights = 0
 
-    def record(self, operation: str, multiply_adds: float = 0.0) -> None:
-        """Enter one operation in the ledger."""
+    def record(self, operation: str, kernel: ConvMap | None = None, area: int = 1) -> None:
+        """Enter one operation, on one in ``area`` pixels of the source; a convolution with its kernel."""
         self.operations.append(operation)
-        self.multiply_adds += multiply_adds
+        if kernel is not None:
+            self.multiply_adds += kernel.multiply_adds / area
+            self.weights += kernel.weight.numel()
 
 
 class SymbolicTensor:
@@ -85,11 +89,10 @@ class SymbolicTensor:
         return symbol
 
     def like(
-        self, conv: ConvMap, operation: str, multiply_adds: float = 0.0, *, is_view: bool = False
+        self, conv: ConvMap, operation: str, kernel: ConvMap | None = None, *, is_view: bool = False
     ) -> SymbolicTensor:
-        """Another function of the same source, after an ``operation`` at a cost per pixel of its input."""
-        area = self.map.stride[0] * self.map.stride[1]
-        self.source.record(operation, multiply_adds / area)
+        """Another function of the same source, after one more ``operation``, a convolution with its ``kernel``."""
+        self.source.record(operation, kernel, self.map.stride[0] * self.map.stride[1])
         return SymbolicTensor(self.source, conv, is_view=is_view)
 
     @classmethod

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError, TrainingModeError
-from repvgg.symbolic.probe import channels_of
+from repvgg.symbolic.probe import ChannelsFound, channels_of
 from repvgg.symbolic.shadow import shadow_of
 from repvgg.symbolic.tensor import Source, SymbolicTensor
 
@@ -52,7 +52,7 @@ def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``forward``; whatever a stranger's code raises on a symbolic input means that it is not linear."""
     try:
         return forward(*args, **kwargs)
-    except ReparamError:
+    except (ReparamError, ChannelsFound):
         raise
     except Exception as error:
         raise NotLinearError(f"its code cannot run on a symbolic input ({type(error).__name__}: {error})") from error
@@ -75,13 +75,27 @@ def trace(module: nn.Module, in_channels: int | None = None, *, dtype: torch.dty
         BorderError: it is one inside the image, but no convolution equals it at the border.
     """
     refuse_training(module)
-    device = algebra_device(first_float(module))
-    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype))
-    channels = in_channels if in_channels is not None else guarded(channels_of, shadow)
-    outcome = guarded(shadow, SymbolicTensor.of(Source(), channels, dtype, device))
+    outcome = run(module, Source(), in_channels, dtype=dtype, device=algebra_device(first_float(module)))
     if not isinstance(outcome, SymbolicTensor):
         raise NotLinearError(f"the outcome is a {type(outcome).__name__}, not one tensor")
     return outcome.map
+
+
+def run(
+    module: nn.Module,
+    source: Source,
+    in_channels: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The outcome of ``module`` on the symbolic ``source``, its tensors converted to ``dtype`` on ``device``.
+
+    On the meta device the outcome has geometry and costs but no values. See :func:`trace` for the errors.
+    """
+    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype))
+    channels = in_channels if in_channels is not None else guarded(channels_of, shadow)
+    return guarded(shadow, SymbolicTensor.of(source, channels, dtype, device))
 
 
 def equivalent_conv(module: nn.Module, in_channels: int | None = None) -> EquivalentConv:

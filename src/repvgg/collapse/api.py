@@ -1,0 +1,98 @@
+"""The verbs: collapse a model, fold only its batch norms, ask whether it is plain."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from repvgg.collapse.plan import Plan, batch_norms, make_plan
+from repvgg.collapse.report import LeftAlone, Report
+from repvgg.collapse.rewrite import carry_out
+from repvgg.errors import NothingFoldedWarning
+from repvgg.symbolic import refuse_training
+
+
+def reparameterize(model: nn.Module) -> tuple[nn.Module, Report]:
+    """Turn a trained multi-branch model into a plain one that computes the same function in eval mode.
+
+    Every linear region of a module's own ``forward`` (parallel branches of convolutions, batch norms, identities,
+    scales, pools, and chains of them) is replaced by one ``nn.Conv2d``; its kernel and bias are read off the forward
+    in float64 and cast once. Nothing is assumed about names or classes. A region is merged only if that costs no more
+    multiply-adds than its parts. Submodules that only the training forward calls are dropped.
+
+    Args:
+        model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
+            torch.compile is looked through.
+
+    Returns:
+        The plain model, new, sharing no tensor with the input, with the input's dtype, device and memory format; all
+        parameters outside the regions are bit-identical copies. And the report of what was folded, left and dropped.
+
+    Raises:
+        TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
+
+    Warns:
+        NothingFoldedWarning: there was nothing to fold; the outcome is a copy.
+    """
+    return _convert(model, merge_branches=True)
+
+
+def fold_batch_norms(model: nn.Module) -> tuple[nn.Module, Report]:
+    """Fold every batch norm into the convolution in front of it, and leave branches as branches.
+
+    What deployment tools do on their own; the paper folds its baselines this way (§4.1, Eq. 3). See
+    :func:`reparameterize`, whose outcome is plainer still, for arguments, errors and warnings.
+    """
+    return _convert(model, merge_branches=False)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model is converted: no batch norm is left in it, and no linear region that could be merged.
+
+    The mode of the model does not matter. A plain model may still have branches that no convolution equals, such as
+    the residual additions of a ResNet.
+    """
+    model = unwrapped(model)
+    return not batch_norms(model) and make_plan(model, merge_branches=True).empty
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that only change how it runs."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]  # torch.compile
+        else:
+            return model
+
+
+def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]:
+    model = unwrapped(model)
+    refuse_training(model)
+    plan = make_plan(model, merge_branches)
+    plain, folded = carry_out(model, plan)
+    if not folded:
+        warnings.warn(
+            "Nothing was folded: there is no linear region of more than one operation in this model.",
+            NothingFoldedWarning,
+            stacklevel=3,
+        )
+    return plain, Report(tuple(folded), _left(model, plain, plan), _dropped(plan))
+
+
+def _left(model: nn.Module, plain: nn.Module, plan: Plan) -> tuple[LeftAlone, ...]:
+    """Batch norms that survive, and modules that could not be looked into."""
+    surviving = {name for name, _ in batch_norms(plain)}
+    reason = "there is no convolution next to it in one linear region"
+    norms = [LeftAlone(name, plan.reasons.get(id(m), reason)) for name, m in batch_norms(model) if name in surviving]
+    inside = tuple(f".{name}" for name in surviving)
+    untraced = [
+        row for row in plan.untraced if any(name.startswith(f".{row.name}.".replace("..", ".")) for name in inside)
+    ]
+    return (*norms, *untraced)
+
+
+def _dropped(plan: Plan) -> tuple[LeftAlone, ...]:
+    return tuple(LeftAlone(path, "the forward calls it in training mode only") for path in plan.dropped)

@@ -1,0 +1,43 @@
+"""What pays: the costs of a region before and after merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from repvgg.algebra import ConvMap
+from repvgg.collapse.emit import emitted_map
+from repvgg.symbolic import Source
+
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds per pixel of a region's source, borders aside, and the size of the kernels.
+
+    Average pools count as the depthwise convolutions that they are; a batch norm, a sum or an identity as nothing.
+    """
+
+    multiply_adds: float = 0.0
+    weights: int = 0
+
+    @classmethod
+    def of_ledger(cls, source: Source) -> Cost:
+        """What was spent on ``source`` so far."""
+        return cls(source.multiply_adds, source.weights)
+
+    @classmethod
+    def of_map(cls, conv: ConvMap) -> Cost:
+        """What the one ``nn.Conv2d`` costs that computes ``conv``."""
+        emitted = emitted_map(conv)
+        return cls(emitted.multiply_adds, emitted.weight.numel())
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.multiply_adds + other.multiply_adds, self.weights + other.weights)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.multiply_adds - other.multiply_adds, self.weights - other.weights)
+
+    def pays_for(self, before: Cost) -> bool:
+        """Whether this costs neither more multiply-adds nor more weights than ``before``."""
+        return self.multiply_adds <= before.multiply_adds * (1 + _SLACK) and self.weights <= before.weights

@@ -1,0 +1,209 @@
+"""What is going to be replaced in a model, found without touching it and without computing with its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg.algebra import ConvMap
+from repvgg.collapse.capture import Capture, capture
+from repvgg.collapse.cost import Cost
+from repvgg.collapse.regions import Regions, find_regions
+from repvgg.collapse.report import LeftAlone
+from repvgg.errors import ReparamError
+from repvgg.symbolic import Source, SymbolicTensor, run
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A module that is one convolution as a whole."""
+
+    path: str
+    module: nn.Module
+    conv: ConvMap
+    cost: Cost
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """A module whose own forward holds linear regions."""
+
+    path: str
+    module: nn.Module
+    captured: Capture
+    regions: Regions
+
+
+@dataclass
+class Plan:
+    """Replacements, inner ones first; what is dropped; and for modules that stay, why."""
+
+    wholes: list[Whole] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    untraced: list[LeftAlone] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to replace."""
+        return not self.wholes and not self.rewrites
+
+
+def join(*names: str) -> str:
+    """A dotted path."""
+    return ".".join(filter(None, names))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything in ``module`` has a hook that would see, or change, what flows through it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(part, name, None) for part in module.modules() for name in hooks)
+
+
+def make_plan(model: nn.Module, merge_branches: bool) -> Plan:
+    """Look at ``model`` from its root and plan the replacement of every linear region that is worth it."""
+    planner = _Planner(model, merge_branches)
+    planner.visit(model, "")
+    return planner.plan
+
+
+class _Planner:
+    """Walks down the modules that are really called, each once."""
+
+    def __init__(self, model: nn.Module, merge_branches: bool) -> None:
+        self.plan = Plan()
+        self.merge_branches = merge_branches
+        self.visited: set[int] = set()
+        self.frozen: set[int] = set()
+        edges = (child for part in model.modules() for child in part._modules.values() if child is not None)
+        self.references = Counter(map(id, edges))
+
+    def visit(self, module: nn.Module, path: str) -> None:
+        """Plan for ``module`` as a whole, else for its own graph and for what it calls."""
+        leaf = not any(module.children()) and type(module).__module__.startswith("torch.nn.")
+        if id(module) in self.visited or leaf or isinstance(module, torch.jit.ScriptModule):
+            return
+        self.visited.add(id(module))
+        if self._is_whole(module, path):
+            return
+        try:
+            captured = capture(module)
+        except Exception as error:
+            reason = f"its forward cannot be traced ({type(error).__name__}: {_first_line(error)})"
+            self.plan.untraced.append(LeftAlone(path, reason))
+            self._visit_pieces(module, path)
+            return
+        self._visit_graph(module, path, captured)
+
+    def _is_whole(self, module: nn.Module, path: str) -> bool:
+        if has_hooks(module) or any(id(part) in self.frozen for part in module.modules()):
+            return False
+        source = Source(self.merge_branches)
+        try:
+            outcome = run(module, source, device="meta")
+        except ReparamError:
+            return False
+        if not isinstance(outcome, SymbolicTensor):
+            return False
+        effective = sum(operation != "identity" for operation in source.operations)
+        cost = Cost.of_ledger(source)
+        if "conv" not in source.operations or effective < 2 or not Cost.of_map(outcome.map).pays_for(cost):
+            return False
+        self.plan.wholes.append(Whole(path, module, outcome.map, cost))
+        return True
+
+    def _visit_pieces(self, module: nn.Module, path: str) -> None:
+        """Below a module whose flow is unknown: a container's own forward may not be what is called."""
+        for name, child in module.named_children():
+            if isinstance(child, _CONTAINERS):
+                self._visit_pieces(child, join(path, name))
+            else:
+                self.visit(child, join(path, name))
+
+    def _visit_graph(self, module: nn.Module, path: str, captured: Capture) -> None:
+        self._freeze(module, captured)
+        opaque = {target: reason for target in captured.calls if (reason := self._opaque(module, captured, target))}
+        regions = find_regions(module, captured, opaque.keys(), self.merge_branches)
+        if not captured.simple:
+            regions = _chains_only(regions)
+        consumed = {str(step.node.target) for region in regions.found for step in region.steps}
+        self._keep_reasons(module, regions, opaque)
+        for target in captured.calls:
+            if target not in consumed or target in opaque:
+                self.visit(module.get_submodule(target), join(path, target))
+        self.plan.dropped += [join(path, target) for target in _training_only(module, captured)]
+        if regions.found:
+            self.plan.rewrites.append(Rewrite(path, module, captured, regions))
+
+    def _freeze(self, module: nn.Module, captured: Capture) -> None:
+        """What is reached past its owner, a submodule or a parameter inside a called submodule, must stay."""
+        for inner in (*captured.calls, *(read.rpartition(".")[0] for read in captured.reads)):
+            owners = [outer for outer in captured.calls if inner == outer or inner.startswith(f"{outer}.")]
+            if (owners and owners != [inner]) or (inner in captured.calls and _is_read(captured, inner)):
+                self.frozen.add(id(module.get_submodule(inner)))
+
+    def _opaque(self, module: nn.Module, captured: Capture, target: str) -> str | None:
+        """Why the submodule at ``target`` must not be merged with its neighbours, or None."""
+        child = module.get_submodule(target)
+        if captured.calls[target] > 1 or self.references[id(child)] > 1:
+            return "it is used more than once"
+        if has_hooks(child):
+            return "it has hooks"
+        if any(id(part) in self.frozen for part in child.modules()):
+            return "its parameters are read by something else"
+        return "it is a compiled script" if isinstance(child, torch.jit.ScriptModule) else None
+
+    def _keep_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
+        for node, reason in regions.reasons.items():
+            if node.op == "call_module":
+                self.plan.reasons[id(module.get_submodule(str(node.target)))] = reason
+        for target, reason in opaque.items():
+            self.plan.reasons[id(module.get_submodule(target))] = reason
+
+
+def _chains_only(regions: Regions) -> Regions:
+    """The regions that need no new forward: a traced one would hold for the default arguments only."""
+    reason = "its forward takes optional arguments, and branches would be merged for their defaults only"
+    others = {step.node: reason for region in regions.found if not region.is_chain for step in region.steps}
+    return Regions(tuple(region for region in regions.found if region.is_chain), regions.reasons | others)
+
+
+def _is_read(captured: Capture, target: str) -> bool:
+    return any(read.startswith(f"{target}.") for read in captured.reads)
+
+
+def _training_only(module: nn.Module, captured: Capture) -> Iterator[str]:
+    """Submodules with parameters that the forward calls in training mode and not in eval mode."""
+    try:
+        training = capture(module, training=True)
+    except Exception:  # the flow of the training forward is nobody's business but its own
+        return
+    for target in training.calls:
+        related = any(_nested(target, other) or _nested(other, target) for other in captured.calls)
+        if (
+            not related
+            and not _is_read(captured, target)
+            and any(True for _ in module.get_submodule(target).parameters())
+        ):
+            yield target
+
+
+def _nested(inner: str, outer: str) -> bool:
+    return inner == outer or inner.startswith(f"{outer}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All batch norms of a model with their paths."""
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]

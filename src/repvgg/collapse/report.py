@@ -1,0 +1,84 @@
+"""What a collapse did, and what it left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that was folded: a submodule or an operation, and what it is made of."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A linear region that became one convolution.
+
+    Attributes:
+        name: path of the convolution in the plain model.
+        parts: what was folded into it, in the order of execution.
+        convolution: the outcome, in words.
+        parameters_before: number of parameters of all parts.
+        parameters_after: number of parameters of the convolution.
+        multiply_adds_before: per pixel of the region's input, borders aside.
+        multiply_adds_after: the same for the convolution.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    convolution: str
+    parameters_before: int
+    parameters_after: int
+    multiply_adds_before: float
+    multiply_adds_after: float
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Something that stays as it was, with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a collapse folded, left alone and dropped.
+
+    Attributes:
+        folded: the regions that became convolutions.
+        left: what might have been expected to fold, and did not.
+        dropped: submodules that run in training mode only; the plain model does without them.
+    """
+
+    folded: tuple[Folded, ...]
+    left: tuple[LeftAlone, ...]
+    dropped: tuple[LeftAlone, ...]
+
+    @property
+    def parameters_saved(self) -> int:
+        """How many parameters fewer the folded regions have."""
+        return sum(region.parameters_before - region.parameters_after for region in self.folded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
+        for region in self.folded:
+            parts = " + ".join(f"{part.name} ({part.description})" for part in region.parts)
+            yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"
+        for title, rows in (("left alone", self.left), ("dropped", self.dropped)):
+            if rows:
+                yield f"{len(rows)} {title}"
+            for row in rows:
+                yield f"  {row.name or '(root)'}: {row.reason}"

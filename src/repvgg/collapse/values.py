@@ -1,0 +1,186 @@
+"""A symbolic value for every node of a captured graph: which tensor it is a linear function of, and which one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg.collapse.capture import Capture
+from repvgg.collapse.cost import Cost
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic import Source, SymbolicTensor, channels_of, guarded, shadow_of
+from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A node inside a linear region: what it did, and what that costs."""
+
+    node: fx.Node
+    operations: tuple[str, ...]
+    cost: Cost
+
+    @property
+    def effective(self) -> bool:
+        """Whether it did more than hand a tensor on."""
+        return any(operation != "identity" for operation in self.operations)
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A node as a function of an earlier one.
+
+    Attributes:
+        source: the node that it is a function of.
+        symbol: the function; without values, on the meta device.
+        steps: the nodes in between, itself included, in the order of execution; none for the source itself.
+    """
+
+    source: fx.Node
+    symbol: SymbolicTensor
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """What all steps cost."""
+        return sum((step.cost for step in self.steps), Cost())
+
+
+class Evaluator:
+    """Runs single nodes of a captured graph on symbols, over tensors passed through ``convert``."""
+
+    def __init__(self, root: nn.Module, convert: Callable[[Tensor], Tensor], opaque: Collection[str] = ()) -> None:
+        self.root = root
+        self.convert = convert
+        self.opaque = opaque
+        self._shadows: dict[str, nn.Module] = {}
+
+    def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """The outcome of ``node`` when its arguments are ``value_of`` their nodes.
+
+        Raises:
+            ReparamError: it is not linear.
+        """
+        args = fx.map_arg(node.args, value_of)
+        kwargs = fx.map_arg(node.kwargs, value_of)
+        if node.op == "call_module":
+            return guarded(self._shadow(str(node.target)), *args, **kwargs)
+        if node.op == "call_method":
+            return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
+        return guarded(node.target, *args, **kwargs)
+
+    def constant(self, path: str) -> Any:
+        """The parameter, buffer or attribute at ``path``."""
+        value = attribute(self.root, path)
+        return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _shadow(self, path: str) -> nn.Module:
+        if path in self.opaque:
+            raise NotLinearError("it has to stay as it is")
+        if path not in self._shadows:
+            self._shadows[path] = shadow_of(self.root.get_submodule(path), self.convert)
+        return self._shadows[path]
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape in float64 without values: enough for geometry and costs."""
+    return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What stands at a dotted ``path`` below ``root``."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+class Values:
+    """The values of all nodes of a graph that are linear functions of another one, found in one pass over it.
+
+    Attributes:
+        of: the values.
+        reasons: why a node has none, or why it is not a function of what its own arguments are functions of.
+    """
+
+    def __init__(self, captured: Capture, opaque: Collection[str], cuts: Collection[fx.Node], merge: bool) -> None:
+        self.of: dict[fx.Node, Value] = {}
+        self.reasons: dict[fx.Node, str] = {}
+        self._evaluator = Evaluator(captured.root, to_meta, opaque)
+        self._nodes = list(captured.graph.nodes)
+        self._cuts, self._merge = cuts, merge
+        self._constants: dict[fx.Node, Any] = {}
+        self._starts: dict[fx.Node, Value] = {}
+        for node in self._nodes:
+            self._visit(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self._constants[node] = self._evaluator.constant(str(node.target))
+        if not node.op.startswith("call"):
+            return
+        if all(argument in self._constants for argument in node.all_input_nodes):
+            self._try(node, self._fold_constant)
+        elif not self._try(node, self._continue) and any(n in self.of for n in node.all_input_nodes):
+            self._try(node, self._restart)
+
+    def _try(self, node: fx.Node, attempt: Callable[[fx.Node], None]) -> bool:
+        try:
+            attempt(node)
+        except ReparamError as error:
+            self.reasons.setdefault(node, str(error))
+            return False
+        return True
+
+    def _fold_constant(self, node: fx.Node) -> None:
+        self._constants[node] = self._evaluator.run(node, self._constants.__getitem__)
+
+    def _continue(self, node: fx.Node) -> None:
+        """Go on with the region that the arguments are in."""
+        self._record(node, lambda n: self.of[n] if n in self.of and n not in self._cuts else self._start(n))
+
+    def _restart(self, node: fx.Node) -> None:
+        """Start a new region at the arguments."""
+        self._record(node, self._start)
+
+    def _record(self, node: fx.Node, value_of: Callable[[fx.Node], Value]) -> None:
+        inputs = {n: value_of(n) for n in node.all_input_nodes if n not in self._constants}
+        first = next(iter(inputs.values()))
+        ledger = first.symbol.source
+        count, before = len(ledger.operations), Cost.of_ledger(ledger)
+        outcome = self._evaluator.run(node, lambda n: inputs[n].symbol if n in inputs else self._constants[n])
+        if not isinstance(outcome, SymbolicTensor):
+            raise NotLinearError("its outcome is not one tensor")
+        step = Step(node, tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before)
+        earlier = {step.node: step for value in inputs.values() for step in value.steps}
+        self.of[node] = Value(first.source, outcome, (*earlier.values(), step))
+
+    def _start(self, node: fx.Node) -> Value:
+        """The node as the source of a region."""
+        if node not in self._starts:
+            source = Source(self._merge)
+            symbol = SymbolicTensor.of(source, self._channels(node), device="meta")
+            self._starts[node] = Value(node, symbol)
+        return self._starts[node]
+
+    def _channels(self, node: fx.Node) -> int:
+        """The channels of a node's tensor, as the functions that read it expect them."""
+        if node in self.of:
+            return self.of[node].symbol.map.out_channels
+        return channels_of(lambda probe: self._spread(node, probe))
+
+    def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
+        known: dict[fx.Node, Any] = dict(self._constants) | {start: probe}
+        for node in self._nodes:
+            if not any(known.get(n) is probe for n in node.all_input_nodes) or node.op == "output":
+                continue
+            try:
+                known[node] = self._evaluator.run(node, known.__getitem__)
+            except ChannelsFound:
+                raise
+            except (ReparamError, KeyError):
+                continue
