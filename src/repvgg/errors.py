@@ -12,7 +12,8 @@ and what to do next. Catch by meaning::
     │   └── EquivalenceError         the outcome was run and is not equal to what it came from
     ├── UnknownModelError            no row of that name in the table of models
     ├── CheckpointError              a file cannot be read as a checkpoint, or does not fit the model
-    ├── OutputExistsError            a file is in the way and nobody asked to overwrite it
+    ├── OutputError                  a file cannot be written
+    │   └── OutputExistsError        something is in the way and nobody asked to overwrite it
     ├── DataError                    a data set is missing, empty or malformed
     ├── ExportError                  a model could not be exported, or the exported file is not what it should be
     ├── UsageError                   an argument makes no sense
@@ -63,8 +64,12 @@ class CheckpointError(RepvggError):
     """A file cannot be read as a checkpoint, or does not fit the model."""
 
 
-class OutputExistsError(RepvggError):
-    """A file is in the way and nobody asked to overwrite it."""
+class OutputError(RepvggError):
+    """A file cannot be written."""
+
+
+class OutputExistsError(OutputError):
+    """Something is in the way and nobody asked to overwrite it."""
 
 
 class DataError(RepvggError):

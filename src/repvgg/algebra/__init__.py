@@ -3,6 +3,7 @@
 from repvgg.algebra.axis import Axis
 from repvgg.algebra.compose import compose, resample
 from repvgg.algebra.convmap import Border, ConvMap
+from repvgg.algebra.kernel import Kernel
 from repvgg.algebra.operations import (
     add,
     common_border,
@@ -19,6 +20,7 @@ __all__ = [
     "Axis",
     "Border",
     "ConvMap",
+    "Kernel",
     "add",
     "common_border",
     "compose",

@@ -27,6 +27,10 @@ class Placement:
         """The indices as a slice of the larger kernel."""
         return slice(self.start, self.start + self.step * (self.count - 1) + 1, self.step)
 
+    def within(self, outer: Placement) -> Placement:
+        """The place in the largest kernel, where the one that this is a place in has the place ``outer``."""
+        return Placement(outer.start + outer.step * self.start, outer.step * self.step, self.count)
+
 
 @dataclass(frozen=True)
 class Axis:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import gcd
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from repvgg.algebra.axis import Axis, compose_axes, inner_placement
 from repvgg.algebra.convmap import Border, ConvMap
+from repvgg.algebra.kernel import Kernel
 from repvgg.algebra.operations import open_groups
 from repvgg.errors import BorderError, NotLinearError
 
@@ -29,12 +29,11 @@ def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
         raise NotLinearError(f"{inner.out_channels} channels do not fit a map of {outer.in_channels}")
     border = _border(inner, outer)
     y, x = (compose_axes(first, second) for first, second in zip(inner.axes, outer.axes, strict=True))
-    if outer.unit:
-        return ConvMap.from_axes(inner.weight, inner.bias, (y, x), inner.groups, border, inner.unit)
-    if inner.unit:
-        return ConvMap.from_axes(outer.weight, outer.bias, (y, x), outer.groups, border)
-    weight_OIHW, groups = _kernel(inner, outer, (y, x))
-    return ConvMap.from_axes(weight_OIHW, _bias(inner, outer), (y, x), groups, border)
+    if outer.kernel.unit:
+        return ConvMap.from_axes(inner.kernel, inner.bias, (y, x), border)
+    if inner.kernel.unit:
+        return ConvMap.from_axes(outer.kernel, outer.bias, (y, x), border)
+    return ConvMap.from_axes(_kernel(inner, outer, (y, x)), _bias(inner, outer), (y, x), border)
 
 
 def _border(inner: ConvMap, outer: ConvMap) -> Border | None:
@@ -77,43 +76,39 @@ def _keeps_size(conv: ConvMap) -> bool:
 def _bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
     if inner.bias is None:
         return outer.bias
-    sums = outer.weight.sum((2, 3)).view(outer.groups, -1, outer.weight.shape[1])
+    sums = outer.weight.sum((2, 3)).view(outer.groups, -1, outer.kernel.shape[1])
     passed = torch.bmm(sums, inner.bias.view(outer.groups, -1, 1)).flatten()
     return passed if outer.bias is None else passed + outer.bias
 
 
-def _kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, Axis]) -> tuple[Tensor, int]:
-    """The merged kernel, tap by tap of the outer one, and its groups."""
+def _kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, Axis]) -> Kernel:
+    """The merged kernel, tap by tap of the outer one."""
     groups = gcd(inner.groups, outer.groups)
     if not inner.is_depthwise and not outer.is_depthwise:
         inner, outer = open_groups(inner, groups), open_groups(outer, groups)
-    if (
-        outer.kernel_size == (1, 1)
-        and axes[0].kernel == inner.kernel_size[0]
-        and axes[1].kernel == inner.kernel_size[1]
-    ):
-        return _mix(inner, outer, 0, 0), groups
+    first, second = inner.weight, outer.weight
+    if outer.kernel_size == (1, 1):
+        return Kernel.of(_mix(inner, first, outer, second[:, :, 0, 0]), groups)
     shape = (outer.out_channels, inner.in_channels // groups, axes[0].kernel, axes[1].kernel)
-    weight_OIHW = outer.weight.new_zeros(shape)
+    weight_OIHW = second.new_zeros(shape)
     for row in range(outer.kernel_size[0]):
         for column in range(outer.kernel_size[1]):
             y = inner_placement(inner.axes[0], outer.axes[0], axes[0], row)
             x = inner_placement(inner.axes[1], outer.axes[1], axes[1], column)
-            weight_OIHW[:, :, y.slice, x.slice] += _mix(inner, outer, row, column)
-    return weight_OIHW, groups
+            weight_OIHW[:, :, y.slice, x.slice] += _mix(inner, first, outer, second[:, :, row, column])
+    return Kernel.of(weight_OIHW, groups)
 
 
-def _mix(inner: ConvMap, outer: ConvMap, row: int, column: int) -> Tensor:
-    """``Σ_m W2[o, m, row, column] · W1[m, i, :, :]`` over the channels in between; shape (O, I, H1, W1)."""
-    tap = outer.weight[:, :, row, column]
+def _mix(inner: ConvMap, first_OIHW: Tensor, outer: ConvMap, tap_OI: Tensor) -> Tensor:
+    """``Σ_m W2[o, m] · W1[m, i, :, :]`` for one tap of W2, over the channels m in between; shape (O, I, H1, W1)."""
     if outer.is_depthwise:
-        return inner.weight * tap.view(-1, 1, 1, 1)
+        return first_OIHW * tap_OI.view(-1, 1, 1, 1)
     groups, height, width = outer.groups, *inner.kernel_size
-    tap = tap.reshape(groups, -1, outer.weight.shape[1])  # (g, O/g, M/g)
+    tap = tap_OI.reshape(groups, -1, tap_OI.shape[1])  # (g, O/g, M/g)
     if inner.is_depthwise:
-        kernel = tap[..., None, None] * inner.weight.view(groups, 1, -1, height, width)
+        kernel = tap[..., None, None] * first_OIHW.view(groups, 1, -1, height, width)
     else:
-        kernel = torch.bmm(tap, inner.weight.reshape(groups, tap.shape[2], -1))  # (g, O/g, I/g·H·W)
+        kernel = torch.bmm(tap, first_OIHW.reshape(groups, tap.shape[2], -1))  # (g, O/g, I/g·H·W)
     return kernel.reshape(outer.out_channels, -1, height, width)
 
 
@@ -123,5 +118,5 @@ def resample(conv: ConvMap, axes: tuple[Axis, Axis], border: Border | None = Non
     Raises:
         BorderError: see :func:`compose`.
     """
-    unit = ConvMap.identity(conv.out_channels, conv.weight.dtype, conv.weight.device)
-    return compose(conv, replace(ConvMap.from_axes(unit.weight, None, axes, unit.groups, border), unit=True))
+    unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device)
+    return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))

@@ -5,7 +5,6 @@ Letters in names: O output channels, I input channels per group, H and W the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg.algebra.axis import Axis
+from repvgg.algebra.kernel import Kernel
 from repvgg.errors import UsageError
 
 Border: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
@@ -27,32 +27,25 @@ class ConvMap:
     """The affine, shift-invariant map ``y[o, p] = b[o] + Σ_{i,k} W[o, i, k] · x[i, stride·p + dilation·k − padding]``.
 
     Attributes:
-        weight: kernel W, shape OIHW, I being the input channels of one group.
+        kernel: W as a sum not yet multiplied out; :attr:`weight` is it as a tensor.
         bias: b, shape (O,), or None for no bias at all.
         stride: (height, width).
         padding: (top, bottom, left, right) in pixels; negative numbers crop.
         dilation: (height, width).
-        groups: number of groups; channel o reads the inputs of group ``o // (O / groups)`` only.
         border: how the input goes on beyond its border; None iff nothing beyond it is ever read.
-        unit: the weight is known to be an identity over the channels (all ones, one channel a group, 1x1), so that
-            it need never be multiplied out.
 
     Raises:
         UsageError: the parts do not fit each other.
     """
 
-    weight: Tensor
+    kernel: Kernel
     bias: Tensor | None = None
     stride: Pair = (1, 1)
     padding: Sides = (0, 0, 0, 0)
     dilation: Pair = (1, 1)
-    groups: int = 1
     border: Border | None = None
-    unit: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 4:
-            raise UsageError(f"A kernel has shape OIHW, not {tuple(self.weight.shape)}.")
         if self.groups < 1 or self.out_channels % self.groups:
             raise UsageError(f"{self.out_channels} output channels do not split into {self.groups} groups.")
         if self.bias is not None and self.bias.shape != (self.out_channels,):
@@ -66,49 +59,71 @@ class ConvMap:
             object.__setattr__(self, "border", None)
 
     @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Pair = (1, 1),
+        padding: Sides = (0, 0, 0, 0),
+        dilation: Pair = (1, 1),
+        groups: int = 1,
+        border: Border | None = None,
+    ) -> ConvMap:
+        """A convolution with kernel ``weight`` (OIHW), computed with in the dtype of the bias, else of the kernel."""
+        if weight.dim() != 4:
+            raise UsageError(f"A kernel has shape OIHW, not {tuple(weight.shape)}.")
+        dtype = weight.dtype if bias is None else bias.dtype
+        return cls(Kernel.of(weight, groups, dtype), bias, stride, padding, dilation, border)
+
+    @classmethod
     def identity(
         cls, channels: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
     ) -> ConvMap:
-        """``y = x`` on ``channels`` channels."""
-        return cls(torch.ones(channels, 1, 1, 1, dtype=dtype, device=device), groups=channels, unit=True)
+        """``y = x`` on ``channels`` channels; it is never multiplied out."""
+        ones = torch.ones(channels, 1, 1, 1, dtype=dtype, device=device)
+        return cls(Kernel.of(ones, channels, unit=True))
 
     @classmethod
-    def from_axes(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        axes: tuple[Axis, Axis],
-        groups: int,
-        border: Border | None,
-        unit: bool = False,
-    ) -> ConvMap:
+    def from_axes(cls, kernel: Kernel, bias: Tensor | None, axes: tuple[Axis, Axis], border: Border | None) -> ConvMap:
         """A map whose geometry is given axis by axis (height, width); the inverse of :attr:`axes`."""
         y, x = axes
-        return cls(
-            weight,
-            bias,
-            (y.stride, x.stride),
-            (y.before, y.after, x.before, x.after),
-            (y.dilation, x.dilation),
-            groups,
-            border,
-            unit,
-        )
+        strides, dilations = (y.stride, x.stride), (y.dilation, x.dilation)
+        return cls(kernel, bias, strides, (y.before, y.after, x.before, x.after), dilations, border)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel W as a tensor, shape OIHW, I being the input channels of one group."""
+        return self.kernel.dense()
+
+    @property
+    def groups(self) -> int:
+        """Number of groups; channel o reads the inputs of group ``o // (O / groups)`` only."""
+        return self.kernel.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is computed in."""
+        return self.kernel.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is computed."""
+        return self.kernel.device
 
     @property
     def out_channels(self) -> int:
         """O."""
-        return self.weight.shape[0]
+        return self.kernel.shape[0]
 
     @property
     def in_channels(self) -> int:
         """Input channels, of all groups together."""
-        return self.weight.shape[1] * self.groups
+        return self.kernel.shape[1] * self.groups
 
     @property
     def kernel_size(self) -> Pair:
         """(height, width) of the kernel, without dilation."""
-        return self.weight.shape[2], self.weight.shape[3]
+        return self.kernel.shape[2:]
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
@@ -130,16 +145,18 @@ class ConvMap:
     @property
     def multiply_adds(self) -> float:
         """Multiply-adds per input pixel, borders aside: ``O · I · H · W / (stride_h · stride_w)``."""
-        return self.weight.numel() / (self.stride[0] * self.stride[1])
+        return self.kernel.numel() / (self.stride[0] * self.stride[1])
 
     def bias_or_zeros(self) -> Tensor:
         """The bias, shape (O,), zeros where there is none."""
-        return self.weight.new_zeros(self.out_channels) if self.bias is None else self.bias
+        if self.bias is not None:
+            return self.bias
+        return torch.zeros(self.out_channels, dtype=self.dtype, device=self.device)
 
-    def apply_to(self, convert: Callable[[Tensor], Tensor]) -> ConvMap:
-        """The same map with its tensors passed through ``convert``, a change of dtype or device."""
-        bias = None if self.bias is None else convert(self.bias)
-        return replace(self, weight=convert(self.weight), bias=bias)
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> ConvMap:
+        """The same map, computed in ``dtype`` on ``device``."""
+        bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
+        return replace(self, kernel=self.kernel.to(device, dtype), bias=bias)
 
     def __call__(self, x_NCHW: Tensor) -> Tensor:
         """Evaluate the map on images (N, C, H, W)."""

@@ -30,7 +30,7 @@ class Cost:
     def of_map(cls, conv: ConvMap) -> Cost:
         """What the one ``nn.Conv2d`` costs that computes ``conv``."""
         emitted = emitted_map(conv)
-        return cls(emitted.multiply_adds, emitted.weight.numel())
+        return cls(emitted.multiply_adds, emitted.kernel.numel())
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.multiply_adds + other.multiply_adds, self.weights + other.weights)

@@ -39,10 +39,8 @@ def to_conv2d(conv: ConvMap, like: Tensor, *, requires_grad: bool = True) -> nn.
         device="meta",
         dtype=like.dtype,
     )
-    weight = _cast(conv.weight, like, _memory_format(like))
-    bias = _cast(conv.bias_or_zeros(), like, torch.contiguous_format)
-    module.weight = nn.Parameter(weight, requires_grad)
-    module.bias = nn.Parameter(bias, requires_grad)
+    module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
+    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like), requires_grad)
     return module
 
 
@@ -58,11 +56,22 @@ def _memory_format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last and not like.is_contiguous() else torch.contiguous_format
 
 
-def _cast(value: Tensor, like: Tensor, memory_format: torch.memory_format) -> Tensor:
-    cast = value.detach().to(device=like.device, dtype=like.dtype, copy=True, memory_format=memory_format)
-    if not cast.is_meta and not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(value).all()):
-        raise ReparamError(f"the merged weights do not fit into {str(like.dtype).removeprefix('torch.')}")
-    return cast
+def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
+    """The kernel, multiplied out piece by piece and cast once."""
+    weight = torch.empty(conv.kernel.shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
+    for rows, sums in conv.kernel.chunks():
+        weight[rows] = _cast(sums, like)
+    return weight
+
+
+def _cast(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the dtype and on the device of ``like``."""
+    if not value.is_meta and value.numel():
+        low, high = torch.aminmax(value.detach())
+        limit = torch.finfo(like.dtype).max
+        if float(low) < -limit or float(high) > limit:
+            raise ReparamError(f"the merged weights do not fit into {str(like.dtype).removeprefix('torch.')}")
+    return value.detach().to(device=like.device, dtype=like.dtype)
 
 
 def describe(conv: ConvMap) -> str:

@@ -182,6 +182,9 @@ def _is_read(captured: Capture, target: str) -> bool:
 
 def _training_only(module: nn.Module, captured: Capture) -> Iterator[str]:
     """Submodules with parameters that the forward calls in training mode and not in eval mode."""
+    used = (*captured.calls, *captured.reads)
+    if all(any(_nested(name, path) for path in used) for name, _ in module.named_parameters()):
+        return
     try:
         training = capture(module, training=True)
     except Exception:  # the flow of the training forward is nobody's business but its own

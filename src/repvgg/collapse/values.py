@@ -82,7 +82,7 @@ class Evaluator:
         if path in self.opaque:
             raise NotLinearError("it has to stay as it is")
         if path not in self._shadows:
-            self._shadows[path] = shadow_of(self.root.get_submodule(path), self.convert)
+            self._shadows[path] = shadow_of(self.root.get_submodule(path), self.convert, keep_kernels=True)
         return self._shadows[path]
 
 

@@ -31,6 +31,7 @@ class RepVGG(nn.Module):
         super().__init__()
         blocks = _blocks(spec, in_channels, plain)
         self.spec = spec
+        self.in_channels = in_channels
         self.stem = next(blocks)
         self.stages = nn.ModuleList(nn.Sequential(*(next(blocks) for _ in range(stage.depth))) for stage in spec.stages)
         self.auxiliary = nn.ModuleDict()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg import algebra
-from repvgg.algebra import ConvMap
+from repvgg.algebra import ConvMap, Kernel
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
 from repvgg.symbolic.tensor import SymbolicTensor, handles
 
@@ -85,10 +85,10 @@ def conv2d(
     """Convolution: composition with its kernel."""
     if not isinstance(input, SymbolicTensor) or isinstance(weight, SymbolicTensor):
         raise NotLinearError("the kernel of a convolution depends on the image")
-    kernel = _constant(weight, input)
-    sides = _conv_padding(padding, kernel.shape[2:], _pair(dilation))
+    sides = _conv_padding(padding, weight.shape[2:], _pair(dilation))
     offset = None if bias is None else _constant(bias, input)
-    outer = ConvMap(kernel, offset, _pair(stride), sides, _pair(dilation), groups, "zeros")
+    kernel = Kernel.of(weight.to(input.device), groups, input.dtype)  # it is converted when it is multiplied out
+    outer = ConvMap(kernel, offset, _pair(stride), sides, _pair(dilation), "zeros")
     return input.like(algebra.compose(input.map, outer), "conv", outer)
 
 
@@ -119,14 +119,15 @@ def batch_norm(
         raise MissingStatisticsError("a batch norm without running statistics normalizes with those of the batch")
     if training:
         raise TrainingModeError("a batch norm is in training mode; call .eval() first")
-    factor = (_constant(running_var, input) + eps).rsqrt()
-    if weight is not None:
-        factor = factor * _constant(weight, input)
-    offset = -_constant(running_mean, input) * factor
-    if bias is not None:
-        offset = offset + _constant(bias, input)
-    if factor.shape != (input.map.out_channels,):
-        raise NotLinearError(f"a batch norm of {factor.numel()} channels follows {input.map.out_channels}")
+    if len(running_var) != input.map.out_channels:
+        raise NotLinearError(f"a batch norm of {len(running_var)} channels follows {input.map.out_channels}")
+    if input.device.type == "meta":  # geometry only
+        factor = offset = _constant(running_var, input)
+    else:
+        factor = (_constant(running_var, input) + eps).rsqrt()
+        factor = factor if weight is None else factor * _constant(weight, input)
+        offset = -_constant(running_mean, input) * factor
+        offset = offset if bias is None else offset + _constant(bias, input)
     return input.like(algebra.shift(algebra.scale(input.map, factor), offset), "batch_norm")
 
 
@@ -234,9 +235,10 @@ def avg_pool2d(
     if (y or x) and not count_include_pad:
         raise BorderError("an average pool that does not count the padding divides by fewer pixels at the border")
     channels = input.map.out_channels
-    weight = torch.full((channels, 1, height, width), 1 / (divisor_override or height * width))
+    part = 1 / (divisor_override or height * width)
+    weight = torch.full((channels, 1, height, width), part, dtype=input.dtype, device=input.device)
     steps = _pair(kernel_size if stride is None or stride == [] else stride)
-    pool = ConvMap(weight.to(input.device, input.dtype), None, steps, (y, y, x, x), groups=channels, border="zeros")
+    pool = ConvMap.of(weight, None, steps, (y, y, x, x), groups=channels, border="zeros")
     return input.like(algebra.compose(input.map, pool), "avg_pool", pool)
 
 

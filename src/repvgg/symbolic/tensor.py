@@ -58,7 +58,7 @@ class Source:
         self.operations.append(operation)
         if kernel is not None:
             self.multiply_adds += kernel.multiply_adds / area
-            self.weights += kernel.weight.numel()
+            self.weights += kernel.kernel.numel()
 
 
 class SymbolicTensor:
@@ -119,12 +119,12 @@ class SymbolicTensor:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the algebra runs in."""
-        return self.map.weight.dtype
+        return self.map.dtype
 
     @property
     def device(self) -> torch.device:
         """The device that the algebra runs on."""
-        return self.map.weight.device
+        return self.map.device
 
     def dim(self) -> int:
         """Always 4."""

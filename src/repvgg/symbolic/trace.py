@@ -93,7 +93,7 @@ def run(
 
     On the meta device the outcome has geometry and costs but no values. See :func:`trace` for the errors.
     """
-    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype))
+    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True)
     channels = in_channels if in_channels is not None else guarded(channels_of, shadow)
     return guarded(shadow, SymbolicTensor.of(source, channels, dtype, device))
 

@@ -1,0 +1,137 @@
+"""The kernel of a convolution as a sum that is multiplied out once, at the end.
+
+A merged kernel is ``Σ_t diag(factor_t) · embed(W_t)``: every term is a kernel as it was given, in its own dtype, with a
+factor for each output channel and its place in the sum. Scaling, adding and embedding only change factors and places;
+nothing of the size of a kernel is computed, or even converted, before the whole sum is.
+
+Letters: O output channels, I input channels of one group, H and W height and width, R some rows of O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from repvgg.algebra.axis import Placement
+
+_CHUNK = 1 << 15  # numbers worked on at a time when a sum is written out: they stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand: ``factor · weight`` at the taps ``rows`` and ``columns``, in ``groups`` groups of its own."""
+
+    weight: Tensor
+    factor: Tensor | None
+    groups: int
+    rows: Placement
+    columns: Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel (O, I, H, W) with ``groups`` groups, as a sum of terms that is computed in ``dtype``.
+
+    ``unit`` says that it is an identity over the channels (all ones, one channel a group, 1x1).
+    """
+
+    shape: tuple[int, int, int, int]
+    groups: int
+    terms: tuple[Term, ...]
+    dtype: torch.dtype
+    device: torch.device
+    unit: bool = False
+
+    @classmethod
+    def of(cls, weight_OIHW: Tensor, groups: int, dtype: torch.dtype | None = None, unit: bool = False) -> Kernel:
+        """The kernel that is ``weight`` itself, to be computed with in ``dtype`` (its own, unless given)."""
+        out, inputs, height, width = weight_OIHW.shape
+        term = Term(weight_OIHW, None, groups, Placement(0, 1, height), Placement(0, 1, width))
+        shape = (out, inputs, height, width)
+        return cls(shape, groups, (term,), dtype or weight_OIHW.dtype, weight_OIHW.device, unit)
+
+    def scaled(self, factor_O: Tensor) -> Kernel:
+        """Each output channel multiplied by its factor."""
+        terms = (replace(t, factor=factor_O if t.factor is None else t.factor * factor_O) for t in self.terms)
+        return replace(self, terms=tuple(terms), unit=False)
+
+    def placed(self, size: tuple[int, int], groups: int, rows: Placement, columns: Placement) -> Kernel:
+        """The same numbers at taps ``rows`` and ``columns`` of a larger kernel, written with fewer groups."""
+        inputs = self.shape[1] * self.groups // groups
+        unit = self.unit and (size, groups) == (self.shape[2:], self.groups)
+        terms = (replace(t, rows=t.rows.within(rows), columns=t.columns.within(columns)) for t in self.terms)
+        return replace(self, shape=(self.shape[0], inputs, *size), groups=groups, terms=tuple(terms), unit=unit)
+
+    def plus(self, other: Kernel) -> Kernel:
+        """The sum of two kernels of one shape and one number of groups."""
+        return replace(self, terms=self.terms + other.terms, unit=False)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Kernel:
+        """The same kernel, to be computed in another dtype on another device."""
+        convert = (replace(t, weight=t.weight.to(device), factor=_to(t.factor, device, dtype)) for t in self.terms)
+        return replace(self, terms=tuple(convert), dtype=dtype, device=torch.device(device))
+
+    def numel(self) -> int:
+        """O · I · H · W."""
+        out, inputs, height, width = self.shape
+        return out * inputs * height * width
+
+    def dense(self) -> Tensor:
+        """The kernel multiplied out, (O, I, H, W), with gradients to weights and factors."""
+        first = self.terms[0]
+        if len(self.terms) == 1 and self._covers(first):
+            weight_OIHW = first.weight.to(self.dtype)
+            return weight_OIHW if first.factor is None else weight_OIHW * first.factor.view(-1, 1, 1, 1)
+        sums = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for term in self.terms:
+            self._add(sums, term, slice(0, self.shape[0]))
+        return sums
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The kernel multiplied out piece by piece: ranges of output channels and their sums (R, I, H, W).
+
+        The sums stay valid until the next one is asked for. Without gradients.
+        """
+        step = max(1, _CHUNK // max(1, self.numel() // self.shape[0]))
+        base = next((term for term in self.terms if self._covers(term)), None)
+        buffer = torch.empty((min(step, self.shape[0]), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            sums = buffer[: rows.stop - rows.start]
+            if base is None:
+                sums.zero_()
+            else:
+                sums.copy_(base.weight[rows])
+                if base.factor is not None:
+                    sums *= base.factor[rows].view(-1, 1, 1, 1)
+            for term in self.terms:
+                if term is not base:
+                    self._add(sums, term, rows)
+            yield rows, sums
+
+    def _covers(self, term: Term) -> bool:
+        """Whether a term has the shape of the sum."""
+        return term.groups == self.groups and tuple(term.weight.shape) == self.shape
+
+    def _add(self, sums_RIHW: Tensor, term: Term, rows: slice) -> None:
+        """Add the given output channels of a term onto their taps and channels."""
+        value = term.weight[rows].to(self.dtype)
+        if term.factor is not None:
+            value = value * term.factor[rows].view(-1, 1, 1, 1)
+        taps = sums_RIHW[:, :, term.rows.slice, term.columns.slice]
+        if term.groups == self.groups:
+            taps += value
+            return
+        # Output channel o of the term reads its own inputs from I_t · (o // (O / g_t)) on, counted over all groups.
+        channels = torch.arange(rows.start, rows.stop, device=self.device)
+        width = term.weight.shape[1]
+        first = channels.div(self.shape[0] // term.groups, rounding_mode="floor") * width % self.shape[1]
+        inputs = first[:, None] + torch.arange(width, device=self.device)
+        taps.index_put_(((channels - rows.start)[:, None], inputs), value, accumulate=True)
+
+
+def _to(value: Tensor | None, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(device=device, dtype=dtype)
