@@ -27,7 +27,8 @@ class PointwiseConv2d(nn.Conv2d):
         step_h, step_w = self.stride
         if self.stride != (1, 1):
             input = input[:, :, ::step_h, ::step_w]  # noqa: A001
-        return F.conv2d(input, self.weight, self.bias, groups=self.groups)
+        out: Tensor = F.conv2d(input, self.weight, self.bias, groups=self.groups)
+        return out
 
 
 class ConvBN(nn.Module):
@@ -49,4 +50,5 @@ class BranchSum(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of all branches on ``x``."""
-        return reduce(add, (branch(x) for branch in self.values()))
+        out: Tensor = reduce(add, (branch(x) for branch in self.values()))
+        return out

@@ -1,1 +1,7 @@
-"""The measure room."""
+"""What a model costs: one walk over its ops, the counts read off it, and latency measured side by side."""
+
+from repvgg.measure.counts import Counts, count
+from repvgg.measure.latency import Timing, compare, environment
+from repvgg.measure.walk import Op, Walk, walk
+
+__all__ = ["Counts", "Op", "Timing", "Walk", "compare", "count", "environment", "walk"]

@@ -1,1 +1,1 @@
-"""The studies room."""
+"""The studies: each runs something whole, measures it and writes down what came out."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError
-from repvgg.symbolic import handlers
+from repvgg.symbolic import handlers, slicing
 from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownSize
 
 _KEEP_CHANNELS = {
@@ -54,7 +54,7 @@ class ChannelProbe(SymbolicTensor):
             statistics = _argument(args, kwargs, 1, "running_mean")
             if statistics is not None:
                 raise ChannelsFound(len(statistics))
-        if handler in _KEEP_CHANNELS:
+        if handler in _KEEP_CHANNELS or (handler is slicing.getitem and slicing.keeps_channels(args[1])):
             return next(argument for argument in args if isinstance(argument, ChannelProbe))
         name = getattr(func, "__name__", func)
         raise NotLinearError(f"the number of input channels cannot be told in front of {name}")

@@ -27,6 +27,11 @@ def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 
     return input.like(conv, "slice", is_view=True)
 
 
+def keeps_channels(index: Any) -> bool:
+    """Whether an index takes all channels."""
+    return _slices(index)[1] == _ALL
+
+
 def _slices(index: Any) -> tuple[slice, slice, slice, slice]:
     entries = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in entries:

@@ -1,1 +1,8 @@
-"""The verify room."""
+"""The one judge of the library: two callables and some inputs in, :class:`Evidence` out."""
+
+from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
+from repvgg.verify.inputs import border_inputs
+from repvgg.verify.judge import verify
+from repvgg.verify.state import judging
+
+__all__ = ["Agreement", "Evidence", "LayerEvidence", "border_inputs", "judging", "verify"]

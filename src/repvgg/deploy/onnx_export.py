@@ -1,0 +1,182 @@
+"""Export to ONNX: one checked file, or none."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.deploy import onnx_graph
+from repvgg.errors import ExportError, OutputExistsError, UsageError, require
+
+INPUT = "image"
+OUTPUT = "logits"
+_LARGEST = 2**31 - 2**20  # bytes: a protobuf message ends at 2 GiB, and the graph around the weights needs a little
+
+
+@final
+@dataclass(frozen=True)
+class OnnxExport:
+    """An ONNX file that was written and checked.
+
+    Attributes:
+        path: the file.
+        opset: version of the default operator set.
+        operators: number of nodes of each type, the most frequent first.
+        violations: what :meth:`plain_violations` returns.
+    """
+
+    path: Path
+    opset: int
+    operators: Mapping[str, int]
+    violations: tuple[str, ...] = field(repr=False)
+
+    def plain_violations(self) -> tuple[str, ...]:
+        """The nodes that a plain network does not have: batch norms and sums of two activations; empty if plain."""
+        return self.violations
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    input_shape: tuple[int, int, int],
+    *,
+    overwrite: bool = False,
+    dynamic_batch: bool = True,
+) -> OnnxExport:
+    """Write ``model``, as it computes in eval mode, to one ONNX file from ``image`` (N, C, H, W) to ``logits``.
+
+    The file is checked (``onnx.checker``, with shape inference) under a temporary name in the same folder and then
+    renamed: whatever happens, there is a whole file at ``path`` or none. The model comes back as it was, in its modes
+    too. The exporter folds each batch norm that follows a convolution into it; one on a branch of its own stays.
+
+    Args:
+        model: any module from one tensor to one tensor that ``torch.export`` can capture.
+        path: where to write; its folder must exist.
+        input_shape: (C, H, W) of one image. Height and width are fixed in the file.
+        overwrite: replace a file at ``path``.
+        dynamic_batch: leave N open; otherwise it is 1.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        UsageError: ``input_shape`` is not three positive numbers.
+        ExportError: no such folder, a model that cannot be captured, one of 2 GiB or more, or a file that fails its
+            check or cannot be written.
+        MissingDependencyError: onnx or onnxscript is not installed.
+    """
+    target = Path(path)
+    _check_target(target, overwrite)
+    _check_model(model, input_shape)
+    checker = require("onnx").checker
+    proto = _capture(model, _example(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
+    with _renamed_at_the_end(target) as part:
+        part.write_bytes(proto.SerializeToString())
+        try:
+            checker.check_model(str(part), full_check=True)
+        except checker.ValidationError as error:
+            raise ExportError(f"The exported graph is not valid ONNX: {_first_line(error)}") from error
+    opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    return OnnxExport(target, opset, onnx_graph.operators(proto.graph), onnx_graph.plain_violations(proto.graph))
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise ExportError(f"There is no folder {str(target.parent)!r} to write {target.name} to: make it first.")
+    if target.is_dir():
+        raise OutputExistsError(f"{str(target)!r} is a folder: give the name of a file.")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"{str(target)!r} exists: ask to overwrite it, or choose another name.")
+
+
+def _check_model(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise UsageError(f"The shape of an image is (C, H, W), three positive numbers, not {input_shape}.")
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if size > _LARGEST:
+        raise ExportError(f"The model holds {size / 2**30:.1f} GiB, and one ONNX file holds less than 2 GiB.")
+
+
+def _example(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Tensor:
+    """An input in the dtype and on the device of the model."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device)
+
+
+def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
+    """The model as an ``onnx.ModelProto``."""
+    require("onnxscript")
+    try:
+        with _eval_mode(model), _silence():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = _first_line(error.__cause__ or error)
+        raise ExportError(
+            f"The model cannot be exported for an image of {tuple(example.shape[1:])}: {reason}"
+        ) from error
+    assert program is not None
+    outputs = len(program.model_proto.graph.output)
+    if outputs != 1:
+        raise ExportError(f"The model returns {outputs} tensors: only models that return one can be exported.")
+    return program.model_proto
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; each comes back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hold back what the exporter says about its own internals: its outcome is checked instead."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _renamed_at_the_end(target: Path) -> Iterator[Path]:
+    """A path in a folder of its own beside ``target``, moved there if all goes well and removed if not."""
+    try:
+        with TemporaryDirectory(prefix=".repvgg-", dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            yield part
+            part.replace(target)
+    except OSError as error:
+        raise ExportError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

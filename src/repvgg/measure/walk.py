@@ -1,0 +1,136 @@
+"""One walk over everything that a model executes; all counts are read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repvgg.errors import UsageError
+from repvgg.measure.rules import Work, is_known, name_of, work_of
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One executed op.
+
+    Attributes:
+        name: as in "aten.convolution", without the overload.
+        inputs: shapes of the tensors among its arguments, in order.
+        outputs: shapes of the tensors that it returned.
+        work: its multiply-adds, or None where no rule knows the op.
+    """
+
+    name: str
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    work: Work | None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds; 0 where they are not known."""
+        return self.work.macs if self.work else 0
+
+    @property
+    def winograd_muls(self) -> int:
+        """Multiplications with Winograd's F(2x2, 3x3) where it applies; 0 where they are not known."""
+        return self.work.winograd_muls if self.work else 0
+
+
+@dataclass(frozen=True)
+class Walk:
+    """All ops of one forward, in the order of execution."""
+
+    ops: tuple[Op, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all ops that are known."""
+        return sum(op.macs for op in self.ops)
+
+    @property
+    def winograd_muls(self) -> int:
+        """Multiplications with Winograd's F(2x2, 3x3), of all ops that are known."""
+        return sum(op.winograd_muls for op in self.ops)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the ops that no rule knows, sorted: where there are any, the sums are lower bounds."""
+        return tuple(sorted({op.name for op in self.ops if op.work is None}))
+
+
+def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
+    """Run ``model`` once, in eval mode and without gradients, and record every op that PyTorch executes.
+
+    It runs where its tensors are; on meta tensors nothing is computed and no memory is used. The ``training`` flags
+    are put back.
+
+    Args:
+        model: any module; it is not changed.
+        inputs: its argument, or its arguments.
+
+    Raises:
+        UsageError: there are no inputs, or one of them is not a tensor.
+
+    Limits: only what goes through PyTorch's dispatcher is seen; a kernel called past it (ctypes, NumPy) is not.
+    """
+    arguments = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not arguments or not all(isinstance(argument, Tensor) for argument in arguments):
+        raise UsageError("A walk needs the tensors that the model takes.")
+    recorder = _Recorder()
+    with _eval_mode(model), torch.no_grad(), recorder:
+        model(*arguments)
+    return Walk(tuple(recorder.ops))
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records each op below autograd. An op that PyTorch composes of others is recorded as these others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[Op] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not is_known(func):
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        shapes = tuple(_shapes((args, kwargs))), tuple(_shapes(out))
+        self.ops.append(Op(name_of(func), *shapes, work_of(func, args, out)))
+        return out
+
+
+def _shapes(value: Any) -> Iterator[Shape]:
+    """Shapes of all tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, dict):
+        yield from _shapes(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _shapes(item)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode by the flags alone: modules made by ``torch.export`` refuse ``eval()``."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

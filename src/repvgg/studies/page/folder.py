@@ -1,0 +1,45 @@
+"""The end of the page: the files beside it, what to try next, and how to get all of it again."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from repvgg.studies.page.layout import code, figures, section
+from repvgg.studies.page.markup import Child, Markup, element, join
+from repvgg.studies.page.schema import File, Report
+from repvgg.studies.page.wording import size
+
+
+def folder(report: Report) -> Markup:
+    """The files, each linked."""
+    if not report.files:
+        return section("folder", "What is in this folder", "Nothing but this page.")
+    rows = figures("Files of this run", ("File", "Size", "What it is for"), map(_file, report.files), "files")
+    return section("folder", "What is in this folder", None, rows)
+
+
+def _file(file: File) -> tuple[Markup, tuple[Child, ...]]:
+    return element("a", file.name, href=f"./{quote(file.name)}"), (size(file.bytes), file.purpose)
+
+
+def next_commands(report: Report) -> Markup | None:
+    """Commands to copy; one click selects a whole one."""
+    if not report.next_commands:
+        return None
+    steps = (join(element("p", step.purpose), code(step.command)) for step in report.next_commands)
+    return section("next", "Try next", None, element("ol", (element("li", step) for step in steps), class_="commands"))
+
+
+def footer(report: Report) -> Markup:
+    """Seed, versions, and the command that makes this page again."""
+    facts = {"seed": str(report.seed), "data": report.data.name, **report.environment}
+    facts["report schema"] = str(report.schema_version)
+    entries = (element("div", element("dt", name), element("dd", value)) for name, value in facts.items())
+    return element(
+        "footer",
+        element("h2", "How to get this page again", id="again-title"),
+        element("p", "The same seed gives the same weights; times depend on the machine."),
+        code(report.command),
+        element("dl", entries, class_="facts"),
+        element("p", "Everything on this page is in report.json beside it.", class_="quiet"),
+    )

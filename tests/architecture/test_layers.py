@@ -1,0 +1,83 @@
+"""The rules of the house: which import may point where, what importing costs, what the public door shows."""
+
+import pathlib
+import subprocess
+import sys
+
+import repvgg
+
+ROOT = pathlib.Path(repvgg.__file__).parent
+HEAVY = {
+    *("lightning", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "rich", "tyro"),
+    *("safetensors", "huggingface_hub", "torchmetrics", "scipy", "pandas", "PIL"),
+}
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_imports_point_down():
+    """The contracts in pyproject.toml, by import-linter."""
+    run = subprocess.run(
+        [str(pathlib.Path(sys.executable).parent / "lint-imports")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout
+
+
+def test_import_is_lean():
+    before, after = "import sys, torch; before = set(sys.modules)", "print(*(set(sys.modules) - before))"
+    new = {name.partition(".")[0] for name in python(f"{before}; import repvgg; {after}").split()}
+    assert "repvgg" in new
+    assert not new & HEAVY
+
+
+def test_import_starts_no_device():
+    assert python("import repvgg, torch; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+def test_public_door():
+    assert repvgg.__all__ == sorted(repvgg.__all__)
+    for name in repvgg.__all__:
+        value = getattr(repvgg, name)
+        assert value.__doc__, name
+        assert value.__module__.startswith("repvgg."), name
+    assert (ROOT / "py.typed").exists()
+
+
+def test_every_room_has_a_sorted_door():
+    for room in ROOT.iterdir():
+        if not (room / "__init__.py").exists() or room.name in ("cli", "studies"):
+            continue
+        module = __import__(f"repvgg.{room.name}", fromlist=["__all__"])
+        names = [name for name in module.__all__ if name != "__all__"]
+        assert set(names) == set(module.__all__)
+        assert all(hasattr(module, name) for name in names), room.name
+
+
+def test_no_addresses_and_no_machine_names():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT.parents[1], capture_output=True, text=True, check=False)
+    files = tracked.stdout.split() or [str(path) for path in ROOT.rglob("*.py")]
+    forbidden = ["pypi" + ".org", "files.python" + "hosted", "down" + "load.pytorch"]
+    for name in files:
+        path = ROOT.parents[1] / name
+        if path.suffix in (".py", ".md", ".toml", ".yml", "") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not any(word in text for word in forbidden), name
+
+
+def test_errors_form_one_tree():
+    from repvgg import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(issubclass(kind, (errors.RepvggError, Warning)) for kind in kinds)
+    assert all(kind.__name__ in errors.__doc__ for kind in kinds)
+
+
+def test_a_missing_extra_is_named():
+    import pytest
+
+    from repvgg.errors import MissingDependencyError, require
+
+    with pytest.raises(MissingDependencyError, match=r"pip install 'repvgg\[engine\]'"):
+        require("a_package_that_is_not_there", "engine")
