@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from repvgg.checkpoints.metadata import Metadata
-from repvgg.errors import CheckpointError, require
+from repvgg.errors import CheckpointError, OutputError, UsageError, require
 from repvgg.files import whole_or_nothing
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+_DEEPEST = 8  # wrappers within wrappers
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,30 @@ def save_checkpoint(
     Raises:
         OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
         OutputError: it cannot be written.
+        UsageError: a field of the header makes no sense.
     """
-    save_file = require("safetensors.torch").save_file
+    safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
+    if wrong := metadata.senseless():
+        raise UsageError(f"A header with the {wrong!r} {getattr(metadata, wrong)!r} makes no sense.")
+    header = metadata.to_header()
     with whole_or_nothing(path, overwrite=overwrite) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata.to_header())
+        try:
+            save_file(_apart(tensors), part, header)
+        except safetensors.SafetensorError as error:  # what it makes of an OSError, too
+            raise OutputError(f"{str(path)!r} could not be written: {_first_line(error)}.") from error
     return Path(path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the standard layout, those that share memory as copies: safetensors takes no others."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    return out
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -54,20 +75,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             with weights that are not finite.
     """
     file = Path(path)
-    if not file.is_file():
-        what = "a folder" if file.is_dir() else "no file"
-        raise CheckpointError(f"There is {what} at {str(file)!r}: give the path of a checkpoint.")
-    with file.open("rb") as stream:
-        start = stream.read(9)
+    start = _start_of(file)
     tensors, metadata = _read_safetensors(file) if start[8:9] == b"{" else (_read_torch(file), None)
-    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
-    if broken:
-        raise CheckpointError(f"{str(file)!r} holds values that are not finite, in {broken[0]!r} first.")
+    for name, tensor in tensors.items():
+        problem = _problem(tensor)
+        if problem:
+            raise CheckpointError(f"{str(file)!r} holds {problem}, in {name!r} first.")
     return Checkpoint(file, tensors, metadata)
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def _start_of(file: Path) -> bytes:
+    """The first bytes: a safetensors file has a length of 8 bytes there, then JSON."""
+    try:
+        if not file.is_file():
+            what = "a folder" if file.is_dir() else "no file"
+            raise CheckpointError(f"There is {what} at {str(file)!r}: give the path of a checkpoint.")
+        with file.open("rb") as stream:
+            return stream.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Why a tensor is of no use, or None."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return "weights that are not plain numbers"
+    if not tensor.is_floating_point():
+        return None
+    finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()
+    return None if bool(finite) else "values that are not finite"
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Metadata | None]:
@@ -83,9 +119,11 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Metadata | None]:
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about archives that are refused in any case
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported operand" in str(error):
+        if "Unsupported" in str(error):
             reason = "would run code when it is read; save its state_dict alone, as safetensors"
         else:
             reason = "is not a checkpoint"
@@ -100,16 +138,21 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
 
 def _named_tensors(content: Any) -> dict[str, Tensor]:
     """The tensors of a possibly wrapped state dict, without wrapping prefixes."""
-    wrapper = next(
-        (name for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)), None
-    )
-    if wrapper is not None:
-        return _named_tensors(content[wrapper])
+    for _ in range(_DEEPEST):
+        wrapper = next((name for name in _WRAPPERS if isinstance(_get(content, name), dict)), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
     if not isinstance(content, dict):
         return {}
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
-    return _named_tensors({name.removeprefix(prefix): t for name, t in tensors.items()}) if prefix else tensors
+    while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _get(content: Any, name: str) -> Any:
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def _first_line(error: Exception) -> str:

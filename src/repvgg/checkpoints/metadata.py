@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from repvgg.errors import CheckpointError
 
 KEY = "repvgg"
+_LARGEST_COUNT = 2**31
 Form = Literal["train", "plain"]
 
 
@@ -61,18 +63,29 @@ class Metadata:
             for name in ("mean", "std", "classes"):
                 known[name] = tuple(known.get(name, ()))
             metadata = cls(**known)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path!r} has a header that cannot be read ({error}): save it again.") from error
-        metadata.check(path)
+        if wrong := metadata.senseless():
+            raise CheckpointError(f"{path!r} has a header whose {wrong!r} makes no sense: save it again.")
         return metadata
 
-    def check(self, path: str) -> None:
-        """Check that the numbers make sense.
+    def senseless(self) -> str | None:
+        """The first field that makes no sense, or None."""
+        return next((name for name, sane in self._sanity() if not sane), None)
 
-        Raises:
-            CheckpointError: they do not.
-        """
-        counts = (self.num_classes, self.in_channels, self.input_size)
-        sane = all(isinstance(count, int) and count > 0 for count in counts) and isinstance(self.model, str)
-        if not sane or self.form not in ("train", "plain"):
-            raise CheckpointError(f"{path!r} has a header that makes no sense: save it again.")
+    def _sanity(self) -> Iterator[tuple[str, bool]]:
+        for name in ("num_classes", "in_channels", "input_size"):
+            yield name, type(getattr(self, name)) is int and 0 < getattr(self, name) < _LARGEST_COUNT
+        yield "model", isinstance(self.model, str)
+        yield "form", self.form in ("train", "plain")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            yield name, all(map(_is_number, values)) and len(values) in (0, self.in_channels)
+        yield "classes", all(isinstance(c, str) for c in self.classes) and len(self.classes) in (0, self.num_classes)
+        yield "recipe", isinstance(self.recipe, dict)
+        yield "metrics", isinstance(self.metrics, dict) and all(map(_is_number, self.metrics.values()))
+        yield "version", isinstance(self.version, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import io
+import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 
-from repvgg.errors import RepvggError
+from repvgg.errors import RepvggError, UsageError
 
-_INTERRUPTED = 130
+_DIFFERENT, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_ABOUT = "Train multi-branch networks, ship plain ones, and know that they are equal."
+_WIDEST = 100  # columns of help, on terminals that are wider
+
+Verb = Callable[..., int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,37 +26,117 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: the answer is no (two models differ). 2: bad input, in one sentence on standard error. 130: Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except RepvggError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _complain(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _complain("There is not enough memory for this: take smaller or fewer images.")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
-
-
-def _run(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
-        from repvgg import __version__
-
-        sys.stdout.write(f"repvgg {__version__}\n")
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    import tyro
+    return code
 
+
+def _complain(what: object) -> int:
+    sys.stderr.write(f"error: {' '.join(str(what).split())}\n")
+    return _BAD_INPUT
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own for an accelerator without memory, and none for the CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _verbs() -> dict[str, Verb]:
     from repvgg.cli.bench import bench
     from repvgg.cli.convert import convert
-    from repvgg.cli.list import list_
+    from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.verify import verify
 
-    verbs: dict[str, Callable[..., Any]] = {"quickstart": quickstart, "list": list_, "convert": convert, "verify": verify, "bench": bench}
-    code: int | None = tyro.extras.subcommand_cli_from_dict(
-        verbs,
-        prog="repvgg",
-        description="Train multi-branch networks, ship plain ones, and know that they are equal.",
-        args=arguments or ["--help"],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    return {"quickstart": quickstart, "list": list_, "convert": convert, "verify": verify, "bench": bench}
+
+
+def _run(arguments: list[str]) -> int:
+    verbs = _verbs()
+    first = arguments[0] if arguments else "--help"
+    if first in verbs:
+        return _call(first, verbs[first], arguments[1:])
+    if first in ("-h", "--help"):
+        sys.stdout.write(_overview(verbs))
+    elif first == "--version":
+        from repvgg import __version__
+
+        sys.stdout.write(f"repvgg {__version__}\n")
+    else:
+        close = difflib.get_close_matches(first, verbs, n=1)
+        known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}."
+        raise UsageError(f"There is no verb {first!r}: {known}")
+    return 0
+
+
+def _call(name: str, verb: Verb, arguments: list[str]) -> int:
+    import tyro
+
+    marks = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.HelptextFromCommentsOff)
+    try:
+        with _single_blank_lines("-h" in arguments or "--help" in arguments):
+            code: int | None = tyro.cli(
+                verb, prog=f"repvgg {name}", description=_description(verb), args=arguments, config=marks
+            )
+    except SystemExit as end:  # after --help, or after telling what cannot be parsed
+        return end.code if isinstance(end.code, int) else 0
     return code or 0
+
+
+def _overview(verbs: dict[str, Verb]) -> str:
+    indent = max(map(len, verbs)) + 4
+    lines = [
+        textwrap.fill(
+            _paragraphs(verb)[0], _width(), initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent
+        )
+        for name, verb in verbs.items()
+    ]
+    last = "'repvgg VERB --help' tells more of each. The first to try: repvgg quickstart"
+    return "\n".join(["usage: repvgg VERB [options]", "", _ABOUT, "", *lines, "", last, ""])
+
+
+def _description(verb: Verb) -> str:
+    """What the help of a verb says on top, indented: tyro joins lines that are not."""
+    wrapped = [
+        textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _width() - 2), "  ")
+        for part in _paragraphs(verb)
+    ]
+    return "\n\n".join(wrapped)
+
+
+def _paragraphs(verb: Verb) -> list[str]:
+    """The docstring without its ``Args``; paragraphs that are indented are examples."""
+    return inspect.cleandoc(verb.__doc__ or "").split("\n\nArgs:")[0].split("\n\n")
+
+
+@contextmanager
+def _single_blank_lines(wanted: bool) -> Iterator[None]:
+    """Undo the second blank line that tyro puts in front of each indented paragraph."""
+    if not wanted:
+        yield
+        return
+    held = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)  # tyro draws boxes where these can be encoded
+    try:
+        with redirect_stdout(held):
+            yield
+    finally:
+        held.seek(0)
+        sys.stdout.write(held.read().replace("\n\n\n", "\n\n"))
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _WIDEST)

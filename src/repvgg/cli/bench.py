@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from repvgg.measure import Timing
     from repvgg.models import RepVGG
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_TITLES = ("form", "median ms", "quartiles", "images/s", "speed-up", "quartiles")
 
 
 def bench(
-    model: Annotated[str, tyro.conf.Positional] = "repvgg_a0",
-    batch: int = 1,
-    input_size: int | None = None,
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "repvgg_a0",
+    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 1,
+    input_size: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="PIXELS")] = None,
     rounds: int = 30,
-    threads: int | None = None,
+    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
     dtype: Dtype = "float32",
     channels_last: bool = False,
-    as_json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Time a model on this CPU in its three forms: train form, batch norms folded, plain.
 
     Every round times each form once, so that a slow spell of the machine hits all alike; times are medians with
     quartiles, speed-ups are taken within each round. Ctrl-C stops early and keeps what was measured.
+
+        repvgg bench repvgg_a0 --threads 1
+        repvgg bench train.safetensors --batch 16 --dtype bfloat16
 
     Args:
         model: a name from 'repvgg list' (random weights), or a checkpoint in the train form.
@@ -43,30 +45,34 @@ def bench(
         threads: CPU threads; without it what PyTorch takes.
         dtype: of weights and images.
         channels_last: keep images and weights in NHWC.
-        as_json: print JSON.
+        as_json: print JSON; times are in seconds.
     """
+    from repvgg.cli.terminal import write_json
     from repvgg.errors import UsageError
 
-    if min(batch, rounds, input_size or 1, threads or 1) < 1:
+    if min(batch, rounds, *(number for number in (input_size, threads) if number is not None)) < 1:
         raise UsageError("Batch, input size, rounds and threads are all at least 1.")
     train, size = _model(model, input_size)
     with _threads(threads):
         timings, stamp = _measure(train, batch, size, rounds, dtype, channels_last)
-    stamp |= {"model": model, "batch": str(batch), "input_size": str(size), "dtype": dtype}
+    settings = {"model": model, "batch": batch, "input_size": size, "dtype": dtype, "channels_last": channels_last}
     if as_json:
         entries = [timing.to_dict() for timing in timings]
-        sys.stdout.write(json.dumps({"timings": entries, "environment": stamp}, indent=1) + "\n")
+        write_json({"timings": entries, "settings": settings, "environment": stamp})
     else:
-        _print(timings, batch, stamp)
+        _print(timings, batch)
+        _print_stamp(settings, stamp)
 
 
 def _model(name: str, input_size: int | None) -> tuple[RepVGG, int]:
     from repvgg.errors import CheckpointError
-    from repvgg.models import create_model, load, spec_of
+    from repvgg.models import create_model, list_models, load, spec_of
 
-    if not (Path(name).suffix or Path(name).exists()):
-        return create_model(name).eval(), input_size or spec_of(name).input_size
-    loaded = load(name)
+    path = Path(name)
+    if name in list_models() or not (path.suffix or len(path.parts) > 1 or path.exists()):
+        spec = spec_of(name)
+        return create_model(spec).eval(), input_size or spec.input_size
+    loaded = load(path)
     if loaded.metadata.form == "plain":
         raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
     return loaded.model, input_size or loaded.metadata.input_size
@@ -105,24 +111,47 @@ def _measure(
     for name, form in forms.items():
         form.to(getattr(torch, dtype)).to(memory_format=layout)
         calls[name] = partial(form, images)
-    return compare(calls, rounds=rounds), environment()
+    with _progress(rounds) as on_progress:
+        return compare(calls, rounds=rounds, on_progress=on_progress), environment()
 
 
-def _print(timings: list[Timing], batch: int, stamp: dict[str, str]) -> None:
+@contextmanager
+def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, beside standard output; nothing elsewhere."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.progress import Progress
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("form")
-    for title in ("median ms", "quartiles", "images/s", "speed-up", "quartiles"):
-        table.add_column(title, justify="right")
-    for t in timings:
-        times = f"{1e3 * t.median_seconds:.2f}", f"{1e3 * t.q1:.2f}-{1e3 * t.q3:.2f}"
-        ratios = f"{t.ratio_to_baseline:.2f}", f"{t.ratio_q1:.2f}-{t.ratio_q3:.2f}"
-        table.add_row(t.name, *times, f"{batch / t.median_seconds:.1f}", *ratios)
-    console = Console(highlight=False)
-    console.print(table)
-    plain = timings[-1]
-    if plain.ratio_q1 <= 1:
-        console.print("[bold]The plain form is not clearly faster than the train form here.[/]")
-    console.print(", ".join(f"{key} {value}" for key, value in stamp.items()), style="dim")
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print(timings: list[Timing], batch: int) -> None:
+    from repvgg.cli.terminal import write_line, write_table
+
+    write_table([_TITLES, *(_cells(timing, batch) for timing in timings)])
+    if timings[-1].ratio_q1 <= 1:
+        write_line("The plain form is not clearly faster than the train form here.")
+    write_line(f"{timings[0].rounds} rounds")
+
+
+def _print_stamp(settings: dict[str, Any], stamp: dict[str, str]) -> None:
+    from repvgg.cli.terminal import write_line
+
+    layout = "channels_last" if settings["channels_last"] else "contiguous"
+    size = f"batch {settings['batch']}, {settings['input_size']} x {settings['input_size']}"
+    write_line(f"{settings['model']}: {size}, {settings['dtype']}, {layout}, {stamp['threads']} threads")
+    write_line(f"{stamp['cpu']}, {stamp['instructions']}, {stamp['cores']} cores")
+    write_line(f"PyTorch {stamp['torch']}, Python {stamp['python']}, {stamp['platform']}")
+
+
+def _cells(timing: Timing, batch: int) -> tuple[str, ...]:
+    milliseconds = [1e3 * seconds for seconds in (timing.median_seconds, timing.q1, timing.q3)]
+    median, q1, q3 = (f"{value:.2f}" for value in milliseconds)
+    ratio = f"{timing.ratio_to_baseline:.2f}"
+    ratios = f"{timing.ratio_q1:.2f}-{timing.ratio_q3:.2f}"
+    return (timing.name, median, f"{q1}-{q3}", f"{batch / timing.median_seconds:.1f}", ratio, ratios)

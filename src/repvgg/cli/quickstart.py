@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 
-def quickstart(out: Path | None = None, seed: int = 0, overwrite: bool = False) -> None:
+def quickstart(
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FOLDER")] = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
     """Go the whole way once, on handwritten digits: train, collapse, verify, time, export, report.
 
     Takes a minute or two on 2 CPU cores and leaves a folder with both forms of the model, an ONNX file and a report

@@ -6,9 +6,11 @@ import warnings
 
 from torch import nn
 
-from repvgg.collapse.plan import Plan, batch_norms, make_plan
+from repvgg.collapse.check import depends_on_its_parts
+from repvgg.collapse.plan import Plan, batch_norms, make_plan, unwrap
 from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import carry_out
+from repvgg.collapse.tracing import random_state_kept
 from repvgg.errors import NothingFoldedWarning
 from repvgg.symbolic import refuse_training
 
@@ -54,25 +56,27 @@ def is_plain(model: nn.Module) -> bool:
     the residual additions of a ResNet.
     """
     model = unwrapped(model)
-    return not batch_norms(model) and make_plan(model, merge_branches=True).empty
+    with random_state_kept():
+        return not batch_norms(model) and make_plan(model, merge_branches=True).empty
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that only change how it runs."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]  # torch.compile
-        else:
-            return model
+    return unwrap(model)[0]
 
 
 def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]:
     model = unwrapped(model)
     refuse_training(model)
-    plan = make_plan(model, merge_branches)
-    plain, folded = carry_out(model, plan)
+    kept: dict[int, str] = {}
+    with random_state_kept():
+        while True:
+            plan = make_plan(model, merge_branches, kept)
+            plain, folded = carry_out(model, plan)
+            more = depends_on_its_parts(model, plain, plan, kept)
+            if not more:
+                break
+            kept |= more
     if not folded:
         warnings.warn(
             "Nothing was folded: there is no linear region of more than one operation in this model.",

@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import fx, nn
 
-from repvgg.symbolic import shadow_of
+from repvgg.collapse.tracing import Traced, run_traced
+from repvgg.errors import ReparamError
+
+_MOST_OPTIONAL = 3
+_ANY = object()  # in the place of the value of an argument
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """The graph of a ``forward``.
+    """The graph of a ``forward``, for the defaults of its optional arguments.
 
     Attributes:
         graph: nodes in the order of execution; every submodule that is called is one node.
-        calls: how often each submodule, by its path, is called.
-        reads: paths of the parameters and buffers that the forward reads itself.
         root: the shadow that was traced; it holds every tensor that the graph names.
-        simple: whether the forward takes nothing but positional inputs without defaults.
+        escaped: nodes whose tensors the forward keeps somewhere for others to read.
+        calls: how often each submodule, by its path, is called at most, whatever the optional arguments are.
+        reads: paths of the parameters and buffers that the forward reads itself.
+        more: why the graph says less than the forward does, or None: it may stand in its place.
+        variants: graphs for other values of the optional arguments.
     """
 
     graph: fx.Graph
+    root: nn.Module
+    escaped: frozenset[fx.Node]
     calls: dict[str, int]
     reads: frozenset[str]
-    root: nn.Module
-    simple: bool
-
-
-class _ShallowTracer(fx.Tracer):
-    """Stops at every submodule."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    more: str | None
+    variants: tuple[Traced, ...]
 
 
 def capture(module: nn.Module, *, training: bool = False) -> Capture:
     """Trace the ``forward`` of ``module`` itself with torch.fx, submodules being leaves.
 
-    The trace runs on a shadow, so that a forward that writes attributes does not write them on ``module``.
+    The trace runs on a shadow, so that a forward that writes attributes does not write them on ``module``. Where the
+    forward has optional arguments, it is traced for other values of them as well.
 
     Args:
         module: the module.
@@ -49,19 +54,49 @@ def capture(module: nn.Module, *, training: bool = False) -> Capture:
     Raises:
         Exception: whatever torch.fx or the module's own code raises where the flow depends on values.
     """
-    shadow = shadow_of(module, lambda tensor: tensor)
-    shadow.training = training
     defaults = _defaults(module)
-    graph = _ShallowTracer().trace(shadow, concrete_args=defaults or None)
-    calls: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    reads = frozenset(str(node.target) for node in graph.nodes if node.op == "get_attr")
-    return Capture(graph, calls, reads, shadow, simple=not defaults)
+    first, *others = (_run(module, values, training) for values in (defaults, *_other_values(defaults)))
+    counts: dict[str, int] = {}
+    for run in (first, *others):
+        for path, count in calls_of(run.graph).items():
+            counts[path] = max(count, counts.get(path, 0))
+    more = first.more or ("takes optional arguments" if defaults else None)
+    reads = frozenset[str]().union(first.reads, *(run.reads for run in others))
+    return Capture(first.graph, first.root, first.escaped, counts, reads, more, tuple(others))
+
+
+def _run(module: nn.Module, arguments: dict[str, Any], training: bool) -> Traced:
+    try:
+        return run_traced(module, arguments, training=training)
+    except ReparamError:
+        raise
+    except Exception:  # such as a decision on the value of a parameter: with the values it may go through
+        return run_traced(module, arguments, training=training, eager=True)
+
+
+def calls_of(graph: fx.Graph) -> Counter[str]:
+    """How often a graph calls each submodule."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
-    """The optional arguments of the forward and their defaults: the trace holds for these values only."""
+    """The optional arguments of the forward and their defaults."""
     parameters = inspect.signature(type(module).forward).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _other_values(defaults: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Other values of optional arguments: switches the other way, anything in the place of None or of a default.
+
+    An argument that is left out of the dictionary may be anything.
+
+    Raises:
+        ReparamError: there are too many to try.
+    """
+    if len(defaults) > _MOST_OPTIONAL:
+        raise ReparamError(f"it takes {len(defaults)} optional arguments, too many to try them all")
+    choices = ((False, True) if isinstance(value, bool) else (value, _ANY) for value in defaults.values())
+    for values in product(*choices):
+        given = dict(zip(defaults, values, strict=True))
+        if given != defaults:
+            yield {name: value for name, value in given.items() if value is not _ANY}

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from torch import jit, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.effects import Captures
+from repvgg.collapse.reach import borrowed, parts_named_by
 from repvgg.collapse.regions import Regions, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.errors import ReparamError
@@ -40,16 +41,25 @@ class Rewrite:
     captured: Capture
     regions: Regions
 
+    def replaced(self) -> Iterator[nn.Module]:
+        """The submodules that become parts of convolutions."""
+        for region in self.regions.found:
+            yield from region.modules(self.module)
+
 
 @dataclass
 class Plan:
-    """Replacements, inner ones first; what is dropped; and for modules that stay, why."""
+    """Replacements, inner ones first; what is dropped; and for modules that stay, why.
+
+    ``captured`` are the modules whose own code keeps running over what is replaced in them, with their paths.
+    """
 
     wholes: list[Whole] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     untraced: list[LeftAlone] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    captured: dict[str, Capture] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -68,47 +78,73 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(part, name, None) for part in module.modules() for name in hooks)
 
 
-def make_plan(model: nn.Module, merge_branches: bool) -> Plan:
-    """Look at ``model`` from its root and plan the replacement of every linear region that is worth it."""
-    planner = _Planner(model, merge_branches)
-    planner.visit(model, "")
-    return planner.plan
+def unwrap(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
+    """The module inside wrappers that only change how it runs, and its path, that of the wrapper being ``path``."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(module.module, join(path, "module"))
+    if type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        return unwrap(module._orig_mod, join(path, "_orig_mod"))  # type: ignore[arg-type]  # torch.compile
+    return module, path
+
+
+def make_plan(model: nn.Module, merge_branches: bool, kept: dict[int, str] | None = None) -> Plan:
+    """Look at ``model`` from its root and plan the replacement of every linear region that is worth it.
+
+    Args:
+        model: any module.
+        merge_branches: whether branches may be merged, or only chains.
+        kept: modules, by their identity, that have to stay as they are, and why.
+    """
+    kept = dict(kept or {}) | dict.fromkeys(borrowed(model), "another module holds it as well")
+    captures = Captures()
+    while True:
+        planner = _Planner(model, merge_branches, dict(kept), captures)
+        planner.visit(model, "")
+        conflicts = planner.conflicts()
+        if not conflicts:
+            planner.drop()
+            return planner.plan
+        kept |= conflicts
 
 
 class _Planner:
     """Walks down the modules that are really called, each once."""
 
-    def __init__(self, model: nn.Module, merge_branches: bool) -> None:
+    def __init__(self, model: nn.Module, merge_branches: bool, kept: dict[int, str], captures: Captures) -> None:
         self.plan = Plan()
+        self.model = model
         self.merge_branches = merge_branches
         self.visited: set[int] = set()
-        self.frozen: set[int] = set()
+        self.kept = kept
+        self.training_only: list[tuple[str, str]] = []
+        self.captures = captures
         edges = (child for part in model.modules() for child in part._modules.values() if child is not None)
         self.references = Counter(map(id, edges))
 
     def visit(self, module: nn.Module, path: str) -> None:
         """Plan for ``module`` as a whole, else for its own graph and for what it calls."""
+        module, path = unwrap(module, path)
         leaf = not any(module.children()) and type(module).__module__.startswith("torch.nn.")
-        if id(module) in self.visited or leaf or isinstance(module, torch.jit.ScriptModule):
+        if id(module) in self.visited or leaf or isinstance(module, jit.ScriptModule):
             return
         self.visited.add(id(module))
         if self._is_whole(module, path):
             return
         try:
-            captured = capture(module)
+            captured = self.captures.of(module)
         except Exception as error:
-            reason = f"its forward cannot be traced ({type(error).__name__}: {_first_line(error)})"
-            self.plan.untraced.append(LeftAlone(path, reason))
+            self.plan.untraced.append(LeftAlone(path, f"its forward cannot be traced ({_first_line(error)})"))
+            self.kept |= dict.fromkeys(parts_named_by(module), f"the forward of {path or 'the model'} may reach for it")
             self._visit_pieces(module, path)
             return
         self._visit_graph(module, path, captured)
 
     def _is_whole(self, module: nn.Module, path: str) -> bool:
-        if has_hooks(module) or any(id(part) in self.frozen for part in module.modules()):
+        if has_hooks(module) or any(id(part) in self.kept for part in module.modules()):
             return False
         source = Source(self.merge_branches)
         try:
-            outcome = run(module, source, device="meta")
+            outcome = run(module, source, device="meta", strict=True)
         except ReparamError:
             return False
         if not isinstance(outcome, SymbolicTensor):
@@ -129,26 +165,29 @@ class _Planner:
                 self.visit(child, join(path, name))
 
     def _visit_graph(self, module: nn.Module, path: str, captured: Capture) -> None:
-        self._freeze(module, captured)
+        self.plan.captured[path] = captured
+        self._keep_reached_past(module, captured)
         opaque = {target: reason for target in captured.calls if (reason := self._opaque(module, captured, target))}
-        regions = find_regions(module, captured, opaque.keys(), self.merge_branches)
-        if not captured.simple:
-            regions = _chains_only(regions)
+        memory = self.captures.memory(module)
+        regions = find_regions(captured, memory, opaque, self.merge_branches)
+        alone = self.kept.get(id(module)) or (captured.more and f"the forward around it {captured.more}")
+        if alone:
+            regions = _chains_only(regions, captured, alone)
         consumed = {str(step.node.target) for region in regions.found for step in region.steps}
         self._keep_reasons(module, regions, opaque)
         for target in captured.calls:
             if target not in consumed or target in opaque:
                 self.visit(module.get_submodule(target), join(path, target))
-        self.plan.dropped += [join(path, target) for target in _training_only(module, captured)]
+        self.training_only += [(path, target) for target in _training_only(module, captured)]
         if regions.found:
             self.plan.rewrites.append(Rewrite(path, module, captured, regions))
 
-    def _freeze(self, module: nn.Module, captured: Capture) -> None:
+    def _keep_reached_past(self, module: nn.Module, captured: Capture) -> None:
         """What is reached past its owner, a submodule or a parameter inside a called submodule, must stay."""
         for inner in (*captured.calls, *(read.rpartition(".")[0] for read in captured.reads)):
             owners = [outer for outer in captured.calls if inner == outer or inner.startswith(f"{outer}.")]
             if (owners and owners != [inner]) or (inner in captured.calls and _is_read(captured, inner)):
-                self.frozen.add(id(module.get_submodule(inner)))
+                self.kept[id(module.get_submodule(inner))] = "its parameters are read by something else"
 
     def _opaque(self, module: nn.Module, captured: Capture, target: str) -> str | None:
         """Why the submodule at ``target`` must not be merged with its neighbours, or None."""
@@ -157,9 +196,8 @@ class _Planner:
             return "it is used more than once"
         if has_hooks(child):
             return "it has hooks"
-        if any(id(part) in self.frozen for part in child.modules()):
-            return "its parameters are read by something else"
-        return "it is a compiled script" if isinstance(child, torch.jit.ScriptModule) else None
+        reason = next((self.kept[id(part)] for part in child.modules() if id(part) in self.kept), None)
+        return "it is a compiled script" if isinstance(child, jit.ScriptModule) else reason
 
     def _keep_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
         for node, reason in regions.reasons.items():
@@ -168,12 +206,49 @@ class _Planner:
         for target, reason in opaque.items():
             self.plan.reasons[id(module.get_submodule(target))] = reason
 
+    def conflicts(self) -> dict[int, str]:
+        """Modules that were going to be replaced, and that turned out to be reached by other code as well."""
+        found: dict[int, str] = {}
+        for whole in self.plan.wholes:
+            found |= {id(part): self.kept[id(part)] for part in whole.module.modules() if id(part) in self.kept}
+        users = self._users()
+        for rewrite in self.plan.rewrites:
+            if id(rewrite.module) in self.kept and not all(region.is_chain for region in rewrite.regions.found):
+                found[id(rewrite.module)] = self.kept[id(rewrite.module)]
+            for part in rewrite.replaced():
+                if id(part) in self.kept or users[id(part)] > 1:
+                    found[id(part)] = self.kept.get(id(part), "another forward uses it as well")
+        return found
 
-def _chains_only(regions: Regions) -> Regions:
-    """The regions that need no new forward: a traced one would hold for the default arguments only."""
-    reason = "its forward takes optional arguments, and branches would be merged for their defaults only"
-    others = {step.node: reason for region in regions.found if not region.is_chain for step in region.steps}
-    return Regions(tuple(region for region in regions.found if region.is_chain), regions.reasons | others)
+    def _users(self) -> Counter[int]:
+        """How many captured forwards call each module, or read its tensors past it."""
+        users: Counter[int] = Counter()
+        for path, captured in self.plan.captured.items():
+            owners = {read.rpartition(".")[0] for read in captured.reads} - {""}
+            users.update(id(self.model.get_submodule(join(path, name))) for name in {*captured.calls, *owners})
+        return users
+
+    def drop(self) -> None:
+        """Of the submodules that only a training forward calls, drop those that nothing else can reach."""
+        users = self._users()
+        for path, target in self.training_only:
+            unused = self.model.get_submodule(join(path, target))
+            parts = list(unused.modules())
+            inside = Counter(id(child) for part in parts for child in part._modules.values())
+            alone = all(self.references[id(part)] == inside[id(part)] + (part is unused) for part in parts)
+            if alone and not any(users[id(part)] or id(part) in self.kept for part in parts):
+                self.plan.dropped.append(join(path, target))
+
+
+def _chains_only(regions: Regions, captured: Capture, reason: str) -> Regions:
+    """The regions that need no new forward, and that are what they are for other values of optional arguments too."""
+    found = tuple(
+        region
+        for region in regions.found
+        if region.is_chain and all(region.holds_in(variant.graph) for variant in captured.variants)
+    )
+    others = {step.node: reason for region in regions.found if region not in found for step in region.steps}
+    return Regions(found, regions.reasons | others)
 
 
 def _is_read(captured: Capture, target: str) -> bool:
@@ -204,7 +279,8 @@ def _nested(inner: str, outer: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    line = (str(error).splitlines() or [""])[0]
+    return line if isinstance(error, ReparamError) else f"{type(error).__name__}: {line}"
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx, nn
 
 from repvgg.collapse.capture import Capture
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.memory import Memory
 from repvgg.collapse.values import Step, Value, Values
-
-_IN_PLACE_FUNCTIONS = ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,23 @@ class Region:
         return self.value.steps
 
     @property
+    def span(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The source, and the first and the last node of the region."""
+        return self.source, self.steps[0].node, self.exit
+
+    def modules(self, owner: nn.Module) -> list[nn.Module]:
+        """The submodules of ``owner`` that the region calls."""
+        targets = (str(step.node.target) for step in self.steps if step.node.op == "call_module")
+        return [owner.get_submodule(target) for target in targets]
+
+    def holds_in(self, graph: fx.Graph) -> bool:
+        """Whether a chain is the same chain in another graph of the same module, or is not called there at all."""
+        targets = [step.node.target for step in self.steps]
+        nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
+        linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
+        return not nodes or ([node.target for node in nodes] == targets and linked)
+
+    @property
     def is_chain(self) -> bool:
         """Whether the region is a chain of submodules, each called on the outcome of the one before and on no more."""
         previous = self.source
@@ -50,24 +67,38 @@ class Regions:
     reasons: dict[fx.Node, str]
 
 
-def find_regions(module: nn.Module, captured: Capture, opaque: Collection[str], merge_branches: bool) -> Regions:
+def find_regions(captured: Capture, memory: Memory, opaque: Mapping[str, str], merge_branches: bool) -> Regions:
     """The maximal linear regions that are worth replacing by one convolution each.
 
     A region ends where something non-linear, or something with another input, reads its outcome. It is cut where two
     regions would share a node, and where merging would cost more multiply-adds than its parts do.
     """
-    cuts: set[fx.Node] = set()
-    reasons: dict[fx.Node, str] = {}
+    cuts: set[fx.Node] = {*captured.escaped, *memory.torn}
+    reasons = dict.fromkeys(memory.torn, "its memory is changed in place")
+    reasons |= dict.fromkeys(captured.escaped, "its outcome is kept for others to read")
     while True:
-        values = Values(captured, opaque, cuts, merge_branches)
-        exits = [node for node in values.of if not all(_continues(values, node, user) for user in node.users)]
+        values = Values(captured, memory, opaque, cuts, merge_branches)
+        exits = [node for node in values.of if not _is_inside(values, node)]
         more = _shared(values, exits, reasons) or _too_dear(values, exits, reasons)
+        more = more or _disturbed(values, memory, exits, reasons)
         if not more - cuts:
             break
         cuts |= more
-    regions = [Region(node, values.of[node]) for node in exits if _is_worth_it(values.of[node])]
-    found = tuple(region for region in regions if _pays(region.value) and not _disturbed(module, region, reasons))
-    return Regions(found, {**values.reasons, **reasons})
+    found = [Region(node, values.of[node]) for node in exits if _is_worth_it(values.of[node])]
+    found = [region for region in found if _pays(region.value) and memory.change_between(*region.span) is None]
+    return Regions(tuple(found), _passed_on(values, {**values.reasons, **reasons}))
+
+
+def _passed_on(values: Values, reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """The reasons, and for nodes that had to start anew the reason of what is in front of them."""
+    fronts = {node: value.source for node, value in values.of.items() if value.source in reasons}
+    passed = {node: f"{str(front.target)!r} in front of it stays: {reasons[front]}" for node, front in fronts.items()}
+    return passed | reasons
+
+
+def _is_inside(values: Values, node: fx.Node) -> bool:
+    """Whether a node is used, and all that use it are in one region with it."""
+    return bool(node.users) and all(_continues(values, node, user) for user in node.users)
 
 
 def _continues(values: Values, node: fx.Node, user: fx.Node) -> bool:
@@ -125,23 +156,13 @@ def _pays(value: Value) -> bool:
     return Cost.of_map(value.symbol.map).pays_for(value.cost)
 
 
-def _disturbed(module: nn.Module, region: Region, reasons: dict[fx.Node, str]) -> bool:
-    """Whether the tensor that the region reads may be changed in place between its first and its last reading."""
-    inside = {step.node for step in region.steps}
-    aliases = {region.source, *(user for user in region.source.users if user not in inside)}
-    nodes = list(region.exit.graph.nodes)
-    between = nodes[nodes.index(region.steps[0].node) : nodes.index(region.exit)]
-    for node in between:
-        if node not in inside and aliases.intersection(node.all_input_nodes) and _may_write(module, node):
-            reasons[region.exit] = f"{node.name!r} may change the input in place while the branches read it"
-            return True
-    return False
-
-
-def _may_write(module: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        parts = module.get_submodule(str(node.target)).modules()
-        return any(getattr(part, "inplace", False) for part in parts)
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace"))
+def _disturbed(values: Values, memory: Memory, exits: list[fx.Node], reasons: dict[fx.Node, str]) -> set[fx.Node]:
+    """The inputs of the exit of a region whose source may be changed in place between its first and last reading."""
+    for end in exits:
+        value = values.of[end]
+        write = memory.change_between(*Region(end, value).span)
+        inputs = {n for n in end.all_input_nodes if n in values.of and _continues(values, n, end)}
+        if inputs and write is not None and _is_worth_it(value):
+            reasons[end] = f"{write.name!r} may change the input in place while the branches read it"
+            return inputs
+    return set()

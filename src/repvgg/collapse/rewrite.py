@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,12 +11,16 @@ from torch import Tensor, fx, nn
 from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.emit import describe, to_conv2d
+from repvgg.collapse.graft import Graft
 from repvgg.collapse.plan import Plan, Rewrite, Whole, join
 from repvgg.collapse.regions import Region
 from repvgg.collapse.report import Folded, Part
-from repvgg.collapse.values import Evaluator, Step, attribute
+from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, algebra_device, first_float, run
+
+Module = TypeVar("Module", bound=nn.Module)
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 def carry_out(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Folded]]:
@@ -47,7 +50,7 @@ def _replace_whole(whole: Whole, folded: list[Folded]) -> nn.Conv2d:
     parts = [Part(name, describe_module(child)) for name, child in whole.module.named_children()]
     parts = parts or [Part("", describe_module(whole.module))]
     parameters = sum(p.numel() for p in whole.module.parameters())
-    conv = _emit(symbol.map, whole.module)
+    conv = _in_place_of(whole.module, _emit(symbol.map, whole.module))
     folded.append(_entry(whole.path, parts, symbol.map, conv, parameters, whole.cost))
     return conv
 
@@ -58,6 +61,15 @@ def _emit(conv: ConvMap, owner: nn.Module) -> nn.Conv2d:
     trainable = not parameters or any(p.requires_grad for p in parameters)
     module = to_conv2d(conv, _like(owner), requires_grad=trainable)
     return module.train(owner.training)
+
+
+def _in_place_of(old: nn.Module, new: Module) -> Module:
+    """``new`` in the mode of ``old``, with the plain attributes of ``old`` that others may read."""
+    for name, value in vars(old).items():
+        if isinstance(value, _PLAIN) and not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, copy.copy(value))
+    new.training = old.training
+    return new
 
 
 def _like(module: nn.Module) -> Tensor:
@@ -94,19 +106,31 @@ def _replace_regions(rewrite: Rewrite, memo: dict[int, Any], folded: list[Folded
         if region.is_chain:
             _replace_chain(rewrite, region, memo, folded)
     if others:
-        memo[id(rewrite.module)] = _Regraph(rewrite, memo).build(others, folded)
+        graft = Graft(rewrite, memo)
+        folded.extend([_replace_branches(rewrite, region, graft) for region in others])
+        memo[id(rewrite.module)] = graft.finish()
+
+
+def _replace_branches(rewrite: Rewrite, region: Region, graft: Graft) -> Folded:
+    merged = _solve(rewrite.captured.root, region)
+    owner = nn.ModuleList(region.modules(rewrite.module))
+    owner.training = rewrite.module.training
+    conv = _emit(merged, owner if any(True for _ in owner.parameters()) else rewrite.module)
+    parameters = sum(p.numel() for p in owner.parameters())
+    path = join(rewrite.path, graft.replace(region, conv))
+    return _entry(path, _parts(rewrite.module, region), merged, conv, parameters, region.value.cost)
 
 
 def _replace_chain(rewrite: Rewrite, region: Region, memo: dict[int, Any], folded: list[Folded]) -> None:
     """The first convolution of the chain becomes the merged one, the others an identity: the forward stays as it is."""
     place = next(step for step in region.steps if "conv" in step.operations)
     merged = _solve(rewrite.captured.root, region)
-    modules = [rewrite.module.get_submodule(str(step.node.target)) for step in region.steps]
+    modules = region.modules(rewrite.module)
     owner = nn.ModuleList(modules)
     owner.training = rewrite.module.get_submodule(str(place.node.target)).training
     conv = _emit(merged, owner)
     for step, module in zip(region.steps, modules, strict=True):
-        memo[id(module)] = conv if step is place else nn.Identity()
+        memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
     path = join(rewrite.path, str(place.node.target))
     parameters = sum(p.numel() for p in owner.parameters())
     folded.append(_entry(path, _parts(rewrite.module, region), merged, conv, parameters, region.value.cost))
@@ -139,86 +163,6 @@ def _solve(root: nn.Module, region: Region) -> ConvMap:
         value_of(step.node)
     outcome: ConvMap = values[region.exit].map
     return outcome
-
-
-class _Regraph:
-    """A module as a new graph module in which regions are single convolutions."""
-
-    def __init__(self, rewrite: Rewrite, memo: dict[int, Any]) -> None:
-        self.rewrite = rewrite
-        self.module = rewrite.module
-        self.memo = memo
-        self.graph = fx.Graph()
-        self.nodes: dict[fx.Node, fx.Node] = {}
-        output = self.graph.graph_copy(rewrite.captured.graph, self.nodes)
-        self.graph.output(output)
-        self.children: dict[str, Any] = {}
-
-    def build(self, regions: list[Region], folded: list[Folded]) -> nn.Module:
-        """The graph module; everything that the graph does not use is carried over beside it."""
-        folded.extend([self._replace(region) for region in regions])
-        replaced = {str(s.node.target) for r in regions for s in r.steps if s.node.op == "call_module"}
-        self._erase_unused_constants()
-        for node in self.graph.nodes:
-            if node.op in ("call_module", "get_attr") and str(node.target) not in self.children:
-                self.children[str(node.target)] = copy.deepcopy(
-                    attribute(self._owner_of(node), str(node.target)), self.memo
-                )
-        plain = fx.GraphModule(self.children, self.graph, class_name=type(self.module).__name__)
-        self._carry_over(plain, replaced)
-        plain.training = self.module.training
-        return plain
-
-    def _replace(self, region: Region) -> Folded:
-        merged = _solve(self.rewrite.captured.root, region)
-        owner = nn.ModuleList(self._modules(region))
-        owner.training = self.module.training
-        conv = _emit(merged, owner if any(True for _ in owner.parameters()) else self.module)
-        name = next(name for name in self._names() if name not in self.children and not hasattr(self.module, name))
-        self.children[name] = conv
-        exit_node = self.nodes[region.exit]
-        with self.graph.inserting_before(exit_node):
-            node = self.graph.call_module(name, (self.nodes[region.source],))
-        exit_node.replace_all_uses_with(node)
-        for step in reversed(region.steps):
-            self.graph.erase_node(self.nodes[step.node])
-        parameters = sum(p.numel() for p in owner.parameters())
-        path = join(self.rewrite.path, name)
-        return _entry(path, _parts(self.module, region), merged, conv, parameters, region.value.cost)
-
-    def _names(self) -> Iterator[str]:
-        yield "conv"
-        yield "merged_conv"
-        number = 1
-        while True:
-            number += 1
-            yield f"merged_conv{number}"
-
-    def _modules(self, region: Region) -> Iterator[nn.Module]:
-        for step in region.steps:
-            if step.node.op == "call_module":
-                yield self.module.get_submodule(str(step.node.target))
-
-    def _erase_unused_constants(self) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            constant = node.op == "get_attr" or (node.op == "call_function" and not node.all_input_nodes)
-            if constant and not node.users:
-                self.graph.erase_node(node)
-
-    def _owner_of(self, node: fx.Node) -> nn.Module:
-        """Submodules are those of the module; tensors are found on the traced root, which has constants as well."""
-        return self.module if node.op == "call_module" else self.rewrite.captured.root
-
-    def _carry_over(self, plain: nn.Module, replaced: set[str]) -> None:
-        """Submodules, tensors and plain attributes that the graph does not mention but others may read."""
-        for name, child in self.module._modules.items():
-            gone = any(target == name or target.startswith(f"{name}.") for target in replaced)
-            if name not in plain._modules and not gone:
-                plain.register_module(name, copy.deepcopy(child, self.memo))
-        for name, value in self.module.__dict__.items():
-            plainly = isinstance(value, (bool, int, float, str, tuple, type(None)))
-            if plainly and not name.startswith("_") and not hasattr(plain, name):
-                setattr(plain, name, value)
 
 
 def _detach(plain: nn.Module, path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from repvgg.collapse.capture import Capture
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.memory import Memory
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, channels_of, guarded, shadow_of
+from repvgg.symbolic import Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
 
 
@@ -53,10 +54,9 @@ class Value:
 class Evaluator:
     """Runs single nodes of a captured graph on symbols, over tensors passed through ``convert``."""
 
-    def __init__(self, root: nn.Module, convert: Callable[[Tensor], Tensor], opaque: Collection[str] = ()) -> None:
+    def __init__(self, root: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
         self.root = root
         self.convert = convert
-        self.opaque = opaque
         self._shadows: dict[str, nn.Module] = {}
 
     def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -68,7 +68,7 @@ class Evaluator:
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
         if node.op == "call_module":
-            return guarded(self._shadow(str(node.target)), *args, **kwargs)
+            return unchanged_by_call(self._shadow(str(node.target)), *args, **kwargs)
         if node.op == "call_method":
             return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
         return guarded(node.target, *args, **kwargs)
@@ -79,10 +79,9 @@ class Evaluator:
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _shadow(self, path: str) -> nn.Module:
-        if path in self.opaque:
-            raise NotLinearError("it has to stay as it is")
         if path not in self._shadows:
-            self._shadows[path] = shadow_of(self.root.get_submodule(path), self.convert, keep_kernels=True)
+            part = self.root.get_submodule(path)
+            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=True, training=False)
         return self._shadows[path]
 
 
@@ -107,21 +106,26 @@ class Values:
         reasons: why a node has none, or why it is not a function of what its own arguments are functions of.
     """
 
-    def __init__(self, captured: Capture, opaque: Collection[str], cuts: Collection[fx.Node], merge: bool) -> None:
+    def __init__(
+        self, captured: Capture, memory: Memory, opaque: Mapping[str, str], cuts: Collection[fx.Node], merge: bool
+    ) -> None:
         self.of: dict[fx.Node, Value] = {}
-        self.reasons: dict[fx.Node, str] = {}
-        self._evaluator = Evaluator(captured.root, to_meta, opaque)
+        calls = (node for node in captured.graph.nodes if node.op == "call_module")
+        self.reasons = {node: opaque[str(node.target)] for node in calls if str(node.target) in opaque}
+        self.reasons |= dict.fromkeys(memory.unsafe, "it changes a tensor in place that is read again")
+        self._left = frozenset(self.reasons)
+        self._evaluator = Evaluator(captured.root, to_meta)
         self._nodes = list(captured.graph.nodes)
-        self._cuts, self._merge = cuts, merge
+        self._memory, self._cuts, self._merge = memory, cuts, merge
         self._constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, Value] = {}
         for node in self._nodes:
             self._visit(node)
 
     def _visit(self, node: fx.Node) -> None:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node not in self._memory.torn:
             self._constants[node] = self._evaluator.constant(str(node.target))
-        if not node.op.startswith("call"):
+        if not node.op.startswith("call") or node in self._left:
             return
         if all(argument in self._constants for argument in node.all_input_nodes):
             self._try(node, self._fold_constant)
@@ -152,7 +156,8 @@ class Values:
         first = next(iter(inputs.values()))
         ledger = first.symbol.source
         count, before = len(ledger.operations), Cost.of_ledger(ledger)
-        outcome = self._evaluator.run(node, lambda n: inputs[n].symbol if n in inputs else self._constants[n])
+        symbols = {n: value.symbol.copy() for n, value in inputs.items()}  # a function in place changes its own
+        outcome = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
         if not isinstance(outcome, SymbolicTensor):
             raise NotLinearError("its outcome is not one tensor")
         step = Step(node, tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before)
@@ -171,7 +176,7 @@ class Values:
         """The channels of a node's tensor, as the functions that read it expect them."""
         if node in self.of:
             return self.of[node].symbol.map.out_channels
-        return channels_of(lambda probe: self._spread(node, probe))
+        return channels_of(lambda probe: self._spread(node, probe), certain=True)
 
     def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
         known: dict[fx.Node, Any] = dict(self._constants) | {start: probe}

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from repvgg.deploy import onnx_graph
-from repvgg.errors import ExportError, OutputExistsError, UsageError, require
+from repvgg.errors import ExportError, UsageError, require
+from repvgg.files import check_output, whole_or_nothing
 
 INPUT = "image"
 OUTPUT = "logits"
@@ -56,8 +56,8 @@ def export_onnx(
 ) -> OnnxExport:
     """Write ``model``, as it computes in eval mode, to one ONNX file from ``image`` (N, C, H, W) to ``logits``.
 
-    The file is checked (``onnx.checker``, with shape inference) under a temporary name in the same folder and then
-    renamed: whatever happens, there is a whole file at ``path`` or none. The model comes back as it was, in its modes
+    The file is checked (``onnx.checker``, with shape inference) under a temporary name and then renamed: whatever
+    happens, there is a whole file at ``path`` or none. The model comes back as it was, in its modes
     too. The exporter folds each batch norm that follows a convolution into it; one on a branch of its own stays.
 
     Args:
@@ -69,17 +69,16 @@ def export_onnx(
 
     Raises:
         OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: no such folder, or the file cannot be written.
         UsageError: ``input_shape`` is not three positive numbers.
-        ExportError: no such folder, a model that cannot be captured, one of 2 GiB or more, or a file that fails its
-            check or cannot be written.
+        ExportError: a model that cannot be captured, one of 2 GiB or more, or a file that fails its check.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
-    target = Path(path)
-    _check_target(target, overwrite)
+    target = check_output(path, overwrite=overwrite)
     _check_model(model, input_shape)
     checker = require("onnx").checker
     proto = _capture(model, _example(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
-    with _renamed_at_the_end(target) as part:
+    with whole_or_nothing(target, overwrite=overwrite) as part:
         part.write_bytes(proto.SerializeToString())
         try:
             checker.check_model(str(part), full_check=True)
@@ -87,15 +86,6 @@ def export_onnx(
             raise ExportError(f"The exported graph is not valid ONNX: {_first_line(error)}") from error
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     return OnnxExport(target, opset, onnx_graph.operators(proto.graph), onnx_graph.plain_violations(proto.graph))
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ExportError(f"There is no folder {str(target.parent)!r} to write {target.name} to: make it first.")
-    if target.is_dir():
-        raise OutputExistsError(f"{str(target)!r} is a folder: give the name of a file.")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{str(target)!r} exists: ask to overwrite it, or choose another name.")
 
 
 def _check_model(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
@@ -163,18 +153,6 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextmanager
-def _renamed_at_the_end(target: Path) -> Iterator[Path]:
-    """A path in a folder of its own beside ``target``, moved there if all goes well and removed if not."""
-    try:
-        with TemporaryDirectory(prefix=".repvgg-", dir=target.parent) as folder:
-            part = Path(folder) / target.name
-            yield part
-            part.replace(target)
-    except OSError as error:
-        raise ExportError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
@@ -91,7 +91,7 @@ def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, cons
         judged = _verify(forms, data, console)
         _save(folder, forms, data, result)
         onnx = _export(folder, forms, data, console)
-        judged += [_judge("plain.onnx in ONNX Runtime", *_held_out(data), forms.train, onnx, console)]
+        judged += [_judge("Plain form, ONNX Runtime", *_held_out(data), forms.train, onnx, console)]
         timings = _time(forms, onnx, data, console)
         report = _report(target, folder, seed, data, result, forms, judged, timings)
         _write(folder, report)
@@ -143,7 +143,8 @@ def _collapse(model: models.RepVGG, console: Console) -> _Forms:
     assert isinstance(plain, models.RepVGG)
     console.print("[bold]Collapse[/] every block into one convolution")
     for region in report.folded:
-        console.print(f"  {region.name:16} {' + '.join(_branches(region))} → {region.convolution}", highlight=False)
+        branches = ", ".join(_branches(region))
+        console.print(f"  {region.name:16} {branches} → {region.convolution}", highlight=False, soft_wrap=True)
     return _Forms(model, folded, plain, report)
 
 
@@ -170,9 +171,9 @@ def _verify(forms: _Forms, data: ImageSplit, console: Console) -> list[_Judged]:
     channels, height, width = data.input_shape
     border = "random images that make borders count", border_inputs((16, channels, height, width), batches=3)
     return [
-        _judge("plain form", *_held_out(data), forms.train, forms.plain, console),
-        _judge("plain form", *border, forms.train, forms.plain, console),
-        _judge("BN-folded form", *_held_out(data), forms.train, forms.folded, console),
+        _judge("Plain form", *_held_out(data), forms.train, forms.plain, console),
+        _judge("Plain form", *border, forms.train, forms.plain, console),
+        _judge("Batch norms folded", *_held_out(data), forms.train, forms.folded, console),
     ]
 
 
@@ -188,7 +189,7 @@ def _judge(
     agreement = evidence.agreement
     same = f", {agreement.agreed}/{agreement.total} predictions agree" if agreement else ""
     error = f"relative error {evidence.relative:.1e}, tolerance {evidence.tolerance:.1e}"
-    console.print(f"  {subject} on {inputs}: {error}{same}", highlight=False)
+    console.print(f"  {subject}, {inputs}: {error}{same}", highlight=False, soft_wrap=True)
     if agreement and agreement.agreed != agreement.total:
         raise EquivalenceError(
             f"The {subject} predicts {agreement.total - agreement.agreed} of the {inputs} differently."
@@ -233,7 +234,7 @@ def _time(forms: _Forms, onnx: OnnxRunner, data: ImageSplit, console: Console) -
     for t in measure.compare(calls, rounds=30):
         times, ratios = (t.median_seconds, t.q1, t.q3), (t.ratio_to_baseline, t.ratio_q1, t.ratio_q3)
         timings.append(page.Timing(t.name, roles[t.name][0], *times, *ratios, batch=_BATCH, rounds=t.rounds))
-        console.print(f"  {t}", highlight=False)
+        console.print(f"  {t}", highlight=False, soft_wrap=True)
     return timings
 
 
@@ -265,7 +266,7 @@ def _report(
         evidence=tuple(_judgement(one) for one in judged),
         timings=tuple(timings),
         samples=_samples(forms, data),
-        files=_files(folder),
+        files=_files({path.name: path.stat().st_size for path in folder.iterdir()}),
         next_commands=_next_commands(target),
         environment=measure.environment(),
     )
@@ -344,10 +345,8 @@ def _samples(forms: _Forms, data: ImageSplit) -> tuple[page.Sample, ...]:
     )
 
 
-def _files(folder: Path) -> tuple[page.File, ...]:
-    """The files of the folder; the report and its page are still to come and have no size yet."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return tuple(page.File(name, sizes[name], purpose) for name, purpose in _PURPOSES.items() if name in sizes)
+def _files(sizes: dict[str, int]) -> tuple[page.File, ...]:
+    return tuple(page.File(name, sizes.get(name, 0), purpose) for name, purpose in _PURPOSES.items())
 
 
 def _next_commands(target: Path) -> tuple[page.NextCommand, ...]:
@@ -360,8 +359,17 @@ def _next_commands(target: Path) -> tuple[page.NextCommand, ...]:
 
 
 def _write(folder: Path, report: page.Report) -> None:
-    write_text(folder / JSON_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False))
-    write_text(folder / HTML_FILE, page.render(report))
+    """Write the report and its page, which name their own sizes: a few rounds until those are right."""
+    sizes = {file.name: file.bytes for file in report.files}
+    for _ in range(5):
+        report = replace(report, files=_files(sizes))
+        texts = {JSON_FILE: json.dumps(report.to_dict(), allow_nan=False), HTML_FILE: page.render(report)}
+        now = sizes | {name: len(text.encode()) for name, text in texts.items()}
+        if now == sizes:
+            break
+        sizes = now
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 def _summary(target: Path, report: page.Report, console: Console) -> None:

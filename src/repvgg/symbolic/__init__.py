@@ -3,7 +3,7 @@
 import repvgg.symbolic.handlers
 import repvgg.symbolic.slicing  # noqa: F401 - enters its handlers in the table
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of
-from repvgg.symbolic.shadow import shadow_of
+from repvgg.symbolic.shadow import fingerprint, shadow_of
 from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, dispatch, handles
 from repvgg.symbolic.trace import (
     EquivalentConv,
@@ -14,6 +14,7 @@ from repvgg.symbolic.trace import (
     refuse_training,
     run,
     trace,
+    unchanged_by_call,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "channels_of",
     "dispatch",
     "equivalent_conv",
+    "fingerprint",
     "first_float",
     "guarded",
     "handles",
@@ -34,4 +36,5 @@ __all__ = [
     "run",
     "shadow_of",
     "trace",
+    "unchanged_by_call",
 ]

@@ -31,6 +31,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _constant(value: Any, like: SymbolicTensor) -> Tensor:
     """A number or a real tensor, brought to the dtype and device of the algebra."""
+    if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+        raise NotLinearError("complex numbers have no place in a convolution of real ones")
     return torch.as_tensor(value).to(device=like.device, dtype=like.dtype)
 
 
@@ -85,6 +87,8 @@ def conv2d(
     """Convolution: composition with its kernel."""
     if not isinstance(input, SymbolicTensor) or isinstance(weight, SymbolicTensor):
         raise NotLinearError("the kernel of a convolution depends on the image")
+    if weight.is_complex():
+        raise NotLinearError("the kernel is complex")
     sides = _conv_padding(padding, weight.shape[2:], _pair(dilation))
     offset = None if bias is None else _constant(bias, input)
     kernel = Kernel.of(weight.to(input.device), groups, input.dtype)  # it is converted when it is multiplied out
@@ -244,8 +248,9 @@ def avg_pool2d(
 
 @handles(_T.contiguous, _T.clone, torch.clone)
 def unchanged(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
-    """Functions that change the layout in memory and no value; the outcome is another tensor."""
-    return input.like(input.map, "identity")
+    """Functions that change the layout in memory and no value; the outcome may be the same tensor, or another one."""
+    input.is_view = True
+    return input.like(input.map, "identity", is_view=True)
 
 
 @handles(F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.feature_dropout)

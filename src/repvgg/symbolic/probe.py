@@ -11,11 +11,9 @@ from repvgg.errors import NotLinearError
 from repvgg.symbolic import handlers, slicing
 from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownSize
 
-_KEEP_CHANNELS = {
-    handler
-    for function, handler in HANDLERS.items()
-    if handler in (handlers.pad, handlers.dropout, handlers.unchanged, handlers.avg_pool2d)
-    or function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
+_KEEP_CHANNELS = {handlers.pad, handlers.dropout, handlers.unchanged, handlers.avg_pool2d}
+_MAY_BROADCAST = {
+    HANDLERS[function] for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
 }
 
 
@@ -31,10 +29,15 @@ class ChannelProbe(SymbolicTensor):
     """An input with an unknown number of channels; it raises :class:`ChannelsFound` at the first function that tells.
 
     Functions that keep the number of channels pass it on; all others raise NotLinearError.
+
+    Attributes:
+        certain: whether arithmetic raises as well. It takes images of one channel where it gives many, and of integers
+            where it gives real numbers: what follows does not tell what the input is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, certain: bool = False) -> None:
         super().__init__(Source(), ConvMap.identity(1, device="meta"))
+        self.certain = certain
 
     @classmethod
     def __torch_function__(
@@ -54,8 +57,10 @@ class ChannelProbe(SymbolicTensor):
             statistics = _argument(args, kwargs, 1, "running_mean")
             if statistics is not None:
                 raise ChannelsFound(len(statistics))
-        if handler in _KEEP_CHANNELS or (handler is slicing.getitem and slicing.keeps_channels(args[1])):
-            return next(argument for argument in args if isinstance(argument, ChannelProbe))
+        probe = next((argument for argument in args if isinstance(argument, ChannelProbe)), cls())
+        keeps = handler in _KEEP_CHANNELS or (handler is slicing.getitem and slicing.keeps_channels(args[1]))
+        if keeps or (handler in _MAY_BROADCAST and not probe.certain):
+            return probe
         name = getattr(func, "__name__", func)
         raise NotLinearError(f"the number of input channels cannot be told in front of {name}")
 
@@ -69,14 +74,14 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
     return args[place] if len(args) > place else kwargs.get(name)
 
 
-def channels_of(forward: Callable[[Any], Any]) -> int:
-    """The number of input channels that ``forward`` expects.
+def channels_of(forward: Callable[[Any], Any], *, certain: bool = False) -> int:
+    """The number of input channels that ``forward`` expects; if ``certain``, it would take no others.
 
     Raises:
         NotLinearError: nothing on its way tells, or it fails before.
     """
     try:
-        forward(ChannelProbe())
+        forward(ChannelProbe(certain))
     except ChannelsFound as found:
         return found.channels
     raise NotLinearError("the number of input channels cannot be told: there is no convolution and no batch norm")

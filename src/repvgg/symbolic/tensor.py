@@ -88,6 +88,12 @@ class SymbolicTensor:
         symbol.is_source = True
         return symbol
 
+    def copy(self) -> SymbolicTensor:
+        """The same function as an object of its own: changing one in place leaves the other."""
+        symbol = SymbolicTensor(self.source, self.map)
+        symbol.is_source = self.is_source
+        return symbol
+
     def like(
         self, conv: ConvMap, operation: str, kernel: ConvMap | None = None, *, is_view: bool = False
     ) -> SymbolicTensor:

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError, TrainingModeError
 from repvgg.symbolic.probe import ChannelsFound, channels_of
-from repvgg.symbolic.shadow import shadow_of
+from repvgg.symbolic.shadow import fingerprint, shadow_of
 from repvgg.symbolic.tensor import Source, SymbolicTensor
 
 
@@ -58,6 +58,15 @@ def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotLinearError(f"its code cannot run on a symbolic input ({type(error).__name__}: {error})") from error
 
 
+def unchanged_by_call(shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a shadow; one that changes or keeps something when it is called is more than a function of its input."""
+    before = fingerprint(shadow)
+    outcome = guarded(shadow, *args, **kwargs)
+    if fingerprint(shadow) != before:
+        raise NotLinearError("it keeps or changes something in its attributes when it is called")
+    return outcome
+
+
 def trace(module: nn.Module, in_channels: int | None = None, *, dtype: torch.dtype = torch.float64) -> ConvMap:
     """The one convolution that ``module`` is equal to in eval mode, read off its own ``forward``.
 
@@ -88,14 +97,18 @@ def run(
     *,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
+    strict: bool = False,
 ) -> Any:
-    """The outcome of ``module`` on the symbolic ``source``, its tensors converted to ``dtype`` on ``device``.
+    """The outcome of ``module`` in eval mode on ``source``, its tensors converted to ``dtype`` on ``device``.
 
-    On the meta device the outcome has geometry and costs but no values. See :func:`trace` for the errors.
+    The number of channels is found out unless it is given. If ``strict``, only where it can be no other, and the module
+    must not keep or change anything. On the meta device the outcome has geometry and costs but no values. See
+    :func:`trace` for the errors.
     """
-    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True)
-    channels = in_channels if in_channels is not None else guarded(channels_of, shadow)
-    return guarded(shadow, SymbolicTensor.of(source, channels, dtype, device))
+    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
+    channels = in_channels if in_channels is not None else guarded(channels_of, shadow, certain=strict)
+    call = unchanged_by_call if strict else guarded
+    return call(shadow, SymbolicTensor.of(source, channels, dtype, device))
 
 
 def equivalent_conv(module: nn.Module, in_channels: int | None = None) -> EquivalentConv:

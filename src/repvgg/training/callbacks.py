@@ -8,9 +8,11 @@ from typing import Any, final
 
 import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from repvgg.training.task import HELD_OUT_ACCURACY, LOSS
+
+_REFRESH = 0.25  # seconds
 
 
 @final
@@ -54,7 +56,7 @@ class History(L.Callback):
 
 @final
 class Bar(L.Callback):
-    """One line for the whole run: epoch, loss, held-out accuracy, images per second, time gone and left.
+    """One line for the whole run: epoch, loss, held-out accuracy, images per second, time left.
 
     Use it as a context manager around the run, so that the line is closed whatever ends it.
     """
@@ -63,15 +65,14 @@ class Bar(L.Callback):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
+            refresh_per_second=1 / _REFRESH,
         )
         self._line = self._progress.add_task("training", total=None, numbers="")
         self._loss = self._accuracy = ""
+        self._shown = 0.0
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -87,22 +88,26 @@ class Bar(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance by one step."""
+        """Advance, a few times a second: reading the loss waits for the device."""
+        if time.perf_counter() - self._shown < _REFRESH:
+            return
+        self._shown = time.perf_counter()
         self._loss = f"loss {float(outputs['loss']):.3f}"
         self._show(trainer, len(batch[1]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the numbers of the whole epoch."""
         self._loss = f"loss {float(trainer.callback_metrics[LOSS]):.3f}"
-        self._accuracy = f"  held-out {float(trainer.callback_metrics[HELD_OUT_ACCURACY]):.2%}"
+        self._accuracy = f"  held-out {float(trainer.callback_metrics[HELD_OUT_ACCURACY]):.1%}"
         self._show(trainer, 0)
 
     def _show(self, trainer: L.Trainer, images: int) -> None:
         speed = self._progress.tasks[0].speed
         rate = f"  {speed * images:.0f} img/s" if speed and images else ""
+        done = trainer.global_step == self._progress.tasks[0].total
         self._progress.update(
             self._line,
             completed=trainer.global_step,
             description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-            numbers=f"{self._loss}{self._accuracy}{rate}",
+            numbers=f"{self._loss}{self._accuracy}{rate}  {'took' if done else 'left'}",
         )

@@ -26,7 +26,7 @@ def seeded(*keys: int | str) -> Iterator[None]:
 
     Use it around the creation of a model too, which draws the first weights::
 
-        with seeded(0):
+        with seeded("model", 0):
             model = create_model("repvgg_t0", num_classes=10, in_channels=1)
     """
     with torch.random.fork_rng(devices=[]):

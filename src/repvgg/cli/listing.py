@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
+
+_TITLES = ("model", "input", "params, train", "params, plain", "GMACs", "Wino GMULs")
 
 
-def list_(as_json: bool = False) -> None:
+def list_(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """List the models with what they hold and what they cost.
 
     Parameters are given in the train form and in the plain form; multiply-adds (one counts 1, as in the paper) and
     Winograd multiplications are those of the plain form, for one image of the size that the model is made for.
 
     Args:
-        as_json: print JSON instead of a table.
+        as_json: print JSON, with exact numbers and where each model comes from.
     """
+    from repvgg.cli.terminal import busy, write_json, write_table
     from repvgg.models import list_models
 
-    rows = [_row(name) for name in list_models()]
+    with busy("Counting"):
+        rows = [_row(name) for name in list_models()]
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        write_json(rows)
     else:
-        _print(rows)
+        write_table([_TITLES, *map(_cells, rows)])
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def _row(name: str) -> dict[str, Any]:
     size = spec_of(name).input_size
     with torch.device("meta"):
         train, plain = create_model(name), create_model(name, plain=True)
-    counts = count(plain, (1, 3, size, size))
+    counts = count(plain, (1, train.in_channels, size, size))
     return {
         "name": name,
         "input_size": size,
@@ -46,17 +50,7 @@ def _row(name: str) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    table.add_column("model")
-    for title in ("input", "params, train", "params, plain", "GMACs", "Wino GMULs"):
-        table.add_column(title, justify="right")
-    table.add_column("source")
-    for row in rows:
-        costs = f"{row['macs'] / 1e9:.3f}", f"{row['winograd_muls'] / 1e9:.3f}"
-        params = f"{row['params_train'] / 1e6:.2f} M", f"{row['params_plain'] / 1e6:.2f} M"
-        table.add_row(row["name"], str(row["input_size"]), *params, *costs, row["source"])
-    Console().print(table)
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    params = f"{row['params_train'] / 1e6:.2f} M", f"{row['params_plain'] / 1e6:.2f} M"
+    costs = f"{row['macs'] / 1e9:.3f}", f"{row['winograd_muls'] / 1e9:.3f}"
+    return (row["name"], str(row["input_size"]), *params, *costs)

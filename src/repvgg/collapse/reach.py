@@ -1,0 +1,101 @@
+"""What a module's code may reach that no graph shows: parts it names, and modules that it holds without owning them."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_ANYTHING = frozenset(
+    (
+        *("getattr", "vars", "apply", "state_dict", "__dict__", "_modules"),
+        *("children", "modules", "named_children", "named_modules", "get_submodule"),
+        *("parameters", "named_parameters", "get_parameter"),
+    )
+)
+
+
+def borrowed(model: nn.Module) -> set[int]:
+    """Modules that another module holds in a plain attribute, beside the tree: it may call them as they are."""
+    found: set[int] = set()
+    for holder in model.modules():
+        own = {id(part) for part in holder.modules()}
+        for module in _held(list(vars(holder).values())):
+            if id(module) not in own and not any(part is holder for part in module.modules()):
+                found |= {id(part) for part in module.modules()}
+    return found
+
+
+def _held(values: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules that stand in ``values``, containers being looked through."""
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif depth and isinstance(value, dict):
+            yield from _held(value.values(), depth - 1)
+        elif depth and isinstance(value, (list, tuple, set)):
+            yield from _held(value, depth - 1)
+
+
+def parts_named_by(module: nn.Module) -> set[int]:
+    """Parts of the children of ``module`` that the code of its forward may reach for, past their owners.
+
+    Every attribute is taken that the code reads from anything but ``self``, and whatever has such an attribute is kept.
+    """
+    names = _names_read(module)
+    inner = [part for part in module.modules() if part is not module]
+    if names & _ANYTHING:
+        return {id(part) for part in inner}
+    found: set[int] = set()
+    for part in inner:
+        if names & (vars(part).keys() | part._parameters.keys() | part._buffers.keys() | part._modules.keys()):
+            found.add(id(part))
+        for name in names & part._modules.keys():
+            found |= {id(deep) for deep in (part._modules[name] or nn.Identity()).modules()}
+    return found
+
+
+def _names_read(module: nn.Module) -> frozenset[str]:
+    """Names of attributes that the forward, and the functions that it calls, read from other things than ``self``."""
+    names: set[str] = set()
+    todo: list[Any] = [vars(module).get("forward"), type(module).forward]
+    seen: set[CodeType] = set()
+    while todo:
+        function = todo.pop()
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        for code in _codes(function.__code__):
+            seen.add(code)
+            names |= _deep_names(code)
+            todo += [_defined(getattr(type(module), name, None)) for name in code.co_names]
+            near = (function.__globals__.get(name) for name in code.co_names)
+            todo += [f for f in near if isinstance(f, FunctionType) and f.__module__ == function.__module__]
+    return frozenset(names)
+
+
+def _defined(value: Any) -> Any:
+    return value.fget if isinstance(value, property) else value if isinstance(value, FunctionType) else None
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _deep_names(code: CodeType) -> set[str]:
+    names: set[str] = set()
+    before: Any = None
+    for instruction in dis.get_instructions(code):
+        deep = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and before != "self"
+        if deep or (instruction.opname == "LOAD_GLOBAL" and instruction.argval in _ANYTHING):
+            names.add(str(instruction.argval))
+        if instruction.opname not in ("CACHE", "PUSH_NULL"):
+            before = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+    return names

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from repvgg.checkpoints import Metadata, read_checkpoint
+from repvgg.errors import CheckpointError
+
+GOOD = {"model": "repvgg_t0", "form": "plain", "num_classes": 2, "in_channels": 3, "input_size": 32}
+
+
+def write(path, header):
+    save_file({"a": torch.zeros(1)}, path, {"repvgg": header if isinstance(header, str) else json.dumps(header)})
+    return path
+
+
+def test_the_smallest_header(tmp_path):
+    found = read_checkpoint(write(tmp_path / "a.safetensors", GOOD)).metadata
+    assert found == Metadata("repvgg_t0", "plain", 2, 3, 32)
+
+
+def test_fields_of_later_versions_are_passed_over(tmp_path):
+    found = read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, "colour": "red"})).metadata
+    assert found == Metadata("repvgg_t0", "plain", 2, 3, 32)
+
+
+@pytest.mark.parametrize(
+    "header", ["", "{", "no json", "5", "null", "[]", "[1]", "{}", '"text"', "[" * 100_000, '{"model": "repvgg_t0"}']
+)
+def test_headers_that_cannot_be_read(tmp_path, header):
+    with pytest.raises(CheckpointError, match=r"header that cannot be read \(.+\): save it again\.$"):
+        read_checkpoint(write(tmp_path / "a.safetensors", header))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("model", value) for value in (5, None, ["repvgg_t0"])),
+        *(("form", value) for value in ("deploy", None, ["plain"])),
+        *(
+            (field, value)
+            for field in ("num_classes", "in_channels", "input_size")
+            for value in (0, -1, "3", 3.0, True, None, 10**30)
+        ),
+        *((field, value) for field in ("mean", "std") for value in ([0.5], ["a", "b", "c"], "abc", [True, 1, 2])),
+        *(("classes", value) for value in (["one"], [1, 2], "abc")),
+        *(("recipe", value) for value in ("x", [1], 5)),
+        *(("metrics", value) for value in ([0.5], {"top1": "high"}, 5)),
+        ("version", 3),
+    ],
+)
+def test_fields_that_make_no_sense(tmp_path, field, value):
+    with pytest.raises(CheckpointError, match=f"header whose '{field}' makes no sense: save it again") as caught:
+        read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["mean", "std", "classes"])
+@pytest.mark.parametrize("value", [5, None])
+def test_lists_that_are_none(tmp_path, field, value):
+    with pytest.raises(CheckpointError, match="header that cannot be read"):
+        read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))

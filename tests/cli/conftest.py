@@ -1,0 +1,61 @@
+"""A command line in this process, and small checkpoints to use it on."""
+
+import pytest
+import torch
+from cli_helpers import Files, Outcome, contents, trained_like
+
+from repvgg import reparameterize
+from repvgg.cli import main
+from repvgg.models import create_model, describe_model, save
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """These models are too small to share, and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def repvgg(capsys):
+    """Call the command line; what it returned and printed."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(repvgg, tmp_path):
+    """Call the command line with something wrong: one sentence on standard error, exit code 2, no file touched."""
+
+    def call(*arguments):
+        before = contents(tmp_path)
+        outcome = repvgg(*arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert outcome.err.startswith("error: ")
+        assert outcome.err.endswith("\n")
+        assert outcome.err.count("\n") == 1
+        assert contents(tmp_path) == before
+        return outcome.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = trained_like(create_model("repvgg_t0", num_classes=10, in_channels=1))
+    plain, _ = reparameterize(model)
+    about = {"input_size": 16, "classes": tuple("0123456789")}
+    save(folder / "train.safetensors", model, describe_model(model, "train", **about))
+    save(folder / "plain.safetensors", plain, describe_model(plain, "plain", **about))
+    return Files(folder / "train.safetensors", folder / "plain.safetensors", model)

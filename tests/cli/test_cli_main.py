@@ -1,0 +1,142 @@
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from repvgg import __version__
+from repvgg.cli import main
+from repvgg.errors import RepvggError
+
+# A change here is a change of what people type: make it on purpose, and say so.
+COMMAND_LINE = {
+    "quickstart": ["--help", "--out", "--overwrite", "--seed"],
+    "list": ["--help", "--json"],
+    "convert": ["--help", "--model", "--overwrite", "SOURCE", "TARGET"],
+    "verify": [
+        "--batch",
+        "--batches",
+        "--help",
+        "--input-size",
+        "--json",
+        "--seed",
+        "--tolerance",
+        "CANDIDATE",
+        "REFERENCE",
+    ],
+    "bench": [
+        "--batch",
+        "--channels-last",
+        "--dtype",
+        "--help",
+        "--input-size",
+        "--json",
+        "--rounds",
+        "--threads",
+        "MODEL",
+    ],
+}
+
+
+def arguments_in(text):
+    """The arguments that the boxes of a help text explain."""
+    return sorted(set(re.findall(r"^[│ ] (?:-h, )?(--[a-z-]+|[A-Z]{4,})\b", text, flags=re.MULTILINE)))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_overview_names_every_verb(repvgg, arguments):
+    outcome = repvgg(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.findall(r"^  (\w+) ", outcome.out, flags=re.MULTILINE) == list(COMMAND_LINE)
+
+
+@pytest.mark.parametrize("verb", COMMAND_LINE)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_explains_every_argument(repvgg, verb, flag):
+    outcome = repvgg(verb, flag)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"usage: repvgg {verb} [-h]")
+    assert arguments_in(outcome.out) == COMMAND_LINE[verb]
+    assert "None" not in outcome.out
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("verb", ["", *COMMAND_LINE])
+def test_help_fits_the_terminal(repvgg, monkeypatch, verb, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = repvgg(*verb.split(), "--help").out
+    assert max(map(len, out.splitlines())) <= columns
+    assert "\n\n\n" not in out
+
+
+def test_examples_in_help_use_known_flags(repvgg):
+    text = "".join(repvgg(verb, "-h").out for verb in COMMAND_LINE)
+    examples = [line.split() for line in re.findall(r"^ {4,}repvgg (.*)$", text, flags=re.MULTILINE)]
+    assert len(examples) >= 4
+    for verb, *rest in examples:
+        flags = {word for word in rest if word.startswith("--")}
+        assert flags <= set(COMMAND_LINE[verb])
+
+
+def test_unknown_verb(refused):
+    assert refused("lisst") == "error: There is no verb 'lisst': did you mean 'list'?\n"
+    assert "quickstart, list, convert, verify, bench" in refused("xyzzy")
+    assert "'--frobnicate'" in refused("--frobnicate")
+
+
+@pytest.mark.parametrize("verb", COMMAND_LINE)
+def test_unknown_flag(repvgg, verb):
+    outcome = repvgg(verb, "--frobnicate")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--frobnicate" in outcome.err or "Missing" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("arguments", [("convert",), ("convert", "one"), ("verify", "one"), ("bench", "a", "b")])
+def test_wrong_number_of_arguments(repvgg, arguments):
+    outcome = repvgg(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"repvgg {arguments[0]} --help" in outcome.err
+
+
+def test_version_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "repvgg", "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"repvgg {__version__}\n", "")
+
+
+def raising(error):
+    def verb() -> None:
+        """Raise."""
+        raise error
+
+    return verb
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RepvggError("Line one\nand line two."), 2, "error: Line one and line two.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 2, "error: There is not enough memory for this: take smaller or fewer images.\n"),
+    ],
+)
+def test_how_a_verb_ends(repvgg, monkeypatch, error, code, text):
+    monkeypatch.setattr("repvgg.cli._verbs", lambda: {"list": raising(error)})
+    outcome = repvgg("list")
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", text)
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("repvgg.cli._verbs", lambda: {"list": raising(RuntimeError("a bug"))})
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["list"])
+
+
+def test_a_pipe_that_closes_early_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["--help"]) == 0
+    assert capsys.readouterr().err == ""

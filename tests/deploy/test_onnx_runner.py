@@ -1,0 +1,59 @@
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch.testing import assert_close
+
+from repvgg.deploy import OnnxRunner
+from repvgg.errors import ExportError, UsageError
+
+
+def write(path, inputs=("x",), kind=TensorProto.FLOAT, op="Relu"):
+    """A graph of one node on inputs of shape (N, 2)."""
+    values = [helper.make_tensor_value_info(name, kind, ["N", 2]) for name in inputs]
+    out = helper.make_tensor_value_info("y", kind, ["N", 2])
+    graph = helper.make_graph([helper.make_node(op, list(inputs), ["y"])], "graph", values, [out])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_runs(tmp_path):
+    runner = OnnxRunner(write(tmp_path / "relu.onnx"))
+    x = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.5, -2.0]], requires_grad=True)
+    assert_close(runner(x), x.detach().relu())
+    assert_close(runner(x.detach().T[:, :2].T.contiguous().T), x.detach().T[:, :2].relu())
+    assert_close(runner(x[:1]), x.detach()[:1].relu())
+    assert repr(runner) == f"OnnxRunner({str(tmp_path / 'relu.onnx')!r})"
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)])
+def test_other_inputs_are_refused(tmp_path, x):
+    with pytest.raises(UsageError, match=r"torch.float32 of shape \(N, 2\)"):
+        OnnxRunner(write(tmp_path / "relu.onnx"))(x)
+
+
+def test_files_that_are_no_networks(tmp_path, capfd):
+    (tmp_path / "text.onnx").write_text("not a network")
+    (tmp_path / "empty.onnx").touch()
+    whole = write(tmp_path / "whole.onnx").read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    for name in ("text", "empty", "cut"):
+        with pytest.raises(ExportError, match=f"{name}.onnx' cannot be loaded"):
+            OnnxRunner(tmp_path / f"{name}.onnx")
+    for name in ("missing.onnx", "."):
+        with pytest.raises(ExportError, match="There is no file"):
+            OnnxRunner(tmp_path / name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_networks_of_another_kind(tmp_path):
+    two = write(tmp_path / "two.onnx", inputs=("a", "b"), op="Add")
+    whole_numbers = write(tmp_path / "int.onnx", kind=TensorProto.INT32)
+    for path in (two, whole_numbers):
+        with pytest.raises(ExportError, match="is not a network from one"):
+            OnnxRunner(path)
+
+
+def test_threads(tmp_path):
+    with pytest.raises(UsageError, match="not 0"):
+        OnnxRunner(write(tmp_path / "relu.onnx"), threads=0)

@@ -1,0 +1,185 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from models_helpers import trained_like
+from torch import nn
+from torch.testing import assert_close
+
+from repvgg import create_model, load, reparameterize
+from repvgg.checkpoints import Checkpoint, save_checkpoint
+from repvgg.errors import CheckpointError, OutputExistsError, UnknownModelError
+from repvgg.models import SPECS, describe_model, loading, save
+
+FORMS = ["train", "plain"]
+
+
+def made(name="repvgg_t0", form="train", classes=10, channels=1):
+    torch.manual_seed(0)
+    return trained_like(create_model(name, classes, channels, plain=form == "plain"))
+
+
+def written(path, model, form, **about):
+    save(path, model, describe_model(model, form, **about))
+    return path
+
+
+def without_header(path, tensors):
+    torch.save(dict(tensors), path)
+    return path
+
+
+def refusal(path, model=None):
+    """The one sentence with which a file is refused; it names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path, model)
+    text = str(caught.value)
+    assert repr(str(path)) in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.input_size == 32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_round_trip(tmp_path, name, form, dtype):
+    model = made(name, form).to(dtype)
+    path = written(tmp_path / "a.safetensors", model, form, classes=tuple("0123456789"), metrics={"top1": 0.5})
+    loaded = load(path, name)
+    assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert list(loaded.model.state_dict()) == list(model.state_dict())
+    assert (loaded.metadata.model, loaded.metadata.form, loaded.metadata.metrics) == (name, form, {"top1": 0.5})
+    assert loaded.metadata.classes == tuple("0123456789")
+    assert not any(module.training for module in loaded.model.modules())
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    images = torch.randn(2, 1, 17, 15, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        assert_close(loaded.model(images), model(images), rtol=0, atol=0)
+
+
+def test_the_header_describes_the_model(tmp_path):
+    about = load(written(tmp_path / "a.safetensors", made(classes=3, channels=2), "train")).metadata
+    assert (about.num_classes, about.in_channels, about.input_size) == (3, 2, 32)
+
+
+@pytest.mark.parametrize("shuffle", [lambda m: m.to(memory_format=torch.channels_last), nn.Module.train])
+def test_layout_and_mode_do_not_matter(tmp_path, shuffle):
+    model = made()
+    before = copy.deepcopy(model.state_dict())
+    path = written(tmp_path / "a.safetensors", shuffle(model), "train")
+    assert_close(load(path).model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_loaded_model_can_be_trained_and_collapsed(tmp_path):
+    model = load(written(tmp_path / "a.safetensors", made(), "train")).model
+    plain, _ = reparameterize(model)
+    images = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)
+    model.train()(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("classes", "channels"), [(10, 1), (3, 3), (1000, 3)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["repvgg_t0", "repvgg_t1"])
+def test_a_file_without_a_header_is_recognized(tmp_path, name, form, classes, channels):
+    model = made(name, form, classes, channels)
+    loaded = load(without_header(tmp_path / "run.pt", model.state_dict()))
+    assert loaded.metadata == describe_model(model, form)
+    assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_big_rows_are_recognized_by_names_and_shapes():
+    """Rows that share names and differ in groups alone, on the meta device: no memory, no file."""
+    for name in ("repvgg_b0", "repvgg_b1g4", "repvggplus_l2pse"):
+        for form in FORMS:
+            with torch.device("meta"):
+                model = create_model(name, plain=form == "plain")
+            recognized = loading._recognized(Checkpoint("file", dict(model.state_dict()), None))
+            assert (recognized.model, recognized.form) == (name, form)
+
+
+def change(tensors, name, value):
+    return {**tensors, name: value}
+
+
+def drop(tensors, *names):
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda t: drop(t, "head.bias"), "but it lacks 'head.bias'."),
+        (lambda t: drop(t, "head.bias", "head.weight"), "but it lacks 2 tensors, 'head.bias' first,"),
+        (lambda t: change(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (
+            lambda t: change(t, "head.bias", torch.zeros(9)),
+            "but 'head.bias' has the shape (9,) instead of (10,).",
+        ),
+        (lambda t: drop(change(t, "extra", torch.zeros(1)), "head.bias"), "'head.bias' and it has 'extra'"),
+        (lambda t: change(t, "head.bias", torch.zeros(10).half()), "of several types, float16 and float32."),
+        (lambda t: {name: tensor.int() for name, tensor in t.items()}, "of type int32."),
+        (lambda t: {}, "but it lacks"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_header(tmp_path, edit, text):
+    model = made()
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, edit(model.state_dict()), describe_model(model, "train"))
+    found = refusal(path)
+    assert "says it is repvgg_t0 in the train form" in found
+    assert text in found
+
+
+@pytest.mark.parametrize(
+    ("about", "text"),
+    [
+        ({"form": "plain"}, "says it is repvgg_t0 in the plain form, but"),
+        ({"model": "repvgg_t1"}, "says it is repvgg_t1 in the train form, but"),
+        ({"num_classes": 9}, "instead of (9,"),
+        ({"num_classes": 2**31 - 1}, "instead of"),
+        ({"in_channels": 2**31 - 1}, "instead of"),
+        ({"model": "repvgg_z9"}, "is of a model that is not known here"),
+    ],
+)
+def test_headers_that_do_not_fit_the_tensors(tmp_path, about, text):
+    model = made()
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, model.state_dict(), replace(describe_model(model, "train"), **about))
+    assert text in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda t: drop(t, "head.bias"), "fits no model"),
+        (lambda t: change(t, "extra", torch.zeros(1)), "fits no model"),
+        (lambda t: drop(t, "head.weight"), "holds no RepVGG"),
+        (lambda t: change(t, "head.weight", torch.zeros(())), "holds no RepVGG"),
+        (lambda t: change(t, "head.weight", torch.zeros(0, 128)), "holds no RepVGG"),
+        (lambda t: {f"net.{name}": tensor for name, tensor in t.items()}, "holds no RepVGG"),
+        (lambda t: {name: tensor.long() for name, tensor in t.items()}, "of type int64"),
+    ],
+)
+def test_a_file_without_a_header_that_is_no_model_of_ours(tmp_path, edit, text):
+    assert text in refusal(without_header(tmp_path / "run.pt", edit(made().state_dict())))
+
+
+def test_the_model_that_was_asked_for(tmp_path):
+    path = written(tmp_path / "a.safetensors", made(), "train")
+    assert "is a checkpoint of repvgg_t0, not of repvgg_t1" in refusal(path, "repvgg_t1")
+    assert "not of repvgg_t1" in refusal(without_header(tmp_path / "run.pt", made().state_dict()), "repvgg_t1")
+    with pytest.raises(UnknownModelError, match="repvgg_t0"):
+        load(tmp_path / "missing", "repvgg_t00")
+
+
+def test_save_replaces_only_on_request(tmp_path):
+    path, model = written(tmp_path / "a.safetensors", made(), "train"), made(classes=3)
+    with pytest.raises(OutputExistsError):
+        save(path, model, describe_model(model, "train"))
+    assert load(path).metadata.num_classes == 10
+    save(path, model, describe_model(model, "train"), overwrite=True)
+    assert load(path).metadata.num_classes == 3

@@ -1,0 +1,41 @@
+import torch
+from torch.testing import assert_close
+
+from repvgg.training import seeded
+from repvgg.training.seeding import EpochShuffle, derived_seed
+
+
+def draw(*keys):
+    with seeded(*keys):
+        return torch.rand(4)
+
+
+def test_the_same_keys_draw_the_same():
+    assert_close(draw("step", 1, 2), draw("step", 1, 2), rtol=0, atol=0)
+    others = [draw("step", 1, 3), draw("step", 2, 2), draw("fit", 1, 2), draw("step", 12)]
+    assert all((draw("step", 1, 2) - other).abs().max() > 1e-3 for other in others)
+
+
+def test_the_world_outside_goes_on_undisturbed():
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    draw(7)
+    assert_close(torch.rand(2), expected, rtol=0, atol=0)
+
+
+def test_seed_is_the_same_on_every_machine():
+    assert derived_seed("shuffle", 0, 1) == 6569738021446964816
+    assert 0 <= derived_seed(-5) < 2**63
+
+
+def test_shuffle_depends_on_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = EpochShuffle(range(50), seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
+    assert len(EpochShuffle(range(50), 0)) == 50
