@@ -1,4 +1,5 @@
 import json
+import threading
 from functools import partial
 
 import pytest
@@ -78,3 +79,22 @@ def test_values_that_do_not_parse(repvgg, arguments):
 
 def test_more_images_than_memory(refused):
     assert "not enough memory" in refused("bench", "repvgg_t0", "--batch", 10**12)
+
+
+def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monkeypatch):
+    """A bar that a thread draws would take its time from what is being timed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    seen = []
+
+    def comparing(calls, *, rounds, on_progress):
+        seen.append({thread.name for thread in threading.enumerate()})
+        on_progress(1, rounds)
+        return compare(calls, rounds=1, warmup_seconds=0.0, min_round_seconds=1e-4)
+
+    before = {thread.name for thread in threading.enumerate()}
+    monkeypatch.setattr("repvgg.measure.compare", comparing)
+    outcome = repvgg("bench", files.train, "--rounds", 2)
+    assert outcome.code == 0
+    assert "rounds" in outcome.err
+    assert seen == [before]
+    assert outcome.out.startswith("form ")

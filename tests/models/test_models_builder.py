@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 from models_helpers import TINY, TINY_PLUS, convolutions, trained_like
@@ -22,7 +24,9 @@ WIDTHS = {
 }
 
 
+@cache
 def on_meta(name, **more):
+    """A model without memory, to look at; nobody changes it."""
     with torch.device("meta"):
         return create_model(name, **more)
 
@@ -113,7 +117,7 @@ def test_any_classes_channels_and_sizes(plain, classes, channels, size):
 
 @pytest.mark.parametrize("height", range(32, 65, 11))
 def test_features_of_an_imagenet_row(height):
-    model, images = on_meta("repvgg_a0").eval(), torch.empty(2, 3, height, 70, device="meta")
+    model, images = on_meta("repvgg_a0"), torch.empty(2, 3, height, 70, device="meta")
     maps = model.features(images)
     assert [tuple(each.shape) for each in maps] == [
         (2, width, -(-height // stride), -(-70 // stride))

@@ -117,7 +117,7 @@ def _measure(
 
 @contextmanager
 def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, beside standard output; nothing elsewhere."""
+    """A bar on a terminal, beside standard output; nothing elsewhere. It is drawn between rounds, not while one runs."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -125,9 +125,10 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal:
         yield None
         return
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("rounds", total=rounds)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        progress.refresh()
+        yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
 
 
 def _print(timings: list[Timing], batch: int) -> None:

@@ -72,30 +72,35 @@ def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]
     with random_state_kept():
         while True:
             plan = make_plan(model, merge_branches, kept)
-            plain, folded = carry_out(model, plan)
-            more = depends_on_its_parts(model, plain, plan, kept)
-            if not more:
+            done = carry_out(model, plan)
+            more = done.refused or depends_on_its_parts(model, done.plain, plan, kept)
+            if more.keys() <= kept.keys():
                 break
             kept |= more
-    if not folded:
+    if not done.folded:
         warnings.warn(
             "Nothing was folded: there is no linear region of more than one operation in this model.",
             NothingFoldedWarning,
             stacklevel=3,
         )
-    return plain, Report(tuple(folded), _left(model, plain, plan), _dropped(plan))
+    return done.plain, Report(done.folded, _left(model, done.plain, plan, kept), _dropped(plan))
 
 
-def _left(model: nn.Module, plain: nn.Module, plan: Plan) -> tuple[LeftAlone, ...]:
-    """Batch norms that survive, and modules that could not be looked into."""
+def _left(model: nn.Module, plain: nn.Module, plan: Plan, kept: dict[int, str]) -> tuple[LeftAlone, ...]:
+    """Batch norms that survive, modules that could not be looked into, and those that did not stand the test."""
     surviving = {name for name, _ in batch_norms(plain)}
-    reason = "there is no convolution next to it in one linear region"
-    norms = [LeftAlone(name, plan.reasons.get(id(m), reason)) for name, m in batch_norms(model) if name in surviving]
-    inside = tuple(f".{name}" for name in surviving)
-    untraced = [
-        row for row in plan.untraced if any(name.startswith(f".{row.name}.".replace("..", ".")) for name in inside)
-    ]
-    return (*norms, *untraced)
+    norms = [LeftAlone(name, plan.reason(m)) for name, m in batch_norms(model) if name in surviving]
+    untraced = [row for row in plan.untraced if any(_within(name, row.name) for name in surviving)]
+    rows = [*norms, *untraced]
+    for name, part in model.named_modules():
+        told = any(_within(row.name, name) or _within(name, row.name) for row in rows)
+        if id(part) in kept and not told:
+            rows.append(LeftAlone(name, kept[id(part)]))
+    return tuple(rows)
+
+
+def _within(inner: str, outer: str) -> bool:
+    return inner == outer or not outer or inner.startswith(f"{outer}.")
 
 
 def _dropped(plan: Plan) -> tuple[LeftAlone, ...]:

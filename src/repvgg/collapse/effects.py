@@ -49,8 +49,7 @@ class Captures:
 
     def effects(self, module: nn.Module) -> Effects:
         """What calling ``module`` may do to its inputs; anything, where its forward cannot be traced."""
-        standard = not any(module.children()) and type(module).__module__.startswith("torch.nn.modules.")
-        key: Hashable = (type(module), getattr(module, "inplace", None)) if standard else id(module)
+        key: Hashable = (type(module), getattr(module, "inplace", None)) if _is_standard(module) else id(module)
         if key not in self._effects:
             self._effects[key] = Effects()  # of a module that calls itself
             self._effects[key] = self._find_effects(module)
@@ -64,5 +63,10 @@ class Captures:
         try:
             run(module, source, device="meta", strict=True)
         except ReparamError:
-            return Effects()
+            # torch's own modules write to their input only where they are asked to
+            return Effects(writes=not _is_standard(module) or bool(getattr(module, "inplace", False)))
         return Effects(writes=False, shares=not any(operation in _COMPUTE for operation in source.operations))
+
+
+def _is_standard(module: nn.Module) -> bool:
+    return not any(module.children()) and type(module).__module__.startswith("torch.nn.modules.")

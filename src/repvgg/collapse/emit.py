@@ -40,7 +40,7 @@ def to_conv2d(conv: ConvMap, like: Tensor, *, requires_grad: bool = True) -> nn.
         dtype=like.dtype,
     )
     module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
-    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like), requires_grad)
+    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like).clone(), requires_grad)
     return module
 
 

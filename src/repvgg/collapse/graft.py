@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from repvgg.collapse.copies import copied
 from repvgg.collapse.plan import Rewrite
 from repvgg.collapse.regions import Region
 
@@ -66,7 +67,7 @@ class Graft:
         regions = [region for region in self.rewrite.regions.found if not region.is_chain]
         inside = {id(part): nn.Identity() for region in regions for part in region.modules(old)}
         memo.update(inside)
-        vars(self.module).update({name: copy.deepcopy(value, memo) for name, value in _beside_graph(vars(old))})
+        vars(self.module).update(copied(dict(_beside_graph(vars(old))), memo, old))
         for part in inside:
             del memo[part]
 

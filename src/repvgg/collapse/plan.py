@@ -51,7 +51,8 @@ class Rewrite:
 class Plan:
     """Replacements, inner ones first; what is dropped; and for modules that stay, why.
 
-    ``captured`` are the modules whose own code keeps running over what is replaced in them, with their paths.
+    ``captured`` are the modules whose own code keeps running over what is replaced in them, with their paths;
+    ``called`` is what these call.
     """
 
     wholes: list[Whole] = field(default_factory=list)
@@ -60,6 +61,13 @@ class Plan:
     untraced: list[LeftAlone] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     captured: dict[str, Capture] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
+
+    def reason(self, module: nn.Module) -> str:
+        """Why a batch norm stays."""
+        if id(module) not in self.called:
+            return "no forward that was looked into calls it"
+        return self.reasons.get(id(module), "there is no convolution next to it in one linear region")
 
     @property
     def empty(self) -> bool:
@@ -99,6 +107,7 @@ def make_plan(model: nn.Module, merge_branches: bool, kept: dict[int, str] | Non
     captures = Captures()
     while True:
         planner = _Planner(model, merge_branches, dict(kept), captures)
+        planner.plan.called.add(id(model))
         planner.visit(model, "")
         conflicts = planner.conflicts()
         if not conflicts:
@@ -166,6 +175,7 @@ class _Planner:
 
     def _visit_graph(self, module: nn.Module, path: str, captured: Capture) -> None:
         self.plan.captured[path] = captured
+        self.plan.called |= {id(module.get_submodule(target)) for target in captured.calls}
         self._keep_reached_past(module, captured)
         opaque = {target: reason for target in captured.calls if (reason := self._opaque(module, captured, target))}
         memory = self.captures.memory(module)
@@ -248,7 +258,7 @@ def _chains_only(regions: Regions, captured: Capture, reason: str) -> Regions:
         if region.is_chain and all(region.holds_in(variant.graph) for variant in captured.variants)
     )
     others = {step.node: reason for region in regions.found if region not in found for step in region.steps}
-    return Regions(found, regions.reasons | others)
+    return Regions(found, regions.reasons | others, regions.channels)
 
 
 def _is_read(captured: Capture, target: str) -> bool:

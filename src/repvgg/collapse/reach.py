@@ -69,9 +69,10 @@ def _names_read(module: nn.Module) -> frozenset[str]:
         function = inspect.unwrap(getattr(function, "__func__", function))
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
+        own = function.__code__.co_varnames[:1]
         for code in _codes(function.__code__):
             seen.add(code)
-            names |= _deep_names(code)
+            names |= _deep_names(code, own)
             todo += [_defined(getattr(type(module), name, None)) for name in code.co_names]
             near = (function.__globals__.get(name) for name in code.co_names)
             todo += [f for f in near if isinstance(f, FunctionType) and f.__module__ == function.__module__]
@@ -89,11 +90,12 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _deep_names(code: CodeType) -> set[str]:
+def _deep_names(code: CodeType, own: tuple[str, ...]) -> set[str]:
+    """Attributes read from anything but the first argument, which ``own`` names."""
     names: set[str] = set()
     before: Any = None
     for instruction in dis.get_instructions(code):
-        deep = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and before != "self"
+        deep = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and before not in own
         if deep or (instruction.opname == "LOAD_GLOBAL" and instruction.argval in _ANYTHING):
             names.add(str(instruction.argval))
         if instruction.opname not in ("CACHE", "PUSH_NULL"):

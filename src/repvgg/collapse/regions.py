@@ -61,10 +61,11 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """The regions worth replacing, and for other nodes the reason why they are in none."""
+    """The regions worth replacing, for other nodes the reason why they are in none, and the channels of the inputs."""
 
     found: tuple[Region, ...]
     reasons: dict[fx.Node, str]
+    channels: tuple[int | None, ...] = ()
 
 
 def find_regions(captured: Capture, memory: Memory, opaque: Mapping[str, str], merge_branches: bool) -> Regions:
@@ -86,14 +87,19 @@ def find_regions(captured: Capture, memory: Memory, opaque: Mapping[str, str], m
         cuts |= more
     found = [Region(node, values.of[node]) for node in exits if _is_worth_it(values.of[node])]
     found = [region for region in found if _pays(region.value) and memory.change_between(*region.span) is None]
-    return Regions(tuple(found), _passed_on(values, {**values.reasons, **reasons}))
+    channels = () if all(region.is_chain for region in found) else tuple(values.channels_of_inputs())
+    return Regions(tuple(found), _passed_on(values, {**values.reasons, **reasons}), channels)
 
 
 def _passed_on(values: Values, reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
     """The reasons, and for nodes that had to start anew the reason of what is in front of them."""
     fronts = {node: value.source for node, value in values.of.items() if value.source in reasons}
-    passed = {node: f"{str(front.target)!r} in front of it stays: {reasons[front]}" for node, front in fronts.items()}
+    passed = {node: f"{_named(front)!r} in front of it stays: {reasons[front]}" for node, front in fronts.items()}
     return passed | reasons
+
+
+def _named(node: fx.Node) -> str:
+    return str(node.target) if node.op in ("call_module", "placeholder") else node.name
 
 
 def _is_inside(values: Values, node: fx.Node) -> bool:

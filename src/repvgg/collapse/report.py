@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NOT_RUN = "not run on its own"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -27,6 +29,7 @@ class Folded:
         parameters_after: number of parameters of the convolution.
         multiply_adds_before: per pixel of the region's input, borders aside.
         multiply_adds_after: the same for the convolution.
+        proof: of a region that needed a new forward, how equal it is to the old one, or why it could not be run alone.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Folded:
     parameters_after: int
     multiply_adds_before: float
     multiply_adds_after: float
+    proof: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Report:
         for region in self.folded:
             parts = " + ".join(f"{part.name} ({part.description})" for part in region.parts)
             yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"
+            if region.proof.startswith(NOT_RUN):
+                yield f"    {region.proof}"
         for title, rows in (("left alone", self.left), ("dropped", self.dropped)):
             if rows:
                 yield f"{len(rows)} {title}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from repvgg.algebra import ConvMap
+from repvgg.collapse.copies import copied, copies_of_results
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.emit import describe, to_conv2d
 from repvgg.collapse.graft import Graft
 from repvgg.collapse.plan import Plan, Rewrite, Whole, join
+from repvgg.collapse.proof import prove
 from repvgg.collapse.regions import Region
 from repvgg.collapse.report import Folded, Part
 from repvgg.collapse.values import Evaluator, Step
@@ -23,44 +26,132 @@ Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
-def carry_out(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Folded]]:
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A plan carried out.
+
+    Attributes:
+        plain: the new model.
+        folded: what was folded.
+        refused: modules, by their identity, that cannot be replaced after all, and why: the plan has to do without.
+    """
+
+    plain: nn.Module
+    folded: tuple[Folded, ...]
+    refused: dict[int, str]
+
+
+def carry_out(model: nn.Module, plan: Plan) -> Outcome:
     """Build the plain model and say what was folded.
 
     Copying is one deep copy in which every replaced module is found already copied, as what replaces it.
+
+    Raises:
+        ReparamError: something in the model cannot be copied; the text names it.
     """
-    memo: dict[int, Any] = {}
-    for path in plan.dropped:
-        memo[id(model.get_submodule(path))] = nn.Identity()
-    folded: list[Folded] = []
+    builder = _Builder(model)
+    builder.memo.update({id(model.get_submodule(path)): nn.Identity() for path in plan.dropped})
     with torch.no_grad():
         for whole in plan.wholes:
-            memo[id(whole.module)] = _replace_whole(whole, folded)
+            builder.replace_whole(whole)
         for rewrite in plan.rewrites:
-            _replace_regions(rewrite, memo, folded)
-    plain: nn.Module = copy.deepcopy(model, memo)
+            builder.replace_regions(rewrite)
+        plain = copied(model, builder.memo, model)
     for path in plan.dropped:
         _detach(plain, path)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return plain, sorted(folded, key=lambda region: order.get(region.name, len(order)))
+    rows = sorted((row for row, _, _ in builder.rows), key=lambda row: order.get(row.name, len(order)))
+    return Outcome(plain, tuple(rows), builder.refused | builder.misplaced(plain))
 
 
-def _replace_whole(whole: Whole, folded: list[Folded]) -> nn.Conv2d:
-    like = _like(whole.module)
-    symbol = run(whole.module, Source(), whole.conv.in_channels, device=algebra_device(like))
-    parts = [Part(name, describe_module(child)) for name, child in whole.module.named_children()]
-    parts = parts or [Part("", describe_module(whole.module))]
-    parameters = sum(p.numel() for p in whole.module.parameters())
-    conv = _in_place_of(whole.module, _emit(symbol.map, whole.module))
-    folded.append(_entry(whole.path, parts, symbol.map, conv, parameters, whole.cost))
-    return conv
+class _Builder:
+    """Fills the memo of the deep copy with convolutions, and keeps account of them.
 
+    Attributes:
+        memo: what stands in the copy for each module, by its identity.
+        rows: what was folded, the convolution, and the modules that it replaces.
+        refused: see :class:`Outcome`.
+    """
 
-def _emit(conv: ConvMap, owner: nn.Module) -> nn.Conv2d:
-    """The convolution, in the mode of ``owner``; it is trainable iff anything in its place was."""
-    parameters = list(owner.parameters())
-    trainable = not parameters or any(p.requires_grad for p in parameters)
-    module = to_conv2d(conv, _like(owner), requires_grad=trainable)
-    return module.train(owner.training)
+    def __init__(self, model: nn.Module) -> None:
+        self.memo: dict[int, Any] = copies_of_results(model)
+        self.rows: list[tuple[Folded, nn.Conv2d, list[nn.Module]]] = []
+        self.refused: dict[int, str] = {}
+
+    def replace_whole(self, whole: Whole) -> None:
+        """Put one convolution in the place of a module."""
+        like = _like(whole.module)
+        symbol = run(whole.module, Source(), whole.conv.in_channels, device=algebra_device(like))
+        parts = [Part(name, describe_module(child)) for name, child in whole.module.named_children()]
+        parts = parts or [Part("", describe_module(whole.module))]
+        conv = self._emit(symbol.map, whole.module, [whole.module])
+        if conv is not None:
+            self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
+            row = _entry(whole.path, parts, symbol.map, whole.module, whole.cost)
+            self.rows.append((row, conv, list(whole.module.modules())))
+
+    def replace_regions(self, rewrite: Rewrite) -> None:
+        """Replace the regions of one module: chains in their own place, others in a new graph of the module."""
+        others = [region for region in rewrite.regions.found if not region.is_chain]
+        for region in rewrite.regions.found:
+            if region.is_chain:
+                self._replace_chain(rewrite, region)
+        if others:
+            self._replace_branches(rewrite, others)
+
+    def _replace_chain(self, rewrite: Rewrite, region: Region) -> None:
+        """The first convolution becomes the merged one, the others an identity: the forward stays as it is."""
+        place = next(step for step in region.steps if "conv" in step.operations)
+        merged = _solve(rewrite.captured.root, region)
+        modules = region.modules(rewrite.module)
+        owner = nn.ModuleList(modules)
+        conv = self._emit(merged, owner, modules)
+        if conv is None:
+            return
+        for step, module in zip(region.steps, modules, strict=True):
+            self.memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
+        path = join(rewrite.path, str(place.node.target))
+        row = _entry(path, _parts(rewrite.module, region), merged, owner, region.value.cost)
+        self.rows.append((row, conv, modules))
+
+    def _replace_branches(self, rewrite: Rewrite, regions: list[Region]) -> None:
+        """All or nothing: the module gets a new forward, and that has to prove itself."""
+        module = rewrite.module
+        graft = Graft(rewrite, self.memo)
+        rows = []
+        for region in regions:
+            merged = _solve(rewrite.captured.root, region)
+            owner = nn.ModuleList(region.modules(module))
+            conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else module, [module])
+            if conv is None:
+                break
+            path = join(rewrite.path, graft.replace(region, conv.train(module.training)))
+            row = _entry(path, _parts(module, region), merged, owner, region.value.cost)
+            rows.append((row, conv, [module]))
+        else:
+            new = graft.finish()
+            proof = prove(module, new, rewrite.regions.channels)
+            if proof.failure is None:
+                self.rows += [(replace(row, proof=proof.text), conv, modules) for row, conv, modules in rows]
+                return
+            self.refused[id(module)] = f"its merged form does not prove equal to it: {proof.failure}"
+        del self.memo[id(module)]
+
+    def _emit(self, conv: ConvMap, owner: nn.Module, replaced: list[nn.Module]) -> nn.Conv2d | None:
+        """The convolution, trainable iff anything in its place was; None if its numbers do not fit the dtype."""
+        parameters = list(owner.parameters())
+        trainable = not parameters or any(p.requires_grad for p in parameters)
+        try:
+            return to_conv2d(conv, _like(owner), requires_grad=trainable)
+        except ReparamError as error:
+            self.refused |= {id(module): str(error) for module in replaced}
+            return None
+
+    def misplaced(self, plain: nn.Module) -> dict[int, str]:
+        """Modules whose convolution is not in the copy, because something copies itself in a way of its own."""
+        inside = {id(part) for part in plain.modules()}
+        lost = [modules for _, conv, modules in self.rows if id(conv) not in inside]
+        return {id(part): "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
 
 
 def _in_place_of(old: nn.Module, new: Module) -> Module:
@@ -81,10 +172,11 @@ def _like(module: nn.Module) -> Tensor:
     return like
 
 
-def _entry(path: str, parts: list[Part], conv: ConvMap, module: nn.Conv2d, parameters: int, cost: Cost) -> Folded:
-    after = sum(p.numel() for p in module.parameters())
-    merged = Cost.of_map(conv).multiply_adds
-    return Folded(path, tuple(parts), describe(conv), parameters, after, cost.multiply_adds, merged)
+def _entry(path: str, parts: list[Part], conv: ConvMap, owner: nn.Module, cost: Cost) -> Folded:
+    before = sum(p.numel() for p in owner.parameters())
+    merged = Cost.of_map(conv)
+    after = merged.weights + conv.out_channels
+    return Folded(path, tuple(parts), describe(conv), before, after, cost.multiply_adds, merged.multiply_adds)
 
 
 def describe_module(module: nn.Module) -> str:
@@ -97,43 +189,6 @@ def _leaf(part: nn.Module) -> str:
     size = getattr(part, "kernel_size", None)
     prefix = f"{size[0]}x{size[1]} " if isinstance(size, tuple) and len(size) == 2 else ""
     return prefix + type(part).__name__
-
-
-def _replace_regions(rewrite: Rewrite, memo: dict[int, Any], folded: list[Folded]) -> None:
-    """Put the regions of one module in the memo: chains in their own place, others in a new graph of the module."""
-    others = [region for region in rewrite.regions.found if not region.is_chain]
-    for region in rewrite.regions.found:
-        if region.is_chain:
-            _replace_chain(rewrite, region, memo, folded)
-    if others:
-        graft = Graft(rewrite, memo)
-        folded.extend([_replace_branches(rewrite, region, graft) for region in others])
-        memo[id(rewrite.module)] = graft.finish()
-
-
-def _replace_branches(rewrite: Rewrite, region: Region, graft: Graft) -> Folded:
-    merged = _solve(rewrite.captured.root, region)
-    owner = nn.ModuleList(region.modules(rewrite.module))
-    owner.training = rewrite.module.training
-    conv = _emit(merged, owner if any(True for _ in owner.parameters()) else rewrite.module)
-    parameters = sum(p.numel() for p in owner.parameters())
-    path = join(rewrite.path, graft.replace(region, conv))
-    return _entry(path, _parts(rewrite.module, region), merged, conv, parameters, region.value.cost)
-
-
-def _replace_chain(rewrite: Rewrite, region: Region, memo: dict[int, Any], folded: list[Folded]) -> None:
-    """The first convolution of the chain becomes the merged one, the others an identity: the forward stays as it is."""
-    place = next(step for step in region.steps if "conv" in step.operations)
-    merged = _solve(rewrite.captured.root, region)
-    modules = region.modules(rewrite.module)
-    owner = nn.ModuleList(modules)
-    owner.training = rewrite.module.get_submodule(str(place.node.target)).training
-    conv = _emit(merged, owner)
-    for step, module in zip(region.steps, modules, strict=True):
-        memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
-    path = join(rewrite.path, str(place.node.target))
-    parameters = sum(p.numel() for p in owner.parameters())
-    folded.append(_entry(path, _parts(rewrite.module, region), merged, conv, parameters, region.value.cost))
 
 
 def _parts(module: nn.Module, region: Region) -> list[Part]:

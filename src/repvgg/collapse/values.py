@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,15 @@ class Values:
         self._starts: dict[fx.Node, Value] = {}
         for node in self._nodes:
             self._visit(node)
+
+    def channels_of_inputs(self) -> Iterator[int | None]:
+        """The channels of each input of the graph, None where its functions do not tell."""
+        for node in self._nodes:
+            if node.op == "placeholder":
+                try:
+                    yield self._start(node).symbol.map.out_channels
+                except ReparamError:
+                    yield None
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr" and node not in self._memory.torn:

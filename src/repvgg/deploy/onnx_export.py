@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repvgg.deploy import onnx_graph
 from repvgg.errors import ExportError, UsageError, require
 from repvgg.files import check_output, whole_or_nothing
+from repvgg.modes import eval_mode
 
 INPUT = "image"
 OUTPUT = "logits"
@@ -106,7 +107,7 @@ def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
     """The model as an ``onnx.ModelProto``."""
     require("onnxscript")
     try:
-        with _eval_mode(model), _silence():
+        with eval_mode(model), _silence():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -127,19 +128,6 @@ def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
     if outputs != 1:
         raise ExportError(f"The model returns {outputs} tensors: only models that return one can be exported.")
     return program.model_proto
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; each comes back in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg.errors import UsageError
 from repvgg.measure.rules import Work, is_known, name_of, work_of
+from repvgg.modes import eval_mode
 
 Shape = tuple[int, ...]
 
@@ -85,7 +85,7 @@ def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
     if not arguments or not all(isinstance(argument, Tensor) for argument in arguments):
         raise UsageError("A walk needs the tensors that the model takes.")
     recorder = _Recorder()
-    with _eval_mode(model), torch.no_grad(), recorder:
+    with eval_mode(model), torch.no_grad(), recorder:
         model(*arguments)
     return Walk(tuple(recorder.ops))
 
@@ -121,16 +121,3 @@ def _shapes(value: Any) -> Iterator[Shape]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _shapes(item)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: modules made by ``torch.export`` refuse ``eval()``."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

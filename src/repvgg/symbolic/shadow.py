@@ -17,6 +17,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 _STANDARD = frozenset(nn.Module().__dict__)
+_SETTLED = _STANDARD - {"_parameters", "_buffers", "_modules"}  # what no forward changes
 
 
 def _only_convolves(module: nn.Module) -> bool:
@@ -137,11 +138,11 @@ def fingerprint(module: nn.Module, but: str | None = None) -> object:
         module: usually a shadow.
         but: attributes whose names start like this do not count.
     """
-    items = ((name, value) for part in module.modules() for name, value in vars(part).items())
+    items = ((name, value) for part in module.modules() for name, value in vars(part).items() if name not in _SETTLED)
     return [(name, _standing(value)) for name, value in items if not (but and name.startswith(but))]
 
 
-def _standing(value: Any, depth: int = 4) -> object:
+def _standing(value: Any, depth: int = 3) -> object:
     """A value as far as containers go: which objects are in it, and in which state the tensors are."""
     if isinstance(value, (int, float, str)):
         return value

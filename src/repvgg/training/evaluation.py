@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from repvgg.data import LabelledImages
+from repvgg.modes import eval_mode
 
 
 @final
@@ -58,28 +58,13 @@ def evaluate(model: Callable[[Tensor], Tensor], images: LabelledImages, batch_si
 
     logits, labels = [], []
     loader = DataLoader(images, batch_size, generator=torch.Generator())  # else it draws from the global one
-    with eval_mode(model):
+    with eval_mode(model), torch.no_grad():
         for x_NCHW, label_N in loader:
             logits.append(model(x_NCHW.to(device_of(model))).float().cpu())
             labels.append(label_N)
     logits_NK, labels_N = torch.cat(logits), torch.cat(labels)
     confusion = multiclass_confusion_matrix(logits_NK.argmax(1), labels_N, num_classes=logits_NK.shape[1])
     return Evaluation(logits_NK, labels_N, confusion)
-
-
-@contextmanager
-def eval_mode(model: object) -> Iterator[None]:
-    """No gradients, and the modules of ``model`` in eval mode; each comes back in the mode it had."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def device_of(model: object) -> torch.device:

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from repvgg.data import AffineJitter, ImageSplit, JitterEach
 from repvgg.errors import UsageError
+from repvgg.modes import eval_mode
 from repvgg.training.callbacks import Bar, EpochRecord, History
 from repvgg.training.config import TrainConfig
-from repvgg.training.evaluation import Evaluation, device_of, eval_mode, evaluate
+from repvgg.training.evaluation import Evaluation, device_of, evaluate
 from repvgg.training.quiet import lightning_as_guest
 from repvgg.training.seeding import EpochShuffle, seeded
 from repvgg.training.task import ClassificationTask
@@ -155,7 +156,7 @@ def _logits_shape(model: nn.Module, data: ImageSplit) -> tuple[int, ...]:
     """Shape of what the model makes of one image."""
     image, _ = data.held_out[0]
     try:
-        with eval_mode(model):
+        with eval_mode(model), torch.no_grad():
             return tuple(model(image.unsqueeze(0).to(device_of(model))).shape)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from repvgg.modes import eval_mode
 from repvgg.verify.precision import full_float32
 
 
@@ -32,24 +33,11 @@ def judging(*models: object) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(full_float32())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(*models))
         for model in models:
             if isinstance(model, nn.Module):
-                stack.enter_context(_modes_kept(model))
                 stack.enter_context(_buffers_kept(model))
         yield
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: modules made by ``torch.export`` refuse ``eval()``."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
