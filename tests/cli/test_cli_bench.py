@@ -29,13 +29,13 @@ def test_table(repvgg, files):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_json(repvgg, dtype):
-    arguments = ("--rounds", 3, "--input-size", 9, "--threads", 2, "--dtype", dtype, "--channels-last", "--json")
+    arguments = ("--rounds", 1, "--input-size", 9, "--threads", 2, "--dtype", dtype, "--channels-last", "--json")
     before = torch.get_num_threads()
     outcome = repvgg("bench", "repvgg_t0", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     result = json.loads(outcome.out)
     assert [timing["name"] for timing in result["timings"]] == FORMS
-    assert all(timing["rounds"] == 3 and timing["median_seconds"] > 0 for timing in result["timings"])
+    assert all(timing["rounds"] == 1 and timing["median_seconds"] > 0 for timing in result["timings"])
     settings = {"model": "repvgg_t0", "batch": 1, "input_size": 9, "dtype": dtype, "channels_last": True}
     assert result["settings"] == settings
     assert result["environment"]["threads"] == "2"

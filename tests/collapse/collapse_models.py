@@ -91,7 +91,9 @@ def collapse(model: nn.Module) -> tuple[nn.Module, repvgg.Report]:
     return plain, report
 
 
-def assert_same_outputs(model: nn.Module, plain: nn.Module, *inputs: object, tolerance: float = 1e-11, **kwargs) -> None:
+def assert_same_outputs(
+    model: nn.Module, plain: nn.Module, *inputs: object, tolerance: float = 1e-11, **kwargs
+) -> None:
     """Both give the same on copies of the inputs, whatever they return, twice in a row."""
     for _ in range(2):
         with torch.no_grad():

@@ -95,7 +95,8 @@ class Kernel:
 
         The sums stay valid until the next one is asked for. Without gradients.
         """
-        step = max(1, _CHUNK // max(1, self.numel() // self.shape[0]))
+        numbers = self.numel() if self.device.type == "meta" else _CHUNK  # on meta there is nothing to cache
+        step = max(1, numbers // max(1, self.numel() // self.shape[0]))
         base = next((term for term in self.terms if self._covers(term)), None)
         buffer = torch.empty((min(step, self.shape[0]), *self.shape[1:]), dtype=self.dtype, device=self.device)
         for start in range(0, self.shape[0], step):

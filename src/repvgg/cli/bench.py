@@ -117,7 +117,7 @@ def _measure(
 
 @contextmanager
 def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, beside standard output; nothing elsewhere. It is drawn between rounds, not while one runs."""
+    """A bar on a terminal, beside standard output; nothing elsewhere. Drawn between rounds, not while one runs."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -93,6 +93,11 @@ def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each op below autograd. An op that PyTorch composes of others is recorded as these others."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and asking to skip the compiler would import all of it, which takes seconds."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []

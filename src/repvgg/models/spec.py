@@ -153,6 +153,6 @@ def spec_of(name: str) -> ModelSpec:
         return SPECS[name]
     import difflib
 
-    close = difflib.get_close_matches(name, SPECS, n=3)
+    close = difflib.get_close_matches(name.lower(), SPECS, n=3)
     known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SPECS)}."
     raise UnknownModelError(f"There is no model {name!r}: {known}")

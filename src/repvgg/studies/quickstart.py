@@ -120,12 +120,28 @@ def _whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{str(target)!r} cannot be made: {error.strerror or error}.") from error
     try:
         yield folder
-        folder.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.replace(target)
+        mode = target.parent.stat().st_mode & 0o777  # a temporary folder is nobody else's to read; this one is
+        folder.chmod(mode)
+        _exchange(folder, target)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(folder: Path, target: Path) -> None:
+    """Give ``folder`` the name ``target``; what had it is kept until that is done."""
+    if not target.exists():
+        folder.replace(target)
+        return
+    before = folder.with_name(f"{folder.name}-before")
+    target.replace(before)
+    try:
+        folder.replace(target)
+    except BaseException:
+        before.replace(target)
+        raise
+    shutil.rmtree(before)
 
 
 def _train(data: ImageSplit, seed: int, console: Console) -> tuple[models.RepVGG, FitResult]:
