@@ -30,7 +30,57 @@ def trained(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0)
     return model.to(dtype).eval()
 
 
-def image(channels: int, height: int = 13, width: int = 18, *, seed: int = 1, dtype=torch.float64) -> Tensor:
+def module(forward, **parts) -> nn.Module:
+    """A module with these parts and this forward."""
+    kind = type("Written", (nn.Module,), {"forward": forward})
+    out = kind()
+    for name, part in parts.items():
+        setattr(out, name, part)
+    return out
+
+
+def conv(inputs: int = 4, outputs: int = 4, kernel: int = 3, **kwargs) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kwargs.pop("padding", kernel // 2), **kwargs)
+
+
+class Linear2d(nn.Module):
+    """conv, BN."""
+
+    def __init__(self, stride: int = 1, channels: int = 4):
+        super().__init__()
+        self.conv = conv(channels, channels, stride=stride, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.stride, self.tag = stride, 3
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Block(Linear2d):
+    """conv, BN, ReLU."""
+
+    def __init__(self, inplace: bool = True, channels: int = 4):
+        super().__init__(channels=channels)
+        self.act = nn.ReLU(inplace)
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+class Branches(nn.Module):
+    """ReLU of two branches, and things that its forward never uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = Linear2d(), conv(kernel=1), nn.ReLU()
+        self.width, self.unused, self.temperature = 4, nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        return self.act(self.a(x) + self.b(x))
+
+
+def image(channels: int = 4, height: int = 13, width: int = 18, *, seed: int = 1, dtype=torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64).add(0.5).to(dtype)
 
@@ -116,5 +166,5 @@ def check(model: nn.Module, *inputs: object, **kwargs) -> tuple[nn.Module, repvg
 def _larger(value: object) -> object:
     if not isinstance(value, Tensor) or value.dim() != 4:
         return value
-    n, c, h, w = value.shape
+    h, w = value.shape[2:]
     return torch.cat([value, value.flip(2)], 2)[:, :, : h + 4].repeat(1, 1, 1, 2)[..., : w + 5]

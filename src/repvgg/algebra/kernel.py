@@ -98,6 +98,9 @@ class Kernel:
         numbers = self.numel() if self.device.type == "meta" else _CHUNK  # on meta there is nothing to cache
         step = max(1, numbers // max(1, self.numel() // self.shape[0]))
         base = next((term for term in self.terms if self._covers(term)), None)
+        others = [term for term in self.terms if term is not base]
+        large = [term for term in others if self._covers(term)]
+        small = self._overlays([term for term in others if not self._covers(term)])
         buffer = torch.empty((min(step, self.shape[0]), *self.shape[1:]), dtype=self.dtype, device=self.device)
         for start in range(0, self.shape[0], step):
             rows = slice(start, min(start + step, self.shape[0]))
@@ -108,10 +111,23 @@ class Kernel:
                 sums.copy_(base.weight[rows])
                 if base.factor is not None:
                     sums *= base.factor[rows].view(-1, 1, 1, 1)
-            for term in self.terms:
-                if term is not base:
-                    self._add(sums, term, rows)
+            for term in large:
+                self._add(sums, term, rows)
+            for place, overlay in small:
+                sums[:, :, place[0].slice, place[1].slice] += overlay[rows]
             yield rows, sums
+
+    def _overlays(self, terms: list[Term]) -> list[tuple[tuple[Placement, Placement], Tensor]]:
+        """Terms with fewer taps or more groups, summed as far as they have the same taps: (O, I, h, w) for each."""
+        places = {(term.rows, term.columns): None for term in terms}
+        return [(place, self._at(place, terms).dense()) for place in places]
+
+    def _at(self, place: tuple[Placement, Placement], terms: list[Term]) -> Kernel:
+        """The kernel of those terms that have their taps at ``place``, and of these taps alone."""
+        rows, columns = (Placement(0, 1, part.count) for part in place)
+        there = (term for term in terms if (term.rows, term.columns) == place)
+        alone = tuple(replace(term, rows=rows, columns=columns) for term in there)
+        return replace(self, shape=(*self.shape[:2], rows.count, columns.count), terms=alone, unit=False)
 
     def _covers(self, term: Term) -> bool:
         """Whether a term has the shape of the sum."""

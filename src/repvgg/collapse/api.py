@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 
 from repvgg.collapse.check import depends_on_its_parts
-from repvgg.collapse.plan import Plan, batch_norms, make_plan, unwrap
+from repvgg.collapse.modules import batch_norms, unwrap
+from repvgg.collapse.plan import Plan, make_plan
 from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import carry_out
 from repvgg.collapse.tracing import random_state_kept

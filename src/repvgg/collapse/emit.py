@@ -60,18 +60,20 @@ def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
     """The kernel, multiplied out piece by piece and cast once."""
     weight = torch.empty(conv.kernel.shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
     for rows, sums in conv.kernel.chunks():
-        weight[rows] = _cast(sums, like)
-    return weight
+        weight[rows].copy_(sums)
+    return _fits(weight)
 
 
 def _cast(value: Tensor, like: Tensor) -> Tensor:
     """``value`` in the dtype and on the device of ``like``."""
-    if not value.is_meta and value.numel():
-        low, high = torch.aminmax(value.detach())
-        limit = torch.finfo(like.dtype).max
-        if float(low) < -limit or float(high) > limit:
-            raise ReparamError(f"the merged weights do not fit into {str(like.dtype).removeprefix('torch.')}")
-    return value.detach().to(device=like.device, dtype=like.dtype)
+    return _fits(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
+
+
+def _fits(cast: Tensor) -> Tensor:
+    """``cast`` itself, if no number became infinite in its dtype."""
+    if not cast.is_meta and cast.numel() and any(bool(torch.isinf(end)) for end in torch.aminmax(cast)):
+        raise ReparamError(f"the merged weights do not fit into {str(cast.dtype).removeprefix('torch.')}")
+    return cast
 
 
 def describe(conv: ConvMap) -> str:

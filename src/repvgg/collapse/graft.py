@@ -67,7 +67,7 @@ class Graft:
         regions = [region for region in self.rewrite.regions.found if not region.is_chain]
         inside = {id(part): nn.Identity() for region in regions for part in region.modules(old)}
         memo.update(inside)
-        vars(self.module).update(copied(dict(_beside_graph(vars(old))), memo, old))
+        vars(self.module).update(copied(dict(_beside_graph(vars(old))), memo, old, self.rewrite.path))
         for part in inside:
             del memo[part]
 

@@ -52,6 +52,11 @@ class Memory:
         changed = {self._class(node) for node in self.unsafe}
         self.torn = frozenset(node for node in graph.nodes if self._class(node) in changed)
 
+    @classmethod
+    def of_values(cls) -> Memory:
+        """As if every node were a value that nothing can change."""
+        return cls(fx.Graph(), lambda path: Effects(), frozenset())
+
     def change_between(self, source: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """A node from ``first`` up to ``last`` that may change the tensor of ``source`` in place."""
         for node in self._written:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import jit, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.effects import Captures
+from repvgg.collapse.modules import has_hooks, join, unwrap
 from repvgg.collapse.reach import borrowed, parts_named_by
 from repvgg.collapse.regions import Regions, find_regions
 from repvgg.collapse.report import LeftAlone
@@ -73,26 +73,6 @@ class Plan:
     def empty(self) -> bool:
         """Whether there is nothing to replace."""
         return not self.wholes and not self.rewrites
-
-
-def join(*names: str) -> str:
-    """A dotted path."""
-    return ".".join(filter(None, names))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything in ``module`` has a hook that would see, or change, what flows through it."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(part, name, None) for part in module.modules() for name in hooks)
-
-
-def unwrap(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
-    """The module inside wrappers that only change how it runs, and its path, that of the wrapper being ``path``."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return unwrap(module.module, join(path, "module"))
-    if type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        return unwrap(module._orig_mod, join(path, "_orig_mod"))  # type: ignore[arg-type]  # torch.compile
-    return module, path
 
 
 def make_plan(model: nn.Module, merge_branches: bool, kept: dict[int, str] | None = None) -> Plan:
@@ -178,8 +158,7 @@ class _Planner:
         self.plan.called |= {id(module.get_submodule(target)) for target in captured.calls}
         self._keep_reached_past(module, captured)
         opaque = {target: reason for target in captured.calls if (reason := self._opaque(module, captured, target))}
-        memory = self.captures.memory(module)
-        regions = find_regions(captured, memory, opaque, self.merge_branches)
+        regions = find_regions(captured, lambda: self.captures.memory(module), opaque, self.merge_branches)
         alone = self.kept.get(id(module)) or (captured.more and f"the forward around it {captured.more}")
         if alone:
             regions = _chains_only(regions, captured, alone)
@@ -291,8 +270,3 @@ def _nested(inner: str, outer: str) -> bool:
 def _first_line(error: Exception) -> str:
     line = (str(error).splitlines() or [""])[0]
     return line if isinstance(error, ReparamError) else f"{type(error).__name__}: {line}"
-
-
-def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All batch norms of a model with their paths."""
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from repvgg.collapse.modules import has_hooks, hooks_of
 from repvgg.collapse.report import NOT_RUN
 from repvgg.symbolic import first_float
 from repvgg.verify import Evidence, border_inputs, judging, verify
 
-_SIZES = ((9, 11), (37, 43))  # the second for modules that shrink the first to nothing
+_SIZES = ((7, 9), (37, 43))  # the second for modules that shrink the first to nothing
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,19 @@ def _verdict(evidence: Evidence) -> Proof:
 
 
 def _judge(old: nn.Module, new: nn.Module, images: list[Tensor], like: Tensor | None) -> Evidence:
-    """The evidence; both run on copies, without hooks: what the user's hooks collect is not for us to add to."""
-    reference, candidate = _without_hooks(old), _without_hooks(new)
+    """The evidence; both run on copies, those of the reference made by the judge."""
+    reference = _without_hooks(copy.deepcopy(old)) if has_hooks(old) else old
+    candidate = _without_hooks(copy.deepcopy(new))
     device = torch.device("cpu") if like is None else like.device
     with judging(candidate):
         return verify(reference, lambda x: candidate(x.to(device)), images)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    own = copy.deepcopy(module)
-    for part in own.modules():
-        for name, value in vars(part).items():
-            if name.endswith(("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")):
-                value.clear()
-    return own
+    """Without hooks: what those of the user collect is not for us to add to."""
+    for hooks in hooks_of(module):
+        hooks.clear()
+    return module
 
 
 class _OneToOne(nn.Module):
@@ -85,7 +85,7 @@ class _OneToOne(nn.Module):
         super().__init__()
         self.module = module
         self.channels = list(channels)
-        self.train(module.training)
+        self.training = module.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all numbers that the module returns."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from repvgg.symbolic import things_in
+
 _ANYTHING = frozenset(
     (
         *("getattr", "vars", "apply", "state_dict", "__dict__", "_modules"),
@@ -24,21 +26,11 @@ def borrowed(model: nn.Module) -> set[int]:
     found: set[int] = set()
     for holder in model.modules():
         own = {id(part) for part in holder.modules()}
-        for module in _held(list(vars(holder).values())):
+        held = (value for value in things_in(vars(holder).values()) if isinstance(value, nn.Module))
+        for module in held:
             if id(module) not in own and not any(part is holder for part in module.modules()):
                 found |= {id(part) for part in module.modules()}
     return found
-
-
-def _held(values: Any, depth: int = 3) -> Iterator[nn.Module]:
-    """The modules that stand in ``values``, containers being looked through."""
-    for value in values:
-        if isinstance(value, nn.Module):
-            yield value
-        elif depth and isinstance(value, dict):
-            yield from _held(value.values(), depth - 1)
-        elif depth and isinstance(value, (list, tuple, set)):
-            yield from _held(value, depth - 1)
 
 
 def parts_named_by(module: nn.Module) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,12 +68,26 @@ class Regions:
     channels: tuple[int | None, ...] = ()
 
 
-def find_regions(captured: Capture, memory: Memory, opaque: Mapping[str, str], merge_branches: bool) -> Regions:
+def find_regions(
+    captured: Capture, memory_of: Callable[[], Memory], opaque: Mapping[str, str], merge_branches: bool
+) -> Regions:
     """The maximal linear regions that are worth replacing by one convolution each.
 
     A region ends where something non-linear, or something with another input, reads its outcome. It is cut where two
     regions would share a node, and where merging would cost more multiply-adds than its parts do.
+
+    Args:
+        captured: the graph to look at.
+        memory_of: which of its nodes share memory. It is asked only if there are regions but for that: finding out
+            means to look into everything that the graph calls.
+        opaque: submodules that have to stay, and why.
+        merge_branches: whether branches may be merged, or only chains.
     """
+    regions = _search(captured, Memory.of_values(), opaque, merge_branches)
+    return _search(captured, memory_of(), opaque, merge_branches) if regions.found else regions
+
+
+def _search(captured: Capture, memory: Memory, opaque: Mapping[str, str], merge_branches: bool) -> Regions:
     cuts: set[fx.Node] = {*captured.escaped, *memory.torn}
     reasons = dict.fromkeys(memory.torn, "its memory is changed in place")
     reasons |= dict.fromkeys(captured.escaped, "its outcome is kept for others to read")
@@ -92,9 +106,14 @@ def find_regions(captured: Capture, memory: Memory, opaque: Mapping[str, str], m
 
 
 def _passed_on(values: Values, reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
-    """The reasons, and for nodes that had to start anew the reason of what is in front of them."""
-    fronts = {node: value.source for node, value in values.of.items() if value.source in reasons}
-    passed = {node: f"{_named(front)!r} in front of it stays: {reasons[front]}" for node, front in fronts.items()}
+    """The reasons, and for nodes without one that of what is in front of them or behind."""
+    passed: dict[fx.Node, str] = {}
+    for node, value in values.of.items():
+        behind = next((user for user in node.users if user in reasons), None)
+        if value.source in reasons:
+            passed[node] = f"{_named(value.source)!r} in front of it stays: {reasons[value.source]}"
+        elif behind is not None:
+            passed[node] = f"{_named(behind)!r} behind it does not take it in: {reasons[behind]}"
     return passed | reasons
 
 

@@ -14,7 +14,8 @@ from repvgg.collapse.copies import copied, copies_of_results
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.emit import describe, to_conv2d
 from repvgg.collapse.graft import Graft
-from repvgg.collapse.plan import Plan, Rewrite, Whole, join
+from repvgg.collapse.modules import join
+from repvgg.collapse.plan import Plan, Rewrite, Whole
 from repvgg.collapse.proof import prove
 from repvgg.collapse.regions import Region
 from repvgg.collapse.report import Folded, Part

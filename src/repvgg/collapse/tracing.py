@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import operator
 import random
 import weakref
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from repvgg.errors import ReparamError
-from repvgg.symbolic import fingerprint, shadow_of
+from repvgg.symbolic import fingerprint, shadow_of, things_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +114,17 @@ class _ShallowTracer(fx.Tracer):
 
     def escaped(self) -> frozenset[fx.Node]:
         """The nodes whose proxies somebody still holds."""
-        if any(reference() is not None for reference in self.proxies):
-            gc.collect()  # a proxy in a cycle is held by nobody
-        alive = (reference() for reference in self.proxies)
-        return frozenset(proxy.node for proxy in alive if proxy is not None)
+        parts = self.root.modules()
+        kept = {id(thing) for part in parts for thing in things_in(vars(part).values()) if isinstance(thing, fx.Proxy)}
+        for generation in (1, 2):  # a proxy in a cycle is held by nobody; nearly all of them are young
+            alive = [proxy for reference in self.proxies if (proxy := reference()) is not None]
+            nodes = frozenset(proxy.node for proxy in alive)
+            unexplained = any(id(proxy) not in kept for proxy in alive)
+            del alive
+            if not unexplained:
+                return nodes
+            gc.collect(generation)
+        return frozenset(proxy.node for reference in self.proxies if (proxy := reference()) is not None)
 
 
 def _maker(tracer: fx.Tracer, name: str, tensor: Tensor) -> Callable[[fx.Node], fx.Proxy]:
@@ -154,7 +162,8 @@ def run_traced(module: nn.Module, arguments: dict[str, Any], *, training: bool =
         if moved():
             raise ReparamError("it draws random numbers")
     escaped = tracer.escaped()
-    more = "is computed with autograd or autocast switched" if len(tracer.settings) > 1 else None
+    switched = len(tracer.settings) > 1 or "autocast" in inspect.unwrap(type(module).forward).__code__.co_names
+    more = "switches autograd or autocast" if switched else None
     if escaped or before != fingerprint(shadow, but="_tensor_constant"):
         more = "keeps something in an attribute"
     if eager:

@@ -3,7 +3,7 @@
 import repvgg.symbolic.handlers
 import repvgg.symbolic.slicing  # noqa: F401 - enters its handlers in the table
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of
-from repvgg.symbolic.shadow import fingerprint, shadow_of
+from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, dispatch, handles
 from repvgg.symbolic.trace import (
     EquivalentConv,
@@ -35,6 +35,7 @@ __all__ = [
     "refuse_training",
     "run",
     "shadow_of",
+    "things_in",
     "trace",
     "unchanged_by_call",
 ]

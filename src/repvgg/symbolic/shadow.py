@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
@@ -119,7 +119,7 @@ class _Shadows:
 
 def _copy_of_plain_object(value: Any) -> Any:
     """A copy of an object that keeps its state in a ``__dict__`` and is no class, function or module of Python."""
-    if type(value).__module__ in ("builtins", "types") or isinstance(value, type) or not hasattr(value, "__dict__"):
+    if type(value).__module__ == "builtins" or isinstance(value, type) or not hasattr(value, "__dict__"):
         return value
     try:
         return copy.copy(value)
@@ -129,6 +129,19 @@ def _copy_of_plain_object(value: Any) -> Any:
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise NotLinearError("its forward was replaced on the instance")
+
+
+def things_in(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+    """Everything that stands in ``values``: containers are looked into, and so are plain objects, ``depth`` deep."""
+    for value in values:
+        if isinstance(value, dict) and depth > 0:
+            yield from things_in(value.values(), depth - 1)
+        elif isinstance(value, (list, tuple, set, deque)) and depth > 0:
+            yield from things_in(value, depth - 1)
+        else:
+            yield value
+            if depth > 1 and not isinstance(value, (Tensor, nn.Module, type)) and hasattr(value, "__dict__"):
+                yield from things_in(list(vars(value).values()), depth - 2)
 
 
 def fingerprint(module: nn.Module, but: str | None = None) -> object:
@@ -147,7 +160,8 @@ def _standing(value: Any, depth: int = 3) -> object:
     if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
+        versioned = not nn.parameter.is_lazy(value) and not value.is_inference()
+        return id(value), value._version if versioned else None
     if isinstance(value, (nn.Module, type)) or not depth:
         return id(value)
     if isinstance(value, dict):
