@@ -13,12 +13,27 @@ import repvgg
 from repvgg.errors import ReparamError
 
 
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.branches, self.act = Linear2d(), conv(), Branches(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.a(x) + self.b(x)) + self.branches(x)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.inner, self.act = Linear2d(), Inner(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.a(x) + x) + self.inner(x)
+
+
 def everything():
-    """A chain, a whole module, a new forward, and a new forward within a new forward."""
-    inner = module(lambda self, x: self.act(self.a(x) + self.b(self.branches(x))), act=nn.ReLU())
-    inner.a, inner.b, inner.branches = Linear2d(), conv(), Branches()
-    outer = module(lambda self, x: self.act(self.a(x) + x) + self.inner(x), act=nn.ReLU(), a=Linear2d(), inner=inner)
-    return nn.Sequential(Block(), outer, Branches(), Linear2d())
+    """A chain, a whole module, a new forward, and a new forward within a new forward within a new forward."""
+    return nn.Sequential(Block(), Outer(), Branches(), Linear2d())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +87,7 @@ def test_other_parameters_are_identical_copies(pair):
 
 
 def test_state_is_exchanged_between_outcomes(pair):
-    model, plain = pair
+    _, plain = pair
     other = trained(everything(), seed=9)
     theirs, _ = repvgg.reparameterize(other)
     copied = copy.deepcopy(plain)

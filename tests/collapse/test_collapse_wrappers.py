@@ -34,7 +34,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", MAKERS)
 def test_models_of_other_kinds(name):
     make, folded = MAKERS[name]
@@ -42,11 +42,12 @@ def test_models_of_other_kinds(name):
     assert len(report.folded) == folded
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_script_is_left_whole():
+    model = scripted()
     with pytest.warns(repvgg.errors.NothingFoldedWarning):
-        plain, _ = repvgg.reparameterize(scripted())
-    torch.testing.assert_close(plain(image()), scripted()(image()), rtol=0, atol=0)
+        plain, _ = repvgg.reparameterize(model)
+    torch.testing.assert_close(plain(image()), model(image()), rtol=0, atol=0)
 
 
 def test_compiled_models_and_parts():

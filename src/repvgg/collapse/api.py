@@ -22,7 +22,9 @@ def reparameterize(model: nn.Module) -> tuple[nn.Module, Report]:
     Every linear region of a module's own ``forward`` (parallel branches of convolutions, batch norms, identities,
     scales, pools, and chains of them) is replaced by one ``nn.Conv2d``; its kernel and bias are read off the forward
     in float64 and cast once. Nothing is assumed about names or classes. A region is merged only if that costs no more
-    multiply-adds than its parts. Submodules that only the training forward calls are dropped.
+    multiply-adds than its parts. Submodules that only the training forward calls, and nothing else can reach, are
+    dropped. A module whose branches are merged gets a new forward, its own traced; the two are run side by side on
+    small images, and where they differ the module stays as it is.
 
     Args:
         model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
@@ -34,6 +36,7 @@ def reparameterize(model: nn.Module) -> tuple[nn.Module, Report]:
 
     Raises:
         TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
+        ReparamError: an attribute of the model cannot be copied; the text names it.
 
     Warns:
         NothingFoldedWarning: there was nothing to fold; the outcome is a copy.
@@ -94,9 +97,9 @@ def _left(model: nn.Module, plain: nn.Module, plan: Plan, kept: dict[int, str]) 
     untraced = [row for row in plan.untraced if any(_within(name, row.name) for name in surviving)]
     rows = [*norms, *untraced]
     for name, part in model.named_modules():
-        told = any(_within(row.name, name) or _within(name, row.name) for row in rows)
-        if id(part) in kept and not told:
-            rows.append(LeftAlone(name, kept[id(part)]))
+        reason = kept.get(id(part))
+        if reason and not any(_within(row.name, name) or reason in row.reason for row in rows):
+            rows.append(LeftAlone(name, reason))
     return tuple(rows)
 
 

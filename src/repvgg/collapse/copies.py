@@ -24,7 +24,7 @@ def copies_of_results(model: nn.Module) -> dict[int, Any]:
 
 
 def copied(value: Value, memo: dict[int, Any], module: nn.Module, path: str = "") -> Value:
-    """A deep copy of something in ``module``, which stands at ``path``. In it, what ``memo`` holds is found already copied.
+    """A deep copy of something in ``module``, itself at ``path``, in which what ``memo`` holds is found copied already.
 
     Raises:
         ReparamError: an attribute cannot be copied; the text names it.
@@ -32,9 +32,9 @@ def copied(value: Value, memo: dict[int, Any], module: nn.Module, path: str = ""
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:
+        reason = f"{_culprit(module, path)} ({type(error).__name__}: {error})"
         raise ReparamError(
-            f"The model cannot be copied{_culprit(module, path)} ({type(error).__name__}: {error}): take off what cannot be "
-            "copied, or give its class a __deepcopy__."
+            f"The model cannot be copied{reason}: take off what cannot be copied, or give its class a __deepcopy__."
         ) from error
 
 

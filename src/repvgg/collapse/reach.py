@@ -65,7 +65,8 @@ def _names_read(module: nn.Module) -> frozenset[str]:
         for code in _codes(function.__code__):
             seen.add(code)
             names |= _deep_names(code, own)
-            todo += [_defined(getattr(type(module), name, None)) for name in code.co_names]
+            methods = (name for name in code.co_names if name not in vars(nn.Module))
+            todo += [_defined(getattr(type(module), name, None)) for name in methods]
             near = (function.__globals__.get(name) for name in code.co_names)
             todo += [f for f in near if isinstance(f, FunctionType) and f.__module__ == function.__module__]
     return frozenset(names)

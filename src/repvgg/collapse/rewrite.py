@@ -61,7 +61,8 @@ def carry_out(model: nn.Module, plan: Plan) -> Outcome:
     for path in plan.dropped:
         _detach(plain, path)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    rows = sorted((row for row, _, _ in builder.rows), key=lambda row: order.get(row.name, len(order)))
+    owners = {row.name: order.get(row.name.rpartition(".")[0], len(order)) for row, _, _ in builder.rows}
+    rows = sorted((row for row, _, _ in builder.rows), key=lambda row: order.get(row.name, owners[row.name]))
     return Outcome(plain, tuple(rows), builder.refused | builder.misplaced(plain))
 
 

@@ -189,6 +189,7 @@ class Values:
 
     def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
         known: dict[fx.Node, Any] = dict(self._constants) | {start: probe}
+        errors: list[ReparamError] = []
         for node in self._nodes:
             if not any(known.get(n) is probe for n in node.all_input_nodes) or node.op == "output":
                 continue
@@ -196,5 +197,9 @@ class Values:
                 known[node] = self._evaluator.run(node, known.__getitem__)
             except ChannelsFound:
                 raise
-            except (ReparamError, KeyError):
+            except ReparamError as error:
+                errors.append(error)
+            except KeyError:
                 continue
+        if errors:
+            raise errors[0]

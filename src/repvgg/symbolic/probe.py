@@ -62,6 +62,8 @@ class ChannelProbe(SymbolicTensor):
         if keeps or (handler in _MAY_BROADCAST and not probe.certain):
             return probe
         name = getattr(func, "__name__", func)
+        if handler is None and probe.certain:
+            raise NotLinearError(f"{name} is not a linear, shift-invariant map")
         raise NotLinearError(f"the number of input channels cannot be told in front of {name}")
 
     @property
