@@ -18,11 +18,25 @@ def branches():
 
 @pytest.mark.parametrize("size", [1, 20, 40, 1 << 15])
 def test_chunks_are_the_dense_kernel(monkeypatch, size):
-    monkeypatch.setattr(kernel, "_CHUNK", size)
+    monkeypatch.setattr(kernel, "_LARGE", size)
     conv = branches()
     pieces = [(rows, sums.clone()) for rows, sums in conv.kernel.chunks()]
     assert pieces[0][0].start == 0
     assert pieces[-1][0].stop == 6
+    assert_close(torch.cat([sums for _, sums in pieces]), conv.weight, rtol=0, atol=0)
+
+
+def test_a_slow_piece_makes_the_next_ones_small(monkeypatch):
+    """Only their size changes: the numbers are the same."""
+    clock = iter(range(0, 10000, 1))
+    monkeypatch.setattr(kernel, "_SMALL", 20)
+    monkeypatch.setattr(kernel, "_LARGE", 40)
+    monkeypatch.setattr(kernel, "_CALM", 1000.0)
+    monkeypatch.setattr(kernel, "_small_until", float("-inf"))
+    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(clock))
+    conv = branches()
+    pieces = [(rows, sums.clone()) for rows, sums in conv.kernel.chunks()]
+    assert [rows.stop - rows.start for rows, _ in pieces] == [2, 1, 1, 1, 1]
     assert_close(torch.cat([sums for _, sums in pieces]), conv.weight, rtol=0, atol=0)
 
 

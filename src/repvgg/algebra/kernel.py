@@ -9,6 +9,8 @@ Letters: O output channels, I input channels of one group, H and W height and wi
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +19,13 @@ from torch import Tensor
 
 from repvgg.algebra.axis import Placement
 
-_CHUNK = 1 << 15  # numbers worked on at a time when a sum is written out: they stay in the cache
+# Numbers worked on at a time when a sum is written out. torch shares large pieces out to its threads, which halves
+# the time on a quiet machine; on a busy one every piece waits for a thread that has no core, a hundred times too long.
+# Small pieces are below torch's threshold for threads. A large piece that takes far too long makes the next ones small.
+_LARGE, _SMALL = 1 << 19, 1 << 15
+_SLOW = 20e-9  # seconds a number; 2 to 5 are usual
+_CALM = 30.0  # seconds for which pieces stay small
+_small_until = -math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +103,16 @@ class Kernel:
 
         The sums stay valid until the next one is asked for. Without gradients.
         """
-        numbers = self.numel() if self.device.type == "meta" else _CHUNK  # on meta there is nothing to cache
-        step = max(1, numbers // max(1, self.numel() // self.shape[0]))
+        largest = self._rows_of(self.numel() if self.device.type == "meta" else _LARGE)
         base = next((term for term in self.terms if self._covers(term)), None)
         others = [term for term in self.terms if term is not base]
         large = [term for term in others if self._covers(term)]
         small = self._overlays([term for term in others if not self._covers(term)])
-        buffer = torch.empty((min(step, self.shape[0]), *self.shape[1:]), dtype=self.dtype, device=self.device)
-        for start in range(0, self.shape[0], step):
+        buffer = torch.empty((largest, *self.shape[1:]), dtype=self.dtype, device=self.device)
+        start = 0
+        while start < self.shape[0]:
+            began = time.monotonic()
+            step = min(largest, self._rows_of(_SMALL)) if began < _small_until else largest
             rows = slice(start, min(start + step, self.shape[0]))
             sums = buffer[: rows.stop - rows.start]
             if base is None:
@@ -116,6 +126,12 @@ class Kernel:
             for place, overlay in small:
                 sums[:, :, place[0].slice, place[1].slice] += overlay[rows]
             yield rows, sums
+            _watch(time.monotonic() - began, sums.numel())
+            start = rows.stop
+
+    def _rows_of(self, numbers: int) -> int:
+        """How many output channels hold about so many numbers."""
+        return min(self.shape[0], max(1, numbers * self.shape[0] // max(1, self.numel())))
 
     def _overlays(self, terms: list[Term]) -> list[tuple[tuple[Placement, Placement], Tensor]]:
         """Terms with fewer taps or more groups, summed as far as they have the same taps: (O, I, h, w) for each."""
@@ -148,6 +164,13 @@ class Kernel:
         first = channels.div(self.shape[0] // term.groups, rounding_mode="floor") * width % self.shape[1]
         inputs = first[:, None] + torch.arange(width, device=self.device)
         taps.index_put_(((channels - rows.start)[:, None], inputs), value, accumulate=True)
+
+
+def _watch(seconds: float, numbers: int) -> None:
+    """Have the next pieces small where a large one took far too long."""
+    global _small_until  # of the process: it is the machine that is busy
+    if numbers > _SMALL and seconds > _SLOW * numbers:
+        _small_until = time.monotonic() + _CALM
 
 
 def _to(value: Tensor | None, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:

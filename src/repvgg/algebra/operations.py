@@ -5,7 +5,6 @@ Shapes: weights are OIHW with I the input channels of one group; per-channel vec
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -28,7 +27,7 @@ def scale(conv: ConvMap, factor_O: Tensor) -> ConvMap:
 
 def shift(conv: ConvMap, offset_O: Tensor) -> ConvMap:
     """``conv(x) + offset``, channel by channel."""
-    return replace(conv, bias=offset_O if conv.bias is None else conv.bias + offset_O)
+    return replace(conv, bias=offset_O if conv.bias is None else _sum(conv.bias, offset_O))
 
 
 def add(*terms: ConvMap) -> ConvMap:
@@ -49,7 +48,7 @@ def add(*terms: ConvMap) -> ConvMap:
     for other in others:
         kernel = kernel.plus(other)
     biases = [term.bias for term in terms if term.bias is not None]
-    return ConvMap.from_axes(kernel, reduce(operator.add, biases) if biases else None, axes, common_border(terms))
+    return ConvMap.from_axes(kernel, reduce(_sum, biases) if biases else None, axes, common_border(terms))
 
 
 def concatenate(parts: Sequence[ConvMap]) -> ConvMap:
@@ -108,6 +107,11 @@ def common_border(parts: Sequence[ConvMap]) -> Border | None:
     if len(borders) > 1:
         raise BorderError(f"branches that continue the image by {' and by '.join(borders)} do not merge")
     return borders[0] if borders else None
+
+
+def _sum(left_O: Tensor, right_O: Tensor) -> Tensor:
+    """The sum of two vectors; on the meta device, where there are no values and adding is slow, either of them."""
+    return left_O if left_O.is_meta and right_O.is_meta else left_O + right_O
 
 
 def _require_same_channels(terms: Sequence[ConvMap]) -> None:

@@ -11,7 +11,7 @@ from repvgg.collapse.modules import batch_norms, unwrap
 from repvgg.collapse.plan import Plan, make_plan
 from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import carry_out
-from repvgg.collapse.tracing import random_state_kept
+from repvgg.collapse.tracing import collector_paused, random_state_kept
 from repvgg.errors import NothingFoldedWarning
 from repvgg.symbolic import refuse_training
 
@@ -73,7 +73,7 @@ def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]
     model = unwrapped(model)
     refuse_training(model)
     kept: dict[int, str] = {}
-    with random_state_kept():
+    with random_state_kept(), collector_paused():
         while True:
             plan = make_plan(model, merge_branches, kept)
             done = carry_out(model, plan)

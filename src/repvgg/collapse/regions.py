@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.collapse.capture import Capture
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.values import Step, Value, Values
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic import Source, SymbolicTensor, guarded
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,8 @@ def find_regions(
         opaque: submodules that have to stay, and why.
         merge_branches: whether branches may be merged, or only chains.
     """
+    if not _has_neighbours(captured):
+        return Regions((), {})
     regions = _search(captured, Memory.of_values(), opaque, merge_branches)
     return _search(captured, memory_of(), opaque, merge_branches) if regions.found else regions
 
@@ -103,6 +108,33 @@ def _search(captured: Capture, memory: Memory, opaque: Mapping[str, str], merge_
     found = [region for region in found if _pays(region.value) and memory.change_between(*region.span) is None]
     channels = () if all(region.is_chain for region in found) else tuple(values.channels_of_inputs())
     return Regions(tuple(found), _passed_on(values, {**values.reasons, **reasons}), channels)
+
+
+def _has_neighbours(captured: Capture) -> bool:
+    """Whether two nodes that may be linear follow each other, as those of any region do. It costs little to ask.
+
+    Where a batch norm is called the answer is yes: if it stays, somebody will want to know why.
+    """
+    if any(isinstance(captured.root.get_submodule(path), _BatchNorm) for path in captured.calls):
+        return True
+    calls = (node for node in captured.graph.nodes if node.op.startswith("call"))
+    linear = {node for node in calls if node.op != "call_module" or _may_be_linear(captured, str(node.target))}
+    return any(before in linear for node in linear for before in node.all_input_nodes)
+
+
+def _may_be_linear(captured: Capture, target: str) -> bool:
+    """False for torch's own activations and the like: modules without tensors that are linear for no input."""
+    part = captured.root.get_submodule(target)
+    own = type(part).__module__.startswith("torch.nn.modules.") and not any(part.children())
+    if not own or part._parameters or part._buffers:
+        return True
+    try:
+        guarded(part.forward, SymbolicTensor.of(Source(), 1, device="meta"))
+    except NotLinearError:
+        return False
+    except ReparamError:
+        return True
+    return True
 
 
 def _passed_on(values: Values, reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:

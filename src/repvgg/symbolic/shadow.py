@@ -19,6 +19,9 @@ Module = TypeVar("Module", bound=nn.Module)
 _STANDARD = frozenset(nn.Module().__dict__)
 _SETTLED = _STANDARD - {"_parameters", "_buffers", "_modules"}  # what no forward changes
 
+# Of these it is known that they keep nothing in eval mode; they are also most of what a network is made of.
+_STATELESS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def _only_convolves(module: nn.Module) -> bool:
     """Whether a module hands its parameters to ``conv2d`` and does nothing else with them."""
@@ -151,7 +154,8 @@ def fingerprint(module: nn.Module, but: str | None = None) -> object:
         module: usually a shadow.
         but: attributes whose names start like this do not count.
     """
-    items = ((name, value) for part in module.modules() for name, value in vars(part).items() if name not in _SETTLED)
+    parts = (part for part in module.modules() if type(part) not in _STATELESS)
+    items = ((name, value) for part in parts for name, value in vars(part).items() if name not in _SETTLED)
     return [(name, _standing(value)) for name, value in items if not (but and name.startswith(but))]
 
 
