@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from repvgg.collapse.check import depends_on_its_parts
+from repvgg.collapse.cost import CHEAPER
 from repvgg.collapse.modules import batch_norms, unwrap
 from repvgg.collapse.plan import Plan, make_plan
 from repvgg.collapse.report import LeftAlone, Report
@@ -75,7 +76,7 @@ def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]
     kept: dict[int, str] = {}
     with random_state_kept(), collector_paused():
         while True:
-            plan = make_plan(model, merge_branches, kept)
+            plan = make_plan(model, merge_branches, CHEAPER, kept)
             done = carry_out(model, plan)
             more = done.refused or depends_on_its_parts(model, done.plain, plan, kept)
             if more.keys() <= kept.keys():

@@ -29,7 +29,7 @@ class Capture:
         calls: how often each submodule, by its path, is called at most, whatever the optional arguments are.
         reads: paths of the parameters and buffers that the forward reads itself.
         more: why the graph says less than the forward does, or None: it may stand in its place.
-        variants: graphs for other values of the optional arguments.
+        variants: graphs for other values of the optional arguments; there are some iff there are such arguments.
     """
 
     graph: fx.Graph
@@ -60,9 +60,8 @@ def capture(module: nn.Module, *, training: bool = False) -> Capture:
     for run in (first, *others):
         for path, count in calls_of(run.graph).items():
             counts[path] = max(count, counts.get(path, 0))
-    more = first.more or ("takes optional arguments" if defaults else None)
     reads = frozenset[str]().union(first.reads, *(run.reads for run in others))
-    return Capture(first.graph, first.root, first.escaped, counts, reads, more, tuple(others))
+    return Capture(first.graph, first.root, first.escaped, counts, reads, first.more, tuple(others))
 
 
 def _run(module: nn.Module, arguments: dict[str, Any], training: bool) -> Traced:

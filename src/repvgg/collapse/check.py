@@ -22,7 +22,8 @@ def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: d
         kept: modules that stay already.
     """
     found: dict[int, str] = {}
-    replaced = [whole.path for whole in plan.wholes] + [rewrite.path for rewrite in plan.rewrites] + plan.dropped
+    replaced = [whole.path for whole in plan.wholes] + plan.dropped
+    replaced += [path for unit in plan.units for path in unit.changed()]
     for path, captured in plan.captured.items():
         old, new = model.get_submodule(path), _at(plain, path)
         if new is None or type(new) is not type(old) or not any(_inside(inner, path) for inner in replaced):

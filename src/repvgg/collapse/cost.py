@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.emit import emitted_map
+from repvgg.errors import UsageError
 from repvgg.symbolic import Source
 
 _SLACK = 1e-9
@@ -41,3 +43,39 @@ class Cost:
     def pays_for(self, before: Cost) -> bool:
         """Whether this costs neither more multiply-adds nor more weights than ``before``."""
         return self.multiply_adds <= before.multiply_adds * (1 + _SLACK) and self.weights <= before.weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which merged convolutions pay: ``policy(before, after)``.
+
+    Attributes:
+        decide: a function of two costs. None is for those that are not dearer, in multiply-adds and in weights.
+    """
+
+    decide: Callable[[Cost, Cost], bool] | None = None
+
+    @classmethod
+    def of(cls, policy: str | Callable[[Cost, Cost], bool]) -> Policy:
+        """The policy that a user names, or gives as a function.
+
+        Raises:
+            UsageError: there is no policy of that name.
+        """
+        if callable(policy):
+            return cls(policy)
+        if policy not in ("cheaper", "always"):
+            raise UsageError(f"A policy is 'cheaper', 'always' or a function of two costs, not {policy!r}.")
+        return cls(None if policy == "cheaper" else lambda before, after: True)
+
+    @property
+    def is_cheaper(self) -> bool:
+        """Whether it goes by the costs alone."""
+        return self.decide is None
+
+    def __call__(self, before: Cost, after: Cost) -> bool:
+        """Whether merging pays."""
+        return after.pays_for(before) if self.decide is None else bool(self.decide(before, after))
+
+
+CHEAPER = Policy()

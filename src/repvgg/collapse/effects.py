@@ -1,23 +1,42 @@
-"""The captures of one model, each made once, and what calling its modules does to memory."""
+"""What was found out about the modules of one model, each thing once: captures, maps, and effects on memory."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 from torch import nn
 
+from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
+from repvgg.collapse.cost import Cost
 from repvgg.collapse.memory import Effects, Memory
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, run
+from repvgg.symbolic import Source, SymbolicTensor, run
 
 _COMPUTE = ("conv", "batch_norm", "avg_pool", "scale", "shift", "add", "cat")
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModule:
+    """A module that is one convolution as a whole; ``conv`` has geometry and no values."""
+
+    conv: ConvMap
+    operations: tuple[str, ...]
+    cost: Cost
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether it is a convolution and at least one more thing."""
+        return "conv" in self.operations and sum(operation != "identity" for operation in self.operations) >= 2
 
 
 class Captures:
     """Remembers what was captured of each module, and what that says about memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, merge_branches: bool = True) -> None:
+        self._merge_branches = merge_branches
+        self._linear: dict[int, LinearModule | None] = {}
         self._captures: dict[int, Capture | Exception] = {}
         self._memories: dict[int, Memory] = {}
         self._effects: dict[Hashable, Effects] = {}
@@ -37,6 +56,19 @@ class Captures:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def linear(self, module: nn.Module) -> LinearModule | None:
+        """The convolution that ``module`` is as a whole, if it is one, or None."""
+        if id(module) not in self._linear:
+            source = Source(self._merge_branches)
+            try:
+                outcome = run(module, source, device="meta", strict=True)
+            except ReparamError:
+                outcome = None
+            found = isinstance(outcome, SymbolicTensor)
+            cost, done = Cost.of_ledger(source), tuple(source.operations)
+            self._linear[id(module)] = LinearModule(outcome.map, done, cost) if found else None
+        return self._linear[id(module)]
 
     def memory(self, module: nn.Module) -> Memory:
         """Which nodes of its graph share memory."""

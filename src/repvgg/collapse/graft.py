@@ -1,18 +1,21 @@
-"""A module as a new graph module in which regions are single convolutions."""
+"""Modules with a new forward: graph modules in which regions are single convolutions."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from repvgg.collapse.capture import Capture
 from repvgg.collapse.copies import copied
-from repvgg.collapse.plan import Rewrite
-from repvgg.collapse.regions import Region
+from repvgg.collapse.flat import Flat, flatten
+from repvgg.collapse.modules import join
+from repvgg.collapse.placing import Placing
+from repvgg.collapse.values import attribute
 
 
 class Grafted(fx.GraphModule):
@@ -44,44 +47,69 @@ def _beside_graph(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 class Graft:
-    """A new graph of one module, from a copy of the old one.
+    """A new forward for one module of a unit, with what is written out in it, from a copy of the old ones.
 
     Attributes:
         module: the outcome, complete once :meth:`finish` was called.
     """
 
-    def __init__(self, rewrite: Rewrite, memo: dict[int, Any]) -> None:
-        self.rewrite = rewrite
-        self.graph = fx.Graph()
-        self.nodes: dict[fx.Node, fx.Node] = {}
-        self.graph.output(self.graph.graph_copy(rewrite.captured.graph, self.nodes))
-        self.module = Grafted(nn.Module(), fx.Graph(), class_name=type(rewrite.module).__name__)
+    def __init__(self, flat: Flat, host: str, inlined: frozenset[str]) -> None:
+        self.old = flat.module.get_submodule(host)
+        self.host = host
+        self.inner = [path for path in flat.captures if path in inlined and _host_of(flat, path, inlined) == host]
+        self.parts: dict[str, nn.Module] = {path: nn.Module() for path in self.inner}
+        self.flat = flat
+        own = flatten(self.old, flat.captures[host], self._look_into)
+        self.own, self.graph = own, own.graph
+        self.node = self._nodes()
+        self.module = Grafted(nn.Module(), fx.Graph(), class_name=type(self.old).__name__)
         self.new: dict[str, nn.Conv2d] = {}
         self.gone: list[str] = []
-        self._copy_state(memo)
 
-    def _copy_state(self, memo: dict[int, Any]) -> None:
-        """Everything that the module has, except for the parts that are replaced."""
-        old = self.rewrite.module
-        memo[id(old)] = self.module
-        regions = [region for region in self.rewrite.regions.found if not region.is_chain]
-        inside = {id(part): nn.Identity() for region in regions for part in region.modules(old)}
-        memo.update(inside)
-        vars(self.module).update(copied(dict(_beside_graph(vars(old))), memo, old, self.rewrite.path))
-        for part in inside:
-            del memo[part]
+    def _look_into(self, path: str, caller: Capture, target: str) -> Capture | None:
+        inner = join(self.host, path, target)
+        return self.flat.captures[inner] if inner in self.parts else None
 
-    def replace(self, region: Region, conv: nn.Conv2d) -> str:
-        """Put a convolution in the place of a region; the outcome is its name."""
-        name = next(name for name in _names() if not hasattr(self.rewrite.module, name) and name not in self.new)
+    def _nodes(self) -> dict[fx.Node, fx.Node]:
+        """For nodes of the unit's graph that are known in this forward, the node of this graph."""
+        found: dict[fx.Node, fx.Node] = {}
+        skip = len(self.host) + 1 if self.host else 0
+        for (path, node), value in self.flat.value.items():
+            if path == self.host or path in self.parts:
+                for theirs, own in _pairs(value, self.own.value[path[skip:], node]):
+                    found.setdefault(theirs, own)
+        return found
+
+    def copies(self) -> dict[int, nn.Module]:
+        """What stands in the copy, still empty, for the module and for those that are written out."""
+        get = self.flat.module.get_submodule
+        return {id(self.old): self.module} | {id(get(path)): part for path, part in self.parts.items()}
+
+    def copy_state(self, memo: dict[int, Any], path: str) -> None:
+        """Take over everything that the modules have, as copies; ``path`` is that of the unit."""
+        get = self.flat.module.get_submodule
+        for inner, new in {self.host: self.module, **self.parts}.items():
+            old = get(inner)
+            vars(new).update(copied(dict(_beside_graph(vars(old))), memo, old, join(path, inner)))
+
+    def call(self, conv: nn.Conv2d, source: fx.Node, exit_node: fx.Node) -> str:
+        """Let ``exit_node``, of the unit's graph, be a convolution of ``source``; the outcome is its path."""
+        name = next(name for name in _names() if not hasattr(self.old, name) and name not in self.new)
         self.new[name] = conv
-        exit_node = self.nodes[region.exit]
-        with self.graph.inserting_before(exit_node):
-            node = self.graph.call_module(name, (self.nodes[region.source],))
-        exit_node.replace_all_uses_with(node)
-        for step in reversed(region.steps):
-            self._erase(self.nodes[step.node])
-        return name
+        old = self.node[exit_node]
+        with self.graph.inserting_before(old):
+            node = self.graph.call_module(name, (self.node[source],))
+        old.replace_all_uses_with(node)
+        self._erase(old)
+        self.node[exit_node] = node
+        return join(self.host, name)
+
+    def take_out(self, node: fx.Node, before: fx.Node) -> None:
+        """Take out a node of the unit's graph; what still asks for it gets what was ``before`` it."""
+        old = self.node[node]
+        old.replace_all_uses_with(self.node[before])
+        self._erase(old)
+        self.node[node] = self.node[before]
 
     def _erase(self, node: fx.Node) -> None:
         """Take out a node, and the constants that only it used."""
@@ -93,20 +121,54 @@ class Graft:
             if not constant.users and _is_constant(constant):
                 self._erase(constant)
 
-    def finish(self) -> nn.Module:
-        """The new module."""
+    def finish(self) -> None:
+        """Complete the new module."""
         named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path in self.gone:
             if path not in named:
                 _delete(self.module, path)
         for name, conv in self.new.items():
             self.module.register_module(name, conv)
-        root = self.rewrite.captured.root
-        for name in sorted(named):
-            if name.startswith("_tensor_constant") and not hasattr(self.module, name):
-                self.module.register_buffer(name, getattr(root, name).clone(), persistent=False)
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                self._keep_constant(node)
+        for new in (self.module, *self.parts.values()):
+            if "running_mean" not in new._buffers:  # what counts batches for nothing
+                new._buffers.pop("num_batches_tracked", None)
         self.module.graph = self.graph
-        return self.module
+
+    def _keep_constant(self, node: fx.Node) -> None:
+        """Tensors that a forward made while it was captured become buffers."""
+        owner, _, name = str(node.target).rpartition(".")
+        module = self.module.get_submodule(owner)
+        if name.startswith("_tensor_constant") and not hasattr(module, name):
+            module.register_buffer(name, attribute(*self.own.constants[node]).clone(), persistent=False)
+
+
+def _host_of(flat: Flat, path: str, inlined: frozenset[str]) -> str:
+    return next(outer for outer in flat.lineage(path) if outer not in inlined)
+
+
+def grafts_of(flat: Flat, placings: Iterable[Placing]) -> dict[str, Graft]:
+    """For every module that is to be rewritten the graft that it is part of, by its path below the unit."""
+    placings = list(placings)
+    inlined = frozenset[str]().union(*(placing.inlined for placing in placings))
+    rewritten = frozenset[str]().union(*(placing.rewritten for placing in placings))
+    hosts = {path: _host_of(flat, path, inlined) for path in rewritten}
+    grafts = {host: Graft(flat, host, inlined) for host in sorted(set(hosts.values()))}
+    return {path: grafts[host] for path, host in hosts.items()}
+
+
+def _pairs(theirs: Any, own: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The nodes at the same places of two structures, as far as they are the same."""
+    if isinstance(theirs, fx.Node) and isinstance(own, fx.Node):
+        yield theirs, own
+    elif isinstance(theirs, (tuple, list)) and isinstance(own, (tuple, list)):
+        for a, b in zip(theirs, own, strict=True):
+            yield from _pairs(a, b)
+    elif isinstance(theirs, dict) and isinstance(own, dict):
+        for name, a in theirs.items():
+            yield from _pairs(a, own[name])
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -34,6 +34,11 @@ def unwrap(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
     return module, path
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own and has no parts."""
+    return not any(module.children()) and type(module).__module__.startswith("torch.nn.")
+
+
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All batch norms of a model with their paths."""
     return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import jit, nn
+from torch import fx, jit, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
-from repvgg.collapse.cost import Cost
-from repvgg.collapse.effects import Captures
-from repvgg.collapse.modules import has_hooks, join, unwrap
+from repvgg.collapse.cost import CHEAPER, Cost, Policy
+from repvgg.collapse.effects import Captures, LinearModule
+from repvgg.collapse.flat import Flat, flatten
+from repvgg.collapse.memory import Memory
+from repvgg.collapse.modules import has_hooks, is_leaf, join, unwrap
 from repvgg.collapse.reach import borrowed, parts_named_by
-from repvgg.collapse.regions import Regions, find_regions
+from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, run
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -33,18 +34,28 @@ class Whole:
 
 
 @dataclass(frozen=True, eq=False)
-class Rewrite:
-    """A module whose own forward holds linear regions."""
+class Unit:
+    """A module whose own forward, and those written out in it, hold linear regions."""
 
     path: str
     module: nn.Module
-    captured: Capture
+    flat: Flat
     regions: Regions
 
     def replaced(self) -> Iterator[nn.Module]:
         """The submodules that become parts of convolutions."""
-        for region in self.regions.found:
-            yield from region.modules(self.module)
+        for region, _ in self.regions.found:
+            for path in region.called:
+                yield self.module.get_submodule(path)
+
+    def rewritten(self) -> set[str]:
+        """The paths, below the unit, of modules that get a new forward."""
+        return {path for _, placing in self.regions.found for path in placing.rewritten}
+
+    def changed(self) -> Iterator[str]:
+        """The paths, in the model, of everything that is replaced."""
+        inner = {path for region, _ in self.regions.found for path in region.called} | self.rewritten()
+        return (join(self.path, path) for path in inner)
 
 
 @dataclass
@@ -56,7 +67,7 @@ class Plan:
     """
 
     wholes: list[Whole] = field(default_factory=list)
-    rewrites: list[Rewrite] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     untraced: list[LeftAlone] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -72,21 +83,24 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to replace."""
-        return not self.wholes and not self.rewrites
+        return not self.wholes and not self.units
 
 
-def make_plan(model: nn.Module, merge_branches: bool, kept: dict[int, str] | None = None) -> Plan:
+def make_plan(
+    model: nn.Module, merge_branches: bool, policy: Policy = CHEAPER, kept: dict[int, str] | None = None
+) -> Plan:
     """Look at ``model`` from its root and plan the replacement of every linear region that is worth it.
 
     Args:
         model: any module.
         merge_branches: whether branches may be merged, or only chains.
+        policy: whether a merged convolution pays.
         kept: modules, by their identity, that have to stay as they are, and why.
     """
     kept = dict(kept or {}) | dict.fromkeys(borrowed(model), "another module holds it as well")
-    captures = Captures()
+    captures = Captures(merge_branches)
     while True:
-        planner = _Planner(model, merge_branches, dict(kept), captures)
+        planner = _Planner(model, merge_branches, policy, dict(kept), captures)
         planner.plan.called.add(id(model))
         planner.visit(model, "")
         conflicts = planner.conflicts()
@@ -99,10 +113,13 @@ def make_plan(model: nn.Module, merge_branches: bool, kept: dict[int, str] | Non
 class _Planner:
     """Walks down the modules that are really called, each once."""
 
-    def __init__(self, model: nn.Module, merge_branches: bool, kept: dict[int, str], captures: Captures) -> None:
+    def __init__(
+        self, model: nn.Module, merge_branches: bool, policy: Policy, kept: dict[int, str], captures: Captures
+    ) -> None:
         self.plan = Plan()
         self.model = model
         self.merge_branches = merge_branches
+        self.policy = policy
         self.visited: set[int] = set()
         self.kept = kept
         self.training_only: list[tuple[str, str]] = []
@@ -113,11 +130,12 @@ class _Planner:
     def visit(self, module: nn.Module, path: str) -> None:
         """Plan for ``module`` as a whole, else for its own graph and for what it calls."""
         module, path = unwrap(module, path)
-        leaf = not any(module.children()) and type(module).__module__.startswith("torch.nn.")
-        if id(module) in self.visited or leaf or isinstance(module, jit.ScriptModule):
+        if id(module) in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
             return
         self.visited.add(id(module))
-        if self._is_whole(module, path):
+        whole = None if has_hooks(module) else self._whole(module)
+        if whole is not None:
+            self.plan.wholes.append(Whole(path, module, whole.conv, whole.cost))
             return
         try:
             captured = self.captures.of(module)
@@ -126,24 +144,19 @@ class _Planner:
             self.kept |= dict.fromkeys(parts_named_by(module), f"the forward of {path or 'the model'} may reach for it")
             self._visit_pieces(module, path)
             return
-        self._visit_graph(module, path, captured)
+        self._visit_unit(module, path, captured)
 
-    def _is_whole(self, module: nn.Module, path: str) -> bool:
-        if has_hooks(module) or any(id(part) in self.kept for part in module.modules()):
-            return False
-        source = Source(self.merge_branches)
-        try:
-            outcome = run(module, source, device="meta", strict=True)
-        except ReparamError:
-            return False
-        if not isinstance(outcome, SymbolicTensor):
-            return False
-        effective = sum(operation != "identity" for operation in source.operations)
-        cost = Cost.of_ledger(source)
-        if "conv" not in source.operations or effective < 2 or not Cost.of_map(outcome.map).pays_for(cost):
-            return False
-        self.plan.wholes.append(Whole(path, module, outcome.map, cost))
-        return True
+    def _whole(self, module: nn.Module) -> LinearModule | None:
+        """The one convolution that ``module`` is, if it may be replaced by it and that pays."""
+        found = self.captures.linear(module)
+        if found is None or not found.is_worth_it or any(id(part) in self.kept for part in module.modules()):
+            return None
+        return found if self.policy(found.cost, Cost.of_map(found.conv)) else None
+
+    def _is_one_step(self, module: nn.Module) -> bool:
+        """Whether ``module`` is best taken as one step of a region: it is linear, and cannot be had for less."""
+        found = self.captures.linear(module)
+        return found is not None and (not found.is_worth_it or self._whole(module) is not None)
 
     def _visit_pieces(self, module: nn.Module, path: str) -> None:
         """Below a module whose flow is unknown: a container's own forward may not be what is called."""
@@ -153,23 +166,54 @@ class _Planner:
             else:
                 self.visit(child, join(path, name))
 
-    def _visit_graph(self, module: nn.Module, path: str, captured: Capture) -> None:
+    def _visit_unit(self, module: nn.Module, path: str, captured: Capture) -> None:
+        flat = flatten(module, captured, lambda *call: self._look_into(module, *call))
+        for inner, part in flat.captures.items():
+            self._note(module.get_submodule(inner), join(path, inner), part)
+        opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
+        rules = Rules(opaque, lambda inner: self._frozen(flat, inner), self.merge_branches, self.policy)
+        regions = find_regions(flat, lambda: self._memory(flat), rules)
+        self._keep_reasons(module, regions, opaque)
+        unit = Unit(path, module, flat, regions)
+        consumed = {id(part) for part in unit.replaced()}
+        for _, target in flat.calls():
+            child = module.get_submodule(target)
+            if id(child) not in consumed:
+                self.visit(child, join(path, target))
+        if regions.found:
+            self.plan.units.append(unit)
+
+    def _look_into(self, unit: nn.Module, path: str, caller: Capture, target: str) -> Capture | None:
+        """The capture of a module that is called, if its forward may be written out in that of its caller."""
+        child = unit.get_submodule(join(path, target))
+        if is_leaf(child) or unwrap(child)[0] is not child or id(child) in self.visited or id(child) in self.kept:
+            return None
+        if self._closed(child, caller.calls[target]) or self._is_one_step(child):
+            return None
+        try:
+            captured = self.captures.of(child)
+        except Exception:  # it is visited on its own, and the reason is given there
+            return None
+        if captured.more:
+            return None
+        self.visited.add(id(child))
+        return captured
+
+    def _note(self, module: nn.Module, path: str, captured: Capture) -> None:
+        """Keep account of a forward that was captured."""
         self.plan.captured[path] = captured
         self.plan.called |= {id(module.get_submodule(target)) for target in captured.calls}
         self._keep_reached_past(module, captured)
-        opaque = {target: reason for target in captured.calls if (reason := self._opaque(module, captured, target))}
-        regions = find_regions(captured, lambda: self.captures.memory(module), opaque, self.merge_branches)
-        alone = self.kept.get(id(module)) or (captured.more and f"the forward around it {captured.more}")
-        if alone:
-            regions = _chains_only(regions, captured, alone)
-        consumed = {str(step.node.target) for region in regions.found for step in region.steps}
-        self._keep_reasons(module, regions, opaque)
-        for target in captured.calls:
-            if target not in consumed or target in opaque:
-                self.visit(module.get_submodule(target), join(path, target))
         self.training_only += [(path, target) for target in _training_only(module, captured)]
-        if regions.found:
-            self.plan.rewrites.append(Rewrite(path, module, captured, regions))
+
+    def _memory(self, flat: Flat) -> Memory:
+        return Memory(flat.graph, lambda path: self.captures.effects(flat.module.get_submodule(path)), flat.escaped)
+
+    def _frozen(self, flat: Flat, path: str) -> str | None:
+        """Why the forward of the module at ``path`` may not be rewritten, or None."""
+        captured = flat.captures[path]
+        more = captured.more or ("takes optional arguments" if captured.variants else None)
+        return self.kept.get(id(flat.module.get_submodule(path))) or (more and f"the forward around it {more}")
 
     def _keep_reached_past(self, module: nn.Module, captured: Capture) -> None:
         """What is reached past its owner, a submodule or a parameter inside a called submodule, must stay."""
@@ -178,15 +222,20 @@ class _Planner:
             if (owners and owners != [inner]) or (inner in captured.calls and _is_read(captured, inner)):
                 self.kept[id(module.get_submodule(inner))] = "its parameters are read by something else"
 
-    def _opaque(self, module: nn.Module, captured: Capture, target: str) -> str | None:
-        """Why the submodule at ``target`` must not be merged with its neighbours, or None."""
-        child = module.get_submodule(target)
-        if captured.calls[target] > 1 or self.references[id(child)] > 1:
+    def _closed(self, child: nn.Module, calls: int) -> str | None:
+        """Why nothing of a submodule must be merged with its neighbours, or None."""
+        if calls > 1 or self.references[id(child)] > 1:
             return "it is used more than once"
         if has_hooks(child):
             return "it has hooks"
-        reason = next((self.kept[id(part)] for part in child.modules() if id(part) in self.kept), None)
-        return "it is a compiled script" if isinstance(child, jit.ScriptModule) else reason
+        return "it is a compiled script" if isinstance(child, jit.ScriptModule) else None
+
+    def _opaque(self, flat: Flat, call: fx.Node) -> str | None:
+        """Why the submodule that is called must not be merged with its neighbours, or None."""
+        path, node = flat.place[call]
+        child = flat.module.get_submodule(str(call.target))
+        closed = self._closed(child, flat.captures[path].calls[str(node.target)])
+        return closed or next((self.kept[id(part)] for part in child.modules() if id(part) in self.kept), None)
 
     def _keep_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
         for node, reason in regions.reasons.items():
@@ -201,12 +250,14 @@ class _Planner:
         for whole in self.plan.wholes:
             found |= {id(part): self.kept[id(part)] for part in whole.module.modules() if id(part) in self.kept}
         users = self._users()
-        for rewrite in self.plan.rewrites:
-            if id(rewrite.module) in self.kept and not all(region.is_chain for region in rewrite.regions.found):
-                found[id(rewrite.module)] = self.kept[id(rewrite.module)]
-            for part in rewrite.replaced():
-                if id(part) in self.kept or users[id(part)] > 1:
-                    found[id(part)] = self.kept.get(id(part), "another forward uses it as well")
+        for unit in self.plan.units:
+            for path in unit.rewritten():
+                part = unit.module.get_submodule(path)
+                found |= {id(part): self.kept[id(part)]} if id(part) in self.kept else {}
+            for part in unit.replaced():
+                if users[id(part)] > 1:
+                    found[id(part)] = "another forward uses it as well"
+                found |= {id(inner): self.kept[id(inner)] for inner in part.modules() if id(inner) in self.kept}
         return found
 
     def _users(self) -> Counter[int]:
@@ -227,17 +278,6 @@ class _Planner:
             alone = all(self.references[id(part)] == inside[id(part)] + (part is unused) for part in parts)
             if alone and not any(users[id(part)] or id(part) in self.kept for part in parts):
                 self.plan.dropped.append(join(path, target))
-
-
-def _chains_only(regions: Regions, captured: Capture, reason: str) -> Regions:
-    """The regions that need no new forward, and that are what they are for other values of optional arguments too."""
-    found = tuple(
-        region
-        for region in regions.found
-        if region.is_chain and all(region.holds_in(variant.graph) for variant in captured.variants)
-    )
-    others = {step.node: reason for region in regions.found if region not in found for step in region.steps}
-    return Regions(found, regions.reasons | others, regions.channels)
 
 
 def _is_read(captured: Capture, target: str) -> bool:

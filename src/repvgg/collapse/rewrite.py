@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.copies import copied, copies_of_results
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.emit import describe, to_conv2d
-from repvgg.collapse.graft import Graft
+from repvgg.collapse.graft import Graft, grafts_of
 from repvgg.collapse.modules import join
-from repvgg.collapse.plan import Plan, Rewrite, Whole
-from repvgg.collapse.proof import prove
-from repvgg.collapse.regions import Region
+from repvgg.collapse.placing import Placing, Region
+from repvgg.collapse.plan import Plan, Unit, Whole
 from repvgg.collapse.report import Folded, Part
 from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
@@ -55,8 +54,8 @@ def carry_out(model: nn.Module, plan: Plan) -> Outcome:
     with torch.no_grad():
         for whole in plan.wholes:
             builder.replace_whole(whole)
-        for rewrite in plan.rewrites:
-            builder.replace_regions(rewrite)
+        for unit in plan.units:
+            builder.replace_unit(unit)
         plain = copied(model, builder.memo, model)
     for path in plan.dropped:
         _detach(plain, path)
@@ -84,60 +83,67 @@ class _Builder:
         """Put one convolution in the place of a module."""
         like = _like(whole.module)
         symbol = run(whole.module, Source(), whole.conv.in_channels, device=algebra_device(like))
-        parts = [Part(name, describe_module(child)) for name, child in whole.module.named_children()]
-        parts = parts or [Part("", describe_module(whole.module))]
         conv = self._emit(symbol.map, whole.module, [whole.module])
         if conv is not None:
             self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-            row = _entry(whole.path, parts, symbol.map, whole.module, whole.cost)
+            row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost)
             self.rows.append((row, conv, list(whole.module.modules())))
 
-    def replace_regions(self, rewrite: Rewrite) -> None:
-        """Replace the regions of one module: chains in their own place, others in a new graph of the module."""
-        others = [region for region in rewrite.regions.found if not region.is_chain]
-        for region in rewrite.regions.found:
-            if region.is_chain:
-                self._replace_chain(rewrite, region)
-        if others:
-            self._replace_branches(rewrite, others)
+    def replace_unit(self, unit: Unit) -> None:
+        """Replace the regions of one unit: paths in their own places, others by a call in a new forward."""
+        grafts = grafts_of(unit.flat, (placing for _, placing in unit.regions.found))
+        distinct = list({id(graft): graft for graft in grafts.values()}.values())
+        for graft in distinct:
+            self.memo |= graft.copies()
+        gone: list[nn.Module] = []
+        for region, placing in unit.regions.found:
+            self._replace(unit, region, placing, grafts, gone)
+        self.memo |= {id(part): nn.Identity() for part in gone}
+        for graft in distinct:
+            graft.copy_state(self.memo, unit.path)
+            graft.finish()
+        for part in gone:
+            del self.memo[id(part)]
 
-    def _replace_chain(self, rewrite: Rewrite, region: Region) -> None:
-        """The first convolution becomes the merged one, the others an identity: the forward stays as it is."""
-        place = next(step for step in region.steps if "conv" in step.operations)
-        merged = _solve(rewrite.captured.root, region)
-        modules = region.modules(rewrite.module)
-        owner = nn.ModuleList(modules)
-        conv = self._emit(merged, owner, modules)
+    def _replace(
+        self, unit: Unit, region: Region, placing: Placing, grafts: dict[str, Graft], gone: list[nn.Module]
+    ) -> None:
+        """Replace one region; modules that its merged convolution leaves nothing of are added to ``gone``."""
+        merged = solve(region)
+        modules = [unit.module.get_submodule(path) for path in region.called]
+        host = unit.module.get_submodule(placing.host)
+        owner = nn.ModuleList(modules) if modules else host
+        conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else host, modules or [host])
         if conv is None:
             return
-        for step, module in zip(region.steps, modules, strict=True):
-            self.memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
-        path = join(rewrite.path, str(place.node.target))
-        row = _entry(path, _parts(rewrite.module, region), merged, owner, region.value.cost)
-        self.rows.append((row, conv, modules))
-
-    def _replace_branches(self, rewrite: Rewrite, regions: list[Region]) -> None:
-        """All or nothing: the module gets a new forward, and that has to prove itself."""
-        module = rewrite.module
-        graft = Graft(rewrite, self.memo)
-        rows = []
-        for region in regions:
-            merged = _solve(rewrite.captured.root, region)
-            owner = nn.ModuleList(region.modules(module))
-            conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else module, [module])
-            if conv is None:
-                break
-            path = join(rewrite.path, graft.replace(region, conv.train(module.training)))
-            row = _entry(path, _parts(module, region), merged, owner, region.value.cost)
-            rows.append((row, conv, [module]))
+        conv.train(host.training)
+        if placing.in_place:
+            name = self._in_place(unit, region, conv, grafts)
         else:
-            new = graft.finish()
-            proof = prove(module, new, rewrite.regions.channels)
-            if proof.failure is None:
-                self.rows += [(replace(row, proof=proof.text), conv, modules) for row, conv, modules in rows]
-                return
-            self.refused[id(module)] = f"its merged form does not prove equal to it: {proof.failure}"
-        del self.memo[id(module)]
+            graft = grafts[placing.host]
+            name = graft.call(conv, region.source, region.exit)
+            for step in reversed(region.steps[:-1]):
+                graft.take_out(step.node, region.source)
+            gone += modules
+        row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost)
+        self.rows.append((row, conv, modules or [host]))
+
+    def _in_place(self, unit: Unit, region: Region, conv: nn.Conv2d, grafts: dict[str, Graft]) -> str:
+        """Put the convolution where the first one was, and nothing where the others were; the outcome is its path."""
+        place, before, name = region.first_convolution, region.source, ""
+        for step in region.steps:
+            if step.node.op == "call_module":
+                module = unit.module.get_submodule(str(step.node.target))
+                self.memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
+                name = str(step.node.target) if step is place else name
+            elif step.effective:
+                graft = grafts[unit.flat.owner(step.node)]
+                if step is place:
+                    name = graft.call(conv, before, step.node)
+                else:
+                    graft.take_out(step.node, before)
+            before = step.node
+        return name
 
     def _emit(self, conv: ConvMap, owner: nn.Module, replaced: list[nn.Module]) -> nn.Conv2d | None:
         """The convolution, trainable iff anything in its place was; None if its numbers do not fit the dtype."""
@@ -193,32 +199,32 @@ def _leaf(part: nn.Module) -> str:
     return prefix + type(part).__name__
 
 
-def _parts(module: nn.Module, region: Region) -> list[Part]:
-    return [_part(module, step) for step in region.steps if step.effective]
+def _parts(unit: nn.Module, region: Region) -> list[Part]:
+    """What a region is made of; if that is one module only, what that is made of."""
+    steps = [step for step in region.steps if step.effective]
+    if len(steps) == 1 and steps[0].node.op == "call_module":
+        return parts_of(unit.get_submodule(str(steps[0].node.target)))
+    return [_part(unit, step) for step in steps]
 
 
-def _part(module: nn.Module, step: Step) -> Part:
+def _part(unit: nn.Module, step: Step) -> Part:
     if step.node.op == "call_module":
-        return Part(str(step.node.target), describe_module(module.get_submodule(str(step.node.target))))
+        return Part(str(step.node.target), describe_module(unit.get_submodule(str(step.node.target))))
     return Part(step.node.name, ", ".join(step.operations))
 
 
-def _solve(root: nn.Module, region: Region) -> ConvMap:
+def parts_of(module: nn.Module) -> list[Part]:
+    """The children of a module, or the module itself where it has none."""
+    parts = [Part(name, describe_module(child)) for name, child in module.named_children()]
+    return parts or [Part("", describe_module(module))]
+
+
+def solve(region: Region) -> ConvMap:
     """The region's convolution, with its values, in float64."""
-    device = algebra_device(first_float(root))
-    evaluator = Evaluator(root, lambda tensor: tensor.to(device=device, dtype=torch.float64))
-    channels = region.value.symbol.map.in_channels
-    values: dict[fx.Node, Any] = {region.source: SymbolicTensor.of(Source(), channels, device=device)}
-
-    def value_of(node: fx.Node) -> Any:
-        if node not in values:  # a constant, perhaps computed from others
-            is_attribute = node.op == "get_attr"
-            values[node] = evaluator.constant(str(node.target)) if is_attribute else evaluator.run(node, value_of)
-        return values[node]
-
-    for step in region.steps:
-        value_of(step.node)
-    outcome: ConvMap = values[region.exit].map
+    device = algebra_device(first_float(region.flat.module))
+    evaluator = Evaluator(region.flat, lambda tensor: tensor.to(device=device, dtype=torch.float64))
+    source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device)
+    outcome: ConvMap = evaluator.outcome(region.source, source, [step.node for step in region.steps]).map
     return outcome
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import heapq
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.collapse.capture import Capture
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
@@ -52,11 +53,12 @@ class Value:
 
 
 class Evaluator:
-    """Runs single nodes of a captured graph on symbols, over tensors passed through ``convert``."""
+    """Runs single nodes of a flat graph, on symbols or tensors, over tensors passed through ``convert``."""
 
-    def __init__(self, root: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-        self.root = root
+    def __init__(self, flat: Flat, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True) -> None:
+        self.flat = flat
         self.convert = convert
+        self.keep_kernels = keep_kernels
         self._shadows: dict[str, nn.Module] = {}
 
     def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -73,15 +75,28 @@ class Evaluator:
             return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
         return guarded(node.target, *args, **kwargs)
 
-    def constant(self, path: str) -> Any:
-        """The parameter, buffer or attribute at ``path``."""
-        value = attribute(self.root, path)
+    def outcome(self, source: fx.Node, value: Any, nodes: Sequence[fx.Node]) -> Any:
+        """The last of ``nodes``, a linear region in order, where ``source`` is ``value``."""
+        values: dict[fx.Node, Any] = {source: value}
+
+        def value_of(node: fx.Node) -> Any:
+            if node not in values:  # a constant, perhaps computed from others
+                values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            return values[node]
+
+        for node in nodes:
+            value_of(node)
+        return values[nodes[-1]]
+
+    def constant(self, node: fx.Node) -> Any:
+        """The parameter, buffer or attribute that ``node`` names."""
+        value = attribute(*self.flat.constants[node])
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _shadow(self, path: str) -> nn.Module:
         if path not in self._shadows:
-            part = self.root.get_submodule(path)
-            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=True, training=False)
+            part = self.flat.module.get_submodule(path)
+            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=self.keep_kernels, training=False)
         return self._shadows[path]
 
 
@@ -103,19 +118,20 @@ class Values:
 
     Attributes:
         of: the values.
+        left: nodes that must stay as they are.
         reasons: why a node has none, or why it is not a function of what its own arguments are functions of.
     """
 
     def __init__(
-        self, captured: Capture, memory: Memory, opaque: Mapping[str, str], cuts: Collection[fx.Node], merge: bool
+        self, flat: Flat, memory: Memory, opaque: Mapping[str, str], cuts: Collection[fx.Node], merge: bool
     ) -> None:
         self.of: dict[fx.Node, Value] = {}
-        calls = (node for node in captured.graph.nodes if node.op == "call_module")
-        self.reasons = {node: opaque[str(node.target)] for node in calls if str(node.target) in opaque}
+        self.reasons = {node: opaque[target] for node, target in flat.calls() if target in opaque}
         self.reasons |= dict.fromkeys(memory.unsafe, "it changes a tensor in place that is read again")
-        self._left = frozenset(self.reasons)
-        self._evaluator = Evaluator(captured.root, to_meta)
-        self._nodes = list(captured.graph.nodes)
+        self.left = frozenset(self.reasons)
+        self._evaluator = Evaluator(flat, to_meta)
+        self._nodes = list(flat.graph.nodes)
+        self._place = {node: place for place, node in enumerate(self._nodes)}
         self._memory, self._cuts, self._merge = memory, cuts, merge
         self._constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, Value] = {}
@@ -124,17 +140,19 @@ class Values:
 
     def channels_of_inputs(self) -> Iterator[int | None]:
         """The channels of each input of the graph, None where its functions do not tell."""
-        for node in self._nodes:
-            if node.op == "placeholder":
-                try:
-                    yield self._start(node).symbol.map.out_channels
-                except ReparamError:
-                    yield None
+        return map(self.channels_at, (node for node in self._nodes if node.op == "placeholder"))
+
+    def channels_at(self, node: fx.Node) -> int | None:
+        """The channels of the tensor of a node, None where nothing tells."""
+        try:
+            return self._start(node).symbol.map.out_channels
+        except ReparamError:
+            return None
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr" and node not in self._memory.torn:
-            self._constants[node] = self._evaluator.constant(str(node.target))
-        if not node.op.startswith("call") or node in self._left:
+            self._constants[node] = self._evaluator.constant(node)
+        if not node.op.startswith("call") or node in self.left:
             return
         if all(argument in self._constants for argument in node.all_input_nodes):
             self._try(node, self._fold_constant)
@@ -188,18 +206,27 @@ class Values:
         return channels_of(lambda probe: self._spread(node, probe), certain=True)
 
     def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
-        known: dict[fx.Node, Any] = dict(self._constants) | {start: probe}
+        """Run the nodes that the probe reaches, in order, until one of them tells."""
+        known: dict[fx.Node, Any] = {start: probe}
         errors: list[ReparamError] = []
-        for node in self._nodes:
-            if not any(known.get(n) is probe for n in node.all_input_nodes) or node.op == "output":
+        waiting = [(self._place[user], user) for user in start.users]
+        heapq.heapify(waiting)
+        seen: set[fx.Node] = set()
+        while waiting:
+            _, node = heapq.heappop(waiting)
+            if node in seen or node.op == "output":
                 continue
+            seen.add(node)
             try:
-                known[node] = self._evaluator.run(node, known.__getitem__)
+                known[node] = self._evaluator.run(node, lambda n: known[n] if n in known else self._constants[n])
             except ChannelsFound:
                 raise
             except ReparamError as error:
                 errors.append(error)
             except KeyError:
                 continue
+            if known.get(node) is probe:
+                for user in node.users:
+                    heapq.heappush(waiting, (self._place[user], user))
         if errors:
             raise errors[0]
