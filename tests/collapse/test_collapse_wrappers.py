@@ -61,41 +61,72 @@ def test_compiled_models_and_parts():
     assert [row.name for row in report.folded] == ["0.conv", "1._orig_mod.conv"]
 
 
-def test_a_new_forward_is_proven():
+def test_every_region_and_the_whole_are_proven():
     plain, report = check(trained(nn.Sequential(Branches(), Block())), image())
-    assert report.folded[0].proof.startswith("relative error ")
-    assert report.folded[1].proof == ""
+    assert all(row.proof.startswith("relative error ") for row in report.folded)
+    assert report.proof.startswith("relative error ")
+    assert report.proof in str(report)
     assert isinstance(plain[0], fx.GraphModule)
     assert not isinstance(plain[1], fx.GraphModule)
+    _, report = repvgg.reparameterize(trained(nn.Sequential(Branches(), Block())), prove=False)
+    assert [row.proof for row in report.folded] == ["", ""]
+    assert report.proof == ""
 
 
-def test_a_new_forward_that_fails_its_proof_is_not_used(monkeypatch):
-    real = proof.verify
+@pytest.mark.parametrize("mistake", [1e-9, float("nan")])
+def test_a_region_that_fails_its_proof_stays_as_it_was(monkeypatch, mistake):
+    real, calls = proof.verify, []
 
-    def judge(reference, candidate, images):
-        return real(reference, lambda x: candidate(x) * (1 + 1e-9), images)
+    def judge(reference, candidate, images, **kwargs):
+        calls.append(1)
+        wrong = len(calls) == 1  # the first region
+        return real(reference, (lambda x: candidate(x) * (1 + mistake)) if wrong else candidate, images, **kwargs)
 
     monkeypatch.setattr(proof, "verify", judge)
     model = trained(nn.Sequential(Branches(), Block()))
-    plain, report = check(model, image())
-    assert [row.name for row in report.folded] == ["0.a", "1.conv"]  # its parts are folded, each on its own
+    plain, report = check_quietly(model)
+    assert [row.name for row in report.folded] == ["1.conv"]
     assert type(plain[0]) is Branches
-    assert [row.name for row in report.left] == ["0"]
-    assert "over the tolerance" in report.left[0].reason
+    assert {row.name.split(".")[0] for row in report.left} == {"0"}
+    assert all("does not prove equal" in row.reason for row in report.left)
 
 
-def test_a_forward_that_is_never_the_same_is_left():
+def test_a_whole_that_fails_its_proof_is_not_handed_out(monkeypatch):
+    real, calls = proof.verify, []
+
+    def judge(reference, candidate, images, **kwargs):
+        calls.append("region" if "tolerance" in kwargs else "whole")
+        wrong = calls.count("whole") == 1  # the next is the model beside itself
+        return real(reference, (lambda x: candidate(x) * (1 + 1e-9)) if wrong else candidate, images, **kwargs)
+
+    monkeypatch.setattr(proof, "verify", judge)
+    with pytest.raises(repvgg.errors.EquivalenceError, match="not equal to the model"):
+        repvgg.reparameterize(trained(nn.Sequential(Block(), Block())))
+
+
+def check_quietly(model):
+    plain, report = repvgg.reparameterize(model)
+    assert_same_outputs(model, plain, image())
+    return plain, report
+
+
+def test_a_model_that_is_never_the_same_is_judged_region_by_region():
     def forward(self, x):
         return F.dropout(self.act(self.a(x) + self.b(x)), 0.5, training=True)
 
     model = trained(module(forward, a=Linear2d(), b=conv(), act=nn.ReLU()))
-    _, report = repvgg.reparameterize(model)
-    assert [row.name for row in report.folded] == ["a"]
-    assert "does not prove equal" in report.left[0].reason
+    plain, report = repvgg.reparameterize(model)
+    assert [row.name for row in report.folded] == ["conv"]
+    assert "not the same twice" in report.proof
+    outcomes = []
+    for part in (model, plain):
+        torch.manual_seed(0)
+        outcomes.append(part(image()))
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("why", ["channels", "size"])
-def test_what_cannot_be_run_alone_says_so(why):
+def test_a_model_that_cannot_be_run_says_so_and_runs_on_inputs_that_are_given(why):
     def forward(self, x, y):
         scores = y.sum() if why == "channels" else self.fixed(x.flatten(1)).sum()
         return self.act(self.a(x) + self.b(x)) * scores
@@ -103,8 +134,11 @@ def test_what_cannot_be_run_alone_says_so(why):
     model = trained(module(forward, a=Linear2d(), b=conv(), act=nn.ReLU(), fixed=nn.Linear(4 * 13 * 18, 2)))
     plain, report = repvgg.reparameterize(model)
     assert_same_outputs(model, plain, image(), image())
-    assert report.folded[0].proof.startswith("not run on its own")
+    assert report.folded[0].proof.startswith("relative error ")
+    assert report.proof.startswith("not run on its own")
     assert "not run on its own" in str(report)
+    _, report = repvgg.reparameterize(model, (image(), image()))
+    assert report.proof.startswith("relative error ")
 
 
 def test_two_inputs_are_run_side_by_side():
@@ -113,7 +147,7 @@ def test_two_inputs_are_run_side_by_side():
 
     model = trained(module(forward, a=Linear2d(), b=conv(), c=nn.Conv2d(6, 2, 1), act=nn.ReLU()))
     _, report = check(model, image(), image(6))
-    assert report.folded[0].proof.startswith("relative error ")
+    assert report.proof.startswith("relative error ")
 
 
 def test_models_that_shrink_small_images_to_nothing_are_proven_on_larger_ones():
@@ -122,7 +156,7 @@ def test_models_that_shrink_small_images_to_nothing_are_proven_on_larger_ones():
 
     model = trained(module(forward, a=Linear2d(), b=conv(), act=nn.ReLU(), pool=nn.MaxPool2d(12)))
     _, report = check(model, image())
-    assert report.folded[0].proof.startswith("relative error ")
+    assert report.proof.startswith("relative error ")
 
 
 def test_every_surviving_norm_has_a_true_path_and_a_reason():

@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from repvgg.collapse.check import depends_on_its_parts
-from repvgg.collapse.cost import CHEAPER
+from repvgg.collapse.check import depends_on_its_parts, part_at
+from repvgg.collapse.cost import CHEAPER, Cost, Policy
 from repvgg.collapse.modules import batch_norms, unwrap
 from repvgg.collapse.plan import Plan, make_plan
+from repvgg.collapse.proof import Proof, prove_module
 from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import carry_out
 from repvgg.collapse.tracing import collector_paused, random_state_kept
-from repvgg.errors import NothingFoldedWarning
+from repvgg.errors import EquivalenceError, NothingFoldedWarning
 from repvgg.symbolic import refuse_training
 
+Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
 
-def reparameterize(model: nn.Module) -> tuple[nn.Module, Report]:
+
+def reparameterize(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    policy: Literal["cheaper", "always"] | Callable[[Cost, Cost], bool] = "cheaper",
+    prove: bool = True,
+) -> tuple[nn.Module, Report]:
     """Turn a trained multi-branch model into a plain one that computes the same function in eval mode.
 
-    Every linear region of a module's own ``forward`` (parallel branches of convolutions, batch norms, identities,
-    scales, pools, and chains of them) is replaced by one ``nn.Conv2d``; its kernel and bias are read off the forward
-    in float64 and cast once. Nothing is assumed about names or classes. A region is merged only if that costs no more
-    multiply-adds than its parts. Submodules that only the training forward calls, and nothing else can reach, are
-    dropped. A module whose branches are merged gets a new forward, its own traced; the two are run side by side on
-    small images, and where they differ the module stays as it is.
+    Every maximal linear region of the model, across the borders of its modules (parallel branches of convolutions,
+    batch norms, identities, scales, pools, and chains of them), is replaced by one convolution; its kernel and bias are
+    read off the model's own ``forward`` in float64 and cast once. Nothing is assumed about names or classes. Where a
+    forward cannot be traced, the largest modules in it that can be are looked at, each on its own. A path of modules is
+    merged into the first convolution of it, and all forwards stay as they are; where branches meet, the innermost
+    module around them gets a new forward. Submodules that only the training forward calls, and nothing else can reach,
+    are dropped.
 
     Args:
         model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
             torch.compile is looked through.
+        inputs: a tensor, or several, to run the model on: the proof of the whole is made on them, and shapes are read
+            off that run. Without them both are tried on images made up for the purpose.
+        policy: which merged regions pay. "cheaper": those that cost no more multiply-adds and no more weights than
+            their parts, which parallel branches never do. "always": all. Or a function of the two costs, before and
+            after.
+        prove: judge each region against its convolution in float64 as it is replaced, and the whole at the end. What
+            does not prove equal stays as it was, and the report says so.
 
     Returns:
         The plain model, new, sharing no tensor with the input, with the input's dtype, device and memory format; all
@@ -37,21 +56,22 @@ def reparameterize(model: nn.Module) -> tuple[nn.Module, Report]:
 
     Raises:
         TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
+        EquivalenceError: every region proves equal to its convolution, and the models as a whole differ.
         ReparamError: an attribute of the model cannot be copied; the text names it.
 
     Warns:
         NothingFoldedWarning: there was nothing to fold; the outcome is a copy.
     """
-    return _convert(model, merge_branches=True)
+    return _Conversion(model, True, Policy.of(policy), prove, inputs).outcome()
 
 
-def fold_batch_norms(model: nn.Module) -> tuple[nn.Module, Report]:
+def fold_batch_norms(model: nn.Module, inputs: Inputs = None, *, prove: bool = True) -> tuple[nn.Module, Report]:
     """Fold every batch norm into the convolution in front of it, and leave branches as branches.
 
     What deployment tools do on their own; the paper folds its baselines this way (§4.1, Eq. 3). See
     :func:`reparameterize`, whose outcome is plainer still, for arguments, errors and warnings.
     """
-    return _convert(model, merge_branches=False)
+    return _Conversion(model, False, CHEAPER, prove, inputs).outcome()
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -70,25 +90,65 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrap(model)[0]
 
 
-def _convert(model: nn.Module, merge_branches: bool) -> tuple[nn.Module, Report]:
-    model = unwrapped(model)
-    refuse_training(model)
-    kept: dict[int, str] = {}
-    with random_state_kept(), collector_paused():
-        while True:
-            plan = make_plan(model, merge_branches, CHEAPER, kept)
-            done = carry_out(model, plan)
-            more = done.refused or depends_on_its_parts(model, done.plain, plan, kept)
-            if more.keys() <= kept.keys():
-                break
-            kept |= more
-    if not done.folded:
-        warnings.warn(
-            "Nothing was folded: there is no linear region of more than one operation in this model.",
-            NothingFoldedWarning,
-            stacklevel=3,
-        )
-    return done.plain, Report(done.folded, _left(model, done.plain, plan, kept), _dropped(plan))
+class _Conversion:
+    """One conversion: plan, carry out, prove; and again without whatever did not stand the test."""
+
+    def __init__(self, model: nn.Module, merge_branches: bool, policy: Policy, prove: bool, inputs: Inputs) -> None:
+        self.model = unwrapped(model)
+        self.merge_branches, self.policy, self.prove = merge_branches, policy, prove
+        self.inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        self.kept: dict[int, str] = {}
+
+    def outcome(self) -> tuple[nn.Module, Report]:
+        """The plain model and the report."""
+        refuse_training(self.model)
+        with random_state_kept(), collector_paused():
+            while True:
+                plan = make_plan(self.model, self.merge_branches, self.policy, self.kept)
+                done = carry_out(self.model, plan, prove=self.prove)
+                more = done.refused or depends_on_its_parts(self.model, done.plain, plan, self.kept)
+                if more.keys() <= self.kept.keys():
+                    whole = self._prove_whole(plan, done.plain)
+                    more = self._unequal_hosts(plan, done.plain, whole)
+                if more.keys() <= self.kept.keys():
+                    break
+                self.kept |= more
+        if not done.folded:
+            warnings.warn(
+                "Nothing was folded: there is no linear region of more than one operation in this model.",
+                NothingFoldedWarning,
+                stacklevel=3,
+            )
+        left = _left(self.model, done.plain, plan, self.kept)
+        return done.plain, Report(done.folded, left, _dropped(plan), whole.text)
+
+    def _prove_whole(self, plan: Plan, plain: nn.Module) -> Proof:
+        if not self.prove or plan.empty:
+            return Proof(None, "", ran=False)
+        return prove_module(self.model, plain, plan.channels(), self.inputs)
+
+    def _unequal_hosts(self, plan: Plan, plain: nn.Module, whole: Proof) -> dict[int, str]:
+        """The modules with a new forward that do another thing than before, where the whole does, or cannot be run.
+
+        Raises:
+            EquivalenceError: the whole does, and none of them.
+        """
+        found: dict[int, str] = {}
+        if not self.prove or (whole.ran and not whole.failure):
+            return found
+        for path, channels in plan.hosts():
+            old, new = self.model.get_submodule(path), part_at(plain, path)
+            if new is None or (whole.ran and old is self.model):
+                continue
+            proof = prove_module(old, new, channels)
+            if proof.failure:
+                found[id(old)] = f"its new forward does not prove equal to the old one: {proof.failure}"
+        if whole.failure and not found.keys() - self.kept.keys():
+            raise EquivalenceError(
+                f"The plain model is not equal to the model ({whole.failure}), though each of its regions is: please "
+                "report this model. With prove=False nothing is judged."
+            )
+        return found
 
 
 def _left(model: nn.Module, plain: nn.Module, plan: Plan, kept: dict[int, str]) -> tuple[LeftAlone, ...]:

@@ -25,7 +25,7 @@ def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: d
     replaced = [whole.path for whole in plan.wholes] + plan.dropped
     replaced += [path for unit in plan.units for path in unit.changed()]
     for path, captured in plan.captured.items():
-        old, new = model.get_submodule(path), _at(plain, path)
+        old, new = model.get_submodule(path), part_at(plain, path)
         if new is None or type(new) is not type(old) or not any(_inside(inner, path) for inner in replaced):
             continue
         if not _same(captured, new):
@@ -34,7 +34,8 @@ def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: d
     return found
 
 
-def _at(plain: nn.Module, path: str) -> nn.Module | None:
+def part_at(plain: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at ``path``, or None where there is none any more."""
     try:
         return plain.get_submodule(path)
     except AttributeError:  # it is part of what was replaced

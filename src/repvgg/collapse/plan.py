@@ -48,6 +48,12 @@ class Unit:
             for path in region.called:
                 yield self.module.get_submodule(path)
 
+    def channels(self, path: str) -> tuple[int | None, ...]:
+        """The channels of the inputs of the module at ``path`` below the unit, None where nothing tells."""
+        inputs = (node for node in self.flat.captures[path].graph.nodes if node.op == "placeholder")
+        nodes = (self.flat.value[path, node] for node in inputs)
+        return tuple(self.regions.channels_at(n) if isinstance(n, fx.Node) else None for n in nodes)
+
     def rewritten(self) -> set[str]:
         """The paths, below the unit, of modules that get a new forward."""
         return {path for _, placing in self.regions.found for path in placing.rewritten}
@@ -79,6 +85,16 @@ class Plan:
         if id(module) not in self.called:
             return "no forward that was looked into calls it"
         return self.reasons.get(id(module), "there is no convolution next to it in one linear region")
+
+    def hosts(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+        """The paths of modules that get a new forward, with the channels of its inputs, outer ones first."""
+        for unit in reversed(self.units):
+            for path in sorted(unit.rewritten()):
+                yield join(unit.path, path), unit.channels(path)
+
+    def channels(self) -> tuple[int | None, ...]:
+        """The channels of the inputs of the model, as far as that is known."""
+        return next((unit.channels("") for unit in self.units if not unit.path), ())
 
     @property
     def empty(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -63,7 +63,11 @@ def find_regions(flat: Flat, memory_of: Callable[[], Memory], rules: Rules) -> R
     if not _has_neighbours(flat):
         return Regions((), {})
     regions = _search(flat, Memory.of_values(), rules)
-    return _search(flat, memory_of(), rules) if regions.found else regions
+    if not regions.found:
+        return regions
+    memory = memory_of()
+    calm = not memory.unsafe and all(memory.change_between(*region.span) is None for region, _ in regions.found)
+    return regions if calm else _search(flat, memory, rules)
 
 
 def _search(flat: Flat, memory: Memory, rules: Rules) -> Regions:
@@ -90,14 +94,23 @@ class _Search:
         self.exits = [node for node in self.values.of if not self._is_inside(node)]
 
     def cut(self) -> bool:
-        """Cut at one kind of obstacle, and tell whether there was any."""
+        """Cut wherever there is an obstacle, and tell whether there was any; one for each source, as cuts add up."""
+        by_source: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.exits:
+            by_source.setdefault(self.values.of[node].source, []).append(node)
+        more = set().union(*map(self._obstacle, by_source.values())) - self.cuts
+        if more:
+            self.cuts |= more
+            self._evaluate()
+        return bool(more)
+
+    def _obstacle(self, exits: list[fx.Node]) -> set[fx.Node]:
+        """Where to cut the regions of one source, those that end at ``exits``, next."""
         for obstacle in (self._shared, self._too_dear, self._disturbed, self._misplaced):
-            more = obstacle()
+            more = obstacle(exits)
             if more - self.cuts:
-                self.cuts |= more
-                self._evaluate()
-                return True
-        return False
+                return more
+        return set()
 
     def outcome(self) -> Regions:
         """The regions that remain."""
@@ -108,7 +121,7 @@ class _Search:
                 placing = place(region, self.rules.frozen)
                 if isinstance(placing, Placing):
                     found.append((region, placing))
-        reasons = _passed_on(self.values, {**self.values.reasons, **self.reasons})
+        reasons = _passed_on(self.values, self.cuts, {**self.values.reasons, **self.reasons})
         return Regions(tuple(found), reasons, self.values.channels_at)
 
     def _region(self, node: fx.Node) -> Region:
@@ -127,22 +140,23 @@ class _Search:
         """The arguments of a node that are in one region with it."""
         return {n for n in node.all_input_nodes if n in self.values.of and self._continues(n, node)}
 
-    def _shared(self) -> set[fx.Node]:
+    def _shared(self, exits: list[fx.Node]) -> set[fx.Node]:
         """The last node that more than one region needs: all but one of its uses have to read it as a tensor."""
         owners: dict[fx.Node, int] = {}
-        for end in self.exits:
+        for end in exits:
             for step in self.values.of[end].steps:
                 owners[step.node] = owners.get(step.node, 0) + 1
-        shared = [node for node in self.values.of if owners.get(node, 0) > 1]
+        shared = [node for node, count in owners.items() if count > 1]
         if not shared:
             return set()
-        for user in shared[-1].users:
+        last = max(shared, key=self.values.place.__getitem__)
+        for user in last.users:
             self.reasons[user] = "the outcome of what is in front of it is used elsewhere too"
-        return {shared[-1]}
+        return {last}
 
-    def _too_dear(self) -> set[fx.Node]:
+    def _too_dear(self, exits: list[fx.Node]) -> set[fx.Node]:
         """The inputs of the node, in a region that does not pay, at which merging loses most."""
-        for end in self.exits:
+        for end in exits:
             value = self.values.of[end]
             if not self._is_worth_it(value) or self._pays(value):
                 continue
@@ -164,9 +178,9 @@ class _Search:
         more = Cost.of_map(self.values.of[step.node].symbol.map) - apart
         return max(more.multiply_adds / max(apart.multiply_adds, 1), more.weights / max(apart.weights, 1))
 
-    def _disturbed(self) -> set[fx.Node]:
+    def _disturbed(self, exits: list[fx.Node]) -> set[fx.Node]:
         """The inputs of the exit of a region whose source may be changed in place while it is read."""
-        for end in self.exits:
+        for end in exits:
             region = self._region(end)
             inputs = self._inputs(end)
             write = inputs and self.memory.change_between(*region.span)
@@ -175,9 +189,9 @@ class _Search:
                 return inputs
         return set()
 
-    def _misplaced(self) -> set[fx.Node]:
+    def _misplaced(self, exits: list[fx.Node]) -> set[fx.Node]:
         """Where to cut a region that the code around it does not let be replaced."""
-        for end in self.exits:
+        for end in exits:
             region = self._region(end)
             if not self._is_worth_it(region.value) or not self._pays(region.value):
                 continue
@@ -248,13 +262,13 @@ def _may_be_linear(part: nn.Module) -> bool:
     return True
 
 
-def _passed_on(values: Values, reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
+def _passed_on(values: Values, cuts: Collection[fx.Node], reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
     """The reasons, and for nodes without one that of what is in front of them or behind."""
     passed: dict[fx.Node, str] = {}
     for node, value in values.of.items():
         behind = next((user for user in node.users if user in reasons), None)
-        in_front = value.source in reasons
-        if in_front and (behind is None or value.source in values.left):
+        stays = value.source in values.left or value.source in cuts
+        if value.source in reasons and (behind is None or stays):
             passed[node] = f"{_named(value.source)!r} in front of it stays: {reasons[value.source]}"
         elif behind is not None:
             passed[node] = f"{_named(behind)!r} behind it does not take it in: {reasons[behind]}"

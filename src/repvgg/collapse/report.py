@@ -29,7 +29,7 @@ class Folded:
         parameters_after: number of parameters of the convolution.
         multiply_adds_before: per pixel of the region's input, borders aside.
         multiply_adds_after: the same for the convolution.
-        proof: of a region that needed a new forward, how equal it is to the old one, or why it could not be run alone.
+        proof: how equal the convolution is to what it replaced; empty if nobody asked.
     """
 
     name: str
@@ -58,11 +58,14 @@ class Report:
         folded: the regions that became convolutions.
         left: what might have been expected to fold, and did not.
         dropped: submodules that run in training mode only; the plain model does without them.
+        proof: how equal the plain model is to the model as a whole, or why that could not be found out; empty if nobody
+            asked.
     """
 
     folded: tuple[Folded, ...]
     left: tuple[LeftAlone, ...]
     dropped: tuple[LeftAlone, ...]
+    proof: str = ""
 
     @property
     def parameters_saved(self) -> int:
@@ -81,10 +84,10 @@ class Report:
         for region in self.folded:
             parts = " + ".join(f"{part.name} ({part.description})" for part in region.parts)
             yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"
-            if region.proof.startswith(NOT_RUN):
-                yield f"    {region.proof}"
         for title, rows in (("left alone", self.left), ("dropped", self.dropped)):
             if rows:
                 yield f"{len(rows)} {title}"
             for row in rows:
                 yield f"  {row.name or '(root)'}: {row.reason}"
+        if self.proof:
+            yield f"the whole model: {self.proof}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ from repvgg.collapse.graft import Graft, grafts_of
 from repvgg.collapse.modules import join
 from repvgg.collapse.placing import Placing, Region
 from repvgg.collapse.plan import Plan, Unit, Whole
+from repvgg.collapse.proof import Proof, prove_region
 from repvgg.collapse.report import Folded, Part
 from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, algebra_device, first_float, run
+from repvgg.symbolic import Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
@@ -41,15 +43,17 @@ class Outcome:
     refused: dict[int, str]
 
 
-def carry_out(model: nn.Module, plan: Plan) -> Outcome:
+def carry_out(model: nn.Module, plan: Plan, *, prove: bool) -> Outcome:
     """Build the plain model and say what was folded.
+
+    If asked to prove, each convolution is judged against what it replaces.
 
     Copying is one deep copy in which every replaced module is found already copied, as what replaces it.
 
     Raises:
         ReparamError: something in the model cannot be copied; the text names it.
     """
-    builder = _Builder(model)
+    builder = _Builder(model, prove)
     builder.memo.update({id(model.get_submodule(path)): nn.Identity() for path in plan.dropped})
     with torch.no_grad():
         for whole in plan.wholes:
@@ -74,20 +78,34 @@ class _Builder:
         refused: see :class:`Outcome`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, prove: bool) -> None:
+        self.prove = prove
         self.memo: dict[int, Any] = copies_of_results(model)
         self.rows: list[tuple[Folded, nn.Conv2d, list[nn.Module]]] = []
         self.refused: dict[int, str] = {}
 
     def replace_whole(self, whole: Whole) -> None:
         """Put one convolution in the place of a module."""
-        like = _like(whole.module)
-        symbol = run(whole.module, Source(), whole.conv.in_channels, device=algebra_device(like))
+        device = algebra_device(_like(whole.module))
+        symbol = run(whole.module, Source(), whole.conv.in_channels, device=device)
         conv = self._emit(symbol.map, whole.module, [whole.module])
-        if conv is not None:
-            self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-            row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost)
-            self.rows.append((row, conv, list(whole.module.modules())))
+        if conv is None:
+            return
+        proof = self._prove(lambda: shadow_of(whole.module, _float64_on(device), training=False), symbol.map, conv)
+        if proof.failure:
+            self._refuse([whole.module], proof)
+            return
+        self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
+        row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost, proof)
+        self.rows.append((row, conv, list(whole.module.modules())))
+
+    def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], conv: ConvMap, module: nn.Module) -> Proof:
+        """Judge a convolution against what ``before`` makes; this makes it only if it is asked to prove."""
+        return prove_region(before(), conv, module) if self.prove else Proof(None, "", ran=False)
+
+    def _refuse(self, modules: list[nn.Module], proof: Proof) -> None:
+        reason = f"its merged form does not prove equal to it: {proof.failure}"
+        self.refused |= {id(part): reason for module in modules for part in module.modules()}
 
     def replace_unit(self, unit: Unit) -> None:
         """Replace the regions of one unit: paths in their own places, others by a call in a new forward."""
@@ -116,6 +134,10 @@ class _Builder:
         conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else host, modules or [host])
         if conv is None:
             return
+        proof = self._prove(lambda: _in_float64(region), merged, conv)
+        if proof.failure:
+            self._refuse(modules or [host], proof)
+            return
         conv.train(host.training)
         if placing.in_place:
             name = self._in_place(unit, region, conv, grafts)
@@ -125,7 +147,7 @@ class _Builder:
             for step in reversed(region.steps[:-1]):
                 graft.take_out(step.node, region.source)
             gone += modules
-        row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost)
+        row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost, proof)
         self.rows.append((row, conv, modules or [host]))
 
     def _in_place(self, unit: Unit, region: Region, conv: nn.Conv2d, grafts: dict[str, Graft]) -> str:
@@ -180,11 +202,11 @@ def _like(module: nn.Module) -> Tensor:
     return like
 
 
-def _entry(path: str, parts: list[Part], conv: ConvMap, owner: nn.Module, cost: Cost) -> Folded:
+def _entry(path: str, parts: list[Part], conv: ConvMap, owner: nn.Module, cost: Cost, proof: Proof) -> Folded:
     before = sum(p.numel() for p in owner.parameters())
     merged = Cost.of_map(conv)
-    after = merged.weights + conv.out_channels
-    return Folded(path, tuple(parts), describe(conv), before, after, cost.multiply_adds, merged.multiply_adds)
+    sizes = (before, merged.weights + conv.out_channels)
+    return Folded(path, tuple(parts), describe(conv), *sizes, cost.multiply_adds, merged.multiply_adds, proof.text)
 
 
 def describe_module(module: nn.Module) -> str:
@@ -219,10 +241,21 @@ def parts_of(module: nn.Module) -> list[Part]:
     return parts or [Part("", describe_module(module))]
 
 
+def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device=device, dtype=torch.float64)
+
+
+def _in_float64(region: Region) -> Callable[[Tensor], Tensor]:
+    """The region as it is, a function on float64."""
+    device = algebra_device(first_float(region.flat.module))
+    evaluator = Evaluator(region.flat, _float64_on(device), keep_kernels=False)
+    return lambda x: evaluator.outcome(region.source, x, [step.node for step in region.steps])
+
+
 def solve(region: Region) -> ConvMap:
     """The region's convolution, with its values, in float64."""
     device = algebra_device(first_float(region.flat.module))
-    evaluator = Evaluator(region.flat, lambda tensor: tensor.to(device=device, dtype=torch.float64))
+    evaluator = Evaluator(region.flat, _float64_on(device))
     source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device)
     outcome: ConvMap = evaluator.outcome(region.source, source, [step.node for step in region.steps]).map
     return outcome

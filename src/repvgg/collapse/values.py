@@ -118,6 +118,7 @@ class Values:
 
     Attributes:
         of: the values.
+        place: where each node stands in the order of execution.
         left: nodes that must stay as they are.
         reasons: why a node has none, or why it is not a function of what its own arguments are functions of.
     """
@@ -131,7 +132,7 @@ class Values:
         self.left = frozenset(self.reasons)
         self._evaluator = Evaluator(flat, to_meta)
         self._nodes = list(flat.graph.nodes)
-        self._place = {node: place for place, node in enumerate(self._nodes)}
+        self.place = {node: place for place, node in enumerate(self._nodes)}
         self._memory, self._cuts, self._merge = memory, cuts, merge
         self._constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, Value] = {}
@@ -209,12 +210,12 @@ class Values:
         """Run the nodes that the probe reaches, in order, until one of them tells."""
         known: dict[fx.Node, Any] = {start: probe}
         errors: list[ReparamError] = []
-        waiting = [(self._place[user], user) for user in start.users]
+        waiting = [(self.place[user], user) for user in start.users]
         heapq.heapify(waiting)
         seen: set[fx.Node] = set()
         while waiting:
             _, node = heapq.heappop(waiting)
-            if node in seen or node.op == "output":
+            if node in seen or node in self.left or node.op == "output":
                 continue
             seen.add(node)
             try:
@@ -227,6 +228,6 @@ class Values:
                 continue
             if known.get(node) is probe:
                 for user in node.users:
-                    heapq.heappush(waiting, (self._place[user], user))
+                    heapq.heappush(waiting, (self.place[user], user))
         if errors:
             raise errors[0]
