@@ -57,35 +57,33 @@ def prove_region(before: Callable[[Tensor], Tensor], conv: ConvMap, after: nn.Mo
     """
     exact = copy.deepcopy(after).double()
     weight = next(exact.parameters())
-    images = _images(conv, weight.device)
+    image = _image(conv)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tolerance = _FLOAT64 + _rounding(after, exact, before, images[0])
-            evidence = verify(lambda x: before(x.to(weight.device)), exact, images, tolerance=tolerance)
+            outcome = before(image.to(weight.device))
+            tolerance = _FLOAT64 + _rounding(after, exact, image) / max(float(outcome.abs().max()), 1e-300)
+            evidence = verify(lambda _: outcome, exact, image, tolerance=tolerance)
     except Exception as error:  # an operation that has no float64 on this device, or a stranger's code
         return Proof(f"it cannot be run on its own in float64 ({_first_line(error)})", "", ran=False)
     return _verdict(evidence)
 
 
-def _images(conv: ConvMap, device: torch.device) -> list[Tensor]:
+def _image(conv: ConvMap) -> Tensor:
     """One small image on which every tap, every phase of the strides and every border counts."""
-    height, width = (max(4, axis.reach + 2 * axis.stride - min(0, axis.before, axis.after) * 2) for axis in conv.axes)
-    return [
-        x.to(device) for x in border_inputs((1, conv.in_channels, height, width + 1), batches=1, dtype=torch.float64)
-    ]
+    height, width = (max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes)
+    return border_inputs((1, conv.in_channels, height, width + 1), batches=1, dtype=torch.float64)[0]
 
 
-def _rounding(after: nn.Module, exact: nn.Module, before: Callable[[Tensor], Tensor], image: Tensor) -> float:
-    """What one rounding of each weight may do to an output, relative to the largest one."""
+def _rounding(after: nn.Module, exact: nn.Module, image: Tensor) -> float:
+    """The largest that one rounding of each weight may do to an output."""
     dtype = next(after.parameters()).dtype
     if dtype is torch.float64:
         return 0.0
-    unit, smallest = UNIT_ROUNDOFF[dtype], torch.finfo(dtype).smallest_normal
     sizes = copy.deepcopy(exact)
     for parameter in sizes.parameters():
-        parameter.copy_(parameter.abs().clamp_min(smallest))
-    return float(unit * sizes(image.abs()).max() / before(image).abs().max().clamp_min(1e-300))
+        parameter.copy_(parameter.abs_().clamp_min_(torch.finfo(dtype).smallest_normal))
+    return float(UNIT_ROUNDOFF[dtype] * sizes(image.abs().to(parameter.device)).max())
 
 
 def prove_module(
