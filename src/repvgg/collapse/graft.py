@@ -56,7 +56,7 @@ class Graft:
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.graph.output(self.graph.graph_copy(rewrite.captured.graph, self.nodes))
         self.module = Grafted(nn.Module(), fx.Graph(), class_name=type(rewrite.module).__name__)
-        self.new: dict[str, nn.Conv2d] = {}
+        self.new: dict[str, nn.Module] = {}
         self.gone: list[str] = []
         self._copy_state(memo)
 
@@ -71,7 +71,7 @@ class Graft:
         for part in inside:
             del memo[part]
 
-    def replace(self, region: Region, conv: nn.Conv2d) -> str:
+    def replace(self, region: Region, conv: nn.Module) -> str:
         """Put a convolution in the place of a region; the outcome is its name."""
         name = next(name for name in _names() if not hasattr(self.rewrite.module, name) and name not in self.new)
         self.new[name] = conv

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from repvgg.algebra import ConvMap
 from repvgg.collapse.copies import copied, copies_of_results
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.emit import describe, to_conv2d
+from repvgg.collapse.emit import Plain, describe, to_module
 from repvgg.collapse.graft import Graft
 from repvgg.collapse.modules import join
 from repvgg.collapse.plan import Plan, Rewrite, Whole
@@ -21,7 +21,7 @@ from repvgg.collapse.regions import Region
 from repvgg.collapse.report import Folded, Part
 from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, algebra_device, first_float, run
+from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run
 
 Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
@@ -77,7 +77,7 @@ class _Builder:
 
     def __init__(self, model: nn.Module) -> None:
         self.memo: dict[int, Any] = copies_of_results(model)
-        self.rows: list[tuple[Folded, nn.Conv2d, list[nn.Module]]] = []
+        self.rows: list[tuple[Folded, Plain, list[nn.Module]]] = []
         self.refused: dict[int, str] = {}
 
     def replace_whole(self, whole: Whole) -> None:
@@ -86,7 +86,7 @@ class _Builder:
         symbol = run(whole.module, Source(), whole.conv.in_channels, device=algebra_device(like))
         parts = [Part(name, describe_module(child)) for name, child in whole.module.named_children()]
         parts = parts or [Part("", describe_module(whole.module))]
-        conv = self._emit(symbol.map, whole.module, [whole.module])
+        conv = self._emit(symbol.map, symbol.layout, whole.module, [whole.module])
         if conv is not None:
             self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
             row = _entry(whole.path, parts, symbol.map, whole.module, whole.cost)
@@ -107,7 +107,7 @@ class _Builder:
         merged = _solve(rewrite.captured.root, region)
         modules = region.modules(rewrite.module)
         owner = nn.ModuleList(modules)
-        conv = self._emit(merged, owner, modules)
+        conv = self._emit(merged, region.value.symbol.layout, owner, modules)
         if conv is None:
             return
         for step, module in zip(region.steps, modules, strict=True):
@@ -124,7 +124,8 @@ class _Builder:
         for region in regions:
             merged = _solve(rewrite.captured.root, region)
             owner = nn.ModuleList(region.modules(module))
-            conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else module, [module])
+            owner_of_dtype = owner if any(True for _ in owner.parameters()) else module
+            conv = self._emit(merged, region.value.symbol.layout, owner_of_dtype, [module])
             if conv is None:
                 break
             path = join(rewrite.path, graft.replace(region, conv.train(module.training)))
@@ -139,12 +140,12 @@ class _Builder:
             self.refused[id(module)] = f"its merged form does not prove equal to it: {proof.failure}"
         del self.memo[id(module)]
 
-    def _emit(self, conv: ConvMap, owner: nn.Module, replaced: list[nn.Module]) -> nn.Conv2d | None:
+    def _emit(self, conv: ConvMap, layout: Layout, owner: nn.Module, replaced: list[nn.Module]) -> Plain | None:
         """The convolution, trainable iff anything in its place was; None if its numbers do not fit the dtype."""
         parameters = list(owner.parameters())
         trainable = not parameters or any(p.requires_grad for p in parameters)
         try:
-            return to_conv2d(conv, _like(owner), requires_grad=trainable)
+            return to_module(conv, _like(owner), layout, requires_grad=trainable)
         except ReparamError as error:
             self.refused |= {id(module): str(error) for module in replaced}
             return None
@@ -208,7 +209,8 @@ def _solve(root: nn.Module, region: Region) -> ConvMap:
     device = algebra_device(first_float(root))
     evaluator = Evaluator(root, lambda tensor: tensor.to(device=device, dtype=torch.float64))
     channels = region.value.symbol.map.in_channels
-    values: dict[fx.Node, Any] = {region.source: SymbolicTensor.of(Source(), channels, device=device)}
+    start = SymbolicTensor.of(Source(), channels, device=device, layout=region.value.symbol.source.layout)
+    values: dict[fx.Node, Any] = {region.source: start}
 
     def value_of(node: fx.Node) -> Any:
         if node not in values:  # a constant, perhaps computed from others
