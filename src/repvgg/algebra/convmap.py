@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -54,7 +55,11 @@ class ConvMap:
     border: Border | None = None
 
     def __post_init__(self) -> None:
-        self._check_axes()
+        n = self.spatial
+        if not len(self.stride) == len(self.dilation) == n == len(self.padding) / 2:
+            self._fill_in(n)
+        if min(*self.stride, *self.dilation, 1, 1) < 1:
+            raise UsageError(f"Stride and dilation are at least 1, not {self.stride} and {self.dilation}.")
         if self.groups < 1 or self.out_channels % self.groups:
             raise UsageError(f"{self.out_channels} output channels do not split into {self.groups} groups.")
         if self.bias is not None and self.bias.shape != (self.out_channels,):
@@ -65,17 +70,14 @@ class ConvMap:
         if not pads:
             object.__setattr__(self, "border", None)
 
-    def _check_axes(self) -> None:
-        """Fill in what was not given, and check that there is one stride, dilation and pair of sides an axis."""
-        n = self.spatial
+    def _fill_in(self, n: int) -> None:
+        """What was not given for the axes, as usual."""
         for name, count, usual in (("stride", n, 1), ("dilation", n, 1), ("padding", 2 * n, 0)):
             numbers = getattr(self, name)
-            if not numbers and count:
+            if not numbers:
                 object.__setattr__(self, name, (usual,) * count)
             elif len(numbers) != count:
                 raise UsageError(f"A map over {n} axes has {count} numbers in its {name}, not {numbers}.")
-            elif usual and min(numbers, default=1) < 1:
-                raise UsageError(f"Stride and dilation are at least 1, not {self.stride} and {self.dilation}.")
 
     @classmethod
     def of(
@@ -153,7 +155,7 @@ class ConvMap:
         """K, the sizes of the kernel along the axes, without dilation."""
         return self.kernel.shape[2:]
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The geometry along each axis."""
         sides = self.padding
