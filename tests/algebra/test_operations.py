@@ -196,7 +196,7 @@ def test_what_does_not_fit_says_so():
     with pytest.raises(BorderError, match="reflect and by zeros"):
         add(conv(4, 4, padding=(1, 1, 1, 1)), conv(4, 4, padding=(1, 1, 1, 1), border="reflect"))
     with pytest.raises(UsageError, match="OIHW"):
-        ConvMap.of(numbers(3, 3))
+        ConvMap.of(numbers(3))
     with pytest.raises(UsageError, match="needs a border"):
         ConvMap.of(numbers(4, 4, 3, 3), padding=(1, 0, 0, 0))
     with pytest.raises(UsageError, match="groups"):

@@ -1,8 +1,14 @@
-"""Sequential composition ``outer(inner(x))``, and when it is one convolution up to and over the border."""
+"""Sequential composition ``outer(inner(x))``, and when it is one convolution up to and over the border.
+
+Letters: O output, M middle and I input channels (of one group), K the sizes of a kernel along the axes, g groups.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +16,7 @@ from torch import Tensor
 from repvgg.algebra.axis import Axis, compose_axes, inner_placement
 from repvgg.algebra.convmap import Border, ConvMap
 from repvgg.algebra.kernel import Kernel
-from repvgg.algebra.operations import open_groups
+from repvgg.algebra.operations import open_groups, require_same_axes
 from repvgg.errors import BorderError, NotLinearError
 
 
@@ -20,20 +26,21 @@ def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
     ``W[o, i, s1·d2·k2 + d1·k1] = Σ_m W2[o, m, k2] · W1[m, i, k1]`` and ``b = b2 + Σ_{m,k2} W2[o, m, k2] · b1[m]``.
 
     Raises:
-        NotLinearError: the channels do not fit.
+        NotLinearError: the channels or the number of axes do not fit.
         BorderError: the outer map pads, and what it pads is not what the inner map computes out there: a bias that
             leaks into zero padding, an inner kernel that still sees the image from beyond it, or paddings of
             different kinds.
     """
+    require_same_axes((inner, outer))
     if inner.out_channels != outer.in_channels:
         raise NotLinearError(f"{inner.out_channels} channels do not fit a map of {outer.in_channels}")
     border = _border(inner, outer)
-    y, x = (compose_axes(first, second) for first, second in zip(inner.axes, outer.axes, strict=True))
+    axes = tuple(map(compose_axes, inner.axes, outer.axes))
     if outer.kernel.unit:
-        return ConvMap.from_axes(inner.kernel, inner.bias, (y, x), border)
+        return ConvMap.from_axes(inner.kernel, inner.bias, axes, border)
     if inner.kernel.unit:
-        return ConvMap.from_axes(outer.kernel, outer.bias, (y, x), border)
-    return ConvMap.from_axes(_kernel(inner, outer, (y, x)), _bias(inner, outer), (y, x), border)
+        return ConvMap.from_axes(outer.kernel, outer.bias, axes, border)
+    return ConvMap.from_axes(_kernel(inner, outer, axes), _bias(inner, outer), axes, border)
 
 
 def _border(inner: ConvMap, outer: ConvMap) -> Border | None:
@@ -70,53 +77,58 @@ def _may_be_nonzero(bias_O: Tensor) -> bool:
 
 
 def _keeps_size(conv: ConvMap) -> bool:
-    return conv.stride == (1, 1) and all(axis.growth == 0 for axis in conv.axes)
+    return all(axis.stride == 1 and axis.growth == 0 for axis in conv.axes)
 
 
 def _bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
     if inner.bias is None:
         return outer.bias
-    sums = outer.weight.sum((2, 3)).view(outer.groups, -1, outer.kernel.shape[1])
+    over_taps = outer.weight.sum(tuple(range(2, 2 + outer.spatial))) if outer.spatial else outer.weight
+    sums = over_taps.view(outer.groups, -1, outer.kernel.shape[1])
     passed = torch.bmm(sums, inner.bias.view(outer.groups, -1, 1)).flatten()
     return passed if outer.bias is None else passed + outer.bias
 
 
-def _kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, Axis]) -> Kernel:
+def _kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, ...]) -> Kernel:
     """The merged kernel, tap by tap of the outer one."""
     groups = gcd(inner.groups, outer.groups)
     if not inner.is_depthwise and not outer.is_depthwise:
         inner, outer = open_groups(inner, groups), open_groups(outer, groups)
     first, second = inner.weight, outer.weight
-    if outer.kernel_size == (1, 1):
-        return Kernel.of(_mix(inner, first, outer, second[:, :, 0, 0]), groups)
-    shape = (outer.out_channels, inner.in_channels // groups, axes[0].kernel, axes[1].kernel)
-    weight_OIHW = second.new_zeros(shape)
-    for row in range(outer.kernel_size[0]):
-        for column in range(outer.kernel_size[1]):
-            y = inner_placement(inner.axes[0], outer.axes[0], axes[0], row)
-            x = inner_placement(inner.axes[1], outer.axes[1], axes[1], column)
-            weight_OIHW[:, :, y.slice, x.slice] += _mix(inner, first, outer, second[:, :, row, column])
-    return Kernel.of(weight_OIHW, groups)
+    if max(outer.kernel_size, default=1) == 1:
+        return Kernel.of(_mix(inner, first, outer, second[_at((0,) * outer.spatial)]), groups)
+    shape = (outer.out_channels, inner.in_channels // groups, *(axis.kernel for axis in axes))
+    weight_OIK = second.new_zeros(shape)
+    for taps in product(*map(range, outer.kernel_size)):
+        places = map(inner_placement, inner.axes, outer.axes, axes, taps)
+        weight_OIK[_at(place.slice for place in places)] += _mix(inner, first, outer, second[_at(taps)])
+    return Kernel.of(weight_OIK, groups)
 
 
-def _mix(inner: ConvMap, first_OIHW: Tensor, outer: ConvMap, tap_OI: Tensor) -> Tensor:
-    """``Σ_m W2[o, m] · W1[m, i, :, :]`` for one tap of W2, over the channels m in between; shape (O, I, H1, W1)."""
+def _at(taps: Iterable[Any]) -> tuple[Any, ...]:
+    """The index of some taps of a kernel, for all its channels."""
+    return (slice(None), slice(None), *taps)
+
+
+def _mix(inner: ConvMap, first_MIK: Tensor, outer: ConvMap, tap_OM: Tensor) -> Tensor:
+    """``Σ_m W2[o, m] · W1[m, i, ...]`` for one tap of W2, over the channels m in between; shape (O, I, *K1)."""
+    ones = (1,) * inner.spatial
     if outer.is_depthwise:
-        return first_OIHW * tap_OI.view(-1, 1, 1, 1)
-    groups, height, width = outer.groups, *inner.kernel_size
-    tap = tap_OI.reshape(groups, -1, tap_OI.shape[1])  # (g, O/g, M/g)
+        return first_MIK * tap_OM.view(-1, 1, *ones)
+    groups, size = outer.groups, inner.kernel_size
+    tap = tap_OM.reshape(groups, -1, tap_OM.shape[1])  # (g, O/g, M/g)
     if inner.is_depthwise:
-        kernel = tap[..., None, None] * first_OIHW.view(groups, 1, -1, height, width)
+        kernel = tap.view(*tap.shape, *ones) * first_MIK.view(groups, 1, -1, *size)
     else:
-        kernel = torch.bmm(tap, first_OIHW.reshape(groups, tap.shape[2], -1))  # (g, O/g, I/g·H·W)
-    return kernel.reshape(outer.out_channels, -1, height, width)
+        kernel = torch.bmm(tap, first_MIK.reshape(groups, tap.shape[2], -1))  # (g, O/g, I/g · Π K1)
+    return kernel.reshape(outer.out_channels, -1, *size)
 
 
-def resample(conv: ConvMap, axes: tuple[Axis, Axis], border: Border | None = None) -> ConvMap:
-    """Pad, crop or skip pixels of the output of ``conv``: ``axes`` are of kernel size 1.
+def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None) -> ConvMap:
+    """Pad, crop or skip pixels of the output of ``conv``: ``axes`` are of kernel size 1, one for each axis of it.
 
     Raises:
         BorderError: see :func:`compose`.
     """
-    unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device)
+    unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device, conv.spatial)
     return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))

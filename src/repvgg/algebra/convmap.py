@@ -1,12 +1,18 @@
-"""A convolution as a value: what it computes, where it reads, and what it assumes beyond the border.
+"""A convolution over n axes as a value: what it computes, where it reads, and what it assumes beyond the border.
 
-Letters in names: O output channels, I input channels per group, H and W the kernel's height and width.
+n is 0 for a linear map on vectors (N, C), 1 for sequences (N, C, L), 2 for images (N, C, H, W), and 3 for volumes
+(N, C, D, H, W). Per-axis values stand in the order of the axes: depth, height, width.
+
+Letters in names: O output channels, I input channels per group, K the n sizes of the kernel, X the n sizes of an input.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +23,24 @@ from repvgg.algebra.kernel import Kernel
 from repvgg.errors import UsageError
 
 Border: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
-Pair: TypeAlias = tuple[int, int]
-Sides: TypeAlias = tuple[int, int, int, int]
+Ints: TypeAlias = tuple[int, ...]
 BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate", "circular")
+_CONVOLUTIONS: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True, eq=False)
 class ConvMap:
     """The affine, shift-invariant map ``y[o, p] = b[o] + Σ_{i,k} W[o, i, k] · x[i, stride·p + dilation·k − padding]``.
 
+    With n = 0 there is no p and no k: ``y[o] = b[o] + Σ_i W[o, i] · x[i]``.
+
     Attributes:
         kernel: W as a sum not yet multiplied out; :attr:`weight` is it as a tensor.
         bias: b, shape (O,), or None for no bias at all.
-        stride: (height, width).
-        padding: (top, bottom, left, right) in pixels; negative numbers crop.
-        dilation: (height, width).
+        stride: one number an axis; 1 unless given.
+        padding: (before, after) axis by axis in pixels, as in (top, bottom, left, right); negative numbers crop; 0
+            unless given.
+        dilation: one number an axis; 1 unless given.
         border: how the input goes on beyond its border; None iff nothing beyond it is ever read.
 
     Raises:
@@ -40,60 +49,81 @@ class ConvMap:
 
     kernel: Kernel
     bias: Tensor | None = None
-    stride: Pair = (1, 1)
-    padding: Sides = (0, 0, 0, 0)
-    dilation: Pair = (1, 1)
+    stride: Ints = ()
+    padding: Ints = ()
+    dilation: Ints = ()
     border: Border | None = None
 
     def __post_init__(self) -> None:
+        n = self.spatial
+        if not len(self.stride) == len(self.dilation) == n == len(self.padding) / 2:
+            self._fill_in(n)
+        if min(*self.stride, *self.dilation, 1, 1) < 1:
+            raise UsageError(f"Stride and dilation are at least 1, not {self.stride} and {self.dilation}.")
         if self.groups < 1 or self.out_channels % self.groups:
             raise UsageError(f"{self.out_channels} output channels do not split into {self.groups} groups.")
         if self.bias is not None and self.bias.shape != (self.out_channels,):
             raise UsageError(f"A bias for {self.out_channels} channels cannot have shape {tuple(self.bias.shape)}.")
-        if min(*self.stride, *self.dilation) < 1:
-            raise UsageError(f"Stride and dilation are at least 1, not {self.stride} and {self.dilation}.")
-        pads = any(side > 0 for side in self.padding)
+        pads = max(self.padding, default=0) > 0
         if pads and self.border not in BORDERS:
             raise UsageError(f"A padded map needs a border from {BORDERS}, not {self.border!r}.")
         if not pads:
             object.__setattr__(self, "border", None)
+
+    def _fill_in(self, n: int) -> None:
+        """What was not given for the axes, as usual."""
+        for name, count, usual in (("stride", n, 1), ("dilation", n, 1), ("padding", 2 * n, 0)):
+            numbers = getattr(self, name)
+            if not numbers:
+                object.__setattr__(self, name, (usual,) * count)
+            elif len(numbers) != count:
+                raise UsageError(f"A map over {n} axes has {count} numbers in its {name}, not {numbers}.")
 
     @classmethod
     def of(
         cls,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: Pair = (1, 1),
-        padding: Sides = (0, 0, 0, 0),
-        dilation: Pair = (1, 1),
+        stride: Ints = (),
+        padding: Ints = (),
+        dilation: Ints = (),
         groups: int = 1,
         border: Border | None = None,
     ) -> ConvMap:
-        """A convolution with kernel ``weight`` (OIHW), computed with in the dtype of the bias, else of the kernel."""
-        if weight.dim() != 4:
-            raise UsageError(f"A kernel has shape OIHW, not {tuple(weight.shape)}.")
+        """A convolution with kernel ``weight`` (O, I, *K), computed in the dtype of the bias, else of the kernel."""
+        if not 2 <= weight.dim() <= 5:
+            raise UsageError(f"A kernel has shape OI, OIW, OIHW or OIDHW, not {tuple(weight.shape)}.")
         dtype = weight.dtype if bias is None else bias.dtype
         return cls(Kernel.of(weight, groups, dtype), bias, stride, padding, dilation, border)
 
     @classmethod
     def identity(
-        cls, channels: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+        cls,
+        channels: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+        spatial: int = 2,
     ) -> ConvMap:
-        """``y = x`` on ``channels`` channels; it is never multiplied out."""
-        ones = torch.ones(channels, 1, 1, 1, dtype=dtype, device=device)
+        """``y = x`` on ``channels`` channels and ``spatial`` axes; it is never multiplied out."""
+        ones = torch.ones((channels, 1, *(1,) * spatial), dtype=dtype, device=device)
         return cls(Kernel.of(ones, channels, unit=True))
 
     @classmethod
-    def from_axes(cls, kernel: Kernel, bias: Tensor | None, axes: tuple[Axis, Axis], border: Border | None) -> ConvMap:
-        """A map whose geometry is given axis by axis (height, width); the inverse of :attr:`axes`."""
-        y, x = axes
-        strides, dilations = (y.stride, x.stride), (y.dilation, x.dilation)
-        return cls(kernel, bias, strides, (y.before, y.after, x.before, x.after), dilations, border)
+    def from_axes(cls, kernel: Kernel, bias: Tensor | None, axes: tuple[Axis, ...], border: Border | None) -> ConvMap:
+        """A map whose geometry is given axis by axis; the inverse of :attr:`axes`."""
+        strides, dilations = tuple([axis.stride for axis in axes]), tuple([axis.dilation for axis in axes])
+        sides = tuple([side for axis in axes for side in (axis.before, axis.after)])
+        return cls(kernel, bias, strides, sides, dilations, border)
 
     @property
     def weight(self) -> Tensor:
-        """The kernel W as a tensor, shape OIHW, I being the input channels of one group."""
+        """The kernel W as a tensor, shape (O, I, *K), I being the input channels of one group."""
         return self.kernel.dense()
+
+    @property
+    def spatial(self) -> int:
+        """n, the number of axes that the kernel reaches along."""
+        return len(self.kernel.shape) - 2
 
     @property
     def groups(self) -> int:
@@ -121,21 +151,20 @@ class ConvMap:
         return self.kernel.shape[1] * self.groups
 
     @property
-    def kernel_size(self) -> Pair:
-        """(height, width) of the kernel, without dilation."""
+    def kernel_size(self) -> Ints:
+        """K, the sizes of the kernel along the axes, without dilation."""
         return self.kernel.shape[2:]
 
-    @property
-    def axes(self) -> tuple[Axis, Axis]:
-        """The geometry along the height and along the width."""
-        top, bottom, left, right = self.padding
-        (height, width), (sy, sx), (dy, dx) = self.kernel_size, self.stride, self.dilation
-        return Axis(height, sy, dy, top, bottom), Axis(width, sx, dx, left, right)
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The geometry along each axis."""
+        sides = self.padding
+        return tuple(map(Axis, self.kernel_size, self.stride, self.dilation, sides[::2], sides[1::2]))
 
     @property
     def is_pointwise(self) -> bool:
         """Whether each output pixel is a function of the input pixel at its own place."""
-        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0, 0, 0)
+        return max(*self.kernel_size, *self.stride, 1, 1) == 1 and not any(self.padding)
 
     @property
     def is_depthwise(self) -> bool:
@@ -144,8 +173,8 @@ class ConvMap:
 
     @property
     def multiply_adds(self) -> float:
-        """Multiply-adds per input pixel, borders aside: ``O · I · H · W / (stride_h · stride_w)``."""
-        return self.kernel.numel() / (self.stride[0] * self.stride[1])
+        """Multiply-adds per input pixel, borders aside: ``O · I · Π K / Π stride``."""
+        return self.kernel.numel() / math.prod(self.stride)
 
     def bias_or_zeros(self) -> Tensor:
         """The bias, shape (O,), zeros where there is none."""
@@ -158,22 +187,34 @@ class ConvMap:
         bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
         return replace(self, kernel=self.kernel.to(device, dtype), bias=bias)
 
-    def __call__(self, x_NCHW: Tensor) -> Tensor:
-        """Evaluate the map on images (N, C, H, W)."""
-        top, bottom, left, right = self.padding
+    def __call__(self, x_NCX: Tensor) -> Tensor:
+        """Evaluate the map on inputs (N, C, *X); with n = 0 on (..., C)."""
+        if not self.spatial:
+            return _linear(x_NCX, self.weight, self.bias, self.groups)
+        sides = [side for axis in reversed(self.axes) for side in (axis.before, axis.after)]  # torch's order
         if self.border is not None:  # pad first, crop afterwards: what is cropped still counts as image
             mode = "constant" if self.border == "zeros" else self.border
-            x_NCHW = F.pad(x_NCHW, [max(side, 0) for side in (left, right, top, bottom)], mode=mode)
-        x_NCHW = F.pad(x_NCHW, [min(side, 0) for side in (left, right, top, bottom)])
-        return F.conv2d(x_NCHW, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+            x_NCX = F.pad(x_NCX, [max(side, 0) for side in sides], mode=mode)
+        x_NCX = F.pad(x_NCX, [min(side, 0) for side in sides])
+        function = _CONVOLUTIONS[self.spatial]
+        y_NCX: Tensor = function(x_NCX, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return y_NCX
 
     def __repr__(self) -> str:
         """One line: channels, kernel and whatever is not the default."""
-        height, width = self.kernel_size
-        parts = [f"{self.in_channels}→{self.out_channels}", f"{height}x{width}"]
-        parts += [f"stride={self.stride}"] if self.stride != (1, 1) else []
+        parts = [f"{self.in_channels}→{self.out_channels}", "x".join(map(str, self.kernel_size)) or "linear"]
+        parts += [f"stride={self.stride}"] if any(step > 1 for step in self.stride) else []
         parts += [f"padding={self.padding}"] if any(self.padding) else []
-        parts += [f"dilation={self.dilation}"] if self.dilation != (1, 1) else []
+        parts += [f"dilation={self.dilation}"] if any(step > 1 for step in self.dilation) else []
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         parts += [f"border={self.border}"] if self.border not in (None, "zeros") else []
         return f"ConvMap({', '.join(parts)}{', bias' if self.bias is not None else ''})"
+
+
+def _linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """``x @ W.T + b`` over the last axis of x (..., C), each group of outputs on its own group of inputs."""
+    if groups == 1:
+        return F.linear(x, weight_OI, bias)
+    parts = x.reshape(*x.shape[:-1], groups, 1, -1)  # (..., g, 1, I)
+    y = torch.matmul(parts, weight_OI.view(groups, -1, weight_OI.shape[1]).mT).flatten(-3)  # of (..., g, 1, O/g)
+    return y if bias is None else y + bias

@@ -4,7 +4,8 @@ A merged kernel is ``Σ_t diag(factor_t) · embed(W_t)``: every term is a kernel
 factor for each output channel and its place in the sum. Scaling, adding and embedding only change factors and places;
 nothing of the size of a kernel is computed, or even converted, before the whole sum is.
 
-Letters: O output channels, I input channels of one group, H and W height and width, R some rows of O.
+Letters: O output channels, I input channels of one group, K the sizes along the n axes (none for a linear map), R some
+rows of O.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,25 +30,27 @@ _CALM = 30.0  # seconds for which pieces stay small
 _small_until = -math.inf
 
 
+Places: TypeAlias = tuple[Placement, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One summand: ``factor · weight`` at the taps ``rows`` and ``columns``, in ``groups`` groups of its own."""
+    """One summand: ``factor · weight`` at the taps ``places``, axis by axis, in ``groups`` groups of its own."""
 
     weight: Tensor
     factor: Tensor | None
     groups: int
-    rows: Placement
-    columns: Placement
+    places: Places
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A kernel (O, I, H, W) with ``groups`` groups, as a sum of terms that is computed in ``dtype``.
+    """A kernel (O, I, *K) with ``groups`` groups, as a sum of terms that is computed in ``dtype``.
 
-    ``unit`` says that it is an identity over the channels (all ones, one channel a group, 1x1).
+    ``unit`` says that it is an identity over the channels (all ones, one channel a group, one tap).
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     groups: int
     terms: tuple[Term, ...]
     dtype: torch.dtype
@@ -54,23 +58,22 @@ class Kernel:
     unit: bool = False
 
     @classmethod
-    def of(cls, weight_OIHW: Tensor, groups: int, dtype: torch.dtype | None = None, unit: bool = False) -> Kernel:
+    def of(cls, weight_OIK: Tensor, groups: int, dtype: torch.dtype | None = None, unit: bool = False) -> Kernel:
         """The kernel that is ``weight`` itself, to be computed with in ``dtype`` (its own, unless given)."""
-        out, inputs, height, width = weight_OIHW.shape
-        term = Term(weight_OIHW, None, groups, Placement(0, 1, height), Placement(0, 1, width))
-        shape = (out, inputs, height, width)
-        return cls(shape, groups, (term,), dtype or weight_OIHW.dtype, weight_OIHW.device, unit)
+        shape = tuple(weight_OIK.shape)
+        term = Term(weight_OIK, None, groups, tuple([Placement(0, 1, size) for size in shape[2:]]))
+        return cls(shape, groups, (term,), dtype or weight_OIK.dtype, weight_OIK.device, unit)
 
     def scaled(self, factor_O: Tensor) -> Kernel:
         """Each output channel multiplied by its factor."""
         terms = (replace(t, factor=factor_O if t.factor is None else t.factor * factor_O) for t in self.terms)
         return replace(self, terms=tuple(terms), unit=False)
 
-    def placed(self, size: tuple[int, int], groups: int, rows: Placement, columns: Placement) -> Kernel:
-        """The same numbers at taps ``rows`` and ``columns`` of a larger kernel, written with fewer groups."""
+    def placed(self, size: tuple[int, ...], groups: int, places: Places) -> Kernel:
+        """The same numbers at the taps ``places`` of a larger kernel of ``size``, written with fewer groups."""
         inputs = self.shape[1] * self.groups // groups
         unit = self.unit and (size, groups) == (self.shape[2:], self.groups)
-        terms = (replace(t, rows=t.rows.within(rows), columns=t.columns.within(columns)) for t in self.terms)
+        terms = (replace(t, places=tuple(map(Placement.within, t.places, places))) for t in self.terms)
         return replace(self, shape=(self.shape[0], inputs, *size), groups=groups, terms=tuple(terms), unit=unit)
 
     def plus(self, other: Kernel) -> Kernel:
@@ -83,23 +86,22 @@ class Kernel:
         return replace(self, terms=tuple(convert), dtype=dtype, device=torch.device(device))
 
     def numel(self) -> int:
-        """O · I · H · W."""
-        out, inputs, height, width = self.shape
-        return out * inputs * height * width
+        """``O · I · Π K``."""
+        return math.prod(self.shape)
 
     def dense(self) -> Tensor:
-        """The kernel multiplied out, (O, I, H, W), with gradients to weights and factors."""
+        """The kernel multiplied out, (O, I, *K), with gradients to weights and factors."""
         first = self.terms[0]
         if len(self.terms) == 1 and self._covers(first):
-            weight_OIHW = first.weight.to(self.dtype)
-            return weight_OIHW if first.factor is None else weight_OIHW * first.factor.view(-1, 1, 1, 1)
+            weight_OIK = first.weight.to(self.dtype)
+            return weight_OIK if first.factor is None else weight_OIK * self._column(first.factor)
         sums = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for term in self.terms:
             self._add(sums, term, slice(0, self.shape[0]))
         return sums
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The kernel multiplied out piece by piece: ranges of output channels and their sums (R, I, H, W).
+        """The kernel multiplied out piece by piece: ranges of output channels and their sums (R, I, *K).
 
         The sums stay valid until the next one is asked for. Without gradients.
         """
@@ -120,11 +122,11 @@ class Kernel:
             else:
                 sums.copy_(base.weight[rows])
                 if base.factor is not None:
-                    sums *= base.factor[rows].view(-1, 1, 1, 1)
+                    sums *= self._column(base.factor[rows])
             for term in large:
                 self._add(sums, term, rows)
-            for place, overlay in small:
-                sums[:, :, place[0].slice, place[1].slice] += overlay[rows]
+            for places, overlay in small:
+                _taps(sums, places).add_(overlay[rows])
             yield rows, sums
             _watch(time.monotonic() - began, sums.numel())
             start = rows.stop
@@ -133,28 +135,31 @@ class Kernel:
         """How many output channels hold about so many numbers."""
         return min(self.shape[0], max(1, numbers * self.shape[0] // max(1, self.numel())))
 
-    def _overlays(self, terms: list[Term]) -> list[tuple[tuple[Placement, Placement], Tensor]]:
-        """Terms with fewer taps or more groups, summed as far as they have the same taps: (O, I, h, w) for each."""
-        places = {(term.rows, term.columns): None for term in terms}
-        return [(place, self._at(place, terms).dense()) for place in places]
+    def _column(self, factor_R: Tensor) -> Tensor:
+        """One number an output channel, (R, 1, ...), with as many axes as the kernel."""
+        return factor_R.view(-1, *(1,) * (len(self.shape) - 1))
 
-    def _at(self, place: tuple[Placement, Placement], terms: list[Term]) -> Kernel:
-        """The kernel of those terms that have their taps at ``place``, and of these taps alone."""
-        rows, columns = (Placement(0, 1, part.count) for part in place)
-        there = (term for term in terms if (term.rows, term.columns) == place)
-        alone = tuple(replace(term, rows=rows, columns=columns) for term in there)
-        return replace(self, shape=(*self.shape[:2], rows.count, columns.count), terms=alone, unit=False)
+    def _overlays(self, terms: list[Term]) -> list[tuple[Places, Tensor]]:
+        """Terms with fewer taps or more groups, summed as far as they have the same taps: (O, I, *k) for each."""
+        distinct = {term.places: None for term in terms}
+        return [(places, self._at(places, terms).dense()) for places in distinct]
+
+    def _at(self, places: Places, terms: list[Term]) -> Kernel:
+        """The kernel of those terms that have their taps at ``places``, and of these taps alone."""
+        own = tuple(Placement(0, 1, place.count) for place in places)
+        alone = tuple(replace(term, places=own) for term in terms if term.places == places)
+        return replace(self, shape=(*self.shape[:2], *(place.count for place in places)), terms=alone, unit=False)
 
     def _covers(self, term: Term) -> bool:
         """Whether a term has the shape of the sum."""
         return term.groups == self.groups and tuple(term.weight.shape) == self.shape
 
-    def _add(self, sums_RIHW: Tensor, term: Term, rows: slice) -> None:
+    def _add(self, sums_RIK: Tensor, term: Term, rows: slice) -> None:
         """Add the given output channels of a term onto their taps and channels."""
         value = term.weight[rows].to(self.dtype)
         if term.factor is not None:
-            value = value * term.factor[rows].view(-1, 1, 1, 1)
-        taps = sums_RIHW[:, :, term.rows.slice, term.columns.slice]
+            value = value * self._column(term.factor[rows])
+        taps = _taps(sums_RIK, term.places)
         if term.groups == self.groups:
             taps += value
             return
@@ -164,6 +169,12 @@ class Kernel:
         first = channels.div(self.shape[0] // term.groups, rounding_mode="floor") * width % self.shape[1]
         inputs = first[:, None] + torch.arange(width, device=self.device)
         taps.index_put_(((channels - rows.start)[:, None], inputs), value, accumulate=True)
+
+
+def _taps(sums_RIK: Tensor, places: Places) -> Tensor:
+    """The part of a kernel at the taps ``places``, as a view."""
+    index: tuple[Any, ...] = (slice(None), slice(None), *(place.slice for place in places))
+    return sums_RIK[index]
 
 
 def _watch(seconds: float, numbers: int) -> None:

@@ -1,6 +1,7 @@
 """The operations of the algebra. Each is exact, or raises and says why it would not be.
 
-Shapes: weights are OIHW with I the input channels of one group; per-channel vectors are (O,).
+Shapes: weights are (O, I, *K) with I the input channels of one group and K the sizes along the axes of the map, as many
+for all maps in one operation; per-channel vectors are (O,).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def add(*terms: ConvMap) -> ConvMap:
     Groups stay as they are where all terms have the same, and are opened only as far as the terms differ.
 
     Raises:
-        NotLinearError: channels or strides differ.
+        NotLinearError: channels, strides or the number of axes differ.
         BorderError: the outputs have different sizes, or the terms go on differently beyond the border.
     """
     if len(terms) == 1:
@@ -55,25 +56,25 @@ def concatenate(parts: Sequence[ConvMap]) -> ConvMap:
     """The outputs of all ``parts`` on the same input, one after another along the channels.
 
     Raises:
-        NotLinearError: input channels or strides differ.
+        NotLinearError: input channels, strides or the number of axes differ.
         BorderError: the outputs have different sizes, or the parts go on differently beyond the border.
     """
     if len({part.in_channels for part in parts}) > 1:
         raise NotLinearError("maps of inputs with different channels cannot be concatenated into one convolution")
     axes = _merged_axes(parts)
-    weight_OIHW = torch.cat([_placed(part, axes, 1).dense() for part in parts])
+    weight_OIK = torch.cat([_placed(part, axes, 1).dense() for part in parts])
     has_bias = any(part.bias is not None for part in parts)
     bias = torch.cat([part.bias_or_zeros() for part in parts]) if has_bias else None
-    return ConvMap.from_axes(Kernel.of(weight_OIHW, 1), bias, axes, common_border(parts))
+    return ConvMap.from_axes(Kernel.of(weight_OIK, 1), bias, axes, common_border(parts))
 
 
 def select_channels(conv: ConvMap, channels: slice) -> ConvMap:
     """The output channels ``channels`` of ``conv``; groups are opened unless all channels are kept."""
     if channels.indices(conv.out_channels) == (0, conv.out_channels, 1):
         return conv
-    weight_OIHW = open_groups(conv, 1).weight[channels]
+    weight_OIK = open_groups(conv, 1).weight[channels]
     bias = None if conv.bias is None else conv.bias[channels]
-    return replace(conv, kernel=Kernel.of(weight_OIHW, 1), bias=bias)
+    return replace(conv, kernel=Kernel.of(weight_OIK, 1), bias=bias)
 
 
 def open_groups(conv: ConvMap, groups: int) -> ConvMap:
@@ -83,7 +84,7 @@ def open_groups(conv: ConvMap, groups: int) -> ConvMap:
     return replace(conv, kernel=_placed(conv, conv.axes, groups))
 
 
-def embed(conv: ConvMap, axes: tuple[Axis, Axis]) -> ConvMap:
+def embed(conv: ConvMap, axes: tuple[Axis, ...]) -> ConvMap:
     """The same map in a larger kernel: ``axes`` must hold its taps; new taps are zero."""
     if axes == conv.axes:
         return conv
@@ -93,8 +94,7 @@ def embed(conv: ConvMap, axes: tuple[Axis, Axis]) -> ConvMap:
 
 def with_symmetric_padding(conv: ConvMap) -> ConvMap:
     """The same map with equal padding, at least 0, on opposite sides, as ``nn.Conv2d`` wants it."""
-    y, x = conv.axes
-    return embed(conv, (symmetric_axis(y), symmetric_axis(x)))
+    return embed(conv, tuple(map(symmetric_axis, conv.axes)))
 
 
 def common_border(parts: Sequence[ConvMap]) -> Border | None:
@@ -114,6 +114,18 @@ def _sum(left_O: Tensor, right_O: Tensor) -> Tensor:
     return left_O if left_O.is_meta and right_O.is_meta else left_O + right_O
 
 
+def require_same_axes(parts: Sequence[ConvMap]) -> None:
+    """Check that all ``parts`` are maps over the same number of axes.
+
+    Raises:
+        NotLinearError: they are not.
+    """
+    first = parts[0].spatial
+    for part in parts:
+        if part.spatial != first:
+            raise NotLinearError(f"a map over {first} axes and one over {part.spatial} do not merge")
+
+
 def _require_same_channels(terms: Sequence[ConvMap]) -> None:
     shapes = {(term.in_channels, term.out_channels) for term in terms}
     if len(shapes) > 1:
@@ -121,12 +133,12 @@ def _require_same_channels(terms: Sequence[ConvMap]) -> None:
         raise NotLinearError(f"maps of different channels ({text}) cannot be added into one convolution")
 
 
-def _merged_axes(parts: Sequence[ConvMap]) -> tuple[Axis, Axis]:
-    height, width = ([part.axes[i] for part in parts] for i in (0, 1))
-    return merge_axes(height), merge_axes(width)
+def _merged_axes(parts: Sequence[ConvMap]) -> tuple[Axis, ...]:
+    require_same_axes(parts)
+    return tuple(map(merge_axes, zip(*(part.axes for part in parts), strict=True)))
 
 
-def _placed(conv: ConvMap, axes: tuple[Axis, Axis], groups: int) -> Kernel:
+def _placed(conv: ConvMap, axes: tuple[Axis, ...], groups: int) -> Kernel:
     """The kernel of ``conv`` at its taps in a map with ``axes``, written with ``groups`` groups."""
-    rows, columns = (placement_in(own, merged) for own, merged in zip(conv.axes, axes, strict=True))
-    return conv.kernel.placed((axes[0].kernel, axes[1].kernel), groups, rows, columns)
+    places = tuple(map(placement_in, conv.axes, axes))
+    return conv.kernel.placed(tuple([axis.kernel for axis in axes]), groups, places)

@@ -11,8 +11,9 @@ from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.memory import Effects, Memory
+from repvgg.collapse.modules import has_hooks
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, run
+from repvgg.symbolic import Layout, Source, SymbolicTensor, run
 
 _COMPUTE = ("conv", "batch_norm", "avg_pool", "scale", "shift", "add", "cat")
 
@@ -24,6 +25,7 @@ class LinearModule:
     conv: ConvMap
     operations: tuple[str, ...]
     cost: Cost
+    layout: Layout
 
     @property
     def is_worth_it(self) -> bool:
@@ -58,7 +60,9 @@ class Captures:
         return found
 
     def linear(self, module: nn.Module) -> LinearModule | None:
-        """The convolution that ``module`` is as a whole, if it is one, or None."""
+        """The convolution that ``module`` is as a whole, if it is one, or None; with hooks it is more than that."""
+        if id(module) not in self._linear and has_hooks(module):
+            self._linear[id(module)] = None
         if id(module) not in self._linear:
             source = Source(self._merge_branches)
             try:
@@ -67,7 +71,7 @@ class Captures:
                 outcome = None
             found = isinstance(outcome, SymbolicTensor)
             cost, done = Cost.of_ledger(source), tuple(source.operations)
-            self._linear[id(module)] = LinearModule(outcome.map, done, cost) if found else None
+            self._linear[id(module)] = LinearModule(outcome.map, done, cost, source.layout) if found else None
         return self._linear[id(module)]
 
     def memory(self, module: nn.Module) -> Memory:

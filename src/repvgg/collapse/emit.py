@@ -1,14 +1,19 @@
-"""From the algebra back to a module: one ordinary ``nn.Conv2d``."""
+"""From the algebra back to a module: one ordinary ``nn.Conv2d``, or its like for sequences, volumes and rows."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from repvgg.algebra import ConvMap, with_symmetric_padding
-from repvgg.errors import ReparamError
+from repvgg.errors import ReparamError, UsageError
+from repvgg.symbolic import Layout
+
+Plain: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def emitted_map(conv: ConvMap) -> ConvMap:
@@ -16,22 +21,40 @@ def emitted_map(conv: ConvMap) -> ConvMap:
     return conv if _same_padding(conv) else with_symmetric_padding(conv)
 
 
-def to_conv2d(conv: ConvMap, like: Tensor, *, requires_grad: bool = True) -> nn.Conv2d:
-    """An ``nn.Conv2d`` that computes ``conv``, in dtype, device and memory format of the kernel ``like``.
+def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> Plain:
+    """The module that computes ``conv``, in dtype, device and memory format of the kernel ``like``.
 
-    The weights are cast once, here. The random number generator is not touched.
+    It is an ``nn.Linear`` for rows and vectors, else an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. The weights are
+    cast once, here. The random number generator is not touched.
+
+    Args:
+        conv: what to compute.
+        like: a tensor that tells dtype, device and memory format.
+        layout: the shape of the input.
+        requires_grad: of the parameters.
 
     Raises:
-        ReparamError: a weight is finite in float64 and not in the dtype of ``like``.
+        ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
+            computes ``conv``: a linear map of rows in groups.
+        UsageError: ``conv`` is no map of tensors of that layout.
     """
+    if conv.spatial != layout.spatial:
+        raise UsageError(f"A map over {conv.spatial} axes is none of tensors {layout}.")
     conv = emitted_map(conv)
-    padding: Any = (conv.padding[0], conv.padding[2])
-    module = nn.Conv2d(
+    module = _convolution(conv, like) if conv.spatial else _linear(conv, like)
+    module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
+    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like).clone(), requires_grad)
+    return module
+
+
+def _convolution(conv: ConvMap, like: Tensor) -> Plain:
+    before, after = conv.padding[::2], conv.padding[1::2]
+    module: Plain = _CONVOLUTIONS[conv.spatial](
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         conv.stride,
-        padding if conv.padding[::2] == conv.padding[1::2] else "same",
+        before if before == after else "same",
         conv.dilation,
         conv.groups,
         bias=True,
@@ -39,26 +62,35 @@ def to_conv2d(conv: ConvMap, like: Tensor, *, requires_grad: bool = True) -> nn.
         device="meta",
         dtype=like.dtype,
     )
-    module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
-    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like).clone(), requires_grad)
     return module
+
+
+def _linear(conv: ConvMap, like: Tensor) -> nn.Linear:
+    if conv.groups > 1:
+        raise ReparamError(f"a linear map of rows in {conv.groups} groups is no nn.Linear")
+    return nn.Linear(conv.in_channels, conv.out_channels, bias=True, device="meta", dtype=like.dtype)
 
 
 def _same_padding(conv: ConvMap) -> bool:
     """Whether the padding is what ``padding="same"`` gives: the larger half of an odd total behind."""
-    return conv.stride == (1, 1) and all(
+    return max(conv.stride, default=1) == 1 and all(
         (axis.before, axis.after) == (axis.reach // 2, axis.reach - axis.reach // 2) for axis in conv.axes
     )
 
 
-def _memory_format(like: Tensor) -> torch.memory_format:
-    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last and not like.is_contiguous() else torch.contiguous_format
+def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
+    """That of ``like``, for a tensor of ``dim`` axes."""
+    last = _CHANNELS_LAST.get(dim)
+    if last is None or like.dim() != dim or like.is_contiguous() or not like.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
     """The kernel, multiplied out piece by piece and cast once."""
-    weight = torch.empty(conv.kernel.shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
+    shape = conv.kernel.shape
+    order = _memory_format(like, len(shape))
+    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
     for rows, sums in conv.kernel.chunks():
         weight[rows].copy_(sums)
     return _fits(weight)
@@ -77,11 +109,21 @@ def _fits(cast: Tensor) -> Tensor:
 
 
 def describe(conv: ConvMap) -> str:
-    """A convolution in words, such as ``3x3 conv 48→96, stride 2``."""
-    (height, width), (sy, sx), (dy, dx) = conv.kernel_size, conv.stride, conv.dilation
-    parts = [f"{height}x{width} conv {conv.in_channels}→{conv.out_channels}"]
-    parts += [f"stride {sy}" if sy == sx else f"stride {sy}x{sx}"] if (sy, sx) != (1, 1) else []
-    parts += [f"dilation {dy}" if dy == dx else f"dilation {dy}x{dx}"] if (dy, dx) != (1, 1) else []
+    """A map in words, such as ``3x3 conv 48→96, stride 2`` or ``linear 64→128``."""
+    parts = [f"{_kind(conv)} {conv.in_channels}→{conv.out_channels}"]
+    parts += [f"stride {_joined(conv.stride)}"] if any(step > 1 for step in conv.stride) else []
+    parts += [f"dilation {_joined(conv.dilation)}"] if any(step > 1 for step in conv.dilation) else []
     parts += [f"{conv.groups} groups"] if conv.groups > 1 else []
     parts += [f"{conv.border} padding"] if conv.border not in (None, "zeros") else []
     return ", ".join(parts)
+
+
+def _kind(conv: ConvMap) -> str:
+    if conv.spatial < 2:
+        return f"{conv.kernel_size[0]}-tap conv" if conv.spatial else "linear"
+    return "x".join(map(str, conv.kernel_size)) + " conv"
+
+
+def _joined(numbers: tuple[int, ...]) -> str:
+    """One number for all axes, if it is the same."""
+    return str(numbers[0]) if len(set(numbers)) == 1 else "x".join(map(str, numbers))

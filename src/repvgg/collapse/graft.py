@@ -63,7 +63,7 @@ class Graft:
         self.own, self.graph = own, own.graph
         self.node = self._nodes()
         self.module = Grafted(nn.Module(), fx.Graph(), class_name=type(self.old).__name__)
-        self.new: dict[str, nn.Conv2d] = {}
+        self.new: dict[str, nn.Module] = {}
         self.gone: list[str] = []
 
     def _look_into(self, path: str, caller: Capture, target: str) -> Capture | None:
@@ -92,7 +92,7 @@ class Graft:
             old = get(inner)
             vars(new).update(copied(dict(_beside_graph(vars(old))), memo, old, join(path, inner)))
 
-    def call(self, conv: nn.Conv2d, source: fx.Node, exit_node: fx.Node) -> str:
+    def call(self, conv: nn.Module, source: fx.Node, exit_node: fx.Node) -> str:
         """Let ``exit_node``, of the unit's graph, be a convolution of ``source``; the outcome is its path."""
         name = next(name for name in _names() if not hasattr(self.old, name) and name not in self.new)
         self.new[name] = conv

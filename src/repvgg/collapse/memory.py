@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from repvgg.symbolic import HANDLERS, handlers, slicing
+from repvgg.symbolic import HANDLERS, handlers, shapes, slicing
 
-_SHARING = (handlers.unchanged, handlers.dropout, slicing.getitem, slicing.narrow, slicing.chunk, slicing.split)
+_SHARING = (
+    *(shapes.unchanged, shapes.flatten, shapes.reshape_as, handlers.dropout),
+    *(slicing.getitem, slicing.narrow, slicing.chunk, slicing.split),
+)
 _OPERATORS = {
     function for name, function in vars(operator).items() if name[:1] == "i" and f"__{name[1:]}__" in vars(operator)
 } | {operator.setitem}

@@ -19,6 +19,7 @@ from repvgg.collapse.reach import borrowed, parts_named_by
 from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.errors import ReparamError
+from repvgg.symbolic import Layout
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -31,6 +32,7 @@ class Whole:
     module: nn.Module
     conv: ConvMap
     cost: Cost
+    layout: Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,7 @@ class _Planner:
         self.visited.add(id(module))
         whole = None if has_hooks(module) else self._whole(module)
         if whole is not None:
-            self.plan.wholes.append(Whole(path, module, whole.conv, whole.cost))
+            self.plan.wholes.append(Whole(path, module, whole.conv, whole.cost, whole.layout))
             return
         try:
             captured = self.captures.of(module)

@@ -8,6 +8,7 @@ whole is judged as it will run, in its own dtype.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from repvgg.algebra import ConvMap
 from repvgg.collapse.modules import has_hooks, hooks_of
 from repvgg.collapse.report import NOT_RUN
 from repvgg.errors import UsageError
-from repvgg.symbolic import first_float
+from repvgg.symbolic import Layout, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, judging, verify
 
 _SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # the larger ones for modules that shrink the first to nothing
@@ -44,7 +45,7 @@ class Proof:
     ran: bool = True
 
 
-def prove_region(before: Callable[[Tensor], Tensor], conv: ConvMap, after: nn.Module) -> Proof:
+def prove_region(before: Callable[[Tensor], Tensor], conv: ConvMap, layout: Layout, after: nn.Module) -> Proof:
     """Judge the module ``after`` against what it replaces.
 
     Every weight w of it may be off by the rounding to its dtype, u·|w|; so, with W its kernel and b its bias, the
@@ -53,11 +54,12 @@ def prove_region(before: Callable[[Tensor], Tensor], conv: ConvMap, after: nn.Mo
     Args:
         before: the region as it was, on float64.
         conv: the map that both should be; only its geometry is looked at.
+        layout: the shape of its input.
         after: the module, on the device that ``before`` runs on.
     """
     exact = copy.deepcopy(after).double()
     weight = next(exact.parameters())
-    image = _image(conv)
+    image = _image(conv, layout)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,10 +71,15 @@ def prove_region(before: Callable[[Tensor], Tensor], conv: ConvMap, after: nn.Mo
     return _verdict(evidence)
 
 
-def _image(conv: ConvMap) -> Tensor:
-    """One small image on which every tap, every phase of the strides and every border counts."""
-    height, width = (max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes)
-    return border_inputs((1, conv.in_channels, height, width + 1), batches=1, dtype=torch.float64)[0]
+def _image(conv: ConvMap, layout: Layout) -> Tensor:
+    """One small input on which every tap, every phase of the strides and every border counts."""
+    if layout.rows:
+        rows = border_inputs((4, conv.in_channels, 1, 1), batches=1, dtype=torch.float64)[0].flatten(1)
+        return rows.view(*(1,) * ((layout.rank or 2) - 2), 4, conv.in_channels)
+    sizes = [max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes]
+    sizes = [size + place for place, size in enumerate(sizes)]
+    flat = border_inputs((1, conv.in_channels * math.prod(sizes[:-2]), *([1, *sizes][-2:])), batches=1)[0]
+    return flat.double().view(1, conv.in_channels, *sizes)
 
 
 def _rounding(after: nn.Module, exact: nn.Module, image: Tensor) -> float:

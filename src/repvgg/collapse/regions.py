@@ -216,7 +216,7 @@ class _Search:
     def _is_worth_it(self, value: Value) -> bool:
         """At least one convolution and at least one more thing to fold."""
         convolutions = any("conv" in step.operations for step in value.steps)
-        return convolutions and sum(self._weight(step) for step in value.steps) >= 2
+        return convolutions and not value.symbol.is_flattened and sum(self._weight(step) for step in value.steps) >= 2
 
     def _weight(self, step: Step) -> int:
         """How many things a step is: a module of torch's own is one, whatever it does."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.algebra import ConvMap
 from repvgg.collapse.copies import copied, copies_of_results
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.emit import describe, to_conv2d
+from repvgg.collapse.emit import Plain, describe, to_module
 from repvgg.collapse.graft import Graft, grafts_of
 from repvgg.collapse.modules import join
 from repvgg.collapse.placing import Placing, Region
@@ -22,7 +22,7 @@ from repvgg.collapse.proof import Proof, prove_region
 from repvgg.collapse.report import Folded, Part
 from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
+from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
@@ -81,17 +81,17 @@ class _Builder:
     def __init__(self, model: nn.Module, prove: bool) -> None:
         self.prove = prove
         self.memo: dict[int, Any] = copies_of_results(model)
-        self.rows: list[tuple[Folded, nn.Conv2d, list[nn.Module]]] = []
+        self.rows: list[tuple[Folded, Plain, list[nn.Module]]] = []
         self.refused: dict[int, str] = {}
 
     def replace_whole(self, whole: Whole) -> None:
         """Put one convolution in the place of a module."""
         device = algebra_device(_like(whole.module))
-        symbol = run(whole.module, Source(), whole.conv.in_channels, device=device)
-        conv = self._emit(symbol.map, whole.module, [whole.module])
+        symbol = run(whole.module, Source(), whole.conv.in_channels, device=device, layout=whole.layout)
+        conv = self._emit(symbol.map, symbol.layout, whole.module, [whole.module])
         if conv is None:
             return
-        proof = self._prove(lambda: shadow_of(whole.module, _float64_on(device), training=False), symbol.map, conv)
+        proof = self._prove(lambda: shadow_of(whole.module, _float64_on(device), training=False), symbol, conv)
         if proof.failure:
             self._refuse([whole.module], proof)
             return
@@ -99,9 +99,11 @@ class _Builder:
         row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost, proof)
         self.rows.append((row, conv, list(whole.module.modules())))
 
-    def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], conv: ConvMap, module: nn.Module) -> Proof:
+    def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
         """Judge a convolution against what ``before`` makes; this makes it only if it is asked to prove."""
-        return prove_region(before(), conv, module) if self.prove else Proof(None, "", ran=False)
+        if not self.prove:
+            return Proof(None, "", ran=False)
+        return prove_region(before(), symbol.map, symbol.source.layout, after)
 
     def _refuse(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form does not prove equal to it: {proof.failure}"
@@ -127,14 +129,16 @@ class _Builder:
         self, unit: Unit, region: Region, placing: Placing, grafts: dict[str, Graft], gone: list[nn.Module]
     ) -> None:
         """Replace one region; modules that its merged convolution leaves nothing of are added to ``gone``."""
-        merged = solve(region)
+        symbol = solve(region)
+        merged = symbol.map
         modules = [unit.module.get_submodule(path) for path in region.called]
         host = unit.module.get_submodule(placing.host)
         owner = nn.ModuleList(modules) if modules else host
-        conv = self._emit(merged, owner if any(True for _ in owner.parameters()) else host, modules or [host])
+        of_dtype = owner if any(True for _ in owner.parameters()) else host
+        conv = self._emit(merged, symbol.layout, of_dtype, modules or [host])
         if conv is None:
             return
-        proof = self._prove(lambda: _in_float64(region), merged, conv)
+        proof = self._prove(lambda: _in_float64(region), symbol, conv)
         if proof.failure:
             self._refuse(modules or [host], proof)
             return
@@ -150,7 +154,7 @@ class _Builder:
         row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost, proof)
         self.rows.append((row, conv, modules or [host]))
 
-    def _in_place(self, unit: Unit, region: Region, conv: nn.Conv2d, grafts: dict[str, Graft]) -> str:
+    def _in_place(self, unit: Unit, region: Region, conv: Plain, grafts: dict[str, Graft]) -> str:
         """Put the convolution where the first one was, and nothing where the others were; the outcome is its path."""
         place, before, name = region.first_convolution, region.source, ""
         for step in region.steps:
@@ -167,12 +171,12 @@ class _Builder:
             before = step.node
         return name
 
-    def _emit(self, conv: ConvMap, owner: nn.Module, replaced: list[nn.Module]) -> nn.Conv2d | None:
+    def _emit(self, conv: ConvMap, layout: Layout, owner: nn.Module, replaced: list[nn.Module]) -> Plain | None:
         """The convolution, trainable iff anything in its place was; None if its numbers do not fit the dtype."""
         parameters = list(owner.parameters())
         trainable = not parameters or any(p.requires_grad for p in parameters)
         try:
-            return to_conv2d(conv, _like(owner), requires_grad=trainable)
+            return to_module(conv, _like(owner), layout, requires_grad=trainable)
         except ReparamError as error:
             self.refused |= {id(module): str(error) for module in replaced}
             return None
@@ -252,12 +256,13 @@ def _in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     return lambda x: evaluator.outcome(region.source, x, [step.node for step in region.steps])
 
 
-def solve(region: Region) -> ConvMap:
+def solve(region: Region) -> SymbolicTensor:
     """The region's convolution, with its values, in float64."""
     device = algebra_device(first_float(region.flat.module))
     evaluator = Evaluator(region.flat, _float64_on(device))
-    source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device)
-    outcome: ConvMap = evaluator.outcome(region.source, source, [step.node for step in region.steps]).map
+    layout = region.value.symbol.source.layout
+    source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device, layout=layout)
+    outcome: SymbolicTensor = evaluator.outcome(region.source, source, [step.node for step in region.steps])
     return outcome
 
 

@@ -14,7 +14,7 @@ from repvgg.collapse.cost import Cost
 from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
+from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
 
 
@@ -196,14 +196,16 @@ class Values:
         """The node as the source of a region."""
         if node not in self._starts:
             source = Source(self._merge)
-            symbol = SymbolicTensor.of(source, self._channels(node), device="meta")
+            channels, layout = self._channels(node)
+            symbol = SymbolicTensor.of(source, channels, device="meta", layout=layout)
             self._starts[node] = Value(node, symbol)
         return self._starts[node]
 
-    def _channels(self, node: fx.Node) -> int:
-        """The channels of a node's tensor, as the functions that read it expect them."""
+    def _channels(self, node: fx.Node) -> tuple[int, Layout]:
+        """The channels and the layout of a node's tensor, as the functions that read it expect them."""
         if node in self.of:
-            return self.of[node].symbol.map.out_channels
+            symbol = self.of[node].symbol
+            return symbol.map.out_channels, symbol.layout
         return channels_of(lambda probe: self._spread(node, probe), certain=True)
 
     def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:

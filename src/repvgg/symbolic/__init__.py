@@ -1,8 +1,11 @@
 """The symbolic forward: torch functions as algebra, one short handler each, in one table."""
 
+import repvgg.symbolic.arithmetic
 import repvgg.symbolic.handlers
+import repvgg.symbolic.shapes
 import repvgg.symbolic.slicing  # noqa: F401 - enters its handlers in the table
-from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of
+from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout
+from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, dispatch, handles
 from repvgg.symbolic.trace import (
@@ -10,7 +13,6 @@ from repvgg.symbolic.trace import (
     algebra_device,
     equivalent_conv,
     first_float,
-    guarded,
     refuse_training,
     run,
     trace,
@@ -19,9 +21,15 @@ from repvgg.symbolic.trace import (
 
 __all__ = [
     "HANDLERS",
+    "IMAGES",
+    "ROWS",
+    "SEQUENCES",
+    "VECTORS",
+    "VOLUMES",
     "ChannelProbe",
     "ChannelsFound",
     "EquivalentConv",
+    "Layout",
     "Source",
     "SymbolicTensor",
     "algebra_device",

@@ -1,4 +1,4 @@
-"""How many channels a ``forward`` expects, found by asking the first function that needs to know."""
+"""What a ``forward`` expects, channels and layout, found by asking the first function that needs to know."""
 
 from __future__ import annotations
 
@@ -7,37 +7,49 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from repvgg.algebra import ConvMap
-from repvgg.errors import NotLinearError
-from repvgg.symbolic import handlers, slicing
-from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownSize
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic import handlers, shapes, slicing
+from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout
+from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownShape, UnknownSize
 
-_KEEP_CHANNELS = {handlers.pad, handlers.dropout, handlers.unchanged, handlers.avg_pool2d}
+_POOLS = {handlers.avg_pool1d: SEQUENCES, handlers.avg_pool2d: IMAGES, handlers.avg_pool3d: VOLUMES}
+_KEEP_ALL = {handlers.dropout, shapes.unchanged}
 _MAY_BROADCAST = {
     HANDLERS[function] for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
 }
+_GUESSES = (IMAGES, SEQUENCES, VOLUMES, VECTORS)
 
 
 class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
-    """The answer: the input has ``channels`` channels."""
+    """The answer: the input has ``channels`` channels, in a tensor of that ``layout``."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, layout: Layout) -> None:
+        super().__init__(channels, layout)
         self.channels = channels
+        self.layout = layout
 
 
 class ChannelProbe(SymbolicTensor):
-    """An input with an unknown number of channels; it raises :class:`ChannelsFound` at the first function that tells.
+    """An input of which nothing is known; it raises :class:`ChannelsFound` at the first function that tells.
 
-    Functions that keep the number of channels pass it on; all others raise NotLinearError.
+    Functions that keep the number of channels pass it on; all others raise NotLinearError. Code that asks how many
+    axes there are, or that slices some of them, is answered by a guess, and runs again for each other one.
 
     Attributes:
         certain: whether arithmetic raises as well. It takes images of one channel where it gives many, and of integers
             where it gives real numbers: what follows does not tell what the input is.
+        known: whether the layout was given, or told by a function.
+        guessed: whether the forward had to rely on a layout that was not known.
+        refuted: whether a function told of another layout.
+        channels: what a batch norm told.
     """
 
-    def __init__(self, certain: bool = False) -> None:
-        super().__init__(Source(), ConvMap.identity(1, device="meta"))
+    def __init__(self, certain: bool = False, layout: Layout = IMAGES, *, known: bool = False) -> None:
+        super().__init__(Source(), ConvMap.identity(1, device="meta", spatial=layout.spatial), layout)
         self.certain = certain
+        self.known = known
+        self.guessed = self.refuted = False
+        self.channels: int | None = None
 
     @classmethod
     def __torch_function__(
@@ -49,41 +61,138 @@ class ChannelProbe(SymbolicTensor):
     ) -> Any:
         """Called by torch for any of its functions with a probe among the arguments."""
         kwargs = kwargs or {}
+        found = [value for value in (*args, *kwargs.values()) if isinstance(value, ChannelProbe)]
+        probe = found[0] if found else cls()
         handler = HANDLERS.get(func)
-        if handler is handlers.conv2d:
-            weight, groups = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 6, "groups")
-            raise ChannelsFound(weight.shape[1] * (groups or 1))
-        if handler is handlers.batch_norm:
-            statistics = _argument(args, kwargs, 1, "running_mean")
-            if statistics is not None:
-                raise ChannelsFound(len(statistics))
-        probe = next((argument for argument in args if isinstance(argument, ChannelProbe)), cls())
-        keeps = handler in _KEEP_CHANNELS or (handler is slicing.getitem and slicing.keeps_channels(args[1]))
-        if keeps or (handler in _MAY_BROADCAST and not probe.certain):
+        if handler in (handlers.convolution, handlers.linear):
+            probe.meets_kernel(_argument(args, kwargs, 1, "weight"), handler, _argument(args, kwargs, 6, "groups"))
+        if handler is handlers.batch_norm and (statistics := _argument(args, kwargs, 1, "running_mean")) is not None:
+            return probe.meets_batch_norm(len(statistics))
+        if handler in _POOLS:
+            return probe.settle(_POOLS[handler])
+        if handler in _KEEP_ALL or probe.keeps_channels(handler, args, kwargs):
+            return probe
+        if handler in _MAY_BROADCAST and not probe.certain:
             return probe
         name = getattr(func, "__name__", func)
         if handler is None and probe.certain:
             raise NotLinearError(f"{name} is not a linear, shift-invariant map")
         raise NotLinearError(f"the number of input channels cannot be told in front of {name}")
 
+    def meets_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
+        """A convolution or a linear layer tells everything."""
+        self.settle(ROWS if handler is handlers.linear else Layout(weight.dim()))
+        raise ChannelsFound(weight.shape[1] * (groups or 1), self.layout)
+
+    def meets_batch_norm(self, channels: int) -> ChannelProbe:
+        """A batch norm tells the number of channels; it takes tensors of any layout with channels at axis 1."""
+        if (self.known or self.guessed) and not self.layout.is_channel_axis(1):
+            raise NotLinearError(f"a batch norm does not take the last axis of {self.layout} for the channels")
+        self.channels = channels
+        if self.known or (self.guessed and self.layout == IMAGES):
+            raise ChannelsFound(channels, self.layout)
+        return self  # what comes next may tell the layout
+
+    def settle(self, told: Layout) -> ChannelProbe:
+        """A function takes tensors of one layout only."""
+        if told != self.layout and not (self.known and told == ROWS and self.layout.rows):
+            if self.known or self.guessed:
+                self.refuted = True
+                raise NotLinearError(f"a function of tensors {told} meets one {self.layout}")
+            self.layout = told
+        self.known = True
+        return self
+
+    def keeps_channels(self, handler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a slice or a padding keeps all channels, which depends on the layout."""
+        if handler is slicing.getitem:
+            return slicing.keeps_channels(args[1], self.assume())
+        if handler is shapes.pad:
+            return not any(_argument(args, kwargs, 1, "pad")[2 * self.assume().spatial :])
+        return False
+
+    def assume(self) -> Layout:
+        """The layout, as far as it is known or guessed, for code that relies on it."""
+        self.guessed = self.guessed or not self.known
+        return self.layout
+
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """(N, C, H, W), all unknown."""
-        return (UnknownSize(),) * 4
+    def shape(self) -> Any:
+        """All sizes are unknown."""
+        rank = self.assume().rank
+        return UnknownShape(UnknownSize()) if rank is None else (UnknownSize(),) * rank
+
+    @property
+    def ndim(self) -> Any:
+        """The number of axes, as guessed."""
+        self.assume()
+        return super().ndim
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name)
 
 
-def channels_of(forward: Callable[[Any], Any], *, certain: bool = False) -> int:
-    """The number of input channels that ``forward`` expects; if ``certain``, it would take no others.
+def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``forward``; whatever a stranger's code raises on a symbolic input means that it is not linear."""
+    try:
+        return forward(*args, **kwargs)
+    except (ReparamError, ChannelsFound):
+        raise
+    except Exception as error:
+        raise NotLinearError(f"its code cannot run on a symbolic input ({type(error).__name__}: {error})") from error
+
+
+def channels_of(
+    forward: Callable[[Any], Any],
+    *,
+    certain: bool = False,
+    channels: int | None = None,
+    layout: Layout | None = None,
+) -> tuple[int, Layout]:
+    """The number of input channels that ``forward`` expects, and the layout; if ``certain``, it would take no others.
+
+    Args:
+        forward: called with a probe, more than once where it depends on the number of axes.
+        certain: see :class:`ChannelProbe`.
+        channels: if they are known; where nothing tells the layout, it is that of images then.
+        layout: if it is known.
 
     Raises:
         NotLinearError: nothing on its way tells, or it fails before.
     """
+    answers: list[tuple[int, Layout]] = []
+    errors: list[ReparamError] = []
+    normalizes = False
+    for guess in (layout,) if layout else _GUESSES:
+        probe = ChannelProbe(certain, guess, known=layout is not None)
+        answer = _ask(forward, probe, channels, errors)
+        if answer and (guess == IMAGES or not probe.guessed):
+            return answer
+        answers += [answer] if answer else []
+        normalizes = normalizes or probe.channels is not None
+        if not probe.guessed:
+            break
+    if len(answers) == 1:
+        return answers[0]
+    if answers or (normalizes and channels is None):
+        raise NotLinearError("the shape of the input is not known, and a batch norm alone does not tell it")
+    if channels is not None:
+        return channels, layout or IMAGES
+    text = "the number of input channels cannot be told: there is no convolution and no batch norm"
+    raise errors[0] if errors else NotLinearError(text)
+
+
+def _ask(
+    forward: Callable[[Any], Any], probe: ChannelProbe, channels: int | None, errors: list[ReparamError]
+) -> tuple[int, Layout] | None:
+    """What ``forward`` tells a probe, if anything; what went wrong joins ``errors``."""
     try:
-        forward(ChannelProbe(certain))
+        guarded(forward, probe)
     except ChannelsFound as found:
-        return found.channels
-    raise NotLinearError("the number of input channels cannot be told: there is no convolution and no batch norm")
+        return found.channels if channels is None else channels, found.layout
+    except ReparamError as error:
+        errors.append(error)
+    count = channels if channels is not None and probe.known else probe.channels
+    settled = (probe.known or probe.guessed) and not probe.refuted
+    return (count, probe.layout) if count is not None and settled else None

@@ -23,10 +23,14 @@ _SETTLED = _STANDARD - {"_parameters", "_buffers", "_modules"}  # what no forwar
 _STATELESS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+_FORWARDS = {kind.forward: kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
 def _only_convolves(module: nn.Module) -> bool:
-    """Whether a module hands its parameters to ``conv2d`` and does nothing else with them."""
-    kind = type(module)
-    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+    """Whether a module hands its parameters to a convolution or ``linear`` and does nothing else with them."""
+    kind: Any = type(module)
+    standard: Any = _FORWARDS.get(kind.forward)
+    return standard is nn.Linear or (standard is not None and kind._conv_forward is standard._conv_forward)
 
 
 def shadow_of(
@@ -41,7 +45,8 @@ def shadow_of(
     Args:
         module: any module.
         convert: from a tensor to the tensor in its place.
-        keep_kernels: leave the parameters of ``nn.Conv2d`` as they are: the algebra converts them when it has to.
+        keep_kernels: leave the parameters of ``nn.Linear`` and of convolutions as they are: the algebra converts them
+            when it has to.
         training: the mode of all shadows; that of the modules, unless given.
     """
     return _Shadows(convert, keep_kernels, training).of(module)

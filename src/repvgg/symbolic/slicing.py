@@ -10,6 +10,7 @@ import torch
 from repvgg import algebra
 from repvgg.algebra import Axis
 from repvgg.errors import NotLinearError
+from repvgg.symbolic.layout import Layout
 from repvgg.symbolic.tensor import SymbolicTensor, handles
 
 _T = torch.Tensor
@@ -18,29 +19,38 @@ _ALL = slice(None)
 
 @handles(operator.getitem, _T.__getitem__)
 def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 - torch's own name
-    """``x[:, channels, rows, columns]`` with slices; the outcome is a view."""
-    _, channels, rows, columns = _slices(index)
+    """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the outcome is a view."""
+    channels, pixels = _slices(index, input.layout)
     conv = algebra.select_channels(input.map, channels)
-    if (rows, columns) != (_ALL, _ALL):
-        conv = algebra.resample(conv, (_pixels(rows), _pixels(columns)))
+    if any(part != _ALL for part in pixels):
+        conv = algebra.resample(conv, tuple(map(_pixels, pixels)))
     input.is_view = True  # from here on the two share memory: neither may be changed in place
     return input.like(conv, "slice", is_view=True)
 
 
-def keeps_channels(index: Any) -> bool:
+def keeps_channels(index: Any, layout: Layout) -> bool:
     """Whether an index takes all channels."""
-    return _slices(index)[1] == _ALL
+    return _slices(index, layout)[0] == _ALL
 
 
-def _slices(index: Any) -> tuple[slice, slice, slice, slice]:
+def _slices(index: Any, layout: Layout) -> tuple[slice, list[slice]]:
+    """The slice of the channels, and those of the spatial axes."""
     entries = list(index) if isinstance(index, tuple) else [index]
+    rank = layout.rank
+    if rank is None:  # an Ellipsis stands for at least no axis; without one, at least another axis follows
+        rank = len(entries) if Ellipsis in entries else len(entries) + 1
     if Ellipsis in entries:
         place = entries.index(Ellipsis)
-        entries[place : place + 1] = [_ALL] * (5 - len(entries))
-    entries += [_ALL] * (4 - len(entries))
-    if len(entries) != 4 or not all(isinstance(entry, slice) for entry in entries) or entries[0] != _ALL:
+        entries[place : place + 1] = [_ALL] * (rank + 1 - len(entries))
+    entries += [_ALL] * (rank - len(entries))
+    place = rank + layout.axis
+    if (
+        len(entries) != rank
+        or not all(isinstance(entry, slice) for entry in entries)
+        or entries[:place] != [_ALL] * place
+    ):
         raise NotLinearError("an index other than slices of channels, rows and columns is not a convolution")
-    return entries[0], entries[1], entries[2], entries[3]
+    return entries[place], entries[place + 1 :]
 
 
 def _pixels(part: slice) -> Axis:
@@ -54,9 +64,11 @@ def _pixels(part: slice) -> Axis:
 @handles(torch.narrow, _T.narrow)
 def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> SymbolicTensor:  # noqa: A002
     """``length`` channels from ``start`` on."""
-    if dim not in (1, -3):
+    if not input.layout.is_channel_axis(dim):
         raise NotLinearError("a part of an image of unknown size is not a convolution")
-    return getitem(input, (_ALL, slice(start, start + length)))
+    start += input.map.out_channels if start < 0 else 0
+    channels = slice(start, start + length)
+    return getitem(input, (..., channels) if input.layout.rows else (_ALL, channels))
 
 
 @handles(torch.chunk, _T.chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -10,6 +11,7 @@ import torch
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError
+from repvgg.symbolic.layout import IMAGES, Layout
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -29,11 +31,35 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
 class UnknownSize:
     """The height, width or batch size of a symbolic input: nothing linear depends on it, so nothing may ask."""
 
+    def __init__(self, reason: str = "the outcome depends on the size of the image") -> None:
+        self._reason = reason
+
     def _refuse(self, *_: object) -> NoReturn:
-        raise NotLinearError("the outcome depends on the size of the image")
+        raise NotLinearError(self._reason)
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __mod__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __index__ = __neg__ = _refuse
+    __hash__ = object.__hash__
+
+
+RANK_UNKNOWN = (
+    "the shape of the input is not known: a linear layer takes any number of axes, and what follows depends on how many"
+)
+
+
+class UnknownShape:
+    """The shape (..., C) of which only the last size is known."""
+
+    def __init__(self, channels: Any) -> None:
+        self.channels = channels
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.channels if index == -1 else UnknownSize(RANK_UNKNOWN)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise NotLinearError(RANK_UNKNOWN)
+
+    __len__ = __iter__ = __eq__ = __ne__ = __add__ = __radd__ = _refuse
     __hash__ = object.__hash__
 
 
@@ -45,6 +71,7 @@ class Source:
         operations: the names of the operations so far; a convolution is called ``conv``.
         multiply_adds: what they cost in all, per pixel of the source, borders aside.
         weights: how many numbers their kernels hold.
+        layout: that of the real tensor, once a symbol stands for it.
     """
 
     def __init__(self, merge_branches: bool = True) -> None:
@@ -52,6 +79,7 @@ class Source:
         self.operations: list[str] = []
         self.multiply_adds = 0.0
         self.weights = 0
+        self.layout = IMAGES
 
     def record(self, operation: str, kernel: ConvMap | None = None, area: int = 1) -> None:
         """Enter one operation, on one in ``area`` pixels of the source; a convolution with its kernel."""
@@ -67,11 +95,19 @@ class SymbolicTensor:
     Torch functions called on it look themselves up in the table of handlers and act on the map. A function without a
     handler ends the linear region: it raises NotLinearError. In-place functions change this object, as they would
     change a tensor, so that aliases see it; where a view or the source itself would be changed, they raise.
+
+    Attributes:
+        source: the real tensor.
+        map: the function.
+        layout: the shape of the tensor, which tells where ``map`` finds and leaves the channels.
+        is_view: whether it may share memory with another tensor.
+        is_source: whether it is the source itself.
     """
 
-    def __init__(self, source: Source, conv: ConvMap, *, is_view: bool = False) -> None:
+    def __init__(self, source: Source, conv: ConvMap, layout: Layout = IMAGES, *, is_view: bool = False) -> None:
         self.source = source
         self.map = conv
+        self.layout = layout
         self.is_view = is_view
         self.is_source = False
 
@@ -82,24 +118,37 @@ class SymbolicTensor:
         channels: int,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
+        layout: Layout = IMAGES,
     ) -> SymbolicTensor:
         """The source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
-        symbol = cls(source, ConvMap.identity(channels, dtype, device))
+        symbol = cls(source, ConvMap.identity(channels, dtype, device, layout.spatial), layout)
         symbol.is_source = True
+        source.layout = layout
         return symbol
 
     def copy(self) -> SymbolicTensor:
         """The same function as an object of its own: changing one in place leaves the other."""
-        symbol = SymbolicTensor(self.source, self.map)
+        symbol = SymbolicTensor(self.source, self.map, self.layout)
         symbol.is_source = self.is_source
         return symbol
 
+    @property
+    def is_flattened(self) -> bool:
+        """Whether the tensor has another number of axes than the source: no module has it for an outcome."""
+        return self.layout != self.source.layout
+
     def like(
-        self, conv: ConvMap, operation: str, kernel: ConvMap | None = None, *, is_view: bool = False
+        self,
+        conv: ConvMap,
+        operation: str,
+        kernel: ConvMap | None = None,
+        *,
+        is_view: bool = False,
+        layout: Layout | None = None,
     ) -> SymbolicTensor:
         """Another function of the same source, after one more ``operation``, a convolution with its ``kernel``."""
-        self.source.record(operation, kernel, self.map.stride[0] * self.map.stride[1])
-        return SymbolicTensor(self.source, conv, is_view=is_view)
+        self.source.record(operation, kernel, math.prod(self.map.stride))
+        return SymbolicTensor(self.source, conv, layout or self.layout, is_view=is_view)
 
     @classmethod
     def __torch_function__(
@@ -113,14 +162,18 @@ class SymbolicTensor:
         return dispatch(func, args, kwargs or {})
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """(N, C, H, W) of which only C is known."""
-        return UnknownSize(), self.map.out_channels, UnknownSize(), UnknownSize()
+    def shape(self) -> Any:
+        """As the layout says, such as (N, C, H, W); only C is known."""
+        rank = self.layout.rank
+        if rank is None:
+            return UnknownShape(self.map.out_channels)
+        place = rank + self.layout.axis
+        return tuple(self.map.out_channels if axis == place else UnknownSize() for axis in range(rank))
 
     @property
-    def ndim(self) -> int:
-        """Always 4."""
-        return 4
+    def ndim(self) -> Any:
+        """The number of axes; where it is not known, something that refuses to be compared."""
+        return UnknownSize(RANK_UNKNOWN) if self.layout.rank is None else self.layout.rank
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,9 +185,9 @@ class SymbolicTensor:
         """The device that the algebra runs on."""
         return self.map.device
 
-    def dim(self) -> int:
-        """Always 4."""
-        return 4
+    def dim(self) -> Any:
+        """The number of axes; see :attr:`ndim`."""
+        return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one entry of it."""

@@ -10,14 +10,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg.algebra import ConvMap
-from repvgg.errors import NotLinearError, ReparamError, TrainingModeError
-from repvgg.symbolic.probe import ChannelsFound, channels_of
+from repvgg.errors import NotLinearError, TrainingModeError
+from repvgg.symbolic.layout import Layout
+from repvgg.symbolic.probe import channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of
 from repvgg.symbolic.tensor import Source, SymbolicTensor
 
 
 class EquivalentConv(NamedTuple):
-    """Kernel (O, I / groups, H, W) and bias (O,) of the convolution that a module is equal to."""
+    """Kernel (O, I / groups, *K) and bias (O,) of the convolution or linear layer that a module is equal to."""
 
     weight: Tensor
     bias: Tensor
@@ -48,16 +49,6 @@ def refuse_training(module: nn.Module, name: str = "") -> None:
             raise TrainingModeError(f"{path!r} ({type(part).__name__}) is in training mode: call .eval() on the model.")
 
 
-def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``forward``; whatever a stranger's code raises on a symbolic input means that it is not linear."""
-    try:
-        return forward(*args, **kwargs)
-    except (ReparamError, ChannelsFound):
-        raise
-    except Exception as error:
-        raise NotLinearError(f"its code cannot run on a symbolic input ({type(error).__name__}: {error})") from error
-
-
 def unchanged_by_call(shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a shadow; one that changes or keeps something when it is called is more than a function of its input."""
     before = fingerprint(shadow)
@@ -67,14 +58,22 @@ def unchanged_by_call(shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return outcome
 
 
-def trace(module: nn.Module, in_channels: int | None = None, *, dtype: torch.dtype = torch.float64) -> ConvMap:
+def trace(
+    module: nn.Module,
+    in_channels: int | None = None,
+    layout: Layout | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> ConvMap:
     """The one convolution that ``module`` is equal to in eval mode, read off its own ``forward``.
 
     Differentiable: gradients of the outcome reach the parameters of ``module``.
 
     Args:
-        module: any module on one (N, C, H, W) tensor.
-        in_channels: C; found out where a convolution or batch norm tells it.
+        module: any module on one tensor: images, sequences, volumes, vectors or rows.
+        in_channels: C; found out where a convolution, linear layer or batch norm tells it.
+        layout: the shape of the tensor; found out where a convolution, linear layer, pool or ``nn.BatchNorm2d`` tells
+            it. Where nothing does and ``in_channels`` are given, that of images.
         dtype: the algebra runs in it.
 
     Raises:
@@ -84,7 +83,8 @@ def trace(module: nn.Module, in_channels: int | None = None, *, dtype: torch.dty
         BorderError: it is one inside the image, but no convolution equals it at the border.
     """
     refuse_training(module)
-    outcome = run(module, Source(), in_channels, dtype=dtype, device=algebra_device(first_float(module)))
+    device = algebra_device(first_float(module))
+    outcome = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
     if not isinstance(outcome, SymbolicTensor):
         raise NotLinearError(f"the outcome is a {type(outcome).__name__}, not one tensor")
     return outcome.map
@@ -98,33 +98,39 @@ def run(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
     strict: bool = False,
+    layout: Layout | None = None,
 ) -> Any:
     """The outcome of ``module`` in eval mode on ``source``, its tensors converted to ``dtype`` on ``device``.
 
-    The number of channels is found out unless it is given. If ``strict``, only where it can be no other, and the module
-    must not keep or change anything. On the meta device the outcome has geometry and costs but no values. See
-    :func:`trace` for the errors.
+    The number of channels and the layout are found out unless they are given. If ``strict``, only where they can be no
+    others, and the module must not keep or change anything. On the meta device the outcome has geometry and costs but
+    no values. See :func:`trace` for the errors.
     """
     shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
-    channels = in_channels if in_channels is not None else guarded(channels_of, shadow, certain=strict)
+    if in_channels is None or layout is None:
+        in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
     call = unchanged_by_call if strict else guarded
-    return call(shadow, SymbolicTensor.of(source, channels, dtype, device))
+    outcome = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
+    if isinstance(outcome, SymbolicTensor) and outcome.is_flattened:
+        raise NotLinearError("its outcome has another number of axes than its input")
+    return outcome
 
 
-def equivalent_conv(module: nn.Module, in_channels: int | None = None) -> EquivalentConv:
-    """Kernel and bias of the convolution that ``module`` is equal to, with gradients to its parameters.
+def equivalent_conv(module: nn.Module, in_channels: int | None = None, layout: Layout | None = None) -> EquivalentConv:
+    """Kernel and bias of the convolution or linear layer that ``module`` is equal to, with gradients to its parameters.
 
     Computed in float64 and cast once to the dtype and device of the module; for regularizers on the equivalent kernel
     and for quantization-aware training. :func:`trace` gives stride, padding and the rest as well.
 
     Args:
-        module: any module on one (N, C, H, W) tensor, in eval mode.
-        in_channels: C; found out where a convolution or batch norm tells it.
+        module: any module on one tensor, in eval mode.
+        in_channels: C; see :func:`trace`.
+        layout: the shape of the tensor; see :func:`trace`.
 
     Raises:
         ReparamError: see :func:`trace`.
     """
-    conv = trace(module, in_channels)
+    conv = trace(module, in_channels, layout)
     like = first_float(module)
     weight, bias = conv.weight, conv.bias_or_zeros()
     return EquivalentConv(weight, bias) if like is None else EquivalentConv(weight.to(like), bias.to(like))
