@@ -58,7 +58,7 @@ def assert_equal(net: nn.Module, plain: nn.Module, x: Tensor) -> None:
 
 
 def assert_no_dearer(net: nn.Module, plain: nn.Module, report: repvgg.Report) -> None:
-    """No more multiply-adds than before. Pools are no convolutions and count as nothing: nets with some are left out."""
+    """No more multiply-adds than before. A net with average pools, which the walk counts as nothing, is left out."""
     if not any(isinstance(part, nn.AvgPool2d) for part in net.modules()):
         x = image(3, SIZES[0])
         assert walk(plain, x).macs <= walk(net, x).macs, report

@@ -246,7 +246,9 @@ def pads_fit(size: Pair, padding: Pair, mode: str) -> bool:
     return spare is None or all(p + spare <= n for p, n in zip(padding, size, strict=True))
 
 
-def _windows(x: Shape, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)) -> Shape | None:
+def _windows(
+    x: Shape, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)
+) -> Shape | None:
     sizes = tuple(
         tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1

@@ -23,7 +23,6 @@ from fuzz_program import (
     Step,
     Tied,
     Times,
-    module_step,
     pads_fit,
     shapes_of_step,
 )
@@ -38,7 +37,7 @@ MOST_CHANNELS = 12
 EXCLUDED: frozenset[str] = frozenset()
 
 STRIDES = ((1, 1), (2, 2), (2, 1))
-NORMS = ("batch", "batch", "batch", "batch", "sync", "frozen", "untracked")
+NORMS = (*["batch"] * 10, "sync", "sync", "frozen", "frozen", "untracked")
 SAMES = ("identity", "dropout", "relu", "relu_", "sigmoid", "hardswish", "f.relu", "f.relu_", "f.tanh")
 MERGES = ("add", "add", "add", "nested", "sub", "+=", "-=")
 SIDES = ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 2, 1), (2, 1, 0, 0), (0, 0, -1, 0))
@@ -91,9 +90,10 @@ class Writer:
     def conv(self, x: Shape, to: Shape | None = None, channels: int | None = None) -> Conv | None:
         """A convolution, to a shape if one is given; ``None`` if there is none."""
         outputs = to.channels if to else channels or self.pick((*WIDTHS, x.channels))
-        stride = self.pick(strides_to(x, to))if strides_to(x, to) else None
-        if stride is None:
+        strides = strides_to(x, to)
+        if not strides:
             return None
+        stride = self.pick(strides)
         rows, columns = (axis_choices(ns, s, outs) for ns, s, outs in axes(x, to, stride))
         both = [choice for choice in rows if choice in columns]
         row, column = [self.pick(both)] * 2 if both and self.maybe() else (self.pick(rows), self.pick(columns))
@@ -288,7 +288,11 @@ def repeats(index: int, op: Op) -> list[Op]:
     """Ways to use the module of a step again."""
     if isinstance(op, Conv):
         return [Again(index), Tied(index, op)]
-    return [Again(index)] if isinstance(op, (Norm, Scale, Chain)) or (isinstance(op, Block) and op.program.inputs == 1) else []
+    return (
+        [Again(index)]
+        if isinstance(op, (Norm, Scale, Chain)) or (isinstance(op, Block) and op.program.inputs == 1)
+        else []
+    )
 
 
 def large_enough(x: Shape | None) -> bool:
