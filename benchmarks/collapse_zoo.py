@@ -70,7 +70,8 @@ class Entry:
         if self.library == "timm":
             import timm
 
-            model: nn.Module = timm.create_model(self.name, **({"img_size": self.size} if self.told else {}))
+            told: dict[str, Any] = {"img_size": self.size} if self.told else {}
+            model: nn.Module = timm.create_model(self.name, **told)
         else:
             more = {"init_weights": False} if self.name in ("googlenet", "inception_v3") else {}
             model = torchvision.models.get_model(self.name, weights=None, **more)
@@ -170,7 +171,7 @@ def collapsed_by_repvgg(model: nn.Module) -> nn.Module:
 def collapsed_by_timm(model: nn.Module) -> nn.Module:
     from timm.utils.model import reparameterize_model
 
-    return reparameterize_model(model, inplace=False).double()  # type: ignore[no-any-return]  # some parts are float32
+    return reparameterize_model(model, inplace=False).double()  # some parts are float32
 
 
 def fused_by_torch(model: nn.Module) -> nn.Module:

@@ -40,6 +40,7 @@ STRIDES = ((1, 1), (2, 2), (2, 1))
 NORMS = (*["batch"] * 10, "sync", "sync", "frozen", "frozen", "untracked")
 SAMES = ("identity", "dropout", "relu", "relu_", "sigmoid", "hardswish", "f.relu", "f.relu_", "f.tanh")
 MERGES = ("add", "add", "add", "nested", "sub", "+=", "-=")
+USUAL = ((1, 0, 1), (3, 1, 1), (5, 2, 1))
 SIDES = ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 2, 1), (2, 1, 0, 0), (0, 0, -1, 0))
 
 
@@ -95,14 +96,21 @@ class Writer:
             return None
         stride = self.pick(strides)
         rows, columns = (axis_choices(ns, s, outs) for ns, s, outs in axes(x, to, stride))
-        both = [choice for choice in rows if choice in columns]
-        row, column = [self.pick(both)] * 2 if both and self.maybe() else (self.pick(rows), self.pick(columns))
-        (kernel, padding, dilation) = zip(row, column, strict=True)
+        usual = [choice for choice in rows if choice in columns and choice in USUAL]
+        if usual and self.pick((True, True, False)):
+            kernel, padding, dilation = ((n, n) for n in self.pick(usual))
+            return Conv(x.channels, outputs, kernel, stride, padding, dilation, bias=self.maybe())
+        kernel, padding, dilation = zip(*self.rows_and_columns(rows, columns), strict=True)
         common = gcd(x.channels, outputs)
         groups = self.pick([1, *(g for g in (1, 2, 3, common) if common % g == 0)])
         modes = [mode for mode in PADDING_MODES if all(pads_fit(size, padding, mode) for size in x.sizes)]
         mode = self.pick(["zeros", "zeros", "zeros", *modes])
         return Conv(x.channels, outputs, kernel, stride, padding, dilation, groups, self.maybe(), mode)
+
+    def rows_and_columns(self, rows, columns):
+        """Kernel, padding and dilation down and across; the same for both, or not."""
+        both = [choice for choice in rows if choice in columns]
+        return [self.pick(both)] * 2 if both and self.maybe() else (self.pick(rows), self.pick(columns))
 
     def norm(self, channels: int) -> Norm:
         kind = self.pick(allowed(NORMS))
@@ -267,8 +275,8 @@ class Writer:
     # the whole
 
     GESTURES = (
-        "conv_norm", "one", "branches", "residual", "branches", "block", "block", "chain", "cat", "join", "norm_conv",
-        "again",
+        "conv_norm", "one", "branches", "residual", "branches", "block", "block", "chain", "cat", "join", "branches",
+        "norm_conv", "again",
     )  # fmt: skip
 
     def write(self, gestures: int) -> None:
