@@ -263,7 +263,7 @@ def table(rows: Sequence[Row], markdown: bool) -> str:
     columns = ("as it is", "ours", "timm", "torch.fx")
     lines = [["model", "input", *columns, "verdict"]]
     for line in rows:
-        first, *others = (line.outcomes.get(name, Outcome(failure="")) for name in columns)
+        first, *others = (line.outcomes.get(name, Outcome(failure="–")) for name in columns)
         lines.append([line.entry.name, line.entry.label, str(first), *(o.cell for o in others), line.verdict])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if markdown:
@@ -282,13 +282,13 @@ def main() -> int:
     if not chosen:
         parser.error(f"no model is named {' or '.join(arguments.models)}")
     warnings.simplefilter("ignore")
-    rows = []
+    rows: list[Row] = []
     for index, entry in enumerate(chosen, 1):
         start = time.perf_counter()
         rows.append(row(entry))
         gc.collect()
-        took = time.perf_counter() - start
-        print(f"{index}/{len(chosen)} {entry.name}: {rows[-1].verdict} ({took:.1f}s)", file=sys.stderr, flush=True)
+        took = f"{time.perf_counter() - start:.1f}s"
+        print(f"{index}/{len(chosen)} {entry.name}: {rows[-1].verdict} ({took})", file=sys.stderr, flush=True)
     if arguments.json:
         written = {"environment": environment(), "rows": [line.to_dict() for line in rows]}
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")

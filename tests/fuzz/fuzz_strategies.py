@@ -3,6 +3,7 @@
 from itertools import product
 from math import gcd
 
+from fuzz_geometry import USUAL, axes, axis_choices, large_enough, strides_to
 from fuzz_program import (
     PADDING_MODES,
     Again,
@@ -36,27 +37,14 @@ MOST_CHANNELS = 12
 #: What is not drawn, because of a known defect: names of gestures, of ``Same``, kinds of norms, ways of merging.
 EXCLUDED: frozenset[str] = frozenset()
 
-STRIDES = ((1, 1), (2, 2), (2, 1))
 NORMS = (*["batch"] * 10, "sync", "sync", "frozen", "frozen", "untracked")
 SAMES = ("identity", "dropout", "relu", "relu_", "sigmoid", "hardswish", "f.relu", "f.relu_", "f.tanh")
 MERGES = ("add", "add", "add", "nested", "sub", "+=", "-=")
-USUAL = ((1, 0, 1), (3, 1, 1), (5, 2, 1))
 SIDES = ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 2, 1), (2, 1, 0, 0), (0, 0, -1, 0))
 
 
 def allowed(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if name not in EXCLUDED]
-
-
-def axis_choices(sizes: tuple[int, ...], stride: int, outs: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
-    """(kernel, padding, dilation) along one axis; all that lead to ``outs``, or any that leave three pixels."""
-    found = []
-    for k, d in product((1, 3, 2, 5), (1, 2)):
-        for p in range(k + 1) if (k, d) != (1, 2) else ():
-            got = tuple((n + 2 * p - d * (k - 1) - 1) // stride + 1 for n in sizes)
-            if got == outs or (outs is None and min(got) >= 3):
-                found.append((k, p, d))
-    return found
 
 
 class Writer:
@@ -301,21 +289,6 @@ def repeats(index: int, op: Op) -> list[Op]:
         if isinstance(op, (Norm, Scale, Chain)) or (isinstance(op, Block) and op.program.inputs == 1)
         else []
     )
-
-
-def large_enough(x: Shape | None) -> bool:
-    return x is not None and min(map(min, x.sizes)) >= 3
-
-
-def axes(x: Shape, to: Shape | None, stride: tuple[int, int]):
-    """For each axis: sizes, stride, and the sizes to get to."""
-    outs = zip(*to.sizes, strict=True) if to else (None, None)
-    return zip(zip(*x.sizes, strict=True), stride, outs, strict=True)
-
-
-def strides_to(x: Shape, to: Shape | None) -> list[tuple[int, int]]:
-    """Strides with which some convolution leads to the target, or anywhere."""
-    return [stride for stride in STRIDES if all(axis_choices(*axis) for axis in axes(x, to, stride))]
 
 
 @st.composite
