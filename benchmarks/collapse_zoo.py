@@ -1,6 +1,6 @@
 """Collapse the zoo: models of timm and torchvision, beside timm's own function and torch's, in one run.
 
-    python benchmarks/collapse_zoo.py [--models PATTERN …] [--json OUT] [--markdown]
+    python benchmarks/collapse_zoo.py [--models PATTERN …] [--json OUT] [--markdown] [--threads 1]
 
 Each model has random weights, batch norms as after training (seeded) and float64; it is collapsed by
 ``repvgg.reparameterize``, by timm's ``reparameterize_model`` (timm models) and by torch's
@@ -199,7 +199,7 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def batch_norms(model: nn.Module, done: Walk) -> int:
-    """How many modules behave as a batch norm, by whatever class, or how many were executed, if these are more."""
+    """How many modules are batch norms, by whatever class, or how many were executed, if these are more."""
     frozen = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
     modules = sum(isinstance(part, _BatchNorm) or type(part).__name__ in frozen for part in model.modules())
     return max(modules, sum("batch_norm" in op.name for op in done.ops))
@@ -277,7 +277,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"], help="names, * and ? as in a shell")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers there")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     chosen = [entry for entry in entries() if any(fnmatch(entry.name, pattern) for pattern in arguments.models)]
     if not chosen:
         parser.error(f"no model is named {' or '.join(arguments.models)}")
