@@ -1,0 +1,303 @@
+"""Collapse the zoo: models of timm and torchvision, beside timm's own function and torch's, in one run.
+
+    python benchmarks/collapse_zoo.py [--models PATTERN …] [--json OUT] [--markdown] [--threads 1]
+
+Each model has random weights, batch norms as after training (seeded) and float64; it is collapsed by
+``repvgg.reparameterize``, by timm's ``reparameterize_model`` (timm models) and by torch's
+``torch.fx.experimental.optimization.fuse`` where that can trace it. A cell shows parameters, multiply-adds for one
+image, batch norms that are left (modules or executed ones, whichever are more: torch's outcome may call functions), the
+largest difference relative to the largest output, and seconds (one run). What must hold: ours errs by 1e-10 at most,
+and has no more parameters, multiply-adds or batch norms than the model as it is, and than a peer that errs by less
+than 1e-4 (timm's rounds some weights to float32). Exit code 1 if that does not hold for a row, or a row failed. A peer
+that fails fails no row. Needs the extra ``timm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from repvgg import reparameterize
+from repvgg.measure import Walk, environment, walk
+
+TOLERANCE = 1e-10
+PEERS_TOLERANCE = 1e-4
+SIZE = (96, 128)
+TIMM = (
+    "repvgg_*", "mobileone_*", "fastvit_*", "repvit_*", "repghostnet_*", "levit*", "efficientformer*",
+    "tiny_vit_5m_224", "mobilenetv3_small_100", "efficientnet_b0", "resnet18", "regnetx_002", "convnext_atto",
+)  # fmt: skip
+TORCHVISION = (
+    "resnet50", "vgg11_bn", "googlenet", "inception_v3", "densenet121", "mnasnet1_0", "shufflenet_v2_x1_0",
+    "mobilenet_v2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the zoo: how it is made, and the size of the image that it takes."""
+
+    name: str
+    library: str
+    size: tuple[int, int] = SIZE
+    told: bool = False  # the size, when it is made: its attention is made for one size
+
+    @property
+    def label(self) -> str:
+        """The size of the image, and whether the model was made for it."""
+        fixed = " (img_size=)" if self.told else " (the only one)" if self.size != SIZE else ""
+        return f"{self.size[0]}x{self.size[1]}{fixed}"
+
+    def make(self) -> nn.Module:
+        """The model with random weights, as after training, in float64 and eval mode."""
+        torch.manual_seed(0)
+        if self.library == "timm":
+            import timm
+
+            told: dict[str, Any] = {"img_size": self.size} if self.told else {}
+            model: nn.Module = timm.create_model(self.name, **told)
+        else:
+            more = {"init_weights": False} if self.name in ("googlenet", "inception_v3") else {}
+            model = torchvision.models.get_model(self.name, weights=None, **more)
+        return trained(model).double().eval()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contender made of a model.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-adds for one image.
+        norms: number of batch norms that are left.
+        error: largest difference to the model as it is, relative to its largest output.
+        seconds: what it took.
+        failure: why there is no outcome; the numbers are 0 then.
+    """
+
+    params: int = 0
+    macs: int = 0
+    norms: int = 0
+    error: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+
+    def __str__(self) -> str:
+        return self.failure or f"{self.params / 1e6:.3f}M {self.macs / 1e9:.4f}G {self.norms} BN"
+
+    @property
+    def cell(self) -> str:
+        """With error and seconds, for what is not the model itself."""
+        return self.failure or f"{self}, {self.error:.0e}, {self.seconds:.1f}s"
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it computes, at least roughly, what the model computes."""
+        return not self.failure and self.error <= PEERS_TOLERANCE
+
+
+@dataclass(frozen=True)
+class Row:
+    """All contenders on one model, by name; "as it is" is the model itself."""
+
+    entry: Entry
+    outcomes: dict[str, Outcome]
+    failure: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What does not hold, or "holds"."""
+        return self.failure or "; ".join(self._broken()) or "holds"
+
+    @property
+    def holds(self) -> bool:
+        """Whether all holds that must."""
+        return self.verdict == "holds"
+
+    def _broken(self) -> Iterator[str]:
+        ours = self.outcomes["ours"]
+        if ours.failure:
+            yield ours.failure
+            return
+        if not ours.error <= TOLERANCE:
+            yield f"error {ours.error:.1e}"
+        for name, peer in self.outcomes.items():
+            for field in ("params", "macs", "norms") if name != "ours" and peer.comparable else ():
+                mine, theirs = getattr(ours, field), getattr(peer, field)
+                if mine > theirs:
+                    yield f"more {field} than {name} ({mine:,} > {theirs:,})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data, for JSON."""
+        return {**asdict(self), "verdict": self.verdict, "holds": self.holds}
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Statistics and factors as after training, so that every fold and every branch shows in the output."""
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules():
+        if isinstance(part, _BatchNorm) and part.running_mean is not None and part.running_var is not None:
+            part.running_mean.normal_(0, 0.1, generator=generator)
+            part.running_var.uniform_(0.5, 1.5, generator=generator)
+            if part.affine:
+                part.weight.data.uniform_(0.5, 1.5, generator=generator)
+                part.bias.data.normal_(0, 0.1, generator=generator)
+    for parameter in model.parameters():  # scales of layers that start at 1e-5 or 0.01
+        if parameter.numel() > 1 and 0 < parameter.data.min() == parameter.data.max() <= 0.01:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def collapsed_by_repvgg(model: nn.Module) -> nn.Module:
+    return reparameterize(model)[0]
+
+
+def collapsed_by_timm(model: nn.Module) -> nn.Module:
+    from timm.utils.model import reparameterize_model
+
+    return reparameterize_model(model, inplace=False).double()  # some parts are float32
+
+
+def fused_by_torch(model: nn.Module) -> nn.Module:
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model)
+
+
+def contenders(entry: Entry) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    timms = {"timm": collapsed_by_timm} if entry.library == "timm" else {}
+    return {"ours": collapsed_by_repvgg, **timms, "torch.fx": fused_by_torch}
+
+
+def outputs_of(model: nn.Module, image: Tensor) -> list[Tensor]:
+    with torch.inference_mode():
+        return [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, Tensor)]
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference over the largest number; NaN where a number is."""
+    if [y.shape for y in found] != [y.shape for y in expected]:
+        return math.inf
+    largest = torch.stack([y.abs().max() for y in expected]).max()
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(found, expected, strict=True)]).max() / largest)
+
+
+def batch_norms(model: nn.Module, done: Walk) -> int:
+    """How many modules are batch norms, by whatever class, or how many were executed, if these are more."""
+    frozen = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+    modules = sum(isinstance(part, _BatchNorm) or type(part).__name__ in frozen for part in model.modules())
+    return max(modules, sum("batch_norm" in op.name for op in done.ops))
+
+
+def measured(model: nn.Module, image: Tensor, expected: Sequence[Tensor], seconds: float) -> Outcome:
+    error = relative_error(outputs_of(model, image), expected)
+    done = walk(model, image)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Outcome(params, done.macs, batch_norms(model, done), error, seconds)
+
+
+def outcome(
+    collapse: Callable[[nn.Module], nn.Module], model: nn.Module, image: Tensor, expected: list[Tensor]
+) -> Outcome:
+    """One contender on one model. What it makes is released on return."""
+    start = time.perf_counter()
+    try:
+        collapsed = collapse(model)
+        seconds = time.perf_counter() - start
+        return measured(collapsed, image, expected, seconds)
+    except Exception as error:
+        cannot_trace = collapse is fused_by_torch and type(error).__name__ in ("TraceError", "TypeError")
+        return Outcome(failure="cannot trace" if cannot_trace else one_line(error))
+
+
+def row(entry: Entry) -> Row:
+    """All contenders on one model, one after another; an error is part of the row."""
+    try:
+        model = entry.make()
+        image = torch.randn(1, 3, *entry.size, dtype=torch.float64)
+        expected = outputs_of(model, image)
+        found = {"as it is": measured(model, image, expected, 0.0)}
+        for name, collapse in contenders(entry).items():
+            found[name] = outcome(collapse, model, image, expected)
+            gc.collect()
+    except Exception as error:
+        return Row(entry, {}, one_line(error))
+    return Row(entry, found)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:80]}"
+
+
+def entries() -> list[Entry]:
+    import timm
+
+    names = [name for pattern in TIMM for name in timm.list_models(pattern)]
+    return [timm_entry(name) for name in names] + [Entry(name, "torchvision") for name in TORCHVISION]
+
+
+def timm_entry(name: str) -> Entry:
+    if fnmatch(name, "levit*") or fnmatch(name, "efficientformerv2_*"):
+        return Entry(name, "timm", told=True)
+    return Entry(name, "timm", size=(224, 224)) if fnmatch(name, "efficientformer_*") else Entry(name, "timm")
+
+
+def table(rows: Sequence[Row], markdown: bool) -> str:
+    """One line a model."""
+    columns = ("as it is", "ours", "timm", "torch.fx")
+    lines = [["model", "input", *columns, "verdict"]]
+    for line in rows:
+        first, *others = (line.outcomes.get(name, Outcome(failure="–")) for name in columns)
+        lines.append([line.entry.name, line.entry.label, str(first), *(o.cell for o in others), line.verdict])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if markdown:
+        lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in padded)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"], help="names, * and ? as in a shell")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers there")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    chosen = [entry for entry in entries() if any(fnmatch(entry.name, pattern) for pattern in arguments.models)]
+    if not chosen:
+        parser.error(f"no model is named {' or '.join(arguments.models)}")
+    warnings.simplefilter("ignore")
+    rows: list[Row] = []
+    for index, entry in enumerate(chosen, 1):
+        start = time.perf_counter()
+        rows.append(row(entry))
+        gc.collect()
+        took = f"{time.perf_counter() - start:.1f}s"
+        print(f"{index}/{len(chosen)} {entry.name}: {rows[-1].verdict} ({took})", file=sys.stderr, flush=True)
+    if arguments.json:
+        written = {"environment": environment(), "rows": [line.to_dict() for line in rows]}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+    print(table(rows, arguments.markdown))
+    print(f"\n{sum(line.holds for line in rows)} of {len(rows)} hold")
+    return 0 if all(line.holds for line in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
