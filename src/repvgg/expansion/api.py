@@ -30,7 +30,7 @@ def expand(
 
     Fresh batch norms have mean 0 and variance 1, so the first training steps would see other numbers than eval mode
     does. With ``data``, the statistics of the blocks become those of the data, over all batches alike, and γ and
-    β follow such that eval mode stays as it is: ``γ = s·√(σ² + ε)``, ``β = t + s·μ`` for a batch norm that was ``s·x + t``.
+    β follow such that eval mode stays as it is: ``γ = s·√(σ² + ε)`` and ``β = t + s·μ`` for one that was ``s·x + t``.
 
     Args:
         model: any model; it is left untouched.
