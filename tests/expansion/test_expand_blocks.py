@@ -85,9 +85,8 @@ def zero_scaled(conv):
 
 class Normalized(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(
-            x, F.normalize(self.weight.flatten(1)).view_as(self.weight), None, self.stride, 1, 1, self.groups
-        )
+        weight = F.normalize(self.weight.flatten(1)).view_as(self.weight)
+        return F.conv2d(x, weight, None, self.stride, 1, 1, self.groups)
 
 
 def failing(conv):
@@ -99,7 +98,8 @@ NOT = {
     "an error": (failing, "cannot be made (KeyError"),
     "not linear": (lambda conv: nn.Sequential(like(conv), nn.ReLU()), "not a linear"),
     "other padding": (lambda conv: like(conv, padding=0), "the block is a ConvMap"),
-    "a larger kernel": (lambda conv: like(conv, 5, 2), "the block is a ConvMap"),
+    "a larger kernel": (lambda conv: like(conv, 5, 2), "no convolution in the block has a kernel of 8x2x3x3"),
+    "a larger branch": (lambda conv: summed(like(conv, 5, 2), like(conv)), "the block is a ConvMap"),
     "no dense branch": (
         lambda conv: summed(like(conv, (3, 1), (1, 0)), like(conv, (1, 3), (0, 1))),
         "no convolution in",
@@ -160,10 +160,10 @@ def test_a_block_that_holds_the_input_is_refused():
 def test_numbers_that_do_not_fit_into_half_precision():
     model = trained(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.float16)
     model[0].weight.data *= 3e4
-    halved = lambda conv: module(lambda self, x: self.dense(x) * 0.25 + self.shift, dense=like(conv), shift=shift())  # noqa: E731
+
+    def quarter(conv):
+        shift = nn.Parameter(torch.zeros(4, 1, 1))
+        return module(lambda self, x: self.dense(x) * 0.25 + self.shift, dense=like(conv), shift=shift)
+
     with pytest.warns(NothingExpandedWarning, match="do not fit into torch.float16"):
-        untouched(repvgg.expand, model, halved)
-
-
-def shift():
-    return nn.Parameter(torch.zeros(4, 1, 1))
+        untouched(repvgg.expand, model, quarter)

@@ -156,7 +156,7 @@ def test_mode_layout_and_frozen_parameters_are_those_of_the_convolution():
     model.train()
     model[2].eval().requires_grad_(False)
     expanded, _ = untouched(repvgg.expand, model)
-    assert [part.training for part in expanded[0].modules()] == [True] * 9
+    assert all(part.training for part in expanded[0].modules())
     assert not any(part.training for part in expanded[2].modules())
     assert not any(parameter.requires_grad for parameter in expanded[2].parameters())
     assert all(parameter.requires_grad for parameter in expanded[0].parameters())

@@ -1,5 +1,6 @@
 """What is not replaced, and the reason that the report gives."""
 
+import re
 import threading
 
 import pytest
@@ -97,9 +98,7 @@ def test_left_with_a_reason(name):
     assert [row.name for row in report.expanded] == ["1.0"]
     assert len(report.left) >= 1
     for row in report.left:
-        assert pytest.approx(0) == 0
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(row.reason)
+        assert re.search(reason, row.reason), row.reason
         assert type(expanded.get_submodule(row.name)) is type(model.get_submodule(row.name))
 
 
@@ -110,9 +109,7 @@ def test_padded_convolutions_of_other_kinds_run_on():
     assert_same_outputs(model, expanded, image(4))
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Sequential(), nn.ReLU(), conv(4, 4, 1, padding=0), nn.Sequential(conv(padding=0))]
-)
+@pytest.mark.parametrize("model", [nn.Sequential(), nn.ReLU(), conv(4, 4, 1, padding=0), conv(padding=0)])
 def test_nothing_to_expand_warns(model):
     with pytest.warns(NothingExpandedWarning, match="No convolution was expanded"):
         out, report = repvgg.expand(model.eval())
@@ -142,6 +139,6 @@ def test_what_cannot_be_copied_says_so():
 def test_report_is_data_and_text():
     model = trained(nn.Sequential(conv(), conv(4, 4, 1, padding=0)))
     _, report = repvgg.expand(model)
-    assert report.to_dict()["left"] == [{"name": "1", "reason": "its kernel is 1x1: ask for it with where="}] or True
+    assert report.to_dict()["left"] == ({"name": "1", "reason": "its kernel is 1x1: ask for it with where="},)
     assert "1 convolutions expanded, 36 parameters added" in str(report)
     assert "1 left alone\n  1: its kernel is 1x1" in str(report)
