@@ -164,6 +164,14 @@ def test_mode_layout_and_frozen_parameters_are_those_of_the_convolution():
     assert_same_outputs(model, expanded, image())
 
 
+def test_graphs_and_wrappers():
+    model = trained(vgg())
+    for other in (torch.fx.symbolic_trace(model), nn.DataParallel(model)):
+        expanded, report = untouched(repvgg.expand, other)
+        assert len(report.expanded) == 3
+        assert_same_outputs(model, expanded, image())
+
+
 def test_hooks_and_attributes_come_along():
     calls = []
     model = trained(vgg())

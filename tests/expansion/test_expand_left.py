@@ -136,6 +136,12 @@ def test_what_cannot_be_copied_says_so():
         repvgg.expand(model)
 
 
+def test_what_gives_itself_for_a_copy_is_not_changed():
+    kind = type("Own", (nn.Sequential,), {"__deepcopy__": lambda self, memo: self})
+    with pytest.raises(ReparamError, match="'1' gives itself for a copy"):
+        repvgg.expand(nn.Sequential(conv(), kind(conv())))
+
+
 def test_report_is_data_and_text():
     model = trained(nn.Sequential(conv(), conv(4, 4, 1, padding=0)))
     _, report = repvgg.expand(model)

@@ -49,9 +49,12 @@ def expand(
     Warns:
         NothingExpandedWarning: no convolution got a block; the outcome is a copy.
 
-    Limits: in half precision the dense kernel is rounded beside an identity of size 1: see ``error`` in the report. The
-    random states of PyTorch are put back, so the branches depend on the seed alone. A DataParallel or torch.compile
-    wrapper is not looked through: pass the model inside it. Hooks on the model run on ``data``.
+    Limits: a convolution whose kernel is zero, or tiny beside the other branches, stays. In half precision the dense
+    kernel is rounded beside an identity of size 1: see ``error`` in the report. The random states of PyTorch are put
+    back, so the branches depend on the seed alone. A wrapper of torch.compile is not looked through: pass the model
+    inside it. Hooks on the model run on ``data``.
+
+    Source: Ding et al., CVPR 2021, Eq. 3 and 4, solved for the kernel of the largest branch.
     """
     with judging():
         out = copy_of(model)

@@ -42,15 +42,20 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy.
 
     Raises:
-        ReparamError: something in the model cannot be copied.
+        ReparamError: something in the model cannot be copied, or gives itself for a copy.
     """
     try:
-        return copy.deepcopy(model)
+        out = copy.deepcopy(model)
     except Exception as error:
         raise ReparamError(
             f"The model cannot be copied ({type(error).__name__}: {error}): take off what cannot be copied, or give "
             "its class a __deepcopy__."
         ) from error
+    own = {id(part) for part in model.modules()}
+    for name, part in out.named_modules():
+        if id(part) in own:
+            raise ReparamError(f"The model cannot be copied: {name!r} gives itself for a copy.")
+    return out
 
 
 def sites_of(model: nn.Module) -> list[Site]:

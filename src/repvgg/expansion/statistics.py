@@ -136,6 +136,7 @@ def take_on(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Tensor, sh
     if not statistics.count:
         return False
     mean_C, var_C = (value.to(norm.weight) for value in (statistics.mean_C, statistics.variance))
+    scale_C, shift_C = (_64(value.to(var_C.device)) for value in (scale_C, shift_C))
     weight_C = (scale_C * (_64(var_C) + norm.eps).sqrt()).to(norm.weight)
     bias_C = (shift_C + scale_C * _64(mean_C)).to(norm.weight)
     if not all(bool(value.isfinite().all()) for value in (mean_C, var_C, weight_C, bias_C)):
