@@ -93,7 +93,14 @@ def failing(conv):
     raise KeyError("nothing for it")
 
 
+def single(conv):
+    """Computes with a constant of float32, whatever its parameters are."""
+    ones = torch.ones(conv.out_channels, conv.in_channels // conv.groups, 1, 1)
+    return module(lambda self, x: self.dense(x) + F.conv2d(x, ones, groups=conv.groups), dense=like(conv, bias=True))
+
+
 NOT = {
+    "float32 only": (single, "cannot be run in float64 (RuntimeError"),
     "nothing": (lambda conv: None, "there is no block for it"),
     "an error": (failing, "cannot be made (KeyError"),
     "not linear": (lambda conv: nn.Sequential(like(conv), nn.ReLU()), "not a linear"),

@@ -67,10 +67,11 @@ def block_for(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
 
 
 def like_conv(block: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Set a module to the dtype, device, memory format, training mode and ``requires_grad`` of ``conv``."""
+    """Set a module to the dtype, device, memory format and training mode of ``conv``, and freeze it if that is."""
     weight = next(iter(conv.parameters()))
     block.to(weight)
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         block.to(memory_format=torch.channels_last)
-    block.requires_grad_(weight.requires_grad)
+    if not weight.requires_grad:
+        block.requires_grad_(False)
     return block.train(conv.training)

@@ -164,6 +164,9 @@ class _Solver:
         height, width = (axis.reach + 2 * axis.stride + 3 for axis in self.target.axes)
         images = border_inputs((1, self.conv.in_channels, height, width), dtype=torch.float64)
         exact = copy.deepcopy(self.conv).to(self.kernel_OIHW)
-        evidence = verify(lambda x: exact(x.to(self.kernel_OIHW)), self.block, images, tolerance=EXACT)
+        try:
+            evidence = verify(lambda x: exact(x.to(self.kernel_OIHW)), self.block, images, tolerance=EXACT)
+        except Exception as error:  # of a stranger's forward
+            raise EquivalenceError(f"the block cannot be run in float64 ({type(error).__name__}: {error})") from error
         if not evidence.passed:
             raise EquivalenceError(f"the block differs from the convolution by {evidence.relative:.1e} in float64")
