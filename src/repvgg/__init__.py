@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse import Report, fold_batch_norms, is_plain, reparameterize
+from repvgg.expansion import ExpandReport, expand, insert_bn
 from repvgg.models import ModelSpec, RepVGG, create_model, list_models, load
 from repvgg.symbolic import equivalent_conv, trace
 from repvgg.verify import Evidence, verify
@@ -17,12 +18,15 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvMap",
     "Evidence",
+    "ExpandReport",
     "ModelSpec",
     "RepVGG",
     "Report",
     "create_model",
     "equivalent_conv",
+    "expand",
     "fold_batch_norms",
+    "insert_bn",
     "is_plain",
     "list_models",
     "load",

@@ -20,6 +20,7 @@ and what to do next. Catch by meaning::
     └── MissingDependencyError       an optional package is not installed (also an ImportError)
 
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
+    NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
 """
 
 from __future__ import annotations
@@ -90,6 +91,10 @@ class MissingDependencyError(RepvggError, ImportError):
 
 class NothingFoldedWarning(UserWarning):
     """A conversion was asked for and there was nothing to convert."""
+
+
+class NothingExpandedWarning(UserWarning):
+    """Branches or batch norms were asked for, and no convolution got any."""
 
 
 def require(package: str, extra: str | None = None) -> ModuleType:

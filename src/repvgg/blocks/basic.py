@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
+from typing import TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Size: TypeAlias = int | tuple[int, int]
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -18,7 +21,7 @@ class PointwiseConv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, bias: bool = True
+        self, in_channels: int, out_channels: int, stride: Size = 1, groups: int = 1, bias: bool = True
     ) -> None:
         super().__init__(in_channels, out_channels, 1, stride=stride, groups=groups, bias=bias)
 
@@ -32,12 +35,12 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class ConvBN(nn.Module):
-    """A convolution without bias, then batch norm: ``y = BN(W * x)``."""
+    """A convolution, as a rule without bias, then batch norm (a fresh one, unless given): ``y = BN(W * x)``."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
         self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels)
+        self.bn = nn.BatchNorm2d(conv.out_channels) if bn is None else bn
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``BN(W * x)``."""

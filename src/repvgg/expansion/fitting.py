@@ -1,0 +1,172 @@
+"""Give a block the kernel and bias of a convolution, by solving its own forward for them.
+
+In eval mode the kernel that a block is equal to is affine in the kernel W of a convolution inside it, ::
+
+    K(W) = s ⊙ W + R        b(p) = t ⊙ p + c
+
+with R from the other branches, and its bias is affine in a parameter p that only shifts. Two traces tell R and s, two
+more c and t; ``W = (K − R) / s`` and ``p = (b − c) / t`` follow. Nothing is known about names or classes, and
+nothing is believed: the outcome is traced, and then run beside the convolution.
+
+Letters: O output channels, I input channels of one group, H and W the kernel's height and width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.algebra import ConvMap
+from repvgg.errors import EquivalenceError, NotLinearError, ReparamError
+from repvgg.modes import eval_mode
+from repvgg.symbolic import algebra_device, trace
+from repvgg.verify import border_inputs, verify
+
+EXACT = 1e-12  # the largest relative error in float64
+_FLAT = 1e-6  # a slope this small beside the largest one cannot be divided by
+
+
+def fit(block: nn.Module, conv: nn.Conv2d) -> float:
+    """Set parameters of ``block`` so that in eval mode it computes what ``conv`` does.
+
+    Solved in float64 and cast once to the dtype of the block. Needs to run without gradients.
+
+    Returns:
+        The largest difference in kernel or bias once it is cast, relative to the largest number in them.
+
+    Raises:
+        NotLinearError: the block is not a convolution of that geometry, or nothing in it can carry kernel or bias.
+        EquivalenceError: solved, run, and not equal within 1e-12 in float64; or the numbers do not fit the dtype.
+        ReparamError: the block cannot be traced; see :func:`repvgg.trace`.
+    """
+    target = trace(conv)
+    with eval_mode(block):
+        exact = copy.deepcopy(block).to(device=algebra_device(conv.weight), dtype=torch.float64)
+        _Solver(exact, conv, target).solve()
+        for own, solved in zip(block.parameters(), exact.parameters(), strict=True):
+            own.copy_(solved)
+        error = difference(trace(block, conv.in_channels), target)
+    if not math.isfinite(error):
+        raise EquivalenceError(f"the numbers that the block would need do not fit into {conv.weight.dtype}")
+    return error
+
+
+def difference(found: ConvMap, target: ConvMap) -> float:
+    """``max |found − target|`` over kernel and bias, relative to the largest number of the target."""
+    ours, theirs = (torch.cat([m.weight.flatten(), m.bias_or_zeros()]).double() for m in (found, target))
+    return _apart(ours, theirs)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """``max|found − wanted| / max|wanted|``, or without the quotient where nothing is wanted."""
+    return float((found - wanted).abs().max() / (wanted.abs().max() or 1.0))
+
+
+def _same_geometry(a: ConvMap, b: ConvMap) -> bool:
+    sizes = ((m.in_channels, m.out_channels, m.groups, m.axes, m.border) for m in (a, b))
+    return next(sizes) == next(sizes)
+
+
+def _usable(slope: Tensor) -> bool:
+    """Whether nothing is lost by dividing by ``slope``."""
+    size = slope.abs()
+    return bool(slope.isfinite().all()) and float(size.min()) > _FLAT * float(size.max())
+
+
+class _Solver:
+    """One block in float64, and the convolution that it is to become."""
+
+    def __init__(self, block: nn.Module, conv: nn.Conv2d, target: ConvMap) -> None:
+        self.block, self.conv, self.target = block, conv, target
+        self.kernel_OIHW, self.bias_O = target.weight.clone(), target.bias_or_zeros().clone()
+
+    def solve(self) -> None:
+        """Try the convolutions that could carry the kernel, in the order of the block; the first that works stays."""
+        reasons = []
+        before = [parameter.clone() for parameter in self.block.parameters()]
+        for weight in self.candidates():
+            try:
+                self.solve_kernel(weight)
+                self.solve_bias()
+                return self.judge()
+            except ReparamError as error:
+                reasons.append(error)
+            for parameter, value in zip(self.block.parameters(), before, strict=True):
+                parameter.copy_(value)
+        shape = "x".join(map(str, self.conv.weight.shape))
+        raise reasons[0] if reasons else NotLinearError(f"no convolution in the block has a kernel of {shape}")
+
+    def candidates(self) -> Iterator[Tensor]:
+        """The kernels that have the shape of the one that is wanted."""
+        for part in self.block.modules():
+            weight = part._parameters.get("weight") if isinstance(part, nn.Conv2d) else None
+            if weight is not None and weight.shape == self.conv.weight.shape and part.groups == self.conv.groups:
+                yield weight
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Kernel and bias of the block as it is."""
+        found = trace(self.block, self.conv.in_channels)
+        if not _same_geometry(found, self.target):
+            raise NotLinearError(f"the block is a {found}, and the convolution a {self.target}")
+        return found.weight.clone(), found.bias_or_zeros().clone()
+
+    def solve_kernel(self, weight_OIHW: Tensor) -> None:
+        """``W = (K − R) / s``, and once more for what rounding left."""
+        rest_OIHW = self.read_at(weight_OIHW, 0.0)[0]
+        slope_OIHW = self.read_at(weight_OIHW, 1.0)[0] - rest_OIHW
+        if not _usable(slope_OIHW):
+            raise NotLinearError("the block scales some channels of its dense convolution by zero, or nearly so")
+        weight_OIHW.copy_((self.kernel_OIHW - rest_OIHW) / slope_OIHW)
+        weight_OIHW += (self.kernel_OIHW - self.read()[0]) / slope_OIHW
+        if not self.has_kernel(self.read()[0]):
+            raise NotLinearError("the kernel of the block is not that of its dense convolution, scaled and shifted")
+
+    def solve_bias(self) -> None:
+        """``p = (b − c) / t`` for the first parameter that shifts all channels and leaves the kernel as it is."""
+        if _apart(self.read()[1], self.bias_O) <= EXACT:
+            return
+        for parameter in self.block.parameters():
+            if parameter.numel() == len(self.bias_O) and self.shifted_by(parameter):
+                return
+        raise NotLinearError("nothing in the block can carry the bias: no parameter shifts each of its channels")
+
+    def shifted_by(self, parameter: Tensor) -> bool:
+        """Have one parameter carry the bias, or leave it as it was."""
+        before = parameter.clone()
+        try:
+            kernel_OIHW, rest_O = self.read_at(parameter, 0.0)
+            other_OIHW, shifted_O = self.read_at(parameter, 1.0)
+            slope_O = shifted_O - rest_O
+            if self.has_kernel(kernel_OIHW) and self.has_kernel(other_OIHW) and _usable(slope_O):
+                parameter.copy_(((self.bias_O - rest_O) / slope_O).view_as(parameter))
+                parameter += ((self.bias_O - self.read()[1]) / slope_O).view_as(parameter)
+                return True
+        except ReparamError:  # a shift in front of a padded convolution, for one
+            pass
+        parameter.copy_(before)
+        return False
+
+    def read_at(self, parameter: Tensor, value: float) -> tuple[Tensor, Tensor]:
+        """Kernel and bias where all of ``parameter`` is ``value``."""
+        parameter.fill_(value)
+        return self.read()
+
+    def has_kernel(self, kernel_OIHW: Tensor) -> bool:
+        """Whether a kernel is the one that is wanted."""
+        return _apart(kernel_OIHW, self.kernel_OIHW) <= EXACT
+
+    def judge(self) -> None:
+        """Run both on images whose border counts."""
+        height, width = (axis.reach + 2 * axis.stride + 3 for axis in self.target.axes)
+        images = border_inputs((1, self.conv.in_channels, height, width), dtype=torch.float64)
+        exact = copy.deepcopy(self.conv).to(self.kernel_OIHW)
+        try:
+            evidence = verify(lambda x: exact(x.to(self.kernel_OIHW)), self.block, images, tolerance=EXACT)
+        except Exception as error:  # of a stranger's forward
+            raise EquivalenceError(f"the block cannot be run in float64 ({type(error).__name__}: {error})") from error
+        if not evidence.passed:
+            raise EquivalenceError(f"the block differs from the convolution by {evidence.relative:.1e} in float64")

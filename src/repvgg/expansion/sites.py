@@ -1,0 +1,170 @@
+"""The convolutions of a model, which of them may be replaced, and replacing them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from repvgg.errors import ReparamError
+from repvgg.symbolic import shadow_of, things_in
+
+Where = Callable[[str, nn.Conv2d], bool]
+
+_REGISTERED = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A convolution in a model.
+
+    Attributes:
+        names: all its paths, the first one first.
+        conv: the convolution.
+        refusal: why it cannot be replaced by something else, or None.
+    """
+
+    names: tuple[str, ...]
+    conv: nn.Conv2d
+    refusal: str | None
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ReparamError: something in the model cannot be copied, or gives itself for a copy.
+    """
+    try:
+        out = copy.deepcopy(model)
+    except Exception as error:
+        raise ReparamError(
+            f"The model cannot be copied ({type(error).__name__}: {error}): take off what cannot be copied, or give "
+            "its class a __deepcopy__."
+        ) from error
+    own = {id(part) for part in model.modules()}
+    for name, part in out.named_modules():
+        if id(part) in own:
+            raise ReparamError(f"The model cannot be copied: {name!r} gives itself for a copy.")
+    return out
+
+
+def sites_of(model: nn.Module) -> list[Site]:
+    """Every ``nn.Conv2d`` of a model once, in the order of the model."""
+    names = defaultdict(list)
+    for name, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, nn.Conv2d):
+            names[part].append(name)
+    surroundings = _Surroundings(model)
+    return [Site(tuple(paths), conv, surroundings.refusal(conv)) for conv, paths in names.items()]
+
+
+def replaced(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The model with other modules in the places of some, wherever these are registered."""
+    for part in list(model.modules()):
+        for name, child in part._modules.items():
+            if child is not None and child in new:
+                part._modules[name] = new[child]
+    return new.get(model, model)
+
+
+class _Surroundings:
+    """Who else knows a convolution than the module that it is registered in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.held = set(_held(model))
+        self.read = _read_from_outside(model)
+
+    def refusal(self, conv: nn.Conv2d) -> str | None:
+        """Why another module cannot stand in the place of ``conv``."""
+        tensors = [tensor for tensor in conv._parameters.values() if tensor is not None]
+        if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+            return "it has no kernel before its first image: run the model once"
+        if any(id(thing) in self.held for thing in (conv, *tensors)):
+            return "it is also held in an attribute that registers no module"
+        if any(id(tensor) in self.read for tensor in tensors):
+            return "its parameters are read from outside of it"
+        return None
+
+
+def _held(model: nn.Module) -> Iterator[int]:
+    """Modules and tensors in attributes, lists and methods that no state dict shows, by id."""
+    for part in model.modules():
+        for thing in things_in(value for key, value in vars(part).items() if key not in _REGISTERED):
+            yield id(thing)
+            yield id(getattr(thing, "__self__", None))
+
+
+def _read_from_outside(model: nn.Module) -> set[int]:
+    """Parameters that the forward of one module reads from another, by id, as far as torch.fx can follow."""
+    found: set[int] = set()
+    for part in model.modules():
+        if part._modules and "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule):
+            own = {id(tensor) for tensor in part._parameters.values()}
+            found |= _reads(part) - own
+    return found
+
+
+def _reads(part: nn.Module) -> set[int]:
+    """The parameters that a forward asks for itself; a run on a shadow, submodules being leaves."""
+    tracer = _Reader()
+    with warnings.catch_warnings(), suppress(Exception):  # where the flow depends on values, what was read counts
+        warnings.simplefilter("ignore")
+        tracer.trace(shadow_of(part, lambda tensor: tensor))
+    return tracer.reads
+
+
+class _Reader(fx.Tracer):
+    """Notes the parameters that are asked for by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, Tensor):
+            self.reads.add(id(attr_val))
+        return attr_val
+
+
+def not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
+    """Why ``conv`` is more, or less, than a convolution with a kernel and bias of its own.
+
+    Args:
+        conv: the convolution.
+        owners: how many modules register a parameter, by its id; see :func:`owners_of`.
+    """
+    if parametrize.is_parametrized(conv):
+        return "its kernel is computed by a parametrization"
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{type(conv).__name__} has a forward of its own"
+    if "forward" in vars(conv):
+        return "its forward was replaced on the instance"
+    if any(vars(conv).get(name) for name in _HOOKS):
+        return "it has hooks"
+    if not conv.weight.is_floating_point() or conv.weight.is_meta:
+        return f"its kernel has no real numbers ({conv.weight.dtype} on {conv.weight.device})"
+    if any(owners[id(tensor)] > 1 for tensor in conv.parameters()):
+        return "it shares a parameter with another module"
+    return None
+
+
+def owners_of(model: nn.Module) -> dict[int, int]:
+    """How many modules register each parameter, by its id."""
+    counts: dict[int, int] = defaultdict(int)
+    for part in model.modules():
+        for tensor in part._parameters.values():
+            counts[id(tensor)] += 1
+    return counts

@@ -1,0 +1,149 @@
+"""Statistics of channels over data, and batch norms that take them on without changing what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg.errors import UsageError
+from repvgg.symbolic import algebra_device, first_float
+from repvgg.verify import judging
+
+Data = Tensor | Iterable[Any]
+
+
+class ChannelStatistics:
+    """Mean and variance of each channel over all pixels of all batches, each pixel counting once, in float64.
+
+    Batches are merged by ``M2 = M2a + M2b + δ²·na·nb/n`` with δ the difference of their means (Chan, Golub and LeVeque,
+    1979); the variance is M2 / n, the one that a batch norm in training mode divides by.
+
+    Attributes:
+        batches: how often something was added.
+        count: number of pixels.
+        mean_C: shape (C,).
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.count = 0
+        self.mean_C = torch.zeros(())
+        self.squares_C = torch.zeros(())
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean squared distance from the mean, shape (C,)."""
+        return self.squares_C / self.count
+
+    def add(self, x_NCHW: Tensor) -> None:
+        """Count the pixels of one batch."""
+        number = x_NCHW.numel() // max(1, x_NCHW.shape[1])
+        if not number:
+            return
+        x_NCHW = x_NCHW.to(algebra_device(x_NCHW)).double()
+        var_C, mean_C = torch.var_mean(x_NCHW, (0, *range(2, x_NCHW.dim())), correction=0)
+        apart_C = mean_C - self.mean_C.to(mean_C)
+        total = self.count + number
+        between_C = apart_C.square() * (self.count * number / total)
+        self.squares_C = self.squares_C.to(mean_C) + var_C * number + between_C
+        self.mean_C = self.mean_C.to(mean_C) + apart_C * (number / total)
+        self.batches, self.count = self.batches + 1, total
+
+
+def run_on(model: nn.Module, data: Data) -> None:
+    """Run a model in eval mode on every batch, and put it back as it was.
+
+    Args:
+        model: takes one tensor.
+        data: a batch (N, C, H, W), or an iterable of batches; of a batch that is a tuple or list, such as images and
+            labels, the first entry counts. Moved to the model's device, and images to its dtype.
+
+    Raises:
+        UsageError: there is no batch, or one is no tensor.
+    """
+    like = first_float(model)
+    empty = True
+    with judging(model):
+        for batch in [data] if isinstance(data, Tensor) else data:
+            model(_prepared(batch, like))
+            empty = False
+    if empty:
+        raise UsageError("There is no data to take statistics of: pass a batch of inputs, or several.")
+
+
+def _prepared(batch: Any, like: Tensor | None) -> Tensor:
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        raise UsageError(f"Each batch of data is a tensor, or starts with one, not a {type(images).__name__}.")
+    if like is None:
+        return images
+    return images.to(device=like.device, dtype=like.dtype if images.is_floating_point() else images.dtype)
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Have ``look`` see each module with its input whenever it is called."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        look(module, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_statistics(model: nn.Module, norms: Iterable[_BatchNorm], data: Data) -> dict[nn.Module, ChannelStatistics]:
+    """What comes into each batch norm while ``model`` runs in eval mode on ``data``; see :func:`run_on`."""
+    found: dict[nn.Module, ChannelStatistics] = {norm: ChannelStatistics() for norm in norms}
+    with watching(found, lambda norm, x: found[norm].add(x)):
+        run_on(model, data)
+    return found
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that can take on other statistics and stay the same map."""
+    return isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
+
+
+def map_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a batch norm in eval mode, in float64: ``y = scale · x + shift``."""
+    scale_C = _64(norm.weight) / (_64(norm.running_var) + norm.eps).sqrt()
+    return scale_C, _64(norm.bias) - _64(norm.running_mean) * scale_C
+
+
+def _64(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # see has_statistics
+    return tensor.to(algebra_device(tensor)).double()
+
+
+def take_on(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Tensor, shift_C: Tensor) -> bool:
+    """Give a batch norm the statistics that were seen, and have it compute ``scale · x + shift`` in eval mode.
+
+    ``μ`` and ``σ²`` become the running statistics, ``γ = scale · √(σ² + ε)`` and ``β = shift + scale · μ``. With scale
+    1 and shift 0 it is the identity in eval mode, and in training mode too on a batch with these statistics.
+
+    Returns:
+        Whether it did: not where nothing was seen, or where the numbers do not fit the dtype of the batch norm.
+    """
+    if not statistics.count:
+        return False
+    mean_C, var_C = (value.to(norm.weight) for value in (statistics.mean_C, statistics.variance))
+    scale_C, shift_C = (_64(value.to(var_C.device)) for value in (scale_C, shift_C))
+    weight_C = (scale_C * (_64(var_C) + norm.eps).sqrt()).to(norm.weight)
+    bias_C = (shift_C + scale_C * _64(mean_C)).to(norm.weight)
+    if not all(bool(value.isfinite().all()) for value in (mean_C, var_C, weight_C, bias_C)):
+        return False
+    values = {"running_mean": mean_C, "running_var": var_C, "weight": weight_C, "bias": bias_C}
+    for name, value in values.items():
+        getattr(norm, name).copy_(value)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += statistics.batches
+    return True
