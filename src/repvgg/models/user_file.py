@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -115,8 +116,13 @@ def _place(error: BaseException, folder: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(folder)]
+    own = [frame for frame in frames if _within(Path(frame.filename), folder)]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _within(file: Path, folder: Path) -> bool:
+    """Whether a file is the user's: below the folder, and not of a package installed there."""
+    return file.is_relative_to(folder) and "site-packages" not in file.relative_to(folder).parts
 
 
 def _first_line(error: BaseException) -> str:
