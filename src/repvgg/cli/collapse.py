@@ -37,7 +37,7 @@ def collapse(
 
         repvgg collapse timm:fastvit_t8 plain.pt2 --weights fastvit.safetensors
         repvgg collapse torchvision:resnet50 plain.onnx --input-size 192 256
-        repvgg collapse my_model.py:make_model plain.safetensors --weights run.ckpt
+        repvgg collapse net.py:make_model plain.safetensors --weights run.ckpt
 
     Args:
         source: where the model comes from.

@@ -27,7 +27,7 @@ def write_report(report: Report) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _WIDE
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in _TITLES:
         table.add_column(title, no_wrap=True, overflow="ellipsis", justify="right" if title == _TITLES[-1] else "left")
     for region in report.folded:
