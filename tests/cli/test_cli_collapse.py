@@ -261,7 +261,7 @@ def test_sizes_that_make_no_sense(refused, source, tmp_path):
 
 def test_outputs_that_cannot_be_judged(refused, source, tmp_path):
     source = source.replace("make_model", "two_outputs")
-    assert "returns a tuple: wrap it" in refused("collapse", source, tmp_path / "plain.pt2")
+    assert "returns a value of type tuple: wrap it" in refused("collapse", source, tmp_path / "plain.pt2")
 
 
 def test_weights_that_do_not_fit(refused, source, trained, tmp_path):

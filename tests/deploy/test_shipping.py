@@ -43,7 +43,7 @@ def test_a_file_that_does_not_run_is_not_shipped(tmp_path, monkeypatch):
         raise RuntimeError("nothing\nhere")
 
     monkeypatch.setattr("repvgg.deploy.shipping.ProgramRunner", lambda path: broken)
-    with pytest.raises(ExportError, match="does not run: nothing$"):
+    with pytest.raises(ExportError, match=r"does not run: nothing$"):
         ship(small(), small(), tmp_path / "a.pt2", SHAPE)
     assert os.listdir(tmp_path) == []
 
@@ -66,7 +66,7 @@ def test_images():
         images_for(small(), (4, 9, 11))
     with pytest.raises(UsageError, match="at least one channel"):
         images_for(small(), (3, 0, 11))
-    with pytest.raises(UsageError, match="a tensor of torch.int64"):
+    with pytest.raises(UsageError, match=r"a tensor of torch.int64"):
         images_for(Classes(), SHAPE)
 
 

@@ -99,8 +99,8 @@ def test_a_class_and_a_module_in_a_file(file):
     ("factory", "text"),
     [
         ("make_nett", "has no 'make_nett' in it; there is make_net"),
-        ("number", "'number' in .* is a int, not a function or a class"),
-        ("makes_nothing", r"makes_nothing\(\) of .* returned a NoneType, not an nn.Module"),
+        ("number", "'number' in .* is of type int, not a function or a class"),
+        ("makes_nothing", r"makes_nothing\(\) of .* returned a value of type NoneType, not an nn.Module"),
         ("needs_more", r"needs_more\(\) of .* failed: TypeError: .*'depth'"),
         ("breaks", r"breaks\(\) of .* failed, at .*net.py:40: TypeError"),
         ("leaves", r"failed, at .*net.py:44: SystemExit: 3"),

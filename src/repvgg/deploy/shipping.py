@@ -107,7 +107,7 @@ def images_for(model: nn.Module, input_shape: Shape) -> list[Tensor]:
     if isinstance(out, Exception):
         raise UsageError(f"The model cannot run on images of the shape {input_shape}: {first_line(out)}") from out
     if not isinstance(out, Tensor) or not out.is_floating_point():
-        what = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        what = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else f"a value of type {type(out).__name__}"
         raise UsageError(f"The model returns {what}: wrap it in a module that returns one floating-point tensor.")
     return [first, *(images for images in others if isinstance(_output(model, images), Tensor))]
 

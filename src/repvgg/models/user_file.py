@@ -42,7 +42,9 @@ def model_from_file(path: str | os.PathLike[str], factory: str) -> nn.Module:
         with _named(file, f"{factory}() of {str(file)!r} failed"):
             model = make()
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{factory}() of {str(file)!r} returned a {type(model).__name__}, not an nn.Module.")
+        raise SourceError(
+            f"{factory}() of {str(file)!r} returned a value of type {type(model).__name__}, not an nn.Module."
+        )
     return model
 
 
@@ -103,7 +105,7 @@ def _found(module: ModuleType, factory: str, file: Path) -> Callable[[], Any]:
         there = f"; there is {', '.join(close)}" if close else ""
         raise SourceError(f"{str(file)!r} has no {factory!r} in it{there}.")
     if not callable(make):
-        raise SourceError(f"{factory!r} in {str(file)!r} is a {type(make).__name__}, not a function or a class.")
+        raise SourceError(f"{factory!r} in {str(file)!r} is of type {type(make).__name__}, not a function or a class.")
     return make  # type: ignore[no-any-return]
 
 
