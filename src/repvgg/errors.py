@@ -10,7 +10,8 @@ and what to do next. Catch by meaning::
     │   ├── NotLinearError           a function on the way is not a linear, shift-invariant map
     │   ├── BorderError              the two sides would differ at the border of the image
     │   └── EquivalenceError         the outcome was run and is not equal to what it came from
-    ├── UnknownModelError            no row of that name in the table of models
+    ├── UnknownModelError            no model of that name
+    ├── SourceError                  a model cannot be built from where it is said to come from
     ├── CheckpointError              a file cannot be read as a checkpoint, or does not fit the model
     ├── OutputError                  a file cannot be written
     │   └── OutputExistsError        something is in the way and nobody asked to overwrite it
@@ -58,7 +59,11 @@ class EquivalenceError(ReparamError):
 
 
 class UnknownModelError(RepvggError):
-    """No row of that name in the table of models."""
+    """No model of that name."""
+
+
+class SourceError(RepvggError):
+    """A model cannot be built from where it is said to come from."""
 
 
 class CheckpointError(RepvggError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,21 @@ def save_checkpoint(
         OutputError: it cannot be written.
         UsageError: a field of the header makes no sense.
     """
-    safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
     if wrong := metadata.senseless():
         raise UsageError(f"A header with the {wrong!r} {getattr(metadata, wrong)!r} makes no sense.")
-    header = metadata.to_header()
+    return save_tensors(path, tensors, metadata.to_header(), overwrite=overwrite)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str], *, overwrite: bool = False
+) -> Path:
+    """Write a safetensors file with any header, wholly or not at all.
+
+    Raises:
+        OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
+        OutputError: it cannot be written.
+    """
+    safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
     with whole_or_nothing(path, overwrite=overwrite) as part:
         try:
             save_file(_apart(tensors), part, header)
@@ -146,9 +157,16 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         return {}
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    prefix = common_prefix(tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What wrappers (DataParallel, compile, a Lightning module) put in front of every name; empty if nothing."""
+    rest, prefix = list(names), ""
+    while more := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), None):
+        rest, prefix = [name.removeprefix(more) for name in rest], prefix + more
+    return prefix
 
 
 def _get(content: Any, name: str) -> Any:

@@ -57,12 +57,20 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _verbs() -> dict[str, Verb]:
     from repvgg.cli.bench import bench
+    from repvgg.cli.collapse import collapse
     from repvgg.cli.convert import convert
     from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.verify import verify
 
-    return {"quickstart": quickstart, "list": list_, "convert": convert, "verify": verify, "bench": bench}
+    return {
+        "quickstart": quickstart,
+        "list": list_,
+        "collapse": collapse,
+        "convert": convert,
+        "verify": verify,
+        "bench": bench,
+    }
 
 
 def _run(arguments: list[str]) -> int:

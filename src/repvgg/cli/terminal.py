@@ -14,6 +14,11 @@ def write_line(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def write_warning(text: str) -> None:
+    """Write a line to standard error, which a person sees even if the output goes elsewhere."""
+    sys.stderr.write(f"warning: {text}\n")
+
+
 def write_json(data: Any) -> None:
     """Write a JSON document to standard output."""
     write_line(json.dumps(data, indent=1, allow_nan=False))

@@ -126,14 +126,26 @@ def _run(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[
     device = torch.device("cpu") if like is None else like.device
     reference = _OneToOne(_without_hooks(old), arguments, device)
     candidate = _OneToOne(_without_hooks(new), arguments, device)
-    try:
-        with judging(candidate), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with judging(candidate), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             evidence = verify(reference, lambda x: candidate(x.to(device)), x)
             sound = evidence.passed or _is_sound(reference, x)
-    except Exception as error:  # a stranger's code, on images of a size that it may not be made for
-        return Proof(None, f"{NOT_RUN} ({_first_line(error)})", ran=False)
+        except Exception as error:  # a stranger's code, on images of a size that it may not be made for
+            if _runs(reference, x):
+                return Proof(f"the new one does not run ({_first_line(error)})", "")
+            return Proof(None, f"{NOT_RUN} ({_first_line(error)})", ran=False)
     return _verdict(evidence) if sound else Proof(None, f"{NOT_RUN}: {_UNSOUND}", ran=False)
+
+
+def _runs(reference: _OneToOne, x: list[Tensor]) -> bool:
+    """Whether a module runs, beside a copy of its own, and gives something that can be judged."""
+    try:
+        own = copy.deepcopy(reference)
+        verify(reference, lambda x: own(x), x)
+    except Exception:
+        return False
+    return True
 
 
 def _is_sound(reference: _OneToOne, x: list[Tensor]) -> bool:

@@ -158,7 +158,7 @@ class Values:
         if all(argument in self._constants for argument in node.all_input_nodes):
             self._try(node, self._fold_constant)
         elif not self._try(node, self._continue) and any(n in self.of for n in node.all_input_nodes):
-            self._try(node, self._restart)
+            self._try(node, self._branch) or self._try(node, self._restart)
 
     def _try(self, node: fx.Node, attempt: Callable[[fx.Node], None]) -> bool:
         try:
@@ -174,6 +174,15 @@ class Values:
     def _continue(self, node: fx.Node) -> None:
         """Go on with the region that the arguments are in."""
         self._record(node, lambda n: self.of[n] if n in self.of and n not in self._cuts else self._start(n))
+
+    def _branch(self, node: fx.Node) -> None:
+        """Take one argument for the source that the others are functions of, as in ``y + conv(y)``."""
+        inputs = [n for n in node.all_input_nodes if n not in self._constants]
+        sources = {self.of[n].source for n in inputs if n in self.of and n not in self._cuts}
+        source = next((n for n in inputs if n in sources), None)
+        if source is None:
+            raise NotLinearError("none of its arguments is a function of another one")
+        self._record(node, lambda n: self.of[n] if n in self.of and n is not source else self._start(n))
 
     def _restart(self, node: fx.Node) -> None:
         """Start a new region at the arguments."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.deploy import onnx_graph
-from repvgg.errors import ExportError, UsageError, require
+from repvgg.deploy.exporting import check_image_shape, example_input, first_line, silence
+from repvgg.errors import ExportError, require
 from repvgg.files import check_output, whole_or_nothing
 from repvgg.modes import eval_mode
 
@@ -78,36 +75,29 @@ def export_onnx(
     target = check_output(path, overwrite=overwrite)
     _check_model(model, input_shape)
     checker = require("onnx").checker
-    proto = _capture(model, _example(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
+    proto = _capture(model, example_input(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
     with whole_or_nothing(target, overwrite=overwrite) as part:
         part.write_bytes(proto.SerializeToString())
         try:
             checker.check_model(str(part), full_check=True)
         except checker.ValidationError as error:
-            raise ExportError(f"The exported graph is not valid ONNX: {_first_line(error)}") from error
+            raise ExportError(f"The exported graph is not valid ONNX: {first_line(error)}") from error
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     return OnnxExport(target, opset, onnx_graph.operators(proto.graph), onnx_graph.plain_violations(proto.graph))
 
 
 def _check_model(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise UsageError(f"The shape of an image is (C, H, W), three positive numbers, not {input_shape}.")
+    check_image_shape(input_shape)
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > _LARGEST:
         raise ExportError(f"The model holds {size / 2**30:.1f} GiB, and one ONNX file holds less than 2 GiB.")
-
-
-def _example(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Tensor:
-    """An input in the dtype and on the device of the model."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device)
 
 
 def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
     """The model as an ``onnx.ModelProto``."""
     require("onnxscript")
     try:
-        with eval_mode(model), _silence():
+        with eval_mode(model), silence():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -119,7 +109,7 @@ def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
                 verbose=False,
             )
     except Exception as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise ExportError(
             f"The model cannot be exported for an image of {tuple(example.shape[1:])}: {reason}"
         ) from error
@@ -128,21 +118,3 @@ def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
     if outputs != 1:
         raise ExportError(f"The model returns {outputs} tensors: only models that return one can be exported.")
     return program.model_proto
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hold back what the exporter says about its own internals: its outcome is checked instead."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

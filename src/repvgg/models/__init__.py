@@ -2,13 +2,16 @@
 
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
 from repvgg.models.loading import Loaded, describe_model, load, save
+from repvgg.models.sources import Sourced, resolve
 from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
+from repvgg.models.weights import load_weights
 
 __all__ = [
     "SPECS",
     "Loaded",
     "ModelSpec",
     "RepVGG",
+    "Sourced",
     "SqueezeExciteSpec",
     "Stage",
     "TrainingOutput",
@@ -16,6 +19,8 @@ __all__ = [
     "describe_model",
     "list_models",
     "load",
+    "load_weights",
+    "resolve",
     "save",
     "spec_of",
 ]
