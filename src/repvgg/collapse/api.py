@@ -14,7 +14,7 @@ from repvgg.collapse.modules import batch_norms, unwrap
 from repvgg.collapse.plan import Plan, make_plan
 from repvgg.collapse.proof import Proof, prove_module
 from repvgg.collapse.report import LeftAlone, Report
-from repvgg.collapse.rewrite import carry_out
+from repvgg.collapse.rewrite import Outcome, Replaced, carry_out, joined
 from repvgg.collapse.tracing import collector_paused, random_state_kept
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
 from repvgg.symbolic import refuse_training
@@ -104,23 +104,41 @@ class _Conversion:
         refuse_training(self.model)
         with random_state_kept(), collector_paused():
             while True:
-                plan = make_plan(self.model, self.merge_branches, self.policy, self.kept)
-                done = carry_out(self.model, plan, prove=self.prove)
-                more = done.refused or depends_on_its_parts(self.model, done.plain, plan, self.kept)
-                if more.keys() <= self.kept.keys():
-                    whole = self._prove_whole(plan, done.plain)
-                    more = self._unequal_hosts(plan, done.plain, whole)
+                plan, done = self._round(self.model, self.kept)
+                plain, replaced = self._more_rounds(plan, done)
+                whole = self._prove_whole(plan, plain)
+                more = self._unequal_hosts(plan, plain, whole)
                 if more.keys() <= self.kept.keys():
                     break
                 self.kept |= more
-        if not done.folded:
+        if not replaced:
             warnings.warn(
                 "Nothing was folded: there is no linear region of more than one operation in this model.",
                 NothingFoldedWarning,
                 stacklevel=3,
             )
-        left = _left(self.model, done.plain, plan, self.kept)
-        return done.plain, Report(done.folded, left, _dropped(plan), whole.text)
+        left = _left(self.model, plain, plan, self.kept)
+        return plain, Report(tuple(done.row for done in replaced), left, _dropped(plan), whole.text)
+
+    def _round(self, model: nn.Module, kept: dict[int, str]) -> tuple[Plan, Outcome]:
+        """Plan and carry out, until nothing has to stay that was not ``kept`` before."""
+        while True:
+            plan = make_plan(model, self.merge_branches, self.policy, kept, self.inputs)
+            done = carry_out(model, plan, prove=self.prove)
+            more = done.refused or depends_on_its_parts(model, done.plain, plan, kept)
+            if more.keys() <= kept.keys():
+                return plan, done
+            kept |= more
+
+    def _more_rounds(self, plan: Plan, done: Outcome) -> tuple[nn.Module, list[Replaced]]:
+        """Look again at what regions that were cut have become; a cut is a choice, and not always the best."""
+        plain, replaced = done.plain, list(done.replaced)
+        while plan.may_leave_more:
+            plan, done = self._round(plain, {})
+            if not done.replaced:
+                break
+            plain, replaced = done.plain, joined(replaced, done.replaced)
+        return plain, replaced
 
     def _prove_whole(self, plan: Plan, plain: nn.Module) -> Proof:
         if not self.prove or plan.empty:
@@ -138,9 +156,9 @@ class _Conversion:
             return found
         for path, channels in plan.hosts():
             old, new = self.model.get_submodule(path), part_at(plain, path)
-            if new is None or (whole.ran and old is self.model):
+            if new is None:
                 continue
-            proof = prove_module(old, new, channels)
+            proof = whole if old is self.model else prove_module(old, new, channels)
             if proof.failure:
                 found[id(old)] = f"its new forward does not prove equal to the old one: {proof.failure}"
         if whole.failure and not found.keys() - self.kept.keys():

@@ -46,11 +46,15 @@ class Region:
 
     @property
     def is_path(self) -> bool:
-        """Whether the region has no branches: each node is a function of the one before, and of constants."""
+        """Whether the region has no branches: each node is a function of the one before, and of constants.
+
+        What only hands a tensor on stays as it is, and may ask others for their shape.
+        """
         inside = {self.source, *(step.node for step in self.steps)}
         previous = self.source
         for step in self.steps:
-            if [n for n in step.node.all_input_nodes if n in inside] != [previous]:
+            inputs = [n for n in step.node.all_input_nodes if n in inside]
+            if inputs != [previous] and (step.effective or inputs[:1] != [previous]):
                 return False
             previous = step.node
         return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx, jit, nn
+from torch import Tensor, fx, jit, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
@@ -15,9 +16,11 @@ from repvgg.collapse.effects import Captures, LinearModule
 from repvgg.collapse.flat import Flat, flatten
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import has_hooks, is_leaf, join, unwrap
-from repvgg.collapse.reach import borrowed, parts_named_by
+from repvgg.collapse.reach import borrowed, only_called, parts_named_by
 from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
+from repvgg.collapse.shapes import depends_on_ranks, made_up, run_on_meta, shapes_of
+from repvgg.collapse.values import Shapes, Values
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Layout
 
@@ -99,13 +102,22 @@ class Plan:
         return next((unit.channels("") for unit in self.units if not unit.path), ())
 
     @property
+    def may_leave_more(self) -> bool:
+        """Whether there may be something to replace in the outcome, too."""
+        return any(unit.regions.were_cut for unit in self.units)
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to replace."""
         return not self.wholes and not self.units
 
 
 def make_plan(
-    model: nn.Module, merge_branches: bool, policy: Policy = CHEAPER, kept: dict[int, str] | None = None
+    model: nn.Module,
+    merge_branches: bool,
+    policy: Policy = CHEAPER,
+    kept: dict[int, str] | None = None,
+    inputs: Sequence[Tensor] | None = None,
 ) -> Plan:
     """Look at ``model`` from its root and plan the replacement of every linear region that is worth it.
 
@@ -114,11 +126,12 @@ def make_plan(
         merge_branches: whether branches may be merged, or only chains.
         policy: whether a merged convolution pays.
         kept: modules, by their identity, that have to stay as they are, and why.
+        inputs: what the model takes; made up where shapes matter and none are given.
     """
     kept = dict(kept or {}) | dict.fromkeys(borrowed(model), "another module holds it as well")
     captures = Captures(merge_branches)
     while True:
-        planner = _Planner(model, merge_branches, policy, dict(kept), captures)
+        planner = _Planner(model, merge_branches, policy, dict(kept), captures, inputs)
         planner.plan.called.add(id(model))
         planner.visit(model, "")
         conflicts = planner.conflicts()
@@ -132,7 +145,13 @@ class _Planner:
     """Walks down the modules that are really called, each once."""
 
     def __init__(
-        self, model: nn.Module, merge_branches: bool, policy: Policy, kept: dict[int, str], captures: Captures
+        self,
+        model: nn.Module,
+        merge_branches: bool,
+        policy: Policy,
+        kept: dict[int, str],
+        captures: Captures,
+        inputs: Sequence[Tensor] | None,
     ) -> None:
         self.plan = Plan()
         self.model = model
@@ -142,6 +161,7 @@ class _Planner:
         self.kept = kept
         self.training_only: list[tuple[str, str]] = []
         self.captures = captures
+        self.inputs: dict[int, Sequence[Any] | None] = {id(model): inputs}
         edges = (child for part in model.modules() for child in part._modules.values() if child is not None)
         self.references = Counter(map(id, edges))
 
@@ -177,9 +197,10 @@ class _Planner:
         return found is not None and (not found.is_worth_it or self._whole(module) is not None)
 
     def _visit_pieces(self, module: nn.Module, path: str) -> None:
-        """Below a module whose flow is unknown: a container's own forward may not be what is called."""
+        """Below a module whose flow is unknown: unless its code calls a container, it may take what is in it."""
+        called = only_called(module)
         for name, child in module.named_children():
-            if isinstance(child, _CONTAINERS):
+            if isinstance(child, _CONTAINERS) and name not in called:
                 self._visit_pieces(child, join(path, name))
             else:
                 self.visit(child, join(path, name))
@@ -189,7 +210,8 @@ class _Planner:
         for inner, part in flat.captures.items():
             self._note(module.get_submodule(inner), join(path, inner), part)
         opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
-        rules = Rules(opaque, lambda inner: self._frozen(flat, inner), self.merge_branches, self.policy)
+        shapes = self._shapes(flat, opaque) if depends_on_ranks(module) else {}
+        rules = Rules(opaque, lambda inner: self._frozen(flat, inner), self.merge_branches, self.policy, shapes)
         regions = find_regions(flat, lambda: self._memory(flat), rules)
         self._keep_reasons(module, regions, opaque)
         unit = Unit(path, module, flat, regions)
@@ -200,6 +222,19 @@ class _Planner:
                 self.visit(child, join(path, target))
         if regions.found:
             self.plan.units.append(unit)
+
+    def _shapes(self, flat: Flat, opaque: dict[str, str]) -> Shapes:
+        """The shapes of the tensors in a flat graph, as far as a run without values tells."""
+        inputs = self.inputs.get(id(flat.module))
+        if inputs is None and flat.module is self.model:
+            values = Values(flat, Memory.of_values(), opaque, (), self.merge_branches, {})
+            inputs = made_up(list(values.channels_of_inputs()))
+        known = {} if inputs is None else run_on_meta(flat, inputs)
+        for node, target in flat.calls():
+            if all(n in known for n in node.all_input_nodes) and not node.kwargs:
+                arguments = fx.map_arg(node.args, known.__getitem__)
+                self.inputs.setdefault(id(flat.module.get_submodule(target)), arguments)
+        return shapes_of(known)
 
     def _look_into(self, unit: nn.Module, path: str, caller: Capture, target: str) -> Capture | None:
         """The capture of a module that is called, if its forward may be written out in that of its caller."""

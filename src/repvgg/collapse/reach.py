@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from repvgg.symbolic import things_in
 
+_ATTR_TELLS_CALLS = sys.version_info >= (3, 12)
 _ANYTHING = frozenset(
     (
         *("getattr", "vars", "apply", "state_dict", "__dict__", "_modules"),
@@ -51,9 +53,24 @@ def parts_named_by(module: nn.Module) -> set[int]:
     return found
 
 
+def only_called(module: nn.Module) -> frozenset[str]:
+    """Names of attributes that the forward uses by calling them, ``self.name(x)``, and in no other way."""
+    called: set[str] = set()
+    used: set[str] = set()
+    for code, own in _codes_of_forward(module):
+        for name, how in _uses(code, own):
+            (called if how == "called" else used).add(name)
+    return frozenset() if used & _ANYTHING else frozenset(called - used)
+
+
 def _names_read(module: nn.Module) -> frozenset[str]:
     """Names of attributes that the forward, and the functions that it calls, read from other things than ``self``."""
-    names: set[str] = set()
+    uses = (use for code, own in _codes_of_forward(module) for use in _uses(code, own))
+    return frozenset(name for name, how in uses if how == "deep")
+
+
+def _codes_of_forward(module: nn.Module) -> Iterator[tuple[CodeType, tuple[str, ...]]]:
+    """The code of the forward and of the functions near it that it calls, with the name of its first argument."""
     todo: list[Any] = [vars(module).get("forward"), type(module).forward]
     seen: set[CodeType] = set()
     while todo:
@@ -64,12 +81,11 @@ def _names_read(module: nn.Module) -> frozenset[str]:
         own = function.__code__.co_varnames[:1]
         for code in _codes(function.__code__):
             seen.add(code)
-            names |= _deep_names(code, own)
+            yield code, own
             methods = (name for name in code.co_names if name not in vars(nn.Module))
             todo += [_defined(getattr(type(module), name, None)) for name in methods]
             near = (function.__globals__.get(name) for name in code.co_names)
             todo += [f for f in near if isinstance(f, FunctionType) and f.__module__ == function.__module__]
-    return frozenset(names)
 
 
 def _defined(value: Any) -> Any:
@@ -83,14 +99,16 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _deep_names(code: CodeType, own: tuple[str, ...]) -> set[str]:
-    """Attributes read from anything but the first argument, which ``own`` names."""
-    names: set[str] = set()
+def _uses(code: CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Attributes that code uses, and how: "called" or "read" from the first argument, or "deep", from another thing."""
     before: Any = None
     for instruction in dis.get_instructions(code):
-        deep = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and before not in own
-        if deep or (instruction.opname == "LOAD_GLOBAL" and instruction.argval in _ANYTHING):
-            names.add(str(instruction.argval))
+        name = str(instruction.argval)
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            # before 3.12 a call has an instruction of its own, since then the lowest bit of the argument tells it
+            calls = instruction.opname == "LOAD_METHOD" or (_ATTR_TELLS_CALLS and bool((instruction.arg or 0) & 1))
+            yield name, "deep" if before not in own else "called" if calls else "read"
+        elif instruction.opname == "LOAD_GLOBAL" and name in _ANYTHING:
+            yield name, "deep"
         if instruction.opname not in ("CACHE", "PUSH_NULL"):
             before = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-    return names

@@ -13,7 +13,7 @@ from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import is_leaf
 from repvgg.collapse.placing import Frozen, Placing, Region, place
-from repvgg.collapse.values import Step, Value, Values
+from repvgg.collapse.values import Shapes, Step, Value, Values
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, guarded
 
@@ -27,12 +27,14 @@ class Rules:
         frozen: why the forward of the module at a path may not be rewritten, or None.
         merge_branches: whether branches may be merged, or only chains.
         policy: whether a merged convolution pays.
+        shapes: of the tensors in the graph, as far as they are known.
     """
 
     opaque: Mapping[str, str]
     frozen: Frozen
     merge_branches: bool
     policy: Policy
+    shapes: Shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,13 @@ class Regions:
 
     Attributes:
         channels_at: the channels of the tensor of a node, or None where its functions do not tell.
+        were_cut: whether regions were cut, so that a search over the outcome may find more.
     """
 
     found: tuple[tuple[Region, Placing], ...]
     reasons: dict[fx.Node, str]
     channels_at: Callable[[fx.Node], int | None] = lambda _: None
+    were_cut: bool = False
 
 
 def find_regions(flat: Flat, memory_of: Callable[[], Memory], rules: Rules) -> Regions:
@@ -86,11 +90,12 @@ class _Search:
         self.cuts: set[fx.Node] = {*escaped, *memory.torn}
         self.reasons = dict.fromkeys(memory.torn, "its memory is changed in place")
         self.reasons |= dict.fromkeys(escaped, "its outcome is kept for others to read")
+        self.were_cut = False
         self._evaluate()
 
     def _evaluate(self) -> None:
         rules = self.rules
-        self.values = Values(self.flat, self.memory, rules.opaque, self.cuts, rules.merge_branches)
+        self.values = Values(self.flat, self.memory, rules.opaque, self.cuts, rules.merge_branches, rules.shapes)
         self.exits = [node for node in self.values.of if not self._is_inside(node)]
 
     def cut(self) -> bool:
@@ -101,6 +106,7 @@ class _Search:
         more = set().union(*map(self._obstacle, by_source.values())) - self.cuts
         if more:
             self.cuts |= more
+            self.were_cut = True
             self._evaluate()
         return bool(more)
 
@@ -122,7 +128,7 @@ class _Search:
                 if isinstance(placing, Placing):
                     found.append((region, placing))
         reasons = _passed_on(self.values, self.cuts, {**self.values.reasons, **self.reasons})
-        return Regions(tuple(found), reasons, self.values.channels_at)
+        return Regions(tuple(found), reasons, self.values.channels_at, self.were_cut)
 
     def _region(self, node: fx.Node) -> Region:
         return Region(self.flat, node, self.values.of[node])

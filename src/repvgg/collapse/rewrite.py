@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,17 +29,26 @@ _PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 @dataclass(frozen=True, eq=False)
+class Replaced:
+    """A region that was replaced: the row of the report, the convolution, and the modules that it replaces."""
+
+    row: Folded
+    conv: Plain
+    modules: list[nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """A plan carried out.
 
     Attributes:
         plain: the new model.
-        folded: what was folded.
+        replaced: what was folded, in the order of the model.
         refused: modules, by their identity, that cannot be replaced after all, and why: the plan has to do without.
     """
 
     plain: nn.Module
-    folded: tuple[Folded, ...]
+    replaced: tuple[Replaced, ...]
     refused: dict[int, str]
 
 
@@ -64,9 +73,12 @@ def carry_out(model: nn.Module, plan: Plan, *, prove: bool) -> Outcome:
     for path in plan.dropped:
         _detach(plain, path)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    owners = {row.name: order.get(row.name.rpartition(".")[0], len(order)) for row, _, _ in builder.rows}
-    rows = sorted((row for row, _, _ in builder.rows), key=lambda row: order.get(row.name, owners[row.name]))
-    return Outcome(plain, tuple(rows), builder.refused | builder.misplaced(plain))
+
+    def place(done: Replaced) -> int:
+        name = done.row.name
+        return order.get(name, order.get(name.rpartition(".")[0], len(order)))
+
+    return Outcome(plain, tuple(sorted(builder.done, key=place)), builder.refused | builder.misplaced(plain))
 
 
 class _Builder:
@@ -74,14 +86,14 @@ class _Builder:
 
     Attributes:
         memo: what stands in the copy for each module, by its identity.
-        rows: what was folded, the convolution, and the modules that it replaces.
+        done: what was replaced.
         refused: see :class:`Outcome`.
     """
 
     def __init__(self, model: nn.Module, prove: bool) -> None:
         self.prove = prove
         self.memo: dict[int, Any] = copies_of_results(model)
-        self.rows: list[tuple[Folded, Plain, list[nn.Module]]] = []
+        self.done: list[Replaced] = []
         self.refused: dict[int, str] = {}
 
     def replace_whole(self, whole: Whole) -> None:
@@ -97,7 +109,7 @@ class _Builder:
             return
         self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
         row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost, proof)
-        self.rows.append((row, conv, list(whole.module.modules())))
+        self.done.append(Replaced(row, conv, list(whole.module.modules())))
 
     def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
         """Judge a convolution against what ``before`` makes; this makes it only if it is asked to prove."""
@@ -152,7 +164,7 @@ class _Builder:
                 graft.take_out(step.node, region.source)
             gone += modules
         row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost, proof)
-        self.rows.append((row, conv, modules or [host]))
+        self.done.append(Replaced(row, conv, modules or [host]))
 
     def _in_place(self, unit: Unit, region: Region, conv: Plain, grafts: dict[str, Graft]) -> str:
         """Put the convolution where the first one was, and nothing where the others were; the outcome is its path."""
@@ -184,8 +196,31 @@ class _Builder:
     def misplaced(self, plain: nn.Module) -> dict[int, str]:
         """Modules whose convolution is not in the copy, because something copies itself in a way of its own."""
         inside = {id(part) for part in plain.modules()}
-        lost = [modules for _, conv, modules in self.rows if id(conv) not in inside]
+        lost = [done.modules for done in self.done if id(done.conv) not in inside]
         return {id(part): "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
+
+
+def joined(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[Replaced]:
+    """What was replaced in two rounds, the second on the outcome of the first: some of that is part of it."""
+    absorbed: set[int] = set()
+    rows: list[Replaced] = []
+    for later in second:
+        inside = {id(part) for module in later.modules for part in module.modules()}
+        earlier = [done for done in first if id(done.conv) in inside]
+        absorbed |= {id(done) for done in earlier}
+        rows.append(replace(later, row=_with_parts_of(later.row, [done.row for done in earlier])))
+    return [*(done for done in first if id(done) not in absorbed), *rows]
+
+
+def _with_parts_of(row: Folded, earlier: Sequence[Folded]) -> Folded:
+    names = {done.name for done in earlier}
+    return replace(
+        row,
+        parts=(*(part for done in earlier for part in done.parts), *(p for p in row.parts if p.name not in names)),
+        parameters_before=row.parameters_before + sum(e.parameters_before - e.parameters_after for e in earlier),
+        multiply_adds_before=row.multiply_adds_before
+        + sum(e.multiply_adds_before - e.multiply_adds_after for e in earlier),
+    )
 
 
 def _in_place_of(old: nn.Module, new: Module) -> Module:

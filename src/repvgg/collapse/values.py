@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,8 @@ from repvgg.collapse.memory import Memory
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
+
+Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +55,15 @@ class Value:
 
 
 class Evaluator:
-    """Runs single nodes of a flat graph, on symbols or tensors, over tensors passed through ``convert``."""
+    """Runs single nodes of a flat graph, on symbols or tensors, over tensors passed through ``convert``.
 
-    def __init__(self, flat: Flat, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True) -> None:
+    If ``strict``, a module that keeps or changes something when it is called is refused.
+    """
+
+    def __init__(
+        self, flat: Flat, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
+    ) -> None:
+        self.call = unchanged_by_call if strict else guarded
         self.flat = flat
         self.convert = convert
         self.keep_kernels = keep_kernels
@@ -70,7 +78,7 @@ class Evaluator:
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
         if node.op == "call_module":
-            return unchanged_by_call(self._shadow(str(node.target)), *args, **kwargs)
+            return self.call(self._shadow(str(node.target)), *args, **kwargs)
         if node.op == "call_method":
             return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
         return guarded(node.target, *args, **kwargs)
@@ -124,7 +132,13 @@ class Values:
     """
 
     def __init__(
-        self, flat: Flat, memory: Memory, opaque: Mapping[str, str], cuts: Collection[fx.Node], merge: bool
+        self,
+        flat: Flat,
+        memory: Memory,
+        opaque: Mapping[str, str],
+        cuts: Collection[fx.Node],
+        merge: bool,
+        shapes: Shapes,
     ) -> None:
         self.of: dict[fx.Node, Value] = {}
         self.reasons = {node: opaque[target] for node, target in flat.calls() if target in opaque}
@@ -133,7 +147,7 @@ class Values:
         self._evaluator = Evaluator(flat, to_meta)
         self._nodes = list(flat.graph.nodes)
         self.place = {node: place for place, node in enumerate(self._nodes)}
-        self._memory, self._cuts, self._merge = memory, cuts, merge
+        self._memory, self._cuts, self._merge, self._shapes = memory, cuts, merge, shapes
         self._constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, Value] = {}
         for node in self._nodes:
@@ -215,7 +229,24 @@ class Values:
         if node in self.of:
             symbol = self.of[node].symbol
             return symbol.map.out_channels, symbol.layout
-        return channels_of(lambda probe: self._spread(node, probe), certain=True)
+        error: ReparamError | None = None
+        for layout in self._layouts(node):
+            try:
+                return channels_of(lambda probe: self._spread(node, probe), certain=True, layout=layout)
+            except ReparamError as refusal:
+                error = error or refusal
+        raise error or NotLinearError("it is a number")
+
+    def _layouts(self, node: fx.Node) -> Iterator[Layout | None]:
+        """What the tensor of a node may be; None where its shape is not known."""
+        shape = self._shapes.get(node)
+        if shape is None:
+            yield None
+            return
+        if 3 <= len(shape) <= 5:
+            yield Layout(len(shape))
+        if shape:
+            yield Layout(len(shape), rows=True)
 
     def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
         """Run the nodes that the probe reaches, in order, until one of them tells."""
