@@ -2,8 +2,8 @@
 
     python benchmarks/collapse.py [--rounds 7] [--models a0 b1 b3]
 
-Three columns: timm on its own model; repvgg on the same timm model; repvgg on its own model of the same row. Rounds
-alternate between them; times are medians with quartiles, ratios are medians of the ratios within a round. Peak memory
+Contenders: timm on its own model; repvgg on the same timm model; repvgg on its own model of the same row, these two
+without proofs, as timm makes none; and once more with them, as is the default. Rounds alternate between them; times are medians with quartiles, ratios are medians of the ratios within a round. Peak memory
 is what a fresh process that does nothing else needs beyond the loaded model. Needs the extra ``timm``.
 """
 
@@ -23,12 +23,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-CONTENDERS = ("timm on timm", "repvgg on timm", "repvgg on repvgg")
+CONTENDERS = ("timm on timm", "repvgg on timm", "repvgg on repvgg", "repvgg on repvgg, proven")
 
 
 def contender(kind: str, row: str) -> tuple[nn.Module, Callable[[nn.Module], object]]:
     """A model of ``row`` and the function that collapses it into a new one."""
-    collapser, _, owner = kind.split()
+    proven = kind.endswith(", proven")
+    collapser, _, owner = kind.removesuffix(", proven").split()
     if owner == "timm":
         import timm
 
@@ -43,7 +44,12 @@ def contender(kind: str, row: str) -> tuple[nn.Module, Callable[[nn.Module], obj
         return model.eval(), lambda m: reparameterize_model(m, inplace=False)
     from repvgg import reparameterize
 
-    return model.eval(), lambda m: reparameterize(m)
+    return model.eval(), lambda m: reparameterize(m, prove=proven)
+
+
+def rotated(index: int) -> tuple[str, ...]:
+    place = index % len(CONTENDERS)
+    return CONTENDERS[place:] + CONTENDERS[:place]
 
 
 def seconds(collapse: Callable[[nn.Module], object], model: nn.Module) -> float:
@@ -89,12 +95,12 @@ def main() -> None:
         print(json.dumps(one(*arguments.one)))
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'model':8}{'contender':20}{'seconds (quartiles)':28}{'ratio to timm':22}{'peak MiB':>9}")
+    print(f"{'model':8}{'contender':26}{'seconds (quartiles)':28}{'ratio to timm':22}{'peak MiB':>9}")
     for row in arguments.models:
         contenders = {kind: contender(kind, row) for kind in CONTENDERS}
         times: dict[str, list[float]] = {kind: [] for kind in CONTENDERS}
         for index in range(arguments.rounds + 1):
-            for kind in CONTENDERS[index % 3 :] + CONTENDERS[: index % 3]:
+            for kind in rotated(index):
                 model, collapse = contenders[kind]
                 elapsed = seconds(collapse, model)
                 if index:  # the first round warms up
@@ -105,7 +111,7 @@ def main() -> None:
             ratios = [a / b for a, b in zip(times[kind], times[CONTENDERS[0]], strict=True)]
             ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
             print(
-                f"{row:8}{kind:20}{f'{median:.3f} ({low:.3f}-{high:.3f})':28}"
+                f"{row:8}{kind:26}{f'{median:.3f} ({low:.3f}-{high:.3f})':28}"
                 f"{f'{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f})':22}{peak_mebibytes(kind, row):9.0f}"
             )
 

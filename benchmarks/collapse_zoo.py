@@ -2,7 +2,7 @@
 
     python benchmarks/collapse_zoo.py [--models PATTERN …] [--json OUT] [--markdown] [--threads 1]
 
-Each model has random weights, batch norms as after training (seeded) and float64; it is collapsed by
+Each model has random weights, batch norms with statistics of images (seeded) and float64; it is collapsed by
 ``repvgg.reparameterize``, by timm's ``reparameterize_model`` (timm models) and by torch's
 ``torch.fx.experimental.optimization.fuse`` where that can trace it. A cell shows parameters, multiply-adds for one
 image, batch norms that are left (modules or executed ones, whichever are more: torch's outcome may call functions), the
@@ -75,7 +75,7 @@ class Entry:
         else:
             more = {"init_weights": False} if self.name in ("googlenet", "inception_v3") else {}
             model = torchvision.models.get_model(self.name, weights=None, **more)
-        return trained(model).double().eval()
+        return trained(model.double().eval(), self.size)
 
 
 @dataclass(frozen=True)
@@ -148,24 +148,29 @@ class Row:
         return {**asdict(self), "verdict": self.verdict, "holds": self.holds}
 
 
-def trained(model: nn.Module) -> nn.Module:
-    """Statistics and factors as after training, so that every fold and every branch shows in the output."""
+def trained(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """Factors as after training, and statistics of images, nearly: every fold shows, and no number explodes."""
     generator = torch.Generator().manual_seed(0)
-    for part in model.modules():
-        if isinstance(part, _BatchNorm) and part.running_mean is not None and part.running_var is not None:
-            part.running_mean.normal_(0, 0.1, generator=generator)
-            part.running_var.uniform_(0.5, 1.5, generator=generator)
-            if part.affine:
-                part.weight.data.uniform_(0.5, 1.5, generator=generator)
-                part.bias.data.normal_(0, 0.1, generator=generator)
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_var is not None]
+    for part in norms:
+        part.train().momentum = 1.0
+        if part.affine:
+            part.weight.data.uniform_(0.5, 1.0, generator=generator)
+            part.bias.data.normal_(0, 0.1, generator=generator)
     for parameter in model.parameters():  # scales of layers that start at 1e-5 or 0.01
         if parameter.numel() > 1 and 0 < parameter.data.min() == parameter.data.max() <= 0.01:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
+    with torch.no_grad():
+        model(torch.randn(4, 3, *size, generator=generator, dtype=torch.float64))
+    for part in norms:
+        part.eval().momentum = 0.1
+        assert part.running_var is not None
+        part.running_var *= torch.rand(part.num_features, generator=generator) * 0.5 + 1.0
     return model
 
 
-def collapsed_by_repvgg(model: nn.Module) -> nn.Module:
-    return reparameterize(model)[0]
+def collapsed_by_repvgg(model: nn.Module, image: Tensor) -> nn.Module:
+    return reparameterize(model, image)[0]
 
 
 def collapsed_by_timm(model: nn.Module) -> nn.Module:
@@ -180,9 +185,9 @@ def fused_by_torch(model: nn.Module) -> nn.Module:
     return fuse(model)
 
 
-def contenders(entry: Entry) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def contenders(entry: Entry, image: Tensor) -> dict[str, Callable[[nn.Module], nn.Module]]:
     timms = {"timm": collapsed_by_timm} if entry.library == "timm" else {}
-    return {"ours": collapsed_by_repvgg, **timms, "torch.fx": fused_by_torch}
+    return {"ours": lambda model: collapsed_by_repvgg(model, image), **timms, "torch.fx": fused_by_torch}
 
 
 def outputs_of(model: nn.Module, image: Tensor) -> list[Tensor]:
@@ -233,7 +238,7 @@ def row(entry: Entry) -> Row:
         image = torch.randn(1, 3, *entry.size, dtype=torch.float64)
         expected = outputs_of(model, image)
         found = {"as it is": measured(model, image, expected, 0.0)}
-        for name, collapse in contenders(entry).items():
+        for name, collapse in contenders(entry, image).items():
             found[name] = outcome(collapse, model, image, expected)
             gc.collect()
     except Exception as error:

@@ -143,7 +143,7 @@ class _Conversion:
     def _prove_whole(self, plan: Plan, plain: nn.Module) -> Proof:
         if not self.prove or plan.empty:
             return Proof(None, "", ran=False)
-        return prove_module(self.model, plain, plan.channels(), self.inputs)
+        return prove_module(self.model, plain, plan.inputs(), self.inputs)
 
     def _unequal_hosts(self, plan: Plan, plain: nn.Module, whole: Proof) -> dict[int, str]:
         """The modules with a new forward that do another thing than before, where the whole does, or cannot be run.
@@ -154,11 +154,11 @@ class _Conversion:
         found: dict[int, str] = {}
         if not self.prove or (whole.ran and not whole.failure):
             return found
-        for path, channels in plan.hosts():
+        for path, expected in plan.hosts():
             old, new = self.model.get_submodule(path), part_at(plain, path)
             if new is None:
                 continue
-            proof = whole if old is self.model else prove_module(old, new, channels)
+            proof = whole if old is self.model else prove_module(old, new, expected)
             if proof.failure:
                 found[id(old)] = f"its new forward does not prove equal to the old one: {proof.failure}"
         if whole.failure and not found.keys() - self.kept.keys():

@@ -43,7 +43,7 @@ def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: boo
     conv = emitted_map(conv)
     module = _convolution(conv, like) if conv.spatial else _linear(conv, like)
     module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
-    module.bias = nn.Parameter(_cast(conv.bias_or_zeros(), like).clone(), requires_grad)
+    module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
     return module
 
 
@@ -96,7 +96,7 @@ def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
     return _fits(weight)
 
 
-def _cast(value: Tensor, like: Tensor) -> Tensor:
+def cast(value: Tensor, like: Tensor) -> Tensor:
     """``value`` in the dtype and on the device of ``like``."""
     return _fits(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
 

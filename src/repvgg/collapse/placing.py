@@ -60,9 +60,9 @@ class Region:
         return True
 
     @property
-    def first_convolution(self) -> Step:
-        """The step that the merged convolution takes the place of, where the region is a path."""
-        return next(step for step in self.steps if "conv" in step.operations)
+    def first_convolution(self) -> fx.Node:
+        """What the merged convolution takes the place of, where the region is a path: else the source is one."""
+        return next((step.node for step in self.steps if "conv" in step.operations), self.source)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _along_path(region: Region) -> Placing:
     """In place: forwards change only where a function of theirs, not a module they call, is folded."""
     owner = region.flat.owner
     functions = (step.node for step in region.steps if step.node.op != "call_module" and step.effective)
-    host = owner(region.first_convolution.node)
+    host = owner(region.first_convolution)
     return Placing(True, host, frozenset(map(owner, functions)), frozenset())
 
 

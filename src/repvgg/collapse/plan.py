@@ -16,11 +16,12 @@ from repvgg.collapse.effects import Captures, LinearModule
 from repvgg.collapse.flat import Flat, flatten
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import has_hooks, is_leaf, join, unwrap
+from repvgg.collapse.placing import Placing
 from repvgg.collapse.reach import borrowed, only_called, parts_named_by
 from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.collapse.shapes import depends_on_ranks, made_up, run_on_meta, shapes_of
-from repvgg.collapse.values import Shapes, Values
+from repvgg.collapse.values import Expected, Shapes, Values
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Layout
 
@@ -49,23 +50,30 @@ class Unit:
 
     def replaced(self) -> Iterator[nn.Module]:
         """The submodules that become parts of convolutions."""
-        for region, _ in self.regions.found:
-            for path in region.called:
-                yield self.module.get_submodule(path)
+        return (self.module.get_submodule(path) for path in self._called())
 
-    def channels(self, path: str) -> tuple[int | None, ...]:
-        """The channels of the inputs of the module at ``path`` below the unit, None where nothing tells."""
+    def _called(self) -> Iterator[str]:
+        for region, _ in (*self.regions.found, *self.regions.scaled):
+            yield from region.called
+        yield from (str(region.source.target) for region, _ in self.regions.scaled)
+
+    def inputs(self, path: str) -> tuple[Expected | None, ...]:
+        """What the module takes at ``path`` below the unit, None where nothing tells."""
         inputs = (node for node in self.flat.captures[path].graph.nodes if node.op == "placeholder")
         nodes = (self.flat.value[path, node] for node in inputs)
-        return tuple(self.regions.channels_at(n) if isinstance(n, fx.Node) else None for n in nodes)
+        return tuple(self.regions.expected(n) if isinstance(n, fx.Node) else None for n in nodes)
+
+    def placings(self) -> list[Placing]:
+        """How the regions are replaced."""
+        return [placing for _, placing in (*self.regions.found, *self.regions.scaled)]
 
     def rewritten(self) -> set[str]:
         """The paths, below the unit, of modules that get a new forward."""
-        return {path for _, placing in self.regions.found for path in placing.rewritten}
+        return {path for placing in self.placings() for path in placing.rewritten}
 
     def changed(self) -> Iterator[str]:
         """The paths, in the model, of everything that is replaced."""
-        inner = {path for region, _ in self.regions.found for path in region.called} | self.rewritten()
+        inner = {*self._called(), *self.rewritten()}
         return (join(self.path, path) for path in inner)
 
 
@@ -91,15 +99,15 @@ class Plan:
             return "no forward that was looked into calls it"
         return self.reasons.get(id(module), "there is no convolution next to it in one linear region")
 
-    def hosts(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-        """The paths of modules that get a new forward, with the channels of its inputs, outer ones first."""
+    def hosts(self) -> Iterator[tuple[str, tuple[Expected | None, ...]]]:
+        """The paths of modules that get a new forward, with what it takes, outer ones first."""
         for unit in reversed(self.units):
             for path in sorted(unit.rewritten()):
-                yield join(unit.path, path), unit.channels(path)
+                yield join(unit.path, path), unit.inputs(path)
 
-    def channels(self) -> tuple[int | None, ...]:
-        """The channels of the inputs of the model, as far as that is known."""
-        return next((unit.channels("") for unit in self.units if not unit.path), ())
+    def inputs(self) -> tuple[Expected | None, ...]:
+        """What the model takes, as far as that is known."""
+        return next((unit.inputs("") for unit in self.units if not unit.path), ())
 
     @property
     def may_leave_more(self) -> bool:
@@ -220,7 +228,7 @@ class _Planner:
             child = module.get_submodule(target)
             if id(child) not in consumed:
                 self.visit(child, join(path, target))
-        if regions.found:
+        if regions.found or regions.scaled:
             self.plan.units.append(unit)
 
     def _shapes(self, flat: Flat, opaque: dict[str, str]) -> Shapes:
@@ -228,7 +236,7 @@ class _Planner:
         inputs = self.inputs.get(id(flat.module))
         if inputs is None and flat.module is self.model:
             values = Values(flat, Memory.of_values(), opaque, (), self.merge_branches, {})
-            inputs = made_up(list(values.channels_of_inputs()))
+            inputs = made_up(values.inputs())
         known = {} if inputs is None else run_on_meta(flat, inputs)
         for node, target in flat.calls():
             if all(n in known for n in node.all_input_nodes) and not node.kwargs:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,7 +13,8 @@ from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import is_leaf
 from repvgg.collapse.placing import Frozen, Placing, Region, place
-from repvgg.collapse.values import Shapes, Step, Value, Values
+from repvgg.collapse.transposed import is_scaling, transposed_at
+from repvgg.collapse.values import Expected, Shapes, Step, Value, Values
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, guarded
 
@@ -42,13 +43,15 @@ class Regions:
     """The regions worth replacing, each with its place, and for other nodes the reason why they are in none.
 
     Attributes:
-        channels_at: the channels of the tensor of a node, or None where its functions do not tell.
+        scaled: regions that scale and shift what a transposed convolution puts out.
+        expected: the channels and the layout of the tensor of a node, or None where its functions do not tell.
         were_cut: whether regions were cut, so that a search over the outcome may find more.
     """
 
     found: tuple[tuple[Region, Placing], ...]
     reasons: dict[fx.Node, str]
-    channels_at: Callable[[fx.Node], int | None] = lambda _: None
+    scaled: tuple[tuple[Region, Placing], ...] = ()
+    expected: Callable[[fx.Node], Expected | None] = lambda _: None
     were_cut: bool = False
 
 
@@ -71,7 +74,7 @@ def find_regions(flat: Flat, memory_of: Callable[[], Memory], rules: Rules) -> R
         return regions
     memory = memory_of()
     calm = not memory.unsafe and all(memory.change_between(*region.span) is None for region, _ in regions.found)
-    return regions if calm else _search(flat, memory, rules)
+    return regions if calm else replace(_search(flat, memory, rules), were_cut=True)
 
 
 def _search(flat: Flat, memory: Memory, rules: Rules) -> Regions:
@@ -120,15 +123,28 @@ class _Search:
 
     def outcome(self) -> Regions:
         """The regions that remain."""
-        found = []
-        for node in self.exits:
-            region = self._region(node)
-            if self._is_worth_it(region.value) and self._pays(region.value) and self._undisturbed(region):
-                placing = place(region, self.rules.frozen)
-                if isinstance(placing, Placing):
-                    found.append((region, placing))
+        regions = [region for region in map(self._region, self.exits) if self._undisturbed(region)]
+        worth = [region for region in regions if self._is_worth_it(region.value) and self._pays(region.value)]
+        found, scaled = self._placed(worth), self._placed(filter(self._is_scaling, regions))
         reasons = _passed_on(self.values, self.cuts, {**self.values.reasons, **self.reasons})
-        return Regions(tuple(found), reasons, self.values.channels_at, self.were_cut)
+        return Regions(found, reasons, scaled, self.values.expected, self.were_cut)
+
+    def _placed(self, regions: Iterable[Region]) -> tuple[tuple[Region, Placing], ...]:
+        placed = ((region, place(region, self.rules.frozen)) for region in regions)
+        return tuple((region, placing) for region, placing in placed if isinstance(placing, Placing))
+
+    def _is_scaling(self, region: Region) -> bool:
+        """Whether all that a region does is to scale and shift the outcome of a transposed convolution of its own."""
+        source, value = region.source, region.value
+        users = [user for user in source.users if not asks_what_stays(user)]
+        alone = source not in self.values.left and source not in self.cuts and users == [value.steps[0].node]
+        return (
+            alone
+            and region.is_path
+            and transposed_at(self.flat, source) is not None
+            and is_scaling(value.symbol.map)
+            and any(step.effective for step in value.steps)
+        )
 
     def _region(self, node: fx.Node) -> Region:
         return Region(self.flat, node, self.values.of[node])

@@ -18,8 +18,9 @@ from repvgg.collapse.graft import Graft, grafts_of
 from repvgg.collapse.modules import join
 from repvgg.collapse.placing import Placing, Region
 from repvgg.collapse.plan import Plan, Unit, Whole
-from repvgg.collapse.proof import Proof, prove_region
+from repvgg.collapse.proof import Proof, image_for, prove_region, small_input
 from repvgg.collapse.report import Folded, Part
+from repvgg.collapse.transposed import scaled
 from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
@@ -33,7 +34,7 @@ class Replaced:
     """A region that was replaced: the row of the report, the convolution, and the modules that it replaces."""
 
     row: Folded
-    conv: Plain
+    conv: nn.Module
     modules: list[nn.Module]
 
 
@@ -115,7 +116,7 @@ class _Builder:
         """Judge a convolution against what ``before`` makes; this makes it only if it is asked to prove."""
         if not self.prove:
             return Proof(None, "", ran=False)
-        return prove_region(before(), symbol.map, symbol.source.layout, after)
+        return prove_region(before(), image_for(symbol.map, symbol.source.layout), after)
 
     def _refuse(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form does not prove equal to it: {proof.failure}"
@@ -123,13 +124,15 @@ class _Builder:
 
     def replace_unit(self, unit: Unit) -> None:
         """Replace the regions of one unit: paths in their own places, others by a call in a new forward."""
-        grafts = grafts_of(unit.flat, (placing for _, placing in unit.regions.found))
+        grafts = grafts_of(unit.flat, unit.placings())
         distinct = list({id(graft): graft for graft in grafts.values()}.values())
         for graft in distinct:
             self.memo |= graft.copies()
         gone: list[nn.Module] = []
         for region, placing in unit.regions.found:
             self._replace(unit, region, placing, grafts, gone)
+        for region, _ in unit.regions.scaled:
+            self._scale(unit, region, grafts)
         self.memo |= {id(part): nn.Identity() for part in gone}
         for graft in distinct:
             graft.copy_state(self.memo, unit.path)
@@ -166,21 +169,46 @@ class _Builder:
         row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost, proof)
         self.done.append(Replaced(row, conv, modules or [host]))
 
-    def _in_place(self, unit: Unit, region: Region, conv: Plain, grafts: dict[str, Graft]) -> str:
+    def _scale(self, unit: Unit, region: Region, grafts: dict[str, Graft]) -> None:
+        """Fold a region into the transposed convolution that is its source."""
+        path = str(region.source.target)
+        old: Any = unit.module.get_submodule(path)
+        modules = [old, *map(unit.module.get_submodule, region.called)]
+        try:
+            new: Any = scaled(old, solve(region).map)
+        except ReparamError as error:
+            self.refused |= {id(module): str(error) for module in modules}
+            return
+        proof = Proof(None, "", ran=False)
+        if self.prove:
+            shadow, then = shadow_of(old, _float64_on(algebra_device(old.weight)), training=False), _in_float64(region)
+            proof = prove_region(lambda x: then(shadow(x)), small_input(old), new)
+        if proof.failure:
+            self._refuse(modules, proof)
+            return
+        self._in_place(unit, region, new, grafts)
+        parts = [Part(path, describe_module(old)), *(_part(unit.module, s) for s in region.steps if s.effective)]
+        before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
+        adds = float(old.weight.numel())
+        row = Folded(join(unit.path, path), tuple(parts), describe_module(new), before, after, adds, adds, proof.text)
+        self.done.append(Replaced(row, new, modules))
+
+    def _in_place(self, unit: Unit, region: Region, conv: nn.Module, grafts: dict[str, Graft]) -> str:
         """Put the convolution where the first one was, and nothing where the others were; the outcome is its path."""
         place, before, name = region.first_convolution, region.source, ""
-        for step in region.steps:
-            if step.node.op == "call_module":
-                module = unit.module.get_submodule(str(step.node.target))
-                self.memo[id(module)] = _in_place_of(module, conv if step is place else nn.Identity())
-                name = str(step.node.target) if step is place else name
-            elif step.effective:
-                graft = grafts[unit.flat.owner(step.node)]
-                if step is place:
-                    name = graft.call(conv, before, step.node)
+        nodes = [(step.node, step.effective) for step in region.steps]
+        for node, effective in [(place, True), *nodes] if place is before else nodes:
+            if node.op == "call_module":
+                module = unit.module.get_submodule(str(node.target))
+                self.memo[id(module)] = _in_place_of(module, conv if node is place else nn.Identity())
+                name = str(node.target) if node is place else name
+            elif effective:
+                graft = grafts[unit.flat.owner(node)]
+                if node is place:
+                    name = graft.call(conv, before, node)
                 else:
-                    graft.take_out(step.node, before)
-            before = step.node
+                    graft.take_out(node, before)
+            before = node
         return name
 
     def _emit(self, conv: ConvMap, layout: Layout, owner: nn.Module, replaced: list[nn.Module]) -> Plain | None:

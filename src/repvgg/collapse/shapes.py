@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.collapse.flat import Flat
-from repvgg.collapse.values import Evaluator, Shapes, to_meta
+from repvgg.collapse.values import Evaluator, Expected, Shapes, to_meta
+from repvgg.symbolic import Layout
 
-_GUESS = (2, 224, 224)  # images, height, width
+_GUESS = (224, 224, 32)  # height, width and depth
 
 
 def depends_on_ranks(module: nn.Module) -> bool:
@@ -20,12 +21,16 @@ def depends_on_ranks(module: nn.Module) -> bool:
     return any(isinstance(part, _BatchNorm) and not isinstance(part, nn.BatchNorm2d) for part in module.modules())
 
 
-def made_up(channels: Sequence[int | None]) -> tuple[Tensor, ...] | None:
-    """Images, without values, for inputs of so many channels; None where one of these is not known."""
-    if not channels or None in channels:
+def made_up(expected: Sequence[Expected | None]) -> tuple[Tensor, ...] | None:
+    """Tensors, without values, such as are expected; None where that is not known of one."""
+    if not expected or any(one is None or one[1].rank is None for one in expected):
         return None
-    count, height, width = _GUESS
-    return tuple(torch.empty(count, int(c or 0), height, width, device="meta") for c in channels)
+    return tuple(torch.empty(2, *_shape(*one), device="meta") for one in expected if one is not None)
+
+
+def _shape(channels: int, layout: Layout) -> tuple[int, ...]:
+    sizes = _GUESS[: (layout.rank or 2) - 2]
+    return (*sizes, channels) if layout.rows else (channels, *sizes)
 
 
 def run_on_meta(flat: Flat, inputs: Sequence[Any]) -> dict[fx.Node, Any]:

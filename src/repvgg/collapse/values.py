@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
+from repvgg.collapse.transposed import told_by_transposed
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
 
+Expected: TypeAlias = tuple[int, Layout]
 Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
 
 
@@ -144,6 +146,7 @@ class Values:
         self.reasons = {node: opaque[target] for node, target in flat.calls() if target in opaque}
         self.reasons |= dict.fromkeys(memory.unsafe, "it changes a tensor in place that is read again")
         self.left = frozenset(self.reasons)
+        self._flat = flat
         self._evaluator = Evaluator(flat, to_meta)
         self._nodes = list(flat.graph.nodes)
         self.place = {node: place for place, node in enumerate(self._nodes)}
@@ -153,16 +156,17 @@ class Values:
         for node in self._nodes:
             self._visit(node)
 
-    def channels_of_inputs(self) -> Iterator[int | None]:
-        """The channels of each input of the graph, None where its functions do not tell."""
-        return map(self.channels_at, (node for node in self._nodes if node.op == "placeholder"))
+    def inputs(self) -> list[Expected | None]:
+        """What each input of the graph is expected to be, None where nothing tells."""
+        return [self.expected(node) for node in self._nodes if node.op == "placeholder"]
 
-    def channels_at(self, node: fx.Node) -> int | None:
-        """The channels of the tensor of a node, None where nothing tells."""
+    def expected(self, node: fx.Node) -> Expected | None:
+        """The channels and the layout of the tensor of a node, None where nothing tells."""
         try:
-            return self._start(node).symbol.map.out_channels
+            symbol = self._start(node).symbol
         except ReparamError:
             return None
+        return symbol.map.out_channels, symbol.layout
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr" and node not in self._memory.torn:
@@ -224,11 +228,14 @@ class Values:
             self._starts[node] = Value(node, symbol)
         return self._starts[node]
 
-    def _channels(self, node: fx.Node) -> tuple[int, Layout]:
+    def _channels(self, node: fx.Node) -> Expected:
         """The channels and the layout of a node's tensor, as the functions that read it expect them."""
         if node in self.of:
             symbol = self.of[node].symbol
             return symbol.map.out_channels, symbol.layout
+        told = told_by_transposed(self._flat, node)
+        if told is not None:
+            return told
         error: ReparamError | None = None
         for layout in self._layouts(node):
             try:
