@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from repvgg.collapse.tracing import Traced, run_traced
 from repvgg.errors import ReparamError
+from repvgg.symbolic import shadow_of
 
 _MOST_OPTIONAL = 3
 _ANY = object()  # in the place of the value of an argument
@@ -54,6 +55,8 @@ def capture(module: nn.Module, *, training: bool = False) -> Capture:
     Raises:
         Exception: whatever torch.fx or the module's own code raises where the flow depends on values.
     """
+    if is_plain_sequence(module):
+        return _of_sequence(module)
     defaults = _defaults(module)
     first, *others = (_run(module, values, training) for values in (defaults, *_other_values(defaults)))
     counts: dict[str, int] = {}
@@ -62,6 +65,22 @@ def capture(module: nn.Module, *, training: bool = False) -> Capture:
             counts[path] = max(count, counts.get(path, 0))
     reads = frozenset[str]().union(first.reads, *(run.reads for run in others))
     return Capture(first.graph, first.root, first.escaped, counts, reads, first.more, tuple(others))
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Sequential`` and nothing more: it only calls its parts, whatever they are."""
+    return type(module) is nn.Sequential and "forward" not in vars(module)
+
+
+def _of_sequence(module: nn.Module) -> Capture:
+    """What a trace of a sequence would find."""
+    graph = fx.Graph()
+    value = graph.placeholder("input")
+    for name, _ in module.named_children():
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    root = shadow_of(module, lambda tensor: tensor, training=False)
+    return Capture(graph, root, frozenset(), dict(calls_of(graph)), frozenset(), None, ())
 
 
 def _run(module: nn.Module, arguments: dict[str, Any], training: bool) -> Traced:

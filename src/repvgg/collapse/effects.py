@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 from torch import nn
 
-from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.memory import Effects, Memory
 from repvgg.collapse.modules import has_hooks
+from repvgg.collapse.values import LinearModule
 from repvgg.errors import ReparamError
-from repvgg.symbolic import Layout, Source, SymbolicTensor, run
+from repvgg.symbolic import Source, SymbolicTensor, run
 
+_ACTIVATIONS = nn.ReLU.__module__
 _COMPUTE = ("conv", "batch_norm", "avg_pool", "scale", "shift", "add", "cat")
-
-
-@dataclass(frozen=True, eq=False)
-class LinearModule:
-    """A module that is one convolution as a whole; ``conv`` has geometry and no values."""
-
-    conv: ConvMap
-    operations: tuple[str, ...]
-    cost: Cost
-    layout: Layout
-
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether it is a convolution and at least one more thing."""
-        return "conv" in self.operations and sum(operation != "identity" for operation in self.operations) >= 2
 
 
 class Captures:
@@ -61,7 +46,7 @@ class Captures:
 
     def linear(self, module: nn.Module) -> LinearModule | None:
         """The convolution that ``module`` is as a whole, if it is one, or None; with hooks it is more than that."""
-        if id(module) not in self._linear and has_hooks(module):
+        if id(module) not in self._linear and (_activates(module) or has_hooks(module)):
             self._linear[id(module)] = None
         if id(module) not in self._linear:
             source = Source(self._merge_branches)
@@ -73,6 +58,10 @@ class Captures:
             cost, done = Cost.of_ledger(source), tuple(source.operations)
             self._linear[id(module)] = LinearModule(outcome.map, done, cost, source.layout) if found else None
         return self._linear[id(module)]
+
+    def known_linear(self, module: nn.Module) -> LinearModule | None:
+        """The same, if it was asked for before, else None."""
+        return self._linear.get(id(module))
 
     def memory(self, module: nn.Module) -> Memory:
         """Which nodes of its graph share memory."""
@@ -100,6 +89,11 @@ class Captures:
         except Exception:  # a check of the input's size is enough to stop a trace
             # torch's own modules write to their input only where they are asked to
             return Effects(writes=not _is_standard(module) or bool(getattr(module, "inplace", False)))
+
+
+def _activates(module: nn.Module) -> bool:
+    """Whether there is one of torch's own activations in it. If nothing calls that it may be linear yet, in parts."""
+    return any(type(part).__module__ == _ACTIVATIONS for part in module.modules())
 
 
 def _is_standard(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, jit, nn
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, capture
 from repvgg.collapse.cost import CHEAPER, Cost, Policy
-from repvgg.collapse.effects import Captures, LinearModule
+from repvgg.collapse.effects import Captures
 from repvgg.collapse.flat import Flat, flatten
 from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import has_hooks, is_leaf, join, unwrap
@@ -21,7 +21,7 @@ from repvgg.collapse.reach import borrowed, only_called, parts_named_by
 from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.collapse.shapes import depends_on_ranks, made_up, run_on_meta, shapes_of
-from repvgg.collapse.values import Expected, Shapes, Values
+from repvgg.collapse.values import Expected, LinearModule, Shapes, Values
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Layout
 
@@ -219,7 +219,14 @@ class _Planner:
             self._note(module.get_submodule(inner), join(path, inner), part)
         opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
         shapes = self._shapes(flat, opaque) if depends_on_ranks(module) else {}
-        rules = Rules(opaque, lambda inner: self._frozen(flat, inner), self.merge_branches, self.policy, shapes)
+        rules = Rules(
+            opaque,
+            lambda inner: self._frozen(flat, inner),
+            self.merge_branches,
+            self.policy,
+            shapes,
+            lambda target: self.captures.known_linear(module.get_submodule(target)),
+        )
         regions = find_regions(flat, lambda: self._memory(flat), rules)
         self._keep_reasons(module, regions, opaque)
         unit = Unit(path, module, flat, regions)

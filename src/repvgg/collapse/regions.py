@@ -14,7 +14,7 @@ from repvgg.collapse.memory import Memory
 from repvgg.collapse.modules import is_leaf
 from repvgg.collapse.placing import Frozen, Placing, Region, place
 from repvgg.collapse.transposed import is_scaling, transposed_at
-from repvgg.collapse.values import Expected, Shapes, Step, Value, Values
+from repvgg.collapse.values import Expected, Linear, Shapes, Step, Value, Values
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, guarded
 
@@ -29,6 +29,7 @@ class Rules:
         merge_branches: whether branches may be merged, or only chains.
         policy: whether a merged convolution pays.
         shapes: of the tensors in the graph, as far as they are known.
+        linear: the convolution that the submodule at a path is as a whole, if it is one and that was found out.
     """
 
     opaque: Mapping[str, str]
@@ -36,6 +37,7 @@ class Rules:
     merge_branches: bool
     policy: Policy
     shapes: Shapes
+    linear: Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,9 @@ class _Search:
 
     def _evaluate(self) -> None:
         rules = self.rules
-        self.values = Values(self.flat, self.memory, rules.opaque, self.cuts, rules.merge_branches, rules.shapes)
+        self.values = Values(
+            self.flat, self.memory, rules.opaque, self.cuts, rules.merge_branches, rules.shapes, rules.linear
+        )
         self.exits = [node for node in self.values.of if not self._is_inside(node)]
 
     def cut(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.flat import Flat
 from repvgg.collapse.memory import Memory
@@ -19,7 +20,23 @@ from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of, guarded
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
 
 Expected: TypeAlias = tuple[int, Layout]
+Linear: TypeAlias = "Callable[[str], LinearModule | None]"
 Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModule:
+    """A module that is one convolution as a whole; ``conv`` has geometry and no values."""
+
+    conv: ConvMap
+    operations: tuple[str, ...]
+    cost: Cost
+    layout: Layout
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether it is a convolution and at least one more thing."""
+        return "conv" in self.operations and sum(operation != "identity" for operation in self.operations) >= 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +158,9 @@ class Values:
         cuts: Collection[fx.Node],
         merge: bool,
         shapes: Shapes,
+        linear: Linear = lambda _: None,
     ) -> None:
+        self._linear = linear
         self.of: dict[fx.Node, Value] = {}
         self.reasons = {node: opaque[target] for node, target in flat.calls() if target in opaque}
         self.reasons |= dict.fromkeys(memory.unsafe, "it changes a tensor in place that is read again")
@@ -212,12 +231,25 @@ class Values:
         ledger = first.symbol.source
         count, before = len(ledger.operations), Cost.of_ledger(ledger)
         symbols = {n: value.symbol.copy() for n, value in inputs.items()}  # a function in place changes its own
-        outcome = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
+        outcome = self._at_once(node, list(symbols.values()))
+        if outcome is None:
+            outcome = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
         if not isinstance(outcome, SymbolicTensor):
             raise NotLinearError("its outcome is not one tensor")
         step = Step(node, tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before)
         earlier = {step.node: step for value in inputs.values() for step in value.steps}
         self.of[node] = Value(first.source, outcome, (*earlier.values(), step))
+
+    def _at_once(self, node: fx.Node, symbols: Sequence[SymbolicTensor]) -> SymbolicTensor | None:
+        """The outcome of a module that was evaluated before, as a whole, on the same input; None of all others."""
+        found = self._linear(str(node.target)) if node.op == "call_module" and len(node.args) == 1 else None
+        if found is None or len(symbols) != 1 or not symbols[0].is_source or node.args[0] not in node.all_input_nodes:
+            return None
+        symbol = symbols[0]
+        if (found.conv.in_channels, found.layout) != (symbol.map.in_channels, symbol.layout):
+            return None
+        symbol.source.add(found.operations, found.cost.multiply_adds, found.cost.weights)
+        return SymbolicTensor(symbol.source, found.conv, found.layout)
 
     def _start(self, node: fx.Node) -> Value:
         """The node as the source of a region."""

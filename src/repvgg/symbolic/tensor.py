@@ -88,6 +88,12 @@ class Source:
             self.multiply_adds += kernel.multiply_adds / area
             self.weights += kernel.kernel.numel()
 
+    def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
+        """Enter operations that were done before, on another source, with all that they cost."""
+        self.operations += operations
+        self.multiply_adds += multiply_adds
+        self.weights += weights
+
 
 class SymbolicTensor:
     """A tensor of which only this is known: it is ``map(source)``, an algebraic function of one real tensor.

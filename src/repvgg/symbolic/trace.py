@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def algebra_device(tensor: Tensor | None) -> torch.device:
 
 def first_float(module: nn.Module) -> Tensor | None:
     """The first floating-point parameter or buffer: it tells dtype and device of a module."""
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
