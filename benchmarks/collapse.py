@@ -4,7 +4,8 @@
 
 Contenders: timm on its own model; repvgg on the same timm model; repvgg on its own model of the same row, these two
 without proofs, as timm makes none; and once more with them, as is the default. Rounds alternate between them; times
-are medians with quartiles, ratios are medians of the ratios within a round. Peak memory is what a fresh process that does nothing else needs beyond the loaded model. Needs the extra ``timm``.
+are medians with quartiles, ratios are medians of the ratios within a round. Peak memory is what a fresh process that
+does nothing else needs beyond the loaded model. Needs the extra ``timm``.
 """
 
 from __future__ import annotations

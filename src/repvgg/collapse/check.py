@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from repvgg.collapse.capture import Capture, capture, is_plain_sequence
 from repvgg.collapse.plan import Plan
+from repvgg.collapse.reach import only_calls
 
 
 def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: dict[int, str]) -> dict[int, str]:
@@ -28,7 +29,7 @@ def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: d
         old, new = model.get_submodule(path), part_at(plain, path)
         if new is None or type(new) is not type(old) or not any(_inside(inner, path) for inner in replaced):
             continue
-        if not is_plain_sequence(new) and not _same(captured, new):
+        if not is_plain_sequence(new) and not only_calls(new) and not _same(captured, new):
             reason = f"the forward of {path or 'the model'} looks at what it is"
             found |= {id(part): reason for part in old.modules() if part is not old and id(part) not in kept}
     return found

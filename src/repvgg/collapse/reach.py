@@ -6,6 +6,7 @@ import dis
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -63,6 +64,34 @@ def only_called(module: nn.Module) -> frozenset[str]:
     return frozenset() if used & _ANYTHING else frozenset(called - used)
 
 
+def only_calls(module: nn.Module) -> bool:
+    """Whether all that the forward does with the parts of its module is to call them: it cannot see what they are."""
+    own = vars(module).get("forward") is None and not any(name in vars(module) for name in module._modules)
+    kind: Any = type(module)
+    return own and not (_names_not_called(kind) & ({"", *module._modules} | _ANYTHING))
+
+
+@lru_cache(maxsize=256)
+def _names_not_called(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes that forwards of a class use otherwise than by ``self.name(x)``; "" if ``self`` itself is used."""
+    names: set[str] = set()
+    for code, own in _codes_from([kind.forward], kind):
+        names |= {name for name, how in _uses(code, own) if how != "called"}
+        names |= {""} if _lets_out(code, own) else set()
+    return frozenset(names)
+
+
+def _lets_out(code: CodeType, own: tuple[str, ...]) -> bool:
+    """Whether code does something else with its first argument than to take an attribute of it."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PUSH_NULL", "RESUME")]
+    loads = [step.argval if isinstance(step.argval, tuple) else (step.argval,) for step in steps]
+    for place, step in enumerate(steps[:-1]):
+        held = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")) and set(own) & set(loads[place])
+        if held and (loads[place][-1] not in own or steps[place + 1].opname not in ("LOAD_ATTR", "LOAD_METHOD")):
+            return True
+    return False
+
+
 def _names_read(module: nn.Module) -> frozenset[str]:
     """Names of attributes that the forward, and the functions that it calls, read from other things than ``self``."""
     uses = (use for code, own in _codes_of_forward(module) for use in _uses(code, own))
@@ -71,7 +100,11 @@ def _names_read(module: nn.Module) -> frozenset[str]:
 
 def _codes_of_forward(module: nn.Module) -> Iterator[tuple[CodeType, tuple[str, ...]]]:
     """The code of the forward and of the functions near it that it calls, with the name of its first argument."""
-    todo: list[Any] = [vars(module).get("forward"), type(module).forward]
+    return _codes_from([vars(module).get("forward"), type(module).forward], type(module))
+
+
+def _codes_from(functions: list[Any], kind: type[nn.Module]) -> Iterator[tuple[CodeType, tuple[str, ...]]]:
+    todo = list(functions)
     seen: set[CodeType] = set()
     while todo:
         function = todo.pop()
@@ -83,7 +116,7 @@ def _codes_of_forward(module: nn.Module) -> Iterator[tuple[CodeType, tuple[str, 
             seen.add(code)
             yield code, own
             methods = (name for name in code.co_names if name not in vars(nn.Module))
-            todo += [_defined(getattr(type(module), name, None)) for name in methods]
+            todo += [_defined(getattr(kind, name, None)) for name in methods]
             near = (function.__globals__.get(name) for name in code.co_names)
             todo += [f for f in near if isinstance(f, FunctionType) and f.__module__ == function.__module__]
 
