@@ -47,6 +47,10 @@ class Axis:
         """Distance in pixels from the first tap to the last."""
         return self.dilation * (self.kernel - 1)
 
+    def output_size(self, size: int) -> int:
+        """How many output pixels there are for ``size`` input pixels."""
+        return max(0, (size + self.before + self.after - self.reach - 1) // self.stride + 1)
+
     @property
     def growth(self) -> int:
         """Output size minus input size at stride 1: equal for two axes iff their outputs always have one size."""

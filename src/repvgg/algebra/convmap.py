@@ -176,6 +176,12 @@ class ConvMap:
         """Multiply-adds per input pixel, borders aside: ``O · I · Π K / Π stride``."""
         return self.kernel.numel() / math.prod(self.stride)
 
+    def outputs_per_input(self, sizes: Ints | None = None) -> float:
+        """Output pixels for each input pixel: at the input ``sizes``, or where there are no borders."""
+        if sizes is None:
+            return 1 / math.prod(self.stride)
+        return math.prod(axis.output_size(n) / n for axis, n in zip(self.axes, sizes, strict=True))
+
     def bias_or_zeros(self) -> Tensor:
         """The bias, shape (O,), zeros where there is none."""
         if self.bias is not None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from repvgg.collapse import Report
     from repvgg.collapse.report import Folded, LeftAlone
 
-_TITLES = ("region", "before", "after", "parameters")
+_TITLES = ("region", "before", "after", "parameters", "multiply-adds")
+_NUMBERS = 2
 _NAMES_SHOWN = 3
 _WIDE = 10_000  # columns where nobody looks: nothing is cut in a pipe
 
@@ -29,7 +30,9 @@ def write_report(report: Report) -> None:
         console.width = _WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in _TITLES:
-        table.add_column(title, no_wrap=True, overflow="ellipsis", justify="right" if title == _TITLES[-1] else "left")
+        table.add_column(
+            title, no_wrap=True, overflow="ellipsis", justify="right" if title in _TITLES[-_NUMBERS:] else "left"
+        )
     for region in report.folded:
         table.add_row(*_cells(region))
     if report.folded:
@@ -45,7 +48,8 @@ def _cells(region: Folded) -> tuple[Text, ...]:
     kinds = Counter(part.description for part in region.parts)
     before = " + ".join(f"{number} x {kind}" if number > 1 else kind for kind, number in kinds.items())
     parameters = f"{region.parameters_before:,} → {region.parameters_after:,}"
-    return tuple(map(Text, (region.name or "(root)", before, region.convolution, parameters)))
+    macs = " → ".join(f"{count:,}" for count in region.macs) + ("" if region.pixels else " a pixel")
+    return tuple(map(Text, (region.name or "(root)", before, region.convolution, parameters, macs)))
 
 
 def _by_reason(what: str, rows: Iterable[LeftAlone]) -> list[str]:

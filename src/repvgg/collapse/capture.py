@@ -19,7 +19,7 @@ _MOST_OPTIONAL = 3
 _ANY = object()  # in the place of the value of an argument
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Capture:
     """The graph of a ``forward``, for the defaults of its optional arguments.
 

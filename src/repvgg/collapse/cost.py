@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from repvgg.algebra import ConvMap
 from repvgg.collapse.emit import emitted_map
 from repvgg.errors import UsageError
-from repvgg.symbolic import Source
+from repvgg.symbolic import Source, SymbolicTensor
 
 _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds per pixel of a region's source, borders aside, and the size of the kernels.
+    """Multiply-adds per pixel of a region's source, and the size of the kernels.
+
+    Multiply-adds are those at the size of the source, where it is known, and else those far from any border.
 
     Average pools count as the depthwise convolutions that they are; a batch norm, a sum or an identity as nothing.
     """
@@ -29,10 +31,15 @@ class Cost:
         return cls(source.multiply_adds, source.weights)
 
     @classmethod
-    def of_map(cls, conv: ConvMap) -> Cost:
-        """What the one ``nn.Conv2d`` costs that computes ``conv``."""
-        emitted = emitted_map(conv)
-        return cls(emitted.multiply_adds, emitted.kernel.numel())
+    def of_map(cls, conv: ConvMap, sizes: tuple[int, ...] | None = None) -> Cost:
+        """What the one ``nn.Conv2d`` costs that computes ``conv``, on a source of those ``sizes`` if they are known."""
+        weights = emitted_map(conv).kernel.numel()
+        return cls(weights * conv.outputs_per_input(sizes), weights)
+
+    @classmethod
+    def of_symbol(cls, symbol: SymbolicTensor) -> Cost:
+        """The same for what a symbol stands for."""
+        return cls.of_map(symbol.map, symbol.source.sizes)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.multiply_adds + other.multiply_adds, self.weights + other.weights)

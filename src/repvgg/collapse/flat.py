@@ -15,7 +15,7 @@ Place: TypeAlias = tuple[str, fx.Node]
 LookInto: TypeAlias = Callable[[str, Capture, str], Capture | None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flat:
     """The graph of a module, the *unit*, into which graphs of modules below it are written.
 

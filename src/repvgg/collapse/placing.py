@@ -16,7 +16,7 @@ from repvgg.collapse.values import Step, Value
 Frozen: TypeAlias = Callable[[str], str | None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Region:
     """Nodes of a flat graph that are one convolution of ``source``; only the last one, ``exit``, is used outside."""
 

@@ -28,7 +28,7 @@ from repvgg.symbolic import Layout
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Whole:
     """A module that is one convolution as a whole."""
 
@@ -39,7 +39,7 @@ class Whole:
     layout: Layout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Unit:
     """A module whose own forward, and those written out in it, hold linear regions."""
 
@@ -77,7 +77,7 @@ class Unit:
         return (join(self.path, path) for path in inner)
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Replacements, inner ones first; what is dropped; and for modules that stay, why.
 
@@ -169,6 +169,7 @@ class _Planner:
         self.kept = kept
         self.training_only: list[tuple[str, str]] = []
         self.captures = captures
+        self.given = inputs is not None
         self.inputs: dict[int, Sequence[Any] | None] = {id(model): inputs}
         edges = (child for part in model.modules() for child in part._modules.values() if child is not None)
         self.references = Counter(map(id, edges))
@@ -218,7 +219,7 @@ class _Planner:
         for inner, part in flat.captures.items():
             self._note(module.get_submodule(inner), join(path, inner), part)
         opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
-        shapes = self._shapes(flat, opaque) if depends_on_ranks(module) else {}
+        shapes = self._shapes(flat, opaque) if self.given or depends_on_ranks(module) else {}
         rules = Rules(
             opaque,
             lambda inner: self._frozen(flat, inner),
@@ -226,6 +227,7 @@ class _Planner:
             self.policy,
             shapes,
             lambda target: self.captures.known_linear(module.get_submodule(target)),
+            self.given,
         )
         regions = find_regions(flat, lambda: self._memory(flat), rules)
         self._keep_reasons(module, regions, opaque)

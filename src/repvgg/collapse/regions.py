@@ -30,6 +30,7 @@ class Rules:
         policy: whether a merged convolution pays.
         shapes: of the tensors in the graph, as far as they are known.
         linear: the convolution that the submodule at a path is as a whole, if it is one and that was found out.
+        at_these_sizes: whether the shapes are those that costs are to be told for.
     """
 
     opaque: Mapping[str, str]
@@ -38,9 +39,10 @@ class Rules:
     policy: Policy
     shapes: Shapes
     linear: Linear
+    at_these_sizes: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Regions:
     """The regions worth replacing, each with its place, and for other nodes the reason why they are in none.
 
@@ -99,10 +101,9 @@ class _Search:
         self._evaluate()
 
     def _evaluate(self) -> None:
-        rules = self.rules
-        self.values = Values(
-            self.flat, self.memory, rules.opaque, self.cuts, rules.merge_branches, rules.shapes, rules.linear
-        )
+        of = self.rules
+        told = (of.merge_branches, of.shapes, of.linear, of.at_these_sizes)
+        self.values = Values(self.flat, self.memory, of.opaque, self.cuts, *told)
         self.exits = [node for node in self.values.of if not self._is_inside(node)]
 
     def cut(self) -> bool:
@@ -189,7 +190,7 @@ class _Search:
             step = max(value.steps, key=self._loss)
             inputs = self._inputs(step.node)
             if inputs and (self._loss(step) > 0 or not self.rules.policy.is_cheaper):
-                after, before = Cost.of_map(value.symbol.map), value.cost
+                after, before = Cost.of_symbol(value.symbol), value.cost
                 times = f"{after.multiply_adds / max(before.multiply_adds, 1e-9):.2g} times the multiply-adds"
                 self.reasons[step.node] = (
                     f"merging it would cost {times} and {after.weights:,} instead of {before.weights:,} weights"
@@ -200,8 +201,8 @@ class _Search:
     def _loss(self, step: Step) -> float:
         """How much dearer this step's merging with its inputs makes them: the larger of two relative increases."""
         inputs = [self.values.of[n] for n in self._inputs(step.node)]
-        apart = sum((Cost.of_map(value.symbol.map) for value in inputs), step.cost)
-        more = Cost.of_map(self.values.of[step.node].symbol.map) - apart
+        apart = sum((Cost.of_symbol(value.symbol) for value in inputs), step.cost)
+        more = Cost.of_symbol(self.values.of[step.node].symbol) - apart
         return max(more.multiply_adds / max(apart.multiply_adds, 1), more.weights / max(apart.weights, 1))
 
     def _disturbed(self, exits: list[fx.Node]) -> set[fx.Node]:
@@ -251,7 +252,7 @@ class _Search:
         return min(len(effective), 1) if own else len(effective)
 
     def _pays(self, value: Value) -> bool:
-        return self.rules.policy(value.cost, Cost.of_map(value.symbol.map))
+        return self.rules.policy(value.cost, Cost.of_symbol(value.symbol))
 
 
 def asks_what_stays(node: fx.Node) -> bool:

@@ -27,9 +27,10 @@ class Folded:
         convolution: the outcome, in words.
         parameters_before: number of parameters of all parts.
         parameters_after: number of parameters of the convolution.
-        multiply_adds_before: per pixel of the region's input, borders aside.
+        multiply_adds_before: per pixel of the region's input; borders aside, where its size is not known.
         multiply_adds_after: the same for the convolution.
         proof: how equal the convolution is to what it replaced; empty if nobody asked.
+        pixels: of the region's input, one image of the inputs that were given; None without inputs.
     """
 
     name: str
@@ -40,6 +41,13 @@ class Folded:
     multiply_adds_before: float
     multiply_adds_after: float
     proof: str = ""
+    pixels: int | None = None
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-adds before and after: for one image if its size is known, else for one pixel of the input."""
+        pixels = self.pixels or 1
+        return round(self.multiply_adds_before * pixels), round(self.multiply_adds_after * pixels)
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,12 @@ class Report:
     def _lines(self) -> Iterator[str]:
         yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
         for region in self.folded:
-            parts = " + ".join(f"{part.name} ({part.description})" for part in region.parts)
+            parts = " + ".join(_named(part) for part in region.parts)
             yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"
+            macs = " → ".join(f"{count:,}" for count in region.macs)
+            per = "" if region.pixels else " a pixel"
+            numbers = f"{region.parameters_before:,} → {region.parameters_after:,} parameters"
+            yield f"    {numbers}, {macs} multiply-adds{per}{'; ' if region.proof else ''}{region.proof}"
         for title, rows in (("left alone", self.left), ("dropped", self.dropped)):
             if rows:
                 yield f"{len(rows)} {title}"
@@ -91,3 +103,7 @@ class Report:
                 yield f"  {row.name or '(root)'}: {row.reason}"
         if self.proof:
             yield f"the whole model: {self.proof}"
+
+
+def _named(part: Part) -> str:
+    return f"{part.name} ({part.description})" if part.name else part.description

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -109,7 +110,7 @@ class _Builder:
             self._refuse([whole.module], proof)
             return
         self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-        row = _entry(whole.path, parts_of(whole.module), symbol.map, whole.module, whole.cost, proof)
+        row = _entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof)
         self.done.append(Replaced(row, conv, list(whole.module.modules())))
 
     def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
@@ -166,7 +167,7 @@ class _Builder:
             for step in reversed(region.steps[:-1]):
                 graft.take_out(step.node, region.source)
             gone += modules
-        row = _entry(join(unit.path, name), _parts(unit.module, region), merged, owner, region.value.cost, proof)
+        row = _entry(join(unit.path, name), _parts(unit.module, region), symbol, owner, region.value.cost, proof)
         self.done.append(Replaced(row, conv, modules or [host]))
 
     def _scale(self, unit: Unit, region: Region, grafts: dict[str, Graft]) -> None:
@@ -269,11 +270,13 @@ def _like(module: nn.Module) -> Tensor:
     return like
 
 
-def _entry(path: str, parts: list[Part], conv: ConvMap, owner: nn.Module, cost: Cost, proof: Proof) -> Folded:
+def _entry(path: str, parts: list[Part], symbol: SymbolicTensor, owner: nn.Module, cost: Cost, proof: Proof) -> Folded:
     before = sum(p.numel() for p in owner.parameters())
-    merged = Cost.of_map(conv)
-    sizes = (before, merged.weights + conv.out_channels)
-    return Folded(path, tuple(parts), describe(conv), *sizes, cost.multiply_adds, merged.multiply_adds, proof.text)
+    sizes = symbol.source.sizes
+    merged = Cost.of_map(symbol.map, sizes)
+    pixels = None if sizes is None else math.prod(sizes)
+    counts = (before, merged.weights + symbol.map.out_channels, cost.multiply_adds, merged.multiply_adds)
+    return Folded(path, tuple(parts), describe(symbol.map), *counts, proof.text, pixels)
 
 
 def describe_module(module: nn.Module) -> str:
@@ -325,6 +328,7 @@ def solve(region: Region) -> SymbolicTensor:
     evaluator = Evaluator(region.flat, _float64_on(device))
     layout = region.value.symbol.source.layout
     source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device, layout=layout)
+    source.source.sizes = region.value.symbol.source.sizes
     outcome: SymbolicTensor = evaluator.outcome(region.source, source, [step.node for step in region.steps])
     return outcome
 

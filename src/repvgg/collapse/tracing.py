@@ -20,7 +20,7 @@ from repvgg.errors import ReparamError
 from repvgg.symbolic import fingerprint, shadow_of, things_in
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Traced:
     """What one run of a forward did.
 

@@ -159,8 +159,10 @@ class Values:
         merge: bool,
         shapes: Shapes,
         linear: Linear = lambda _: None,
+        at_these_sizes: bool = False,
     ) -> None:
         self._linear = linear
+        self._at_these_sizes = at_these_sizes
         self.of: dict[fx.Node, Value] = {}
         self.reasons = {node: opaque[target] for node, target in flat.calls() if target in opaque}
         self.reasons |= dict.fromkeys(memory.unsafe, "it changes a tensor in place that is read again")
@@ -246,7 +248,7 @@ class Values:
         if found is None or len(symbols) != 1 or not symbols[0].is_source or node.args[0] not in node.all_input_nodes:
             return None
         symbol = symbols[0]
-        if (found.conv.in_channels, found.layout) != (symbol.map.in_channels, symbol.layout):
+        if (found.conv.in_channels, found.layout) != (symbol.map.in_channels, symbol.layout) or symbol.source.sizes:
             return None
         symbol.source.add(found.operations, found.cost.multiply_adds, found.cost.weights)
         return SymbolicTensor(symbol.source, found.conv, found.layout)
@@ -257,6 +259,8 @@ class Values:
             source = Source(self._merge)
             channels, layout = self._channels(node)
             symbol = SymbolicTensor.of(source, channels, device="meta", layout=layout)
+            if self._at_these_sizes and node in self._shapes and not layout.rows:
+                source.sizes = tuple(self._shapes[node][2:])
             self._starts[node] = Value(node, symbol)
         return self._starts[node]
 

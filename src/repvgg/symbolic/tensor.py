@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -69,7 +68,8 @@ class Source:
     Attributes:
         merge_branches: whether sums and concatenations of several functions of this source may become one map.
         operations: the names of the operations so far; a convolution is called ``conv``.
-        multiply_adds: what they cost in all, per pixel of the source, borders aside.
+        sizes: height and width, or their like, of the source, where they are known.
+        multiply_adds: what they cost in all, per pixel of the source; borders aside, unless the sizes are known.
         weights: how many numbers their kernels hold.
         layout: that of the real tensor, once a symbol stands for it.
     """
@@ -77,15 +77,16 @@ class Source:
     def __init__(self, merge_branches: bool = True) -> None:
         self.merge_branches = merge_branches
         self.operations: list[str] = []
+        self.sizes: tuple[int, ...] | None = None
         self.multiply_adds = 0.0
         self.weights = 0
         self.layout = IMAGES
 
-    def record(self, operation: str, kernel: ConvMap | None = None, area: int = 1) -> None:
-        """Enter one operation, on one in ``area`` pixels of the source; a convolution with its kernel."""
+    def record(self, operation: str, outcome: ConvMap, kernel: ConvMap | None = None) -> None:
+        """Enter one operation, and the ``outcome`` as a map of the source; a convolution with its kernel."""
         self.operations.append(operation)
         if kernel is not None:
-            self.multiply_adds += kernel.multiply_adds / area
+            self.multiply_adds += kernel.kernel.numel() * outcome.outputs_per_input(self.sizes)
             self.weights += kernel.kernel.numel()
 
     def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
@@ -153,7 +154,7 @@ class SymbolicTensor:
         layout: Layout | None = None,
     ) -> SymbolicTensor:
         """Another function of the same source, after one more ``operation``, a convolution with its ``kernel``."""
-        self.source.record(operation, kernel, math.prod(self.map.stride))
+        self.source.record(operation, conv, kernel)
         return SymbolicTensor(self.source, conv, layout or self.layout, is_view=is_view)
 
     @classmethod
