@@ -7,7 +7,7 @@ torch alone.
 from __future__ import annotations
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse import Report, fold_batch_norms, is_plain, reparameterize
+from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
 from repvgg.expansion import ExpandReport, expand, insert_bn
 from repvgg.models import ModelSpec, RepVGG, create_model, list_models, load
 from repvgg.symbolic import equivalent_conv, trace
@@ -20,6 +20,7 @@ __all__ = [
     "Evidence",
     "ExpandReport",
     "ModelSpec",
+    "ModelSummary",
     "RepVGG",
     "Report",
     "create_model",
@@ -30,6 +31,7 @@ __all__ = [
     "is_plain",
     "list_models",
     "load",
+    "model_summary",
     "reparameterize",
     "trace",
     "verify",

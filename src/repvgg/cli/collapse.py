@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -23,6 +23,7 @@ def collapse(
     num_classes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="CLASSES")] = None,
     input_size: Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="H W")] = None,
     input_shape: Annotated[tuple[int, int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="C H W")] = None,
+    policy: Literal["cheaper", "always"] = "cheaper",
     report: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE.json")] = None,
     overwrite: bool = False,
 ) -> None:
@@ -46,6 +47,7 @@ def collapse(
         num_classes: logits of a model by name; without it what the model is made with.
         input_size: height and width of the images that it is exported and judged for; without it what the model says.
         input_shape: the same with the number of channels in front.
+        policy: merge what is not dearer than its parts, in multiply-adds at that size and in weights, or all that can be.
         report: write all that was folded, left and judged to this file, as JSON.
         overwrite: replace files that exist.
     """
@@ -63,7 +65,7 @@ def collapse(
         images = images_for(sourced.model, shape)
     _warn(sourced, weights)
     with busy("Collapsing"):
-        plain, done = _collapsed(sourced.model)
+        plain, done = _collapsed(sourced.model, images[0], policy)
     _tell(done, sourced.model, plain)
     with busy("Verifying"):
         evidence = verify(sourced.model, plain, images).raise_if_failed()
@@ -107,7 +109,7 @@ def _warn(sourced: Sourced, weights: Path | None) -> None:
         write_warning(f"no --weights were given: the weights of {sourced.source} are {sourced.weights}")
 
 
-def _collapsed(model: nn.Module) -> tuple[nn.Module, Report]:
+def _collapsed(model: nn.Module, images: Tensor, policy: Literal["cheaper", "always"]) -> tuple[nn.Module, Report]:
     import warnings
 
     from repvgg.collapse import reparameterize
@@ -115,7 +117,7 @@ def _collapsed(model: nn.Module) -> tuple[nn.Module, Report]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)  # the table says it
-        return reparameterize(model)
+        return reparameterize(model, images, policy=policy)
 
 
 def _tell(report: Report, before: nn.Module, after: nn.Module) -> None:

@@ -15,6 +15,7 @@ from repvgg.collapse.plan import Plan, make_plan
 from repvgg.collapse.proof import Proof, prove_module
 from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import Outcome, Replaced, carry_out, joined
+from repvgg.collapse.summary import model_summary
 from repvgg.collapse.tracing import collector_paused, random_state_kept
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
 from repvgg.symbolic import refuse_training
@@ -74,15 +75,13 @@ def fold_batch_norms(model: nn.Module, inputs: Inputs = None, *, prove: bool = T
     return _Conversion(model, False, CHEAPER, prove, inputs).outcome()
 
 
-def is_plain(model: nn.Module) -> bool:
+def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
     """Whether a model is converted: no batch norm is left in it, and no linear region that could be merged.
 
     The mode of the model does not matter. A plain model may still have branches that no convolution equals, such as
-    the residual additions of a ResNet.
+    the residual additions of a ResNet. :func:`model_summary` says what is left, and takes the same arguments.
     """
-    model = unwrapped(model)
-    with random_state_kept():
-        return not batch_norms(model) and make_plan(model, merge_branches=True).empty
+    return model_summary(model, inputs).is_plain
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
