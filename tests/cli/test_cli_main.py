@@ -19,6 +19,7 @@ COMMAND_LINE = {
         "--input-size",
         "--num-classes",
         "--overwrite",
+        "--policy",
         "--report",
         "--weights",
         "OUT",

@@ -47,7 +47,7 @@ def collapse(
         num_classes: logits of a model by name; without it what the model is made with.
         input_size: height and width of the images that it is exported and judged for; without it what the model says.
         input_shape: the same with the number of channels in front.
-        policy: merge what is not dearer than its parts, in multiply-adds at that size and in weights, or all that can be.
+        policy: merge what is not dearer than its parts, in multiply-adds and weights at that size, or all that can be.
         report: write all that was folded, left and judged to this file, as JSON.
         overwrite: replace files that exist.
     """

@@ -37,7 +37,8 @@ def write_report(report: Report) -> None:
         table.add_row(*_cells(region))
     if report.folded:
         console.print(table, soft_wrap=False)
-    for what, rows in (("left as it was", report.left), ("dropped", report.dropped)):
+    groups = {"left as it was": report.left, "dropped": report.dropped, "looked at in pieces": report.in_pieces}
+    for what, rows in groups.items():
         for line in _by_reason(what, rows):
             console.print(line, markup=False)
 

@@ -18,7 +18,7 @@ from repvgg.collapse.rewrite import Outcome, Replaced, carry_out, joined
 from repvgg.collapse.summary import model_summary
 from repvgg.collapse.tracing import collector_paused, random_state_kept
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
-from repvgg.symbolic import refuse_training
+from repvgg.symbolic import first_float, refuse_training
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
 
@@ -94,7 +94,9 @@ class _Conversion:
 
     def __init__(self, model: nn.Module, merge_branches: bool, policy: Policy, prove: bool, inputs: Inputs) -> None:
         self.model = unwrapped(model)
-        self.merge_branches, self.policy, self.prove = merge_branches, policy, prove
+        like = first_float(self.model)
+        self.prove = prove and (like is None or not like.is_meta)  # there is nothing to run without values
+        self.merge_branches, self.policy = merge_branches, policy
         self.inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         self.kept: dict[int, str] = {}
 
@@ -117,7 +119,9 @@ class _Conversion:
                 stacklevel=3,
             )
         left = _left(self.model, plain, plan, self.kept)
-        return plain, Report(tuple(done.row for done in replaced), left, _dropped(plan), whole.text)
+        return plain, Report(
+            tuple(done.row for done in replaced), left, _dropped(plan), whole.text, tuple(plan.untraced)
+        )
 
     def _round(self, model: nn.Module, kept: dict[int, str]) -> tuple[Plan, Outcome]:
         """Plan and carry out, until nothing has to stay that was not ``kept`` before."""

@@ -143,5 +143,7 @@ def _uses(code: CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield name, "deep" if before not in own else "called" if calls else "read"
         elif instruction.opname == "LOAD_GLOBAL" and name in _ANYTHING:
             yield name, "deep"
-        if instruction.opname not in ("CACHE", "PUSH_NULL"):
+        if instruction.opname.startswith("LOAD_FAST"):  # some load two at once
             before = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+        elif instruction.opname not in ("CACHE", "PUSH_NULL"):
+            before = None

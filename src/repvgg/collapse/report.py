@@ -68,12 +68,14 @@ class Report:
         dropped: submodules that run in training mode only; the plain model does without them.
         proof: how equal the plain model is to the model as a whole, or why that could not be found out; empty if nobody
             asked.
+        in_pieces: modules whose forward cannot be traced: what is in them was looked at piece by piece.
     """
 
     folded: tuple[Folded, ...]
     left: tuple[LeftAlone, ...]
     dropped: tuple[LeftAlone, ...]
     proof: str = ""
+    in_pieces: tuple[LeftAlone, ...] = ()
 
     @property
     def parameters_saved(self) -> int:
@@ -96,7 +98,8 @@ class Report:
             per = "" if region.pixels else " a pixel"
             numbers = f"{region.parameters_before:,} → {region.parameters_after:,} parameters"
             yield f"    {numbers}, {macs} multiply-adds{per}{'; ' if region.proof else ''}{region.proof}"
-        for title, rows in (("left alone", self.left), ("dropped", self.dropped)):
+        groups = {"left alone": self.left, "dropped": self.dropped, "looked at in pieces": self.in_pieces}
+        for title, rows in groups.items():
             if rows:
                 yield f"{len(rows)} {title}"
             for row in rows:
