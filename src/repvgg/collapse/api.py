@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from repvgg.collapse.check import depends_on_its_parts, part_at
 from repvgg.collapse.cost import CHEAPER, Cost, Policy
 from repvgg.collapse.modules import batch_norms, unwrap
-from repvgg.collapse.plan import Plan, make_plan
+from repvgg.collapse.plan import make_plan
+from repvgg.collapse.planned import Plan
 from repvgg.collapse.proof import Proof, prove_module
 from repvgg.collapse.report import LeftAlone, Report
-from repvgg.collapse.rewrite import Outcome, Replaced, carry_out, joined
+from repvgg.collapse.rewrite import Outcome, carry_out
+from repvgg.collapse.rows import Replaced, joined
 from repvgg.collapse.summary import model_summary
 from repvgg.collapse.tracing import collector_paused, random_state_kept
 from repvgg.errors import EquivalenceError, NothingFoldedWarning

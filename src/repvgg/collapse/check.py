@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.collapse.capture import Capture, capture, is_plain_sequence
-from repvgg.collapse.plan import Plan
+from repvgg.collapse.planned import Plan
 from repvgg.collapse.reach import only_calls
 
 

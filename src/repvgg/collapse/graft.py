@@ -12,10 +12,10 @@ from torch.fx.graph_module import reduce_graph_module
 
 from repvgg.collapse.capture import Capture
 from repvgg.collapse.copies import copied
+from repvgg.collapse.evaluator import attribute
 from repvgg.collapse.flat import Flat, flatten
 from repvgg.collapse.modules import join
 from repvgg.collapse.placing import Placing
-from repvgg.collapse.values import attribute
 
 
 class Grafted(fx.GraphModule):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,30 +12,21 @@ from torch import Tensor, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.copies import copied, copies_of_results
-from repvgg.collapse.cost import Cost
-from repvgg.collapse.emit import Plain, describe, to_module
+from repvgg.collapse.emit import Plain, to_module
+from repvgg.collapse.evaluator import Evaluator
 from repvgg.collapse.graft import Graft, grafts_of
 from repvgg.collapse.modules import join
 from repvgg.collapse.placing import Placing, Region
-from repvgg.collapse.plan import Plan, Unit, Whole
+from repvgg.collapse.planned import Plan, Unit, Whole
 from repvgg.collapse.proof import Proof, image_for, prove_region, small_input
 from repvgg.collapse.report import Folded, Part
+from repvgg.collapse.rows import Replaced, describe_module, entry, part_of, parts_in, parts_of
 from repvgg.collapse.transposed import scaled
-from repvgg.collapse.values import Evaluator, Step
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
-
-
-@dataclass(frozen=True, eq=False)
-class Replaced:
-    """A region that was replaced: the row of the report, the convolution, and the modules that it replaces."""
-
-    row: Folded
-    conv: nn.Module
-    modules: list[nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +100,7 @@ class _Builder:
             self._refuse([whole.module], proof)
             return
         self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-        row = _entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof)
+        row = entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof)
         self.done.append(Replaced(row, conv, list(whole.module.modules())))
 
     def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
@@ -167,7 +157,7 @@ class _Builder:
             for step in reversed(region.steps[:-1]):
                 graft.take_out(step.node, region.source)
             gone += modules
-        row = _entry(join(unit.path, name), _parts(unit.module, region), symbol, owner, region.value.cost, proof)
+        row = entry(join(unit.path, name), parts_in(unit.module, region), symbol, owner, region.value.cost, proof)
         self.done.append(Replaced(row, conv, modules or [host]))
 
     def _scale(self, unit: Unit, region: Region, grafts: dict[str, Graft]) -> None:
@@ -188,7 +178,7 @@ class _Builder:
             self._refuse(modules, proof)
             return
         self._in_place(unit, region, new, grafts)
-        parts = [Part(path, describe_module(old)), *(_part(unit.module, s) for s in region.steps if s.effective)]
+        parts = [Part(path, describe_module(old)), *(part_of(unit.module, s) for s in region.steps if s.effective)]
         before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
         adds = float(old.weight.numel())
         row = Folded(join(unit.path, path), tuple(parts), describe_module(new), before, after, adds, adds, proof.text)
@@ -229,29 +219,6 @@ class _Builder:
         return {id(part): "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
 
 
-def joined(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[Replaced]:
-    """What was replaced in two rounds, the second on the outcome of the first: some of that is part of it."""
-    absorbed: set[int] = set()
-    rows: list[Replaced] = []
-    for later in second:
-        inside = {id(part) for module in later.modules for part in module.modules()}
-        earlier = [done for done in first if id(done.conv) in inside]
-        absorbed |= {id(done) for done in earlier}
-        rows.append(replace(later, row=_with_parts_of(later.row, [done.row for done in earlier])))
-    return [*(done for done in first if id(done) not in absorbed), *rows]
-
-
-def _with_parts_of(row: Folded, earlier: Sequence[Folded]) -> Folded:
-    names = {done.name for done in earlier}
-    return replace(
-        row,
-        parts=(*(part for done in earlier for part in done.parts), *(p for p in row.parts if p.name not in names)),
-        parameters_before=row.parameters_before + sum(e.parameters_before - e.parameters_after for e in earlier),
-        multiply_adds_before=row.multiply_adds_before
-        + sum(e.multiply_adds_before - e.multiply_adds_after for e in earlier),
-    )
-
-
 def _in_place_of(old: nn.Module, new: Module) -> Module:
     """``new`` in the mode of ``old``, with the plain attributes of ``old`` that others may read."""
     for name, value in vars(old).items():
@@ -268,47 +235,6 @@ def _like(module: nn.Module) -> Tensor:
     if like is None:
         raise ReparamError("a module without any floating-point tensor cannot become a convolution")
     return like
-
-
-def _entry(path: str, parts: list[Part], symbol: SymbolicTensor, owner: nn.Module, cost: Cost, proof: Proof) -> Folded:
-    before = sum(p.numel() for p in owner.parameters())
-    sizes = symbol.source.sizes
-    merged = Cost.of_map(symbol.map, sizes)
-    pixels = None if sizes is None else math.prod(sizes)
-    counts = (before, merged.weights + symbol.map.out_channels, cost.multiply_adds, merged.multiply_adds)
-    return Folded(path, tuple(parts), describe(symbol.map), *counts, proof.text, pixels)
-
-
-def describe_module(module: nn.Module) -> str:
-    """What a module is made of, such as ``3x3 Conv2d + BatchNorm2d``."""
-    leaves = [part for part in module.modules() if not any(part.children()) and not isinstance(part, nn.Identity)]
-    return " + ".join(_leaf(part) for part in leaves) or type(module).__name__
-
-
-def _leaf(part: nn.Module) -> str:
-    size = getattr(part, "kernel_size", None)
-    prefix = f"{size[0]}x{size[1]} " if isinstance(size, tuple) and len(size) == 2 else ""
-    return prefix + type(part).__name__
-
-
-def _parts(unit: nn.Module, region: Region) -> list[Part]:
-    """What a region is made of; if that is one module only, what that is made of."""
-    steps = [step for step in region.steps if step.effective]
-    if len(steps) == 1 and steps[0].node.op == "call_module":
-        return parts_of(unit.get_submodule(str(steps[0].node.target)))
-    return [_part(unit, step) for step in steps]
-
-
-def _part(unit: nn.Module, step: Step) -> Part:
-    if step.node.op == "call_module":
-        return Part(str(step.node.target), describe_module(unit.get_submodule(str(step.node.target))))
-    return Part(step.node.name, ", ".join(step.operations))
-
-
-def parts_of(module: nn.Module) -> list[Part]:
-    """The children of a module, or the module itself where it has none."""
-    parts = [Part(name, describe_module(child)) for name, child in module.named_children()]
-    return parts or [Part("", describe_module(module))]
 
 
 def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvgg.collapse.evaluator import Evaluator, to_meta
 from repvgg.collapse.flat import Flat
-from repvgg.collapse.values import Evaluator, Expected, Shapes, to_meta
+from repvgg.collapse.values import Expected, Shapes
 from repvgg.symbolic import Layout
 
 _GUESS = (224, 224, 32)  # height, width and depth

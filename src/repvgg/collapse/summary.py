@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg.collapse.modules import batch_norms, join, unwrap
-from repvgg.collapse.plan import Plan, make_plan
+from repvgg.collapse.plan import make_plan
+from repvgg.collapse.planned import Plan
 from repvgg.collapse.tracing import collector_paused, random_state_kept
 
 _SHOWN = 5
