@@ -226,12 +226,15 @@ class _Planner:
             found |= {id(part): self.kept[id(part)] for part in whole.module.modules() if id(part) in self.kept}
         users = self._users()
         for unit in self.plan.units:
-            for path in unit.rewritten():
-                part = unit.module.get_submodule(path)
-                found |= {id(part): self.kept[id(part)]} if id(part) in self.kept else {}
-            for part in unit.replaced():
+            entered = [unit.module.get_submodule(path) for path in unit.flat.captures]
+            replaced = list(unit.replaced())
+            found |= {id(part): self.kept[id(part)] for part in entered[1:] if id(part) in self.kept}
+            if "" in unit.rewritten() and id(unit.module) in self.kept:
+                found[id(unit.module)] = self.kept[id(unit.module)]
+            for part in (*entered[1:], *replaced):
                 if users[id(part)] > 1:
                     found[id(part)] = "another forward uses it as well"
+            for part in replaced:
                 found |= {id(inner): self.kept[id(inner)] for inner in part.modules() if id(inner) in self.kept}
         return found
 
