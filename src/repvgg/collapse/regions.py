@@ -72,10 +72,11 @@ def find_regions(flat: Flat, memory_of: Callable[[], Memory], rules: Rules) -> R
     if not has_neighbours(flat):
         return Regions((), {})
     regions = _search(flat, Memory.of_values(), rules)
-    if not regions.found:
+    found = (*regions.found, *regions.scaled)
+    if not found:
         return regions
     memory = memory_of()
-    calm = not memory.unsafe and all(memory.change_between(*region.span) is None for region, _ in regions.found)
+    calm = not memory.unsafe and all(memory.change_between(*region.span) is None for region, _ in found)
     return regions if calm else replace(_search(flat, memory, rules), were_cut=True)
 
 

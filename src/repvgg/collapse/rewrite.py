@@ -45,9 +45,7 @@ class Outcome:
 
 
 def carry_out(model: nn.Module, plan: Plan, *, prove: bool) -> Outcome:
-    """Build the plain model and say what was folded.
-
-    If asked to prove, each convolution is judged against what it replaces.
+    """Build the plain model and say what was folded; if asked to ``prove``, judge each convolution as it is made.
 
     Copying is one deep copy in which every replaced module is found already copied, as what replaces it.
 
