@@ -155,12 +155,7 @@ class NormThenAct(NormAct):
         return self.act(nn.BatchNorm2d.forward(self, x))
 
 
-CANNOT_TRACE = pytest.mark.xfail(
-    strict=True, reason="torch's own BatchNorm2d.forward asks `if input.dim() != 4`, which torch.fx cannot trace"
-)
-
-
-@pytest.mark.parametrize("kind", [NormAct, timm.layers.BatchNormAct2d, pytest.param(NormThenAct, marks=CANNOT_TRACE)])
+@pytest.mark.parametrize("kind", [NormAct, timm.layers.BatchNormAct2d, NormThenAct])
 def test_a_norm_with_an_activation_keeps_the_activation(kind):
     model = trained(nn.Sequential(conv(), kind(4), conv(groups=2), kind(4)))
     plain, report = check(model, image())
@@ -190,10 +185,6 @@ def test_branches_that_meet_outside_of_their_modules(kind):
     torch.testing.assert_close(plain.inner.a.other.weight, model.inner.a.other.weight, rtol=0, atol=0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where the whole cannot be run, modules written out elsewhere are run to prove them, and refused",
-)
 def test_branches_that_meet_outside_of_their_modules_where_the_input_is_not_known():
     model = trained(module(lambda self, x: torch.stack(self.inner(F.relu(x))), inner=heads(Head)))
     _, report = check(model, image())
@@ -216,13 +207,7 @@ class Scaled(Inner):
         return self.block(F.relu(x))
 
 
-TAKEN_FOR_VISITED = pytest.mark.xfail(
-    strict=True, reason="a child whose call does not bind all of its inputs in order counts as visited, and never is"
-)
-
-
 @pytest.mark.parametrize("arguments", [{}, {"scale": 2.0}])
-@TAKEN_FOR_VISITED
 def test_optional_arguments_close_a_border_and_no_more(arguments):
     model = trained(module(lambda self, x: self.n(self.c(x), **arguments), c=conv(), n=Scaled()))
     plain, report = check(model, image())
@@ -231,7 +216,6 @@ def test_optional_arguments_close_a_border_and_no_more(arguments):
     assert "no forward" not in report.left[0].reason
 
 
-@TAKEN_FOR_VISITED
 def test_keyword_arguments_in_another_order():
     n = module(lambda self, x, gate: self.block(F.relu(x * gate)), block=Block())
     model = module(lambda self, x: self.n(gate=torch.sigmoid(x), x=self.c(x)), c=conv(), n=n)

@@ -64,7 +64,6 @@ def test_across_a_closed_border_nothing_is_folded_and_inside_it_is(make, reason)
     assert any(text in report.left[0].reason for text in reason.split("|"))
 
 
-@pytest.mark.xfail(strict=True, reason="what is said is why the norm folds into nothing of its own module")
 @pytest.mark.parametrize("make", [called_twice, hooked])
 def test_a_closed_border_is_named(make):
     _, report = check(trained(make()), image())
@@ -144,7 +143,6 @@ def test_questions_with_the_same_answer_at_both_ends_are_no_obstacle():
         plain(image()[0])
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx cannot trace a decision on the rank of a tensor")
 def test_decisions_on_the_rank_are_no_obstacle():
     def forward(self, x):
         if x.ndim != 4:

@@ -111,12 +111,7 @@ def test_a_norm_over_the_first_axis_of_maps_that_a_linear_layer_reads_is_left():
     assert "along axis 1" in stays(nn.Sequential(*layers), given(2, 4, 6))
 
 
-TAKEN_FOR_A_BATCH = pytest.mark.xfail(
-    strict=True, reason="where the module is one convolution as a whole, nobody looks at the shape: EquivalenceError"
-)
-
-
-@pytest.mark.parametrize("act", [[nn.ReLU()], pytest.param([], marks=TAKEN_FOR_A_BATCH)])
+@pytest.mark.parametrize("act", [[nn.ReLU()], pytest.param([])])
 def test_maps_without_a_batch_axis_are_left(act):
     x = given(4, 6)
     model = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), *act)

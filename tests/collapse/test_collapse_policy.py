@@ -67,12 +67,7 @@ def test_the_named_policies(make, channels, cheaper, always):
         assert row.parameters_after <= row.parameters_before
 
 
-OTHER_REASON = pytest.mark.xfail(
-    strict=True, reason="what is said is that relu is not linear, not what keeps the norm from going forward"
-)
-
-
-@pytest.mark.parametrize("act", [lambda x: x, pytest.param(F.relu, marks=OTHER_REASON)], ids=["end", "relu"])
+@pytest.mark.parametrize("act", [lambda x: x, F.relu], ids=["end", "relu"])
 def test_a_norm_that_is_left_because_of_the_cost_has_it_said(act):
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(joined(act)))
@@ -101,7 +96,6 @@ def test_a_function_is_asked_and_obeyed(make, channels, before, after, answer):
     assert_same_outputs(model, plain, image(channels))
 
 
-@pytest.mark.xfail(strict=True, reason="what is said is why the norm does not go on into what is behind it")
 def test_that_a_function_said_no_is_said():
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
     with pytest.warns(NothingFoldedWarning):
@@ -181,12 +175,6 @@ def spoil_forwards(monkeypatch, spoil):
     monkeypatch.setattr(Graft, "finish", spoiled)
 
 
-REFOLDED = pytest.mark.xfail(
-    strict=True, reason="the second round, on the outcome, forgets what the first refused, and does it again"
-)
-
-
-@REFOLDED
 @pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoil, said, wrap):

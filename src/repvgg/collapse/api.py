@@ -19,6 +19,7 @@ from repvgg.collapse.rewrite import Outcome, carry_out
 from repvgg.collapse.rows import Replaced, joined
 from repvgg.collapse.summary import model_summary
 from repvgg.collapse.tracing import collector_paused, random_state_kept
+from repvgg.collapse.values import Expected
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
 from repvgg.symbolic import first_float, refuse_training
 
@@ -101,6 +102,7 @@ class _Conversion:
         self.merge_branches, self.policy = merge_branches, policy
         self.inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         self.kept: dict[int, str] = {}
+        self.expected: tuple[Expected | None, ...] = ()
 
     def outcome(self) -> tuple[nn.Module, Report]:
         """The plain model and the report."""
@@ -139,16 +141,24 @@ class _Conversion:
         """Look again at what regions that were cut have become; a cut is a choice, and not always the best."""
         plain, replaced = done.plain, list(done.replaced)
         while plan.may_leave_more:
-            plan, done = self._round(plain, {})
+            plan, done = self._round(plain, self._kept_in(plain))
             if not done.replaced:
                 break
             plain, replaced = done.plain, joined(replaced, done.replaced)
         return plain, replaced
 
+    def _kept_in(self, plain: nn.Module) -> dict[int, str]:
+        """What stands in the outcome for the modules that have to stay."""
+        names = {name: self.kept[id(part)] for name, part in self.model.named_modules() if id(part) in self.kept}
+        parts = ((part_at(plain, name), reason) for name, reason in names.items())
+        return {id(part): reason for part, reason in parts if part is not None}
+
     def _prove_whole(self, plan: Plan, plain: nn.Module) -> Proof:
         if not self.prove or plan.empty:
             return Proof(None, "", ran=False)
-        return prove_module(self.model, plain, plan.inputs(), self.inputs)
+        if None not in plan.inputs():  # once something has to stay, it may not be told any more
+            self.expected = self.expected or plan.inputs()
+        return prove_module(self.model, plain, self.expected or plan.inputs(), self.inputs)
 
     def _unequal_hosts(self, plan: Plan, plain: nn.Module, whole: Proof) -> dict[int, str]:
         """The modules with a new forward that do another thing than before, where the whole does, or cannot be run.

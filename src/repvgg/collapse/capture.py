@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -16,6 +16,7 @@ from repvgg.errors import ReparamError
 from repvgg.symbolic import shadow_of
 
 _MOST_OPTIONAL = 3
+_RANKS = (4, 3, 5, 2)
 _ANY = object()  # in the place of the value of an argument
 
 
@@ -30,7 +31,8 @@ class Capture:
         calls: how often each submodule, by its path, is called at most, whatever the optional arguments are.
         reads: paths of the parameters and buffers that the forward reads itself.
         more: why the graph says less than the forward does, or None: it may stand in its place.
-        variants: graphs for other values of the optional arguments; there are some iff there are such arguments.
+        by_rank: whether that is that it decides by the number of axes of its input; the graph is for one number.
+        variants: graphs for other values of the optional arguments, or for other numbers of axes.
     """
 
     graph: fx.Graph
@@ -39,6 +41,7 @@ class Capture:
     calls: dict[str, int]
     reads: frozenset[str]
     more: str | None
+    by_rank: bool
     variants: tuple[Traced, ...]
 
 
@@ -58,13 +61,18 @@ def capture(module: nn.Module, *, training: bool = False) -> Capture:
     if is_plain_sequence(module):
         return _of_sequence(module)
     defaults = _defaults(module)
-    first, *others = (_run(module, values, training) for values in (defaults, *_other_values(defaults)))
+    by_rank = False
+    try:
+        first, *others = (_run(module, values, training) for values in (defaults, *_other_values(defaults)))
+    except Exception:
+        first, *others = _by_rank(module, defaults, training)
+        by_rank = True
     counts: dict[str, int] = {}
     for run in (first, *others):
         for path, count in calls_of(run.graph).items():
             counts[path] = max(count, counts.get(path, 0))
     reads = frozenset[str]().union(first.reads, *(run.reads for run in others))
-    return Capture(first.graph, first.root, first.escaped, counts, reads, first.more, tuple(others))
+    return Capture(first.graph, first.root, first.escaped, counts, reads, first.more, by_rank, tuple(others))
 
 
 def is_plain_sequence(module: nn.Module) -> bool:
@@ -80,7 +88,7 @@ def _of_sequence(module: nn.Module) -> Capture:
         value = graph.call_module(name, (value,))
     graph.output(value)
     root = shadow_of(module, lambda tensor: tensor, training=False)
-    return Capture(graph, root, frozenset(), dict(calls_of(graph)), frozenset(), None, ())
+    return Capture(graph, root, frozenset(), dict(calls_of(graph)), frozenset(), None, False, ())
 
 
 def _run(module: nn.Module, arguments: dict[str, Any], training: bool) -> Traced:
@@ -90,6 +98,26 @@ def _run(module: nn.Module, arguments: dict[str, Any], training: bool) -> Traced
         raise
     except Exception:  # such as a decision on the value of a parameter: with the values it may go through
         return run_traced(module, arguments, training=training, eager=True)
+
+
+def _by_rank(module: nn.Module, defaults: dict[str, Any], training: bool) -> Iterator[Traced]:
+    """Traces of a forward that decides by the number of axes of its input, one for each that makes a difference.
+
+    Raises:
+        Exception: that is not what it decides by.
+    """
+    found: list[Traced] = []
+    for rank in _RANKS:
+        try:
+            run = run_traced(module, defaults, training=training, rank=rank)
+        except Exception:  # it takes no such input, or decides by something else
+            continue
+        if str(run.graph) not in [str(other.graph) for other in found]:
+            found.append(replace(run, more=run.more or "decides by the number of axes of its input"))
+    if not found:
+        run_traced(module, defaults, training=training)
+        raise ReparamError("its forward cannot be traced")
+    return iter(found)
 
 
 def calls_of(graph: fx.Graph) -> Counter[str]:

@@ -105,7 +105,8 @@ class _Writer:
             return args[0][args[1]]
         if node.op == "call_module":
             target = join(path, str(node.target))
-            inner = self.look_into(path, captured, str(node.target))
+            again = target in self.flat.captures
+            inner = None if again else self.look_into(path, captured, str(node.target))
             if inner is not None and takes(inner, args, kwargs):
                 self.flat.captures[target] = inner
                 self.flat.callers[target] = path

@@ -21,6 +21,7 @@ from repvgg.collapse.report import LeftAlone
 from repvgg.collapse.shapes import depends_on_ranks, made_up, run_on_meta, shapes_of
 from repvgg.collapse.values import LinearModule, Shapes, Values
 from repvgg.errors import ReparamError
+from repvgg.symbolic import Layout
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -72,6 +73,7 @@ class _Planner:
         self.policy = policy
         self.visited: set[int] = set()
         self.kept = kept
+        self.closed: dict[int, str] = {}
         self.training_only: list[tuple[str, str]] = []
         self.captures = captures
         self.given = inputs is not None
@@ -86,7 +88,7 @@ class _Planner:
             return
         self.visited.add(id(module))
         whole = None if has_hooks(module) else self._whole(module)
-        if whole is not None:
+        if whole is not None and self._takes(module, whole.layout):
             self.plan.wholes.append(Whole(path, module, whole.conv, whole.cost, whole.layout))
             return
         try:
@@ -97,6 +99,11 @@ class _Planner:
             self._visit_pieces(module, path)
             return
         self._visit_unit(module, path, captured)
+
+    def _takes(self, module: nn.Module, layout: Layout) -> bool:
+        """Whether the inputs of a module, where they are known, are of that layout: torch takes unbatched ones, too."""
+        ranks = [x.dim() for x in self.inputs.get(id(module)) or () if isinstance(x, Tensor)]
+        return layout.rank is None or all(rank == layout.rank for rank in ranks)
 
     def _whole(self, module: nn.Module) -> LinearModule | None:
         """The one convolution that ``module`` is, if it may be replaced by it and that pays."""
@@ -122,6 +129,7 @@ class _Planner:
     def _visit_unit(self, module: nn.Module, path: str, captured: Capture) -> None:
         flat = flatten(module, captured, lambda *call: self._look_into(module, *call))
         for inner, part in flat.captures.items():
+            self.visited.add(id(module.get_submodule(inner)))
             self._note(module.get_submodule(inner), join(path, inner), part)
         opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
         shapes = self._shapes(flat, opaque) if self.given or depends_on_ranks(module) else {}
@@ -163,16 +171,16 @@ class _Planner:
         child = unit.get_submodule(join(path, target))
         if is_leaf(child) or unwrap(child)[0] is not child or id(child) in self.visited or id(child) in self.kept:
             return None
-        if self._closed(child, caller.calls[target]) or self._is_one_step(child):
+        closed = self._closed(child, caller.calls[target])
+        if closed:
+            self.closed[id(child)] = f"and nothing goes across the border of {join(path, target)!r}: {closed}"
+        if closed or self._is_one_step(child):
             return None
         try:
             captured = self.captures.of(child)
         except Exception:  # it is visited on its own, and the reason is given there
             return None
-        if captured.more:
-            return None
-        self.visited.add(id(child))
-        return captured
+        return None if captured.more and not captured.by_rank else captured
 
     def _note(self, module: nn.Module, path: str, captured: Capture) -> None:
         """Keep account of a forward that was captured."""
@@ -213,9 +221,11 @@ class _Planner:
         return closed or next((self.kept[id(part)] for part in child.modules() if id(part) in self.kept), None)
 
     def _keep_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
+        closed = self.closed.get(id(module))
         for node, reason in regions.reasons.items():
             if node.op == "call_module":
-                self.plan.reasons[id(module.get_submodule(str(node.target)))] = reason
+                text = f"{reason}; {closed}" if closed else reason
+                self.plan.reasons[id(module.get_submodule(str(node.target)))] = text
         for target, reason in opaque.items():
             self.plan.reasons[id(module.get_submodule(target))] = reason
 

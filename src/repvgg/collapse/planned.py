@@ -93,7 +93,8 @@ class Plan:
     def hosts(self) -> Iterator[tuple[str, tuple[Expected | None, ...]]]:
         """The paths of modules that get a new forward, with what it takes, outer ones first."""
         for unit in reversed(self.units):
-            for path in sorted(unit.rewritten()):
+            written_out = {path for placing in unit.placings() for path in placing.inlined}
+            for path in sorted(unit.rewritten() - written_out):
                 yield join(unit.path, path), unit.inputs(path)
 
     def inputs(self) -> tuple[Expected | None, ...]:

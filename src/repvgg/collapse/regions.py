@@ -130,7 +130,7 @@ class _Search:
         regions = [region for region in map(self._region, self.exits) if self._undisturbed(region)]
         worth = [region for region in regions if self._is_worth_it(region.value) and self._pays(region.value)]
         found, scaled = self._placed(worth), self._placed(filter(self._is_scaling, regions))
-        reasons = _passed_on(self.values, self.cuts, {**self.values.reasons, **self.reasons})
+        reasons = _passed_on(self.values, {*self.cuts, *self.reasons}, {**self.values.reasons, **self.reasons})
         return Regions(found, reasons, scaled, self.values.expected, self.were_cut)
 
     def _placed(self, regions: Iterable[Region]) -> tuple[tuple[Region, Placing], ...]:
@@ -186,15 +186,17 @@ class _Search:
             value = self.values.of[end]
             if not self._is_worth_it(value) or self._pays(value):
                 continue
-            step = max(value.steps, key=self._loss)
-            inputs = self._inputs(step.node)
-            if inputs and (self._loss(step) > 0 or not self.rules.policy.is_cheaper):
+            joining = [step for step in value.steps if self._inputs(step.node)]
+            if not joining:
+                continue
+            step = max(joining, key=self._loss)
+            if self._loss(step) > 0 or not self.rules.policy.is_cheaper:
                 after, before = Cost.of_symbol(value.symbol), value.cost
                 times = f"{after.multiply_adds / max(before.multiply_adds, 1e-9):.2g} times the multiply-adds"
                 self.reasons[step.node] = (
                     f"merging it would cost {times} and {after.weights:,} instead of {before.weights:,} weights"
                 )
-                return inputs
+                return self._inputs(step.node)
         return set()
 
     def _loss(self, step: Step) -> float:
@@ -254,12 +256,12 @@ class _Search:
         return self.rules.policy(value.cost, Cost.of_symbol(value.symbol))
 
 
-def _passed_on(values: Values, cuts: Collection[fx.Node], reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
+def _passed_on(values: Values, firm: Collection[fx.Node], reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
     """The reasons, and for nodes without one that of what is in front of them or behind."""
     passed: dict[fx.Node, str] = {}
     for node, value in values.of.items():
         behind = next((user for user in node.users if user in reasons), None)
-        stays = value.source in values.left or value.source in cuts
+        stays = value.source in values.left or value.source in firm
         if value.source in reasons and (behind is None or stays):
             passed[node] = f"{_named(value.source)!r} in front of it stays: {reasons[value.source]}"
         elif behind is not None:

@@ -19,6 +19,8 @@ from torch.fx.proxy import ParameterProxy
 from repvgg.errors import ReparamError
 from repvgg.symbolic import fingerprint, shadow_of, things_in
 
+_INSISTS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # their forward raises for any other rank
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Traced:
@@ -70,7 +72,22 @@ def collector_paused() -> Iterator[None]:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that tells ``x += y`` from ``x + y``: what else holds x sees the difference."""
+    """A proxy that tells ``x += y`` from ``x + y``: what else holds x sees the difference.
+
+    An input whose rank the module insists on answers for it.
+    """
+
+    def dim(self) -> Any:
+        """The rank of an input, if it is known, else a node."""
+        return self._rank() or self.tracer.create_proxy("call_method", "dim", (self,), {})
+
+    @property
+    def ndim(self) -> Any:
+        """The same."""
+        return self._rank() or self.tracer.create_proxy("call_function", getattr, (self, "ndim"), {})
+
+    def _rank(self) -> int | None:
+        return getattr(self.tracer, "rank", None) if self.node.op == "placeholder" else None
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
@@ -86,13 +103,15 @@ class _ShallowTracer(fx.Tracer):
     """Stops at every submodule; tensors of the module are nodes as well, unless ``eager``.
 
     Attributes:
+        rank: the rank that an input has, where the module takes no other.
         settings: the modes of autograd and autocast that functions were called under.
         reads: the parameters and buffers that were asked for.
     """
 
-    def __init__(self, eager: bool) -> None:
+    def __init__(self, eager: bool, rank: int | None) -> None:
         super().__init__()
         self.eager = eager
+        self.rank = rank
         self.settings = {_settings()}
         self.reads: set[str] = set()
         self.proxies: list[weakref.ref[fx.Proxy]] = []
@@ -151,13 +170,21 @@ def _settings() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
-def run_traced(module: nn.Module, arguments: dict[str, Any], *, training: bool = False, eager: bool = False) -> Traced:
+def run_traced(
+    module: nn.Module,
+    arguments: dict[str, Any],
+    *,
+    training: bool = False,
+    eager: bool = False,
+    rank: int | None = None,
+) -> Traced:
     """Trace the ``forward`` of ``module`` itself, submodules being leaves, on a shadow of it.
 
     Args:
         module: the module.
         arguments: values of arguments; the trace holds for these only.
         training: trace as if ``module`` itself (not its submodules) were in training mode.
+        rank: how many axes inputs say that they have, to code that asks.
         eager: compute with parameters and buffers instead of writing that down; the graph then holds their values.
 
     Raises:
@@ -168,7 +195,7 @@ def run_traced(module: nn.Module, arguments: dict[str, Any], *, training: bool =
     shadow = shadow_of(module, lambda tensor: tensor, training=False)
     shadow.training = training
     before = fingerprint(shadow)
-    tracer = _ShallowTracer(eager)
+    tracer = _ShallowTracer(eager, rank or next((n for kind, n in _INSISTS.items() if isinstance(module, kind)), None))
     with random_state_kept() as moved:
         graph = tracer.trace(shadow, concrete_args=arguments or None)
         if moved():
