@@ -93,11 +93,26 @@ def full_float32() -> Iterator[None]:
     on: writing it would overwrite the default of ``cuda.conv``, which no API can restore.
     """
     with ExitStack() as stack:
+        stack.enter_context(_as_found())
         # Parents first: whatever still is not "ieee" under parents that are must have that value of its own.
         for node in _NODES:
             stack.enter_context(_at_ieee(node))
         stack.enter_context(_legacy_highest())
         yield
+
+
+@contextmanager
+def _as_found() -> Iterator[None]:
+    """Put back what others write meanwhile: torch.compile restores the old flag, and with it writes to the tree."""
+    found = {node: _get(node) for node in _NODES}
+    try:
+        yield
+    finally:
+        for node, value in found.items():  # parents first
+            if _get(node) != value:
+                _set(node, "none")
+            if _get(node) != value:
+                _set(node, value)
 
 
 def _get(node: _Node) -> str:
