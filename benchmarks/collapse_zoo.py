@@ -54,7 +54,7 @@ class Entry:
     """A model of the zoo: how it is made, and the size of the image that it takes."""
 
     name: str
-    library: str
+    maker: str
     size: tuple[int, int] = SIZE
     told: bool = False  # the size, when it is made: its attention is made for one size
 
@@ -67,7 +67,7 @@ class Entry:
     def make(self) -> nn.Module:
         """The model with random weights, as after training, in float64 and eval mode."""
         torch.manual_seed(0)
-        if self.library == "timm":
+        if self.maker == "timm":
             import timm
 
             told: dict[str, Any] = {"img_size": self.size} if self.told else {}
@@ -186,7 +186,7 @@ def fused_by_torch(model: nn.Module) -> nn.Module:
 
 
 def contenders(entry: Entry, image: Tensor) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    timms = {"timm": collapsed_by_timm} if entry.library == "timm" else {}
+    timms = {"timm": collapsed_by_timm} if entry.maker == "timm" else {}
     return {"ours": lambda model: collapsed_by_repvgg(model, image), **timms, "torch.fx": fused_by_torch}
 
 

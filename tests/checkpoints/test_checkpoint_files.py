@@ -49,6 +49,13 @@ def test_round_trip(tmp_path, dtype):
     assert_close(checkpoint.tensors, tensors(dtype), rtol=0, atol=0)
 
 
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]  # a set of keys has 8 orders easily
+    for file in files:
+        save_checkpoint(file, tensors(), ABOUT)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_other_layouts_and_shared_memory(tmp_path):
     base = torch.randn(4, 3, 5, 5)
     given = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import warnings
@@ -59,9 +60,22 @@ def save_tensors(
     with whole_or_nothing(path, overwrite=overwrite) as part:
         try:
             save_file(_apart(tensors), part, header)
+            _in_one_order(Path(part))
         except safetensors.SafetensorError as error:  # what it makes of an OSError, too
             raise OutputError(f"{str(path)!r} could not be written: {_first_line(error)}.") from error
     return Path(path)
+
+
+def _in_one_order(file: Path) -> None:
+    """Sort the metadata of a safetensors file: its writer takes any order, and the same content gives other bytes."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as it is where that would not fit; spaces are what it is filled up with
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

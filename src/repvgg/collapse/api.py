@@ -65,6 +65,10 @@ def reparameterize(
 
     Warns:
         NothingFoldedWarning: there was nothing to fold; the outcome is a copy.
+
+    Limits: a model that takes both batches and single images without a batch axis is collapsed for batches, unless
+    ``inputs`` say otherwise: there a norm works on another axis. What a forward does with its parts is seen for the
+    defaults of its optional arguments and for a few other values, and for eval mode only.
     """
     return _Conversion(model, True, Policy.of(policy), prove, inputs).outcome()
 
