@@ -23,7 +23,7 @@ from repvgg.collapse.modules import has_hooks, hooks_of
 from repvgg.collapse.report import NOT_RUN
 from repvgg.collapse.values import Expected
 from repvgg.errors import UsageError
-from repvgg.symbolic import Layout, first_float
+from repvgg.symbolic import Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, judging, verify
 
 _SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # the larger ones for modules that shrink the first to nothing
@@ -57,14 +57,14 @@ def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Mo
     Args:
         before: the region as it was, on float64.
         image: what to run both on, in float64.
-        after: the module, on the device that ``before`` runs on.
+        after: the module.
     """
-    exact = copy.deepcopy(after).double()
-    weight = next(exact.parameters())
+    exact = copy.deepcopy(after)
+    exact = exact.to(algebra_device(first_float(exact))).double()  # not every device has float64
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcome = before(image.to(weight.device))
+            outcome = before(image)
             tolerance = _FLOAT64 + _rounding(after, exact, image) / max(float(outcome.abs().max()), 1e-300)
             evidence = verify(lambda _: outcome, exact, image, tolerance=tolerance)
     except Exception as error:  # an operation that has no float64 on this device, or a stranger's code

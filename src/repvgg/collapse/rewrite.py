@@ -93,7 +93,7 @@ class _Builder:
         conv = self._emit(symbol.map, symbol.layout, whole.module, [whole.module])
         if conv is None:
             return
-        proof = self._prove(lambda: shadow_of(whole.module, _float64_on(device), training=False), symbol, conv)
+        proof = self._prove(lambda: _module_in_float64(whole.module, device), symbol, conv)
         if proof.failure:
             self._refuse([whole.module], proof)
             return
@@ -170,8 +170,8 @@ class _Builder:
             return
         proof = Proof(None, "", ran=False)
         if self.prove:
-            shadow, then = shadow_of(old, _float64_on(algebra_device(old.weight)), training=False), _in_float64(region)
-            proof = prove_region(lambda x: then(shadow(x)), small_input(old), new)
+            first, then = _module_in_float64(old, algebra_device(old.weight)), _in_float64(region)
+            proof = prove_region(lambda x: then(first(x)), small_input(old), new)
         if proof.failure:
             self._refuse(modules, proof)
             return
@@ -239,11 +239,17 @@ def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(device=device, dtype=torch.float64)
 
 
+def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A module as it is, a function on float64."""
+    shadow = shadow_of(module, _float64_on(device), training=False)
+    return lambda x: shadow(x.to(device))
+
+
 def _in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     """The region as it is, a function on float64."""
     device = algebra_device(first_float(region.flat.module))
     evaluator = Evaluator(region.flat, _float64_on(device), keep_kernels=False)
-    return lambda x: evaluator.outcome(region.source, x, [step.node for step in region.steps])
+    return lambda x: evaluator.outcome(region.source, x.to(device), [step.node for step in region.steps])
 
 
 def solve(region: Region) -> SymbolicTensor:
