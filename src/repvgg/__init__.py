@@ -6,12 +6,18 @@ torch alone.
 
 from __future__ import annotations
 
-from repvgg.algebra import ConvMap
-from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
-from repvgg.expansion import ExpandReport, expand, insert_bn
-from repvgg.models import ModelSpec, RepVGG, create_model, list_models, load
-from repvgg.symbolic import equivalent_conv, trace
-from repvgg.verify import Evidence, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from repvgg.verify import Evidence, verify  # at once: a room has the name of its function
+
+if TYPE_CHECKING:
+    from repvgg.algebra import ConvMap
+    from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
+    from repvgg.expansion import ExpandReport, expand, insert_bn
+    from repvgg.models import ModelSpec, RepVGG, create_model, list_models, load
+    from repvgg.symbolic import equivalent_conv
+    from repvgg.symbolic.trace import trace  # from where it stands: its room holds a module of that name
 
 __version__ = "0.1.0"
 
@@ -36,3 +42,26 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+_ROOMS = {
+    "algebra": ("ConvMap",),
+    "collapse": ("ModelSummary", "Report", "fold_batch_norms", "is_plain", "model_summary", "reparameterize"),
+    "expansion": ("ExpandReport", "expand", "insert_bn"),
+    "models": ("ModelSpec", "RepVGG", "create_model", "list_models", "load"),
+    "symbolic": ("equivalent_conv", "trace"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Open the room that a name stands in when it is asked for first: importing them all takes a tenth of a second."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"repvgg.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The names of the door."""
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,11 @@
 """The rules of the house: which import may point where, what importing costs, what the public door shows."""
 
+import ast
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 import repvgg
 
@@ -43,6 +46,15 @@ def test_public_door():
         assert value.__doc__, name
         assert value.__module__.startswith("repvgg."), name
     assert (ROOT / "py.typed").exists()
+
+
+def test_rooms_are_opened_when_they_are_asked_for():
+    loaded = python("import repvgg, sys; print('repvgg.collapse' in sys.modules); repvgg.is_plain; print(dir(repvgg))")
+    before, names = loaded.splitlines()
+    assert before == "False"
+    assert set(repvgg.__all__) <= set(ast.literal_eval(names))
+    with pytest.raises(AttributeError, match="no attribute 'reparametrize'"):
+        repvgg.reparametrize  # noqa: B018
 
 
 def test_every_room_has_a_sorted_door():
