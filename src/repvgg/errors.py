@@ -16,6 +16,7 @@ and what to do next. Catch by meaning::
     ├── OutputError                  a file cannot be written
     │   └── OutputExistsError        something is in the way and nobody asked to overwrite it
     ├── DataError                    a data set is missing, empty or malformed
+    ├── TrainingError              a run cannot go on
     ├── ExportError                  a model could not be exported, or the exported file is not what it should be
     ├── UsageError                   an argument makes no sense
     └── MissingDependencyError       an optional package is not installed (also an ImportError)
@@ -80,6 +81,10 @@ class OutputExistsError(OutputError):
 
 class DataError(RepvggError):
     """A data set is missing, empty or malformed."""
+
+
+class TrainingError(RepvggError):
+    """A run cannot go on."""
 
 
 class ExportError(RepvggError):

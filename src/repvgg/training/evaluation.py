@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from repvgg.data import LabelledImages
 from repvgg.modes import eval_mode
 
 
@@ -44,24 +42,49 @@ class Evaluation:
         """Fraction of images whose prediction is right, in [0, 1]."""
         return self.correct / len(self.labels)
 
+    @property
+    def macro_accuracy(self) -> float:
+        """Mean over the classes that occur of the fraction of their images that is right, in [0, 1]."""
+        seen = self.confusion.sum(1) > 0
+        return float(self.per_class[seen].mean())
+
+    @property
+    def per_class(self) -> Tensor:
+        """(K,) float64, the fraction of each class's images that is right; NaN where there is none."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
+    def top(self, k: int) -> float:
+        """Fraction of images whose class is among the ``k`` likeliest (all, if there are fewer), in [0, 1]."""
+        best_Nk = self.logits.topk(min(k, self.logits.shape[1]), 1).indices
+        return float((best_Nk == self.labels[:, None]).any(1).double().mean())
+
     def __repr__(self) -> str:
         return f"Evaluation({self.correct} of {len(self.labels)} right, {self.accuracy:.2%})"
 
 
-def evaluate(model: Callable[[Tensor], Tensor], images: LabelledImages, batch_size: int = 256) -> Evaluation:
-    """Run ``model`` over ``images``, in order, in eval mode and without gradients.
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Run ``model`` over ``batches`` of images with labels, in order, in eval mode and without gradients.
 
     Any callable from (N, C, H, W) to logits (N, K) will do, an exported file in its runtime too. A module gets the
     images on its own device, and comes back in the modes it had.
+
+    Args:
+        model: what is judged.
+        batches: images (n, C, H, W) and labels (n,), as ``OpenedData.held_out_batches`` gives them.
+        prepare: from those images to what the model takes, on its device (``OpenedData.prepare``).
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     logits, labels = [], []
-    loader = DataLoader(images, batch_size, generator=torch.Generator())  # else it draws from the global one
     with eval_mode(model), torch.no_grad():
-        for x_NCHW, label_N in loader:
-            logits.append(model(x_NCHW.to(device_of(model))).float().cpu())
-            labels.append(label_N)
+        for images, label_N in batches:
+            x_NCHW = images.to(device_of(model))
+            logits.append(model(x_NCHW if prepare is None else prepare(x_NCHW)).float().cpu())
+            labels.append(label_N.cpu())
     logits_NK, labels_N = torch.cat(logits), torch.cat(labels)
     confusion = multiclass_confusion_matrix(logits_NK.argmax(1), labels_N, num_classes=logits_NK.shape[1])
     return Evaluation(logits_NK, labels_N, confusion)

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters decay, and how the learning rate moves."""
+"""The optimizer, and how the learning rate moves."""
 
 from __future__ import annotations
 
@@ -9,29 +9,7 @@ import torch
 from torch import nn
 
 from repvgg.training.config import OptimConfig
-
-_WITH_KERNELS = (nn.modules.conv._ConvNd, nn.Linear)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: ``kernels`` decays, ``rest`` does not (the paper's policy, §4.1).
-
-    A kernel is the ``weight`` of a convolution or a linear layer; biases and all of batch norm are the rest. Every
-    parameter that takes a gradient is in exactly one group, shared ones once, in the order of the model.
-
-    Returns:
-        Two dicts with ``name``, ``params`` and ``weight_decay``.
-
-    Source: RepVGG (CVPR 2021), §4.1; upstream's scripts and timm decay other sets.
-    """
-    of_kernels = {id(module.weight) for module in model.modules() if isinstance(module, _WITH_KERNELS)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kernels = [parameter for parameter in trained if id(parameter) in of_kernels]
-    rest = [parameter for parameter in trained if id(parameter) not in of_kernels]
-    return [
-        {"name": "kernels", "params": kernels, "weight_decay": weight_decay},
-        {"name": "rest", "params": rest, "weight_decay": 0.0},
-    ]
+from repvgg.training.decay import parameter_groups
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -53,12 +31,30 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> floa
     return (1 + math.cos(math.pi * done)) / 2
 
 
+def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The groups of ``config``'s policy that hold any parameter."""
+    groups = parameter_groups(model, config.weight_decay, config.decay, custom_l2=config.custom_l2)
+    return [group for group in groups if group["params"]]
+
+
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, total_steps: int, warmup_steps: int
+    model: nn.Module, config: OptimConfig, total_steps: int, warmup_steps: int, lr: float | None = None
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
-    """SGD over :func:`parameter_groups`, and the schedule to be advanced after every step."""
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    """SGD over :func:`optimizer_groups`, and the schedule to be advanced after every step.
+
+    Args:
+        model: whose parameters.
+        config: the optimizer.
+        total_steps: of the run.
+        warmup_steps: of the linear rise.
+        lr: the highest learning rate, where the batch scales that of ``config``.
+    """
+    optimizer = torch.optim.SGD(
+        optimizer_groups(model, config),
+        lr=config.lr if lr is None else lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, warmup_steps)
     )

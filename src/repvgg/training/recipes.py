@@ -2,8 +2,125 @@
 
 from __future__ import annotations
 
-from repvgg.data import AffineJitter
+from collections.abc import Callable
+
+from repvgg.data import AffineJitter, Augment, DataConfig
+from repvgg.errors import UsageError
 from repvgg.training.config import OptimConfig, TrainConfig
+
+_IMAGENET = "imagefolder:imagenet"
+_CROP_FLIP = Augment(crop="random-resized", flip=0.5)
+
+
+def paper_simple() -> TrainConfig:
+    """The paper's simple schedule for ImageNet (§4.1), for all models of Table 4.
+
+    Command: ``repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:PATH``. Expected (the paper's numbers,
+    Table 4): A0 72.41, A1 74.46, A2 76.48, B0 75.14, B1 78.37 % top-1, on 8 GPUs.
+
+    Global batch 256, SGD with momentum 0.9, learning rate 0.1 falling to 0 as a cosine over 120 epochs, weight decay
+    1e-4 on the kernels of convolutions and linear layers only, random resized crops and flips.
+    """
+    return TrainConfig(
+        model="repvgg_a0",
+        recipe="paper-simple",
+        epochs=120,
+        batch_size=256,
+        data=DataConfig(uri=_IMAGENET, train_size=224, augment=_CROP_FLIP, workers=8),
+        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=1e-4, decay="paper"),
+    )
+
+
+def paper_heavy() -> TrainConfig:
+    """The paper's long schedule for ImageNet (§4.1), for the models of Table 5.
+
+    Command: ``repvgg train repvgg_b2g4 --recipe paper-heavy --data imagefolder:PATH``. Expected (the paper's numbers,
+    Table 5): B2g4 79.38, B3g4 80.21, B3 80.52 % top-1, on 8 GPUs.
+
+    200 epochs with 5 of warm-up, label smoothing 0.1, mixup 0.2, AutoAugment (the ImageNet policy), crops and flips;
+    else as the simple one.
+    """
+    return TrainConfig(
+        model="repvgg_b2g4",
+        recipe="paper-heavy",
+        epochs=200,
+        batch_size=256,
+        data=DataConfig(
+            uri=_IMAGENET,
+            train_size=224,
+            augment=Augment(crop="random-resized", flip=0.5, policy="autoaugment"),
+            workers=8,
+        ),
+        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=1e-4, decay="paper", warmup_epochs=5),
+        label_smoothing=0.1,
+        mixup=0.2,
+    )
+
+
+def plus() -> TrainConfig:
+    """Upstream's recipe for RepVGGplus-L2pse on ImageNet: trained at 256 pixels, judged at 320.
+
+    Command: ``repvgg train repvggplus_l2pse --recipe plus --data imagefolder:PATH``. Expected (upstream's number):
+    84.06 % top-1.
+
+    300 epochs with 5 of warm-up, weight decay 4e-5, label smoothing 0.1, RandAugment, mixup 0.2, and the auxiliary
+    heads with a weight of 0.1 each.
+    """
+    return TrainConfig(
+        model="repvggplus_l2pse",
+        recipe="plus",
+        epochs=300,
+        batch_size=256,
+        data=DataConfig(
+            uri=_IMAGENET,
+            train_size=256,
+            test_size=320,
+            augment=Augment(crop="random-resized", flip=0.5, policy="randaugment"),
+            workers=8,
+        ),
+        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=4e-5, decay="paper", warmup_epochs=5),
+        label_smoothing=0.1,
+        mixup=0.2,
+        auxiliary_weight=0.1,
+    )
+
+
+def cifar() -> TrainConfig:
+    """A row for 32x32 images on a small budget: CIFAR-10 on two CPU cores.
+
+    Command: ``repvgg train repvgg_t1 --recipe cifar --data torchvision:CIFAR10:PATH``, or ``imagefolder:PATH``.
+    """
+    return TrainConfig(
+        model="repvgg_t1",
+        recipe="cifar",
+        epochs=20,
+        batch_size=128,
+        data=DataConfig(
+            uri="torchvision:CIFAR10:cifar10",
+            train_size=32,
+            augment=Augment(crop="pad", crop_padding=4, flip=0.5),
+        ),
+        optim=OptimConfig(lr=0.2, lr_batch=128, nesterov=True, weight_decay=5e-4, warmup_epochs=2),
+        label_smoothing=0.1,
+        ema=0.99,
+        precision="bf16",
+        channels_last=True,
+    )
+
+
+def finetune() -> TrainConfig:
+    """Go on from a checkpoint on other images, the classifier new where the classes are.
+
+    Command: ``repvgg train --recipe finetune --init MODEL.safetensors --data imagefolder:PATH``.
+    """
+    return TrainConfig(
+        recipe="finetune",
+        epochs=20,
+        batch_size=64,
+        data=DataConfig(uri="imagefolder:images", augment=_CROP_FLIP),
+        optim=OptimConfig(lr=0.01, lr_batch=64, weight_decay=1e-4, warmup_epochs=1, clip=1.0),
+        label_smoothing=0.1,
+    )
 
 
 def quickstart(seed: int = 0) -> TrainConfig:
@@ -19,12 +136,38 @@ def quickstart(seed: int = 0) -> TrainConfig:
     that core.
     """
     return TrainConfig(
+        model="repvgg_t0",
+        recipe="quickstart",
         epochs=20,
         batch_size=64,
-        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, warmup_epochs=2),
+        data=DataConfig(
+            uri="digits:", augment=Augment(jitter=AffineJitter(degrees=10, translate=0.08, scale=0.1))
+        ),
+        optim=OptimConfig(lr=0.1, lr_batch=64, momentum=0.9, weight_decay=5e-4, warmup_epochs=2),
         label_smoothing=0.1,
-        augment=AffineJitter(degrees=10, translate=0.08, scale=0.1),
         seed=seed,
         threads=1,
         channels_last=True,
+        accelerator="cpu",
     )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "paper-simple": paper_simple,
+    "paper-heavy": paper_heavy,
+    "plus": plus,
+    "cifar": cifar,
+    "finetune": finetune,
+    "quickstart": quickstart,
+}
+
+
+def recipe_of(name: str) -> TrainConfig:
+    """The config of the recipe ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"There is no recipe {name!r}: there are {', '.join(RECIPES)}.")
+    return RECIPES[name]()

@@ -8,15 +8,17 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.optim import build_optimizer
+from repvgg.training.plan import BatchPlan, plan_batches
+from repvgg.training.regularizer import equivalent_l2
 from repvgg.training.seeding import seeded
 
-LOSS = "loss"
-HELD_OUT_ACCURACY = "held_out_accuracy"
+TOP = 5
 
 
 def classification_loss(
@@ -26,7 +28,7 @@ def classification_loss(
 
     Args:
         output: logits (N, K), or a :class:`~repvgg.models.TrainingOutput`.
-        labels: (N,) int64.
+        labels: (N,) int64, or probabilities (N, K).
         label_smoothing: the share of the target spread evenly over all classes.
         auxiliary_weight: w.
     """
@@ -43,51 +45,88 @@ def classification_loss(
 class ClassificationTask(L.LightningModule):
     """Trains ``model`` on labelled images as ``config`` says; the weights of ``model`` itself are moved.
 
-    Logs ``loss`` (mean over the steps of an epoch) and ``held_out_accuracy``.
-
     Args:
         model: from images (N, C, H, W) to logits (N, K) or a :class:`~repvgg.models.TrainingOutput`.
         config: the run.
         num_classes: K.
-        augment: applied to every training batch on the device, under a seed of its own a step.
+        prepare: from the images of a batch, as the loader gives them, to what the model takes; run on the device.
+        plan: the batches and the learning rate; None is one device.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, num_classes: int, augment: nn.Module | None = None
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        num_classes: int,
+        prepare: nn.Module | None = None,
+        plan: BatchPlan | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
-        self.augment = augment if augment is not None else nn.Identity()
-        self.held_out_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.prepare = nn.Identity() if prepare is None else prepare
+        self.plan = plan_batches(config) if plan is None else plan
+        self.mix = _mix(config, num_classes)
+        self.train_loss = MeanMetric()
+        self.train_loss.persistent(True)  # a run that goes on in the middle of an epoch has seen its start
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP, num_classes))
+        self._network: Any = None
+
+    def on_fit_start(self) -> None:
+        """Compile, if asked: after the moving average has taken its copy."""
+        self._network = torch.compile(self.model) if self.config.compile else None
 
     def forward(self, x: Tensor) -> Tensor | TrainingOutput:
         """Return what the model returns."""
-        out: Tensor | TrainingOutput = self.model(x)
+        out: Tensor | TrainingOutput = (self._network or self.model)(x)
         return out
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one augmented batch."""
+        """The loss of one batch."""
         images, labels = batch
-        with seeded("step", self.config.seed, self.global_step):
-            output = self(self._layout(self.augment(images)))
-        loss = classification_loss(output, labels, self.config.label_smoothing, self.config.auxiliary_weight)
-        self.log(LOSS, loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        with seeded("step", self.config.seed, self.global_step, batch_idx, self.global_rank):
+            images, targets = self.mix(self.prepare(images), labels)
+            output = self(self._layout(images))
+        loss = classification_loss(output, targets, self.config.label_smoothing, self.config.auxiliary_weight)
+        self.train_loss.update(loss.detach())
+        if self.trainer.loggers:
+            self.log("step_loss", loss.detach(), on_step=True, on_epoch=False)
+        if self.config.optim.custom_l2:
+            loss = loss + self.config.optim.weight_decay / 2 * equivalent_l2(self.model)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count the right predictions of one batch."""
         images, labels = batch
-        self.held_out_accuracy(self(self._layout(images)), labels)
-        self.log(HELD_OUT_ACCURACY, self.held_out_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
+        logits = self(self._layout(self.prepare(images)))
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
 
     def configure_optimizers(self) -> Any:
         """SGD and its schedule, advanced after every step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * self.config.optim.warmup_epochs / self.config.epochs)
-        optimizer, schedule = build_optimizer(self.model, self.config.optim, total, warmup)
+        optimizer, schedule = build_optimizer(self.model, self.config.optim, total, warmup, self.plan.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _layout(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return images.contiguous(memory_format=layout)
+
+
+class _Unmixed(nn.Module):
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images, labels
+
+
+def _mix(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Mixup, CutMix, or one of them drawn for each batch."""
+    if not (config.mixup or config.cutmix):
+        return _Unmixed()
+    from torchvision.transforms import v2
+
+    ways = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
+    ways += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
+    mix: nn.Module = ways[0] if len(ways) == 1 else v2.RandomChoice(ways)
+    return mix

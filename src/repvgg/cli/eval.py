@@ -1,0 +1,135 @@
+"""``repvgg eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from repvgg.errors import UsageError
+
+if TYPE_CHECKING:
+    from repvgg.data import OpenedData
+    from repvgg.models import Loaded
+    from repvgg.training import Evaluation
+
+
+def eval_(
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    data: Annotated[str, tyro.conf.arg(metavar="URI")],
+    form: Literal["both", "train", "plain"] = "both",
+    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 64,
+    input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
+    crop_fraction: float = 0.875,
+    workers: int = 0,
+    json: bool = False,
+) -> None:
+    """Judge a checkpoint by the held-out images of a data set, in both forms: top-1, top-5, and every class.
+
+    A train form is collapsed on the way, and its plain form judged beside it.
+
+        repvgg eval runs/a0/train.safetensors --data imagefolder:/data/imagenet
+
+    Args:
+        checkpoint: the file, ours or a foreign one.
+        data: such as imagefolder:PATH or torchvision:CIFAR10:PATH; what it holds out is judged by.
+        form: which to judge.
+        batch: images at a time.
+        input_size: height and width; without it what the checkpoint says.
+        crop_fraction: share of the short side that the central crop takes.
+        workers: processes that read images.
+        json: print JSON.
+    """
+    from repvgg.cli.terminal import write_json
+    from repvgg.data import DataConfig, open_data
+    from repvgg.models import load
+
+    loaded = load(checkpoint)
+    about = loaded.metadata
+    size = input_size or about.input_size
+    opened = open_data(
+        DataConfig(
+            uri=data,
+            train_size=size,
+            test_size=size,
+            crop_fraction=crop_fraction,
+            channels=1 if about.in_channels == 1 else 3,
+            mean=about.mean or None,
+            std=about.std or None,
+            workers=workers,
+        )
+    )
+    _check_classes(loaded, opened)
+    results = _judge(loaded, opened, form, batch)
+    if json:
+        write_json({name: _numbers(result, opened) for name, result in results.items()})
+    else:
+        _tell(results, opened)
+
+
+def _check_classes(loaded: Loaded, data: OpenedData) -> None:
+    ours, theirs = loaded.metadata.classes, data.classes
+    if loaded.model.num_classes != len(theirs):
+        raise UsageError(f"The model tells {loaded.model.num_classes} classes apart, but {data.uri} has {len(theirs)}.")
+    if ours and ours != theirs:
+        first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+        raise UsageError(
+            f"The classes are others: number {first} is {ours[first]!r} to the model and {theirs[first]!r} in {data.uri}."
+        )
+
+
+def _judge(loaded: Loaded, data: OpenedData, form: str, batch: int) -> dict[str, Evaluation]:
+    import torch
+
+    from repvgg.cli.terminal import busy
+    from repvgg.collapse import reparameterize
+    from repvgg.training import evaluate
+
+    have = loaded.metadata.form
+    if form == "train" and have == "plain":
+        raise UsageError("The checkpoint is in the plain form: there is no train form of it to judge.")
+    results = {}
+    with busy("judging"):
+        if have == "train" and form in ("both", "train"):
+            results["train form"] = evaluate(loaded.model, data.held_out_batches(batch), data.prepare)
+        if form in ("both", "plain"):
+            plain: Any = loaded.model
+            if have == "train":
+                plain, _ = reparameterize(loaded.model, torch.zeros(1, *data.test_shape))
+            results["plain form"] = evaluate(plain, data.held_out_batches(batch), data.prepare)
+    return results
+
+
+def _tell(results: dict[str, Evaluation], data: OpenedData) -> None:
+    from repvgg.cli.terminal import write_line, write_table
+
+    rows = [["form", "top-1", "top-5", "mean of classes", "right", "images"]]
+    for name, result in results.items():
+        numbers = [f"{100 * value:.2f}" for value in (result.accuracy, result.top(5), result.macro_accuracy)]
+        rows.append([name, *numbers, f"{result.correct:,}", f"{len(result.labels):,}"])
+    write_table(rows)
+    write_line()
+    rows = [["class", "images", *results]]
+    first = next(iter(results.values()))
+    for index, name in enumerate(data.classes):
+        shares = [f"{100 * float(result.per_class[index]):.2f}" for result in results.values()]
+        rows.append([name, f"{int(first.confusion[index].sum()):,}", *shares])
+    write_table(rows)
+    if len(results) == 2:
+        one, other = results.values()
+        write_line()
+        write_line(f"{int((one.predictions == other.predictions).sum()):,} of {len(one.labels):,} predictions agree")
+
+
+def _numbers(result: Evaluation, data: OpenedData) -> dict[str, Any]:
+    per_class = [None if value != value else value for value in result.per_class.tolist()]  # noqa: PLR0124 - NaN
+    return {
+        "top1": result.accuracy,
+        "top5": result.top(5),
+        "macro_accuracy": result.macro_accuracy,
+        "correct": result.correct,
+        "images": len(result.labels),
+        "per_class": dict(zip(data.classes, per_class, strict=True)),
+        "confusion": result.confusion.tolist(),
+    }
