@@ -16,6 +16,17 @@ OnBad = Literal["raise", "skip"]
 Cache = Literal["auto", "memory", "none"]
 
 
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def _range(name: str, values: tuple[float, float], highest: float) -> None:
+    if len(values) != 2 or not 0 < values[0] <= values[1] <= highest or math.isinf(values[1]):
+        limit = "" if math.isinf(highest) else f" up to {highest:g}"
+        raise UsageError(f"{name} is a pair of positive numbers{limit}, the smaller first, not {values}.")
+
+
 @final
 @dataclass(frozen=True)
 class Augment:
@@ -134,14 +145,3 @@ class DataConfig:
                 raise UsageError(f"{name} holds one number a channel, not {values}.")
         if self.std is not None and not min(self.std) > 0:
             raise UsageError(f"std holds positive numbers, not {self.std}.")
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
-
-
-def _range(name: str, values: tuple[float, float], highest: float) -> None:
-    if len(values) != 2 or not 0 < values[0] <= values[1] <= highest or math.isinf(values[1]):
-        limit = "" if math.isinf(highest) else f" up to {highest:g}"
-        raise UsageError(f"{name} is a pair of positive numbers{limit}, the smaller first, not {values}.")

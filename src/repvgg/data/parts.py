@@ -75,16 +75,16 @@ class FilesPart(IndexedPart):
     def __init__(self, root: Path, paths: Sequence[str], labels: Tensor, classes: tuple[str, ...]) -> None:
         self.classes = classes
         self.labels = labels
-        self._root = root
+        self.root = root
         self._paths = PackedStrings(paths)
 
     def where(self, index: int) -> str:
         """See :meth:`IndexedPart.where`."""
-        return str(self._root / self._paths[index])
+        return str(self.root / self._paths[index])
 
     def image(self, index: int) -> Image.Image | Bad:
         """See :meth:`IndexedPart.image`."""
-        path = self._root / self._paths[index]
+        path = self.root / self._paths[index]
         return decode(path, str(path))
 
 

@@ -68,3 +68,13 @@ def is_image_name(path: str) -> bool:
 def is_visible(name: str) -> bool:
     """Whether a folder is one that somebody made for a class."""
     return not name.startswith(".") and name not in _JUNK
+
+
+def passed_over(folder: Path) -> list[str]:
+    """Files in the class folders of ``folder`` that do not have the name of an image, but are not hidden either."""
+    found = []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name)):
+        for below, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            paths = (os.path.join(below, file) for file in sorted(files) if is_visible(file))
+            found += [path for path in paths if not is_image_name(path)]
+    return found
