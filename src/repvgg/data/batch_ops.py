@@ -88,9 +88,7 @@ def reflected(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def erase_squares(
-    x_NCHW: Tensor, chosen: Tensor, draws_M2: Tensor, fraction: float, fill: tuple[float, ...]
-) -> Tensor:
+def erase_squares(x_NCHW: Tensor, chosen: Tensor, draws_M2: Tensor, fraction: float, fill: tuple[float, ...]) -> Tensor:
     """Fill a square in the images at ``chosen`` (M,); its centre is any pixel, and what is beyond the border is lost.
 
     The side is ``round(fraction · height)`` pixels, at least 1.

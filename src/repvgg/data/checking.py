@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any, final
@@ -172,11 +171,10 @@ def check_data(
     try:
         for part_report, part in zip(report.parts, parts.values(), strict=True):
             _pass_over(report, part)
-            with closing(_look_at(part, channels, limit, config.workers)) as all_seen:
-                for seen in all_seen:
-                    counting.add(part_report, part, seen)
-                    if on_progress is not None:
-                        on_progress(counting.done, total)
+            for seen in _look_at(part, channels, limit, config.workers):
+                counting.add(part_report, part, seen)
+                if on_progress is not None:
+                    on_progress(counting.done, total)
     except KeyboardInterrupt:
         report.complete = False
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
 from repvgg.data.augment import AffineJitter
@@ -64,7 +64,7 @@ class Augment:
     randaugment_magnitude: int = 9
     erase: float = 0.0
     erase_size: float = 0.25
-    jitter: AffineJitter = AffineJitter()
+    jitter: AffineJitter = field(default_factory=AffineJitter)
 
     def __post_init__(self) -> None:
         _one_of("crop", self.crop, get_args(Crop))
@@ -120,7 +120,7 @@ class DataConfig:
     channels: Literal[1, 3] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    augment: Augment = Augment()
+    augment: Augment = field(default_factory=Augment)
     workers: int = 0
     on_bad: OnBad = "raise"
     cache: Cache = "auto"

@@ -104,9 +104,7 @@ def _policy(augment: Augment, interpolation: InterpolationMode) -> Any:
         case "autoaugment-cifar10":
             return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, interpolation=interpolation)
         case "randaugment":
-            return v2.RandAugment(
-                augment.randaugment_ops, augment.randaugment_magnitude, interpolation=interpolation
-            )
+            return v2.RandAugment(augment.randaugment_ops, augment.randaugment_magnitude, interpolation=interpolation)
         case "trivialaugment":
             return v2.TrivialAugmentWide(interpolation=interpolation)
         case _:
@@ -115,7 +113,8 @@ def _policy(augment: Augment, interpolation: InterpolationMode) -> Any:
 
 def pixels_of(image: Image.Image) -> Tensor:
     """Pixels (C, H, W) uint8 of an image."""
-    return TF.pil_to_tensor(image)
+    pixels_CHW: Tensor = TF.pil_to_tensor(image)
+    return pixels_CHW
 
 
 @final

@@ -180,5 +180,7 @@ def keep_raw(part: IndexedPart, channels: int, on_bad: str, workers: int, *, ins
     if kept is not None:
         return KeptPart(part, *kept)
     if insist:
-        raise UsageError("Images of several sizes cannot be kept in memory for random-resized crops: leave cache alone.")
+        raise UsageError(
+            "Images of several sizes cannot be kept in memory for random-resized crops: leave cache alone."
+        )
     return part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
@@ -39,6 +40,40 @@ class Request(NamedTuple):
     epoch: int
     start: int
     stop: int
+
+
+@final
+@dataclass(frozen=True)
+class Share:
+    """What a loader is asked for.
+
+    Attributes:
+        batch_size: images a batch of this process.
+        rank: this process, of those that train.
+        world_size: how many there are.
+
+    Raises:
+        UsageError: no image a batch, or no such rank.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"A batch has 1 image or more, not {self.batch_size}.")
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"Of {self.world_size} processes, rank {self.rank} is none.")
+
+    @property
+    def step(self) -> int:
+        """Images of one step over all processes."""
+        return self.batch_size * self.world_size
+
+    def __str__(self) -> str:
+        others = f" on each of {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.batch_size}{others}"
 
 
 class TrainLoader(ABC):
@@ -88,9 +123,7 @@ class TrainingImages(Dataset[Loaded]):
         on_bad: "raise", or "skip": the next good image in the order of the epoch takes the place of a bad one.
     """
 
-    def __init__(
-        self, base: BaseImages, labels: Tensor, ops: BatchOps, policy: PolicyOps | None, on_bad: str
-    ) -> None:
+    def __init__(self, base: BaseImages, labels: Tensor, ops: BatchOps, policy: PolicyOps | None, on_bad: str) -> None:
         self._base = base
         self._labels = labels
         self._ops = ops
@@ -197,15 +230,11 @@ class IndexedTrainLoader(TrainLoader):
     G is ``batch_size · world_size``, and rank r has the slice r of it.
     """
 
-    def __init__(
-        self, dataset: TrainingImages, batch_size: int, rank: int, world_size: int, workers: int, bad: BadImages
-    ) -> None:
-        check_share(batch_size, rank, world_size)
-        self._batches = len(dataset) // (batch_size * world_size)
+    def __init__(self, dataset: TrainingImages, share: Share, workers: int, bad: BadImages) -> None:
+        self._batches = len(dataset) // share.step
         if not self._batches:
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise UsageError(f"{len(dataset)} training images do not fill one batch of {batch_size}{processes}.")
-        self._requests = _TrainRequests(self._batches, batch_size, rank, world_size)
+            raise UsageError(f"{len(dataset)} training images do not fill one batch of {share}.")
+        self._requests = _TrainRequests(self._batches, share)
         self._loader = data_loader(dataset, workers, self._requests)
         self._bad = bad
 
@@ -234,34 +263,29 @@ class IndexedTrainLoader(TrainLoader):
 class _TrainRequests:
     """The requests of one epoch; a fresh list at every call of ``iter``."""
 
-    def __init__(self, batches: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, batches: int, share: Share) -> None:
         self.epoch = 0
         self.first = 0
         self._batches = batches
-        self._size = batch_size
-        self._stride = batch_size * world_size
-        self._offset = batch_size * rank
+        self._share = share
 
     def __len__(self) -> int:
         return self._batches
 
     def __iter__(self) -> Iterator[Request]:
-        starts = [batch * self._stride + self._offset for batch in range(self.first, self._batches)]
-        return iter([Request(self.epoch, start, start + self._size) for start in starts])
+        size, stride, offset = self._share.batch_size, self._share.step, self._share.batch_size * self._share.rank
+        starts = [batch * stride + offset for batch in range(self.first, self._batches)]
+        return iter([Request(self.epoch, start, start + size) for start in starts])
 
 
 @final
 class IndexedHeldOutLoader(HeldOutLoader):
     """See :class:`HeldOutLoader`: rank r has the images ``N·r // world_size`` … ``N·(r + 1) // world_size − 1``."""
 
-    def __init__(
-        self, dataset: HeldOutImages, batch_size: int, rank: int, world_size: int, workers: int, bad: BadImages
-    ) -> None:
-        check_share(batch_size, rank, world_size)
-        start, stop = (len(dataset) * (rank + end) // world_size for end in (0, 1))
-        self._requests = [
-            Request(0, first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)
-        ]
+    def __init__(self, dataset: HeldOutImages, share: Share, workers: int, bad: BadImages) -> None:
+        start, stop = (len(dataset) * (share.rank + end) // share.world_size for end in (0, 1))
+        size = share.batch_size
+        self._requests = [Request(0, first, min(first + size, stop)) for first in range(start, stop, size)]
         self._loader = data_loader(dataset, workers, self._requests)
         self._bad = bad
 
@@ -285,18 +309,6 @@ def batches_of(loaded: Iterator[Loaded], bad: BadImages) -> Iterator[Batch]:
                 raise DataError(failure)
             if len(labels):
                 yield images, labels
-
-
-def check_share(batch_size: int, rank: int, world_size: int) -> None:
-    """Check what a loader is asked for.
-
-    Raises:
-        UsageError: no batch, or no such rank.
-    """
-    if batch_size < 1:
-        raise UsageError(f"A batch has 1 image or more, not {batch_size}.")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"Of {world_size} processes, rank {rank} is none.")
 
 
 def check_skip(batches: int, of: int | None) -> None:

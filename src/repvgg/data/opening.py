@@ -16,6 +16,7 @@ from repvgg.data.loading import (
     HeldOutLoader,
     IndexedHeldOutLoader,
     IndexedTrainLoader,
+    Share,
     TrainingImages,
     TrainLoader,
 )
@@ -103,10 +104,10 @@ class OpenedData:
         Raises:
             UsageError: the images do not fill a batch, or there is no such rank.
         """
-        share = batch_size, rank, world_size, self._workers, self.bad
+        share = Share(batch_size, rank, world_size)
         if isinstance(self._train, TrainingImages):
-            return IndexedTrainLoader(self._train, *share)
-        return StreamTrainLoader(*self._train, *share)
+            return IndexedTrainLoader(self._train, share, self._workers, self.bad)
+        return StreamTrainLoader(*self._train, share, self._workers, self.bad)
 
     def held_out_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> HeldOutLoader:
         """Every image to judge by exactly once over all ranks, in order.
@@ -119,10 +120,11 @@ class OpenedData:
         Raises:
             UsageError: there is no such rank.
         """
+        share = Share(batch_size, rank, world_size)
         if isinstance(self._held_out, HeldOutImages):
             workers = 0 if self._held_out.in_memory else self._workers
-            return IndexedHeldOutLoader(self._held_out, batch_size, rank, world_size, workers, self.bad)
-        return StreamHeldOutLoader(*self._held_out, batch_size, rank, world_size, self._workers, self.bad)
+            return IndexedHeldOutLoader(self._held_out, share, workers, self.bad)
+        return StreamHeldOutLoader(*self._held_out, share, self._workers, self.bad)
 
     def held_out_images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Some of the images to judge by, prepared, and their labels.
@@ -149,7 +151,7 @@ class OpenedData:
     def _out_of_stream(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         assert not isinstance(self._held_out, HeldOutImages)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, (images, labels) in enumerate(StreamHeldOutLoader(*self._held_out, 1, 0, 1, 0, self.bad)):
+        for index, (images, labels) in enumerate(StreamHeldOutLoader(*self._held_out, Share(1), 0, self.bad)):
             if index > int(wanted.max()):
                 break
             found[index] = images[0], labels[0]

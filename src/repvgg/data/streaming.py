@@ -22,10 +22,10 @@ from repvgg.data.loading import (
     Batch,
     HeldOutLoader,
     Loaded,
+    Share,
     TrainLoader,
     advice,
     batches_of,
-    check_share,
     check_skip,
     failed,
 )
@@ -65,18 +65,14 @@ class StreamImages(IterableDataset[Loaded]):
     Attributes:
         part: the stream.
         todo: what is done to its images.
-        batch_size: images a batch.
-        rank: this process.
-        world_size: of so many.
+        share: images a batch, and which process of those that train this is.
         epoch: of the order and the augmentation, or None for the order in which examples are stored.
         skipped: batches of all loading processes that nobody wants: they are not decoded, where that is certain.
     """
 
     part: StreamPart
     todo: StreamOps
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
+    share: Share
     epoch: int | None = None
     skipped: int = 0
 
@@ -84,7 +80,7 @@ class StreamImages(IterableDataset[Loaded]):
         here = get_worker_info()
         worker, workers = (0, 1) if here is None else (here.id, here.num_workers)
         shuffle = None if self.epoch is None or self.todo.ops is None else (self.todo.ops.seed, self.epoch)
-        examples = self.part.examples(shuffle, self.rank * workers + worker, self.world_size * workers)
+        examples = self.part.examples(shuffle, self.share.rank * workers + worker, self.share.world_size * workers)
         unwanted = max(0, (self.skipped - worker + workers - 1) // workers)  # batch n of ours is n·workers + worker
         batch: list[tuple[Example, Tensor | None]] = []
         bad: list[Bad] = []
@@ -98,13 +94,13 @@ class StreamImages(IterableDataset[Loaded]):
                 continue
             assert isinstance(example, Example)
             batch.append((example, image))
-            if len(batch) == self.batch_size:
+            if len(batch) == self.share.batch_size:
                 yield self._loaded(batch, bad)
                 batch, bad, unwanted = [], [], max(0, unwanted - 1)
         if batch or bad:
             yield self._last(batch, bad)
 
-    def _image(self, example: Example | Bad, *, decoded: bool) -> Tensor | None | Bad | str:
+    def _image(self, example: Example | Bad, *, decoded: bool) -> Tensor | Bad | str | None:
         """Pixels, None if they are not wanted, what is wrong with them, or a sentence that ends it all."""
         image = example if isinstance(example, Bad) else self._pixels(example) if decoded else None
         if isinstance(image, Bad):
@@ -161,16 +157,13 @@ class StreamTrainLoader(TrainLoader):
     rank whose share runs dry starts over in another order. If not, it has what is there, and there is one rank only.
     """
 
-    def __init__(
-        self, part: StreamPart, todo: StreamOps, batch_size: int, rank: int, world_size: int, workers: int, bad: BadImages
-    ) -> None:
-        check_share(batch_size, rank, world_size)
-        if part.length is None and world_size > 1:
+    def __init__(self, part: StreamPart, todo: StreamOps, share: Share, workers: int, bad: BadImages) -> None:
+        if part.length is None and share.world_size > 1:
             raise UsageError("Several processes need to know how long the stream is: add ?length=N to its URI.")
-        self._batches = None if part.length is None else part.length // (batch_size * world_size)
+        self._batches = None if part.length is None else part.length // share.step
         if self._batches == 0:
-            raise UsageError(f"{part.length} training images do not fill one batch of {batch_size}.")
-        self._images = StreamImages(part, todo, batch_size, rank, world_size, epoch=0)
+            raise UsageError(f"{part.length} training images do not fill one batch of {share}.")
+        self._images = StreamImages(part, todo, share, epoch=0)
         self._workers = workers
         self._bad = bad
         self._first = 0
@@ -205,7 +198,7 @@ class StreamTrainLoader(TrainLoader):
             before = done, len(rest[1]) if rest else 0
             loader = data_loader(replace(images, epoch=images.epoch + passes * _PASS), self._workers)
             for batch in batches_of(iter(loader), self._bad):
-                full, rest = _filled(rest, batch, images.batch_size)
+                full, rest = _filled(rest, batch, images.share.batch_size)
                 if full is not None:
                     done += 1
                     if done > first:
@@ -223,12 +216,9 @@ class StreamTrainLoader(TrainLoader):
 class StreamHeldOutLoader(HeldOutLoader):
     """See :class:`HeldOutLoader`; in the order of the stream with at most one loading process."""
 
-    def __init__(
-        self, part: StreamPart, todo: StreamOps, batch_size: int, rank: int, world_size: int, workers: int, bad: BadImages
-    ) -> None:
-        check_share(batch_size, rank, world_size)
-        self._images = StreamImages(part, todo, batch_size, rank, world_size)
-        self._batches = None if part.length is None or world_size > 1 else -(-part.length // batch_size)
+    def __init__(self, part: StreamPart, todo: StreamOps, share: Share, workers: int, bad: BadImages) -> None:
+        self._images = StreamImages(part, todo, share)
+        self._batches = None if part.length is None or share.world_size > 1 else -(-part.length // share.batch_size)
         self._workers = workers
         self._bad = bad
 
@@ -240,7 +230,7 @@ class StreamHeldOutLoader(HeldOutLoader):
     def __iter__(self) -> Iterator[Batch]:
         rest: Batch | None = None
         for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad):
-            full, rest = _filled(rest, batch, self._images.batch_size)
+            full, rest = _filled(rest, batch, self._images.share.batch_size)
             if full is not None:
                 yield full
         if rest is not None:

@@ -64,9 +64,11 @@ def parse_uri(text: str) -> DataUri:
         raise UsageError(f"{text!r} is no data set: a URI starts with one of {known}, as in imagefolder:PATH.")
     if scheme == "imagefolder":  # a path may hold any sign
         return DataUri(text, scheme, rest)
-    rest, mark, query = rest.rpartition("?") if "?" in rest and _is_query(rest.rpartition("?")[2]) else (rest, "", "")
+    before, mark, query = rest.rpartition("?")
+    if not mark or not _is_query(query):
+        return DataUri(text, scheme, rest)
     pairs = (part.partition("=") for part in query.split("&") if part)
-    return DataUri(text, scheme, rest, {name: value for name, _, value in pairs})
+    return DataUri(text, scheme, before, {name: value for name, _, value in pairs})
 
 
 def _is_query(text: str) -> bool:

@@ -113,7 +113,7 @@ def _column(uri: DataUri, features: Any, role: str, fits: Any) -> str:
         if uri.options[role] not in features:
             raise DataError(f"{uri.text!r} has no column {uri.options[role]!r} but {', '.join(features)}.")
         return uri.options[role]
-    found = [name for name, feature in features.items() if fits(feature)]
+    found: list[str] = [name for name, feature in features.items() if fits(feature)]
     if len(found) == 1:
         return found[0]
     if role in (found or features):

@@ -112,7 +112,9 @@ def agree(source: Source, uri: str) -> None:
     if missing:
         raise DataError(f"{_names(missing)} of {uri!r} has no held-out images: add some, or take it out of training.")
     if extra:
-        raise DataError(f"{_names(extra)} of {uri!r} has held-out images but none to train: take them out, or add some.")
+        raise DataError(
+            f"{_names(extra)} of {uri!r} has held-out images but none to train: take them out, or add some."
+        )
     if train.classes != held_out.classes:
         raise DataError(f"The held-out part of {uri!r} has the same classes in another order.")
     _check_coverage(train, uri, "training")
