@@ -48,6 +48,7 @@ COMMAND_LINE = {
         "--threads",
         "MODEL",
     ],
+    "data": ["--help", "--json", "--limit", "--val", "--workers", "ACTION", "URI"],
 }
 
 

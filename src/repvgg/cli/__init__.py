@@ -59,6 +59,7 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.bench import bench
     from repvgg.cli.collapse import collapse
     from repvgg.cli.convert import convert
+    from repvgg.cli.data import data
     from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.verify import verify
@@ -70,6 +71,7 @@ def _verbs() -> dict[str, Verb]:
         "convert": convert,
         "verify": verify,
         "bench": bench,
+        "data": data,
     }
 
 

@@ -1,23 +1,55 @@
-"""Data sets as one kind of value, :class:`ImageSplit`, and what may be done to their images.
+"""Data: images by URI, what is drawn for them, and loaders that give the same batches however they are run.
 
-The transforms are loaded on first use: importing torchvision takes longer than all the rest.
+Configs come at once; sources, loaders and transforms are loaded on first use, since PIL and torchvision take longer
+to import than all the rest.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from repvgg.data.augment import AffineJitter
+from repvgg.data.config import Augment, DataConfig
 from repvgg.data.digits import digits
 from repvgg.data.images import ImagesInMemory, ImageSplit, LabelledImages
 
 if TYPE_CHECKING:
+    from repvgg.data.bad import BadImages
+    from repvgg.data.checking import CheckReport, check_data
+    from repvgg.data.loading import HeldOutLoader, TrainLoader
+    from repvgg.data.opening import OpenedData, open_data
     from repvgg.data.transforms import JitterEach
 
-__all__ = ["AffineJitter", "ImageSplit", "ImagesInMemory", "JitterEach", "LabelledImages", "digits"]
+_ON_FIRST_USE = {
+    "BadImages": "bad",
+    "CheckReport": "checking",
+    "HeldOutLoader": "loading",
+    "JitterEach": "transforms",
+    "OpenedData": "opening",
+    "TrainLoader": "loading",
+    "check_data": "checking",
+    "open_data": "opening",
+}
+
+__all__ = [
+    "AffineJitter",
+    "Augment",
+    "BadImages",
+    "CheckReport",
+    "DataConfig",
+    "HeldOutLoader",
+    "ImageSplit",
+    "ImagesInMemory",
+    "JitterEach",
+    "LabelledImages",
+    "OpenedData",
+    "TrainLoader",
+    "check_data",
+    "digits",
+    "open_data",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "JitterEach":
-        from repvgg.data.transforms import JitterEach
-
-        return JitterEach
+    if name in _ON_FIRST_USE:
+        return getattr(importlib.import_module(f"repvgg.data.{_ON_FIRST_USE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

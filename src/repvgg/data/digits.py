@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,21 +31,49 @@ def digits(size: int = 32) -> ImageSplit:
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (its test part), doi 10.24432/C50P49.
     """
+    scans = digit_pixels(size)
+    images = (scans.pixels - scans.mean) / scans.std
+    return ImageSplit(
+        name="digits",
+        train=ImagesInMemory(images[scans.train], scans.labels[scans.train]),
+        held_out=ImagesInMemory(images[scans.held_out], scans.labels[scans.held_out]),
+        classes=tuple("0123456789"),
+        mean=(scans.mean,),
+        std=(scans.std,),
+        input_shape=(1, size, size),
+    )
+
+
+@final
+@dataclass(frozen=True)
+class DigitPixels:
+    """The digits before they are normalized.
+
+    Attributes:
+        pixels: (1797, 1, H, W) float32 in [0, 1].
+        labels: (1797,) int64.
+        train: indices of the images to learn from.
+        held_out: indices of the images to judge by.
+        mean: of all pixels to learn from.
+        std: of all pixels to learn from.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    train: Tensor
+    held_out: Tensor
+    mean: float
+    std: float
+
+
+def digit_pixels(size: int) -> DigitPixels:
+    """The digits at ``size`` x ``size``, not normalized. See :func:`digits` for the split and the errors."""
     if size < 8:
         raise UsageError(f"The digits are scans of 8x8 pixels and are not made smaller: size {size} is below 8.")
     pixels, labels = _scans(size)
     train, held_out = _split(labels)
     mean, std = float(pixels[train].mean()), float(pixels[train].std(correction=0))
-    images = (pixels - mean) / std
-    return ImageSplit(
-        name="digits",
-        train=ImagesInMemory(images[train], labels[train]),
-        held_out=ImagesInMemory(images[held_out], labels[held_out]),
-        classes=tuple("0123456789"),
-        mean=(mean,),
-        std=(std,),
-        input_shape=(1, size, size),
-    )
+    return DigitPixels(pixels, labels, train, held_out, mean, std)
 
 
 def _scans(size: int) -> tuple[Tensor, Tensor]:

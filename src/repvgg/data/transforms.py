@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from repvgg.data.affine import jitter_matrices, sample_affine
 from repvgg.data.augment import AffineJitter
 
 
@@ -35,16 +34,8 @@ class JitterEach(v2.Transform):  # type: ignore[misc]  # torchvision carries no 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw one matrix (2, 3) an image: from output to input coordinates, both in [−1, 1]."""
         n, _, height, width = flat_inputs[0].shape
-        draw_4N = torch.rand(4, n) * 2 - 1
-        angle = draw_4N[0] * math.radians(self.jitter.degrees)
-        zoom = 1 / (1 + draw_4N[1] * self.jitter.scale)
-        cos, sin = angle.cos() * zoom, angle.sin() * zoom
-        turn_N22 = torch.stack((cos, sin * height / width, -sin * width / height, cos), 1).reshape(n, 2, 2)
-        shift_N21 = draw_4N[2:].T.unsqueeze(2) * (2 * self.jitter.translate)
-        return {"matrix_N23": torch.cat((turn_N22, -turn_N22 @ shift_N21), 2)}
+        return {"matrix_N23": jitter_matrices(torch.rand(4, n) * 2 - 1, self.jitter, height, width)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         """Sample the batch ``inpt`` (N, C, H, W) at the drawn matrices."""
-        fill = torch.tensor(self.fill, dtype=inpt.dtype, device=inpt.device).reshape(1, -1, 1, 1)
-        grid_NHW2 = F.affine_grid(params["matrix_N23"].to(inpt), list(inpt.shape), align_corners=False)
-        return F.grid_sample(inpt - fill, grid_NHW2, align_corners=False) + fill
+        return sample_affine(inpt, params["matrix_N23"], self.fill)

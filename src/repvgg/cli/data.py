@@ -1,0 +1,126 @@
+"""``repvgg data``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from repvgg.data import CheckReport
+
+_SHOWN = 20  # paths of each kind; --json has them all
+_INTERRUPTED = 130
+
+
+def data(
+    action: Annotated[Literal["check"], tyro.conf.Positional, tyro.conf.arg(metavar="ACTION")],
+    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")],
+    val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
+    workers: int = 0,
+    limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="IMAGES")] = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Read every image of a data set and say what is wrong; exit code 1 if anything is bad.
+
+    Counts classes, sizes and modes, lists images that cannot be used, and finds those that are held out and trained on
+    alike. URIs: imagefolder:PATH, torchvision:NAME:PATH, hf:NAME, webdataset:PATTERN, digits:, fake:. Ctrl-C stops
+    early and keeps what was counted.
+
+        repvgg data check imagefolder:photos --workers 4
+        repvgg data check torchvision:CIFAR10:data --json
+
+    Args:
+        action: check.
+        uri: the data set.
+        val: the images to judge by, where the URI holds one part only.
+        workers: processes that read; 0: this one reads.
+        limit: images to read of each part; without it all.
+        as_json: print JSON, with every path.
+    """
+    from repvgg.cli.terminal import write_json
+    from repvgg.data import DataConfig, check_data
+
+    with _progress() as on_progress:
+        report = check_data(DataConfig(uri=uri, val=val, workers=workers), limit=limit, on_progress=on_progress)
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        _print(report)
+    if not report.usable:
+        return 1
+    return 0 if report.complete else _INTERRUPTED
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None] | None]:
+    """A bar on a terminal, beside standard output; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("images", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print(report: CheckReport) -> None:
+    from repvgg.cli.terminal import write_line
+
+    _print_parts(report)
+    for note in report.notes:
+        write_line(f"note: {note}")
+    if report.disagreement is not None:
+        write_line(f"bad: {report.disagreement}")
+    kinds = Counter(bad.kind for bad in report.bad)
+    for kind in kinds:
+        _print_list(f"bad, {kind}", [f"{bad.where}: {bad.why}" for bad in report.bad if bad.kind == kind])
+    for remark, places in report.remarks.items():
+        _print_list(remark, places)
+    _print_list("trained on and held out alike", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
+    _print_list("the same image in two classes", [f"{one} = {other}" for one, other in report.conflicts])
+    read = sum(part.images for part in report.parts)
+    if not report.complete:
+        write_line(f"interrupted after {read} of {report.total or 'unknown'} images")
+    write_line(f"{read} images read, {len(report.bad)} bad")
+
+
+def _print_parts(report: CheckReport) -> None:
+    """A table of classes, and one of sizes and modes."""
+    from repvgg.cli.terminal import write_line, write_table
+
+    train, held_out = report.parts
+    names = sorted({*train.classes, *held_out.classes}, key=_in_order)
+    rows = [(name, f"{train.classes[name]}", f"{held_out.classes[name]}") for name in names]
+    write_table([("class", train.name, held_out.name), *rows, ("all", f"{train.images}", f"{held_out.images}")])
+    for part in report.parts:
+        spread = part.spread()
+        if spread:
+            smallest, median, largest = (f"{width} x {height}" for width, height in spread)
+            modes = ", ".join(f"{count} {mode}" for mode, count in part.modes.most_common())
+            write_line(f"{part.name}: smallest {smallest}, median {median}, largest {largest} pixels; {modes}")
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Classes that are numbers as numbers, others by their names."""
+    return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def _print_list(what: str, places: list[str]) -> None:
+    """The number and the first few; nothing if there are none."""
+    from repvgg.cli.terminal import write_line
+
+    if not places:
+        return
+    write_line(f"{what}: {len(places)}")
+    for place in places[:_SHOWN]:
+        write_line(f"  {place}")
+    if len(places) > _SHOWN:
+        write_line(f"  and {len(places) - _SHOWN} more")
