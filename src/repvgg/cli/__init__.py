@@ -60,8 +60,10 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.collapse import collapse
     from repvgg.cli.convert import convert
     from repvgg.cli.data import data
+    from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
+    from repvgg.cli.train import train
     from repvgg.cli.verify import verify
 
     return {
@@ -72,6 +74,8 @@ def _verbs() -> dict[str, Verb]:
         "verify": verify,
         "bench": bench,
         "data": data,
+        "train": train,
+        "eval": eval_,
     }
 
 
@@ -100,7 +104,7 @@ def _call(name: str, verb: Verb, arguments: list[str]) -> int:
     try:
         with _single_blank_lines("-h" in arguments or "--help" in arguments):
             code: int | None = tyro.cli(
-                verb, prog=f"repvgg {name}", description=_description(verb), args=arguments, config=marks
+                verb, prog=f"repvgg {name}", description=description(verb), args=arguments, config=marks
             )
     except SystemExit as end:  # after --help, or after telling what cannot be parsed
         return end.code if isinstance(end.code, int) else 0
@@ -119,7 +123,7 @@ def _overview(verbs: dict[str, Verb]) -> str:
     return "\n".join(["usage: repvgg VERB [options]", "", _ABOUT, "", *lines, "", last, ""])
 
 
-def _description(verb: Verb) -> str:
+def description(verb: Verb) -> str:
     """What the help of a verb says on top, indented: tyro joins lines that are not."""
     wrapped = [
         textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _width() - 2), "  ")

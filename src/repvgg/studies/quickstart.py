@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repvgg import collapse, measure, models
-from repvgg.data import ImageSplit, digits
+from repvgg.data import OpenedData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
 from repvgg.files import write_text
@@ -85,7 +85,7 @@ def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, cons
     console = console or Console()
     target = _free(FOLDER) if out is None else out
     with _whole_folder(target, overwrite) as folder:
-        data = digits()
+        data = open_data(quickstart(seed).data, seed=seed)
         trained, result = _train(data, seed, console)
         forms = _collapse(trained, console)
         judged = _verify(forms, data, console)
@@ -144,8 +144,8 @@ def _exchange(folder: Path, target: Path) -> None:
     shutil.rmtree(before)
 
 
-def _train(data: ImageSplit, seed: int, console: Console) -> tuple[models.RepVGG, FitResult]:
-    console.print(f"[bold]Train[/] {MODEL} on {len(data.train)} digits, judge by {len(data.held_out)} others")
+def _train(data: OpenedData, seed: int, console: Console) -> tuple[models.RepVGG, FitResult]:
+    console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, judge by {data.num_held_out} others")
     with seeded("model", seed):
         model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
     result = fit(model, data, quickstart(seed), console=console)
@@ -176,13 +176,13 @@ def _branches(region: collapse.Folded) -> list[str]:
     return branches
 
 
-def _held_out(data: ImageSplit) -> tuple[str, list[Tensor]]:
+def _held_out(data: OpenedData) -> tuple[str, list[Tensor]]:
     """The held-out images, in batches, and what to call them."""
-    loader = torch.utils.data.DataLoader(data.held_out, _BATCH, generator=torch.Generator())
-    return f"{len(data.held_out)} held-out images", [images for images, _ in loader]
+    batches = [data.prepare(images) for images, _ in data.held_out_batches(_BATCH)]
+    return f"{data.num_held_out} held-out images", batches
 
 
-def _verify(forms: _Forms, data: ImageSplit, console: Console) -> list[_Judged]:
+def _verify(forms: _Forms, data: OpenedData, console: Console) -> list[_Judged]:
     console.print("[bold]Verify[/] against the trained model in float64")
     channels, height, width = data.input_shape
     border = "random images that make borders count", border_inputs((16, channels, height, width), batches=3)
@@ -213,20 +213,20 @@ def _judge(
     return _Judged(subject, inputs, evidence)
 
 
-def _save(folder: Path, forms: _Forms, data: ImageSplit, result: FitResult) -> None:
+def _save(folder: Path, forms: _Forms, data: OpenedData, result: FitResult) -> None:
     about = {
         "input_size": data.input_shape[1],
         "mean": data.mean,
         "std": data.std,
         "classes": data.classes,
-        "recipe": {"name": "quickstart", "data": data.name, **asdict(result.config)},
+        "recipe": asdict(result.config),
         "metrics": {"held_out_accuracy": result.accuracy},
     }
     models.save(folder / TRAIN_FILE, forms.train, models.describe_model(forms.train, "train", **about))
     models.save(folder / PLAIN_FILE, forms.plain, models.describe_model(forms.plain, "plain", **about))
 
 
-def _export(folder: Path, forms: _Forms, data: ImageSplit, console: Console) -> OnnxRunner:
+def _export(folder: Path, forms: _Forms, data: OpenedData, console: Console) -> OnnxRunner:
     console.print("[bold]Export[/] the plain form to ONNX")
     exported = export_onnx(forms.plain, folder / ONNX_FILE, data.input_shape)
     if exported.plain_violations():
@@ -236,9 +236,9 @@ def _export(folder: Path, forms: _Forms, data: ImageSplit, console: Console) -> 
     return OnnxRunner(folder / ONNX_FILE, threads=torch.get_num_threads())
 
 
-def _time(forms: _Forms, onnx: OnnxRunner, data: ImageSplit, console: Console) -> list[page.Timing]:
+def _time(forms: _Forms, onnx: OnnxRunner, data: OpenedData, console: Console) -> list[page.Timing]:
     console.print(f"[bold]Time[/] the forms side by side, batches of {_BATCH}")
-    images = torch.stack([data.held_out[index][0] for index in range(_BATCH)])
+    images, _ = data.held_out_images(range(_BATCH))
     roles: dict[str, tuple[page.Role, Callable[[Tensor], object]]] = {
         "Train form": ("train", forms.train),
         "Batch norms folded": ("folded", forms.folded),
@@ -262,7 +262,7 @@ def _report(
     target: Path,
     folder: Path,
     seed: int,
-    data: ImageSplit,
+    data: OpenedData,
     result: FitResult,
     forms: _Forms,
     judged: list[_Judged],
@@ -275,7 +275,7 @@ def _report(
         command=f"repvgg quickstart --seed {seed}",
         seed=seed,
         model=_model(forms, data),
-        data=page.Data(data.name, len(data.train), len(data.held_out), data.classes),
+        data=page.Data(data.uri, data.num_train or 0, data.num_held_out or 0, data.classes),
         training=page.Training(len(history), result.seconds, history, result.accuracy, confusion),
         regions=_regions(forms, judged[0].evidence),
         left=tuple(page.Left(row.name, row.reason) for row in (*forms.report.left, *forms.report.dropped)),
@@ -288,7 +288,7 @@ def _report(
     )
 
 
-def _model(forms: _Forms, data: ImageSplit) -> page.Model:
+def _model(forms: _Forms, data: OpenedData) -> page.Model:
     shape = (1, *data.input_shape)
     train, plain = measure.count(forms.train, shape), measure.count(forms.plain, shape)
     return page.Model(
@@ -347,10 +347,10 @@ def _judgement(judged: _Judged) -> page.Judgement:
     )
 
 
-def _samples(forms: _Forms, data: ImageSplit) -> tuple[page.Sample, ...]:
+def _samples(forms: _Forms, data: OpenedData) -> tuple[page.Sample, ...]:
     """All digits that the plain form reads wrongly, filled up with others."""
-    images = torch.stack([data.held_out[index][0] for index in range(len(data.held_out))])
-    labels = [int(data.held_out[index][1]) for index in range(len(data.held_out))]
+    images, truth = data.held_out_images(range(data.num_held_out or 0))
+    labels = truth.tolist()
     with torch.inference_mode():
         confidence, predicted = forms.plain(images).softmax(1).max(1)
     order = sorted(range(len(labels)), key=lambda i: (int(predicted[i]) == labels[i], i))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
@@ -75,14 +76,17 @@ def evaluate(
     Args:
         model: what is judged.
         batches: images (n, C, H, W) and labels (n,), as ``OpenedData.held_out_batches`` gives them.
-        prepare: from those images to what the model takes, on its device (``OpenedData.prepare``).
+        prepare: from those images to what the model takes (``OpenedData.prepare``); a copy of it is run on the device
+            of the model.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+    device = device_of(model)
+    prepare = copy.deepcopy(prepare).to(device) if isinstance(prepare, nn.Module) else prepare
     logits, labels = [], []
     with eval_mode(model), torch.no_grad():
         for images, label_N in batches:
-            x_NCHW = images.to(device_of(model))
+            x_NCHW = images.to(device)
             logits.append(model(x_NCHW if prepare is None else prepare(x_NCHW)).float().cpu())
             labels.append(label_N.cpu())
     logits_NK, labels_N = torch.cat(logits), torch.cat(labels)

@@ -106,8 +106,20 @@ def fit(
         stack.enter_context(synchronized(model, config.sync_bn))
         history = _train(model, data, config, plan, layout, folder, resume, progress, console, on_epoch)
         seconds = time.perf_counter() - start
-    held_out = evaluate(model, data.held_out_batches(HELD_OUT_BATCH), data.prepare)
-    return FitResult(config, plan, tuple(history.records), held_out, seconds)
+    return FitResult(config, plan, tuple(history.records), judged(model, data, config), seconds)
+
+
+def judged(model: nn.Module, data: OpenedData, config: TrainConfig) -> Evaluation:
+    """``model`` on all held-out images, on the device of the run; it comes back to the CPU."""
+    device = "cpu" if _on_cpu(config) else torch.accelerator.current_accelerator()
+    try:
+        return evaluate(model.to(device), data.held_out_batches(HELD_OUT_BATCH), data.prepare)
+    finally:
+        model.cpu()
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    return config.accelerator == "cpu" or not torch.accelerator.is_available()
 
 
 def _train(
@@ -159,7 +171,7 @@ def _trainer(
     batches: int,
 ) -> L.Trainer:
     several = layout.world_size > 1
-    on_cpu = config.accelerator == "cpu" or not torch.accelerator.is_available()
+    on_cpu = _on_cpu(config)
     return L.Trainer(
         max_epochs=config.epochs,
         accelerator=config.accelerator,

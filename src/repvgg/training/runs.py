@@ -25,8 +25,8 @@ from repvgg.training.config import TrainConfig
 from repvgg.training.config_file import differences, read_config, write_config
 from repvgg.training.curve import CSV, PICTURE, draw_curve, write_log
 from repvgg.training.decay import describe_groups
-from repvgg.training.evaluation import Evaluation, evaluate
-from repvgg.training.fitting import HELD_OUT_BATCH, FitResult, fit
+from repvgg.training.evaluation import Evaluation
+from repvgg.training.fitting import FitResult, fit, judged
 from repvgg.training.optim import optimizer_groups
 from repvgg.training.plan import Layout, layout_of, plan_batches
 from repvgg.training.saving import LAST
@@ -198,7 +198,7 @@ def _finish(
         assert isinstance(plain, models.RepVGG)
         batches = [data.prepare(images) for images, _ in _first(data.held_out_batches(64), _JUDGED)]
         evidence = verify(model, plain, batches).raise_if_failed()
-        plain_result = evaluate(plain, data.held_out_batches(HELD_OUT_BATCH), data.prepare)
+        plain_result = judged(plain, data, config)
         metrics = {"held_out_accuracy": plain_result.accuracy, "held_out_top5": plain_result.top(5)}
         models.save(folder / PLAIN_FILE, plain, describe(config, data, plain, metrics, "plain"), overwrite=True)
         console.print(
