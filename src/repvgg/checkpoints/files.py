@@ -25,7 +25,6 @@ _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
-
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The tensors of a file by name, and what it says about itself, if it does.

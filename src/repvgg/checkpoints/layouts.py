@@ -1,8 +1,8 @@
 """The names that libraries give to the parts of a RepVGG: data, read in both directions.
 
-A name is where a block stands, what of the block it is, and a leaf such as ``weight``. Each layout is a table of pairs
-(ours, theirs) of the first two; ``{i}`` and ``{j}`` count stages and blocks from 0, ``{i+1}`` counts from 1. Tensors are
-never reshaped on the way: a pair renames, in the train form and in the plain form alike.
+A name is where a block stands, what of the block it is, and a leaf such as ``weight``. Each layout is a table of
+pairs (ours, theirs) of the first two; ``{i}`` and ``{j}`` count stages and blocks from 0, ``{i+1}`` counts from 1.
+Tensors are never reshaped on the way: a pair renames, in the train form and in the plain form alike.
 
 Sources: the repository of the paper's authors (``repvgg.py``, ``repvggplus.py``), timm's ``byobnet.py``, mmpretrain's
 ``backbones/repvgg.py``.

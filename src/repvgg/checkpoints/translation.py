@@ -34,6 +34,7 @@ class Account:
         dropped: the reason for each entry that was not, by its name in the file.
         filled: names here that the file lacks and that inference does not need (training steps seen by a batch norm).
         notes: what else had to be decided.
+        header: whether the file says of itself what it is.
     """
 
     layout: str
@@ -43,6 +44,7 @@ class Account:
     dropped: dict[str, str] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    header: bool = False
 
 
 @dataclass(frozen=True)

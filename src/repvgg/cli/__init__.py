@@ -56,6 +56,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _verbs() -> dict[str, Verb]:
+    from repvgg.cli import checkpoint
     from repvgg.cli.bench import bench
     from repvgg.cli.collapse import collapse
     from repvgg.cli.convert import convert
@@ -70,25 +71,35 @@ def _verbs() -> dict[str, Verb]:
         "convert": convert,
         "verify": verify,
         "bench": bench,
+        "checkpoint inspect": checkpoint.inspect,
+        "checkpoint convert": checkpoint.convert,
     }
 
 
 def _run(arguments: list[str]) -> int:
     verbs = _verbs()
     first = arguments[0] if arguments else "--help"
-    if first in verbs:
-        return _call(first, verbs[first], arguments[1:])
+    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in verbs else first
+    group = {verb: run for verb, run in verbs.items() if verb.startswith(f"{first} ")}
+    if name in verbs:
+        return _call(name, verbs[name], arguments[len(name.split()) :])
     if first in ("-h", "--help"):
         sys.stdout.write(_overview(verbs))
+    elif group and arguments[1:2] in ([], ["-h"], ["--help"]):
+        sys.stdout.write(_overview(group))
     elif first == "--version":
         from repvgg import __version__
 
         sys.stdout.write(f"repvgg {__version__}\n")
     else:
-        close = difflib.get_close_matches(first, verbs, n=1)
-        known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}."
-        raise UsageError(f"There is no verb {first!r}: {known}")
+        raise _unknown(" ".join(arguments[:2]) if group else first, list(group or verbs))
     return 0
+
+
+def _unknown(name: str, verbs: list[str]) -> UsageError:
+    close = difflib.get_close_matches(name, verbs, n=1)
+    known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}."
+    return UsageError(f"There is no verb {name!r}: {known}")
 
 
 def _call(name: str, verb: Verb, arguments: list[str]) -> int:

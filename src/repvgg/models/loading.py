@@ -103,9 +103,9 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
     """Rebuild the model in a checkpoint, in eval mode.
 
     Files of this library, of the paper's authors (RepVGGplus, too), of timm and of mmpretrain are read alike, in the
-    train form and in the plain form: whose names they have is seen from the names, the row of the table from the shapes.
-    A header says more, and must fit. Prefixes and dictionaries that training scripts put around weights are taken off;
-    of two copies the averaged one is taken. Every tensor is used, or the account names the reason why not.
+    train form and in the plain form: the names tell whose they are, the shapes tell the row of the table. A header says
+    more, and must fit. Prefixes and dictionaries that training scripts put around weights are taken off; of two copies
+    the averaged one is taken. Every tensor is used, or the account names the reason why not.
 
     Args:
         path: a safetensors file, or a torch file of tensors, which is read as data.
@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
             f"{str(path)!r} is in the plain form, whose branches are gone: load it as it is, then repvgg.expand gives "
             "it new ones."
         )
-    return _collapsed(loaded) if plain and metadata.form == "train" else loaded
+    return collapsed(loaded) if plain and metadata.form == "train" else loaded
 
 
 def _loaded(checkpoint: Checkpoint) -> Loaded:
@@ -155,7 +155,7 @@ def _loaded(checkpoint: Checkpoint) -> Loaded:
         row = f"{metadata.model} in the {metadata.form} form"
         raise CheckpointError(f"{str(checkpoint.path)!r} {says} {row}, but {problem}.")
     model.load_state_dict(tensors, assign=True)
-    return Loaded(model.eval(), metadata, replace(account, filled=filled))
+    return Loaded(model.eval(), metadata, replace(account, filled=filled, header=checkpoint.metadata is not None))
 
 
 def translated(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Naming]:
@@ -201,8 +201,12 @@ def _spec_of(metadata: Metadata, checkpoint: Checkpoint) -> ModelSpec:
     return spec
 
 
-def _collapsed(loaded: Loaded) -> Loaded:
-    """The same model in the plain form, proven equal."""
+def collapsed(loaded: Loaded) -> Loaded:
+    """The same model in the plain form, proven equal.
+
+    Raises:
+        EquivalenceError: it is not.
+    """
     from repvgg.collapse import reparameterize
 
     plain, report = reparameterize(loaded.model)

@@ -182,6 +182,6 @@ class _Found:
             raise CheckpointError("no RepVGG: not all of its blocks have the same gate")
         if self.gate is None:
             raise CheckpointError(
-                "a model of which nothing tells whether its gates stand before or behind the ReLU: save it with a header"
+                "a model whose gates stand before the ReLU or behind it, which nothing tells: save it with a header"
             )
         return SqueezeExciteSpec(self.gate, reduction)
