@@ -20,7 +20,7 @@ GatePlace: TypeAlias = Literal["before_relu", "after_relu"]
 
 _LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 _COUNTER = re.compile(r"\{([ij])(\+1)?\}")
-_NUMBER = r"(?:0|[1-9]\d{0,4})"
+_NUMBER = r"(?:0|[1-9][0-9]{0,4})"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Layout:
         parts: what is in a block.
         others: what is beside the blocks.
         gate: where the squeeze-excite of a block stands under these names; None if they do not tell.
+        halves: indices of stages that are the second half of one, and so begin with stride 1.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layout:
     parts: tuple[Pair, ...]
     others: tuple[Pair, ...]
     gate: GatePlace | None
+    halves: tuple[int, ...] = ()
 
     def ours(self, name: str) -> str | None:
         """What this library calls the tensor that is ``name`` here; None if that is no name of this layout."""
@@ -155,6 +157,7 @@ UPSTREAM_PLUS = Layout(
         ),
     ),
     gate="after_relu",
+    halves=(3,),
 )
 TIMM = Layout(
     "timm",

@@ -92,14 +92,16 @@ def _run(arguments: list[str]) -> int:
 
         sys.stdout.write(f"repvgg {__version__}\n")
     else:
-        raise _unknown(" ".join(arguments[:2]) if group else first, list(group or verbs))
+        raise _unknown(arguments[:2] if group else [first], list(group or verbs))
     return 0
 
 
-def _unknown(name: str, verbs: list[str]) -> UsageError:
-    close = difflib.get_close_matches(name, verbs, n=1)
-    known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}."
-    return UsageError(f"There is no verb {name!r}: {known}")
+def _unknown(words: list[str], verbs: list[str]) -> UsageError:
+    """The last of the words is wrong."""
+    last = {verb.split()[len(words) - 1]: verb for verb in reversed(verbs)}
+    close = difflib.get_close_matches(words[-1], last, n=1)
+    known = f"did you mean {' '.join((*words[:-1], close[0]))!r}?" if close else f"there are {', '.join(verbs)}."
+    return UsageError(f"There is no verb {' '.join(words)!r}: {known}")
 
 
 def _call(name: str, verb: Verb, arguments: list[str]) -> int:

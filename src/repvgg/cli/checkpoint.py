@@ -66,7 +66,7 @@ def convert(
     then written. A safetensors file gets a header under any names; a torch file under other names is a bare state dict.
 
         repvgg checkpoint convert RepVGG-A0-train.pth a0.safetensors
-        repvgg checkpoint convert a0.safetensors a0-timm.pth --to timm --form plain
+        repvgg checkpoint convert a0.safetensors a0.pth --to timm --form plain
 
     Args:
         file: safetensors, a torch file, or hub:OWNER/NAME for a repository of the Hugging Face hub.

@@ -144,8 +144,7 @@ def _loaded(checkpoint: Checkpoint) -> Loaded:
     else:
         metadata, spec, account = _recognized(checkpoint, tensors, account, naming)
         says = "looks like" if naming.layout.name == "repvgg" else f"looks like, by the names of {naming.layout.name},"
-    with torch.device("meta"):
-        model = create_model(spec, metadata.num_classes, metadata.in_channels, metadata.form == "plain")
+    model = _without_values(spec, metadata, checkpoint)
     wanted = _shapes(model.state_dict())
     filled = tuple(name for name in wanted if name.endswith(COUNTER) and name not in tensors)
     tensors |= {name: torch.zeros((), dtype=torch.int64) for name in filled}
@@ -156,6 +155,15 @@ def _loaded(checkpoint: Checkpoint) -> Loaded:
         raise CheckpointError(f"{str(checkpoint.path)!r} {says} {row}, but {problem}.")
     model.load_state_dict(tensors, assign=True)
     return Loaded(model.eval(), metadata, replace(account, filled=filled, header=checkpoint.metadata is not None))
+
+
+def _without_values(spec: ModelSpec, metadata: Metadata, checkpoint: Checkpoint) -> RepVGG:
+    """The model that a file should be of."""
+    try:
+        with torch.device("meta"):
+            return create_model(spec, metadata.num_classes, metadata.in_channels, metadata.form == "plain")
+    except (ValueError, RuntimeError) as error:  # groups that do not divide the channels, for one
+        raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that cannot be built: {error}.") from error
 
 
 def translated(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Naming]:
@@ -178,7 +186,7 @@ def _recognized(
 ) -> tuple[Metadata, ModelSpec, Account]:
     """What the names and shapes tell where no header does."""
     try:
-        found = read_structure(_shapes(tensors), naming.layout.gate)
+        found = read_structure(_shapes(tensors), naming.layout.gate, naming.layout.halves)
     except CheckpointError as error:
         raise CheckpointError(f"{str(checkpoint.path)!r} holds {error}.") from error
     about = _described(found.spec, found.form, found.num_classes, found.in_channels)

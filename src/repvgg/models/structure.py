@@ -8,7 +8,7 @@ table that fits brings its own; a model that is no row gets the family's stride 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage
 
 Shape: TypeAlias = tuple[int, ...]
 CUSTOM = "custom"
-_KERNEL = re.compile(r"(?:stem|stages\.(\d+)\.(\d+))\.conv(\.dense\.conv)?\.weight")
+_KERNEL = re.compile(r"(?:stem|stages\.([0-9]+)\.([0-9]+))\.conv(\.dense\.conv)?\.weight")
 _AUXILIARY = re.compile(r"auxiliary\.stage(\d+)\..+")
 
 
@@ -44,12 +44,15 @@ class _Block:
     hidden: int | None  # of its gate
 
 
-def read_structure(shapes: Mapping[str, Shape], gate: GatePlace | None) -> Structure:
+def read_structure(
+    shapes: Mapping[str, Shape], gate: GatePlace | None = None, halves: Collection[int] = ()
+) -> Structure:
     """Find the model whose tensors have these shapes.
 
     Args:
         shapes: by our names; names that belong to no part of a model are passed over.
         gate: where gates stand, if the names in the file told.
+        halves: stages that begin with stride 1, as far as the names told.
 
     Raises:
         CheckpointError: there is no such model; the text goes on after "PATH holds".
@@ -58,7 +61,7 @@ def read_structure(shapes: Mapping[str, Shape], gate: GatePlace | None) -> Struc
     head = shapes.get("head.weight", ())
     if len(head) != 2 or not all(head):
         raise CheckpointError("no RepVGG: its classifier is missing, or no matrix")
-    found = _Found(form, stem, stages, _auxiliary(shapes), gate)
+    found = _Found(form, stem, stages, _auxiliary(shapes), gate, halves)
     row = next((row for row in SPECS.values() if found.fits(row)), None)
     if row is not None:
         return Structure(row, form, head[0], stem.inputs)
@@ -103,13 +106,14 @@ class _Found:
         stages: Sequence[Sequence[_Block]],
         auxiliary: tuple[int, ...],
         gate: GatePlace | None,
+        halves: Collection[int],
     ) -> None:
         self.plain, self.auxiliary, self.gate = form == "plain", auxiliary, gate
         self.stem, self.stages = stem, stages
         self.blocks = [stem, *(block for stage in stages for block in stage)]
         self.widths = [self._width(stage) for stage in stages]
         self.groups = self._groups()
-        self.strides = [self._stride(index) for index in range(len(stages))]
+        self.strides = [1 if index in halves else self._stride(index) for index in range(len(stages))]
 
     def fits(self, row: ModelSpec) -> bool:
         """Whether the blocks may be those of a row; what shapes do not tell is taken to be so."""
