@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
 import warnings
 import zipfile
 from argparse import Namespace
@@ -23,6 +24,7 @@ from repvgg.files import whole_or_nothing
 
 _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_FOREIGN_CLASS = ("GLOBAL ", "Can only create new object", "Can only build")  # what torch's reader says of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,13 +220,22 @@ def _torch_content(file: Path, start: bytes) -> Any:
             warnings.simplefilter("ignore")  # about archives that are refused in any case
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if any(sign in str(error) for sign in _FOREIGN_CLASS) or _calls(file):
             reason = "would run code when it is read; save its state_dict alone, as safetensors"
         else:
-            reason = "is not a checkpoint"
+            reason = "is not a checkpoint, or is damaged"
         raise CheckpointError(f"{str(file)!r} {reason}.") from error
     except Exception as error:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {_first_line(error)}.") from error
+
+
+def _calls(file: Path) -> bool:
+    """Whether a file that is one pickle names a class or a function; its instructions are listed, not followed."""
+    try:
+        with file.open("rb") as stream:
+            return any(code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(stream))
+    except Exception:  # no pickle, or a damaged one
+        return False
 
 
 def _refuse_packed(file: Path) -> None:

@@ -29,7 +29,6 @@ def model_card(model: RepVGG, about: Metadata, repository: str, licence: str | N
         library_name="repvgg",
         pipeline_tag="image-classification",
         tags=["repvgg", "structural-re-parameterization", f"{about.form}-form"],
-        model_name=about.model,
         metrics=sorted(about.metrics) or None,
         base_model=about.source.partition("@")[0] or None,
     )
