@@ -1,8 +1,10 @@
 """The hub without a network: its cache is laid out on the disk as huggingface_hub lays it out, and its code runs."""
 
+import inspect
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -216,8 +218,6 @@ class FakeHub:
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         if self.failure:
             raise self.failure
-        from pathlib import Path
-
         files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         self.calls.append((repo_id, sorted(files), commit_message))
         cached(self.cache, repo_id, SHA, lambda path: path.write_bytes(files["model.safetensors"]))
@@ -305,6 +305,13 @@ def test_pushes_that_are_refused(fake):
     fake.failure = OSError("403 Forbidden: no write access\nmore")
     with pytest.raises(OutputError, match=r"^me/digits could not be pushed to: 403 Forbidden: no write access\.$"):
         push_to_hub(model, "me/digits")
+
+
+def test_the_real_client_takes_these_calls():
+    """The fake above has the signatures of huggingface_hub's own."""
+    api = hub._api(None)
+    inspect.signature(api.create_repo).bind("me/digits", private=True, exist_ok=True)
+    inspect.signature(api.upload_folder).bind(repo_id="me/digits", folder_path=".", commit_message="text")
 
 
 def test_local_folders_and_files(tmp_path, offline):
