@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from repvgg.algebra import ConvMap
     from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
     from repvgg.expansion import ExpandReport, expand, insert_bn
-    from repvgg.models import ModelSpec, RepVGG, create_model, list_models, load
+    from repvgg.models import ModelSpec, RepVGG, create_model, from_pretrained, list_models, load, push_to_hub
     from repvgg.symbolic import equivalent_conv
     from repvgg.symbolic.trace import trace  # from where it stands: its room holds a module of that name
 
@@ -33,11 +33,13 @@ __all__ = [
     "equivalent_conv",
     "expand",
     "fold_batch_norms",
+    "from_pretrained",
     "insert_bn",
     "is_plain",
     "list_models",
     "load",
     "model_summary",
+    "push_to_hub",
     "reparameterize",
     "trace",
     "verify",
@@ -47,7 +49,7 @@ _ROOMS = {
     "algebra": ("ConvMap",),
     "collapse": ("ModelSummary", "Report", "fold_batch_norms", "is_plain", "model_summary", "reparameterize"),
     "expansion": ("ExpandReport", "expand", "insert_bn"),
-    "models": ("ModelSpec", "RepVGG", "create_model", "list_models", "load"),
+    "models": ("ModelSpec", "RepVGG", "create_model", "from_pretrained", "list_models", "load", "push_to_hub"),
     "symbolic": ("equivalent_conv", "trace"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -23,6 +23,7 @@ and what to do next. Catch by meaning::
 
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
     NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
+    FreshWeightsWarning              some weights of a pretrained model are not the published ones
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ class NothingFoldedWarning(UserWarning):
 
 class NothingExpandedWarning(UserWarning):
     """Branches or batch norms were asked for, and no convolution got any."""
+
+
+class FreshWeightsWarning(UserWarning):
+    """Some weights of a pretrained model are not the published ones: it is made for other classes or channels."""
 
 
 def require(package: str, extra: str | None = None) -> ModuleType:

@@ -48,7 +48,9 @@ COMMAND_LINE = {
         "--threads",
         "MODEL",
     ],
-    "data": ["--help", "--json", "--limit", "--val", "--workers", "ACTION", "URI"],
+    "data check": ["--help", "--json", "--limit", "--val", "--workers", "URI"],
+    "checkpoint inspect": ["--help", "--json", "FILE"],
+    "checkpoint convert": ["--form", "--help", "--overwrite", "--to", "FILE", "OUT"],
 }
 
 
@@ -61,13 +63,13 @@ def arguments_in(text):
 def test_overview_names_every_verb(repvgg, arguments):
     outcome = repvgg(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
-    assert re.findall(r"^  (\w+) ", outcome.out, flags=re.MULTILINE) == list(COMMAND_LINE)
+    assert re.findall(r"^  ([a-z]+(?: [a-z]+)?)  ", outcome.out, flags=re.MULTILINE) == list(COMMAND_LINE)
 
 
 @pytest.mark.parametrize("verb", COMMAND_LINE)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_explains_every_argument(repvgg, verb, flag):
-    outcome = repvgg(verb, flag)
+    outcome = repvgg(*verb.split(), flag)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: repvgg {verb} [-h]")
     assert arguments_in(outcome.out) == COMMAND_LINE[verb]
@@ -84,23 +86,35 @@ def test_help_fits_the_terminal(repvgg, monkeypatch, verb, columns):
 
 
 def test_examples_in_help_use_known_flags(repvgg):
-    text = "".join(repvgg(verb, "-h").out for verb in COMMAND_LINE)
+    text = "".join(repvgg(*verb.split(), "-h").out for verb in COMMAND_LINE)
     examples = [line.split() for line in re.findall(r"^ {4,}repvgg (.*)$", text, flags=re.MULTILINE)]
     assert len(examples) >= 4
-    for verb, *rest in examples:
-        flags = {word for word in rest if word.startswith("--")}
-        assert flags <= set(COMMAND_LINE[verb])
+    for verb, second, *rest in examples:
+        flags = {word for word in (second, *rest) if word.startswith("--")}
+        assert flags <= set(COMMAND_LINE[verb if verb in COMMAND_LINE else f"{verb} {second}"])
 
 
 def test_unknown_verb(refused):
     assert refused("lisst") == "error: There is no verb 'lisst': did you mean 'list'?\n"
-    assert "quickstart, list, collapse, convert, verify, bench" in refused("xyzzy")
+    assert "quickstart, list, collapse, convert, verify, bench, checkpoint inspect" in refused("xyzzy")
     assert "'--frobnicate'" in refused("--frobnicate")
+
+
+@pytest.mark.parametrize("arguments", [("checkpoint",), ("checkpoint", "-h"), ("checkpoint", "--help")])
+def test_verbs_of_two_words(repvgg, refused, arguments):
+    outcome = repvgg(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.findall(r"^  (checkpoint [a-z]+)  ", outcome.out, flags=re.MULTILINE) == [
+        "checkpoint inspect",
+        "checkpoint convert",
+    ]
+    assert "no verb 'checkpoint inspekt': did you mean 'checkpoint inspect'?" in refused("checkpoint", "inspekt")
+    assert "there are checkpoint inspect, checkpoint convert." in refused("checkpoint", "a.pth")
 
 
 @pytest.mark.parametrize("verb", COMMAND_LINE)
 def test_unknown_flag(repvgg, verb):
-    outcome = repvgg(verb, "--frobnicate")
+    outcome = repvgg(*verb.split(), "--frobnicate")
     assert (outcome.code, outcome.out) == (2, "")
     assert "--frobnicate" in outcome.err or "Missing" in outcome.err
     assert "Traceback" not in outcome.err

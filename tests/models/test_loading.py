@@ -8,9 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg import create_model, load, reparameterize
-from repvgg.checkpoints import Checkpoint, save_checkpoint
+from repvgg.checkpoints import save_checkpoint
 from repvgg.errors import CheckpointError, OutputExistsError, UnknownModelError
-from repvgg.models import SPECS, describe_model, loading, save
+from repvgg.models import SPECS, describe_model, save
+from repvgg.models.structure import read_structure
 
 FORMS = ["train", "plain"]
 
@@ -96,14 +97,19 @@ def test_a_file_without_a_header_is_recognized(tmp_path, name, form, classes, ch
     assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_big_rows_are_recognized_by_names_and_shapes():
-    """Rows that share names and differ in groups alone, on the meta device: no memory, no file."""
-    for name in ("repvgg_b0", "repvgg_b1g4", "repvggplus_l2pse"):
-        for form in FORMS:
-            with torch.device("meta"):
-                model = create_model(name, plain=form == "plain")
-            recognized = loading._recognized(Checkpoint("file", dict(model.state_dict()), None))
-            assert (recognized.model, recognized.form) == (name, form)
+def shapes_of(spec, form):
+    with torch.device("meta"):
+        model = create_model(spec, 11, 4, plain=form == "plain")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_row_is_told_by_its_shapes(name, form):
+    """No two rows share all names and shapes."""
+    found = read_structure(shapes_of(name, form), None)
+    assert (found.spec, found.form, found.num_classes, found.in_channels) == (SPECS[name], form, 11, 4)
+    assert found.notes == ()
 
 
 def change(tensors, name, value):
@@ -118,7 +124,7 @@ def drop(tensors, *names):
     ("edit", "text"),
     [
         (lambda t: drop(t, "head.bias"), "but it lacks 'head.bias'."),
-        (lambda t: drop(t, "head.bias", "head.weight"), "but it lacks 2 tensors, 'head.bias' first,"),
+        (lambda t: drop(t, "head.bias", "head.weight"), "but it lacks 2 tensors ('head.bias', 'head.weight')."),
         (lambda t: change(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
         (
             lambda t: change(t, "head.bias", torch.zeros(9)),
@@ -160,8 +166,12 @@ def test_headers_that_do_not_fit_the_tensors(tmp_path, about, text):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda t: drop(t, "head.bias"), "fits no model"),
-        (lambda t: change(t, "extra", torch.zeros(1)), "fits no model"),
+        (lambda t: drop(t, "head.bias"), "looks like repvgg_t0 in the train form, but it lacks 'head.bias'."),
+        (lambda t: change(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (
+            lambda t: t | {f"extra{number}.weight": torch.zeros(1) for number in range(3)},
+            "but it has 3 tensors ('extra0.weight', 'extra1.weight', …) too many.",
+        ),
         (lambda t: drop(t, "head.weight"), "holds no RepVGG"),
         (lambda t: change(t, "head.weight", torch.zeros(())), "holds no RepVGG"),
         (lambda t: change(t, "head.weight", torch.zeros(0, 128)), "holds no RepVGG"),

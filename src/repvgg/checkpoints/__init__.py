@@ -1,6 +1,36 @@
-"""Self-describing checkpoint files."""
+"""Checkpoint files: those that describe themselves, and those of other libraries."""
 
-from repvgg.checkpoints.files import Checkpoint, common_prefix, read_checkpoint, save_checkpoint, save_tensors
+from repvgg.checkpoints.files import Checkpoint, read_checkpoint, save_checkpoint, save_tensors, save_torch
+from repvgg.checkpoints.layouts import LAYOUTS, GatePlace, Layout
 from repvgg.checkpoints.metadata import Form, Metadata
+from repvgg.checkpoints.translation import (
+    Account,
+    Naming,
+    is_plain_form,
+    own_names,
+    recognize_names,
+    rename_to,
+    translate,
+)
+from repvgg.checkpoints.wrappers import common_prefix
 
-__all__ = ["Checkpoint", "Form", "Metadata", "common_prefix", "read_checkpoint", "save_checkpoint", "save_tensors"]
+__all__ = [
+    "LAYOUTS",
+    "Account",
+    "Checkpoint",
+    "Form",
+    "GatePlace",
+    "Layout",
+    "Metadata",
+    "Naming",
+    "common_prefix",
+    "is_plain_form",
+    "own_names",
+    "read_checkpoint",
+    "recognize_names",
+    "rename_to",
+    "save_checkpoint",
+    "save_tensors",
+    "save_torch",
+    "translate",
+]

@@ -5,31 +5,52 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from repvgg.checkpoints.metadata import Metadata
+from repvgg.checkpoints.metadata import KEY, Metadata
+from repvgg.checkpoints.wrappers import unwrap
 from repvgg.errors import CheckpointError, OutputError, UsageError, require
 from repvgg.files import whole_or_nothing
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_DEEPEST = 8  # wrappers within wrappers
+_ZIP = b"PK\x03\x04"
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_FOREIGN_CLASS = ("GLOBAL ", "Can only create new object", "Can only build")  # what torch's reader says of one
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a file by name, and what it says about itself, if it does."""
+    """The tensors of a file by name, and what it says about itself, if it does.
+
+    Attributes:
+        path: of the file.
+        tensors: by name, without what wrappers put in front of every one.
+        metadata: its header; None if it has none of ours.
+        section: the entries of a torch file that were opened to get at the tensors, with dots between.
+        prefix: what was taken off the names.
+        passed_over: the reason for each entry of the file that was not taken.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: Metadata | None
+    section: str = ""
+    prefix: str = ""
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the tensors are of an entry for weights that were averaged in training."""
+        return self.section.endswith("ema")
 
 
 def save_checkpoint(
@@ -90,10 +111,35 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def save_torch(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Metadata | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a torch file of tensors, wholly or not at all: a bare state dict, or one beside a header.
+
+    Raises:
+        OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
+        OutputError: it cannot be written.
+    """
+    content: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
+    if metadata is not None:
+        content = {"state_dict": content, KEY: metadata.to_header()[KEY]}
+    with whole_or_nothing(path, overwrite=overwrite) as part:
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # what its zip writer makes of an OSError
+            raise OutputError(f"{str(path)!r} could not be written: {_first_line(error)}.") from error
+    return Path(path)
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a safetensors file, or a torch file with nothing but tensors and plain data in it.
 
-    Wrapping dictionaries (``state_dict``, ``model``, …) are opened and wrapping prefixes (``module.``, …) taken off.
+    Wrapping dictionaries (``state_dict``, ``model``, …) of a torch file are opened and wrapping prefixes (``module.``,
+    …) taken off. Averaged weights (``state_dict_ema``, ``model_ema``) are taken where there are any.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, one that would have to run code to be read, or one
@@ -101,16 +147,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = Path(path)
     start = _start_of(file)
-    tensors, metadata = _read_safetensors(file) if start[8:9] == b"{" else (_read_torch(file), None)
-    for name, tensor in tensors.items():
-        problem = _problem(tensor)
+    checkpoint = _read_safetensors(file) if _is_safetensors(start) else _read_torch(file, start)
+    size = file.stat().st_size
+    for name, tensor in checkpoint.tensors.items():
+        problem = _problem(tensor, size)
         if problem:
             raise CheckpointError(f"{str(file)!r} holds {problem}, in {name!r} first.")
-    return Checkpoint(file, tensors, metadata)
+    return checkpoint
 
 
 def _start_of(file: Path) -> bytes:
-    """The first bytes: a safetensors file has a length of 8 bytes there, then JSON."""
+    """The first bytes, by which files are told apart."""
     try:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "no file"
@@ -121,17 +168,24 @@ def _start_of(file: Path) -> bytes:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
 
 
-def _problem(tensor: Tensor) -> str | None:
-    """Why a tensor is of no use, or None."""
+def _is_safetensors(start: bytes) -> bool:
+    """A length of 8 bytes, then JSON; no header is as long as 2**40."""
+    return start[5:9] == b"\0\0\0{"
+
+
+def _problem(tensor: Tensor, size: int) -> str | None:
+    """Why a tensor in a file of ``size`` bytes is of no use, or None."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return "weights that are not plain numbers"
+    if tensor.numel() * tensor.itemsize > size:  # one number, repeated by strides of 0
+        return "weights that are larger than the file"
     if not tensor.is_floating_point():
         return None
     finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()
     return None if bool(finite) else "values that are not finite"
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Metadata | None]:
+def _read_safetensors(file: Path) -> Checkpoint:
     safetensors = require("safetensors")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -139,52 +193,60 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Metadata | None]:
             header = opened.metadata()
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged: {_first_line(error)}.") from error
-    return tensors, Metadata.from_header(header, str(file))
+    except Exception as error:  # a type of number that its reader knows and torch does not, for one
+        raise CheckpointError(f"{str(file)!r} cannot be read: {_first_line(error)}.") from error
+    return Checkpoint(file, tensors, Metadata.from_header(header, str(file)))
 
 
-def _read_torch(file: Path) -> dict[str, Tensor]:
+def _read_torch(file: Path, start: bytes) -> Checkpoint:
+    content = _torch_content(file, start)
+    found = unwrap(content)
+    if not found.tensors:
+        raise CheckpointError(f"{str(file)!r} holds no weights by name: save a model's state_dict.")
+    header = content.get(KEY)
+    passed_over = {name: reason for name, reason in found.passed_over.items() if name != KEY}
+    metadata = Metadata.from_header({KEY: header}, str(file)) if isinstance(header, str) else None
+    return Checkpoint(file, found.tensors, metadata, found.section, found.prefix, passed_over)
+
+
+def _torch_content(file: Path, start: bytes) -> Any:
+    """What a torch file holds, read as data: no class or function of it is looked up but those of tensors."""
+    if not start.startswith((_ZIP, *_PICKLES)):
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint.")
+    if start.startswith(_ZIP):
+        _refuse_packed(file)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
             warnings.simplefilter("ignore")  # about archives that are refused in any case
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if any(sign in str(error) for sign in _FOREIGN_CLASS) or _calls(file):
             reason = "would run code when it is read; save its state_dict alone, as safetensors"
         else:
-            reason = "is not a checkpoint"
+            reason = "is not a checkpoint, or is damaged"
         raise CheckpointError(f"{str(file)!r} {reason}.") from error
     except Exception as error:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {_first_line(error)}.") from error
-    tensors = _named_tensors(content)
-    if not tensors:
-        raise CheckpointError(f"{str(file)!r} holds no weights by name: save a model's state_dict.")
-    return tensors
 
 
-def _named_tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of a possibly wrapped state dict, without wrapping prefixes."""
-    for _ in range(_DEEPEST):
-        wrapper = next((name for name in _WRAPPERS if isinstance(_get(content, name), dict)), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    if not isinstance(content, dict):
-        return {}
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    prefix = common_prefix(tensors)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def _calls(file: Path) -> bool:
+    """Whether a file that is one pickle names a class or a function; its instructions are listed, not followed."""
+    try:
+        with file.open("rb") as stream:
+            return any(code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(stream))
+    except Exception:  # no pickle, or a damaged one
+        return False
 
 
-def common_prefix(names: Iterable[str]) -> str:
-    """What wrappers (DataParallel, compile, a Lightning module) put in front of every name; empty if nothing."""
-    rest, prefix = list(names), ""
-    while more := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), None):
-        rest, prefix = [name.removeprefix(more) for name in rest], prefix + more
-    return prefix
-
-
-def _get(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, dict) else None
+def _refuse_packed(file: Path) -> None:
+    """torch.save stores; what is packed may be of any size once it is unpacked."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {_first_line(error)}.") from error
+    if packed:
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a packed archive.")
 
 
 def _first_line(error: Exception) -> str:

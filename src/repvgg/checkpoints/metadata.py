@@ -30,6 +30,10 @@ class Metadata:
         recipe: how it was trained, as plain data.
         metrics: what it reached, by name.
         version: of the library that wrote it.
+        ema: whether the weights are an average over training steps.
+        source: where the weights were taken from, if they were not trained where the file was written.
+        spec: the whole model as plain data, where ``model`` is no row of the table; see
+            :func:`repvgg.models.spec_to_data`.
     """
 
     model: str
@@ -43,6 +47,9 @@ class Metadata:
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     version: str = ""
+    ema: bool = False
+    source: str = ""
+    spec: dict[str, Any] | None = None
 
     def to_header(self) -> dict[str, str]:
         """The header as safetensors stores it."""
@@ -85,6 +92,9 @@ class Metadata:
         yield "recipe", isinstance(self.recipe, dict)
         yield "metrics", isinstance(self.metrics, dict) and all(map(_is_number, self.metrics.values()))
         yield "version", isinstance(self.version, str)
+        yield "ema", isinstance(self.ema, bool)
+        yield "source", isinstance(self.source, str)
+        yield "spec", self.spec is None or isinstance(self.spec, dict)
 
 
 def _is_number(value: object) -> bool:

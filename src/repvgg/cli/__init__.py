@@ -18,6 +18,8 @@ _DIFFERENT, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ABOUT = "Train multi-branch networks, ship plain ones, and know that they are equal."
 _WIDEST = 100  # columns of help, on terminals that are wider
 
+_READ_THEIR_OWN = ("train",)  # verbs whose defaults depend on what is asked for
+
 Verb = Callable[..., int | None]
 
 
@@ -56,10 +58,11 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _verbs() -> dict[str, Verb]:
+    from repvgg.cli import checkpoint
     from repvgg.cli.bench import bench
     from repvgg.cli.collapse import collapse
     from repvgg.cli.convert import convert
-    from repvgg.cli.data import data
+    from repvgg.cli.data import check
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
@@ -69,32 +72,44 @@ def _verbs() -> dict[str, Verb]:
     return {
         "quickstart": quickstart,
         "list": list_,
+        "train": train,
+        "eval": eval_,
         "collapse": collapse,
         "convert": convert,
         "verify": verify,
         "bench": bench,
-        "data": data,
-        "train": train,
-        "eval": eval_,
+        "data check": check,
+        "checkpoint inspect": checkpoint.inspect,
+        "checkpoint convert": checkpoint.convert,
     }
 
 
 def _run(arguments: list[str]) -> int:
     verbs = _verbs()
     first = arguments[0] if arguments else "--help"
-    if first in verbs:
-        return _call(first, verbs[first], arguments[1:])
+    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in verbs else first
+    group = {verb: run for verb, run in verbs.items() if verb.startswith(f"{first} ")}
+    if name in verbs:
+        return _call(name, verbs[name], arguments[len(name.split()) :])
     if first in ("-h", "--help"):
         sys.stdout.write(_overview(verbs))
+    elif group and arguments[1:2] in ([], ["-h"], ["--help"]):
+        sys.stdout.write(_overview(group))
     elif first == "--version":
         from repvgg import __version__
 
         sys.stdout.write(f"repvgg {__version__}\n")
     else:
-        close = difflib.get_close_matches(first, verbs, n=1)
-        known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}."
-        raise UsageError(f"There is no verb {first!r}: {known}")
+        raise _unknown(arguments[:2] if group else [first], list(group or verbs))
     return 0
+
+
+def _unknown(words: list[str], verbs: list[str]) -> UsageError:
+    """The last of the words is wrong."""
+    last = {verb.split()[len(words) - 1]: verb for verb in reversed(verbs)}
+    close = difflib.get_close_matches(words[-1], last, n=1)
+    known = f"did you mean {' '.join((*words[:-1], close[0]))!r}?" if close else f"there are {', '.join(verbs)}."
+    return UsageError(f"There is no verb {' '.join(words)!r}: {known}")
 
 
 def _call(name: str, verb: Verb, arguments: list[str]) -> int:
@@ -103,6 +118,8 @@ def _call(name: str, verb: Verb, arguments: list[str]) -> int:
     marks = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.HelptextFromCommentsOff)
     try:
         with _single_blank_lines("-h" in arguments or "--help" in arguments):
+            if name in _READ_THEIR_OWN:
+                return verb(arguments) or 0
             code: int | None = tyro.cli(
                 verb, prog=f"repvgg {name}", description=description(verb), args=arguments, config=marks
             )

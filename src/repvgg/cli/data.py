@@ -1,10 +1,10 @@
-"""``repvgg data``."""
+"""``repvgg data check``."""
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -17,8 +17,7 @@ _SHOWN = 20  # paths of each kind; --json has them all
 _INTERRUPTED = 130
 
 
-def data(
-    action: Annotated[Literal["check"], tyro.conf.Positional, tyro.conf.arg(metavar="ACTION")],
+def check(
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")],
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
     workers: int = 0,
@@ -35,7 +34,6 @@ def data(
         repvgg data check torchvision:CIFAR10:data --json
 
     Args:
-        action: check.
         uri: the data set.
         val: the images to judge by, where the URI holds one part only.
         workers: processes that read; 0: this one reads.

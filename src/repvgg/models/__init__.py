@@ -1,26 +1,38 @@
 """The models: a table of frozen rows and one builder."""
 
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
-from repvgg.models.loading import Loaded, describe_model, load, save
+from repvgg.models.hub import from_pretrained, push_to_hub
+from repvgg.models.loading import Loaded, collapsed, describe_model, form_of, load, save
+from repvgg.models.pretrained import PRETRAINED, Pretrained, load_pretrained
 from repvgg.models.sources import Sourced, resolve
 from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
+from repvgg.models.spec_data import spec_from_data, spec_to_data
 from repvgg.models.weights import load_weights
 
 __all__ = [
+    "PRETRAINED",
     "SPECS",
     "Loaded",
     "ModelSpec",
+    "Pretrained",
     "RepVGG",
     "Sourced",
     "SqueezeExciteSpec",
     "Stage",
     "TrainingOutput",
+    "collapsed",
     "create_model",
     "describe_model",
+    "form_of",
+    "from_pretrained",
     "list_models",
     "load",
+    "load_pretrained",
     "load_weights",
+    "push_to_hub",
     "resolve",
     "save",
+    "spec_from_data",
     "spec_of",
+    "spec_to_data",
 ]

@@ -112,23 +112,46 @@ def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
     return head
 
 
-def create_model(name: str | ModelSpec, num_classes: int = 1000, in_channels: int = 3, plain: bool = False) -> RepVGG:
-    """Build a model of the table, freshly initialized with PyTorch's defaults.
+def create_model(
+    name: str | ModelSpec,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    plain: bool = False,
+    *,
+    pretrained: bool = False,
+) -> RepVGG:
+    """Build a model of the table, freshly initialized with PyTorch's defaults, or with published weights.
 
     Args:
         name: a name from :func:`list_models`, or a :class:`ModelSpec` of your own.
         num_classes: number of logits, at least 1.
         in_channels: channels of the input images, at least 1.
         plain: build the plain form, with the very keys, shapes and geometry that collapsing the train form gives.
+        pretrained: take the ImageNet-1k weights that timm publishes on the Hugging Face hub, through its cache. For
+            another number of classes the classifier stays fresh, for another number of channels the first block.
+
+    Returns:
+        The model in training mode, as every new module is, with published weights, too: call ``eval()`` before you
+        predict or collapse. :func:`repvgg.models.load_pretrained` also tells how its images are to be prepared.
 
     Raises:
         UnknownModelError: no row has that name.
-        UsageError: a count below 1.
+        UsageError: a count below 1, or there are no published weights of the row.
+        SourceError: the weights are not in the cache and the hub cannot be reached.
+        CheckpointError: what the hub holds is not of that row.
+
+    Warns:
+        FreshWeightsWarning: some weights are not the published ones, for other classes or channels.
     """
     if num_classes < 1 or in_channels < 1:
         raise UsageError(
             f"A model needs at least one class and one input channel, not {num_classes} and {in_channels}."
         )
+    if pretrained:
+        from repvgg.models.pretrained import load_pretrained  # here, as it needs this function
+
+        loaded = load_pretrained(name, num_classes=num_classes, in_channels=in_channels, plain=plain)
+        return loaded.model.train()
     spec = name if isinstance(name, ModelSpec) else spec_of(name)
     return RepVGG(spec, num_classes, in_channels, plain)
 

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from repvgg.checkpoints import common_prefix, read_checkpoint
+from repvgg.checkpoints import Checkpoint, common_prefix, is_plain_form, read_checkpoint
 from repvgg.errors import CheckpointError
+from repvgg.models.builder import RepVGG
+from repvgg.models.loading import COUNTER, form_of, load, translated
 
 _SHOWN = 2
-_COUNTER = "num_batches_tracked"  # counts training steps; files older than it lack it, and inference ignores it
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "the model") -> None:
     """Load the tensors of a file into ``model``, in place.
 
     Wrapping dictionaries are opened; prefixes that wrappers put in front of every name (``module.``, ``_orig_mod.``,
-    ``model.``) may differ between the file and the model.
+    ``model.``) may differ between the file and the model. A model of the table takes the files of other libraries, too,
+    as :func:`load` does; if it is plain and the file is not, the file is collapsed on the way.
 
     Args:
         model: where the tensors go; its own dtypes stay.
@@ -27,21 +29,43 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "th
 
     Raises:
         CheckpointError: the file cannot be read, or a tensor is missing, unexpected, or of another shape; the text
-            counts each kind and names the first two.
+            counts each kind and names the first two. Or the file is plain and the model has branches.
     """
-    given = read_checkpoint(path).tensors
+    checkpoint = read_checkpoint(path)
     wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    ours, theirs = common_prefix(wanted), common_prefix(given)
-    given = {ours + key.removeprefix(theirs): tensor for key, tensor in given.items()}
-    if problem := _problem(wanted, given):
+    left: list[str] = []
+    if isinstance(model, RepVGG):
+        given, left = _for_table(model, checkpoint)
+    else:
+        given = _prefixed(checkpoint.tensors, wanted)
+    if problem := _problem(wanted, given, left):
         raise CheckpointError(f"The weights in {str(path)!r} do not fit {name}: {problem}.")
     model.load_state_dict(given, strict=False)
 
 
-def _problem(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """What does not fit, in words."""
-    missing = [key for key in wanted if key not in given and not key.endswith(_COUNTER)]
-    unexpected = [key for key in given if key not in wanted]
+def _prefixed(given: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a file with the prefix that the names of the model have."""
+    ours, theirs = common_prefix(wanted), common_prefix(given)
+    return {ours + key.removeprefix(theirs): tensor for key, tensor in given.items()}
+
+
+def _for_table(model: RepVGG, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file under our names and in the form of the model, and the names that mean nothing here."""
+    given, account, naming = translated(checkpoint)
+    if is_plain_form(given) == (form_of(model) == "plain"):
+        return given, [key for key in naming.strange if key not in account.dropped]
+    if is_plain_form(given):
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r} is in the plain form, whose branches are gone: load it into the plain form, "
+            "then repvgg.expand gives it new ones."
+        )
+    return load(checkpoint.path, plain=True).model.state_dict(), []
+
+
+def _problem(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], left: Iterable[str]) -> str | None:
+    """What does not fit, in words; ``left`` are names of the file that mean nothing here."""
+    missing = [key for key in wanted if key not in given and not key.endswith(COUNTER)]
+    unexpected = [*(key for key in given if key not in wanted), *left]
     shapes = [
         f"{key!r} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in wanted

@@ -1,0 +1,228 @@
+"""Files that are damaged, that lie, or that would run code: refused in one sentence, and nothing runs."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from repvgg import create_model, load
+from repvgg.checkpoints import read_checkpoint, save_torch
+from repvgg.errors import CheckpointError, OutputError, OutputExistsError
+from repvgg.models import ModelSpec, Stage, describe_model, save
+
+SPEC = ModelSpec("tiny", Stage(1, 4), (Stage(2, 4), Stage(1, 8)))
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """The bytes of one model as safetensors, as a torch file and as a torch file in the old format."""
+    folder = tmp_path_factory.mktemp("originals")
+    torch.manual_seed(0)
+    model = create_model(SPEC, 3)
+    save(folder / "safetensors", model, describe_model(model, "train"))
+    save(folder / "torch.pth", model, describe_model(model, "train"), layout="timm")
+    torch.save(model.state_dict(), folder / "legacy", _use_new_zipfile_serialization=False)
+    files = {path.name.partition(".")[0]: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert set(files) == {"safetensors", "torch", "legacy"}
+    return files
+
+
+def refused(path):
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert repr(str(path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+KINDS = ["safetensors", "torch", "legacy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_files_are_read(tmp_path, originals, kind):
+    (tmp_path / "whole").write_bytes(originals[kind])
+    assert load(tmp_path / "whole").metadata.form == "train"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@FUZZ
+def test_truncated_files(tmp_path, originals, kind, data):
+    whole = originals[kind]
+    path = tmp_path / "cut"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    refused(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@FUZZ
+def test_flipped_bits(tmp_path, originals, kind, data):
+    """In the header, where all that is not a weight is: it is refused, or what comes out is a model."""
+    whole = bytearray(originals[kind])
+    last = 8 + int.from_bytes(whole[:8], "little") if kind == "safetensors" else len(whole)
+    whole[data.draw(st.integers(0, last - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path / "flipped"
+    path.write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            loaded = load(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert all(torch.isfinite(tensor).all() for tensor in loaded.model.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.binary(min_size=1, max_size=200))
+@FUZZ
+def test_noise_behind_a_true_beginning(tmp_path, originals, kind, data):
+    path = tmp_path / "noise"
+    path.write_bytes(originals[kind][:12] + data)
+    refused(path)
+
+
+@given(data=st.binary(max_size=400))
+@FUZZ
+def test_noise(tmp_path, data):
+    path = tmp_path / "noise"
+    path.write_bytes(data)
+    refused(path)
+
+
+class Evil:
+    """Unpickled, it calls something."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("wrap", ["bare", "torch", "legacy", "among weights"])
+@pytest.mark.parametrize("function", ["system", "eval", "touch", "getattr"])
+def test_pickles_that_call_something(tmp_path, wrap, function):
+    effect = tmp_path / "effect"
+    evil = {
+        "system": Evil(os.system, f"touch {effect}"),
+        "eval": Evil(eval, f"open({str(effect)!r}, 'w')"),
+        "touch": Evil(Path.touch, effect),
+        "getattr": Evil(getattr, Path(effect), "touch"),
+    }[function]
+    path = tmp_path / "evil.pth"
+    if wrap == "bare":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        content = {"state_dict": {"a": torch.ones(2)}, "evil": evil} if wrap == "among weights" else evil
+        torch.save(content, path, _use_new_zipfile_serialization=wrap != "legacy")
+    assert "would run code when it is read" in refused(path)
+    assert not effect.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"# RepVGG\n\nA README, no checkpoint.\n", b"", b"{}", b'{"model": "repvgg_a0"}', b"12345678{not this one}"),
+        *(b"cos\nsystem\n(S'touch effect'\ntR.", b"(dp0\n.", b"\x89PNG\r\n\x1a\n" + bytes(20), b"GIF89a", bytes(100)),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, text):
+    """A README is no checkpoint; a pickle of the oldest protocols is text, and is not even opened."""
+    path = tmp_path / "README.md"
+    path.write_bytes(text)
+    assert refused(path).endswith("is not a checkpoint.")
+
+
+def test_namespaces_of_training_scripts_are_data(tmp_path):
+    """timm keeps its arguments in its checkpoints."""
+    model = create_model(SPEC, 3)
+    arguments = Namespace(lr=0.1, model="repvgg_a0")
+    torch.save({"state_dict": model.state_dict(), "args": arguments}, tmp_path / "run.pth.tar")
+    loaded = load(tmp_path / "run.pth.tar")
+    assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert set(loaded.account.dropped) == {"args"}
+
+
+@pytest.mark.parametrize("length", [2**63 - 1, 2**64 - 1, 2**39, 2**31, 10**8 + 1, 10**6])
+def test_a_header_that_says_it_is_huge(tmp_path, length):
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4))
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+    ],
+)
+def test_headers_that_lie(tmp_path, entry):
+    header = json.dumps({"head.weight": entry}).encode()
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert "is damaged" in refused(path)
+
+
+def test_a_number_repeated_is_not_a_large_tensor(tmp_path):
+    """Four bytes on the disk, 4 TiB once they are looked at."""
+    torch.save({"head.weight": torch.ones(1).expand(2**20, 2**20)}, tmp_path / "bomb.pth")
+    assert "larger than the file, in 'head.weight' first" in refused(tmp_path / "bomb.pth")
+
+
+def test_packed_archives_are_not_unpacked(tmp_path):
+    """torch.save never packs; a few bytes may be gigabytes once they are unpacked."""
+    plain = io.BytesIO()
+    torch.save({"a": torch.zeros(1000)}, plain)
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in source.infolist():
+            packed.writestr(entry.filename, source.read(entry))
+    assert "it is a packed archive" in refused(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_not_finite(tmp_path, value, dtype):
+    state = create_model(SPEC, 3).state_dict()
+    state["head.bias"] = torch.tensor([0.0, value, 1.0]).to(dtype)
+    torch.save(state, tmp_path / "nan.pth")
+    assert "values that are not finite, in 'head.bias' first" in refused(tmp_path / "nan.pth")
+
+
+def test_save_torch_whole_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    save_torch(path, {"a": torch.ones(2, requires_grad=True)})
+    assert_close(read_checkpoint(path).tensors, {"a": torch.ones(2)})
+    before = path.read_bytes()
+    with pytest.raises(OutputExistsError):
+        save_torch(path, {"a": torch.zeros(2)})
+
+    def fail(*arguments, **keywords):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(OutputError, match=r"could not be written: .*PytorchStreamWriter failed"):
+        save_torch(path, {"a": torch.zeros(2)}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    assert path.read_bytes() == before
