@@ -75,7 +75,7 @@ def _check_classes(loaded: Loaded, data: OpenedData) -> None:
     if ours and ours != theirs:
         first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
         raise UsageError(
-            f"The classes are others: number {first} is {ours[first]!r} to the model and {theirs[first]!r} in {data.uri}."
+            f"The classes are others: number {first} is {ours[first]!r} in the model and {theirs[first]!r} in the data."
         )
 
 
@@ -123,7 +123,7 @@ def _tell(results: dict[str, Evaluation], data: OpenedData) -> None:
 
 
 def _numbers(result: Evaluation, data: OpenedData) -> dict[str, Any]:
-    per_class = [None if value != value else value for value in result.per_class.tolist()]  # noqa: PLR0124 - NaN
+    per_class = [None if value != value else value for value in result.per_class.tolist()]
     return {
         "top1": result.accuracy,
         "top5": result.top(5),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from repvgg.training import TrainConfig
 
 _TERMINATED = 143  # what a shell calls a program that SIGTERM ended
+_OUT = "where the run goes; without it runs/MODEL-RECIPE, or the folder of the config that is resumed."
 _SHORT = {"--data": "--data.uri"}
 
 
@@ -84,43 +85,16 @@ def _parse(arguments: list[str]) -> Any:
     from repvgg.cli import description
     from repvgg.training import TrainConfig
 
-    parsed_type = dataclasses.make_dataclass(
-        "TrainArguments",
-        [
-            (
-                "config",
-                Annotated[
-                    Path | None,
-                    tyro.conf.arg(metavar="FILE", help="a config.yaml to repeat, instead of a recipe.", help_behavior_hint=""),
-                ],
-                None,
-            ),
-            (
-                "out",
-                Annotated[
-                    Path | None,
-                    tyro.conf.arg(
-                        metavar="FOLDER",
-                        help="where the run goes; without it runs/MODEL-RECIPE, or the folder of a config to resume.",
-                        help_behavior_hint="",
-                    ),
-                ],
-                None,
-            ),
-            (
-                "resume",
-                Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="go on where the run in the folder was interrupted.")],
-                False,
-            ),
-            (
-                "overwrite",
-                Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="begin anew in a folder that holds a run.")],
-                False,
-            ),
-            ("settings", Annotated[TrainConfig, tyro.conf.arg(name="")], _default(arguments)),
-        ],
-        frozen=True,
-    )
+    path = Path | None
+    switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+    fields: list[tuple[str, Any, Any]] = [
+        ("config", Annotated[path, _about("a config.yaml to repeat, instead of a recipe.", "FILE")], None),
+        ("out", Annotated[path, _about(_OUT, "FOLDER")], None),
+        ("resume", Annotated[switch, _about("go on where the run in the folder was interrupted.")], False),
+        ("overwrite", Annotated[switch, _about("begin anew in a folder that holds a run.")], False),
+        ("settings", Annotated[TrainConfig, tyro.conf.arg(name="")], _default(arguments)),
+    ]
+    parsed_type = dataclasses.make_dataclass("TrainArguments", fields, frozen=True)
     return tyro.cli(
         parsed_type,
         prog="repvgg train",
@@ -128,6 +102,10 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
+
+
+def _about(text: str, metavar: str | None = None) -> Any:
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
 
 
 def _folder(parsed: Any) -> Path:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 @final
-class MovingAverage(WeightAveraging):  # type: ignore[misc]  # Lightning carries no types here
+class MovingAverage(WeightAveraging):
     """``average ← d_n · average + (1 − d_n) · weights`` after each step n, batch norm statistics too.
 
-    ``d_n = min(decay, (1 + n) / (10 + n))``: the first steps, far from the last weights, are forgotten faster. Lightning
-    takes the average for validation, and leaves it in the model at the end.
+    ``d_n = min(decay, (1 + n) / (10 + n))``: the first steps, far from the last weights, are forgotten faster.
+    Lightning takes the average for validation, and leaves it in the model at the end.
 
     Args:
         decay: in (0, 1).
@@ -28,12 +28,10 @@ class MovingAverage(WeightAveraging):  # type: ignore[misc]  # Lightning carries
     def _update(self, averages: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
         n = int(steps)
         move = 1 - min(self.decay, (1 + n) / (10 + n))
-        pairs = list(zip(averages, weights, strict=True))
-        moved = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in moved], [w for _, w in moved], move)
-        for average, weight in pairs:
-            if not average.is_floating_point():
-                average.copy_(weight)
+        if averages[0].is_floating_point():  # torch hands over one type at a time
+            torch._foreach_lerp_(averages, weights, move)
+        else:
+            torch._foreach_copy_(averages, weights)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> Any:
         """After every step of the optimizer."""

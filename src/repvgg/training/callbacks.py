@@ -92,7 +92,9 @@ class History(L.Callback):
         epoch = trainer.current_epoch + 1
         self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._start, speed))
         if trainer.loggers:
-            pl_module.log_dict({"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr})
+            pl_module.log_dict(
+                {"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr}
+            )
         if not torch.isfinite(torch.tensor(loss)):
             raise TrainingError(f"The loss of epoch {epoch} is {loss}: take a lower learning rate, or clip gradients.")
 

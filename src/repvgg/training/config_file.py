@@ -17,7 +17,8 @@ from repvgg.training.config import TrainConfig
 
 def to_yaml(config: TrainConfig) -> str:
     """Every field of ``config``, nested as it is, in its own order."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def write_config(path: str | os.PathLike[str], config: TrainConfig, *, overwrite: bool = False) -> Path:
@@ -34,7 +35,9 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The config {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise UsageError(
+            f"The config {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
     except yaml.YAMLError as error:
         raise UsageError(f"The config {str(path)!r} is not YAML: {str(error).splitlines()[0]}.") from error
     config = from_plain(TrainConfig, data, str(path))

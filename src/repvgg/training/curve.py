@@ -40,8 +40,11 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
     right.plot(epochs, [100 * record.held_out_accuracy for record in history], color="tab:blue")
     right.set_ylabel("held-out accuracy (%)", color="tab:blue")
     right.annotate(
-        f"best {best.held_out_accuracy:.2%}", (best.epoch, 100 * best.held_out_accuracy), xytext=(0, -14),
-        textcoords="offset points", ha="right",
+        f"best {best.held_out_accuracy:.2%}",
+        (best.epoch, 100 * best.held_out_accuracy),
+        xytext=(0, -14),
+        textcoords="offset points",
+        ha="right",
     )
     below.plot(epochs, [record.lr for record in history], color="tab:gray")
     below.set(xlabel="epoch", ylabel="learning rate")

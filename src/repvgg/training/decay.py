@@ -75,7 +75,9 @@ def parameter_groups(
     if policy not in _RULES:
         raise UsageError(f"There is no decay policy {policy!r}: there are {', '.join(_RULES)}.")
     kept_out = {id(p) for block in rep_branches(model) for p in _kernels(block)} if custom_l2 else set()
-    decaying, rest, seen = [], [], set()
+    decaying: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    seen: set[int] = set()
     for module, name, parameter, identity in _owned(model):
         if not parameter.requires_grad or id(parameter) in seen:
             continue
@@ -101,7 +103,9 @@ def _kernels(block: BranchSum) -> list[nn.Parameter]:
 
 def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, bool]]:
     """Each parameter with the module that holds it, its name there, and if that is an identity branch's norm."""
-    identities = {id(module["identity"]) for module in model.modules() if isinstance(module, BranchSum) and "identity" in module}
+    identities = {
+        id(module["identity"]) for module in model.modules() if isinstance(module, BranchSum) and "identity" in module
+    }
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield module, name, parameter, id(module) in identities

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
@@ -186,7 +187,7 @@ def _trainer(
         callbacks=callbacks,
         logger=_logger(folder),
         log_every_n_steps=max(1, min(50, batches)),
-        enable_checkpointing=False,
+        enable_checkpointing=folder is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -203,10 +204,10 @@ def _strategy(on_cpu: bool) -> Any:
 
 def _logger(folder: Path | None) -> Any:
     """TensorBoard's files in the run folder, where it is installed."""
-    from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE, TensorBoardLogger
-
-    if folder is None or not _TENSORBOARD_AVAILABLE:
+    if folder is None or find_spec("tensorboard") is None:
         return False
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     return TensorBoardLogger(folder, name="", version="tensorboard")
 
 

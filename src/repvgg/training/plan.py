@@ -55,7 +55,7 @@ def _torchrun() -> Layout | None:
 
 def _slurm() -> Layout | None:
     """Tasks of srun; a shell in an allocation, or an interactive one, is not."""
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     if not SLURMEnvironment.detect():
         return None
@@ -110,7 +110,7 @@ def plan_batches(config: TrainConfig, world_size: int = 1) -> BatchPlan:
     device_batch = min(config.device_batch or share, share)
     if share % device_batch:
         raise UsageError(
-            f"A share of {share} images a device is no multiple of {device_batch} at a time: take a device_batch that is."
+            f"A share of {share} images a device is no multiple of {device_batch} at a time: choose device_batch so."
         )
     scale = 1.0 if config.optim.lr_batch is None else config.batch_size / config.optim.lr_batch
     return BatchPlan(device_batch, share // device_batch, world_size, config.optim.lr * scale, scale)

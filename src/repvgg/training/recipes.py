@@ -140,9 +140,7 @@ def quickstart(seed: int = 0) -> TrainConfig:
         recipe="quickstart",
         epochs=20,
         batch_size=64,
-        data=DataConfig(
-            uri="digits:", augment=Augment(jitter=AffineJitter(degrees=10, translate=0.08, scale=0.1))
-        ),
+        data=DataConfig(uri="digits:", augment=Augment(jitter=AffineJitter(degrees=10, translate=0.08, scale=0.1))),
         optim=OptimConfig(lr=0.1, lr_batch=64, momentum=0.9, weight_decay=5e-4, warmup_epochs=2),
         label_smoothing=0.1,
         seed=seed,

@@ -116,7 +116,9 @@ def _claim(folder: Path, config: TrainConfig, resume: bool, overwrite: bool, lay
         return (folder / LAST).exists()
     if layout.rank == 0:
         if folder.exists() and any(folder.iterdir()) and not overwrite:
-            raise OutputExistsError(f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.")
+            raise OutputExistsError(
+                f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it."
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in _OURS:

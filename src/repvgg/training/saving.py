@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written wholly or not at all, after every epoch, every so many steps, and before SIGTERM ends it."""
+"""Checkpoints of a run: written wholly or not at all, after every epoch, every so many steps, and before SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LAST = "last.ckpt"
 _PLACE = "repvgg_place"
 
 
-class Terminated(Exception):
+class Terminated(Exception):  # noqa: N818 - nothing went wrong
     """SIGTERM came, and the run has saved where it stands."""
 
 
 @final
-class WholeFiles(TorchCheckpointIO):  # type: ignore[misc]  # Lightning carries no types here
+class WholeFiles(TorchCheckpointIO):
     """Lightning's files, written under another name first and renamed when they are whole and on the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -45,7 +45,7 @@ class WholeFiles(TorchCheckpointIO):  # type: ignore[misc]  # Lightning carries 
 
 
 @final
-class Saver(Checkpoint):  # type: ignore[misc]  # Lightning carries no types here
+class Saver(Checkpoint):
     """Keeps ``last.ckpt`` in a folder, from which a run goes on bit for bit.
 
     Args:

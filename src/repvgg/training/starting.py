@@ -66,7 +66,9 @@ def _with_branches(plain: RepVGG, data: OpenedData, batch: int) -> tuple[RepVGG,
     images = [data.prepare(images) for images, _ in itertools.islice(data.train_batches(batch), _BATCHES)]
     model, report = expand(plain, data=images)
     if not isinstance(model, RepVGG) or any(max(_kernel(plain, row.name)) > 1 for row in report.left):
-        raise UsageError(f"Not every convolution can be expanded: {report.left[0].name} stays, {report.left[0].reason}.")
+        raise UsageError(
+            f"Not every convolution can be expanded: {report.left[0].name} stays, {report.left[0].reason}."
+        )
     return model, f"{len(report.expanded)} convolutions got their branches back, computing the same"
 
 

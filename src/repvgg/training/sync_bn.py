@@ -44,7 +44,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return self._together(input)
 
     def _alone(self, x: Tensor) -> Tensor:
-        return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]  # the code of their common parent
+        return nn.BatchNorm2d.forward(self, x)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         if input.ndim < 2:

@@ -61,7 +61,7 @@ def try_out(model: nn.Module, data: OpenedData, config: TrainConfig) -> Trial:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(parameter.grad, alpha=0.01)
     model.eval()
     if is_plain(model, images):
         return Trial(float(loss.detach()), 0, None)
