@@ -138,6 +138,13 @@ _ROWS = (
         input_size=32,
         source=_SMALL,
     ),
+    ModelSpec(
+        "repvgg_t2",
+        Stage(1, 32, stride=1),
+        (Stage(2, 96), Stage(4, 192), Stage(2, 384)),
+        input_size=32,
+        source=_SMALL,
+    ),
 )
 
 SPECS: dict[str, ModelSpec] = {row.name: row for row in _ROWS}
