@@ -244,7 +244,7 @@ class IndexedTrainLoader(TrainLoader):
     def __iter__(self) -> Iterator[Batch]:
         iterator = iter(self._loader)
         self._requests.first = 0
-        return batches_of(iterator, self._bad)
+        return batches_of(iterator, self._bad, self._loader.num_workers)
 
     def set_epoch(self, epoch: int) -> None:
         """See :meth:`TrainLoader.set_epoch`."""
@@ -293,16 +293,16 @@ class IndexedHeldOutLoader(HeldOutLoader):
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        return batches_of(iter(self._loader), self._bad)
+        return batches_of(iter(self._loader), self._bad, self._loader.num_workers)
 
 
-def batches_of(loaded: Iterator[Loaded], bad: BadImages) -> Iterator[Batch]:
+def batches_of(loaded: Iterator[Loaded], bad: BadImages, workers: int) -> Iterator[Batch]:
     """What was loaded, without the rest; empty batches are left out.
 
     Raises:
         DataError: a process says that something is wrong, or dies.
     """
-    with told_apart():
+    with told_apart(workers):
         for images, labels, found, failure in loaded:
             bad.add(found)
             if failure is not None:

@@ -197,7 +197,7 @@ class StreamTrainLoader(TrainLoader):
         while self._batches is None or done < self._batches:
             before = done, len(rest[1]) if rest else 0
             loader = data_loader(replace(images, epoch=images.epoch + passes * _PASS), self._workers)
-            for batch in batches_of(iter(loader), self._bad):
+            for batch in batches_of(iter(loader), self._bad, self._workers):
                 full, rest = _filled(rest, batch, images.share.batch_size)
                 if full is not None:
                     done += 1
@@ -229,7 +229,7 @@ class StreamHeldOutLoader(HeldOutLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         rest: Batch | None = None
-        for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad):
+        for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad, self._workers):
             full, rest = _filled(rest, batch, self._images.share.batch_size)
             if full is not None:
                 yield full
