@@ -20,7 +20,9 @@ def whole(image, format="PNG", channels=3, **how):
 def test_formats(format):
     image = whole(noise(0), format)
     assert (image.mode, image.size) == ("RGB", (16, 16))
-    assert np.abs(np.asarray(image).astype(int) - np.asarray(noise(0))).mean() < (16 if format in ("JPEG", "WEBP") else 1e-9)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(noise(0))).mean() < (
+        16 if format in ("JPEG", "WEBP") else 1e-9
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "RGBA", "LA"])

@@ -11,7 +11,7 @@ from typing import Literal, final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode"]
+Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled"]
 
 
 @final

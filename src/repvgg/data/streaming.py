@@ -198,7 +198,7 @@ class StreamTrainLoader(TrainLoader):
             before = done, len(rest[1]) if rest else 0
             loader = data_loader(replace(images, epoch=images.epoch + passes * _PASS), self._workers)
             for batch in batches_of(iter(loader), self._bad, self._workers):
-                full, rest = _filled(rest, batch, images.share.batch_size)
+                full, rest = _filled(rest, batch, images.share.batch_size, rest_first=passes > 0)
                 if full is not None:
                     done += 1
                     if done > first:
@@ -209,7 +209,7 @@ class StreamTrainLoader(TrainLoader):
                 return
             if before == (done, len(rest[1]) if rest else 0):
                 raise DataError("The stream has no images that can be read.")
-            passes, images = passes + 1, replace(images, skipped=max(0, first - done))
+            passes, images = passes + 1, replace(images, skipped=0)
 
 
 @final
@@ -237,9 +237,11 @@ class StreamHeldOutLoader(HeldOutLoader):
             yield rest
 
 
-def _filled(rest: Batch | None, batch: Batch, size: int) -> tuple[Batch | None, Batch | None]:
-    """A full batch, if one can be made, and what is left."""
-    if len(batch[1]) == size:
+def _filled(
+    rest: Batch | None, batch: Batch, size: int, *, rest_first: bool = False
+) -> tuple[Batch | None, Batch | None]:
+    """A full batch, if one can be made, and what is left; a full batch overtakes the rest unless ``rest_first``."""
+    if len(batch[1]) == size and (rest is None or not rest_first):
         return batch, rest
     if rest is not None:
         batch = torch.cat((rest[0], batch[0])), torch.cat((rest[1], batch[1]))
