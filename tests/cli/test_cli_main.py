@@ -48,7 +48,7 @@ COMMAND_LINE = {
         "--threads",
         "MODEL",
     ],
-    "data": ["--help", "--json", "--limit", "--val", "--workers", "ACTION", "URI"],
+    "data": ["--help", "--json", "--limit", "--val", "--workers", "URI"],
 }
 
 

@@ -18,11 +18,11 @@ _INTERRUPTED = 130
 
 
 def data(
-    action: Annotated[Literal["check"], tyro.conf.Positional, tyro.conf.arg(metavar="ACTION")],
+    action: Annotated[Literal["check"], tyro.conf.Positional, tyro.conf.arg(metavar="check")],
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")],
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
-    workers: int = 0,
-    limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="IMAGES")] = None,
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="N")] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Read every image of a data set and say what is wrong; exit code 1 if anything is bad.
@@ -35,7 +35,7 @@ def data(
         repvgg data check torchvision:CIFAR10:data --json
 
     Args:
-        action: check.
+        action: what to do; there is one thing so far.
         uri: the data set.
         val: the images to judge by, where the URI holds one part only.
         workers: processes that read; 0: this one reads.
