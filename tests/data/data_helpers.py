@@ -33,9 +33,9 @@ def write_split(root, train, val, **how):
     return root
 
 
-def encoded(image, format="PNG", **how):
+def encoded(image, kind_of_file="PNG", **how):
     file = io.BytesIO()
-    image.save(file, format, **how)
+    image.save(file, kind_of_file, **how)
     return file.getvalue()
 
 
@@ -61,3 +61,7 @@ def assert_same_batches(ours, theirs):
 
 def order_of(seed, epoch, length):
     return epoch_order(seed, epoch, length).tolist()
+
+
+def joined(lists):
+    return [one for some in lists for one in some]

@@ -9,19 +9,19 @@ from PIL import Image, ImageFile
 from repvgg.data.decoding import Bad, decode, to_channels
 
 
-def whole(image, format="PNG", channels=3, **how):
+def whole(image, kind_of_file="PNG", channels=3, **how):
     """Through a file and into a mode."""
-    decoded = decode(encoded(image, format, **how), "here")
+    decoded = decode(encoded(image, kind_of_file, **how), "here")
     assert isinstance(decoded, Image.Image), decoded
     return to_channels(decoded, channels, "here")
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM"])
-def test_formats(format):
-    image = whole(noise(0), format)
+@pytest.mark.parametrize("kind_of_file", ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM"])
+def test_formats(kind_of_file):
+    image = whole(noise(0), kind_of_file)
     assert (image.mode, image.size) == ("RGB", (16, 16))
     assert np.abs(np.asarray(image).astype(int) - np.asarray(noise(0))).mean() < (
-        16 if format in ("JPEG", "WEBP") else 1e-9
+        16 if kind_of_file in ("JPEG", "WEBP") else 1e-9
     )
 
 
@@ -52,11 +52,13 @@ def test_transparency_of_a_palette():
     assert tuple(pixels[1, 1]) == (10, 20, 30)
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bits_of_grey_keep_their_range(format):
+@pytest.mark.parametrize("kind_of_file", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_range(kind_of_file):
     values = np.array([[0, 257, 32768, 65535]], np.uint16)
-    np.testing.assert_array_equal(np.asarray(whole(Image.fromarray(values), format, channels=1)), [[0, 1, 128, 255]])
-    assert whole(Image.fromarray(values), format).mode == "RGB"
+    np.testing.assert_array_equal(
+        np.asarray(whole(Image.fromarray(values), kind_of_file, channels=1)), [[0, 1, 128, 255]]
+    )
+    assert whole(Image.fromarray(values), kind_of_file).mode == "RGB"
 
 
 def test_floating_point_is_bad():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from data_helpers import encoded, noise, run
+from data_helpers import encoded, joined, noise, run
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
@@ -53,7 +53,7 @@ def opened(path, options="", **how):
     return open_data(DataConfig(f"hf:{path}{options}", train_size=16, **how), seed=1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_was_saved(saved, workers):
     data = opened(saved, workers=workers)
     assert (data.classes, data.num_train, data.num_held_out) == (("ant", "bee", "cow"), 20, 6)
@@ -90,13 +90,13 @@ def test_a_stream_gives_every_image_once(parquet, workers, world_size):
     assert data.num_train == 24
     batches = [run(data.train_batches(2, rank=rank, world_size=world_size), 1) for rank in range(world_size)]
     assert [len(one) for one in batches] == [12 // world_size] * world_size
-    images = keys(sum(batches, []))
+    images = keys(joined(batches))
     assert len(set(images)) == 24
     again = [run(data.train_batches(2, rank=rank, world_size=world_size), 1) for rank in range(world_size)]
-    for ours, theirs in zip(sum(batches, []), sum(again, []), strict=True):
+    for ours, theirs in zip(joined(batches), joined(again), strict=True):
         assert_close(ours, theirs, atol=0, rtol=0)
     other = [run(data.train_batches(2, rank=rank, world_size=world_size), 2) for rank in range(world_size)]
-    assert keys(sum(other, [])) == images
+    assert keys(joined(other)) == images
     assert any(not torch.equal(one[0], two[0]) for one, two in zip(batches[0], other[0], strict=True))
 
 
@@ -139,7 +139,7 @@ def test_labels_out_of_range(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(rows, features)
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "high")
-    with pytest.raises(DataError, match="row 2' has label 5, but .* the classes 0 … 1"):
+    with pytest.raises(DataError, match=r"row 2' has label 5, but .* the classes 0 … 1"):
         opened(tmp_path / "high", "?classes=2")
     with pytest.raises(DataError, match=r"row \d' has label 5, but there are the classes 0 … 1"):
         list(opened(tmp_path / "high", "?classes=2&streaming&length=3").train_batches(3))

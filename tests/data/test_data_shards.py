@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 import torch
-from data_helpers import assert_same_batches, encoded, noise, run
+from data_helpers import assert_same_batches, encoded, joined, noise, run
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
@@ -76,7 +76,7 @@ def test_shards_in_order(shards, pattern):
 def test_every_image_is_judged_once(shards, workers, world_size):
     data = opened(shards, workers=workers)
     batches = [list(data.held_out_batches(4, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert sorted(numbers_of(sum(batches, []))) == list(range(26))
+    assert sorted(numbers_of(joined(batches))) == list(range(26))
     assert all(len(labels) == 4 for rank in batches for _, labels in rank[:-1])
 
 
@@ -98,7 +98,7 @@ def test_ranks_stay_in_step(shards):
     uneven = opened(shards, pattern="part-{0..1}.tar")
     batches = [run(uneven.train_batches(6, rank=rank, world_size=2)) for rank in range(2)]
     assert [len(one) for one in batches] == [1, 1]
-    numbers = sorted(sum(map(numbers_of, batches), []))
+    numbers = sorted(joined(map(numbers_of, batches)))
     assert len(set(numbers)) >= 11  # the rank with 5 images reads one more, which may be one of the other's
 
 
@@ -169,13 +169,13 @@ def test_what_is_wrong_with_shards(tmp_path):
         open_data(DataConfig(f"webdataset:{folder}/part-0.tar"))
     with pytest.raises(DataError, match="There is no shard"):
         opened(folder, pattern="none-*.tar")
-    with pytest.raises(DataError, match="part-9.tar"):
-        opened(folder, pattern="part-{8..9}.tar".replace("8", "0", 1).replace("{0..9}", "{0,9}"))
+    with pytest.raises(DataError, match=r"part-9\.tar"):
+        opened(folder, pattern="part-{0,9}.tar")
     (folder / "sizes.json").write_text('{"part-0.tar": 7}')
     with pytest.raises(DataError, match="a number for every shard"):
         opened(folder)
     (folder / "classes.txt").unlink()
-    with pytest.raises(DataError, match="put classes.txt beside the shards"):
+    with pytest.raises(DataError, match=r"put classes\.txt beside the shards"):
         opened(folder)
     write_shard(folder / "part-0.tar", range(3), label_file="txt")
     with pytest.raises(DataError, match="has no label"):

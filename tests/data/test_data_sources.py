@@ -111,7 +111,7 @@ def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="holds no folders"):
         folder(tmp_path)
     write_class_folders(tmp_path, {"a": 5, "b": 1})
-    with pytest.raises(DataError, match="'b' of .* has 1 image"):
+    with pytest.raises(DataError, match=r"'b' of .* has 1 image"):
         folder(tmp_path)
 
 
