@@ -17,18 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from repvgg.data.bad import BadImages
 from repvgg.data.batch_ops import BatchOps
+from repvgg.data.batching import Loaded, advice, failed
 from repvgg.data.decoding import Bad, decode
-from repvgg.data.loading import (
-    Batch,
-    HeldOutLoader,
-    Loaded,
-    Share,
-    TrainLoader,
-    advice,
-    batches_of,
-    check_skip,
-    failed,
-)
+from repvgg.data.loading import Batch, HeldOutLoader, Share, TrainLoader, batches_of, check_skip
 from repvgg.data.parts import Example, StreamPart
 from repvgg.data.workers import data_loader
 from repvgg.errors import DataError, UsageError

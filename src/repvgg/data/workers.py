@@ -72,7 +72,8 @@ def told_apart(workers: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, OSError) as error:
-        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        torch_says = "DataLoader worker (pid" in str(error)
+        if not workers or (isinstance(error, RuntimeError) and not torch_says) or str(error).startswith("Caught "):
             raise
         raise DataError(
             "A loading process died, perhaps for lack of memory: take fewer workers, or 0 to see what happens; "
