@@ -20,8 +20,8 @@ _INTERRUPTED = 130
 def check(
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")],
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
-    workers: int = 0,
-    limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="IMAGES")] = None,
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="N")] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Read every image of a data set and say what is wrong; exit code 1 if anything is bad.

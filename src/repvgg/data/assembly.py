@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from repvgg.data.batch_ops import BatchOps
+from repvgg.data.batching import HeldOutImages, TrainingImages
 from repvgg.data.config import DataConfig
 from repvgg.data.keeping import BaseImages, DecodedImages, KeptImages, decode_all, is_worth_keeping, keep_raw
-from repvgg.data.loading import HeldOutImages, TrainingImages
 from repvgg.data.parts import ArrayPart, IndexedPart, Part, StreamPart
 from repvgg.data.streaming import StreamOps
 from repvgg.errors import UsageError

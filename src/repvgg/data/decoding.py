@@ -11,7 +11,7 @@ from typing import Literal, final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode"]
+Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled"]
 
 
 @final
@@ -100,4 +100,4 @@ def _flat(image: Image.Image) -> Image.Image:
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         colour = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), colour).convert("RGB")
-    return image
+    return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")

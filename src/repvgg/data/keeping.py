@@ -121,12 +121,15 @@ def is_worth_keeping(part: IndexedPart, shape: tuple[int, int, int] | None, chan
     if shape is not None and len(part) * math.prod(shape) > LIMIT:
         return False
     step = max(1, len(part) // _PROBES)
-    images = (part.image(index) for index in range(0, len(part), step))
-    sizes = {image.size for image in images if not isinstance(image, Bad)}
-    if len(sizes) != 1:
-        return False
-    size = sizes.pop()
-    return max(size) <= SMALL and len(part) * channels * math.prod(size) <= LIMIT
+    sizes: set[tuple[int, int]] = set()
+    for index in range(0, len(part), step):
+        image = part.image(index)
+        if isinstance(image, Bad):
+            continue
+        sizes.add(image.size)
+        if len(sizes) > 1 or max(image.size) > SMALL:
+            return False
+    return bool(sizes) and len(part) * channels * math.prod(sizes.pop()) <= LIMIT
 
 
 def decode_all(

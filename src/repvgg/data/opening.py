@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from repvgg.data.assembly import Assembly
 from repvgg.data.bad import BadImages
+from repvgg.data.batching import HeldOutImages, TrainingImages
 from repvgg.data.config import DataConfig
 from repvgg.data.loading import (
-    HeldOutImages,
     HeldOutLoader,
     IndexedHeldOutLoader,
     IndexedTrainLoader,
     Share,
-    TrainingImages,
     TrainLoader,
 )
 from repvgg.data.parts import IndexedPart, Part, Source

@@ -17,18 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from repvgg.data.bad import BadImages
 from repvgg.data.batch_ops import BatchOps
+from repvgg.data.batching import Loaded, advice, failed
 from repvgg.data.decoding import Bad, decode
-from repvgg.data.loading import (
-    Batch,
-    HeldOutLoader,
-    Loaded,
-    Share,
-    TrainLoader,
-    advice,
-    batches_of,
-    check_skip,
-    failed,
-)
+from repvgg.data.loading import Batch, HeldOutLoader, Share, TrainLoader, batches_of, check_skip
 from repvgg.data.parts import Example, StreamPart
 from repvgg.data.workers import data_loader
 from repvgg.errors import DataError, UsageError
@@ -197,8 +188,8 @@ class StreamTrainLoader(TrainLoader):
         while self._batches is None or done < self._batches:
             before = done, len(rest[1]) if rest else 0
             loader = data_loader(replace(images, epoch=images.epoch + passes * _PASS), self._workers)
-            for batch in batches_of(iter(loader), self._bad):
-                full, rest = _filled(rest, batch, images.share.batch_size)
+            for batch in batches_of(iter(loader), self._bad, self._workers):
+                full, rest = _filled(rest, batch, images.share.batch_size, rest_first=passes > 0)
                 if full is not None:
                     done += 1
                     if done > first:
@@ -209,7 +200,7 @@ class StreamTrainLoader(TrainLoader):
                 return
             if before == (done, len(rest[1]) if rest else 0):
                 raise DataError("The stream has no images that can be read.")
-            passes, images = passes + 1, replace(images, skipped=max(0, first - done))
+            passes, images = passes + 1, replace(images, skipped=0)
 
 
 @final
@@ -229,7 +220,7 @@ class StreamHeldOutLoader(HeldOutLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         rest: Batch | None = None
-        for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad):
+        for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad, self._workers):
             full, rest = _filled(rest, batch, self._images.share.batch_size)
             if full is not None:
                 yield full
@@ -237,9 +228,11 @@ class StreamHeldOutLoader(HeldOutLoader):
             yield rest
 
 
-def _filled(rest: Batch | None, batch: Batch, size: int) -> tuple[Batch | None, Batch | None]:
-    """A full batch, if one can be made, and what is left."""
-    if len(batch[1]) == size:
+def _filled(
+    rest: Batch | None, batch: Batch, size: int, *, rest_first: bool = False
+) -> tuple[Batch | None, Batch | None]:
+    """A full batch, if one can be made, and what is left; a full batch overtakes the rest unless ``rest_first``."""
+    if len(batch[1]) == size and (rest is None or not rest_first):
         return batch, rest
     if rest is not None:
         batch = torch.cat((rest[0], batch[0])), torch.cat((rest[1], batch[1]))

@@ -61,16 +61,19 @@ def as_it_is(loaded: T) -> T:
 
 
 @contextmanager
-def told_apart() -> Iterator[None]:
-    """Turn the death of a loading process into one sentence.
+def told_apart(workers: int) -> Iterator[None]:
+    """Turn the death of one of so many loading processes into one sentence.
+
+    It shows in two ways: torch finds it dead, or what it had handed over cannot be fetched any more.
 
     Raises:
         DataError: a process died.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        torch_says = "DataLoader worker (pid" in str(error)
+        if not workers or (isinstance(error, RuntimeError) and not torch_says) or str(error).startswith("Caught "):
             raise
         raise DataError(
             "A loading process died, perhaps for lack of memory: take fewer workers, or 0 to see what happens; "
@@ -82,7 +85,7 @@ def in_order(function: Callable[[int], T], length: int, workers: int) -> Iterato
     """What ``function`` makes of 0 … length − 1, in order, computed by that many processes."""
     chunks = [range(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK)]
     loader = data_loader(_Chunks(function), workers if length > _CHUNK else 0, chunks)
-    with told_apart():
+    with told_apart(loader.num_workers):
         for values in loader:
             yield from values
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import random
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
@@ -101,12 +103,10 @@ class ShardsPart(StreamPart):
         try:
             for sample in _samples(url):
                 yield self._example(sample, f"{url}/{sample['__key__']}")
-        except DataError:
-            raise
+        except (tarfile.TarError, EOFError, ValueError, zlib.error) as error:
+            yield Bad(url, "truncated", f"is no whole tar file: {error.args[0] if error.args else error}")
         except OSError as error:
             yield Bad(url, "unreadable", f"cannot be read: {error.strerror or error.args[0]}")
-        except Exception as error:  # tar files can be broken in many ways
-            yield Bad(url, "truncated", f"is no whole tar file: {error.args[0] if error.args else error}")
 
     def _example(self, sample: dict[str, Any], where: str) -> Example | Bad:
         image = next((name for name in sample if name.rpartition(".")[2] in _IMAGES), None)
@@ -114,16 +114,17 @@ class ShardsPart(StreamPart):
             return Bad(where, "not an image", f"holds none of {', '.join(_IMAGES)}")
         label = _label(sample)
         if label is None:
-            raise DataError(f"{where!r} has no label: a sample holds a .cls file with a number, or a .json with one.")
+            return Bad(
+                where, "unlabelled", "has no label: a sample holds a .cls file with a number, or a .json with one"
+            )
         return Example(f"{where}.{image}", sample[image], label)
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    wds = require("webdataset", "data")
-    stream = wds.gopen.gopen(url)
+    tar = require("webdataset.tariterators", "data")
+    stream = require("webdataset.gopen", "data").gopen(url)
     try:
-        files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}])
-        yield from wds.tariterators.group_by_keys(files)
+        yield from tar.group_by_keys(tar.tar_file_expander([{"url": url, "stream": stream}]))
     finally:
         stream.close()
 

@@ -85,9 +85,10 @@ def _split(source: Source, uri: str) -> Source:
 def _stratified(part: IndexedPart, uri: str) -> tuple[Tensor, Tensor]:
     """Indices of both parts, in ascending order: of every class a tenth, but at least one image."""
     mixed = fixed_order(len(part))
+    labels = part.labels[mixed]
     held_out = torch.zeros(len(part), dtype=torch.bool)
     for label, name in enumerate(part.classes):
-        members = mixed[part.labels[mixed] == label]
+        members = mixed[labels == label]
         if len(members) == 1:
             raise DataError(f"Class {name!r} of {uri!r} has 1 image, and none can be held out: say with val which.")
         held_out[members[: max(1, round(HELD_OUT * len(members))) if len(members) else 0]] = True

@@ -61,7 +61,7 @@ def _split(uri: DataUri) -> tuple[str, str, bool]:
 def _kind(name: str) -> Callable[..., Any]:
     from torchvision import datasets
 
-    known = {key.lower(): key for key in datasets.__all__ if inspect.isclass(vars(datasets)[key])}
+    known = {key.lower(): key for key in datasets.__all__ if inspect.isclass(vars(datasets).get(key))}
     if name.lower() not in known:
         raise UsageError(f"torchvision has no data set {name!r}: see torchvision.datasets for their names.")
     kind: Callable[..., Any] = vars(datasets)[known[name.lower()]]
@@ -99,7 +99,8 @@ def _first(make: Callable[..., Any], names: Sequence[str], uri: DataUri) -> Any:
 
 
 def _part(name: str, dataset: Any) -> IndexedPart:
-    values = {**vars(type(dataset)), **vars(dataset)}
+    values = {name: value for kind in reversed(type(dataset).__mro__) for name, value in vars(kind).items()}
+    values |= vars(dataset)
     labels = _labels(name, dataset, values)
     classes = _classes(values.get("classes"), labels)
     data = values.get("data")

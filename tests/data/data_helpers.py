@@ -1,0 +1,67 @@
+"""Folders of small images, some of them broken."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from repvgg.data.drawing import epoch_order
+
+
+def noise(seed, size=(16, 16), channels=3):
+    """An image (width, height) of seeded noise, smooth enough for JPEG."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def write_class_folders(root, counts, size=(16, 16), suffix=".png", seed=0):
+    """Class folders below ``root``, each with so many images; returns the paths by class."""
+    paths = {}
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        paths[name] = [root / name / f"{number:03}{suffix}" for number in range(count)]
+        for number, path in enumerate(paths[name]):
+            noise(10_000 * seed + 100 * label + number, size).save(path)
+    return paths
+
+
+def write_split(root, train, val, **how):
+    write_class_folders(root / "train", train, **how)
+    write_class_folders(root / "val", val, seed=1, **how)
+    return root
+
+
+def encoded(image, kind_of_file="PNG", **how):
+    file = io.BytesIO()
+    image.save(file, kind_of_file, **how)
+    return file.getvalue()
+
+
+def truncated(path):
+    """Cut the second half of a file off."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def run(loader, epoch=0, skip=0):
+    """The batches of an epoch."""
+    loader.set_epoch(epoch)
+    loader.skip(skip)
+    return [(images.clone(), labels.clone()) for images, labels in loader]
+
+
+def assert_same_batches(ours, theirs):
+    assert len(ours) == len(theirs)
+    for (x, y), (other_x, other_y) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, other_x, atol=0, rtol=0)
+        torch.testing.assert_close(y, other_y, atol=0, rtol=0)
+
+
+def order_of(seed, epoch, length):
+    return epoch_order(seed, epoch, length).tolist()
+
+
+def joined(lists):
+    return [one for some in lists for one in some]

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch.testing import assert_close
+
+from repvgg.data.drawing import CROP_LANE, POLICY_LANE, drawing_for, epoch_order, hashed, uniforms
+
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+
+
+def splitmix64(state):
+    """Reference in plain integers: the finalizer of one step."""
+    mask = 2**64 - 1
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+    return state ^ (state >> 31)
+
+
+@given(SEEDS, st.integers(0, 2**40), st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5))
+def test_the_hash_is_splitmix(seed, epoch, keys):
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+    state = splitmix64(((seed & mask) + golden) & mask)
+    state = splitmix64(((state ^ epoch) + golden) & mask)
+    expected = [splitmix64(((state ^ splitmix64((key + golden) & mask)) + golden) & mask) for key in keys]
+    assert hashed(seed, epoch, np.array(keys, np.uint64)).tolist() == expected
+
+
+def test_numbers_are_uniform_and_unrelated():
+    draws = uniforms(0, 0, torch.arange(20_000), 10).double()
+    assert draws.shape == (20_000, 10)
+    assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert torch.corrcoef(draws.T).fill_diagonal_(0).abs().max() < 0.035
+    neighbours = torch.stack((draws[:-1, 0], draws[1:, 0]))
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.035
+
+
+@pytest.mark.parametrize("other", [(1, 0), (0, 1)])
+def test_seed_and_epoch_change_them(other):
+    here, there = uniforms(0, 0, torch.arange(2000), 3), uniforms(*other, torch.arange(2000), 3)
+    assert torch.corrcoef(torch.stack((here.flatten(), there.flatten())))[0, 1].abs() < 0.06
+
+
+@given(SEEDS, st.integers(0, 1000), st.permutations(range(20)))
+def test_numbers_belong_to_the_image(seed, epoch, order):
+    whole = uniforms(seed, epoch, torch.arange(20), 4)
+    assert_close(uniforms(seed, epoch, torch.tensor(order), 4), whole[order], atol=0, rtol=0)
+    assert 0 <= whole.min() <= whole.max() < 1
+
+
+@given(SEEDS, st.integers(0, 1000), st.integers(1, 60))
+def test_an_order_is_a_permutation(seed, epoch, length):
+    order = epoch_order(seed, epoch, length)
+    assert sorted(order.tolist()) == list(range(length))
+    assert_close(order, epoch_order(seed, epoch, length), atol=0, rtol=0)
+
+
+def test_orders_differ():
+    orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_drawing_leaves_the_generator_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    seen = []
+    for where in ((0, 0, 0, CROP_LANE), (0, 0, 0, POLICY_LANE), (0, 0, 1, CROP_LANE), (0, 1, 0, CROP_LANE)):
+        with drawing_for(*where):
+            seen.append(float(torch.rand(())))
+    with drawing_for(0, 0, 0, CROP_LANE):
+        assert float(torch.rand(())) == seen[0]
+    with pytest.raises(ZeroDivisionError), drawing_for(0, 0, 0, CROP_LANE):
+        1 / 0  # noqa: B018
+    assert len(set(seen)) == 4
+    assert_close(torch.get_rng_state(), before, atol=0, rtol=0)
