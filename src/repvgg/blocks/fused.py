@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as registry
 
 from repvgg.blocks.basic import ConvBN
+from repvgg.blocks.joint import is_joint, joint_convs
 from repvgg.blocks.native import build
 from repvgg.blocks.normsum import MOST_TERMS, TYPES, norm_sum
 from repvgg.errors import MissingDependencyError, UsageError
@@ -74,16 +75,19 @@ def trained(branches: nn.Module, x: Tensor, act: nn.Module | None = None) -> Ten
     parts = _parts(branches, act)
     if parts is None or _KERNELS.get() == "eager" or _is_watched() or build().function is None:
         return None
-    terms = [(norm, x if conv is None else conv(x)) for conv, norm in parts]
-    if _takes([image for _, image in terms], [norm for norm, _ in terms]):
+    convs, norms = zip(*parts, strict=True)
+    joint = all(conv is None or (_is_bare(conv) and is_joint(conv)) for conv in convs)
+    images = joint_convs(convs, x) if joint else [x if conv is None else conv(x) for conv in convs]
+    terms = list(zip(norms, images, strict=True))
+    if _takes(images, norms):
         return norm_sum(terms, act is not None)
     out: Tensor = reduce(add, (norm(image) for norm, image in terms))
     return out if act is None else out.relu()
 
 
-def _parts(branches: nn.Module, act: nn.Module | None) -> list[tuple[nn.Module | None, nn.BatchNorm2d]] | None:
+def _parts(branches: nn.Module, act: nn.Module | None) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]] | None:
     """Each branch as a convolution, or None for the identity, and its batch norm; None if one is something else."""
-    parts: list[tuple[nn.Module | None, nn.BatchNorm2d]] = []
+    parts: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]] = []
     for branch in branches.children():
         norm = branch.bn if type(branch) is ConvBN and _is_bare(branch) else branch
         if type(norm) is not nn.BatchNorm2d or not norm.training or not _is_bare(norm):
