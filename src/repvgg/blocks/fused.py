@@ -80,7 +80,7 @@ def trained(branches: nn.Module, x: Tensor, act: nn.Module | None = None) -> Ten
     images = joint_convs(convs, x) if joint else [x if conv is None else conv(x) for conv in convs]
     terms = list(zip(norms, images, strict=True))
     if _takes(images, norms):
-        return norm_sum(terms, act is not None)
+        return norm_sum(terms, act is not None, [joint and conv is not None for conv in convs])
     out: Tensor = reduce(add, (norm(image) for norm, image in terms))
     return out if act is None else out.relu()
 

@@ -16,7 +16,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MOST_TERMS = 4
 
 
-def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool) -> Tensor:
+def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own: Sequence[bool]) -> Tensor:
     """``act(Σ_k BN_k(y_k))`` with the statistics of the batch, in two passes over memory; running statistics move.
 
     The same function of the same batch norms as PyTorch's, momentum and counters included; means and variances are
@@ -26,6 +26,7 @@ def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool) -> Tens
         terms: 1 to 4 batch norms in training mode, each with its input (N, C, H, W); all inputs of one shape and of one
             dtype out of ``TYPES``, on the CPU, with more than one number a channel.
         relu: whether a ReLU follows.
+        own: which inputs nobody else has: their memory takes their gradients, unless the graph is retained.
 
     Returns:
         A tensor (N, C, H, W) in the layout of the first input.
@@ -36,7 +37,7 @@ def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool) -> Tens
     running = [_running(norm, wide) for norm in norms]
     momentum = [_count(norm) for norm in norms]
     gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    setting = (relu, rows, running, momentum, [norm.eps for norm in norms])
+    setting = (relu, rows, running, momentum, [norm.eps for norm in norms], tuple(own))
     out: Tensor = _NormSum.apply(setting, *inputs, *gammas, *betas)  # type: ignore[no-untyped-call]
     for norm, pair in zip(norms, running, strict=True):
         for kept, moved in zip((norm.running_mean, norm.running_var), pair, strict=True):
@@ -51,7 +52,7 @@ class _NormSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, setting: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
-        relu, rows, running, momentum, eps = setting
+        relu, rows, running, momentum, eps, own = setting
         terms = len(tensors) // 3
         y, gammas, betas = tensors[:terms], tensors[terms : 2 * terms], tensors[2 * terms :]
         first = y[0]
@@ -64,7 +65,7 @@ class _NormSum(torch.autograd.Function):
         nothing = [None] * (3 * terms)
         _call(rows, relu, [*y, *scales, *shifts, *means, *variances, *nothing, out, saved, None], (*momentum, *eps), first)
         ctx.save_for_backward(*y, *gammas, saved, out if relu else None)
-        ctx.rows, ctx.eps = rows, eps
+        ctx.rows, ctx.eps, ctx.own = rows, eps, own
         ctx.betas = [None if beta is None else beta.dtype for beta in betas]
         return out
 
@@ -79,7 +80,11 @@ class _NormSum(torch.autograd.Function):
         first = y[0]
         layout = torch.channels_last if ctx.rows else torch.contiguous_format
         gradient = gradient.to(first.dtype).contiguous(memory_format=layout)
-        dy = [torch.empty_like(image) if want else None for image, want in zip(y, needed[:terms], strict=True)]
+        spent = not torch._C._autograd._get_current_graph_task_keep_graph()
+        dy = [
+            None if not want else image if own and spent else torch.empty_like(image)
+            for image, want, own in zip(y, needed[:terms], ctx.own, strict=True)
+        ]
         small = [first.new_empty(first.shape[1], dtype=saved.dtype) if want else None for want in needed[terms:]]
         scales = [_wide(gamma, saved.dtype) for gamma in gammas]
         nothing = [None] * (3 * terms)
