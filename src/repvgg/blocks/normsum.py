@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.blocks.native import build
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-MOST_TERMS = 4
+MOST_TERMS = 3
 
 
 def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own: Sequence[bool]) -> Tensor:
@@ -23,7 +23,7 @@ def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own: Se
     summed in a wider type, and the outcome is rounded once where PyTorch rounds each term.
 
     Args:
-        terms: 1 to 4 batch norms in training mode, each with its input (N, C, H, W); all inputs of one shape and of one
+        terms: 1 to 3 batch norms in training mode, each with its input (N, C, H, W); all inputs of one shape and of one
             dtype out of ``TYPES``, on the CPU, with more than one number a channel.
         relu: whether a ReLU follows.
         own: which inputs nobody else has: their memory takes their gradients, unless the graph is retained.
