@@ -120,13 +120,18 @@ def _is_watched() -> bool:
 def _takes(images: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> bool:
     """Whether the compiled passes take these: ordinary tensors alike, enough numbers, parameters where they belong."""
     first = images[0]
-    alike = all(type(i) is Tensor and i.shape == first.shape and i.dtype == first.dtype for i in images)
-    if not alike or first.dtype not in TYPES or first.dim() != 4 or first.numel() <= first.shape[1]:
+    shape, dtype = first.shape, first.dtype
+    if dtype not in TYPES or len(shape) != 4 or first.numel() <= shape[1]:
         return False
-    tensors = (t for norm in norms for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
-    sizes = all(t is None or (type(t) in (Tensor, nn.Parameter) and _fits(t, first)) for t in tensors)
-    return sizes and all(norm.num_features == first.shape[1] for norm in norms)
-
-
-def _fits(values: Tensor, image: Tensor) -> bool:
-    return values.device == image.device and values.is_floating_point() and values.shape == image.shape[1:2]
+    if not all(type(image) is Tensor and image.shape == shape and image.dtype == dtype for image in images):
+        return False
+    channels, device = shape[1:2], first.device
+    for norm in norms:
+        for values in (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"]):
+            if values is None:
+                continue
+            if values.shape != channels or values.device != device or type(values) not in (nn.Parameter, Tensor):
+                return False
+            if not values.is_floating_point():
+                return False
+    return True
