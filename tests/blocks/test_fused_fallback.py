@@ -21,6 +21,7 @@ X = images(6, dtype=torch.float32)
 
 
 def block():
+    torch.manual_seed(0)
     return stirred(RepVGGBlock(rep_conv(6, 6), nn.ReLU()))
 
 
@@ -71,8 +72,8 @@ def test_strangers_among_the_branches_run_as_they_are():
 def test_synchronized_norms_run_as_they_are():
     module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
     assert isinstance(module.conv["identity"], nn.SyncBatchNorm)
-    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
-        module(X)
+    assert_close(module(X), block()(X), rtol=1e-4, atol=1e-4)
+    assert not is_fused(module(X))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -96,12 +97,13 @@ def test_eval_mode_and_a_collapse_know_nothing_of_it():
     assert_close(plain(X), out, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, in dual numbers
 def test_tracers_and_transforms_see_the_definition():
     module = block()
     graph = fx.symbolic_trace(module.train())
     assert_close(graph(X), copy.deepcopy(module)(X), rtol=1e-5, atol=1e-5)
     parts = [node for node in graph.graph.nodes if node.op == "call_module"]
-    assert len(parts) == 6  # two convolutions, three norms, a ReLU
+    assert [str(node.target) for node in parts][-2:] == ["conv.identity", "act"]
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (False, *[None] * 3)

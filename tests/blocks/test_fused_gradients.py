@@ -1,5 +1,7 @@
 """The compiled passes against the definition: outcome, gradients, running statistics and counters."""
 
+import copy
+
 import pytest
 import torch
 from blocks_helpers import images, is_fused, step, stirred
@@ -76,18 +78,23 @@ def test_layout_and_dtype_are_those_of_the_definition():
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rounding_is_no_worse_than_that_of_the_definition(layout, amp, stride):
-    module = stirred(block(24, 24, stride))
-    x = images(24, (13, 11), count=8, dtype=torch.bfloat16 if amp else torch.float32, layout=LAYOUTS[layout])
-    exact = step(module.double(), x.double(), "eager")
-    module.float()
-    fused, plain = step(module, x, amp=amp), step(module, x, "eager", amp=amp)
-
-    def error(found):
-        parts = [(found[name].double() - value).norm() / value.norm() for name, value in exact.items()]
-        return torch.stack([part for name, part in zip(exact, parts, strict=True) if "tracked" not in name])
-
-    assert float(error(fused).mean() / error(plain).mean()) < 1.2
-    assert float(error(fused).max() / error(plain).max()) < 1.2
+    """Of the outcome, all gradients and all statistics: the root mean square over several blocks."""
+    errors = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module = stirred(block(24, 24, stride), seed)
+        dtype = torch.bfloat16 if amp else torch.float32
+        x = images(24, (13, 11), count=8, dtype=dtype, layout=LAYOUTS[layout], seed=seed)
+        exact = step(module.double(), x.double(), "eager")
+        module.float()
+        values = {name: value for name, value in exact.items() if "tracked" not in name}
+        for kernels in ("compiled", "eager"):
+            found = step(module, x, kernels, amp=amp)
+            parts = [(found[name].double() - value).norm() / value.norm() for name, value in values.items()]
+            errors.append(torch.stack(parts))
+    fused, plain = (torch.stack(errors[k::2]).square().mean(0).sqrt() for k in (0, 1))
+    assert float((fused / plain).mean()) < 1.05
+    assert float((fused / plain).max()) < 1.5
 
 
 def test_means_far_from_zero_cost_no_digits():
@@ -140,7 +147,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other():
     whole = step(module, images(6))
     for name in ("conv.dense.conv.weight", "conv.pointwise.bn.weight", "conv.identity.bias"):
         module.get_parameter(name).requires_grad_(False)
-    assert is_fused(module(images(6)))
+    assert is_fused(copy.deepcopy(module)(images(6)))
     some = step(module, images(6))
     assert {name for name in whole if some[name] is None} == {
         "conv.dense.conv.weight",
