@@ -106,16 +106,21 @@ def test_tracers_and_transforms_see_the_definition():
     assert [str(node.target) for node in parts][-2:] == ["conv.identity", "act"]
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (False, *[None] * 3)
+            part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (
+                False,
+                *[None] * 3,
+            )
     weights = dict(module.named_parameters())
     got = torch.func.grad(lambda w: torch.func.functional_call(module, w, (X,)).square().sum())(weights)
     module(X).square().sum().backward()
     for name, value in weights.items():
         assert_close(got[name], value.grad, rtol=1e-3, atol=1e-3)
+    module, x = module.double(), X.double()
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
-        tangent = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
-    assert float(tangent.abs().max()) >= 0
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x).index_fill_(3, torch.tensor([0]), 0.0))
+        out, tangent = torch.autograd.forward_ad.unpack_dual(module(dual))
+    moved = 1e-6 * torch.ones_like(x).index_fill_(3, torch.tensor([0]), 0.0)
+    assert_close(tangent.detach(), (module(x + moved) - out).detach() / 1e-6, rtol=1e-2, atol=1e-4)
 
 
 def test_float16_and_mixed_types_run_as_they_are_written():

@@ -89,10 +89,11 @@ def _parts(branches: nn.Module, act: nn.Module | None) -> list[tuple[nn.Conv2d |
     """Each branch as a convolution, or None for the identity, and its batch norm; None if one is something else."""
     parts: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]] = []
     for branch in branches.children():
-        norm = branch.bn if type(branch) is ConvBN and _is_bare(branch) else branch
+        bare = type(branch) is ConvBN and _is_bare(branch)
+        conv, norm = (branch.conv, branch.bn) if isinstance(branch, ConvBN) and bare else (None, branch)
         if type(norm) is not nn.BatchNorm2d or not norm.training or not _is_bare(norm):
             return None
-        parts.append((None if norm is branch else branch.conv, norm))
+        parts.append((conv, norm))
     if act is not None and not (type(act) is nn.ReLU and _is_bare(act) and _is_bare(branches)):
         return None
     return parts if 0 < len(parts) <= MOST_TERMS else None

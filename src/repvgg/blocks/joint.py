@@ -1,4 +1,4 @@
-"""The convolutions of all branches on one input as one function of autograd: one gradient of the input, added in place."""
+"""The convolutions of all branches on one input as one function of autograd, with one gradient of the input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def joint_convs(convs: Sequence[nn.Conv2d | None], x: Tensor) -> tuple[Tensor, .
         x = x.to(torch.get_autocast_dtype("cpu"))
     weights = [None if conv is None else conv.weight for conv in convs]
     settings = tuple(None if conv is None else _Setting.of(conv) for conv in convs)
-    out: tuple[Tensor, ...] = _Joint.apply(settings, x, *weights)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = _Joint.apply(settings, x, *weights)
     return out
 
 
@@ -159,8 +159,10 @@ def _differentiable(
     for setting, weight, gradient in zip(settings, weights, gradients, strict=True):
         if gradient is not None:
             given.append(gradient)
-            identity = setting is None or weight is None
-            outputs.append(x.view_as(x) if identity else _convolve(x, weight.to(x.dtype), setting))
+            if setting is None or weight is None:
+                outputs.append(x.view_as(x))
+            else:
+                outputs.append(_convolve(x, weight.to(x.dtype), setting))
     sources = [tensor for tensor in (x, *weights) if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(outputs, sources, given, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in (x, *weights)]

@@ -46,7 +46,9 @@ def build() -> Build:
         function = ctypes.CDLL(str(path)).repvgg_norm_sum
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        report = f"The compiled training passes could not be built, PyTorch's own are used ({said[0] if said else error})."
+        report = (
+            f"The compiled training passes could not be built, PyTorch's own are used ({said[0] if said else error})."
+        )
         _LOG.warning(report)
         return Build(None, report)
     function.restype = ctypes.c_int

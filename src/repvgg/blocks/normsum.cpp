@@ -89,9 +89,10 @@ template <class T> void store(T* p, typename Lanes<T>::V v, int count) {
     for (int i = 0; i < count; ++i) p[i] = some[i];
 }
 
+// The gradient in front of a ReLU; not-a-number in the outcome lets it through, as with PyTorch.
 template <class V> V zero_where_not_positive(V v, V sign) {
     typedef decltype(sign > sign) Mask;
-    Mask mask = sign > V{};
+    Mask mask = ~(sign <= V{});
     Mask bits;
     std::memcpy(&bits, &v, sizeof bits);
     bits &= mask;

@@ -31,18 +31,17 @@ def norm_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own: Se
     Returns:
         A tensor (N, C, H, W) in the layout of the first input.
     """
-    norms, inputs = zip(*terms, strict=True)
-    rows, inputs = _one_layout(inputs)
+    norms = [norm for norm, _ in terms]
+    rows, inputs = _one_layout([image for _, image in terms])
     wide = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     running = [_running(norm, wide) for norm in norms]
     momentum = [_count(norm) for norm in norms]
     gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
     setting = (relu, rows, running, momentum, [norm.eps for norm in norms], tuple(own))
-    out: Tensor = _NormSum.apply(setting, *inputs, *gammas, *betas)  # type: ignore[no-untyped-call]
-    for norm, pair in zip(norms, running, strict=True):
-        for kept, moved in zip((norm.running_mean, norm.running_var), pair, strict=True):
-            if kept is not None and kept is not moved:
-                kept.copy_(moved)
+    out: Tensor = _NormSum.apply(setting, *inputs, *gammas, *betas)
+    for norm, (mean, variance) in zip(norms, running, strict=True):
+        _keep(norm.running_mean, mean)
+        _keep(norm.running_var, variance)
     return out
 
 
@@ -51,7 +50,7 @@ class _NormSum(torch.autograd.Function):
     """The inputs are the setting, then K each of y, gamma and beta; gamma and beta may be None."""
 
     @staticmethod
-    def forward(ctx: Any, setting: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, setting: tuple[Any, ...], *tensors: Any) -> Tensor:
         relu, rows, running, momentum, eps, own = setting
         terms = len(tensors) // 3
         y, gammas, betas = tensors[:terms], tensors[terms : 2 * terms], tensors[2 * terms :]
@@ -63,7 +62,9 @@ class _NormSum(torch.autograd.Function):
         scales = [_wide(gamma, wide) for gamma in gammas]
         shifts = [_wide(beta, wide) for beta in betas]
         nothing = [None] * (3 * terms)
-        _call(rows, relu, [*y, *scales, *shifts, *means, *variances, *nothing, out, saved, None], (*momentum, *eps), first)
+        _call(
+            rows, relu, [*y, *scales, *shifts, *means, *variances, *nothing, out, saved, None], (*momentum, *eps), first
+        )
         ctx.save_for_backward(*y, *gammas, saved, out if relu else None)
         ctx.rows, ctx.eps, ctx.own = rows, eps, own
         ctx.betas = [None if beta is None else beta.dtype for beta in betas]
@@ -82,13 +83,19 @@ class _NormSum(torch.autograd.Function):
         gradient = gradient.to(first.dtype).contiguous(memory_format=layout)
         spent = not torch._C._autograd._get_current_graph_task_keep_graph()
         dy = [
-            None if not want else image if own and spent else torch.empty_like(image)
+            None if not want else image.detach() if own and spent else torch.empty_like(image)
             for image, want, own in zip(y, needed[:terms], ctx.own, strict=True)
         ]
         small = [first.new_empty(first.shape[1], dtype=saved.dtype) if want else None for want in needed[terms:]]
         scales = [_wide(gamma, saved.dtype) for gamma in gammas]
         nothing = [None] * (3 * terms)
-        _call(ctx.rows, out is not None, [*y, *scales, *nothing, *dy, *small, out, saved, gradient], (0.0,) * 2 * terms, first)
+        _call(
+            ctx.rows,
+            out is not None,
+            [*y, *scales, *nothing, *dy, *small, out, saved, gradient],
+            (0.0,) * 2 * terms,
+            first,
+        )
         kinds = [*(None if gamma is None else gamma.dtype for gamma in gammas), *ctx.betas]
         return (None, *dy, *(None if v is None else v.to(kind) for v, kind in zip(small, kinds, strict=True)))
 
@@ -111,7 +118,7 @@ def _call(rows: bool, relu: bool, tensors: Sequence[Tensor | None], numbers: Seq
         pointers,
         (c_double * len(numbers))(*numbers),
     )
-    assert status == 0, "the terms were checked before"
+    assert status == 0, "there is no code for these terms"
 
 
 def _one_layout(inputs: Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
@@ -131,8 +138,14 @@ def _running(norm: nn.BatchNorm2d, wide: torch.dtype) -> tuple[Tensor | None, Te
     return _wide(norm.running_mean, wide), _wide(norm.running_var, wide)
 
 
+def _keep(kept: Tensor | None, moved: Tensor | None) -> None:
+    """Write a wide copy back, if it is one."""
+    if kept is not None and moved is not None and kept is not moved:
+        kept.copy_(moved)
+
+
 def _wide(tensor: Tensor | None, wide: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(wide).contiguous()
+    return None if tensor is None else tensor.to(wide).contiguous()
 
 
 def _count(norm: nn.BatchNorm2d) -> float:
