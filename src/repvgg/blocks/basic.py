@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import TypeAlias
 
 import torch.nn.functional as F
@@ -45,13 +43,4 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``BN(W * x)``."""
         out: Tensor = self.bn(self.conv(x))
-        return out
-
-
-class BranchSum(nn.ModuleDict):
-    """Named branches on one input, summed: ``y = Σ_k branch_k(x)``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of all branches on ``x``."""
-        out: Tensor = reduce(add, (branch(x) for branch in self.values()))
         return out

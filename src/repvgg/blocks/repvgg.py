@@ -6,7 +6,9 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from repvgg.blocks.basic import BranchSum, ConvBN, PointwiseConv2d, Size
+from repvgg.blocks.basic import ConvBN, PointwiseConv2d, Size
+from repvgg.blocks.branches import BranchSum
+from repvgg.blocks.fused import trained
 from repvgg.errors import UsageError
 
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
@@ -75,5 +77,6 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``act(conv(x))``."""
-        out: Tensor = self.act(self.conv(x))
+        fast = trained(self.conv, x, self.act)
+        out: Tensor = self.act(self.conv(x)) if fast is None else fast
         return out

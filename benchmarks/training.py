@@ -1,0 +1,212 @@
+"""Training steps a second of a RepVGG row, beside timm's and beside the same net without branches.
+
+    python benchmarks/training.py [--model repvgg_a0 --size 160 --batch 16 --rounds 30 --threads 2]
+                                  [--settings channels_last:bf16:eager ...] [--json training.json]
+
+A step is forward, backward and SGD with momentum, in the same loop for all. Each contestant is first tried alone, in
+a process of its own, at every setting of layout, AMP and torch.compile: that gives its best setting and the peak of the
+process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x86 CPUs of oneDNN's strided 1x1 weight
+gradient. The best of each then run round by round in one process; ratios are taken within a round. Other work on the
+machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repvgg.blocks.fused import status
+from repvgg.measure import environment
+from repvgg.models import ModelSpec, create_model, spec_of
+
+CONTESTANTS = ("repvgg", "timm", "no branches")
+SETTINGS = [
+    ":".join(parts)
+    for parts in itertools.product(("contiguous", "channels_last"), ("float32", "bf16"), ("eager", "compile"))
+]
+OVER_TIMM, OF_NO_BRANCHES = 1.15, 0.9
+CLASSES, TRIAL_STEPS, TRIAL_SECONDS = 1000, 12, 600
+
+
+def without_branches(spec: ModelSpec) -> nn.Sequential:
+    """Conv3x3, BN and ReLU in the place of every block."""
+    channels, layers = 3, nn.Sequential()
+    for stage in (spec.stem, *spec.stages):
+        for position in range(stage.depth):
+            stride = stage.stride if position == 0 else 1
+            conv = nn.Conv2d(channels, stage.channels, 3, stride, 1, bias=False)
+            layers.extend((conv, nn.BatchNorm2d(stage.channels), nn.ReLU(inplace=True)))
+            channels = stage.channels
+    return layers.extend((nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)))
+
+
+def timms(spec: ModelSpec) -> nn.Module:
+    """The row out of timm; for a row that timm does not have, its class with the stages of ours."""
+    import timm
+    from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+
+    if timm.is_model(spec.name):
+        return timm.create_model(spec.name, num_classes=CLASSES)
+    blocks = tuple(ByoBlockCfg("rep", d=stage.depth, c=stage.channels, s=stage.stride, gs=0) for stage in spec.stages)
+    net = ByobNet(ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=spec.stem.channels), num_classes=CLASSES)
+    for conv in (part for part in net.stem.modules() if isinstance(part, nn.Conv2d)):
+        conv.stride = (spec.stem.stride, spec.stem.stride)
+    return net
+
+
+def stepper(contestant: str, setting: str, spec: ModelSpec, size: int, batch: int) -> Callable[[], object]:
+    """One training step on fixed random images, without arguments."""
+    torch.manual_seed(0)
+    layout, amp, mode = setting.split(":")
+    makers = {
+        "repvgg": lambda: create_model(spec),
+        "timm": lambda: timms(spec),
+        "no branches": lambda: without_branches(spec),
+    }
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = makers[contestant]().to(memory_format=memory_format).train()
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
+    labels = torch.randint(0, CLASSES, (batch,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    run = torch.compile(model) if mode == "compile" else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+            loss = F.cross_entropy(run(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step: Callable[[], object], times: int = 2) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    return (time.perf_counter() - start) / times
+
+
+def trial(contestant: str, setting: str, spec: ModelSpec, size: int, batch: int) -> dict[str, float]:
+    """Seconds a step (the median) and peak memory, of this process."""
+    step = stepper(contestant, setting, spec, size, batch)
+    step()
+    step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far
+    before = resident_mebibytes("VmRSS")
+    times = [seconds(step, 1) for _ in range(TRIAL_STEPS)]
+    return {"seconds": statistics.median(times), "peak": resident_mebibytes("VmHWM"), "resident": before}
+
+
+def resident_mebibytes(which: str) -> float:
+    """The resident set of this process on Linux, now ("VmRSS") or at its largest ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) / 1024
+
+
+def trials(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float] | None]]:
+    """Every contestant at every setting; None where the process died."""
+    found: dict[str, dict[str, dict[str, float] | None]] = {name: {} for name in CONTESTANTS}
+    print(f"{'alone':14}{'setting':30}{'img/s':>8}{'peak MiB':>10}")
+    for name, setting in itertools.product(CONTESTANTS, arguments.settings):
+        own = [sys.executable, __file__, "--trial", name, setting, *common(arguments)]
+        try:
+            run = subprocess.run(own, capture_output=True, text=True, check=False, timeout=TRIAL_SECONDS)
+            outcome = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else None
+            why = f"died ({run.returncode})"
+        except subprocess.TimeoutExpired:
+            outcome, why = None, f"no end within {TRIAL_SECONDS} s"
+        found[name][setting] = outcome
+        told = f"{arguments.batch / outcome['seconds']:8.1f}{outcome['peak']:10.0f}" if outcome else why.rjust(8)
+        print(f"{name:14}{setting:30}{told}", flush=True)
+    return found
+
+
+def common(arguments: argparse.Namespace) -> list[str]:
+    names = ("model", "size", "batch", "threads")
+    return [text for name in names for text in (f"--{name}", str(getattr(arguments, name)))]
+
+
+def duel(best: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of each at its best setting, round by round; each round starts with the next one."""
+    spec = spec_of(arguments.model)
+    steps = {name: stepper(name, setting, spec, arguments.size, arguments.batch) for name, setting in best.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        seconds(step, 3)
+    gc.collect()
+    gc.disable()
+    names = list(steps)
+    for index in range(arguments.rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            times[name].append(seconds(steps[name]))
+    gc.enable()
+    return times
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, object]:
+    """The first section: speed and memory of the three, and the verdicts."""
+    found = trials(arguments)
+    best = {
+        name: min((setting for setting in tried if tried[setting]), key=lambda s: tried[s]["seconds"])
+        for name, tried in found.items()
+        if any(tried.values())
+    }
+    times = duel(best, arguments)
+    rows = {}
+    print(f"\n{'side by side':14}{'setting':30}{'img/s (quartiles)':26}{'repvgg is faster by'}")
+    for name, setting in best.items():
+        low, middle, high = (arguments.batch / value for value in reversed(quartiles(times[name])))
+        ratios = quartiles([other / own for own, other in zip(times["repvgg"], times[name], strict=True)])
+        rows[name] = {"setting": setting, "images_per_second": [low, middle, high], "ratio": list(ratios)}
+        shown = f"{ratios[1]:.2f} ({ratios[0]:.2f}-{ratios[2]:.2f})"
+        print(f"{name:14}{setting:30}{f'{middle:.1f} ({low:.1f}-{high:.1f})':26}{shown}")
+    for name, wanted in (("timm", OVER_TIMM), ("no branches", OF_NO_BRANCHES)):
+        if name in rows:
+            ratio = rows[name]["ratio"][1]
+            print(f"{ratio:.2f} of {name}, wanted {wanted}: {'reached' if ratio >= wanted else 'NOT reached'}")
+    return {"trials": found, "best": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="repvgg_a0")
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS, metavar="LAYOUT:TYPE:MODE")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trial", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.trial:
+        print(json.dumps(trial(*arguments.trial, spec_of(arguments.model), arguments.size, arguments.batch)))
+        return
+    stamp = environment()
+    print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}: {stamp}\n{status()}\n")
+    sections = {"environment": stamp, "speed": speed(arguments)}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(sections, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Where somebody may look at what happens inside a block, it runs as it is written; and the switch."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from blocks_helpers import images, is_fused, step, stirred
+from torch import fx, nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from repvgg import create_model, is_plain, reparameterize
+from repvgg.blocks import BranchSum, RepVGGBlock, native, rep_conv, training_kernels
+from repvgg.blocks.fused import status
+from repvgg.errors import MissingDependencyError, UsageError
+
+X = images(6, dtype=torch.float32)
+
+
+def block():
+    torch.manual_seed(0)
+    return stirred(RepVGGBlock(rep_conv(6, 6), nn.ReLU()))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_block_in_training_is_fused():
+    assert is_fused(block()(X))
+    assert "are those in" in status()
+
+
+@pytest.mark.parametrize(
+    "path", ["conv.dense", "conv.dense.bn", "conv.identity", "act", "conv", "conv.pointwise.conv", "conv.dense.conv"]
+)
+def test_hooks_fire_and_see_what_they_would_see(path):
+    def seen(module, kernels):
+        outputs = []
+        module.get_submodule(path).register_forward_hook(lambda _, inputs, out: outputs.append(out.detach()))
+        with training_kernels(kernels):
+            module(X)
+        return outputs
+
+    for got, wanted in zip(seen(block(), "auto"), seen(block(), "eager"), strict=True):
+        assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert len(seen(block(), "auto")) == 1
+
+
+def test_global_hooks_fire():
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
+    try:
+        block()(X)
+    finally:
+        handle.remove()
+    assert called.count(nn.BatchNorm2d) == 3
+    assert nn.ReLU in called
+
+
+def test_strangers_among_the_branches_run_as_they_are():
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    for norm in (Norm(6), nn.InstanceNorm2d(6), nn.BatchNorm2d(6).eval(), nn.Identity()):
+        module = BranchSum({"a": nn.BatchNorm2d(6), "b": norm})
+        assert not is_fused(module(X))
+        assert_close(module(X), module["a"](X) + norm(X))
+
+
+def test_synchronized_norms_run_as_they_are():
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
+    assert isinstance(module.conv["identity"], nn.SyncBatchNorm)
+    assert_close(module(X), block()(X), rtol=1e-4, atol=1e-4)
+    assert not is_fused(module(X))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_parametrized_kernels_get_their_gradients():
+    module = block().double()
+    parametrizations.weight_norm(module.conv["dense"].conv)
+    x = X.double()
+    fused, plain = step(module, x), step(module, x, "eager")
+    assert any("original0" in name for name in fused)
+    for name, value in plain.items():
+        assert_close(fused[name], value, rtol=1e-9, atol=1e-10)
+
+
+def test_eval_mode_and_a_collapse_know_nothing_of_it():
+    module = block()
+    module(X)
+    out = module.eval()(X)
+    assert not is_fused(out)
+    plain, _ = reparameterize(module)
+    assert is_plain(plain)
+    assert_close(plain(X), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, in dual numbers
+def test_tracers_and_transforms_see_the_definition():
+    module = block()
+    graph = fx.symbolic_trace(module.train())
+    assert_close(graph(X), copy.deepcopy(module)(X), rtol=1e-5, atol=1e-5)
+    parts = [node for node in graph.graph.nodes if node.op == "call_module"]
+    assert [str(node.target) for node in parts][-2:] == ["conv.identity", "act"]
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (
+                False,
+                *[None] * 3,
+            )
+    weights = dict(module.named_parameters())
+    got = torch.func.grad(lambda w: torch.func.functional_call(module, w, (X,)).square().sum())(weights)
+    module(X).square().sum().backward()
+    for name, value in weights.items():
+        assert_close(got[name], value.grad, rtol=1e-3, atol=1e-3)
+    module, x = module.double(), X.double()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x).index_fill_(3, torch.tensor([0]), 0.0))
+        out, tangent = torch.autograd.forward_ad.unpack_dual(module(dual))
+    moved = 1e-6 * torch.ones_like(x).index_fill_(3, torch.tensor([0]), 0.0)
+    assert_close(tangent.detach(), (module(x + moved) - out).detach() / 1e-6, rtol=1e-2, atol=1e-4)
+
+
+def test_float16_and_mixed_types_run_as_they_are_written():
+    assert not is_fused(stirred(RepVGGBlock(rep_conv(6, 6), nn.ReLU())).half()(X.half()))
+    module = block()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(X)  # the identity is in float32, the convolutions are not
+    assert not is_fused(out)
+    assert out.dtype == torch.float32
+
+
+def test_one_value_a_channel_is_refused_as_ever():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block()(torch.randn(1, 6, 1, 1))
+
+
+def test_wrong_channels_are_refused_as_ever():
+    with pytest.raises(RuntimeError, match="channels"):
+        block()(torch.randn(2, 5, 4, 4))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_checkpointing_gives_the_same_gradients():
+    module = block().double()
+    module.conv["identity"].momentum = 0.0
+    x = X.double().requires_grad_()
+    (first,) = torch.autograd.grad(module(x).square().sum(), x)
+    (second,) = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), x)
+    assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_copies_and_pickles_train_on():
+    module = block()
+    wanted = step(module, X)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for name, value in step(other, X).items():
+            assert_close(value, wanted[name], rtol=0, atol=0)
+    assert list(module.state_dict()) == list(create_like().state_dict())
+
+
+def create_like():
+    return RepVGGBlock(rep_conv(6, 6), nn.ReLU())
+
+
+def test_the_switch():
+    with training_kernels("eager"):
+        assert not is_fused(block()(X))
+    with pytest.raises(UsageError, match="auto, eager, compiled, not 'fast'"), training_kernels("fast"):
+        pass
+
+
+def test_without_a_compiler(monkeypatch, tmp_path, caplog):
+    """PyTorch's own functions are used, and a line of the log says so, once."""
+    monkeypatch.setenv("REPVGG_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    native.build.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "repvgg"):
+            first, second = block()(X), block()(X)
+        assert not is_fused(first)
+        assert_close(first, second)
+        assert [record.message for record in caplog.records] == [status()]
+        assert "could not be built" in status()
+        with pytest.raises(MissingDependencyError, match="could not be built"), training_kernels("compiled"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        monkeypatch.undo()
+        native.build.cache_clear()
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_the_same():
+    model = stirred(create_model("repvgg_t0", num_classes=5))
+    other = copy.deepcopy(model)
+    x = images(3, (32, 32), count=4, dtype=torch.float32)
+    torch.compile(model)(x).square().sum().backward()
+    other(x).square().sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(one.grad, two.grad, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,63 @@
+"""Train small networks in every layout and type, in a process of their own: it may end in a crash.
+
+oneDNN's weight gradient of a strided 1x1 convolution on few channels writes past its workspace in channels_last
+(uxlfoundation/oneDNN#6035); timm's RepVGG dies of it within a few steps at 160x160. Gradients of the first step are
+compared with those in float64, so that a wrong one is found where nothing crashes.
+
+    python training_trap.py ROW PIXELS STEPS
+"""
+
+import copy
+import sys
+
+import torch
+
+from repvgg.blocks import training_kernels
+from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
+
+ROWS = {
+    "gated": ModelSpec(
+        "gated",
+        Stage(1, 48),
+        (Stage(1, 48), Stage(2, 8), Stage(1, 24)),
+        groups=2,
+        squeeze_excite=SqueezeExciteSpec("before_relu", 4),
+        auxiliary=(1,),
+    ),
+}
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+ERROR = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}  # relative, of the gradients of all kernels
+
+
+def gradients(model, x, dtype=None):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = model(x)
+    logits = (out, *()) if isinstance(out, torch.Tensor) else (out.logits, *out.auxiliary)
+    model.zero_grad()
+    sum(value.double().square().sum() for value in logits).backward()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.dim() == 4])
+
+
+def main(row, pixels, steps):
+    torch.manual_seed(0)
+    template = create_model(ROWS.get(row, row), num_classes=7).train()
+    images = torch.randn(2, 3, pixels, pixels, dtype=torch.float64) + 1
+    with training_kernels("eager"):
+        exact = gradients(copy.deepcopy(template).double(), images)
+    for layout in LAYOUTS:
+        for dtype, limit in ERROR.items():
+            kept = torch.float64 if dtype == torch.float64 else torch.float32
+            model = copy.deepcopy(template).to(kept, memory_format=layout)
+            x = images.to(kept).contiguous(memory_format=layout)
+            first = gradients(model, x, dtype)
+            error = float((first - exact).norm() / exact.norm())
+            assert error < limit, f"{row}, {dtype}, {layout}: the gradients are off by {error:.2g}"
+            optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+            for _ in range(steps):
+                optimizer.step()
+                assert gradients(model, x, dtype).isfinite().all()
+            print(row, dtype, layout, f"{error:.2g}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
