@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from repvgg.data.drawing import CROP_LANE, POLICY_LANE, drawing_for, epoch_order, hashed, uniforms
+from repvgg.data.drawing import CROP_LANE, POLICY_LANE, drawing_for, epoch_order, hashed, image_bits, uniforms
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 
@@ -26,6 +26,12 @@ def test_the_hash_is_splitmix(seed, epoch, keys):
     state = splitmix64(((state ^ epoch) + golden) & mask)
     expected = [splitmix64(((state ^ splitmix64((key + golden) & mask)) + golden) & mask) for key in keys]
     assert hashed(seed, epoch, np.array(keys, np.uint64)).tolist() == expected
+
+
+@given(SEEDS, st.integers(0, 2**40), st.integers(0, 2**63 - 1), st.integers(0, 20))
+def test_one_image_at_a_time_gives_the_same(seed, epoch, image, lane):
+    state = int(hashed(seed, epoch, np.array([image], np.uint64))[0])
+    assert image_bits(seed, epoch, image, lane) == splitmix64((state + lane * 0x9E3779B97F4A7C15) % 2**64)
 
 
 def test_numbers_are_uniform_and_unrelated():

@@ -48,6 +48,17 @@ def test_every_offset_and_both_sides_occur():
     assert 0.22 < flipped < 0.28
 
 
+def test_flipping_alone():
+    images, keys = pixels(300), torch.arange(300)
+    out = ops(Augment(flip=0.3)).move(images, 0, keys)
+    flipped = (out == images.flip(3)).all(3).all(2).all(1)
+    kept = (out == images).all(3).all(2).all(1)
+    assert (flipped ^ kept).all()
+    assert 60 < flipped.sum() < 120
+    padded = ops(Augment(flip=0.3, crop="pad", crop_padding=0)).move(images, 0, keys)
+    assert_close(padded, out, atol=0, rtol=0)
+
+
 def test_squares_are_greyed_out():
     images = torch.zeros(3000, 1, 12, 12, dtype=torch.uint8)
     out = ops(Augment(erase=0.5, erase_size=1 / 3), channels=1).erase(images, 0, torch.arange(3000))

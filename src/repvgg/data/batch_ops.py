@@ -45,9 +45,10 @@ class BatchOps:
         draws = uniforms(self.seed, epoch, keys_N, _LANES)
         if augment.jitter != AffineJitter():
             x_NCHW = self._jitter(x_NCHW, draws[:, _JITTER])
-        padding = augment.crop_padding if augment.crop == "pad" else 0
         flip = draws[:, _FLIP] < augment.flip
-        return pad_crop_flip(x_NCHW, padding, draws[:, _CROP], flip) if padding or augment.flip else x_NCHW
+        if augment.crop == "pad":
+            return pad_crop_flip(x_NCHW, augment.crop_padding, draws[:, _CROP], flip)
+        return torch.where(flip.reshape(-1, 1, 1, 1), x_NCHW.flip(3), x_NCHW) if augment.flip else x_NCHW
 
     def erase(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
         """Grey out a square of some images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -80,10 +81,9 @@ class DecodedImages(BaseImages):
         image = self._part.image(index)
         if isinstance(image, Bad):
             return image
-        where = self._part.where(index)
-        if isinstance(self._crop, CentreCrop):
-            return self._crop(image, where)
-        return self._crop(image, where, epoch, index)
+        drawn = () if isinstance(self._crop, CentreCrop) else (epoch, index)
+        pixels: Tensor | Bad = self._crop(image, "", *drawn)
+        return replace(pixels, where=self._part.where(index)) if isinstance(pixels, Bad) else pixels
 
     def all_of(self, indices: Tensor, epoch: int) -> Tensor | None:
         """See :meth:`BaseImages.all_of`."""
