@@ -103,7 +103,7 @@ class History(L.Callback):
 class Follow(L.Callback):
     """Tells the loader which epoch it is, and the world about each epoch that is done."""
 
-    def __init__(self, loader: TrainLoader, on_epoch: Callable[[L.Trainer], None] | None = None) -> None:
+    def __init__(self, loader: TrainLoader, on_epoch: Callable[[], None]) -> None:
         self._loader = loader
         self._on_epoch = on_epoch
 
@@ -114,8 +114,7 @@ class Follow(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hand on."""
-        if self._on_epoch is not None:
-            self._on_epoch(trainer)
+        self._on_epoch()
 
 
 @final

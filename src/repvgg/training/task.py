@@ -19,6 +19,7 @@ from repvgg.training.regularizer import equivalent_l2
 from repvgg.training.seeding import seeded
 
 TOP = 5
+_LOSSES = "repvgg_losses"
 
 
 def classification_loss(
@@ -68,7 +69,6 @@ class ClassificationTask(L.LightningModule):
         self.plan = plan_batches(config) if plan is None else plan
         self.mix = _mix(config, num_classes)
         self.train_loss = MeanMetric()
-        self.train_loss.persistent(True)  # a run that goes on in the middle of an epoch has seen its start
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP, num_classes))
         self._network: Any = None
@@ -96,12 +96,29 @@ class ClassificationTask(L.LightningModule):
             loss = loss + self.config.optim.weight_decay / 2 * equivalent_l2(self.model)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Let all processes judge the same statistics, those of the first one."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count the right predictions of one batch."""
         images, labels = batch
         logits = self(self._layout(self.prepare(images)))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down the losses of the epoch so far, of all processes: it may go on from its middle."""
+        with self.train_loss.sync_context():
+            checkpoint[_LOSSES] = {"sum": self.train_loss.mean_value.clone(), "steps": self.train_loss.weight.clone()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from them, on one process."""
+        if self.global_rank == 0:
+            self.train_loss.mean_value = checkpoint[_LOSSES]["sum"].to(self.device)
+            self.train_loss.weight = checkpoint[_LOSSES]["steps"].to(self.device)
 
     def configure_optimizers(self) -> Any:
         """SGD and its schedule, advanced after every step."""
