@@ -6,6 +6,7 @@ runs ``repvgg`` with ``argv``, and sends itself the signal as the event happens 
 line for the exit code.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -26,10 +27,20 @@ def main():
 
 
 def preload():
-    import tyro  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
+    importlib.import_module("repvgg.cli")._verbs()
 
-    import repvgg.cli.train
-    import repvgg.training.runs  # noqa: F401
+
+PRELOADED = (
+    "matplotlib.backends.backend_agg",
+    "repvgg.data.sources.synthetic",
+    "repvgg.training.runs",
+    "safetensors.torch",
+    "torch.utils.tensorboard",
+    "torchmetrics.functional.classification",
+    "torchvision.transforms.v2",
+)
 
 
 def run(argv, log, stop):
@@ -40,14 +51,9 @@ def run(argv, log, stop):
         os.dup2(file, 2)
         if stop is not None:
             arm(*stop)
-        import time
-
         from repvgg.cli import main as command_line
 
-        before = set(sys.modules)
-        a = time.perf_counter()
         code = command_line(argv)
-        print(time.perf_counter() - a, len(set(sys.modules) - before), sorted(set(sys.modules) - before)[::10])
     except BaseException:
         traceback.print_exc()
     finally:

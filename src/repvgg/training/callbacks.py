@@ -109,8 +109,7 @@ class Follow(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the order of the images."""
-        if trainer.current_epoch:  # the loader was told of the first one before the run, which is under way already
-            self._loader.set_epoch(trainer.current_epoch)
+        self._loader.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hand on."""

@@ -21,7 +21,7 @@ from repvgg.training.averaging import MovingAverage
 from repvgg.training.callbacks import Bar, EpochRecord, Follow, History
 from repvgg.training.config import TrainConfig
 from repvgg.training.evaluation import Evaluation, device_of, evaluate
-from repvgg.training.job import HELD_OUT_BATCH, Job, on_cpu
+from repvgg.training.job import HELD_OUT_BATCH, Job, Lazily, on_cpu
 from repvgg.training.plan import BatchPlan, Layout, layout_of
 from repvgg.training.quiet import lightning_as_guest
 from repvgg.training.saving import Saver
@@ -129,7 +129,7 @@ def _train(job: Job, history: History, bar: Bar | None, on_epoch: OnEpoch | None
     callbacks: list[L.Callback | None] = [history, Follow(loader, tell), average, bar]
     callbacks += [Saver(job.folder, job.config.save_steps)] if job.folder is not None else []
     trainer = job.trainer([callback for callback in callbacks if callback is not None], len(loader))
-    trainer.fit(task, loader, job.held_out_batches(), ckpt_path=job.saved, weights_only=True)
+    trainer.fit(task, Lazily(loader), Lazily(job.held_out_batches()), ckpt_path=job.saved, weights_only=True)
     if average is not None:
         average.hand_over(task)
 

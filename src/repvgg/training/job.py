@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, final
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repvgg.data import HeldOutLoader, OpenedData, TrainLoader
 from repvgg.errors import UsageError
@@ -26,6 +27,24 @@ _LOGGED = 50  # steps between two points of TensorBoard's curves, at most
 def on_cpu(config: TrainConfig) -> bool:
     """Whether a run computes on the CPU."""
     return config.accelerator == "cpu" or not torch.accelerator.is_available()
+
+
+@final
+class Lazily:
+    """A loader whose passes begin with their first batch.
+
+    Lightning calls ``iter`` more often than it reads: it would start loading processes in vain, and take for a pass
+    what is none.
+    """
+
+    def __init__(self, loader: TrainLoader | HeldOutLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._loader
 
 
 @final
@@ -58,10 +77,8 @@ class Job:
             raise UsageError("A CPU does not train in fp16: take bf16 as the precision.")
         if plan.device_batch < 2:
             raise UsageError("Batch norm needs 2 images at a time on each device at least: take a larger batch.")
-        if self.data.num_train is not None and self.data.num_train < self.plan.global_batch:
-            raise UsageError(
-                f"{self.data.num_train} training images do not fill one batch of {self.plan.global_batch}."
-            )
+        if images is not None and images < plan.global_batch:
+            raise UsageError(f"{images} training images do not fill one batch of {plan.global_batch}.")
 
     @property
     def plan(self) -> BatchPlan:
