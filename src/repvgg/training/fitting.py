@@ -102,7 +102,7 @@ def fit(
         for guard in (_threads(config.threads), _prepared(model, config.channels_last), seeded("fit", config.seed)):
             stack.enter_context(guard)
         stack.enter_context(lightning_as_guest())
-        stack.enter_context(synchronized(model, config.sync_bn))
+        stack.enter_context(synchronized(model, config.sync_bn, on_cpu=on_cpu(config)))
         _train(job, history, stack.enter_context(shown), on_epoch)
         seconds = time.perf_counter() - start
     return FitResult(config, job.plan, tuple(history.records), judged(model, data, config), seconds)
