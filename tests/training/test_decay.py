@@ -120,7 +120,7 @@ def by_loops(model):
         k3, k1 = (block[name].conv.weight.tolist() for name in ("dense", "pointwise"))
         for o in range(len(k3)):
             t3, t1 = (
-                float(bn.weight[o]) / (float(bn.running_var[o]) + bn.eps) ** 0.5
+                bn.weight.tolist()[o] / (bn.running_var.tolist()[o] + bn.eps) ** 0.5
                 for bn in (block["dense"].bn, block["pointwise"].bn)
             )
             for i in range(len(k3[o])):
