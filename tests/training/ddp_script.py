@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -108,6 +109,9 @@ def command(event, *arguments):
     def step(self, batch, index):
         nonlocal left
         left -= 1
+        if left == 0 and RANK == 1:
+            sys.stderr.write(f"falls at {time.time()}\n")
+            sys.stderr.flush()
         if left == 0 and event == "raise" and RANK == 1:
             raise RuntimeError("this worker fell")
         if left == 0 and event == "exit" and RANK == 1:

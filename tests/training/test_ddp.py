@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo), started by torchrun, beside one with the same global batch."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -126,17 +127,17 @@ def test_a_run_of_the_command_line(tmp_path):
     files = {"config.yaml", "last.ckpt", "train.safetensors", "plain.safetensors", "best.safetensors", "report.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files | {"log.csv", "curve.png", "tensorboard"}
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
-    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("event", "said"), [("raise", "RuntimeError: this worker fell"), ("exit", "exitcode  : 7")])
 def test_a_worker_that_dies_ends_the_run(tmp_path, event, said):
-    start = time.perf_counter()
     done = run_two(tmp_path / "run", event)
+    end = time.time()
     assert done.returncode != 0
     assert said in done.stderr
-    assert time.perf_counter() - start < 60
+    assert end - float(re.search(r"falls at (\S+)", done.stderr)[1]) < 60
 
 
 @pytest.mark.slow

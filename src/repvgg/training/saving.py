@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from repvgg.errors import CheckpointError, OutputError
 from repvgg.files import whole_or_nothing
+from repvgg.training.task import ClassificationTask
 
 LAST = "last.ckpt"
 _PLACE = "repvgg_place"
@@ -85,7 +86,12 @@ class Saver(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, or if the run is asked to stop; the last step of an epoch leaves that to its end."""
+        """Save if it is time, or if the run is asked to stop; the last step of an epoch leaves that to its end.
+
+        Raises:
+            TrainingError: the loss is not finite; what was saved before is left as it is.
+            Terminated: SIGTERM came.
+        """
         stop = self._agreed(trainer)
         if trainer.is_last_batch:
             return
@@ -93,6 +99,8 @@ class Saver(Checkpoint):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = self._every and stepped and step % self._every == 0 and step != self._saved_step
         if stepped and (stop or due):
+            assert isinstance(pl_module, ClassificationTask)
+            pl_module.mean_loss()  # weights behind a loss that is no number are not worth keeping
             self._save(trainer, trainer.current_epoch, batch_idx + 1)
         if stepped and stop:
             raise Terminated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from repvgg.errors import TrainingError
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.optim import build_optimizer
@@ -68,7 +70,7 @@ class ClassificationTask(L.LightningModule):
         self.prepare = nn.Identity() if prepare is None else prepare
         self.plan = plan_batches(config) if plan is None else plan
         self.mix = _mix(config, num_classes)
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")  # the others leave out what should be seen
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP, num_classes))
         self._network: Any = None
@@ -94,6 +96,19 @@ class ClassificationTask(L.LightningModule):
             self.log("step_loss", loss.detach(), on_step=True, on_epoch=False)
         if self.config.optim.custom_l2:
             loss = loss + self.config.optim.weight_decay / 2 * equivalent_l2(self.model)
+        return loss
+
+    def mean_loss(self) -> float:
+        """The mean of the training loss over the steps of the epoch so far, and over all processes.
+
+        Raises:
+            TrainingError: it is no finite number.
+        """
+        loss = float(self.train_loss.compute())
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of epoch {self.current_epoch + 1} is {loss}: take a lower learning rate, or clip gradients."
+            )
         return loss
 
     def on_validation_epoch_start(self) -> None:
