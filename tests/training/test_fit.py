@@ -1,11 +1,9 @@
-import hashlib
 import io
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,96 +11,113 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from train_helpers import CONFIG, fingerprint, opened, tiny
 
-from repvgg.data import AffineJitter, ImagesInMemory, LabelledImages, digits
-from repvgg.errors import UsageError
-from repvgg.models import ModelSpec, Stage, TrainingOutput, create_model
-from repvgg.training import (
-    ClassificationTask,
-    OptimConfig,
-    TrainConfig,
-    classification_loss,
-    evaluate,
-    fit,
-    quickstart,
-    seeded,
-)
-from repvgg.training.fitting import _trainer
-from repvgg.training.quiet import lightning_as_guest
+import repvgg.training.task as tasks
+from repvgg.data import AffineJitter, Augment, DataConfig, TrainLoader, open_data
+from repvgg.errors import DataError, TrainingError, UsageError
+from repvgg.models import TrainingOutput, create_model
+from repvgg.training import OptimConfig, classification_loss, evaluate, fit, quickstart, seeded
 
-SPEC = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(1, 8), Stage(2, 16)), auxiliary=(0,))
-CONFIG = TrainConfig(
-    epochs=2,
+DIGITS = replace(
+    CONFIG,
     batch_size=64,
-    optim=OptimConfig(lr=0.1, weight_decay=1e-4, warmup_epochs=0.5),
-    label_smoothing=0.1,
-    augment=AffineJitter(degrees=5, translate=0.05, scale=0.05),
-    threads=1,
+    data=DataConfig(
+        uri="digits:", train_size=8, augment=Augment(jitter=AffineJitter(degrees=5, translate=0.05, scale=0.05))
+    ),
+    optim=OptimConfig(lr=0.1, lr_batch=None, weight_decay=1e-4, warmup_epochs=0.5),
     channels_last=True,
 )
 
 
-@pytest.fixture(scope="module")
-def data():
-    """320 digits at 8x8 to train on, 100 to judge by."""
-    whole = digits(8)
-    return replace(
-        whole,
-        train=ImagesInMemory(whole.train.images[:320], whole.train.labels[:320]),
-        held_out=ImagesInMemory(whole.held_out.images[:100], whole.held_out.labels[:100]),
-    )
-
-
-def tiny(seed=0, num_classes=10, in_channels=1):
-    with seeded(seed):
-        return create_model(SPEC, num_classes, in_channels)
-
-
-def fingerprint(model):
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
-
-
-def run(data, config=CONFIG, seed=0):
+def run(config=CONFIG, seed=0, **more):
     model = tiny(seed)
-    return model, fit(model, data, config, progress=False)
+    return model, fit(model, opened(config), config, progress=False, **more)
 
 
-def test_learns_and_records_every_epoch(data):
-    model, result = run(data, replace(CONFIG, epochs=6))
-    assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
+def steps(monkeypatch, see):
+    """Call ``see(task, batch, loss)`` after every training step."""
+    original = tasks.ClassificationTask.training_step
+
+    def step(self, batch, index):
+        loss = original(self, batch, index)
+        see(self, batch, loss)
+        return loss
+
+    monkeypatch.setattr(tasks.ClassificationTask, "training_step", step)
+
+
+class Watched(TrainLoader):
+    """The batches of another loader, each handed to a function first."""
+
+    def __init__(self, loader, see):
+        self.loader, self.see = loader, see
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.see(batch)
+            yield batch
+
+    def set_epoch(self, epoch):
+        self.loader.set_epoch(epoch)
+
+    def skip(self, batches):
+        self.loader.skip(batches)
+
+
+def watched(see, part="train_batches", config=CONFIG):
+    data = opened(config)
+    original = getattr(data, part)
+    setattr(data, part, lambda *size, **share: Watched(original(*size, **share), see))
+    return data
+
+
+def test_learns_and_records_every_epoch():
+    config = replace(DIGITS, epochs=3)
+    data = opened(config)
+    model = tiny(0, 10, 1)
+    result = fit(model, data, config, progress=False)
+    assert [record.epoch for record in result.history] == [1, 2, 3]
     assert result.history[-1].loss < 0.8 * result.history[0].loss
-    assert result.accuracy > 0.5
+    assert result.accuracy > 0.7
     assert result.history[-1].held_out_accuracy == pytest.approx(result.accuracy)
+    assert result.history[-1].held_out_top5 == pytest.approx(result.held_out.top(5))
+    assert result.history[-1].held_out_top5 > result.accuracy
     assert 0 < sum(record.seconds for record in result.history) < result.seconds
+    assert all(record.images_per_second > 0 for record in result.history)
     assert not any(module.training for module in model.modules())
     assert all(value.is_contiguous() for value in model.state_dict().values())
-    again = evaluate(model, data.held_out)
+    again = evaluate(model, data.held_out_batches(100), data.prepare)
     assert_close(result.held_out.logits, again.logits)
-    assert_close(result.held_out.confusion.sum(1), data.held_out.labels.bincount(minlength=10))
+    assert len(result.held_out.labels) == data.num_held_out
 
 
-def test_the_same_seed_gives_the_same_bits(data):
+def test_the_same_seed_gives_the_same_bits():
     torch.manual_seed(1)
-    first, _ = run(data)
+    first, _ = run()
     torch.manual_seed(2)
     torch.rand(3)
-    second, _ = run(data)
+    second, _ = run()
     assert fingerprint(first) == fingerprint(second)
-    assert fingerprint(run(data, replace(CONFIG, seed=1))[0]) != fingerprint(first)
-    assert fingerprint(run(data, seed=1)[0]) != fingerprint(first)
+    assert fingerprint(run(replace(CONFIG, seed=1))[0]) != fingerprint(first)
+    assert fingerprint(run(seed=1)[0]) != fingerprint(first)
 
 
-def test_leaves_the_world_as_it_was(data, tmp_path, monkeypatch, capfd):
+def test_leaves_the_world_as_it_was(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     state, environment, threads = torch.get_rng_state(), dict(os.environ), torch.get_num_threads()
-    run(data, replace(CONFIG, threads=1))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(replace(CONFIG, threads=1, ema=0.5, mixup=0.2))
     assert torch.get_num_threads() == threads
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
     assert_close(torch.get_rng_state(), state)
     assert not torch.are_deterministic_algorithms_enabled()
     assert dict(os.environ) == environment
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def fresh_process(code):
@@ -119,17 +134,18 @@ def test_importing_the_room_is_cheap():
 def test_says_nothing_in_a_fresh_process():
     """Warnings that are shown once a process, and lines that Lightning logs, would be seen here."""
     code = (
-        "from repvgg.training import TrainConfig, fit; from repvgg.data import digits; from torch import nn;"
-        "model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10));"
-        "print(fit(model, digits(8), TrainConfig(epochs=1, batch_size=256), progress=False).history[0].epoch)"
+        "from repvgg.training import TrainConfig, fit; from repvgg.data import DataConfig, open_data\n"
+        "from torch import nn\n"
+        "config = TrainConfig(epochs=1, data=DataConfig(uri='digits:', train_size=8), accelerator='cpu')\n"
+        "model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "print(fit(model, open_data(config.data), config, progress=False).history[0].epoch)"
     )
     assert fresh_process(code) == ("1\n", "")
 
 
-def test_shows_one_line(data):
+def test_shows_one_line():
     screen = io.StringIO()
-    model = tiny()
-    fit(model, data, CONFIG, console=Console(file=screen, width=120, force_terminal=True))
+    fit(tiny(), opened(), CONFIG, console=Console(file=screen, width=120, force_terminal=True))
     shown = screen.getvalue()
     assert "epoch 2/2" in shown
     assert "loss" in shown
@@ -137,77 +153,63 @@ def test_shows_one_line(data):
     assert "took" in shown
 
 
-def test_runs_on_as_many_threads_as_asked(data):
-    class Counting(LabelledImages):
-        threads: ClassVar = set()
-
-        def __len__(self):
-            return 320
-
-        def __getitem__(self, index):
-            self.threads.add(torch.get_num_threads())
-            return data.train[index]
-
-    before = torch.get_num_threads()
-    fit(tiny(), replace(data, train=Counting()), replace(CONFIG, epochs=1, threads=before + 2), progress=False)
-    assert Counting.threads == {before + 2}
+def test_runs_on_as_many_threads_as_asked():
+    seen, before = set(), torch.get_num_threads()
+    data = watched(lambda batch: seen.add(torch.get_num_threads()))
+    fit(tiny(), data, replace(CONFIG, threads=before + 2), progress=False)
+    assert seen == {before + 2}
 
 
-class Interrupting(LabelledImages):
-    """Sends the process the signal of Ctrl-C when image ``at`` is asked for."""
+@pytest.mark.parametrize("part", ["train_batches", "held_out_batches"])
+def test_ctrl_c_is_ctrl_c(part):
+    seen = []
 
-    def __init__(self, images, at):
-        self.images, self.left = images, at
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
+    def interrupt(batch):
+        seen.append(batch)
+        if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return self.images[index]
 
-
-@pytest.mark.parametrize("part", ["train", "held_out"])
-def test_ctrl_c_is_ctrl_c(data, part):
     handler, model = signal.getsignal(signal.SIGINT), tiny()
-    interrupting = Interrupting(getattr(data, part), 90)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, replace(data, **{part: interrupting}), CONFIG, console=Console(file=io.StringIO()))
-    assert interrupting.left == 0  # at once
+        fit(model, watched(interrupt, part), CONFIG, console=Console(file=io.StringIO()))
+    assert len(seen) == 2  # at once
     assert signal.getsignal(signal.SIGINT) is handler
     assert not torch.are_deterministic_algorithms_enabled()
     assert not model.training
 
 
-def test_other_errors_come_through_as_they_are(data):
-    class Broken(LabelledImages):
-        def __len__(self):
-            return 320
+def test_other_errors_come_through_as_they_are():
+    def tear(batch):
+        raise DataError("image 3 is torn")
 
-        def __getitem__(self, index):
-            raise ValueError("image 3 is torn")
-
-    with pytest.raises(ValueError, match="image 3 is torn"):
-        fit(tiny(), replace(data, train=Broken()), CONFIG, progress=False)
+    with pytest.raises(DataError, match="image 3 is torn"):
+        fit(tiny(), watched(tear), CONFIG, progress=False)
 
 
 @pytest.mark.parametrize(
-    ("model", "config", "text"),
+    ("model", "change", "text"),
     [
-        (lambda: tiny(num_classes=9), CONFIG, "10 classes"),
-        (lambda: tiny(in_channels=3), CONFIG, r"images of shape \(1, 8, 8\)"),
-        (tiny, replace(CONFIG, batch_size=321), "320 training images"),
+        (lambda: tiny(num_classes=9), {}, "4 classes"),
+        (lambda: tiny(in_channels=1), {}, r"images of shape \(3, 8, 8\)"),
+        (tiny, {"batch_size": 97}, "96 training images do not fill one batch of 97"),
+        (tiny, {"device_batch": 1}, "2 images at a time"),
+        (tiny, {"precision": "fp16"}, "A CPU does not train in fp16: take bf16"),
     ],
 )
-def test_refuses_what_does_not_fit(data, model, config, text):
+def test_refuses_what_does_not_fit(model, change, text):
     model = model()
     before = fingerprint(model)
     with pytest.raises(UsageError, match=text):
-        fit(model, data, config, progress=False)
+        fit(model, opened(), replace(CONFIG, **change), progress=False)
     assert fingerprint(model) == before
     assert model.training
+
+
+def test_a_loss_that_is_no_number_ends_the_run(monkeypatch):
+    steps(monkeypatch, lambda task, batch, loss: None)
+    monkeypatch.setattr(tasks, "classification_loss", lambda output, *_: output.logits.sum() * float("inf"))
+    with pytest.raises(TrainingError, match=r"The loss of epoch 1 is (nan|inf): take a lower learning rate"):
+        run()
 
 
 def test_loss_with_auxiliary_heads_by_hand():
@@ -220,26 +222,124 @@ def test_loss_with_auxiliary_heads_by_hand():
     assert_close(classification_loss(output, labels, 0.2, 0.0), cross[0])
 
 
-def test_auxiliary_heads_are_trained(data):
+def test_label_smoothing_by_hand():
+    """With ε: ``−(1 − ε) log p_y − ε / K · Σ log p_k``."""
+    logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    p = logits.log_softmax(1)
+    expected = -(0.7 * p[range(5), labels] + 0.3 / 4 * p.sum(1)).mean()
+    assert_close(classification_loss(logits, labels, 0.3), expected)
+
+
+def test_auxiliary_heads_are_trained():
     model, before = tiny(), tiny().auxiliary["stage0"].head.weight
-    fit(model, data, replace(CONFIG, epochs=1, optim=OptimConfig(weight_decay=0.0)), progress=False)
+    fit(model, opened(), replace(CONFIG, optim=replace(CONFIG.optim, weight_decay=0.0)), progress=False)
     assert (model.auxiliary["stage0"].head.weight - before).abs().max() > 1e-4
 
 
-def test_augmentation_is_applied_while_training_only(data):
-    class Counting(nn.Module):
-        calls = 0  # of forward
+@pytest.mark.parametrize("change", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_mixed_images_and_labels_reach_the_loss(monkeypatch, change):
+    """The targets are two classes of each image, and the images are a mixture of two as well."""
+    seen = []
+    original = tasks.classification_loss
 
-        def forward(self, x):
-            self.calls += 1
-            return x
+    def loss(output, targets, *more):
+        seen.append(targets)
+        return original(output, targets, *more)
 
-    augment = Counting()
-    task = ClassificationTask(tiny(), replace(CONFIG, epochs=1), 10, augment)
-    batches = DataLoader(ImagesInMemory(data.train.images[:48], data.train.labels[:48]), 16)
-    with lightning_as_guest():
-        _trainer(task.config, [], "cpu").fit(task, batches, batches)
-    assert augment.calls == 3
+    monkeypatch.setattr(tasks, "classification_loss", loss)
+    mixed, _ = run(replace(CONFIG, **change))
+    assert {tuple(targets.shape) for targets in seen} == {(16, 4)}
+    assert_close(torch.cat(seen).sum(1), torch.ones(12 * 16))
+    shares = torch.stack([targets.amax(1).min() for targets in seen])
+    assert shares.min() < 0.95
+    assert len(set(shares.tolist())) > 5  # drawn anew for every batch
+    assert fingerprint(mixed) != fingerprint(run()[0])
+    assert fingerprint(mixed) == fingerprint(run(replace(CONFIG, **change))[0])
+
+
+@pytest.mark.parametrize("device_batch", [None, 8])
+def test_gradients_are_clipped(monkeypatch, device_batch):
+    norms = []
+    original = torch.optim.SGD.step
+
+    def step(self, closure=None):
+        out = closure()
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+        return original(self) if out is None else (original(self), out)[1]
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    free = replace(CONFIG, device_batch=device_batch, epochs=1, optim=OptimConfig(lr=0.05, lr_batch=None))
+    run(free)
+    assert max(norms) > 0.2
+    norms.clear()
+    run(replace(free, optim=replace(free.optim, clip=0.1)))
+    assert max(norms) <= 0.1 * (1 + 1e-5)
+    assert max(norms) > 0.0999
+
+
+def test_rounds_add_up_to_one_batch():
+    """Without batch norm's statistics in the way, accumulated gradients are those of the whole batch."""
+    weights = []
+    for device_batch in (None, 4):
+        with seeded("linear"):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+        fit(model, opened(), replace(CONFIG, device_batch=device_batch), progress=False)
+        weights.append(model[1].weight.detach())
+    assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_follows_the_batch(monkeypatch):
+    rates = []
+    steps(monkeypatch, lambda task, *_: rates.append(task.optimizers().param_groups[0]["lr"]))
+    config = replace(CONFIG, epochs=1, optim=OptimConfig(lr=0.32, lr_batch=64, warmup_epochs=0.0))
+    _, result = run(config)
+    assert rates[0] == pytest.approx(0.08)
+    assert (result.plan.lr, result.plan.lr_scale) == pytest.approx((0.08, 0.25))
+    assert rates == sorted(rates, reverse=True)
+    assert result.history[0].lr < 0.01
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"channels_last": True}, {"sync_bn": True}])
+def test_switches_compute_nearly_the_same(change):
+    _, plain = run(replace(CONFIG, epochs=1))
+    model, switched = run(replace(CONFIG, epochs=1, **change))
+    loose = 0.05 if "precision" in change else 1e-4
+    assert switched.history[0].loss == pytest.approx(plain.history[0].loss, rel=loose)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32, torch.int64}
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+def test_bf16_computes_in_bf16(monkeypatch):
+    kinds = set()
+    steps(monkeypatch, lambda task, *_: None)
+    model = tiny()
+    model.stem.conv.dense.conv.register_forward_hook(
+        lambda module, inputs, out: kinds.add((module.training, out.dtype))
+    )
+    fit(model, opened(), replace(CONFIG, epochs=1, precision="bf16"), progress=False)
+    assert (True, torch.bfloat16) in kinds
+    assert (False, torch.float32) in kinds  # what is judged in the end
+
+
+@pytest.mark.slow
+def test_compiled():
+    _, plain = run(replace(CONFIG, epochs=1))
+    model, compiled = run(replace(CONFIG, epochs=1, compile=True, ema=0.5))
+    assert compiled.history[0].loss == pytest.approx(plain.history[0].loss, rel=1e-3)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_augmentation_is_a_matter_of_training_only():
+    seen = []
+    data = watched(lambda batch: seen.append(batch[0].clone()))
+    fit(tiny(), data, CONFIG, progress=False)
+    held_out = [torch.cat([images for images, _ in opened().held_out_batches(8)]) for _ in range(2)]
+    assert_close(held_out[0], held_out[1], rtol=0, atol=0)
+    first, second = torch.cat(seen[:6]), torch.cat(seen[6:])
+    whole = {tuple(image.flatten().tolist()) for image in first}
+    again = {tuple(image.flatten().tolist()) for image in second}
+    assert 0.2 * 96 < len(whole & again) < 0.8 * 96  # about half are flipped as they were in the first epoch
 
 
 @pytest.mark.slow
@@ -248,5 +348,5 @@ def test_quickstart_reaches_99_percent(seed):
     config = quickstart(seed)
     with seeded("model", config.seed):
         model = create_model("repvgg_t0", num_classes=10, in_channels=1)
-    result = fit(model, digits(), config, progress=False)
+    result = fit(model, open_data(config.data, seed=seed), config, progress=False)
     assert result.accuracy >= 0.99

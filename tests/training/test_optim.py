@@ -6,45 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg.errors import UsageError
-from repvgg.models import create_model
-from repvgg.training import OptimConfig, TrainConfig, learning_rate_factor, parameter_groups, quickstart
+from repvgg.training import OptimConfig, TrainConfig, learning_rate_factor, quickstart
 from repvgg.training.optim import build_optimizer
-
-
-def names(model, group):
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [known[id(parameter)] for parameter in group["params"]]
-
-
-def test_kernels_decay_and_nothing_else():
-    model = create_model("repvgg_t0", num_classes=10, in_channels=1)
-    kernels, rest = parameter_groups(model, 5e-4)
-    assert (kernels["name"], kernels["weight_decay"]) == ("kernels", 5e-4)
-    assert (rest["name"], rest["weight_decay"]) == ("rest", 0.0)
-    of_kernels, of_rest = names(model, kernels), names(model, rest)
-    assert len(of_kernels) == 7 * 2 + 1  # dense and pointwise of 7 blocks, and the head
-    assert len(of_rest) == 2 * (7 * 2 + 3) + 1  # scale and shift of each batch norm, 3 of them identities, and a bias
-    assert of_kernels[:2] == ["stem.conv.dense.conv.weight", "stem.conv.pointwise.conv.weight"]
-    assert of_kernels[-1] == "head.weight"
-    assert "stages.0.1.conv.identity.weight" in of_rest
-    assert "head.bias" in of_rest
-    assert sorted(of_kernels + of_rest) == sorted(name for name, _ in model.named_parameters())
-
-
-def test_gates_and_heads_are_grouped_alike():
-    model = create_model("repvggplus_l2pse", num_classes=2)
-    kernels, rest = parameter_groups(model, 1e-4)
-    assert {parameter.ndim for parameter in kernels["params"]} == {2, 4}
-    assert {parameter.ndim for parameter in rest["params"]} == {1}
-    assert "auxiliary.stage0.head.weight" in names(model, kernels)
-    assert "stem.act.se.up.bias" in names(model, rest)
-
-
-def test_shared_parameters_come_once_and_frozen_ones_never():
-    layer, frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
-    kernels, rest = parameter_groups(nn.Sequential(layer, frozen, layer), 0.1)
-    assert [id(parameter) for parameter in kernels["params"]] == [id(layer.weight)]
-    assert [id(parameter) for parameter in rest["params"]] == [id(layer.bias)]
 
 
 def test_a_step_without_gradient_shrinks_the_kernels_only():
@@ -81,7 +44,18 @@ def test_schedule_moves_the_rate_of_both_groups():
     assert_close(torch.tensor(rates), torch.tensor([[0.2 * learning_rate_factor(k, 8, 2)] * 2 for k in range(8)]))
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0}, {"momentum": 1}, {"weight_decay": -1}, {"warmup_epochs": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0},
+        {"momentum": 1},
+        {"weight_decay": -1},
+        {"warmup_epochs": -1},
+        {"nesterov": True, "momentum": 0.0},
+        {"clip": 0.0},
+        {"lr_batch": 0},
+    ],
+)
 def test_optim_config_refuses(wrong):
     with pytest.raises(UsageError):
         OptimConfig(**wrong)
@@ -95,12 +69,30 @@ def test_optim_config_refuses(wrong):
         {"batch_size": 1},
         {"label_smoothing": 1.0},
         {"auxiliary_weight": -0.1},
+        {"mixup": -0.1},
+        {"cutmix": -1.0},
+        {"ema": 1.0},
+        {"device_batch": 0},
+        {"devices": 0},
+        {"nodes": 0},
+        {"save_steps": -1},
+        {"expand": True},
         {"epochs": 3, "optim": OptimConfig(warmup_epochs=3)},
     ],
 )
 def test_train_config_refuses(wrong):
     with pytest.raises(UsageError):
         TrainConfig(**({"epochs": 5, "batch_size": 8} | wrong))
+
+
+def test_nesterov_by_hand():
+    """``g ← g + μ (μ v + g)`` with ``v ← μ v + g``, which is ``g (1 + μ)`` in the first step."""
+    layer = nn.Linear(2, 2, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer, _ = build_optimizer(layer, OptimConfig(nesterov=True, momentum=0.9, weight_decay=0.0), 4, 0, lr=0.5)
+    layer.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert_close(layer.weight.detach(), before - 0.5 * 1.9)
 
 
 def test_quickstart_is_a_complete_config():

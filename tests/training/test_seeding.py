@@ -2,7 +2,7 @@ import torch
 from torch.testing import assert_close
 
 from repvgg.training import seeded
-from repvgg.training.seeding import EpochShuffle, derived_seed
+from repvgg.training.seeding import derived_seed
 
 
 def draw(*keys):
@@ -27,15 +27,3 @@ def test_the_world_outside_goes_on_undisturbed():
 def test_seed_is_the_same_on_every_machine():
     assert derived_seed("shuffle", 0, 1) == 6569738021446964816
     assert 0 <= derived_seed(-5) < 2**63
-
-
-def test_shuffle_depends_on_seed_and_epoch():
-    def order(seed, epoch):
-        sampler = EpochShuffle(range(50), seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert sorted(order(0, 0)) == list(range(50))
-    assert order(0, 1) == order(0, 1)
-    assert len({tuple(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
-    assert len(EpochShuffle(range(50), 0)) == 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -36,6 +37,10 @@ class MovingAverage(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> Any:
         """After every step of the optimizer."""
         return step_idx is not None
+
+    def hand_over(self, task: L.LightningModule) -> None:
+        """Leave the averages in ``task``; Lightning does so as training ends, but not where it had ended before."""
+        self._copy_average_to_current(task)
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
         """The averages so far by name, those whose names start with ``prefix``, without it."""

@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from repvgg.data import TrainLoader
-from repvgg.errors import TrainingError
 from repvgg.training.task import ClassificationTask
 
 _REFRESH = 0.25  # seconds
@@ -82,7 +80,7 @@ class History(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the numbers of the epoch."""
         assert isinstance(pl_module, ClassificationTask)
-        loss = float(pl_module.train_loss.compute())
+        loss = pl_module.mean_loss()
         top1, top5 = float(pl_module.top1.compute()), float(pl_module.top5.compute())
         for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5):
             metric.reset()
@@ -95,27 +93,23 @@ class History(L.Callback):
             pl_module.log_dict(
                 {"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr}
             )
-        if not torch.isfinite(torch.tensor(loss)):
-            raise TrainingError(f"The loss of epoch {epoch} is {loss}: take a lower learning rate, or clip gradients.")
 
 
 @final
 class Follow(L.Callback):
     """Tells the loader which epoch it is, and the world about each epoch that is done."""
 
-    def __init__(self, loader: TrainLoader, on_epoch: Callable[[L.Trainer], None] | None = None) -> None:
+    def __init__(self, loader: TrainLoader, on_epoch: Callable[[], None]) -> None:
         self._loader = loader
         self._on_epoch = on_epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the order of the images."""
-        if trainer.current_epoch:  # the loader was told of the first one before the run, which is under way already
-            self._loader.set_epoch(trainer.current_epoch)
+        self._loader.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hand on."""
-        if self._on_epoch is not None:
-            self._on_epoch(trainer)
+        self._on_epoch()
 
 
 @final

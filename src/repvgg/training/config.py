@@ -88,8 +88,8 @@ class TrainConfig:
         threads: CPU threads of one operation; None is as many as PyTorch uses already. Their number decides the order
             of sums, so another number gives other weights, in the last bits first.
         accelerator: Lightning's name of the device: "auto", "cpu", "gpu", "mps".
-        devices: how many of them on each machine; None is what torchrun or SLURM gives, else one.
-        nodes: machines; None is what torchrun or SLURM gives, else one.
+        devices: how many of them torchrun or SLURM has to start on each machine; None takes what is there.
+        nodes: on how many machines; None takes what is there.
 
     Raises:
         UsageError: a number out of its range, or settings that exclude each other.

@@ -32,14 +32,18 @@ class Layout:
 
 
 def layout_of(config: TrainConfig) -> Layout:
-    """What torchrun or SLURM started, or what ``config`` asks for.
+    """What torchrun or SLURM started; one process, if nothing did.
 
     Raises:
         UsageError: ``config`` asks for something else than was started.
     """
     given = _torchrun() or _slurm()
     if given is None:
-        return Layout(0, config.devices or 1, config.nodes or 1)
+        if (config.devices or 1) * (config.nodes or 1) > 1:
+            raise UsageError(
+                "Several devices take a process each: start with torchrun --nproc-per-node DEVICES -m repvgg train."
+            )
+        return Layout()
     for name, asked, started in (("devices", config.devices, given.devices), ("nodes", config.nodes, given.nodes)):
         if asked is not None and asked != started:
             raise UsageError(f"{started} {name} were started, but the config asks for {asked}: leave {name} out.")

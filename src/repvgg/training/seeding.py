@@ -6,12 +6,10 @@ A step of a resumed run draws what the same step of an uninterrupted run draws, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
 
 import torch
-from torch.utils.data import Sampler
 
 
 def derived_seed(*keys: int | str) -> int:
@@ -32,27 +30,3 @@ def seeded(*keys: int | str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(*keys))
         yield
-
-
-@final
-class EpochShuffle(Sampler[int]):
-    """All indices in an order that depends on the seed and the epoch only.
-
-    Lightning calls :meth:`set_epoch` as every epoch starts.
-    """
-
-    def __init__(self, dataset: Sized, seed: int) -> None:
-        self._length = len(dataset)
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of ``epoch``, counted from 0."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed("shuffle", self._seed, self._epoch))
-        return iter(torch.randperm(self._length, generator=generator).tolist())

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Sum(torch.autograd.Function):
@@ -28,8 +29,8 @@ class _Sum(torch.autograd.Function):
 
 
 @final
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """PyTorch's ``SyncBatchNorm``, which refuses tensors of the CPU, and the same formula for those.
+class SyncBatchNorm(_BatchNorm):
+    """PyTorch's ``SyncBatchNorm`` for the CPU, which that one refuses.
 
     In training ``y = γ (x − μ) / √(σ² + ε) + β`` with μ and σ² over the images of all processes; the running variance
     takes ``σ² n / (n − 1)``, n being all pixels of all processes. On one process, and in eval mode, it is plain batch
@@ -38,13 +39,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
         """Normalize ``input`` (N, C, …)."""
-        if not self.training or input.device.type != "cpu" or not _several():
-            out: Tensor = super().forward(input) if input.device.type != "cpu" else self._alone(input)
-            return out
-        return self._together(input)
-
-    def _alone(self, x: Tensor) -> Tensor:
-        return nn.BatchNorm2d.forward(self, x)
+        return self._together(input) if self.training and _several() else super().forward(input)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         if input.ndim < 2:
@@ -84,31 +79,37 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def synchronized(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+def synchronized(model: nn.Module, wanted: bool = True, *, on_cpu: bool = True) -> Iterator[None]:
     """Let the batch norms of ``model`` take the statistics of all processes, inside; outside they are what they were.
 
     Parameters, buffers and names stay the same objects, so that an optimizer or a checkpoint sees no difference.
+
+    Args:
+        model: whose batch norms.
+        wanted: do it at all.
+        on_cpu: that is where it computes; elsewhere PyTorch's own module does it.
     """
-    swapped = []
-    if wanted:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-                    swapped.append((parent, name, child))
-                    setattr(parent, name, _synchronized(child))
+    kind = SyncBatchNorm if on_cpu else nn.SyncBatchNorm
+    swapped: dict[_BatchNorm, _BatchNorm] = {}
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()  # one that is used twice has two names
+        if wanted and isinstance(child, _BatchNorm) and not isinstance(child, (SyncBatchNorm, nn.SyncBatchNorm))
+    ]
+    for parent, name, child in places:
+        swapped.setdefault(child, _synchronized(child, kind))
+        setattr(parent, name, swapped[child])
     try:
         yield
     finally:
-        for parent, name, child in swapped:
-            _hand_over(parent.get_submodule(name), child)
+        for parent, name, child in places:
+            _hand_over(swapped[child], child)
             setattr(parent, name, child)
 
 
-def _synchronized(bn: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
-    sync = SyncBatchNorm(
-        bn.num_features, bn.eps, 0.1 if bn.momentum is None else bn.momentum, bn.affine, bn.track_running_stats
-    )
-    sync.momentum = bn.momentum
+def _synchronized(bn: _BatchNorm, kind: type[SyncBatchNorm] | type[nn.SyncBatchNorm]) -> _BatchNorm:
+    sync = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
     _hand_over(bn, sync)
     return sync
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from repvgg.errors import TrainingError
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.optim import build_optimizer
@@ -19,6 +21,7 @@ from repvgg.training.regularizer import equivalent_l2
 from repvgg.training.seeding import seeded
 
 TOP = 5
+_LOSSES = "repvgg_losses"
 
 
 def classification_loss(
@@ -67,8 +70,7 @@ class ClassificationTask(L.LightningModule):
         self.prepare = nn.Identity() if prepare is None else prepare
         self.plan = plan_batches(config) if plan is None else plan
         self.mix = _mix(config, num_classes)
-        self.train_loss = MeanMetric()
-        self.train_loss.persistent(True)  # a run that goes on in the middle of an epoch has seen its start
+        self.train_loss = MeanMetric(nan_strategy="disable")  # the others leave out what should be seen
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP, num_classes))
         self._network: Any = None
@@ -96,12 +98,42 @@ class ClassificationTask(L.LightningModule):
             loss = loss + self.config.optim.weight_decay / 2 * equivalent_l2(self.model)
         return loss
 
+    def mean_loss(self) -> float:
+        """The mean of the training loss over the steps of the epoch so far, and over all processes.
+
+        Raises:
+            TrainingError: it is no finite number.
+        """
+        loss = float(self.train_loss.compute())
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of epoch {self.current_epoch + 1} is {loss}: take a lower learning rate, or clip gradients."
+            )
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Let all processes judge the same statistics, those of the first one."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count the right predictions of one batch."""
         images, labels = batch
         logits = self(self._layout(self.prepare(images)))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down the losses of the epoch so far, of all processes: it may go on from its middle."""
+        with self.train_loss.sync_context():
+            checkpoint[_LOSSES] = {"sum": self.train_loss.mean_value.clone(), "steps": self.train_loss.weight.clone()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from them, on one process."""
+        if self.global_rank == 0:
+            self.train_loss.mean_value = checkpoint[_LOSSES]["sum"].to(self.device)
+            self.train_loss.weight = checkpoint[_LOSSES]["steps"].to(self.device)
 
     def configure_optimizers(self) -> Any:
         """SGD and its schedule, advanced after every step."""

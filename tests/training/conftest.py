@@ -1,0 +1,10 @@
+import pytest
+from train_helpers import Server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Runs the command line in a process of its own, which may be killed."""
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
+    yield server
+    server.close()

@@ -1,0 +1,163 @@
+"""A config as YAML and back, and what is said about one that is wrong."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from train_helpers import CONFIG
+
+from repvgg.data import AffineJitter, Augment, DataConfig
+from repvgg.errors import UsageError
+from repvgg.training import RECIPES, OptimConfig, TrainConfig, read_config, recipe_of, to_yaml, write_config
+from repvgg.training.config_file import differences, from_plain
+
+UNIT = st.floats(0, 1)
+POSITIVE = st.floats(1e-6, 100)
+AUGMENTS = st.builds(
+    Augment,
+    crop=st.sampled_from(["none", "random-resized", "pad"]),
+    crop_padding=st.integers(0, 8),
+    crop_scale=st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1)),
+    crop_ratio=st.tuples(st.floats(0.1, 1), st.floats(1, 10)),
+    flip=UNIT,
+    policy=st.sampled_from(["none", "autoaugment", "autoaugment-cifar10", "randaugment", "trivialaugment"]),
+    randaugment_ops=st.integers(1, 5),
+    randaugment_magnitude=st.integers(0, 30),
+    erase=UNIT,
+    erase_size=st.floats(0.01, 1),
+    jitter=st.builds(AffineJitter, degrees=st.floats(0, 180), translate=st.floats(0, 0.9), scale=st.floats(0, 0.9)),
+)
+DATA = st.builds(
+    DataConfig,
+    uri=st.text(max_size=20),
+    val=st.none() | st.text(max_size=20),
+    train_size=st.none() | st.integers(1, 512),
+    test_size=st.none() | st.integers(1, 512),
+    crop_fraction=st.floats(0.01, 1),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    channels=st.just(3) | st.none(),
+    mean=st.none() | st.tuples(*3 * [UNIT]),
+    std=st.none() | st.tuples(*3 * [POSITIVE]),
+    augment=AUGMENTS,
+    workers=st.integers(0, 64),
+    on_bad=st.sampled_from(["raise", "skip"]),
+    cache=st.sampled_from(["auto", "memory", "none"]),
+)
+OPTIMS = st.builds(
+    OptimConfig,
+    lr=POSITIVE,
+    lr_batch=st.none() | st.integers(1, 4096),
+    momentum=st.floats(0.01, 0.99),
+    nesterov=st.booleans(),
+    weight_decay=UNIT,
+    decay=st.sampled_from(["paper", "upstream", "upstream-2021", "no-1d"]),
+    custom_l2=st.booleans(),
+    warmup_epochs=st.floats(0, 0.9),
+    clip=st.none() | POSITIVE,
+)
+CONFIGS = st.builds(
+    TrainConfig,
+    model=st.text(max_size=20),
+    recipe=st.text(max_size=20),
+    epochs=st.integers(1, 600),
+    batch_size=st.integers(2, 4096),
+    device_batch=st.none() | st.integers(1, 4096),
+    data=DATA,
+    optim=OPTIMS,
+    label_smoothing=st.floats(0, 0.9),
+    mixup=UNIT,
+    cutmix=UNIT,
+    auxiliary_weight=UNIT,
+    ema=st.floats(0, 0.999),
+    init=st.text(max_size=20),
+    expand=st.booleans(),
+    precision=st.sampled_from(["float32", "bf16", "fp16"]),
+    channels_last=st.booleans(),
+    compile=st.booleans(),
+    sync_bn=st.booleans(),
+    dry_run=st.booleans(),
+    save_steps=st.integers(0, 1000),
+    seed=st.integers(-(2**31), 2**31),
+    threads=st.none() | st.integers(1, 64),
+    accelerator=st.sampled_from(["auto", "cpu", "gpu"]),
+    devices=st.none() | st.integers(1, 8),
+    nodes=st.none() | st.integers(1, 8),
+)
+
+
+def back(text):
+    return from_plain(TrainConfig, yaml.safe_load(text), "the config")
+
+
+@given(config=CONFIGS)
+def test_every_field_comes_back(config):
+    assert back(to_yaml(config)) == config
+    assert differences(config, back(to_yaml(config))) == {}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_come_back(tmp_path, name):
+    config = recipe_of(name)
+    assert config.recipe == name
+    path = write_config(tmp_path / "config.yaml", config)
+    assert read_config(path) == config
+    assert list(yaml.safe_load(path.read_text())) == list(asdict(config))  # complete, and in its own order
+
+
+def test_what_is_left_out_takes_its_default(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: repvgg_a0\nepochs: 3\noptim: {lr: 1}\n")
+    assert read_config(tmp_path / "mine.yaml") == TrainConfig(model="repvgg_a0", epochs=3, optim=OptimConfig(lr=1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch: 3", "has no field 'epoch': there are accelerator, auxiliary_weight"),
+        ("optim: {rate: 1}", ": optim has no field 'rate': there are clip, custom_l2, decay, lr, lr_batch"),
+        ("data: {augment: {flips: 1}}", ": data: augment has no field 'flips'"),
+        ("epochs: three", ": epochs has to be of type int, not 'three'."),
+        ("epochs: true", ": epochs has to be of type int, not True."),
+        ("epochs: 1.5", ": epochs has to be of type int, not 1.5."),
+        ("ema: much", ": ema has to be of type float, not 'much'."),
+        ("compile: 1", ": compile has to be of type bool, not 1."),
+        ("optim: 3", ": optim has to be a table of fields, not 3."),
+        ("device_batch: many", ": device_batch has to be of type int, not 'many'."),
+        ("optim: {decay: all}", ": optim: decay has to be one of 'paper', 'upstream', 'upstream-2021', 'no-1d', not"),
+        ("data: {channels: 2}", ": data: channels has to be one of 1, 3, not 2."),
+        ("data: {mean: 0.5}", ": data: mean has to be a list, not 0.5."),
+        ("data: {mean: [a]}", ": data: mean has to be of type float, not 'a'."),
+        ("data: {augment: {crop_scale: [1]}}", ": data: augment: crop_scale has to be a list of 2, not [1]."),
+        ("- epochs", " has to be a table of fields, not ['epochs']."),
+        ("", " has to be a table of fields, not None."),
+        ("epochs: [3", " is not YAML: "),
+        ("epochs: 0", "Training needs at least 1 epoch"),
+        ("1: 2", "has no field 1: there are"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_config(tmp_path / "mine.yaml")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere.yaml' cannot be read: No such file or directory\.$"):
+        read_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"bytes.yaml' cannot be read: "):
+        read_config(tmp_path / "bytes.yaml")
+
+
+def test_differences_by_dotted_name():
+    other = replace(CONFIG, epochs=9, data=replace(CONFIG.data, augment=replace(CONFIG.data.augment, flip=0.25)))
+    assert differences(CONFIG, other) == {"epochs": (2, 9), "data.augment.flip": (0.5, 0.25)}
+
+
+def test_unknown_recipe():
+    with pytest.raises(UsageError, match="'simple': there are paper-simple, paper-heavy, plus"):
+        recipe_of("simple")

@@ -1,0 +1,201 @@
+"""Which parameters decay, by name, on a tiny net with everything; and the L2 of the equivalent kernel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.testing import assert_close
+from train_helpers import CONFIG, SPEC, opened, tiny, trained_like
+
+from repvgg.errors import UsageError
+from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
+from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups
+from repvgg.training.decay import describe_groups, rep_branches
+from repvgg.training.optim import optimizer_groups
+
+GATED = ModelSpec(
+    "gated", Stage(1, 4, stride=1), (Stage(2, 8),), squeeze_excite=SqueezeExciteSpec("before_relu", 2), auxiliary=(0,)
+)
+BLOCKS = ["stem", "stages.0.0", "stages.0.1"]
+KERNELS = [f"{block}.conv.{branch}.conv.weight" for block in BLOCKS for branch in ("dense", "pointwise")]
+OTHER_KERNELS = [
+    *(f"{block}.act.se.{layer}.weight" for block in BLOCKS for layer in ("down", "up")),
+    "auxiliary.stage0.conv.weight",
+    "auxiliary.stage0.head.weight",
+    "head.weight",
+]
+IDENTITY = ["stages.0.1.conv.identity.weight"]
+DECAYING = {
+    "paper": KERNELS + OTHER_KERNELS,
+    "upstream": KERNELS + OTHER_KERNELS + IDENTITY,
+    "upstream-2021": KERNELS + OTHER_KERNELS + IDENTITY,
+    "no-1d": KERNELS + OTHER_KERNELS,
+}
+
+
+class Scaled(nn.Module):
+    """A net with parameters of its own: one axis, two axes, and a norm without batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+        self.table = nn.Parameter(torch.ones(3, 2))
+        self.norm = nn.GroupNorm(1, 3)
+        self.layer = nn.Linear(3, 3)
+
+
+def names(model, group):
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [known[id(parameter)] for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("policy", DECAYING)
+def test_by_name(policy):
+    model = create_model(GATED, 3, 2)
+    decay, rest = parameter_groups(model, 5e-4, policy)
+    assert (decay["name"], decay["weight_decay"]) == ("decay", 5e-4)
+    assert (rest["name"], rest["weight_decay"]) == ("no decay", 0.0)
+    assert sorted(names(model, decay)) == sorted(DECAYING[policy])
+    everything = [name for name, _ in model.named_parameters()]
+    assert sorted(names(model, decay) + names(model, rest)) == sorted(everything)
+    assert names(model, decay) == [name for name in everything if name in DECAYING[policy]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "decaying"),
+    [
+        ("paper", ["layer.weight"]),
+        ("upstream", ["table", "layer.weight"]),
+        ("upstream-2021", ["gain", "table", "layer.weight"]),
+        ("no-1d", ["table", "layer.weight"]),
+    ],
+)
+def test_parameters_of_other_modules(policy, decaying):
+    model = Scaled()
+    assert names(model, parameter_groups(model, 0.1, policy)[0]) == decaying
+
+
+@pytest.mark.parametrize("model", [create_model(GATED, 3, 2), Scaled(), tiny()])
+def test_no_1d_is_timms(model):
+    theirs = {group["weight_decay"]: names(model, group) for group in param_groups_weight_decay(model, 0.3)}
+    decay, rest = parameter_groups(model, 0.3, "no-1d")
+    assert names(model, decay) == theirs[0.3]
+    assert names(model, rest) == theirs[0.0]
+
+
+def test_shared_parameters_come_once_and_frozen_ones_never():
+    layer, frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+    decay, rest = parameter_groups(nn.Sequential(layer, frozen, layer), 0.1)
+    assert [id(parameter) for parameter in decay["params"]] == [id(layer.weight)]
+    assert [id(parameter) for parameter in rest["params"]] == [id(layer.bias)]
+
+
+def test_unknown_policy():
+    with pytest.raises(UsageError, match="'none': there are paper, upstream, upstream-2021, no-1d"):
+        parameter_groups(nn.Linear(1, 1), 0.1, "none")
+
+
+def test_groups_in_words():
+    layer = nn.Sequential(nn.Conv2d(2, 300, 3), nn.BatchNorm2d(300))
+    assert describe_groups(parameter_groups(layer, 1e-4)) == [
+        "decay: 5,400 parameters in 1 tensors, weight decay 0.0001",
+        "no decay: 900 parameters in 3 tensors",
+    ]
+    assert len(optimizer_groups(nn.Linear(2, 2, bias=False), OptimConfig())) == 1  # an empty group is none
+
+
+def test_custom_l2_takes_the_place_of_the_decay_of_both_kernels():
+    model = create_model(GATED, 3, 2)
+    decay, rest = parameter_groups(model, 5e-4, "upstream", custom_l2=True)
+    assert sorted(names(model, decay)) == sorted(OTHER_KERNELS + IDENTITY)
+    assert set(KERNELS) <= set(names(model, rest))
+
+
+def by_loops(model):
+    """The formula of the paper's repository, channel by channel, in plain Python numbers."""
+    total = 0.0
+    for block in rep_branches(model):
+        k3, k1 = (block[name].conv.weight.tolist() for name in ("dense", "pointwise"))
+        for o in range(len(k3)):
+            t3, t1 = (
+                bn.weight.tolist()[o] / (bn.running_var.tolist()[o] + bn.eps) ** 0.5
+                for bn in (block["dense"].bn, block["pointwise"].bn)
+            )
+            for i in range(len(k3[o])):
+                ring = sum(k3[o][i][y][x] ** 2 for y in range(3) for x in range(3) if (y, x) != (1, 1))
+                norm = t3**2 + t1**2
+                total += ring + ((k3[o][i][1][1] * t3 + k1[o][i][0][0] * t1) ** 2 / norm if norm else 0.0)
+    return total
+
+
+def test_equivalent_l2_by_loops():
+    model = trained_like(create_model(GATED, 3, 2))
+    found = equivalent_l2(model.double())
+    assert_close(found.item(), by_loops(model), rtol=1e-12, atol=0)
+
+
+def test_equivalent_l2_of_one_channel_by_hand():
+    """K3 = 2 on the ring and 3 in the centre, K1 = 5, t3 = 1/2, t1 = 2: 8·4 + (3/2 + 10)² / (1/4 + 4)."""
+    model = create_model(ModelSpec("one", Stage(1, 1, stride=1), (Stage(1, 1),)), 2, 1).double()
+    first, second = rep_branches(model)
+    for bn, gamma in ((first["dense"].bn, 0.5), (first["pointwise"].bn, 2.0)):
+        bn.running_var.fill_(1 - bn.eps)
+        nn.init.constant_(bn.weight, gamma)
+    nn.init.constant_(first["dense"].conv.weight, 2.0)
+    first["dense"].conv.weight.data[0, 0, 1, 1] = 3.0
+    nn.init.constant_(first["pointwise"].conv.weight, 5.0)
+    for conv in (second["dense"].conv, second["pointwise"].conv):
+        nn.init.zeros_(conv.weight)
+    assert equivalent_l2(model).item() == pytest.approx(32 + 11.5**2 / 4.25, rel=1e-12)
+
+
+def test_channels_that_are_switched_off():
+    model = trained_like(create_model(GATED, 3, 2)).double()
+    block = next(rep_branches(model))
+    for branch in ("dense", "pointwise"):
+        block[branch].bn.weight.data[1] = 0.0
+    found = equivalent_l2(model)
+    found.backward()
+    assert_close(found.item(), by_loops(model), rtol=1e-12, atol=0)
+    gradient = block["pointwise"].conv.weight.grad
+    assert torch.isfinite(gradient).all()
+    assert gradient[1].abs().max() == 0
+    assert gradient[0].abs().min() > 0
+
+
+def test_gradients_of_kernels_and_of_nothing_else():
+    model = trained_like(create_model(GATED, 3, 2)).double()
+    equivalent_l2(model).backward()
+    assert sorted(name for name, parameter in model.named_parameters() if parameter.grad is not None) == sorted(KERNELS)
+    kernel = model.stem.conv.dense.conv.weight
+    assert_close(kernel.grad[:, :, 0], 2 * kernel[:, :, 0].detach())
+    for branch in ("dense", "pointwise"):  # the centre, by finite differences
+        weight = model.stem.conv[branch].conv.weight
+        centre = (1, 0, *(2 * [weight.shape[2] // 2]))
+        values = []
+        for move in (-1e-4, 1e-4):
+            with torch.no_grad():
+                weight[centre] += move
+                values.append(by_loops(model))
+                weight[centre] -= move
+        assert_close(weight.grad[centre].item(), (values[1] - values[0]) / 2e-4, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_without_blocks_has_none():
+    assert equivalent_l2(nn.Conv2d(1, 1, 3)) == 0
+
+
+def test_custom_l2_reaches_the_kernels():
+    """With a large factor, kernels shrink far more than with none; the loss that is recorded does not hold it."""
+    spec = ModelSpec("tiny", SPEC.stem, SPEC.stages)
+    sizes, losses = [], []
+    for decay in (0.0, 3.0):
+        model = tiny(spec=spec)
+        optim = OptimConfig(lr=0.02, lr_batch=None, weight_decay=decay, custom_l2=True)
+        result = fit(model, opened(), replace(CONFIG, epochs=1, optim=optim), progress=False)
+        sizes.append(float(equivalent_l2(model).detach()))
+        losses.append(result.history[0].loss)
+    assert sizes[1] < 0.6 * sizes[0]
+    assert losses[1] < losses[0] + 1

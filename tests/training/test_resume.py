@@ -1,0 +1,172 @@
+"""Killed at any moment and started again, a run ends with the same bits as one that was left alone."""
+
+import random
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from train_helpers import CONFIG, outcome, with_workers
+
+from repvgg.training import write_config
+from repvgg.training.saving import place_of
+
+KILL, TERM, INT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
+EVERYTHING = replace(CONFIG, batch_size=24, device_batch=8, ema=0.9, mixup=0.3, save_steps=1, epochs=3)
+STEPS = 12  # batches of an epoch of EVERYTHING: 4 steps of 3 rounds
+
+
+def configured(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_config(folder / "wanted.yaml", config, overwrite=True)
+
+
+def start(server, folder, config, stop=None):
+    """Begin a run, or go on with it."""
+    file = configured(folder.parent, config)
+    return server("train", "--config", file, "--out", folder, "--resume", stop=stop)
+
+
+def left_alone(server, folder, config):
+    code, text = start(server, folder, config)
+    assert code == 0, text
+    return flat(outcome(folder))
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(server, whole_folder):
+    return left_alone(server, whole_folder, EVERYTHING)
+
+
+def assert_same(folder, expected):
+    found = flat(outcome(folder))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert_close(found[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert found[name] == value, name
+
+
+def flat(value, name=""):
+    """Leaves by the way to them."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {leaf: one for key, part in items for leaf, one in flat(part, f"{name}/{key}").items()}
+
+
+# Where a run is killed, one process after the other; each goes on from what the one before saved.
+SERIES = {
+    "within epochs": [("step", 5), ("half a file", 2), ("judging", 2)],
+    "at their ends": [("epoch saved", 4), ("epoch kept", 2), ("end", 1)],
+}
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_killed(server, expected, tmp_path, series):
+    for event, count in SERIES[series]:
+        code, text = start(server, tmp_path / "run", EVERYTHING, (event, count, KILL))
+        assert code == -KILL, text
+    code, text = start(server, tmp_path / "run", EVERYTHING)
+    assert code == 0, text
+    assert_same(tmp_path / "run", expected)
+    assert not list((tmp_path / "run").glob(".repvgg-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_often_and_anywhere(server, expected, tmp_path, seed, workers):
+    """One seed takes another accumulation, layout, optimizer and rhythm of saving; bits are compared to its own run."""
+    draw = random.Random(f"{seed} {workers}")
+    config = replace(
+        with_workers(EVERYTHING, workers),
+        device_batch=draw.choice([None, 8, 12]),
+        ema=draw.choice([0.0, 0.9]),
+        mixup=draw.choice([0.0, 0.3]),
+        cutmix=draw.choice([0.0, 1.0]),
+        channels_last=draw.random() < 0.5,
+        save_steps=draw.choice([1, 3]),
+        precision=draw.choice(["float32", "bf16"]),
+        optim=replace(EVERYTHING.optim, custom_l2=draw.random() < 0.5, clip=draw.choice([None, 0.5])),
+    )
+    whole = left_alone(server, tmp_path / "whole", config)
+    events = ["step"] * 4 + ["judging", "epoch kept", "epoch saved", "half a file", "end"]
+    kills = 0
+    for _ in range(60):
+        code, text = start(server, tmp_path / "run", config, (draw.choice(events), draw.randint(1, 30), KILL))
+        kills += code == -KILL
+        if code == 0:
+            break
+        assert code == -KILL, text
+    assert code == 0
+    assert kills > 0
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_killed_with_loading_processes(server, expected, tmp_path):
+    """Batches, and with them all bits, are those of a run that loads by itself."""
+    config = with_workers(EVERYTHING, 2)
+    for event, count in [("step", 7), ("judging", 2), ("step", 5)]:
+        code, text = start(server, tmp_path / "run", config, (event, count, KILL))
+        assert code == -KILL, text
+    code, text = start(server, tmp_path / "run", config)
+    assert code == 0, text
+    assert_same(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("step", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (STEPS, 2 * STEPS + 1))])
+def test_sigterm_saves_first(server, expected, tmp_path, step):
+    """In the middle of an epoch, at its last batch, and behind one that was saved."""
+    code, text = start(server, tmp_path / "run", EVERYTHING, ("step", step, TERM))
+    assert code == 143
+    said = f"warning: terminated; go on with: repvgg train --config {tmp_path / 'run' / 'config.yaml'} --resume"
+    assert text.splitlines()[-1] == said
+    code, text = server("train", "--config", tmp_path / "run" / "config.yaml", "--resume")
+    assert code == 0, text
+    assert_same(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_sigterm_while_judging_waits_for_the_epoch(server, expected, tmp_path):
+    code, text = start(server, tmp_path / "run", EVERYTHING, ("judging", 1, TERM))
+    assert code == 143, text
+    assert place_of(tmp_path / "run" / "last.ckpt") == (1, 0, 3)
+    assert start(server, tmp_path / "run", EVERYTHING)[0] == 0
+    assert_same(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_last_epoch_comes_too_late(server, expected, tmp_path):
+    code, text = start(server, tmp_path / "run", EVERYTHING, ("step", 3 * STEPS, TERM))
+    assert code == 0, text
+    assert_same(tmp_path / "run", expected)
+
+
+def test_ctrl_c_ends_at_once(server, expected, tmp_path):
+    code, text = start(server, tmp_path / "run", EVERYTHING, ("step", STEPS + 4, INT))
+    assert code == 130
+    assert text.endswith("interrupted\n")
+    assert "Traceback" not in text
+    assert place_of(tmp_path / "run" / "last.ckpt") == (1, 3, 3)
+    assert start(server, tmp_path / "run", EVERYTHING)[0] == 0
+    assert_same(tmp_path / "run", expected)
+
+
+def test_a_finished_run_ends_as_it_did(server, expected, tmp_path, whole_folder):
+    shutil.copytree(whole_folder, tmp_path / "run")
+    for name in ("train", "plain"):
+        (tmp_path / "run" / f"{name}.safetensors").unlink()
+    code, text = start(server, tmp_path / "run", EVERYTHING)
+    assert code == 0, text
+    assert_same(tmp_path / "run", expected)

@@ -1,0 +1,116 @@
+"""The model that a run starts with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from train_helpers import CONFIG, fingerprint, opened, trained_like
+
+from repvgg.collapse import is_plain, reparameterize
+from repvgg.errors import CheckpointError, UnknownModelError, UsageError
+from repvgg.models import create_model, describe_model, load, save
+from repvgg.training import fit, seeded
+from repvgg.training.starting import starting_model
+
+CLASSES = ("0", "1", "2", "3")  # of the data
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A trained-like ``repvgg_t0`` in both forms, with the classes of the data and with others."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, classes in (("same", CLASSES), ("renamed", ("a", "b", "c", "d")), ("more", tuple("01234"))):
+        with seeded(1):
+            model = trained_like(create_model("repvgg_t0", len(classes), 3)).eval()
+        plain, _ = reparameterize(model)
+        for form, one in (("train", model), ("plain", plain)):
+            about = describe_model(one, form, classes=classes, input_size=8)
+            save(folder / f"{name}-{form}.safetensors", one, about)
+    return folder
+
+
+def started(checkpoints, name, **changes):
+    config = replace(CONFIG, model="", init=str(checkpoints / f"{name}.safetensors"), **changes)
+    return starting_model(config, opened(config)), load(config.init).model
+
+
+def backbone(model):
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+
+
+def test_a_fresh_model_is_seeded_and_fits_the_data():
+    torch.manual_seed(3)
+    first = starting_model(CONFIG, opened()).model
+    torch.manual_seed(4)
+    second = starting_model(CONFIG, opened())
+    assert second.notes == ()
+    assert (first.num_classes, first.in_channels) == (4, 3)
+    assert fingerprint(first) == fingerprint(second.model)
+    assert fingerprint(starting_model(replace(CONFIG, seed=1), opened()).model) != fingerprint(first)
+
+
+def test_nothing_to_train():
+    with pytest.raises(UsageError, match="no model to train: name one of 'repvgg list', or give a checkpoint as init"):
+        starting_model(replace(CONFIG, model=""), opened())
+    with pytest.raises(UnknownModelError):
+        starting_model(replace(CONFIG, model="repvgg_z9"), opened())
+    with pytest.raises(CheckpointError):
+        starting_model(replace(CONFIG, init="nowhere.safetensors"), opened())
+
+
+def test_the_same_classes_keep_the_classifier(checkpoints):
+    start, source = started(checkpoints, "same-train")
+    assert_close(dict(start.model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+    assert len(start.notes) == 1
+    assert start.notes[0].endswith("same-train.safetensors, repvgg_t0 in the train form")
+
+
+@pytest.mark.parametrize("name", ["renamed-train", "more-train"])
+def test_other_classes_get_a_new_one(checkpoints, name):
+    start, source = started(checkpoints, name)
+    assert_close(backbone(start.model), backbone(source), rtol=0, atol=0)
+    assert start.model.head.weight.shape == (4, 128)
+    assert start.model.num_classes == 4
+    assert (start.model.head.weight[:4] - source.head.weight[:4]).abs().max() > 1e-3
+    assert start.notes[1] == f"new classifier for 4 classes in place of {source.num_classes}"
+    assert fingerprint(start.model) == fingerprint(started(checkpoints, name)[0].model)
+    assert fingerprint(start.model) != fingerprint(started(checkpoints, name, seed=1)[0].model)
+
+
+def test_a_plain_checkpoint_warns(checkpoints):
+    start, source = started(checkpoints, "same-plain")
+    assert is_plain(start.model)
+    assert_close(dict(start.model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+    assert start.notes[1].startswith("warning: trains a plain model, without branches")
+
+
+def test_branches_that_come_back_compute_the_same(checkpoints, tmp_path):
+    start, plain = started(checkpoints, "same-plain", expand=True)
+    assert not is_plain(start.model)
+    assert start.notes[1] == "7 convolutions got their branches back, computing the same"
+    data = opened()
+    images = data.held_out_images(range(19))[0].double()
+    with torch.no_grad():
+        found, expected = start.model.double().eval()(images), plain.double().eval()(images)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)  # weights were rounded to float32 on the way
+    fit(start.model.float(), data, replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, lr=1e-3)), progress=False)
+    save(tmp_path / "trained.safetensors", start.model, describe_model(start.model, "train"))
+    again = load(tmp_path / "trained.safetensors")
+    assert again.metadata.form == "train"
+    assert fingerprint(again.model) == fingerprint(start.model)
+    again_plain, report = reparameterize(again.model)
+    assert is_plain(again_plain)
+    assert len(report.folded) == 7
+
+
+def test_refusals(checkpoints):
+    with pytest.raises(UsageError, match="has its branches already: leave out expand"):
+        started(checkpoints, "same-train", expand=True)
+    grey = replace(CONFIG, init=str(checkpoints / "same-train.safetensors"), data=replace(CONFIG.data, channels=1))
+    with pytest.raises(
+        UsageError, match=r"takes images of 3 channels, but fake:96x4 has 1: set data\.channels to 3\.$"
+    ):
+        starting_model(grey, opened(grey))
+    with pytest.raises(CheckpointError):
+        starting_model(replace(CONFIG, model="repvgg_a0", init=str(checkpoints / "same-train.safetensors")), opened())

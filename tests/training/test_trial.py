@@ -1,0 +1,105 @@
+"""The dry run finds what would come out only after hours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from train_helpers import CONFIG, fingerprint, opened, tiny, trained_like
+
+import repvgg.training.trial as trials
+from repvgg.collapse import reparameterize
+from repvgg.errors import EquivalenceError, TrainingError
+from repvgg.training import run, try_out
+
+
+def test_says_what_it_found():
+    model = trained_like(tiny())
+    before, state = fingerprint(model), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    trial = try_out(model, opened(), CONFIG)
+    assert trial.regions == 4
+    assert trial.evidence.passed
+    assert trial.evidence.relative > 0
+    assert str(trial).startswith(f"dry run: loss {trial.loss:.3f}, all gradients finite; collapses into 4 convolutions")
+    assert fingerprint(model) == before
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert try_out(model, opened(), CONFIG).loss == trial.loss
+
+
+def test_a_plain_model_has_nothing_to_collapse():
+    plain, _ = reparameterize(trained_like(tiny()).eval())
+    trial = try_out(plain, opened(), CONFIG)
+    assert (trial.regions, trial.evidence) == (0, None)
+    assert str(trial).endswith("the model is plain already")
+
+
+def test_a_parameter_without_gradient():
+    model = tiny()
+    model.forgotten = nn.Parameter(torch.ones(3))
+    with pytest.raises(TrainingError, match=r"^'forgotten' gets no gradient: freeze it \(requires_grad=False\), or"):
+        try_out(model, opened(), CONFIG)
+    model.forgotten.requires_grad_(False)
+    assert try_out(model, opened(), CONFIG).evidence.passed
+
+
+def test_an_infinite_loss():
+    model = tiny()
+    nn.init.constant_(model.head.bias, float("inf"))
+    with pytest.raises(TrainingError, match="first batch gives a loss of nan: look at its images with 'repvgg data"):
+        try_out(model, opened(), CONFIG)
+
+
+class Steep(nn.Module):
+    """A net behind a parameter whose gradient is infinite at its first value."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny()
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.net(x + self.gain.sqrt())
+
+
+def test_an_infinite_gradient():
+    with pytest.raises(TrainingError, match=r"^The gradient of 'gain' is not finite on the first batch\.$"):
+        try_out(Steep(), opened(), CONFIG)
+
+
+def break_the_collapse(monkeypatch):
+    original = reparameterize
+
+    def wrong(model, *inputs):
+        plain, report = original(model, *inputs)
+        with torch.no_grad():
+            next(plain.parameters()).mul_(1.01)
+        return plain, report
+
+    monkeypatch.setattr(trials, "reparameterize", wrong)
+
+
+def test_a_collapse_that_is_not_equal(monkeypatch):
+    break_the_collapse(monkeypatch)
+    with pytest.raises(EquivalenceError, match=r"^The model would not collapse into an equal one after training: "):
+        try_out(trained_like(tiny()), opened(), CONFIG)
+
+
+def test_before_the_first_step_and_not_on_the_way(monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr("repvgg.training.runs.try_out", lambda *_: tried.append(1) or "dry run")
+    config = replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, warmup_epochs=0), dry_run=True)
+    run(config, tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    run(replace(config, dry_run=False), tmp_path / "other")
+    assert tried == [1]
+
+
+def test_nothing_is_trained_where_it_fails(monkeypatch, tmp_path):
+    break_the_collapse(monkeypatch)
+    monkeypatch.setattr("repvgg.training.runs.fit", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(EquivalenceError):
+        run(replace(CONFIG, dry_run=True), tmp_path / "run")
+    assert not (tmp_path / "run" / "last.ckpt").exists()
