@@ -7,8 +7,8 @@ A step is forward, backward and SGD with momentum, in the same loop for all. Eac
 a process of its own, at every setting of layout, AMP and torch.compile: that gives its best setting and the peak of the
 process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x86 CPUs of oneDNN's strided 1x1 weight
 gradient, and compiled it takes that path in any layout. A setting that corrupts memory, as glibc's checker sees it, is
-out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a round. Other work on the
-machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a
+round. Other work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
 """
 
 from __future__ import annotations
