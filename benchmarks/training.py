@@ -1,14 +1,16 @@
 """Training steps a second of a RepVGG row, beside timm's and beside the same net without branches.
 
     python benchmarks/training.py [--model repvgg_a0 --size 160 --batch 16 --rounds 30 --threads 2]
-                                  [--settings channels_last:bf16:eager ...] [--json training.json]
+                                  [--settings channels_last:bf16:eager ...] [--sections speed lightning]
+                                  [--json training.json]
 
 A step is forward, backward and SGD with momentum, in the same loop for all. Each contestant is first tried alone, in
 a process of its own, at every setting of layout, AMP and torch.compile: that gives its best setting and the peak of the
 process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x86 CPUs of oneDNN's strided 1x1 weight
 gradient, and compiled it takes that path in any layout. A setting that corrupts memory, as glibc's checker sees it, is
 out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a
-round. Other work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+round. The section ``lightning`` sets
+``repvgg.training.fit`` beside a loop by hand over the same model and data. Other work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
 """
 
 from __future__ import annotations
@@ -23,22 +25,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from repvgg.blocks.fused import status
+from repvgg.data import DataConfig, OpenedData, open_data
 from repvgg.measure import environment
 from repvgg.models import ModelSpec, create_model, spec_of
+from repvgg.training import TrainConfig, fit, recipe_of, seeded
+from repvgg.training.optim import build_optimizer
 
 CONTESTANTS = ("repvgg", "timm", "no branches")
 SETTINGS = [
     ":".join(parts)
     for parts in itertools.product(("contiguous", "channels_last"), ("float32", "bf16"), ("eager", "compile"))
 ]
-OVER_TIMM, OF_NO_BRANCHES = 1.15, 0.9
+OVER_TIMM, OF_NO_BRANCHES, WITH_LIGHTNING = 1.15, 0.9, 0.95
+SECTIONS = ("speed", "lightning")
 CLASSES, TRIAL_STEPS, TRIAL_SECONDS = 1000, 12, 600
 
 
@@ -200,6 +208,62 @@ def speed(arguments: argparse.Namespace) -> dict[str, object]:
     return {"trials": found, "best": rows}
 
 
+def bare_epochs(config: TrainConfig, data: OpenedData, epochs: int) -> list[float]:
+    """Images per second of each epoch of a loop that a person would write by hand over the same model and data."""
+    with seeded("model", config.seed):
+        model = create_model(config.model, len(data.classes), data.input_shape[0]).train()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
+    loader = data.train_batches(config.batch_size)
+    total = epochs * len(loader)
+    optimizer, schedule = build_optimizer(model, config.optim, total, 0)
+    speeds = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        start, images = time.perf_counter(), 0
+        for batch, labels in loader:
+            x = data.prepare(batch).contiguous(memory_format=layout)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                output = model(x)
+                loss = F.cross_entropy(output, labels, label_smoothing=config.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            images += len(labels)
+        speeds.append(images / (time.perf_counter() - start))
+    return speeds
+
+
+def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
+    """``fit`` beside the loop by hand, a run of two epochs each in turn; the first epoch of a run warms up."""
+    config = replace(
+        recipe_of("cifar"), epochs=2, ema=0.0, threads=threads, dry_run=False, data=DataConfig(uri="fake:2048x10")
+    )
+    config = replace(config, optim=replace(config.optim, warmup_epochs=0.0), model="repvgg_t1")
+    data = open_data(config.data)
+    ratios, ours, theirs = [], [], []
+    for _ in range(rounds):
+        with seeded("model", config.seed):
+            model = create_model(config.model, len(data.classes), data.input_shape[0])
+        ours.append(fit(model, data, config, progress=False).history[-1].images_per_second)
+        theirs.append(bare_epochs(config, data, 2)[-1])
+        ratios.append(ours[-1] / theirs[-1])
+    q1, median, q3 = statistics.quantiles(ratios, n=4)
+    print(
+        f"\nLightning     fit {statistics.median(ours):.0f} img/s, by hand {statistics.median(theirs):.0f} img/s, "
+        f"ratio {median:.3f} ({q1:.3f} to {q3:.3f}), at least {WITH_LIGHTNING} wanted"
+    )
+    return {
+        "fit": statistics.median(ours),
+        "by hand": statistics.median(theirs),
+        "ratio": median,
+        "q1": q1,
+        "q3": q3,
+        "rounds": rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="repvgg_a0")
@@ -208,6 +272,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS, metavar="LAYOUT:TYPE:MODE")
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trial", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -217,7 +282,11 @@ def main() -> None:
         return
     stamp = environment()
     print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}: {stamp}\n{status()}\n")
-    sections = {"environment": stamp, "speed": speed(arguments)}
+    sections: dict[str, Any] = {"environment": stamp}
+    if "speed" in arguments.sections:
+        sections["speed"] = speed(arguments)
+    if "lightning" in arguments.sections:
+        sections["lightning"] = lightning_overhead(max(2, arguments.rounds // 4), arguments.threads)
     if arguments.json:
         arguments.json.write_text(json.dumps(sections, indent=1))
 

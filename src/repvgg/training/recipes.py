@@ -88,21 +88,21 @@ def plus() -> TrainConfig:
 def cifar() -> TrainConfig:
     """A row for 32x32 images on a small budget: CIFAR-10 on two CPU cores.
 
-    Command: ``repvgg train repvgg_t1 --recipe cifar --data torchvision:CIFAR10:PATH``, or ``imagefolder:PATH``.
+    Command: ``repvgg train repvgg_t2 --recipe cifar --data torchvision:CIFAR10:PATH``, or ``imagefolder:PATH``.
     """
     return TrainConfig(
-        model="repvgg_t1",
+        model="repvgg_t2",
         recipe="cifar",
-        epochs=20,
+        epochs=15,
         batch_size=128,
         data=DataConfig(
             uri="torchvision:CIFAR10:cifar10",
             train_size=32,
             augment=Augment(crop="pad", crop_padding=4, flip=0.5),
         ),
-        optim=OptimConfig(lr=0.2, lr_batch=128, nesterov=True, weight_decay=5e-4, warmup_epochs=2),
+        optim=OptimConfig(lr=0.15, lr_batch=128, nesterov=True, weight_decay=5e-4, warmup_epochs=2),
         label_smoothing=0.1,
-        ema=0.99,
+        ema=0.995,
         precision="bf16",
         channels_last=True,
     )
