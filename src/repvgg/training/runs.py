@@ -13,7 +13,7 @@ from repvgg.training.config import TrainConfig
 from repvgg.training.decay import describe_groups
 from repvgg.training.evaluation import Evaluation
 from repvgg.training.fitting import FitResult, fit
-from repvgg.training.folder import RunFolder, claim
+from repvgg.training.folder import RunFolder, goes_on, take
 from repvgg.training.optim import optimizer_groups
 from repvgg.training.plan import Layout, layout_of, plan_batches
 from repvgg.training.saving import LAST
@@ -63,7 +63,8 @@ def run(
     """
     layout = layout_of(config)
     told = _Told(console or Console(), quiet=layout.rank > 0)
-    going_on = claim(folder, config, resume=resume, overwrite=overwrite, writes=layout.rank == 0)
+    writes = layout.rank == 0
+    going_on = goes_on(folder, config, resume=resume, overwrite=overwrite, writes=writes)
     data = open_data(config.data, seed=config.seed)
     start = starting_model(config, data)
     _introduce(config, data, start, layout, told)
@@ -71,6 +72,8 @@ def run(
         told(f"goes on from {folder / LAST}")
     elif config.dry_run:
         told(str(try_out(start.model, data, config)))
+    if writes:
+        take(folder, config, going_on=going_on)
     kept = RunFolder(folder, config, data, start.model)
     result = fit(
         start.model,
