@@ -44,7 +44,7 @@ def test_leaves_whole_files(finished):
     assert report["plain_form"]["correct"] == report["train_form"]["correct"]
     assert sum(map(sum, report["plain_form"]["confusion"])) == 12
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((folder / "log.csv").open()))
+    rows = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     top = max(float(row["held_out_accuracy"]) for row in rows)
     assert best.metadata.metrics["held_out_accuracy"] == pytest.approx(top)
