@@ -10,7 +10,9 @@ from cli_helpers import contents
 
 from repvgg import is_plain, load
 from repvgg.cli import main
-from repvgg.data import ImagesInMemory, digits
+from repvgg.data import OpenedData
+from repvgg.data.parts import ArrayPart
+from repvgg.data.sources import open_source
 from repvgg.errors import OutputError
 from repvgg.measure import compare
 from repvgg.studies import page
@@ -18,13 +20,14 @@ from repvgg.studies import quickstart as study
 from repvgg.training import quickstart as recipe
 
 FILES = {"train.safetensors", "plain.safetensors", "plain.onnx", "report.json", "report.html"}
-STAGES = ["digits", "_train", "_collapse", "_verify", "_save", "_export", "_judge", "_time", "_report", "_write"]
+STAGES = ["open_data", "_train", "_collapse", "_verify", "_save", "_export", "_judge", "_time", "_report", "_write"]
 
 
-def few_digits():
-    whole = digits()
-    few = [ImagesInMemory(part.images[:100], part.labels[:100]) for part in (whole.train, whole.held_out)]
-    return replace(whole, train=few[0], held_out=few[1])
+def few_digits(config, *, seed):
+    """The first 100 images of both parts."""
+    source = open_source(config)
+    few = [ArrayPart("few", p.pixels[:100], p.labels[:100], p.classes) for p in (source.train, source.held_out)]
+    return OpenedData(config, replace(source, train=few[0], held_out=few[1]), seed)
 
 
 def one_epoch(seed):
@@ -50,7 +53,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(study, "digits", few_digits)
+        patch.setattr(study, "open_data", few_digits)
         patch.setattr(study, "quickstart", one_epoch)
         patch.setattr(study.measure, "compare", quick_compare)
         for name in ("_train", "_collapse", "_verify", "_export", "_judge", "_time"):
@@ -64,7 +67,7 @@ def replayed(finished, tmp_path, monkeypatch):
     """An empty folder to work in, and stages that return at once what they returned before."""
     home, returned = finished
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "digits", few_digits)
+    monkeypatch.setattr(study, "open_data", few_digits)
     for name, value in returned.items():
         monkeypatch.setattr(study, name, partial(lambda value, *arguments, **keywords: value, value))
 

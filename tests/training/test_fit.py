@@ -350,3 +350,15 @@ def test_quickstart_reaches_99_percent(seed):
         model = create_model("repvgg_t0", num_classes=10, in_channels=1)
     result = fit(model, open_data(config.data, seed=seed), config, progress=False)
     assert result.accuracy >= 0.99
+
+
+@pytest.mark.slow
+def test_quickstart_repeats_itself():
+    config = replace(quickstart(3), epochs=3)
+    prints = []
+    for _ in range(2):
+        with seeded("model", config.seed):
+            model = create_model("repvgg_t0", num_classes=10, in_channels=1)
+        fit(model, open_data(config.data, seed=config.seed), config, progress=False)
+        prints.append(fingerprint(model))
+    assert prints[0] == prints[1]

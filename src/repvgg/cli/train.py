@@ -24,9 +24,10 @@ def train(arguments: list[str]) -> int:
     A run leaves a folder: both forms of the model, the best one, the log, the learning curve, and config.yaml, which
     repeats the run. Killed at any moment and started again with --resume, it ends with the same weights.
 
-        repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:/data/imagenet --optim.lr 0.05
-        repvgg train --config runs/repvgg_a0-paper-simple/config.yaml --resume
-        torchrun --nproc-per-node 8 -m repvgg train repvgg_b1 --recipe paper-simple --data imagefolder:/data/imagenet
+        repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:imagenet
+        repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
+        repvgg train --config runs/repvgg_t1-cifar/config.yaml --resume
+        torchrun --nproc-per-node 8 -m repvgg train --config b1.yaml --sync-bn
 
     Recipes: paper-simple, paper-heavy, plus, cifar, finetune, quickstart.
 

@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg.data.augment import AffineJitter
 from repvgg.data.config import Augment, DataConfig
-from repvgg.data.digits import digits
-from repvgg.data.images import ImagesInMemory, ImageSplit, LabelledImages
 
 if TYPE_CHECKING:
     from repvgg.data.bad import BadImages
     from repvgg.data.checking import CheckReport, check_data
     from repvgg.data.loading import HeldOutLoader, TrainLoader
     from repvgg.data.opening import OpenedData, open_data
-    from repvgg.data.transforms import JitterEach
 
 _ON_FIRST_USE = {
     "BadImages": "bad",
     "CheckReport": "checking",
     "HeldOutLoader": "loading",
-    "JitterEach": "transforms",
     "OpenedData": "opening",
     "TrainLoader": "loading",
     "check_data": "checking",
@@ -37,14 +33,9 @@ __all__ = [
     "CheckReport",
     "DataConfig",
     "HeldOutLoader",
-    "ImageSplit",
-    "ImagesInMemory",
-    "JitterEach",
-    "LabelledImages",
     "OpenedData",
     "TrainLoader",
     "check_data",
-    "digits",
     "open_data",
 ]
 

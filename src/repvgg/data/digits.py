@@ -9,39 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repvgg.data.images import ImagesInMemory, ImageSplit
 from repvgg.errors import UsageError, require
 
 SPLIT_STATE = 0  # of the split alone: a training seed never moves an image from one part to the other
 HELD_OUT = 0.2
-
-
-def digits(size: int = 32) -> ImageSplit:
-    """The 1797 digits of scikit-learn, upscaled: 1437 to train, 360 held out, stratified by class, always the same.
-
-    The scans are 8x8 with 17 grey levels; they are scaled to [0, 1], resized bilinearly to ``size`` x ``size``, and
-    normalized by mean and standard deviation over all pixels of the training part. One channel, float32.
-
-    Args:
-        size: height and width in pixels, at least 8.
-
-    Raises:
-        UsageError: ``size`` below 8.
-        MissingDependencyError: scikit-learn is not installed.
-
-    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (its test part), doi 10.24432/C50P49.
-    """
-    scans = digit_pixels(size)
-    images = (scans.pixels - scans.mean) / scans.std
-    return ImageSplit(
-        name="digits",
-        train=ImagesInMemory(images[scans.train], scans.labels[scans.train]),
-        held_out=ImagesInMemory(images[scans.held_out], scans.labels[scans.held_out]),
-        classes=tuple("0123456789"),
-        mean=(scans.mean,),
-        std=(scans.std,),
-        input_shape=(1, size, size),
-    )
 
 
 @final
@@ -67,7 +38,20 @@ class DigitPixels:
 
 
 def digit_pixels(size: int) -> DigitPixels:
-    """The digits at ``size`` x ``size``, not normalized. See :func:`digits` for the split and the errors."""
+    """The 1797 digits of scikit-learn, upscaled: 1437 to train, 360 held out, stratified by class, always the same.
+
+    The scans are 8x8 with 17 grey levels; they are scaled to [0, 1] and resized bilinearly to ``size`` x ``size``. One
+    channel, float32.
+
+    Args:
+        size: height and width in pixels, at least 8.
+
+    Raises:
+        UsageError: ``size`` below 8.
+        MissingDependencyError: scikit-learn is not installed.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (its test part), doi 10.24432/C50P49.
+    """
     if size < 8:
         raise UsageError(f"The digits are scans of 8x8 pixels and are not made smaller: size {size} is below 8.")
     pixels, labels = _scans(size)

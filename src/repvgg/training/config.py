@@ -24,9 +24,9 @@ class OptimConfig:
         momentum: of SGD.
         nesterov: take Nesterov's form of it; the paper and upstream do not.
         weight_decay: the L2 factor of the parameters that ``decay`` names.
-        decay: which parameters decay, see :func:`repvgg.training.parameter_groups`.
+        decay: which parameters decay, see repvgg.training.parameter_groups.
         custom_l2: put upstream's L2 on the equivalent kernel of each block in place of the decay of its two kernels,
-            see :func:`repvgg.training.equivalent_l2`.
+            see repvgg.training.equivalent_l2.
         warmup_epochs: epochs of the linear rise; a fraction is fine, 0 is none.
         clip: largest L2 norm of all gradients together; None clips nothing.
 

@@ -27,6 +27,7 @@ from repvgg.training.config_file import differences, read_config, write_config
 from repvgg.training.curve import CSV, PICTURE, draw_curve, write_log
 from repvgg.training.evaluation import Evaluation
 from repvgg.training.fitting import FitResult, judged
+from repvgg.training.job import TENSORBOARD
 from repvgg.training.saving import LAST
 from repvgg.verify import Evidence, verify
 
@@ -43,34 +44,36 @@ _UNFINISHED = ".repvgg-*"  # what a process that was killed while it wrote leave
 _BATCH, _JUDGED = 64, 4  # images, batches
 
 
-def claim(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, writes: bool = True) -> bool:
-    """Make the folder of a run and leave the config in it, or check that the run in it is this one.
+def goes_on(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, writes: bool = True) -> bool:
+    """Whether there is a run in the folder to go on with; if not, whether one may begin there is checked.
 
     Args:
         folder: of the run.
         config: the run.
-        resume: a run that is there goes on.
-        overwrite: one that is there is removed.
-        writes: whether this process is the one that writes.
-
-    Returns:
-        Whether there is something to go on from.
+        resume: one that is there goes on.
+        overwrite: one that is there may be removed.
+        writes: whether this process is the one that writes; the others may see already what it has written.
 
     Raises:
         OutputExistsError: something is there, and neither ``resume`` nor ``overwrite`` is set.
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be looked into.
         UsageError: the run that is there is another one.
     """
     if resume and overwrite:
         raise UsageError("A run either goes on or begins anew: ask to resume it, or to overwrite it.")
     if resume and (folder / CONFIG).exists():
         _check_same(folder, config)
-        if writes:
-            _remove_unfinished(folder)
         return (folder / LAST).exists()
-    if writes:
-        _begin(folder, config, overwrite)
+    if writes and not overwrite and _is_taken(folder):
+        raise OutputExistsError(f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.")
     return False
+
+
+def _is_taken(folder: Path) -> bool:
+    try:
+        return folder.exists() and any(not path.match(_UNFINISHED) for path in folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be looked into: {error.strerror or error}.") from error
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
@@ -79,25 +82,22 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
             raise UsageError(f"The run in {str(folder)!r} has {name} {before!r}, not {now!r}: take another folder.")
 
 
-def _begin(folder: Path, config: TrainConfig, overwrite: bool) -> None:
+def take(folder: Path, config: TrainConfig, *, going_on: bool) -> None:
+    """Make the folder ready for a run: without what killed processes left half written, and with its config.
+
+    Raises:
+        OutputError: it cannot be made, or cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not overwrite:
-            raise OutputExistsError(
-                f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it."
-            )
-        _remove_unfinished(folder)
-        for name in _OURS:
+        for path in (*folder.glob(_UNFINISHED), *([] if going_on else [folder / TENSORBOARD])):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in () if going_on else _OURS:
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be made: {error.strerror or error}.") from error
-    write_config(folder / CONFIG, config, overwrite=True)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(_UNFINISHED):
-        shutil.rmtree(path, ignore_errors=True)
+    if not going_on:
+        write_config(folder / CONFIG, config, overwrite=True)
 
 
 @final

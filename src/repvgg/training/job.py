@@ -20,6 +20,7 @@ from repvgg.training.saving import LAST, WholeFiles, place_of
 from repvgg.training.task import ClassificationTask
 
 HELD_OUT_BATCH = 256
+TENSORBOARD = "tensorboard"  # its folder in that of the run
 _PRECISION = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _LOGGED = 50  # steps between two points of TensorBoard's curves, at most
 
@@ -157,4 +158,4 @@ class Job:
             return False
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        return TensorBoardLogger(self.folder, name="", version="tensorboard")
+        return TensorBoardLogger(self.folder, name="", version=TENSORBOARD)

@@ -8,14 +8,15 @@ from typing import final
 
 from rich.console import Console
 
-from repvgg.data import OpenedData, open_data
+from repvgg.data import open_data
 from repvgg.training.config import TrainConfig
 from repvgg.training.decay import describe_groups
 from repvgg.training.evaluation import Evaluation
 from repvgg.training.fitting import FitResult, fit
-from repvgg.training.folder import RunFolder, claim
+from repvgg.training.folder import RunFolder, goes_on, take
+from repvgg.training.job import Job
 from repvgg.training.optim import optimizer_groups
-from repvgg.training.plan import Layout, layout_of, plan_batches
+from repvgg.training.plan import layout_of
 from repvgg.training.saving import LAST
 from repvgg.training.starting import Start, starting_model
 from repvgg.training.trial import try_out
@@ -63,14 +64,18 @@ def run(
     """
     layout = layout_of(config)
     told = _Told(console or Console(), quiet=layout.rank > 0)
-    going_on = claim(folder, config, resume=resume, overwrite=overwrite, writes=layout.rank == 0)
+    writes = layout.rank == 0
+    going_on = goes_on(folder, config, resume=resume, overwrite=overwrite, writes=writes)
     data = open_data(config.data, seed=config.seed)
     start = starting_model(config, data)
-    _introduce(config, data, start, layout, told)
+    job = Job(start.model, data, config, layout)
+    _introduce(job, start, told)
     if going_on:
         told(f"goes on from {folder / LAST}")
     elif config.dry_run:
         told(str(try_out(start.model, data, config)))
+    if writes:
+        take(folder, config, going_on=going_on)
     kept = RunFolder(folder, config, data, start.model)
     result = fit(
         start.model,
@@ -98,8 +103,9 @@ class _Told:
             self.console.print(indent + line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _introduce(config: TrainConfig, data: OpenedData, start: Start, layout: Layout, told: _Told) -> None:
+def _introduce(job: Job, start: Start, told: _Told) -> None:
     """Say everything that decides the outcome."""
+    data, config = job.data, job.config
     shape = "x".join(map(str, data.input_shape))
     told(
         f"Train {start.model.spec.name} on {data.uri}: {_count(data.num_train)} images of {shape} in "
@@ -108,8 +114,7 @@ def _introduce(config: TrainConfig, data: OpenedData, start: Start, layout: Layo
     )
     for note in (*start.notes, *data.notes):
         told(note)
-    plan = plan_batches(config, layout.world_size)
-    told(f"{plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}")
+    told(f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}")
     for line in describe_groups(optimizer_groups(start.model, config.optim)):
         told(line)
 

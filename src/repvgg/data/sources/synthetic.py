@@ -96,7 +96,7 @@ def _class_image(label: int, size: int) -> Tensor:
 
 
 def open_digits(uri: DataUri, train_size: int | None, test_size: int | None) -> Source:
-    """The digits of :func:`~repvgg.data.digits`, with the same parts and the same normalization.
+    """The digits of scikit-learn, see :func:`repvgg.data.digits.digit_pixels`, normalized by the part to learn from.
 
     Raises:
         UsageError: something follows the colon, or a size below 8.
