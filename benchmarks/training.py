@@ -10,7 +10,8 @@ process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x8
 gradient, and compiled it takes that path in any layout. A setting that corrupts memory, as glibc's checker sees it, is
 out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a
 round. The section ``lightning`` sets
-``repvgg.training.fit`` beside a loop by hand over the same model and data. Other work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+``repvgg.training.fit`` beside a loop by hand over the same model and data. Other work on the
+machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
 """
 
 from __future__ import annotations
