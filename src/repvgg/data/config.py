@@ -91,7 +91,7 @@ class DataConfig:
     """Which images, at which size, and how they are loaded.
 
     Attributes:
-        uri: where the images are, see :func:`~repvgg.data.open_data`.
+        uri: where the images are, see ``repvgg.data.open_data``.
         val: URI of the images to judge by, where ``uri`` holds only one part.
         train_size: height and width of training images; None: the source's own (digits, CIFAR and fake 32, folders,
             hubs and shards 224, other torchvision arrays as they are stored).
