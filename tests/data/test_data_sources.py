@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from repvgg.data import Augment, DataConfig, digits, open_data
+from repvgg.data import Augment, DataConfig, open_data
 from repvgg.data.parts import PackedStrings
 from repvgg.data.sources import open_source
 from repvgg.errors import DataError, UsageError
@@ -228,26 +228,13 @@ def test_arrays_take_every_augmentation(tmp_path):
 # digits: and fake:
 
 
-def test_digits_are_what_they_were():
-    data, before = open_data(DataConfig()), digits()
-    assert (data.uri, data.classes, data.mean, data.std) == ("digits:", before.classes, before.mean, before.std)
-    assert (data.input_shape, data.num_train, data.num_held_out) == ((1, 32, 32), 1437, 360)
-    ((images, labels),) = data.held_out_batches(360)
-    assert_close(data.prepare(images), before.held_out.images, atol=0, rtol=0)
-    assert_close(labels, before.held_out.labels, atol=0, rtol=0)
-    batches = run(data.train_batches(479))
-    assert batches[0][0].dtype == torch.float32
-    order = torch.cat([labels for _, labels in batches]).bincount()
-    assert_close(order, before.train.labels.bincount(), atol=0, rtol=0)
-
-
 def test_digits_of_two_sizes_and_three_channels():
-    data = open_data(DataConfig(train_size=16, test_size=24, channels=3))
+    data, grey = open_data(DataConfig(train_size=16, test_size=24, channels=3)), open_data(DataConfig(train_size=24))
     assert (data.input_shape, data.test_shape) == ((3, 16, 16), (3, 24, 24))
-    images, _ = data.held_out_images([5])
-    before = digits(24)
-    pixels = before.to_pixels(before.held_out.images[5])
-    assert_close(data.to_pixels(images)[0], pixels.expand(3, 24, 24))
+    images, labels = data.held_out_images([5])
+    pixels, label = grey.held_out_images([5])
+    assert_close(data.to_pixels(images), grey.to_pixels(pixels).expand(1, 3, 24, 24))
+    assert_close(labels, label)
 
 
 def test_beyond_the_border_of_a_digit_it_is_black():
