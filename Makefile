@@ -14,6 +14,7 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'hypothesis and not slow' --hypothesis-profile explore
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,17 +1,8 @@
 """Blocks of tests are too small to share among threads, and the machine may be busy."""
 
 import pytest
-import torch
 
 from repvgg.blocks.native import build
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_geometry(layout, stride, groups, options):
     agree(step(module, x), step(module, x, "eager"), 1e-9, 1e-10)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     channels=st.sampled_from([(1, 1), (3, 5), (7, 7), (8, 16), (17, 17), (33, 33)]),
     size=st.tuples(st.integers(1, 11), st.integers(1, 11)),

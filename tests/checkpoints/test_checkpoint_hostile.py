@@ -22,7 +22,7 @@ from repvgg.errors import CheckpointError, OutputError, OutputExistsError
 from repvgg.models import ModelSpec, Stage, describe_model, save
 
 SPEC = ModelSpec("tiny", Stage(1, 4), (Stage(2, 4), Stage(1, 8)))
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def specs(draw):
     return ModelSpec("custom", Stage(1, 8 * draw(st.integers(1, 3))), tuple(stages), groups, squeeze, auxiliary)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     spec=specs(),
     plain=st.booleans(),

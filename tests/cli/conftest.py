@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from cli_helpers import Files, Outcome, contents, trained_like
+from cli_helpers import Files, Outcome, contents
 
+from norms import trained_like
 from repvgg import reparameterize
 from repvgg.cli import main
 from repvgg.models import create_model, describe_model, save
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """These models are too small to share, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from cli_helpers import trained_like
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model, is_plain, load, reparameterize
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, describe_model, save
 

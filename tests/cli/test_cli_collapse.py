@@ -7,11 +7,11 @@ import tempfile
 import pytest
 import safetensors
 import torch
-from cli_helpers import trained_like
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import is_plain, load, reparameterize
 from repvgg.deploy import OnnxRunner, ProgramRunner
 from repvgg.models import resolve

@@ -3,8 +3,8 @@ import json
 import pytest
 import timm
 import torch
-from cli_helpers import trained_like
 
+from norms import trained_like
 from repvgg import load
 from repvgg.data import DataConfig, open_data
 from repvgg.models import describe_model, save

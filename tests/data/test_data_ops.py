@@ -23,7 +23,7 @@ def ops(augment, seed=0, channels=3):
     return BatchOps(augment, seed, (0.0,) * channels, (120.0,) * channels)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(10, 13), st.integers(10, 14), st.integers(0, 2**31))
 def test_pad_crop_flip_is_what_torchvision_does(padding, height, width, seed):
     images = pixels(4, 3, height, width, seed)

@@ -7,26 +7,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import ExportError, OutputError, OutputExistsError, UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
 
 TINY = ModelSpec("tiny", Stage(1, 4), (Stage(2, 8),), auxiliary=(0,))
-
-
-def trained_like(model):
-    """Give every batch norm statistics and parameters that training could have left."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -1, 1),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -1, 1),
-            ):
-                tensor.uniform_(low, high, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="module")

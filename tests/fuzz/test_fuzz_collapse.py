@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, seed, settings
 
 # an even kernel with a pixel more of padding behind is an ``nn.Conv2d`` with padding="same": torch says what that costs
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+COMMON = {"database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=50, derandomize=True, **COMMON)
+@settings(max_examples=50, **COMMON)
 @given(programs())
 def test_random_networks(program):
     check(program)

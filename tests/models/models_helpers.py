@@ -1,6 +1,5 @@
 """What the tests of the models share."""
 
-import torch
 from torch import nn
 
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage
@@ -15,21 +14,6 @@ TINY_PLUS = ModelSpec(
     squeeze_excite=SqueezeExciteSpec("after_relu", 4),
     auxiliary=(0, 1, 2),
 )
-
-
-def trained_like(model, seed=0):
-    """Statistics and parameters of batch norms that training could have left; the model is in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -1, 1),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -1, 1),
-            ):
-                tensor.uniform_(low, high, generator=generator)
-    return model.eval()
 
 
 def convolutions(model):

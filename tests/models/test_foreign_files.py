@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 import foreign_nets as nets
 import pytest
 import torch
-from models_helpers import TINY_PLUS, trained_like
+from models_helpers import TINY_PLUS
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model, load, reparameterize
 from repvgg.checkpoints import read_checkpoint
 from repvgg.errors import CheckpointError, UsageError

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models_helpers import trained_like
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import list_models, load
 from repvgg.checkpoints import recognize_names
 from repvgg.models import SPECS, save

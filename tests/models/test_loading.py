@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models_helpers import trained_like
 from torch import nn
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model, load, reparameterize
 from repvgg.checkpoints import save_checkpoint
 from repvgg.errors import CheckpointError, OutputExistsError, UnknownModelError

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from models_helpers import trained_like
 from torch import nn
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model
 from repvgg.errors import CheckpointError, MissingDependencyError, SourceError, UnknownModelError, UsageError
 from repvgg.models import load_weights, resolve

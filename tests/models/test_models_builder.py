@@ -2,10 +2,11 @@ from functools import cache
 
 import pytest
 import torch
-from models_helpers import TINY, TINY_PLUS, convolutions, trained_like
+from models_helpers import TINY, TINY_PLUS, convolutions
 from torch import nn
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model, list_models, reparameterize
 from repvgg.errors import UnknownModelError, UsageError
 from repvgg.models import SPECS, ModelSpec, SqueezeExciteSpec, Stage, TrainingOutput, spec_of

@@ -9,11 +9,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from models_helpers import trained_like
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import repvgg
+from norms import trained_like
 from repvgg import create_model, from_pretrained, load, push_to_hub, reparameterize
 from repvgg.cli import main
 from repvgg.errors import CheckpointError, FreshWeightsWarning, OutputError, SourceError, UnknownModelError, UsageError

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from models_helpers import TINY, TINY_PLUS, convolutions, trained_like
+from models_helpers import TINY, TINY_PLUS, convolutions
 from torch.testing import assert_close
 
+from norms import trained_like
 from repvgg import create_model, is_plain, list_models, reparameterize
 
 

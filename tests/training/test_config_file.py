@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from train_helpers import CONFIG
 
@@ -92,6 +92,7 @@ def back(text):
 
 
 @given(config=CONFIGS)
+@example(config=TrainConfig(init="a\x85b", model="\x85", recipe="\u2028 \n"))  # YAML folds what breaks lines
 def test_every_field_comes_back(config):
     assert back(to_yaml(config)) == config
     assert differences(config, back(to_yaml(config))) == {}

@@ -7,8 +7,9 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.testing import assert_close
-from train_helpers import CONFIG, SPEC, opened, tiny, trained_like
+from train_helpers import CONFIG, SPEC, opened, tiny
 
+from norms import trained_like
 from repvgg.errors import UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from train_helpers import CONFIG, fingerprint, opened, trained_like
+from train_helpers import CONFIG, fingerprint, opened
 
+from norms import trained_like
 from repvgg.collapse import is_plain, reparameterize
 from repvgg.errors import CheckpointError, UnknownModelError, UsageError
 from repvgg.models import create_model, describe_model, load, save

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from train_helpers import CONFIG, fingerprint, opened, tiny, trained_like
+from train_helpers import CONFIG, fingerprint, opened, tiny
 
 import repvgg.training.trial as trials
+from norms import trained_like
 from repvgg.collapse import reparameterize
 from repvgg.errors import EquivalenceError, TrainingError
 from repvgg.training import run, try_out

@@ -39,21 +39,6 @@ def tiny(seed=0, num_classes=4, in_channels=3, spec=SPEC):
         return create_model(spec, num_classes, in_channels)
 
 
-def trained_like(model, seed=0):
-    """Batch norms with statistics and parameters that training could have left."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -1, 1),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -1, 1),
-            ):
-                tensor.uniform_(low, high, generator=generator)
-    return model
-
-
 def fingerprint(model):
     return digest(model.state_dict())
 

@@ -15,9 +15,26 @@ from repvgg.files import write_text
 from repvgg.training.config import TrainConfig
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, except that text with line breaks of any kind is quoted and escaped.
+
+    Left as they are, NEL and Unicode's line and paragraph separators come back as spaces or line feeds: YAML folds
+    them, and PyYAML takes them for printable.
+    """
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if text.splitlines(keepends=True) != text.splitlines() else None
+    node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return node
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def to_yaml(config: TrainConfig) -> str:
     """Every field of ``config``, nested as it is, in its own order."""
-    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -1,0 +1,22 @@
+"""What holds for every test.
+
+Property tests draw the same examples in each run, so that what lands does not hang on luck; ``make slow`` draws new
+ones (``--hypothesis-profile explore``).
+"""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The models of tests are too small to share among threads, and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
