@@ -112,6 +112,18 @@ class FreshWeightsWarning(UserWarning):
     """Some weights of a pretrained model are not the published ones: it is made for other classes or channels."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of somebody else says, without its full stop; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def typed_line(error: BaseException) -> str:
+    """The type of an error and the first line of what it says, if anything: for a stranger's code."""
+    name = type(error).__name__
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{name}: {text.strip().splitlines()[0]}" if text.strip() else name
+
+
 def require(package: str, extra: str | None = None) -> ModuleType:
     """Import an optional ``package``, or say how to get it.
 

@@ -1,10 +1,11 @@
-"""Running a model as it infers, and putting it back as it was."""
+"""A model in eval mode, or PyTorch with other threads: for a while, and then as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -22,3 +23,14 @@ def eval_mode(*models: object) -> Iterator[None]:
     finally:
         for module, training in modules.items():
             module.training = training
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """PyTorch with ``number`` threads for one operation; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

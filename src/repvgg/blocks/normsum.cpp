@@ -28,22 +28,12 @@ struct bf16 {
 };
 
 // W numbers of type T as one vector of the type A that is computed in.
-template <class T> struct Lanes;
-
-template <> struct Lanes<float> {
-    using A = float;
-    static constexpr int W = 16;
-    typedef float V __attribute__((vector_size(64)));
-    static V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-    static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-};
-
-template <> struct Lanes<double> {
-    using A = double;
-    static constexpr int W = 8;
-    typedef double V __attribute__((vector_size(64)));
-    static V load(const double* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-    static void store(double* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class T> struct Lanes {
+    using A = T;
+    static constexpr int W = 64 / sizeof(T);
+    typedef T V __attribute__((vector_size(64)));
+    static V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+    static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 };
 
 template <> struct Lanes<bf16> {

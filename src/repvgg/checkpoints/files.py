@@ -19,7 +19,7 @@ from torch import Tensor
 
 from repvgg.checkpoints.metadata import KEY, Metadata
 from repvgg.checkpoints.wrappers import unwrap
-from repvgg.errors import CheckpointError, OutputError, UsageError, require
+from repvgg.errors import CheckpointError, OutputError, UsageError, first_line, require
 from repvgg.files import whole_or_nothing
 
 _ZIP = b"PK\x03\x04"
@@ -83,7 +83,7 @@ def save_tensors(
             save_file(_apart(tensors), part, header)
             _in_one_order(Path(part))
         except safetensors.SafetensorError as error:  # what it makes of an OSError, too
-            raise OutputError(f"{str(path)!r} could not be written: {_first_line(error)}.") from error
+            raise OutputError(f"{str(path)!r} could not be written: {first_line(error)}.") from error
     return Path(path)
 
 
@@ -131,7 +131,7 @@ def save_torch(
         try:
             torch.save(content, part)
         except RuntimeError as error:  # what its zip writer makes of an OSError
-            raise OutputError(f"{str(path)!r} could not be written: {_first_line(error)}.") from error
+            raise OutputError(f"{str(path)!r} could not be written: {first_line(error)}.") from error
     return Path(path)
 
 
@@ -192,9 +192,9 @@ def _read_safetensors(file: Path) -> Checkpoint:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dictionary
             header = opened.metadata()
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(file)!r} is damaged: {_first_line(error)}.") from error
+        raise CheckpointError(f"{str(file)!r} is damaged: {first_line(error)}.") from error
     except Exception as error:  # a type of number that its reader knows and torch does not, for one
-        raise CheckpointError(f"{str(file)!r} cannot be read: {_first_line(error)}.") from error
+        raise CheckpointError(f"{str(file)!r} cannot be read: {first_line(error)}.") from error
     return Checkpoint(file, tensors, Metadata.from_header(header, str(file)))
 
 
@@ -226,7 +226,7 @@ def _torch_content(file: Path, start: bytes) -> Any:
             reason = "is not a checkpoint, or is damaged"
         raise CheckpointError(f"{str(file)!r} {reason}.") from error
     except Exception as error:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {_first_line(error)}.") from error
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
 
 
 def _calls(file: Path) -> bool:
@@ -244,10 +244,6 @@ def _refuse_packed(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {_first_line(error)}.") from error
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
     if packed:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a packed archive.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -49,11 +49,12 @@ def bench(
     """
     from repvgg.cli.terminal import write_json
     from repvgg.errors import UsageError
+    from repvgg.modes import threads as using
 
     if min(batch, rounds, *(number for number in (input_size, threads) if number is not None)) < 1:
         raise UsageError("Batch, input size, rounds and threads are all at least 1.")
     train, size = _model(model, input_size)
-    with _threads(threads):
+    with using(threads):
         timings, stamp = _measure(train, batch, size, rounds, dtype, channels_last)
     settings = {"model": model, "batch": batch, "input_size": size, "dtype": dtype, "channels_last": channels_last}
     if as_json:
@@ -76,19 +77,6 @@ def _model(name: str, input_size: int | None) -> tuple[RepVGG, int]:
     if loaded.metadata.form == "plain":
         raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
     return loaded.model, input_size or loaded.metadata.input_size
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """PyTorch with that many threads inside."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from repvgg.cli.proving import in_words, proven
+
 if TYPE_CHECKING:
     from repvgg.checkpoints import Form
     from repvgg.models import Loaded
@@ -84,8 +86,7 @@ def convert(
     save(out, loaded.model, loaded.metadata, layout=to, without=loaded.account.filled, overwrite=overwrite)
     about = loaded.metadata
     if evidence is not None:
-        error = f"relative error {evidence.relative:.1e} in {evidence.dtype}, {evidence.tolerance:.1e} allowed"
-        write_line(f"equal: {error}")
+        write_line(in_words(evidence))
     for name, reason in loaded.account.dropped.items():
         write_line(f"{name} is not used: {reason}")
     write_line(f"wrote {out}: {about.model}, {about.form} form, names of {to} instead of {loaded.account.layout}")
@@ -114,16 +115,12 @@ def _in_form(loaded: Loaded, form: Form | None) -> tuple[Loaded, Evidence | None
     """The model in the form that was asked for, and the proof where it had to be collapsed."""
     from repvgg.cli.terminal import busy
     from repvgg.models import collapsed
-    from repvgg.verify import border_inputs, verify
 
     if form != "plain" or loaded.metadata.form == "plain":
         return loaded, None
     with busy("Collapsing"):
         plain = collapsed(loaded)
-    size = loaded.metadata.input_size
-    images = border_inputs((2, loaded.metadata.in_channels, size, size), batches=3)
-    with busy("Verifying"):
-        return plain, verify(loaded.model, plain.model, images).raise_if_failed()
+    return plain, proven(loaded, plain.model)
 
 
 def _summary(file: str, loaded: Loaded) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from repvgg.cli.proving import in_words, proven
+
 if TYPE_CHECKING:
     from repvgg.collapse import Report
     from repvgg.models import RepVGG
@@ -36,7 +38,6 @@ def convert(
     from repvgg.cli.terminal import busy
     from repvgg.collapse import reparameterize
     from repvgg.models import RepVGG, load, save
-    from repvgg.verify import border_inputs, verify
 
     _check_target(target, overwrite)
     loaded = load(source, model)
@@ -45,9 +46,7 @@ def convert(
     with busy("Collapsing"):
         plain, report = reparameterize(loaded.model)
     assert isinstance(plain, RepVGG)
-    images = border_inputs((2, about.in_channels, about.input_size, about.input_size), batches=3)
-    with busy("Verifying"):
-        evidence = verify(loaded.model, plain, images).raise_if_failed()
+    evidence = proven(loaded, plain)
     save(target, plain, replace(about, form="plain"), overwrite=overwrite)
     _tell(report, evidence)
     _tell_outcome(about.model, loaded.model, plain, target)
@@ -82,8 +81,7 @@ def _tell(report: Report, evidence: Evidence) -> None:
         write_line(f"{row.name} is not in the plain form: {row.reason}")
     agreement = evidence.agreement
     same = f"; {agreement.agreed} of {agreement.total} predictions agree" if agreement else ""
-    error = f"relative error {evidence.relative:.1e} in {evidence.dtype}, {evidence.tolerance:.1e} allowed"
-    write_line(f"equal: {error}{same}")
+    write_line(f"{in_words(evidence)}{same}")
 
 
 def _tell_outcome(name: str, train: RepVGG, plain: RepVGG, target: Path) -> None:

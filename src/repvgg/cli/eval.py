@@ -63,7 +63,7 @@ def eval_(
     _check_classes(loaded, opened)
     results = _judge(loaded, opened, form, batch)
     if json:
-        write_json({name: _numbers(result, opened) for name, result in results.items()})
+        write_json({name: result.to_dict() | _per_class(result, opened) for name, result in results.items()})
     else:
         _tell(results, opened)
 
@@ -80,10 +80,8 @@ def _check_classes(loaded: Loaded, data: OpenedData) -> None:
 
 
 def _judge(loaded: Loaded, data: OpenedData, form: str, batch: int) -> dict[str, Evaluation]:
-    import torch
-
     from repvgg.cli.terminal import busy
-    from repvgg.collapse import reparameterize
+    from repvgg.models import collapsed
     from repvgg.training import evaluate
 
     have = loaded.metadata.form
@@ -94,10 +92,8 @@ def _judge(loaded: Loaded, data: OpenedData, form: str, batch: int) -> dict[str,
         if have == "train" and form in ("both", "train"):
             results["train form"] = evaluate(loaded.model, data.held_out_batches(batch), data.prepare)
         if form in ("both", "plain"):
-            plain: Any = loaded.model
-            if have == "train":
-                plain, _ = reparameterize(loaded.model, torch.zeros(1, *data.test_shape))
-            results["plain form"] = evaluate(plain, data.held_out_batches(batch), data.prepare)
+            plain = loaded if have == "plain" else collapsed(loaded)
+            results["plain form"] = evaluate(plain.model, data.held_out_batches(batch), data.prepare)
     return results
 
 
@@ -122,14 +118,6 @@ def _tell(results: dict[str, Evaluation], data: OpenedData) -> None:
         write_line(f"{int((one.predictions == other.predictions).sum()):,} of {len(one.labels):,} predictions agree")
 
 
-def _numbers(result: Evaluation, data: OpenedData) -> dict[str, Any]:
-    per_class = [None if value != value else value for value in result.per_class.tolist()]
-    return {
-        "top1": result.accuracy,
-        "top5": result.top(5),
-        "macro_accuracy": result.macro_accuracy,
-        "correct": result.correct,
-        "images": len(result.labels),
-        "per_class": dict(zip(data.classes, per_class, strict=True)),
-        "confusion": result.confusion.tolist(),
-    }
+def _per_class(result: Evaluation, data: OpenedData) -> dict[str, Any]:
+    shares = [None if value != value else value for value in result.per_class.tolist()]
+    return {"per_class": dict(zip(data.classes, shares, strict=True))}

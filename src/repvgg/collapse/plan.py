@@ -20,7 +20,7 @@ from repvgg.collapse.regions import Regions, Rules, find_regions
 from repvgg.collapse.report import LeftAlone
 from repvgg.collapse.shapes import depends_on_ranks, made_up, run_on_meta, shapes_of
 from repvgg.collapse.values import LinearModule, Shapes, Values
-from repvgg.errors import ReparamError
+from repvgg.errors import ReparamError, typed_line
 from repvgg.symbolic import Layout
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -94,7 +94,7 @@ class _Planner:
         try:
             captured = self.captures.of(module)
         except Exception as error:
-            self.plan.untraced.append(LeftAlone(path, f"its forward cannot be traced ({_first_line(error)})"))
+            self.plan.untraced.append(LeftAlone(path, f"its forward cannot be traced ({_reason(error)})"))
             self.kept |= dict.fromkeys(parts_named_by(module), f"the forward of {path or 'the model'} may reach for it")
             self._visit_pieces(module, path)
             return
@@ -295,6 +295,5 @@ def _nested(inner: str, outer: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}.")
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    return line if isinstance(error, ReparamError) else f"{type(error).__name__}: {line}"
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ReparamError) else typed_line(error)

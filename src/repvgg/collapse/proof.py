@@ -22,7 +22,7 @@ from repvgg.algebra import ConvMap
 from repvgg.collapse.modules import has_hooks, hooks_of
 from repvgg.collapse.report import NOT_RUN
 from repvgg.collapse.values import Expected
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, judging, verify
 
@@ -68,7 +68,7 @@ def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Mo
             tolerance = _FLOAT64 + _rounding(after, exact, image) / max(float(outcome.abs().max()), 1e-300)
             evidence = verify(lambda _: outcome, exact, image, tolerance=tolerance)
     except Exception as error:  # an operation that has no float64 on this device, or a stranger's code
-        return Proof(f"it cannot be run on its own in float64 ({_first_line(error)})", "", ran=False)
+        return Proof(f"it cannot be run on its own in float64 ({typed_line(error)})", "", ran=False)
     return _verdict(evidence)
 
 
@@ -141,8 +141,8 @@ def _run(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[
             return _verdict(evidence) if evidence.passed else _weighed(evidence, reference, x)
         except Exception as error:  # a stranger's code, on images of a size that it may not be made for
             if _beside_itself(reference, x) is not None:
-                return Proof(f"the new one does not run ({_first_line(error)})", "")
-            return Proof(None, f"{NOT_RUN} ({_first_line(error)})", ran=False)
+                return Proof(f"the new one does not run ({typed_line(error)})", "")
+            return Proof(None, f"{NOT_RUN} ({typed_line(error)})", ran=False)
 
 
 def _weighed(evidence: Evidence, reference: _OneToOne, x: list[Tensor]) -> Proof:
@@ -174,10 +174,6 @@ def _beside_itself(reference: _OneToOne, x: list[Tensor], factor: float = 1.0) -
 def _verdict(evidence: Evidence) -> Proof:
     text = f"relative error {evidence.relative:.1e} in {evidence.dtype}, on images made to show the border"
     return Proof(None if evidence.passed else "; ".join(evidence.reasons), text)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

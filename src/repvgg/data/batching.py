@@ -93,7 +93,7 @@ class TrainingImages(Dataset[Loaded]):
                     break
                 bad.append(image)
                 if self._on_bad == "raise":
-                    return advice(image)
+                    return image.advice
             else:
                 return f"Not one of {len(order)} training images can be read: {bad[-1]}."
             indices.append(index)
@@ -128,17 +128,12 @@ class HeldOutImages(Dataset[Loaded]):
         ones = [self._base.one(int(index), 0) for index in indices]
         bad = [image for image in ones if isinstance(image, Bad)]
         if bad and self._on_bad == "raise":
-            return failed(advice(bad[0]), bad)
+            return failed(bad[0].advice, bad)
         good = [image for image in ones if not isinstance(image, Bad)]
         if not good:
             return Loaded(torch.zeros(0), torch.zeros(0, dtype=torch.int64), tuple(bad))
         labels = self._labels[indices[[not isinstance(image, Bad) for image in ones]]]
         return Loaded(torch.stack(good), labels, tuple(bad))
-
-
-def advice(bad: Bad) -> str:
-    """What is wrong with an image, and what can be done about it."""
-    return f"{bad}: mend or remove it, or skip bad images."
 
 
 def failed(what: str, bad: list[Bad]) -> Loaded:

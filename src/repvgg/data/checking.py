@@ -14,7 +14,7 @@ from PIL import Image
 
 from repvgg.data.config import DataConfig
 from repvgg.data.decoding import Bad, decode, to_channels
-from repvgg.data.parts import Example, FilesPart, IndexedPart, Part
+from repvgg.data.parts import Example, FilesPart, IndexedPart, Part, length_of
 from repvgg.data.sources import agree, open_source
 from repvgg.data.sources.folder import passed_over
 from repvgg.data.workers import in_order
@@ -181,7 +181,7 @@ def check_data(
 
 
 def _length(part: Part, limit: int | None) -> int | None:
-    length = len(part) if isinstance(part, IndexedPart) else part.length
+    length = length_of(part)
     return length if limit is None else limit if length is None else min(limit, length)
 
 

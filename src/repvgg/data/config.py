@@ -16,6 +16,9 @@ OnBad = Literal["raise", "skip"]
 Cache = Literal["auto", "memory", "none"]
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")

@@ -29,6 +29,11 @@ class Bad:
     kind: Problem
     why: str
 
+    @property
+    def advice(self) -> str:
+        """What is wrong with the image, and what can be done about it."""
+        return f"{self}: mend or remove it, or skip bad images."
+
     def __str__(self) -> str:
         return f"{self.where!r} {self.why}"
 

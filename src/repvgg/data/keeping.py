@@ -145,7 +145,7 @@ def decode_all(
     for index, pixels in enumerate(in_order(_Cropped(part, crop), len(part), workers)):
         if isinstance(pixels, Bad):
             if on_bad == "raise":
-                raise DataError(f"{pixels}: mend or remove it, or skip bad images.")
+                raise DataError(pixels.advice)
             bad[index] = pixels
             continue
         if images is None:

@@ -19,7 +19,7 @@ from repvgg.data.loading import (
     Share,
     TrainLoader,
 )
-from repvgg.data.parts import IndexedPart, Part, Source
+from repvgg.data.parts import Source, length_of
 from repvgg.data.sources import agree, open_source
 from repvgg.data.streaming import StreamHeldOutLoader, StreamTrainLoader
 from repvgg.errors import DataError, UsageError
@@ -82,8 +82,8 @@ class OpenedData:
         self.std = _per_channel("std", config.std or source.std, channels)
         self.input_shape = (channels, size, size)
         self.test_shape = (channels, test_size, test_size)
-        self.num_train = _length(source.train)
-        self.num_held_out = _length(source.held_out)
+        self.num_train = length_of(source.train)
+        self.num_held_out = length_of(source.held_out)
         self.prepare: nn.Module = Normalize(self.mean, self.std)
         self.bad = BadImages()
         self.notes = source.notes
@@ -188,7 +188,3 @@ def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[f
     if len(values) == 1:
         return tuple(values) * channels
     raise UsageError(f"{name} holds {len(values)} numbers, and the images have {channels} channels.")
-
-
-def _length(part: Part) -> int | None:
-    return len(part) if isinstance(part, IndexedPart) else part.length

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD
 from repvgg.data.decoding import Bad, decode
 from repvgg.errors import DataError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FOLDER_SIZE = 224
 
 
@@ -217,3 +217,8 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
     """An image of uint8 pixels, RGB or grey."""
     array = pixels_CHW.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def length_of(part: Part) -> int | None:
+    """Number of images of a part; None for a stream that does not know."""
+    return len(part) if isinstance(part, IndexedPart) else part.length

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from repvgg.data.bad import BadImages
 from repvgg.data.batch_ops import BatchOps
-from repvgg.data.batching import Loaded, advice, failed
+from repvgg.data.batching import Loaded, failed
 from repvgg.data.decoding import Bad, decode
 from repvgg.data.loading import Batch, HeldOutLoader, Share, TrainLoader, batches_of, check_skip
 from repvgg.data.parts import Example, StreamPart
@@ -95,7 +95,7 @@ class StreamImages(IterableDataset[Loaded]):
         """Pixels, None if they are not wanted, what is wrong with them, or a sentence that ends it all."""
         image = example if isinstance(example, Bad) else self._pixels(example) if decoded else None
         if isinstance(image, Bad):
-            return image if self.todo.on_bad == "skip" else advice(image)
+            return image if self.todo.on_bad == "skip" else image.advice
         if isinstance(example, Example) and not 0 <= example.label < len(self.part.classes):
             classes = len(self.part.classes)
             return f"{example.where!r} has label {example.label}, but there are the classes 0 … {classes - 1}."
@@ -107,7 +107,7 @@ class StreamImages(IterableDataset[Loaded]):
         for example, image in batch:
             pixels = self._pixels(example) if image is None else image
             if isinstance(pixels, Bad):
-                return failed(advice(pixels), bad)
+                return failed(pixels.advice, bad)
             whole.append((example, pixels))
         return self._loaded(whole, bad)
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from repvgg.errors import ExportError, UsageError, require
+from repvgg.errors import ExportError, UsageError, first_line, require
 
 _DTYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
 _ERRORS_ONLY = 3
@@ -81,5 +81,4 @@ def _session(path: Path, threads: int | None) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{str(path)!r} cannot be loaded by ONNX Runtime: {reason}") from error
+        raise ExportError(f"{str(path)!r} cannot be loaded by ONNX Runtime: {first_line(error)}.") from error

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from repvgg.checkpoints import Metadata
-from repvgg.errors import OutputError, SourceError, UsageError, require
+from repvgg.errors import OutputError, SourceError, UsageError, first_line, require
 from repvgg.files import write_text
 from repvgg.models.builder import RepVGG
 from repvgg.models.card import model_card
@@ -71,7 +71,7 @@ def fetch(
         at = f" at {revision}" if revision else ""
         raise SourceError(
             f"{file!r} of {repository}{at} is not in the cache {cache!r}, and could not be downloaded "
-            f"({_first_line(error)}): go online once, or load a file that you have."
+            f"({first_line(error)}): go online once, or load a file that you have."
         ) from error
     commit = path.parents[len(Path(file).parts) - 1].name
     return Fetched(path, repository, commit if _REVISION.fullmatch(commit) else "")
@@ -156,7 +156,7 @@ def push_to_hub(
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         except Exception as error:  # of its own, of its HTTP client
-            raise OutputError(f"{repository} could not be pushed to: {_first_line(error)}.") from error
+            raise OutputError(f"{repository} could not be pushed to: {first_line(error)}.") from error
     return str(commit)
 
 
@@ -172,7 +172,3 @@ def _check_header(model: RepVGG, about: Metadata) -> None:
 def _api(token: str | None) -> Any:
     """The client that writes; tests put another in its place."""
     return require("huggingface_hub").HfApi(token=token, library_name="repvgg")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
     """
     if model is not None:
         spec_of(model)
-    loaded = _loaded(read_checkpoint(path))
+    loaded = rebuilt(read_checkpoint(path))
     metadata = loaded.metadata
     if model is not None and (metadata.model != model or metadata.spec is not None):
         raise CheckpointError(f"{str(path)!r} is a checkpoint of {metadata.model}, not of {model}.")
@@ -135,7 +135,7 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
     return collapsed(loaded) if plain and metadata.form == "train" else loaded
 
 
-def _loaded(checkpoint: Checkpoint) -> Loaded:
+def rebuilt(checkpoint: Checkpoint) -> Loaded:
     """The model in a file, in the form of the file."""
     tensors, account, naming = translated(checkpoint)
     if checkpoint.metadata is not None:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD
 from repvgg.errors import FreshWeightsWarning, UsageError
 from repvgg.models.builder import RepVGG, create_model
 from repvgg.models.hub import fetch
 from repvgg.models.loading import Loaded, load
 from repvgg.models.spec import ModelSpec, spec_of
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def load_pretrained(
     metadata = replace(
         loaded.metadata,
         input_size=row.input_size,
-        mean=_MEAN,
-        std=_STD,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         recipe=crop,
         metrics={"top1": row.top1 / 100},
         source=found.source,

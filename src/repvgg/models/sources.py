@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from repvgg.errors import SourceError, UnknownModelError, UsageError, require
+from repvgg.errors import SourceError, UnknownModelError, UsageError, first_line, require
 from repvgg.models.builder import create_model, list_models
 from repvgg.models.spec import spec_of
 from repvgg.models.user_file import model_from_file
@@ -138,8 +138,7 @@ def _made(what: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.
     try:
         model = make(*args, **kwargs)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{what} cannot be built: {reason}") from error
+        raise SourceError(f"{what} cannot be built: {first_line(error)}.") from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.errors import SourceError
+from repvgg.errors import SourceError, typed_line
 
 _MODULE_PREFIX = "repvgg_source_"  # keeps a file called torch.py from standing in for torch
 
@@ -78,8 +78,7 @@ def _named(file: Path, what: str) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         place = _place(error, file.resolve().parent)
-        reason = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
-        raise SourceError(f"{what}{f', at {place}' if place else ''}: {reason}") from error
+        raise SourceError(f"{what}{f', at {place}' if place else ''}: {typed_line(error)}") from error
 
 
 def _imported(file: Path) -> ModuleType:
@@ -125,8 +124,3 @@ def _place(error: BaseException, folder: Path) -> str:
 def _within(file: Path, folder: Path) -> bool:
     """Whether a file is the user's: below the folder, and not of a package installed there."""
     return file.is_relative_to(folder) and "site-packages" not in file.relative_to(folder).parts
-
-
-def _first_line(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repvgg.checkpoints import Checkpoint, common_prefix, is_plain_form, read_checkpoint
 from repvgg.errors import CheckpointError
 from repvgg.models.builder import RepVGG
-from repvgg.models.loading import COUNTER, form_of, load, translated
+from repvgg.models.loading import COUNTER, collapsed, form_of, rebuilt, translated
 
 _SHOWN = 2
 
@@ -59,7 +59,7 @@ def _for_table(model: RepVGG, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
             f"{str(checkpoint.path)!r} is in the plain form, whose branches are gone: load it into the plain form, "
             "then repvgg.expand gives it new ones."
         )
-    return load(checkpoint.path, plain=True).model.state_dict(), []
+    return collapsed(rebuilt(checkpoint)).model.state_dict(), []
 
 
 def _problem(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], left: Iterable[str]) -> str | None:

@@ -27,7 +27,7 @@ from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
 from repvgg.files import write_text
 from repvgg.studies import page
-from repvgg.training import FitResult, fit, quickstart, seeded
+from repvgg.training import FitResult, TrainConfig, fit, quickstart, seeded
 from repvgg.verify import Evidence, border_inputs, verify
 
 MODEL = "repvgg_t0"
@@ -85,8 +85,9 @@ def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, cons
     console = console or Console()
     target = _free(FOLDER) if out is None else out
     with _whole_folder(target, overwrite) as folder:
-        data = open_data(quickstart(seed).data, seed=seed)
-        trained, result = _train(data, seed, console)
+        config = quickstart(seed)
+        data = open_data(config.data, seed=seed)
+        trained, result = _train(data, config, console)
         forms = _collapse(trained, console)
         judged = _verify(forms, data, console)
         _save(folder, forms, data, result)
@@ -144,11 +145,11 @@ def _exchange(folder: Path, target: Path) -> None:
     shutil.rmtree(before)
 
 
-def _train(data: OpenedData, seed: int, console: Console) -> tuple[models.RepVGG, FitResult]:
+def _train(data: OpenedData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
     console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, judge by {data.num_held_out} others")
-    with seeded("model", seed):
+    with seeded("model", config.seed):
         model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
-    result = fit(model, data, quickstart(seed), console=console)
+    result = fit(model, data, config, console=console)
     console.print(f"  {result.accuracy:.2%} of the held-out digits are right, after {result.seconds:.0f} s")
     return model, result
 

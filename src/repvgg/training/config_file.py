@@ -10,12 +10,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, first_line
 from repvgg.files import write_text
 from repvgg.training.config import TrainConfig
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """PyYAML's, except that text with line breaks of any kind is quoted and escaped.
 
     Left as they are, NEL and Unicode's line and paragraph separators come back as spaces or line feeds: YAML folds
@@ -56,7 +56,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
             f"The config {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from error
     except yaml.YAMLError as error:
-        raise UsageError(f"The config {str(path)!r} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"The config {str(path)!r} is not YAML: {first_line(error)}.") from error
     config = from_plain(TrainConfig, data, str(path))
     assert isinstance(config, TrainConfig)
     return config

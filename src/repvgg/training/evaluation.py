@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ class Evaluation:
         """Fraction of images whose class is among the ``k`` likeliest (all, if there are fewer), in [0, 1]."""
         best_Nk = self.logits.topk(min(k, self.logits.shape[1]), 1).indices
         return float((best_Nk == self.labels[:, None]).any(1).double().mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain data, without logits and labels."""
+        return {
+            "top1": self.accuracy,
+            "top5": self.top(5),
+            "macro_accuracy": self.macro_accuracy,
+            "correct": self.correct,
+            "images": len(self.labels),
+            "confusion": self.confusion.tolist(),
+        }
 
     def __repr__(self) -> str:
         return f"Evaluation({self.correct} of {len(self.labels)} right, {self.accuracy:.2%})"

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from repvgg.data import OpenedData
-from repvgg.errors import UsageError
-from repvgg.modes import eval_mode
+from repvgg.errors import UsageError, first_line
+from repvgg.modes import eval_mode, threads
 from repvgg.training.averaging import MovingAverage
 from repvgg.training.callbacks import Bar, EpochRecord, Follow, History
 from repvgg.training.config import TrainConfig
@@ -99,7 +99,7 @@ def fit(
     start, history = time.perf_counter(), History()
     shown = Bar(history, console) if progress and job.layout.rank == 0 else nullcontext()
     with ExitStack() as stack:
-        for guard in (_threads(config.threads), _prepared(model, config.channels_last), seeded("fit", config.seed)):
+        for guard in (threads(config.threads), _prepared(model, config.channels_last), seeded("fit", config.seed)):
             stack.enter_context(guard)
         stack.enter_context(lightning_as_guest())
         stack.enter_context(synchronized(model, config.sync_bn, on_cpu=on_cpu(config)))
@@ -135,16 +135,6 @@ def _train(job: Job, history: History, bar: Bar | None, on_epoch: OnEpoch | None
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _prepared(model: nn.Module, channels_last: bool) -> Iterator[None]:
     """Training mode inside, in the layout asked for; eval mode, on the CPU, in the standard layout after."""
     model.train()
@@ -174,5 +164,4 @@ def _logits_shape(model: nn.Module, data: OpenedData) -> tuple[int, ...]:
         with eval_mode(model), torch.no_grad():
             return tuple(model(torch.zeros(1, *data.test_shape, device=device_of(model))).shape)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"The model does not take images of shape {data.test_shape}: {reason}") from error
+        raise UsageError(f"The model does not take images of shape {data.test_shape}: {first_line(error)}.") from error

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from repvgg import models
 from repvgg.checkpoints import Metadata, save_checkpoint
-from repvgg.collapse import is_plain, reparameterize
+from repvgg.collapse import reparameterize
 from repvgg.data import OpenedData
 from repvgg.errors import OutputError, OutputExistsError, UsageError
 from repvgg.files import write_text
@@ -136,7 +136,7 @@ class RunFolder:
             EquivalenceError: it is not equal.
         """
         self._save(self.model, result.held_out)
-        plain = None if is_plain(self.model) else self._collapse()
+        plain = None if models.form_of(self.model) == "plain" else self._collapse()
         self._write_report(result, plain[0] if plain else None)
         return plain
 
@@ -157,7 +157,7 @@ class RunFolder:
         """The header of a checkpoint of this run."""
         return models.describe_model(
             model,
-            "plain" if is_plain(model) else "train",
+            models.form_of(model),
             input_size=self.data.test_shape[1],
             mean=self.data.mean,
             std=self.data.std,
@@ -173,8 +173,8 @@ class RunFolder:
             "command": " ".join(sys.argv),
             "config": asdict(self.config),
             "classes": self.data.classes,
-            "train_form": _numbers(result.held_out),
-            "plain_form": None if plain is None else _numbers(plain),
+            "train_form": result.held_out.to_dict(),
+            "plain_form": None if plain is None else plain.to_dict(),
             "seconds": result.seconds,
             "history": [asdict(record) for record in result.history],
             "skipped_images": self.data.bad.count,
@@ -184,14 +184,3 @@ class RunFolder:
 
 def _held_out(data: OpenedData) -> Iterable[tuple[Tensor, Tensor]]:
     return data.held_out_batches(_BATCH)
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "top1": evaluation.accuracy,
-        "top5": evaluation.top(5),
-        "macro_accuracy": evaluation.macro_accuracy,
-        "correct": evaluation.correct,
-        "images": len(evaluation.labels),
-        "confusion": evaluation.confusion.tolist(),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.errors import UsageError
@@ -40,18 +41,14 @@ def paper_heavy() -> TrainConfig:
     200 epochs with 5 of warm-up, label smoothing 0.1, mixup 0.2, AutoAugment (the ImageNet policy), crops and flips;
     else as the simple one.
     """
-    return TrainConfig(
+    simple = paper_simple()
+    return replace(
+        simple,
         model="repvgg_b2g4",
         recipe="paper-heavy",
         epochs=200,
-        batch_size=256,
-        data=DataConfig(
-            uri=_IMAGENET,
-            train_size=224,
-            augment=Augment(crop="random-resized", flip=0.5, policy="autoaugment"),
-            workers=8,
-        ),
-        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=1e-4, decay="paper", warmup_epochs=5),
+        data=replace(simple.data, augment=replace(_CROP_FLIP, policy="autoaugment")),
+        optim=replace(simple.optim, warmup_epochs=5),
         label_smoothing=0.1,
         mixup=0.2,
     )
@@ -75,7 +72,7 @@ def plus() -> TrainConfig:
             uri=_IMAGENET,
             train_size=256,
             test_size=320,
-            augment=Augment(crop="random-resized", flip=0.5, policy="randaugment"),
+            augment=replace(_CROP_FLIP, policy="randaugment"),
             workers=8,
         ),
         optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=4e-5, decay="paper", warmup_epochs=5),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass
 from typing import final
 
@@ -74,8 +73,7 @@ def try_out(model: nn.Module, data: OpenedData, config: TrainConfig) -> Trial:
 
 def _first_images(data: OpenedData) -> tuple[Tensor, Tensor]:
     count = _IMAGES if data.num_train is None else min(_IMAGES, data.num_train)
-    batches = data.train_batches(count)
-    images, labels = next(iter(itertools.islice(batches, 1)))
+    images, labels = next(iter(data.train_batches(count)))
     return data.prepare(images), labels
 
 

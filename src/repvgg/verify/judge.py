@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, first_line
 from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
 from repvgg.verify.inputs import as_batches, rounded
 from repvgg.verify.layers import layer_table
@@ -105,7 +105,7 @@ class _Case:
             return outputs_of(self.reference64, self.exact, "the reference")
         except (RuntimeError, NotImplementedError) as error:
             raise UsageError(
-                f"The reference cannot run in float64 on these inputs ({_first_line(error)}); wrap it in a function "
+                f"The reference cannot run in float64 on these inputs ({first_line(error)}); wrap it in a function "
                 "to have it run as given."
             ) from error
 
@@ -136,7 +136,7 @@ class _Case:
         try:
             return errors(y64, outputs_of(copied(model, dtype), batches, who))[1]
         except Exception as error:  # a figure beside the verdict: what stops it is noted, and the verdict stands
-            self.notes.append(f"{who} cannot be run in {name_of(dtype)} ({_first_line(error)})")
+            self.notes.append(f"{who} cannot be run in {name_of(dtype)} ({first_line(error)})")
             return None
 
     def layers(self) -> tuple[LayerEvidence, ...]:
@@ -146,7 +146,7 @@ class _Case:
         try:
             rows, left_out = layer_table(self.reference64, self.candidate, self.seen[0], self.dtype)
         except Exception as error:  # as above
-            self.notes.append(f"no table of layers ({_first_line(error)})")
+            self.notes.append(f"no table of layers ({first_line(error)})")
             return ()
         if left_out:
             self.notes.append(left_out)
@@ -158,13 +158,9 @@ def _float64(reference: nn.Module) -> nn.Module:
         return copied(reference, torch.float64)
     except Exception as error:
         raise UsageError(
-            f"The reference cannot be copied to float64 ({_first_line(error)}); wrap it in a function to have it run "
+            f"The reference cannot be copied to float64 ({first_line(error)}); wrap it in a function to have it run "
             "as given."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _problems(y64: Sequence[Tensor], y: Sequence[Tensor]) -> list[str]:

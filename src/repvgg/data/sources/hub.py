@@ -15,7 +15,7 @@ from repvgg.data.decoding import Bad, decode
 from repvgg.data.drawing import hashed
 from repvgg.data.parts import Example, IndexedPart, Part, Source, StreamPart
 from repvgg.data.uri import DataUri
-from repvgg.errors import DataError, UsageError, require
+from repvgg.errors import DataError, UsageError, first_line, require
 
 _TRAIN = "train"
 _HELD_OUT = ("validation", "val", "valid", "test")
@@ -64,8 +64,7 @@ def _load(uri: DataUri) -> dict[str, Any]:
         else:
             loaded = datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # files, network, formats: whatever can go wrong
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{uri.text!r} cannot be opened: {first}") from error
+        raise DataError(f"{uri.text!r} cannot be opened: {first_line(error)}.") from error
     return dict(loaded) if isinstance(loaded, dict) else {_TRAIN: loaded}
 
 

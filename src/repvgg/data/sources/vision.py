@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD
 from repvgg.data.decoding import Bad
-from repvgg.data.parts import IMAGENET_MEAN, IMAGENET_STD, ArrayPart, IndexedPart, Source
+from repvgg.data.parts import ArrayPart, IndexedPart, Source
 from repvgg.data.uri import DataUri
-from repvgg.errors import DataError, UsageError
+from repvgg.errors import DataError, UsageError, first_line
 
 _TRAIN_SPLITS = ("train", "trainval")
 _HELD_OUT_SPLITS = ("val", "valid", "validation", "test")
@@ -73,9 +74,8 @@ def _maker(kind: Callable[..., Any], path: str, options: dict[str, Any], uri: Da
         try:
             return kind(path, **which, **options)
         except (RuntimeError, OSError, ImportError, TypeError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = "" if options else f" (to fetch it: {uri.text}:download)"
-            raise DataError(f"{uri.text!r} cannot be opened{hint}: {first}") from error
+            raise DataError(f"{uri.text!r} cannot be opened{hint}: {first_line(error)}.") from error
 
     return make
 
