@@ -54,6 +54,7 @@ OPTIMS = st.builds(
     weight_decay=UNIT,
     decay=st.sampled_from(["paper", "upstream", "upstream-2021", "no-1d"]),
     custom_l2=st.booleans(),
+    norm_bias_lr=st.floats(0.01, 64),
     warmup_epochs=st.floats(0, 0.9),
     clip=st.none() | POSITIVE,
 )

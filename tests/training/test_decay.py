@@ -104,6 +104,11 @@ def test_groups_in_words():
         "decay: 5,400 parameters in 1 tensors, weight decay 0.0001",
         "no decay: 900 parameters in 3 tensors",
     ]
+    layers = nn.Sequential(layer, nn.BatchNorm2d(5))
+    assert describe_groups(optimizer_groups(layers, OptimConfig(norm_bias_lr=16.0)))[1:] == [
+        "no decay: 605 parameters in 3 tensors",
+        "norm biases: 305 parameters in 2 tensors, 16 times the learning rate",
+    ]
     assert len(optimizer_groups(nn.Linear(2, 2, bias=False), OptimConfig())) == 1  # an empty group is none
 
 

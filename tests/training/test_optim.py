@@ -44,6 +44,21 @@ def test_schedule_moves_the_rate_of_both_groups():
     assert_close(torch.tensor(rates), torch.tensor([[0.2 * learning_rate_factor(k, 8, 2)] * 2 for k in range(8)]))
 
 
+def test_biases_of_norms_take_a_multiple_of_the_rate_and_nothing_else_does():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(3, 2), nn.BatchNorm1d(3, affine=False))
+    config = OptimConfig(lr=0.5, momentum=0.9, weight_decay=0.0, norm_bias_lr=16.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer, schedule = build_optimizer(model, config, 8, 2, lr=0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 1.6])  # the first of 2 to rise
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.detach(), before[name] - (1.6 if name == "1.bias" else 0.1))
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 3.2])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -54,6 +69,7 @@ def test_schedule_moves_the_rate_of_both_groups():
         {"nesterov": True, "momentum": 0.0},
         {"clip": 0.0},
         {"lr_batch": 0},
+        {"norm_bias_lr": 0.0},
     ],
 )
 def test_optim_config_refuses(wrong):

@@ -141,7 +141,7 @@ _ROWS = (
     ModelSpec(
         "repvgg_t2",
         Stage(1, 32, stride=1),
-        (Stage(2, 96), Stage(4, 192), Stage(2, 384)),
+        (Stage(2, 96), Stage(4, 192), Stage(2, 256)),
         input_size=32,
         source=_SMALL,
     ),

@@ -27,6 +27,8 @@ class OptimConfig:
         decay: which parameters decay, see repvgg.training.parameter_groups.
         custom_l2: put upstream's L2 on the equivalent kernel of each block in place of the decay of its two kernels,
             see repvgg.training.equivalent_l2.
+        norm_bias_lr: how many times that rate the biases of batch norms take: in short runs they have to move far in
+            few steps (K. Jordan 2024, arXiv 2404.00498, among the optimization tricks).
         warmup_epochs: epochs of the linear rise; a fraction is fine, 0 is none.
         clip: largest L2 norm of all gradients together; None clips nothing.
 
@@ -41,6 +43,7 @@ class OptimConfig:
     weight_decay: float = 1e-4
     decay: DecayPolicy = "paper"
     custom_l2: bool = False
+    norm_bias_lr: float = 1.0
     warmup_epochs: float = 0.0
     clip: float | None = None
 
@@ -51,6 +54,8 @@ class OptimConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise UsageError("Nesterov's form needs a momentum above 0.")
+        if not self.norm_bias_lr > 0:
+            raise UsageError(f"The biases of batch norms take a multiple above 0 of the rate, not {self.norm_bias_lr}.")
         if self.clip is not None and self.clip <= 0:
             raise UsageError(f"Gradients are clipped to a norm above 0, not {self.clip}.")
         if self.lr_batch is not None and self.lr_batch < 1:

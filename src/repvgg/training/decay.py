@@ -116,5 +116,6 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
     return [
         f"{group['name']}: {sum(p.numel() for p in group['params']):,} parameters in {len(group['params'])} tensors"
         + (f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else "")
+        + (f", {group['lr_factor']:g} times the learning rate" if group.get("lr_factor", 1) != 1 else "")
         for group in groups
     ]

@@ -90,14 +90,16 @@ def cifar() -> TrainConfig:
     return TrainConfig(
         model="repvgg_t2",
         recipe="cifar",
-        epochs=15,
+        epochs=20,
         batch_size=128,
         data=DataConfig(
             uri="torchvision:CIFAR10:cifar10",
             train_size=32,
-            augment=Augment(crop="pad", crop_padding=4, flip=0.5),
+            augment=Augment(crop="pad", crop_padding=3, flip=0.5),
         ),
-        optim=OptimConfig(lr=0.15, lr_batch=128, nesterov=True, weight_decay=5e-4, warmup_epochs=2),
+        optim=OptimConfig(
+            lr=0.25, lr_batch=128, nesterov=True, weight_decay=5e-4, norm_bias_lr=16.0, warmup_epochs=2
+        ),
         label_smoothing=0.1,
         ema=0.995,
         precision="bf16",
