@@ -238,10 +238,17 @@ def bare_epochs(config: TrainConfig, data: OpenedData, epochs: int) -> list[floa
 
 def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
     """``fit`` beside the loop by hand, a run of two epochs each in turn; the first epoch of a run warms up."""
+    recipe = recipe_of("cifar")
     config = replace(
-        recipe_of("cifar"), epochs=2, ema=0.0, threads=threads, dry_run=False, data=DataConfig(uri="fake:2048x10")
+        recipe,
+        model="repvgg_t1",
+        epochs=2,
+        ema=0.0,
+        threads=threads,
+        dry_run=False,
+        data=DataConfig(uri="fake:2048x10"),
+        optim=replace(recipe.optim, warmup_epochs=0.0),
     )
-    config = replace(config, optim=replace(config.optim, warmup_epochs=0.0), model="repvgg_t1")
     data = open_data(config.data)
     ratios, ours, theirs = [], [], []
     for _ in range(rounds):
@@ -284,12 +291,14 @@ def main() -> None:
     stamp = environment()
     print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}: {stamp}\n{status()}\n")
     sections: dict[str, Any] = {"environment": stamp}
-    if "speed" in arguments.sections:
-        sections["speed"] = speed(arguments)
-    if "lightning" in arguments.sections:
-        sections["lightning"] = lightning_overhead(max(2, arguments.rounds // 4), arguments.threads)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(sections, indent=1))
+    todo = {
+        "speed": lambda: speed(arguments),
+        "lightning": lambda: lightning_overhead(max(2, arguments.rounds // 4), arguments.threads),
+    }
+    for section in arguments.sections:
+        sections[section] = todo[section]()
+        if arguments.json:
+            arguments.json.write_text(json.dumps(sections, indent=1))
 
 
 if __name__ == "__main__":
