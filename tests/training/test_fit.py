@@ -257,8 +257,8 @@ def test_mixed_images_and_labels_reach_the_loss(monkeypatch, change):
     assert fingerprint(mixed) == fingerprint(run(replace(CONFIG, **change))[0])
 
 
-@pytest.mark.parametrize("device_batch", [None, 8])
-def test_gradients_are_clipped(monkeypatch, device_batch):
+@pytest.mark.parametrize(("device_batch", "precision"), [(None, "float32"), (8, "float32"), (None, "bf16")])
+def test_gradients_are_clipped(monkeypatch, device_batch, precision):
     norms = []
     original = torch.optim.SGD.step
 
@@ -269,7 +269,8 @@ def test_gradients_are_clipped(monkeypatch, device_batch):
         return original(self) if out is None else (original(self), out)[1]
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    free = replace(CONFIG, device_batch=device_batch, epochs=1, optim=OptimConfig(lr=0.05, lr_batch=None))
+    optim = OptimConfig(lr=0.05, lr_batch=None)
+    free = replace(CONFIG, device_batch=device_batch, precision=precision, epochs=1, optim=optim)
     run(free)
     assert max(norms) > 0.2
     norms.clear()

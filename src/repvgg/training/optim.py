@@ -63,7 +63,7 @@ def build_optimizer(
     highest = config.lr if lr is None else lr
     groups = [{**group, "lr": highest * group["lr_factor"]} for group in optimizer_groups(model, config)]
     optimizer = torch.optim.SGD(
-        groups, lr=highest, momentum=config.momentum, nesterov=config.nesterov, fused=_fuses(groups)
+        groups, lr=highest, momentum=config.momentum, nesterov=config.nesterov, fused=_fuses(groups, config.clip)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, warmup_steps)
@@ -71,7 +71,11 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def _fuses(groups: list[dict[str, Any]]) -> bool | None:
-    """True where all lies on the CPU: one pass over memory there instead of eight. Else PyTorch chooses."""
+def _fuses(groups: list[dict[str, Any]], clip: float | None) -> bool | None:
+    """True where all lies on the CPU: one pass over memory there instead of eight. Else PyTorch chooses.
+
+    Not where gradients are clipped: Lightning does not clip those of a fused optimizer under AMP.
+    """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    return True if all(p.device.type == "cpu" and p.is_floating_point() for p in parameters) else None
+    fits = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in parameters)
+    return True if fits and clip is None else None

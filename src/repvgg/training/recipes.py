@@ -85,7 +85,12 @@ def plus() -> TrainConfig:
 def cifar() -> TrainConfig:
     """A row for 32x32 images on a small budget: CIFAR-10 on two CPU cores.
 
-    Command: ``repvgg train repvgg_t2 --recipe cifar --data torchvision:CIFAR10:PATH``, or ``imagefolder:PATH``.
+    Command: ``repvgg train repvgg_t2 --recipe cifar --data torchvision:CIFAR10:PATH --threads 2``, or
+    ``imagefolder:PATH``. Expected: 89.0 % top-1 on images that were stored as JPEG of quality 75, in 27 to 32 minutes
+    on two cores of an AMD EPYC (Zen 5).
+
+    Runs of 6 epochs were compared: crops of 2 pixels and a rate of 0.25 in place of 4 and 0.15 gave 1.1 points, more
+    depth at 16x16 1.0, biases of batch norms at 16 times the rate 0.9. See LOG.md.
     """
     return TrainConfig(
         model="repvgg_t2",
@@ -97,9 +102,7 @@ def cifar() -> TrainConfig:
             train_size=32,
             augment=Augment(crop="pad", crop_padding=3, flip=0.5),
         ),
-        optim=OptimConfig(
-            lr=0.25, lr_batch=128, nesterov=True, weight_decay=5e-4, norm_bias_lr=16.0, warmup_epochs=2
-        ),
+        optim=OptimConfig(lr=0.25, lr_batch=128, nesterov=True, weight_decay=5e-4, norm_bias_lr=16.0, warmup_epochs=2),
         label_smoothing=0.1,
         ema=0.995,
         precision="bf16",
