@@ -65,6 +65,7 @@ COMMAND_LINE = {
         "--optim.lr-batch",
         "--optim.momentum",
         "--optim.nesterov",
+        "--optim.norm-bias-lr",
         "--optim.warmup-epochs",
         "--optim.weight-decay",
         "--out",
