@@ -9,9 +9,8 @@ a process of its own, at every setting of layout, AMP and torch.compile: that gi
 process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x86 CPUs of oneDNN's strided 1x1 weight
 gradient, and compiled it takes that path in any layout. A setting that corrupts memory, as glibc's checker sees it, is
 out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a
-round. The section ``lightning`` sets
-``repvgg.training.fit`` beside a loop by hand over the same model and data. Other work on the
-machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+round. The section ``lightning`` sets ``repvgg.training.fit`` beside a loop by hand over the same model and data. Other
+work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
 """
 
 from __future__ import annotations

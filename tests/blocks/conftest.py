@@ -1,4 +1,4 @@
-"""Blocks of tests are too small to share among threads, and the machine may be busy."""
+"""What the tests of blocks share."""
 
 import pytest
 

@@ -11,6 +11,7 @@ thousandths, PyTorch's own as well (0.001 to 0.009 for repvgg_t0 and repvgg_t1 i
 
 import copy
 import sys
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -47,12 +48,17 @@ def blocks_of(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, RepVGGBlock)}
 
 
+@contextmanager
 def let_through(model):
     """Where the ReLU of each block lets through, by name, filled in as the model runs; the gates are above 0."""
     found = {}
-    for name, block in blocks_of(model).items():
+    hooks = [
         block.register_forward_hook(lambda _, __, out, name=name: found.update({name: out.detach() > 0}))
-    return found
+        for name, block in blocks_of(model).items()
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 def exact_gradients(template, images, found):
@@ -86,8 +92,8 @@ def main(row, pixels, steps):
             kept = torch.float64 if dtype == torch.float64 else torch.float32
             model = copy.deepcopy(template).to(kept, memory_format=layout)
             x = images.to(kept).contiguous(memory_format=layout)
-            found = let_through(model)
-            first = gradients(model, x, dtype)
+            with let_through(model) as found:
+                first = gradients(model, x, dtype)
             exact = exact_gradients(template, images, found)
             error = float((first - exact).norm() / exact.norm())
             assert error < limit, f"{row}, {dtype}, {layout}: the gradients are off by {error:.2g}"

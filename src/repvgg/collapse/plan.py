@@ -296,4 +296,4 @@ def _nested(inner: str, outer: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ReparamError) else typed_line(error)
+    return str(error).partition("\n")[0] if isinstance(error, ReparamError) else typed_line(error)

@@ -15,7 +15,6 @@ Interpolation = Literal["bilinear", "bicubic"]
 OnBad = Literal["raise", "skip"]
 Cache = Literal["auto", "memory", "none"]
 
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -36,15 +36,18 @@ def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
     ``lr_factor`` is a group's share of the learning rate; biases of batch norms make a third group if theirs is not 1.
     """
-    groups = parameter_groups(model, config.weight_decay, config.decay, custom_l2=config.custom_l2)
-    groups = [{**group, "lr_factor": 1.0} for group in groups]
+    decaying, rest = parameter_groups(model, config.weight_decay, config.decay, custom_l2=config.custom_l2)
+    biases: set[int] = set()  # of batch norms, which no policy has decay
     if config.norm_bias_lr != 1:
         norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         biases = {id(norm.bias) for norm in norms}
-        rest = groups[1]["params"]  # no policy has them decay
-        apart = [parameter for parameter in rest if id(parameter) in biases]
-        groups[1]["params"] = [parameter for parameter in rest if id(parameter) not in biases]
-        groups.append({"name": "norm biases", "params": apart, "weight_decay": 0.0, "lr_factor": config.norm_bias_lr})
+    apart = [parameter for parameter in rest["params"] if id(parameter) in biases]
+    kept = [parameter for parameter in rest["params"] if id(parameter) not in biases]
+    groups = [
+        {**decaying, "lr_factor": 1.0},
+        {**rest, "params": kept, "lr_factor": 1.0},
+        {**rest, "name": "norm biases", "params": apart, "lr_factor": config.norm_bias_lr},
+    ]
     return [group for group in groups if group["params"]]
 
 

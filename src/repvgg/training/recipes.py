@@ -86,8 +86,8 @@ def cifar() -> TrainConfig:
     """A row for 32x32 images on a small budget: CIFAR-10 on two CPU cores.
 
     Command: ``repvgg train repvgg_t2 --recipe cifar --data torchvision:CIFAR10:PATH --threads 2``, or
-    ``imagefolder:PATH``. Expected: 89.0 % top-1 on images that were stored as JPEG of quality 75, in 27 to 32 minutes
-    on two cores of an AMD EPYC (Zen 5).
+    ``imagefolder:PATH``. Expected: 89.0 % top-1 on images that were stored as JPEG of quality 75, in 32 minutes on two
+    cores of an AMD EPYC (Zen 5).
 
     Runs of 6 epochs were compared: crops of 2 pixels and a rate of 0.25 in place of 4 and 0.15 gave 1.1 points, more
     depth at 16x16 1.0, biases of batch norms at 16 times the rate 0.9. See LOG.md.
