@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 from data_helpers import assert_same_batches, noise, order_of, run, truncated, write_split
@@ -226,3 +229,29 @@ def test_sizes_that_differ_are_not_kept_for_random_crops(tmp_path):
         run(opened(tmp_path, FAST, cache="memory").train_batches(7)),
         run(opened(tmp_path, FAST, cache="none").train_batches(7)),
     )
+
+
+KILLED = """
+import sys, time
+from repvgg.data import DataConfig, open_data
+if __name__ == "__main__":
+    batches = open_data(DataConfig(sys.argv[1], train_size=16, workers=2)).train_batches(4)
+    kept = iter(batches)
+    next(kept)
+    print("loading", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_no_process_outlives_a_run_that_is_killed(folder, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), f"imagefolder:{folder}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        try:
+            assert killed.stdout.readline() == "loading\n"
+            started = psutil.Process(killed.pid).children(recursive=True)
+            assert len(started) >= 4  # the fork server, two loading processes, the resource tracker
+        finally:
+            killed.kill()
+    assert psutil.wait_procs(started, timeout=30)[1] == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, final
@@ -23,8 +25,8 @@ def data_loader(dataset: Dataset[Any], workers: int, batches: Iterable[Any] | No
     """A DataLoader that hands over what ``dataset`` makes of each of ``batches``, or what it yields by itself.
 
     Processes come from a fork server (spawned where there is none): they are not forks of this process, which may
-    hold locks and threads, and what is in tensors is shared with them and not copied. Nothing is drawn from torch's
-    generator.
+    hold locks and threads, and what is in tensors is shared with them and not copied. They end when this process does,
+    however it ends. Nothing is drawn from torch's generator.
     """
     streamed = isinstance(dataset, IterableDataset)
     several: dict[str, Any] = {}
@@ -33,6 +35,7 @@ def data_loader(dataset: Dataset[Any], workers: int, batches: Iterable[Any] | No
             "multiprocessing_context": start_method(),
             "persistent_workers": not streamed,
             "prefetch_factor": _PREFETCH,
+            "worker_init_fn": end_with_parent,
         }
     return DataLoader(
         dataset,
@@ -53,6 +56,22 @@ def start_method() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def end_with_parent(_: int = 0) -> None:
+    """End this process as soon as the one that asked for it is gone.
+
+    torch's own watchdog looks at the process above, which is the fork server: that one lives as long as its children,
+    and both would outlive a run that was killed.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
+
+
+def _end_after(parent_ended: Callable[[], object]) -> None:
+    parent_ended()
+    os._exit(1)
 
 
 def as_it_is(loaded: T) -> T:
