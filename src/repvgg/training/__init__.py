@@ -15,6 +15,7 @@ from repvgg.training.plan import BatchPlan, Layout, layout_of, plan_batches
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
 from repvgg.training.regularizer import equivalent_l2
 from repvgg.training.seeding import seeded
+from repvgg.training.whitening import whiten
 
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord
