@@ -71,6 +71,7 @@ __all__ = [
     "seeded",
     "to_yaml",
     "try_out",
+    "whiten",
     "write_config",
 ]
 

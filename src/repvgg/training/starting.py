@@ -63,10 +63,12 @@ def starting_model(config: TrainConfig, data: OpenedData) -> Start:
 def _whitened(model: RepVGG, data: OpenedData) -> str:
     """The stem started from the patches of the first training images."""
     conv = model.stem.conv
-    assert isinstance(conv, BranchSum) and isinstance(conv["dense"], ConvBN)
+    assert isinstance(conv, BranchSum)
+    dense = conv["dense"]
+    assert isinstance(dense, ConvBN)
     batch = min(128, data.num_train or 128)
     images = (data.prepare(images) for images, _ in itertools.islice(data.train_batches(batch), _WHITENING_BATCHES))
-    number = whiten(conv["dense"].conv, images)
+    number = whiten(dense.conv, images)
     return f"the stem starts with {number} whitened patches of training images"
 
 

@@ -36,7 +36,8 @@ def whiten(conv: nn.Conv2d, images: Iterable[Tensor]) -> int:
 
     Kernel 2i is component i, kernel 2i + 1 its negative: behind a ReLU both halves of it are seen. With the batch norm
     behind the convolution, which scales each output to variance 1, this is whitening. Output channels beyond the
-    2·C·k² that there are keep their random start. The kernels have norm 1, more than random ones, and so learn more slowly behind the batch norm.
+    2·C·k² that there are keep their random start. The kernels have norm 1, more than random ones, and so learn more
+    slowly behind the batch norm.
 
     Source: K. Jordan 2024, arXiv 2404.00498, §3.2, where the kernels are frozen; here they go on learning.
 
