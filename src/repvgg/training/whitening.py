@@ -28,7 +28,8 @@ def principal_patches(images: Iterable[Tensor], kernel_size: int) -> Tensor:
         second_moment, channels = second_moment + patches.T @ patches, batch.shape[1]
     vectors = torch.linalg.eigh(second_moment).eigenvectors.T.flip(0)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return (vectors * largest.sign()).float().reshape(-1, channels, kernel_size, kernel_size)
+    components: Tensor = (vectors * largest.sign()).float()
+    return components.reshape(-1, channels, kernel_size, kernel_size)
 
 
 def whiten(conv: nn.Conv2d, images: Iterable[Tensor]) -> int:
