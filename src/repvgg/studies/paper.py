@@ -17,7 +17,8 @@ class KernelSpeed:
         kernel: its height and width.
         flops_billions: multiply-adds, in 10⁹.
         milliseconds: for one call.
-        tflops: floating point operations a second, in 10¹²; a multiply-add counts as two of them here.
+        tflops: floating point operations a second, in 10¹²; a multiply-add counts as two of them here. That of the 5x5
+            is as printed, though 10.06 follows from the other columns.
     """
 
     kernel: int
