@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from repvgg.errors import RepvggError, UsageError
+from repvgg.errors import RepvggError, UsageError, is_out_of_memory
 
 _DIFFERENT, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ABOUT = "Train multi-branch networks, ship plain ones, and know that they are equal."
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RepvggError as error:
         return _complain(error)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _complain("There is not enough memory for this: take smaller or fewer images.")
     except KeyboardInterrupt:
@@ -49,12 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(what: object) -> int:
     sys.stderr.write(f"error: {' '.join(str(what).split())}\n")
     return _BAD_INPUT
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """PyTorch has a class of its own for an accelerator without memory, and none for the CPU."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _verbs() -> dict[str, Verb]:

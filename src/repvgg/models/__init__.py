@@ -1,5 +1,6 @@
 """The models: a table of frozen rows and one builder."""
 
+from repvgg.models.asked import check_name, find_model
 from repvgg.models.baselines import BASELINES, Baseline, baseline_of, create_baseline, list_baselines
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
 from repvgg.models.hub import from_pretrained, push_to_hub
@@ -24,10 +25,12 @@ __all__ = [
     "Stage",
     "TrainingOutput",
     "baseline_of",
+    "check_name",
     "collapsed",
     "create_baseline",
     "create_model",
     "describe_model",
+    "find_model",
     "form_of",
     "from_pretrained",
     "list_baselines",
