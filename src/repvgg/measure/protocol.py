@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -112,8 +112,7 @@ class _Session:
         for index in range(self.protocol.rounds):
             names = [name for name in self.candidates if name not in self.failed]
             first = index % max(1, len(names))
-            found = {name: self._read(name) for name in names[first:] + names[:first]}
-            if reading := {name: seconds for name, seconds in found.items() if seconds is not None}:
+            if reading := self._read(names[first:] + names[:first]):
                 yield reading
 
     def one_by_one(self) -> Iterator[Reading]:
@@ -121,20 +120,20 @@ class _Session:
         for name in self.candidates:
             self._warm_up(name)
             for _ in range(self.protocol.rounds):
-                seconds = None if name in self.failed else self._read(name)
-                if seconds is not None:
-                    yield {name: seconds}
+                if name not in self.failed and (reading := self._read([name])):
+                    yield reading
 
     def _warm_up(self, name: str) -> None:
         with memory_watched(name, self._give_up):
             self.calls[name] = _warmed_up(self.candidates[name], self.protocol, self.stopwatch)
 
-    def _read(self, name: str) -> float | None:
-        """Seconds for a call; None where memory ran out."""
-        seconds = None
-        with memory_watched(name, self._give_up):
-            seconds = self.stopwatch(self.candidates[name], self.calls[name]) / self.calls[name]
-        return seconds
+    def _read(self, names: Sequence[str]) -> Reading:
+        """Seconds for a call of each; without those for which memory ran out."""
+        reading = {}
+        for name in names:
+            with memory_watched(name, self._give_up):
+                reading[name] = self.stopwatch(self.candidates[name], self.calls[name]) / self.calls[name]
+        return reading
 
     def _give_up(self, name: str, error: Exception) -> None:
         """Leave a candidate out from now on."""

@@ -61,7 +61,7 @@ class Event(Protocol):
 
 
 def _timing_event() -> Event:
-    return cast(Event, torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+    return cast("Event", torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
