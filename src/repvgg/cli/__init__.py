@@ -18,7 +18,7 @@ _DIFFERENT, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ABOUT = "Train multi-branch networks, ship plain ones, and know that they are equal."
 _WIDEST = 100  # columns of help, on terminals that are wider
 
-_READ_THEIR_OWN = ("train",)  # verbs whose defaults depend on what is asked for
+_READ_THEIR_OWN = ("train", "study")  # verbs whose defaults depend on what is asked for
 
 Verb = Callable[..., int | None]
 
@@ -60,6 +60,7 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
     from repvgg.cli.quickstart import quickstart
+    from repvgg.cli.study import study
     from repvgg.cli.train import train
     from repvgg.cli.verify import verify
 
@@ -72,6 +73,7 @@ def _verbs() -> dict[str, Verb]:
         "convert": convert,
         "verify": verify,
         "bench": bench,
+        "study": study,
         "data check": check,
         "checkpoint inspect": checkpoint.inspect,
         "checkpoint convert": checkpoint.convert,
