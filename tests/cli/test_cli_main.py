@@ -130,6 +130,7 @@ COMMAND_LINE = {
         "--threads",
         "MODEL",
     ],
+    "study": ["--help", "--out", "--overwrite", "NAME"],
     "data check": ["--help", "--json", "--limit", "--val", "--workers", "URI"],
     "checkpoint inspect": ["--help", "--json", "FILE"],
     "checkpoint convert": ["--form", "--help", "--overwrite", "--to", "FILE", "OUT"],
@@ -174,13 +175,15 @@ def test_examples_in_help_use_known_flags(repvgg):
     for verb, second, *rest in examples:
         flags = {word for word in (second, *rest) if word.startswith("--")}
         known = COMMAND_LINE[verb if verb in COMMAND_LINE else f"{verb} {second}"]
-        assert flags <= {*known, *(["--data"] if verb == "train" else [])}
+        more = {"train": ["--data"], "study": ["--max-gmacs", "--threads"]}  # short flags, and those of a single study
+        assert flags <= {*known, *more.get(verb, [])}
 
 
 def test_unknown_verb(refused):
     assert refused("lisst") == "error: There is no verb 'lisst': did you mean 'list'?\n"
-    assert "quickstart, list, train, eval, collapse, convert, verify, bench, data check, checkpoint inspect" in refused(
-        "xyzzy"
+    assert (
+        "quickstart, list, train, eval, collapse, convert, verify, bench, study, data check, checkpoint inspect"
+        in refused("xyzzy")
     )
     assert "'--frobnicate'" in refused("--frobnicate")
 

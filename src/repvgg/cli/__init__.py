@@ -137,10 +137,15 @@ def _overview(verbs: dict[str, Verb]) -> str:
 
 
 def description(verb: Verb) -> str:
-    """What the help of a verb says on top, indented: tyro joins lines that are not."""
+    """What the help of a verb says on top."""
+    return in_help(_paragraphs(verb))
+
+
+def in_help(paragraphs: Sequence[str]) -> str:
+    """Paragraphs as wide as the terminal, and indented: tyro joins lines that are not."""
     wrapped = [
         textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _width() - 2), "  ")
-        for part in _paragraphs(verb)
+        for part in paragraphs
     ]
     return "\n\n".join(wrapped)
 

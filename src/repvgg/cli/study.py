@@ -24,24 +24,25 @@ def study(arguments: list[str]) -> int:
     Every measurement is kept as soon as it is made: interrupted in whatever way, the same command goes on from there,
     and after Ctrl-C the tables hold what there is. Studies: table1, table4, table5, table6-speed, figure1, figure3.
 
-        repvgg study
+        repvgg study table1
         repvgg study table4 --max-gmacs 6 --threads 1
         repvgg study figure3 --out memory --overwrite
 
     Args:
         arguments: what stands behind ``repvgg study``.
     """
+    from repvgg.cli import description, in_help
     from repvgg.studies.registry import study_of
 
     if not arguments:
         return _list()
     if arguments[0].startswith("-"):
-        _parse(arguments, [("name", _positional(_NAME, "NAME"), tyro.MISSING)], study, "repvgg study")
+        _parse(arguments, [("name", _positional(_NAME, "NAME"), tyro.MISSING)], description(study), "repvgg study")
         return 0
     chosen = study_of(arguments[0])
-    parsed = _parse(
-        arguments[1:], [("settings", chosen.settings, chosen.settings())], chosen.about, f"repvgg study {chosen.name}"
-    )
+    settings = ("settings", Annotated[chosen.settings, tyro.conf.arg(name="")], chosen.settings())
+    about = in_help([chosen.title, *chosen.about.split("\n\n")])
+    parsed = _parse(arguments[1:], [settings], about, f"repvgg study {chosen.name}")
     return _run(chosen, parsed, shlex.join(["repvgg", "study", *arguments]))
 
 
@@ -54,10 +55,8 @@ def _list() -> int:
     return 0
 
 
-def _parse(arguments: list[str], first: list[tuple[str, Any, Any]], about: Any, program: str) -> Any:
+def _parse(arguments: list[str], first: list[tuple[str, Any, Any]], about: str, program: str) -> Any:
     """The flags of one study, with those that all have in common."""
-    from repvgg.cli import description
-
     switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
     fields = [
         *first,
@@ -67,9 +66,14 @@ def _parse(arguments: list[str], first: list[tuple[str, Any, Any]], about: Any, 
     return tyro.cli(
         dataclasses.make_dataclass("StudyArguments", fields, frozen=True),
         prog=program,
-        description=about if isinstance(about, str) else description(about),
+        description=about,
         args=arguments,
-        config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(
+            tyro.conf.HelptextFromCommentsOff,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.DisallowNone,
+        ),
     )
 
 

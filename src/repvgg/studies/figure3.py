@@ -29,6 +29,7 @@ from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
 
 _BATCH = {"cpu": 8, "cuda": 128}
+_LAYOUTS = ("channels_last", "contiguous")
 _NETWORKS = ("repvgg_a0", "resnet18", "repvgg_a2", "resnet50")
 
 
@@ -64,8 +65,8 @@ class _Chain(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, shape: torch.Size, like: Tensor) -> Tensor:
-        x = torch.ones(shape, dtype=like.dtype, device=like.device)
+    def forward(self, shape: torch.Size, like: Tensor, layout: torch.memory_format) -> Tensor:
+        x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).fill_(1.0)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -122,12 +123,17 @@ def _resolve(settings: MemorySettings) -> MemorySettings:
 
 
 def _measure(settings: MemorySettings, cells: Cells, on_progress: OnProgress) -> None:
-    jobs = {f"block-{block.name}": partial(_peak_of_block, block, settings) for block in _BLOCKS}
+    blocks = [(block, layout) for block in _BLOCKS for layout in _LAYOUTS]
+    jobs = {_key(block, layout): partial(_peak_of_block, block, layout, settings) for block, layout in blocks}
     jobs |= {f"network-{name}": partial(_peak_of_network, name, settings) for name in _NETWORKS}
     for index, (key, job) in enumerate(jobs.items(), start=1):
         if key not in cells:
             cells.put(key, _peak(job))
         on_progress(index, len(jobs))
+
+
+def _key(block: _Block, layout: str) -> str:
+    return f"block-{block.name}-{layout}"
 
 
 def _peak(job: Callable[[], int]) -> Cell:
@@ -139,10 +145,11 @@ def _peak(job: Callable[[], int]) -> Cell:
         return {"reason": first_line(error)}
 
 
-def _peak_of_block(block: _Block, settings: MemorySettings) -> int:
-    model = settings.setting.place(block.build(settings.channels))
+def _peak_of_block(block: _Block, layout: str, settings: MemorySettings) -> int:
+    setting = replace(settings.setting, channels_last=layout == "channels_last")
+    model = setting.place(block.build(settings.channels))
     shape = torch.Size((settings.batch or 1, settings.channels, settings.size, settings.size))
-    return _peak_of(partial(model, shape, next(model.parameters())), settings)
+    return _peak_of(partial(model, shape, next(model.parameters()), setting.layout), settings)
 
 
 def _peak_of_network(name: str, settings: MemorySettings) -> int:
@@ -165,19 +172,23 @@ def _map_bytes(settings: MemorySettings) -> int:
 
 
 def _outcome(settings: MemorySettings, values: Mapping[str, Cell]) -> Outcome:
-    extra = {block.name: _extra(values.get(f"block-{block.name}", {}), settings) for block in _BLOCKS}
-    residual, plain = extra["residual"], extra["plain"]
-    lead = (
-        f"Beside the map that it writes, a residual block held {residual:.2f} times its input here, and a plain chain "
-        f"{plain:.2f} times; the paper draws 2 and 1."
-        if residual is not None and plain is not None
-        else "The two blocks were not both measured."
+    tables = (_block_table(settings, values), _network_table(settings, values))
+    return Outcome(_lead(settings, values), tables, (_picture(settings, values),))
+
+
+def _lead(settings: MemorySettings, values: Mapping[str, Cell]) -> str:
+    residual, plain = (_extra(block, "channels_last", settings, values) for block in _BLOCKS[:2])
+    if residual is None or plain is None:
+        return "The two blocks were not both measured."
+    return (
+        f"Beside the map that it writes, a residual block held {residual:.2f} times its input here (channels_last), "
+        f"and a plain chain {plain:.2f} times; the paper draws 2 and 1."
     )
-    return Outcome(lead, (_block_table(settings, values, extra), _network_table(settings, values)), (_picture(extra),))
 
 
-def _extra(cell: Cell, settings: MemorySettings) -> float | None:
+def _extra(block: _Block, layout: str, settings: MemorySettings, values: Mapping[str, Cell]) -> float | None:
     """Maps beside the one that is being written, in multiples of the input."""
+    cell = values.get(_key(block, layout), {})
     return cell["bytes"] / _map_bytes(settings) - 1 if "bytes" in cell else None
 
 
@@ -185,28 +196,29 @@ def _megabytes(cell: Cell) -> Value:
     return cell["bytes"] / 1e6 if "bytes" in cell else OUT_OF_MEMORY if "reason" in cell else None
 
 
-def _block_table(settings: MemorySettings, values: Mapping[str, Cell], extra: Mapping[str, float | None]) -> Table:
+def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
     columns = (
         Column("block", "Block"),
         Column("paper_extra", "Beside the map being written, paper (× input)", 0),
-        Column("extra", "here (× input)", 2),
-        Column("peak_megabytes", "Peak here (MB)", 2),
+        *(Column(f"extra_{layout}", f"here, {layout} (× input)", 2) for layout in _LAYOUTS),
+        *(Column(f"peak_megabytes_{layout}", f"peak here, {layout} (MB)", 2) for layout in _LAYOUTS),
         Column("input_megabytes", "Input (MB)", 2),
     )
     rows = tuple(
         (
             block.title,
             block.extra,
-            extra[block.name],
-            _megabytes(values.get(f"block-{block.name}", {})),
+            *(_extra(block, layout, settings, values) for layout in _LAYOUTS),
+            *(_megabytes(values.get(_key(block, layout), {})) for layout in _LAYOUTS),
             _map_bytes(settings) / 1e6,
         )
         for block in _BLOCKS
     )
     shape = f"{settings.batch} x {settings.channels} x {settings.size} x {settings.size}"
     notes = (
-        f"Input {shape}. Convolutions 3x3, ReLU and addition in place. The peak is what PyTorch's allocator held, the "
-        "copies of weights that libraries make for themselves included; the paper leaves weights out.",
+        f"Input {shape}. Convolutions 3x3, ReLU and addition in place. The peak is what PyTorch's allocator held: the "
+        "weights in another order and, where maps are contiguous on a CPU, the input in another layout, which the "
+        "library makes for itself, are in it; the paper leaves them out.",
     )
     return Table("figure3", "Blocks", columns, rows, notes)
 
@@ -218,8 +230,8 @@ def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Tabl
     return Table("figure3-networks", "Whole networks", columns, rows, notes)
 
 
-def _picture(extra: Mapping[str, float | None]) -> Picture:
-    bars = [Bar(block.title, extra[block.name], block.extra) for block in _BLOCKS]
+def _picture(settings: MemorySettings, values: Mapping[str, Cell]) -> Picture:
+    bars = [Bar(block.title, _extra(block, "channels_last", settings, values), block.extra) for block in _BLOCKS]
     title = "Memory beside the map being written"
     draw = partial(draw_bars, title=title, unit="times the input of the block", bars=bars)
     return Picture("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
@@ -231,7 +243,8 @@ STUDY = Study(
     about=(
         "Each block runs once to warm up and once under PyTorch's memory profiler (CPU) or with the statistics of "
         "CUDA's allocator; the highest sum of what was allocated and not yet given back is its peak. While a layer "
-        "runs, its input and output are there; a residual block keeps its input as well, until the addition."
+        "runs, its input and output are there; a residual block keeps its input as well, until the addition. Blocks "
+        "run in both layouts, whole networks in that of the setting."
     ),
     settings=MemorySettings,
     resolve=_resolve,

@@ -78,9 +78,9 @@ def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
     if not found:
         return f"{speeds.rounds} rounds; no pair that the paper compares was measured."
     faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
-    equal = len(found) - faster - slower
-    counts = [f"clearly faster in {faster}", f"clearly slower in {slower}", *([f"level in {equal}"] if equal else [])]
-    return f"Of the {len(found)} pairs that the paper compares, RepVGG is {', '.join(counts)} on this machine."
+    counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
+    words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
+    return f"Of the {len(found)} pairs that the paper compares, RepVGG is {words} on this machine."
 
 
 def _speed_table(name: str, rows: Sequence[PrintedModel], baseline: str, speeds: Speeds, left_out: int) -> Table:

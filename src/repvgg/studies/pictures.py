@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 HERE, PAPER, OTHERS, INK, RULE = "#0072B2", "#9A9A9A", "#D55E00", "#222222", "#DDDDDD"
 WIDE = (12.0, 6.75)  # inches: a slide of 16 to 9
 _DOTS = 160  # to the inch
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 17,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -39,6 +40,8 @@ _STYLE = {
     "svg.hashsalt": "repvgg",  # the same picture gives the same bytes
     "svg.fonttype": "path",
 }
+_WORDS, _LINE = 8, 1  # how bad it is to cover them
+_STEPS = 24  # from one point of a line to the next, for what is written beside it
 _PLACES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a label around its point
 
 
@@ -120,7 +123,7 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
         axes.barh([place + low for place in places], [bar.paper or 0.0 for bar in bars], 0.3, color=PAPER)
     longest = max((length for bar in bars for length in (bar.value, bar.paper) if length is not None), default=1.0)
     for place, bar in enumerate(bars):
-        words = bar.text or ("not measured" if bar.value is None else f"{bar.value:.2f}")
+        words = bar.text or ("not measured" if bar.value is None else f"{bar.value:.2f}{' here' if both else ''}")
         _write_behind(axes, bar.value or 0.0, place - top, words, colors[place], longest)
         if bar.paper is not None:
             _write_behind(axes, bar.paper, place + low, f"{bar.paper:,.2f} paper", "#6E6E6E", longest, 13)
@@ -179,13 +182,15 @@ def label_points(axes: Axes, points: Iterable[Point], size: float = 13) -> None:
     points = list(points)
     figure: Any = axes.get_figure()
     figure.draw_without_rendering()  # so that the places of points and the sizes of words are known
-    taken = [_around(axes, point) for point in points]
+    taken = [(_around(axes, point), _WORDS) for point in points]
+    taken += [(box, _LINE) for box in _along_the_line(axes, points)]
     for point in points:
         best, fewest = None, None
         for place in _PLACES:
             text = _label(axes, point, place, size)
             box = text.get_window_extent()
-            clashes = sum(box.overlaps(other) for other in taken) + 3 * (not _inside(axes, box))
+            clashes = sum(weight for other, weight in taken if box.overlaps(other))
+            clashes += 0 if _inside(axes, box) else 2 * _WORDS
             if fewest is None or clashes < fewest:
                 if best is not None:
                     best.remove()
@@ -193,14 +198,31 @@ def label_points(axes: Axes, points: Iterable[Point], size: float = 13) -> None:
             else:
                 text.remove()
         assert best is not None
-        taken.append(best.get_window_extent())
+        taken.append((best.get_window_extent(), _WORDS))
 
 
-def _around(axes: Axes, point: Point, radius: float = 6.0) -> Bbox:
+def _around(axes: Axes, point: Point) -> Bbox:
+    x, y = axes.transData.transform((point.x, point.y))
+    return _square(x, y, 6.0)
+
+
+def _square(x: float, y: float, radius: float) -> Bbox:
+    """In dots of the picture."""
     from matplotlib.transforms import Bbox
 
-    x, y = axes.transData.transform((point.x, point.y))
     return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+
+
+def _along_the_line(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
+    """Small squares where the line through our points runs."""
+    ours = sorted((point for point in points if point.ours), key=lambda point: point.x)
+    places = [axes.transData.transform((point.x, point.y)) for point in ours]
+    shares = [step / _STEPS for step in range(1, _STEPS)]
+    return [
+        _square(one[0] + share * (other[0] - one[0]), one[1] + share * (other[1] - one[1]), 1.0)
+        for one, other in pairwise(places)
+        for share in shares
+    ]
 
 
 def _inside(axes: Axes, box: Bbox) -> bool:

@@ -169,7 +169,7 @@ def _write(study: Study, cells: Cells, outcome: Outcome) -> None:
 
 def _markdown(study: Study, header: Header, outcome: Outcome) -> str:
     about = [f"# {study.title}", outcome.lead, *(as_markdown(table).rstrip() for table in outcome.tables), study.about]
-    stamp = [f"- {name}: {value}" for name, value in (header.settings | dict(header.environment)).items()]
+    stamp = [f"- {name}: {value}" for name, value in {**header.settings, **header.environment}.items()]
     times = f"Started {header.started}, {f'finished {header.finished}' if header.finished else 'not finished'}."
     return "\n\n".join([*about, times, f"`{header.command}`", "\n".join(stamp)]) + "\n"
 
