@@ -65,6 +65,7 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.data import check
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
+    from repvgg.cli.profile import profile
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.train import train
     from repvgg.cli.verify import verify
@@ -72,6 +73,7 @@ def _verbs() -> dict[str, Verb]:
     return {
         "quickstart": quickstart,
         "list": list_,
+        "profile": profile,
         "train": train,
         "eval": eval_,
         "collapse": collapse,

@@ -2,6 +2,19 @@
 
 from repvgg.measure.counts import Counts, count
 from repvgg.measure.latency import Timing, compare, environment
+from repvgg.measure.profile import Profile, Row, profile
 from repvgg.measure.walk import Op, Walk, walk
 
-__all__ = ["Counts", "Op", "Timing", "Walk", "compare", "count", "environment", "walk"]
+__all__ = [
+    "Counts",
+    "Op",
+    "Profile",
+    "Row",
+    "Timing",
+    "Walk",
+    "compare",
+    "count",
+    "environment",
+    "profile",
+    "walk",
+]

@@ -4,6 +4,7 @@ from repvgg.models.baselines import BASELINES, Baseline, baseline_of, create_bas
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
 from repvgg.models.hub import from_pretrained, push_to_hub
 from repvgg.models.loading import Loaded, collapsed, describe_model, form_of, load, save
+from repvgg.models.named import named_model
 from repvgg.models.pretrained import PRETRAINED, Pretrained, load_pretrained
 from repvgg.models.sources import Sourced, resolve
 from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "load_weights",
+    "named_model",
     "push_to_hub",
     "resolve",
     "save",
