@@ -149,6 +149,21 @@ def test_a_model_without_memory_is_told_of_and_the_rest_goes_on(repvgg, monkeypa
     assert [" ".join(row.split()[:-5]) for row in rows[1:3]] == ["train form", "plain form"]
 
 
+def test_what_the_memory_of_a_cpu_surely_cannot_hold_is_not_tried(repvgg, refused, monkeypatch):
+    """For 32 images of 32x32 the train form holds 7.7 MB of activations at its peak, the plain form 5.6."""
+    monkeypatch.setattr(sweep, "available_memory", lambda device: 6.5e6)
+    outcome = repvgg("bench", "repvgg_t0", "--batch", "1,32", "--json")
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    lost = {row["name"]: row["reason"] for row in result["failures"]}
+    assert "train form" in lost
+    assert "plain form" not in lost
+    assert lost["train form"].endswith("0.0 GB are free")
+    assert {row["name"] for row in result["timings"] if row["batch"] == 1} == set(FORMS)
+    monkeypatch.setattr(sweep, "available_memory", lambda device: 0)
+    assert "not enough memory for any of these" in refused("bench", "repvgg_t0", "--batch", 2)
+
+
 class Hungry(nn.Module):
     def forward(self, x):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -205,11 +220,12 @@ def test_models_that_cannot_be_timed(refused, files, tmp_path):
     assert "did you mean resnet18" in refused("bench", "repvgg_t0", "resnet81")
     assert "each once" in refused("bench", "repvgg_t0", "repvgg_t0")
     assert "did you mean 'repvgg_t0'" in refused("bench", "repvgg_t0", "--baseline", "repvgg_t1")
-    assert "cannot run on images of 1 x 3 x 9 x 9 in float16" in refused("bench", "repvgg_t0", BROKEN, *SMALL_HALF)
 
 
-SMALL_HALF = ("--input-size", 9, "--dtype", "float16")
-BROKEN = "torchvision:vgg11"  # pools 5 times
+def test_images_that_a_network_does_not_take(refused, net):
+    said = refused("bench", "repvgg_t0", net, "--input-size", 8, "--dtype", "float16")
+    assert "cannot run on images of 1 x 3 x 8 x 8 in float16: mat1 and mat2" in said
+    assert "Take another size or dtype." in said
 
 
 def test_devices_that_are_not_there(refused, monkeypatch):

@@ -8,18 +8,19 @@ from functools import partial
 
 import pytest
 from rich.console import Console
-from study_helpers import SECONDS, Stopwatch, Tiny
+from study_helpers import SECONDS, Stopwatch, Tiny, counted
 from torch import nn
 
 from repvgg.blocks import BranchSum
 from repvgg.errors import OutputExistsError, UsageError
 from repvgg.measure import Setting
 from repvgg.models import create_model
-from repvgg.studies import figure3, networks, table6_speed
+from repvgg.studies import count_table, figure3, network_tables, networks, pictures, study, table6_speed
 from repvgg.studies.paper import TABLE_1, TABLE_4, TABLE_5, TABLE_6
 from repvgg.studies.registry import STUDIES, study_of
 from repvgg.studies.study import PAGE, flat, run_study
 
+COUNTED = ("params_millions", "flops_billions", "winograd_muls_billions")
 QUIET = Console(quiet=True)
 
 
@@ -32,13 +33,15 @@ def quick(monkeypatch):
         return stopwatch
 
     monkeypatch.setattr(networks, "deployed", lambda name: Tiny(SECONDS[name], name))
+    monkeypatch.setattr(network_tables, "counted", counted)
+    monkeypatch.setattr(study, "write_picture", lambda folder, picture: "<svg/>")  # drawing is most of the time
     use(Stopwatch())
     return use
 
 
 def run(name, folder, **chosen):
-    study = STUDIES[name]
-    return run_study(study, study.settings(**chosen), folder, command=f"repvgg study {name}", console=QUIET)
+    wanted = STUDIES[name]
+    return run_study(wanted, wanted.settings(**chosen), folder, command=f"repvgg study {name}", console=QUIET)
 
 
 def rows_of(path):
@@ -57,15 +60,15 @@ def test_the_registry_names_each_by_its_name():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_settings_are_flat_and_resolved_for_the_device(name):
-    study = STUDIES[name]
-    names = [field.name for field in fields(study.settings) if field.name != "setting"]
+    wanted = STUDIES[name]
+    names = [field.name for field in fields(wanted.settings) if field.name != "setting"]
     assert not set(names) & {field.name for field in fields(Setting)}
-    on_cpu, on_gpu = (flat(study.resolve(study.settings(setting=Setting(device=d)))) for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (flat(wanted.resolve(wanted.settings(setting=Setting(device=d)))) for d in ("cpu", "cuda"))
     assert on_cpu["batch"] < on_gpu["batch"]
     assert {key for key, value in on_gpu.items() if value is None} <= {"threads", "input_size"}
     for name in names:
         with pytest.raises(UsageError):
-            study.settings(**{name: 0})
+            wanted.settings(**{name: 0})
 
 
 def test_table4_holds_the_papers_columns_beside_ours(quick, tmp_path):
@@ -76,11 +79,16 @@ def test_table4_holds_the_papers_columns_beside_ours(quick, tmp_path):
     for printed, row in zip(TABLE_4, rows, strict=True):
         assert float(row["paper_top1_percent"]) == printed.top1_percent
         assert float(row["paper_images_per_second"]) == printed.images_per_second
+        assert [float(row[key]) for key in COUNTED] == [1.5, 2.5, 3.5]
+        assert float(row["images_per_second"]) == pytest.approx(printed.images_per_second * 2 / 10_000)
+        assert float(row["speed_up"]) == pytest.approx(float(row["paper_speed_up"]))
+    for printed, row in zip(TABLE_4, rows_of(tmp_path / "t" / "table4-counts.csv"), strict=True):
         assert float(row["paper_params_millions"]) == printed.params_millions
         assert float(row["paper_flops_billions"]) == printed.flops_billions
         assert row["paper_winograd_muls_billions"] == str(printed.winograd_muls_billions or "")
-        assert float(row["images_per_second"]) == pytest.approx(printed.images_per_second * 2 / 10_000)
-        assert float(row["speed_up"]) == pytest.approx(float(row["paper_speed_up"]))
+        assert [float(row[key]) for key in COUNTED] == [1.5, 2.5, 3.5]
+        assert row["differences"] == ("Params" if printed.model == "resnet18" else "")
+    assert "ResNet-18 (Params): cut in the paper." in (tmp_path / "t" / "table4.md").read_text(encoding="utf-8")
     pairs = {row["model"]: row for row in rows_of(tmp_path / "t" / "table4-pairs.csv")}
     claimed = {"RepVGG-A0": 1.33, "RepVGG-A1": 1.65, "RepVGG-A2": 1.84, "RepVGG-B1g4": 2.02, "RepVGG-B1g2": 2.66}
     assert {name: float(row["paper_ratio"]) for name, row in pairs.items()} == pytest.approx(claimed, abs=0.01)
@@ -98,12 +106,13 @@ def test_table5_takes_the_largest(quick, tmp_path):
     assert done.complete
 
 
-def test_a_study_leaves_whole_files_and_a_page(quick, tmp_path):
+def test_a_study_leaves_whole_files_and_a_page(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "write_picture", pictures.write_picture)
     run("table4", tmp_path / "t", input_size=8, rounds=3, max_gmacs=4.0)
     names = {path.name for path in (tmp_path / "t").iterdir()}
-    pictures = {f"table4-{what}.{suffix}" for what in ("pairs", "speed") for suffix in ("svg", "png")}
-    tables = {"table4.csv", "table4-pairs.csv", "table4.md", "table4.json"}
-    assert names == {"cells", "study.json", PAGE} | pictures | tables
+    drawn = {f"table4-{what}.{suffix}" for what in ("pairs", "speed") for suffix in ("svg", "png")}
+    tables = {"table4.csv", "table4-pairs.csv", "table4-counts.csv", "table4.md", "table4.json"}
+    assert names == {"cells", "study.json", PAGE} | drawn | tables
     data = json.loads((tmp_path / "t" / "table4.json").read_text(encoding="utf-8"))
     assert data["settings"]["max_gmacs"] == 4.0
     assert {"cpu", "torch", "load"} <= data["environment"].keys()
@@ -143,7 +152,7 @@ def test_ctrl_c_before_anything_was_measured_leaves_nothing(quick, tmp_path, mon
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(networks, "measure_rounds", interrupt)
+    monkeypatch.setattr(network_tables, "counted", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("table4", tmp_path / "t")
     assert not (tmp_path / "t").exists()
@@ -257,18 +266,18 @@ def test_table6_removes_branches_from_every_block(quick, tmp_path, monkeypatch):
 
 
 def test_figure3_holds_one_and_two_maps_beside_the_one_that_is_written(tmp_path, monkeypatch):
-    """Weights are small beside maps of 3 MB; libraries pad channels to a multiple of 16."""
+    """Weights are small beside maps of 1 MB; libraries pad channels to a multiple of 16."""
     monkeypatch.setattr(figure3, "deployed", lambda name: nn.ReLU())
-    done = run("figure3", tmp_path / "f", batch=2, channels=16, size=160, input_size=16)
+    done = run("figure3", tmp_path / "f", batch=1, channels=16, size=128, input_size=16)
     rows = {row["block"]: row for row in rows_of(tmp_path / "f" / "figure3.csv")}
     residual, plain = rows["residual block"], rows["plain chain of two"]
     assert float(residual["extra_channels_last"]) == pytest.approx(2.0, abs=0.02)
     assert float(plain["extra_channels_last"]) == pytest.approx(1.0, abs=0.02)
     assert float(residual["extra_contiguous"]) - float(plain["extra_contiguous"]) == pytest.approx(1.0, abs=0.02)
     assert float(rows["RepVGG block, train form"]["extra_channels_last"]) > 2.5
-    assert float(rows["residual block"]["input_megabytes"]) == 2 * 16 * 160 * 160 * 4 / 1e6
+    assert float(rows["residual block"]["input_megabytes"]) == 16 * 128 * 128 * 4 / 1e6
     networks_csv = rows_of(tmp_path / "f" / "figure3-networks.csv")
-    out = 2 * 3 * 16 * 16 * 4 / 1e6
+    out = 3 * 16 * 16 * 4 / 1e6
     assert [float(row["peak_megabytes"]) for row in networks_csv] == [out] * 4
     assert "the paper draws 2 and 1" in done.outcome.lead
 
@@ -292,9 +301,16 @@ def test_figure3_goes_on_and_records_what_has_no_memory(tmp_path, monkeypatch):
 
 def test_progress_is_shown_on_a_terminal(quick, tmp_path, capsys):
     console = Console(force_terminal=True, stderr=True)
-    study = STUDIES["table4"]
-    run_study(study, study.settings(input_size=8, rounds=2, max_gmacs=0.5), tmp_path / "t", console=console)
+    wanted = STUDIES["table4"]
+    run_study(wanted, wanted.settings(input_size=8, rounds=2, max_gmacs=0.5), tmp_path / "t", console=console)
     assert "measuring" in capsys.readouterr().err
+
+
+def test_counts_are_those_of_the_plain_form():
+    found = count_table.counted("table4", ["repvgg_a0", "resnet18"])
+    assert (found["repvgg_a0"]["params"], found["repvgg_a0"]["macs"]) == (8_309_384, 1_361_451_008)
+    assert count_table.counts_of("resnet18", found) == pytest.approx((11.68, 1.8, 1.0), abs=0.05)
+    assert count_table.counts_of("resnet34", found) == (None, None, None)
 
 
 def test_the_networks_are_those_that_one_would_deploy():

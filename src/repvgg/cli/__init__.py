@@ -59,6 +59,7 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.data import check
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
+    from repvgg.cli.profile import profile
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.study import study
     from repvgg.cli.train import train
@@ -67,6 +68,7 @@ def _verbs() -> dict[str, Verb]:
     return {
         "quickstart": quickstart,
         "list": list_,
+        "profile": profile,
         "train": train,
         "eval": eval_,
         "collapse": collapse,

@@ -5,6 +5,7 @@ from repvgg.measure.denormals import Denormals, count_denormals
 from repvgg.measure.environment import IDENTITY, environment
 from repvgg.measure.latency import Ratio, Timing, compare, measured, ratio, summarize
 from repvgg.measure.memory import MemoryStep, held_memory
+from repvgg.measure.profile import Profile, Row, profile
 from repvgg.measure.protocol import (
     INTERLEAVED,
     PAPER,
@@ -31,8 +32,10 @@ __all__ = [
     "MemoryStep",
     "OnFailure",
     "Op",
+    "Profile",
     "Ratio",
     "Reading",
+    "Row",
     "Setting",
     "SpeedProtocol",
     "Stopwatch",
@@ -46,6 +49,7 @@ __all__ = [
     "held_memory",
     "measured",
     "memory_watched",
+    "profile",
     "ratio",
     "summarize",
     "take_readings",

@@ -1,10 +1,10 @@
 """The models: a table of frozen rows and one builder."""
 
-from repvgg.models.asked import check_name, find_model
 from repvgg.models.baselines import BASELINES, Baseline, baseline_of, create_baseline, list_baselines
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
 from repvgg.models.hub import from_pretrained, push_to_hub
 from repvgg.models.loading import Loaded, collapsed, describe_model, form_of, load, save
+from repvgg.models.named import named_model
 from repvgg.models.pretrained import PRETRAINED, Pretrained, load_pretrained
 from repvgg.models.sources import Sourced, resolve
 from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
@@ -25,12 +25,10 @@ __all__ = [
     "Stage",
     "TrainingOutput",
     "baseline_of",
-    "check_name",
     "collapsed",
     "create_baseline",
     "create_model",
     "describe_model",
-    "find_model",
     "form_of",
     "from_pretrained",
     "list_baselines",
@@ -38,6 +36,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "load_weights",
+    "named_model",
     "push_to_hub",
     "resolve",
     "save",

@@ -108,12 +108,13 @@ def baseline_of(name: str) -> Baseline:
     raise UnknownModelError(f"There is no baseline {name!r}: {known}")
 
 
-def create_baseline(name: str, num_classes: int = 1000) -> nn.Module:
+def create_baseline(name: str, num_classes: int = 1000, *, values: bool = True) -> nn.Module:
     """Build a baseline with random weights, in the form that it is trained in.
 
     Args:
         name: a name from :func:`list_baselines`.
         num_classes: number of logits, at least 1.
+        values: False builds it on the meta device, for counting; see :func:`repvgg.models.resolve`.
 
     Returns:
         The model in training mode, as every new module is: call ``eval()`` before you predict, fold or measure. The
@@ -126,7 +127,7 @@ def create_baseline(name: str, num_classes: int = 1000) -> nn.Module:
         SourceError: the library that is installed builds another network under that name.
     """
     row = baseline_of(name)
-    model = resolve(row.source, num_classes=num_classes).model.train()
+    model = resolve(row.source, num_classes=num_classes, values=values).model.train()
     if row.stride_in_1x1:
         _move_strides(model, row)
     return model

@@ -12,7 +12,7 @@ from torch import nn
 
 from repvgg.collapse import fold_batch_norms, reparameterize
 from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
-from repvgg.models import BASELINES, RepVGG, check_name, create_baseline, create_model, find_model, form_of, list_models
+from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form_of, list_models, named_model
 
 Shape = tuple[int, int, int]
 TRAIN, FOLDED, PLAIN = FORMS = ("train form", "batch norms folded", "plain form")
@@ -43,7 +43,7 @@ def candidates_of(models: Sequence[str], input_size: int | None = None) -> list[
     A model that comes alone, of whomever, is taken in its three forms. A checkpoint in the plain form has no other.
 
     Args:
-        models: names as :func:`repvgg.models.find_model` reads them.
+        models: names as :func:`repvgg.models.named_model` reads them.
         input_size: height and width of the images; None takes what each model is made for.
 
     Raises:
@@ -53,8 +53,6 @@ def candidates_of(models: Sequence[str], input_size: int | None = None) -> list[
     """
     if not models or len(set(models)) < len(models):
         raise UsageError("Name the models to time, each once.")
-    for name in models:
-        check_name(name)
     found = [candidate for name in models for candidate in _forms(name, len(models) == 1)]
     if input_size is None:
         return found
@@ -67,7 +65,7 @@ def _resized(candidate: Candidate, size: int) -> Candidate:
 
 def _forms(name: str, alone: bool) -> list[Candidate]:
     """The forms of one model. Those with weights that somebody trained are proven equal on the way."""
-    sourced = find_model(name)
+    sourced = named_model(name)
     model, proven = sourced.model, sourced.weights != "random"
     ours = isinstance(model, RepVGG)
     if isinstance(model, RepVGG) and form_of(model) == "plain":

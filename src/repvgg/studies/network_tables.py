@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from repvgg.measure import Ratio
-from repvgg.studies.cells import Cell
+from repvgg.studies.cells import Cell, Cells
+from repvgg.studies.count_table import COUNTS, count_table, counted, counts_of
 from repvgg.studies.networks import (
     PAIRS,
     NetworkSettings,
@@ -21,7 +22,7 @@ from repvgg.studies.networks import (
 from repvgg.studies.paper import PrintedModel
 from repvgg.studies.pictures import Bar, Picture, draw_bars
 from repvgg.studies.speeds import Speeds
-from repvgg.studies.study import Outcome, Study
+from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
 
 _ABOUT = """All networks are timed interleaved: every round takes the time of each once, and starts with the next one.
@@ -50,9 +51,23 @@ def network_study(name: str, title: str, table: Sequence[PrintedModel], baseline
         about=_ABOUT.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"),
         settings=NetworkSettings,
         resolve=partial(resolved, gmacs_on_cpu=gmacs_on_cpu),
-        measure=measure_table(table, baseline),
+        measure=partial(_measure, name, table, baseline),
         outcome=partial(_outcome, name, table, baseline),
     )
+
+
+def _measure(
+    name: str,
+    table: Sequence[PrintedModel],
+    baseline: str,
+    settings: NetworkSettings,
+    cells: Cells,
+    on_progress: OnProgress,
+) -> None:
+    """Count first, which takes seconds, then time."""
+    if COUNTS not in cells:
+        cells.put(COUNTS, counted(name, [row.model for row in taking_part(table, settings)]))
+    measure_table(table, baseline)(settings, cells, on_progress)
 
 
 def _outcome(
@@ -65,12 +80,13 @@ def _outcome(
     rows = taking_part(printed, settings)
     speeds = speeds_of(settings, values)
     pairs = [pair for pair in PAIRS if set(pair) <= {row.model for row in rows}]
-    tables = [_speed_table(name, rows, baseline, speeds, len(printed) - len(rows))]
+    counts = values.get(COUNTS, {})
+    tables = [_speed_table(name, rows, baseline, speeds, counts, len(printed) - len(rows))]
     pictures = [_speed_picture(name, rows, speeds)]
     if pairs:
         tables.append(_pair_table(name, pairs, printed, speeds))
         pictures.insert(0, _pair_picture(name, pairs, printed, speeds))
-    return Outcome(_lead(pairs, speeds), tuple(tables), tuple(pictures))
+    return Outcome(_lead(pairs, speeds), (*tables, count_table(name, rows, counts)), tuple(pictures))
 
 
 def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
@@ -83,7 +99,14 @@ def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
     return f"Of the {len(found)} pairs that the paper compares, RepVGG is {words} on this machine."
 
 
-def _speed_table(name: str, rows: Sequence[PrintedModel], baseline: str, speeds: Speeds, left_out: int) -> Table:
+def _speed_table(
+    name: str,
+    rows: Sequence[PrintedModel],
+    baseline: str,
+    speeds: Speeds,
+    counts: Cell,
+    left_out: int,
+) -> Table:
     columns = (
         Column("model", "Model"),
         Column("paper_top1_percent", "Top-1, paper (%)", 2),
@@ -93,24 +116,26 @@ def _speed_table(name: str, rows: Sequence[PrintedModel], baseline: str, speeds:
         Column("images_per_second_q3", "upper quartile", 1),
         Column("paper_speed_up", f"× {title_of(baseline)}, paper", 2),
         Column("speed_up", f"× {title_of(baseline)} here", 2),
-        Column("paper_params_millions", "Params, paper (M)", 2),
-        Column("paper_flops_billions", "Theo FLOPs, paper (B)", 1),
-        Column("paper_winograd_muls_billions", "Wino MULs, paper (B)", 1),
+        Column("params_millions", "Params (M)", 2),
+        Column("flops_billions", "Theo FLOPs (B)", 1),
+        Column("winograd_muls_billions", "Wino MULs (B)", 1),
     )
     speed_of_baseline = next((row.images_per_second for row in rows if row.model == baseline), None)
-    notes = [f"{speeds.rounds} rounds, {speeds.batch} images a call."]
+    notes = [f"{speeds.rounds} rounds, {speeds.batch} images a call. Parameters and arithmetic as counted here."]
     if left_out:
         notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
     return Table(
         name,
         "Speed, beside what the paper prints",
         columns,
-        tuple(_speed_row(row, baseline, speed_of_baseline, speeds) for row in rows),
+        tuple(_speed_row(row, baseline, speed_of_baseline, speeds, counts) for row in rows),
         tuple(notes),
     )
 
 
-def _speed_row(row: PrintedModel, baseline: str, speed_of_baseline: float | None, speeds: Speeds) -> tuple[Value, ...]:
+def _speed_row(
+    row: PrintedModel, baseline: str, speed_of_baseline: float | None, speeds: Speeds, counts: Cell
+) -> tuple[Value, ...]:
     faster = speeds.ratio(row.model, baseline)
     return (
         title_of(row.model),
@@ -120,9 +145,7 @@ def _speed_row(row: PrintedModel, baseline: str, speed_of_baseline: float | None
         *speeds.quartiles(row.model),
         row.images_per_second / speed_of_baseline if speed_of_baseline else None,
         faster.median if faster else None,
-        row.params_millions,
-        row.flops_billions,
-        row.winograd_muls_billions,
+        *counts_of(row.model, counts),
     )
 
 

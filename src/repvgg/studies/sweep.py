@@ -26,7 +26,9 @@ from repvgg.measure import (
     ratio,
     summarize,
     take_readings,
+    walk,
 )
+from repvgg.measure.memory import available_memory
 from repvgg.studies.candidates import Candidate, Shape
 from repvgg.studies.engines import ENGINES, Run
 
@@ -78,6 +80,8 @@ def calls_on(networks: Sequence[Prepared], batch: int, setting: Setting, on_fail
     calls: dict[str, Call] = {}
     for network in networks:
         with memory_watched(network.name, on_failure):
+            with _explained(network, 1, setting):
+                _check_room(network, batch, setting)
             if network.image not in images:
                 images[network.image] = setting.images(batch, network.image)
             call = partial(network.run, images[network.image])
@@ -85,6 +89,18 @@ def calls_on(networks: Sequence[Prepared], batch: int, setting: Setting, on_fail
                 call()
             calls[network.name] = call
     return calls
+
+
+def _check_room(network: Prepared, batch: int, setting: Setting) -> None:
+    """Refuse what surely does not fit into the memory of a CPU, by what one image needs.
+
+    A GPU says by itself when it is full. A CPU's system lends memory that is not there, and ends the process later.
+    """
+    if setting.device != "cpu" or batch == 1:
+        return
+    needed, free = batch * walk(network.model, setting.images(1, network.image)).peak, available_memory("cpu")
+    if free is not None and needed > free:
+        raise MemoryError(f"activations need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
 @contextmanager
