@@ -80,9 +80,7 @@ def _table(points: Sequence[FigurePoint], speeds: Speeds, best: Sequence[str]) -
         )
         for point in points
     )
-    return Table(
-        "figure1", "Accuracy and speed", columns, rows, (f"{speeds.rounds} rounds, {speeds.batch} images a call.",)
-    )
+    return Table("figure1", "Accuracy and speed", columns, rows, (speeds.extent,))
 
 
 def _draw(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None:

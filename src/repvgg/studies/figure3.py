@@ -23,6 +23,7 @@ from repvgg.measure.memory import peak_of_gpu
 from repvgg.studies.candidates import deployed
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, title_of
+from repvgg.studies.page.wording import counted
 from repvgg.studies.pictures import Bar, Picture, draw_bars
 from repvgg.studies.speeds import OUT_OF_MEMORY
 from repvgg.studies.study import OnProgress, Outcome, Study
@@ -226,7 +227,9 @@ def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
 def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
     columns = (Column("model", "Model"), Column("peak_megabytes", "Peak beside weights and images (MB)", 1))
     rows = tuple((title_of(name), _megabytes(values.get(f"network-{name}", {}))) for name in _NETWORKS)
-    notes = (f"{settings.batch} images, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",)
+    notes = (
+        f"{counted(settings.batch or 1, 'image')}, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",
+    )
     return Table("figure3-networks", "Whole networks", columns, rows, notes)
 
 

@@ -25,14 +25,15 @@ from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
 
-_ABOUT = """All networks are timed interleaved: every round takes the time of each once, and starts with the next one.
-Speeds are medians over the rounds; ratios are taken within rounds, so that a slow spell of the machine cancels. Where
-the weights of all do not fit into half of the free memory, each pair is timed on its own, with the baseline of the
-table beside it, and ratios are those within its rounds.
-
-Ours run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: speed does
-not hang on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they are no measure of
-this machine, but their ratios are what it claims."""
+_ABOUT = (
+    "All networks are timed interleaved: every round takes the time of each once, and starts with the next one. Speeds "
+    "are medians over the rounds; ratios are taken within rounds, so that a slow spell of the machine cancels. Where "
+    "the weights of all do not fit into half of the free memory, each pair is timed on its own, with the baseline of "
+    "the table beside it, and ratios are those within its rounds.\n\n"
+    "Ours run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
+    "speed does not hang on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they are no "
+    "measure of this machine, but their ratios are what it claims."
+)
 
 
 def network_study(name: str, title: str, table: Sequence[PrintedModel], baseline: str, gmacs_on_cpu: float) -> Study:
@@ -48,7 +49,7 @@ def network_study(name: str, title: str, table: Sequence[PrintedModel], baseline
     return Study(
         name=name,
         title=title,
-        about=_ABOUT.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"),
+        about=_ABOUT,
         settings=NetworkSettings,
         resolve=partial(resolved, gmacs_on_cpu=gmacs_on_cpu),
         measure=partial(_measure, name, table, baseline),
@@ -92,7 +93,7 @@ def _outcome(
 def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
     found = [ratio for pair in pairs if (ratio := speeds.ratio(*pair))]
     if not found:
-        return f"{speeds.rounds} rounds; no pair that the paper compares was measured."
+        return f"{speeds.extent} No pair that the paper compares was measured."
     faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
     counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
     words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
@@ -121,7 +122,7 @@ def _speed_table(
         Column("winograd_muls_billions", "Wino MULs (B)", 1),
     )
     speed_of_baseline = next((row.images_per_second for row in rows if row.model == baseline), None)
-    notes = [f"{speeds.rounds} rounds, {speeds.batch} images a call. Parameters and arithmetic as counted here."]
+    notes = [f"{speeds.extent} Parameters and arithmetic as counted here."]
     if left_out:
         notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
     return Table(

@@ -17,6 +17,7 @@ from repvgg.measure import (
     Reading,
     Setting,
     SpeedProtocol,
+    Stopwatch,
     Timing,
     measured,
     ratio,
@@ -25,6 +26,7 @@ from repvgg.measure import (
 )
 from repvgg.measure.memory import available_memory
 from repvgg.studies.cells import Cell, Cells
+from repvgg.studies.page.wording import counted
 
 OUT_OF_MEMORY = "out of memory"
 _PLAN, _LOST = "plan", "lost-"
@@ -83,22 +85,34 @@ def measure_rounds(
         cells.put(_PLAN, {"groups": [list(group) for group in groups]})
     groups = cells[_PLAN]["groups"]
     total = protocol.rounds * len(groups)
+    for index, group in enumerate(groups):
+        left = protocol.rounds - len(_rounds_of(cells.values, index))
+        names = [name for name in group if _LOST + name not in cells]
+        if left > 0 and names:
+            keep = _keeper(cells, index, lambda: on_progress(len(_rounds(cells.values)), total))
+            _measure_group(names, make_calls, cells, replace(protocol, rounds=left), setting.stopwatch(batch), keep)
+
+
+def _measure_group(
+    names: Sequence[str],
+    make_calls: MakeCalls,
+    cells: Cells,
+    protocol: SpeedProtocol,
+    stopwatch: Stopwatch,
+    keep: Callable[[Reading], None],
+) -> None:
+    """The rounds of one group, whose networks are gone when this is done: the next may need their memory."""
 
     def lose(name: str, error: Exception) -> None:
         cells.put(_LOST + name, {"reason": first_line(error)})
 
-    for index, group in enumerate(groups):
-        keep = _keeper(cells, index, lambda: on_progress(len(_rounds(cells.values)), total))
-        left = protocol.rounds - len(_rounds_of(cells.values, index))
-        names = [name for name in group if _LOST + name not in cells]
-        if left <= 0 or not names:
-            continue
-        if calls := make_calls(names, lose):
-            rest = replace(protocol, rounds=left)
-            take_readings(calls, rest, keep, on_failure=lose, stopwatch=setting.stopwatch(batch))
+    if calls := make_calls(names, lose):
+        take_readings(calls, protocol, keep, on_failure=lose, stopwatch=stopwatch)
 
 
 def _keeper(cells: Cells, group: int, note: Callable[[], None]) -> Callable[[Reading], None]:
+    """Puts each reading as the next round of a group."""
+
     def keep(reading: Reading) -> None:
         number = len(_rounds_of(cells.values, group))
         cells.put(f"round-{group:02}-{number:04}", {"seconds": dict(reading)})
@@ -142,6 +156,11 @@ class Speeds:
     def rounds(self) -> int:
         """The fewest rounds of a group."""
         return min(map(len, self.groups), default=0)
+
+    @property
+    def extent(self) -> str:
+        """How much was measured, in a sentence."""
+        return f"{counted(self.rounds, 'round')}, {counted(self.batch, 'image')} a call."
 
     def timing(self, name: str) -> Timing | None:
         """Of a network, in the first group that holds it; None where it was not measured."""

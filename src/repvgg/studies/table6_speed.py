@@ -137,7 +137,7 @@ def _table(speeds: Speeds) -> Table:
         Column("speed_up", "× full block here", 2),
     )
     notes = (
-        f"{speeds.rounds} rounds, {speeds.batch} images a call.",
+        speeds.extent,
         "Before conversion: batch norms are not folded. The converted form is not in the paper's Table 6; its speed is "
         "that of Table 4.",
     )
