@@ -66,6 +66,29 @@ def test_by_hand_and_by_the_allocator(name):
     assert allocated(model, x) == FLOAT * values
 
 
+class Pointwise(nn.Module):
+    """Three branches, as in a block of RepVGG, of 1x1 convolutions: in float64 they need no memory of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norms[0](self.first(x)) + self.norms[1](self.second(x)) + self.norms[2](x))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_block_and_its_plain_form(plain):
+    """The train form holds its input and three of its size, the plain one its input and two."""
+    block, x = Pointwise(8).double().eval(), torch.ones(2, 8, 16, 16, dtype=torch.float64)
+    model = reparameterize(block)[0] if plain else block
+    peak = 2 * FLOAT * x.numel() * (3 if plain else 4)
+    inside = 0 if plain else 2 * FLOAT * 2 * 8  # the kernel of a batch norm makes a scale and a shift of its statistics
+    assert walk(model, x).peak == peak
+    assert allocated(model, x) == peak + inside
+
+
 def test_what_kernels_take_for_themselves_comes_on_top():
     """A convolution may reorder its input and its weight: the allocator sees that, and the peak leaves it out."""
     model = create_model("repvgg_t0", 10, plain=True).eval()
