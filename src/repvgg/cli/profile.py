@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["train", "plain", "both"]
 Per = Literal["layer", "stage", "total"]
+_MODEL = "repvgg_a0"
+_DEFAULTS = (_MODEL, None, 1, "both", 2, "total", None)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Asked:
 
 
 def profile(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "repvgg_a0",
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = _MODEL,
     input_size: Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="H W")] = None,
     batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 1,
     form: Form = "both",
@@ -80,8 +82,9 @@ def profile(
     from repvgg.cli.profile_table import write_profiles
     from repvgg.cli.terminal import busy, write_json
 
+    settings = (model, input_size, batch, form, winograd, per, dtype)
     if paper is not None:
-        _write_paper(paper, as_json)
+        _write_paper(paper, as_json, alone=settings == _DEFAULTS)
         return
     _check(batch, input_size)
     with busy("Counting"):
@@ -99,11 +102,14 @@ def _check(batch: int, input_size: tuple[int, int] | None) -> None:
         raise UsageError("Batch, height and width are all at least 1.")
 
 
-def _write_paper(table: Literal["table4", "table5"], as_json: bool) -> None:
+def _write_paper(table: Literal["table4", "table5"], as_json: bool, alone: bool) -> None:
     from repvgg.cli.profile_table import write_counts
     from repvgg.cli.terminal import busy, write_json
+    from repvgg.errors import UsageError
     from repvgg.studies.counts import count_rows
 
+    if not alone:
+        raise UsageError("--paper counts the models of a table as the paper does: give it alone, or with --json.")
     with busy("Counting"):
         rows = count_rows(table)
     if as_json:

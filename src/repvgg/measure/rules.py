@@ -103,12 +103,12 @@ RULES: dict[str, Rule] = {
 _MAKE_OR_MOVE = """
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias arange bernoulli bernoulli_ cat channel_shuffle
     clone constant_pad_nd contiguous copy copy_ detach embedding empty empty_like empty_strided eye fill fill_ flip
-    full full_like gather im2col index index_put index_put_ index_select lift_fresh linspace masked_select
-    native_channel_shuffle new_empty new_empty_strided new_full new_ones new_zeros nonzero normal normal_ ones
-    ones_like pixel_shuffle pixel_unshuffle rand rand_like randint randn randn_like random_ reflection_pad1d
-    reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d resize_ roll
-    scalar_tensor scatter scatter_ set_ split_with_sizes_copy stack tril triu uniform uniform_ unsafe_split
-    unsafe_split_with_sizes zero zero_ zeros zeros_like
+    full full_like gather im2col index index_copy index_copy_ index_fill index_fill_ index_put index_put_
+    index_select lift_fresh linspace masked_select native_channel_shuffle new_empty new_empty_strided new_full
+    new_ones new_zeros nonzero normal normal_ ones ones_like pixel_shuffle pixel_unshuffle rand rand_like randint
+    randn randn_like random_ reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d
+    replication_pad2d replication_pad3d resize_ roll scalar_tensor scatter scatter_ set_ split_with_sizes_copy stack
+    tril triu uniform uniform_ unsafe_split unsafe_split_with_sizes zero zero_ zeros zeros_like
 """
 _POOL_OR_RESAMPLE = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa

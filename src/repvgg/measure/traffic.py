@@ -58,7 +58,7 @@ _OVERWRITES = _names("copy copy_")
 _PICKS = _names("embedding gather index index_select")
 
 #: Ops that touch a part of their memory which only values, or what was there before, can tell.
-_UNTOLD = _names("index_put index_put_ resize_ scatter scatter_")
+_UNTOLD = _names("index_copy index_copy_ index_fill index_fill_ index_put index_put_ resize_ scatter scatter_")
 
 
 def traffic_of(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Traffic | None:

@@ -227,9 +227,8 @@ def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
 def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
     columns = (Column("model", "Model"), Column("peak_megabytes", "Peak beside weights and images (MB)", 1))
     rows = tuple((title_of(name), _megabytes(values.get(f"network-{name}", {}))) for name in _NETWORKS)
-    notes = (
-        f"{counted(settings.batch or 1, 'image')}, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",
-    )
+    images = counted(settings.batch or 1, "image")
+    notes = (f"{images}, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",)
     return Table("figure3-networks", "Whole networks", columns, rows, notes)
 
 

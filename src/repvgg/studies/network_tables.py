@@ -31,8 +31,8 @@ _ABOUT = (
     "the weights of all do not fit into half of the free memory, each pair is timed on its own, with the baseline of "
     "the table beside it, and ratios are those within its rounds.\n\n"
     "Ours run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
-    "speed does not hang on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they are no "
-    "measure of this machine, but their ratios are what it claims."
+    "speed does not hang on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they are "
+    "no measure of this machine, but their ratios are what it claims."
 )
 
 
