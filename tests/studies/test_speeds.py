@@ -4,12 +4,15 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from study_helpers import SECONDS, Stopwatch, Tiny
 
+from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, Setting
 from repvgg.studies import speeds as module
 from repvgg.studies.cells import Cells, Header
 from repvgg.studies.speeds import OUT_OF_MEMORY, Speeds, fit_together, measure_rounds, planned_groups
+from repvgg.studies.sweep import prepare
 
 ROUNDS = replace(INTERLEAVED, rounds=4, warmup_seconds=0.0)
 PAIRS = [("a", "b"), ("c", "d")]
@@ -25,7 +28,6 @@ def measure(cells, seconds, monkeypatch, *, groups=None, stopwatch=None, progres
     monkeypatch.setattr(Setting, "stopwatch", lambda setting, batch: stopwatch)
 
     def make_calls(names, on_failure):
-        import torch
 
         return {name: partial(Tiny(seconds[name], name), torch.ones(1)) for name in names}
 
@@ -102,3 +104,8 @@ def test_groups_keep_the_plan_that_they_began_with(cells, monkeypatch):
 
 def test_the_seconds_of_the_helpers_are_those_of_the_paper():
     assert SECONDS["resnet18"] / SECONDS["repvgg_a0"] == pytest.approx(1.33, abs=0.005)
+
+
+def test_an_engine_that_is_not_there():
+    with pytest.raises(UsageError, match="there are torch"):
+        prepare([], Setting(), lambda name, error: None, engine="onnx")

@@ -19,6 +19,7 @@ from repvgg.studies.networks import (
     taking_part,
     title_of,
 )
+from repvgg.studies.page.wording import counted as counted_in_words
 from repvgg.studies.paper import PrintedModel
 from repvgg.studies.pictures import Bar, Picture, draw_bars
 from repvgg.studies.speeds import Speeds
@@ -97,7 +98,7 @@ def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
     faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
     counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
     words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
-    return f"Of the {len(found)} pairs that the paper compares, RepVGG is {words} on this machine."
+    return f"Of {counted_in_words(len(found), 'pair')} that the paper compares, RepVGG is {words} on this machine."
 
 
 def _speed_table(
