@@ -4,6 +4,8 @@ Property tests draw the same examples in each run, so that what lands does not h
 ones (``--hypothesis-profile explore``).
 """
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,3 +22,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def modules_out_of_the_collectors_way():
+    """What was imported stays: code that collects garbage before it measures would look at all of it each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -124,6 +124,18 @@ def typed_line(error: BaseException) -> str:
     return f"{name}: {text.strip().splitlines()[0]}" if text.strip() else name
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # the last by cuDNN and cuBLAS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the CPU or of an accelerator.
+
+    PyTorch has a class of its own for an accelerator without memory, and none for the CPU.
+    """
+    text = str(error)
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+
+
 def require(package: str, extra: str | None = None) -> ModuleType:
     """Import an optional ``package``, or say how to get it.
 

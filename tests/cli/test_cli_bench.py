@@ -1,11 +1,14 @@
 import json
 import threading
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from repvgg.measure import compare
+from repvgg.measure import PROTOCOLS, WallClock
+from repvgg.models import create_model, describe_model, save
+from repvgg.studies import candidates, sweep
 
 FORMS = ["train form", "batch norms folded", "plain form"]
 
@@ -13,7 +16,28 @@ FORMS = ["train form", "batch norms folded", "plain form"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No warm-up: nobody reads these figures."""
-    monkeypatch.setattr("repvgg.measure.compare", partial(compare, warmup_seconds=0.0, min_round_seconds=1e-4))
+    changes = {
+        "interleaved": {"warmup_seconds": 0.0, "min_round_seconds": 1e-4, "rounds": 3},
+        "paper": {"warmup_calls": 2, "rounds": 3, "batch": 2},
+    }
+    for name, protocol in PROTOCOLS.items():
+        monkeypatch.setitem(PROTOCOLS, name, replace(protocol, **changes[name]))
+
+
+class Ticks:
+    """A clock that moves by one at each look."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """Whatever runs takes a second."""
+    monkeypatch.setattr("repvgg.measure.Setting.stopwatch", lambda setting, batch: WallClock(Ticks()))
 
 
 def test_table(repvgg, files):
@@ -23,8 +47,10 @@ def test_table(repvgg, files):
     assert title.split() == ["form", "median", "ms", "quartiles", "images/s", "speed-up", "quartiles"]
     assert [" ".join(row.split()[:-5]) for row in rows[:3]] == FORMS
     assert rows[0].split()[-2:] == ["1.00", "1.00-1.00"]
-    assert "3 rounds" in rows
-    assert f"{files.train}: batch 2, 16 x 16, float32, contiguous, {torch.get_num_threads()} threads" in rows
+    assert "3 rounds; speed-ups over train form" in rows
+    threads = torch.get_num_threads()
+    about = f"{files.train}: batch 2, 16 x 16, float32, contiguous, {threads} threads, protocol interleaved"
+    assert about in rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,19 +62,142 @@ def test_json(repvgg, dtype):
     result = json.loads(outcome.out)
     assert [timing["name"] for timing in result["timings"]] == FORMS
     assert all(timing["rounds"] == 1 and timing["median_seconds"] > 0 for timing in result["timings"])
-    settings = {"model": "repvgg_t0", "batch": 1, "input_size": 9, "dtype": dtype, "channels_last": True}
-    assert result["settings"] == settings
+    settings = {"models": ["repvgg_t0"], "batches": [1], "input_size": 9, "dtype": dtype, "channels_last": True}
+    assert settings.items() <= result["settings"].items()
+    assert {"protocol", "rounds", "engine", "device", "threads", "compile"} <= result["settings"].keys()
+    assert set(result["denormals"]) == set(FORMS)
+    assert (result["failures"], result["complete"]) == ([], True)
     assert result["environment"]["threads"] == "2"
     assert torch.get_num_threads() == before
 
 
-def test_says_so_when_there_is_no_speed_up(repvgg, files, monkeypatch):
-    ticks = iter(range(10**9))
-    monkeypatch.setattr(
-        "repvgg.measure.compare", partial(compare, warmup_seconds=0.0, clock=lambda: float(next(ticks)))
+def test_says_so_when_there_is_no_speed_up(repvgg, files, ticking):
+    out = repvgg("bench", files.train).out.splitlines()
+    assert "The plain form is not clearly faster than the train form here." in out
+    out = repvgg("bench", "repvgg_t0", files.train, "--baseline", "train.safetensors", "--input-size", 9).out
+    assert f"The plain form of repvgg_t0 is not clearly faster than {files.train}, plain form here." in out.splitlines()
+
+
+@pytest.fixture
+def net(tmp_path):
+    """A network of somebody else's."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef make_net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),\n"
+        "        nn.Linear(4 * 49, 2))\n"
     )
-    out = repvgg("bench", files.train, "--rounds", 3).out
-    assert "The plain form is not clearly faster than the train form here." in out.splitlines()
+    return f"{tmp_path / 'net.py'}:make_net"
+
+
+def test_several_models_and_batch_sizes(repvgg, net):
+    outcome = repvgg("bench", "repvgg_t0", net, "--baseline", "make_net", "--input-size", 9, "--batch", "2,1")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    names = [f"repvgg_t0, {form}" for form in FORMS] + [net]
+    for batch in ("batch 2", "batch 1"):
+        start = lines.index(batch)
+        assert lines[start + 1].split()[0] == "model"
+        assert [" ".join(row.split()[:-5]) for row in lines[start + 2 : start + 6]] == names
+        assert lines[start + 5].split()[-2:] == ["1.00", "1.00-1.00"], "the baseline is as fast as itself"
+    start = next(i for i, line in enumerate(lines) if "ms for one image" in line)
+    assert [row.split("  ")[0] for row in lines[start + 1 : start + 5]] == names
+
+
+def test_a_model_of_somebody_else_alone_has_three_forms_too(repvgg, net):
+    result = json.loads(repvgg("bench", net, "--input-size", 9, "--json").out)
+    assert [timing["name"] for timing in result["timings"]] == FORMS
+
+
+def test_the_papers_protocol(repvgg):
+    outcome = repvgg("bench", "repvgg_t0", "--protocol", "paper", "--input-size", 8, "--json")
+    result = json.loads(outcome.out)
+    assert (result["settings"]["batches"], result["settings"]["rounds"]) == ([2], 3)
+    assert {timing["rounds"] for timing in result["timings"]} == {3}
+    title = repvgg("bench", "repvgg_t0", "--protocol", "paper", "--input-size", 8).out.splitlines()[0]
+    assert "mean ms" in title
+
+
+def test_a_plain_checkpoint_beside_others(repvgg, files, tmp_path):
+    plain = create_model("repvgg_t0", plain=True)
+    save(tmp_path / "plain.safetensors", plain, describe_model(plain, "plain"))
+    out = repvgg("bench", tmp_path / "plain.safetensors", "repvgg_t0", "--input-size", 8).out
+    assert out.splitlines()[1].startswith(f"{tmp_path / 'plain.safetensors'}  ")
+
+
+def test_denormal_weights_are_told_of_and_flushed_on_request(repvgg, tmp_path):
+    model = create_model("repvgg_t0").eval()
+    with torch.no_grad():
+        model.head.weight.fill_(1e-39)
+    save(tmp_path / "tiny.safetensors", model, describe_model(model, "train"))
+    out = repvgg("bench", tmp_path / "tiny.safetensors", "--input-size", 8).out
+    assert "train form: 128,000 of " in out
+    assert "--flush-denormal takes them for 0" in out
+    flushed = repvgg("bench", tmp_path / "tiny.safetensors", "--input-size", 8, "--flush-denormal", "--json")
+    assert json.loads(flushed.out)["denormals"]["plain form"]["activations"] == 0
+    assert (torch.tensor(1e-30) * 1e-9).view(torch.int32), "afterwards as before"
+
+
+def test_a_model_without_memory_is_told_of_and_the_rest_goes_on(repvgg, monkeypatch):
+    def hungry(model, *, prove):
+        return nn.Sequential(Hungry()), None
+
+    monkeypatch.setattr(candidates, "fold_batch_norms", hungry)
+    outcome = repvgg("bench", "repvgg_t0", "--input-size", 8)
+    assert outcome.code == 0
+    assert "batch norms folded: out of memory (DefaultCPUAllocator: can't allocate memory)" in outcome.out
+    rows = outcome.out.splitlines()
+    assert [" ".join(row.split()[:-5]) for row in rows[1:3]] == ["train form", "plain form"]
+
+
+def test_what_the_memory_of_a_cpu_surely_cannot_hold_is_not_tried(repvgg, refused, monkeypatch):
+    """For 32 images of 32x32 the train form holds 7.7 MB of activations at its peak, the plain form 5.6."""
+    monkeypatch.setattr(sweep, "available_memory", lambda device: 6.5e6)
+    outcome = repvgg("bench", "repvgg_t0", "--batch", "1,32", "--json")
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    lost = {row["name"]: row["reason"] for row in result["failures"]}
+    assert "train form" in lost
+    assert "plain form" not in lost
+    assert lost["train form"].endswith("0.0 GB are free")
+    assert {row["name"] for row in result["timings"] if row["batch"] == 1} == set(FORMS)
+    monkeypatch.setattr(sweep, "available_memory", lambda device: 0)
+    assert "not enough memory for any of these" in refused("bench", "repvgg_t0", "--batch", 2)
+
+
+class Hungry(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(("after", "code", "kept"), [(2, 130, 0), (4, 130, 4), (8, 130, 5)])
+def test_ctrl_c_keeps_what_was_measured(repvgg, monkeypatch, after, code, kept):
+    """Five rounds of each of two batch sizes; the second has had 3 rounds when the eighth reading comes."""
+    monkeypatch.setattr(sweep, "take_readings", interrupted_after(after, sweep.take_readings))
+    outcome = repvgg("bench", "repvgg_t0", "--input-size", 8, "--batch", "1,2", "--rounds", 5, "--json")
+    assert outcome.code == code
+    if not kept:
+        assert (outcome.out, outcome.err) == ("", "interrupted\n")
+        return
+    result = json.loads(outcome.out)
+    assert not result["complete"]
+    assert result["timings"][0]["rounds"] == kept
+    assert {timing["batch"] for timing in result["timings"]} == ({1, 2} if after == 8 else {1})
+
+
+def interrupted_after(readings, take):
+    """``take_readings`` that ends by Ctrl-C after so many readings in all."""
+    left = [readings]
+
+    def taking(calls, protocol, on_reading, **more):
+        def keep(reading):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            on_reading(reading)
+
+        return take(calls, protocol, keep, **more)
+
+    return taking
 
 
 def test_a_name_wins_over_a_file_of_that_name(repvgg, tmp_path, monkeypatch):
@@ -68,6 +217,34 @@ def test_models_that_cannot_be_timed(refused, files, tmp_path):
     assert "There is no file" in refused("bench", tmp_path / "missing.safetensors")
     assert "There is a folder" in refused("bench", tmp_path)
     assert "did you mean repvgg_a0" in refused("bench", "repvgg_a00")
+    assert "did you mean resnet18" in refused("bench", "repvgg_t0", "resnet81")
+    assert "each once" in refused("bench", "repvgg_t0", "repvgg_t0")
+    assert "did you mean 'repvgg_t0'" in refused("bench", "repvgg_t0", "--baseline", "repvgg_t1")
+
+
+def test_images_that_a_network_does_not_take(refused, net):
+    said = refused("bench", "repvgg_t0", net, "--input-size", 8, "--dtype", "float16")
+    assert "cannot run on images of 1 x 3 x 8 x 8 in float16: " in said
+    assert "mat1 and mat2 shapes cannot be multiplied" in said
+    assert "Take another size or dtype." in said
+
+
+def test_devices_that_are_not_there(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device here" in refused("bench", "repvgg_t0", "--device", "cuda")
+    assert "take --device cuda" in refused("bench", "repvgg_t0", "--dtype", "tf32")
+
+
+def test_what_cannot_be_compiled(refused, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: Uncompilable())
+    assert "No C++ compiler found. Take another size or dtype, or leave out --compile." in refused(
+        "bench", "repvgg_t0", "--input-size", 8, "--compile"
+    )
+
+
+class Uncompilable(nn.Module):
+    def forward(self, x):
+        raise ValueError("No C++ compiler found.\nTraceback of a compiler")
 
 
 @pytest.mark.parametrize("arguments", [("--batch", "x"), ("--dtype", "int8"), ("--rounds", "1.5")])
@@ -85,14 +262,14 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
     """A bar that a thread draws would take its time from what is being timed."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
     seen = []
+    take = sweep.take_readings
 
-    def comparing(calls, *, rounds, on_progress):
+    def taking(*arguments, **more):
         seen.append({thread.name for thread in threading.enumerate()})
-        on_progress(1, rounds)
-        return compare(calls, rounds=1, warmup_seconds=0.0, min_round_seconds=1e-4)
+        return take(*arguments, **more)
 
     before = {thread.name for thread in threading.enumerate()}
-    monkeypatch.setattr("repvgg.measure.compare", comparing)
+    monkeypatch.setattr(sweep, "take_readings", taking)
     outcome = repvgg("bench", files.train, "--rounds", 2)
     assert outcome.code == 0
     assert "rounds" in outcome.err

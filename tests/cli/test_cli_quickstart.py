@@ -14,7 +14,7 @@ from repvgg.data import OpenedData
 from repvgg.data.parts import ArrayPart
 from repvgg.data.sources import open_source
 from repvgg.errors import OutputError
-from repvgg.measure import compare
+from repvgg.measure import SpeedProtocol, compare
 from repvgg.studies import page
 from repvgg.studies import quickstart as study
 from repvgg.training import quickstart as recipe
@@ -35,8 +35,8 @@ def one_epoch(seed):
     return replace(config, epochs=1, optim=replace(config.optim, warmup_epochs=0.5))
 
 
-def quick_compare(calls, *, rounds):
-    return compare(calls, rounds=min(rounds, 3), warmup_seconds=0.0, min_round_seconds=1e-4)
+def quick_compare(calls):
+    return compare(calls, SpeedProtocol(rounds=3, warmup_seconds=0.0, min_round_seconds=1e-4))
 
 
 @pytest.fixture(scope="module")

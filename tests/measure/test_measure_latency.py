@@ -2,40 +2,27 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from measure_helpers import Clock, Interrupting
 
 from repvgg.errors import UsageError
-from repvgg.measure import compare, environment
+from repvgg.measure import PAPER, SpeedProtocol, WallClock, compare, ratio
+
+SHORT = SpeedProtocol(rounds=4, min_round_seconds=1.0, warmup_seconds=1.0)
+MANY = replace(SHORT, rounds=9)
 
 
-class Clock:
-    """Seconds that pass only where a candidate says so."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.log: list[str] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def candidate(self, name, seconds):
-        """A call that takes ``seconds``, or ``seconds(n)`` the n-th time, counted from 0."""
-        calls = 0
-
-        def call() -> None:
-            nonlocal calls
-            self.now += seconds(calls) if callable(seconds) else seconds
-            self.log.append(name)
-            calls += 1
-
-        return call
-
-
-def timed(clock, candidates, **options):
-    defaults = {"rounds": 4, "min_round_seconds": 1.0, "warmup_seconds": 1.0, "clock": clock}
-    return compare({name: clock.candidate(name, s) for name, s in candidates.items()}, **defaults | options)
+def timed(clock, candidates, *, protocol=SHORT, on_progress=None, baseline=None, **changes):
+    return compare(
+        {name: clock.candidate(name, s) for name, s in candidates.items()},
+        replace(protocol, **changes),
+        stopwatch=WallClock(clock),
+        on_progress=on_progress,
+        baseline=baseline,
+    )
 
 
 def test_medians_and_speed_ups():
@@ -84,26 +71,11 @@ def test_warming_up_lasts_and_the_first_call_does_not_count():
     assert clock.log == ["a"] * (1 + 5 + 3)
 
 
-class Interrupting:
-    """Raises Ctrl-C at one call."""
-
-    def __init__(self, call, at: int) -> None:
-        self.call, self.left = call, at
-
-    def __call__(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        self.call()
-
-
 @pytest.mark.parametrize("complete", [3, 5])
 def test_ctrl_c_keeps_complete_rounds(complete):
     clock = Clock()
     b = Interrupting(clock.candidate("b", 1.0), at=2 + complete)
-    timings = compare(
-        {"a": clock.candidate("a", 2.0), "b": b}, rounds=9, min_round_seconds=1.0, warmup_seconds=1.0, clock=clock
-    )
+    timings = compare({"a": clock.candidate("a", 2.0), "b": b}, MANY, stopwatch=WallClock(clock))
     assert [timing.rounds for timing in timings] == [complete, complete]
     assert timings[1].ratio_to_baseline == 2.0
 
@@ -113,7 +85,7 @@ def test_ctrl_c_with_too_few_rounds_is_passed_on(calls):
     clock = Clock()
     a = Interrupting(clock.candidate("a", 1.0), at=calls)
     with pytest.raises(KeyboardInterrupt):
-        compare({"a": a}, rounds=9, min_round_seconds=1.0, warmup_seconds=1.0, clock=clock)
+        compare({"a": a}, MANY, stopwatch=WallClock(clock))
     assert gc.isenabled()
     assert not torch.is_inference_mode_enabled()
 
@@ -131,14 +103,15 @@ def test_candidates_run_in_inference_mode_without_the_collector():
         clock.now += 1.0
         seen.add((torch.is_inference_mode_enabled(), gc.isenabled()))
 
-    compare({"a": call}, rounds=1, min_round_seconds=1.0, warmup_seconds=1.0, clock=clock)
+    compare({"a": call}, replace(SHORT, rounds=1), stopwatch=WallClock(clock))
     assert seen == {(True, False)}
     assert gc.isenabled()
     assert not torch.is_inference_mode_enabled()
 
 
 def test_the_real_clock_works_too():
-    first, second = compare({"a": lambda: sum(range(200)), "b": lambda: None}, rounds=3, warmup_seconds=0.0)
+    protocol = SpeedProtocol(rounds=3, warmup_seconds=0.0)
+    first, second = compare({"a": lambda: sum(range(200)), "b": lambda: None}, protocol)
     assert first.median_seconds > 0.0
     assert second.q1 <= second.median_seconds <= second.q3
 
@@ -148,6 +121,7 @@ def test_the_real_clock_works_too():
     [
         ({}, {}),
         ({"a": 1.0}, {"rounds": 0}),
+        ({"a": 1.0}, {"batch": 0}),
         ({"a": 1.0}, {"baseline": "b"}),
         ({"a": 1.0}, {"min_round_seconds": 0.0}),
     ],
@@ -164,9 +138,77 @@ def test_a_timing_reads_well_and_is_json():
     assert json.loads(json.dumps(fast.to_dict(), allow_nan=False))["ratio_to_baseline"] == 1.5
 
 
-def test_the_environment_is_a_stamp_of_words():
-    stamp = environment()
-    assert stamp["torch"] == torch.__version__
-    assert stamp["threads"] == str(torch.get_num_threads())
-    assert {"cpu", "cores", "instructions", "python", "platform"} <= stamp.keys()
-    assert all(isinstance(value, str) and value for value in stamp.values())
+def test_the_papers_protocol_takes_one_after_the_other():
+    clock = Clock()
+    few = replace(PAPER, rounds=3, warmup_calls=4)
+    a, b = timed(clock, {"a": 4.0, "b": lambda n: [1.0, 2.0, 3.0][n % 3]}, protocol=few)
+    assert "".join(clock.log) == "a" * 7 + "b" * 7, "4 calls to warm up, 3 that are timed"
+    assert (a.mean_seconds, b.mean_seconds, b.rounds) == (4.0, 2.0, 3)
+    assert b.ratio_to_baseline == 2.0, "the ratio of the means"
+    assert (b.ratio_q1, b.ratio_q3) == (4.0 / 2.5, 4.0 / 1.5), "nothing cancels: the spreads of both"
+
+
+def test_the_papers_protocol_is_that_of_section_4_1():
+    assert (PAPER.warmup_calls, PAPER.rounds, PAPER.batch, PAPER.interleaved) == (50, 50, 128, False)
+    clock = Clock()
+    timed(clock, {"a": 0.5}, protocol=PAPER)
+    assert len(clock.log) == 100
+
+
+def test_ctrl_c_in_the_papers_protocol_keeps_those_that_are_measured():
+    clock = Clock()
+    few = replace(PAPER, rounds=3, warmup_calls=2)
+    b = Interrupting(clock.candidate("b", 1.0), at=2 + 2)
+    (a,) = compare({"a": clock.candidate("a", 2.0), "b": b}, few, stopwatch=WallClock(clock))
+    assert (a.name, a.rounds) == ("a", 3)
+
+
+class Greedy:
+    """Runs out of memory at one call, as PyTorch says it."""
+
+    def __init__(self, call, at: int) -> None:
+        self.call, self.left = call, at
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        self.call()
+
+
+@pytest.mark.parametrize("protocol", [SHORT, replace(PAPER, rounds=4, warmup_calls=2)])
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_candidate_without_memory_is_told_of_and_the_others_go_on(protocol, calls):
+    clock, told = Clock(), {}
+    candidates = {"a": 1.0, "b": 1.0, "c": 2.0}
+    made = {name: clock.candidate(name, seconds) for name, seconds in candidates.items()}
+    made["b"] = Greedy(made["b"], at=calls)
+    timings = compare(made, protocol, stopwatch=WallClock(clock), on_failure=told.__setitem__)
+    assert [(timing.name, timing.rounds) for timing in timings] == [("a", 4), ("c", 4)]
+    assert timings[1].ratio_to_baseline == 0.5
+    assert list(told) == ["b"]
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        compare({"b": Greedy(made["b"].call, at=calls)}, protocol, stopwatch=WallClock(clock))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def broken() -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="multiplied"):
+        compare({"a": broken}, SHORT, on_failure=lambda *_: None)
+
+
+def test_where_the_baseline_has_no_memory_the_first_that_has_takes_its_place():
+    clock = Clock()
+    made = {"a": Greedy(lambda: None, at=0), "b": clock.candidate("b", 2.0), "c": clock.candidate("c", 1.0)}
+    b, c = compare(made, SHORT, stopwatch=WallClock(clock), on_failure=lambda *_: None)
+    assert (b.baseline, c.baseline, c.ratio_to_baseline) == ("b", "b", 2.0)
+    assert compare({"a": made["a"]}, SHORT, on_failure=lambda *_: None) == []
+
+
+def test_ratios_of_any_two():
+    readings = [{"a": 4.0, "b": 2.0, "c": 1.0}, {"a": 9.0, "b": 3.0}]
+    assert ratio(readings, "b", "a").median == 2.5
+    assert ratio(readings, "c", "b").median == 2.0
+    assert ratio(readings, "a", "a").median == 1.0

@@ -12,13 +12,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from repvgg.errors import RepvggError, UsageError
+from repvgg.errors import RepvggError, UsageError, is_out_of_memory
 
 _DIFFERENT, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ABOUT = "Train multi-branch networks, ship plain ones, and know that they are equal."
 _WIDEST = 100  # columns of help, on terminals that are wider
 
-_READ_THEIR_OWN = ("train",)  # verbs whose defaults depend on what is asked for
+_READ_THEIR_OWN = ("train", "study")  # verbs whose defaults depend on what is asked for
 
 Verb = Callable[..., int | None]
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RepvggError as error:
         return _complain(error)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _complain("There is not enough memory for this: take smaller or fewer images.")
     except KeyboardInterrupt:
@@ -51,12 +51,6 @@ def _complain(what: object) -> int:
     return _BAD_INPUT
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """PyTorch has a class of its own for an accelerator without memory, and none for the CPU."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
 def _verbs() -> dict[str, Verb]:
     from repvgg.cli import checkpoint
     from repvgg.cli.bench import bench
@@ -65,19 +59,23 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.data import check
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
+    from repvgg.cli.profile import profile
     from repvgg.cli.quickstart import quickstart
+    from repvgg.cli.study import study
     from repvgg.cli.train import train
     from repvgg.cli.verify import verify
 
     return {
         "quickstart": quickstart,
         "list": list_,
+        "profile": profile,
         "train": train,
         "eval": eval_,
         "collapse": collapse,
         "convert": convert,
         "verify": verify,
         "bench": bench,
+        "study": study,
         "data check": check,
         "checkpoint inspect": checkpoint.inspect,
         "checkpoint convert": checkpoint.convert,
@@ -141,10 +139,15 @@ def _overview(verbs: dict[str, Verb]) -> str:
 
 
 def description(verb: Verb) -> str:
-    """What the help of a verb says on top, indented: tyro joins lines that are not."""
+    """What the help of a verb says on top."""
+    return in_help(_paragraphs(verb))
+
+
+def in_help(paragraphs: Sequence[str]) -> str:
+    """Paragraphs as wide as the terminal, and indented: tyro joins lines that are not."""
     wrapped = [
         textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _width() - 2), "  ")
-        for part in _paragraphs(verb)
+        for part in paragraphs
     ]
     return "\n\n".join(wrapped)
 

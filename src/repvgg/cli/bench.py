@@ -2,109 +2,122 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from repvgg.errors import UsageError
+from repvgg.measure import Setting
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from repvgg.measure import Timing
-    from repvgg.models import RepVGG
+    from repvgg.measure import SpeedProtocol, Timing
+    from repvgg.studies.candidates import Candidate
+    from repvgg.studies.sweep import BatchResult, SweepResult
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-_TITLES = ("form", "median ms", "quartiles", "images/s", "speed-up", "quartiles")
+_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting(Setting):
+    __doc__ = Setting.__doc__
+    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
 
 
 def bench(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "repvgg_a0",
-    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 1,
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ("repvgg_a0",),
+    baseline: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="MODEL")] = None,
+    batch: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="IMAGES")] = None,
     input_size: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="PIXELS")] = None,
-    rounds: int = 30,
-    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
-    dtype: Dtype = "float32",
-    channels_last: bool = False,
+    protocol: Literal["interleaved", "paper"] = "interleaved",
+    rounds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    setting: Annotated[_Setting, tyro.conf.arg(name="")] = _Setting(),
+    engine: Literal["torch"] = "torch",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Time a model on this CPU in its three forms: train form, batch norms folded, plain.
+) -> int:
+    """Time networks side by side: one in its three forms, or several against each other.
 
-    Every round times each form once, so that a slow spell of the machine hits all alike; times are medians with
-    quartiles, speed-ups are taken within each round. Ctrl-C stops early and keeps what was measured.
+    Models of ours are timed in train form, with batch norms folded, and in plain form; others as they would be
+    deployed, with batch norms (and branches, where that is exact) folded. Models by name have random weights.
+
+    The interleaved protocol is fit for machines on which other things happen: every round times each network once, so
+    that a slow spell hits all alike; times are medians with quartiles, speed-ups are taken within each round. The
+    paper's (§4.1): batches of 128, 50 to warm up and 50 that are timed, one network after the other; times are means.
+    One image at a time is latency: on a GPU each call waits for its answer. Larger batches follow each other.
+
+    What does not fit in memory is told of, and the rest goes on. Ctrl-C stops early and keeps what was measured.
 
         repvgg bench repvgg_a0 --threads 1
+        repvgg bench repvgg_a0 resnet18 --baseline resnet18 --batch 1,8,32
+        repvgg bench repvgg_a2 resnet50 --protocol paper --device cuda
         repvgg bench train.safetensors --batch 16 --dtype bfloat16
 
     Args:
-        model: a name from 'repvgg list' (random weights), or a checkpoint in the train form.
-        batch: images a call.
-        input_size: height and width; without it what the model is made for.
-        rounds: how often each form is timed.
-        threads: CPU threads; without it what PyTorch takes.
-        dtype: of weights and images.
-        channels_last: keep images and weights in NHWC.
+        models: names from 'repvgg list', baselines such as resnet50, timm:NAME, torchvision:NAME, FILE.py:FACTORY, or
+            checkpoints.
+        baseline: the one that speed-ups refer to; without it the first.
+        batch: images a call, or several numbers with commas between; without it 1, or what the protocol says.
+        input_size: height and width; without it what each model is made for.
+        protocol: how often and in which order.
+        rounds: how often each network is timed; without it what the protocol says.
+        setting: where and in which numbers.
+        engine: what runs the networks.
         as_json: print JSON; times are in seconds.
     """
     from repvgg.cli.terminal import write_json
-    from repvgg.errors import UsageError
-    from repvgg.modes import threads as using
+    from repvgg.measure import environment
+    from repvgg.studies.candidates import baseline_among, candidates_of
+    from repvgg.studies.sweep import sweep
 
-    if min(batch, rounds, *(number for number in (input_size, threads) if number is not None)) < 1:
-        raise UsageError("Batch, input size, rounds and threads are all at least 1.")
-    train, size = _model(model, input_size)
-    with using(threads):
-        timings, stamp = _measure(train, batch, size, rounds, dtype, channels_last)
-    settings = {"model": model, "batch": batch, "input_size": size, "dtype": dtype, "channels_last": channels_last}
+    plan, batches = _plan(protocol, rounds, batch, input_size)
+    with setting.applied():
+        stamp = environment()
+        candidates = candidates_of(models, input_size)
+        base = baseline_among(candidates, baseline)
+        with _progress() as on_progress:
+            result = sweep(candidates, batches, setting, plan, baseline=base, engine=engine, on_progress=on_progress)
+    _refuse_nothing(result)
+    settings = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
+    settings |= {"rounds": plan.rounds, "engine": engine, **dataclasses.asdict(setting)}
     if as_json:
-        entries = [timing.to_dict() for timing in timings]
-        write_json({"timings": entries, "settings": settings, "environment": stamp})
+        write_json(_as_data(result) | {"settings": settings, "environment": stamp})
     else:
-        _print(timings, batch)
-        _print_stamp(settings, stamp)
+        _print(result, candidates, plan)
+        _print_stamp(settings, candidates, stamp)
+    return 0 if result.complete else _INTERRUPTED
 
 
-def _model(name: str, input_size: int | None) -> tuple[RepVGG, int]:
-    from repvgg.errors import CheckpointError
-    from repvgg.models import create_model, list_models, load, spec_of
+def _plan(
+    protocol: str, rounds: int | None, batch: str | None, input_size: int | None
+) -> tuple[SpeedProtocol, tuple[int, ...]]:
+    from repvgg.measure import PROTOCOLS
 
-    path = Path(name)
-    if name in list_models() or not (path.suffix or len(path.parts) > 1 or path.exists()):
-        spec = spec_of(name)
-        return create_model(spec).eval(), input_size or spec.input_size
-    loaded = load(path)
-    if loaded.metadata.form == "plain":
-        raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
-    return loaded.model, input_size or loaded.metadata.input_size
+    plan = PROTOCOLS[protocol]
+    batches = (plan.batch,) if batch is None else _numbers(batch)
+    if min(*batches, 1 if rounds is None else rounds, 1 if input_size is None else input_size) < 1:
+        raise UsageError("Batch, input size, rounds and threads are all at least 1.")
+    return (plan if rounds is None else dataclasses.replace(plan, rounds=rounds)), batches
 
 
-def _measure(
-    train: RepVGG, batch: int, size: int, rounds: int, dtype: Dtype, channels_last: bool
-) -> tuple[list[Timing], dict[str, str]]:
-    import torch
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--batch takes a number, or several with commas between as in 1,8,32, not {text!r}."
+        ) from error
 
-    from repvgg.collapse import fold_batch_norms, reparameterize
-    from repvgg.measure import compare, environment
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    forms = {
-        "train form": train,
-        "batch norms folded": fold_batch_norms(train)[0],
-        "plain form": reparameterize(train)[0],
-    }
-    images = torch.randn(batch, train.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    images = images.to(dtype=getattr(torch, dtype), memory_format=layout)
-    calls = {}
-    for name, form in forms.items():
-        form.to(getattr(torch, dtype)).to(memory_format=layout)
-        calls[name] = partial(form, images)
-    with _progress(rounds) as on_progress:
-        return compare(calls, rounds=rounds, on_progress=on_progress), environment()
+def _refuse_nothing(result: SweepResult) -> None:
+    if not any(one.names for one in result.batches):
+        raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")
 
 
 @contextmanager
-def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal, beside standard output; nothing elsewhere. Drawn between rounds, not while one runs."""
     from rich.console import Console
     from rich.progress import Progress
@@ -114,33 +127,115 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("rounds", total=rounds)
+        task = progress.add_task("rounds", total=None)
         progress.refresh()
         yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
 
 
-def _print(timings: list[Timing], batch: int) -> None:
+def _as_data(result: SweepResult) -> dict[str, Any]:
+    failures = [
+        {"batch": one.batch, "name": name, "reason": why}
+        for one in result.batches
+        for name, why in one.failures.items()
+    ]
+    return {
+        "timings": [{"batch": one.batch, **timing.to_dict()} for one in result.batches for timing in one.timings],
+        "failures": failures,
+        "denormals": {name: found.to_dict() for name, found in result.denormals.items()},
+        "complete": result.complete,
+    }
+
+
+def _print(result: SweepResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
+    from repvgg.cli.terminal import write_line
+
+    for one in result.batches:
+        if len(result.batches) > 1:
+            write_line(f"batch {one.batch}")
+        _print_batch(one, candidates, plan)
+        if len(result.batches) > 1:
+            write_line()
+    if len(result.batches) > 1:
+        _print_best(result, plan)
+    for name, found in result.denormals.items():
+        if found:
+            write_line(f"{name}: {found}; they slow some CPUs down, --flush-denormal takes them for 0")
+
+
+def _print_batch(one: BatchResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
     from repvgg.cli.terminal import write_line, write_table
 
-    write_table([_TITLES, *(_cells(timing, batch) for timing in timings)])
-    if timings[-1].ratio_q1 <= 1:
-        write_line("The plain form is not clearly faster than the train form here.")
-    write_line(f"{timings[0].rounds} rounds")
+    average = "median" if plan.interleaved else "mean"
+    several = len({candidate.model for candidate in candidates}) > 1
+    titles = ("model" if several else "form", f"{average} ms", "quartiles", "images/s", "speed-up", "quartiles")
+    if one.names:
+        write_table([titles, *(_cells(timing, one.batch, plan) for timing in one.timings)])
+    for name, reason in one.failures.items():
+        write_line(f"{name}: out of memory ({reason})")
+    for line in _verdicts(one, candidates):
+        write_line(line)
+    fewest = min((timing.rounds for timing in one.timings), default=0)
+    if fewest:
+        stopped = "" if fewest == plan.rounds else f", interrupted before {plan.rounds}"
+        write_line(f"{fewest} rounds{stopped}; speed-ups over {one.timings[0].baseline}")
 
 
-def _print_stamp(settings: dict[str, Any], stamp: dict[str, str]) -> None:
+def _verdicts(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str]:
+    """What the plain forms have to answer for: that they are faster than their train form, and than the baseline."""
+    from repvgg.studies.candidates import PLAIN, TRAIN
+
+    names = {(candidate.model, candidate.form): candidate.name for candidate in candidates}
+    base = next(candidate for candidate in candidates if candidate.name == one.baseline)
+    for candidate in candidates:
+        train = names.get((candidate.model, TRAIN))
+        if candidate.form != PLAIN or train is None:
+            continue
+        whose = "The plain form" if candidate.name == PLAIN else f"The plain form of {candidate.model}"
+        others = {train: "the train form"} | ({base.name: base.name} if base.model != candidate.model else {})
+        for other, words in others.items():
+            faster = one.ratio(candidate.name, other)
+            if faster and faster.q1 <= 1:
+                yield f"{whose} is not clearly faster than {words} here."
+
+
+def _seconds(timing: Timing, plan: SpeedProtocol) -> float:
+    return timing.median_seconds if plan.interleaved else timing.mean_seconds
+
+
+def _cells(timing: Timing, batch: int, plan: SpeedProtocol) -> tuple[str, ...]:
+    seconds = _seconds(timing, plan)
+    average, q1, q3 = (f"{1e3 * value:.2f}" for value in (seconds, timing.q1, timing.q3))
+    ratios = f"{timing.ratio_q1:.2f}-{timing.ratio_q3:.2f}"
+    speed = f"{batch / seconds:.1f}"
+    return (timing.name, average, f"{q1}-{q3}", speed, f"{timing.ratio_to_baseline:.2f}", ratios)
+
+
+def _print_best(result: SweepResult, plan: SpeedProtocol) -> None:
+    """Latency of one image, and the highest throughput of all batch sizes."""
+    from repvgg.cli.terminal import write_table
+
+    names = dict.fromkeys(name for one in result.batches for name in one.names)
+    rows = []
+    for name in names:
+        found = {one.batch: _seconds(t, plan) for one in result.batches for t in one.timings if t.name == name}
+        best = max(found, key=lambda size: size / found[size])
+        latency = f"{1e3 * found[1]:.2f}" if 1 in found else "-"
+        rows.append((name, latency, f"{best / found[best]:.1f}", str(best)))
+    write_table([("model", "ms for one image", "most images/s", "at batch"), *rows])
+
+
+def _print_stamp(settings: dict[str, Any], candidates: Sequence[Candidate], stamp: dict[str, str]) -> None:
     from repvgg.cli.terminal import write_line
 
     layout = "channels_last" if settings["channels_last"] else "contiguous"
-    size = f"batch {settings['batch']}, {settings['input_size']} x {settings['input_size']}"
-    write_line(f"{settings['model']}: {size}, {settings['dtype']}, {layout}, {stamp['threads']} threads")
-    write_line(f"{stamp['cpu']}, {stamp['instructions']}, {stamp['cores']} cores")
+    sizes = " and ".join(dict.fromkeys(f"{one.image[1]} x {one.image[2]}" for one in candidates))
+    batches = ", ".join(map(str, settings["batches"]))
+    more = [text for flag, text in (("compile", "compiled"), ("flush_denormal", "denormals flushed")) if settings[flag]]
+    what = [f"batch {batches}", sizes, settings["dtype"], layout, *more, f"{stamp['threads']} threads"]
+    write_line(f"{', '.join(settings['models'])}: {', '.join(what)}, protocol {settings['protocol']}")
+    if "gpu" in stamp:
+        write_line(f"{stamp['gpu']}, driver {stamp.get('driver', 'unknown')}, CUDA {stamp.get('cuda', 'unknown')}")
+    about = {"governor": "governor {}", "load": "load {} at the start"}
+    cpu = [words.format(stamp[key]) for key, words in about.items() if key in stamp]
+    write_line(", ".join((stamp["cpu"], stamp["instructions"], f"{stamp['cores']} cores", *cpu)))
     write_line(f"PyTorch {stamp['torch']}, Python {stamp['python']}, {stamp['platform']}")
-
-
-def _cells(timing: Timing, batch: int) -> tuple[str, ...]:
-    milliseconds = [1e3 * seconds for seconds in (timing.median_seconds, timing.q1, timing.q3)]
-    median, q1, q3 = (f"{value:.2f}" for value in milliseconds)
-    ratio = f"{timing.ratio_to_baseline:.2f}"
-    ratios = f"{timing.ratio_q1:.2f}-{timing.ratio_q3:.2f}"
-    return (timing.name, median, f"{q1}-{q3}", f"{batch / timing.median_seconds:.1f}", ratio, ratios)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from repvgg.errors import UsageError
+from repvgg.measure.protocol import INTERLEAVED, OnFailure, Reading, SpeedProtocol, take_readings
+from repvgg.measure.stopwatch import Call, Stopwatch
 
 _FEWEST_ROUNDS = 3
 
-Call = Callable[[], object]
-Clock = Callable[[], float]
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as another one, with the quartiles that show the spread."""
+
+    median: float
+    q1: float
+    q3: float
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Timing:
         median_seconds: over the rounds.
         q1: lower quartile.
         q3: upper quartile.
-        rounds: complete rounds.
-        ratio_to_baseline: the speed-up, the median over the rounds of (baseline's time / this time). Each ratio is
-            taken within one round, so that a slow spell of the machine cancels. 1 for the baseline itself.
+        rounds: readings of this candidate.
+        ratio_to_baseline: the speed-up, see :func:`ratio`. 1 for the baseline itself.
         ratio_q1: lower quartile of these ratios.
         ratio_q3: upper quartile.
+        mean_seconds: over the rounds, which is what the paper prints.
+        baseline: the candidate that ratios refer to.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Timing:
     ratio_to_baseline: float
     ratio_q1: float
     ratio_q3: float
+    mean_seconds: float
+    baseline: str
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON knows them."""
@@ -60,147 +63,95 @@ class Timing:
 
 def compare(
     candidates: Mapping[str, Call],
+    protocol: SpeedProtocol = INTERLEAVED,
     *,
-    rounds: int = 30,
-    min_round_seconds: float = 0.01,
-    warmup_seconds: float = 0.5,
     baseline: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    clock: Clock = time.perf_counter,
+    on_failure: OnFailure | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> list[Timing]:
-    """Time the candidates against each other, interleaved, in ``torch.inference_mode``.
-
-    Each round times every candidate once, and each round starts with the next one. A candidate that takes less than
-    ``min_round_seconds`` is called 2, 4, 8, … times in a row and the mean is taken. Python's garbage collector is off
-    meanwhile. Where CUDA is in use the device is synchronized before the clock is read.
+    """Time the candidates against each other, in ``torch.inference_mode``.
 
     Ctrl-C stops early and keeps what was measured, if at least 3 rounds were complete.
 
     Args:
         candidates: name to a call without arguments.
-        rounds: how many.
-        min_round_seconds: the shortest time worth reading off the clock, above 0.
-        warmup_seconds: how long each candidate is called before the first round; at least two calls.
+        protocol: how often and in which order.
         baseline: the candidate that ratios refer to; None for the first.
-        on_progress: called after each round with the rounds done and ``rounds``.
-        clock: seconds from any origin; a test puts in its own.
+        on_progress: called after each round with the rounds done and the rounds in all.
+        on_failure: told of a candidate that ran out of memory; the others go on without it. None raises.
+        stopwatch: None takes the clock of this machine.
 
     Returns:
-        One :class:`Timing` a candidate, in their order.
+        One :class:`Timing` for each candidate that was measured, in their order.
 
     Raises:
-        UsageError: there are no candidates, no rounds, no time in a round, or no candidate called ``baseline``.
+        UsageError: there are no candidates, or none is called ``baseline``.
         KeyboardInterrupt: Ctrl-C before 3 rounds were complete.
     """
-    if not candidates or rounds < 1:
-        raise UsageError(f"Measuring needs a candidate and a round, not {len(candidates)} and {rounds}.")
-    if min_round_seconds <= 0.0:
-        raise UsageError(f"A clock cannot read off {min_round_seconds} s: let a round take longer than that.")
-    base = next(iter(candidates)) if baseline is None else baseline
+    base = next(iter(candidates), "") if baseline is None else baseline
     if base not in candidates:
-        raise UsageError(f"The baseline {base!r} is not among {', '.join(candidates)}.")
-    samples: list[dict[str, float]] = []
-    with torch.inference_mode(), _collector_off():
-        calls = {name: _warm_up(call, min_round_seconds, warmup_seconds, clock) for name, call in candidates.items()}
-        try:
-            for sample in _rounds(candidates, calls, rounds, clock):
-                samples.append(sample)
-                if on_progress is not None:
-                    on_progress(len(samples), rounds)
-        except KeyboardInterrupt:
-            if len(samples) < _FEWEST_ROUNDS:
-                raise
-    return [_timing(name, base, samples) for name in candidates]
+        raise UsageError(f"The baseline {base!r} is not among the candidates: {', '.join(candidates) or 'none'}.")
+    readings: list[Reading] = []
+    total = protocol.rounds * (1 if protocol.interleaved else len(candidates))
 
+    def keep(reading: Reading) -> None:
+        readings.append(reading)
+        if on_progress is not None:
+            on_progress(len(readings), total)
 
-def _warm_up(call: Call, min_round_seconds: float, warmup_seconds: float, clock: Clock) -> int:
-    """Call for at least ``warmup_seconds``; return how many calls in a row take ``min_round_seconds``."""
-    call()  # the first may compile, allocate and read files: it says nothing about the others
-    start, calls = clock(), 1
-    while True:
-        short = calls * _mean_seconds(call, calls, clock) < min_round_seconds
-        if not short and clock() - start >= warmup_seconds:
-            return calls
-        calls *= 2 if short else 1
-
-
-def _rounds(
-    candidates: Mapping[str, Call], calls: Mapping[str, int], rounds: int, clock: Clock
-) -> Iterator[dict[str, float]]:
-    """Seconds for a call of each candidate, round by round; round r starts with candidate r."""
-    names = list(candidates)
-    for index in range(rounds):
-        first = index % len(names)
-        order = names[first:] + names[:first]
-        yield {name: _mean_seconds(candidates[name], calls[name], clock) for name in order}
-
-
-def _mean_seconds(call: Call, calls: int, clock: Clock) -> float:
-    _synchronize()
-    start = clock()
-    for _ in range(calls):
-        call()
-    _synchronize()
-    return (clock() - start) / calls
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Collect garbage once, then not until the end."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
     try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        failed = take_readings(candidates, protocol, keep, on_failure=on_failure, stopwatch=stopwatch)
+    except KeyboardInterrupt:
+        if not (kept := measured(readings, _FEWEST_ROUNDS)):
+            raise
+        return summarize(readings, [name for name in candidates if name in kept], base)
+    return summarize(readings, [name for name in candidates if name not in failed], base)
 
 
-def _timing(name: str, base: str, samples: Sequence[Mapping[str, float]]) -> Timing:
-    q1, median, q3 = _quartiles([sample[name] for sample in samples])
-    ratios = [sample[base] / sample[name] for sample in samples]
-    ratio_q1, ratio, ratio_q3 = _quartiles(ratios)
-    return Timing(name, median, q1, q3, len(samples), ratio, ratio_q1, ratio_q3)
+def measured(readings: Sequence[Reading], fewest: int = 1) -> set[str]:
+    """The candidates of which there are so many readings."""
+    names = {name for reading in readings for name in reading}
+    return {name for name in names if len(seconds_of(readings, name)) >= fewest}
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def seconds_of(readings: Sequence[Reading], name: str) -> list[float]:
+    """All readings of one candidate."""
+    return [reading[name] for reading in readings if name in reading]
+
+
+def summarize(readings: Sequence[Reading], names: Sequence[str], baseline: str) -> list[Timing]:
+    """One :class:`Timing` for each of ``names``; where the baseline is not among them, the first takes its place."""
+    base = baseline if baseline in names else next(iter(names), baseline)
+    return [_timing(readings, name, base) for name in names]
+
+
+def _timing(readings: Sequence[Reading], name: str, base: str) -> Timing:
+    own = seconds_of(readings, name)
+    q1, median, q3 = quartiles(own)
+    faster = ratio(readings, name, base)
+    spread = (faster.median, faster.q1, faster.q3)
+    return Timing(name, median, q1, q3, len(own), *spread, statistics.fmean(own), base)
+
+
+def ratio(readings: Sequence[Reading], name: str, baseline: str) -> Ratio:
+    """How many times as fast as ``baseline`` a candidate is.
+
+    Where rounds hold both: the median over the rounds of (baseline's time / this time). Each ratio is taken within one
+    round, so that a slow spell of the machine cancels. Where they were measured one after the other: the ratio of the
+    means, from (baseline's q1 / this q3) to (baseline's q3 / this q1), which is wide, as nothing cancels.
+    """
+    if pairs := [reading[baseline] / reading[name] for reading in readings if {name, baseline} <= reading.keys()]:
+        q1, median, q3 = quartiles(pairs)
+        return Ratio(median, q1, q3)
+    own, base = seconds_of(readings, name), seconds_of(readings, baseline)
+    (own_q1, _, own_q3), (base_q1, _, base_q3) = quartiles(own), quartiles(base)
+    return Ratio(statistics.fmean(base) / statistics.fmean(own), base_q1 / own_q3, base_q3 / own_q1)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile, interpolated between values; of one value, that value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return q1, median, q3
-
-
-def environment() -> dict[str, str]:
-    """Where a measurement was made: processor, its instruction set as PyTorch uses it, cores, threads, versions.
-
-    The GPU is named where CUDA is in use; asking does not start it.
-    """
-    stamp = {
-        "cpu": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": str(os.cpu_count() or "unknown"),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        stamp["gpu"] = torch.cuda.get_device_name()
-    return stamp
-
-
-def _processor() -> str:
-    """The model name of the processor, from Linux's /proc/cpuinfo where there is one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or "unknown"

@@ -1,6 +1,6 @@
 """How many multiply-adds an op does: a rule for each kind of convolution and matrix product, and a list of the rest.
 
-The convention is the paper's (RepVGG, CVPR 2021, §4.1, Table 4): one multiply-add is one FLOP, and only convolutions
+The convention is the paper's (RepVGG, CVPR 2021, §2.4, Table 4): one multiply-add is one FLOP, and only convolutions
 and products of matrices count. Biases, normalization, activations, pooling and interpolation count nothing. Products
 with the zeros of the padding are counted.
 """
@@ -22,15 +22,24 @@ class Work:
 
     Attributes:
         macs: multiply-adds.
-        winograd_muls: multiplications that remain if each stride-1, undilated 3x3 convolution in two dimensions is
-            computed by the Winograd algorithm F(2x2, 3x3), which takes 16 in place of 36 for 2x2 outputs: 4/9.
+        winograd_macs: those of them that a Winograd algorithm can spare some of: stride-1, undilated 3x3 convolutions
+            in two dimensions.
     """
 
     macs: int
-    winograd_muls: int
+    winograd_macs: int = 0
+
+    def muls(self, tile: int = 2) -> int:
+        """Multiplications that remain with Winograd's F(tile x tile, 3x3), where it applies.
+
+        It takes (tile + 2)² in place of 9 · tile² for each tile of outputs: 4/9 for F(2x2, 3x3), which the paper counts
+        (§2.4), and 1/4 for F(4x4, 3x3). Every output size is taken for a multiple of the tile, as the paper does; a
+        real kernel pads an odd one.
+        """
+        return self.macs - self.winograd_macs + self.winograd_macs * (tile + 2) ** 2 // (9 * tile**2)
 
 
-NOTHING = Work(0, 0)
+NOTHING = Work(0)
 
 Rule = Callable[[tuple[Any, ...], Any], Work]
 
@@ -44,7 +53,7 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> Work:
     x, weight, _, stride, _, dilation, transposed = args[:7]
     macs = (x if transposed else out).numel() * math.prod(weight.shape[1:])
     fast = weight.shape[2:] == (3, 3) and {*stride, *dilation} == {1} and not transposed
-    return Work(macs, macs * 4 // 9 if fast else macs)
+    return Work(macs, macs if fast else 0)
 
 
 def _product(left: int, right: int) -> Rule:
@@ -52,24 +61,20 @@ def _product(left: int, right: int) -> Rule:
 
     def rule(args: tuple[Any, ...], out: Any) -> Work:
         a, b = args[left], args[right]
-        return _same(a.numel() * (b.shape[-1] if b.dim() > 1 else 1))
+        return Work(a.numel() * (b.shape[-1] if b.dim() > 1 else 1))
 
     return rule
 
 
 def _linear(args: tuple[Any, ...], out: Tensor) -> Work:
     """``aten.linear(x, weight, …)`` with the weight (O, I)."""
-    return _same(out.numel() * int(args[1].shape[-1]))
+    return Work(out.numel() * int(args[1].shape[-1]))
 
 
 def _attention(args: tuple[Any, ...], out: Any) -> Work:
     """Two products for each query head: (L, E) by (E, S), and (L, S) by (S, Ev); a causal mask spares nothing."""
     query, key, value = args[:3]
-    return _same(query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
-
-
-def _same(macs: int) -> Work:
-    return Work(macs, macs)
+    return Work(query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 RULES: dict[str, Rule] = {
@@ -98,12 +103,12 @@ RULES: dict[str, Rule] = {
 _MAKE_OR_MOVE = """
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias arange bernoulli bernoulli_ cat channel_shuffle
     clone constant_pad_nd contiguous copy copy_ detach embedding empty empty_like empty_strided eye fill fill_ flip
-    full full_like gather im2col index index_put index_put_ index_select lift_fresh linspace masked_select
-    native_channel_shuffle new_empty new_empty_strided new_full new_ones new_zeros nonzero normal normal_ ones
-    ones_like pixel_shuffle pixel_unshuffle rand rand_like randint randn randn_like random_ reflection_pad1d
-    reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d resize_ roll
-    scalar_tensor scatter scatter_ set_ split_with_sizes_copy stack tril triu uniform uniform_ unsafe_split
-    unsafe_split_with_sizes zero zero_ zeros zeros_like
+    full full_like gather im2col index index_copy index_copy_ index_fill index_fill_ index_put index_put_
+    index_select lift_fresh linspace masked_select native_channel_shuffle new_empty new_empty_strided new_full
+    new_ones new_zeros nonzero normal normal_ ones ones_like pixel_shuffle pixel_unshuffle rand rand_like randint
+    randn randn_like random_ reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d
+    replication_pad2d replication_pad3d resize_ roll scalar_tensor scatter scatter_ set_ split_with_sizes_copy stack
+    tril triu uniform uniform_ unsafe_split unsafe_split_with_sizes zero zero_ zeros zeros_like
 """
 _POOL_OR_RESAMPLE = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg.errors import UsageError
+from repvgg.measure.holding import Holding
+from repvgg.measure.places import places_in
 from repvgg.measure.rules import Work, is_known, name_of, work_of
+from repvgg.measure.traffic import Traffic, made_by, tensors_in, traffic_of
 from repvgg.modes import eval_mode
 
 Shape = tuple[int, ...]
@@ -26,12 +29,18 @@ class Op:
         inputs: shapes of the tensors among its arguments, in order.
         outputs: shapes of the tensors that it returned.
         work: its multiply-adds, or None where no rule knows the op.
+        path: of the innermost module that executed it; "" for the model itself.
+        traffic: the bytes that it moves, or None where they are not known.
+        held: bytes of activations in memory while it runs: its outputs, and all that is needed later. Never unknown.
     """
 
     name: str
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
     work: Work | None
+    path: str = ""
+    traffic: Traffic | None = None
+    held: int = 0
 
     @property
     def macs(self) -> int:
@@ -41,7 +50,11 @@ class Op:
     @property
     def winograd_muls(self) -> int:
         """Multiplications with Winograd's F(2x2, 3x3) where it applies; 0 where they are not known."""
-        return self.work.winograd_muls if self.work else 0
+        return self.muls()
+
+    def muls(self, tile: int = 2) -> int:
+        """Multiplications with Winograd's F(tile x tile, 3x3) where it applies; 0 where they are not known."""
+        return self.work.muls(tile) if self.work else 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,24 @@ class Walk:
         return sum(op.winograd_muls for op in self.ops)
 
     @property
+    def bytes_moved(self) -> int:
+        """Bytes read and written, of all ops whose traffic is known."""
+        return sum(op.traffic.moved for op in self.ops if op.traffic)
+
+    @property
+    def peak(self) -> int:
+        """The activation peak in bytes: the most that is held while any op runs; inputs count, parameters do not."""
+        return max((op.held for op in self.ops), default=0)
+
+    @property
     def unknown(self) -> tuple[str, ...]:
         """Names of the ops that no rule knows, sorted: where there are any, the sums are lower bounds."""
         return tuple(sorted({op.name for op in self.ops if op.work is None}))
+
+    @property
+    def unknown_traffic(self) -> tuple[str, ...]:
+        """Names of the ops whose traffic is not known, sorted: where there are any, its sum is a lower bound."""
+        return tuple(sorted({op.name for op in self.ops if op.traffic is None}))
 
 
 def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
@@ -74,18 +102,21 @@ def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
 
     Args:
         model: any module; it is not changed.
-        inputs: its argument, or its arguments.
+        inputs: its argument, or its arguments. Whoever calls a model keeps them, so they are held to the end.
 
     Raises:
         UsageError: there are no inputs, or one of them is not a tensor.
 
-    Limits: only what goes through PyTorch's dispatcher is seen; a kernel called past it (ctypes, NumPy) is not.
+    Limits: only what goes through PyTorch's dispatcher is seen; a kernel called past it (ctypes, NumPy) is not, nor is
+    the memory that a kernel takes for itself while it runs. Attention is one op on the CPU and on a GPU, and on the
+    meta device the products that it is made of, which move more bytes.
     """
     arguments = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not arguments or not all(isinstance(argument, Tensor) for argument in arguments):
         raise UsageError("A walk needs the tensors that the model takes.")
-    recorder = _Recorder()
-    with eval_mode(model), torch.no_grad(), recorder:
+    holding = Holding(model)
+    holding.held(arguments)
+    with eval_mode(model), torch.no_grad(), places_in(model) as place, _Recorder(place, holding) as recorder:
         model(*arguments)
     return Walk(tuple(recorder.ops))
 
@@ -98,9 +129,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Nothing is compiled here, and asking to skip the compiler would import all of it, which takes seconds."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[], str], holding: Holding) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
+        self._place, self._holding = place, holding
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,17 +144,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        shapes = tuple(_shapes((args, kwargs))), tuple(_shapes(out))
-        self.ops.append(Op(name_of(func), *shapes, work_of(func, args, out)))
+        shapes = _shapes((args, kwargs)), _shapes(out)
+        traffic, held = traffic_of(func, args, kwargs, out), self._holding.held(made_by(func, args, out))
+        self.ops.append(Op(name_of(func), *shapes, work_of(func, args, out), self._place(), traffic, held))
         return out
 
 
-def _shapes(value: Any) -> Iterator[Shape]:
+def _shapes(value: Any) -> tuple[Shape, ...]:
     """Shapes of all tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield tuple(value.shape)
-    elif isinstance(value, dict):
-        yield from _shapes(tuple(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _shapes(item)
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(value))

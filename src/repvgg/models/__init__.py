@@ -1,8 +1,10 @@
 """The models: a table of frozen rows and one builder."""
 
+from repvgg.models.baselines import BASELINES, Baseline, baseline_of, create_baseline, list_baselines
 from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
 from repvgg.models.hub import from_pretrained, push_to_hub
 from repvgg.models.loading import Loaded, collapsed, describe_model, form_of, load, save
+from repvgg.models.named import named_model
 from repvgg.models.pretrained import PRETRAINED, Pretrained, load_pretrained
 from repvgg.models.sources import Sourced, resolve
 from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
@@ -10,8 +12,10 @@ from repvgg.models.spec_data import spec_from_data, spec_to_data
 from repvgg.models.weights import load_weights
 
 __all__ = [
+    "BASELINES",
     "PRETRAINED",
     "SPECS",
+    "Baseline",
     "Loaded",
     "ModelSpec",
     "Pretrained",
@@ -20,15 +24,19 @@ __all__ = [
     "SqueezeExciteSpec",
     "Stage",
     "TrainingOutput",
+    "baseline_of",
     "collapsed",
+    "create_baseline",
     "create_model",
     "describe_model",
     "form_of",
     "from_pretrained",
+    "list_baselines",
     "list_models",
     "load",
     "load_pretrained",
     "load_weights",
+    "named_model",
     "push_to_hub",
     "resolve",
     "save",

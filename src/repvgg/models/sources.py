@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -24,6 +25,7 @@ from repvgg.models.weights import load_weights
 
 Shape = tuple[int, int, int]
 _DEFAULT_SHAPE: Shape = (3, 224, 224)
+_NO_VALUES = "none: it has shapes alone"
 _FORMS = "timm:NAME, torchvision:NAME, repvgg:NAME or PATH.py:FACTORY"
 
 
@@ -50,6 +52,7 @@ def resolve(
     weights: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    values: bool = True,
 ) -> Sourced:
     """Build the model that ``source`` names, on the CPU and in eval mode.
 
@@ -59,26 +62,49 @@ def resolve(
         weights: a file to load; see :func:`repvgg.models.load_weights`.
         num_classes: logits of a model by name; None takes its own number.
         in_channels: channels of the images for ``timm:`` and ``repvgg:``; None takes the model's own.
+        values: False builds it on the meta device, for counting: it has shapes and takes no memory. Where a
+            constructor computes with values, and out of a file, it is built with them first.
 
     Raises:
         SourceError: the string is none of these forms, the file or its factory fails, or the model cannot be used.
         UnknownModelError: no model of that name; the text tells the nearest.
-        UsageError: ``num_classes`` below 1, or for a model that was not asked for by name.
+        UsageError: ``num_classes`` below 1, or for a model that was not asked for by name; weights without values.
         CheckpointError: the weights cannot be read, or do not fit.
         MissingDependencyError: timm is not installed.
     """
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"A model needs at least one class, not {num_classes}.")
-    model, shape, origin = _built(source, num_classes, in_channels)
-    _check_materialized(model, source)
+    if weights is not None and not values:
+        raise UsageError("A model on the meta device has no values: build it with them to load weights.")
+    model, shape, origin = (_built if values else _built_on_meta)(source, num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights, source)
         origin = f"from {Path(weights).name}"
-    return Sourced(source, model.cpu().eval(), (in_channels or shape[0], *shape[1:]), origin)
+    return Sourced(source, model.eval(), (in_channels or shape[0], *shape[1:]), origin)
+
+
+def _built_on_meta(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
+    """As :func:`_built`, without values: of a model by name none are made, where its constructor can do without."""
+    zoo, _, name = source.partition(":")
+    if zoo in _ZOOS and name:
+        try:
+            with torch.device("meta"):
+                model, shape = _ZOOS[zoo](name, num_classes, in_channels)
+            return model.to("meta"), shape, _NO_VALUES
+        except SourceError:  # it may want values only; what else is wrong comes up again below
+            pass
+    model, shape, _ = _built(source, num_classes, in_channels)
+    return model.to("meta"), shape, _NO_VALUES
 
 
 def _built(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
-    """Model, shape of an image, and what its weights are."""
+    """Model on the CPU, shape of an image, and what its weights are."""
+    model, shape, origin = _made_as_asked(source, num_classes, in_channels)
+    _check_materialized(model, source)
+    return model.cpu(), shape, origin
+
+
+def _made_as_asked(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
     zoo, _, name = source.partition(":")
     if zoo in _ZOOS and name:
         return *_ZOOS[zoo](name, num_classes, in_channels), "random"

@@ -248,7 +248,7 @@ def _time(forms: _Forms, onnx: OnnxRunner, data: OpenedData, console: Console) -
     }
     calls = {name: _call(model, images) for name, (_, model) in roles.items()}
     timings = []
-    for t in measure.compare(calls, rounds=30):
+    for t in measure.compare(calls):
         times, ratios = (t.median_seconds, t.q1, t.q3), (t.ratio_to_baseline, t.ratio_q1, t.ratio_q3)
         timings.append(page.Timing(t.name, roles[t.name][0], *times, *ratios, batch=_BATCH, rounds=t.rounds))
         console.print(f"  {t}", highlight=False, soft_wrap=True)

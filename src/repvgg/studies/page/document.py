@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-
 from repvgg.studies.page.equality import equality
 from repvgg.studies.page.folder import folder, footer, next_commands
+from repvgg.studies.page.layout import document
 from repvgg.studies.page.learning import learning
-from repvgg.studies.page.markup import Markup, element, join, stylesheet
 from repvgg.studies.page.network import network
 from repvgg.studies.page.predictions import confusion, samples
 from repvgg.studies.page.schema import Report
@@ -28,20 +26,4 @@ def render(report: Report) -> str:
     Returns:
         A complete HTML document, to be written as UTF-8.
     """
-    body = element("main", *(part(report) for part in _SECTIONS))
-    page = element("html", _head(report), element("body", body), lang="en")
-    return f"<!doctype html>\n{page}\n"
-
-
-def _head(report: Report) -> Markup:
-    css = files("repvgg.studies.page").joinpath("style.css").read_text(encoding="utf-8")
-    return element(
-        "head",
-        join(
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("title", f"{report.model.name}: before and after folding"),
-            stylesheet(css),
-        ),
-    )
+    return document(f"{report.model.name}: before and after folding", *(part(report) for part in _SECTIONS))

@@ -1,10 +1,31 @@
-"""What all sections share: headings, tables that scroll on small screens, legends."""
+"""What all pages and sections share: head and style, headings, tables that scroll on small screens, legends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 
-from repvgg.studies.page.markup import Child, Markup, element, join
+from repvgg.studies.page.markup import Child, Markup, element, join, stylesheet
+
+
+def document(title: str, *parts: Child) -> str:
+    """A complete HTML page that loads nothing, of parts one below the other; to be written as UTF-8."""
+    page = element("html", _head(title), element("body", element("main", *parts)), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _head(title: str) -> Markup:
+    css = files("repvgg.studies.page").joinpath("style.css").read_text(encoding="utf-8")
+    return element(
+        "head",
+        join(
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("title", title),
+            stylesheet(css),
+        ),
+    )
 
 
 def section(anchor: str, title: str, lead: Child, *body: Child) -> Markup:

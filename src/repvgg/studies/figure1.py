@@ -1,0 +1,110 @@
+"""Figure 1 of the paper: accuracy against speed. The accuracy is what the paper prints, the speed is measured here.
+
+repvgg study figure1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from repvgg.studies.cells import Cell
+from repvgg.studies.networks import NetworkSettings, is_ours, measure_table, resolved, speeds_of, taking_part, title_of
+from repvgg.studies.paper import FIGURE_1, TABLE_4, TABLE_5, FigurePoint
+from repvgg.studies.pictures import Picture, Point, draw_plane
+from repvgg.studies.speeds import Speeds
+from repvgg.studies.study import Outcome, Study
+from repvgg.studies.tables import Column, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ROWS = tuple({row.model: row for row in (*TABLE_4, *TABLE_5)}.values())  # B2g4 stands in both
+_EPOCHS = {120: "120 epochs", 200: "200 epochs"}
+
+
+def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
+    names = {row.model for row in taking_part(_ROWS, settings)}
+    speeds = speeds_of(settings, values)
+    points = [point for point in FIGURE_1 if point.model in names]
+    best = _frontier(points, speeds)
+    ours = sum(is_ours(name) for name in best)
+    lead = (
+        f"Of the {len(best)} networks than which none is both faster here and more accurate, {ours} are RepVGG."
+        if best
+        else "Nothing was measured yet."
+    )
+    words = "Top-1 accuracy as the paper prints it against images per second on this machine"
+    picture = Picture("figure1", words, partial(_draw, points=points, speeds=speeds))
+    return Outcome(lead, (_table(points, speeds, best),), (picture,))
+
+
+def _frontier(points: Sequence[FigurePoint], speeds: Speeds) -> list[str]:
+    """Networks than which no other of the same training is at least as fast and accurate, and better in one of them."""
+    found = [(point, speed) for point in points if isinstance(speed := speeds.images_per_second(point.model), float)]
+    best = [
+        point.model
+        for point, speed in found
+        if not any(
+            other.epochs == point.epochs
+            and (other_speed, other.top1_percent) != (speed, point.top1_percent)
+            and other_speed >= speed
+            and other.top1_percent >= point.top1_percent
+            for other, other_speed in found
+        )
+    ]
+    return list(dict.fromkeys(best))
+
+
+def _table(points: Sequence[FigurePoint], speeds: Speeds, best: Sequence[str]) -> Table:
+    columns = (
+        Column("model", "Model"),
+        Column("epochs", "Epochs of training, paper"),
+        Column("paper_top1_percent", "Top-1, paper (%)", 2),
+        Column("paper_images_per_second", "Speed, paper (images/s)", 0),
+        Column("images_per_second", "Speed here (images/s)", 1),
+        Column("images_per_second_q1", "lower quartile", 1),
+        Column("images_per_second_q3", "upper quartile", 1),
+        Column("undominated", "none faster and more accurate"),
+    )
+    rows = tuple(
+        (
+            title_of(point.model),
+            point.epochs,
+            point.top1_percent,
+            point.images_per_second,
+            speeds.images_per_second(point.model),
+            *speeds.quartiles(point.model),
+            point.model in best,
+        )
+        for point in points
+    )
+    return Table("figure1", "Accuracy and speed", columns, rows, (speeds.extent,))
+
+
+def _draw(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None:
+    """The panels of the paper, side by side."""
+    panels = [epochs for epochs in _EPOCHS if any(point.epochs == epochs for point in points)]
+    for index, epochs in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        shown = [
+            Point(title_of(point.model), speed, point.top1_percent, is_ours(point.model))
+            for point in points
+            if point.epochs == epochs and isinstance(speed := speeds.images_per_second(point.model), float)
+        ]
+        draw_plane(axes, f"Trained for {_EPOCHS[epochs]}", shown, "images per second here", "top-1 accuracy (%)")
+
+
+STUDY = Study(
+    name="figure1",
+    title="Figure 1: accuracy against speed",
+    about=(
+        "Accuracies are those that the paper prints; nothing is trained here. Speeds are measured as in table4: all "
+        "networks interleaved, ours in the plain form, batch norms of the others folded, medians over the rounds."
+    ),
+    settings=NetworkSettings,
+    resolve=partial(resolved, gmacs_on_cpu=12.0),
+    measure=measure_table(_ROWS, "resnet50"),
+    outcome=_outcome,
+)

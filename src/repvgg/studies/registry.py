@@ -1,0 +1,26 @@
+"""The studies, by name. A new one is a module and a line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from repvgg.errors import UsageError
+from repvgg.studies import figure1, figure3, table1, table4, table5, table6_speed
+from repvgg.studies.study import Study
+
+STUDIES: dict[str, Study] = {
+    module.STUDY.name: module.STUDY for module in (table1, table4, table5, table6_speed, figure1, figure3)
+}
+
+
+def study_of(name: str) -> Study:
+    """The study called ``name``.
+
+    Raises:
+        UsageError: there is none; the text lists the names that are closest, or all of them.
+    """
+    if name in STUDIES:
+        return STUDIES[name]
+    close = difflib.get_close_matches(name.lower(), STUDIES, n=3)
+    known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(STUDIES)}."
+    raise UsageError(f"There is no study {name!r}: {known}")

@@ -1,0 +1,91 @@
+"""Tables of a study, and how they are written: for people, for spreadsheets, for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Value: TypeAlias = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        key: its name in CSV and JSON, with the unit: ``images_per_second``.
+        title: over the column, for people.
+        digits: behind the point, for people; None leaves a number as it is.
+    """
+
+    key: str
+    title: str
+    digits: int | None = None
+
+    def cell(self, value: Value) -> str:
+        """The value as people read it; a dash where there is none."""
+        if value is None:
+            return "–"
+        if isinstance(value, bool):
+            return "✓" if value else ""
+        if isinstance(value, (int, float)) and self.digits is not None:
+            return f"{value:,.{self.digits}f}"
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values, one for each column; None is what was not measured or not printed.
+
+    Attributes:
+        name: of its file, without the suffix.
+        title: above it.
+        columns: the first one names the row.
+        rows: the values.
+        notes: what a reader has to know, below it.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), self.name
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """All rows as people read them, the titles first."""
+        rows = [[column.cell(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
+        return [[column.title for column in self.columns], *rows]
+
+    def to_dicts(self) -> list[dict[str, Value]]:
+        """A dictionary for each row, by the keys of the columns."""
+        return [dict(zip((column.key for column in self.columns), row, strict=True)) for row in self.rows]
+
+
+def as_markdown(table: Table) -> str:
+    """The table under a heading, numbers flush right, and its notes."""
+    titles, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table.cells)
+    rule = ["---", *("---:" for _ in titles[1:])]
+    lines = (f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
+    notes = "".join(f"\n{note}\n" for note in table.notes)
+    return f"## {table.title}\n\n" + "\n".join(lines) + f"\n{notes}"
+
+
+def as_csv(table: Table) -> str:
+    """The values with the keys above them; empty where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(column.key for column in table.columns)
+    writer.writerows(table.rows)
+    return out.getvalue()
+
+
+def as_data(table: Table) -> Mapping[str, Any]:
+    """The table for JSON."""
+    return {"title": table.title, "rows": table.to_dicts(), "notes": list(table.notes)}

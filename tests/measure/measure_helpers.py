@@ -1,0 +1,37 @@
+"""A clock that the candidates move by hand: no test asserts a time of this machine."""
+
+
+class Clock:
+    """Seconds that pass only where a candidate says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def candidate(self, name, seconds):
+        """A call that takes ``seconds``, or ``seconds(n)`` the n-th time, counted from 0."""
+        calls = 0
+
+        def call() -> None:
+            nonlocal calls
+            self.now += seconds(calls) if callable(seconds) else seconds
+            self.log.append(name)
+            calls += 1
+
+        return call
+
+
+class Interrupting:
+    """Raises Ctrl-C at one call."""
+
+    def __init__(self, call, at: int) -> None:
+        self.call, self.left = call, at
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        self.call()

@@ -1,0 +1,39 @@
+import os
+
+import torch
+
+from repvgg.measure import held_memory, memory
+
+
+def test_what_is_held_by_hand():
+    """Two tensors at a time, then one: 4 MB, 8 MB, 4 MB, 0."""
+
+    def call() -> None:
+        a = torch.zeros(1_000_000)
+        b = a + a
+        del a
+        del b
+
+    call()
+    sizes = [(step.change, step.held) for step in held_memory(call) if abs(step.change) > 1000]
+    assert sizes == [(4_000_000, 4_000_000), (4_000_000, 8_000_000), (-4_000_000, 4_000_000), (-4_000_000, 0)]
+
+
+def test_the_profiler_greets_nobody(capfd, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "3")
+    held_memory(lambda: torch.zeros(3))
+    assert capfd.readouterr().err == ""
+    assert os.environ["KINETO_LOG_LEVEL"] == "3"
+
+
+def test_what_there_is_to_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMORY_INFO", tmp_path / "meminfo")
+    assert memory.available_memory("cpu") is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    6000 kB\n")
+    assert memory.available_memory("cpu") == 6000 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory("cpu") == 6000 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.available_memory("cpu") == 4000
