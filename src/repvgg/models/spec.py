@@ -145,13 +145,6 @@ _ROWS = (
         input_size=32,
         source=_SMALL,
     ),
-    ModelSpec(
-        "repvgg_t3",
-        Stage(1, 64, stride=1),
-        (Stage(2, 96), Stage(4, 192), Stage(2, 256)),
-        input_size=32,
-        source=_SMALL,
-    ),
 )
 
 SPECS: dict[str, ModelSpec] = {row.name: row for row in _ROWS}

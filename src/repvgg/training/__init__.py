@@ -15,7 +15,6 @@ from repvgg.training.plan import BatchPlan, Layout, layout_of, plan_batches
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
 from repvgg.training.regularizer import equivalent_l2
 from repvgg.training.seeding import seeded
-from repvgg.training.whitening import whiten
 
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord
@@ -71,7 +70,6 @@ __all__ = [
     "seeded",
     "to_yaml",
     "try_out",
-    "whiten",
     "write_config",
 ]
 

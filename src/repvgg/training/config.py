@@ -83,7 +83,6 @@ class TrainConfig:
         ema: decay of the exponential moving average of the weights, which is then what is judged and kept; 0 for none.
         init: a checkpoint to start from; its classifier is replaced if the classes are others.
         expand: turn a plain ``init`` into branches that compute the same, before training.
-        whitened_stem: start the stem's kernels as principal components of image patches, see repvgg.training.whiten.
         precision: of the arithmetic; weights and statistics stay in float32.
         channels_last: compute in NHWC, faster on most devices; the weights come back in PyTorch's standard layout.
         compile: run the model through torch.compile.
@@ -115,7 +114,6 @@ class TrainConfig:
     ema: float = 0.0
     init: str | None = None
     expand: bool = False
-    whitened_stem: bool = False
     precision: Precision = "float32"
     channels_last: bool = False
     compile: bool = False
@@ -152,5 +150,3 @@ class TrainConfig:
             )
         if self.expand and self.init is None:
             raise UsageError("There is nothing to expand: give a plain checkpoint as init.")
-        if self.whitened_stem and self.init is not None:
-            raise UsageError("The stem of a checkpoint has learned already: leave out whitened_stem.")

@@ -8,14 +8,12 @@ from typing import final
 
 from torch import nn
 
-from repvgg.blocks import BranchSum, ConvBN
 from repvgg.data import OpenedData
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
 from repvgg.models import RepVGG, create_model, load
 from repvgg.training.config import TrainConfig
 from repvgg.training.seeding import seeded
-from repvgg.training.whitening import whiten
 
 
 @final
@@ -38,8 +36,7 @@ def starting_model(config: TrainConfig, data: OpenedData) -> Start:
         if not config.model:
             raise UsageError("There is no model to train: name one of 'repvgg list', or give a checkpoint as init.")
         with seeded("model", config.seed):
-            model = create_model(config.model, len(data.classes), data.input_shape[0])
-        return Start(model, (_whitened(model, data),) if config.whitened_stem else ())
+            return Start(create_model(config.model, len(data.classes), data.input_shape[0]))
     loaded = load(config.init, config.model or None)
     model, metadata = loaded.model, loaded.metadata
     if model.in_channels != data.input_shape[0]:
@@ -60,19 +57,6 @@ def starting_model(config: TrainConfig, data: OpenedData) -> Start:
     return Start(model, tuple(notes))
 
 
-def _whitened(model: RepVGG, data: OpenedData) -> str:
-    """The stem started from the patches of the first training images."""
-    conv = model.stem.conv
-    assert isinstance(conv, BranchSum)
-    dense = conv["dense"]
-    assert isinstance(dense, ConvBN)
-    batch = min(128, data.num_train or 128)
-    images = (data.prepare(images) for images, _ in itertools.islice(data.train_batches(batch), _WHITENING_BATCHES))
-    number = whiten(dense.conv, images)
-    return f"the stem starts with {number} whitened patches of training images"
-
-
-_WHITENING_BATCHES = 16
 _BATCHES = 4
 _PLAIN = "warning: trains a plain model, without branches and batch norms; expand gives them back"
 
