@@ -15,8 +15,18 @@ from repvgg.blocks import BranchSum
 from repvgg.errors import OutputExistsError, UsageError
 from repvgg.measure import Setting
 from repvgg.models import create_model
-from repvgg.studies import count_table, figure3, network_tables, networks, pictures, study, table6_speed
-from repvgg.studies.paper import TABLE_1, TABLE_4, TABLE_5, TABLE_6
+from repvgg.studies import (
+    count_table,
+    figure1,
+    figure3,
+    mobile,
+    network_tables,
+    networks,
+    pictures,
+    study,
+    table6_speed,
+)
+from repvgg.studies.paper import FIGURE_1, TABLE_1, TABLE_4, TABLE_5, TABLE_6
 from repvgg.studies.registry import STUDIES, study_of
 from repvgg.studies.study import PAGE, flat, run_study
 
@@ -50,7 +60,7 @@ def rows_of(path):
 
 
 def test_the_registry_names_each_by_its_name():
-    assert list(STUDIES) == ["table1", "table4", "table5", "table6-speed", "figure1", "figure3"]
+    assert list(STUDIES) == ["table1", "table4", "table5", "table6-speed", "figure1", "figure3", "mobile"]
     assert all(name == study.name for name, study in STUDIES.items())
     with pytest.raises(UsageError, match="did you mean table4"):
         study_of("tabel4")
@@ -205,6 +215,46 @@ def test_figure1_tells_which_are_best_of_both(quick, tmp_path):
     speeds = {row["model"]: float(row["images_per_second"]) for row in rows}
     assert speeds["RepVGG-B3"] / speeds["RegNetX-12GF"] == pytest.approx(1.31, abs=0.005)
     assert "are RepVGG" in done.outcome.lead
+
+
+def test_few_networks_of_a_panel_are_left_to_the_table():
+    """With a limit on the arithmetic the paper's right panel may hold two networks, whose axes would say nothing."""
+    from matplotlib.figure import Figure
+
+    speeds = networks.speeds_of(
+        networks.NetworkSettings(batch=1),
+        {
+            "plan": {"groups": [list(SECONDS)]},
+            "round-00-0000": {"seconds": SECONDS},
+        },
+    )
+    few = [point for point in FIGURE_1 if point.epochs == 120 or point.model in ("repvgg_b2g4", "efficientnet_b3")]
+    for points, panels in ((FIGURE_1, 2), (few, 1)):
+        drawn = Figure()
+        figure1._draw(drawn, points, speeds)
+        assert len(drawn.axes) == panels
+        words = [text.get_text() for axes in drawn.axes for text in axes.texts]
+        assert {"RepVGG-A0", "A1", "B2g4", "ResNet-50"} <= set(words)
+
+
+def test_mobile_sets_published_numbers_beside_ours(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "deployed", lambda name: Tiny(2.0 if name.startswith("repvgg") else 1.0, name))
+    monkeypatch.setattr(mobile, "_counted", lambda name: counted("", [name])[name])
+    done = run("mobile", tmp_path / "m", input_size=8, rounds=2)
+    rows = {row["model"]: row for row in rows_of(tmp_path / "m" / "mobile.csv")}
+    assert len(rows) == len(mobile.ROWS)
+    assert float(rows["MobileNetV2"]["published_top1_percent"]) == 72.0
+    assert [float(rows[name]["speed_up"]) for name in ("RepVGG-A0", "MobileNetV2")] == [0.5, 1.0]
+    assert {name for name, row in rows.items() if row["undominated"] == "True"} == {"MobileOne-S4"}
+    assert done.outcome.lead.endswith("0 are RepVGG.")
+
+
+@pytest.mark.parametrize("row", mobile.ROWS, ids=lambda row: row.model)
+def test_mobile_counts_what_the_authors_publish(row):
+    """To what they round to; classifiers and gates are counted by some and not by others."""
+    found = mobile._counted(row.model)
+    assert found["params"] / 1e6 == pytest.approx(row.params_millions, rel=0.03, abs=0.06)
+    assert found["macs"] / 1e9 == pytest.approx(row.flops_billions, rel=0.04)
 
 
 def test_table1_counts_and_divides_by_hand(quick, tmp_path):

@@ -22,7 +22,8 @@ def study(arguments: list[str]) -> int:
 
     A study leaves a folder: tables (Markdown, CSV, JSON), pictures for slides (SVG, PNG) and a page, report.html.
     Every measurement is kept as soon as it is made: interrupted in whatever way, the same command goes on from there,
-    and after Ctrl-C the tables hold what there is. Studies: table1, table4, table5, table6-speed, figure1, figure3.
+    and after Ctrl-C the tables hold what there is. Studies: table1, table4, table5, table6-speed, figure1, figure3,
+    mobile.
 
         repvgg study table1
         repvgg study table4 --max-gmacs 6 --threads 1

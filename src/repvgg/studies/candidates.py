@@ -105,7 +105,8 @@ def baseline_among(candidates: Sequence[Candidate], wanted: str | None) -> str:
     if wanted in by_name:
         return by_name[wanted]
     close = difflib.get_close_matches(wanted, by_name, n=3)
-    known = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(by_name)}."
+    others = f"name it as one of them, or take one of {', '.join(map(repr, by_name))}."
+    known = f"did you mean {' or '.join(map(repr, close))}?" if close else others
     raise UsageError(f"The baseline {wanted!r} is not among the models: {known}")
 
 

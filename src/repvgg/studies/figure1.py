@@ -10,9 +10,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from repvgg.studies.cells import Cell
-from repvgg.studies.networks import NetworkSettings, is_ours, measure_table, resolved, speeds_of, taking_part, title_of
+from repvgg.studies.networks import (
+    NetworkSettings,
+    is_ours,
+    measure_table,
+    plane_points,
+    resolved,
+    speeds_of,
+    taking_part,
+    title_of,
+    undominated,
+)
 from repvgg.studies.paper import FIGURE_1, TABLE_4, TABLE_5, FigurePoint
-from repvgg.studies.pictures import Picture, Point, draw_plane
+from repvgg.studies.pictures import Picture, draw_plane
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import Outcome, Study
 from repvgg.studies.tables import Column, Table
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 
 _ROWS = tuple({row.model: row for row in (*TABLE_4, *TABLE_5)}.values())  # B2g4 stands in both
 _EPOCHS = {120: "120 epochs", 200: "200 epochs"}
+_FEWEST_SHOWN = 3  # networks in a panel
 
 
 def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
@@ -41,20 +52,9 @@ def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
 
 
 def _frontier(points: Sequence[FigurePoint], speeds: Speeds) -> list[str]:
-    """Networks than which no other of the same training is at least as fast and accurate, and better in one of them."""
-    found = [(point, speed) for point in points if isinstance(speed := speeds.images_per_second(point.model), float)]
-    best = [
-        point.model
-        for point, speed in found
-        if not any(
-            other.epochs == point.epochs
-            and (other_speed, other.top1_percent) != (speed, point.top1_percent)
-            and other_speed >= speed
-            and other.top1_percent >= point.top1_percent
-            for other, other_speed in found
-        )
-    ]
-    return list(dict.fromkeys(best))
+    """The best of each training, see :func:`undominated`."""
+    panels = [{p.model: p.top1_percent for p in points if p.epochs == epochs} for epochs in _EPOCHS]
+    return list(dict.fromkeys(name for panel in panels for name in undominated(panel, speeds)))
 
 
 def _table(points: Sequence[FigurePoint], speeds: Speeds, best: Sequence[str]) -> Table:
@@ -84,16 +84,15 @@ def _table(points: Sequence[FigurePoint], speeds: Speeds, best: Sequence[str]) -
 
 
 def _draw(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None:
-    """The panels of the paper, side by side."""
-    panels = [epochs for epochs in _EPOCHS if any(point.epochs == epochs for point in points)]
-    for index, epochs in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        shown = [
-            Point(title_of(point.model), speed, point.top1_percent, is_ours(point.model))
-            for point in points
-            if point.epochs == epochs and isinstance(speed := speeds.images_per_second(point.model), float)
-        ]
-        draw_plane(axes, f"Trained for {_EPOCHS[epochs]}", shown, "images per second here", "top-1 accuracy (%)")
+    """The panels of the paper, side by side; one in which next to nothing was measured is left to the table."""
+    panels = {
+        epochs: plane_points({p.model: p.top1_percent for p in points if p.epochs == epochs}, speeds)
+        for epochs in _EPOCHS
+    }
+    shown = {epochs: panel for epochs, panel in panels.items() if len(panel) >= _FEWEST_SHOWN} or panels
+    for index, (epochs, panel) in enumerate(shown.items()):
+        axes = figure.add_subplot(1, len(shown), index + 1)
+        draw_plane(axes, f"Trained for {_EPOCHS[epochs]}", panel, "images per second here", "top-1 accuracy (%)")
 
 
 STUDY = Study(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, Setting
 from repvgg.models import BASELINES, baseline_of, spec_of
 from repvgg.studies.candidates import PLAIN, Candidate, deployed
 from repvgg.studies.cells import Cell, Cells
-from repvgg.studies.paper import PrintedModel
+from repvgg.studies.pictures import Point
 from repvgg.studies.speeds import Speeds, fit_together, measure_rounds, planned_groups
 from repvgg.studies.sweep import calls_on, prepare
 
@@ -24,8 +25,36 @@ PAIRS = (
     ("repvgg_b3", "regnetx_12gf"),
 )
 
+
+class Row(Protocol):
+    """What a table says of a network, whoever published it."""
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def top1_percent(self) -> float:
+        """On the validation set of ImageNet-1K."""
+        ...
+
+    @property
+    def params_millions(self) -> float:
+        """Parameters in 10⁶."""
+        ...
+
+    @property
+    def flops_billions(self) -> float:
+        """Multiply-adds for one image, in 10⁹."""
+        ...
+
+
+RowT = TypeVar("RowT", bound=Row)
+
 _BATCH = {"cpu": 8, "cuda": PAPER.batch}
 ALL_GMACS = 1000.0
+_OURS = "RepVGG-"
 
 
 def check_counts(**numbers: int | None) -> None:
@@ -78,7 +107,7 @@ def resolved(settings: NetworkSettings, gmacs_on_cpu: float) -> NetworkSettings:
     )
 
 
-def taking_part(table: Sequence[PrintedModel], settings: NetworkSettings) -> list[PrintedModel]:
+def taking_part(table: Sequence[RowT], settings: NetworkSettings) -> list[RowT]:
     """The rows that are not too large.
 
     Raises:
@@ -92,7 +121,7 @@ def taking_part(table: Sequence[PrintedModel], settings: NetworkSettings) -> lis
     return rows
 
 
-def measure_table(table: Sequence[PrintedModel], baseline: str) -> Callable[..., None]:
+def measure_table(table: Sequence[Row], baseline: str) -> Callable[..., None]:
     """The ``measure`` of a study over the rows of a table."""
 
     def measure(settings: NetworkSettings, cells: Cells, on_progress: Callable[[int, int], None]) -> None:
@@ -133,11 +162,36 @@ def speeds_of(settings: NetworkSettings, values: Mapping[str, Cell]) -> Speeds:
     return Speeds.of(values, settings.batch or 1)
 
 
+def undominated(accuracies: Mapping[str, float], speeds: Speeds) -> list[str]:
+    """Networks than which no other is at least as fast and accurate, and better in one of them."""
+    found = [
+        (name, accuracy, speed)
+        for name, accuracy in accuracies.items()
+        if isinstance(speed := speeds.images_per_second(name), float)
+    ]
+    return [
+        name
+        for name, accuracy, speed in found
+        if not any(a >= accuracy and s >= speed and (a, s) != (accuracy, speed) for _, a, s in found)
+    ]
+
+
+def plane_points(accuracies: Mapping[str, float], speeds: Speeds) -> list[Point]:
+    """Those that were measured, as points; of ours the fastest has its whole name, the others what is behind it."""
+    points = [
+        Point(title_of(name), speed, accuracy, is_ours(name))
+        for name, accuracy in accuracies.items()
+        if isinstance(speed := speeds.images_per_second(name), float)
+    ]
+    fastest = max((point for point in points if point.ours), key=lambda point: point.x, default=None)
+    return [point if point is fastest else replace(point, label=point.label.removeprefix(_OURS)) for point in points]
+
+
 def title_of(name: str) -> str:
     """A row as papers print it: "RepVGG-A0", "ResNet-18"."""
     if name in BASELINES:
         return BASELINES[name].title
-    return "RepVGG-" + name.removeprefix("repvgg_").upper().replace("G", "g")
+    return _OURS + name.removeprefix("repvgg_").upper().replace("G", "g")
 
 
 def is_ours(name: str) -> bool:

@@ -42,7 +42,8 @@ _STYLE: dict[Any, Any] = {
 }
 _WORDS, _LINE = 8, 1  # how bad it is to cover them
 _STEPS = 24  # from one point of a line to the next, for what is written beside it
-_PLACES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a label around its point
+_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+_PLACES = tuple((9 * ring * x, 9 * ring * y) for ring in (1, 2, 3) for x, y in _AROUND)  # of a label, from its point
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,12 +232,12 @@ def _inside(axes: Axes, box: Bbox) -> bool:
 
 
 def _label(axes: Axes, point: Point, place: tuple[int, int], size: float) -> Any:
-    across = {1: "left", 0: "center", -1: "right"}[place[0]]
-    along = {1: "bottom", 0: "center", -1: "top"}[place[1]]
+    across = "left" if place[0] > 0 else "right" if place[0] else "center"
+    along = "bottom" if place[1] > 0 else "top" if place[1] else "center"
     return axes.annotate(
         point.label,
         (point.x, point.y),
-        xytext=(9 * place[0], 9 * place[1]),
+        xytext=place,
         textcoords="offset points",
         ha=across,
         va=along,
