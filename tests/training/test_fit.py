@@ -160,6 +160,15 @@ def test_runs_on_as_many_threads_as_asked():
     assert seen == {before + 2}
 
 
+@pytest.fixture
+def python_hears_ctrl_c():
+    """Python's own handler, which it does not install where a shell started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
 @pytest.mark.parametrize("part", ["train_batches", "held_out_batches"])
 def test_ctrl_c_is_ctrl_c(part):
     seen = []
