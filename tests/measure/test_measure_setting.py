@@ -4,6 +4,7 @@ from torch import nn
 
 from repvgg.errors import UsageError
 from repvgg.measure import Setting
+from repvgg.modes import PRECISION_NODES, precision_of
 
 
 def test_models_and_images_stand_where_the_setting_says():
@@ -36,19 +37,24 @@ def test_a_device_that_is_not_there(monkeypatch):
         pass
 
 
+def switches():
+    """All that says how float32 is computed."""
+    flags = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    return *flags, *map(precision_of, PRECISION_NODES)
+
+
 @pytest.mark.parametrize(("dtype", "precision"), [("tf32", "high"), ("float32", "highest"), ("float16", "highest")])
 def test_tf32_only_where_asked_for(dtype, precision, monkeypatch):
     """The switches are there without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     setting = Setting(device="cuda", dtype=dtype)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    before = switches()
     with setting.applied():
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == (dtype == "tf32")
         assert torch.backends.cudnn.benchmark
-    after = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-    assert after == before
+    assert switches() == before
     assert setting.torch_dtype is (torch.float16 if dtype == "float16" else torch.float32)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.errors import UsageError
 from repvgg.measure.denormals import flushed_denormals
 from repvgg.measure.stopwatch import CudaEvents, Stopwatch, WallClock
-from repvgg.modes import threads
+from repvgg.modes import precision_as_found, threads
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "tf32", "float16", "bfloat16"]
@@ -99,9 +99,10 @@ class Setting:
 def _products(tf32: bool) -> Iterator[None]:
     """TF32 in products of float32 on a GPU, or not; and have cuDNN try its kernels in the warm-up and keep the best."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with precision_as_found():
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)

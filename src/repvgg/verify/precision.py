@@ -1,12 +1,8 @@
 """How exact float32 is: full precision while judging, and the tolerance of each dtype.
 
-PyTorch keeps the precision of float32 products in a tree: ``generic.all`` above ``cuda.all`` and ``mkldnn.all``, each
-above ``matmul``, ``conv`` and ``rnn``. A node without a value of its own follows its parent. An older API
+How PyTorch keeps the precision of float32 products is told in :mod:`repvgg.modes`. An older API
 (``torch.set_float32_matmul_precision``, ``allow_tf32``) keeps flags of its own beside the tree, and both PyTorch's
 getters and its CUDA kernels raise where flag and tree disagree. So both are set here, and both are put back.
-
-The tree is set through ``torch._C``: the public ``torch.backends.mkldnn.fp32_precision = …`` writes ``generic.all``
-instead of ``mkldnn.all`` (seen in PyTorch 2.15).
 """
 
 from __future__ import annotations
@@ -18,15 +14,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from repvgg.errors import UsageError
+from repvgg.modes import PRECISION_NODES, Node, precision_as_found, precision_of, set_precision
 
-_Node = tuple[str, str]
 _BACKENDS = ("cuda", "mkldnn")
-_ROOT: _Node = ("generic", "all")
-_NODES: tuple[_Node, ...] = (
-    _ROOT,
-    *((backend, "all") for backend in _BACKENDS),
-    *((backend, op) for backend in _BACKENDS for op in ("matmul", "conv", "rnn")),
-)
+_ROOT: Node = ("generic", "all")
 
 #: Unit roundoff of each dtype: the largest relative error of rounding a number once.
 UNIT_ROUNDOFF = {
@@ -93,48 +84,26 @@ def full_float32() -> Iterator[None]:
     on: writing it would overwrite the default of ``cuda.conv``, which no API can restore.
     """
     with ExitStack() as stack:
-        stack.enter_context(_as_found())
+        stack.enter_context(precision_as_found())
         # Parents first: whatever still is not "ieee" under parents that are must have that value of its own.
-        for node in _NODES:
+        for node in PRECISION_NODES:
             stack.enter_context(_at_ieee(node))
         stack.enter_context(_legacy_highest())
         yield
 
 
 @contextmanager
-def _as_found() -> Iterator[None]:
-    """Put back what others write meanwhile: torch.compile restores the old flag, and with it writes to the tree."""
-    found = {node: _get(node) for node in _NODES}
-    try:
-        yield
-    finally:
-        for node, value in found.items():  # parents first
-            if _get(node) != value:
-                _set(node, "none")
-            if _get(node) != value:
-                _set(node, value)
-
-
-def _get(node: _Node) -> str:
-    return torch._C._get_fp32_precision_getter(*node)
-
-
-def _set(node: _Node, value: str) -> None:
-    torch._C._set_fp32_precision_setter(*node, value)
-
-
-@contextmanager
-def _at_ieee(node: _Node) -> Iterator[None]:
+def _at_ieee(node: Node) -> Iterator[None]:
     """One node of the tree at full precision. A node that is there already, or inherits it, is not touched."""
-    value = _get(node)
+    value = precision_of(node)
     if value == "ieee":
         yield
         return
-    _set(node, "ieee")
+    set_precision(node, "ieee")
     try:
         yield
     finally:
-        _set(node, value)
+        set_precision(node, value)
 
 
 @contextmanager
@@ -151,7 +120,7 @@ def _legacy_highest() -> Iterator[None]:
     finally:
         _set_legacy(flag)  # which overwrites both nodes
         for node, value in own.items():
-            _set(node, value)
+            set_precision(node, value)
 
 
 def _own_of_matmul(backend: str) -> str:
@@ -160,11 +129,11 @@ def _own_of_matmul(backend: str) -> str:
     return _own((backend, "matmul"), parent, _own(parent, _ROOT, "ieee"))
 
 
-def _own(node: _Node, parent: _Node, own_of_parent: str) -> str:
+def _own(node: Node, parent: Node, own_of_parent: str) -> str:
     """Found out by moving the parent for a moment."""
-    _set(parent, "tf32")
-    follows = _get(node) == "tf32"
-    _set(parent, own_of_parent)
+    set_precision(parent, "tf32")
+    follows = precision_of(node) == "tf32"
+    set_precision(parent, own_of_parent)
     return "none" if follows else "ieee"
 
 
