@@ -18,6 +18,7 @@ and what to do next. Catch by meaning::
     ├── DataError                    a data set is missing, empty or malformed
     ├── TrainingError              a run cannot go on
     ├── ExportError                  a model could not be exported, or the exported file is not what it should be
+    ├── UnsupportedError             the engine does not know a layer of the network
     ├── UsageError                   an argument makes no sense
     └── MissingDependencyError       an optional package is not installed (also an ImportError)
 
@@ -90,6 +91,10 @@ class TrainingError(RepvggError):
 
 class ExportError(RepvggError):
     """A model could not be exported, or the exported file is not what it should be."""
+
+
+class UnsupportedError(RepvggError):
+    """The engine does not know a layer of the network."""
 
 
 class UsageError(RepvggError):

@@ -1,0 +1,48 @@
+"""How feature maps lie in memory: NHWC, with a border of zeros, and channels rounded up to whole vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from repvgg.engine.layers import Pair
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
+@final
+@dataclass(frozen=True)
+class Images:
+    """The layout of feature maps of one size.
+
+    Channels beyond the last are zeros, and so is the border; kernels write neither, or write zeros again.
+
+    Attributes:
+        channels: that mean something.
+        size: height and width, without the border.
+        border: pixels of zeros above and below, and to the left and the right.
+        pitch: floats from one pixel to the next, at least ``channels``.
+    """
+
+    channels: int
+    size: Pair
+    border: Pair
+    pitch: int
+
+    @property
+    def row(self) -> int:
+        """Floats from one row to the next."""
+        return (self.size[1] + 2 * self.border[1]) * self.pitch
+
+    @property
+    def image(self) -> int:
+        """Floats from one image to the next."""
+        return (self.size[0] + 2 * self.border[0]) * self.row
+
+    @property
+    def inside(self) -> int:
+        """Floats from the corner of the border to the first pixel."""
+        return self.border[0] * self.row + self.border[1] * self.pitch
