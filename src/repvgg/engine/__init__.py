@@ -3,14 +3,20 @@
 From above to below::
 
     network.py    the callable: checks, buffers, one call for a whole network
+    program.py    the table of steps, and the function that runs it
     plan.py       layers and an input size -> kernels, buffers and packed weights
     reader.py     nn.Module -> layers
     layers.py     what a plain network is: a chain of convolutions, gates, a pool and linear layers
     kernels/      the IR of each kind of layer, and the layout of its weights
     images.py     how feature maps lie in memory
+    memory.py     aligned memory
     ir.py         writing IR
     isa.py        which vectors a processor has
     jit.py        IR -> machine code
 """
 
 from __future__ import annotations
+
+from repvgg.engine.network import Network, compile  # noqa: A004
+
+__all__ = ["Network", "compile"]

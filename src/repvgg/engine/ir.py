@@ -15,7 +15,6 @@ Value: TypeAlias = str
 Index: TypeAlias = "str | int"  # an i64: computed, or known while the IR is written
 
 _FLOAT_BYTES = 4
-DECLARATIONS = "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n"
 
 
 @final
@@ -60,7 +59,7 @@ class Function:
         self._values = 0
         self._labels = 0
         self._block = "entry"
-        self._declared = {DECLARATIONS}
+        self._declared: set[str] = set()
 
     def text(self) -> str:
         """The whole function, which returns nothing."""
@@ -73,6 +72,10 @@ class Function:
     def declarations(self) -> set[str]:
         """What the function calls that is defined nowhere in the module."""
         return set(self._declared)
+
+    def declare(self, text: str) -> None:
+        """Say what a function looks like that is called and defined elsewhere."""
+        self._declared.add(f"{text}\n")
 
     # Values
 
@@ -126,7 +129,7 @@ class Function:
             self.line(f"store {self.vector} {vector}, ptr {address}, align {_FLOAT_BYTES}")
             return
         name = f"@llvm.masked.store.v{self.width}f32.p0"
-        self._declared.add(f"declare void {name}({self.vector}, ptr, i32 immarg, <{self.width} x i1>)\n")
+        self.declare(f"declare void {name}({self.vector}, ptr, i32 immarg, <{self.width} x i1>)")
         mask = ", ".join(f"i1 {str(lane < count).lower()}" for lane in range(self.width))
         self.line(
             f"call void {name}({self.vector} {vector}, ptr {address}, i32 {_FLOAT_BYTES}, <{self.width} x i1> <{mask}>)"
@@ -145,7 +148,7 @@ class Function:
     def fma(self, left: Value, right: Value, addend: Value) -> Value:
         """``left · right + addend``, rounded once where the processor can."""
         name = f"@llvm.fmuladd.v{self.width}f32"
-        self._declared.add(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})\n")
+        self.declare(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})")
         return self.value(f"call {self.vector} {name}({self.vector} {left}, {self.vector} {right}, {self.vector} {addend})")
 
     def relu(self, vector: Value) -> Value:
@@ -159,6 +162,7 @@ class Function:
 
     def prefetch(self, pointer: Value, offset: Index = 0) -> None:
         """Have the line of an address brought close; an address of nothing does no harm."""
+        self.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         self.line(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 2, i32 1)")
 
     def call(self, name: str, arguments: Sequence[tuple[str, Index]]) -> None:
@@ -218,3 +222,9 @@ class Function:
         self._lines.append(f"{label}:")
         self._block = label
         return label
+
+
+def module(functions: Sequence[Function]) -> str:
+    """The text of a module of functions, with the declarations that they need."""
+    declared = set[str]().union(*(function.declarations() for function in functions))
+    return "\n".join(["".join(sorted(declared)), *(function.text() for function in functions)])

@@ -69,6 +69,7 @@ class _Reading:
         self._modules = modules
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._layers: list[Layer] = []
+        self._flat = False  # whether there are two axes left
 
     def layers(self) -> list[Layer]:
         if len(self._inputs) != 1:
@@ -78,6 +79,8 @@ class _Reading:
             self._read(node)
         if node.args != (node.all_input_nodes[0],):
             raise UnsupportedError("The engine takes networks that return one tensor, not a collection of them.")
+        if self._layers and isinstance(self._layers[-1], Pool) and not self._flat:
+            raise UnsupportedError("The network ends with a pool of four axes: put a flatten(1) behind it.")
         if not self._layers:
             raise UnsupportedError("The network has no layer: there is nothing to compile.")
         return self._layers
@@ -142,16 +145,17 @@ class _Reading:
         return total[0] // 2, total[1] // 2
 
     def _relu(self, node: fx.Node) -> None:
-        if not self._layers or isinstance(self._layers[-1], Pool):
+        before = self._layers[-1] if self._layers else None
+        if before is None or isinstance(before, Pool):
             self._refuse(node, "has no convolution in front of it")
-        else:
-            self._layers[-1] = replace(self._layers[-1], relu=True)
+        self._layers[-1] = replace(before, relu=True)
 
     def _pool(self, node: fx.Node) -> None:
         self._before_pool(node)
         if not self._is_pool(node):
             self._refuse(node, "is no mean over all pixels of a channel")
         self._layers.append(Pool(self._name(node)))
+        self._flat = self._kind(node) in _MEAN and not node.kwargs.get("keepdim", (*node.args, False)[2:3] == (True,))
 
     def _before_pool(self, node: fx.Node) -> None:
         if any(isinstance(layer, (Pool, Linear)) for layer in self._layers):
@@ -170,13 +174,18 @@ class _Reading:
 
     def _flatten(self, node: fx.Node) -> None:
         module = self._modules[str(node.target)] if node.op == "call_module" else None
-        first = module.start_dim if isinstance(module, nn.Flatten) else node.args[1:2] or node.kwargs.get("start_dim", 0)
-        if first not in (1, (1,)) or not self._layers or not isinstance(self._layers[-1], (Pool, Linear)):
+        if isinstance(module, nn.Flatten):
+            axes = (module.start_dim, module.end_dim)
+        else:
+            given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+            axes = (given.get("start_dim", 0), given.get("end_dim", -1))
+        if axes not in ((1, -1), (1, 3)) or not self._layers or not isinstance(self._layers[-1], Pool):
             self._refuse(node, "is no flatten(1) behind a global average pool")
+        self._flat = True
 
     def _linear(self, node: fx.Node) -> None:
-        if not self._layers or not isinstance(self._layers[-1], (Pool, Linear)):
-            self._refuse(node, "does not stand behind a global average pool")
+        if not self._flat:
+            self._refuse(node, "does not stand behind a global average pool and a flatten(1)")
         module = self._modules[str(node.target)]
         self._layers.append(Linear(str(node.target), self._floats(node, module.weight), self._bias(node, module)))
 
@@ -225,7 +234,7 @@ class _Reading:
 
     def _refuse(self, node: fx.Node, why: str) -> NoReturn:
         kind = self._kind(node)
-        what = kind.__name__ if isinstance(kind, type) else getattr(kind, "__name__", str(kind))
+        what = kind if isinstance(kind, str) else kind.__name__
         more = " Fold batch norms first, with repvgg.reparameterize." if "BatchNorm" in what else ""
         raise UnsupportedError(f"{self._name(node)!r} ({what}) {why}.{more}")
 

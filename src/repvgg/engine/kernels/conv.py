@@ -18,10 +18,8 @@ import numpy as np
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.isa import Isa
+from repvgg.engine.kernels.kernel import POINTERS, UNITS
 from repvgg.engine.layers import Conv, ConvGeometry, Floats
-
-_PARAMETERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
-UNITS = (*_PARAMETERS, ("i64", "batch"), ("i64", "begin"), ("i64", "end"))
 
 
 @final
@@ -89,6 +87,14 @@ class ConvKernel:
         """Multiply-adds for one image, those with the zeros of the border among them."""
         return self.taps * self.inputs * self.target.channels * self.target.size[0] * self.target.size[1]
 
+    def functions(self, name: str) -> list[Function]:
+        """The function ``name``, and one each for a row of the last panel of a group, and of another.
+
+        Unit ``(panel · batch + image) · rows + row``: neighbouring units read the same weights.
+        """
+        rows = [_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
+        return [*rows, _units(name, self, rows)]
+
 
 def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
     """Weights and biases in the order that the kernel reads them, with zeros for channels beyond the last.
@@ -105,15 +111,6 @@ def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
     panels = [kernel[group, :, :, at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
     bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, wide - outputs)))
     return np.concatenate(panels), bias.ravel()
-
-
-def write(name: str, kernel: ConvKernel) -> list[Function]:
-    """The function ``name`` that computes units [begin, end) of a kernel, and those that it calls.
-
-    Unit ``(panel · batch + image) · rows + row``: neighbouring units read the same weights.
-    """
-    rows = [_row(f"{name}_row{last:d}", kernel, last=last) for last in (False, True)]
-    return [*rows, _units(name, kernel, rows)]
 
 
 def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
@@ -154,7 +151,7 @@ def _place(write: Function, image: Index, row: Index, images: Images, stride: in
 
 def _row(name: str, kernel: ConvKernel, *, last: bool) -> Function:
     """One output row of one panel, the last of its group or another."""
-    write = Function(name, _PARAMETERS, kernel.width, internal=True)
+    write = Function(name, POINTERS, kernel.width, internal=True)
     vectors = kernel.tile.vectors
     if last:
         vectors = kernel.group_vectors - (kernel.panels - 1) * vectors

@@ -1,0 +1,30 @@
+"""What every kernel is to the planner, and the signature of the function that it becomes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from repvgg.engine.ir import Function
+
+POINTERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
+
+#: A kernel's function computes units [begin, end) of the work on a batch; whoever calls it counts the units.
+UNITS = (*POINTERS, ("i64", "batch"), ("i64", "begin"), ("i64", "end"))
+
+
+class Kernel(Protocol):
+    """Everything that the code of one kind of layer depends on: a frozen value, so that equal layers share code."""
+
+    @property
+    def units_of_image(self) -> int:
+        """Pieces of work for each image of a batch."""
+        ...
+
+    @property
+    def muls(self) -> int:
+        """Multiplications for each image."""
+        ...
+
+    def functions(self, name: str) -> list[Function]:
+        """The function called ``name``, which takes :data:`UNITS`, after those that it calls."""
+        ...

@@ -1,0 +1,140 @@
+"""A plain network, ready to be run."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from threading import Lock
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from repvgg.engine.ir import Function, module
+from repvgg.engine.isa import Isa, host_isa
+from repvgg.engine.jit import Code, object_code
+from repvgg.engine.kernels.kernel import Kernel
+from repvgg.engine.layers import Floats, Layer
+from repvgg.engine.memory import aligned, zeros
+from repvgg.engine.plan import Buffer, Plan, plan
+from repvgg.engine.program import RUN, WORDS, run_function
+from repvgg.engine.reader import read
+from repvgg.errors import UsageError
+
+Shape = tuple[int, int, int, int]
+_SOURCE = 1  # places in a row of the table of steps
+_WEIGHTS = 3
+
+
+@final
+class Network:
+    """A compiled network: ``logits = network(images)``, on one thread.
+
+    Args:
+        layers: see :func:`repvgg.engine.reader.read`.
+        input_shape: the largest batch, channels, height and width.
+        isa: the vectors to use.
+
+    Attributes:
+        input_shape: as given.
+        plan: the kernels and buffers.
+    """
+
+    def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa) -> None:
+        self.input_shape = input_shape
+        self.plan = plan(layers, input_shape, isa)
+        names, functions = _functions(self.plan)
+        self._code = Code([object_code(module(functions), isa)], isa)
+        self._strides = np.zeros(4, np.int64)
+        self._memory = [zeros(buffer.floats) for buffer in self.plan.buffers]
+        self._table, self._weights = self._filled_table(names)
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._run = signature(self._code.address(RUN))
+        self._lock = Lock()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output of the network on float32 images (n, C, H, W), with n up to the batch it was made for.
+
+        Images of any strides are read as they lie, channels_last among them. The output is a new tensor: (n, O)
+        behind a pool, and else (n, O, H, W).
+
+        Raises:
+            UsageError: the images have another shape, dtype or device, or another thread is inside.
+        """
+        self._check(x)
+        if not self._lock.acquire(blocking=False):
+            raise UsageError("This network is running in another thread: compile one for each thread.")
+        try:
+            x = x.detach()
+            self._strides[:] = x.stride()
+            self._table[0, _SOURCE] = x.data_ptr()
+            self._run(self._table.ctypes.data, len(self._table), len(x))
+            return self._output(len(x))
+        finally:
+            self._lock.release()
+
+    def _check(self, x: Tensor) -> None:
+        most, *rest = self.input_shape
+        fits = x.ndim == 4 and list(x.shape[1:]) == rest and 0 < len(x) <= most
+        if not fits or x.dtype != torch.float32 or x.device.type != "cpu":
+            shape = ", ".join(map(str, rest))
+            raise UsageError(
+                f"This network takes torch.float32 of shape (1…{most}, {shape}) on the CPU, "
+                f"not {x.dtype} of shape {tuple(x.shape)} on {x.device.type}."
+            )
+
+    def _output(self, count: int) -> Tensor:
+        buffer = self.plan.output
+        images, numbers = buffer.images, self._memory[buffer.number]
+        if self.plan.flat:
+            return torch.from_numpy(numbers.reshape(-1, images.pitch)[:count, : images.channels].copy())
+        maps = numbers.reshape(buffer.count, *images.size, images.pitch)[:count, :, :, : images.channels]
+        return torch.from_numpy(np.ascontiguousarray(maps.transpose(0, 3, 1, 2)))
+
+    def _filled_table(self, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
+        """The table of steps, and the packed weights that it points to."""
+        table, kept = np.zeros((len(self.plan.steps), WORDS), np.int64), []
+        for row, step in zip(table, self.plan.steps, strict=True):
+            source, target = self._address(step.source), self._address(step.target)
+            weights = step.weights if isinstance(step.weights, Buffer) else aligned(step.weights)
+            bias = aligned(step.bias)
+            kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
+            at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
+            code = self._code.address(names[step.kernel])
+            row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
+        table[0, _WEIGHTS] = self._strides.ctypes.data
+        return table, kept
+
+    def _address(self, buffer: Buffer | None) -> int:
+        return self._memory[buffer.number].ctypes.data if buffer else 0
+
+
+def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
+    """A name for each different kernel, and all functions of the network."""
+    names: dict[Kernel, str] = {}
+    for step in plan.steps:
+        names.setdefault(step.kernel, f"kernel{len(names)}")
+    written = [function for kernel, name in names.items() for function in kernel.functions(name)]
+    return names, [*written, run_function()]
+
+
+def compile(model: nn.Module, input_shape: Sequence[int]) -> Network:  # noqa: A001 - as torch.compile
+    """Compile a plain network for the processor at hand.
+
+    Args:
+        model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32
+            on the CPU. Its weights are copied: changes that come later have no effect. It is run as in eval mode.
+        input_shape: (N, C, H, W); smaller batches run as well.
+
+    Raises:
+        UnsupportedError: the engine does not know a layer; the text names it. Nothing is compiled then.
+        UsageError: no shape of four positive numbers, or a processor that the engine makes no code for.
+        MissingDependencyError: llvmlite is not installed.
+    """
+    shape = tuple(input_shape)
+    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
+        raise UsageError(f"An input_shape is (N, C, H, W), four positive numbers, not {tuple(input_shape)}.")
+    batch, channels, height, width = shape
+    return Network(read(model), (batch, channels, height, width), host_isa())

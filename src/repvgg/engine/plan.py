@@ -1,0 +1,205 @@
+"""From layers and the size of an input to kernels, buffers and packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+
+from repvgg.engine.images import Images, round_up
+from repvgg.engine.isa import Isa
+from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
+from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
+from repvgg.engine.kernels.kernel import Kernel
+from repvgg.engine.kernels.load import LoadKernel
+from repvgg.engine.kernels.pool import PoolKernel
+from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
+from repvgg.errors import UnsupportedError
+
+_ROWS = 8  # of a matrix product at once: images of a linear layer
+NOTHING = np.zeros(0, np.float32)
+
+
+@final
+@dataclass(frozen=True)
+class Buffer:
+    """Feature maps of a whole batch.
+
+    Attributes:
+        number: which one it is; layers that are never needed at the same time share one.
+        images: how each of its images lies.
+        count: of images.
+    """
+
+    number: int
+    images: Images
+    count: int
+
+    @property
+    def floats(self) -> int:
+        """Its length."""
+        return self.count * self.images.image
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One kernel on its buffers.
+
+    Attributes:
+        name: of the layer.
+        kernel: what it computes.
+        source: what it reads; None is the input of the network.
+        target: what it writes.
+        weights: as the kernel reads them, or a buffer.
+        bias: as the kernel reads it.
+        block: images that are one image to the kernel.
+    """
+
+    name: str
+    kernel: Kernel
+    source: Buffer | None
+    target: Buffer
+    weights: Floats | Buffer = field(default_factory=lambda: NOTHING)
+    bias: Floats = field(default_factory=lambda: NOTHING)
+    block: int = 1
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All steps of a network on inputs of one size.
+
+    Attributes:
+        steps: in their order.
+        buffers: all that they read and write, by number.
+        isa: the vectors that the kernels are made for.
+        flat: whether the output is (N, C) and not (N, C, H, W).
+    """
+
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    isa: Isa
+    flat: bool
+
+    @property
+    def output(self) -> Buffer:
+        """What the last step writes."""
+        return self.steps[-1].target
+
+
+def plan(layers: Sequence[Layer], input_shape: tuple[int, int, int, int], isa: Isa) -> Plan:
+    """Choose a kernel for each layer, and where its images lie.
+
+    Args:
+        layers: see :func:`repvgg.engine.reader.read`.
+        input_shape: the largest batch, channels, height and width.
+        isa: the vectors to use.
+
+    Raises:
+        UnsupportedError: a layer does not fit what comes to it; the text names it.
+    """
+    planner = _Planner(layers, input_shape, isa)
+    for number, layer in enumerate(layers):
+        planner.take(number, layer)
+    return Plan(tuple(planner.steps), tuple(planner.buffers), isa, isinstance(layers[-1], (Pool, Linear)))
+
+
+@final
+class _Planner:
+    def __init__(self, layers: Sequence[Layer], input_shape: tuple[int, int, int, int], isa: Isa) -> None:
+        self._layers, self._isa, self._batch = layers, isa, input_shape[0]
+        self.steps: list[Step] = []
+        self.buffers: list[Buffer] = []
+        channels, size = input_shape[1], input_shape[2:]
+        pitch = channels if isinstance(layers[0], Conv) else round_up(channels, isa.width)
+        self._now = self._buffer(Images(channels, size, self._border(-1), pitch))
+        self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
+
+    def take(self, number: int, layer: Layer) -> None:
+        """Add the steps of a layer."""
+        if isinstance(layer, Conv):
+            self._conv(number, layer)
+        elif isinstance(layer, Gate):
+            self._gate(layer)
+        elif isinstance(layer, Pool):
+            self._now = self._pooled(layer.name)
+        else:
+            self._now = self._linear(layer, self._now)
+
+    def _conv(self, number: int, layer: Conv) -> None:
+        source, geometry = self._now, layer.geometry
+        outputs = layer.weight_OIHW.shape[0]
+        self._expect(layer.name, layer.weight_OIHW.shape[1] * geometry.groups)
+        size = geometry.output_size(source.images.size)
+        if min(size) < 1:
+            raise UnsupportedError(
+                f"{layer.name!r} has nothing to compute on images of {source.images.size[0]}x{source.images.size[1]}: "
+                "give larger ones."
+            )
+        pitch = round_up(outputs, self._isa.width)
+        target = self._buffer(Images(outputs, size, self._border(number), pitch))
+        self._add(layer, source, target, layer.relu, 1)
+        self._now = target
+
+    def _add(self, layer: Conv, source: Buffer, target: Buffer, relu: bool, block: int) -> None:
+        geometry, isa = layer.geometry, self._isa
+        vectors = -(-target.images.channels // geometry.groups // isa.width)
+        tile = choose_tile(isa, target.images.size[1], vectors)
+        kernel = ConvKernel(geometry, source.images, target.images, tile, relu, isa.width)
+        self.steps.append(Step(layer.name, kernel, source, target, *pack(layer, isa.width, tile.vectors), block))
+
+    def _pooled(self, name: str) -> Buffer:
+        """The means of each channel, in blocks of images as a matrix product takes them."""
+        images = self._now.images
+        block = min(self._batch, _ROWS)
+        means = self._buffer(Images(images.channels, (1, block), (0, 0), images.pitch), -(-self._batch // block))
+        self.steps.append(Step(name, PoolKernel(images, self._isa.width), self._now, means))
+        return means
+
+    def _linear(self, layer: Linear, source: Buffer) -> Buffer:
+        """A matrix product as a 1x1 convolution of images of one row: the images of a block are its pixels."""
+        outputs, inputs = layer.weight.shape
+        if source.images.channels != inputs:
+            raise UnsupportedError(f"{layer.name!r} takes {inputs} channels, and {source.images.channels} come to it.")
+        pitch, block = round_up(outputs, self._isa.width), source.images.size[1]
+        target = self._buffer(Images(outputs, (1, block), (0, 0), pitch), source.count, other_than=source)
+        conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)))
+        self._add(conv, source, target, layer.relu, block)
+        return target
+
+    def _gate(self, layer: Gate) -> None:
+        width, images = self._isa.width, self._now.images
+        means = self._pooled(layer.name)
+        hidden = self._linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means)
+        factors = self._linear(Linear(layer.name, layer.up, layer.up_bias), hidden)
+        self._expect(layer.name, factors.images.channels)
+        self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pitch, width), factors, factors))
+        self.steps.append(Step(layer.name, ScaleKernel(images, layer.relu, width), self._now, self._now, factors))
+
+    def _expect(self, name: str, channels: int) -> None:
+        if channels != self._now.images.channels:
+            raise UnsupportedError(
+                f"{name!r} takes {channels} channels, and {self._now.images.channels} come to it: "
+                "give an input_shape of (N, C, H, W) with the C of the network."
+            )
+
+    def _border(self, number: int) -> Pair:
+        """Zeros that the next convolution wants around the images that a layer makes; gates in between keep them."""
+        following = next((layer for layer in self._layers[number + 1 :] if not isinstance(layer, Gate)), None)
+        return following.geometry.padding if isinstance(following, Conv) else (0, 0)
+
+    def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:
+        """A buffer of that very layout that nothing needs any more, or a new one; so borders stay zeros."""
+        count = self._batch if count is None else count
+        needed = {buffer.number for buffer in (other_than, self._current()) if buffer}
+        for buffer in self.buffers:
+            if (buffer.images, buffer.count) == (images, count) and buffer.number not in needed:
+                return buffer
+        self.buffers.append(Buffer(len(self.buffers), images, count))
+        return self.buffers[-1]
+
+    def _current(self) -> Buffer | None:
+        return self._now if self.steps else None
