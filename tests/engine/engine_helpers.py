@@ -1,6 +1,7 @@
 """One kernel on buffers with canaries around them, and a convolution in float64 beside it."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def run(kernel, source: np.ndarray, target: np.ndarray, weights, bias, batch: in
     pointers = [array.ctypes.data for array in (source, target, weights, bias)]
     units = batch * kernel.units_of_image
     cuts = [units * part // parts for part in range(parts + 1)]
-    for begin, end in reversed(list(zip(cuts, cuts[1:], strict=False))):
+    for begin, end in reversed(list(itertools.pairwise(cuts))):
         function(*pointers, batch, begin, end)
 
 
@@ -73,7 +74,7 @@ def expected(conv: Conv, x_NHWC: np.ndarray) -> torch.Tensor:
     """What PyTorch computes in float64, (N, H, W, C)."""
     geometry = conv.geometry
     x = torch.from_numpy(x_NHWC.copy()).double().permute(0, 3, 1, 2)
-    weight, bias = torch.from_numpy(conv.weight_OIHW).double(), torch.from_numpy(conv.bias).double()
+    weight, bias = torch.from_numpy(conv.weight).double(), torch.from_numpy(conv.bias).double()
     where = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     out = F.conv2d(x, weight, bias, *where)
     return (out.relu() if conv.relu else out).permute(0, 2, 3, 1)

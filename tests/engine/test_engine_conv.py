@@ -4,10 +4,11 @@ import torch
 from engine_helpers import Guarded, expected, inside, isas, maps, random_conv, run
 
 from repvgg.engine.images import Images, round_up
-from repvgg.engine.isa import GENERIC
 from repvgg.engine.ir import module
+from repvgg.engine.isa import GENERIC
 from repvgg.engine.jit import assembly
-from repvgg.engine.kernels.conv import ConvKernel, Tile, choose_tile, pack
+from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
+from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.layers import ConvGeometry
 
 # (input channels, output channels, image, geometry)
@@ -34,7 +35,7 @@ CASES = {
 
 
 def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> ConvKernel:
-    outputs, inputs = conv.weight_OIHW.shape[0], conv.weight_OIHW.shape[1] * conv.geometry.groups
+    outputs, inputs = conv.weight.shape[0], conv.weight.shape[1] * conv.geometry.groups
     source = Images(inputs, size, conv.geometry.padding, pitch or round_up(inputs, isa.width))
     target = Images(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
     vectors = -(-outputs // conv.geometry.groups // isa.width)

@@ -25,22 +25,24 @@ class Images:
         size: height and width, without the border.
         border: pixels of zeros above and below, and to the left and the right.
         pitch: floats from one pixel to the next, at least ``channels``.
+        more: pixels of zeros below and to the right, beyond the border, for tiles that stick out.
     """
 
     channels: int
     size: Pair
     border: Pair
     pitch: int
+    more: Pair = (0, 0)
 
     @property
     def row(self) -> int:
         """Floats from one row to the next."""
-        return (self.size[1] + 2 * self.border[1]) * self.pitch
+        return (self.size[1] + 2 * self.border[1] + self.more[1]) * self.pitch
 
     @property
     def image(self) -> int:
         """Floats from one image to the next."""
-        return (self.size[0] + 2 * self.border[0]) * self.row
+        return (self.size[0] + 2 * self.border[0] + self.more[0]) * self.row
 
     @property
     def inside(self) -> int:

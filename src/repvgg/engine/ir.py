@@ -149,12 +149,16 @@ class Function:
         """``left · right + addend``, rounded once where the processor can."""
         name = f"@llvm.fmuladd.v{self.width}f32"
         self.declare(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})")
-        return self.value(f"call {self.vector} {name}({self.vector} {left}, {self.vector} {right}, {self.vector} {addend})")
+        return self.value(
+            f"call {self.vector} {name}({self.vector} {left}, {self.vector} {right}, {self.vector} {addend})"
+        )
 
     def relu(self, vector: Value) -> Value:
         """Zero in the place of negative numbers; NaN stays NaN, as in PyTorch."""
         negative = self.value(f"fcmp olt {self.vector} {vector}, zeroinitializer")
-        return self.value(f"select <{self.width} x i1> {negative}, {self.vector} zeroinitializer, {self.vector} {vector}")
+        return self.value(
+            f"select <{self.width} x i1> {negative}, {self.vector} zeroinitializer, {self.vector} {vector}"
+        )
 
     def binary(self, operation: str, left: Value, right: Value) -> Value:
         """``fadd``, ``fsub`` or ``fmul`` of two vectors."""
@@ -178,7 +182,7 @@ class Function:
         Only a loop whose bounds are known, and that runs at least once, can carry vectors.
         """
         known = isinstance(begin, int) and isinstance(end, int)
-        if known and int(begin) >= int(end) or carried and not known:
+        if (known and int(begin) >= int(end)) or (carried and not known):
             raise ValueError(f"A loop from {begin} to {end} cannot carry {len(carried)} values.")
         number = self._new_label()
         if not known:

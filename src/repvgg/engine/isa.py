@@ -55,6 +55,12 @@ def host_isa() -> Isa:
         return Isa("neon", 4, 32, cpu, features)
     if machine != "x86_64":
         raise UsageError(f"The engine makes code for x86-64 and ARM64, not for {machine}: use PyTorch here.")
-    kind = "avx512" if all(able.get(name) for name in _AVX512) else "avx2" if able.get("avx2") and able.get("fma") else "sse2"
+    kind = (
+        "avx512"
+        if all(able.get(name) for name in _AVX512)
+        else "avx2"
+        if able.get("avx2") and able.get("fma")
+        else "sse2"
+    )
     generic = GENERIC[kind]
     return Isa(kind, generic.width, generic.registers, cpu, features)

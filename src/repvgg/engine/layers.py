@@ -37,14 +37,14 @@ class Conv:
 
     Attributes:
         name: of the layer in the model, for messages.
-        weight_OIHW: the kernel, I being the channels of one group.
+        weight: the kernel (O, I, height, width), I being the channels of one group.
         bias: (O,).
         geometry: where it reads.
         relu: whether a ReLU follows.
     """
 
     name: str
-    weight_OIHW: Floats
+    weight: Floats
     bias: Floats
     geometry: ConvGeometry
     relu: bool = False

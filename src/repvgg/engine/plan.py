@@ -131,8 +131,8 @@ class _Planner:
 
     def _conv(self, number: int, layer: Conv) -> None:
         source, geometry = self._now, layer.geometry
-        outputs = layer.weight_OIHW.shape[0]
-        self._expect(layer.name, layer.weight_OIHW.shape[1] * geometry.groups)
+        outputs = layer.weight.shape[0]
+        self._expect(layer.name, layer.weight.shape[1] * geometry.groups)
         size = geometry.output_size(source.images.size)
         if min(size) < 1:
             raise UnsupportedError(

@@ -198,7 +198,9 @@ class _Reading:
         down, relu, up, sigmoid = self._chain(first, 4)
         fits = self._kind(relu) in _RELU and self._kind(sigmoid) in _SIGMOID and set(sigmoid.users) == {product}
         if not fits:
-            self._refuse(down, "begins no squeeze-excite gate that the engine knows: convolution, ReLU, convolution, sigmoid")
+            self._refuse(
+                down, "begins no squeeze-excite gate that the engine knows: convolution, ReLU, convolution, sigmoid"
+            )
         squeeze, excite = self._dense(down), self._dense(up)
         self._layers.append(Gate(squeeze.name, squeeze.weight, squeeze.bias, excite.weight, excite.bias))
         return product
@@ -217,7 +219,7 @@ class _Reading:
         conv = self._conv_of(node)
         if conv.geometry != ConvGeometry((1, 1)):
             self._refuse(node, "is no plain 1x1 convolution, as a gate has")
-        return Linear(conv.name, conv.weight_OIHW[:, :, 0, 0], conv.bias)
+        return Linear(conv.name, conv.weight[:, :, 0, 0], conv.bias)
 
     def _bias(self, node: fx.Node, module: nn.Module) -> Floats:
         bias, weight = module._parameters["bias"], module._parameters["weight"]

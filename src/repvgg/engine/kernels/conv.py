@@ -19,16 +19,8 @@ from repvgg.engine.images import Images, round_up
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.kernel import POINTERS, UNITS
+from repvgg.engine.kernels.tile import Tile, multiply_add
 from repvgg.engine.layers import Conv, ConvGeometry, Floats
-
-
-@final
-@dataclass(frozen=True)
-class Tile:
-    """What is summed in registers at once: so many pixels times so many vectors of output channels."""
-
-    pixels: int
-    vectors: int
 
 
 @final
@@ -103,9 +95,9 @@ def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
         Two arrays of one axis; both have whole vectors for each group.
     """
     groups = conv.geometry.groups
-    outputs = conv.weight_OIHW.shape[0] // groups
+    outputs = conv.weight.shape[0] // groups
     wide = round_up(outputs, width)
-    kernel = conv.weight_OIHW.reshape(groups, outputs, conv.weight_OIHW.shape[1], -1).transpose(0, 3, 2, 1)
+    kernel = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1).transpose(0, 3, 2, 1)
     kernel = np.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, wide - outputs)))  # group, tap, input, output
     step = vectors * width
     panels = [kernel[group, :, :, at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
@@ -123,13 +115,9 @@ def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
         group, part = write.divide(panel, kernel.panels)
         channel = write.mul(part, kernel.tile.vectors * kernel.width)
         lanes = write.add(write.mul(group, kernel.group_vectors * kernel.width), channel)
-        read = write.add(
-            _place(write, image, row, source, geometry.stride[0]), write.mul(group, kernel.inputs)
-        )
+        read = write.add(_place(write, image, row, source, geometry.stride[0]), write.mul(group, kernel.inputs))
         corner = source.inside - geometry.padding[0] * source.row - geometry.padding[1] * source.pitch
-        wrote = write.add(
-            _place(write, image, row, target, 1), write.add(write.mul(group, kernel.outputs), channel)
-        )
+        wrote = write.add(_place(write, image, row, target, 1), write.add(write.mul(group, kernel.outputs), channel))
         arguments = (
             ("ptr", write.at("%source", write.add(read, corner))),
             ("ptr", write.at("%target", write.add(wrote, target.inside))),
@@ -198,7 +186,7 @@ def _sum(write: Function, kernel: ConvKernel, source: Value, sums: list[Value], 
     taps, length = geometry.kernel[1], kernel.inputs
     if geometry.dilation[1] == 1 and length == images.pitch:
         taps, length = 1, taps * length
-    step = vectors * kernel.width
+    step, pitch = vectors * kernel.width, geometry.stride[1] * images.pitch
     with write.loop(0, geometry.kernel[0], carried=sums) as tap_rows:
         read = write.mul(tap_rows.index, geometry.dilation[0] * images.row)
         stream = write.mul(tap_rows.index, taps * length * step)
@@ -208,37 +196,20 @@ def _sum(write: Function, kernel: ConvKernel, source: Value, sums: list[Value], 
             with write.loop(0, length, carried=row.carried) as channels:
                 inputs = write.at(source_tap, channels.index)
                 lanes = write.at(weights, write.mul(channels.index, step))
-                channels.next = _products(write, kernel, inputs, lanes, channels.carried, vectors)
+                channels.next = multiply_add(write, inputs, pitch, lanes, channels.carried, vectors)
             row.next = channels.results
         tap_rows.next = row.results
     return tap_rows.results
 
 
-def _products(
-    write: Function, kernel: ConvKernel, inputs: Value, weights: Value, sums: list[Value], vectors: int
-) -> list[Value]:
-    """Add one channel of one tap to all sums."""
-    lanes = [write.load(weights, vector * kernel.width) for vector in range(vectors)]
-    out: list[Value] = []
-    for pixel in range(len(sums) // vectors):
-        value = write.broadcast(inputs, pixel * kernel.geometry.stride[1] * kernel.source.pitch)
-        out += [write.fma(value, lane, sums[pixel * vectors + at]) for at, lane in enumerate(lanes)]
-    return out
-
-
 def choose_tile(isa: Isa, columns: int, vectors: int) -> Tile:
     """The tile that keeps the multipliers busiest, for rows of ``columns`` pixels and ``vectors`` vectors of channels.
 
-    A cost table in the place of a search: a step of a tile of p pixels and v vectors takes p·v multiply-adds, two a
-    cycle, and p + v loads, two a cycle; a chain of additions takes four cycles a link, so that a small tile waits.
+    By :attr:`Tile.cycles` in the place of a search.
     """
-    most = isa.registers
-    fitting = (
-        Tile(pixels, count)
-        for count in range(1, min(vectors, 8) + 1)
-        for pixels in range(1, min(columns, 16) + 1)
-        if pixels * count + count + 1 <= most
-    )
+    counts, widths = range(1, min(vectors, 8) + 1), range(1, min(columns, 16) + 1)
+    every = (Tile(pixels, count) for count in counts for pixels in widths)
+    fitting = (tile for tile in every if tile.registers <= isa.registers)
     return min(fitting, key=lambda tile: (_cycles(tile, columns, vectors), -tile.pixels * tile.vectors))
 
 
@@ -246,13 +217,9 @@ def _cycles(tile: Tile, columns: int, vectors: int) -> float:
     """Cycles that one channel of one tap takes for a whole row and all panels."""
     widths = _pieces(columns, tile.pixels)
     heights = _pieces(vectors, tile.vectors)
-    return sum(_step(p, v) * many * times for p, many in widths for v, times in heights)
+    return sum(Tile(p, v).cycles * many * times for p, many in widths for v, times in heights)
 
 
 def _pieces(length: int, piece: int) -> list[tuple[int, int]]:
     """A length cut into equal pieces and a rest: (length, how many)."""
     return [(size, many) for size, many in ((piece, length // piece), (length % piece, 1)) if size and many]
-
-
-def _step(pixels: int, vectors: int) -> float:
-    return max(pixels * vectors / 2, (pixels + vectors) / 2, 4.0) + 0.5
