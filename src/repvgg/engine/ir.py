@@ -145,6 +145,10 @@ class Function:
         zeros = f"<{self.width} x i32> zeroinitializer"
         return self.value(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
 
+    def constant(self, number: str) -> Value:
+        """A vector of one number, as IR spells it."""
+        return f"<{', '.join([f'float {number}'] * self.width)}>"
+
     def fma(self, left: Value, right: Value, addend: Value) -> Value:
         """``left · right + addend``, rounded once where the processor can."""
         name = f"@llvm.fmuladd.v{self.width}f32"
@@ -168,6 +172,14 @@ class Function:
         """Have the line of an address brought close; an address of nothing does no harm."""
         self.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         self.line(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 2, i32 1)")
+
+    def choose(self, condition: Value, pointer: Value, other: Value) -> Value:
+        """One of two addresses, without a branch."""
+        return self.value(f"select i1 {condition}, ptr {pointer}, ptr {other}")
+
+    def scratch(self, floats: int) -> Value:
+        """Memory of this call, aligned to cache lines; only in the first lines of a function."""
+        return self.value(f"alloca [{floats} x float], align 64")
 
     def call(self, name: str, arguments: Sequence[tuple[str, Index]]) -> None:
         """Call a function of the module that returns nothing."""

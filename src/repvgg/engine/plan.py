@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
 
+from repvgg.engine.choice import Choice, Size, choose
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
@@ -15,6 +16,7 @@ from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.kernels.load import LoadKernel
 from repvgg.engine.kernels.pool import PoolKernel
+from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.errors import UnsupportedError
 
@@ -115,7 +117,7 @@ class _Planner:
         self.buffers: list[Buffer] = []
         channels, size = input_shape[1], input_shape[2:]
         pitch = channels if isinstance(layers[0], Conv) else round_up(channels, isa.width)
-        self._now = self._buffer(Images(channels, size, self._border(-1), pitch))
+        self._now = self._buffer(self._images(-1, channels, size, pitch))
         self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
 
     def take(self, number: int, layer: Layer) -> None:
@@ -140,15 +142,36 @@ class _Planner:
                 "give larger ones."
             )
         pitch = round_up(outputs, self._isa.width)
-        target = self._buffer(Images(outputs, size, self._border(number), pitch))
-        self._add(layer, source, target, layer.relu, 1)
+        target = self._buffer(self._images(number, outputs, size, pitch))
+        choice = choose(geometry, self._size(layer, size), self._isa)
+        if choice:
+            self._winograd(layer, choice, source, target)
+        else:
+            self._direct(layer, source, target)
         self._now = target
 
-    def _add(self, layer: Conv, source: Buffer, target: Buffer, relu: bool, block: int) -> None:
+    def _winograd(self, layer: Conv, choice: Choice, source: Buffer, target: Buffer) -> None:
+        form, tiling, tile, width = choice.form, choice.tiling, choice.tile, self._isa.width
+        geometry, images = layer.geometry, source.images
+        tiles = Images(images.channels, (form.inputs**2, tiling.tiles), (0, 0), images.pitch)
+        moved = self._buffer(tiles, 1)
+        transform = WinogradInput(form, images, geometry.padding, tiling, width)
+        self.steps.append(Step(layer.name, transform, source, moved))
+        kernel = WinogradProduct(
+            form, geometry.groups, images.channels, images.pitch, target.images, tiling, tile, layer.relu, width
+        )
+        weights, bias = pack(replace(layer, weight=form.transformed(layer.weight)), width, tile.vectors)
+        self.steps.append(Step(layer.name, kernel, moved, target, weights, bias, tiling.images))
+
+    def _size(self, layer: Conv, size: Pair) -> Size:
+        inputs, outputs = layer.weight.shape[1] * layer.geometry.groups, layer.weight.shape[0]
+        return Size(inputs, outputs, size, self._batch)
+
+    def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
         vectors = -(-target.images.channels // geometry.groups // isa.width)
         tile = choose_tile(isa, target.images.size[1], vectors)
-        kernel = ConvKernel(geometry, source.images, target.images, tile, relu, isa.width)
+        kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
         self.steps.append(Step(layer.name, kernel, source, target, *pack(layer, isa.width, tile.vectors), block))
 
     def _pooled(self, name: str) -> Buffer:
@@ -166,8 +189,8 @@ class _Planner:
             raise UnsupportedError(f"{layer.name!r} takes {inputs} channels, and {source.images.channels} come to it.")
         pitch, block = round_up(outputs, self._isa.width), source.images.size[1]
         target = self._buffer(Images(outputs, (1, block), (0, 0), pitch), source.count, other_than=source)
-        conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)))
-        self._add(conv, source, target, layer.relu, block)
+        conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)), layer.relu)
+        self._direct(conv, source, target, block)
         return target
 
     def _gate(self, layer: Gate) -> None:
@@ -186,10 +209,20 @@ class _Planner:
                 "give an input_shape of (N, C, H, W) with the C of the network."
             )
 
-    def _border(self, number: int) -> Pair:
-        """Zeros that the next convolution wants around the images that a layer makes; gates in between keep them."""
+    def _images(self, number: int, channels: int, size: Pair, pitch: int) -> Images:
+        """The images that a layer makes, with the zeros around them that the next convolution wants.
+
+        Gates in between keep them.
+        """
         following = next((layer for layer in self._layers[number + 1 :] if not isinstance(layer, Gate)), None)
-        return following.geometry.padding if isinstance(following, Conv) else (0, 0)
+        if not isinstance(following, Conv):
+            return Images(channels, size, (0, 0), pitch)
+        border, after = following.geometry.padding, following.geometry.output_size(size)
+        choice = choose(following.geometry, self._size(following, after), self._isa) if min(after) > 0 else None
+        if choice is None:
+            return Images(channels, size, border, pitch)
+        (down, across), step = choice.tiling.grid, choice.form.outputs
+        return Images(channels, size, border, pitch, (down * step - after[0], across * step - after[1]))
 
     def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:
         """A buffer of that very layout that nothing needs any more, or a new one; so borders stay zeros."""

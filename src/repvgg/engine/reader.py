@@ -175,7 +175,7 @@ class _Reading:
     def _flatten(self, node: fx.Node) -> None:
         module = self._modules[str(node.target)] if node.op == "call_module" else None
         if isinstance(module, nn.Flatten):
-            axes = (module.start_dim, module.end_dim)
+            axes: tuple[Any, Any] = (module.start_dim, module.end_dim)
         else:
             given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
             axes = (given.get("start_dim", 0), given.get("end_dim", -1))

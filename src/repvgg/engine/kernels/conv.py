@@ -210,11 +210,11 @@ def choose_tile(isa: Isa, columns: int, vectors: int) -> Tile:
     counts, widths = range(1, min(vectors, 8) + 1), range(1, min(columns, 16) + 1)
     every = (Tile(pixels, count) for count in counts for pixels in widths)
     fitting = (tile for tile in every if tile.registers <= isa.registers)
-    return min(fitting, key=lambda tile: (_cycles(tile, columns, vectors), -tile.pixels * tile.vectors))
+    return min(fitting, key=lambda tile: (row_cycles(tile, columns, vectors), -tile.pixels * tile.vectors))
 
 
-def _cycles(tile: Tile, columns: int, vectors: int) -> float:
-    """Cycles that one channel of one tap takes for a whole row and all panels."""
+def row_cycles(tile: Tile, columns: int, vectors: int) -> float:
+    """About how long one channel of one tap takes for a whole row and all panels."""
     widths = _pieces(columns, tile.pixels)
     heights = _pieces(vectors, tile.vectors)
     return sum(Tile(p, v).cycles * many * times for p, many in widths for v, times in heights)

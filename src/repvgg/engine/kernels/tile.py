@@ -1,4 +1,4 @@
-"""The inner loop of every product: a tile of sums in registers, one load a vector of weights, one broadcast an input."""
+"""The inner loop of every product: a tile of sums in registers, fed by vectors of weights and broadcast inputs."""
 
 from __future__ import annotations
 
