@@ -3,7 +3,8 @@
 From above to below::
 
     network.py    the callable: checks, buffers, one call for a whole network
-    program.py    the table of steps, and the function that runs it
+    workers.py    the threads that help the caller
+    program.py    the table of steps, and the functions that run it
     plan.py       layers and an input size -> kernels, buffers and packed weights
     choice.py     which way a convolution is computed, by a table of costs
     reader.py     nn.Module -> layers

@@ -64,8 +64,10 @@ def choose(geometry: ConvGeometry, size: Size, isa: Isa) -> Choice | None:
 
     F(2x2) and F(4x4) are looked at: their errors are near that of a direct convolution.
     """
-    whole = size.inputs % isa.width == 0 and (geometry.groups == 1 or size.outputs // geometry.groups % isa.width == 0)
-    if geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1) or not whole:
+    whole = geometry.groups == 1 or size.outputs // geometry.groups % isa.width == 0
+    if geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+        return None
+    if size.inputs < isa.width or not whole:
         return None
     every = (choice for outputs in (2, 4) for choice in _every(winograd(outputs), geometry.groups, size, isa))
     best = min(every, key=lambda choice: choice.cycles, default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from threading import Lock
 from typing import final
@@ -19,8 +18,9 @@ from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import aligned, zeros
 from repvgg.engine.plan import Buffer, Plan, plan
-from repvgg.engine.program import RUN, WORDS, run_function
+from repvgg.engine.program import WORDS, runtime
 from repvgg.engine.reader import read
+from repvgg.engine.workers import Workers, thread_count
 from repvgg.errors import UsageError
 
 Shape = tuple[int, int, int, int]
@@ -30,28 +30,29 @@ _WEIGHTS = 3
 
 @final
 class Network:
-    """A compiled network: ``logits = network(images)``, on one thread.
+    """A compiled network: ``logits = network(images)``.
 
     Args:
         layers: see :func:`repvgg.engine.reader.read`.
         input_shape: the largest batch, channels, height and width.
         isa: the vectors to use.
+        threads: that work on each call, the caller among them.
 
     Attributes:
         input_shape: as given.
+        threads: as given.
         plan: the kernels and buffers.
     """
 
-    def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa) -> None:
-        self.input_shape = input_shape
+    def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa, threads: int = 1) -> None:
+        self.input_shape, self.threads = input_shape, threads
         self.plan = plan(layers, input_shape, isa)
         names, functions = _functions(self.plan)
-        self._code = Code([object_code(module(functions), isa)], isa)
+        self._code = Code([object_code(module(functions) + runtime(isa), isa)], isa)
         self._strides = np.zeros(4, np.int64)
         self._memory = [zeros(buffer.floats) for buffer in self.plan.buffers]
         self._table, self._weights = self._filled_table(names)
-        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        self._run = signature(self._code.address(RUN))
+        self._workers = Workers(self._code, self._table, threads)
         self._lock = Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Network:
             x = x.detach()
             self._strides[:] = x.stride()
             self._table[0, _SOURCE] = x.data_ptr()
-            self._run(self._table.ctypes.data, len(self._table), len(x))
+            self._workers.run(len(x))
             return self._output(len(x))
         finally:
             self._lock.release()
@@ -95,7 +96,7 @@ class Network:
 
     def _filled_table(self, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
         """The table of steps, and the packed weights that it points to."""
-        table, kept = np.zeros((len(self.plan.steps), WORDS), np.int64), []
+        table, kept = zeros(2 * WORDS * len(self.plan.steps)).view(np.int64).reshape(-1, WORDS), []
         for row, step in zip(table, self.plan.steps, strict=True):
             source, target = self._address(step.source), self._address(step.target)
             weights = step.weights if isinstance(step.weights, Buffer) else aligned(step.weights)
@@ -117,24 +118,28 @@ def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
     for step in plan.steps:
         names.setdefault(step.kernel, f"kernel{len(names)}")
     written = [function for kernel, name in names.items() for function in kernel.functions(name)]
-    return names, [*written, run_function()]
+    return names, written
 
 
-def compile(model: nn.Module, input_shape: Sequence[int]) -> Network:  # noqa: A001 - as torch.compile
+def compile(model: nn.Module, input_shape: Sequence[int], threads: int | None = None) -> Network:  # noqa: A001 - as torch.compile
     """Compile a plain network for the processor at hand.
 
     Args:
         model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32
             on the CPU. Its weights are copied: changes that come later have no effect. It is run as in eval mode.
         input_shape: (N, C, H, W); smaller batches run as well.
+        threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
+            says, and no more than the process may run on.
 
     Raises:
         UnsupportedError: the engine does not know a layer; the text names it. Nothing is compiled then.
-        UsageError: no shape of four positive numbers, or a processor that the engine makes no code for.
+        UsageError: no shape of four positive numbers, no positive number of threads, or a processor or platform that
+            the engine makes no code for.
         MissingDependencyError: llvmlite is not installed.
     """
     shape = tuple(input_shape)
     if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
         raise UsageError(f"An input_shape is (N, C, H, W), four positive numbers, not {tuple(input_shape)}.")
     batch, channels, height, width = shape
-    return Network(read(model), (batch, channels, height, width), host_isa())
+    count = thread_count(threads)
+    return Network(read(model), (batch, channels, height, width), host_isa(), count)

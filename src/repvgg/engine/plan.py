@@ -116,7 +116,8 @@ class _Planner:
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
         channels, size = input_shape[1], input_shape[2:]
-        pitch = channels if isinstance(layers[0], Conv) else round_up(channels, isa.width)
+        few = isinstance(layers[0], Conv) and channels < isa.width  # such an input is read number by number
+        pitch = channels if few else round_up(channels, isa.width)
         self._now = self._buffer(self._images(-1, channels, size, pitch))
         self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
 

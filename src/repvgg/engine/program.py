@@ -1,33 +1,241 @@
-"""A network as a table of steps in memory, and the one function that runs it: a call for the whole network.
+"""A network as a table of steps in memory, and the functions that run it: a call for the whole network.
 
-A row of the table is eight i64: the function, four pointers (see ``kernels.kernel.UNITS``), units for each block,
-images in a block, and one to spare.
+A row of the table is 24 i64, in three cache lines. The first: the function, four pointers (see
+``kernels.kernel.UNITS``), units of a block, images of a block. The second is claimed from, the third counts what is
+done; both belong to the code.
+
+Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
+over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
+everything alone. A claim carries the number of the call, so that a thread which was left behind by an earlier call
+takes nothing of a later one. Idle threads look around for a moment, and then sleep on a futex.
 """
 
 from __future__ import annotations
 
-from repvgg.engine.ir import Function, Value
-from repvgg.engine.kernels.kernel import UNITS
+import platform
+import sys
 
-WORDS = 8
-RUN = "run"
+from repvgg.engine.isa import Isa
+
+WORDS = 24  # of a row
+SHARED = 32  # i64 that all threads share; the places in it:
+CALL, SLEEPERS, STEPS, COUNT, BATCH, THREADS, STOP = 0, 8, 16, 17, 18, 19, 24
+RUN, WORKER, STOPPER = "run", "worker", "stop"
+
+_CHUNKS = 4  # of a step for each thread
+_SPINS = 1000  # looks for work, of about 30 ns, before a thread sleeps
+_YIELDS = 4095  # looks before a thread that waits for others lets somebody else run; a power of two, less one
+_FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98, "arm64": 98}
+_WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # both private to the process
+
+_RUN = """
+define void @{RUN}(ptr %shared) nounwind {{
+entry:
+  %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
+  %steps = load ptr, ptr %steps_at
+  %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
+  %count = load i64, ptr %count_at
+  %before = load atomic i32, ptr %shared monotonic, align 64
+  %call = add i32 %before, 1
+  %call64 = zext i32 %call to i64
+  %tag = shl i64 %call64, 32
+  br label %reset
+reset:
+  %step = phi i64 [0, %entry], [%next, %reset]
+  %place = mul i64 %step, {WORDS}
+  %row = getelementptr i64, ptr %steps, i64 %place
+  %claim_at = getelementptr i64, ptr %row, i64 8
+  %done_at = getelementptr i64, ptr %row, i64 16
+  store atomic i64 0, ptr %done_at monotonic, align 64
+  store atomic i64 %tag, ptr %claim_at release, align 64
+  %next = add i64 %step, 1
+  %more = icmp ult i64 %next, %count
+  br i1 %more, label %reset, label %publish
+publish:
+  store atomic i32 %call, ptr %shared seq_cst, align 64
+  call void @wake(ptr %shared)
+  call void @work(ptr %shared, i32 %call)
+  ret void
+}}
+
+define void @{STOPPER}(ptr %shared) nounwind {{
+  %stop_at = getelementptr i64, ptr %shared, i64 {STOP}
+  store atomic i64 1, ptr %stop_at seq_cst, align 64
+  %before = atomicrmw add ptr %shared, i32 1 seq_cst
+  call void @wake(ptr %shared)
+  ret void
+}}
+
+define internal void @work(ptr %shared, i32 %call) nounwind {{
+entry:
+  %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
+  %steps = load ptr, ptr %steps_at
+  %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
+  %count = load i64, ptr %count_at
+  %batch_at = getelementptr i64, ptr %shared, i64 {BATCH}
+  %batch = load i64, ptr %batch_at
+  %threads_at = getelementptr i64, ptr %shared, i64 {THREADS}
+  %threads = load i64, ptr %threads_at
+  %shares = mul i64 %threads, {CHUNKS}
+  %call64 = zext i32 %call to i64
+  br label %step
+step:
+  %index = phi i64 [0, %entry], [%following, %finished]
+  %place = mul i64 %index, {WORDS}
+  %row = getelementptr i64, ptr %steps, i64 %place
+  %function = load ptr, ptr %row
+  %source_at = getelementptr i64, ptr %row, i64 1
+  %source = load ptr, ptr %source_at
+  %target_at = getelementptr i64, ptr %row, i64 2
+  %target = load ptr, ptr %target_at
+  %weights_at = getelementptr i64, ptr %row, i64 3
+  %weights = load ptr, ptr %weights_at
+  %bias_at = getelementptr i64, ptr %row, i64 4
+  %bias = load ptr, ptr %bias_at
+  %units_at = getelementptr i64, ptr %row, i64 5
+  %units = load i64, ptr %units_at
+  %block_at = getelementptr i64, ptr %row, i64 6
+  %block = load i64, ptr %block_at
+  %filled = add i64 %batch, %block
+  %less = sub i64 %filled, 1
+  %blocks = udiv i64 %less, %block
+  %total = mul i64 %units, %blocks
+  %share = udiv i64 %total, %shares
+  %chunk = call i64 @llvm.umax.i64(i64 %share, i64 1)
+  %claim_at = getelementptr i64, ptr %row, i64 8
+  %done_at = getelementptr i64, ptr %row, i64 16
+  br label %claim
+claim:
+  %seen = load atomic i64, ptr %claim_at acquire, align 64
+  %tag = lshr i64 %seen, 32
+  %mine = icmp eq i64 %tag, %call64
+  br i1 %mine, label %left, label %gone
+left:
+  %begin = and i64 %seen, 4294967295
+  %some = icmp ult i64 %begin, %total
+  br i1 %some, label %take, label %wait
+take:
+  %far = add i64 %begin, %chunk
+  %end = call i64 @llvm.umin.i64(i64 %far, i64 %total)
+  %taken = sub i64 %end, %begin
+  %after = add i64 %seen, %taken
+  %pair = cmpxchg ptr %claim_at, i64 %seen, i64 %after acq_rel acquire
+  %won = extractvalue {{ i64, i1 }} %pair, 1
+  br i1 %won, label %compute, label %claim
+compute:
+  call void %function(ptr %source, ptr %target, ptr %weights, ptr %bias, i64 %blocks, i64 %begin, i64 %end)
+  %already = atomicrmw add ptr %done_at, i64 %taken release
+  br label %claim
+wait:
+  %looks = phi i64 [0, %left], [%looked, %patience], [%looked, %others]
+  %done = load atomic i64, ptr %done_at acquire, align 64
+  %over = icmp eq i64 %done, %total
+  br i1 %over, label %finished, label %current
+current:
+  %now = load atomic i64, ptr %claim_at acquire, align 64
+  %now_tag = lshr i64 %now, 32
+  %still = icmp eq i64 %now_tag, %call64
+  br i1 %still, label %patience, label %gone
+patience:
+  call void @pause()
+  %looked = add i64 %looks, 1
+  %rest = and i64 %looked, {YIELDS}
+  %tired = icmp eq i64 %rest, 0
+  br i1 %tired, label %others, label %wait
+others:
+  %yielded = call i32 @sched_yield()
+  br label %wait
+finished:
+  %following = add i64 %index, 1
+  %again = icmp ult i64 %following, %count
+  br i1 %again, label %step, label %gone
+gone:
+  ret void
+}}
+
+declare i64 @llvm.umax.i64(i64, i64)
+declare i64 @llvm.umin.i64(i64, i64)
+declare i32 @sched_yield()
+"""
+
+_WORKER = """
+define void @{WORKER}(ptr %shared) nounwind {{
+entry:
+  %sleepers_at = getelementptr i64, ptr %shared, i64 {SLEEPERS}
+  %stop_at = getelementptr i64, ptr %shared, i64 {STOP}
+  br label %look
+look:
+  %last = phi i32 [0, %entry], [%last, %idle], [%last, %sleep], [%call, %serve]
+  %looks = phi i64 [0, %entry], [%looked, %idle], [0, %sleep], [0, %serve]
+  %call = load atomic i32, ptr %shared seq_cst, align 64
+  %new = icmp ne i32 %call, %last
+  br i1 %new, label %called, label %nothing
+called:
+  %stop = load atomic i64, ptr %stop_at seq_cst, align 64
+  %stopped = icmp ne i64 %stop, 0
+  br i1 %stopped, label %end, label %serve
+serve:
+  call void @work(ptr %shared, i32 %call)
+  br label %look
+nothing:
+  %looked = add i64 %looks, 1
+  %tired = icmp ugt i64 %looked, {SPINS}
+  br i1 %tired, label %sleep, label %idle
+idle:
+  call void @pause()
+  br label %look
+sleep:
+  %more = atomicrmw add ptr %sleepers_at, i32 1 seq_cst
+  %woken = call i64 (i64, ...) @syscall(i64 {FUTEX}, ptr %shared, i32 {WAIT}, i32 %last, ptr null)
+  %less = atomicrmw sub ptr %sleepers_at, i32 1 seq_cst
+  br label %look
+end:
+  ret void
+}}
+
+define internal void @wake(ptr %shared) nounwind {{
+entry:
+  %sleepers_at = getelementptr i64, ptr %shared, i64 {SLEEPERS}
+  %sleepers = load atomic i32, ptr %sleepers_at seq_cst, align 64
+  %some = icmp ne i32 %sleepers, 0
+  br i1 %some, label %call, label %end
+call:
+  %woken = call i64 (i64, ...) @syscall(i64 {FUTEX}, ptr %shared, i32 {WAKE}, i32 {EVERYBODY})
+  br label %end
+end:
+  ret void
+}}
+
+declare i64 @syscall(i64, ...)
+"""
+
+_NOBODY = """
+define internal void @wake(ptr %shared) nounwind {{
+  ret void
+}}
+"""
+
+_PAUSES = {
+    "x86": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()"),
+    "arm": ("call void @llvm.aarch64.hint(i32 1)", "declare void @llvm.aarch64.hint(i32)"),
+}
 
 
-def run_function() -> Function:
-    """``run(ptr steps, i64 count, i64 batch)``: one step after the other, on one thread."""
-    write = Function(RUN, (("ptr", "steps"), ("i64", "count"), ("i64", "batch")), 1)
-    with write.loop(0, "%count") as steps:
-        first = write.mul(steps.index, WORDS)
-        function, source, target, weights, bias = (_word(write, "ptr", first, place) for place in range(5))
-        units, block = (_word(write, "i64", first, place) for place in (5, 6))
-        filled = write.value(f"sub i64 {write.add('%batch', block)}, 1")
-        blocks, _ = write.divide(filled, block)
-        values = (source, target, weights, bias, blocks, 0, write.mul(units, blocks))
-        arguments = ", ".join(f"{kind} {value}" for (kind, _), value in zip(UNITS, values, strict=True))
-        write.line(f"call void {function}({arguments})")
-    return write
+def has_workers() -> bool:
+    """Whether the code can have threads of its own here: they need the futex of Linux."""
+    return sys.platform == "linux" and platform.machine() in _FUTEX
 
 
-def _word(write: Function, kind: str, first: str | int, place: int) -> Value:
-    address = write.value(f"getelementptr i64, ptr %steps, i64 {write.add(first, place)}")
-    return write.value(f"load {kind}, ptr {address}")
+def runtime(isa: Isa) -> str:
+    """The IR of ``run(shared)`` and ``stop(shared)``, and of ``worker(shared)``, which returns after a stop.
+
+    Where there is no futex there is no worker.
+    """
+    call, declaration = _PAUSES["arm" if isa.name == "neon" else "x86"]
+    pause = f"define internal void @pause() alwaysinline nounwind {{{{\n  {call}\n  ret void\n}}}}\n{declaration}\n"
+    text = _RUN + (_WORKER if has_workers() else _NOBODY) + pause
+    places = {"STEPS": STEPS, "COUNT": COUNT, "BATCH": BATCH, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
+    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "WORDS": WORDS}
+    waits = {"CHUNKS": _CHUNKS, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
+    futex = {"FUTEX": _FUTEX.get(platform.machine(), 0), "EVERYBODY": _EVERYBODY}
+    return text.format(**places, **names, **waits, **futex)
