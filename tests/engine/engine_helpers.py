@@ -41,7 +41,8 @@ class Guarded:
 
 def maps(images: Images, numbers: np.ndarray) -> np.ndarray:
     """The numbers of a buffer by (image, row, column, channel), borders and padding among them."""
-    height, width = (size + 2 * border for size, border in zip(images.size, images.border, strict=True))
+    axes = zip(images.size, images.border, images.more, strict=True)
+    height, width = (size + 2 * border + more for size, border, more in axes)
     return numbers.reshape(-1, height, width, images.pitch)
 
 

@@ -58,7 +58,7 @@ def test_weights_are_copies_and_the_mode_stays():
 
 
 WAYS_TO_SAY_IT = {
-    "modules": lambda net, x: net.head(torch.flatten(nn.AdaptiveAvgPool2d(1)(net.relu(net.conv(x))), 1)),
+    "modules": lambda net, x: net.head(torch.flatten(net.pool(net.relu(net.conv(x))), 1)),
     "functions": lambda net, x: net.head(torch.flatten(F.adaptive_avg_pool2d(F.relu(net.conv(x)), 1), 1)),
     "methods": lambda net, x: net.head(net.conv(x).relu().mean((2, 3))),
     "negative axes": lambda net, x: net.head(net.conv(x).relu().mean(dim=(-1, -2), keepdim=True).flatten(1)),
@@ -67,7 +67,9 @@ WAYS_TO_SAY_IT = {
 
 @pytest.mark.parametrize("way", WAYS_TO_SAY_IT)
 def test_ways_to_say_the_same(way):
-    layers = read(Net(WAYS_TO_SAY_IT[way], conv=conv(), relu=nn.ReLU(), head=nn.Linear(4, 2)))
+    layers = read(
+        Net(WAYS_TO_SAY_IT[way], conv=conv(), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(4, 2))
+    )
     assert [type(layer) for layer in layers] == [Conv, Pool, Linear]
     assert layers[0].relu
 

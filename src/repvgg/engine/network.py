@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from typing import final
 
@@ -26,6 +29,29 @@ from repvgg.errors import UsageError
 Shape = tuple[int, int, int, int]
 _SOURCE = 1  # places in a row of the table of steps
 _WEIGHTS = 3
+
+
+@final
+@dataclass(frozen=True)
+class StepTime:
+    """How long one step of a network takes.
+
+    Attributes:
+        name: of the layer.
+        kernel: what computes it, with its tiles.
+        seconds: the median.
+        muls: multiplications on the whole batch, those of tiles that stick out among them; 0 where none count.
+    """
+
+    name: str
+    kernel: Kernel
+    seconds: float
+    muls: int
+
+    @property
+    def gflops(self) -> float:
+        """Billions of multiplications and additions a second, two for each multiplication that is really done."""
+        return 2e-9 * self.muls / self.seconds
 
 
 @final
@@ -64,15 +90,35 @@ class Network:
         Raises:
             UsageError: the images have another shape, dtype or device, or another thread is inside.
         """
+        with self._entered(x) as batch:
+            self._workers.run(batch)
+            return self._output(batch)
+
+    def profile(self, x: Tensor, repeats: int = 20) -> tuple[StepTime, ...]:
+        """How long each step takes inside of a run on ``x``: the median of ``repeats`` runs, step by step.
+
+        See :meth:`__call__` for the errors.
+        """
+        seconds = np.zeros((repeats, len(self.plan.steps)))
+        with self._entered(x) as batch:
+            for times in seconds:
+                for number in range(len(times)):
+                    start = time.perf_counter()
+                    self._workers.run(batch, slice(number, number + 1))
+                    times[number] = time.perf_counter() - start
+        pairs = zip(self.plan.steps, np.median(seconds, axis=0), strict=True)
+        return tuple(StepTime(step.name, step.kernel, float(median), step.muls(len(x))) for step, median in pairs)
+
+    @contextmanager
+    def _entered(self, x: Tensor) -> Iterator[int]:
+        """The batch of a checked input that the first step reads; nobody else is inside."""
         self._check(x)
         if not self._lock.acquire(blocking=False):
             raise UsageError("This network is running in another thread: compile one for each thread.")
         try:
-            x = x.detach()
             self._strides[:] = x.stride()
             self._table[0, _SOURCE] = x.data_ptr()
-            self._workers.run(len(x))
-            return self._output(len(x))
+            yield len(x)
         finally:
             self._lock.release()
 

@@ -68,6 +68,10 @@ class Step:
     bias: Floats = field(default_factory=lambda: NOTHING)
     block: int = 1
 
+    def muls(self, batch: int) -> int:
+        """Multiplications on a batch, in whole blocks."""
+        return self.kernel.muls * -(-batch // self.block)
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -38,9 +38,9 @@ def read(model: nn.Module) -> list[Layer]:
     Raises:
         UnsupportedError: something in it is none of these; the text names it.
     """
-    graph, modules = _trace(model), dict(model.named_modules())
-    modules[""] = model
-    return _Reading(graph, modules).layers()
+    if fx.Tracer().is_leaf_module(model, ""):  # a layer alone: its own forward is not what is wanted
+        model = nn.Sequential(model)
+    return _Reading(_trace(model), dict(model.named_modules())).layers()
 
 
 def _trace(model: nn.Module) -> fx.Graph:

@@ -48,15 +48,16 @@ class Workers:
 
     def __init__(self, code: Code, table: NDArray[np.int64], threads: int) -> None:
         self._table, self._shared = table, zeros(2 * program.SHARED).view(np.int64)
-        self._shared[program.STEPS], self._shared[program.COUNT] = table.ctypes.data, len(table)
         self._shared[program.THREADS] = threads
         self._run = _function(code, program.RUN)
         if threads > 1:
             helpers = [_started(code, self._shared, table) for _ in range(threads - 1)]
             weakref.finalize(self, _stop, code, self._shared, helpers, os.getpid())
 
-    def run(self, batch: int) -> None:
-        """Run all steps on a batch; it returns when they are done. One caller at a time."""
+    def run(self, batch: int, steps: slice = slice(None)) -> None:
+        """Run all steps on a batch, or those of a slice; it returns when they are done. One caller at a time."""
+        table = self._table[steps]
+        self._shared[program.STEPS], self._shared[program.COUNT] = table.ctypes.data, len(table)
         self._shared[program.BATCH] = batch
         self._run(self._shared.ctypes.data)
 
@@ -68,10 +69,11 @@ def _function(code: Code, name: str) -> Any:
 def _started(code: Code, shared: NDArray[np.int64], table: NDArray[np.int64]) -> threading.Thread:
     """A thread inside of the code; it keeps the code and what it reads alive until it returns."""
 
-    def work(kept: object = (code, table)) -> None:
-        function(shared.ctypes.data)
+    enter = _function(code, program.WORKER)
 
-    function = _function(code, program.WORKER)
+    def work(kept: object = (code, table)) -> None:
+        enter(shared.ctypes.data)
+
     thread = threading.Thread(target=work, name="repvgg-engine", daemon=True)
     thread.start()
     return thread

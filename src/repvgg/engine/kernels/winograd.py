@@ -164,9 +164,8 @@ class WinogradProduct:
 
     @property
     def muls(self) -> int:
-        """Multiplications for each image of a block."""
-        tiles = self.tiling.of_block // self.tiling.images
-        return tiles * self.form.inputs**2 * self.inputs * self.target.channels
+        """Multiplications of a block, those of tiles that stand for nothing among them."""
+        return self.tiling.of_block * self.form.inputs**2 * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a piece by the last panel of a group, and by another.
