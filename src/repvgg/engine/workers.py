@@ -68,7 +68,6 @@ def _function(code: Code, name: str) -> Any:
 
 def _started(code: Code, shared: NDArray[np.int64], table: NDArray[np.int64]) -> threading.Thread:
     """A thread inside of the code; it keeps the code and what it reads alive until it returns."""
-
     enter = _function(code, program.WORKER)
 
     def work(kept: object = (code, table)) -> None:

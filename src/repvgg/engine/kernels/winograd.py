@@ -19,6 +19,8 @@ from repvgg.engine.kernels.transform import transform_square
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Winograd
 
+_LINE = 16  # floats of a line of the cache
+
 
 @final
 @dataclass(frozen=True)
@@ -237,6 +239,8 @@ def _multiply(
         with write.loop(0, kernel.inputs, carried=zeros) as channels:
             lanes = write.at(weights, write.mul(channels.index, step))
             source = write.at(read, channels.index)
+            for line in range(0, step, _LINE):  # of the next place: its weights may be cold
+                write.prefetch(lanes, kernel.inputs * step + line)
             channels.next = multiply_add(write, source, kernel.pitch, lanes, channels.carried, vectors)
         wrote = write.at(products, write.mul(tiles.index, step))
         for place, value in enumerate(channels.results):
