@@ -8,7 +8,7 @@ from engine_helpers import Guarded, expected, inside, isas, maps, random_conv, r
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.kernels.conv import pack
 from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.winograd import Tiling, WinogradInput, WinogradProduct
+from repvgg.engine.kernels.winograd import Tiling, WinogradInput, WinogradProduct, place_floats
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.winograd import POINTS, winograd
 
@@ -56,7 +56,7 @@ def computed(conv, size, form, isa, batch=2, images=1, tile=None, piece=None, pa
     tile = tile or Tile(3, 2)
     first, second = kernels(conv, size, form, isa, batch, images, tile, piece or 2 * tile.pixels)
     source, target = Guarded(batch * first.source.image), Guarded(batch * second.target.image)
-    moved = Guarded(form.inputs**2 * first.tiling.tiles * first.source.pitch, np.nan)
+    moved = Guarded(form.inputs**2 * place_floats(first.tiling, first.source.pitch), np.nan)
     x, out = inside(first.source, source.inside), inside(second.target, target.inside)
     x[...] = np.random.default_rng(seed).standard_normal(x.shape)
     out[...] = np.nan

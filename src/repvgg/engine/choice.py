@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+from repvgg.engine.images import round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
 from repvgg.engine.kernels.tile import Tile
@@ -19,8 +20,8 @@ from repvgg.engine.winograd import Winograd, winograd
 _SCRATCH = 2**18  # bytes of products that a piece keeps on the stack, a part of the second cache
 _TRANSFORM = 3.0  # cycles for each place of a tile, going in or coming out
 _TILES = 64  # of a block of several images
-_BYTES = 12.0  # of cold weights that come in a cycle
-_WARM = 2**19  # bytes of a panel that stay in the second cache from one piece to the next
+_BYTES = 12.0  # that come in a cycle from beyond the second cache
+_WARM = 2**19  # bytes that stay in the second cache from one piece to the next
 
 
 @final
@@ -113,8 +114,8 @@ def _cut(form: Winograd, grid: Pair, images: int, blocks: int, tile: Tile, isa: 
     most = _SCRATCH // (4 * form.inputs**2 * tile.vectors * isa.width * tile.pixels)  # register tiles of a piece
     if not most:
         return None
-    steps = -(-tiles // tile.pixels)
-    piece = -(-steps // -(-steps // most)) * tile.pixels
+    lengths = [steps * tile.pixels for steps in range(max(1, most // 2), most + 1)]
+    piece = min(lengths, key=lambda length: (round_up(tiles, length), -length))
     return Tiling(grid, images, piece, blocks)
 
 
@@ -128,4 +129,6 @@ def _cycles(form: Winograd, tiling: Tiling, tile: Tile, groups: int, size: Size,
     panel = 4 * places * (size.inputs // groups) * min(vectors, tile.vectors) * isa.width
     times = 1 if panel < _WARM else tiling.blocks * tiling.pieces
     weights = 4 * places * (size.inputs // groups) * size.outputs * times / _BYTES
-    return products + transforms + weights
+    moved = 4 * places * tiling.tiles * size.inputs
+    reads = moved * (1 if moved < _WARM else whole + bool(rest)) / _BYTES  # of transformed tiles
+    return products + transforms + weights + reads

@@ -16,7 +16,7 @@ from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.kernels.load import LoadKernel
 from repvgg.engine.kernels.pool import PoolKernel
-from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
+from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct, place_floats
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.errors import UnsupportedError
 
@@ -158,8 +158,7 @@ class _Planner:
     def _winograd(self, layer: Conv, choice: Choice, source: Buffer, target: Buffer) -> None:
         form, tiling, tile, width = choice.form, choice.tiling, choice.tile, self._isa.width
         geometry, images = layer.geometry, source.images
-        tiles = Images(images.channels, (form.inputs**2, tiling.tiles), (0, 0), images.pitch)
-        moved = self._buffer(tiles, 1)
+        moved = self._buffer(Images(1, (form.inputs**2, place_floats(tiling, images.pitch)), (0, 0), 1), 1)
         transform = WinogradInput(form, images, geometry.padding, tiling, width)
         self.steps.append(Step(layer.name, transform, source, moved))
         kernel = WinogradProduct(

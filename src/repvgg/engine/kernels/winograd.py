@@ -62,6 +62,14 @@ class Tiling:
         return self.blocks * self.of_block
 
 
+def place_floats(tiling: Tiling, pitch: int) -> int:
+    """Floats from one place of all transformed tiles to the next.
+
+    A line more than they need: places that lie whole pages apart would all fall into one set of the cache.
+    """
+    return tiling.tiles * pitch + _LINE
+
+
 @final
 @dataclass(frozen=True)
 class WinogradInput:
@@ -114,7 +122,7 @@ class WinogradInput:
         places = [(row, column) for row in range(size) for column in range(size)]
         values = [write.load(source, row * images.row + column * images.pitch) for row, column in places]
         for place, value in enumerate(transform_square(write, self.form.input_matrix, values)):
-            write.store(value, target, place * self.tiling.tiles * images.pitch)
+            write.store(value, target, place * place_floats(self.tiling, images.pitch))
 
 
 @final
@@ -179,6 +187,11 @@ class WinogradProduct:
         return [*parts, _units(name, self, parts)]
 
 
+def _product_floats(kernel: WinogradProduct, vectors: int) -> int:
+    """Floats from one place of the products of a piece to the next, a line more than they need, too."""
+    return kernel.tiling.piece * vectors * kernel.width + _LINE
+
+
 _PIECE = (*POINTERS, ("i64", "block"), ("i64", "piece"))
 
 
@@ -211,11 +224,11 @@ def _units(name: str, kernel: WinogradProduct, parts: list[Function]) -> Functio
 def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     """A piece of tiles by a panel of so many vectors."""
     write = Function(name, _PIECE, kernel.width, internal=True)
-    floats = kernel.tiling.piece * vectors * kernel.width  # of one place
+    floats = _product_floats(kernel, vectors)
     products = write.scratch(kernel.form.inputs**2 * floats)
     beyond = write.scratch(kernel.width)
     with write.loop(0, kernel.form.inputs**2) as places:
-        inputs = write.at("%source", write.mul(places.index, kernel.tiling.tiles * kernel.pitch))
+        inputs = write.at("%source", write.mul(places.index, place_floats(kernel.tiling, kernel.pitch)))
         weights = write.at("%weights", write.mul(places.index, kernel.inputs * vectors * kernel.width))
         _multiply(write, kernel, inputs, weights, write.at(products, write.mul(places.index, floats)), vectors)
     first = write.mul("%piece", kernel.tiling.piece)
@@ -260,7 +273,7 @@ def _outputs(
     corner = write.at("%target", write.add(write.mul(image, target.image), write.add(offset, target.inside)))
     rows = _inside(write, top, size, target.size[0])
     columns = _inside(write, left, size, target.size[1])
-    floats = tiling.piece * vectors * kernel.width
+    floats = _product_floats(kernel, vectors)
     with write.loop(0, vectors * kernel.width, kernel.width) as lanes:
         read, pixel = write.at(products, lanes.index), write.at(corner, lanes.index)
         bias = write.load("%bias", lanes.index)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from engine_helpers import isas
+from torch import nn
+
+from repvgg import create_model, list_models
+from repvgg.engine.choice import Size, choose
+from repvgg.engine.isa import GENERIC
+from repvgg.engine.kernels.conv import ConvKernel
+from repvgg.engine.kernels.winograd import WinogradProduct
+from repvgg.engine.layers import ConvGeometry
+from repvgg.engine.network import Network
+from repvgg.engine.plan import plan
+from repvgg.engine.reader import read
+from repvgg.measure import walk
+
+PADDED = ConvGeometry((3, 3), padding=(1, 1))
+STACK = 2**19  # bytes that a thread has on every platform
+
+
+@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize("batch", [1, 7, 16])
+@pytest.mark.parametrize(("channels", "image"), [(48, (56, 56)), (96, (28, 28)), (192, (14, 14)), (640, (45, 45))])
+def test_large_layers_go_by_winograd_within_registers_and_stack(channels, image, batch, name):
+    isa = GENERIC[name]
+    choice = choose(PADDED, Size(channels, channels, image, batch), isa)
+    assert choice is not None
+    tiling, places = choice.tiling, choice.form.inputs**2
+    assert choice.tile.registers <= isa.registers
+    assert tiling.piece % choice.tile.pixels == 0
+    assert tiling.images * tiling.blocks == batch
+    assert tiling.of_block >= tiling.images * tiling.of_image
+    assert 4 * places * (tiling.piece * choice.tile.vectors * isa.width + 16) < STACK
+
+
+NEVER = {
+    "stride 2": (ConvGeometry((3, 3), (2, 2), (1, 1)), 96, 96),
+    "dilated": (ConvGeometry((3, 3), padding=(2, 2), dilation=(2, 2)), 96, 96),
+    "1x1": (ConvGeometry((1, 1)), 96, 96),
+    "three channels": (PADDED, 3, 96),
+    "groups of no whole vectors": (ConvGeometry((3, 3), padding=(1, 1), groups=4), 96, 100),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_winograd_does_not_take(name):
+    geometry, inputs, outputs = NEVER[name]
+    assert choose(geometry, Size(inputs, outputs, (28, 28), 1), GENERIC["avx512"]) is None
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_row_of_the_table_has_a_plan(name):
+    """With weights of zeros, which take no time to make."""
+    with torch.device("meta"):
+        model = create_model(name, plain=True)
+    small = model.spec.input_size if model.spec.input_size < 64 else 64
+    steps = plan(read(_zeros(model)), (2, 3, small, small), isas()[-1]).steps
+    convs = {step.name for step in steps if isinstance(step.kernel, (ConvKernel, WinogradProduct))}
+    assert {name for name, module in model.named_modules() if type(module) is nn.Conv2d and ".se" not in name} <= convs
+
+
+def _zeros(model: nn.Module) -> nn.Module:
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    return model
+
+
+def test_a_profile_names_each_step_and_counts_what_is_multiplied():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    network = Network(read(model), (2, 3, 16, 16), isas()[-1])
+    x = torch.randn(2, 3, 16, 16)
+    steps = network.profile(x, repeats=2)
+    assert [step.name for step in steps] == ["input", "0", "2"]
+    assert sum(step.muls for step in steps) == walk(model, x).macs
+    torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
