@@ -114,6 +114,7 @@ def _cut(form: Winograd, grid: Pair, images: int, blocks: int, tile: Tile, isa: 
     most = _SCRATCH // (4 * form.inputs**2 * tile.vectors * isa.width * tile.pixels)  # register tiles of a piece
     if not most:
         return None
+    most = min(most, -(-tiles // tile.pixels))
     lengths = [steps * tile.pixels for steps in range(max(1, most // 2), most + 1)]
     piece = min(lengths, key=lambda length: (round_up(tiles, length), -length))
     return Tiling(grid, images, piece, blocks)

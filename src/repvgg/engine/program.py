@@ -7,7 +7,8 @@ done; both belong to the code.
 Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
 everything alone. A claim carries the number of the call, so that a thread which was left behind by an earlier call
-takes nothing of a later one. Idle threads look around for a moment, and then sleep on a futex.
+takes nothing of a later one; the batch
+changes only when the claims of the call before are void. Idle threads look around for a moment, and then sleep on a futex.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98, "arm64": 98}
 _WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # both private to the process
 
 _RUN = """
-define void @{RUN}(ptr %shared) nounwind {{
+define void @{RUN}(ptr %shared, i64 %batch) nounwind {{
 entry:
   %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
   %steps = load ptr, ptr %steps_at
@@ -52,6 +53,8 @@ reset:
   %more = icmp ult i64 %next, %count
   br i1 %more, label %reset, label %publish
 publish:
+  %batch_at = getelementptr i64, ptr %shared, i64 {BATCH}
+  store atomic i64 %batch, ptr %batch_at release, align 8
   store atomic i32 %call, ptr %shared seq_cst, align 64
   call void @wake(ptr %shared)
   call void @work(ptr %shared, i32 %call)
@@ -73,7 +76,7 @@ entry:
   %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
   %count = load i64, ptr %count_at
   %batch_at = getelementptr i64, ptr %shared, i64 {BATCH}
-  %batch = load i64, ptr %batch_at
+  %batch = load atomic i64, ptr %batch_at acquire, align 8
   %threads_at = getelementptr i64, ptr %shared, i64 {THREADS}
   %threads = load i64, ptr %threads_at
   %shares = mul i64 %threads, {CHUNKS}
@@ -227,7 +230,7 @@ def has_workers() -> bool:
 
 
 def runtime(isa: Isa) -> str:
-    """The IR of ``run(shared)`` and ``stop(shared)``, and of ``worker(shared)``, which returns after a stop.
+    """The IR of ``run(shared, batch)`` and ``stop(shared)``, and of ``worker(shared)``, which returns after a stop.
 
     Where there is no futex there is no worker.
     """

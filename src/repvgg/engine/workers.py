@@ -49,7 +49,7 @@ class Workers:
     def __init__(self, code: Code, table: NDArray[np.int64], threads: int) -> None:
         self._table, self._shared = table, zeros(2 * program.SHARED).view(np.int64)
         self._shared[program.THREADS] = threads
-        self._run = _function(code, program.RUN)
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code.address(program.RUN))
         if threads > 1:
             helpers = [_started(code, self._shared, table) for _ in range(threads - 1)]
             weakref.finalize(self, _stop, code, self._shared, helpers, os.getpid())
@@ -58,8 +58,7 @@ class Workers:
         """Run all steps on a batch, or those of a slice; it returns when they are done. One caller at a time."""
         table = self._table[steps]
         self._shared[program.STEPS], self._shared[program.COUNT] = table.ctypes.data, len(table)
-        self._shared[program.BATCH] = batch
-        self._run(self._shared.ctypes.data)
+        self._run(self._shared.ctypes.data, batch)
 
 
 def _function(code: Code, name: str) -> Any:
