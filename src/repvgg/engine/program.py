@@ -7,8 +7,8 @@ done; both belong to the code.
 Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
 everything alone. A claim carries the number of the call, so that a thread which was left behind by an earlier call
-takes nothing of a later one; the batch
-changes only when the claims of the call before are void. Idle threads look around for a moment, and then sleep on a futex.
+takes nothing of a later one; the batch changes only when the claims of the call before are void. Idle threads look
+around for a moment, and then sleep on a futex.
 """
 
 from __future__ import annotations
