@@ -25,7 +25,7 @@ def helpers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "repvgg-engine"]
 
 
-@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("threads", [3])
 @pytest.mark.parametrize("name", ROWS)
 def test_threads_compute_the_same(name, threads):
     model = plain(ROWS[name])
