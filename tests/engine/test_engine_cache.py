@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "engine"
 
 
-@pytest.fixture()
+@pytest.fixture
 def compiled(monkeypatch):
     """What was really compiled."""
     done = []

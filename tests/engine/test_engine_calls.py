@@ -30,7 +30,7 @@ def model():
     return plain()
 
 
-@pytest.fixture()
+@pytest.fixture
 def fast(model):
     return repvgg.engine.compile(model, (2, 3, 32, 32))
 
