@@ -2,6 +2,7 @@
 
 From above to below::
 
+    backend.py    the engine behind torch.compile
     compiling.py  a model -> what runs it
     network.py    the callable: checks, sizes, one call for a whole network
     runner.py     a network made for images of one size: code, buffers, weights
@@ -24,8 +25,9 @@ From above to below::
 
 from __future__ import annotations
 
+from repvgg.engine.backend import repvgg_backend
 from repvgg.engine.cache import clear_cache
 from repvgg.engine.compiling import InTorch, compile  # noqa: A004
 from repvgg.engine.network import Network
 
-__all__ = ["InTorch", "Network", "clear_cache", "compile"]
+__all__ = ["InTorch", "Network", "clear_cache", "compile", "repvgg_backend"]
