@@ -236,4 +236,5 @@ class _Reading:
         kind = self._kind(node)
         what = kind if isinstance(kind, str) else kind.__name__
         more = " Fold batch norms first, with repvgg.reparameterize." if "BatchNorm" in what else ""
-        raise UnsupportedError(f"{self._nodes.name(node)!r} ({what}) {why}.{more}")
+        who = "The input" if node.op == "placeholder" else f"{self._nodes.name(node)!r} ({what})"
+        raise UnsupportedError(f"{who} {why}.{more}")
