@@ -52,8 +52,7 @@ def assert_same(fast, model: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("name", "mode"), [("plain", torch.no_grad), *((name, torch.inference_mode) for name in ROWS)])
 def test_plain_rows_run_in_the_engine(compiled, name, mode):
     model = plain(ROWS[name])
     with mode():
@@ -173,6 +172,7 @@ def test_the_entry_point_leads_to_the_backend():
     assert EntryPoint("repvgg", declared["repvgg"], GROUP).load() is repvgg_backend
 
 
+@pytest.mark.slow
 def test_by_name_without_importing(tmp_path):
     """PyTorch finds the entry point of an installed package."""
     declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][GROUP]["repvgg"]

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
@@ -150,20 +148,23 @@ def test_cleared(folder, compiled):
     assert len(compiled) == 2
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_several_processes_at_once(folder):
-    """All compile the same into an empty folder, and all find it right."""
-    code = (
-        "import torch, repvgg, repvgg.engine\n"
-        "torch.manual_seed(0)\n"
-        "net = repvgg.create_model('repvgg_t0', plain=True).eval()\n"
-        "x = torch.randn(1, 3, 32, 32)\n"
-        "fast = repvgg.engine.compile(net, (1, 3, 32, 32), threads=1)\n"
-        "torch.testing.assert_close(fast(x), net(x).detach(), rtol=1e-4, atol=1e-4)\n"
+    """All compile the same into an empty folder, again and again, and find nothing but what is right."""
+    texts = [IR.replace("nothing", f"number{at}") for at in range(20)]
+    wanted = [object_code(text, ISA) for text in texts]
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            order = texts if number % 2 else [*reversed(texts)]
+            found = {text: cached_object_code(text, ISA) for _ in range(3) for text in order}
+            os._exit(0 if [found[text] for text in texts] == wanted else 1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{cache._key(text, ISA).hex()}.o" for text in texts
     )
-    runs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [(run.communicate(timeout=100)[1], run.returncode) for run in runs]
-    assert said == [("", 0)] * 2
-    assert {path.suffix for path in folder.iterdir()} == {".o"}
 
 
 def test_a_network_comes_from_the_disk(compiled):

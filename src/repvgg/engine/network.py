@@ -144,7 +144,8 @@ class Network:
     def _runner(self, shape: Shape) -> Runner:
         """What is made for these images with the fewest more, or is made now."""
         fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
-        runner = min(fits, key=lambda one: one.shape[0]) if fits else Runner(self._layers, shape, self._isa)
+        runner = min(fits, key=lambda one: one.shape[0], default=None)
+        runner = runner or Runner(self._layers, shape, self._isa, self._runners)
         if runner is not self._runners[-1]:
             self._runners = [*(one for one in self._runners if one is not runner), runner]
         if len(self._runners) > SIZES:

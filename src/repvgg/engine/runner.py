@@ -31,6 +31,7 @@ class Runner:
         layers: see :func:`repvgg.engine.reader.read`.
         shape: the largest batch, channels, height and width.
         isa: the vectors to use.
+        others: the same network for other sizes; weights that are packed alike are held once.
 
     Attributes:
         shape: as given.
@@ -38,13 +39,14 @@ class Runner:
         table: what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
     """
 
-    def __init__(self, layers: Sequence[Layer], shape: Shape, isa: Isa) -> None:
+    def __init__(self, layers: Sequence[Layer], shape: Shape, isa: Isa, others: Sequence[Runner] = ()) -> None:
         whole = plan(layers, shape, isa)
         names, functions = _functions(whole)
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)
         self._strides = np.zeros(4, np.int64)
         self._memory = [zeros(buffer.floats) for buffer in whole.buffers]
+        self._weights: list[Floats] = [values for other in others for values in other._weights]
         self.table, self._weights = self._filled_table(whole, names)
         self.plan = _without_weights(whole)
 
@@ -67,14 +69,20 @@ class Runner:
         table, kept = program.table(len(whole.steps))[:-1], []
         for row, step in zip(table, whole.steps, strict=True):
             source, target = self._address(step.source), self._address(step.target)
-            weights = step.weights if isinstance(step.weights, Buffer) else aligned(step.weights)
-            bias = aligned(step.bias)
+            weights = step.weights if isinstance(step.weights, Buffer) else self._held(step.weights)
+            bias = self._held(step.bias)
             kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
             at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
         table[0, program.WEIGHTS] = self._strides.ctypes.data
         return table, kept
+
+    def _held(self, values: Floats) -> Floats:
+        """An aligned copy, or one that is there already."""
+        same = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
+        found = next(same, None)
+        return aligned(values) if found is None else found
 
     def _address(self, buffer: Buffer | None) -> int:
         return self._memory[buffer.number].ctypes.data if buffer else 0
