@@ -301,6 +301,7 @@ def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
     save(tmp_path / "plain.safetensors", plain, describe_model(plain, "plain"))
     out = repvgg("bench", tmp_path / "plain.safetensors", "--engine", "repvgg,torch").out
     assert [row.split(", ")[-1].split()[0] for row in out.splitlines()[1:3]] == ["repvgg", "torch"]
+    assert repvgg("bench", tmp_path / "plain.safetensors", "--engine", "repvgg").code == 0
 
 
 @pytest.mark.parametrize(

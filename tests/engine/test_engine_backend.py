@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import tomllib
 import warnings
 from importlib.metadata import EntryPoint
@@ -14,7 +15,7 @@ from test_engine_network import ROWS, plain
 from torch import nn
 
 import repvgg
-from repvgg.engine import backend
+from repvgg.engine import backend, program
 from repvgg.engine.backend import repvgg_backend
 from repvgg.errors import FallbackWarning
 
@@ -68,6 +69,17 @@ def test_other_batches(compiled, dynamic):
         for batch in (2, 4, 3, 1):
             assert_same(fast, model, torch.randn(batch, 3, 32, 32))
     assert len(compiled) == {None: 3, True: 2, False: 4}[dynamic]  # PyTorch's graphs; 1 always has one of its own
+
+
+def test_options(compiled):
+    model, x = plain(), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert_same(fast_of(model, options={"threads": 2}), model, x)
+        assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= program.has_workers()
+        for options, words in (({"thread": 2}, "only option is 'threads'"), ({"threads": 0}, "at least one thread")):
+            torch.compiler.reset()
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
+                fast_of(model, options=options)(x)
 
 
 def test_weights_that_change_are_read_again(compiled):

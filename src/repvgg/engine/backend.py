@@ -21,18 +21,33 @@ from torch import Tensor, fx
 from repvgg.engine.isa import host_isa
 from repvgg.engine.network import Network
 from repvgg.engine.reader import read_graph
-from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, first_line
+from repvgg.engine.workers import check_threads
+from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
 Stamp: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
-def repvgg_backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What runs a graph of torch.compile; see there for its arguments.
+def repvgg_backend(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, int] | None = None
+) -> Callable[..., Any]:
+    """What runs a graph of torch.compile.
 
     Where the engine cannot run it, for training, autocast, or a layer that it does not know, a warning says why and
     PyTorch runs the graph as it is.
+
+    Args:
+        graph: as PyTorch hands it over.
+        example_inputs: likewise; nothing is read from them.
+        options: of torch.compile: ``{"threads": 4}`` as in :func:`repvgg.engine.compile`.
+
+    Raises:
+        UsageError: there is no such option, or no such number of threads.
     """
-    return _Graph(graph)
+    options = options or {}
+    if set(options) - {"threads"}:
+        raise UsageError(f"The engine's only option is 'threads', not {', '.join(map(repr, options))}.")
+    check_threads(options.get("threads"))
+    return _Graph(graph, options.get("threads"))
 
 
 @final
@@ -41,10 +56,11 @@ class _Graph:
 
     Args:
         graph: of torch.compile.
+        threads: see :func:`repvgg.engine.compile`.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self._graph = graph
+    def __init__(self, graph: fx.GraphModule, threads: int | None) -> None:
+        self._graph, self._threads = graph, threads
         self._placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self._images = _first(graph.graph)
         self._network: Network | None = None
@@ -84,7 +100,7 @@ class _Graph:
                 f"The engine takes float32 images (N, C, H, W) on the CPU, not {images.dtype} on {images.device.type}."
             )
         batch, channels, height, width = images.shape
-        return Network(layers, (batch, channels, height, width), host_isa(), None)
+        return Network(layers, (batch, channels, height, width), host_isa(), self._threads)
 
 
 def _check_inference(arguments: Sequence[Any]) -> None:

@@ -55,12 +55,12 @@ def candidates_of(
     Raises:
         UsageError: a model is named twice, or none is named.
         UnknownModelError: there is no such model.
-        CheckpointError: the only model is in the plain form already, and there is one engine.
+        CheckpointError: the only model is in the plain form already, and PyTorch the only engine.
     """
     if not models or len(set(models)) < len(models):
         raise UsageError("Name the models to time, each once.")
     several = len(engines) > 1
-    found = [candidate for name in models for candidate in _forms(name, len(models) == 1, several)]
+    found = [candidate for name in models for candidate in _forms(name, len(models) == 1, [*engines] == ["torch"])]
     if input_size is not None:
         found = [replace(candidate, image=(candidate.image[0], input_size, input_size)) for candidate in found]
     return [
@@ -89,13 +89,13 @@ def runnable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str
     return kept, left_out
 
 
-def _forms(name: str, alone: bool, several_engines: bool) -> list[Candidate]:
+def _forms(name: str, alone: bool, torch_alone: bool) -> list[Candidate]:
     """The forms of one model. Those with weights that somebody trained are proven equal on the way."""
     sourced = named_model(name)
     model, proven = sourced.model, sourced.weights != "random"
     ours = isinstance(model, RepVGG)
     if isinstance(model, RepVGG) and form_of(model) == "plain":
-        if alone and not several_engines:
+        if alone and torch_alone:
             raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
         return [_candidate(name, name, PLAIN, model, sourced.input_shape)]
     with warnings.catch_warnings():
