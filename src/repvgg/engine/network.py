@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from repvgg.engine.choice import Machine
 from repvgg.engine.ir import Function, module
 from repvgg.engine.isa import Isa, host_isa
 from repvgg.engine.jit import Code, object_code
@@ -72,7 +73,7 @@ class Network:
 
     def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa, threads: int = 1) -> None:
         self.input_shape, self.threads = input_shape, threads
-        self.plan = plan(layers, input_shape, isa)
+        self.plan = plan(layers, input_shape, Machine(isa, threads))
         names, functions = _functions(self.plan)
         self._code = Code([object_code(module(functions) + runtime(isa), isa)], isa)
         self._strides = np.zeros(4, np.int64)
