@@ -26,6 +26,7 @@ from repvgg.engine.layers import Conv, ConvGeometry, Floats
 
 _LINE = 16  # floats of a line of the cache
 _COLD = 2**15  # floats of a panel that is fetched ahead
+_KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
 _ALONE = 96  # channels that are worth a sum of their own
 _SUMMED = 144  # channels that are summed in one go, and a few more
 _MOST_RUNS = 8  # that are written out
@@ -78,9 +79,19 @@ class ConvKernel:
         return -(-self.group_vectors // self.tile.vectors)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether all weights stay in the second cache."""
+        return self.taps * self.inputs * self.groups_and_panels * self.tile.vectors * self.width <= _KEPT
+
+    @property
+    def groups_and_panels(self) -> int:
+        """Panels of all groups."""
+        return self.geometry.groups * self.panels
+
+    @property
     def units_of_image(self) -> int:
         """Pieces of work in one image: the output rows of each panel of each group."""
-        return self.geometry.groups * self.panels * self.target.size[0]
+        return self.groups_and_panels * self.target.size[0]
 
     @property
     def muls(self) -> int:
@@ -90,7 +101,8 @@ class ConvKernel:
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a row of the last panel of a group, and of another.
 
-        Unit ``(panel · batch + image) · rows + row``: neighbouring units read the same weights.
+        Neighbouring units read the same weights, unit ``(panel · batch + image) · rows + row``; but where all of them
+        stay in the second cache, the same inputs, unit ``(image · rows + row) · panels + panel``.
         """
         rows = [_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
         return [*rows, _units(name, self, rows)]
@@ -116,9 +128,11 @@ def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
 def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
     write = Function(name, UNITS, kernel.width)
     geometry, source, target = kernel.geometry, kernel.source, kernel.target
-    per_panel = write.mul("%batch", target.size[0])
     with write.loop("%begin", "%end") as units:
-        panel, place = write.divide(units.index, per_panel)
+        if kernel.keeps_weights:
+            place, panel = write.divide(units.index, kernel.groups_and_panels)
+        else:
+            panel, place = write.divide(units.index, write.mul("%batch", target.size[0]))
         image, row = write.divide(place, target.size[0])
         group, part = write.divide(panel, kernel.panels)
         channel = write.mul(part, kernel.tile.vectors * kernel.width)
@@ -178,7 +192,7 @@ def _counts(kernel: ConvKernel, vectors: int) -> Iterator[int]:
 def _ahead(write: Function, kernel: ConvKernel, vectors: int) -> Value | None:
     """Where a row fetches ahead: a share of the next panel, if panels are large. The first rows fetch all of it."""
     step, count = vectors * kernel.width, kernel.taps * kernel.inputs
-    if step * count < _COLD:
+    if kernel.keeps_weights or step * count < _COLD:
         return None
     rows = -(-step // _LINE)
     late = write.value(f"icmp ugt i64 %place, {rows - 1}")

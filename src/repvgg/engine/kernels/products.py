@@ -115,12 +115,12 @@ class Product:
     cold: bool
 
     def write(self, write: Function, inputs: Operand, weights: Value, products: Value) -> None:
-        """Write it."""
+        """Write it: run after run of channels, whose weights stay in the first cache for all tiles."""
         step = self.vectors * write.width
-        with write.loop(0, self.tiles, self.tile.pixels) as tiles:
-            read = write.at(inputs.at, write.mul(tiles.index, inputs.tile))
-            wrote = write.at(products, write.mul(tiles.index, step))
-            for begin, end in runs(self.channels):
+        for begin, end in runs(self.channels):
+            with write.loop(0, self.tiles, self.tile.pixels) as tiles:
+                read = write.at(inputs.at, write.mul(tiles.index, inputs.tile))
+                wrote = write.at(products, write.mul(tiles.index, step))
                 sums = self._run(write, read, inputs.tile, weights, begin, end)
                 for place, value in enumerate(sums):
                     at = place * write.width
