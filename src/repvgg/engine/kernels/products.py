@@ -104,7 +104,7 @@ class Product:
         tiles: all of them.
         channels: of the input.
         ahead: floats from weights to those that are fetched meanwhile.
-        cold: whether the next tiles are fetched meanwhile, too.
+        cold: whether the next channels of the tiles are fetched meanwhile, too.
     """
 
     tile: Tile
@@ -116,23 +116,28 @@ class Product:
 
     def write(self, write: Function, inputs: Operand, weights: Value, products: Value) -> None:
         """Write it: run after run of channels, whose weights stay in the first cache for all tiles."""
-        step = self.vectors * write.width
-        for begin, end in runs(self.channels):
+        step, parts = self.vectors * write.width, runs(self.channels)
+        following = [*parts[1:], tuple(inputs.place + place for place in parts[0])]
+        for (begin, end), ahead in zip(parts, following, strict=True):
             with write.loop(0, self.tiles, self.tile.pixels) as tiles:
                 read = write.at(inputs.at, write.mul(tiles.index, inputs.tile))
                 wrote = write.at(products, write.mul(tiles.index, step))
+                if self.cold:
+                    self._fetch(write, read, inputs.tile, *ahead)
                 sums = self._run(write, read, inputs.tile, weights, begin, end)
                 for place, value in enumerate(sums):
                     at = place * write.width
                     total = write.binary("fadd", value, write.load(wrote, at)) if begin else value
                     write.store(total, wrote, at)
 
+    def _fetch(self, write: Function, read: Value, pitch: int, begin: int, end: int) -> None:
+        """Have other channels of these tiles brought close."""
+        for pixel in range(self.tile.pixels):
+            for line in range(begin, end, LINE):
+                write.prefetch(read, pixel * pitch + line)
+
     def _run(self, write: Function, read: Value, pitch: int, weights: Value, begin: int, end: int) -> list[Value]:
         step = self.vectors * write.width
-        if self.cold:
-            for pixel in range(self.tile.pixels):
-                for line in range(begin, end, LINE):
-                    write.prefetch(read, (self.tile.pixels + pixel) * pitch + line)
         with write.loop(begin, end, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
             lanes = write.at(weights, write.mul(channels.index, step))
             for line in range(0, step, LINE):
