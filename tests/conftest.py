@@ -25,6 +25,14 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Machine code of these tests alone: neither do they find that of other runs, nor leave any behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPVGG_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def modules_out_of_the_collectors_way():
     """What was imported stays: code that collects garbage before it measures would look at all of it each time."""
     gc.collect()

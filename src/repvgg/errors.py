@@ -25,6 +25,8 @@ and what to do next. Catch by meaning::
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
     NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
     FreshWeightsWarning              some weights of a pretrained model are not the published ones
+    CacheWarning                     machine code cannot be kept on the disk, and is made anew in each process
+    FallbackWarning                  something simpler and slower does the work that the engine was asked to do
 """
 
 from __future__ import annotations
@@ -115,6 +117,14 @@ class NothingExpandedWarning(UserWarning):
 
 class FreshWeightsWarning(UserWarning):
     """Some weights of a pretrained model are not the published ones: it is made for other classes or channels."""
+
+
+class CacheWarning(UserWarning):
+    """Machine code cannot be kept on the disk: each process compiles anew."""
+
+
+class FallbackWarning(UserWarning):
+    """Something simpler and slower does the work that the engine was asked to do: PyTorch, or a single thread."""
 
 
 def first_line(error: BaseException) -> str:

@@ -57,6 +57,15 @@ def test_rooms_are_opened_when_they_are_asked_for():
         repvgg.reparametrize  # noqa: B018
 
 
+def test_the_engine_is_a_door_of_its_own():
+    """It is reached without its packages, which are asked for when something is compiled."""
+    loaded = python(
+        "import repvgg, sys; before = 'repvgg.engine' in sys.modules; door = repvgg.engine.__all__;"
+        "print(before, 'engine' in dir(repvgg), door, {'llvmlite', 'platformdirs'} & {*sys.modules})"
+    )
+    assert loaded.strip() == "False True ['InTorch', 'Network', 'clear_cache', 'compile', 'repvgg_backend'] set()"
+
+
 def test_every_room_has_a_sorted_door():
     for room in ROOT.iterdir():
         if not (room / "__init__.py").exists() or room.name in ("cli", "studies"):

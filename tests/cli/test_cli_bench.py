@@ -275,3 +275,51 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
     assert "rounds" in outcome.err
     assert seen == [before]
     assert outcome.out.startswith("form ")
+
+
+def test_engines_side_by_side(repvgg):
+    """What an engine cannot run is told of, and the others are timed in the same rounds."""
+    outcome = repvgg("bench", "repvgg_t0", "--input-size", 9, "--engine", "torch,repvgg", "--batch", "1,2")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    names = ["train form, torch", "batch norms folded, torch", "plain form, torch", "plain form, repvgg"]
+    assert [" ".join(row.split()[:-5]) for row in lines[2:6]] == names
+    for form in FORMS[:2]:
+        assert any(line.startswith(f"{form}, repvgg: left out, The input goes two ways") for line in lines)
+    assert any("engine torch, repvgg" in line for line in lines)
+
+
+def test_an_engine_alone(repvgg, tmp_path):
+    result = json.loads(repvgg("bench", "repvgg_t0", "--input-size", 9, "--engine", "repvgg", "--json").out)
+    assert [timing["name"] for timing in result["timings"]] == ["plain form"]
+    assert list(result["left_out"]) == FORMS[:2]
+    assert (result["settings"]["engine"], list(result["denormals"])) == ("repvgg", ["plain form"])
+
+
+def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
+    plain = create_model("repvgg_t0", plain=True)
+    save(tmp_path / "plain.safetensors", plain, describe_model(plain, "plain"))
+    out = repvgg("bench", tmp_path / "plain.safetensors", "--engine", "repvgg,torch").out
+    assert [row.split(", ")[-1].split()[0] for row in out.splitlines()[1:3]] == ["repvgg", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("onnx", "There is no engine 'onnx': there are torch, repvgg, onnxruntime, openvino."),
+        ("torch,torch", "Name the engines, each once."),
+    ],
+)
+def test_engines_that_are_not_there(repvgg, engine, words):
+    outcome = repvgg("bench", "repvgg_t0", "--engine", engine)
+    assert (outcome.code, outcome.err) == (2, f"error: {words}\n")
+
+
+def test_an_engine_that_can_run_nothing(repvgg, net):
+    outcome = repvgg("bench", net, "--engine", "repvgg", "--input-size", 9)
+    assert outcome.code == 2
+    assert outcome.err.startswith(
+        "error: The engine can run none of these, not 'train form' for one: '1' (BatchNorm2d)"
+    )
+    outcome = repvgg("bench", "repvgg_t0", "--engine", "repvgg", "--dtype", "bfloat16")
+    assert (outcome.code, "computes in float32 on the CPU" in outcome.err) == (2, True)

@@ -101,6 +101,17 @@ COMMAND_LINE = {
         "--workers",
         "CHECKPOINT",
     ],
+    "predict": [
+        "--crop-fraction",
+        "--engine",
+        "--help",
+        "--input-size",
+        "--json",
+        "--threads",
+        "--top",
+        "CHECKPOINT",
+        "IMAGE",
+    ],
     "collapse": [
         "--help",
         "--input-shape",
@@ -193,8 +204,8 @@ def test_examples_in_help_use_known_flags(repvgg):
 
 def test_unknown_verb(refused):
     assert refused("lisst") == "error: There is no verb 'lisst': did you mean 'list'?\n"
-    verbs = "quickstart, list, profile, train, eval, collapse, convert, verify, bench, study, data check, checkpoint"
-    assert verbs in refused("xyzzy")
+    verbs = "quickstart, list, profile, train, eval, predict, collapse, convert, verify, bench, study, data check"
+    assert f"{verbs}, checkpoint" in refused("xyzzy")
     assert "'--frobnicate'" in refused("--frobnicate")
 
 

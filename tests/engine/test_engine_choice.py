@@ -3,6 +3,7 @@ import torch
 from engine_helpers import isas
 from torch import nn
 
+import repvgg.engine
 from repvgg import create_model
 from repvgg.engine.choice import Machine, Size, choose
 from repvgg.engine.isa import GENERIC
@@ -54,9 +55,16 @@ def test_the_highest_precision_is_direct():
     assert choose(PADDED, Size(192, 192, (14, 14), 1), Machine(GENERIC["avx512"], 1, "highest")) is None
 
 
-def test_another_precision_is_refused():
+def test_each_precision_computes_and_another_is_refused():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(4, 16, 15, 15)
+    wanted = model.double()(x.double()).detach()
+    model.float()
+    for precision, limit in (("highest", 2e-6), ("high", 4e-6), ("medium", 1e-4)):
+        network = repvgg.engine.compile(model, x.shape, 1, precision=precision)
+        torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=limit)
     with pytest.raises(UsageError, match="'highest', 'high', 'medium', not 'low'"):
-        Machine(GENERIC["avx512"], 1, "low")
+        repvgg.engine.compile(model, x.shape, precision="low")
 
 
 NEVER = {

@@ -2,6 +2,7 @@ import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import isas
@@ -101,12 +102,16 @@ def test_weights_are_copied():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (torch.zeros(3, 3, 32, 32), r"1…2"),
-        (torch.zeros(0, 3, 32, 32), r"1…2"),
-        (torch.zeros(1, 4, 32, 32), "3, 32, 32"),
-        (torch.zeros(3, 32, 32), "3, 32, 32"),
+        (torch.zeros(0, 3, 32, 32), r"\(n, 3, H, W\).*not torch.float32 of shape \(0, 3, 32, 32\)"),
+        (torch.zeros(1, 4, 32, 32), r"\(1, 4, 32, 32\)"),
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32).double(), "float64"),
         (torch.zeros(1, 3, 32, 32, device="meta"), "meta"),
+        (torch.zeros(1, 3, 32, 32).to_sparse(), "sparse"),
+        (np.zeros((1, 3, 32, 32)), "an array of float64"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "uint8"),
+        (np.zeros((1, 3, 32, 32), ">f4"), ">f4"),
+        ([[[[0.0]]]], "a list"),
     ],
 )
 def test_wrong_inputs_are_refused(x, words):
@@ -144,10 +149,10 @@ def test_a_second_thread_is_refused():
 
 def test_memory_goes_with_the_network():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
-    code = weakref.ref(network._code)
+    code = [weakref.ref(network._runners[0]._code), weakref.ref(network._workers._code)]
     del network
     gc.collect()
-    assert code() is None
+    assert [one() for one in code] == [None, None]
 
 
 @pytest.mark.slow

@@ -46,6 +46,31 @@ def test_gates(name, gate_has_relu):
     assert all(gate.relu == gate_has_relu for gate in gates)
 
 
+class Functional(nn.Module):
+    """As people write it who hold their weights themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.shift = nn.Parameter(torch.randn(6, 2, 3, 3)), nn.Parameter(torch.randn(6))
+        self.matrix = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        x = F.conv2d(x, self.kernel, self.shift, stride=2, padding="valid", groups=2)
+        x = F.dropout(torch.relu(x), 0.5, self.training)
+        return F.linear(x.mean((2, 3)), self.matrix)
+
+
+def test_functions_with_weights_of_the_model():
+    model = Functional()
+    convolution, pool, linear = read(model.train())
+    assert convolution.geometry == ConvGeometry((3, 3), (2, 2), groups=2)
+    assert convolution.relu
+    assert isinstance(pool, Pool)
+    torch.testing.assert_close(torch.from_numpy(convolution.bias), model.shift.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(torch.from_numpy(linear.weight), model.matrix.detach(), rtol=0, atol=0)
+    assert not linear.bias.any()
+
+
 def test_weights_are_copies_and_the_mode_stays():
     model = nn.Sequential(conv(bias=False), nn.Dropout(), nn.Identity()).train()
     (layer,) = read(model)
@@ -113,6 +138,8 @@ REFUSED = {
     ),
     "two outputs": (Net(lambda net, x: (net.conv(x),), conv=conv()), "one tensor"),
     "a ReLU of the input": (nn.Sequential(nn.ReLU(), conv()), "'0'"),
+    "a dropout that drops": (Net(lambda net, x: F.dropout(net.conv(x)), conv=conv()), "at random"),
+    "a computed kernel": (Net(lambda net, x: F.conv2d(x, net.conv.weight * 2), conv=conv()), "float32 numbers"),
     "a number": (Net(lambda net, x: net.conv(x) * 2, conv=conv()), "mul"),
 }
 

@@ -16,7 +16,7 @@ from repvgg.engine.jit import assembly
 from repvgg.engine.network import Network
 from repvgg.engine.reader import read
 from repvgg.engine.workers import thread_count
-from repvgg.errors import UsageError
+from repvgg.errors import FallbackWarning, UsageError
 
 pytestmark = pytest.mark.skipif(not program.has_workers(), reason="the engine has threads of its own on Linux alone")
 
@@ -67,33 +67,31 @@ def test_idle_threads_use_no_time():
     assert time.process_time() - before < 0.1  # two threads that look around would use 0.4 s
 
 
-def test_a_process_ends_while_threads_sleep_or_look():
-    code = (
-        "import torch, repvgg.engine, repvgg\n"
-        "net = repvgg.create_model('repvgg_t0', plain=True)\n"
-        "fast = repvgg.engine.compile(net, (1, 3, 32, 32), threads=3)\n"
-        "print(tuple(fast(torch.zeros(1, 3, 32, 32)).shape))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "(1, 1000)\n", "")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_works_alone():
-    network = repvgg.engine.compile(plain(), (1, 3, 32, 32), threads=2)
-    x = torch.randn(1, 3, 32, 32)
-    wanted = network(x)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if (network(x) == wanted).all() else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def test_thread_counts():
     assert thread_count(3) == 3
     assert thread_count(None) == min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     with pytest.raises(UsageError, match="at least one thread"):
         thread_count(0)
+
+
+def test_pytorchs_number_and_the_processors_bound_it(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5})
+    for number, wanted in ((2, 2), (8, 3)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert thread_count(None) == wanted
+
+
+def test_openmps_number_is_heard():
+    run = [sys.executable, "-c", "import repvgg.engine.workers as w; print(w.thread_count(None))"]
+    said = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert said.stdout == "1\n", said.stderr
+
+
+def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(program, "has_workers", lambda: False)
+    with pytest.warns(FallbackWarning, match="one thread computes, not 3"):
+        assert thread_count(3) == 1
+    assert thread_count(1) == 1
 
 
 @pytest.mark.parametrize("name", GENERIC)

@@ -10,7 +10,9 @@ from study_helpers import SECONDS, Stopwatch, Tiny
 from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, Setting
 from repvgg.studies import speeds as module
+from repvgg.studies.candidates import Candidate
 from repvgg.studies.cells import Cells, Header
+from repvgg.studies.engines import ENGINES
 from repvgg.studies.speeds import OUT_OF_MEMORY, Speeds, fit_together, measure_rounds, planned_groups
 from repvgg.studies.sweep import prepare
 
@@ -106,6 +108,27 @@ def test_the_seconds_of_the_helpers_are_those_of_the_paper():
     assert SECONDS["resnet18"] / SECONDS["repvgg_a0"] == pytest.approx(1.33, abs=0.005)
 
 
-def test_an_engine_that_is_not_there():
-    with pytest.raises(UsageError, match="there are torch"):
-        prepare([], Setting(), lambda name, error: None, engine="onnx")
+def candidate(engine: str) -> Candidate:
+    return Candidate("one", "one", "plain form", lambda: torch.nn.Conv2d(3, 4, 3), (3, 9, 9), engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "setting", "words"),
+    [("onnx", Setting(), "there are torch"), ("repvgg", Setting(dtype="bfloat16"), "in float32 on the CPU")],
+)
+def test_an_engine_that_is_not_there_or_cannot(engine, setting, words):
+    with pytest.raises(UsageError, match=words):
+        prepare([candidate(engine)], setting, lambda name, error: None)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_computes_the_same(engine):
+    pytest.importorskip({"openvino": "openvino", "repvgg": "llvmlite"}.get(engine, "torch"))
+    one = candidate(engine)
+    model = one.make()
+    run = ENGINES[engine].prepare(model, Setting(), one.image)
+    for batch in (1, 3, 2):
+        x = Setting().images(batch, one.image)
+        with torch.inference_mode():
+            out = torch.as_tensor(run(x))
+            torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)

@@ -59,6 +59,7 @@ def _verbs() -> dict[str, Verb]:
     from repvgg.cli.data import check
     from repvgg.cli.eval import eval_
     from repvgg.cli.listing import list_
+    from repvgg.cli.predict import predict
     from repvgg.cli.profile import profile
     from repvgg.cli.quickstart import quickstart
     from repvgg.cli.study import study
@@ -71,6 +72,7 @@ def _verbs() -> dict[str, Verb]:
         "profile": profile,
         "train": train,
         "eval": eval_,
+        "predict": predict,
         "collapse": collapse,
         "convert": convert,
         "verify": verify,

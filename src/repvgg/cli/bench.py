@@ -35,7 +35,7 @@ def bench(
     protocol: Literal["interleaved", "paper"] = "interleaved",
     rounds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
     setting: Annotated[_Setting, tyro.conf.arg(name="")] = _Setting(),
-    engine: Literal["torch"] = "torch",
+    engine: Annotated[str, tyro.conf.arg(metavar="ENGINE")] = "torch",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Time networks side by side: one in its three forms, or several against each other.
@@ -48,12 +48,16 @@ def bench(
     paper's (§4.1): batches of 128, 50 to warm up and 50 that are timed, one network after the other; times are means.
     One image at a time is latency: on a GPU each call waits for its answer. Larger batches follow each other.
 
+    The engine "repvgg" is the library's own: it runs plain networks, and the others are told of and left out. With
+    several engines everything is timed in each of them, in the same rounds; --compile speaks to PyTorch alone.
+
     What does not fit in memory is told of, and the rest goes on. Ctrl-C stops early and keeps what was measured.
 
         repvgg bench repvgg_a0 --threads 1
         repvgg bench repvgg_a0 resnet18 --baseline resnet18 --batch 1,8,32
         repvgg bench repvgg_a2 resnet50 --protocol paper --device cuda
         repvgg bench train.safetensors --batch 16 --dtype bfloat16
+        repvgg bench repvgg_a0 --engine torch,repvgg,onnxruntime --batch 1,16
 
     Args:
         models: names from 'repvgg list', baselines such as resnet50, timm:NAME, torchvision:NAME, FILE.py:FACTORY, or
@@ -64,28 +68,33 @@ def bench(
         protocol: how often and in which order.
         rounds: how often each network is timed; without it what the protocol says.
         setting: where and in which numbers.
-        engine: what runs the networks.
+        engine: what runs the networks: torch, repvgg, onnxruntime, openvino, or several with commas between.
         as_json: print JSON; times are in seconds.
     """
-    from repvgg.cli.terminal import write_json
+    from repvgg.cli.terminal import write_json, write_line
     from repvgg.measure import environment
-    from repvgg.studies.candidates import baseline_among, candidates_of
+    from repvgg.studies.candidates import baseline_among, candidates_of, runnable
+    from repvgg.studies.engines import check_engines
     from repvgg.studies.sweep import sweep
 
     plan, batches = _plan(protocol, rounds, batch, input_size)
+    engines = engine.split(",")
+    check_engines(engines, setting)
     with setting.applied():
         stamp = environment()
-        candidates = candidates_of(models, input_size)
+        candidates, left_out = runnable(candidates_of(models, input_size, engines))
         base = baseline_among(candidates, baseline)
         with _progress() as on_progress:
-            result = sweep(candidates, batches, setting, plan, baseline=base, engine=engine, on_progress=on_progress)
+            result = sweep(candidates, batches, setting, plan, baseline=base, on_progress=on_progress)
     _refuse_nothing(result)
     settings = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
     settings |= {"rounds": plan.rounds, "engine": engine, **dataclasses.asdict(setting)}
     if as_json:
-        write_json(_as_data(result) | {"settings": settings, "environment": stamp})
+        write_json(_as_data(result) | {"left_out": left_out, "settings": settings, "environment": stamp})
     else:
         _print(result, candidates, plan)
+        for name, why in left_out.items():
+            write_line(f"{name}: left out, {why}")
         _print_stamp(settings, candidates, stamp)
     return 0 if result.complete else _INTERRUPTED
 
@@ -184,13 +193,15 @@ def _verdicts(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str
     """What the plain forms have to answer for: that they are faster than their train form, and than the baseline."""
     from repvgg.studies.candidates import PLAIN, TRAIN
 
-    names = {(candidate.model, candidate.form): candidate.name for candidate in candidates}
+    names = {(candidate.model, candidate.engine, candidate.form): candidate.name for candidate in candidates}
     base = next(candidate for candidate in candidates if candidate.name == one.baseline)
+    several = len({candidate.engine for candidate in candidates}) > 1
     for candidate in candidates:
-        train = names.get((candidate.model, TRAIN))
+        train = names.get((candidate.model, candidate.engine, TRAIN))
         if candidate.form != PLAIN or train is None:
             continue
         whose = "The plain form" if candidate.name == PLAIN else f"The plain form of {candidate.model}"
+        whose += f" in {candidate.engine}" if several else ""
         others = {train: "the train form"} | ({base.name: base.name} if base.model != candidate.model else {})
         for other, words in others.items():
             faster = one.ratio(candidate.name, other)
@@ -231,6 +242,7 @@ def _print_stamp(settings: dict[str, Any], candidates: Sequence[Candidate], stam
     sizes = " and ".join(dict.fromkeys(f"{one.image[1]} x {one.image[2]}" for one in candidates))
     batches = ", ".join(map(str, settings["batches"]))
     more = [text for flag, text in (("compile", "compiled"), ("flush_denormal", "denormals flushed")) if settings[flag]]
+    more += [] if settings["engine"] == "torch" else [f"engine {settings['engine'].replace(',', ', ')}"]
     what = [f"batch {batches}", sizes, settings["dtype"], layout, *more, f"{stamp['threads']} threads"]
     write_line(f"{', '.join(settings['models'])}: {', '.join(what)}, protocol {settings['protocol']}")
     if "gpu" in stamp:

@@ -78,8 +78,8 @@ class OpenedData:
         test_size = config.test_size or size
         self.uri = config.uri
         self.classes = source.train.classes
-        self.mean = _per_channel("mean", config.mean or source.mean, channels)
-        self.std = _per_channel("std", config.std or source.std, channels)
+        self.mean = per_channel("mean", config.mean or source.mean, channels)
+        self.std = per_channel("std", config.std or source.std, channels)
         self.input_shape = (channels, size, size)
         self.test_shape = (channels, test_size, test_size)
         self.num_train = length_of(source.train)
@@ -179,7 +179,7 @@ class Normalize(nn.Module):
         return x_NCHW.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One number a channel: grey images get the mean of three, and three channels may share one."""
     if len(values) == channels:
         return tuple(values)

@@ -2,7 +2,11 @@
 
 From above to below::
 
-    network.py    the callable: checks, buffers, one call for a whole network
+    backend.py    the engine behind torch.compile
+    compiling.py  a model -> what runs it
+    network.py    the callable: checks, sizes, one call for a whole network
+    runner.py     a network made for images of one size: code, buffers, weights
+    arrays.py     tensors and arrays that come in
     workers.py    the threads that help the caller
     program.py    the table of steps, and the functions that run it
     plan.py       layers and an input size -> kernels, buffers and packed weights
@@ -15,11 +19,15 @@ From above to below::
     memory.py     aligned memory
     ir.py         writing IR
     isa.py        which vectors a processor has
+    cache.py      machine code on the disk
     jit.py        IR -> machine code
 """
 
 from __future__ import annotations
 
-from repvgg.engine.network import Network, compile  # noqa: A004
+from repvgg.engine.backend import repvgg_backend
+from repvgg.engine.cache import clear_cache
+from repvgg.engine.compiling import InTorch, compile  # noqa: A004
+from repvgg.engine.network import Network
 
-__all__ = ["Network", "compile"]
+__all__ = ["InTorch", "Network", "clear_cache", "compile", "repvgg_backend"]

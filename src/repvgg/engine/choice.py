@@ -23,7 +23,6 @@ from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
 from repvgg.engine.winograd import Form, winograd
-from repvgg.errors import UsageError
 
 Way: TypeAlias = Literal["product", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
@@ -76,10 +75,6 @@ class Machine:
     isa: Isa
     threads: int = 1
     precision: Precision = "high"
-
-    def __post_init__(self) -> None:
-        if self.precision not in OUTPUTS:
-            raise UsageError(f"precision is {', '.join(map(repr, OUTPUTS))}, not {self.precision!r}.")
 
 
 @final

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import final
 
 from repvgg.errors import UsageError, require
@@ -37,16 +38,20 @@ GENERIC: dict[str, Isa] = {
     "sse2": Isa("sse2", 4, 16, "x86-64"),
     "neon": Isa("neon", 4, 32, "cortex-a76", triple="aarch64-unknown-linux-gnu"),
 }
+#: For processors that nobody has written widths for: float by float.
+SCALAR = Isa("scalar", 1, 16, "")
 _AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw")
 
 
 def host_isa() -> Isa:
-    """The vectors of this processor.
+    """The vectors of this processor; single floats where it is neither an x86-64 nor an ARM64.
 
     Raises:
-        UsageError: it is neither an x86-64 nor an ARM64.
+        UsageError: the system is none of Linux and macOS.
         MissingDependencyError: llvmlite is not installed.
     """
+    if sys.platform not in ("linux", "darwin"):
+        raise UsageError(f"The engine runs on Linux and macOS, not on {sys.platform}: use PyTorch here.")
     binding = require("llvmlite.binding", "engine")
     machine = binding.get_default_triple().partition("-")[0]
     cpu, able = binding.get_host_cpu_name(), binding.get_host_cpu_features()
@@ -54,7 +59,7 @@ def host_isa() -> Isa:
     if machine in ("aarch64", "arm64"):
         return Isa("neon", 4, 32, cpu, features)
     if machine != "x86_64":
-        raise UsageError(f"The engine makes code for x86-64 and ARM64, not for {machine}: use PyTorch here.")
+        return replace(SCALAR, cpu=cpu, features=features)
     kind = (
         "avx512"
         if all(able.get(name) for name in _AVX512)

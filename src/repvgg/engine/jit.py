@@ -73,7 +73,7 @@ class Code:
         for code in objects:
             self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        weakref.finalize(self, self._engine.close)
+        weakref.finalize(self, self._engine.close).atexit = False  # a daemon thread may be inside until the very end
 
     def address(self, name: str) -> int:
         """Where a function begins.

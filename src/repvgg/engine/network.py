@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import final
+from typing import Any, final, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from repvgg.engine.choice import Machine
-from repvgg.engine.ir import Function, module
+from repvgg.engine.arrays import Given, Input, read_input
+from repvgg.engine.choice import Machine, Precision
 from repvgg.engine.isa import Isa, host_isa
-from repvgg.engine.jit import Code, object_code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.memory import aligned, zeros
-from repvgg.engine.plan import Buffer, Plan, plan
-from repvgg.engine.program import WORDS, runtime
-from repvgg.engine.reader import read
+from repvgg.engine.plan import Plan
+from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.workers import Workers, thread_count
 from repvgg.errors import UsageError
 
-Shape = tuple[int, int, int, int]
-_SOURCE = 1  # places in a row of the table of steps
-_WEIGHTS = 3
+SIZES = 4  # of images that a network keeps code and memory for
 
 
 @final
@@ -59,134 +54,122 @@ class StepTime:
 class Network:
     """A compiled network: ``logits = network(images)``.
 
+    Images of the size that it was made for run at once, in any batch up to the one it was made for. Others are
+    compiled for when they come first; code and memory for the last 4 sizes stay. A copy, and what a pickle is read
+    as, is compiled again, out of the cache on the disk if it can be.
+
     Args:
-        layers: see :func:`repvgg.engine.reader.read`.
-        input_shape: the largest batch, channels, height and width.
+        layers: see :func:`repvgg.engine.reader.read`. They are kept, for images of other sizes.
+        input_shape: a batch, channels, height and width.
         isa: the vectors to use.
-        threads: that work on each call, the caller among them.
+        threads: that work on each call, the caller among them; see :func:`repvgg.engine.workers.thread_count`.
+        precision: how far rounding errors may go; see :func:`repvgg.engine.compile`.
 
     Attributes:
         input_shape: as given.
-        threads: as given.
-        plan: the kernels and buffers.
+        threads: how many there are.
+        plan: the kernels and buffers for ``input_shape``, without the weights.
     """
 
-    def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa, threads: int = 1) -> None:
-        self.input_shape, self.threads = input_shape, threads
-        self.plan = plan(layers, input_shape, Machine(isa, threads))
-        names, functions = _functions(self.plan)
-        self._code = Code([object_code(module(functions) + runtime(isa), isa)], isa)
-        self._strides = np.zeros(4, np.int64)
-        self._memory = [zeros(buffer.floats) for buffer in self.plan.buffers]
-        self._table, self._weights = self._filled_table(names)
-        self._workers = Workers(self._code, self._table, threads)
-        self._lock = Lock()
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        input_shape: Shape,
+        isa: Isa,
+        threads: int | None = 1,
+        precision: Precision = "high",
+    ) -> None:
+        self._layers, self._asked, self.input_shape = tuple(layers), threads, input_shape
+        self.threads = thread_count(threads)
+        self._machine = Machine(isa, self.threads, precision)
+        first = Runner(self._layers, input_shape, self._machine)
+        self._runners = [first]  # the last one ran last
+        self.plan: Plan = first.plan
+        self._workers = Workers(isa, self.threads)
+        self._lock, self._process = Lock(), os.getpid()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output of the network on float32 images (n, C, H, W), with n up to the batch it was made for.
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, x: Floats) -> Floats: ...
+    def __call__(self, x: Given) -> Given:
+        """The output of the network on float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
 
-        Images of any strides are read as they lie, channels_last among them. The output is a new tensor: (n, O)
-        behind a pool, and else (n, O, H, W).
+        Images of any strides are read as they lie, channels_last among them. The output is new memory: (n, O) behind
+        a pool, and else (n, O, H, W).
 
         Raises:
             UsageError: the images have another shape, dtype or device, or another thread is inside.
+            UnsupportedError: they are too small for the network.
         """
-        with self._entered(x) as batch:
-            self._workers.run(batch)
-            return self._output(batch)
+        images = read_input(x, self.input_shape[1])
+        count = images.shape[0]
+        with self._entered(images) as runner:
+            self._workers.run(runner.table, count)
+            output = runner.output(count)
+        return torch.from_numpy(output) if isinstance(x, Tensor) else output
 
-    def profile(self, x: Tensor, repeats: int = 20) -> tuple[StepTime, ...]:
+    def profile(self, x: Given, repeats: int = 20) -> tuple[StepTime, ...]:
         """How long each step takes inside of a run on ``x``: the median of ``repeats`` runs, step by step.
 
         See :meth:`__call__` for the errors.
         """
-        seconds = np.zeros((repeats, len(self.plan.steps)))
-        with self._entered(x) as batch:
+        images = read_input(x, self.input_shape[1])
+        count = images.shape[0]
+        with self._entered(images) as runner:
+            steps = runner.plan.steps
+            seconds = np.zeros((repeats, len(steps)))
             for times in seconds:
                 for number in range(len(times)):
                     start = time.perf_counter()
-                    self._workers.run(batch, slice(number, number + 1))
+                    self._workers.run(runner.table[number : number + 1], count)
                     times[number] = time.perf_counter() - start
-        pairs = zip(self.plan.steps, np.median(seconds, axis=0), strict=True)
-        return tuple(StepTime(step.name, step.kernel, float(median), step.muls(len(x))) for step, median in pairs)
+        pairs = zip(steps, np.median(seconds, axis=0), strict=True)
+        return tuple(StepTime(step.name, step.kernel, float(median), step.muls(count)) for step, median in pairs)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.input_shape))
+        return f"<Network of {len(self._layers)} layers for {shape}, {self._machine.isa.name}, {self.threads} threads>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The recipe; code for this very processor becomes code for the one where it is read."""
+        machine = self._machine
+        isa = None if machine.isa == host_isa() else machine.isa
+        return _again, (self._layers, self.input_shape, isa, self._asked, machine.precision)
 
     @contextmanager
-    def _entered(self, x: Tensor) -> Iterator[int]:
-        """The batch of a checked input that the first step reads; nobody else is inside."""
-        self._check(x)
+    def _entered(self, x: Input) -> Iterator[Runner]:
+        """What runs a checked input, which its first step reads; nobody else is inside."""
+        if self._process != os.getpid():
+            self._begin_in_child()
         if not self._lock.acquire(blocking=False):
             raise UsageError("This network is running in another thread: compile one for each thread.")
         try:
-            self._strides[:] = x.stride()
-            self._table[0, _SOURCE] = x.data_ptr()
-            yield len(x)
+            runner = self._runner(x.shape)
+            runner.take(x)
+            yield runner
         finally:
             self._lock.release()
 
-    def _check(self, x: Tensor) -> None:
-        most, *rest = self.input_shape
-        fits = x.ndim == 4 and list(x.shape[1:]) == rest and 0 < len(x) <= most
-        if not fits or x.dtype != torch.float32 or x.device.type != "cpu":
-            shape = ", ".join(map(str, rest))
-            raise UsageError(
-                f"This network takes torch.float32 of shape (1…{most}, {shape}) on the CPU, "
-                f"not {x.dtype} of shape {tuple(x.shape)} on {x.device.type}."
-            )
+    def _runner(self, shape: Shape) -> Runner:
+        """What is made for these images with the fewest more, or is made now."""
+        fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
+        runner = min(fits, key=lambda one: one.shape[0], default=None)
+        runner = runner or Runner(self._layers, shape, self._machine, self._runners)
+        if runner is not self._runners[-1]:
+            self._runners = [*(one for one in self._runners if one is not runner), runner]
+        if len(self._runners) > SIZES:
+            self._workers.forget()
+            del self._runners[0]
+        return runner
 
-    def _output(self, count: int) -> Tensor:
-        buffer = self.plan.output
-        images, numbers = buffer.images, self._memory[buffer.number]
-        if self.plan.flat:
-            return torch.from_numpy(numbers.reshape(-1, images.pitch)[:count, : images.channels].copy())
-        maps = numbers.reshape(buffer.count, *images.size, images.pitch)[:count, :, :, : images.channels]
-        return torch.from_numpy(np.ascontiguousarray(maps.transpose(0, 3, 1, 2)))
-
-    def _filled_table(self, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
-        """The table of steps, and the packed weights that it points to."""
-        table, kept = zeros(2 * WORDS * len(self.plan.steps)).view(np.int64).reshape(-1, WORDS), []
-        for row, step in zip(table, self.plan.steps, strict=True):
-            source, target = self._address(step.source), self._address(step.target)
-            weights = step.weights if isinstance(step.weights, Buffer) else aligned(step.weights)
-            bias = aligned(step.bias)
-            kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
-            at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
-            code = self._code.address(names[step.kernel])
-            row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
-        table[0, _WEIGHTS] = self._strides.ctypes.data
-        return table, kept
-
-    def _address(self, buffer: Buffer | None) -> int:
-        return self._memory[buffer.number].ctypes.data if buffer else 0
+    def _begin_in_child(self) -> None:
+        """After a fork: the threads are the parent's, and so is whoever was inside."""
+        self._lock, self._process = Lock(), os.getpid()
+        self._workers.restart()
 
 
-def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
-    """A name for each different kernel, and all functions of the network."""
-    names: dict[Kernel, str] = {}
-    for step in plan.steps:
-        names.setdefault(step.kernel, f"kernel{len(names)}")
-    written = [function for kernel, name in names.items() for function in kernel.functions(name)]
-    return names, written
-
-
-def compile(model: nn.Module, input_shape: Sequence[int], threads: int | None = None) -> Network:  # noqa: A001 - as torch.compile
-    """Compile a plain network for the processor at hand.
-
-    Args:
-        model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32
-            on the CPU. Its weights are copied: changes that come later have no effect. It is run as in eval mode.
-        input_shape: (N, C, H, W); smaller batches run as well.
-        threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
-            says, and no more than the process may run on.
-
-    Raises:
-        UnsupportedError: the engine does not know a layer; the text names it. Nothing is compiled then.
-        UsageError: no shape of four positive numbers, no positive number of threads, or a processor or platform that
-            the engine makes no code for.
-        MissingDependencyError: llvmlite is not installed.
-    """
-    shape = tuple(input_shape)
-    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
-        raise UsageError(f"An input_shape is (N, C, H, W), four positive numbers, not {tuple(input_shape)}.")
-    batch, channels, height, width = shape
-    count = thread_count(threads)
-    return Network(read(model), (batch, channels, height, width), host_isa(), count)
+def _again(
+    layers: Sequence[Layer], input_shape: Shape, isa: Isa | None, threads: int | None, precision: Precision
+) -> Network:
+    return Network(layers, input_shape, isa or host_isa(), threads, precision)

@@ -1,14 +1,17 @@
 """A network as a table of steps in memory, and the functions that run it: a call for the whole network.
 
 A row of the table is 24 i64, in three cache lines. The first: the function, four pointers (see
-``kernels.kernel.UNITS``), units of a block, images of a block. The second is claimed from, the third counts what is
-done; both belong to the code.
+``kernels.kernel.UNITS``), units of a block, images of a block, and the batch. The second is claimed from, the third
+counts what is done; these two and the batch belong to the code. A row that nobody can claim stands behind the last.
 
 Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
 everything alone. A claim carries the number of the call, so that a thread which was left behind by an earlier call
-takes nothing of a later one; the batch changes only when the claims of the call before are void. Idle threads look
-around for a moment, and then sleep on a futex.
+takes nothing of a later one; the batch of a row changes only when the claims of the call before are void. Idle threads
+look around for a moment, and then sleep on a futex.
+
+Calls may run different tables one after the other. Before the memory of one goes, ``forget`` sees to it that no thread
+that was left behind still looks at it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,17 @@ from __future__ import annotations
 import platform
 import sys
 
-from repvgg.engine.isa import Isa
+import numpy as np
+from numpy.typing import NDArray
 
-WORDS = 24  # of a row
-SHARED = 32  # i64 that all threads share; the places in it:
-CALL, SLEEPERS, STEPS, COUNT, BATCH, THREADS, STOP = 0, 8, 16, 17, 18, 19, 24
-RUN, WORKER, STOPPER = "run", "worker", "stop"
+from repvgg.engine.isa import Isa
+from repvgg.engine.memory import zeros
+
+WORDS = 24  # of a row; places in it:
+FUNCTION, SOURCE, TARGET, WEIGHTS, BIAS, UNITS, BLOCK = range(7)
+SHARED = 40  # i64 that all threads share; the places in it:
+CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32
+RUN, WORKER, STOPPER, FORGET = "run", "worker", "stop", "forget"
 
 _CHUNKS = 4  # of a step for each thread
 _SPINS = 1000  # looks for work, of about 30 ns, before a thread sleeps
@@ -47,14 +55,14 @@ reset:
   %row = getelementptr i64, ptr %steps, i64 %place
   %claim_at = getelementptr i64, ptr %row, i64 8
   %done_at = getelementptr i64, ptr %row, i64 16
+  %batch_at = getelementptr i64, ptr %row, i64 7
   store atomic i64 0, ptr %done_at monotonic, align 64
   store atomic i64 %tag, ptr %claim_at release, align 64
+  store atomic i64 %batch, ptr %batch_at release, align 8
   %next = add i64 %step, 1
   %more = icmp ult i64 %next, %count
   br i1 %more, label %reset, label %publish
 publish:
-  %batch_at = getelementptr i64, ptr %shared, i64 {BATCH}
-  store atomic i64 %batch, ptr %batch_at release, align 8
   store atomic i32 %call, ptr %shared seq_cst, align 64
   call void @wake(ptr %shared)
   call void @work(ptr %shared, i32 %call)
@@ -69,14 +77,29 @@ define void @{STOPPER}(ptr %shared) nounwind {{
   ret void
 }}
 
+define void @{FORGET}(ptr %shared, ptr %nothing) nounwind {{
+entry:
+  %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
+  store atomic ptr %nothing, ptr %steps_at seq_cst, align 8
+  %inside_at = getelementptr i64, ptr %shared, i64 {INSIDE}
+  br label %look
+look:
+  %inside = load atomic i64, ptr %inside_at seq_cst, align 8
+  %empty = icmp eq i64 %inside, 0
+  br i1 %empty, label %end, label %others
+others:
+  %yielded = call i32 @sched_yield()
+  br label %look
+end:
+  ret void
+}}
+
 define internal void @work(ptr %shared, i32 %call) nounwind {{
 entry:
   %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
-  %steps = load ptr, ptr %steps_at
+  %steps = load atomic ptr, ptr %steps_at seq_cst, align 8
   %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
   %count = load i64, ptr %count_at
-  %batch_at = getelementptr i64, ptr %shared, i64 {BATCH}
-  %batch = load atomic i64, ptr %batch_at acquire, align 8
   %threads_at = getelementptr i64, ptr %shared, i64 {THREADS}
   %threads = load i64, ptr %threads_at
   %shares = mul i64 %threads, {CHUNKS}
@@ -99,6 +122,8 @@ step:
   %units = load i64, ptr %units_at
   %block_at = getelementptr i64, ptr %row, i64 6
   %block = load i64, ptr %block_at
+  %batch_at = getelementptr i64, ptr %row, i64 7
+  %batch = load atomic i64, ptr %batch_at acquire, align 8
   %filled = add i64 %batch, %block
   %less = sub i64 %filled, 1
   %blocks = udiv i64 %less, %block
@@ -165,6 +190,7 @@ _WORKER = """
 define void @{WORKER}(ptr %shared) nounwind {{
 entry:
   %sleepers_at = getelementptr i64, ptr %shared, i64 {SLEEPERS}
+  %inside_at = getelementptr i64, ptr %shared, i64 {INSIDE}
   %stop_at = getelementptr i64, ptr %shared, i64 {STOP}
   br label %look
 look:
@@ -178,7 +204,9 @@ called:
   %stopped = icmp ne i64 %stop, 0
   br i1 %stopped, label %end, label %serve
 serve:
+  %entered = atomicrmw add ptr %inside_at, i64 1 seq_cst
   call void @work(ptr %shared, i32 %call)
+  %left = atomicrmw sub ptr %inside_at, i64 1 seq_cst
   br label %look
 nothing:
   %looked = add i64 %looks, 1
@@ -218,10 +246,16 @@ define internal void @wake(ptr %shared) nounwind {{
 }}
 """
 
-_PAUSES = {
-    "x86": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()"),
-    "arm": ("call void @llvm.aarch64.hint(i32 1)", "declare void @llvm.aarch64.hint(i32)"),
-}
+_X86 = ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()")
+_ARM = ("call void @llvm.aarch64.hint(i32 1)", "declare void @llvm.aarch64.hint(i32)")
+_PAUSES = {"avx512": _X86, "avx2": _X86, "sse2": _X86, "neon": _ARM}
+
+
+def table(steps: int) -> NDArray[np.int64]:
+    """A table to be filled: so many rows, and the one behind them."""
+    rows = zeros(2 * WORDS * (steps + 1)).view(np.int64).reshape(-1, WORDS)
+    rows[:, BLOCK] = 1  # what is divided by
+    return rows
 
 
 def has_workers() -> bool:
@@ -230,15 +264,15 @@ def has_workers() -> bool:
 
 
 def runtime(isa: Isa) -> str:
-    """The IR of ``run(shared, batch)`` and ``stop(shared)``, and of ``worker(shared)``, which returns after a stop.
+    """The IR of ``run(shared, batch)``, ``forget(shared, nothing)``, ``stop(shared)``, and of ``worker(shared)``.
 
-    Where there is no futex there is no worker.
+    A worker returns after a stop. Where there is no futex there is none. ``nothing`` is a table without steps.
     """
-    call, declaration = _PAUSES["arm" if isa.name == "neon" else "x86"]
+    call, declaration = _PAUSES.get(isa.name, ("", ""))
     pause = f"define internal void @pause() alwaysinline nounwind {{{{\n  {call}\n  ret void\n}}}}\n{declaration}\n"
     text = _RUN + (_WORKER if has_workers() else _NOBODY) + pause
-    places = {"STEPS": STEPS, "COUNT": COUNT, "BATCH": BATCH, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
-    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "WORDS": WORDS}
+    places = {"STEPS": STEPS, "COUNT": COUNT, "INSIDE": INSIDE, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
+    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS}
     waits = {"CHUNKS": _CHUNKS, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
     futex = {"FUTEX": _FUTEX.get(platform.machine(), 0), "EVERYBODY": _EVERYBODY}
     return text.format(**places, **names, **waits, **futex)

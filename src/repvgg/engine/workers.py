@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
+import warnings
 import weakref
 from typing import Any, final
 
@@ -13,63 +15,106 @@ import torch
 from numpy.typing import NDArray
 
 from repvgg.engine import program
+from repvgg.engine.cache import cached_object_code
+from repvgg.engine.isa import Isa
 from repvgg.engine.jit import Code
 from repvgg.engine.memory import zeros
-from repvgg.errors import UsageError
+from repvgg.errors import FallbackWarning, UsageError
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that makes no sense.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"The engine needs at least one thread, not {threads}.")
 
 
 def thread_count(threads: int | None) -> int:
     """How many threads to take: as asked, or as many as PyTorch takes, but no more than this process may run on.
 
+    PyTorch's number is that of ``OMP_NUM_THREADS``, if that is set. Where the engine has no threads of its own it is
+    1, with a warning if it would be more.
+
     Raises:
-        UsageError: fewer than one are asked for, or more than one where the engine has no threads.
+        UsageError: fewer than one are asked for.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"The engine needs at least one thread, not {threads}.")
-    if not program.has_workers():
-        if threads is not None and threads > 1:
-            raise UsageError("The engine has threads of its own on Linux alone: ask for threads=1.")
+    check_threads(threads)
+    count = threads or min(torch.get_num_threads(), _processors())
+    if count > 1 and not program.has_workers():
+        warnings.warn(
+            f"The engine has threads of its own on Linux alone: one thread computes, not {count}.",
+            FallbackWarning,
+            stacklevel=2,
+        )
         return 1
-    return threads or min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    return count
+
+
+def _processors() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @final
 class Workers:
     """The caller of a network, and ``threads - 1`` threads that help it.
 
-    They end when this object goes, or when Python does. A forked child has none of them, and its caller does all work
-    alone.
+    They end when this object goes, or when Python does.
 
     Args:
-        code: with the functions of :func:`repvgg.engine.program.runtime`.
-        table: the steps; see :mod:`repvgg.engine.program`.
+        isa: of this processor.
         threads: all of them together.
     """
 
-    def __init__(self, code: Code, table: NDArray[np.int64], threads: int) -> None:
-        self._table, self._shared = table, zeros(2 * program.SHARED).view(np.int64)
-        self._shared[program.THREADS] = threads
-        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code.address(program.RUN))
-        if threads > 1:
-            helpers = [_started(code, self._shared, table) for _ in range(threads - 1)]
-            weakref.finalize(self, _stop, code, self._shared, helpers, os.getpid())
+    def __init__(self, isa: Isa, threads: int) -> None:
+        self._code = Code([cached_object_code(program.runtime(isa), isa)], isa)
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._code.address(program.RUN))
+        self._forget = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2)(self._code.address(program.FORGET))
+        self._nothing, self._threads = program.table(0), threads
+        self._shared = self._begun(0)
 
-    def run(self, batch: int, steps: slice = slice(None)) -> None:
-        """Run all steps on a batch, or those of a slice; it returns when they are done. One caller at a time."""
-        table = self._table[steps]
+    def run(self, table: NDArray[np.int64], batch: int) -> None:
+        """Run all rows of a table on a batch; it returns when they are done. One caller at a time.
+
+        Args:
+            table: rows of a :func:`repvgg.engine.program.table`, without the one behind its last.
+            batch: images.
+        """
         self._shared[program.STEPS], self._shared[program.COUNT] = table.ctypes.data, len(table)
         self._run(self._shared.ctypes.data, batch)
+
+    def forget(self) -> None:
+        """Wait until no thread looks at a table that was run before, so that its memory may go."""
+        self._forget(self._shared.ctypes.data, self._nothing.ctypes.data)
+
+    def restart(self) -> None:
+        """Have threads in a forked child, where those of its parent do not run."""
+        self._shared = self._begun(int(self._shared[program.CALL]))  # tables know the numbers of calls
+
+    def _begun(self, call: int) -> NDArray[np.int64]:
+        """Threads that wait for the call behind number ``call``, and what they share."""
+        shared = zeros(2 * program.SHARED).view(np.int64)
+        shared[program.CALL], shared[program.THREADS] = call, self._threads
+        shared[program.STEPS] = self._nothing.ctypes.data
+        if self._threads > 1:
+            kept = (self._code, self._nothing)
+            helpers = [_started(self._code, shared, kept) for _ in range(self._threads - 1)]
+            weakref.finalize(self, _stop, self._code, shared, helpers, os.getpid())
+        return shared
 
 
 def _function(code: Code, name: str) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address(name))
 
 
-def _started(code: Code, shared: NDArray[np.int64], table: NDArray[np.int64]) -> threading.Thread:
-    """A thread inside of the code; it keeps the code and what it reads alive until it returns."""
+def _started(code: Code, shared: NDArray[np.int64], kept: object) -> threading.Thread:
+    """A thread inside of the code; it keeps alive what it reads until it returns."""
     enter = _function(code, program.WORKER)
 
-    def work(kept: object = (code, table)) -> None:
+    def work(kept: object = kept) -> None:
         enter(shared.ctypes.data)
 
     thread = threading.Thread(target=work, name="repvgg-engine", daemon=True)

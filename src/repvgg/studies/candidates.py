@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from repvgg.collapse import fold_batch_norms, reparameterize
-from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
+from repvgg.errors import CheckpointError, NothingFoldedWarning, UnsupportedError, UsageError, first_line
 from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form_of, list_models, named_model
+from repvgg.studies.engines import ENGINES, Shape
 
-Shape = tuple[int, int, int]
 TRAIN, FOLDED, PLAIN = FORMS = ("train form", "batch norms folded", "plain form")
 
 
@@ -28,6 +28,7 @@ class Candidate:
         form: of :data:`FORMS`.
         make: gives the network, in eval mode on the CPU; it is asked once.
         image: (C, H, W) of what it takes.
+        engine: what runs it, of :data:`repvgg.studies.engines.ENGINES`.
     """
 
     name: str
@@ -35,41 +36,66 @@ class Candidate:
     form: str
     make: Callable[[], nn.Module]
     image: Shape
+    engine: str = "torch"
 
 
-def candidates_of(models: Sequence[str], input_size: int | None = None) -> list[Candidate]:
+def candidates_of(
+    models: Sequence[str], input_size: int | None = None, engines: Sequence[str] = ("torch",)
+) -> list[Candidate]:
     """All forms of each model of ours, and others as they would be deployed: batch norms and branches folded.
 
     A model that comes alone, of whomever, is taken in its three forms. A checkpoint in the plain form has no other.
+    Each takes part once for each engine, and has its name behind its own if there are several.
 
     Args:
         models: names as :func:`repvgg.models.named_model` reads them.
         input_size: height and width of the images; None takes what each model is made for.
+        engines: names of :data:`repvgg.studies.engines.ENGINES`.
 
     Raises:
         UsageError: a model is named twice, or none is named.
         UnknownModelError: there is no such model.
-        CheckpointError: the only model is in the plain form already.
+        CheckpointError: the only model is in the plain form already, and there is one engine.
     """
     if not models or len(set(models)) < len(models):
         raise UsageError("Name the models to time, each once.")
-    found = [candidate for name in models for candidate in _forms(name, len(models) == 1)]
-    if input_size is None:
-        return found
-    return [_resized(candidate, input_size) for candidate in found]
+    several = len(engines) > 1
+    found = [candidate for name in models for candidate in _forms(name, len(models) == 1, several)]
+    if input_size is not None:
+        found = [replace(candidate, image=(candidate.image[0], input_size, input_size)) for candidate in found]
+    return [
+        replace(candidate, engine=engine, name=f"{candidate.name}, {engine}" if several else candidate.name)
+        for candidate in found
+        for engine in engines
+    ]
 
 
-def _resized(candidate: Candidate, size: int) -> Candidate:
-    return Candidate(candidate.name, candidate.model, candidate.form, candidate.make, (candidate.image[0], size, size))
+def runnable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
+    """Those that their engine can run, and why the others are left out, by name.
+
+    Raises:
+        UsageError: there is none left.
+    """
+    kept, left_out = [], {}
+    for candidate in candidates:
+        try:
+            ENGINES[candidate.engine].check(candidate.make())
+            kept.append(candidate)
+        except UnsupportedError as error:
+            left_out[candidate.name] = first_line(error)
+    if not kept:
+        name, why = next(iter(left_out.items()))
+        raise UsageError(f"The engine can run none of these, not {name!r} for one: {why}.")
+    return kept, left_out
 
 
-def _forms(name: str, alone: bool) -> list[Candidate]:
+def _forms(name: str, alone: bool, several_engines: bool) -> list[Candidate]:
     """The forms of one model. Those with weights that somebody trained are proven equal on the way."""
     sourced = named_model(name)
     model, proven = sourced.model, sourced.weights != "random"
     ours = isinstance(model, RepVGG)
     if isinstance(model, RepVGG) and form_of(model) == "plain":
-        if alone:
+        if alone and not several_engines:
             raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
         return [_candidate(name, name, PLAIN, model, sourced.input_shape)]
     with warnings.catch_warnings():

@@ -1,25 +1,107 @@
 """What runs a network while it is timed.
 
-An engine takes a model and a setting and returns what takes images. PyTorch is the only one so far; another is a
-function and a line in the table.
+An engine takes a model, a setting and the shape of an image, and returns what takes images. Another one is a function
+and a row in the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+import repvgg.engine
+from repvgg.deploy import OnnxRunner, export_onnx
+from repvgg.engine.reader import read
+from repvgg.errors import UsageError, require
 from repvgg.measure import Setting
 
+Shape: TypeAlias = tuple[int, int, int]
 Run: TypeAlias = Callable[[Tensor], object]
-Engine: TypeAlias = Callable[[nn.Module, Setting], Run]
 
 
-def run_in_torch(model: nn.Module, setting: Setting) -> Run:
+@dataclass(frozen=True)
+class Engine:
+    """One that can be asked for.
+
+    Attributes:
+        prepare: makes a model ready: (model, setting, shape of an image) to what takes images.
+        check: raises UnsupportedError, with the reason, for a model that it cannot run; cheap.
+        anywhere: whether it runs on any device and in any numbers; else in float32 on the CPU.
+    """
+
+    prepare: Callable[[nn.Module, Setting, Shape], Run]
+    check: Callable[[nn.Module], object]
+    anywhere: bool = False
+
+
+def _anything(model: nn.Module) -> None:
+    """Every model will do."""
+
+
+def _in_torch(model: nn.Module, setting: Setting, image: Shape) -> Run:
     """The model itself, moved where the setting says, and compiled if it says so."""
     return setting.place(model)
 
 
-ENGINES: dict[str, Engine] = {"torch": run_in_torch}
+def _in_repvgg(model: nn.Module, setting: Setting, image: Shape) -> Run:
+    """The library's own engine; larger batches are compiled for when they come."""
+    network = repvgg.engine.compile(model.eval(), (1, *image))
+    return lambda x: network(x)
+
+
+def _in_onnxruntime(model: nn.Module, setting: Setting, image: Shape) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model.eval(), path, image)
+        return OnnxRunner(path, torch.get_num_threads())
+
+
+def _in_openvino(model: nn.Module, setting: Setting, image: Shape) -> Run:
+    """In float32, with the hint for latency, for each batch size on its own: so it is fastest."""
+    core = require("openvino", "openvino").Core()
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    hints["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model.eval(), path, image)
+        content = path.read_bytes()
+    requests: dict[int, Any] = {}
+
+    def run(x: Tensor) -> object:
+        if len(x) not in requests:
+            graph = core.read_model(content, b"")
+            graph.reshape(list(x.shape))
+            requests[len(x)] = core.compile_model(graph, "CPU", hints).create_infer_request()
+        return requests[len(x)].infer([x.contiguous().numpy()], share_inputs=True)[0]
+
+    return run
+
+
+#: PyTorch takes everything; the library's own engine takes plain networks.
+ENGINES: dict[str, Engine] = {
+    "torch": Engine(_in_torch, _anything, anywhere=True),
+    "repvgg": Engine(_in_repvgg, read),
+    "onnxruntime": Engine(_in_onnxruntime, _anything),
+    "openvino": Engine(_in_openvino, _anything),
+}
+
+
+def check_engines(names: Sequence[str], setting: Setting) -> None:
+    """Refuse names of no engine, and settings that one of them has no way to follow.
+
+    Raises:
+        UsageError: the text names the engine.
+    """
+    for name in names:
+        if name not in ENGINES:
+            raise UsageError(f"There is no engine {name!r}: there are {', '.join(ENGINES)}.")
+        if not ENGINES[name].anywhere and (setting.device, setting.dtype) != ("cpu", "float32"):
+            raise UsageError(f"The engine {name!r} computes in float32 on the CPU: leave out --device and --dtype.")
+    if not names or len(set(names)) < len(names):
+        raise UsageError("Name the engines, each once.")

@@ -29,8 +29,8 @@ from repvgg.measure import (
     walk,
 )
 from repvgg.measure.memory import available_memory
-from repvgg.studies.candidates import Candidate, Shape
-from repvgg.studies.engines import ENGINES, Run
+from repvgg.studies.candidates import Candidate
+from repvgg.studies.engines import ENGINES, Run, Shape, check_engines
 
 _FEWEST_ROUNDS = 3
 
@@ -52,21 +52,19 @@ class Prepared:
     image: Shape
 
 
-def prepare(
-    candidates: Iterable[Candidate], setting: Setting, on_failure: OnFailure, engine: str = "torch"
-) -> list[Prepared]:
-    """Hand each network to the engine; one that does not fit in memory is told of and left out.
+def prepare(candidates: Iterable[Candidate], setting: Setting, on_failure: OnFailure) -> list[Prepared]:
+    """Hand each network to its engine; one that does not fit in memory is told of and left out.
 
     Raises:
-        UsageError: there is no such engine.
+        UsageError: there is no such engine, or it cannot follow the setting.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"There is no engine {engine!r}: there are {', '.join(ENGINES)}.")
     ready = []
     for candidate in candidates:
+        check_engines([candidate.engine], setting)
         with memory_watched(candidate.name, on_failure):
             model = candidate.make()
-            ready.append(Prepared(candidate.name, ENGINES[engine](model, setting), model, candidate.image))
+            run = ENGINES[candidate.engine].prepare(model, setting, candidate.image)
+            ready.append(Prepared(candidate.name, run, model, candidate.image))
     return ready
 
 
@@ -170,7 +168,6 @@ def sweep(
     protocol: SpeedProtocol,
     *,
     baseline: str,
-    engine: str = "torch",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
     """Time all candidates side by side, with one batch size after the other.
@@ -184,7 +181,6 @@ def sweep(
         setting: where and in which numbers.
         protocol: how often and in which order.
         baseline: name of the candidate that ratios refer to.
-        engine: what runs them.
         on_progress: called after each reading with the readings done and those in all.
 
     Raises:
@@ -192,7 +188,7 @@ def sweep(
         UsageError: a candidate cannot run, or there is no such engine.
     """
     lost: dict[str, str] = {}
-    networks = prepare(candidates, setting, _noting(lost), engine)
+    networks = prepare(candidates, setting, _noting(lost))
     denormals = _denormals(networks, setting, _noting(lost))
     results: list[BatchResult] = []
     for index, batch in enumerate(batches):
@@ -219,11 +215,11 @@ def _told(on_progress: Callable[[int, int], None], index: int, batches: int, don
 
 
 def _denormals(networks: Sequence[Prepared], setting: Setting, on_failure: OnFailure) -> dict[str, Denormals]:
-    found = {}
-    for network in networks:
+    found: dict[str, Denormals] = {}
+    for network in {id(network.model): network for network in reversed(networks)}.values():  # once for all engines
         with memory_watched(network.name, on_failure), _explained(network, 1, setting):
             found[network.name] = count_denormals(network.model, setting.images(1, network.image))
-    return found
+    return {network.name: found[network.name] for network in networks if network.name in found}
 
 
 def _one_batch(

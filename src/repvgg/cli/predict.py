@@ -1,0 +1,144 @@
+"""``repvgg predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import tyro
+
+from repvgg.errors import CheckpointError, RepvggError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from repvgg.checkpoints import Metadata
+    from repvgg.data import DataConfig
+    from repvgg.models import RepVGG
+
+    Run: TypeAlias = Callable[[Tensor], Tensor]
+    Ranked: TypeAlias = list[tuple[float, int]]  # probabilities and numbers of classes, the most probable first
+
+_BATCH = 16  # images at once
+
+
+def predict(
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    top: int = 5,
+    engine: Literal["auto", "torch", "repvgg"] = "auto",
+    input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
+    crop_fraction: float = 0.875,
+    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    json: bool = False,
+) -> None:
+    """Say what is on images: the classes that a model finds most probable, for each.
+
+    A train form is collapsed first; images are cut as 'repvgg eval' cuts them. The engine "repvgg" is the library's
+    own; "auto" takes it where it is installed and knows the model, and says what ran.
+
+        repvgg predict plain.safetensors cat.jpg holidays/
+
+    Args:
+        checkpoint: the file, ours or a foreign one.
+        images: files, or folders of them.
+        top: classes for each image.
+        engine: what runs the model.
+        input_size: height and width; without it what the checkpoint says.
+        crop_fraction: share of the short side that the central crop takes.
+        threads: that work on an image; without it what PyTorch takes.
+        json: print JSON.
+    """
+    from repvgg.cli.terminal import write_json
+    from repvgg.data import DataConfig
+    from repvgg.data.pictures import image_files
+    from repvgg.models import collapsed, load
+    from repvgg.modes import threads as using
+
+    if min(top, input_size or 1, threads or 1) < 1:
+        raise UsageError("--top, --input-size and --threads are all at least 1.")
+    if not images:
+        raise UsageError("Name the images, or folders of them, behind the checkpoint.")
+    files = image_files(images)
+    loaded = load(checkpoint)
+    about = loaded.metadata
+    config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
+    size = input_size or about.input_size
+    model = (loaded if about.form == "plain" else collapsed(loaded)).model.float().eval()
+    shape = (min(_BATCH, len(files)), about.in_channels, size, size)
+    with using(threads):
+        run, ran = _runner(model, shape, engine)
+        found = _found(files, config, shape, run, min(top, about.num_classes))
+    if json:
+        write_json({"engine": ran, "model": about.model, "images": _as_data(files, found, about)})
+    else:
+        _tell(files, found, about)
+        _tell_setting(about, size, ran)
+
+
+def _runner(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tuple[Run, str]:
+    """What takes images, and what it is called."""
+    import repvgg.engine
+
+    if engine == "torch":
+        return model, "torch"
+    try:
+        return repvgg.engine.compile(model, shape), "repvgg"
+    except (RepvggError, RuntimeError) as error:  # the latter by LLVM
+        if engine == "repvgg":
+            raise
+        return model, f"torch ({first_line(error)})"
+
+
+def _found(
+    files: Sequence[Path], config: DataConfig, shape: tuple[int, int, int, int], run: Run, top: int
+) -> list[Ranked]:
+    """The most probable classes of each file."""
+    import torch
+
+    from repvgg.cli.terminal import busy
+    from repvgg.data.pictures import read_pictures
+
+    batch, channels, size, _ = shape
+    found: list[Ranked] = []
+    with busy("looking"), torch.inference_mode():
+        for begin in range(0, len(files), batch):
+            logits = run(read_pictures(files[begin : begin + batch], config, size, channels))
+            if not logits.isfinite().all():
+                raise CheckpointError("The model answers with numbers that are not finite: its weights are broken.")
+            values, numbers = logits.double().softmax(1).topk(top)
+            found += [list(zip(*row, strict=True)) for row in zip(values.tolist(), numbers.tolist(), strict=True)]
+    return found
+
+
+def _name(about: Metadata, number: int) -> str:
+    return about.classes[number] if about.classes else f"class {number}"
+
+
+def _as_data(files: Sequence[Path], found: Sequence[Ranked], about: Metadata) -> list[dict[str, Any]]:
+    return [
+        {
+            "file": str(path),
+            "top": [{"class": _name(about, number), "index": number, "probability": value} for value, number in row],
+        }
+        for path, row in zip(files, found, strict=True)
+    ]
+
+
+def _tell(files: Sequence[Path], found: Sequence[Ranked], about: Metadata) -> None:
+    """A block for each image."""
+    from repvgg.cli.terminal import write_line
+
+    width = max(len(_name(about, number)) for row in found for _, number in row)
+    for path, row in zip(files, found, strict=True):
+        write_line(str(path))
+        for value, number in row:
+            write_line(f"  {_name(about, number):{width}}  {100 * value:6.2f}%")
+
+
+def _tell_setting(about: Metadata, size: int, ran: str) -> None:
+    from repvgg.cli.terminal import write_line
+
+    write_line(f"{about.model}, plain form, {size} x {size}, engine {ran}")

@@ -1,0 +1,117 @@
+"""From a model to what runs it: the engine, or PyTorch where that is allowed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, final, overload
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.engine.arrays import Given, read_input
+from repvgg.engine.choice import OUTPUTS, Precision
+from repvgg.engine.isa import host_isa
+from repvgg.engine.layers import Floats
+from repvgg.engine.network import Network
+from repvgg.engine.reader import read
+from repvgg.engine.runner import Shape
+from repvgg.engine.workers import check_threads
+from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line
+from repvgg.modes import eval_mode
+
+
+@final
+class InTorch:
+    """A model that PyTorch runs in the engine's place, with the same inputs and outputs, in eval mode.
+
+    Args:
+        model: the model; it is not copied.
+        channels: of the images.
+
+    Attributes:
+        model: as given.
+    """
+
+    def __init__(self, model: nn.Module, channels: int) -> None:
+        self.model, self._channels = model, channels
+
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, x: Floats) -> Floats: ...
+    def __call__(self, x: Given) -> Given:
+        """See :meth:`repvgg.engine.Network.__call__`."""
+        read_input(x, self._channels)
+        images = x if isinstance(x, Tensor) else torch.from_numpy(x.copy())
+        with torch.no_grad(), eval_mode(self.model):
+            output: Tensor = self.model(images)
+        return output if isinstance(x, Tensor) else output.numpy()
+
+
+@overload
+def compile(  # noqa: A001
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: Literal[False] = False,
+) -> Network: ...
+@overload
+def compile(  # noqa: A001
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: bool,
+) -> Network | InTorch: ...
+def compile(  # noqa: A001 - as torch.compile
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: bool = False,
+) -> Network | InTorch:
+    """Compile a plain network for the processor at hand.
+
+    Args:
+        model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32
+            on the CPU. Its weights are copied: changes that come later have no effect. It is run as in eval mode.
+        input_shape: (N, C, H, W), the images that come most; smaller batches run as well, and other sizes are
+            compiled for when they come.
+        threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
+            says, and no more than the process may run on.
+        precision: how far rounding errors may go. "high" takes Winograd's F(2x2) and F(4x4), with errors like those of
+            other engines in float32; "medium" F(5x5) as well, which is faster on some images of 14x14 or so, with
+            errors ten times as large; "highest" convolves directly alone.
+        fallback: have PyTorch run the model, with a warning that says why, if the engine cannot.
+
+    Raises:
+        UnsupportedError: the engine does not know a layer; the text names it. Nothing is compiled then.
+        UsageError: no shape of four positive numbers, no positive number of threads, no such precision, or a platform
+            that the engine makes no code for.
+        MissingDependencyError: llvmlite or platformdirs is not installed.
+    """
+    shape = _shape(input_shape)
+    check_threads(threads)
+    if precision not in OUTPUTS:
+        raise UsageError(f"precision is {', '.join(map(repr, OUTPUTS))}, not {precision!r}.")
+    try:
+        return Network(read(model), shape, host_isa(), threads, precision)
+    except (RepvggError, RuntimeError) as error:  # the latter by LLVM
+        if not fallback:
+            raise
+        text = f"PyTorch runs {type(model).__name__} in the engine's place: {first_line(error)}."
+        warnings.warn(text, FallbackWarning, stacklevel=2)
+        return InTorch(model, shape[1])
+
+
+def _shape(given: Sequence[int]) -> Shape:
+    shape: Any = tuple(given)
+    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
+        raise UsageError(f"An input_shape is (N, C, H, W), four positive numbers, not {tuple(given)}.")
+    batch, channels, height, width = shape
+    return batch, channels, height, width

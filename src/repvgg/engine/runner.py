@@ -1,0 +1,102 @@
+"""A network made for images of one size: its code, buffers and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg.engine import program
+from repvgg.engine.arrays import Input
+from repvgg.engine.cache import cached_object_code
+from repvgg.engine.choice import Machine
+from repvgg.engine.ir import Function, module
+from repvgg.engine.jit import Code
+from repvgg.engine.kernels.kernel import Kernel
+from repvgg.engine.layers import Floats, Layer
+from repvgg.engine.memory import aligned, zeros
+from repvgg.engine.plan import NOTHING, Buffer, Plan, plan
+
+Shape: TypeAlias = tuple[int, int, int, int]
+
+
+@final
+class Runner:
+    """The code of a network for images of one size, and the memory that it works in.
+
+    Args:
+        layers: see :func:`repvgg.engine.reader.read`.
+        shape: the largest batch, channels, height and width.
+        machine: what computes.
+        others: the same network for other sizes; weights that are packed alike are held once.
+
+    Attributes:
+        shape: as given.
+        plan: the kernels and buffers, without the weights.
+        table: what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
+    """
+
+    def __init__(self, layers: Sequence[Layer], shape: Shape, machine: Machine, others: Sequence[Runner] = ()) -> None:
+        whole, isa = plan(layers, shape, machine), machine.isa
+        names, functions = _functions(whole)
+        self.shape = shape
+        self._code = Code([cached_object_code(module(functions), isa)], isa)
+        self._strides = np.zeros(4, np.int64)
+        self._memory = [zeros(buffer.floats) for buffer in whole.buffers]
+        self._weights: list[Floats] = [values for other in others for values in other._weights]
+        self.table, self._weights = self._filled_table(whole, names)
+        self.plan = _without_weights(whole)
+
+    def take(self, x: Input) -> None:
+        """Have the first step read from ``x``."""
+        self._strides[:] = x.strides
+        self.table[0, program.SOURCE] = x.address
+
+    def output(self, count: int) -> Floats:
+        """A copy of what came of ``count`` images: (n, O) behind a pool, and else (n, O, H, W)."""
+        buffer = self.plan.output
+        images, numbers = buffer.images, self._memory[buffer.number]
+        if self.plan.flat:
+            return numbers.reshape(-1, images.pitch)[:count, : images.channels].copy()
+        maps = numbers.reshape(buffer.count, *images.size, images.pitch)[:count, :, :, : images.channels]
+        return maps.transpose(0, 3, 1, 2).copy()
+
+    def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
+        """The table of steps, and the packed weights that it points to."""
+        table, kept = program.table(len(whole.steps))[:-1], []
+        for row, step in zip(table, whole.steps, strict=True):
+            source, target = self._address(step.source), self._address(step.target)
+            weights = step.weights if isinstance(step.weights, Buffer) else self._held(step.weights)
+            bias = self._held(step.bias)
+            kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
+            at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
+            code = self._code.address(names[step.kernel])
+            row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
+        table[0, program.WEIGHTS] = self._strides.ctypes.data
+        return table, kept
+
+    def _held(self, values: Floats) -> Floats:
+        """An aligned copy, or one that is there already."""
+        same = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
+        found = next(same, None)
+        return aligned(values) if found is None else found
+
+    def _address(self, buffer: Buffer | None) -> int:
+        return self._memory[buffer.number].ctypes.data if buffer else 0
+
+
+def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
+    """A name for each different kernel, and all functions of the network."""
+    names: dict[Kernel, str] = {}
+    for step in plan.steps:
+        names.setdefault(step.kernel, f"kernel{len(names)}")
+    written = [function for kernel, name in names.items() for function in kernel.functions(name)]
+    return names, written
+
+
+def _without_weights(whole: Plan) -> Plan:
+    """The same, so that the packed weights are not held twice."""
+    return replace(whole, steps=tuple(replace(step, weights=NOTHING, bias=NOTHING) for step in whole.steps))
