@@ -153,7 +153,7 @@ def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch
     text = pickle.dumps(fast)
     monkeypatch.setattr(network, "host_isa", lambda: GENERIC["sse2"])
     if host_isa().name in ("sse2", "avx2", "avx512"):
-        assert pickle.loads(text)._isa == GENERIC["sse2"]
+        assert pickle.loads(text)._machine.isa == GENERIC["sse2"]
 
 
 # Threads and forks

@@ -3,19 +3,22 @@ import torch
 from engine_helpers import isas
 from torch import nn
 
+import repvgg.engine
 from repvgg import create_model
-from repvgg.engine.choice import Size, choose
+from repvgg.engine.choice import Machine, Size, choose
 from repvgg.engine.isa import GENERIC
 from repvgg.engine.kernels.conv import ConvKernel
+from repvgg.engine.kernels.fused import WinogradFused
 from repvgg.engine.kernels.winograd import WinogradProduct
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.network import Network
 from repvgg.engine.plan import plan
 from repvgg.engine.reader import read
+from repvgg.errors import UsageError
 from repvgg.measure import walk
 
 PADDED = ConvGeometry((3, 3), padding=(1, 1))
-STACK = 2**19  # bytes that a thread has on every platform
+STACK = 2**20  # bytes that a thread surely has on Linux
 
 
 @pytest.mark.parametrize("name", GENERIC)
@@ -23,14 +26,45 @@ STACK = 2**19  # bytes that a thread has on every platform
 @pytest.mark.parametrize(("channels", "image"), [(48, (56, 56)), (96, (28, 28)), (192, (14, 14)), (640, (45, 45))])
 def test_large_layers_go_by_winograd_within_registers_and_stack(channels, image, batch, name):
     isa = GENERIC[name]
-    choice = choose(PADDED, Size(channels, channels, image, batch), isa)
+    choice = choose(PADDED, Size(channels, channels, image, batch), Machine(isa, 2))
     assert choice is not None
-    tiling, places = choice.tiling, choice.form.inputs**2
-    assert choice.tile.registers <= isa.registers
-    assert tiling.piece % choice.tile.pixels == 0
-    assert tiling.images * tiling.blocks == batch
-    assert tiling.of_block >= tiling.images * tiling.of_image
-    assert 4 * places * (tiling.piece * choice.tile.vectors * isa.width + 16) < STACK
+    for part in choice.parts:
+        tiling, tile = part.tiling, part.tile
+        assert tile.registers <= isa.registers
+        assert tiling.piece % tile.pixels == 0
+        assert tiling.images * tiling.blocks == batch
+        assert tiling.of_block >= tiling.images * tiling.of_image
+        floats = tile.vectors * isa.width + (channels if part.way == "fused" else 0)
+        assert 4 * part.form.places * (tiling.piece * floats + 32) <= STACK
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("image", [(14, 14), (28, 28), (13, 7), (9, 18)])
+def test_the_parts_cover_each_pixel_once(image, batch):
+    for precision in ("high", "medium"):
+        choice = choose(PADDED, Size(192, 192, image, batch), Machine(GENERIC["avx512"], 2, precision))
+        covered = torch.zeros(choice.end)
+        for part in choice.parts:
+            (top, left), (bottom, right) = part.tiling.corner, part.end
+            covered[top:bottom, left:right] += 1
+        assert (covered == 1).all()
+        assert all(end >= length for end, length in zip(choice.end, image, strict=True))
+
+
+def test_the_highest_precision_is_direct():
+    assert choose(PADDED, Size(192, 192, (14, 14), 1), Machine(GENERIC["avx512"], 1, "highest")) is None
+
+
+def test_each_precision_computes_and_another_is_refused():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(4, 16, 15, 15)
+    wanted = model.double()(x.double()).detach()
+    model.float()
+    for precision, limit in (("highest", 2e-6), ("high", 4e-6), ("medium", 1e-4)):
+        network = repvgg.engine.compile(model, x.shape, 1, precision=precision)
+        torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=limit)
+    with pytest.raises(UsageError, match="'highest', 'high', 'medium', not 'low'"):
+        repvgg.engine.compile(model, x.shape, precision="low")
 
 
 NEVER = {
@@ -45,7 +79,7 @@ NEVER = {
 @pytest.mark.parametrize("name", NEVER)
 def test_what_winograd_does_not_take(name):
     geometry, inputs, outputs = NEVER[name]
-    assert choose(geometry, Size(inputs, outputs, (28, 28), 1), GENERIC["avx512"]) is None
+    assert choose(geometry, Size(inputs, outputs, (28, 28), 1, geometry.groups), Machine(GENERIC["avx512"])) is None
 
 
 @pytest.mark.parametrize("name", ["repvgg_t0", "repvgg_t1", "repvgg_t2", "repvgg_a0"])
@@ -54,8 +88,8 @@ def test_rows_of_the_table_have_a_plan(name):
     with torch.device("meta"):
         model = create_model(name, plain=True)
     small = model.spec.input_size if model.spec.input_size < 64 else 64
-    steps = plan(read(_zeros(model)), (2, 3, small, small), isas()[-1]).steps
-    convs = {step.name for step in steps if isinstance(step.kernel, (ConvKernel, WinogradProduct))}
+    steps = plan(read(_zeros(model)), (2, 3, small, small), Machine(isas()[-1])).steps
+    convs = {step.name for step in steps if isinstance(step.kernel, (ConvKernel, WinogradFused, WinogradProduct))}
     assert {name for name, module in model.named_modules() if type(module) is nn.Conv2d and ".se" not in name} <= convs
 
 

@@ -10,6 +10,7 @@ from engine_helpers import random_conv
 
 from repvgg.engine import isa as module_of_isa
 from repvgg.engine import program
+from repvgg.engine.choice import Machine
 from repvgg.engine.ir import module
 from repvgg.engine.isa import GENERIC, SCALAR, host_isa
 from repvgg.engine.jit import assembly
@@ -49,7 +50,7 @@ def test_no_product_spills(name):
         ConvGeometry((1, 1)),
     ]
     layers = [random_conv(3 if at == 0 else 96, 96, one) for at, one in enumerate([geometries[1], *geometries])]
-    text = assembly(module(_functions(plan(layers, (2, 3, 56, 56), isa))[1]), isa)
+    text = assembly(module(_functions(plan(layers, (2, 3, 56, 56), Machine(isa)))[1]), isa)
     products = [loop for loop in inner_loops(text) if any(word in loop for word in _FMA)]
     assert len(products) >= len(geometries)
     for loop in products:

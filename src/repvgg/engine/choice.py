@@ -1,27 +1,44 @@
 """Which way a convolution is computed: directly or by Winograd, and with which tiles. A table of costs, in cycles.
 
-The costs are those of one core that does two multiply-adds, two loads and a store a cycle; only their order matters.
+The costs are those of one core that does two multiply-adds, two loads and a store a cycle, with a second cache of a
+megabyte; only their order matters. Two ways lead through Winograd's domain:
+
+* in two kernels, all tiles and then panel after panel: weights are fetched once (``kernels/winograd.py``);
+* in one, tiles piece by piece: transformed tiles stay in the cache (``kernels/fused.py``).
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeAlias, final
 
 from repvgg.engine.images import round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
+from repvgg.engine.kernels.products import runs
 from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.winograd import Tiling
+from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
-from repvgg.engine.winograd import Winograd, winograd
+from repvgg.engine.winograd import Form, winograd
 
-_SCRATCH = 2**18  # bytes of products that a piece keeps on the stack, a part of the second cache
-_TRANSFORM = 3.0  # cycles for each place of a tile, going in or coming out
-_TILES = 64  # of a block of several images
-_BYTES = 12.0  # that come in a cycle from beyond the second cache
-_WARM = 2**19  # bytes that stay in the second cache from one piece to the next
+Way: TypeAlias = Literal["product", "fused"]
+Precision: TypeAlias = Literal["highest", "high", "medium"]
+
+#: The m of F(m x m, 3x3) that each precision allows; directly goes always.
+OUTPUTS: dict[str, tuple[int, ...]] = {"highest": (), "high": (2, 4), "medium": (2, 4, 5)}
+
+_STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
+_CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
+_TRANSFORM = 2.8  # cycles for each place of a tile, going in or coming out
+_STORED = 1.2  # cycles for each vector of a product that is stored, and loaded and stored
+_STARTED = 12.0  # cycles for each run of channels
+_FETCHED = 15.0  # bytes that come in a cycle from beyond the second cache, ahead of their use
+_MOVED = 4.0  # bytes that are written there in a cycle
+_READ = 20.0  # bytes that are read from there in a cycle, one row of tiles after the other
+_UNIT = 300.0  # cycles to claim a unit and to begin with it
 
 
 @final
@@ -34,64 +51,135 @@ class Size:
         outputs: channels of all groups.
         image: height and width of what comes out.
         batch: images at once.
+        groups: of the convolution.
     """
 
     inputs: int
     outputs: int
     image: Pair
     batch: int
+    groups: int = 1
+
+
+@final
+@dataclass(frozen=True)
+class Machine:
+    """What computes.
+
+    Attributes:
+        isa: the vectors.
+        threads: that share the work.
+        precision: which m are allowed.
+    """
+
+    isa: Isa
+    threads: int = 1
+    precision: Precision = "high"
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Winograd for a part of each image.
+
+    Attributes:
+        way: which kernels.
+        form: F(m x n, 3x3).
+        tiling: how the tiles of a batch are cut.
+        tile: registers of the products.
+        cycles: about how long it takes.
+    """
+
+    way: Way
+    form: Form
+    tiling: Tiling
+    tile: Tile
+    cycles: float
+
+    @property
+    def end(self) -> Pair:
+        """One behind the last row and column that the tiles cover; it may lie outside of the image."""
+        pairs = zip(self.tiling.corner, self.tiling.grid, self.form.outputs, strict=True)
+        down, across = (corner + count * size for corner, count, size in pairs)
+        return down, across
 
 
 @final
 @dataclass(frozen=True)
 class Choice:
-    """Winograd, with these tiles.
+    """Winograd, in one part or several that cover the image."""
 
-    Attributes:
-        form: F(m x m, 3x3).
-        tiling: how the tiles of a batch are cut.
-        tile: registers of the products.
-        cycles: about how long all of it takes.
-    """
+    parts: tuple[Part, ...]
 
-    form: Winograd
-    tiling: Tiling
-    tile: Tile
-    cycles: float
+    @property
+    def cycles(self) -> float:
+        """About how long all of it takes."""
+        return sum(part.cycles for part in self.parts)
+
+    @property
+    def end(self) -> Pair:
+        """One behind the last row and column that any tile covers."""
+        return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
-def choose(geometry: ConvGeometry, size: Size, isa: Isa) -> Choice | None:
-    """The fastest way: Winograd with the tiles that come back, or None for the direct kernel.
-
-    F(2x2) and F(4x4) are looked at: their errors are near that of a direct convolution.
-    """
-    whole = geometry.groups == 1 or size.outputs // geometry.groups % isa.width == 0
+def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
+    """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
+    whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
     if geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
         return None
-    if size.inputs < isa.width or not whole:
+    if size.inputs < machine.isa.width or not whole:
         return None
-    every = (choice for outputs in (2, 4) for choice in _every(winograd(outputs), geometry.groups, size, isa))
-    best = min(every, key=lambda choice: choice.cycles, default=None)
-    return best if best and best.cycles < _direct(geometry, size, isa) else None
+    best = min(every_choice(size, machine), key=lambda choice: choice.cycles, default=None)
+    return best if best and best.cycles < direct_cycles(size, machine) else None
 
 
-def _direct(geometry: ConvGeometry, size: Size, isa: Isa) -> float:
-    vectors = -(-size.outputs // geometry.groups // isa.width)
-    tile = choose_tile(isa, size.image[1], vectors)
-    rows = size.batch * size.image[0] * geometry.groups
-    steps = 9 * size.inputs // geometry.groups
-    return rows * steps * row_cycles(tile, size.image[1], vectors) + 4 * steps * size.outputs / _BYTES
+def direct_cycles(size: Size, machine: Machine) -> float:
+    """About how long the direct kernel takes for 3x3 and stride 1."""
+    vectors = -(-size.outputs // size.groups // machine.isa.width)
+    tile = choose_tile(machine.isa, size.image[1], vectors)
+    panels = -(-vectors // tile.vectors)
+    steps = 9 * size.inputs // size.groups
+    rows = size.batch * size.image[0] * size.groups
+    cycles = rows * (steps * row_cycles(tile, size.image[1], vectors) + panels * _UNIT)
+    return (cycles + 4 * steps * size.outputs / _FETCHED) / machine.threads
 
 
-def _every(form: Winograd, groups: int, size: Size, isa: Isa) -> Iterator[Choice]:
-    """All ways to cut the tiles."""
-    grid = -(-size.image[0] // form.outputs), -(-size.image[1] // form.outputs)
-    vectors = -(-size.outputs // groups // isa.width)
-    for images in _blocks(grid, size.batch):
-        for tile in _tiles(isa, vectors):
-            tiling = _cut(form, grid, images, size.batch // images, tile, isa)
-            if tiling:
-                yield Choice(form, tiling, tile, _cycles(form, tiling, tile, groups, size, isa))
+def every_choice(size: Size, machine: Machine) -> Iterator[Choice]:
+    """All covers of the image, each part in its fastest way."""
+    for outputs in OUTPUTS[machine.precision]:
+        for covers in itertools.product(*(_covers(length, outputs) for length in size.image)):
+            parts = [_part(rows, columns, size, machine) for rows, columns in itertools.product(*covers)]
+            if all(parts):
+                yield Choice(tuple(part for part in parts if part))
+
+
+_Cover: TypeAlias = tuple[tuple[int, int, int], ...]  # (first row, m, tiles) each
+
+
+def _covers(length: int, outputs: int) -> Iterator[_Cover]:
+    """Ways to cover rows or columns: with tiles of one size that may stick out, or with a rest of smaller ones."""
+    yield ((0, outputs, -(-length // outputs)),)
+    whole, rest = divmod(length, outputs)
+    if outputs > 2 and whole and 0 < rest <= 2:
+        yield ((0, outputs, whole), (whole * outputs, 2, 1))
+
+
+def _part(rows: tuple[int, int, int], columns: tuple[int, int, int], size: Size, machine: Machine) -> Part | None:
+    """The fastest way for some rows and columns of tiles; None if nothing fits."""
+    (top, down, high), (left, across, wide) = rows, columns
+    form = winograd(down, across)
+    ways = every_part(form, (high, wide), (top, left), size, machine)
+    return min(ways, key=lambda part: part.cycles, default=None)
+
+
+def every_part(form: Form, grid: Pair, corner: Pair, size: Size, machine: Machine) -> Iterator[Part]:
+    """All ways to cut and to compute some tiles."""
+    vectors = -(-size.outputs // size.groups // machine.isa.width)
+    for tile in _tiles(machine.isa, vectors):
+        for images in _blocks(grid, size.batch):
+            for way, tilings in _WAYS.items():
+                for tiling in tilings(form, grid, images, tile, size, machine, corner):
+                    yield Part(way, form, tiling, tile, _cycles(way, form, tiling, tile, size, machine))
 
 
 def _blocks(grid: Pair, batch: int) -> list[int]:
@@ -108,28 +196,85 @@ def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
         yield from (Tile(pixels, count) for pixels in range(max(1, most // 2), most + 1))
 
 
-def _cut(form: Winograd, grid: Pair, images: int, blocks: int, tile: Tile, isa: Isa) -> Tiling | None:
-    """Pieces that fit the scratch, as equal as can be."""
-    tiles = images * grid[0] * grid[1]
-    most = _SCRATCH // (4 * form.inputs**2 * tile.vectors * isa.width * tile.pixels)  # register tiles of a piece
-    if not most:
-        return None
-    most = min(most, -(-tiles // tile.pixels))
-    lengths = [steps * tile.pixels for steps in range(max(1, most // 2), most + 1)]
-    piece = min(lengths, key=lambda length: (round_up(tiles, length), -length))
-    return Tiling(grid, images, piece, blocks)
+def _of_products(
+    form: Form, grid: Pair, images: int, tile: Tile, size: Size, machine: Machine, corner: Pair
+) -> Iterator[Tiling]:
+    """Pieces whose products fit the stack, as equal as can be."""
+    tiles, width = images * grid[0] * grid[1], machine.isa.width
+    most = _STACK // 2 // (4 * form.places * tile.vectors * width * tile.pixels)  # register tiles of a piece
+    if most:
+        piece = _piece(tiles, tile.pixels, min(most, -(-tiles // tile.pixels)))
+        yield Tiling(grid, images, piece, size.batch // images, corner)
 
 
-def _cycles(form: Winograd, tiling: Tiling, tile: Tile, groups: int, size: Size, isa: Isa) -> float:
-    vectors, places = -(-size.outputs // groups // isa.width), form.inputs**2
+def _of_fused(
+    form: Form, grid: Pair, images: int, tile: Tile, size: Size, machine: Machine, corner: Pair
+) -> Iterator[Tiling]:
+    """Pieces whose transformed tiles and products fit the stack."""
+    tiles, width = images * grid[0] * grid[1], machine.isa.width
+    pitch = round_up(size.inputs, width) + tile.vectors * width
+    for most in range(1, min(8, -(-tiles // tile.pixels)) + 1):
+        if 4 * form.places * (most * tile.pixels * pitch + 32) <= _STACK:
+            yield Tiling(grid, images, most * tile.pixels, size.batch // images, corner)
+
+
+_WAYS = {"product": _of_products, "fused": _of_fused}
+
+
+def _piece(tiles: int, pixels: int, most: int) -> int:
+    """The length of pieces of at most ``most`` register tiles that leaves the fewest tiles for nothing."""
+    lengths = [steps * pixels for steps in range(max(1, most // 2), most + 1)]
+    return min(lengths, key=lambda length: (round_up(tiles, length), -length))
+
+
+def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+    """About how long one of the threads is busy."""
+    width, places = machine.isa.width, form.places
+    channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
+    panels = -(-vectors // tile.vectors)
+    of_block = size.groups * _multiplied(tiling.of_block, places, channels, vectors, tile)
+    of_block += _TRANSFORM * places * tiling.real * size.groups * vectors
+    of_block += _FETCHES[way](form, tiling, tile, size, machine)
+    units = {"product": size.groups * panels * tiling.pieces, "fused": tiling.pieces}
+    of_unit = of_block / units[way] + _UNIT
+    rounds = -(-tiling.blocks * units[way] // machine.threads)
+    into = _TRANSFORM * places * tiling.blocks * tiling.real * -(-size.inputs // width)
+    if way != "fused":
+        moved = 4 * places * tiling.tiles * size.inputs
+        into += _UNIT * tiling.blocks * tiling.images * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
+    return rounds * of_unit + into / machine.threads
+
+
+def _multiplied(tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
+    """Products of all panels of a group."""
     whole, rest = divmod(vectors, tile.vectors)
-    step = whole * tile.cycles + (Tile(tile.pixels, rest).cycles if rest else 0)
-    products = tiling.tiles // tile.pixels * places * size.inputs * step
-    real = tiling.blocks * tiling.images * tiling.of_image
-    transforms = _TRANSFORM * places * real * (size.inputs + size.outputs) / isa.width
-    panel = 4 * places * (size.inputs // groups) * min(vectors, tile.vectors) * isa.width
-    times = 1 if panel < _WARM else tiling.blocks * tiling.pieces
-    weights = 4 * places * (size.inputs // groups) * size.outputs * times / _BYTES
-    moved = 4 * places * tiling.tiles * size.inputs
-    reads = moved * (1 if moved < _WARM else whole + bool(rest)) / _BYTES  # of transformed tiles
-    return products + transforms + weights + reads
+    lanes = [tile.vectors] * whole + [rest] * bool(rest)
+    each = [
+        channels * Tile(tile.pixels, count).cycles + len(runs(channels)) * (_STARTED + _STORED * tile.pixels * count)
+        for count in lanes
+    ]
+    return tiles // tile.pixels * places * sum(each)
+
+
+def _product_fetches(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+    """Weights of each block; they stay where a panel is small. Transformed tiles for each panel."""
+    channels, places = size.inputs // size.groups, form.places
+    panel = 4 * places * channels * tile.vectors * machine.isa.width
+    weights = 4 * places * channels * size.outputs
+    times = tiling.pieces if panel > _CACHE // 2 else 1 / tiling.blocks
+    moved = 4 * places * tiling.of_block * size.inputs
+    panels = -(-size.outputs // size.groups // (tile.vectors * machine.isa.width))
+    tiles = moved * panels if moved * tiling.blocks > _CACHE else 0
+    return weights * times / _FETCHED + tiles / _READ
+
+
+def _fused_fetches(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+    """All weights for each piece, unless they stay beside its tiles."""
+    weights = 4 * form.places * size.inputs // size.groups * size.outputs
+    vectors = tile.vectors * machine.isa.width
+    kept = 4 * form.places * tiling.piece * (size.inputs + vectors)
+    times = 1 if weights + kept > _CACHE else 1 / (tiling.blocks * tiling.pieces)
+    return weights * times * tiling.pieces / _FETCHED
+
+
+_FETCHES = {"product": _product_fetches, "fused": _fused_fetches}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.engine.arrays import Given, read_input
+from repvgg.engine.choice import OUTPUTS, Precision
 from repvgg.engine.isa import host_isa
 from repvgg.engine.layers import Floats
 from repvgg.engine.network import Network
@@ -50,14 +51,29 @@ class InTorch:
 
 @overload
 def compile(  # noqa: A001
-    model: nn.Module, input_shape: Sequence[int], threads: int | None = None, *, fallback: Literal[False] = False
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: Literal[False] = False,
 ) -> Network: ...
 @overload
 def compile(  # noqa: A001
-    model: nn.Module, input_shape: Sequence[int], threads: int | None = None, *, fallback: bool
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: bool,
 ) -> Network | InTorch: ...
 def compile(  # noqa: A001 - as torch.compile
-    model: nn.Module, input_shape: Sequence[int], threads: int | None = None, *, fallback: bool = False
+    model: nn.Module,
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    *,
+    precision: Precision = "high",
+    fallback: bool = False,
 ) -> Network | InTorch:
     """Compile a plain network for the processor at hand.
 
@@ -68,18 +84,23 @@ def compile(  # noqa: A001 - as torch.compile
             compiled for when they come.
         threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
             says, and no more than the process may run on.
+        precision: how far rounding errors may go. "high" takes Winograd's F(2x2) and F(4x4), with errors like those of
+            other engines in float32; "medium" F(5x5) as well, which is faster on some images of 14x14 or so, with
+            errors ten times as large; "highest" convolves directly alone.
         fallback: have PyTorch run the model, with a warning that says why, if the engine cannot.
 
     Raises:
         UnsupportedError: the engine does not know a layer; the text names it. Nothing is compiled then.
-        UsageError: no shape of four positive numbers, no positive number of threads, or a platform that the engine
-            makes no code for.
+        UsageError: no shape of four positive numbers, no positive number of threads, no such precision, or a platform
+            that the engine makes no code for.
         MissingDependencyError: llvmlite or platformdirs is not installed.
     """
     shape = _shape(input_shape)
     check_threads(threads)
+    if precision not in OUTPUTS:
+        raise UsageError(f"precision is {', '.join(map(repr, OUTPUTS))}, not {precision!r}.")
     try:
-        return Network(read(model), shape, host_isa(), threads)
+        return Network(read(model), shape, host_isa(), threads, precision)
     except (RepvggError, RuntimeError) as error:  # the latter by LLVM
         if not fallback:
             raise

@@ -1,4 +1,4 @@
-"""How feature maps lie in memory: NHWC, with a border of zeros, and channels rounded up to whole vectors."""
+"""How feature maps lie in memory: NHWC with channels rounded up to whole vectors, or NCHW; with a border of zeros."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Images:
         border: pixels of zeros above and below, and to the left and the right.
         pitch: floats from one pixel to the next, at least ``channels``.
         more: pixels of zeros below and to the right, beyond the border, for tiles that stick out.
+        planar: whether one channel lies after the other (NCHW), and the pitch is 1.
     """
 
     channels: int
@@ -33,6 +34,7 @@ class Images:
     border: Pair
     pitch: int
     more: Pair = (0, 0)
+    planar: bool = False
 
     @property
     def row(self) -> int:
@@ -40,9 +42,19 @@ class Images:
         return (self.size[1] + 2 * self.border[1] + self.more[1]) * self.pitch
 
     @property
+    def plane(self) -> int:
+        """Floats of all rows."""
+        return (self.size[0] + 2 * self.border[0] + self.more[0]) * self.row
+
+    @property
+    def channel(self) -> int:
+        """Floats from one channel of a pixel to the next."""
+        return self.plane if self.planar else 1
+
+    @property
     def image(self) -> int:
         """Floats from one image to the next."""
-        return (self.size[0] + 2 * self.border[0] + self.more[0]) * self.row
+        return self.channels * self.plane if self.planar else self.plane
 
     @property
     def inside(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repvgg.engine.arrays import Given, Input, read_input
+from repvgg.engine.choice import Machine, Precision
 from repvgg.engine.isa import Isa, host_isa
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
@@ -62,6 +63,7 @@ class Network:
         input_shape: a batch, channels, height and width.
         isa: the vectors to use.
         threads: that work on each call, the caller among them; see :func:`repvgg.engine.workers.thread_count`.
+        precision: how far rounding errors may go; see :func:`repvgg.engine.compile`.
 
     Attributes:
         input_shape: as given.
@@ -69,13 +71,20 @@ class Network:
         plan: the kernels and buffers for ``input_shape``, without the weights.
     """
 
-    def __init__(self, layers: Sequence[Layer], input_shape: Shape, isa: Isa, threads: int | None = 1) -> None:
-        self._layers, self._isa, self._asked = tuple(layers), isa, threads
-        self.input_shape = input_shape
-        first = Runner(self._layers, input_shape, isa)
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        input_shape: Shape,
+        isa: Isa,
+        threads: int | None = 1,
+        precision: Precision = "high",
+    ) -> None:
+        self._layers, self._asked, self.input_shape = tuple(layers), threads, input_shape
+        self.threads = thread_count(threads)
+        self._machine = Machine(isa, self.threads, precision)
+        first = Runner(self._layers, input_shape, self._machine)
         self._runners = [first]  # the last one ran last
         self.plan: Plan = first.plan
-        self.threads = thread_count(threads)
         self._workers = Workers(isa, self.threads)
         self._lock, self._process = Lock(), os.getpid()
 
@@ -120,12 +129,13 @@ class Network:
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))
-        return f"<Network of {len(self._layers)} layers for {shape}, {self._isa.name}, {self.threads} threads>"
+        return f"<Network of {len(self._layers)} layers for {shape}, {self._machine.isa.name}, {self.threads} threads>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The recipe; code for this very processor becomes code for the one where it is read."""
-        isa = None if self._isa == host_isa() else self._isa
-        return _again, (self._layers, self.input_shape, isa, self._asked)
+        machine = self._machine
+        isa = None if machine.isa == host_isa() else machine.isa
+        return _again, (self._layers, self.input_shape, isa, self._asked, machine.precision)
 
     @contextmanager
     def _entered(self, x: Input) -> Iterator[Runner]:
@@ -145,7 +155,7 @@ class Network:
         """What is made for these images with the fewest more, or is made now."""
         fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
         runner = min(fits, key=lambda one: one.shape[0], default=None)
-        runner = runner or Runner(self._layers, shape, self._isa, self._runners)
+        runner = runner or Runner(self._layers, shape, self._machine, self._runners)
         if runner is not self._runners[-1]:
             self._runners = [*(one for one in self._runners if one is not runner), runner]
         if len(self._runners) > SIZES:
@@ -159,5 +169,7 @@ class Network:
         self._workers.restart()
 
 
-def _again(layers: Sequence[Layer], input_shape: Shape, isa: Isa | None, threads: int | None) -> Network:
-    return Network(layers, input_shape, isa or host_isa(), threads)
+def _again(
+    layers: Sequence[Layer], input_shape: Shape, isa: Isa | None, threads: int | None, precision: Precision
+) -> Network:
+    return Network(layers, input_shape, isa or host_isa(), threads, precision)

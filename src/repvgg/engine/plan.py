@@ -8,15 +8,17 @@ from typing import final
 
 import numpy as np
 
-from repvgg.engine.choice import Choice, Size, choose
+from repvgg.engine.choice import Choice, Machine, Part, Size, choose
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
+from repvgg.engine.kernels.fused import WinogradFused
 from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.kernels.load import LoadKernel
 from repvgg.engine.kernels.pool import PoolKernel
-from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct, place_floats
+from repvgg.engine.kernels.tiling import place_floats
+from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.errors import UnsupportedError
 
@@ -96,33 +98,35 @@ class Plan:
         return self.steps[-1].target
 
 
-def plan(layers: Sequence[Layer], input_shape: tuple[int, int, int, int], isa: Isa) -> Plan:
+def plan(layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine) -> Plan:
     """Choose a kernel for each layer, and where its images lie.
 
     Args:
         layers: see :func:`repvgg.engine.reader.read`.
         input_shape: the largest batch, channels, height and width.
-        isa: the vectors to use.
+        machine: the vectors to use, and how many threads.
 
     Raises:
         UnsupportedError: a layer does not fit what comes to it; the text names it.
     """
-    planner = _Planner(layers, input_shape, isa)
+    planner = _Planner(layers, input_shape, machine)
     for number, layer in enumerate(layers):
         planner.take(number, layer)
-    return Plan(tuple(planner.steps), tuple(planner.buffers), isa, isinstance(layers[-1], (Pool, Linear)))
+    return Plan(tuple(planner.steps), tuple(planner.buffers), machine.isa, isinstance(layers[-1], (Pool, Linear)))
 
 
 @final
 class _Planner:
-    def __init__(self, layers: Sequence[Layer], input_shape: tuple[int, int, int, int], isa: Isa) -> None:
-        self._layers, self._isa, self._batch = layers, isa, input_shape[0]
+    def __init__(self, layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine) -> None:
+        self._layers, self._machine, self._batch = layers, machine, input_shape[0]
+        self._isa = isa = machine.isa
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
         channels, size = input_shape[1], input_shape[2:]
-        few = isinstance(layers[0], Conv) and channels < isa.width  # such an input is read number by number
-        pitch = channels if few else round_up(channels, isa.width)
-        self._now = self._buffer(self._images(-1, channels, size, pitch))
+        images = self._images(-1, channels, size, round_up(channels, isa.width))
+        if isinstance(layers[0], Conv) and channels < isa.width:  # its taps and channels are few, too
+            images = replace(images, pitch=1, planar=True)
+        self._now = self._buffer(images)
         self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
 
     def take(self, number: int, layer: Layer) -> None:
@@ -148,28 +152,42 @@ class _Planner:
             )
         pitch = round_up(outputs, self._isa.width)
         target = self._buffer(self._images(number, outputs, size, pitch))
-        choice = choose(geometry, self._size(layer, size), self._isa)
-        if choice:
-            self._winograd(layer, choice, source, target)
-        else:
+        choice = self._choice(layer, size)
+        if choice is None:
             self._direct(layer, source, target)
+        for part in choice.parts if choice else ():
+            if part.way == "fused":
+                self._fused(layer, part, source, target)
+            else:
+                self._products(layer, part, source, target)
         self._now = target
 
-    def _winograd(self, layer: Conv, choice: Choice, source: Buffer, target: Buffer) -> None:
-        form, tiling, tile, width = choice.form, choice.tiling, choice.tile, self._isa.width
-        geometry, images = layer.geometry, source.images
-        moved = self._buffer(Images(1, (form.inputs**2, place_floats(tiling, images.pitch)), (0, 0), 1), 1)
-        transform = WinogradInput(form, images, geometry.padding, tiling, width)
+    def _products(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
+        """Input tiles, and then their products."""
+        form, tiling, tile, width = part.form, part.tiling, part.tile, self._isa.width
+        images, groups = source.images, layer.geometry.groups
+        moved = self._buffer(Images(1, (form.places, place_floats(tiling.tiles, images.pitch)), (0, 0), 1), 1)
+        transform = WinogradInput(form, images, layer.geometry.padding, tiling, width)
         self.steps.append(Step(layer.name, transform, source, moved))
-        kernel = WinogradProduct(
-            form, geometry.groups, images.channels, images.pitch, target.images, tiling, tile, layer.relu, width
-        )
-        weights, bias = pack(replace(layer, weight=form.transformed(layer.weight)), width, tile.vectors)
-        self.steps.append(Step(layer.name, kernel, moved, target, weights, bias, tiling.images))
+        channels = images.channels, images.pitch
+        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, layer.relu, width)
+        self.steps.append(Step(layer.name, kernel, moved, target, *self._transformed(layer, part), tiling.images))
 
-    def _size(self, layer: Conv, size: Pair) -> Size:
-        inputs, outputs = layer.weight.shape[1] * layer.geometry.groups, layer.weight.shape[0]
-        return Size(inputs, outputs, size, self._batch)
+    def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
+        geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
+        kernel = WinogradFused(part.form, geometry.groups, *images, part.tiling, part.tile, layer.relu, self._isa.width)
+        self.steps.append(Step(layer.name, kernel, source, target, *self._transformed(layer, part), part.tiling.images))
+
+    def _transformed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
+        """Weights in Winograd's domain, and biases."""
+        moved = replace(layer, weight=part.form.transformed(layer.weight))
+        return pack(moved, self._isa.width, part.tile.vectors)
+
+    def _choice(self, layer: Conv, size: Pair) -> Choice | None:
+        """How a layer is computed whose output has this height and width."""
+        groups, outputs = layer.geometry.groups, layer.weight.shape[0]
+        inputs = layer.weight.shape[1] * groups
+        return choose(layer.geometry, Size(inputs, outputs, size, self._batch, groups), self._machine)
 
     def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
@@ -222,11 +240,10 @@ class _Planner:
         if not isinstance(following, Conv):
             return Images(channels, size, (0, 0), pitch)
         border, after = following.geometry.padding, following.geometry.output_size(size)
-        choice = choose(following.geometry, self._size(following, after), self._isa) if min(after) > 0 else None
+        choice = self._choice(following, after) if min(after) > 0 else None
         if choice is None:
             return Images(channels, size, border, pitch)
-        (down, across), step = choice.tiling.grid, choice.form.outputs
-        return Images(channels, size, border, pitch, (down * step - after[0], across * step - after[1]))
+        return Images(channels, size, border, pitch, (choice.end[0] - after[0], choice.end[1] - after[1]))
 
     def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:
         """A buffer of that very layout that nothing needs any more, or a new one; so borders stay zeros."""

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from repvgg.engine import program
 from repvgg.engine.arrays import Input
 from repvgg.engine.cache import cached_object_code
+from repvgg.engine.choice import Machine
 from repvgg.engine.ir import Function, module
-from repvgg.engine.isa import Isa
 from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
@@ -30,7 +30,7 @@ class Runner:
     Args:
         layers: see :func:`repvgg.engine.reader.read`.
         shape: the largest batch, channels, height and width.
-        isa: the vectors to use.
+        machine: what computes.
         others: the same network for other sizes; weights that are packed alike are held once.
 
     Attributes:
@@ -39,8 +39,8 @@ class Runner:
         table: what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
     """
 
-    def __init__(self, layers: Sequence[Layer], shape: Shape, isa: Isa, others: Sequence[Runner] = ()) -> None:
-        whole = plan(layers, shape, isa)
+    def __init__(self, layers: Sequence[Layer], shape: Shape, machine: Machine, others: Sequence[Runner] = ()) -> None:
+        whole, isa = plan(layers, shape, machine), machine.isa
         names, functions = _functions(whole)
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)

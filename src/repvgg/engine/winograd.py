@@ -2,7 +2,7 @@
 
 Cook-Toom: the product of two polynomials is found from its values at m + 1 points and at infinity; turned around
 (transposition), that gives m outputs of a filter from m + 2 inputs by m + 2 multiplications in the place of 3m. In two
-dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1).
+dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not have the same m.
 
 The points decide the error. For m = 4 the common 0, ±1, ±2, ∞ costs as much as 0, ±3/4, ±3/2, ∞, which has numbers of
 like size in all three matrices and several times less error.
@@ -17,7 +17,7 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.layers import Floats
+from repvgg.engine.layers import Floats, Pair
 
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3
@@ -26,13 +26,14 @@ TAPS = 3
 POINTS: dict[int, tuple[Fraction, ...]] = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
     4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+    5: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2), Fraction(1)),
 }
 
 
 @final
 @dataclass(frozen=True)
-class Winograd:
-    """F(m x m, 3x3), exactly.
+class Filter:
+    """F(m, 3), exactly.
 
     Attributes:
         outputs: m.
@@ -48,24 +49,53 @@ class Winograd:
 
     @property
     def inputs(self) -> int:
-        """Rows and columns of an input tile, m + 2."""
+        """Inputs of a tile, m + 2."""
         return self.outputs + TAPS - 1
 
+
+@final
+@dataclass(frozen=True)
+class Form:
+    """F(m x n, 3x3): a filter down and one across."""
+
+    rows: Filter
+    columns: Filter
+
+    @property
+    def outputs(self) -> Pair:
+        """Rows and columns of what comes out of a tile."""
+        return self.rows.outputs, self.columns.outputs
+
+    @property
+    def inputs(self) -> Pair:
+        """Rows and columns of an input tile."""
+        return self.rows.inputs, self.columns.inputs
+
+    @property
+    def places(self) -> int:
+        """Multiplications for each tile and channel."""
+        return self.rows.inputs * self.columns.inputs
+
     def transformed(self, weight: Floats) -> Floats:
-        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, m + 2, m + 2)."""
-        matrix = np.array(self.kernel_matrix, np.float64)
-        out: Floats = (matrix @ weight.astype(np.float64) @ matrix.T).astype(np.float32)
+        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, m + 2, n + 2)."""
+        down, across = (np.array(part.kernel_matrix, np.float64) for part in (self.rows, self.columns))
+        out: Floats = (down @ weight.astype(np.float64) @ across.T).astype(np.float32)
         return out
 
 
-def winograd(outputs: int) -> Winograd:
-    """F(m x m, 3x3) for the points of :data:`POINTS`."""
+def winograd(rows: int, columns: int | None = None) -> Form:
+    """F(rows x columns, 3x3) for the points of :data:`POINTS`; a square without ``columns``."""
+    return Form(minimal_filter(rows), minimal_filter(rows if columns is None else columns))
+
+
+def minimal_filter(outputs: int) -> Filter:
+    """F(m, 3) for the points of :data:`POINTS`."""
     points = POINTS[outputs]
     output = [(*tuple(point**power for point in points), Fraction(power == outputs - 1)) for power in range(outputs)]
     kernel = [tuple(point**power / _others(points, point) for power in range(TAPS)) for point in points]
     rows = [(*_roots([other for other in points if other != point]), Fraction(0)) for point in points]
     infinity = (Fraction(0), Fraction(0), Fraction(1))
-    return Winograd(outputs, (*rows, _roots(points)), (*kernel, infinity), tuple(output))
+    return Filter(outputs, (*rows, _roots(points)), (*kernel, infinity), tuple(output))
 
 
 def _others(points: Sequence[Fraction], point: Fraction) -> Fraction:

@@ -2,13 +2,15 @@
 
 For each output row, and each panel of ``vectors`` vectors of output channels, tiles of ``pixels`` neighbouring pixels
 are summed in registers over all taps and input channels: one load of a vector of weights serves all pixels of the
-tile, one broadcast of an input serves all vectors. Nothing is gathered first; the border is zeros in memory.
+tile, one broadcast of an input serves all vectors. Nothing is gathered first; the border is zeros in memory. Each row
+of taps, and each run of channels, is summed by itself: the sums of sums round less than one long sum.
 
 Weights lie as (group, panel, tap, input channel, output channel of the panel), so that each panel is one stream.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
@@ -21,6 +23,13 @@ from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.kernel import POINTERS, UNITS
 from repvgg.engine.kernels.tile import Tile, multiply_add
 from repvgg.engine.layers import Conv, ConvGeometry, Floats
+
+_LINE = 16  # floats of a line of the cache
+_COLD = 2**15  # floats of a panel that is fetched ahead
+_KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
+_ALONE = 96  # channels that are worth a sum of their own
+_SUMMED = 144  # channels that are summed in one go, and a few more
+_MOST_RUNS = 8  # that are written out
 
 
 @final
@@ -70,9 +79,19 @@ class ConvKernel:
         return -(-self.group_vectors // self.tile.vectors)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether all weights stay in the second cache."""
+        return self.taps * self.inputs * self.groups_and_panels * self.tile.vectors * self.width <= _KEPT
+
+    @property
+    def groups_and_panels(self) -> int:
+        """Panels of all groups."""
+        return self.geometry.groups * self.panels
+
+    @property
     def units_of_image(self) -> int:
         """Pieces of work in one image: the output rows of each panel of each group."""
-        return self.geometry.groups * self.panels * self.target.size[0]
+        return self.groups_and_panels * self.target.size[0]
 
     @property
     def muls(self) -> int:
@@ -82,7 +101,8 @@ class ConvKernel:
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a row of the last panel of a group, and of another.
 
-        Unit ``(panel · batch + image) · rows + row``: neighbouring units read the same weights.
+        Neighbouring units read the same weights, unit ``(panel · batch + image) · rows + row``; but where all of them
+        stay in the second cache, the same inputs, unit ``(image · rows + row) · panels + panel``.
         """
         rows = [_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
         return [*rows, _units(name, self, rows)]
@@ -108,14 +128,17 @@ def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
 def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
     write = Function(name, UNITS, kernel.width)
     geometry, source, target = kernel.geometry, kernel.source, kernel.target
-    per_panel = write.mul("%batch", target.size[0])
     with write.loop("%begin", "%end") as units:
-        panel, place = write.divide(units.index, per_panel)
+        if kernel.keeps_weights:
+            place, panel = write.divide(units.index, kernel.groups_and_panels)
+        else:
+            panel, place = write.divide(units.index, write.mul("%batch", target.size[0]))
         image, row = write.divide(place, target.size[0])
         group, part = write.divide(panel, kernel.panels)
         channel = write.mul(part, kernel.tile.vectors * kernel.width)
         lanes = write.add(write.mul(group, kernel.group_vectors * kernel.width), channel)
-        read = write.add(_place(write, image, row, source, geometry.stride[0]), write.mul(group, kernel.inputs))
+        channels = write.mul(group, kernel.inputs * source.channel)
+        read = write.add(_place(write, image, row, source, geometry.stride[0]), channels)
         corner = source.inside - geometry.padding[0] * source.row - geometry.padding[1] * source.pitch
         wrote = write.add(_place(write, image, row, target, 1), write.add(write.mul(group, kernel.outputs), channel))
         arguments = (
@@ -123,6 +146,7 @@ def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
             ("ptr", write.at("%target", write.add(wrote, target.inside))),
             ("ptr", write.at("%weights", write.mul(lanes, kernel.taps * kernel.inputs))),
             ("ptr", write.at("%bias", lanes)),
+            ("i64", place),
         )
         is_last = write.value(f"icmp eq i64 {part}, {kernel.panels - 1}")
         is_other = write.value(f"xor i1 {is_last}, true")
@@ -139,20 +163,21 @@ def _place(write: Function, image: Index, row: Index, images: Images, stride: in
 
 def _row(name: str, kernel: ConvKernel, *, last: bool) -> Function:
     """One output row of one panel, the last of its group or another."""
-    write = Function(name, POINTERS, kernel.width, internal=True)
+    write = Function(name, (*POINTERS, ("i64", "place")), kernel.width, internal=True)
     vectors = kernel.tile.vectors
     if last:
         vectors = kernel.group_vectors - (kernel.panels - 1) * vectors
-    counts = list(_counts(kernel, vectors)) if last else [kernel.width] * vectors
+    counts = tuple(_counts(kernel, vectors)) if last else (kernel.width,) * vectors
+    row = _Row(write, kernel, counts, _ahead(write, kernel, vectors))
     columns, pixels = kernel.target.size[1], min(kernel.tile.pixels, kernel.target.size[1])
     whole = columns // pixels * pixels
     if whole > pixels:
         with write.loop(0, whole, pixels) as tiles:
-            _tile(write, kernel, tiles.index, pixels, counts)
+            row.tile(tiles.index, pixels)
     else:
-        _tile(write, kernel, 0, pixels, counts)
+        row.tile(0, pixels)
     if columns > whole:
-        _tile(write, kernel, whole, columns - whole, counts)
+        row.tile(whole, columns - whole)
     return write
 
 
@@ -164,42 +189,116 @@ def _counts(kernel: ConvKernel, vectors: int) -> Iterator[int]:
         yield kernel.width - spare if vector == vectors - 1 and not free else kernel.width
 
 
-def _tile(write: Function, kernel: ConvKernel, column: Index, pixels: int, counts: list[int]) -> None:
-    """One tile, from its biases to its stores; ``column`` is its first pixel in the row."""
-    vectors, width = len(counts), kernel.width
-    biases = [write.load("%bias", vector * width) for vector in range(vectors)]
-    source = write.at("%source", write.mul(column, kernel.geometry.stride[1] * kernel.source.pitch))
-    sums = _sum(write, kernel, source, [biases[vector] for _ in range(pixels) for vector in range(vectors)], vectors)
-    target = write.at("%target", write.mul(column, kernel.target.pitch))
-    for place, value in enumerate(sums):
-        pixel, vector = divmod(place, vectors)
-        value = write.relu(value) if kernel.relu else value
-        write.store(value, target, pixel * kernel.target.pitch + vector * width, counts[vector])
+def _ahead(write: Function, kernel: ConvKernel, vectors: int) -> Value | None:
+    """Where a row fetches ahead: a share of the next panel, if panels are large. The first rows fetch all of it."""
+    step, count = vectors * kernel.width, kernel.taps * kernel.inputs
+    if kernel.keeps_weights or step * count < _COLD:
+        return None
+    rows = -(-step // _LINE)
+    late = write.value(f"icmp ugt i64 %place, {rows - 1}")
+    share = write.value(f"select i1 {late}, i64 {rows - 1}, i64 %place")
+    return write.at("%weights", write.add(write.mul(share, count * _LINE), count * step))
 
 
-def _sum(write: Function, kernel: ConvKernel, source: Value, sums: list[Value], vectors: int) -> list[Value]:
-    """Add all taps and channels to the sums of a tile: loops over rows of taps, taps and channels.
+@final
+@dataclass(frozen=True)
+class _Row:
+    """A row that is being written.
 
-    Where the channels of neighbouring taps lie side by side, a row of taps is one loop.
+    Attributes:
+        write: the function.
+        kernel: of which convolution.
+        counts: how many numbers of each vector of the panel are stored.
+        ahead: where weights are fetched ahead.
     """
-    geometry, images = kernel.geometry, kernel.source
-    taps, length = geometry.kernel[1], kernel.inputs
-    if geometry.dilation[1] == 1 and length == images.pitch:
-        taps, length = 1, taps * length
-    step, pitch = vectors * kernel.width, geometry.stride[1] * images.pitch
-    with write.loop(0, geometry.kernel[0], carried=sums) as tap_rows:
-        read = write.mul(tap_rows.index, geometry.dilation[0] * images.row)
-        stream = write.mul(tap_rows.index, taps * length * step)
-        with write.loop(0, taps, carried=tap_rows.carried) as row:
-            source_tap = write.at(source, write.add(read, write.mul(row.index, geometry.dilation[1] * images.pitch)))
-            weights = write.at("%weights", write.add(stream, write.mul(row.index, length * step)))
-            with write.loop(0, length, carried=row.carried) as channels:
-                inputs = write.at(source_tap, channels.index)
-                lanes = write.at(weights, write.mul(channels.index, step))
-                channels.next = multiply_add(write, inputs, pitch, lanes, channels.carried, vectors)
-            row.next = channels.results
-        tap_rows.next = row.results
-    return tap_rows.results
+
+    write: Function
+    kernel: ConvKernel
+    counts: tuple[int, ...]
+    ahead: Value | None
+
+    @property
+    def step(self) -> int:
+        """Floats of the weights of one channel of one tap."""
+        return len(self.counts) * self.kernel.width
+
+    def tile(self, column: Index, pixels: int) -> None:
+        """One tile, from its biases to its stores; ``column`` is its first pixel in the row."""
+        write, kernel, vectors = self.write, self.kernel, len(self.counts)
+        biases = [write.load("%bias", vector * kernel.width) for vector in range(vectors)]
+        source = write.at("%source", write.mul(column, kernel.geometry.stride[1] * kernel.source.pitch))
+        first = [biases[vector] for _ in range(pixels) for vector in range(vectors)]
+        sums = self._planes(source, first) if kernel.source.planar else self._sum(source, first)
+        target = write.at("%target", write.mul(column, kernel.target.pitch))
+        for place, value in enumerate(sums):
+            pixel, vector = divmod(place, vectors)
+            value = write.relu(value) if kernel.relu else value
+            write.store(value, target, pixel * kernel.target.pitch + vector * kernel.width, self.counts[vector])
+
+    def _planes(self, source: Value, sums: list[Value]) -> list[Value]:
+        """Add all taps and channels, which are few: loops over rows of taps, channels and taps.
+
+        Written out, neighbouring pixels would share their inputs, which then would not fit into the registers.
+        """
+        write, geometry, images = self.write, self.kernel.geometry, self.kernel.source
+        pitch, inputs = geometry.stride[1] * images.pitch, self.kernel.inputs
+        with write.loop(0, geometry.kernel[0], carried=sums) as rows:
+            row = write.mul(rows.index, geometry.dilation[0] * images.row)
+            with write.loop(0, inputs, carried=rows.carried) as channels:
+                read = write.at(source, write.add(row, write.mul(channels.index, images.channel)))
+                with write.loop(0, geometry.kernel[1], carried=channels.carried) as taps:
+                    pixel = write.at(read, write.mul(taps.index, geometry.dilation[1] * images.pitch))
+                    tap = write.add(write.mul(rows.index, geometry.kernel[1]), taps.index)
+                    number = write.add(write.mul(tap, inputs), channels.index)
+                    lanes = write.at("%weights", write.mul(number, self.step))
+                    taps.next = multiply_add(write, pixel, pitch, lanes, taps.carried, len(self.counts))
+                channels.next = taps.results
+            rows.next = channels.results
+        return rows.results
+
+    def _sum(self, source: Value, sums: list[Value]) -> list[Value]:
+        """Add all taps and channels to the sums of a tile: loops over rows of taps, taps and channels.
+
+        Where the channels of neighbouring taps lie side by side, a row of taps is one loop.
+        """
+        write, geometry, images = self.write, self.kernel.geometry, self.kernel.source
+        taps, length = geometry.kernel[1], self.kernel.inputs
+        if geometry.dilation[1] == 1 and length == images.pitch:
+            taps, length = 1, taps * length
+        with write.loop(0, geometry.kernel[0], carried=sums) as tap_rows:
+            read = write.mul(tap_rows.index, geometry.dilation[0] * images.row)
+            with write.loop(0, taps, carried=tap_rows.carried) as row:
+                tap = write.at(source, write.add(read, write.mul(row.index, geometry.dilation[1] * images.pitch)))
+                first = write.mul(write.add(write.mul(tap_rows.index, taps), row.index), length)
+                for begin, end in _runs(length):
+                    row.next = self._run(tap, first, begin, end, row.next)
+            tap_rows.next = row.results
+        return tap_rows.results
+
+    def _run(self, source: Value, first: Index, begin: int, end: int, sums: list[Value]) -> list[Value]:
+        """Add some channels of a tap, or of a row of taps, whose weights are number ``first`` and those behind it."""
+        write, kernel = self.write, self.kernel
+        alone = end - begin >= _ALONE
+        with write.loop(begin, end, carried=["zeroinitializer"] * len(sums) if alone else sums) as channels:
+            number = write.add(first, channels.index)
+            if self.ahead:
+                write.prefetch(self.ahead, write.mul(number, _LINE))
+            lanes, pitch = (
+                write.at("%weights", write.mul(number, self.step)),
+                kernel.geometry.stride[1] * kernel.source.pitch,
+            )
+            inputs = write.at(source, channels.index)
+            channels.next = multiply_add(write, inputs, pitch, lanes, channels.carried, len(self.counts))
+        if not alone:
+            return channels.results
+        return [write.binary("fadd", total, value) for total, value in zip(sums, channels.results, strict=True)]
+
+
+def _runs(channels: int) -> list[tuple[int, int]]:
+    """(begin, end) of the channels that are summed in one go."""
+    count = min(max(1, channels // _SUMMED), _MOST_RUNS)
+    cuts = [channels * part // count for part in range(count + 1)]
+    return list(itertools.pairwise(cuts))
 
 
 def choose_tile(isa: Isa, columns: int, vectors: int) -> Tile:

@@ -1,4 +1,4 @@
-"""A small constant matrix times vectors in registers, with as few operations as its symmetry allows."""
+"""A small constant matrix times vectors in registers, with as few operations as its symmetries allow."""
 
 from __future__ import annotations
 
@@ -13,28 +13,40 @@ from repvgg.engine.winograd import Matrix
 def transform(write: Function, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
     """``matrix · values``, each value being a vector.
 
-    The rows of points a and -a differ in the signs of every other column alone: their sums over even and over odd
-    columns are computed once.
+    The points a and -a of Winograd's matrices leave two symmetries. Two columns that differ in signs alone: the sum
+    and the difference of their values are computed once. Two rows that differ in the signs of every other column: so
+    are their even and their odd part.
     """
+    matrix, values = _folded(write, matrix, list(values))
     out: list[Value] = []
     while len(out) < len(matrix):
         row, rest = matrix[len(out)], matrix[len(out) + 1 :]
         sign = _mirror(row, rest[0]) if rest else 0
-        if sign:
-            even, odd = (_sum(write, _every_other(row, parity), values) for parity in (0, 1))
-            first, second = (even, odd) if sign > 0 else (odd, even)
-            out += [write.binary("fadd", even, odd), write.binary("fsub", first, second)]
-        else:
-            out.append(_sum(write, row, values))
+        out += _both(write, row, sign, values) if sign else [_sum(write, row, values)]
     return out
 
 
-def transform_square(write: Function, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
-    """``matrix · values · matrixᵀ`` for a square of values, row by row; what comes out is one as well."""
-    size = len(matrix[0])
-    columns = [transform(write, matrix, values[column::size]) for column in range(size)]
-    rows = zip(*columns, strict=True)
-    return [value for row in rows for value in transform(write, matrix, row)]
+def transform_rectangle(write: Function, rows: Matrix, columns: Matrix, values: Sequence[Value]) -> list[Value]:
+    """``rows · values · columnsᵀ`` for a rectangle of values, row by row; what comes out is one as well."""
+    width = len(columns[0])
+    done = [transform(write, rows, values[column::width]) for column in range(width)]
+    return [value for row in zip(*done, strict=True) for value in transform(write, columns, row)]
+
+
+def _folded(write: Function, matrix: Matrix, values: list[Value]) -> tuple[Matrix, list[Value]]:
+    """The same product, with sums and differences in the place of values whose columns differ in signs alone."""
+    rows = [list(row) for row in matrix]
+    for left in range(len(values) - 1):
+        right = left + 1
+        signs = {row[left] == row[right] for row in rows if row[left] or row[right]}
+        if all(abs(row[left]) == abs(row[right]) for row in rows) and signs == {True, False}:
+            first, second = values[left], values[right]
+            values[left : right + 1] = [write.binary(name, first, second) for name in ("fadd", "fsub")]
+            for row in rows:
+                row[left : right + 1] = (
+                    [row[left], Fraction(0)] if row[left] == row[right] else [Fraction(0), row[left]]
+                )
+    return tuple(map(tuple, rows)), values
 
 
 def _mirror(row: Sequence[Fraction], other: Sequence[Fraction]) -> int:
@@ -44,6 +56,20 @@ def _mirror(row: Sequence[Fraction], other: Sequence[Fraction]) -> int:
         if turned == list(other) and any(_every_other(row, 0)) and any(_every_other(row, 1)):
             return sign
     return 0
+
+
+def _both(write: Function, row: Sequence[Fraction], sign: int, values: Sequence[Value]) -> list[Value]:
+    """A row and its mirror: ``even + f · odd`` and ``±(even - f · odd)``, with a factor that leaves a 1 in ``odd``."""
+    even, odd = _every_other(row, 0), _every_other(row, 1)
+    if sign < 0:
+        even, odd = odd, even
+    factor = odd[max(place for place, value in enumerate(odd) if value)]
+    first = _sum(write, even, values)
+    second = _sum(write, [value / factor for value in odd], values)
+    if abs(factor) == 1:
+        names = ("fadd", "fsub") if factor > 0 else ("fsub", "fadd")
+        return [write.binary(name, first, second) for name in names]
+    return [write.fma(second, _constant(write, by), first) for by in (factor, -factor)]
 
 
 def _every_other(row: Sequence[Fraction], parity: int) -> list[Fraction]:

@@ -1,73 +1,25 @@
 """Winograd convolution in two kernels: input tiles into the transformed domain, then products and output tiles.
 
-A unit of the second kernel multiplies some tiles by one panel of weights, a product for each of the (m + 2)² places of
-a tile, into memory of its own that stays in the cache, and transforms what came out, with bias and ReLU.
+A unit of the second kernel multiplies some tiles by one panel of weights, a product for each place of a tile, into
+memory of its own that stays in the cache, and transforms what came out, with bias and ReLU.
 
 Transformed inputs lie as (place, tile, channel), weights as (group, panel, place, input channel, output channel).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.images import Images
-from repvgg.engine.ir import Function, Index, Value
+from repvgg.engine.ir import Function
 from repvgg.engine.kernels.kernel import POINTERS, UNITS
-from repvgg.engine.kernels.tile import Tile, multiply_add
-from repvgg.engine.kernels.transform import transform_square
+from repvgg.engine.kernels.products import Operand, Outputs, PieceOfImages, Product, input_corner, input_tile
+from repvgg.engine.kernels.tile import Tile
+from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.layers import Pair
-from repvgg.engine.winograd import Winograd
-
-_LINE = 16  # floats of a line of the cache
-
-
-@final
-@dataclass(frozen=True)
-class Tiling:
-    """How the tiles of a batch are cut into pieces of work.
-
-    All pieces have the same length, so the last one of a block may have tiles that stand for nothing.
-
-    Attributes:
-        grid: tiles of an image, down and across.
-        images: of a block.
-        piece: tiles of a piece.
-        blocks: of the largest batch.
-    """
-
-    grid: Pair
-    images: int
-    piece: int
-    blocks: int
-
-    @property
-    def of_image(self) -> int:
-        """Tiles of an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a block."""
-        return -(-self.images * self.of_image // self.piece)
-
-    @property
-    def of_block(self) -> int:
-        """Tiles of a block, those that stand for nothing among them."""
-        return self.pieces * self.piece
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the largest batch."""
-        return self.blocks * self.of_block
-
-
-def place_floats(tiling: Tiling, pitch: int) -> int:
-    """Floats from one place of all transformed tiles to the next.
-
-    A line more than they need: places that lie whole pages apart would all fall into one set of the cache.
-    """
-    return tiling.tiles * pitch + _LINE
+from repvgg.engine.winograd import Form
 
 
 @final
@@ -76,14 +28,14 @@ class WinogradInput:
     """``Bᵀ d B`` of all input tiles.
 
     Attributes:
-        form: F(m x m, 3x3).
+        form: F(m x n, 3x3).
         source: the images; ``border`` and ``more`` hold whatever tiles stick out.
         padding: of the convolution.
         tiling: the tiles.
         width: floats in a vector.
     """
 
-    form: Winograd
+    form: Form
     source: Images
     padding: Pair
     tiling: Tiling
@@ -102,27 +54,19 @@ class WinogradInput:
     def functions(self, name: str) -> list[Function]:
         """One function."""
         write, source, tiling = Function(name, UNITS, self.width), self.source, self.tiling
+        target = Operand.of("%target", tiling.tiles, source.pitch)
         with write.loop("%begin", "%end") as units:
             image, row = write.divide(units.index, tiling.grid[0])
             block, part = write.divide(image, tiling.images)
             tile = write.add(write.mul(block, tiling.of_block), write.mul(part, tiling.of_image))
             first = write.add(tile, write.mul(row, tiling.grid[1]))
-            read = write.add(write.mul(image, source.image), write.mul(row, self.form.outputs * source.row))
-            corner = source.inside - self.padding[0] * source.row - self.padding[1] * source.pitch
-            begin = write.at("%source", write.add(read, corner))
-            with write.loop(0, tiling.grid[1]) as across, write.loop(0, source.pitch, self.width) as channels:
-                place = write.add(write.mul(across.index, self.form.outputs * source.pitch), channels.index)
-                row_of_target = write.mul(write.add(first, across.index), source.pitch)
-                target = write.at("%target", write.add(row_of_target, channels.index))
-                self._tile(write, write.at(begin, place), target)
+            read = write.add(write.mul(image, source.image), write.mul(row, self.form.outputs[0] * source.row))
+            begin = write.at("%source", write.add(read, input_corner(source, tiling, self.padding)))
+            with write.loop(0, tiling.grid[1]) as across:
+                pixel = write.at(begin, write.mul(across.index, self.form.outputs[1] * source.pitch))
+                wrote = write.mul(write.add(first, across.index), source.pitch)
+                input_tile(write, self.form, source, pixel, target, wrote)
         return [write]
-
-    def _tile(self, write: Function, source: Value, target: Value) -> None:
-        size, images = self.form.inputs, self.source
-        places = [(row, column) for row in range(size) for column in range(size)]
-        values = [write.load(source, row * images.row + column * images.pitch) for row, column in places]
-        for place, value in enumerate(transform_square(write, self.form.input_matrix, values)):
-            write.store(value, target, place * place_floats(self.tiling, images.pitch))
 
 
 @final
@@ -131,7 +75,7 @@ class WinogradProduct:
     """Products in the transformed domain, and ``Aᵀ · A`` of them with bias and ReLU.
 
     Attributes:
-        form: F(m x m, 3x3).
+        form: F(m x n, 3x3).
         groups: of the convolution; the output channels of each are whole vectors, or there is one.
         channels: of the input.
         pitch: floats from one transformed tile to the next.
@@ -142,7 +86,7 @@ class WinogradProduct:
         width: floats in a vector.
     """
 
-    form: Winograd
+    form: Form
     groups: int
     channels: int
     pitch: int
@@ -175,7 +119,7 @@ class WinogradProduct:
     @property
     def muls(self) -> int:
         """Multiplications of a block, those of tiles that stand for nothing among them."""
-        return self.tiling.of_block * self.form.inputs**2 * self.inputs * self.target.channels
+        return self.tiling.of_block * self.form.places * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a piece by the last panel of a group, and by another.
@@ -187,15 +131,10 @@ class WinogradProduct:
         return [*parts, _units(name, self, parts)]
 
 
-def _product_floats(kernel: WinogradProduct, vectors: int) -> int:
-    """Floats from one place of the products of a piece to the next, a line more than they need, too."""
-    return kernel.tiling.piece * vectors * kernel.width + _LINE
+_PIECE = (*POINTERS, ("i64", "piece"))
 
 
-_PIECE = (*POINTERS, ("i64", "block"), ("i64", "piece"))
-
-
-def _units(name: str, kernel: WinogradProduct, parts: list[Function]) -> Function:
+def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Function:
     write, tiling = Function(name, UNITS, kernel.width), kernel.tiling
     with write.loop("%begin", "%end") as units:
         panel, place = write.divide(units.index, write.mul("%batch", tiling.pieces))
@@ -205,12 +144,12 @@ def _units(name: str, kernel: WinogradProduct, parts: list[Function]) -> Functio
         lanes = write.mul(vectors, kernel.width)
         tile = write.add(write.mul(block, tiling.of_block), write.mul(piece, tiling.piece))
         read = write.add(write.mul(tile, kernel.pitch), write.mul(group, kernel.inputs))
+        wrote = write.add(write.mul(block, tiling.images * kernel.target.image), lanes)
         arguments = (
             ("ptr", write.at("%source", read)),
-            ("ptr", write.at("%target", lanes)),
-            ("ptr", write.at("%weights", write.mul(lanes, kernel.form.inputs**2 * kernel.inputs))),
+            ("ptr", write.at("%target", wrote)),
+            ("ptr", write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))),
             ("ptr", write.at("%bias", lanes)),
-            ("i64", block),
             ("i64", piece),
         )
         is_last = write.value(f"icmp eq i64 {part}, {kernel.panels - 1}")
@@ -223,74 +162,15 @@ def _units(name: str, kernel: WinogradProduct, parts: list[Function]) -> Functio
 
 def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     """A piece of tiles by a panel of so many vectors."""
-    write = Function(name, _PIECE, kernel.width, internal=True)
-    floats = _product_floats(kernel, vectors)
-    products = write.scratch(kernel.form.inputs**2 * floats)
-    beyond = write.scratch(kernel.width)
-    with write.loop(0, kernel.form.inputs**2) as places:
-        inputs = write.at("%source", write.mul(places.index, place_floats(kernel.tiling, kernel.pitch)))
-        weights = write.at("%weights", write.mul(places.index, kernel.inputs * vectors * kernel.width))
-        _multiply(write, kernel, inputs, weights, write.at(products, write.mul(places.index, floats)), vectors)
-    first = write.mul("%piece", kernel.tiling.piece)
-    left = write.value(f"sub i64 {kernel.tiling.images * kernel.tiling.of_image}, {first}")
-    few = write.value(f"icmp ult i64 {left}, {kernel.tiling.piece}")
-    count = write.value(f"select i1 {few}, i64 {left}, i64 {kernel.tiling.piece}")
-    with write.loop(0, count) as tiles:
-        read = write.at(products, write.mul(tiles.index, vectors * kernel.width))
-        _outputs(write, kernel, read, write.add(first, tiles.index), vectors, beyond)
+    write, tiling = Function(name, _PIECE, kernel.width, internal=True), kernel.tiling
+    step, weights = vectors * kernel.width, kernel.inputs * vectors * kernel.width
+    inputs = Operand.of("%source", tiling.tiles, kernel.pitch)
+    products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
+    beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
+    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, weights, cold=True)
+    with write.loop(0, kernel.form.places) as places:
+        read = Operand(write.at("%source", write.mul(places.index, inputs.place)), inputs.place, inputs.tile)
+        wrote = write.at(products.at, write.mul(places.index, products.place))
+        product.write(write, read, write.at("%weights", write.mul(places.index, weights)), wrote)
+    Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)
     return write
-
-
-def _multiply(
-    write: Function, kernel: WinogradProduct, inputs: Value, weights: Value, products: Value, vectors: int
-) -> None:
-    """The product of one place: (tile, input channel) by (input channel, output channel)."""
-    pixels, step = kernel.tile.pixels, vectors * kernel.width
-    zeros = ["zeroinitializer"] * (pixels * vectors)
-    with write.loop(0, kernel.tiling.piece, pixels) as tiles:
-        read = write.at(inputs, write.mul(tiles.index, kernel.pitch))
-        with write.loop(0, kernel.inputs, carried=zeros) as channels:
-            lanes = write.at(weights, write.mul(channels.index, step))
-            source = write.at(read, channels.index)
-            for line in range(0, step, _LINE):  # of the next place: its weights may be cold
-                write.prefetch(lanes, kernel.inputs * step + line)
-            channels.next = multiply_add(write, source, kernel.pitch, lanes, channels.carried, vectors)
-        wrote = write.at(products, write.mul(tiles.index, step))
-        for place, value in enumerate(channels.results):
-            write.store(value, wrote, place * kernel.width)
-
-
-def _outputs(
-    write: Function, kernel: WinogradProduct, products: Value, tile: Index, vectors: int, beyond: Value
-) -> None:
-    """The pixels of one tile of a block; those outside of the image go to memory that nobody reads."""
-    tiling, target, size = kernel.tiling, kernel.target, kernel.form.outputs
-    part, place = write.divide(tile, tiling.of_image)
-    down, across = write.divide(place, tiling.grid[1])
-    image = write.add(write.mul("%block", tiling.images), part)
-    top, left = write.mul(down, size), write.mul(across, size)
-    offset = write.add(write.mul(top, target.row), write.mul(left, target.pitch))
-    corner = write.at("%target", write.add(write.mul(image, target.image), write.add(offset, target.inside)))
-    rows = _inside(write, top, size, target.size[0])
-    columns = _inside(write, left, size, target.size[1])
-    floats = _product_floats(kernel, vectors)
-    with write.loop(0, vectors * kernel.width, kernel.width) as lanes:
-        read, pixel = write.at(products, lanes.index), write.at(corner, lanes.index)
-        bias = write.load("%bias", lanes.index)
-        values = [write.load(read, at * floats) for at in range(kernel.form.inputs**2)]
-        for at, value in enumerate(transform_square(write, kernel.form.output_matrix, values)):
-            row, column = divmod(at, size)
-            value = write.binary("fadd", value, bias)
-            address = write.at(pixel, row * target.row + column * target.pitch)
-            for is_inside in filter(None, (rows[row], columns[column])):
-                address = write.choose(is_inside, address, beyond)
-            write.store(write.relu(value) if kernel.relu else value, address)
-
-
-def _inside(write: Function, first: Index, size: int, length: int) -> list[Value | None]:
-    """For each row or column of a tile whether it is inside the image; None where it always is."""
-    if length % size == 0:
-        return [None] * size
-    places = [write.add(first, at) for at in range(size)]
-    rest = length % size
-    return [None if at < rest else write.value(f"icmp ult i64 {place}, {length}") for at, place in enumerate(places)]

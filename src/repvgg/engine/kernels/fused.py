@@ -1,0 +1,137 @@
+"""Winograd convolution in one kernel, for layers whose weights stay in the cache.
+
+A unit takes a piece of tiles all the way: into the transformed domain, through the products with all panels, and back.
+Transformed tiles never leave the second cache. Weights lie as those of :class:`WinogradProduct` do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from repvgg.engine.images import Images
+from repvgg.engine.ir import Function, Index, Value
+from repvgg.engine.kernels.kernel import POINTERS, UNITS
+from repvgg.engine.kernels.products import (
+    Operand,
+    Outputs,
+    PieceOfImages,
+    Product,
+    input_corner,
+    input_tile,
+    tiles_of_piece,
+)
+from repvgg.engine.kernels.tile import Tile
+from repvgg.engine.kernels.tiling import Tiling, place_floats
+from repvgg.engine.layers import Pair
+from repvgg.engine.winograd import Form
+
+
+@final
+@dataclass(frozen=True)
+class WinogradFused:
+    """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and ReLU.
+
+    Attributes:
+        form: F(m x n, 3x3).
+        groups: of the convolution; the output channels of each are whole vectors, or there is one.
+        source: the images that it reads; ``border`` and ``more`` hold whatever tiles stick out.
+        padding: of the convolution.
+        target: the images that it writes.
+        tiling: the tiles.
+        tile: the registers that it uses; its pixels, which are tiles here, divide a piece.
+        relu: whether a ReLU follows.
+        width: floats in a vector.
+    """
+
+    form: Form
+    groups: int
+    source: Images
+    padding: Pair
+    target: Images
+    tiling: Tiling
+    tile: Tile
+    relu: bool
+    width: int
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of a group."""
+        return self.source.channels // self.groups
+
+    @property
+    def group_vectors(self) -> int:
+        """Vectors of output channels of a group."""
+        return -(-self.target.channels // self.groups // self.width)
+
+    @property
+    def units_of_image(self) -> int:
+        """Pieces of a block."""
+        return self.tiling.pieces
+
+    @property
+    def muls(self) -> int:
+        """Multiplications of a block, those of tiles that stand for nothing among them."""
+        return self.tiling.of_block * self.form.places * self.inputs * self.target.channels
+
+    def functions(self, name: str) -> list[Function]:
+        """The function ``name``, and one for a piece."""
+        piece = _piece(f"{name}_piece", self)
+        write, tiling = Function(name, UNITS, self.width), self.tiling
+        with write.loop("%begin", "%end") as units:
+            block, part = write.divide(units.index, tiling.pieces)
+            source, target = (
+                write.at(base, write.mul(block, tiling.images * images.image))
+                for base, images in (("%source", self.source), ("%target", self.target))
+            )
+            pointers = [("ptr", source), ("ptr", target), ("ptr", "%weights"), ("ptr", "%bias")]
+            write.call(piece.name, [*pointers, ("i64", part)])
+        return [piece, write]
+
+
+def _piece(name: str, kernel: WinogradFused) -> Function:
+    write = Function(name, (*POINTERS, ("i64", "piece")), kernel.width, internal=True)
+    tiling, pitch, most = kernel.tiling, kernel.source.pitch, min(kernel.tile.vectors, kernel.group_vectors)
+    places = kernel.form.places
+    moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
+    products = write.scratch(places * place_floats(tiling.piece, most * kernel.width))
+    beyond = write.scratch(kernel.width)
+    _inputs(write, kernel, moved)
+    whole, rest = divmod(kernel.group_vectors, most)
+    with write.loop(0, kernel.groups) as groups:
+        read = Operand(write.at(moved.at, write.mul(groups.index, kernel.inputs)), moved.place, moved.tile)
+        first = write.mul(groups.index, kernel.group_vectors)
+        with write.loop(0, whole) as panels:
+            _panel(write, kernel, read, products, write.add(first, write.mul(panels.index, most)), most, beyond)
+        if rest:
+            _panel(write, kernel, read, products, write.add(first, whole * most), rest, beyond)
+    return write
+
+
+def _inputs(write: Function, kernel: WinogradFused, moved: Operand) -> None:
+    source, tiling, form = kernel.source, kernel.tiling, kernel.form
+    first, count = tiles_of_piece(write, tiling, "%piece")
+    corner = write.at("%source", input_corner(source, tiling, kernel.padding))
+    with write.loop(0, count) as tiles:
+        part, place = write.divide(write.add(first, tiles.index), tiling.of_image)
+        down, across = write.divide(place, tiling.grid[1])
+        row, column = write.mul(down, form.outputs[0] * source.row), write.mul(across, form.outputs[1] * source.pitch)
+        read = write.add(write.mul(part, source.image), write.add(row, column))
+        input_tile(write, form, source, write.at(corner, read), moved, write.mul(tiles.index, moved.tile))
+
+
+def _panel(
+    write: Function, kernel: WinogradFused, read: Operand, scratch: Value, vector: Index, vectors: int, beyond: Value
+) -> None:
+    """All products of the piece by a panel of so many vectors that begins at ``vector``, and what comes of them."""
+    tiling, step = kernel.tiling, vectors * kernel.width
+    lanes, weights = write.mul(vector, kernel.width), kernel.inputs * step
+    panel = write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))
+    products = Operand.of(scratch, tiling.piece, step)
+    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, weights, cold=False)
+    with write.loop(0, kernel.form.places) as places:
+        inputs = Operand(write.at(read.at, write.mul(places.index, read.place)), read.place, read.tile)
+        wrote = write.at(products.at, write.mul(places.index, products.place))
+        product.write(write, inputs, write.at(panel, write.mul(places.index, weights)), wrote)
+    images = PieceOfImages(write.at("%target", lanes), write.at("%bias", lanes), "%piece")
+    Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)

@@ -1,0 +1,229 @@
+"""What the kernels of Winograd's convolution have in common: input tiles, products place by place, output tiles."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import final
+
+from repvgg.engine.images import Images
+from repvgg.engine.ir import Function, Index, Value
+from repvgg.engine.kernels.tile import Tile, multiply_add
+from repvgg.engine.kernels.tiling import LINE, Tiling, place_floats
+from repvgg.engine.kernels.transform import transform_rectangle
+from repvgg.engine.layers import Pair
+from repvgg.engine.winograd import Form
+
+_SUMMED = 48  # channels that are summed in one go; the sums of sums round less than one long sum
+
+
+def runs(channels: int) -> list[tuple[int, int]]:
+    """(begin, end) of the channels that are summed in one go, about equally many each."""
+    count = -(-channels // _SUMMED)
+    cuts = [channels * part // count for part in range(count + 1)]
+    return list(itertools.pairwise(cuts))
+
+
+@final
+@dataclass(frozen=True)
+class Operand:
+    """Transformed tiles or products in memory: places, tiles, channels.
+
+    Attributes:
+        at: address of the first.
+        place: floats from one place to the next.
+        tile: floats from one tile to the next.
+    """
+
+    at: Value
+    place: int
+    tile: int
+
+    @classmethod
+    def of(cls, at: Value, tiles: int, floats: int) -> Operand:
+        """So many tiles of so many floats each."""
+        return cls(at, place_floats(tiles, floats), floats)
+
+
+def input_corner(source: Images, tiling: Tiling, padding: Pair) -> int:
+    """Floats from the beginning of an image to the first input of its first tile."""
+    row, column = (first - pad for first, pad in zip(tiling.corner, padding, strict=True))
+    return source.inside + row * source.row + column * source.pitch
+
+
+def input_tile(write: Function, form: Form, source: Images, read: Value, target: Operand, wrote: Index) -> None:
+    """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place."""
+    down, across = form.inputs
+    with write.loop(0, source.pitch, write.width) as channels:
+        pixel = write.at(read, channels.index)
+        values = [
+            write.load(pixel, row * source.row + column * source.pitch)
+            for row in range(down)
+            for column in range(across)
+        ]
+        out = write.at(target.at, write.add(wrote, channels.index))
+        moved = transform_rectangle(write, form.rows.input_matrix, form.columns.input_matrix, values)
+        for place, value in enumerate(moved):
+            write.store(value, out, place * target.place)
+
+
+@final
+@dataclass(frozen=True)
+class PieceOfImages:
+    """Where outputs go.
+
+    Attributes:
+        at: address of the first image of the block, at the first channel.
+        bias: address of that of the first channel.
+        piece: which one of the block.
+    """
+
+    at: Value
+    bias: Value
+    piece: Index
+
+
+def tiles_of_piece(write: Function, tiling: Tiling, piece: Index) -> tuple[Index, Index]:
+    """The first tile of a piece, and how many there are that stand for something."""
+    first = write.mul(piece, tiling.piece)
+    if tiling.of_block == tiling.real:
+        return first, tiling.piece
+    left = write.value(f"sub i64 {tiling.real}, {first}")
+    few = write.value(f"icmp ult i64 {left}, {tiling.piece}")
+    return first, write.value(f"select i1 {few}, i64 {left}, i64 {tiling.piece}")
+
+
+@final
+@dataclass(frozen=True)
+class Product:
+    """(tile, input channel) by (input channel, output channel), of one place.
+
+    Attributes:
+        tile: registers; its pixels are tiles here, and divide ``tiles``.
+        vectors: of output channels.
+        tiles: all of them.
+        channels: of the input.
+        ahead: floats from weights to those that are fetched meanwhile.
+        cold: whether the next channels of the tiles are fetched meanwhile, too.
+    """
+
+    tile: Tile
+    vectors: int
+    tiles: int
+    channels: int
+    ahead: int
+    cold: bool
+
+    def write(self, write: Function, inputs: Operand, weights: Value, products: Value) -> None:
+        """Write it: run after run of channels, whose weights stay in the first cache for all tiles."""
+        step, parts = self.vectors * write.width, runs(self.channels)
+        following = [*parts[1:], tuple(inputs.place + place for place in parts[0])]
+        for (begin, end), ahead in zip(parts, following, strict=True):
+            with write.loop(0, self.tiles, self.tile.pixels) as tiles:
+                read = write.at(inputs.at, write.mul(tiles.index, inputs.tile))
+                wrote = write.at(products, write.mul(tiles.index, step))
+                if self.cold:
+                    self._fetch(write, read, inputs.tile, *ahead)
+                sums = self._run(write, read, inputs.tile, weights, begin, end)
+                for place, value in enumerate(sums):
+                    at = place * write.width
+                    total = write.binary("fadd", value, write.load(wrote, at)) if begin else value
+                    write.store(total, wrote, at)
+
+    def _fetch(self, write: Function, read: Value, pitch: int, begin: int, end: int) -> None:
+        """Have other channels of these tiles brought close."""
+        for pixel in range(self.tile.pixels):
+            for line in range(begin, end, LINE):
+                write.prefetch(read, pixel * pitch + line)
+
+    def _run(self, write: Function, read: Value, pitch: int, weights: Value, begin: int, end: int) -> list[Value]:
+        step = self.vectors * write.width
+        with write.loop(begin, end, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
+            lanes = write.at(weights, write.mul(channels.index, step))
+            for line in range(0, step, LINE):
+                write.prefetch(lanes, self.ahead + line)
+            source = write.at(read, channels.index)
+            channels.next = multiply_add(write, source, pitch, lanes, channels.carried, self.vectors)
+        return channels.results
+
+
+@final
+@dataclass(frozen=True)
+class Outputs:
+    """``Aᵀ · A`` of the products of a piece of tiles, with bias and ReLU, into images.
+
+    Attributes:
+        form: F(m x n, 3x3).
+        target: the images.
+        tiling: the tiles.
+        relu: whether a ReLU follows.
+        vectors: of output channels.
+    """
+
+    form: Form
+    target: Images
+    tiling: Tiling
+    relu: bool
+    vectors: int
+
+    def write(self, write: Function, products: Operand, images: PieceOfImages, beyond: Value) -> None:
+        """Write it for a piece of a block; ``beyond`` is a vector of memory that nobody reads."""
+        target, bias = images.at, images.bias
+        first, count = tiles_of_piece(write, self.tiling, images.piece)
+        with write.loop(0, count) as tiles:
+            read = write.at(products.at, write.mul(tiles.index, products.tile))
+            corner, inside = self._corner(write, target, write.add(first, tiles.index))
+            with write.loop(0, self.vectors * write.width, write.width) as lanes:
+                values = [
+                    write.load(read, write.add(lanes.index, at * products.place)) for at in range(self.form.places)
+                ]
+                pixel, offset = write.at(corner, lanes.index), write.load(bias, lanes.index)
+                self._pixels(write, values, pixel, offset, inside, beyond)
+
+    def _corner(self, write: Function, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
+        """Where the first pixel of a tile of a block lies, and which of its rows and columns are inside the image."""
+        tiling, images = self.tiling, self.target
+        part, place = write.divide(tile, tiling.of_image)
+        places = write.divide(place, tiling.grid[1])
+        down, across = (
+            write.add(write.mul(at, size), corner)
+            for at, size, corner in zip(places, self.form.outputs, tiling.corner, strict=True)
+        )
+        offset = write.add(write.mul(down, images.row), write.mul(across, images.pitch))
+        address = write.add(write.mul(part, images.image), write.add(offset, images.inside))
+        ends = (
+            first + size * count
+            for first, size, count in zip(tiling.corner, self.form.outputs, tiling.grid, strict=True)
+        )
+        inside = [
+            _inside(write, at, size, length, end)
+            for at, size, length, end in zip((down, across), self.form.outputs, images.size, ends, strict=True)
+        ]
+        return write.at(target, address), inside
+
+    def _pixels(
+        self,
+        write: Function,
+        values: list[Value],
+        pixel: Value,
+        bias: Value,
+        inside: list[list[Value | None]],
+        beyond: Value,
+    ) -> None:
+        """Store one vector of channels of a tile; what is outside of the image goes to memory that nobody reads."""
+        matrices = self.form.rows.output_matrix, self.form.columns.output_matrix
+        for at, value in enumerate(transform_rectangle(write, *matrices, values)):
+            row, column = divmod(at, self.form.outputs[1])
+            value = write.binary("fadd", value, bias)
+            address = write.at(pixel, row * self.target.row + column * self.target.pitch)
+            for is_inside in filter(None, (inside[0][row], inside[1][column])):
+                address = write.choose(is_inside, address, beyond)
+            write.store(write.relu(value) if self.relu else value, address)
+
+
+def _inside(write: Function, first: Index, size: int, length: int, end: int) -> list[Value | None]:
+    """For each row or column of a tile whether it is inside the image; None where it always is."""
+    out = end - length
+    return [
+        None if at < size - out else write.value(f"icmp ult i64 {write.add(first, at)}, {length}") for at in range(size)
+    ]

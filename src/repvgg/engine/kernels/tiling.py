@@ -1,0 +1,65 @@
+"""How the tiles of Winograd's images are cut into pieces of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from repvgg.engine.layers import Pair
+
+LINE = 16  # floats of a line of the cache
+
+
+@final
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of a part of each image, in pieces.
+
+    All pieces have the same length, so the last one of a block may have tiles that stand for nothing.
+
+    Attributes:
+        grid: tiles of an image, down and across.
+        images: of a block.
+        piece: tiles of a piece.
+        blocks: of the largest batch.
+        corner: row and column of the first output of the first tile.
+    """
+
+    grid: Pair
+    images: int
+    piece: int
+    blocks: int
+    corner: Pair = (0, 0)
+
+    @property
+    def of_image(self) -> int:
+        """Tiles of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def real(self) -> int:
+        """Tiles of a block that stand for something."""
+        return self.images * self.of_image
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a block."""
+        return -(-self.real // self.piece)
+
+    @property
+    def of_block(self) -> int:
+        """Tiles of a block, those that stand for nothing among them."""
+        return self.pieces * self.piece
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the largest batch."""
+        return self.blocks * self.of_block
+
+
+def place_floats(tiles: int, floats: int) -> int:
+    """Floats from one place of so many tiles of so many floats each to the next.
+
+    A line more than they need: places that lie whole pages apart would all fall into one set of the cache.
+    """
+    return tiles * floats + LINE
