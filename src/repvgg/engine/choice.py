@@ -13,6 +13,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias, final
 
 from repvgg.engine.images import round_up
@@ -35,7 +36,9 @@ _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _TRANSFORM = 2.8  # cycles for each place of a tile, going in or coming out
 _STORED = 1.2  # cycles for each vector of a product that is stored, and loaded and stored
 _STARTED = 12.0  # cycles for each run of channels
-_FETCHED = 15.0  # bytes that come in a cycle from beyond the second cache, ahead of their use
+_FETCHED = 9.0  # bytes of weights that come in a cycle to all threads from memory, ahead of their use
+_AGAIN = 24.0  # that come from the third cache, where they were before
+_STAY = 2**23  # bytes of weights that stay in the third cache beside all else
 _MOVED = 4.0  # bytes that are written there in a cycle
 _READ = 20.0  # bytes that are read from there in a cycle, one row of tiles after the other
 _UNIT = 300.0  # cycles to claim a unit and to begin with it
@@ -122,6 +125,7 @@ class Choice:
         return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
+@lru_cache(maxsize=256)
 def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
     """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
     whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
@@ -141,13 +145,16 @@ def direct_cycles(size: Size, machine: Machine) -> float:
     steps = 9 * size.inputs // size.groups
     rows = size.batch * size.image[0] * size.groups
     cycles = rows * (steps * row_cycles(tile, size.image[1], vectors) + panels * _UNIT)
-    return (cycles + 4 * steps * size.outputs / _FETCHED) / machine.threads
+    return _together(cycles / machine.threads, 4 * steps * size.outputs / _FETCHED)
 
 
 def every_choice(size: Size, machine: Machine) -> Iterator[Choice]:
-    """All covers of the image, each part in its fastest way."""
-    for outputs in OUTPUTS[machine.precision]:
-        for covers in itertools.product(*(_covers(length, outputs) for length in size.image)):
+    """All covers of the image, each part in its fastest way.
+
+    Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
+    """
+    for outputs in itertools.product(OUTPUTS[machine.precision], repeat=2):
+        for covers in itertools.product(*map(_covers, size.image, outputs)):
             parts = [_part(rows, columns, size, machine) for rows, columns in itertools.product(*covers)]
             if all(parts):
                 yield Choice(tuple(part for part in parts if part))
@@ -234,15 +241,22 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machin
     panels = -(-vectors // tile.vectors)
     of_block = size.groups * _multiplied(tiling.of_block, places, channels, vectors, tile)
     of_block += _TRANSFORM * places * tiling.real * size.groups * vectors
-    of_block += _FETCHES[way](form, tiling, tile, size, machine)
+    if way == "product":
+        of_block += _moved(form, tiling, tile, size, machine)
     units = {"product": size.groups * panels * tiling.pieces, "fused": tiling.pieces}
     of_unit = of_block / units[way] + _UNIT
     rounds = -(-tiling.blocks * units[way] // machine.threads)
     into = _TRANSFORM * places * tiling.blocks * tiling.real * -(-size.inputs // width)
-    if way != "fused":
+    if way == "product":
         moved = 4 * places * tiling.tiles * size.inputs
         into += _UNIT * tiling.blocks * tiling.images * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
-    return rounds * of_unit + into / machine.threads
+    first, again = _fetched(way, form, tiling, tile, size, machine)
+    return _together(rounds * of_unit + into / machine.threads, first) + again
+
+
+def _together(computing: float, fetching: float) -> float:
+    """Of two things that go on at the same time: the longer one, and half of the other that does not fit in between."""
+    return max(computing, fetching) + min(computing, fetching) / 2
 
 
 def _multiplied(tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
@@ -256,25 +270,23 @@ def _multiplied(tiles: int, places: int, channels: int, vectors: int, tile: Tile
     return tiles // tile.pixels * places * sum(each)
 
 
-def _product_fetches(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
-    """Weights of each block; they stay where a panel is small. Transformed tiles for each panel."""
-    channels, places = size.inputs // size.groups, form.places
-    panel = 4 * places * channels * tile.vectors * machine.isa.width
-    weights = 4 * places * channels * size.outputs
-    times = tiling.pieces if panel > _CACHE // 2 else 1 / tiling.blocks
-    moved = 4 * places * tiling.of_block * size.inputs
+def _moved(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+    """To read the transformed tiles of a block for each panel, where those of the batch are many."""
+    moved = 4 * form.places * tiling.of_block * size.inputs
     panels = -(-size.outputs // size.groups // (tile.vectors * machine.isa.width))
-    tiles = moved * panels if moved * tiling.blocks > _CACHE else 0
-    return weights * times / _FETCHED + tiles / _READ
+    return moved * panels / _READ if moved * tiling.blocks > _CACHE else 0
 
 
-def _fused_fetches(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
-    """All weights for each piece, unless they stay beside its tiles."""
-    weights = 4 * form.places * size.inputs // size.groups * size.outputs
-    vectors = tile.vectors * machine.isa.width
-    kept = 4 * form.places * tiling.piece * (size.inputs + vectors)
-    times = 1 if weights + kept > _CACHE else 1 / (tiling.blocks * tiling.pieces)
-    return weights * times * tiling.pieces / _FETCHED
-
-
-_FETCHES = {"product": _product_fetches, "fused": _fused_fetches}
+def _fetched(
+    way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine
+) -> tuple[float, float]:
+    """To fetch all weights once, and again for some pieces where too much is in between."""
+    channels, vectors = size.inputs // size.groups, tile.vectors * machine.isa.width
+    weights = 4 * form.places * channels * size.outputs
+    if way == "product":
+        panel = 4 * form.places * channels * vectors
+        passes = tiling.pieces * tiling.blocks if panel > _CACHE // 2 else 1
+    else:  # all threads pass through them at the same time
+        kept = weights + 4 * form.places * tiling.piece * (size.inputs + vectors)
+        passes = -(-tiling.pieces * tiling.blocks // machine.threads) if kept > _CACHE else 1
+    return weights / _FETCHED, (passes - 1) * weights / (_AGAIN if weights < _STAY else _FETCHED)
