@@ -13,6 +13,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias, final
 
 from repvgg.engine.images import round_up
@@ -122,6 +123,7 @@ class Choice:
         return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
+@lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
 def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
     """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
     whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
