@@ -1,105 +1,330 @@
-"""A plain network on this CPU: the engine of repvgg beside other engines, in one process.
+"""Plain networks on this CPU: the library's engine beside what else people run, in one process.
 
-    python benchmarks/engine.py [--model repvgg_a0] [--batch 1] [--threads 2] [--rounds 15] [--size 224]
+    python benchmarks/engine.py                                    all pairs of the paper's Table 4, batches 1 and 16
+    python benchmarks/engine.py --pairs repvgg_a0:resnet18 --batches 1 --rounds 15
+    python benchmarks/engine.py --idle 1,20,100,1000 --pairs repvgg_a0: --batches 1
+    python benchmarks/engine.py --busy --pairs repvgg_a0: --batches 1
+    python benchmarks/engine.py --checkpoint runs/c10/plain.safetensors --data torchvision:CIFAR10:PATH
 
-Rounds alternate between the engines; each round times calls for about a tenth of a second. Shown for each engine: the
-median of images per second with quartiles, and the largest error of the logits against float64, relative to the
-largest logit. "ratio" is that of the engine to the fastest other one, the median over the rounds with quartiles. An
-engine that is not installed is left out, and named. Weights and images are random.
+A pair is a row of the model table and a baseline. First, each other engine looks for its best setting: PyTorch as it
+is and compiled, each with either layout; ONNX Runtime with threads that spin or sleep; OpenVINO in float32 with the
+hints for latency and for throughput, pinned or not. Then rounds alternate between the engines; each reading rests a
+moment, runs once untimed, and times calls for about a tenth of a second. Shown are medians of images per second with
+quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
+the fastest other engine on the same network, and to the baseline in OpenVINO.
+
+``--idle`` times single calls after so many milliseconds of rest. ``--busy`` has another process work all the while.
+``--checkpoint`` judges all engines by float64 on real images in the place of timing them. ``--floor`` tells where the
+time of the engine goes, and what the machine's peaks alone would take.
+
+An engine that is not installed is left out, and named. Weights are random but for a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import repvgg.engine
-from repvgg import create_model
-from repvgg.deploy import OnnxRunner, export_onnx
+from repvgg.deploy import export_onnx
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import environment
 from repvgg.measure.latency import quartiles
+from repvgg.models import load
+from repvgg.studies.candidates import deployed
 
 READING = 0.1  # seconds
-Engine = Callable[[Tensor], Tensor]
+REST = 0.02  # seconds before a reading, in which threads of other engines go to sleep
+PAIRS = (
+    "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50,repvgg_b1g4:resnet101,repvgg_b1:"  # Table 4, and B1
+)
+Run = Callable[[Tensor], Tensor]
+Shape = tuple[int, int, int, int]
 
 
-def openvino(path: Path, shape: tuple[int, ...], threads: int) -> Engine:
-    """OpenVINO in float32, for latency, which was its best hint for one caller."""
+def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
+    """As it is and compiled, with channels one after the other or side by side."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        words = "channels_last" if layout is torch.channels_last else "NCHW"
+        moved = _copy(model).to(memory_format=layout)
+        compiled = torch.compile(_copy(model).to(memory_format=layout))
+        for name, run in (("eager", moved), ("compiled", compiled)):
+            yield f"{name}, {words}", lambda x, run=run, layout=layout: run(x.contiguous(memory_format=layout))
+
+
+def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
+    """With threads that look for work all the time, or sleep."""
+    runtime = require("onnxruntime")
+    with _exported(model, shape) as path:
+        for spin in ("1", "0"):
+            options = runtime.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = threads, 3
+            options.add_session_config_entry("session.intra_op.allow_spinning", spin)
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            name = session.get_inputs()[0].name
+            words = "threads spin" if spin == "1" else "threads sleep"
+            yield words, lambda x, run=session.run, name=name: torch.from_numpy(run(None, {name: x.numpy()})[0])
+
+
+def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
+    """In float32, with each hint, threads pinned to cores or not."""
     core = require("openvino", "openvino").Core()
-    model = core.read_model(path)
-    model.reshape(list(shape))
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    request = core.compile_model(model, "CPU", hints).create_infer_request()
-    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
+    with _exported(model, shape) as path:
+        graph = core.read_model(path)
+        graph.reshape(list(shape))
+        for hint, pinned in itertools.product(("LATENCY", "THROUGHPUT"), (False, True)):
+            settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": pinned}
+            settings["INFERENCE_NUM_THREADS"] = threads
+            if hint == "THROUGHPUT":
+                settings["NUM_STREAMS"] = "1"  # one caller: all threads work on its images
+            request = core.compile_model(graph, "CPU", settings).create_infer_request()
+            words = f"{hint.lower()}{', pinned' if pinned else ''}"
+            yield words, lambda x, run=request.infer: torch.from_numpy(run([x.numpy()], share_inputs=True)[0])
 
 
-def engines(model: nn.Module, shape: tuple[int, int, int, int], threads: int) -> dict[str, Engine]:
-    """All that can be had here."""
+OTHERS = {"PyTorch": in_torch, "ONNX Runtime": in_onnxruntime, "OpenVINO f32": in_openvino}
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    with tempfile.TemporaryFile() as file:
+        torch.save(model, file)
+        file.seek(0)
+        copied: nn.Module = torch.load(file, weights_only=False)  # what was written a line above
+    return copied
+
+
+@contextmanager
+def _exported(model: nn.Module, shape: Shape) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain.onnx"
         export_onnx(model, path, shape[1:])
-        makers: dict[str, Callable[[], Engine]] = {
-            "repvgg": lambda: repvgg.engine.compile(model, shape, threads),
-            "PyTorch": lambda: model,
-            "ONNX Runtime": lambda: OnnxRunner(path, threads),
-            "OpenVINO f32": lambda: openvino(path, shape, threads),
-        }
-        found = {}
-        for name, make in makers.items():
-            try:
-                found[name] = make()
-            except MissingDependencyError as error:
-                print(f"{name} is left out: {error}")
-        return found
+        yield path
 
 
-def speed(engine: Engine, images: Tensor) -> float:
-    """Images per second over one reading."""
+def reading(run: Run, images: Tensor) -> float:
+    """Images per second."""
+    time.sleep(REST)
+    run(images)
     start, calls = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < READING:
-        engine(images)
+        run(images)
         calls += 1
     return calls * len(images) / passed
 
 
-def show(name: str, values: list[float], words: str) -> None:
-    low, median, high = quartiles(values)
-    print(f"{name:14s} {median:8.2f} ({low:.2f}–{high:.2f}) {words}")
+def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequence[str]) -> dict[str, Run]:
+    """Each other engine at the setting that was fastest in five readings in turn."""
+    found: dict[str, Run] = {}
+    for name in names:
+        try:
+            settings = dict(OTHERS[name](model, tuple(images.shape), threads))
+        except MissingDependencyError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        speeds = {words: [reading(run, images) for _ in range(5)] for words, run in settings.items()}
+        best = max(speeds, key=lambda words: float(np.median(speeds[words])))
+        print(f"  {name}:", ", ".join(f"{words} {np.median(speeds[words]):.1f}" for words in speeds))
+        found[f"{name} ({best})"] = settings[best]
+    return found
+
+
+def alternate(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Readings of all, in turn."""
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            speeds[name].append(reading(run, images))
+    return speeds
+
+
+def after_rest(runs: dict[str, Run], images: Tensor, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Images per second of single calls, each after so long a rest of the whole process."""
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run(images)
+            time.sleep(seconds)
+            start = time.perf_counter()
+            run(images)
+            speeds[name].append(len(images) / (time.perf_counter() - start))
+    return speeds
+
+
+def show(name: str, values: Sequence[float], words: str = "") -> None:
+    low, median, high = quartiles(list(values))
+    print(f"  {name:44s} {median:8.2f} ({low:.2f}-{high:.2f}) {words}", flush=True)
+
+
+def ratios(speeds: dict[str, list[float]], ours: str, other: str) -> list[float]:
+    """Within rounds."""
+    return [one / two for one, two in zip(speeds[ours], speeds[other], strict=True)]
+
+
+def compare(speeds: dict[str, list[float]], ours: str, baseline: str | None) -> None:
+    """Show all, and the ratios."""
+    rivals = [name for name in speeds if name not in (ours, baseline)]
+    if rivals:
+        best = max(rivals, key=lambda name: float(np.median(speeds[name])))
+        show("ratio", ratios(speeds, ours, best), f"to {best}")
+    if baseline:
+        show("ratio", ratios(speeds, ours, baseline), f"to {baseline}")
+
+
+def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, float]:
+    """The largest error of the logits against float64, relative to the largest logit."""
+    wanted = _copy(model).double()(images.double())
+    return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
+
+
+def floor(model: nn.Module, shape: Shape, threads: int) -> None:
+    """Where the engine's time goes, and the peaks of this machine."""
+    network = repvgg.engine.compile(model, shape, threads)
+    images = torch.randn(shape)
+    kinds: dict[str, list[float]] = {}
+    for step in network.profile(images, 30):
+        kinds.setdefault(type(step.kernel).__name__, []).append(step.seconds)
+    whole = sum(map(sum, kinds.values()))
+    for name, seconds in kinds.items():
+        print(f"  {name:20s} {len(seconds):3d} steps {1e3 * sum(seconds):8.2f} ms {sum(seconds) / whole:6.1%}")
+    muls = sum(step.muls for step in network.profile(images, 1))
+    bytes_read = sum(values.nbytes for values in network._runners[-1]._weights)
+    peak, bandwidth = peak_flops(), bandwidth_read(bytes_read)
+    print(f"  all steps {1e3 * whole:.2f} ms; {2e-9 * muls:.2f} GFLOP after Winograd over {1e-9 * peak:.0f} GFLOP/s")
+    print(f"  measured: {1e3 * 2 * muls / peak:.2f} ms; {1e-6 * bytes_read:.0f} MB of weights over", end=" ")
+    print(f"{1e-9 * bandwidth:.0f} GB/s measured: {1e3 * bytes_read / bandwidth:.2f} ms")
+
+
+def peak_flops() -> float:
+    """Of a large product of matrices in PyTorch, the best of many."""
+    a = torch.randn(2048, 2048)
+    best = min(_timed(lambda: a @ a) for _ in range(20))
+    return 2 * 2048**3 / best
+
+
+def bandwidth_read(size: int) -> float:
+    """Bytes per second of a sum over so many bytes, the best of many."""
+    values = torch.ones(max(size // 4, 1))
+    return size / min(_timed(values.sum) for _ in range(20))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def judge(checkpoint: str, data: str, threads: int) -> None:
+    """All engines on the held-out images of a data set, beside float64."""
+    from repvgg.data import DataConfig, open_data
+
+    loaded = load(checkpoint)
+    about, model = loaded.metadata, loaded.model.eval()
+    config = DataConfig(
+        uri=data, train_size=about.input_size, test_size=about.input_size, mean=about.mean or None, std=about.std or None
+    )
+    opened = open_data(config)
+    batches = [opened.prepare(images) for images, _ in opened.held_out_batches(64)]
+    batches = [images for images in batches if len(images) == 64]
+    shape = tuple(batches[0].shape)
+    exact = torch.cat([_copy(model).double()(images.double()) for images in batches])
+    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, shape, threads)}
+    runs |= {name: next(make(model, shape, threads))[1] for name, make in OTHERS.items()}
+    print(f"{checkpoint}: {len(exact):,} images of {shape[2]}x{shape[3]}")
+    for name, run in runs.items():
+        found = torch.cat([run(images).clone() for images in batches])
+        error = float((found - exact).abs().max() / exact.abs().max())
+        same = int((found.argmax(1) == exact.argmax(1)).sum())
+        print(f"  {name:14s} error {error:.1e}, {same:,} of {len(exact):,} top-1 as in float64")
+
+
+def _work() -> None:
+    while True:
+        sum(range(10**6))
+
+
+@contextmanager
+def another(busy: bool) -> Iterator[None]:
+    """A process that works all the while, if asked for."""
+    process = multiprocessing.get_context("spawn").Process(target=_work, daemon=True)
+    if busy:
+        process.start()
+    yield
+    if busy:
+        process.terminate()
 
 
 @torch.inference_mode()
+def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
+    """One pair at one batch."""
+    torch.manual_seed(0)
+    model = deployed(row)
+    images = torch.randn(batch, 3, args.size, args.size)
+    print(f"{row}, batch {batch}")
+    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, images.shape, args.threads)}
+    runs |= best_settings(model, images, args.threads, args.engines)
+    far = errors(runs, model, images)
+    rival = None
+    if baseline:
+        print(f"  {baseline}:")
+        found = best_settings(deployed(baseline), images, args.threads, ["OpenVINO f32"])
+        rival, run = next((f"{baseline} in {name}", run) for name, run in found.items())
+        runs[rival] = run
+    results: dict[str, object] = {"model": row, "baseline": baseline, "batch": batch, "errors": far}
+    with another(args.busy):
+        for rest in args.idle or [None]:
+            if rest is None:
+                speeds = alternate(runs, images, args.rounds)
+            else:
+                print(f"  after {rest:g} ms of rest:")
+                speeds = after_rest(runs, images, rest / 1e3, args.rounds)
+            for name, values in speeds.items():
+                show(name, values, f"img/s{f', error {far[name]:.1e}' if name in far else ''}")
+            compare(speeds, "repvgg", rival)
+            results["speeds" if rest is None else f"speeds after {rest:g} ms"] = speeds
+    if args.floor:
+        floor(model, tuple(images.shape), args.threads)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="repvgg_a0")
-    for name, default in (("batch", 1), ("threads", 2), ("rounds", 15), ("size", 224)):
+    parser.add_argument("--pairs", default=PAIRS, help="rows, each with a baseline behind a colon, or with nothing")
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--engines", default=",".join(OTHERS))
+    parser.add_argument("--idle", default="", help="milliseconds, with commas between")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--json", type=Path, help="a new file for all readings")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--data")
+    for name, default in (("threads", 2), ("rounds", 15), ("size", 224)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    torch.manual_seed(0)
+    args.engines, args.idle = args.engines.split(","), [float(rest) for rest in args.idle.split(",") if rest]
     torch.set_num_threads(args.threads)
-    model = create_model(args.model, plain=True).eval()
-    images = torch.randn(args.batch, 3, args.size, args.size)
-    exact = create_model(args.model, plain=True).double().eval()
-    exact.load_state_dict(model.state_dict())
-    wanted = exact(images.double())
-    print(environment())
-    found = engines(model, tuple(images.shape), args.threads)
-    speeds: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(args.rounds):
-        for name, engine in found.items():
-            speeds[name].append(speed(engine, images))
-    for name, engine in found.items():
-        error = (engine(images) - wanted).abs().max() / wanted.abs().max()
-        show(name, speeds[name], f"img/s, error {error:.1e}")
-    others = [speeds[name] for name in found if name != "repvgg"]
-    best = max(others, key=lambda values: quartiles(values)[1])
-    show("ratio", [ours / theirs for ours, theirs in zip(speeds["repvgg"], best, strict=True)], "to the best other")
+    print(environment(), flush=True)
+    if args.checkpoint:
+        with torch.inference_mode():
+            judge(args.checkpoint, args.data, args.threads)
+        return
+    results = []
+    for pair, batch in itertools.product(args.pairs.split(","), map(int, args.batches.split(","))):
+        row, _, baseline = pair.partition(":")
+        results.append(measure(row, baseline, batch, args))
+        torch.compiler.reset()
+        if args.json:
+            args.json.write_text(json.dumps({"environment": environment(), "results": results}))
 
 
 if __name__ == "__main__":

@@ -145,8 +145,7 @@ def poison(network: Network) -> None:
 
 def check_zones(monkeypatch, seed: int, isa: Isa) -> None:
     zones = Zones()
-    monkeypatch.setattr(runner, "zeros", zones.zeros)
-    monkeypatch.setattr(runner, "aligned", zones.aligned)
+    monkeypatch.setattr(runner, "Arena", lambda: zones)
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     torch.manual_seed(seed)
@@ -234,7 +233,7 @@ fenced = [
 
 def run_fenced(seed: int, isa: Isa, behind: bool) -> None:
     fences = Fences(behind)
-    runner.zeros, runner.aligned = fences.zeros, fences.aligned  # in a child: nobody puts them back
+    runner.Arena = lambda: fences  # in a child: nobody puts them back
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     for batch in (BATCH, 1, 3):

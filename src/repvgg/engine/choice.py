@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias, final
@@ -220,7 +220,7 @@ def _of_fused(
             yield Tiling(grid, images, most * tile.pixels, size.batch // images, corner)
 
 
-_WAYS = {"product": _of_products, "fused": _of_fused}
+_WAYS: dict[Way, Callable[..., Iterator[Tiling]]] = {"product": _of_products, "fused": _of_fused}
 
 
 def _piece(tiles: int, pixels: int, most: int) -> int:

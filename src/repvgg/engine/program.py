@@ -8,7 +8,9 @@ Work is claimed, not shared out: whoever comes takes the next units of a step wi
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
 everything alone. A claim carries the number of the call, so that a thread which was left behind by an earlier call
 takes nothing of a later one; the batch of a row changes only when the claims of the call before are void. Idle threads
-look around for a moment, and then sleep on a futex.
+look around for a moment, and then sleep on a futex. Linux likes to wake a thread on the processor of who wakes it,
+which is busy, and to leave it there for milliseconds: so workers are kept off the caller's processor, by a call of the
+system whenever the caller has moved before workers are woken.
 
 Calls may run different tables one after the other. Before the memory of one goes, ``forget`` sees to it that no thread
 that was left behind still looks at it.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +30,17 @@ from repvgg.engine.memory import zeros
 
 WORDS = 24  # of a row; places in it:
 FUNCTION, SOURCE, TARGET, WEIGHTS, BIAS, UNITS, BLOCK = range(7)
-SHARED = 40  # i64 that all threads share; the places in it:
-CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32
+CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32  # i64 that all threads share
+AVOIDED, BEGUN, ALLOWED, LEFT, WORKERS = 40, 41, 48, 64, 80  # the last is as long as there are threads
+PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
 RUN, WORKER, STOPPER, FORGET = "run", "worker", "stop", "forget"
 
 _CHUNKS = 4  # of a step for each thread
 _SPINS = 1000  # looks for work, of about 30 ns, before a thread sleeps
 _YIELDS = 4095  # looks before a thread that waits for others lets somebody else run; a power of two, less one
-_FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98, "arm64": 98}
+_CALLS = ("FUTEX", "GETTID", "SETAFFINITY")  # of Linux, by processor
+_X86_CALLS, _ARM_CALLS = (202, 186, 203), (98, 178, 122)
+_NUMBERS = {"x86_64": _X86_CALLS, "AMD64": _X86_CALLS, "aarch64": _ARM_CALLS, "arm64": _ARM_CALLS}
 _WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # both private to the process
 
 _RUN = """
@@ -192,6 +198,12 @@ entry:
   %sleepers_at = getelementptr i64, ptr %shared, i64 {SLEEPERS}
   %inside_at = getelementptr i64, ptr %shared, i64 {INSIDE}
   %stop_at = getelementptr i64, ptr %shared, i64 {STOP}
+  %begun_at = getelementptr i64, ptr %shared, i64 {BEGUN}
+  %number = atomicrmw add ptr %begun_at, i64 1 seq_cst
+  %place = add i64 %number, {WORKERS}
+  %self_at = getelementptr i64, ptr %shared, i64 %place
+  %self = call i64 (i64, ...) @syscall(i64 {GETTID})
+  store atomic i64 %self, ptr %self_at seq_cst, align 8
   br label %look
 look:
   %last = phi i32 [0, %entry], [%last, %idle], [%last, %sleep], [%call, %serve]
@@ -231,13 +243,80 @@ entry:
   %some = icmp ne i32 %sleepers, 0
   br i1 %some, label %call, label %end
 call:
+  call void @avoid(ptr %shared)
   %woken = call i64 (i64, ...) @syscall(i64 {FUTEX}, ptr %shared, i32 {WAKE}, i32 {EVERYBODY})
   br label %end
 end:
   ret void
 }}
 
+define internal void @avoid(ptr %shared) nounwind {{
+entry:
+  %processor32 = call i32 @sched_getcpu()
+  %processor = zext i32 %processor32 to i64
+  %avoided_at = getelementptr i64, ptr %shared, i64 {AVOIDED}
+  %avoided = load i64, ptr %avoided_at
+  %same = icmp eq i64 %processor, %avoided
+  %far = icmp uge i64 %processor, {PROCESSORS}
+  %skip = or i1 %same, %far
+  br i1 %skip, label %end, label %copy
+copy:
+  %word = phi i64 [0, %entry], [%next, %copy]
+  %before = phi i64 [0, %entry], [%some, %copy]
+  %from = add i64 %word, {ALLOWED}
+  %from_at = getelementptr i64, ptr %shared, i64 %from
+  %allowed = load i64, ptr %from_at
+  %busy_word = lshr i64 %processor, 6
+  %busy_bit = and i64 %processor, 63
+  %busy = shl i64 1, %busy_bit
+  %others = xor i64 %busy, -1
+  %here = icmp eq i64 %word, %busy_word
+  %mask = select i1 %here, i64 %others, i64 -1
+  %free = and i64 %allowed, %mask
+  %to = add i64 %word, {LEFT}
+  %to_at = getelementptr i64, ptr %shared, i64 %to
+  store i64 %free, ptr %to_at
+  %some = or i64 %before, %free
+  %next = add i64 %word, 1
+  %more = icmp ult i64 %next, {WORDS_OF_SET}
+  br i1 %more, label %copy, label %check
+check:
+  %nowhere = icmp eq i64 %some, 0
+  br i1 %nowhere, label %end, label %workers
+workers:
+  %set = getelementptr i64, ptr %shared, i64 {LEFT}
+  %threads_at = getelementptr i64, ptr %shared, i64 {THREADS}
+  %threads = load i64, ptr %threads_at
+  br label %worker
+worker:
+  %index = phi i64 [1, %workers], [%following, %moved]
+  %known = phi i1 [true, %workers], [%still, %moved]
+  %done = icmp uge i64 %index, %threads
+  br i1 %done, label %finish, label %move
+move:
+  %place = add i64 %index, {WORKERS_LESS_1}
+  %thread_at = getelementptr i64, ptr %shared, i64 %place
+  %thread = load atomic i64, ptr %thread_at seq_cst, align 8
+  %begun = icmp ne i64 %thread, 0
+  %still = and i1 %known, %begun
+  br i1 %begun, label %set_it, label %moved
+set_it:
+  %result = call i64 (i64, ...) @syscall(i64 {SETAFFINITY}, i64 %thread, i64 {BYTES_OF_SET}, ptr %set)
+  br label %moved
+moved:
+  %following = add i64 %index, 1
+  br label %worker
+finish:
+  br i1 %known, label %keep, label %end
+keep:
+  store i64 %processor, ptr %avoided_at
+  br label %end
+end:
+  ret void
+}}
+
 declare i64 @syscall(i64, ...)
+declare i32 @sched_getcpu()
 """
 
 _NOBODY = """
@@ -258,9 +337,20 @@ def table(steps: int) -> NDArray[np.int64]:
     return rows
 
 
+def shared(threads: int, processors: Iterable[int]) -> NDArray[np.int64]:
+    """What so many threads share, which may run on these processors."""
+    words = zeros(2 * (WORKERS + threads)).view(np.int64)
+    words[THREADS], words[AVOIDED] = threads, -1
+    bits = words[ALLOWED:LEFT].view(np.uint8)
+    for processor in processors:
+        if processor < PROCESSORS:
+            bits[processor // 8] |= 1 << processor % 8
+    return words
+
+
 def has_workers() -> bool:
     """Whether the code can have threads of its own here: they need the futex of Linux."""
-    return sys.platform == "linux" and platform.machine() in _FUTEX
+    return sys.platform == "linux" and platform.machine() in _NUMBERS
 
 
 def runtime(isa: Isa) -> str:
@@ -274,5 +364,8 @@ def runtime(isa: Isa) -> str:
     places = {"STEPS": STEPS, "COUNT": COUNT, "INSIDE": INSIDE, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
     names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS}
     waits = {"CHUNKS": _CHUNKS, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
-    futex = {"FUTEX": _FUTEX.get(platform.machine(), 0), "EVERYBODY": _EVERYBODY}
-    return text.format(**places, **names, **waits, **futex)
+    sets = {"AVOIDED": AVOIDED, "BEGUN": BEGUN, "ALLOWED": ALLOWED, "LEFT": LEFT, "WORKERS": WORKERS}
+    sets |= {"WORKERS_LESS_1": WORKERS - 1, "PROCESSORS": PROCESSORS, "EVERYBODY": _EVERYBODY}
+    sets |= {"WORDS_OF_SET": PROCESSORS // 64, "BYTES_OF_SET": PROCESSORS // 8}
+    calls = dict(zip(_CALLS, _NUMBERS.get(platform.machine(), (0, 0, 0)), strict=True))
+    return text.format(**places, **names, **waits, **sets, **calls)

@@ -17,7 +17,7 @@ from repvgg.engine.ir import Function, module
 from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.memory import aligned, zeros
+from repvgg.engine.memory import Arena
 from repvgg.engine.plan import NOTHING, Buffer, Plan, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]
@@ -45,7 +45,8 @@ class Runner:
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)
         self._strides = np.zeros(4, np.int64)
-        self._memory = [zeros(buffer.floats) for buffer in whole.buffers]
+        self._arena = Arena()
+        self._memory = [self._arena.zeros(buffer.floats) for buffer in whole.buffers]
         self._weights: list[Floats] = [values for other in others for values in other._weights]
         self.table, self._weights = self._filled_table(whole, names)
         self.plan = _without_weights(whole)
@@ -82,7 +83,7 @@ class Runner:
         """An aligned copy, or one that is there already."""
         same = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
         found = next(same, None)
-        return aligned(values) if found is None else found
+        return self._arena.aligned(values) if found is None else found
 
     def _address(self, buffer: Buffer | None) -> int:
         return self._memory[buffer.number].ctypes.data if buffer else 0

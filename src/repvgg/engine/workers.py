@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any, final
 
 import numpy as np
@@ -18,7 +19,6 @@ from repvgg.engine import program
 from repvgg.engine.cache import cached_object_code
 from repvgg.engine.isa import Isa
 from repvgg.engine.jit import Code
-from repvgg.engine.memory import zeros
 from repvgg.errors import FallbackWarning, UsageError
 
 
@@ -42,7 +42,7 @@ def thread_count(threads: int | None) -> int:
         UsageError: fewer than one are asked for.
     """
     check_threads(threads)
-    count = threads or min(torch.get_num_threads(), _processors())
+    count = threads or min(torch.get_num_threads(), len(_processors()))
     if count > 1 and not program.has_workers():
         warnings.warn(
             f"The engine has threads of its own on Linux alone: one thread computes, not {count}.",
@@ -53,9 +53,9 @@ def thread_count(threads: int | None) -> int:
     return count
 
 
-def _processors() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def _processors() -> Collection[int]:
+    """Numbers of those that this thread may run on."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
 @final
@@ -96,9 +96,8 @@ class Workers:
 
     def _begun(self, call: int) -> NDArray[np.int64]:
         """Threads that wait for the call behind number ``call``, and what they share."""
-        shared = zeros(2 * program.SHARED).view(np.int64)
-        shared[program.CALL], shared[program.THREADS] = call, self._threads
-        shared[program.STEPS] = self._nothing.ctypes.data
+        shared = program.shared(self._threads, _processors())
+        shared[program.CALL], shared[program.STEPS] = call, self._nothing.ctypes.data
         if self._threads > 1:
             kept = (self._code, self._nothing)
             helpers = [_started(self._code, shared, kept) for _ in range(self._threads - 1)]
