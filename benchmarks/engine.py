@@ -46,9 +46,7 @@ from repvgg.studies.candidates import deployed
 
 READING = 0.1  # seconds
 REST = 0.02  # seconds before a reading, in which threads of other engines go to sleep
-PAIRS = (
-    "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50,repvgg_b1g4:resnet101,repvgg_b1:"  # Table 4, and B1
-)
+PAIRS = "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50,repvgg_b1g4:resnet101,repvgg_b1:"  # Table 4, and B1
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int, int]
 
@@ -231,7 +229,11 @@ def judge(checkpoint: str, data: str, threads: int) -> None:
     loaded = load(checkpoint)
     about, model = loaded.metadata, loaded.model.eval()
     config = DataConfig(
-        uri=data, train_size=about.input_size, test_size=about.input_size, mean=about.mean or None, std=about.std or None
+        uri=data,
+        train_size=about.input_size,
+        test_size=about.input_size,
+        mean=about.mean or None,
+        std=about.std or None,
     )
     opened = open_data(config)
     batches = [opened.prepare(images) for images, _ in opened.held_out_batches(64)]

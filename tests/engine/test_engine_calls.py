@@ -176,7 +176,7 @@ def test_a_second_caller_is_refused_while_the_first_computes():
     callers = [threading.Thread(target=call, daemon=True) for _ in range(2)]
     for caller in callers:
         caller.start()
-    over.wait(60)
+    over.wait(200)
     over.set()
     for caller in callers:
         caller.join()
@@ -259,9 +259,9 @@ def test_in_processes_as_loaders_fork_them(model):
     children = [context.Process(target=work, args=(at,)) for at in range(4)]
     for child in children:
         child.start()
-    found = dict(results.get(timeout=60) for _ in children)
+    found = dict(results.get(timeout=200) for _ in children)
     for child in children:
-        child.join(60)
+        child.join(200)
     assert [child.exitcode for child in children] == [0] * 4
     for at, out in enumerate(wanted):
         np.testing.assert_array_equal(found[at], out)
@@ -269,7 +269,7 @@ def test_in_processes_as_loaders_fork_them(model):
 
 ENDS = {
     "in a global": "",
-    "in a thread that goes on": (
+    "in a thread that goes on": (  # on arrays: PyTorch aborts when one of its own calls is cut off by the end
         "import threading\ndef again():\n    while True:\n        fast(x)\n"
         "threading.Thread(target=again, daemon=True).start()\n"
     ),
@@ -281,11 +281,11 @@ def test_a_process_ends_with_the_network_alive(name):
     code = (
         "import torch, repvgg.engine\n"
         "net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))\n"
-        "x = torch.zeros(1, 3, 32, 32)\n"
+        "x = torch.zeros(1, 3, 32, 32).numpy()\n"
         "fast = repvgg.engine.compile(net, (1, 3, 32, 32), threads=3)\n"
         "fast(x)\n"
     ) + ENDS[name]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert (run.returncode, run.stderr) == (0, "")
 
 

@@ -96,10 +96,15 @@ def wide(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).double()
 
 
+def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: Isa) -> Network:
+    """With other threads and another precision from one to the next."""
+    return Network(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
+
+
 def assert_right(network: Network, layers: list[Layer], x: torch.Tensor) -> None:
     wanted = computed(layers, x.double())
     scale = max(1.0, wanted.abs().max().item())
-    torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=1e-4 * scale)  # F(5x5) among them
 
 
 # Red zones
@@ -142,7 +147,7 @@ def check_zones(monkeypatch, seed: int, isa: Isa) -> None:
     zones = Zones()
     monkeypatch.setattr(runner, "Arena", lambda: zones)
     layers, shape = draw(seed)
-    network = Network(layers, shape, isa)
+    network = network_of(seed, layers, shape, isa)
     torch.manual_seed(seed)
     for batch in (BATCH, 1, 4, 2, 3):
         poison(network)
@@ -230,7 +235,7 @@ def run_fenced(seed: int, isa: Isa, behind: bool) -> None:
     fences = Fences(behind)
     runner.Arena = lambda: fences  # in a child: nobody puts them back
     layers, shape = draw(seed)
-    network = Network(layers, shape, isa)
+    network = network_of(seed, layers, shape, isa)
     for batch in (BATCH, 1, 3):
         x = np.random.default_rng(seed).standard_normal((batch, *shape[1:])).astype(np.float32)
         given = fences.aligned(x.ravel()).reshape(x.shape)

@@ -12,6 +12,7 @@ From above to below::
     plan.py       layers and an input size -> kernels, buffers and packed weights
     choice.py     which way a convolution is computed, by a table of costs
     reader.py     nn.Module -> layers
+    nodes.py      what a node of a traced graph computes
     layers.py     what a plain network is: a chain of convolutions, gates, a pool and linear layers
     kernels/      the IR of each kind of layer, and the layout of its weights
     winograd.py   the matrices of F(m x m, 3x3)

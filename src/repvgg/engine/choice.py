@@ -125,7 +125,7 @@ class Choice:
         return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
 def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
     """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
     whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
@@ -277,9 +277,7 @@ def _moved(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine)
     return moved * panels / _READ if moved * tiling.blocks > _CACHE else 0
 
 
-def _fetched(
-    way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine
-) -> tuple[float, float]:
+def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> tuple[float, float]:
     """To fetch all weights once, and again for some pieces where too much is in between."""
     channels, vectors = size.inputs // size.groups, tile.vectors * machine.isa.width
     weights = 4 * form.places * channels * size.outputs

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import TypeAlias, final
 
 import numpy as np
@@ -88,6 +89,7 @@ def winograd(rows: int, columns: int | None = None) -> Form:
     return Form(minimal_filter(rows), minimal_filter(rows if columns is None else columns))
 
 
+@cache
 def minimal_filter(outputs: int) -> Filter:
     """F(m, 3) for the points of :data:`POINTS`."""
     points = POINTS[outputs]
