@@ -27,14 +27,16 @@ def helpers() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("threads", [3])
 @pytest.mark.parametrize("name", ROWS)
-def test_threads_compute_the_same(name, threads):
+def test_threads_compute_the_same_bits_each_time(name, threads):
+    """Whoever took which unit; another number of threads may have other kernels, and rounds otherwise."""
     model = plain(ROWS[name])
-    alone = Network(read(model), (3, 3, 37, 29), isas()[-1])
-    together = Network(read(model), (3, 3, 37, 29), isas()[-1], threads)
+    network = Network(read(model), (3, 3, 37, 29), isas()[-1], threads)
     for batch in (3, 1, 2):
         x = torch.randn(batch, 3, 37, 29)
-        torch.testing.assert_close(together(x), alone(x), rtol=0, atol=0)
-    assert_equal(together, model, x)
+        first = network(x)
+        for _ in range(20):
+            torch.testing.assert_close(network(x), first, rtol=0, atol=0)
+        assert_equal(network, model, x)
 
 
 def test_many_calls_with_and_without_a_rest():
