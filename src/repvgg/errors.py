@@ -23,7 +23,7 @@ and what to do next. Catch by meaning::
 
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
     NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
-    FreshWeightsWarning              some weights of a pretrained model are not the published ones
+    FreshWeightsWarning              some weights of a model begin afresh, and are not those that it came with
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class NothingExpandedWarning(UserWarning):
 
 
 class FreshWeightsWarning(UserWarning):
-    """Some weights of a pretrained model are not the published ones: it is made for other classes or channels."""
+    """Some weights of a model begin afresh: it is made for other classes or channels, or of other blocks."""
 
 
 def first_line(error: BaseException) -> str:

@@ -18,10 +18,11 @@ from repvgg.errors import UsageError
 class PaddedNorm(nn.BatchNorm2d):
     """Batch norm, then a padding with what the batch norm makes of a zero, ``c = β − μ·γ/√(σ² + ε)``.
 
-    ``y = pad(BN(x) − c) + c``. A convolution on it sees the image that a zero padding in front of the batch norm would
-    have shown it, so that 1x1, batch norm and padded convolution are one convolution with zero padding (DBB, §3.2,
-    Fig. 3). Running statistics tell c, in training mode too, while the image is normalized with those of the batch, as
-    published. Other padding modes repeat pixels and need no c.
+    A convolution on it sees what a zero padding in front of the batch norm would have shown it, so that 1x1, batch norm
+    and padded convolution are one convolution with zero padding (DBB, §3.2, Fig. 3). In eval mode it is computed just
+    so: ``y = BN(pad(x))``. In training mode it is ``y = pad(BN(x) − c) + c``: the image is normalized with the
+    statistics of the batch, of which the border is no part, and the running statistics tell c, as published. Other
+    padding modes repeat pixels and need no c.
     """
 
     def __init__(self, channels: int, padding: tuple[int, int], padding_mode: PaddingMode = "zeros") -> None:
@@ -31,14 +32,21 @@ class PaddedNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.BatchNorm2d gives it
         """Return the padded image."""
+        if not self.training:
+            return super().forward(self._padded(input))
         out = super().forward(input)
-        if self.padding_mode != "zeros":
-            return F.pad(out, self.sides, self.padding_mode)
+        of_zero = self._of_zero() if self.padding_mode == "zeros" else 0.0
+        return self._padded(out - of_zero) + of_zero
+
+    def _padded(self, image: Tensor) -> Tensor:
+        return F.pad(image, self.sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _of_zero(self) -> Tensor:
+        """c, (C, 1, 1)."""
         assert self.running_mean is not None  # it is not made without
         assert self.running_var is not None
         factor = (self.running_var + self.eps).rsqrt() * self.weight
-        of_zero = (-self.running_mean * factor + self.bias).view(-1, 1, 1)
-        return F.pad(out - of_zero, self.sides) + of_zero
+        return (self.bias - self.running_mean * factor).view(-1, 1, 1)
 
 
 def diverse(geometry: Geometry) -> BranchSum:

@@ -35,7 +35,8 @@ class IdentityConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         """Return ``(I + W) ∗ x``."""
-        return self._conv_forward(input, self.unit + self.weight, self.bias)
+        out: Tensor = self._conv_forward(input, self.unit + self.weight, self.bias)
+        return out
 
 
 class DiracConv2d(IdentityConv2d):
@@ -56,7 +57,8 @@ class DiracConv2d(IdentityConv2d):
         """Return the convolution with the encoded kernel."""
         norms = self.weight.flatten(1).norm(dim=1).clamp_min(_SMALL)
         kernel = self.alpha.view(-1, 1, 1, 1) * self.unit + (self.beta / norms).view(-1, 1, 1, 1) * self.weight
-        return self._conv_forward(input, kernel, self.bias)
+        out: Tensor = self._conv_forward(input, kernel, self.bias)
+        return out
 
 
 def _unit(weight_OIHW: Tensor, groups: int) -> Tensor:

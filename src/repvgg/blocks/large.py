@@ -50,8 +50,8 @@ def dilated_kernels(geometry: Geometry) -> BranchSum:
     """UniRepLK: ``y = BN(W ∗ x) + Σ_j BN(Wj ∗ x)`` with small kernels whose taps lie r_j pixels apart.
 
     Plain form: ``K = t·W + Σ_j pad(spread(tj·Wj))``, where spread puts r − 1 zeros between taps. A dilation of the
-    large kernel multiplies that of the small ones. When to use it: depthwise, with large kernels; small dilated ones see
-    sparse patterns.
+    large kernel multiplies that of the small ones. When to use it: depthwise, with large kernels; small dilated ones
+    see sparse patterns.
 
     Returns:
         A sum of ``dense`` and ``small_K_R`` for each size K and dilation R.

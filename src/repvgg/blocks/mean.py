@@ -26,8 +26,8 @@ class MeanFilter(nn.Module):
         self.kernel_size, self.stride, self.dilation = geometry.kernel_size, geometry.stride, geometry.dilation
         self.padding = geometry.padding if padding is None else padding
         self.padding_mode = geometry.padding_mode
-        self.register_buffer("part", torch.full((self.channels, 1, *self.kernel_size), 1 / geometry.taps), False)
-        self.part: Tensor
+        self.register_buffer("one", torch.ones(self.channels, 1, *self.kernel_size), persistent=False)
+        self.one: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the means, (N, C, H', W')."""
@@ -37,7 +37,8 @@ class MeanFilter(nn.Module):
             padding = (0, 0)
         if self.dilation == (1, 1):
             return F.avg_pool2d(x, self.kernel_size, self.stride, padding)
-        return F.conv2d(x, self.part, None, self.stride, padding, self.dilation, self.channels)
+        sums = F.conv2d(x, self.one, None, self.stride, padding, self.dilation, self.channels)
+        return sums / (self.kernel_size[0] * self.kernel_size[1])
 
     def extra_repr(self) -> str:
         """Kernel, stride and padding."""

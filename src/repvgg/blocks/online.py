@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +63,16 @@ class OnlineConv2d(nn.Conv2d):
         self.channel = _fresh(geometry.in_channels, 1, *size)
         self.mix = _fresh(geometry.out_channels, inputs)
         self.scales = nn.Parameter(torch.full((_TERMS, geometry.out_channels, 1, 1, 1), _TERMS**-0.5))
-        self.register_buffer("cosines", cosines(geometry.out_channels, *size), persistent=False)
+        self.register_buffer("cosines", cosines(geometry.out_channels, *size).to(self.weight), persistent=False)
         self.register_buffer("unit", torch.eye(inputs), persistent=False)
         self.cosines: Tensor
         self.unit: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Another dtype takes the cosines anew: in float64 they are not those of float32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cosines = cosines(self.out_channels, *self.kernel_size).to(self.weight)
+        return self
 
     def kernel(self) -> Tensor:
         """The merged kernel (O, I, kH, kW)."""
@@ -87,19 +95,20 @@ class OnlineConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         """Return the convolution with the merged kernel."""
-        return self._conv_forward(input, self.kernel(), None)
+        out: Tensor = self._conv_forward(input, self.kernel(), None)
+        return out
 
 
 def cosines(count: int, height: int, width: int) -> Tensor:
-    """Basis images of the discrete cosine transform, (count, 1, height, width), frequency after frequency in turn."""
-    frequency = torch.arange(count) % (height * width)
+    """Basis images of the cosine transform, (count, 1, height, width), frequency after frequency in turn; float64."""
+    frequency = torch.arange(count, dtype=torch.float64) % (height * width)
     rows = _waves(frequency.div(width, rounding_mode="floor"), height)
     columns = _waves(frequency % width, width)
     return (rows[:, :, None] * columns[:, None, :])[:, None]
 
 
 def _waves(frequency_O: Tensor, size: int) -> Tensor:
-    places = (torch.arange(size) + 0.5) * math.pi / size
+    places = (torch.arange(size, dtype=torch.float64) + 0.5) * math.pi / size
     return torch.cos(frequency_O[:, None] * places)
 
 

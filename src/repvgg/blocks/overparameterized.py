@@ -44,7 +44,8 @@ class DOConv2d(nn.Conv2d):
         depthwise = (self.unit + self.depthwise).view(self.groups, inputs, self.taps, self.taps)
         kernel = torch.einsum("gikm,goim->goik", depthwise, self.weight.view(self.groups, outputs, inputs, self.taps))
         kernel = kernel.reshape(self.out_channels, inputs, *self.kernel_size)
-        return self._conv_forward(input, kernel, self.bias)
+        out: Tensor = self._conv_forward(input, kernel, self.bias)
+        return out
 
 
 def expand_layers(geometry: Geometry, rate: int = 4) -> nn.Sequential:

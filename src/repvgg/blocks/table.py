@@ -19,7 +19,7 @@ from repvgg.blocks.large import dilated_kernels, large_kernel
 from repvgg.blocks.mixer import RepMixer
 from repvgg.blocks.online import OnlineConv2d
 from repvgg.blocks.overparameterized import DOConv2d, expand_kernel, expand_layers
-from repvgg.blocks.repvgg import Switches, branches_of, summed
+from repvgg.blocks.repvgg import Branch, Switches, branches_of, summed
 from repvgg.blocks.strips import asymmetric
 from repvgg.errors import UsageError
 
@@ -73,8 +73,8 @@ def _constant_scale(geometry: Geometry) -> nn.Module:
     return summed(BranchSum({"scaled": ConstantScaleSum(geometry)}), geometry)
 
 
-_DENSE = frozenset({"dense"})
-_WITHOUT_IDENTITY = frozenset({"dense", "pointwise"})
+_DENSE: frozenset[Branch] = frozenset({"dense"})
+_WITHOUT_IDENTITY: frozenset[Branch] = frozenset({"dense", "pointwise"})
 
 _ROWS = (
     BlockRow("conv_bn", "conv-BN", _conv_bn, "N(W∗x)", "the plain layer"),
