@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.blocks import BranchSum
+from repvgg.blocks import BranchSum, ConvBN
 from repvgg.errors import UsageError
 from repvgg.training.config import DecayPolicy
 
@@ -91,10 +91,15 @@ def parameter_groups(
 
 
 def rep_branches(model: nn.Module) -> Iterator[BranchSum]:
-    """The sums of a kxk and a 1x1 convolution, each with batch norm, in the order of the model."""
+    """The sums of a kxk and a 1x1 convolution, each with batch norm, in the order of the model; no other branches."""
     for module in model.modules():
-        if isinstance(module, BranchSum) and {"dense", "pointwise"} <= set(module):
-            yield module
+        if isinstance(module, BranchSum) and {"dense", "pointwise"} <= set(module) <= {
+            "dense",
+            "pointwise",
+            "identity",
+        }:
+            if isinstance(module["dense"], ConvBN) and isinstance(module["pointwise"], ConvBN):
+                yield module
 
 
 def _kernels(block: BranchSum) -> list[nn.Parameter]:
