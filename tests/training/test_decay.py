@@ -11,7 +11,7 @@ from train_helpers import CONFIG, SPEC, opened, tiny
 
 from norms import trained_like
 from repvgg.errors import UsageError
-from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
+from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model, create_variant
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups
 from repvgg.training.decay import describe_groups, rep_branches
 from repvgg.training.optim import optimizer_groups
@@ -205,3 +205,16 @@ def test_custom_l2_reaches_the_kernels():
         losses.append(result.history[0].loss)
     assert sizes[1] < 0.6 * sizes[0]
     assert losses[1] < losses[0] + 1
+
+
+@pytest.mark.parametrize("block", ["repvgg_post_bn", "qarepvgg", "dbb", "mobileone", "repvgg_relu", "dirac", "orepa"])
+def test_the_l2_of_upstream_knows_its_own_blocks_only(block):
+    """Others have a kernel and a 1x1 as well, and more beside them: their kernels decay as they are."""
+    spec = replace(SPEC, auxiliary=())
+    model = create_variant(spec, block, num_classes=3)
+    assert list(rep_branches(model)) == []
+    assert equivalent_l2(model) == 0
+    for custom in (False, True):
+        decaying, _ = parameter_groups(model, 0.1, custom_l2=custom)
+        kernels = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+        assert {id(p) for p in decaying["params"]} == {id(p) for p in kernels}

@@ -115,8 +115,8 @@ def _layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 3) -> Staged:
     """The layers of a RepVGG, two a residual block as in ResNet-18 (paper §4.2, "Residual Reorg").
 
-    A stage of an even number of layers becomes half as many residual blocks; of an odd number, the first layer stays one
-    of its own. RepVGG-B0 becomes a layer, 2, 3 and 8 blocks, and a layer.
+    A stage of an even number of layers becomes half as many residual blocks; of an odd number, the first layer stays
+    one of its own. RepVGG-B0 becomes a layer, 2, 3 and 8 blocks, and a layer.
 
     Args:
         spec: whose depths, widths and strides; it has no groups and no gates.
@@ -143,8 +143,8 @@ def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 
 def dirac_net(depths: tuple[int, ...], num_classes: int = 1000, in_channels: int = 3) -> Staged:
     """DiracNet for ImageNet: the layers of a ResNet without its shortcuts, their kernels encoded with an identity.
 
-    7x7 of stride 2 and max-pool; four stages of 64, 128, 256 and 512 channels with two layers for each of ``depths``, of
-    :class:`repvgg.blocks.DiracConv2d`, BN and ReLU; max-pool 2x2 between stages.
+    7x7 of stride 2 and max-pool; four stages of 64, 128, 256 and 512 channels with two layers for each of ``depths``,
+    of :class:`repvgg.blocks.DiracConv2d`, BN and ReLU; max-pool 2x2 between stages.
 
     Source: Zagoruyko and Komodakis, DiracNets, arXiv:1706.00388, §4.2.
     """

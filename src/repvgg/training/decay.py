@@ -93,13 +93,10 @@ def parameter_groups(
 def rep_branches(model: nn.Module) -> Iterator[BranchSum]:
     """The sums of a kxk and a 1x1 convolution, each with batch norm, in the order of the model; no other branches."""
     for module in model.modules():
-        if isinstance(module, BranchSum) and {"dense", "pointwise"} <= set(module) <= {
-            "dense",
-            "pointwise",
-            "identity",
-        }:
-            if isinstance(module["dense"], ConvBN) and isinstance(module["pointwise"], ConvBN):
-                yield module
+        if not isinstance(module, BranchSum) or set(module) | {"identity"} != {"dense", "pointwise", "identity"}:
+            continue
+        if all(isinstance(module[name], ConvBN) for name in ("dense", "pointwise")):
+            yield module
 
 
 def _kernels(block: BranchSum) -> list[nn.Parameter]:

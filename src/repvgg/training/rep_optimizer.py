@@ -17,7 +17,7 @@ Multipliers = Mapping[nn.Parameter, Tensor]
 
 
 def without_branches(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, Tensor]]:
-    """The plain model in which each sum of branches with constant scales is one kernel, and the scales of its gradients.
+    """The plain model in which each sum of branches with constant scales is one kernel, and scales of its gradients.
 
     With K = s3·W3 + s1·W1 + diag(w0), SGD on the branches moves K by ``s3²`` times its gradient, plus ``s1²`` times at
     the centre, plus 1 times on the diagonal of the channels where there is an identity. See
@@ -40,7 +40,7 @@ def without_branches(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, Te
             if isinstance(part, ConstantScaleSum):
                 convs[part] = convs.get(part) or _merged(part)
                 parent.register_module(name, convs[part])
-                multipliers[convs[part].weight] = part.multiplier()
+                multipliers[convs[part].get_parameter("weight")] = part.multiplier()
     if not multipliers:
         raise UsageError("There is no block of constant scales in this model: build it of the block 'constant_scale'.")
     return plain, multipliers
