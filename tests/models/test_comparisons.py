@@ -84,11 +84,11 @@ def test_residual_blocks_stay_residual():
     plain, report = repvgg.reparameterize(model)
     assert report.left == ()
     assert_close(plain(image()), model(image()), rtol=1e-10, atol=1e-10)
-    assert (
-        sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == 7 + 1
-    )  # the layers, and one shortcut that strides
+    assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == 7 + 1  # layers, and a shortcut
     with pytest.raises(UsageError, match="groups or gates"):
         residual_reorg(spec_of("repvgg_b1g2"))
+    with pytest.raises(UsageError, match="groups or gates"):
+        plain_net(spec_of("repvgg_d2se"), nn.Tanh, delta_orthogonal_)
 
 
 @pytest.mark.parametrize(("name", "depths"), [("diracnet18", (2, 2, 2, 2)), ("diracnet34", (3, 4, 6, 3))])

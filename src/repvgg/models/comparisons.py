@@ -126,8 +126,7 @@ def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 
     Raises:
         UsageError: the row has groups or gates.
     """
-    if spec.groups != 1 or spec.squeeze_excite:
-        raise UsageError(f"{spec.name} has groups or gates, which residual blocks of two 3x3 layers have not.")
+    _require_bare(spec)
     widths = [spec.stem.channels, *(stage.channels for stage in spec.stages)]
     stages: list[nn.Module] = []
     for (before, width), stage in zip(pairwise(widths), spec.stages, strict=True):
@@ -138,6 +137,11 @@ def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 
             parts.append(ResidualBlock(before if first else width, width, stage.stride if first else 1))
         stages.append(nn.Sequential(*parts))
     return Staged(_layer(in_channels, widths[0], spec.stem.stride), stages, widths[-1], num_classes)
+
+
+def _require_bare(spec: ModelSpec) -> None:
+    if spec.groups != 1 or spec.squeeze_excite:
+        raise UsageError(f"{spec.name} has groups or gates, which this network has not: take a row without.")
 
 
 def dirac_net(depths: tuple[int, ...], num_classes: int = 1000, in_channels: int = 3) -> Staged:
@@ -177,7 +181,11 @@ def plain_net(
         start: fills each kernel (O, I, 3, 3); biases begin at 0.
         num_classes: number of logits.
         in_channels: channels of the images.
+
+    Raises:
+        UsageError: the row has groups or gates.
     """
+    _require_bare(spec)
     layers: Iterator[nn.Module] = _plain_layers(spec, act, start, in_channels)
     stem = next(layers)
     stages: list[nn.Module] = [nn.Sequential(*(next(layers) for _ in range(stage.depth))) for stage in spec.stages]
