@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks_helpers import step, stirred
 from blocks_published import PUBLISHED, opened, randomized
 from torch import nn
 from torch.testing import assert_close
@@ -173,6 +174,15 @@ def test_a_training_step_reaches_every_parameter(name):
     assert missing == []
     with pytest.raises(TrainingModeError):
         repvgg.trace(block)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_compiled_passes_train_it_as_pytorch_does(name, compiled):
+    geometry = geometry_of(name)
+    block = stirred(made(name, geometry))
+    found, wanted = (step(block, next(images(geometry)), kernels) for kernels in ("compiled", "eager"))
+    for key, value in wanted.items():
+        assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_relu_in_the_branches_refuses_to_collapse():

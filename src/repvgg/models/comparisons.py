@@ -42,8 +42,7 @@ def create_variant(
         UnknownModelError: no row has that name.
         UsageError: there is no such block, or no layer has a geometry for it; or a count below 1.
     """
-    if num_classes < 1 or in_channels < 1:
-        raise UsageError(f"A model needs at least one class and one channel, not {num_classes} and {in_channels}.")
+    _require_counts(num_classes, in_channels)
     row, other = block_of(block), block_of(otherwise)
     model = RepVGG(spec if isinstance(spec, ModelSpec) else spec_of(spec), num_classes, in_channels, plain=False)
     reasons = []
@@ -58,6 +57,11 @@ def create_variant(
     if len(reasons) == len(layers):
         raise UsageError(f"No layer of {model.spec.name} can be a block {block!r}: {reasons[0]}")
     return model
+
+
+def _require_counts(num_classes: int, in_channels: int) -> None:
+    if num_classes < 1 or in_channels < 1:
+        raise UsageError(f"A model needs at least one class and one channel, not {num_classes} and {in_channels}.")
 
 
 def _geometry(layer: RepVGGBlock) -> Geometry:
@@ -208,11 +212,16 @@ def _kaiming(weight: Tensor) -> Tensor:
     return nn.init.kaiming_normal_(weight, a=_SLOPE)
 
 
-def resnet50_repvgg(num_classes: int = 1000) -> nn.Module:
+def resnet50_repvgg(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
     """ResNet-50 with the three branches of RepVGG in the place of each 3x3 convolution and its BN (paper §4.2).
 
     76.34 against the 76.31 of ResNet-50: the branches are no general way to strengthen a network.
+
+    Raises:
+        UsageError: images of other than 3 channels, which the builder of ResNet-50 does not take.
     """
+    if in_channels != 3:
+        raise UsageError(f"ResNet-50 takes images of 3 channels, not {in_channels}.")
     model = resolve("torchvision:resnet50", num_classes=num_classes).model.train()
     for part in model.modules():
         children = dict(part.named_children())
@@ -230,14 +239,14 @@ class Comparison:
     Attributes:
         name: what :func:`create_comparison` calls it.
         title: as papers print it.
-        make: from a number of classes to the model, freshly initialized.
+        make: from numbers of classes and of input channels to the model, freshly initialized.
         origin: who published it.
         input_size: height and width in pixels that it is compared at.
     """
 
     name: str
     title: str
-    make: Callable[[int], nn.Module]
+    make: Callable[[int, int], nn.Module]
     origin: str
     input_size: int = 224
 
@@ -269,17 +278,16 @@ _ROWS = (
 COMPARISONS: dict[str, Comparison] = {row.name: row for row in _ROWS}
 
 
-def create_comparison(name: str, num_classes: int = 1000) -> nn.Module:
+def create_comparison(name: str, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
     """Build a network that RepVGG is compared with, freshly initialized, in training mode.
 
     Raises:
         UnknownModelError: no row has that name; the text lists the names that are closest, or all of them.
-        UsageError: ``num_classes`` below 1.
+        UsageError: a count below 1, or channels that the row does not take.
     """
-    if num_classes < 1:
-        raise UsageError(f"A model needs at least one class, not {num_classes}.")
+    _require_counts(num_classes, in_channels)
     if name not in COMPARISONS:
         close = difflib.get_close_matches(name.lower(), COMPARISONS, n=3)
         known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(COMPARISONS)}."
         raise UnknownModelError(f"There is no network {name!r} to compare with: {known}")
-    return COMPARISONS[name].make(num_classes)
+    return COMPARISONS[name].make(num_classes, in_channels)
