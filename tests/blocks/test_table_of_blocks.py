@@ -321,3 +321,20 @@ def test_a_block_begins_as_its_paper_says(name):
         out = block(next(images(geometry)))
         assert out.isfinite().all()
         assert out.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["dirac", "trivial", "doconv", "orepa"])
+def test_a_strided_1x1_kernel_skips_pixels_first(name):
+    """The same function, without a strided 1x1 convolution, whose gradient is not to be trusted everywhere."""
+    geometry = Geometry.square(4, 6, 2, kernel_size=1)
+    layer = made(name, geometry)[0]
+    for x in images(geometry):
+        x.requires_grad_()
+        wanted = F.conv2d(x, layer.kernel(), None, 2)
+        assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+        read = layer(x).grad_fn.next_functions[0][0]
+        assert read.name() == "SliceBackward0"
+        assert repvgg.trace(layer).stride == (2, 2)
+        (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (expected,) = torch.autograd.grad(wanted.square().sum(), x)
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repvgg.blocks.computed import ComputedConv2d
 from repvgg.blocks.geometry import Geometry
 
 _SMALL = 1e-12  # of the norm of a filter, so that a filter of zeros stays one
 
 
-class IdentityConv2d(nn.Conv2d):
+class IdentityConv2d(ComputedConv2d):
     """Trivial re-parameterization: ``y = (I + W) ∗ x + b`` (paper §4.2, Table 7).
 
     I is the kernel of the identity, ``I[o, i] = 1`` at the centre where i is o, counted inside a group. Output channels
@@ -19,27 +20,16 @@ class IdentityConv2d(nn.Conv2d):
     """
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
-        super().__init__(
-            geometry.in_channels,
-            geometry.out_channels,
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            bias,
-            geometry.padding_mode,
-        )
+        super().__init__(geometry, bias=bias)
         self.register_buffer("unit", _unit(self.weight, geometry.groups), persistent=False)
         self.unit: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        """Return ``(I + W) ∗ x``."""
-        out: Tensor = self._conv_forward(input, self.unit + self.weight, self.bias)
-        return out
+    def kernel(self) -> Tensor:
+        """``I + W``."""
+        return self.unit + self.weight
 
 
-class DiracConv2d(IdentityConv2d):
+class DiracConv2d(ComputedConv2d):
     """DiracNet's convolution: ``y = (diag(α)·I + diag(β)·W/‖W‖₂) ∗ x + b``, each filter of W with its own norm.
 
     α begins at 1 and β at 0.1. Plain form: the kernel that the formula says. When to use it: to train deep plain
@@ -50,14 +40,15 @@ class DiracConv2d(IdentityConv2d):
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
         super().__init__(geometry, bias=bias)
+        self.register_buffer("unit", _unit(self.weight, geometry.groups), persistent=False)
+        self.unit: Tensor
         self.alpha = nn.Parameter(torch.ones(geometry.out_channels))
         self.beta = nn.Parameter(torch.full((geometry.out_channels,), 0.1))
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        """Return the convolution with the encoded kernel."""
+    def kernel(self) -> Tensor:
+        """``diag(α)·I + diag(β)·W/‖W‖₂``."""
         norms = self.weight.flatten(1).norm(dim=1).clamp_min(_SMALL)
-        kernel = self.alpha.view(-1, 1, 1, 1) * self.unit + (self.beta / norms).view(-1, 1, 1, 1) * self.weight
-        out: Tensor = self._conv_forward(input, kernel, self.bias)
+        out: Tensor = self.alpha.view(-1, 1, 1, 1) * self.unit + (self.beta / norms).view(-1, 1, 1, 1) * self.weight
         return out
 
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.blocks.computed import ComputedConv2d
 from repvgg.blocks.geometry import Geometry
 
 _TERMS = 6
 
 
-class OnlineConv2d(nn.Conv2d):
+class OnlineConv2d(ComputedConv2d):
     """``y = K ∗ x`` with ``K = Σ_b v_b · K_b``, one number v a branch and output channel; linear branches only.
 
     The branches, as kernels of the size of the block:
@@ -43,17 +44,7 @@ class OnlineConv2d(nn.Conv2d):
 
     def __init__(self, geometry: Geometry) -> None:
         geometry.require_centre()
-        super().__init__(
-            geometry.in_channels,
-            geometry.out_channels,
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            False,
-            geometry.padding_mode,
-        )
+        super().__init__(geometry)
         inputs, size = geometry.in_channels // geometry.groups, geometry.kernel_size
         self.pointwise = _fresh(geometry.out_channels, inputs)
         self.average = _fresh(geometry.out_channels, inputs)
@@ -92,11 +83,6 @@ class OnlineConv2d(nn.Conv2d):
             separable.reshape(self.weight.shape),
         )
         return (self.scales * torch.stack(terms)).sum(0)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        """Return the convolution with the merged kernel."""
-        out: Tensor = self._conv_forward(input, self.kernel(), None)
-        return out
 
 
 def cosines(count: int, height: int, width: int) -> Tensor:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from repvgg.blocks.computed import ComputedConv2d
 from repvgg.blocks.geometry import Geometry
 from repvgg.errors import UsageError
 
 
-class DOConv2d(nn.Conv2d):
+class DOConv2d(ComputedConv2d):
     """Depthwise over-parameterized convolution: ``K[o, i, k] = Σ_m (δ_km + D[i, k, m]) · W[o, i, m]``, ``y = K ∗ x``.
 
     W has the shape (O, I, kH, kW) of a kernel, its k² taps being the m of the formula (D_mul = k², as published), and D
@@ -22,30 +23,18 @@ class DOConv2d(nn.Conv2d):
     """
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
-        super().__init__(
-            geometry.in_channels,
-            geometry.out_channels,
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            bias,
-            geometry.padding_mode,
-        )
+        super().__init__(geometry, bias=bias)
         self.depthwise = nn.Parameter(torch.zeros(geometry.in_channels, geometry.taps, geometry.taps))
         self.register_buffer("unit", torch.eye(geometry.taps), persistent=False)
         self.taps = geometry.taps
         self.unit: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        """Return the convolution with the composed kernel."""
+    def kernel(self) -> Tensor:
+        """``D ∘ W``, (O, I, kH, kW)."""
         inputs, outputs = self.in_channels // self.groups, self.out_channels // self.groups
         depthwise = (self.unit + self.depthwise).view(self.groups, inputs, self.taps, self.taps)
         kernel = torch.einsum("gikm,goim->goik", depthwise, self.weight.view(self.groups, outputs, inputs, self.taps))
-        kernel = kernel.reshape(self.out_channels, inputs, *self.kernel_size)
-        out: Tensor = self._conv_forward(input, kernel, self.bias)
-        return out
+        return kernel.reshape(self.out_channels, inputs, *self.kernel_size)
 
 
 def expand_layers(geometry: Geometry, rate: int = 4) -> nn.Sequential:

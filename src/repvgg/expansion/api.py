@@ -79,8 +79,8 @@ def replace_convs(
 
     As :func:`expand`, with two differences: the block is told by its name, and one that cannot begin as its convolution
     begins with fresh values, to be trained. Which those are, and why, the report says: ``report.is_exact`` and the
-    ``fresh`` of its rows. DiracNet's kernel is normalized and ExpandNet's is a product, so neither can be solved for;
-    with ReLUs in its branches no block is a convolution.
+    ``fresh`` of its rows. DiracNet's kernel is normalized and ExpandNet's is a product: neither is affine in the
+    kernel of a convolution inside, which is what is solved for. With ReLUs in its branches no block is a convolution.
 
     Args:
         model: any model; it is left untouched.
