@@ -94,6 +94,9 @@ def _run(chosen: Study, parsed: Any, command: str) -> int:
     _print(done)
     if done.complete:
         return 0
+    if done.missing:
+        write_warning(done.missing)
+        return 0
     write_warning(f"interrupted; go on with: {command.replace(' --overwrite', '')}")
     return _INTERRUPTED
 
