@@ -58,7 +58,7 @@ class AblationSettings:
         jobs: processes that train at a time on this machine.
         cells: the share of the trainings that this call looks at, such as 1/4. Several calls may also share all of
             them: whoever comes first takes a cell.
-        part: trainings, or the cost of their steps, for which the machine should be quiet; all does one after the other.
+        part: trainings, or the cost of their steps, for which the machine should be quiet; all does both, in turn.
         reuse: folder of another study, whose trainings are taken where they are the same.
 
     Raises:

@@ -124,7 +124,7 @@ def _told(job: Job, cell: Mapping[str, Any]) -> str:
     return f"{job.key}: {trained['top1_percent']:.2f} %, {same}, {cell['seconds']:.0f} s"
 
 
-def work_off_together(work: Work, cells: Cells, processes: int, say: Say) -> None:
+def work_off_together(work: Work, cells: Cells, processes: int) -> None:
     """The same in several processes of this machine; each takes the next cell that nobody has.
 
     Raises:

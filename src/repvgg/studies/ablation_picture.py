@@ -28,7 +28,7 @@ def draw_accuracies(figure: Figure, results: Sequence[Row]) -> None:
     _panel(panels[0], "Here", [seeds for _, seeds, _ in results], HERE, size)
     if printed:
         paper = [[] if value is None else [value] for _, _, value in results]
-        _panel(panels[1], "In the paper (ImageNet)", paper, "#6E6E6E", size)
+        _panel(panels[1], "Paper, ImageNet", paper, "#6E6E6E", size)
     panels[0].set_yticks(range(len(results)), [title for title, _, _ in results], fontsize=size)
     panels[0].set_ylim(len(results) - 0.4, -0.6)
 
