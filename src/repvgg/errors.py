@@ -24,6 +24,7 @@ and what to do next. Catch by meaning::
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
     NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
     FreshWeightsWarning              some weights of a model begin afresh, and are not those that it came with
+    OtherBlockWarning                some layers of a network are of another block than the one that was asked for
 """
 
 from __future__ import annotations
@@ -110,6 +111,10 @@ class NothingExpandedWarning(UserWarning):
 
 class FreshWeightsWarning(UserWarning):
     """Some weights of a model begin afresh: it is made for other classes or channels, or of other blocks."""
+
+
+class OtherBlockWarning(UserWarning):
+    """Some layers of a network are of another block than asked for, which has no form in their geometry."""
 
 
 def first_line(error: BaseException) -> str:

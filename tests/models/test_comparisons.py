@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import repvgg
 from norms import trained_like
 from repvgg.blocks import BLOCKS, BranchSum, DiracConv2d
-from repvgg.errors import NotLinearError, UnknownModelError, UsageError
+from repvgg.errors import NotLinearError, OtherBlockWarning, UnknownModelError, UsageError
 from repvgg.models import (
     COMPARISONS,
     ModelSpec,
@@ -36,6 +36,7 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::repvgg.errors.OtherBlockWarning")
 @pytest.mark.parametrize("block", [name for name, row in BLOCKS.items() if row.is_linear and name != "unireplk"])
 def test_variants_collapse_to_the_plain_form_of_their_row(block):
     torch.manual_seed(0)
@@ -63,7 +64,13 @@ def test_variants_that_cannot_be():
         create_variant(SMALL, "dbbb")
     with pytest.raises(UsageError, match="at least one class"):
         create_variant(SMALL, "acb", 0)
-    kinds = [type(part).__name__ for part in create_variant(SMALL, "repmixer").modules()]
+
+
+def test_layers_of_another_block_are_told():
+    """RepMixer keeps shapes: three of the seven layers of this row do."""
+    with pytest.warns(OtherBlockWarning, match="4 of 7 layers are 'conv_bn' in place of 'repmixer': .*shape"):
+        model = create_variant(SMALL, "repmixer")
+    kinds = [type(part).__name__ for part in model.modules()]
     assert kinds.count("RepMixer") == 3
 
 

@@ -6,7 +6,7 @@ from norms import trained_like
 
 from repvgg import reparameterize
 from repvgg.errors import UnknownModelError, UsageError
-from repvgg.models import ModelSpec, RepVGG, Stage, create_model, form_of
+from repvgg.models import ModelSpec, RepVGG, Stage, create_model, form_of, spec_of
 from repvgg.studies.contenders import BRANCHES, FULL, SMALL_B0, VARIANTS, all_blocks, chosen, network_row
 from repvgg.studies.paper import TABLE_6, TABLE_7
 
@@ -47,6 +47,8 @@ def test_every_block_that_has_a_form_takes_part():
 
 def test_rows_of_models_and_rows_of_studies():
     assert network_row("b0-small") is SMALL_B0
+    b0 = spec_of("repvgg_b0")
+    assert [(s.depth, 4 * s.channels) for s in SMALL_B0.stages] == [(s.depth, s.channels) for s in b0.stages]
     assert network_row("repvgg_b0").name == "repvgg_b0"
     with pytest.raises(UnknownModelError):
         network_row("b0-smal")

@@ -5,6 +5,7 @@ No block knows how to fold itself; that is read off its ``forward`` by :mod:`rep
 
 from repvgg.blocks.basic import ConvBN, PointwiseConv2d
 from repvgg.blocks.branches import BranchSum
+from repvgg.blocks.computed import ComputedConv2d
 from repvgg.blocks.constant_scale import ConstantScaleSum
 from repvgg.blocks.diverse import PaddedNorm
 from repvgg.blocks.encoded import DiracConv2d, IdentityConv2d
@@ -22,6 +23,7 @@ __all__ = [
     "BLOCKS",
     "BlockRow",
     "BranchSum",
+    "ComputedConv2d",
     "ConstantScaleSum",
     "ConvBN",
     "DOConv2d",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ class ComputedConv2d(nn.Conv2d):
     """``y = K ∗ x + b`` with K a function of ``weight`` and other parameters, which a subclass gives in :meth:`kernel`.
 
     A strided 1x1 kernel skips pixels first, for the reason that :class:`repvgg.blocks.PointwiseConv2d` tells.
+
+    Attributes:
+        kernels: names of the parameters that are kernels, or factors of kernels, and decay as such; the others are
+            scales, a number a channel.
     """
+
+    kernels: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
         super().__init__(

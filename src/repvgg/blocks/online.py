@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class OnlineConv2d(ComputedConv2d):
     RepVGG's branches. Batch norms between them would keep maps; v does their part, and one batch norm follows. Each v
     begins at ``1/√6``, which leaves the sum of six independent kernels as large as one. Plain form: K.
 
-    When to use it: where the branches of DBB are wanted and memory is short.
+    When to use it: where the branches of DBB are wanted and memory is short. All kernels decay, as in the authors'
+    training script; v does not under the policy of RepVGG's paper, though it does there.
 
     Raises:
         UsageError: the kernel size is even, so that it has no centre.
@@ -41,6 +42,10 @@ class OnlineConv2d(ComputedConv2d):
 
     Source: Hu et al., Online Convolutional Re-parameterization, CVPR 2022, §3.2 and Fig. 4.
     """
+
+    kernels: ClassVar[frozenset[str]] = frozenset(
+        {"weight", "pointwise", "average", "frequency", "inner", "outer", "channel", "mix"}
+    )
 
     def __init__(self, geometry: Geometry) -> None:
         geometry.require_centre()

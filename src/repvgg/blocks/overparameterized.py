@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,13 @@ class DOConv2d(ComputedConv2d):
 
     W has the shape (O, I, kH, kW) of a kernel, its k² taps being the m of the formula (D_mul = k², as published), and D
     the shape (C, k², k²), zero at first, so that it begins as the convolution with W. Plain form: K. When to use it:
-    in the place of any convolution larger than 1x1; it costs one small product of matrices a step.
+    in the place of any convolution larger than 1x1; it costs one small product of matrices a step. D decays as W does,
+    towards the plain convolution: its authors trained with the settings of their baselines, which spare no kernel.
 
     Source: Cao et al., DO-Conv, IEEE Transactions on Image Processing 31 (2022), §3.
     """
+
+    kernels: ClassVar[frozenset[str]] = frozenset({"weight", "depthwise"})
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
         super().__init__(geometry, bias=bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from repvgg.blocks import BLOCKS, BranchSum, ConvBN, DiracConv2d, Geometry, RepVGGBlock, block_of
-from repvgg.errors import BorderError, UnknownModelError, UsageError
+from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError
 from repvgg.models.builder import RepVGG
 from repvgg.models.sources import resolve
 from repvgg.models.spec import ModelSpec, spec_of
@@ -41,6 +42,9 @@ def create_variant(
     Raises:
         UnknownModelError: no row has that name.
         UsageError: there is no such block, or no layer has a geometry for it; or a count below 1.
+
+    Warns:
+        OtherBlockWarning: some layers are of ``otherwise``; the text says how many, and why.
     """
     _require_counts(num_classes, in_channels)
     row, other = block_of(block), block_of(otherwise)
@@ -56,6 +60,9 @@ def create_variant(
             layer.conv = other.make(geometry)
     if len(reasons) == len(layers):
         raise UsageError(f"No layer of {model.spec.name} can be a block {block!r}: {reasons[0]}")
+    if reasons:
+        text = f"{len(reasons)} of {len(layers)} layers are {otherwise!r} in place of {block!r}: {reasons[0]}"
+        warnings.warn(text, OtherBlockWarning, stacklevel=2)
     return model
 
 
