@@ -198,7 +198,7 @@ def orepa(block, geometry):
     inputs, outputs = layer.weight.shape[1], layer.weight.shape[0] // geometry.groups
     height, width = geometry.kernel_size
     kernel = torch.zeros_like(layer.weight)
-    v = layer.scales[:, :, 0, 0, 0]
+    v = layer.scales
     for o in range(layer.weight.shape[0]):
         group = o // outputs
         row, column = divmod(o % (height * width), width)

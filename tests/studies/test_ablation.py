@@ -89,7 +89,9 @@ def test_a_table_beside_the_papers(whole):
     assert done.complete
     rows = rows_of(folder / "table6.csv")
     assert [row["paper_top1_percent"] for row in rows.values()] == ["72.39", "74.79", "73.15", "75.14"]
-    for name, row in zip(("conv_bn", "repvgg_no_pointwise", "repvgg_no_identity", "repvgg"), rows.values(), strict=True):
+    for name, row in zip(
+        ("conv_bn", "repvgg_no_pointwise", "repvgg_no_identity", "repvgg"), rows.values(), strict=True
+    ):
         here = [cell_of(folder, f"{name}-seed{seed}")["trained"]["top1_percent"] for seed in (0, 1)]
         assert float(row["top1_percent"]) == pytest.approx(sum(here) / 2)
         assert float(row["top1_deviation"]) == pytest.approx(abs(here[0] - here[1]) / 2**0.5)
@@ -139,6 +141,18 @@ def test_what_is_no_single_convolution_says_why(tmp_path):
     assert rows["+ReLU in branch"]["same_answers"] == rows["Full-featured reparam"]["same_answers"]
     (note,) = (note for note in done.outcome.tables[0].notes if "+ReLU" in note)
     assert "relu is not a linear" in note
+
+
+def test_layers_of_another_block_are_told(tmp_path):
+    done = run(tmp_path / "t", "blocks", rows=("repmixer", "orepa", "expand_cl"), seeds=1)
+    notes = [note for note in done.outcome.tables[0].notes if "RepMixer" in note]
+    assert [note.split(":")[:2] for note in notes] == [
+        ["RepMixer", " 2 of 3 layers are 'conv_bn' in place of 'repmixer'"]
+    ]
+    for row in rows_of(tmp_path / "t" / "blocks.csv").values():
+        assert row["same_answers"].split()[0] == row["same_answers"].split()[2]
+        assert row["is_plain"] == "True"
+        assert row["paper_top1_percent"] == ""
 
 
 def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from norms import trained_like
 
+from norms import trained_like
 from repvgg import reparameterize
 from repvgg.errors import UnknownModelError, UsageError
 from repvgg.models import ModelSpec, RepVGG, Stage, create_model, form_of, spec_of

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from train_helpers import CONFIG, SPEC, opened, tiny
 
 from norms import trained_like
+from repvgg.blocks import Geometry, create_block
 from repvgg.errors import UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model, create_variant
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups

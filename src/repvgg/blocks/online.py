@@ -58,7 +58,7 @@ class OnlineConv2d(ComputedConv2d):
         self.outer = _fresh(geometry.out_channels, inputs, *size)
         self.channel = _fresh(geometry.in_channels, 1, *size)
         self.mix = _fresh(geometry.out_channels, inputs)
-        self.scales = nn.Parameter(torch.full((_TERMS, geometry.out_channels, 1, 1, 1), _TERMS**-0.5))
+        self.scales = nn.Parameter(torch.full((_TERMS, geometry.out_channels), _TERMS**-0.5))
         self.register_buffer("cosines", cosines(geometry.out_channels, *size).to(self.weight), persistent=False)
         self.register_buffer("unit", torch.eye(inputs), persistent=False)
         self.cosines: Tensor
@@ -87,7 +87,7 @@ class OnlineConv2d(ComputedConv2d):
             composed.reshape(self.weight.shape),
             separable.reshape(self.weight.shape),
         )
-        return (self.scales * torch.stack(terms)).sum(0)
+        return (self.scales[:, :, None, None, None] * torch.stack(terms)).sum(0)
 
 
 def cosines(count: int, height: int, width: int) -> Tensor:

@@ -27,6 +27,7 @@ MakeModule = Callable[[Geometry], nn.Module]
 
 _PAPER = "Ding et al., RepVGG, CVPR 2021"
 _QA = "Chu et al., Make RepVGG greater again, AAAI 2024"
+_YOLO = "Li et al., YOLOv6 v3.0, 2023, after Chu et al."
 _DIRAC = "Zagoruyko and Komodakis, DiracNets, 2017"
 _EXPAND = "Guo et al., ExpandNets, NeurIPS 2020"
 
@@ -123,7 +124,7 @@ _ROWS = (
         "QARepVGG V2",
         Switches(norms=_DENSE, norm_after=True, mean=True),
         "N(N(W∗x) + W1∗x + x + mean(x))",
-        _QA,
+        _YOLO,
     ),
     BlockRow("replk", "RepLK", large_kernel, "N(W∗x) + N(Ws∗x)", "Ding et al., RepLKNet, CVPR 2022"),
     BlockRow(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from repvgg.blocks import BLOCKS, BranchSum, ConvBN, DiracConv2d, Geometry, RepVGGBlock, block_of
 from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError
+from repvgg.models.baselines import create_baseline
 from repvgg.models.builder import RepVGG
-from repvgg.models.sources import resolve
 from repvgg.models.spec import ModelSpec, spec_of
 from repvgg.models.starting_values import delta_orthogonal_
 
-_SLOPE = 0.01  # of a leaky ReLU, PyTorch's own
+_SLOPE = 0.01  # of a leaky ReLU, PyTorch's own: what its source took is not known here
 
 
 def create_variant(
@@ -159,9 +159,10 @@ def dirac_net(depths: tuple[int, ...], num_classes: int = 1000, in_channels: int
     """DiracNet for ImageNet: the layers of a ResNet without its shortcuts, their kernels encoded with an identity.
 
     7x7 of stride 2 and max-pool; four stages of 64, 128, 256 and 512 channels with two layers for each of ``depths``,
-    of :class:`repvgg.blocks.DiracConv2d`, BN and ReLU; max-pool 2x2 between stages.
+    of :class:`repvgg.blocks.DiracConv2d`, BN and ReLU; max-pool 2x2 between stages. Collapsed, it has as many
+    parameters as the weights that its authors publish folded.
 
-    Source: Zagoruyko and Komodakis, DiracNets, arXiv:1706.00388, §4.2.
+    Source: Zagoruyko and Komodakis, DiracNets, arXiv:1706.00388, version 2, §4.2, and the authors' code.
     """
     stem = nn.Sequential(
         ConvBN(Geometry.square(in_channels, 64, 2, kernel_size=7).conv()), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
@@ -222,14 +223,16 @@ def _kaiming(weight: Tensor) -> Tensor:
 def resnet50_repvgg(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
     """ResNet-50 with the three branches of RepVGG in the place of each 3x3 convolution and its BN (paper §4.2).
 
-    76.34 against the 76.31 of ResNet-50: the branches are no general way to strengthen a network.
+    76.34 against the 76.31 of ResNet-50: the branches are no general way to strengthen a network. Strides are where the
+    paper's baseline has them, see :data:`repvgg.models.BASELINES`: its 3.9 GFLOPs (Table 4) are those of a ResNet-50
+    whose first 1x1 convolutions stride, and not of torchvision's, where the 3x3 do. So all 16 blocks have an identity.
 
     Raises:
         UsageError: images of other than 3 channels, which the builder of ResNet-50 does not take.
     """
     if in_channels != 3:
         raise UsageError(f"ResNet-50 takes images of 3 channels, not {in_channels}.")
-    model = resolve("torchvision:resnet50", num_classes=num_classes).model.train()
+    model = create_baseline("resnet50", num_classes)
     for part in model.modules():
         children = dict(part.named_children())
         conv = children.get("conv2")

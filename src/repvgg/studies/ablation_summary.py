@@ -171,6 +171,8 @@ def _notes(results: Results) -> list[str]:
     for row in results.contenders:
         reasons = {cell["deployed"]["left"] for cell in results.trained(row.name)} - {""}
         notes += [f"{row.title} is not one convolution a layer: {reason}." for reason in sorted(reasons)[:1]]
+        remarks = {remark for cell in results.trained(row.name) for remark in cell.get("remarks", ())}
+        notes += [f"{row.title}: {remark}" for remark in sorted(remarks)]
         notes += [f"{row.title}, seed {cell['seed']}: {cell['failed']}" for cell in results.failed(row.name)]
     return notes
 

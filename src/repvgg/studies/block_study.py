@@ -12,9 +12,9 @@ from repvgg.studies.contenders import all_blocks
 STUDY = ablation(
     "blocks",
     "Every block of the table, in the same network",
-    "Each block stands in the place of every 3×3 convolution of the same RepVGG. Blocks for larger kernels are left "
-    "out; where a block has no form in some layer's geometry, as RepMixer has none where the shape changes, that layer "
-    "is a convolution with its batch norm.",
+    "Each block stands in the place of every 3×3 convolution of the same RepVGG. Blocks for larger kernels alone are "
+    "left out; where a block has no form in some layer's geometry, as RepMixer has none where the shape changes, that "
+    "layer is a convolution with its batch norm, and the table says so.",
     all_blocks,
     largest_losses,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,7 +11,7 @@ from typing import TypeAlias
 from torch import nn
 
 from repvgg.blocks import BLOCKS, Geometry, create_block
-from repvgg.errors import BorderError, OtherBlockWarning, UsageError
+from repvgg.errors import BorderError, UsageError
 from repvgg.models import ModelSpec, Stage, create_variant, residual_reorg, spec_of
 from repvgg.studies.paper import TABLE_6, TABLE_7
 
@@ -53,21 +52,7 @@ class Contender:
 
 
 def _variant(block: str, spec: ModelSpec, num_classes: int, in_channels: int) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OtherBlockWarning)  # once is enough: see :func:`remarks`
-        return create_variant(spec, block, num_classes, in_channels)
-
-
-def remarks(rows: Sequence[Contender], spec: ModelSpec) -> list[str]:
-    """What the warnings would have said: the rows of which some layers are of another block."""
-    said = []
-    for row in rows:
-        if row.name in BLOCKS:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", OtherBlockWarning)
-                create_variant(spec, row.name)
-            said += [f"{row.title}: {warning.message}" for warning in caught]
-    return said
+    return create_variant(spec, block, num_classes, in_channels)
 
 
 _BRANCHES = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from repvgg import __version__
 from repvgg.collapse import Report, reparameterize
 from repvgg.data import OpenedData
-from repvgg.errors import NothingFoldedWarning, OutputError
+from repvgg.errors import NothingFoldedWarning, OtherBlockWarning, OutputError
 from repvgg.measure import environment
 from repvgg.measure.memory import peak_watched
 from repvgg.models import ModelSpec, RepVGG, form_of
@@ -57,15 +57,14 @@ def train_cell(training: Training, folder: Path) -> Cell:
     """
     _make(folder)
     data, config = training.data, training.config
-    with seeded("model", config.seed):
-        model = training.contender.make(training.spec, len(data.classes), data.input_shape[0])
+    model, remarks = _built(training)
 
     def log(history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
         write_log(folder, history)
 
     with peak_watched(config.accelerator) as peak:
         result = fit(model, data, config, folder=folder, resume=True, progress=False, on_epoch=log)
-    outcome = {
+    outcome: dict[str, Any] = {
         "row": training.contender.name,
         "seed": config.seed,
         "trained": _figures(result.held_out),
@@ -78,9 +77,19 @@ def train_cell(training: Training, folder: Path) -> Cell:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "version": __version__,
         "environment": environment(),
+        "remarks": remarks,
     }
     (folder / LAST).unlink(missing_ok=True)  # the result says it all
     return outcome
+
+
+def _built(training: Training) -> tuple[nn.Module, list[str]]:
+    """The network with the first weights of its seed, and what its builder warns of."""
+    with warnings.catch_warnings(record=True) as caught, seeded("model", training.config.seed):
+        warnings.simplefilter("always", OtherBlockWarning)
+        data = training.data
+        model = training.contender.make(training.spec, len(data.classes), data.input_shape[0])
+    return model, [str(warning.message) for warning in caught]
 
 
 def _make(folder: Path) -> None:

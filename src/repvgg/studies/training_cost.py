@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from repvgg.errors import UsageError
+from repvgg.errors import OtherBlockWarning, UsageError
 from repvgg.measure import INTERLEAVED, Call, Setting, SpeedProtocol, held_memory, memory_watched
 from repvgg.measure.memory import peak_of_gpu
 from repvgg.models import ModelSpec
@@ -87,7 +88,8 @@ def _calls(cost: Cost, names: Sequence[str], on_failure: Callable[[str, Exceptio
 
 
 def _network(cost: Cost, contender: Contender) -> nn.Module:
-    with seeded("model", cost.config.seed):
+    with warnings.catch_warnings(), seeded("model", cost.config.seed):
+        warnings.simplefilter("ignore", OtherBlockWarning)  # the trainings tell it
         model = contender.make(cost.spec, cost.num_classes, cost.image[0])
     layout = torch.channels_last if cost.config.channels_last else torch.contiguous_format
     return model.to(cost.setting.device, memory_format=layout).train()  # type: ignore[call-overload, no-any-return]
