@@ -49,7 +49,7 @@ class Spread:
         if self.mean is None:
             return "nothing"
         spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        return f"{self.mean:.2f}{spread}"
+        return f"{self.mean:.2f}{spread}".replace("-", "−")
 
 
 @dataclass(frozen=True, eq=False)
