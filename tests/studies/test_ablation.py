@@ -262,6 +262,20 @@ def test_other_settings_are_refused_other_machines_are_not(tmp_path, monkeypatch
         run(tmp_path / "t", part="cost", **one)
 
 
+def test_the_cost_is_measured_by_one_process(tmp_path):
+    one = {"rows": ("repvgg",), "seeds": 1}
+    run(tmp_path / "t", **one)
+    lock = tmp_path / "t" / "runs" / "cost.lock"
+    lock.write_text("7\nanother-machine\n")
+    lines = Lines()
+    done = run(tmp_path / "t", part="all", console=lines, **one)
+    assert lines.told == ["cost of a step: left to process 7 on another-machine"]
+    assert "The cost of a training step is not measured" in done.missing
+    lock.unlink()
+    assert run(tmp_path / "t", part="all", **one).complete
+    assert not lock.exists()
+
+
 def test_a_loss_without_end_is_an_outcome(tmp_path, monkeypatch):
     def fail(training, folder):
         raise TrainingError("The loss of epoch 1 is nan: take a lower learning rate, or clip gradients.")

@@ -79,6 +79,9 @@ def test_cells_that_another_process_puts_meanwhile(tmp_path):
     assert "a" not in cells
     assert cells.look("a")
     assert cells["a"] == {"x": 1}
+    Cells.open(tmp_path, header()).put("c", {"x": 2})
+    cells.look_at_all()
+    assert cells.values == {"a": {"x": 1}, "c": {"x": 2}}
     (tmp_path / "cells" / "b.json").write_text("[")
     with pytest.raises(DataError, match=r"b\.json"):
         cells.look("b")

@@ -5,9 +5,10 @@ import torch
 
 from norms import trained_like
 from repvgg import reparameterize
+from repvgg.blocks import BLOCKS, Geometry, create_block
 from repvgg.errors import UnknownModelError, UsageError
 from repvgg.models import ModelSpec, RepVGG, Stage, create_model, form_of, spec_of
-from repvgg.studies.contenders import BRANCHES, FULL, SMALL_B0, VARIANTS, all_blocks, chosen, network_row
+from repvgg.studies.contenders import BRANCHES, FULL, SMALL_B0, TWINS, VARIANTS, all_blocks, chosen, network_row
 from repvgg.studies.paper import TABLE_6, TABLE_7
 
 SPEC = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8), Stage(3, 8)))
@@ -42,6 +43,7 @@ def test_every_block_that_has_a_form_takes_part():
     names = [row.name for row in all_blocks()]
     assert {"conv_bn", FULL, "dbb", "orepa", "repmixer", "mobileone"} <= set(names)
     assert "unireplk" not in names, "its kernels are 5x5 and larger"
+    assert len(names) == len(BLOCKS) - 1 - len(TWINS)
     assert {row.name: row.top1_percent for row in all_blocks()}["acb"] == 73.58
 
 
@@ -58,3 +60,14 @@ def test_rows_of_models_and_rows_of_studies():
         chosen(BRANCHES, ["conv_b"])
     with pytest.raises(UsageError, match="there are conv_bn"):
         chosen(BRANCHES, ["xyzzy"])
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS.items())
+def test_twins_are_the_same_with_3x3_kernels(name, twin):
+    block, other = (create_block(one, Geometry.square(4, 4)) for one in (name, twin))
+    assert [value.shape for value in block.state_dict().values()] == [v.shape for v in other.state_dict().values()]
+    with torch.no_grad():
+        for mine, theirs in zip(block.state_dict().values(), other.state_dict().values(), strict=True):
+            theirs.copy_(mine)
+    x = torch.randn(2, 4, 9, 7)
+    torch.testing.assert_close(block(x), other(x))

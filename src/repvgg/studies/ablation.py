@@ -10,10 +10,12 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from repvgg.data import open_data
 from repvgg.measure import Setting, environment
 from repvgg.measure.environment import IDENTITY
 from repvgg.measure.setting import Device, Dtype
 from repvgg.studies.ablation_cells import (
+    RUNS,
     Work,
     missing_in_words,
     missing_jobs,
@@ -23,7 +25,7 @@ from repvgg.studies.ablation_cells import (
 )
 from repvgg.studies.ablation_summary import Lead, Results, outcome_of
 from repvgg.studies.cells import Cell, Cells
-from repvgg.studies.claims import Share
+from repvgg.studies.claims import Share, claimed
 from repvgg.studies.contenders import SMALL_B0, Contender, chosen, network_row
 from repvgg.studies.networks import check_counts
 from repvgg.studies.study import Outcome, Study, Told
@@ -204,22 +206,20 @@ def _measure(rows: Rows, settings: AblationSettings, cells: Cells, told: Told) -
 
 
 def _measure_cost(work: Work, settings: AblationSettings, cells: Cells, told: Told) -> None:
-    from repvgg.data import open_data
+    """By one process at a time; the others leave it to that one."""
+    with claimed(cells.folder / RUNS / "cost.lock") as claim:
+        cells.look_at_all()
+        if not claim.ours:
+            told.say(f"cost of a step: left to {claim.other}")
+        elif not cost_is_known(cells, settings.rounds):
+            machine = {name: value for name, value in environment().items() if name in IDENTITY}
+            measure_cost(_cost(work, settings), cells, machine, told)
 
-    if cost_is_known(cells, settings.rounds):
-        return
+
+def _cost(work: Work, settings: AblationSettings) -> Cost:
     data = open_data(work.config.data)
-    cost = Cost(
-        work.contenders,
-        work.spec,
-        work.config,
-        data.input_shape,
-        len(data.classes),
-        settings.setting,
-        settings.rounds,
-    )
-    machine = {name: value for name, value in environment().items() if name in IDENTITY}
-    measure_cost(cost, cells, machine, told)
+    shape, classes = data.input_shape, len(data.classes)
+    return Cost(work.contenders, work.spec, work.config, shape, classes, settings.setting, settings.rounds)
 
 
 def _missing(rows: Rows, settings: AblationSettings, cells: Cells) -> str:

@@ -23,7 +23,7 @@ from repvgg.studies.training_cell import Training, train_cell
 from repvgg.training import TrainConfig
 from repvgg.training.saving import Terminated
 
-_RUNS = "runs"
+RUNS = "runs"
 _OF_A_TABLE = {"rows", "seeds", "rounds"}  # and of no training
 
 Say = Callable[[str], None]
@@ -103,7 +103,7 @@ def _trained(work: Work, job: Job, folder: Path) -> Cell:
     config = replace(work.config, seed=job.seed)
     training = Training(job.contender, work.spec, config, _opened(config.data, job.seed))
     try:
-        return train_cell(training, folder / _RUNS / job.key)
+        return train_cell(training, folder / RUNS / job.key)
     except TrainingError as error:
         return {"row": job.contender.name, "seed": job.seed, "failed": str(error)}
     except Terminated:
@@ -180,4 +180,4 @@ def take_over(work: Work, cells: Cells, other: Path) -> int:
 
 
 def _lock(folder: Path, job: Job) -> Path:
-    return folder / _RUNS / f"{job.key}.lock"
+    return folder / RUNS / f"{job.key}.lock"

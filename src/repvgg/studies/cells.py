@@ -113,6 +113,15 @@ class Cells:
             self._values[key] = read_cell(path)
         return key in self._values
 
+    def look_at_all(self) -> None:
+        """Take in all that other processes have put meanwhile.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        for path in sorted((self.folder / CELLS).glob("*.json")):
+            self.look(path.stem)
+
     def put(self, key: str, value: Cell) -> None:
         """Keep a cell, on the disk at once.
 

@@ -88,14 +88,18 @@ VARIANTS = tuple(
 )
 
 
+#: Blocks that are another one where kernels are 3x3.
+TWINS = {"replk": "repvgg_no_identity", "expand_ck": "conv_bn", "qarepvgg_s2": "repvgg_identity_without_bn"}
+
+
 @cache
 def all_blocks() -> tuple[Contender, ...]:
-    """Every block of the table that has a form with 3x3 kernels; the paper's accuracies where it prints any."""
+    """Every block of the table that has a form of its own with 3x3 kernels; the paper's accuracies where it has any."""
     printed = {row.name: row.top1_percent for row in (*BRANCHES, *VARIANTS)}
     return tuple(
         Contender(name, row.title, partial(_variant, name), printed.get(name))
         for name, row in BLOCKS.items()
-        if _fits(name)
+        if name not in TWINS and _fits(name)
     )
 
 
