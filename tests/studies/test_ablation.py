@@ -10,12 +10,14 @@ import time
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from repvgg.errors import DataError, OutputExistsError, TrainingError, UnknownModelError, UsageError
 from repvgg.models import ModelSpec, Stage
 from repvgg.studies import ablation, ablation_cells, study, training_cell
 from repvgg.studies.ablation import AblationSettings
+from repvgg.studies.ablation_picture import draw_accuracies
 from repvgg.studies.ablation_summary import Results, Spread
 from repvgg.studies.contenders import BRANCHES
 from repvgg.studies.registry import STUDIES
@@ -189,8 +191,9 @@ def test_a_cell_that_was_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training_cell, "write_log", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "t", **one)
+    interrupted = run(tmp_path / "t", **one)
+    assert (interrupted.complete, interrupted.missing) == (False, "")
+    assert interrupted.outcome.lead == "The full block is not trained yet."
     assert (tmp_path / "t" / "runs" / "repvgg-seed0" / "last.ckpt").is_file()
     assert not list((tmp_path / "t" / "runs").glob("*.lock"))
     seen = []
@@ -310,6 +313,21 @@ def test_the_recipe_fills_in_what_nobody_chose():
     assert (config.optim.lr, config.optim.lr_batch) == (0.5, None)
     assert config.optim.warmup_epochs == pytest.approx(0.6), "a fifth of the epochs"
     assert (chosen.setting.dtype, chosen.setting.channels_last) == ("bfloat16", True)
+
+
+def test_a_picture_of_whatever_there_is():
+    rows = [("one", [50.0, 52.0], 70.0), ("two", [], 71.0), ("three", [51.0], None)]
+    figure = Figure()
+    draw_accuracies(figure, rows)
+    here, paper = figure.axes
+    assert [label.get_text() for label in here.get_yticklabels()] == ["one", "two", "three"]
+    assert {text.get_text() for text in here.texts} == {"51.00"}, "the means"
+    assert [text.get_text() for text in paper.texts] == ["70.00", "71.00"]
+    dots = {float(x) for line in here.lines if line.get_marker() == "o" for x in line.get_xdata()}
+    assert dots == {50.0, 51.0, 52.0}
+    alone = Figure()
+    draw_accuracies(alone, [("one", [], None)])
+    assert len(alone.axes) == 1, "no panel for a paper that prints nothing"
 
 
 def test_spreads_by_hand():

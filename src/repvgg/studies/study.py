@@ -143,7 +143,7 @@ def run_study(
     Raises:
         OutputExistsError: the folder holds a finished study, or something else.
         UsageError: the folder holds cells of other settings or of another machine, or the setting cannot be applied.
-        KeyboardInterrupt: Ctrl-C before anything was measured.
+        KeyboardInterrupt: Ctrl-C before anything was measured, or begun to be trained.
     """
     chosen = study.resolve(settings)
     with chosen.setting.applied():
@@ -172,7 +172,7 @@ def _measured(study: Study, settings: Any, cells: Cells, console: Console) -> bo
         with _progress(console) as told:
             study.measure(settings, cells, told)
     except KeyboardInterrupt:
-        if not len(cells):
+        if not (len(cells) or study.anywhere):  # a training that was begun is worth going on with
             raise
         return False
     return True
