@@ -170,6 +170,7 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
     assert trained == [("conv_bn", 0), ("conv_bn", 1)]
     assert not first.complete
     assert first.missing == "2 of 4 trainings are missing."
+    assert run(tmp_path / "t", rows=("conv_bn", "repvgg"), part="tables").missing == first.missing
     second = run(tmp_path / "t", rows=("conv_bn", "repvgg"))
     assert trained[2:] == [("repvgg", 0), ("repvgg", 1)]
     assert "the same command with --part cost" in second.missing

@@ -32,7 +32,7 @@ from repvgg.studies.study import Outcome, Study, Told
 from repvgg.studies.training_cost import Cost, cost_is_known, measure_cost
 from repvgg.training import TrainConfig, recipe_of
 
-Part: TypeAlias = Literal["all", "trainings", "cost"]
+Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
 Rows: TypeAlias = Callable[[], tuple[Contender, ...]]
 
 _FREE = frozenset({"jobs", "cells", "part", "reuse"})
@@ -48,7 +48,7 @@ class AblationSettings:
         model: the row of models that all networks are built on: b0-small, or one of 'repvgg list'.
         recipe: how they are trained; what is not chosen below comes from it.
         data: URI of the images.
-        epochs: passes over the training images.
+        epochs: passes over the training images; a warm-up takes a fifth of them at most.
         batch: images of a step.
         lr: the highest learning rate, whatever the batch.
         input_size: height and width of the training images.
@@ -60,7 +60,8 @@ class AblationSettings:
         jobs: processes that train at a time on this machine.
         cells: the share of the trainings that this call looks at, such as 1/4. Several calls may also share all of
             them: whoever comes first takes a cell.
-        part: trainings, or the cost of their steps, for which the machine should be quiet; all does both, in turn.
+        part: trainings, or the cost of their steps, for which the machine should be quiet; all does both, in turn;
+            tables does neither, and writes what there is so far.
         reuse: folder of another study, whose trainings are taken where they are the same.
 
     Raises:
@@ -193,16 +194,23 @@ def _work(rows: Rows, settings: AblationSettings) -> Work:
 def _measure(rows: Rows, settings: AblationSettings, cells: Cells, told: Told) -> None:
     """The trainings that nobody has done, then the cost, unless only one of both is asked for."""
     work = _work(rows, settings)
+    if settings.part == "tables":
+        cells.look_at_all()
+        return
     cells.begin()
     if settings.reuse is not None:
         told.say(f"{take_over(work, cells, settings.reuse)} trainings are those of {settings.reuse}")
     if settings.part != "cost":
-        if settings.jobs > 1:
-            work_off_together(work, cells, settings.jobs)
-        else:
-            work_off(work, cells, told.say, told)
+        _train(work, settings.jobs, cells, told)
     if settings.part == "cost" or (settings.part == "all" and not missing_jobs(work, cells)):
         _measure_cost(work, settings, cells, told)
+
+
+def _train(work: Work, processes: int, cells: Cells, told: Told) -> None:
+    if processes > 1:
+        work_off_together(work, cells, processes)
+    else:
+        work_off(work, cells, told.say, told)
 
 
 def _measure_cost(work: Work, settings: AblationSettings, cells: Cells, told: Told) -> None:
