@@ -181,6 +181,12 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
         run(tmp_path / "t", rows=("conv_bn", "repvgg"))
 
 
+def test_there_are_no_tables_of_nothing(tmp_path):
+    with pytest.raises(DataError, match="There is no study in .* yet"):
+        run(tmp_path / "t", part="tables")
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_cell_that_was_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """Ctrl-C after the first epoch; then the same command again, and one that was never interrupted."""
     one = {"rows": ("repvgg",), "seeds": 1}

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from repvgg.data import open_data
+from repvgg.errors import DataError
 from repvgg.measure import Setting, environment
 from repvgg.measure.environment import IDENTITY
 from repvgg.measure.setting import Device, Dtype
@@ -24,7 +25,7 @@ from repvgg.studies.ablation_cells import (
     work_off_together,
 )
 from repvgg.studies.ablation_summary import Lead, Results, outcome_of
-from repvgg.studies.cells import Cell, Cells
+from repvgg.studies.cells import HEADER, Cell, Cells
 from repvgg.studies.claims import Share, claimed
 from repvgg.studies.contenders import SMALL_B0, Contender, chosen, network_row
 from repvgg.studies.networks import check_counts
@@ -195,7 +196,8 @@ def _measure(rows: Rows, settings: AblationSettings, cells: Cells, told: Told) -
     """The trainings that nobody has done, then the cost, unless only one of both is asked for."""
     work = _work(rows, settings)
     if settings.part == "tables":
-        cells.look_at_all()
+        if not (cells.folder / HEADER).exists():
+            raise DataError(f"There is no study in {str(cells.folder)!r} yet: start its trainings first.")
         return
     cells.begin()
     if settings.reuse is not None:
