@@ -182,7 +182,7 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
 
 
 def test_there_are_no_tables_of_nothing(tmp_path):
-    with pytest.raises(DataError, match="There is no study in .* yet"):
+    with pytest.raises(DataError, match=r"There is no study in .* yet"):
         run(tmp_path / "t", part="tables")
     assert not (tmp_path / "t").exists()
 
