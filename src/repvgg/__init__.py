@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from repvgg import engine as engine
     from repvgg.algebra import ConvMap
     from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
-    from repvgg.expansion import ExpandReport, expand, insert_bn
+    from repvgg.expansion import ExpandReport, expand, insert_bn, replace_convs
     from repvgg.models import ModelSpec, RepVGG, create_model, from_pretrained, list_models, load, push_to_hub
     from repvgg.symbolic import equivalent_conv
     from repvgg.symbolic.trace import trace  # from where it stands: its room holds a module of that name
@@ -42,6 +42,7 @@ __all__ = [
     "model_summary",
     "push_to_hub",
     "reparameterize",
+    "replace_convs",
     "trace",
     "verify",
 ]
@@ -49,7 +50,7 @@ __all__ = [
 _ROOMS = {
     "algebra": ("ConvMap",),
     "collapse": ("ModelSummary", "Report", "fold_batch_norms", "is_plain", "model_summary", "reparameterize"),
-    "expansion": ("ExpandReport", "expand", "insert_bn"),
+    "expansion": ("ExpandReport", "expand", "insert_bn", "replace_convs"),
     "models": ("ModelSpec", "RepVGG", "create_model", "from_pretrained", "list_models", "load", "push_to_hub"),
     "symbolic": ("equivalent_conv", "trace"),
 }

@@ -24,9 +24,10 @@ and what to do next. Catch by meaning::
 
     NothingFoldedWarning             a conversion was asked for and there was nothing to convert
     NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
-    FreshWeightsWarning              some weights of a pretrained model are not the published ones
     CacheWarning                     machine code cannot be kept on the disk, and is made anew in each process
     FallbackWarning                  something simpler and slower does the work that the engine was asked to do
+    FreshWeightsWarning              some weights of a model begin afresh, and are not those that it came with
+    OtherBlockWarning                some layers of a network are of another block than the one that was asked for
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ class NothingExpandedWarning(UserWarning):
 
 
 class FreshWeightsWarning(UserWarning):
-    """Some weights of a pretrained model are not the published ones: it is made for other classes or channels."""
+    """Some weights of a model begin afresh: it is made for other classes or channels, or of other blocks."""
+
+
+class OtherBlockWarning(UserWarning):
+    """Some layers of a network are of another block than asked for, which has no form in their geometry."""
 
 
 class CacheWarning(UserWarning):

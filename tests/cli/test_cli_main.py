@@ -198,7 +198,8 @@ def test_examples_in_help_use_known_flags(repvgg):
     for verb, second, *rest in examples:
         flags = {word for word in (second, *rest) if word.startswith("--")}
         known = COMMAND_LINE[verb if verb in COMMAND_LINE else f"{verb} {second}"]
-        more = {"train": ["--data"], "study": ["--max-gmacs", "--threads"]}  # short flags, and those of a single study
+        of_studies = ["--max-gmacs", "--threads", "--data", "--epochs", "--jobs"]
+        more = {"train": ["--data"], "study": of_studies}  # short flags, and those of a single study
         assert flags <= {*known, *more.get(verb, [])}
 
 

@@ -110,3 +110,22 @@ def test_flags_that_it_does_not_have(repvgg):
     outcome = repvgg("study", "table1", "--max-gmacs", 3)
     assert (outcome.code, outcome.out) == (2, "")
     assert "--max-gmacs" in outcome.err
+
+
+def test_trainings_are_shared_out(repvgg, refused, tmp_path):
+    """Half of the trainings by one call, the others and the cost by the next; and a share that there is not."""
+    small = ("--model", "repvgg_t0", "--data", "fake:32x4", "--input-size", 8, "--epochs", 1, "--batch", 16)
+    chosen = (*small, "--seeds", 1, "--rounds", 1, "--threads", 1, "--device", "cpu", "--rows", "conv_bn", "repvgg")
+    assert "no share 3 of 2" in refused("study", "table6", *chosen, "--cells", "3/2")
+    assert "did you mean conv_bn" in refused("study", "table6", *chosen[:-2], "conv_b")
+    assert not list(tmp_path.iterdir())
+    half = repvgg("study", "table6", *chosen, "--cells", "1/2")
+    assert half.code == 0
+    assert "conv_bn-seed0: " in half.err
+    assert "warning: 1 of 2 trainings are missing." in half.err
+    rest = repvgg("study", "table6", *chosen)
+    assert rest.code == 0
+    assert "warning" not in rest.err
+    data = json.loads((tmp_path / "runs/studies/table6/table6.json").read_text(encoding="utf-8"))
+    assert [row["seeds"] for row in data["tables"]["table6"]["rows"]] == [1, 1]
+    assert data["finished"]

@@ -37,3 +37,28 @@ def test_what_there_is_to_have(tmp_path, monkeypatch):
     assert memory.available_memory("cpu") == 6000 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     assert memory.available_memory("cpu") == 4000
+
+
+def test_the_peak_of_a_process_is_that_of_the_time_it_was_watched(tmp_path, monkeypatch):
+    with memory.peak_watched() as peak:
+        before = peak()
+        held = torch.zeros(40_000_000)
+        del held
+    with memory.peak_watched() as again:
+        after = again()
+    if before is not None and after is not None:  # Linux
+        assert peak() is not None
+        assert after - before < 100_000_000, "forgotten"
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(memory, "_FORGET", tmp_path / "none" / "none")
+    with memory.peak_watched() as peak:
+        assert peak() is None
+
+
+def test_the_highest_resident_memory_is_read_off(tmp_path, monkeypatch):
+    (tmp_path / "status").write_text("Name: x\nVmHWM:\t    1234 kB\nVmRSS: 1000 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "_FORGET", tmp_path / "clear")
+    with memory.peak_watched() as peak:
+        assert peak() == 1234 * 1024
+    assert (tmp_path / "clear").read_text() == "5"

@@ -61,6 +61,32 @@ def test_cells_of_other_settings_or_machines_are_not_mixed_in(tmp_path, changes,
     assert not (tmp_path / HEADER).exists()
 
 
+def test_cells_of_another_machine_where_they_hold_no_times(tmp_path):
+    Cells.open(tmp_path, header()).put("a", {})
+    other = Cells.open(tmp_path, header(cpu="another"), anywhere=True)
+    other.put("b", {"x": 1})
+    assert other.header.environment["cpu"] == "a processor", "the header is that of the first"
+    with pytest.raises(UsageError, match="batch 8, and now it is 16"):
+        Cells.open(tmp_path, header(settings={"batch": 16}), anywhere=True)
+
+
+def test_cells_that_another_process_puts_meanwhile(tmp_path):
+    cells = Cells.open(tmp_path, header())
+    cells.begin()
+    cells.begin()
+    assert not cells.look("a")
+    Cells.open(tmp_path, header()).put("a", {"x": 1})
+    assert "a" not in cells
+    assert cells.look("a")
+    assert cells["a"] == {"x": 1}
+    Cells.open(tmp_path, header()).put("c", {"x": 2})
+    cells.look_at_all()
+    assert cells.values == {"a": {"x": 1}, "c": {"x": 2}}
+    (tmp_path / "cells" / "b.json").write_text("[")
+    with pytest.raises(DataError, match=r"b\.json"):
+        cells.look("b")
+
+
 def test_another_study_is_not_mixed_in(tmp_path):
     Cells.open(tmp_path, header()).put("a", {})
     with pytest.raises(UsageError, match="study 'table4', and now it is 'table5'"):

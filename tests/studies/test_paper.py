@@ -12,6 +12,7 @@ from repvgg.studies.paper import (
     TABLE_4,
     TABLE_5,
     TABLE_6,
+    TABLE_7,
 )
 
 ROWS = {row.model: row for row in (*TABLE_5, *TABLE_4)}  # of a model that is in both, the row of Table 4
@@ -73,3 +74,12 @@ def test_table_6_is_of_b0():
     assert (full.identity, full.pointwise, full.top1_percent) == (True, True, ROWS["repvgg_b0"].top1_percent)
     assert TABLE_6[0].images_per_second < ROWS["repvgg_b0"].images_per_second
     assert len({(row.identity, row.pointwise) for row in TABLE_6}) == len(TABLE_6)
+
+
+def test_table_7_is_of_b0_and_the_text_compares_its_numbers():
+    rows = {row.name: row.top1_percent for row in TABLE_7}
+    assert len(rows) == len(TABLE_7) == 8
+    assert rows["repvgg"] == TABLE_6[-1].top1_percent
+    assert rows["repvgg"] - rows["residual_reorg"] == pytest.approx(0.58)  # §4.2
+    assert max(rows, key=rows.__getitem__) == "repvgg_relu"
+    assert rows["repvgg_post_bn"] < rows["repvgg_identity_without_bn"] < rows["repvgg"]

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from train_helpers import CONFIG, SPEC, opened, tiny
 
 from norms import trained_like
+from repvgg.blocks import Geometry, create_block
 from repvgg.errors import UsageError
-from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
+from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model, create_variant
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups
 from repvgg.training.decay import describe_groups, rep_branches
 from repvgg.training.optim import optimizer_groups
@@ -205,3 +206,35 @@ def test_custom_l2_reaches_the_kernels():
         losses.append(result.history[0].loss)
     assert sizes[1] < 0.6 * sizes[0]
     assert losses[1] < losses[0] + 1
+
+
+FACTORS = {"pointwise", "average", "frequency", "inner", "outer", "channel", "mix", "depthwise"}
+
+
+@pytest.mark.parametrize("block", ["repvgg_post_bn", "qarepvgg", "dbb", "mobileone", "repvgg_relu", "dirac", "orepa"])
+def test_the_l2_of_upstream_knows_its_own_blocks_only(block):
+    """Others have a kernel and a 1x1 as well, and more beside them: their kernels decay as they are."""
+    spec = replace(SPEC, auxiliary=())
+    model = create_variant(spec, block, num_classes=3)
+    assert list(rep_branches(model)) == []
+    assert equivalent_l2(model) == 0
+    for custom in (False, True):
+        decaying, _ = parameter_groups(model, 0.1, custom_l2=custom)
+        plain = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+        factors = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in FACTORS]
+        assert {id(p) for p in decaying["params"]} == {id(p) for p in [*plain, *factors]}
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes"),
+    [
+        ("orepa", [4 * 4 * 9 * 2 + 3 * 16 + 16 + 4 * 9 + 16, 6 * 4]),  # two kxk, three 1x1, inner, channel, mix; v
+        ("doconv", [4 * 4 * 9 + 4 * 81, 0]),
+        ("dirac", [4 * 4 * 9, 2 * 4]),
+        ("expand_cl", [16 * 4 + 16 * 16 * 9 + 16 * 4, 0]),
+    ],
+)
+def test_what_kernels_are_computed_of_decays_and_scales_do_not(block, sizes):
+    decaying, rest = parameter_groups(create_block(block, Geometry.square(4, 4)), 0.1)
+    assert sum(p.numel() for p in decaying["params"]) == sizes[0]
+    assert sum(p.numel() for p in rest["params"]) == sizes[1] + 2 * 4, "and a batch norm"

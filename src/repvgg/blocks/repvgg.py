@@ -1,17 +1,89 @@
-"""The RepVGG block (Ding et al., CVPR 2021, §3.2, Fig. 4)."""
+"""The RepVGG block (Ding et al., CVPR 2021, §3.2, Fig. 4), and all that differs from it by switches."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from repvgg.blocks.basic import ConvBN, PointwiseConv2d, Size
+from repvgg.blocks.basic import ConvBN, Size
 from repvgg.blocks.branches import BranchSum
 from repvgg.blocks.fused import trained
-from repvgg.errors import UsageError
+from repvgg.blocks.geometry import Geometry, PaddingMode
+from repvgg.blocks.mean import MeanFilter
 
-PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+Branch: TypeAlias = Literal["dense", "pointwise", "identity"]
+_EVERY: frozenset[Branch] = frozenset({"dense", "pointwise", "identity"})
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Which branches a block of RepVGG's kind has, and where its batch norms stand.
+
+    Attributes:
+        dense: how many copies of the kxk convolution.
+        pointwise: whether there is a 1x1 convolution.
+        identity: whether the input is added where the shapes match.
+        mean: whether the mean over the k² pixels is added where the shapes match.
+        norms: the branches with a batch norm of their own.
+        norm_after: whether a batch norm follows the sum.
+        relu: whether a ReLU ends each branch, in front of the sum. No convolution equals such a block.
+    """
+
+    dense: int = 1
+    pointwise: bool = True
+    identity: bool = True
+    mean: bool = False
+    norms: frozenset[Branch] = _EVERY
+    norm_after: bool = False
+    relu: bool = False
+
+
+REPVGG = Switches()
+
+
+def branches_of(geometry: Geometry, switches: Switches = REPVGG) -> nn.Module:
+    """The branches that are switched on, summed; equal in eval mode to one convolution, unless there are ReLUs.
+
+    ``y = BN(Σ_j BNj(Wj ∗ x) + BN1(W1 ∗ x) + BN0(x) + mean(x))``, each batch norm where ``switches`` have it. With
+    t = γ/σ of each, and 1 where there is none, the plain kernel is
+    ``t · (Σ_j tj·Wj + pad(t1·W1) + pad(diag(t0)) + diag(1/k²))``.
+
+    Returns:
+        A :class:`BranchSum` with ``dense``, ``dense1``, …, ``pointwise``, ``identity`` and ``mean``; where a batch norm
+        follows, an ``nn.Sequential`` of it and ``bn``.
+
+    Raises:
+        UsageError: the kernel size is even.
+        BorderError: the padding is another one than the centre needs.
+    """
+    geometry.require_centre()
+    found: dict[str, nn.Module] = {}
+    for copy in range(switches.dense):
+        found[f"dense{copy or ''}"] = _normed(geometry.conv(), "dense", switches)
+    if switches.pointwise:
+        found["pointwise"] = _normed(geometry.around(1), "pointwise", switches)
+    if switches.identity and geometry.keeps_shape:
+        normed = "identity" in switches.norms
+        found["identity"] = nn.BatchNorm2d(geometry.in_channels) if normed else nn.Identity()
+    if switches.mean and geometry.keeps_shape:
+        found["mean"] = MeanFilter(geometry)
+    if switches.relu:
+        found = {name: nn.Sequential(branch, nn.ReLU()) for name, branch in found.items()}
+    return summed(BranchSum(found), geometry) if switches.norm_after else BranchSum(found)
+
+
+def summed(branches: BranchSum, geometry: Geometry) -> nn.Sequential:
+    """A sum of branches and the batch norm behind it, as ``sum`` and ``bn``."""
+    out = nn.Sequential()
+    out.add_module("sum", branches)
+    out.add_module("bn", nn.BatchNorm2d(geometry.out_channels))
+    return out
+
+
+def _normed(conv: nn.Conv2d, branch: Branch, switches: Switches) -> nn.Module:
+    return ConvBN(conv) if branch in switches.norms else conv
 
 
 def rep_conv(
@@ -43,24 +115,18 @@ def rep_conv(
     Raises:
         UsageError: the kernel size is even: no padding puts its centre on a pixel.
     """
-    kernel, steps = _pair(kernel_size), _pair(dilation)
-    if not all(size % 2 for size in kernel):
-        raise UsageError(f"A kernel of {kernel[0]}x{kernel[1]} has no centre for the other branches: take an odd size.")
-    branches = BranchSum()
-    if kernel == (1, 1):
-        dense: nn.Conv2d = PointwiseConv2d(in_channels, out_channels, stride, groups, bias=False)
-    else:
-        padding = (steps[0] * (kernel[0] // 2), steps[1] * (kernel[1] // 2))
-        dense = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, steps, groups, False, padding_mode)
-    branches["dense"] = ConvBN(dense)
-    branches["pointwise"] = ConvBN(PointwiseConv2d(in_channels, out_channels, stride, groups, bias=False))
-    if in_channels == out_channels and _pair(stride) == (1, 1):
-        branches["identity"] = nn.BatchNorm2d(in_channels)
+    geometry = Geometry.square(
+        in_channels,
+        out_channels,
+        stride,
+        groups,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        padding_mode=padding_mode,
+    )
+    branches = branches_of(geometry)
+    assert isinstance(branches, BranchSum)  # nothing follows the sum
     return branches
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 class RepVGGBlock(nn.Module):

@@ -23,11 +23,13 @@ def study(arguments: list[str]) -> int:
     A study leaves a folder: tables (Markdown, CSV, JSON), pictures for slides (SVG, PNG) and a page, report.html.
     Every measurement is kept as soon as it is made: interrupted in whatever way, the same command goes on from there,
     and after Ctrl-C the tables hold what there is. Studies: table1, table4, table5, table6-speed, figure1, figure3,
-    mobile.
+    mobile; and those that train, table6, table7 and blocks. These may be started several times over one folder, on any
+    machines that share it: each call takes the next training that nobody has.
 
         repvgg study table1
         repvgg study table4 --max-gmacs 6 --threads 1
         repvgg study figure3 --out memory --overwrite
+        repvgg study table6 --data imagefolder:cifar10 --epochs 3 --jobs 4
 
     Args:
         arguments: what stands behind ``repvgg study``.
@@ -93,6 +95,9 @@ def _run(chosen: Study, parsed: Any, command: str) -> int:
     done = run_study(chosen, parsed.settings, parsed.out, overwrite=parsed.overwrite, command=command)
     _print(done)
     if done.complete:
+        return 0
+    if done.missing:
+        write_warning(done.missing)
         return 0
     write_warning(f"interrupted; go on with: {command.replace(' --overwrite', '')}")
     return _INTERRUPTED

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
+from repvgg.blocks import Geometry, block_of
+from repvgg.errors import FreshWeightsWarning
 from repvgg.expansion.branches import MakeBlock, rep_block
 from repvgg.expansion.outputs import seen_behind
 from repvgg.expansion.report import ExpandReport
@@ -66,6 +70,66 @@ def expand(
         if data is not None:
             out = work.calibrate(out, data)
     return out, work.report()
+
+
+def replace_convs(
+    model: nn.Module, block: str | MakeBlock, *, where: Where | None = None, data: Data | None = None
+) -> tuple[nn.Module, ExpandReport]:
+    """Put a block of the table in the place of each convolution; the same function at that moment where that can be.
+
+    As :func:`expand`, with two differences: the block is told by its name, and one that cannot begin as its convolution
+    begins with fresh values, to be trained. Which those are, and why, the report says: ``report.is_exact`` and the
+    ``fresh`` of its rows. DiracNet's kernel is normalized and ExpandNet's is a product: neither is affine in the
+    kernel of a convolution inside, which is what is solved for. With ReLUs in its branches no block is a convolution.
+
+    Args:
+        model: any model; it is left untouched.
+        block: a name of :data:`repvgg.blocks.BLOCKS`, such as "dbb", or a function as :func:`expand` takes it.
+        where: ``(name, conv) -> bool``, which convolutions to take; all whose kernel is larger than 1, unless given.
+        data: see :func:`expand`.
+
+    Returns:
+        The new model, sharing nothing with the input, in its dtype, device and modes; and the report.
+
+    Raises:
+        ReparamError: the model cannot be copied.
+        UsageError: there is no such block; or there are no batches in ``data``, or they are no tensors.
+
+    Warns:
+        NothingExpandedWarning: no convolution got a block; the outcome is a copy.
+        FreshWeightsWarning: some blocks begin with fresh values, and the model computes something else.
+
+    Limits: those of :func:`expand`. A batch norm that follows a convolution stays behind the block.
+    """
+    make = _of_the_table(block) if isinstance(block, str) else block
+    with judging():
+        out = copy_of(model)
+        work = Work(model, out)
+        owners = owners_of(out)
+        for site in work.chosen(where or _larger_than_one, _not_wanted(where)):
+            work.attempt(site, make, owners, or_fresh=True)
+        out = replaced(out, work.made)
+        if data is not None:
+            out = work.calibrate(out, data)
+    report = work.report()
+    _warn_of_fresh(report)
+    return out, report
+
+
+def _of_the_table(name: str) -> MakeBlock:
+    row = block_of(name)
+    return lambda conv: row.make(Geometry.of(conv))
+
+
+def _warn_of_fresh(report: ExpandReport) -> None:
+    fresh = [row for row in report.expanded if row.fresh]
+    if fresh:
+        warnings.warn(
+            f"{len(fresh)} of {len(report.expanded)} blocks begin with fresh values, so the model computes something "
+            f"else until it is trained: {fresh[0].fresh}.",
+            FreshWeightsWarning,
+            stacklevel=3,
+        )
 
 
 def insert_bn(model: nn.Module, data: Data, *, where: Where | None = None) -> tuple[nn.Module, ExpandReport]:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from repvgg.blocks import BranchSum, rep_conv
-from repvgg.errors import BorderError, ReparamError, RepvggError
+from repvgg.blocks import BranchSum, Geometry, branches_of
+from repvgg.errors import ReparamError, RepvggError
 
 MakeBlock = Callable[[nn.Conv2d], nn.Module | None]
 
@@ -24,29 +24,9 @@ def rep_block(conv: nn.Conv2d) -> BranchSum:
         BorderError: the padding is not ``dilation · (k − 1) / 2``: 1x1 and identity would read around other pixels.
         UsageError: the kernel size is even.
     """
-    height, width = conv.kernel_size
-    y, x = conv.dilation
-    block = rep_conv(
-        conv.in_channels,
-        conv.out_channels,
-        _pair(conv.stride),
-        conv.groups,
-        kernel_size=(height, width),
-        dilation=(y, x),
-        padding_mode=conv.padding_mode,
-    )
-    centred = (y * (height // 2), x * (width // 2))
-    padding = {"same": centred, "valid": (0, 0)}[conv.padding] if isinstance(conv.padding, str) else _pair(conv.padding)
-    if padding != centred:
-        raise BorderError(
-            f"its padding is {padding}, and only with {centred} do a 1x1 and an identity read around the same pixels"
-        )
-    return block
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    first, second = value
-    return first, second
+    branches = branches_of(Geometry.of(conv))
+    assert isinstance(branches, BranchSum)  # nothing follows the sum
+    return branches
 
 
 def block_for(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:

@@ -18,7 +18,9 @@ class Expanded:
         parameters_before: number of parameters of the convolution.
         parameters_after: number of parameters of what stands there now.
         error: largest difference in kernel or bias from the convolution, as stored in its dtype, relative to the
-            largest number in them. In float64 it was at most 1e-12; the rest is rounding.
+            largest number in them. In float64 it was at most 1e-12; the rest is rounding. None where the block begins
+            afresh.
+        fresh: why the block keeps its fresh values, and computes another function; empty where it does not.
     """
 
     name: str
@@ -26,7 +28,8 @@ class Expanded:
     convolution: str
     parameters_before: int
     parameters_after: int
-    error: float
+    error: float | None
+    fresh: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class ExpandReport:
         """How many parameters more there are to train."""
         return sum(row.parameters_after - row.parameters_before for row in self.expanded)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether each block begins as the convolution in whose place it stands."""
+        return not any(row.fresh for row in self.expanded)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         return asdict(self)
@@ -65,7 +73,8 @@ class ExpandReport:
         yield f"{len(self.expanded)} convolutions expanded, {self.parameters_added:,} parameters added"
         for row in self.expanded:
             also = f" (also {', '.join(row.also)})" if row.also else ""
-            yield f"  {row.name or '(root)'}{also}: {row.convolution}, error {row.error:.1e}"
+            how = f"begins afresh: {row.fresh}" if row.error is None else f"error {row.error:.1e}"
+            yield f"  {row.name or '(root)'}{also}: {row.convolution}, {how}"
         if self.left:
             yield f"{len(self.left)} left alone"
         for kept in self.left:

@@ -28,7 +28,8 @@ class Work:
 
     Attributes:
         made: what takes the place of a convolution.
-        errors: of those, how far they are from the convolution.
+        errors: of those, how far they are from the convolution; None where they are to be trained to it.
+        fresh: of the latter, why.
         reasons: of the others.
     """
 
@@ -37,7 +38,8 @@ class Work:
         self.sites = sites_of(model)
         self.models = (original, model)
         self.made: dict[nn.Module, nn.Module] = {}
-        self.errors: dict[nn.Module, float] = {}
+        self.errors: dict[nn.Module, float | None] = {}
+        self.fresh: dict[nn.Module, str] = {}
         self.reasons: dict[nn.Module, str] = {}
 
     def chosen(self, where: Where, otherwise: str) -> list[Site]:
@@ -52,21 +54,31 @@ class Work:
         found = self.originals.get(site.names[0])
         return found if isinstance(found, nn.Conv2d) else site.conv
 
-    def put(self, conv: nn.Module, new: nn.Module, error: float) -> None:
+    def put(self, conv: nn.Module, new: nn.Module, error: float | None) -> None:
         """Note what takes the place of ``conv``."""
         self.made[conv], self.errors[conv] = new, error
 
-    def attempt(self, site: Site, make: MakeBlock, owners: Mapping[int, int]) -> None:
-        """Make the block of one convolution, or note why there is none."""
+    def attempt(self, site: Site, make: MakeBlock, owners: Mapping[int, int], *, or_fresh: bool = False) -> None:
+        """Make the block of one convolution, or note why there is none; fresh, if that will do, where none is equal."""
         reason = not_replaceable(site.conv, owners)
         if reason:
             self.reasons[site.conv] = reason
             return
         try:
-            block = like_conv(self.own(block_for(site.conv, make)), site.conv)
-            self.put(site.conv, block, fit(block, site.conv))
+            block = self.make(site.conv, make)
         except (ReparamError, UsageError) as error:
             self.reasons[site.conv] = str(error).rstrip(".")
+            return
+        try:
+            self.put(site.conv, block, fit(block, site.conv))
+        except (ReparamError, UsageError) as error:
+            (self.fresh if or_fresh else self.reasons)[site.conv] = str(error).rstrip(".")
+            if or_fresh:
+                self.put(site.conv, self.make(site.conv, make), None)
+
+    def make(self, conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
+        """A fresh block in the place of one convolution."""
+        return like_conv(self.own(block_for(conv, make)), conv)
 
     def own(self, block: nn.Module) -> nn.Module:
         """Check that nothing else has the tensors of a block: they are about to be written to.
@@ -87,7 +99,7 @@ class Work:
             take_on(cast("_BatchNorm", norm), statistics, *map_of(cast("_BatchNorm", norm)))
         undone: dict[nn.Module, nn.Module] = {}
         for site in self.sites:
-            if site.conv in self.made:
+            if site.conv in self.made and site.conv not in self.fresh:
                 undone |= self.fitted_again(site.conv)
         return replaced(out, undone)
 
@@ -128,7 +140,8 @@ class Work:
     def row(self, site: Site) -> Expanded:
         """One convolution that was replaced."""
         before, after = (sum(p.numel() for p in m.parameters()) for m in (site.conv, self.made[site.conv]))
-        return Expanded(site.names[0], site.names[1:], _words(site.conv), before, after, self.errors[site.conv])
+        error, fresh = self.errors[site.conv], self.fresh.get(site.conv, "")
+        return Expanded(site.names[0], site.names[1:], _words(site.conv), before, after, error, fresh)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

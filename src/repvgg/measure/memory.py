@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +20,7 @@ _MEMORY_EVENT, _CPU = "[memory]", 0
 _CHATTER = "KINETO_LOG_LEVEL"  # the profiler's library greets everybody on standard error
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_INFO = Path("/proc/meminfo")
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,30 @@ def _available_in_group() -> int | None:
         return int(limit) - int(used)
     except (OSError, ValueError):  # no group, or no limit, which is written "max"
         return None
+
+
+@contextmanager
+def peak_watched(accelerator: str = "cpu") -> Iterator[Callable[[], int | None]]:
+    """Gives what tells, inside and after, how many bytes were taken at most since it began.
+
+    On a GPU what PyTorch's allocator held; on a CPU the resident memory of the whole process, which includes libraries
+    and data, as Linux counts it; None where the system does not tell.
+
+    Args:
+        accelerator: "cpu" leaves a GPU that is there out of it.
+    """
+    if accelerator != "cpu" and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    with suppress(OSError):
+        _FORGET.write_text("5", encoding="ascii")  # the highest so far becomes what is resident now
+    yield _highest_resident
+
+
+def _highest_resident() -> int | None:
+    try:
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -125,6 +125,11 @@ def _advice(source: str) -> str:
 
 
 def _repvgg(name: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape]:
+    from repvgg.models.comparisons import COMPARISONS, create_comparison  # here, as it needs this module
+
+    if name in COMPARISONS:
+        size = COMPARISONS[name].input_size
+        return create_comparison(name, num_classes or 1000, in_channels or 3), (3, size, size)
     size = spec_of(name).input_size
     return create_model(name, num_classes or 1000, in_channels or 3), (3, size, size)
 

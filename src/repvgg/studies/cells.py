@@ -19,7 +19,7 @@ from repvgg.errors import DataError, OutputError, OutputExistsError, UsageError
 from repvgg.files import write_text
 from repvgg.measure import IDENTITY
 
-HEADER, _FOLDER = "study.json", "cells"
+HEADER, CELLS = "study.json", "cells"
 _KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 Cell = Mapping[str, Any]
@@ -59,13 +59,14 @@ class Cells:
         self._values = dict(values)
 
     @classmethod
-    def open(cls, folder: Path, header: Header, *, overwrite: bool = False) -> Cells:
+    def open(cls, folder: Path, header: Header, *, overwrite: bool = False, anywhere: bool = False) -> Cells:
         """Begin in a new folder, or go on with what is in it.
 
         Args:
             folder: where the cells are kept; it need not exist.
             header: of the study that is about to run.
             overwrite: remove the study that is there, whatever it is, and begin anew.
+            anywhere: cells of several machines may stand beside each other: they hold no times.
 
         Raises:
             OutputExistsError: the folder holds a study that is finished, or files that are none.
@@ -80,7 +81,7 @@ class Cells:
             _remove(folder)
             return cls(folder, _now(header), {})
         found = read_header(folder)
-        _check_same(folder, found, header)
+        _check_same(folder, found, header, anywhere)
         if found.finished:
             raise OutputExistsError(
                 f"{str(folder)!r} holds a finished study: choose another folder, or ask to overwrite it."
@@ -101,6 +102,26 @@ class Cells:
         """All cells by their keys, in the order of the keys."""
         return {key: self._values[key] for key in sorted(self._values)}
 
+    def look(self, key: str) -> bool:
+        """Whether a cell is there, or another process has put it meanwhile.
+
+        Raises:
+            DataError: its file cannot be read.
+        """
+        path = self.folder / CELLS / f"{key}.json"
+        if key not in self._values and path.is_file():
+            self._values[key] = read_cell(path)
+        return key in self._values
+
+    def look_at_all(self) -> None:
+        """Take in all that other processes have put meanwhile.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        for path in sorted((self.folder / CELLS).glob("*.json")):
+            self.look(path.stem)
+
     def put(self, key: str, value: Cell) -> None:
         """Keep a cell, on the disk at once.
 
@@ -108,9 +129,8 @@ class Cells:
             OutputError: it cannot be written.
         """
         assert _KEY.fullmatch(key), key
-        if not self._values:
-            self._begin()
-        write_text(self.folder / _FOLDER / f"{key}.json", _text(value), overwrite=True)
+        self.begin()
+        write_text(self.folder / CELLS / f"{key}.json", _text(value), overwrite=True)
         self._values[key] = value
 
     def finish(self) -> None:
@@ -118,9 +138,16 @@ class Cells:
         self.header = replace(self.header, finished=datetime.now(UTC).isoformat(timespec="seconds"))
         write_text(self.folder / HEADER, _text(asdict(self.header)), overwrite=True)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Make the folder and its header, unless they are there.
+
+        Raises:
+            OutputError: they cannot be made.
+        """
+        if (self.folder / HEADER).exists():
+            return
         try:
-            (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+            (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be made: {error.strerror or error}.") from error
         write_text(self.folder / HEADER, _text(asdict(self.header)), overwrite=True)
@@ -132,7 +159,7 @@ def read_header(folder: Path) -> Header:
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    data = _read(folder / HEADER)
+    data = read_cell(folder / HEADER)
     try:
         return Header(**data)
     except TypeError as error:
@@ -157,10 +184,10 @@ def _remove(folder: Path) -> None:
         raise OutputError(f"{str(folder)!r} cannot be removed: {error.strerror or error}.") from error
 
 
-def _check_same(folder: Path, found: Header, wanted: Header) -> None:
+def _check_same(folder: Path, found: Header, wanted: Header, anywhere: bool) -> None:
     """Refuse to mix what cannot be compared."""
-    ours = {"study": wanted.study, **json.loads(_text(wanted.settings)), **wanted.machine}
-    theirs = {"study": found.study, **found.settings, **found.machine}
+    ours = {"study": wanted.study, **plain_data(wanted.settings), **({} if anywhere else wanted.machine)}
+    theirs = {"study": found.study, **found.settings, **({} if anywhere else found.machine)}
     for name in dict.fromkeys((*theirs, *ours)):
         before, now = theirs.get(name), ours.get(name)
         if before != now:
@@ -171,11 +198,16 @@ def _check_same(folder: Path, found: Header, wanted: Header) -> None:
 
 
 def _read_cells(folder: Path) -> Iterator[tuple[str, Cell]]:
-    for path in sorted((folder / _FOLDER).glob("*.json")):
-        yield path.stem, _read(path)
+    for path in sorted((folder / CELLS).glob("*.json")):
+        yield path.stem, read_cell(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_cell(path: Path) -> dict[str, Any]:
+    """What one file holds.
+
+    Raises:
+        DataError: it cannot be read, or is no cell.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -183,6 +215,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{str(path)!r} holds no cell: remove it to measure that again.")
     return data
+
+
+def plain_data(value: Any) -> Any:
+    """The value as it comes back from a file: lists for tuples."""
+    return json.loads(json.dumps(value))
 
 
 def _text(value: Cell) -> str:

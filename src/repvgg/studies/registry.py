@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 
 from repvgg.errors import UsageError
-from repvgg.studies import figure1, figure3, mobile, table1, table4, table5, table6_speed
+from repvgg.studies import block_study, figure1, figure3, mobile, table1, table4, table5, table6, table6_speed, table7
 from repvgg.studies.study import Study
 
 STUDIES: dict[str, Study] = {
-    module.STUDY.name: module.STUDY for module in (table1, table4, table5, table6_speed, figure1, figure3, mobile)
+    module.STUDY.name: module.STUDY
+    for module in (table1, table4, table5, table6, table6_speed, table7, block_study, figure1, figure3, mobile)
 }
 
 

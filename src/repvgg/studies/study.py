@@ -27,6 +27,27 @@ PAGE = "report.html"
 OnProgress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Told:
+    """Whoever watches a study: an :data:`OnProgress` that takes words, too.
+
+    Attributes:
+        step: told how many steps are done, and how many there are.
+        say: shows a line.
+    """
+
+    step: OnProgress
+    say: Callable[[str], None]
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many steps are done."""
+        self.step(done, total)
+
+
+def _nothing_is_missing(settings: Any, cells: Cells) -> str:
+    return ""
+
+
 class Settings(Protocol):
     """What every study lets a person choose; each has a frozen dataclass of its own."""
 
@@ -63,6 +84,10 @@ class Study:
         resolve: fills in what nobody chose, for the device.
         measure: puts the cells that are missing; the setting is applied.
         outcome: of whatever cells there are.
+        missing: what is missing after ``measure`` was through, where that leaves something to other processes, in a
+            sentence; empty where nothing is.
+        free: settings that say who does what, and not what is done: they may change when a study goes on.
+        anywhere: cells of several machines may stand beside each other.
     """
 
     name: str
@@ -70,17 +95,28 @@ class Study:
     about: str
     settings: type[Any]
     resolve: Callable[[Any], Any]
-    measure: Callable[[Any, Cells, OnProgress], None]
+    measure: Callable[[Any, Cells, Told], None]
     outcome: Callable[[Any, Mapping[str, Any]], Outcome]
+    missing: Callable[[Any, Cells], str] = _nothing_is_missing
+    free: frozenset[str] = frozenset()
+    anywhere: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Where a study is, what it says, and whether nobody interrupted it."""
+    """Where a study is, and what it says.
+
+    Attributes:
+        folder: of the study.
+        outcome: of all cells there are.
+        complete: nothing is missing.
+        missing: what others are left to do, if nobody interrupted this process.
+    """
 
     folder: Path
     outcome: Outcome
     complete: bool
+    missing: str = ""
 
 
 def run_study(
@@ -107,18 +143,21 @@ def run_study(
     Raises:
         OutputExistsError: the folder holds a finished study, or something else.
         UsageError: the folder holds cells of other settings or of another machine, or the setting cannot be applied.
-        KeyboardInterrupt: Ctrl-C before anything was measured.
+        KeyboardInterrupt: Ctrl-C before anything was measured, or begun to be trained.
     """
     chosen = study.resolve(settings)
     with chosen.setting.applied():
-        header = Header(study.name, flat(chosen), environment(), command)
-        cells = Cells.open(FOLDER / study.name if out is None else out, header, overwrite=overwrite)
-        complete = _measured(study, chosen, cells, console or Console(stderr=True))
-    if complete:
+        settled = {name: value for name, value in flat(chosen).items() if name not in study.free}
+        header = Header(study.name, settled, environment(), command)
+        folder = FOLDER / study.name if out is None else out
+        cells = Cells.open(folder, header, overwrite=overwrite, anywhere=study.anywhere)
+        through = _measured(study, chosen, cells, console or Console(stderr=True))
+    missing = study.missing(chosen, cells) if through else ""
+    if through and not missing:
         cells.finish()
     outcome = study.outcome(chosen, cells.values)
     _write(study, cells, outcome)
-    return Finished(cells.folder, outcome, complete)
+    return Finished(cells.folder, outcome, through and not missing, missing)
 
 
 def flat(settings: Any) -> dict[str, Any]:
@@ -130,25 +169,26 @@ def flat(settings: Any) -> dict[str, Any]:
 def _measured(study: Study, settings: Any, cells: Cells, console: Console) -> bool:
     """Put the cells that are missing; say whether nobody interrupted."""
     try:
-        with _progress(console) as on_progress:
-            study.measure(settings, cells, on_progress)
+        with _progress(console) as told:
+            study.measure(settings, cells, told)
     except KeyboardInterrupt:
-        if not len(cells):
+        if not (len(cells) or study.anywhere):  # a training that was begun is worth going on with
             raise
         return False
     return True
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[OnProgress]:
+def _progress(console: Console) -> Iterator[Told]:
     """A bar on a terminal. Drawn between the steps, not while one runs."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield Told(lambda done, total: None, say)
         return
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)
         progress.refresh()
-        yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
+        yield Told(lambda done, total: progress.update(task, completed=done, total=total, refresh=True), say)
 
 
 def _write(study: Study, cells: Cells, outcome: Outcome) -> None:

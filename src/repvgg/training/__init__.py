@@ -19,6 +19,7 @@ from repvgg.training.seeding import seeded
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord
     from repvgg.training.fitting import FitResult, fit
+    from repvgg.training.rep_optimizer import RepOptimizer, without_branches
     from repvgg.training.runs import RunResult, run
     from repvgg.training.saving import Terminated
     from repvgg.training.sync_bn import SyncBatchNorm
@@ -29,6 +30,7 @@ _ON_FIRST_USE = {
     "ClassificationTask": "task",
     "EpochRecord": "callbacks",
     "FitResult": "fitting",
+    "RepOptimizer": "rep_optimizer",
     "RunResult": "runs",
     "SyncBatchNorm": "sync_bn",
     "Terminated": "saving",
@@ -37,6 +39,7 @@ _ON_FIRST_USE = {
     "fit": "fitting",
     "run": "runs",
     "try_out": "trial",
+    "without_branches": "rep_optimizer",
 }
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "Layout",
     "OptimConfig",
     "Precision",
+    "RepOptimizer",
     "RunResult",
     "SyncBatchNorm",
     "Terminated",
@@ -70,6 +74,7 @@ __all__ = [
     "seeded",
     "to_yaml",
     "try_out",
+    "without_branches",
     "write_config",
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.blocks import BranchSum
+from repvgg.blocks import BranchSum, ComputedConv2d, ConvBN
 from repvgg.errors import UsageError
 from repvgg.training.config import DecayPolicy
 
@@ -18,6 +18,8 @@ _Rule = Callable[[nn.Module, str, nn.Parameter, bool], bool]
 
 
 def _paper(module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
+    if isinstance(module, ComputedConv2d):
+        return name in module.kernels
     return isinstance(module, _WITH_KERNELS) and name == "weight"
 
 
@@ -49,7 +51,8 @@ def parameter_groups(
     ============== ====================================================================================================
     policy         what decays
     ============== ====================================================================================================
-    paper          the ``weight`` of convolutions and linear layers, nothing else (§4.1)
+    paper          the kernels of convolutions and linear layers, nothing else (§4.1); where a kernel is computed of
+                   several (OREPA, DO-Conv), all of these
     upstream       parameters of two or more axes, and the scale of the identity branch's batch norm (upstream's README
                    and optimizer)
     upstream-2021  all but biases and batch norms, whose names hold ``bias`` or ``bn``; the identity's is called
@@ -91,9 +94,11 @@ def parameter_groups(
 
 
 def rep_branches(model: nn.Module) -> Iterator[BranchSum]:
-    """The sums of a kxk and a 1x1 convolution, each with batch norm, in the order of the model."""
+    """The sums of a kxk and a 1x1 convolution, each with batch norm, in the order of the model; no other branches."""
     for module in model.modules():
-        if isinstance(module, BranchSum) and {"dense", "pointwise"} <= set(module):
+        if not isinstance(module, BranchSum) or set(module) | {"identity"} != {"dense", "pointwise", "identity"}:
+            continue
+        if all(isinstance(module[name], ConvBN) for name in ("dense", "pointwise")):
             yield module
 
 

@@ -1,0 +1,72 @@
+"""Branches with constant scales, whose training is that of one plain kernel with scaled gradients (RepOptimizer)."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.blocks.geometry import Geometry
+from repvgg.errors import UsageError
+
+
+@final
+class ConstantScaleSum(nn.Module):
+    """``y = s3 · (W3 ∗ x) + s1 · (W1 ∗ x) + w0 · x``: constant scales s3, s1 (O,), learned W3, W1 and w0 (C,).
+
+    w0 begins at 1 and is there iff the shapes match. Plain form: ``K = s3·W3 + pad(s1·W1) + pad(diag(w0))``.
+    As s3 and s1 never change, SGD on W3, W1 and w0 moves K as SGD on K does with its gradient multiplied by
+    :meth:`multiplier`. When to use it: to find out scales (with a batch norm behind it, as in the table of blocks), and
+    then to train the plain kernel alone; see :class:`repvgg.training.RepOptimizer`.
+
+    Args:
+        geometry: of the kxk convolution.
+        dense: s3, a number or a tensor (O,).
+        pointwise: s1, the same.
+
+    Raises:
+        UsageError: the kernel size is even, or the scales are neither a number nor one for each output channel.
+        BorderError: the padding is another one than the centre needs.
+
+    Source: Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, §3.1.
+    """
+
+    def __init__(self, geometry: Geometry, dense: float | Tensor = 1.0, pointwise: float | Tensor = 1.0) -> None:
+        super().__init__()
+        geometry.require_centre()
+        self.geometry = geometry
+        self.dense, self.pointwise = geometry.conv(), geometry.around(1)
+        self.identity = nn.Parameter(torch.ones(geometry.in_channels, 1, 1)) if geometry.keeps_shape else None
+        self.register_buffer("dense_scale", _column(dense, geometry))
+        self.register_buffer("pointwise_scale", _column(pointwise, geometry))
+        self.dense_scale: Tensor
+        self.pointwise_scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the scaled branches."""
+        out: Tensor = self.dense_scale * self.dense(x) + self.pointwise_scale * self.pointwise(x)
+        return out if self.identity is None else out + self.identity * x
+
+    def multiplier(self) -> Tensor:
+        """What the gradient of K is multiplied by: ``s3² + s1²`` at the centre ``+ 1`` on the diagonal of the channels.
+
+        Returns:
+            A tensor in the shape of K, (O, I, kH, kW).
+        """
+        kernel = self.dense.weight
+        factor = self.dense_scale[:, None].square().expand_as(kernel).clone()
+        height, width = self.geometry.kernel_size
+        factor[:, :, height // 2, width // 2] += self.pointwise_scale[:, :, 0].square()
+        if self.identity is not None:
+            factor += nn.init.dirac_(torch.zeros_like(factor), self.geometry.groups)
+        return factor
+
+
+def _column(scale: float | Tensor, geometry: Geometry) -> Tensor:
+    value = torch.as_tensor(scale, dtype=torch.get_default_dtype()).detach()
+    if value.numel() not in (1, geometry.out_channels):
+        raise UsageError(
+            f"A branch of {geometry.out_channels} channels takes one scale or as many, not {value.numel()}."
+        )
+    return value.reshape(-1, 1, 1).expand(geometry.out_channels, 1, 1).clone()

@@ -1,0 +1,168 @@
+"""What one block does and others do not: refusals, first values, borders, memory, strides."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks_cases import EXACT, geometry_of, images, made, relative
+from blocks_published import PUBLISHED, randomized
+from torch import nn
+from torch.testing import assert_close
+
+import repvgg
+from repvgg.blocks import BLOCKS, BranchSum, Geometry, PaddedNorm, block_of, create_block
+from repvgg.errors import BorderError, NotLinearError, UsageError
+
+
+def test_relu_in_the_branches_refuses_to_collapse():
+    block = made("repvgg_relu", geometry_of("repvgg_relu"))
+    with pytest.raises(NotLinearError, match="relu is not a linear"):
+        repvgg.trace(block)
+    plain, report = repvgg.reparameterize(block)
+    assert not repvgg.is_plain(plain) or len(report.folded) == 3
+    assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) >= 2
+    assert [row.name for row in report.left] == ["identity.0"]
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("conv_bn", "trivial", "dirac", "doconv")])
+def test_a_padding_without_a_centre_is_refused(name):
+    geometry = geometry_of(name, padding=0)
+    if name.startswith("expand"):
+        block = made(name, geometry)
+        x = next(images(geometry))
+        assert relative(repvgg.trace(block)(x), block(x)) <= EXACT
+        return
+    with pytest.raises(BorderError, match="its padding is"):
+        create_block(name, geometry)
+
+
+@pytest.mark.parametrize("name", ["repvgg", "acb", "dbb", "replk", "repmixer", "orepa", "mobileone", "expand_ck"])
+def test_an_even_kernel_is_refused(name):
+    with pytest.raises(UsageError, match="odd"):
+        create_block(name, Geometry.square(4, 4, kernel_size=4))
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "doconv", "expand_cl"])
+def test_an_even_kernel_is_taken_where_nothing_needs_a_centre(name):
+    geometry = Geometry.square(4, 6, kernel_size=(4, 2), padding=(1, 0), stride=2)
+    block = made(name, geometry)
+    x = next(images(geometry))
+    assert relative(repvgg.trace(block)(x), block(x)) <= EXACT
+    kernel, bias = PUBLISHED[name](block, geometry)
+    assert relative(F.conv2d(x, kernel, bias, 2, (1, 0)), block(x)) <= EXACT
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(UsageError, match="did you mean repvgg"):
+        block_of("repvg")
+    with pytest.raises(UsageError, match="known are conv_bn"):
+        block_of("zzzzzz")
+    with pytest.raises(UsageError, match="squares of 5, 7"):
+        create_block("unireplk", Geometry.square(4, 4))
+    with pytest.raises(UsageError, match="stride 1"):
+        create_block("repmixer", Geometry.square(4, 4, 2))
+    with pytest.raises(UsageError, match="do not divide"):
+        Geometry.square(4, 4, groups=3)
+    with pytest.raises(UsageError, match="at least 1"):
+        Geometry.square(4, 0)
+
+
+def test_the_geometry_of_a_convolution():
+    conv = nn.Conv2d(4, 6, (3, 5), (1, 1), "same", (2, 1), 2, padding_mode="circular")
+    geometry = Geometry.of(conv)
+    assert geometry.padding == (2, 2)
+    assert Geometry.of(geometry.conv()) == geometry
+    assert Geometry.of(nn.Conv2d(4, 6, 3, padding="valid")).padding == (0, 0)
+    with pytest.raises(UsageError, match="even kernel"):
+        Geometry.of(nn.Conv2d(4, 6, 2, padding="same"))
+
+
+def test_padded_norm_is_the_padding_in_front_of_it():
+    """In eval mode: 1x1, batch norm and padded mean see the image as if it had been padded first."""
+    norm = randomized(PaddedNorm(4, (2, 1)).double())
+    inner = nn.BatchNorm2d(4).double().eval()
+    inner.load_state_dict(norm.state_dict())
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    assert_close(norm(x), inner(F.pad(x, (1, 1, 2, 2))), rtol=1e-13, atol=1e-13)
+
+
+def test_padded_norm_in_training_mode_normalizes_with_the_batch_and_pads_with_running_statistics():
+    norm = randomized(PaddedNorm(4, (1, 1)).double()).train()
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    out = norm(x)
+    inside = F.batch_norm(x, None, None, norm.weight, norm.bias, True)
+    assert_close(out[:, :, 1:-1, 1:-1], inside, rtol=1e-12, atol=1e-12)
+    mean = 0.9 * mean + 0.1 * x.mean((0, 2, 3))
+    var = 0.9 * var + 0.1 * x.var((0, 2, 3))
+    border = norm.bias - mean * norm.weight / (var + norm.eps).sqrt()
+    assert_close(out[:, :, 0, 0], border.expand(3, 4), rtol=1e-12, atol=1e-12)
+
+
+def kept_for_backward(module, x):
+    """Bytes of the tensors that a training step keeps, each memory counted once; kernels aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters(), *module.buffers())}
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module(x)
+    out.sum().backward()
+    return sum(size for size, _ in seen.values())
+
+
+def test_a_training_step_of_orepa_keeps_less_than_that_of_repvgg():
+    geometry = Geometry.square(8, 8)
+    x = torch.randn(4, 8, 32, 32)
+    with repvgg.blocks.training_kernels("eager"):
+        kept = {name: kept_for_backward(create_block(name, geometry), x) for name in ("orepa", "repvgg", "conv_bn")}
+    image = x.numel() * x.element_size()
+    assert image <= kept["conv_bn"] < kept["orepa"] < 1.5 * image
+    assert kept["repvgg"] >= 2 * image
+    assert kept["orepa"] < kept["repvgg"]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_begins_as_its_paper_says(name):
+    torch.manual_seed(0)
+    geometry = geometry_of(name)
+    block = create_block(name, geometry).double().eval()
+    if name == "dirac":
+        assert_close(block[0].alpha, torch.ones(4, dtype=torch.float64))
+        assert_close(block[0].beta, torch.full((4,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
+    elif name == "doconv":
+        x = next(images(geometry))
+        assert_close(block[0](x), F.conv2d(x, block[0].weight, None, 1, 1), rtol=1e-12, atol=1e-12)
+    elif name == "repmixer":
+        x = next(images(geometry))
+        assert relative(block(x), x) < 1e-3
+    elif name == "dbb":
+        assert not block["expanded"][0].weight.any()
+    elif name == "mobileone":
+        assert isinstance(block, BranchSum)
+        assert sum(branch.startswith("dense") for branch in block) == 4
+    else:
+        out = block(next(images(geometry)))
+        assert out.isfinite().all()
+        assert out.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["dirac", "trivial", "doconv", "orepa"])
+def test_a_strided_1x1_kernel_skips_pixels_first(name):
+    """The same function, without a strided 1x1 convolution, whose gradient is not to be trusted everywhere."""
+    geometry = Geometry.square(4, 6, 2, kernel_size=1)
+    layer = made(name, geometry)[0]
+    for x in images(geometry):
+        x.requires_grad_()
+        wanted = F.conv2d(x, layer.kernel(), None, 2)
+        assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+        read = layer(x).grad_fn.next_functions[0][0]
+        assert read.name() == "SliceBackward0"
+        assert repvgg.trace(layer).stride == (2, 2)
+        (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (expected,) = torch.autograd.grad(wanted.square().sum(), x)
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
