@@ -162,8 +162,9 @@ def _without_values(spec: ModelSpec, metadata: Metadata, checkpoint: Checkpoint)
     try:
         with torch.device("meta"):
             return create_model(spec, metadata.num_classes, metadata.in_channels, metadata.form == "plain")
-    except (ValueError, RuntimeError) as error:  # groups that do not divide the channels, for one
-        raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that cannot be built: {error}.") from error
+    except (UsageError, ValueError, RuntimeError) as error:  # groups that do not divide the channels, for one
+        why = str(error).rstrip(".")
+        raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that cannot be built: {why}.") from error
 
 
 def translated(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Naming]:
