@@ -20,7 +20,7 @@ def main():
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # not so where a shell started it in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
             run(**job)
         _, status = os.waitpid(pid, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
