@@ -33,6 +33,7 @@ and what to do next. Catch by meaning::
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -154,6 +155,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     text = str(error)
     return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to say behind "there is no such name": the known names that are closest, or ``otherwise``."""
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), list(known), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def require(package: str, extra: str | None = None) -> ModuleType:

@@ -9,6 +9,7 @@ instead of ``mkldnn.all`` (seen in PyTorch 2.15).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,18 @@ def eval_mode(*models: object) -> Iterator[None]:
     finally:
         for module, training in modules.items():
             module.training = training
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without automatic garbage collection, which visits every object each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -6,22 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from measure_nets import Call
 from torch import Tensor, nn
 
 from repvgg.errors import UsageError
 from repvgg.measure import Counts, count, rules, walk
 from repvgg.measure.rules import RULES, WITHOUT_PRODUCTS
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 def work(model: nn.Module, *shapes: tuple[int, ...], device: str = "meta") -> tuple[int, int]:

@@ -171,6 +171,7 @@ def _forms(model: nn.Module, images: Tensor, asked: Asked, form: Form) -> dict[s
     """The forms that were asked for."""
     from repvgg.errors import CheckpointError
     from repvgg.models import RepVGG, form_of
+    from repvgg.studies.candidates import plain_form
 
     if isinstance(model, RepVGG) and form_of(model) == "plain":
         if form == "train":
@@ -178,20 +179,8 @@ def _forms(model: nn.Module, images: Tensor, asked: Asked, form: Form) -> dict[s
         return {"plain": model}
     if form == "train":
         return {"train": model}
-    plain = _plain(model, images)
+    plain = plain_form(model, images)
     return {"plain": plain} if form == "plain" else {"train": model, "plain": plain}
-
-
-def _plain(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model collapsed, or a copy where there is nothing to fold; nothing is proven, for want of values."""
-    import warnings
-
-    from repvgg.collapse import reparameterize
-    from repvgg.errors import NothingFoldedWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the two columns show it
-        return reparameterize(model, images, prove=False)[0]
 
 
 def _as_data(asked: Asked, profiles: Mapping[str, Profile], per: Per) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from repvgg.collapse.report import LeftAlone, Report
 from repvgg.collapse.rewrite import Outcome, carry_out
 from repvgg.collapse.rows import Replaced, joined
 from repvgg.collapse.summary import model_summary
-from repvgg.collapse.tracing import collector_paused, random_state_kept
+from repvgg.collapse.tracing import random_state_kept
 from repvgg.collapse.values import Expected
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
+from repvgg.modes import collector_paused
 from repvgg.symbolic import first_float, refuse_training
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | None

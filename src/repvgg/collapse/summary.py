@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from repvgg.collapse.modules import batch_norms, join, unwrap
 from repvgg.collapse.plan import make_plan
 from repvgg.collapse.planned import Plan
-from repvgg.collapse.tracing import collector_paused, random_state_kept
+from repvgg.collapse.tracing import random_state_kept
+from repvgg.modes import collector_paused
 
 _SHOWN = 5
 

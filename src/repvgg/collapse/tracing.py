@@ -59,18 +59,6 @@ def random_state_kept() -> Iterator[Callable[[], bool]]:
             torch.cuda.set_rng_state_all(gpu)
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without automatic garbage collection: traces make many small objects, and each full collection visits all."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class _Proxy(fx.Proxy):
     """A proxy that tells ``x += y`` from ``x + y``: what else holds x sees the difference.
 

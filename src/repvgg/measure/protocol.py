@@ -11,6 +11,7 @@ import torch
 
 from repvgg.errors import UsageError, is_out_of_memory
 from repvgg.measure.stopwatch import Call, Stopwatch, WallClock
+from repvgg.modes import collector_paused
 
 #: Seconds for a call of each candidate that took its turn: all of them in a round, or one after the other.
 Reading = Mapping[str, float]
@@ -83,7 +84,8 @@ def take_readings(
     """
     if not candidates:
         raise UsageError("There is nothing to measure: name a candidate.")
-    with torch.inference_mode(), _collector_off():
+    gc.collect()
+    with torch.inference_mode(), collector_paused():
         session = _Session(candidates, protocol, stopwatch or WallClock(), on_failure)
         for reading in session.interleaved() if protocol.interleaved else session.one_by_one():
             on_reading(reading)
@@ -168,16 +170,3 @@ def memory_watched(name: str, on_failure: OnFailure) -> Iterator[None]:
         on_failure(name, error)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # out here, where the error holds no tensors any more
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Collect garbage once, then not until the end."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from torch import nn
 
-from repvgg.errors import SourceError, UnknownModelError
+from repvgg.errors import SourceError, UnknownModelError, nearest
 from repvgg.models.sources import resolve
 
 _RESNET = "He et al., Deep residual learning for image recognition, CVPR 2016"
@@ -103,8 +102,7 @@ def baseline_of(name: str) -> Baseline:
     """
     if name in BASELINES:
         return BASELINES[name]
-    close = difflib.get_close_matches(name.lower(), BASELINES, n=3)
-    known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(BASELINES)}."
+    known = nearest(name, BASELINES, f"known are {', '.join(BASELINES)}.")
     raise UnknownModelError(f"There is no baseline {name!r}: {known}")
 
 

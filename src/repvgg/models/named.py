@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from repvgg.errors import UnknownModelError
+from repvgg.errors import UnknownModelError, nearest
 from repvgg.models.baselines import BASELINES, create_baseline
 from repvgg.models.loading import load
 from repvgg.models.sources import Sourced, resolve
@@ -40,8 +39,7 @@ def named_model(name: str | os.PathLike[str], *, values: bool = True) -> Sourced
         return resolve(text, values=values)
     if Path(text).suffix or len(Path(text).parts) > 1 or Path(text).exists():
         return _checkpoint(text, values)
-    close = difflib.get_close_matches(text.lower(), [*SPECS, *BASELINES], n=3)
-    advice = f"did you mean {' or '.join(close)}?" if close else "give a row of 'repvgg list', timm:NAME, or a file."
+    advice = nearest(text, [*SPECS, *BASELINES], "give a row of 'repvgg list', timm:NAME, or a file.")
     raise UnknownModelError(f"There is no model {text!r}: {advice}")
 
 

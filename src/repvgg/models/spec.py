@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from repvgg.errors import UnknownModelError, UsageError
+from repvgg.errors import UnknownModelError, UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,5 @@ def spec_of(name: str) -> ModelSpec:
     """
     if name in SPECS:
         return SPECS[name]
-    import difflib
-
-    close = difflib.get_close_matches(name.lower(), SPECS, n=3)
-    known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SPECS)}."
+    known = nearest(name, SPECS, f"known are {', '.join(SPECS)}.")
     raise UnknownModelError(f"There is no model {name!r}: {known}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from repvgg.collapse import fold_batch_norms, reparameterize
 from repvgg.errors import CheckpointError, NothingFoldedWarning, UnsupportedError, UsageError, first_line
@@ -151,6 +151,14 @@ def deployed(name: str) -> nn.Module:
     if name in list_models():
         return create_model(name, plain=True).eval()
     assert name in BASELINES
+    return plain_form(create_baseline(name).eval())
+
+
+def plain_form(model: nn.Module, image: Tensor | None = None) -> nn.Module:
+    """A network collapsed, for counting and timing: nothing is proven, as of its weights nobody asks which.
+
+    Where there is nothing to fold, as in VGG-16 without batch norms, that is a copy: counts and times show it.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # VGG-16 without batch norms
-        return reparameterize(create_baseline(name).eval(), prove=False)[0]  # of random weights nobody asks which
+        warnings.simplefilter("ignore", NothingFoldedWarning)
+        return reparameterize(model, image, prove=False)[0]

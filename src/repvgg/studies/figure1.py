@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from repvgg.studies.cells import Cell
 from repvgg.studies.networks import (
     NetworkSettings,
-    is_ours,
+    lead_of,
     measure_table,
     plane_points,
     resolved,
@@ -40,15 +40,9 @@ def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     speeds = speeds_of(settings, values)
     points = [point for point in FIGURE_1 if point.model in names]
     best = _frontier(points, speeds)
-    ours = sum(is_ours(name) for name in best)
-    lead = (
-        f"Of the {len(best)} networks than which none is both faster here and more accurate, {ours} are RepVGG."
-        if best
-        else "Nothing was measured yet."
-    )
     words = "Top-1 accuracy as the paper prints it against images per second on this machine"
     picture = Picture("figure1", words, partial(_draw, points=points, speeds=speeds))
-    return Outcome(lead, (_table(points, speeds, best),), (picture,))
+    return Outcome(lead_of(best), (_table(points, speeds, best),), (picture,))
 
 
 def _frontier(points: Sequence[FigurePoint], speeds: Speeds) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.blocks import rep_conv
-from repvgg.errors import first_line, is_out_of_memory
-from repvgg.measure import Setting, held_memory
+from repvgg.errors import first_line
+from repvgg.measure import Setting, held_memory, memory_watched
 from repvgg.measure.memory import peak_of_gpu
 from repvgg.studies.candidates import deployed
 from repvgg.studies.cells import Cell, Cells
@@ -138,12 +138,10 @@ def _key(block: _Block, layout: str) -> str:
 
 
 def _peak(job: Callable[[], int]) -> Cell:
-    try:
-        return {"bytes": job()}
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return {"reason": first_line(error)}
+    cell: dict[str, int | str] = {}
+    with memory_watched("", lambda _, error: cell.update(reason=first_line(error))):
+        cell["bytes"] = job()
+    return cell
 
 
 def _peak_of_block(block: _Block, layout: str, settings: MemorySettings) -> int:

@@ -7,7 +7,6 @@ Expected on 2 cores: 2 minutes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from repvgg.collapse import reparameterize
-from repvgg.errors import NothingFoldedWarning
 from repvgg.measure import count
 from repvgg.models import named_model
+from repvgg.studies.candidates import plain_form
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.count_table import COUNTS, counts_of
 from repvgg.studies.networks import (
     ALL_GMACS,
     NetworkSettings,
-    is_ours,
+    lead_of,
     measure_table,
     plane_points,
     resolved,
@@ -89,10 +87,7 @@ def _counted(name: str) -> dict[str, int]:
     """The counts of the plain form for one image, on the meta device."""
     sourced = named_model(name, values=False)
     image = torch.empty(1, *sourced.input_shape, device="meta")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)
-        plain = reparameterize(sourced.model, image, prove=False)[0]
-    counts = count(plain, (1, *sourced.input_shape))
+    counts = count(plain_form(sourced.model, image), (1, *sourced.input_shape))
     return {"params": counts.params, "macs": counts.macs, "winograd_muls": counts.winograd_muls}
 
 
@@ -100,15 +95,9 @@ def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     accuracies = {row.model: row.top1_percent for row in taking_part(ROWS, settings)}
     speeds = speeds_of(settings, values)
     best = undominated(accuracies, speeds)
-    ours = sum(is_ours(name) for name in best)
-    lead = (
-        f"Of the {len(best)} networks than which none is both faster here and more accurate, {ours} are RepVGG."
-        if best
-        else "Nothing was measured yet."
-    )
     words = "Top-1 accuracy as published against images per second on this machine"
     picture = Picture("mobile", words, partial(_draw, accuracies=accuracies, speeds=speeds))
-    return Outcome(lead, (_table(settings, speeds, values.get(COUNTS, {}), best),), (picture,))
+    return Outcome(lead_of(best), (_table(settings, speeds, values.get(COUNTS, {}), best),), (picture,))
 
 
 def _table(settings: NetworkSettings, speeds: Speeds, counts: Cell, best: list[str]) -> Table:

@@ -176,6 +176,14 @@ def undominated(accuracies: Mapping[str, float], speeds: Speeds) -> list[str]:
     ]
 
 
+def lead_of(best: Sequence[str]) -> str:
+    """How many of the :func:`undominated` networks are ours, in a sentence."""
+    if not best:
+        return "Nothing was measured yet."
+    ours = sum(map(is_ours, best))
+    return f"Of the {len(best)} networks than which none is both faster here and more accurate, {ours} are RepVGG."
+
+
 def plane_points(accuracies: Mapping[str, float], speeds: Speeds) -> list[Point]:
     """Those that were measured, as points; of ours the fastest has its whole name, the others what is behind it."""
     points = [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, nearest
 from repvgg.studies import block_study, figure1, figure3, mobile, table1, table4, table5, table6, table6_speed, table7
 from repvgg.studies.study import Study
 
@@ -22,6 +20,5 @@ def study_of(name: str) -> Study:
     """
     if name in STUDIES:
         return STUDIES[name]
-    close = difflib.get_close_matches(name.lower(), STUDIES, n=3)
-    known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(STUDIES)}."
+    known = nearest(name, STUDIES, f"there are {', '.join(STUDIES)}.")
     raise UsageError(f"There is no study {name!r}: {known}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
+from repvgg.studies.page import layout
 from repvgg.studies.page.layout import code, figures, section
 from repvgg.studies.page.markup import Child, Markup, element, join
 from repvgg.studies.page.schema import File, Report
@@ -32,14 +33,10 @@ def next_commands(report: Report) -> Markup | None:
 
 def footer(report: Report) -> Markup:
     """Seed, versions, and the command that makes this page again."""
-    facts = {"seed": str(report.seed), "data": report.data.name, **report.environment}
-    facts["report schema"] = str(report.schema_version)
-    entries = (element("div", element("dt", name), element("dd", value)) for name, value in facts.items())
-    return element(
-        "footer",
-        element("h2", "How to get this page again", id="again-title"),
-        element("p", "The same seed gives the same weights; times depend on the machine."),
-        code(report.command),
-        element("dl", entries, class_="facts"),
+    facts = {"seed": report.seed, "data": report.data.name, **report.environment}
+    return layout.footer(
+        "The same seed gives the same weights; times depend on the machine.",
+        report.command,
+        {**facts, "report schema": report.schema_version},
         element("p", "Everything on this page is in report.json beside it.", class_="quiet"),
     )

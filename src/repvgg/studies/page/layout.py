@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
 from repvgg.studies.page.markup import Child, Markup, element, join, stylesheet
@@ -25,6 +25,19 @@ def _head(title: str) -> Markup:
             element("title", title),
             stylesheet(css),
         ),
+    )
+
+
+def footer(note: str, command: str, facts: Mapping[str, object], *more: Child) -> Markup:
+    """How to get a page again, and what is to be known of the run behind it."""
+    entries = (element("div", element("dt", name), element("dd", str(value))) for name, value in facts.items())
+    return element(
+        "footer",
+        element("h2", "How to get this page again", id="again-title"),
+        element("p", note),
+        code(command),
+        element("dl", entries, class_="facts"),
+        *more,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from repvgg.studies.cells import Header
-from repvgg.studies.page.layout import code, document, figures, section
+from repvgg.studies.page.layout import document, figures, footer, section
 from repvgg.studies.page.markup import Child, Markup, element, join
 from repvgg.studies.page.wording import moment
 from repvgg.studies.pictures import Picture
@@ -93,11 +93,4 @@ def _files(study: str, tables: Sequence[Table], pictures: Sequence[Picture]) -> 
 
 def _footer(header: Header) -> Markup:
     facts = {**header.environment, **header.settings, "started": header.started}
-    entries = (element("div", element("dt", name), element("dd", str(value))) for name, value in facts.items())
-    return element(
-        "footer",
-        element("h2", "How to get this page again", id="again-title"),
-        element("p", "Times depend on the machine, and on what else it does."),
-        code(header.command),
-        element("dl", entries, class_="facts"),
-    )
+    return footer("Times depend on the machine, and on what else it does.", header.command, facts)
