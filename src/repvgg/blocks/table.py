@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from repvgg.blocks.online import OnlineConv2d
 from repvgg.blocks.overparameterized import DOConv2d, expand_kernel, expand_layers
 from repvgg.blocks.repvgg import Branch, Switches, branches_of, summed
 from repvgg.blocks.strips import asymmetric
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, nearest
 
 MakeModule = Callable[[Geometry], nn.Module]
 
@@ -153,8 +152,7 @@ def block_of(name: str) -> BlockRow:
     """
     if name in BLOCKS:
         return BLOCKS[name]
-    close = difflib.get_close_matches(name.lower(), BLOCKS, n=3)
-    known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(BLOCKS)}."
+    known = nearest(name, BLOCKS, f"known are {', '.join(BLOCKS)}.")
     raise UsageError(f"There is no block {name!r}: {known}")
 
 

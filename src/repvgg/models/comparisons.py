@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from repvgg.blocks import BLOCKS, BranchSum, ConvBN, DiracConv2d, Geometry, RepVGGBlock, block_of
-from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError
+from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError, nearest
 from repvgg.models.baselines import create_baseline
 from repvgg.models.builder import RepVGG
 from repvgg.models.spec import ModelSpec, spec_of
@@ -297,7 +296,6 @@ def create_comparison(name: str, num_classes: int = 1000, in_channels: int = 3) 
     """
     _require_counts(num_classes, in_channels)
     if name not in COMPARISONS:
-        close = difflib.get_close_matches(name.lower(), COMPARISONS, n=3)
-        known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(COMPARISONS)}."
+        known = nearest(name, COMPARISONS, f"known are {', '.join(COMPARISONS)}.")
         raise UnknownModelError(f"There is no network {name!r} to compare with: {known}")
     return COMPARISONS[name].make(num_classes, in_channels)

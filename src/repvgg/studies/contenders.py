@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from repvgg.blocks import BLOCKS, Geometry, create_block
-from repvgg.errors import BorderError, UsageError
+from repvgg.errors import BorderError, UsageError, nearest
 from repvgg.models import ModelSpec, Stage, create_variant, residual_reorg, spec_of
 from repvgg.studies.paper import TABLE_6, TABLE_7
 
@@ -131,7 +130,6 @@ def chosen(rows: Sequence[Contender], names: Iterable[str]) -> tuple[Contender, 
     known = [row.name for row in rows]
     for name in wanted:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            advice = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}."
+            advice = nearest(name, known, f"there are {', '.join(known)}.")
             raise UsageError(f"The study has no row {name!r}: {advice}")
     return tuple(row for row in rows if not wanted or row.name in wanted)
