@@ -99,3 +99,19 @@ def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
 @pytest.mark.parametrize("name", GENERIC)
 def test_the_runtime_compiles_for_every_processor(name):
     assert "sched_yield" in assembly(program.runtime(GENERIC[name]), GENERIC[name])
+
+
+def test_workers_have_stacks_of_their_own_size():
+    """Large tiles lie on the stack: a process with small ones must not die. In one of its own, as it would."""
+    text = (
+        "import threading, torch, repvgg.engine\n"
+        "from torch import nn\n"
+        "threading.stack_size(2**18)\n"
+        "model = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()).eval()\n"
+        "x = torch.randn(1, 96, 28, 28)\n"
+        "fast = repvgg.engine.compile(model, x.shape, threads=3)\n"
+        "for _ in range(50): y = fast(x)\n"
+        "torch.testing.assert_close(y, model(x).detach(), rtol=1e-5, atol=1e-5)\n"
+        "assert threading.stack_size() == 2**18\n"
+    )
+    subprocess.run([sys.executable, "-c", text], check=True, timeout=120)

@@ -77,6 +77,9 @@ def compile(  # noqa: A001 - as torch.compile
 ) -> Network | InTorch:
     """Compile a plain network for the processor at hand.
 
+    Whoever calls it should have a stack of a megabyte, as every thread has on Linux unless
+    :func:`threading.stack_size` said otherwise.
+
     Args:
         model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32
             on the CPU. Its weights are copied: changes that come later have no effect. It is run as in eval mode.

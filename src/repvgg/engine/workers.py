@@ -21,6 +21,8 @@ from repvgg.engine.isa import Isa
 from repvgg.engine.jit import Code
 from repvgg.errors import FallbackWarning, UsageError
 
+_STACK = 2**22  # bytes; kernels keep transformed tiles there
+
 
 def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that makes no sense.
@@ -117,7 +119,11 @@ def _started(code: Code, shared: NDArray[np.int64], kept: object) -> threading.T
         enter(shared.ctypes.data)
 
     thread = threading.Thread(target=work, name="repvgg-engine", daemon=True)
-    thread.start()
+    before = threading.stack_size(_STACK)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(before)
     return thread
 
 
