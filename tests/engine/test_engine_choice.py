@@ -108,3 +108,7 @@ def test_a_profile_names_each_step_and_counts_what_is_multiplied():
     assert [step.name for step in steps] == ["input", "0", "2"]
     assert sum(step.muls for step in steps) == walk(model, x).macs
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
+    lines = str(steps).splitlines()
+    assert lines[0].split() == ["layer", "how", "us", "share", "GFLOP/s"]
+    assert [line.split()[0] for line in lines[1:]] == ["input", "0", "2", "all"]
+    assert "direct, tiles of" in lines[2]

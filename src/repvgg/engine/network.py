@@ -51,6 +51,34 @@ class StepTime:
 
 
 @final
+class Profile(tuple[StepTime, ...]):
+    """The steps of a network in their order; as text, a table."""
+
+    __slots__ = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(step.seconds for step in self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "how", "us", "share", "GFLOP/s")]
+        for step in self:
+            speed = f"{step.gflops:.0f}" if step.muls else ""
+            rows.append(
+                (step.name, step.kernel.words, f"{1e6 * step.seconds:.0f}", f"{step.seconds / self.seconds:.1%}", speed)
+            )
+        rows.append(("all", "", f"{1e6 * self.seconds:.0f}", "", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                (cell.ljust if place < 2 else cell.rjust)(widths[place]) for place, cell in enumerate(row)
+            ).rstrip()
+            for row in rows
+        )
+
+
+@final
 class Network:
     """A compiled network: ``logits = network(images)``.
 
@@ -109,8 +137,8 @@ class Network:
             output = runner.output(count)
         return torch.from_numpy(output) if isinstance(x, Tensor) else output
 
-    def profile(self, x: Given, repeats: int = 20) -> tuple[StepTime, ...]:
-        """How long each step takes inside of a run on ``x``: the median of ``repeats`` runs, step by step.
+    def profile(self, x: Given, repeats: int = 20) -> Profile:
+        """How each step is computed, and how long it takes: the median of ``repeats`` runs on ``x``, step by step.
 
         See :meth:`__call__` for the errors.
         """
@@ -125,7 +153,7 @@ class Network:
                     self._workers.run(runner.table[number : number + 1], count)
                     times[number] = time.perf_counter() - start
         pairs = zip(steps, np.median(seconds, axis=0), strict=True)
-        return tuple(StepTime(step.name, step.kernel, float(median), step.muls(count)) for step, median in pairs)
+        return Profile(StepTime(step.name, step.kernel, float(median), step.muls(count)) for step, median in pairs)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))

@@ -62,6 +62,9 @@ class Form:
     rows: Filter
     columns: Filter
 
+    def __str__(self) -> str:
+        return "F({}x{})".format(*self.outputs)
+
     @property
     def outputs(self) -> Pair:
         """Rows and columns of what comes out of a tile."""

@@ -89,6 +89,11 @@ class ConvKernel:
         return self.geometry.groups * self.panels
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return f"direct, tiles of {self.tile}"
+
+    @property
     def units_of_image(self) -> int:
         """Pieces of work in one image: the output rows of each panel of each group."""
         return self.groups_and_panels * self.target.size[0]

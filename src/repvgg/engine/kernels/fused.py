@@ -65,6 +65,11 @@ class WinogradFused:
         return -(-self.target.channels // self.groups // self.width)
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return f"{self.form}, {self.tiling.piece} tiles at a time, tiles of {self.tile}"
+
+    @property
     def units_of_image(self) -> int:
         """Pieces of a block."""
         return self.tiling.pieces

@@ -19,6 +19,11 @@ class SigmoidKernel:
     width: int
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return "sigmoid"
+
+    @property
     def units_of_image(self) -> int:
         """The row."""
         return 1
@@ -55,6 +60,11 @@ class ScaleKernel:
     images: Images
     relu: bool
     width: int
+
+    @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return "scale by channel"
 
     @property
     def units_of_image(self) -> int:

@@ -16,6 +16,11 @@ class Kernel(Protocol):
     """Everything that the code of one kind of layer depends on: a frozen value, so that equal layers share code."""
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        ...
+
+    @property
     def units_of_image(self) -> int:
         """Pieces of work for each image of a batch."""
         ...

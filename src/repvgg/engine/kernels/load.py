@@ -24,6 +24,11 @@ class LoadKernel:
     width: int
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return "images as they come, into rows with borders"
+
+    @property
     def units_of_image(self) -> int:
         """The rows."""
         return self.target.size[0]

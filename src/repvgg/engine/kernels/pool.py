@@ -34,6 +34,11 @@ class PoolKernel:
         return max(count for count in range(1, _MOST_VECTORS + 1) if whole % count == 0)
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return "mean over all pixels"
+
+    @property
     def units_of_image(self) -> int:
         """Runs of ``vectors`` vectors of channels."""
         return self.source.pitch // self.width // self.vectors

@@ -17,6 +17,9 @@ class Tile:
     pixels: int
     vectors: int
 
+    def __str__(self) -> str:
+        return f"{self.pixels}x{self.vectors} registers"
+
     @property
     def registers(self) -> int:
         """Vectors that it takes: the sums, a step of weights, and an input."""
@@ -29,7 +32,7 @@ class Tile:
         A processor does two multiply-adds and two loads a cycle, and the next addition to a sum waits four cycles.
         Weights are loaded twice, those of the next place ahead of their use; wide panels crowd the first cache.
         """
-        return max(self.pixels * self.vectors / 2, (self.pixels + 2 * self.vectors) / 2, 4.0) + 0.12 * self.vectors**2
+        return max(self.pixels * self.vectors / 2, (self.pixels + 2 * self.vectors) / 2, 4.0) + 0.08 * self.vectors**2
 
 
 def multiply_add(

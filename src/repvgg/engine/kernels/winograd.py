@@ -42,6 +42,11 @@ class WinogradInput:
     width: int
 
     @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return f"{self.form}, input tiles"
+
+    @property
     def units_of_image(self) -> int:
         """Rows of tiles."""
         return self.tiling.grid[0]
@@ -110,6 +115,11 @@ class WinogradProduct:
     def panels(self) -> int:
         """Panels of a group; the last one may have fewer vectors than the others."""
         return -(-self.group_vectors // self.tile.vectors)
+
+    @property
+    def words(self) -> str:
+        """What it does, for a profile."""
+        return f"{self.form}, products, tiles of {self.tile}"
 
     @property
     def units_of_image(self) -> int:
