@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,8 @@ def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str
     """As it is and compiled, with channels one after the other or side by side."""
     for layout in (torch.contiguous_format, torch.channels_last):
         words = "channels_last" if layout is torch.channels_last else "NCHW"
-        moved = _copy(model).to(memory_format=layout)
-        compiled = torch.compile(_copy(model).to(memory_format=layout))
+        moved = deepcopy(model).to(memory_format=layout)
+        compiled = torch.compile(deepcopy(model).to(memory_format=layout))
         for name, run in (("eager", moved), ("compiled", compiled)):
             yield f"{name}, {words}", lambda x, run=run, layout=layout: run(x.contiguous(memory_format=layout))
 
@@ -92,14 +93,6 @@ def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[
 
 
 OTHERS = {"PyTorch": in_torch, "ONNX Runtime": in_onnxruntime, "OpenVINO f32": in_openvino}
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    with tempfile.TemporaryFile() as file:
-        torch.save(model, file)
-        file.seek(0)
-        copied: nn.Module = torch.load(file, weights_only=False)  # what was written a line above
-    return copied
 
 
 @contextmanager
@@ -181,7 +174,7 @@ def compare(speeds: dict[str, list[float]], ours: str, baseline: str | None) -> 
 
 def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, float]:
     """The largest error of the logits against float64, relative to the largest logit."""
-    wanted = _copy(model).double()(images.double())
+    wanted = deepcopy(model).double()(images.double())
     return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
 
 
@@ -241,7 +234,7 @@ def judge(checkpoint: str, data: str, threads: int) -> None:
     batches = [opened.prepare(images) for images, _ in opened.held_out_batches(64)]
     batches = [images for images in batches if len(images) == 64]
     shape = tuple(batches[0].shape)
-    exact = torch.cat([_copy(model).double()(images.double()) for images in batches])
+    exact = torch.cat([deepcopy(model).double()(images.double()) for images in batches])
     runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, shape, threads)}
     runs |= {name: next(make(model, shape, threads))[1] for name, make in OTHERS.items()}
     print(f"{checkpoint}: {len(exact):,} images of {shape[2]}x{shape[3]}")

@@ -17,10 +17,10 @@ _PAGE = 2**21  # bytes of a large page
 _CHUNK = 2**24  # bytes that are asked for at once; what is not touched costs nothing
 
 
-def zeros(floats: int, guard: int = 0) -> Floats:
-    """So many zeros, the first at the beginning of a cache line, with ``guard`` bytes more on either side."""
-    raw = np.zeros(4 * floats + 2 * guard + ALIGNMENT, np.uint8)
-    begin = guard + (-(raw.ctypes.data + guard)) % ALIGNMENT
+def zeros(floats: int) -> Floats:
+    """So many zeros, the first at the beginning of a cache line."""
+    raw = np.zeros(4 * floats + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
     return raw[begin : begin + 4 * floats].view(np.float32)
 
 

@@ -10,7 +10,6 @@ Weights lie as (group, panel, tap, input channel, output channel of the panel), 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
@@ -20,11 +19,11 @@ import numpy as np
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.kernel import POINTERS, UNITS
+from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
 from repvgg.engine.kernels.tile import Tile, multiply_add
+from repvgg.engine.kernels.tiling import LINE, equal_runs
 from repvgg.engine.layers import Conv, ConvGeometry, Floats
 
-_LINE = 16  # floats of a line of the cache
 _COLD = 2**15  # floats of a panel that is fetched ahead
 _KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
 _ALONE = 96  # channels that are worth a sum of their own
@@ -153,11 +152,7 @@ def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
             ("ptr", write.at("%bias", lanes)),
             ("i64", place),
         )
-        is_last = write.value(f"icmp eq i64 {part}, {kernel.panels - 1}")
-        is_other = write.value(f"xor i1 {is_last}, true")
-        for condition, function in ((is_other, rows[0]), (is_last, rows[1])):
-            with write.when(condition):
-                write.call(function.name, arguments)
+        call_panel(write, part, kernel.panels, rows, arguments)
     return write
 
 
@@ -199,10 +194,10 @@ def _ahead(write: Function, kernel: ConvKernel, vectors: int) -> Value | None:
     step, count = vectors * kernel.width, kernel.taps * kernel.inputs
     if kernel.keeps_weights or step * count < _COLD:
         return None
-    rows = -(-step // _LINE)
+    rows = -(-step // LINE)
     late = write.value(f"icmp ugt i64 %place, {rows - 1}")
     share = write.value(f"select i1 {late}, i64 {rows - 1}, i64 %place")
-    return write.at("%weights", write.add(write.mul(share, count * _LINE), count * step))
+    return write.at("%weights", write.add(write.mul(share, count * LINE), count * step))
 
 
 @final
@@ -287,7 +282,7 @@ class _Row:
         with write.loop(begin, end, carried=["zeroinitializer"] * len(sums) if alone else sums) as channels:
             number = write.add(first, channels.index)
             if self.ahead:
-                write.prefetch(self.ahead, write.mul(number, _LINE))
+                write.prefetch(self.ahead, write.mul(number, LINE))
             lanes, pitch = (
                 write.at("%weights", write.mul(number, self.step)),
                 kernel.geometry.stride[1] * kernel.source.pitch,
@@ -301,9 +296,7 @@ class _Row:
 
 def _runs(channels: int) -> list[tuple[int, int]]:
     """(begin, end) of the channels that are summed in one go."""
-    count = min(max(1, channels // _SUMMED), _MOST_RUNS)
-    cuts = [channels * part // count for part in range(count + 1)]
-    return list(itertools.pairwise(cuts))
+    return equal_runs(channels, min(max(1, channels // _SUMMED), _MOST_RUNS))
 
 
 def choose_tile(isa: Isa, columns: int, vectors: int) -> Tile:

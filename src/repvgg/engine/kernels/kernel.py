@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from repvgg.engine.ir import Function
+from repvgg.engine.ir import Function, Index
 
 POINTERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
 
@@ -33,3 +34,14 @@ class Kernel(Protocol):
     def functions(self, name: str) -> list[Function]:
         """The function called ``name``, which takes :data:`UNITS`, after those that it calls."""
         ...
+
+
+def call_panel(
+    write: Function, part: Index, panels: int, functions: Sequence[Function], arguments: Sequence[tuple[str, Index]]
+) -> None:
+    """Call the second of two functions for the last panel of a group, which may be narrower, else the first."""
+    is_last = write.value(f"icmp eq i64 {part}, {panels - 1}")
+    is_other = write.value(f"xor i1 {is_last}, true")
+    for condition, function in ((is_other, functions[0]), (is_last, functions[1])):
+        with write.when(condition):
+            write.call(function.name, arguments)

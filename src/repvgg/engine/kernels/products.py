@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.tile import Tile, multiply_add
-from repvgg.engine.kernels.tiling import LINE, Tiling, place_floats
+from repvgg.engine.kernels.tiling import LINE, Tiling, equal_runs, place_floats
 from repvgg.engine.kernels.transform import transform_rectangle
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Form
@@ -19,9 +18,7 @@ _SUMMED = 48  # channels that are summed in one go; the sums of sums round less 
 
 def runs(channels: int) -> list[tuple[int, int]]:
     """(begin, end) of the channels that are summed in one go, about equally many each."""
-    count = -(-channels // _SUMMED)
-    cuts = [channels * part // count for part in range(count + 1)]
-    return list(itertools.pairwise(cuts))
+    return equal_runs(channels, -(-channels // _SUMMED))
 
 
 @final

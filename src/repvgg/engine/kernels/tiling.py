@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import final
 
@@ -55,6 +56,12 @@ class Tiling:
     def tiles(self) -> int:
         """Tiles of the largest batch."""
         return self.blocks * self.of_block
+
+
+def equal_runs(length: int, count: int) -> list[tuple[int, int]]:
+    """(begin, end) of so many parts of a length, about equally long each."""
+    cuts = [length * part // count for part in range(count + 1)]
+    return list(itertools.pairwise(cuts))
 
 
 def place_floats(tiles: int, floats: int) -> int:

@@ -14,7 +14,7 @@ from typing import final
 
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function
-from repvgg.engine.kernels.kernel import POINTERS, UNITS
+from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
 from repvgg.engine.kernels.products import Operand, Outputs, PieceOfImages, Product, input_corner, input_tile
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling, place_floats
@@ -162,11 +162,7 @@ def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Fun
             ("ptr", write.at("%bias", lanes)),
             ("i64", piece),
         )
-        is_last = write.value(f"icmp eq i64 {part}, {kernel.panels - 1}")
-        is_other = write.value(f"xor i1 {is_last}, true")
-        for condition, function in ((is_other, parts[0]), (is_last, parts[1])):
-            with write.when(condition):
-                write.call(function.name, arguments)
+        call_panel(write, part, kernel.panels, parts, arguments)
     return write
 
 
