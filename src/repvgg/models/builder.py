@@ -143,10 +143,7 @@ def create_model(
     Warns:
         FreshWeightsWarning: some weights are not the published ones, for other classes or channels.
     """
-    if num_classes < 1 or in_channels < 1:
-        raise UsageError(
-            f"A model needs at least one class and one input channel, not {num_classes} and {in_channels}."
-        )
+    require_counts(num_classes, in_channels)
     if pretrained:
         from repvgg.models.pretrained import load_pretrained  # here, as it needs this function
 
@@ -159,3 +156,15 @@ def create_model(
 def list_models() -> list[str]:
     """The names of all rows of the table, in its order."""
     return list(SPECS)
+
+
+def require_counts(num_classes: int, in_channels: int) -> None:
+    """Refuse a model without classes or channels.
+
+    Raises:
+        UsageError: a count is below 1.
+    """
+    if num_classes < 1 or in_channels < 1:
+        raise UsageError(
+            f"A model needs at least one class and one input channel, not {num_classes} and {in_channels}."
+        )

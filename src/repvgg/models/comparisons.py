@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.blocks import BLOCKS, BranchSum, ConvBN, DiracConv2d, Geometry, RepVGGBlock, block_of
 from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError, nearest
 from repvgg.models.baselines import create_baseline
-from repvgg.models.builder import RepVGG
+from repvgg.models.builder import RepVGG, require_counts
 from repvgg.models.spec import ModelSpec, spec_of
 from repvgg.models.starting_values import delta_orthogonal_
 
@@ -45,7 +45,7 @@ def create_variant(
     Warns:
         OtherBlockWarning: some layers are of ``otherwise``; the text says how many, and why.
     """
-    _require_counts(num_classes, in_channels)
+    require_counts(num_classes, in_channels)
     row, other = block_of(block), block_of(otherwise)
     model = RepVGG(spec if isinstance(spec, ModelSpec) else spec_of(spec), num_classes, in_channels, plain=False)
     reasons = []
@@ -63,11 +63,6 @@ def create_variant(
         text = f"{len(reasons)} of {len(layers)} layers are {otherwise!r} in place of {block!r}: {reasons[0]}"
         warnings.warn(text, OtherBlockWarning, stacklevel=2)
     return model
-
-
-def _require_counts(num_classes: int, in_channels: int) -> None:
-    if num_classes < 1 or in_channels < 1:
-        raise UsageError(f"A model needs at least one class and one channel, not {num_classes} and {in_channels}.")
 
 
 def _geometry(layer: RepVGGBlock) -> Geometry:
@@ -294,7 +289,7 @@ def create_comparison(name: str, num_classes: int = 1000, in_channels: int = 3) 
         UnknownModelError: no row has that name; the text lists the names that are closest, or all of them.
         UsageError: a count below 1, or channels that the row does not take.
     """
-    _require_counts(num_classes, in_channels)
+    require_counts(num_classes, in_channels)
     if name not in COMPARISONS:
         known = nearest(name, COMPARISONS, f"known are {', '.join(COMPARISONS)}.")
         raise UnknownModelError(f"There is no network {name!r} to compare with: {known}")
