@@ -30,8 +30,14 @@ def joint_convs(convs: Sequence[nn.Conv2d | None], x: Tensor) -> tuple[Tensor, .
         convs: each one that :func:`is_joint`, or None.
         x: the input (N, C, H, W) on the CPU.
     """
-    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32 and None not in convs:
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    found = [conv for conv in convs if conv is not None]
+    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32 and found:
+        images = iter(_joint(found, x.to(torch.get_autocast_dtype("cpu"))))
+        return tuple(x if conv is None else next(images) for conv in convs)  # autocast leaves the identity as it is
+    return _joint(convs, x)
+
+
+def _joint(convs: Sequence[nn.Conv2d | None], x: Tensor) -> tuple[Tensor, ...]:
     weights = [None if conv is None else conv.weight for conv in convs]
     settings = tuple(None if conv is None else _Setting.of(conv) for conv in convs)
     out: tuple[Tensor, ...] = _Joint.apply(settings, x, *weights)
