@@ -8,7 +8,7 @@ from repvgg.blocks import BLOCKS, Geometry, create_block
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_trains_under_autocast(name, layout):
-    """On float32 images, as a first layer sees them, and a layer behind one that adds in float32: as PyTorch's norms."""
+    """On float32 images, as the first layer sees them, and one behind a sum in float32: as by PyTorch's norms."""
     torch.manual_seed(0)
     size = 9 if name in ("replk", "unireplk") else 3
     block = stirred(create_block(name, Geometry.square(16, 16, kernel_size=size)))
