@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias, final
@@ -28,10 +28,15 @@ from repvgg.engine.winograd import Form, winograd
 Way: TypeAlias = Literal["product", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 
-#: The m of F(m x m, 3x3) that each precision allows; directly goes always.
-OUTPUTS: dict[str, tuple[int, ...]] = {"highest": (), "high": (2, 4), "medium": (2, 4, 5)}
+#: The m of F(m x n, 3x3) that each precision allows, by the stride; directly goes always.
+OUTPUTS: dict[str, dict[int, tuple[int, ...]]] = {
+    "highest": {1: (), 2: ()},
+    "high": {1: (2, 4), 2: (1, 2, 3, 4)},
+    "medium": {1: (2, 4, 5), 2: (1, 2, 3, 4)},
+}
 
 _STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
+_PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _TRANSFORM = 2.8  # cycles for each place of a tile, going in or coming out
 _STORED = 1.2  # cycles for each vector of a product that is stored, and loaded and stored
@@ -129,16 +134,17 @@ class Choice:
 def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
     """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
     whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
-    if geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+    if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
         return None
     if size.inputs < machine.isa.width or not whole:
         return None
-    best = min(every_choice(size, machine), key=lambda choice: choice.cycles, default=None)
+    every = every_choice(size, geometry.stride[0], machine)
+    best = min(every, key=lambda choice: choice.cycles, default=None)
     return best if best and best.cycles < direct_cycles(size, machine) else None
 
 
 def direct_cycles(size: Size, machine: Machine) -> float:
-    """About how long the direct kernel takes for 3x3 and stride 1."""
+    """About how long the direct kernel takes for 3x3."""
     vectors = -(-size.outputs // size.groups // machine.isa.width)
     tile = choose_tile(machine.isa, size.image[1], vectors)
     panels = -(-vectors // tile.vectors)
@@ -148,33 +154,38 @@ def direct_cycles(size: Size, machine: Machine) -> float:
     return _together(cycles / machine.threads, 4 * steps * size.outputs / _FETCHED)
 
 
-def every_choice(size: Size, machine: Machine) -> Iterator[Choice]:
+def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
     """All covers of the image, each part in its fastest way.
 
     Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
     """
-    for outputs in itertools.product(OUTPUTS[machine.precision], repeat=2):
-        for covers in itertools.product(*map(_covers, size.image, outputs)):
-            parts = [_part(rows, columns, size, machine) for rows, columns in itertools.product(*covers)]
-            if all(parts):
-                yield Choice(tuple(part for part in parts if part))
+    down, across = (list(_covers(length, OUTPUTS[machine.precision][stride])) for length in size.image)
+    for covers in itertools.product(down, across):
+        parts = [_part(rows, columns, size, stride, machine) for rows, columns in itertools.product(*covers)]
+        if all(parts):
+            yield Choice(tuple(part for part in parts if part))
 
 
 _Cover: TypeAlias = tuple[tuple[int, int, int], ...]  # (first row, m, tiles) each
 
 
-def _covers(length: int, outputs: int) -> Iterator[_Cover]:
-    """Ways to cover rows or columns: with tiles of one size that may stick out, or with a rest of smaller ones."""
-    yield ((0, outputs, -(-length // outputs)),)
-    whole, rest = divmod(length, outputs)
-    if outputs > 2 and whole and 0 < rest <= 2:
-        yield ((0, outputs, whole), (whole * outputs, 2, 1))
+def _covers(length: int, outputs: Sequence[int]) -> Iterator[_Cover]:
+    """Ways to cover rows or columns: with tiles of one size that may stick out, or with a smaller one for the rest."""
+    for large in outputs:
+        yield ((0, large, -(-length // large)),)
+        whole, rest = divmod(length, large)
+        small = min((m for m in outputs if rest <= m < large), default=0)
+        if whole and rest and small:
+            yield ((0, large, whole), (whole * large, small, 1))
 
 
-def _part(rows: tuple[int, int, int], columns: tuple[int, int, int], size: Size, machine: Machine) -> Part | None:
-    """The fastest way for some rows and columns of tiles; None if nothing fits."""
+@lru_cache(maxsize=4096)  # covers share parts
+def _part(
+    rows: tuple[int, int, int], columns: tuple[int, int, int], size: Size, stride: int, machine: Machine
+) -> Part | None:
+    """The fastest way for some rows and columns of tiles; None if nothing fits, or nothing is saved."""
     (top, down, high), (left, across, wide) = rows, columns
-    form = winograd(down, across)
+    form = winograd(down, across, stride)
     ways = every_part(form, (high, wide), (top, left), size, machine)
     return min(ways, key=lambda part: part.cycles, default=None)
 
@@ -183,17 +194,10 @@ def every_part(form: Form, grid: Pair, corner: Pair, size: Size, machine: Machin
     """All ways to cut and to compute some tiles."""
     vectors = -(-size.outputs // size.groups // machine.isa.width)
     for tile in _tiles(machine.isa, vectors):
-        for images in _blocks(grid, size.batch):
-            for way, tilings in _WAYS.items():
-                for tiling in tilings(form, grid, images, tile, size, machine, corner):
-                    yield Part(way, form, tiling, tile, _cycles(way, form, tiling, tile, size, machine))
-
-
-def _blocks(grid: Pair, batch: int) -> list[int]:
-    """Images of a block: parts of the batch; more than one where an image has few tiles."""
-    return [
-        count for count in range(1, batch + 1) if batch % count == 0 and (count == 1 or count * grid[0] * grid[1] <= 64)
-    ]
+        for way, pieces in _WAYS.items():
+            for piece in pieces(form, size.batch * grid[0] * grid[1], tile, size, machine):
+                tiling = Tiling(grid, piece, size.batch, corner)
+                yield Part(way, form, tiling, tile, _cycles(way, form, tiling, tile, size, machine))
 
 
 def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
@@ -203,29 +207,22 @@ def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
         yield from (Tile(pixels, count) for pixels in range(max(1, most // 2), most + 1))
 
 
-def _of_products(
-    form: Form, grid: Pair, images: int, tile: Tile, size: Size, machine: Machine, corner: Pair
-) -> Iterator[Tiling]:
-    """Pieces whose products fit the stack, as equal as can be."""
-    tiles, width = images * grid[0] * grid[1], machine.isa.width
-    most = _STACK // 2 // (4 * form.places * tile.vectors * width * tile.pixels)  # register tiles of a piece
+def _of_products(form: Form, tiles: int, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
+    """Tiles of a piece whose products fit the cache and the stack, as equal as can be."""
+    most = _PRODUCTS // (4 * form.places * tile.vectors * machine.isa.width * tile.pixels)  # register tiles of a piece
     if most:
-        piece = _piece(tiles, tile.pixels, min(most, -(-tiles // tile.pixels)))
-        yield Tiling(grid, images, piece, size.batch // images, corner)
+        yield _piece(tiles, tile.pixels, min(most, -(-tiles // tile.pixels)))
 
 
-def _of_fused(
-    form: Form, grid: Pair, images: int, tile: Tile, size: Size, machine: Machine, corner: Pair
-) -> Iterator[Tiling]:
-    """Pieces whose transformed tiles and products fit the stack."""
-    tiles, width = images * grid[0] * grid[1], machine.isa.width
-    pitch = round_up(size.inputs, width) + tile.vectors * width
+def _of_fused(form: Form, tiles: int, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
+    """Tiles of a piece whose transformed tiles and products fit the cache and the stack."""
+    pitch = round_up(size.inputs, machine.isa.width) + tile.vectors * machine.isa.width
     for most in range(1, min(8, -(-tiles // tile.pixels)) + 1):
         if 4 * form.places * (most * tile.pixels * pitch + 32) <= _STACK:
-            yield Tiling(grid, images, most * tile.pixels, size.batch // images, corner)
+            yield most * tile.pixels
 
 
-_WAYS: dict[Way, Callable[..., Iterator[Tiling]]] = {"product": _of_products, "fused": _of_fused}
+_WAYS: dict[Way, Callable[..., Iterator[int]]] = {"product": _of_products, "fused": _of_fused}
 
 
 def _piece(tiles: int, pixels: int, most: int) -> int:
@@ -239,17 +236,17 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machin
     width, places = machine.isa.width, form.places
     channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
     panels = -(-vectors // tile.vectors)
-    of_block = size.groups * _multiplied(tiling.of_block, places, channels, vectors, tile)
-    of_block += _TRANSFORM * places * tiling.real * size.groups * vectors
-    if way == "product":
-        of_block += _moved(form, tiling, tile, size, machine)
-    units = {"product": size.groups * panels * tiling.pieces, "fused": tiling.pieces}
-    of_unit = of_block / units[way] + _UNIT
-    rounds = -(-tiling.blocks * units[way] // machine.threads)
-    into = _TRANSFORM * places * tiling.blocks * tiling.real * -(-size.inputs // width)
+    work = size.groups * _multiplied(way, tiling.tiles, places, channels, vectors, tile)
+    work += _TRANSFORM * places * tiling.real * size.groups * vectors
+    into = _TRANSFORM * places * tiling.real * -(-size.inputs // width)
+    units = tiling.pieces
     if way == "product":
         moved = 4 * places * tiling.tiles * size.inputs
-        into += _UNIT * tiling.blocks * tiling.images * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
+        units *= size.groups * panels
+        work += moved * panels / _READ if moved > _CACHE else 0
+        into += _UNIT * tiling.batch * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
+    of_unit = work / units + _UNIT
+    rounds = -(-units // machine.threads)
     first, again = _fetched(way, form, tiling, tile, size, machine)
     return _together(rounds * of_unit + into / machine.threads, first) + again
 
@@ -259,22 +256,16 @@ def _together(computing: float, fetching: float) -> float:
     return max(computing, fetching) + min(computing, fetching) / 2
 
 
-def _multiplied(tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
+def _multiplied(way: Way, tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
     """Products of all panels of a group."""
     whole, rest = divmod(vectors, tile.vectors)
     lanes = [tile.vectors] * whole + [rest] * bool(rest)
+    sums = len(runs(channels, cold=way == "product"))
     each = [
-        channels * Tile(tile.pixels, count).cycles + len(runs(channels)) * (_STARTED + _STORED * tile.pixels * count)
+        channels * Tile(tile.pixels, count).cycles + sums * (_STARTED + _STORED * tile.pixels * count)
         for count in lanes
     ]
     return tiles // tile.pixels * places * sum(each)
-
-
-def _moved(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
-    """To read the transformed tiles of a block for each panel, where those of the batch are many."""
-    moved = 4 * form.places * tiling.of_block * size.inputs
-    panels = -(-size.outputs // size.groups // (tile.vectors * machine.isa.width))
-    return moved * panels / _READ if moved * tiling.blocks > _CACHE else 0
 
 
 def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> tuple[float, float]:
@@ -283,8 +274,8 @@ def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machi
     weights = 4 * form.places * channels * size.outputs
     if way == "product":
         panel = 4 * form.places * channels * vectors
-        passes = tiling.pieces * tiling.blocks if panel > _CACHE // 2 else 1
+        passes = tiling.pieces if panel > _CACHE // 2 else 1
     else:  # all threads pass through them at the same time
         kept = weights + 4 * form.places * tiling.piece * (size.inputs + vectors)
-        passes = -(-tiling.pieces * tiling.blocks // machine.threads) if kept > _CACHE else 1
+        passes = -(-tiling.pieces // machine.threads) if kept > _CACHE else 1
     return weights / _FETCHED, (passes - 1) * weights / (_AGAIN if weights < _STAY else _FETCHED)

@@ -168,10 +168,14 @@ class Function:
         """``fadd``, ``fsub`` or ``fmul`` of two vectors."""
         return self.value(f"{operation} {self.vector} {left}, {right}")
 
-    def prefetch(self, pointer: Value, offset: Index = 0) -> None:
-        """Have the line of an address brought close; an address of nothing does no harm."""
+    def prefetch(self, pointer: Value, offset: Index = 0, *, near: bool = False, write: bool = False) -> None:
+        """Have the line of an address brought close; an address of nothing does no harm.
+
+        It comes to the second cache; ``near`` to the first; to ``write``, as a line that nobody else has.
+        """
         self.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        self.line(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 2, i32 1)")
+        at = self.at(pointer, offset)
+        self.line(f"call void @llvm.prefetch.p0(ptr {at}, i32 {write:d}, i32 {3 if near or write else 2}, i32 1)")
 
     def choose(self, condition: Value, pointer: Value, other: Value) -> Value:
         """One of two addresses, without a branch."""

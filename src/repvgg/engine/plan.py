@@ -17,7 +17,7 @@ from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.kernels.load import LoadKernel
 from repvgg.engine.kernels.pool import PoolKernel
-from repvgg.engine.kernels.tiling import place_floats
+from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.errors import UnsupportedError
@@ -59,7 +59,8 @@ class Step:
         target: what it writes.
         weights: as the kernel reads them, or a buffer.
         bias: as the kernel reads it.
-        block: images that are one image to the kernel.
+        block: images that are one image to the kernel, or such parts of images.
+        parts: of an image, where a block is not made of images.
     """
 
     name: str
@@ -69,10 +70,11 @@ class Step:
     weights: Floats | Buffer = field(default_factory=lambda: NOTHING)
     bias: Floats = field(default_factory=lambda: NOTHING)
     block: int = 1
+    parts: int = 1
 
     def muls(self, batch: int) -> int:
         """Multiplications on a batch, in whole blocks."""
-        return self.kernel.muls * -(-batch // self.block)
+        return self.kernel.muls * -(-batch * self.parts // self.block)
 
 
 @final
@@ -171,12 +173,13 @@ class _Planner:
         self.steps.append(Step(layer.name, transform, source, moved))
         channels = images.channels, images.pitch
         kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, layer.relu, width)
-        self.steps.append(Step(layer.name, kernel, moved, target, *self._transformed(layer, part), tiling.images))
+        self.steps.append(Step(layer.name, kernel, moved, target, *self._transformed(layer, part), *_cut(tiling)))
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
         geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
         kernel = WinogradFused(part.form, geometry.groups, *images, part.tiling, part.tile, layer.relu, self._isa.width)
-        self.steps.append(Step(layer.name, kernel, source, target, *self._transformed(layer, part), part.tiling.images))
+        weights = self._transformed(layer, part)
+        self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
 
     def _transformed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
         """Weights in Winograd's domain, and biases."""
@@ -243,7 +246,9 @@ class _Planner:
         choice = self._choice(following, after) if min(after) > 0 else None
         if choice is None:
             return Images(channels, size, border, pitch)
-        return Images(channels, size, border, pitch, (choice.end[0] - after[0], choice.end[1] - after[1]))
+        axes = zip(choice.end, after, following.geometry.stride, strict=True)
+        more = [(end - length) * stride for end, length, stride in axes]
+        return Images(channels, size, border, pitch, (more[0], more[1]))
 
     def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:
         """A buffer of that very layout that nothing needs any more, or a new one; so borders stay zeros."""
@@ -257,3 +262,8 @@ class _Planner:
 
     def _current(self) -> Buffer | None:
         return self._now if self.steps else None
+
+
+def _cut(tiling: Tiling) -> tuple[int, int]:
+    """Tiles of a block, and of an image."""
+    return tiling.piece, tiling.of_image

@@ -1,8 +1,9 @@
 """A network as a table of steps in memory, and the functions that run it: a call for the whole network.
 
 A row of the table is 24 i64, in three cache lines. The first: the function, four pointers (see
-``kernels.kernel.UNITS``), units of a block, images of a block, and the batch. The second is claimed from, the third
-counts what is done; these two and the batch belong to the code. A row that nobody can claim stands behind the last.
+``kernels.kernel.UNITS``), units of a block, parts of a block, and the parts of the batch. The second is claimed from,
+the third counts what is done, and says how many parts an image has; the parts of the batch, claims and counts belong to
+the code. A row that nobody can claim stands behind the last.
 
 Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
@@ -30,6 +31,7 @@ from repvgg.engine.memory import zeros
 
 WORDS = 24  # of a row; places in it:
 FUNCTION, SOURCE, TARGET, WEIGHTS, BIAS, UNITS, BLOCK = range(7)
+PARTS = 17
 CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32  # i64 that all threads share
 AVOIDED, BEGUN, ALLOWED, LEFT, WORKERS = 40, 41, 48, 64, 80  # the last is as long as there are threads
 PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
@@ -64,7 +66,10 @@ reset:
   %batch_at = getelementptr i64, ptr %row, i64 7
   store atomic i64 0, ptr %done_at monotonic, align 64
   store atomic i64 %tag, ptr %claim_at release, align 64
-  store atomic i64 %batch, ptr %batch_at release, align 8
+  %parts_at = getelementptr i64, ptr %row, i64 {PARTS}
+  %of_image = load i64, ptr %parts_at
+  %parts = mul i64 %batch, %of_image
+  store atomic i64 %parts, ptr %batch_at release, align 8
   %next = add i64 %step, 1
   %more = icmp ult i64 %next, %count
   br i1 %more, label %reset, label %publish
@@ -128,9 +133,9 @@ step:
   %units = load i64, ptr %units_at
   %block_at = getelementptr i64, ptr %row, i64 6
   %block = load i64, ptr %block_at
-  %batch_at = getelementptr i64, ptr %row, i64 7
-  %batch = load atomic i64, ptr %batch_at acquire, align 8
-  %filled = add i64 %batch, %block
+  %parts_at = getelementptr i64, ptr %row, i64 7
+  %parts = load atomic i64, ptr %parts_at acquire, align 8
+  %filled = add i64 %parts, %block
   %less = sub i64 %filled, 1
   %blocks = udiv i64 %less, %block
   %total = mul i64 %units, %blocks
@@ -362,7 +367,7 @@ def runtime(isa: Isa) -> str:
     pause = f"define internal void @pause() alwaysinline nounwind {{{{\n  {call}\n  ret void\n}}}}\n{declaration}\n"
     text = _RUN + (_WORKER if has_workers() else _NOBODY) + pause
     places = {"STEPS": STEPS, "COUNT": COUNT, "INSIDE": INSIDE, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
-    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS}
+    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS, "PARTS": PARTS}
     waits = {"CHUNKS": _CHUNKS, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
     sets = {"AVOIDED": AVOIDED, "BEGUN": BEGUN, "ALLOWED": ALLOWED, "LEFT": LEFT, "WORKERS": WORKERS}
     sets |= {"WORKERS_LESS_1": WORKERS - 1, "PROCESSORS": PROCESSORS, "EVERYBODY": _EVERYBODY}

@@ -76,6 +76,7 @@ class Runner:
             at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
+            row[program.PARTS] = step.parts
         table[0, program.WEIGHTS] = self._strides.ctypes.data
         return table, kept
 

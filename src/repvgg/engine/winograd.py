@@ -1,8 +1,12 @@
 """Winograd's minimal filtering as matrices: ``y = Aᵀ[(G g) ⊙ (Bᵀ d)]`` for m outputs of a kernel of 3.
 
-Cook-Toom: the product of two polynomials is found from its values at m + 1 points and at infinity; turned around
-(transposition), that gives m outputs of a filter from m + 2 inputs by m + 2 multiplications in the place of 3m. In two
-dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not have the same m.
+Cook-Toom: the product of two polynomials is found from its values at some points and at infinity; turned around
+(transposition), that gives m outputs of a filter of r taps from m + r - 1 inputs by as many multiplications, in the
+place of r·m. In two dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not have the
+same m.
+
+With stride 2, a filter of three taps is one of two taps, the outer ones, over the inputs 0, 2, 4, … and one tap over
+the inputs 1, 3, 5, …: F(m, 2) and m single products, 2m + 1 multiplications in the place of 3m.
 
 The points decide the error. For m = 4 the common 0, ±1, ±2, ∞ costs as much as 0, ±3/4, ±3/2, ∞, which has numbers of
 like size in all three matrices and several times less error.
@@ -10,6 +14,7 @@ like size in all three matrices and several times less error.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,26 +28,32 @@ from repvgg.engine.layers import Floats, Pair
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3
 
-#: The finite points for each m.
-POINTS: dict[int, tuple[Fraction, ...]] = {
-    2: (Fraction(0), Fraction(1), Fraction(-1)),
-    4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
-    5: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2), Fraction(1)),
+#: The finite points for each stride and m; none for m = 1, which goes without a transform.
+POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
+    (1, 2): (Fraction(0), Fraction(1), Fraction(-1)),
+    (1, 4): (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+    (1, 5): (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2), Fraction(1)),
+    (2, 1): (),
+    (2, 2): (Fraction(1), Fraction(-1)),
+    (2, 3): (Fraction(0), Fraction(1), Fraction(-1)),
+    (2, 4): (Fraction(1, 2), Fraction(-1, 2), Fraction(5, 4), Fraction(-5, 4)),
 }
 
 
 @final
 @dataclass(frozen=True)
 class Filter:
-    """F(m, 3), exactly.
+    """m outputs of a filter of 3, exactly; n is the number of inputs of a tile and of multiplications.
 
     Attributes:
+        stride: of the filter.
         outputs: m.
-        input_matrix: Bᵀ, (m + 2, m + 2).
-        kernel_matrix: G, (m + 2, 3).
-        output_matrix: Aᵀ, (m, m + 2).
+        input_matrix: Bᵀ, (n, n).
+        kernel_matrix: G, (n, 3).
+        output_matrix: Aᵀ, (m, n).
     """
 
+    stride: int
     outputs: int
     input_matrix: Matrix
     kernel_matrix: Matrix
@@ -50,8 +61,8 @@ class Filter:
 
     @property
     def inputs(self) -> int:
-        """Inputs of a tile, m + 2."""
-        return self.outputs + TAPS - 1
+        """Inputs of a tile: m + 2 with stride 1, 2m + 1 with stride 2."""
+        return (self.outputs - 1) * self.stride + TAPS
 
 
 @final
@@ -63,7 +74,8 @@ class Form:
     columns: Filter
 
     def __str__(self) -> str:
-        return "F({}x{})".format(*self.outputs)
+        stride = "" if self.rows.stride == 1 else f" of stride {self.rows.stride}"
+        return "F({}x{}){}".format(*self.outputs, stride)
 
     @property
     def outputs(self) -> Pair:
@@ -76,31 +88,64 @@ class Form:
         return self.rows.inputs, self.columns.inputs
 
     @property
+    def strides(self) -> Pair:
+        """Inputs from one output to the next."""
+        return self.rows.stride, self.columns.stride
+
+    @property
+    def steps(self) -> Pair:
+        """Rows and columns of inputs from one tile to the next."""
+        return self.rows.outputs * self.rows.stride, self.columns.outputs * self.columns.stride
+
+    @property
     def places(self) -> int:
         """Multiplications for each tile and channel."""
         return self.rows.inputs * self.columns.inputs
 
     def transformed(self, weight: Floats) -> Floats:
-        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, m + 2, n + 2)."""
+        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, rows, columns) of a tile."""
         down, across = (np.array(part.kernel_matrix, np.float64) for part in (self.rows, self.columns))
         out: Floats = (down @ weight.astype(np.float64) @ across.T).astype(np.float32)
         return out
 
 
-def winograd(rows: int, columns: int | None = None) -> Form:
+def winograd(rows: int, columns: int | None = None, stride: int = 1) -> Form:
     """F(rows x columns, 3x3) for the points of :data:`POINTS`; a square without ``columns``."""
-    return Form(minimal_filter(rows), minimal_filter(rows if columns is None else columns))
+    return Form(minimal_filter(rows, stride), minimal_filter(rows if columns is None else columns, stride))
 
 
 @cache
-def minimal_filter(outputs: int) -> Filter:
-    """F(m, 3) for the points of :data:`POINTS`."""
-    points = POINTS[outputs]
+def minimal_filter(outputs: int, stride: int = 1) -> Filter:
+    """The filter of m outputs for the points of :data:`POINTS`."""
+    points = POINTS[stride, outputs]
+    if stride == 1:
+        return Filter(stride, outputs, *_cook_toom(points, outputs, TAPS))
+    if outputs == 1:
+        return Filter(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
+    outer = _cook_toom(points, outputs, 2)
+    inner = _identity(outputs), ((Fraction(1),),) * outputs, _identity(outputs)
+    output = tuple((*first, *second) for first, second in zip(outer[2], inner[2], strict=True))
+    return Filter(stride, outputs, _in_turns(outer[0], inner[0]), _in_turns(outer[1], inner[1]), output)
+
+
+def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Bᵀ, G and Aᵀ of F(outputs, taps) for these points and infinity."""
     output = [(*tuple(point**power for point in points), Fraction(power == outputs - 1)) for power in range(outputs)]
-    kernel = [tuple(point**power / _others(points, point) for power in range(TAPS)) for point in points]
+    kernel = [tuple(point**power / _others(points, point) for power in range(taps)) for point in points]
     rows = [(*_roots([other for other in points if other != point]), Fraction(0)) for point in points]
-    infinity = (Fraction(0), Fraction(0), Fraction(1))
-    return Filter(outputs, (*rows, _roots(points)), (*kernel, infinity), tuple(output))
+    infinity = (*(Fraction(0),) * (taps - 1), Fraction(1))
+    return (*rows, _roots(points)), (*kernel, infinity), tuple(output)
+
+
+def _in_turns(outer: Matrix, inner: Matrix) -> Matrix:
+    """The rows of two matrices; columns 0, 2, 4, … are those of the first, and 1, 3, 5, … those of the second."""
+    first = [(*itertools.chain(*((number, Fraction(0)) for number in row[:-1])), row[-1]) for row in outer]
+    second = [(*itertools.chain(*((Fraction(0), number) for number in row)), Fraction(0)) for row in inner]
+    return (*first, *second)
+
+
+def _identity(size: int) -> Matrix:
+    return tuple(tuple(Fraction(row == column) for column in range(size)) for row in range(size))
 
 
 def _others(points: Sequence[Fraction], point: Fraction) -> Fraction:

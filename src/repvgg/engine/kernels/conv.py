@@ -26,6 +26,7 @@ from repvgg.engine.layers import Conv, ConvGeometry, Floats
 
 _COLD = 2**15  # floats of a panel that is fetched ahead
 _KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
+_NEAR = 48  # channels whose weights are fetched to the first cache ahead of their use
 _ALONE = 96  # channels that are worth a sum of their own
 _SUMMED = 144  # channels that are summed in one go, and a few more
 _MOST_RUNS = 8  # that are written out
@@ -283,10 +284,10 @@ class _Row:
             number = write.add(first, channels.index)
             if self.ahead:
                 write.prefetch(self.ahead, write.mul(number, LINE))
-            lanes, pitch = (
-                write.at("%weights", write.mul(number, self.step)),
-                kernel.geometry.stride[1] * kernel.source.pitch,
-            )
+            lanes = write.at("%weights", write.mul(number, self.step))
+            pitch = kernel.geometry.stride[1] * kernel.source.pitch
+            for line in range(0, self.step, LINE):
+                write.prefetch(lanes, _NEAR * self.step + line, near=True)
             inputs = write.at(source, channels.index)
             channels.next = multiply_add(write, inputs, pitch, lanes, channels.carried, len(self.counts))
         if not alone:

@@ -71,26 +71,20 @@ class WinogradFused:
 
     @property
     def units_of_image(self) -> int:
-        """Pieces of a block."""
-        return self.tiling.pieces
+        """One for each piece of tiles."""
+        return 1
 
     @property
     def muls(self) -> int:
-        """Multiplications of a block, those of tiles that stand for nothing among them."""
-        return self.tiling.of_block * self.form.places * self.inputs * self.target.channels
+        """Multiplications of a piece."""
+        return self.tiling.piece * self.form.places * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one for a piece."""
         piece = _piece(f"{name}_piece", self)
-        write, tiling = Function(name, UNITS, self.width), self.tiling
+        write = Function(name, UNITS, self.width)
         with write.loop("%begin", "%end") as units:
-            block, part = write.divide(units.index, tiling.pieces)
-            source, target = (
-                write.at(base, write.mul(block, tiling.images * images.image))
-                for base, images in (("%source", self.source), ("%target", self.target))
-            )
-            pointers = [("ptr", source), ("ptr", target), ("ptr", "%weights"), ("ptr", "%bias")]
-            write.call(piece.name, [*pointers, ("i64", part)])
+            write.call(piece.name, [*((kind, f"%{pointer}") for kind, pointer in POINTERS), ("i64", units.index)])
         return [piece, write]
 
 
@@ -116,13 +110,20 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
 def _inputs(write: Function, kernel: WinogradFused, moved: Operand) -> None:
     source, tiling, form = kernel.source, kernel.tiling, kernel.form
     first, count = tiles_of_piece(write, tiling, "%piece")
-    corner = write.at("%source", input_corner(source, tiling, kernel.padding))
+    corner = write.at("%source", input_corner(form, source, tiling, kernel.padding))
     with write.loop(0, count) as tiles:
-        part, place = write.divide(write.add(first, tiles.index), tiling.of_image)
-        down, across = write.divide(place, tiling.grid[1])
-        row, column = write.mul(down, form.outputs[0] * source.row), write.mul(across, form.outputs[1] * source.pitch)
-        read = write.add(write.mul(part, source.image), write.add(row, column))
-        input_tile(write, form, source, write.at(corner, read), moved, write.mul(tiles.index, moved.tile))
+        read, following = (_tile(write, kernel, write.add(first, write.add(tiles.index, more))) for more in (0, 1))
+        wrote = write.mul(tiles.index, moved.tile)
+        input_tile(write, form, source, write.at(corner, read), moved, wrote, write.at(corner, following))
+
+
+def _tile(write: Function, kernel: WinogradFused, tile: Index) -> Index:
+    """Floats from the first tile of all to another."""
+    source, tiling, steps = kernel.source, kernel.tiling, kernel.form.steps
+    image, place = write.divide(tile, tiling.of_image)
+    down, across = write.divide(place, tiling.grid[1])
+    row, column = write.mul(down, steps[0] * source.row), write.mul(across, steps[1] * source.pitch)
+    return write.add(write.mul(image, source.image), write.add(row, column))
 
 
 def _panel(
@@ -133,7 +134,7 @@ def _panel(
     lanes, weights = write.mul(vector, kernel.width), kernel.inputs * step
     panel = write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))
     products = Operand.of(scratch, tiling.piece, step)
-    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, weights, cold=False)
+    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, cold=False)
     with write.loop(0, kernel.form.places) as places:
         inputs = Operand(write.at(read.at, write.mul(places.index, read.place)), read.place, read.tile)
         wrote = write.at(products.at, write.mul(places.index, products.place))

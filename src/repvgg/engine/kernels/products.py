@@ -13,12 +13,12 @@ from repvgg.engine.kernels.transform import transform_rectangle
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Form
 
-_SUMMED = 48  # channels that are summed in one go; the sums of sums round less than one long sum
+_SUMMED, _SUMMED_COLD = 64, 48  # channels that are summed in one go; the sums of sums round less than one long sum
 
 
-def runs(channels: int) -> list[tuple[int, int]]:
+def runs(channels: int, *, cold: bool) -> list[tuple[int, int]]:
     """(begin, end) of the channels that are summed in one go, about equally many each."""
-    return equal_runs(channels, -(-channels // _SUMMED))
+    return equal_runs(channels, -(-channels // (_SUMMED_COLD if cold else _SUMMED)))
 
 
 @final
@@ -42,17 +42,26 @@ class Operand:
         return cls(at, place_floats(tiles, floats), floats)
 
 
-def input_corner(source: Images, tiling: Tiling, padding: Pair) -> int:
+def input_corner(form: Form, source: Images, tiling: Tiling, padding: Pair) -> int:
     """Floats from the beginning of an image to the first input of its first tile."""
-    row, column = (first - pad for first, pad in zip(tiling.corner, padding, strict=True))
+    axes = zip(tiling.corner, form.strides, padding, strict=True)
+    row, column = (first * stride - pad for first, stride, pad in axes)
     return source.inside + row * source.row + column * source.pitch
 
 
-def input_tile(write: Function, form: Form, source: Images, read: Value, target: Operand, wrote: Index) -> None:
-    """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place."""
+def input_tile(
+    write: Function, form: Form, source: Images, read: Value, target: Operand, wrote: Index, following: Value
+) -> None:
+    """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place.
+
+    What the tile at ``following`` reads is fetched meanwhile.
+    """
     down, across = form.inputs
     with write.loop(0, source.pitch, write.width) as channels:
-        pixel = write.at(read, channels.index)
+        pixel, ahead = write.at(read, channels.index), write.at(following, channels.index)
+        for row in range(down):
+            for column in range(across - form.steps[1], across):
+                write.prefetch(ahead, row * source.row + column * source.pitch, near=True)
         values = [
             write.load(pixel, row * source.row + column * source.pitch)
             for row in range(down)
@@ -70,9 +79,9 @@ class PieceOfImages:
     """Where outputs go.
 
     Attributes:
-        at: address of the first image of the block, at the first channel.
+        at: address of the first image, at the first channel.
         bias: address of that of the first channel.
-        piece: which one of the block.
+        piece: which one.
     """
 
     at: Value
@@ -83,7 +92,7 @@ class PieceOfImages:
 def tiles_of_piece(write: Function, tiling: Tiling, piece: Index) -> tuple[Index, Index]:
     """The first tile of a piece, and how many there are that stand for something."""
     first = write.mul(piece, tiling.piece)
-    if tiling.of_block == tiling.real:
+    if tiling.tiles == tiling.real:
         return first, tiling.piece
     left = write.value(f"sub i64 {tiling.real}, {first}")
     few = write.value(f"icmp ult i64 {left}, {tiling.piece}")
@@ -100,20 +109,18 @@ class Product:
         vectors: of output channels.
         tiles: all of them.
         channels: of the input.
-        ahead: floats from weights to those that are fetched meanwhile.
-        cold: whether the next channels of the tiles are fetched meanwhile, too.
+        cold: whether the tiles come from the third cache: then their next channels are fetched to the second.
     """
 
     tile: Tile
     vectors: int
     tiles: int
     channels: int
-    ahead: int
     cold: bool
 
     def write(self, write: Function, inputs: Operand, weights: Value, products: Value) -> None:
-        """Write it: run after run of channels, whose weights stay in the first cache for all tiles."""
-        step, parts = self.vectors * write.width, runs(self.channels)
+        """Write it: run after run of channels, whose weights come to the first cache during the run before."""
+        step, parts = self.vectors * write.width, runs(self.channels, cold=self.cold)
         following = [*parts[1:], tuple(inputs.place + place for place in parts[0])]
         for (begin, end), ahead in zip(parts, following, strict=True):
             with write.loop(0, self.tiles, self.tile.pixels) as tiles:
@@ -138,7 +145,7 @@ class Product:
         with write.loop(begin, end, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
             lanes = write.at(weights, write.mul(channels.index, step))
             for line in range(0, step, LINE):
-                write.prefetch(lanes, self.ahead + line)
+                write.prefetch(lanes, (end - begin) * step + line, near=True)
             source = write.at(read, channels.index)
             channels.next = multiply_add(write, source, pitch, lanes, channels.carried, self.vectors)
         return channels.results
@@ -164,13 +171,21 @@ class Outputs:
     vectors: int
 
     def write(self, write: Function, products: Operand, images: PieceOfImages, beyond: Value) -> None:
-        """Write it for a piece of a block; ``beyond`` is a vector of memory that nobody reads."""
+        """Write it for a piece; ``beyond`` is a vector of memory that nobody reads.
+
+        The lines of the next tile are fetched meanwhile.
+        """
         target, bias = images.at, images.bias
         first, count = tiles_of_piece(write, self.tiling, images.piece)
         with write.loop(0, count) as tiles:
             read = write.at(products.at, write.mul(tiles.index, products.tile))
             corner, inside = self._corner(write, target, write.add(first, tiles.index))
+            following = self._corner(write, target, write.add(first, write.add(tiles.index, 1)))[0]
             with write.loop(0, self.vectors * write.width, write.width) as lanes:
+                ahead = write.at(following, lanes.index)
+                for row in range(self.form.outputs[0]):
+                    for column in range(self.form.outputs[1]):
+                        write.prefetch(ahead, row * self.target.row + column * self.target.pitch, write=True)
                 values = [
                     write.load(read, write.add(lanes.index, at * products.place)) for at in range(self.form.places)
                 ]
@@ -178,7 +193,7 @@ class Outputs:
                 self._pixels(write, values, pixel, offset, inside, beyond)
 
     def _corner(self, write: Function, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
-        """Where the first pixel of a tile of a block lies, and which of its rows and columns are inside the image."""
+        """Where the first pixel of a tile lies, and which of its rows and columns are inside the image."""
         tiling, images = self.tiling, self.target
         part, place = write.divide(tile, tiling.of_image)
         places = write.divide(place, tiling.grid[1])

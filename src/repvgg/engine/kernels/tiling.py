@@ -14,22 +14,20 @@ LINE = 16  # floats of a line of the cache
 @final
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a part of each image, in pieces.
+    """The tiles of a part of each image of a batch, in pieces, which may begin and end within an image.
 
-    All pieces have the same length, so the last one of a block may have tiles that stand for nothing.
+    All pieces have the same length, so the last one may have tiles that stand for nothing.
 
     Attributes:
         grid: tiles of an image, down and across.
-        images: of a block.
         piece: tiles of a piece.
-        blocks: of the largest batch.
+        batch: images of the largest batch.
         corner: row and column of the first output of the first tile.
     """
 
     grid: Pair
-    images: int
     piece: int
-    blocks: int
+    batch: int
     corner: Pair = (0, 0)
 
     @property
@@ -39,23 +37,18 @@ class Tiling:
 
     @property
     def real(self) -> int:
-        """Tiles of a block that stand for something."""
-        return self.images * self.of_image
+        """Tiles that stand for something."""
+        return self.batch * self.of_image
 
     @property
     def pieces(self) -> int:
-        """Pieces of a block."""
+        """Pieces of the largest batch."""
         return -(-self.real // self.piece)
 
     @property
-    def of_block(self) -> int:
-        """Tiles of a block, those that stand for nothing among them."""
-        return self.pieces * self.piece
-
-    @property
     def tiles(self) -> int:
-        """Tiles of the largest batch."""
-        return self.blocks * self.of_block
+        """Tiles of the largest batch, those that stand for nothing among them."""
+        return self.pieces * self.piece
 
 
 def equal_runs(length: int, count: int) -> list[tuple[int, int]]:

@@ -14,15 +14,15 @@ def transform(write: Function, matrix: Matrix, values: Sequence[Value]) -> list[
     """``matrix · values``, each value being a vector.
 
     The points a and -a of Winograd's matrices leave two symmetries. Two columns that differ in signs alone: the sum
-    and the difference of their values are computed once. Two rows that differ in the signs of every other column: so
-    are their even and their odd part.
+    and the difference of their values are computed once. Two rows that differ in signs alone: so are the part that they
+    share and the part that one of them negates.
     """
     matrix, values = _folded(write, matrix, list(values))
     out: list[Value] = []
     while len(out) < len(matrix):
         row, rest = matrix[len(out)], matrix[len(out) + 1 :]
-        sign = _mirror(row, rest[0]) if rest else 0
-        out += _both(write, row, sign, values) if sign else [_sum(write, row, values)]
+        halves = _mirrored(row, rest[0]) if rest else None
+        out += _both(write, *halves, values) if halves else [_sum(write, row, values)]
     return out
 
 
@@ -49,31 +49,26 @@ def _folded(write: Function, matrix: Matrix, values: list[Value]) -> tuple[Matri
     return tuple(map(tuple, rows)), values
 
 
-def _mirror(row: Sequence[Fraction], other: Sequence[Fraction]) -> int:
-    """1 if ``other`` has the odd columns of ``row`` negated, -1 if the even ones, 0 if neither or nothing to share."""
-    for sign in (1, -1):
-        turned = [value * sign * (-1) ** place for place, value in enumerate(row)]
-        if turned == list(other) and any(_every_other(row, 0)) and any(_every_other(row, 1)):
-            return sign
-    return 0
+def _mirrored(row: Sequence[Fraction], other: Sequence[Fraction]) -> tuple[list[Fraction], list[Fraction]] | None:
+    """What two rows share, and what one has negated; None if that is not all, or one of the two is nothing."""
+    pairs = list(zip(row, other, strict=True))
+    shared = [left if left == right else Fraction(0) for left, right in pairs]
+    turned = [left if left == -right else Fraction(0) for left, right in pairs]
+    whole = all(abs(left) == abs(right) for left, right in pairs)
+    return (shared, turned) if whole and any(shared) and any(turned) else None
 
 
-def _both(write: Function, row: Sequence[Fraction], sign: int, values: Sequence[Value]) -> list[Value]:
-    """A row and its mirror: ``even + f · odd`` and ``±(even - f · odd)``, with a factor that leaves a 1 in ``odd``."""
-    even, odd = _every_other(row, 0), _every_other(row, 1)
-    if sign < 0:
-        even, odd = odd, even
-    factor = odd[max(place for place, value in enumerate(odd) if value)]
-    first = _sum(write, even, values)
-    second = _sum(write, [value / factor for value in odd], values)
+def _both(
+    write: Function, shared: Sequence[Fraction], turned: Sequence[Fraction], values: Sequence[Value]
+) -> list[Value]:
+    """``s + f · t`` and ``s - f · t``, with a factor that leaves a 1 in ``t``."""
+    factor = turned[max(place for place, value in enumerate(turned) if value)]
+    first = _sum(write, shared, values)
+    second = _sum(write, [value / factor for value in turned], values)
     if abs(factor) == 1:
         names = ("fadd", "fsub") if factor > 0 else ("fsub", "fadd")
         return [write.binary(name, first, second) for name in names]
     return [write.fma(second, _constant(write, by), first) for by in (factor, -factor)]
-
-
-def _every_other(row: Sequence[Fraction], parity: int) -> list[Fraction]:
-    return [value if place % 2 == parity else Fraction(0) for place, value in enumerate(row)]
 
 
 def _sum(write: Function, row: Sequence[Fraction], values: Sequence[Value]) -> Value:

@@ -62,15 +62,15 @@ class WinogradInput:
         target = Operand.of("%target", tiling.tiles, source.pitch)
         with write.loop("%begin", "%end") as units:
             image, row = write.divide(units.index, tiling.grid[0])
-            block, part = write.divide(image, tiling.images)
-            tile = write.add(write.mul(block, tiling.of_block), write.mul(part, tiling.of_image))
-            first = write.add(tile, write.mul(row, tiling.grid[1]))
-            read = write.add(write.mul(image, source.image), write.mul(row, self.form.outputs[0] * source.row))
-            begin = write.at("%source", write.add(read, input_corner(source, tiling, self.padding)))
+            first = write.add(write.mul(image, tiling.of_image), write.mul(row, tiling.grid[1]))
+            down, right = self.form.steps[0] * source.row, self.form.steps[1] * source.pitch
+            read = write.add(write.mul(image, source.image), write.mul(row, down))
+            begin = write.at("%source", write.add(read, input_corner(self.form, source, tiling, self.padding)))
             with write.loop(0, tiling.grid[1]) as across:
-                pixel = write.at(begin, write.mul(across.index, self.form.outputs[1] * source.pitch))
+                pixel = write.at(begin, write.mul(across.index, right))
                 wrote = write.mul(write.add(first, across.index), source.pitch)
-                input_tile(write, self.form, source, pixel, target, wrote)
+                following = write.at(pixel, right)
+                input_tile(write, self.form, source, pixel, target, wrote, following)
         return [write]
 
 
@@ -123,18 +123,18 @@ class WinogradProduct:
 
     @property
     def units_of_image(self) -> int:
-        """Units of a block: its pieces, by each panel."""
-        return self.groups * self.panels * self.tiling.pieces
+        """A piece of tiles by each panel."""
+        return self.groups * self.panels
 
     @property
     def muls(self) -> int:
-        """Multiplications of a block, those of tiles that stand for nothing among them."""
-        return self.tiling.of_block * self.form.places * self.inputs * self.target.channels
+        """Multiplications of a piece."""
+        return self.tiling.piece * self.form.places * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a piece by the last panel of a group, and by another.
 
-        Unit ``(panel · blocks + block) · pieces + piece``: neighbouring units read the same weights.
+        Unit ``panel · pieces + piece``: neighbouring units read the same weights.
         """
         last = self.group_vectors - (self.panels - 1) * self.tile.vectors
         parts = [_piece(f"{name}_piece{at}", self, count) for at, count in enumerate((self.tile.vectors, last))]
@@ -147,17 +147,14 @@ _PIECE = (*POINTERS, ("i64", "piece"))
 def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Function:
     write, tiling = Function(name, UNITS, kernel.width), kernel.tiling
     with write.loop("%begin", "%end") as units:
-        panel, place = write.divide(units.index, write.mul("%batch", tiling.pieces))
-        block, piece = write.divide(place, tiling.pieces)
+        panel, piece = write.divide(units.index, "%batch")
         group, part = write.divide(panel, kernel.panels)
         vectors = write.add(write.mul(group, kernel.group_vectors), write.mul(part, kernel.tile.vectors))
         lanes = write.mul(vectors, kernel.width)
-        tile = write.add(write.mul(block, tiling.of_block), write.mul(piece, tiling.piece))
-        read = write.add(write.mul(tile, kernel.pitch), write.mul(group, kernel.inputs))
-        wrote = write.add(write.mul(block, tiling.images * kernel.target.image), lanes)
+        read = write.add(write.mul(piece, tiling.piece * kernel.pitch), write.mul(group, kernel.inputs))
         arguments = (
             ("ptr", write.at("%source", read)),
-            ("ptr", write.at("%target", wrote)),
+            ("ptr", write.at("%target", lanes)),
             ("ptr", write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))),
             ("ptr", write.at("%bias", lanes)),
             ("i64", piece),
@@ -173,7 +170,7 @@ def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     inputs = Operand.of("%source", tiling.tiles, kernel.pitch)
     products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
-    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, weights, cold=True)
+    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, cold=True)
     with write.loop(0, kernel.form.places) as places:
         read = Operand(write.at("%source", write.mul(places.index, inputs.place)), inputs.place, inputs.tile)
         wrote = write.at(products.at, write.mul(places.index, products.place))
