@@ -1,8 +1,9 @@
-"""Machine code on the disk, so that a network is compiled once on a machine and not in each process.
+"""Files on the disk, so that a network is compiled, and its choices measured, once on a machine.
 
-A file is named by everything that its code depends on: the IR, the processor with its features, and the versions of
-repvgg, llvmlite and LLVM. It begins with that name and a checksum, and what does not fit either is compiled again and
-replaced, never loaded. Files are written whole or not at all, so processes do not disturb each other.
+A file is named by everything that its content depends on. For machine code those are the IR, the processor with its
+features, and the versions of repvgg, llvmlite and LLVM. It begins with that name and a checksum, and what does not fit
+either is made again and replaced, never used. Files are written whole or not at all, so processes do not disturb each
+other.
 
 ``REPVGG_CACHE_DIR`` moves the folder, which is the user's cache folder otherwise; ``REPVGG_CACHE_DIR=off`` turns the
 cache off.
@@ -30,6 +31,7 @@ MOST_BYTES = 2**26  # of all files; one network takes about 2**16
 
 _MAGIC = b"repvgg engine 1\n"
 _DIGEST = 32  # bytes of a SHA-256
+_CODE, CHOICE = ".o", ".choice"  # how the names of files end
 
 
 def cached_object_code(ir: str, isa: Isa) -> bytes:
@@ -41,12 +43,12 @@ def cached_object_code(ir: str, isa: Isa) -> bytes:
     folder = cache_folder()
     if folder is None:
         return object_code(ir, isa)
-    key = _key(ir, isa)
-    path = folder / f"{key.hex()}.o"
-    code = _read(path, key)
+    key = digest(*_versions(), *map(str, astuple(isa)), ir)
+    path = folder / f"{key.hex()}{_CODE}"
+    code = read_kept(path, key)
     if code is None:
         code = object_code(ir, isa)
-        _keep(path, key, code)
+        keep(path, key, code)
     return code
 
 
@@ -63,7 +65,7 @@ def cache_folder() -> Path | None:
 
 
 def clear_cache() -> None:
-    """Remove all machine code that is kept on the disk. Networks that are compiled already go on.
+    """Remove all machine code, and all that was measured, from the disk. Networks that are compiled already go on.
 
     Raises:
         OutputError: a file cannot be removed.
@@ -72,7 +74,8 @@ def clear_cache() -> None:
     if folder is None or not folder.is_dir():
         return
     try:
-        for path in [*folder.glob("*.o"), *folder.glob(".repvgg-*")]:  # the latter of processes that were killed
+        kept = [path for suffix in (_CODE, CHOICE) for path in folder.glob(f"*{suffix}")]
+        for path in [*kept, *folder.glob(".repvgg-*")]:  # the latter of processes that were killed
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -81,12 +84,12 @@ def clear_cache() -> None:
         raise OutputError(f"{str(folder)!r} cannot be cleared: {first_line(error)}.") from error
 
 
-def _key(ir: str, isa: Isa) -> bytes:
-    parts = (import_module("repvgg").__version__, *_versions(), *map(str, astuple(isa)), ir)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{len(part)} {part}".encode())
-    return digest.digest()
+def digest(*parts: str) -> bytes:
+    """The name of what depends on these and on this version of the library."""
+    whole = hashlib.sha256()
+    for part in (import_module("repvgg").__version__, *parts):
+        whole.update(f"{len(part)} {part}".encode())
+    return whole.digest()
 
 
 @cache
@@ -96,8 +99,8 @@ def _versions() -> tuple[str, str]:
     return require("llvmlite", "engine").__version__, ".".join(map(str, binding.llvm_version_info))
 
 
-def _read(path: Path, key: bytes) -> bytes | None:
-    """The code of a file that is whole, this user's own, and about nothing else."""
+def read_kept(path: Path, key: bytes) -> bytes | None:
+    """What a file holds that is whole, this user's own, and about nothing else; None if there is none."""
     head = len(_MAGIC) + 2 * _DIGEST
     try:
         with path.open("rb") as file:
@@ -107,15 +110,16 @@ def _read(path: Path, key: bytes) -> bytes | None:
         os.utime(path)  # the oldest go first
     except OSError:
         return None
-    code = content[head:]
-    return code if content[:head] == _MAGIC + key + hashlib.sha256(code).digest() and code else None
+    kept = content[head:]
+    return kept if content[:head] == _MAGIC + key + hashlib.sha256(kept).digest() and kept else None
 
 
-def _keep(path: Path, key: bytes, code: bytes) -> None:
+def keep(path: Path, key: bytes, content: bytes) -> None:
+    """Write a file for :func:`read_kept`; a folder that cannot be written gets a warning, once in a process."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with whole_or_nothing(path, overwrite=True) as part:
-            part.write_bytes(_MAGIC + key + hashlib.sha256(code).digest() + code)
+            part.write_bytes(_MAGIC + key + hashlib.sha256(content).digest() + content)
         _shrink(path.parent)
     except (OSError, OutputError) as error:
         _say_once(str(path.parent), first_line(error))
@@ -124,7 +128,7 @@ def _keep(path: Path, key: bytes, code: bytes) -> None:
 def _shrink(folder: Path) -> None:
     """Remove the files that were used the longest ago, while there is too much."""
     found = []
-    for path in folder.glob("*.o"):
+    for path in folder.glob(f"*{_CODE}"):
         with suppress(FileNotFoundError):  # another process removed it
             found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = 0
@@ -136,5 +140,5 @@ def _shrink(folder: Path) -> None:
 
 @cache
 def _say_once(folder: str, why: str) -> None:
-    text = f"Machine code cannot be kept in {folder!r} ({why}): each process compiles anew."
+    text = f"Nothing can be kept in {folder!r} ({why}): each process compiles anew."
     warnings.warn(f"{text} {VARIABLE} names another folder.", CacheWarning, stacklevel=2)

@@ -25,6 +25,8 @@ from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
 from repvgg.engine.winograd import Form, winograd
 
+_Run: TypeAlias = tuple[int, int, int]  # first row or column, m, tiles
+Rectangle: TypeAlias = tuple[_Run, _Run]  # rows and columns of tiles of one form
 Way: TypeAlias = Literal["product", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 
@@ -38,14 +40,18 @@ OUTPUTS: dict[str, dict[int, tuple[int, ...]]] = {
 _STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
 _PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
-_TRANSFORM = 2.8  # cycles for each place of a tile, going in or coming out
-_STORED = 1.2  # cycles for each vector of a product that is stored, and loaded and stored
-_STARTED = 12.0  # cycles for each run of channels
-_FETCHED = 9.0  # bytes of weights that come in a cycle to all threads from memory, ahead of their use
-_AGAIN = 24.0  # that come from the third cache, where they were before
+_TRANSFORM = 8.0  # cycles for each vector of a place of a tile, going in or coming out
+_STORED = 0.3  # cycles for each vector of a product that is stored, and loaded and stored
+_STARTED = 4.0  # cycles for each run of channels
+_DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
+_PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
+_FETCHED = 20.0  # bytes of weights that come in a cycle to all threads, ahead of their use
+_AGAIN = 28.0  # that come from the third cache, where they were before
+_NEAR = 64.0  # that come from the second cache of each thread
 _STAY = 2**23  # bytes of weights that stay in the third cache beside all else
-_MOVED = 4.0  # bytes that are written there in a cycle
-_READ = 20.0  # bytes that are read from there in a cycle, one row of tiles after the other
+_FULL = 2**24  # bytes of feature maps that do
+_MOVED = 6.0  # bytes of transformed tiles that are written there in a cycle
+_READ, _READ_FAR = 32.0, 10.0  # bytes that are read from there in a cycle, and from memory
 _UNIT = 300.0  # cycles to claim a unit and to begin with it
 
 
@@ -105,6 +111,12 @@ class Part:
     cycles: float
 
     @property
+    def rectangle(self) -> Rectangle:
+        """Which tiles it covers."""
+        (top, left), (high, wide), (down, across) = self.tiling.corner, self.tiling.grid, self.form.outputs
+        return (top, down, high), (left, across, wide)
+
+    @property
     def end(self) -> Pair:
         """One behind the last row and column that the tiles cover; it may lie outside of the image."""
         pairs = zip(self.tiling.corner, self.tiling.grid, self.form.outputs, strict=True)
@@ -130,17 +142,26 @@ class Choice:
         return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
+#: Says how a convolution is computed: by the Winograd that comes back, or directly where None does.
+Chooser: TypeAlias = Callable[[ConvGeometry, Size, Machine], Choice | None]
+
+
 @lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
 def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-    """The fastest way: Winograd with the tiles that come back, or None for the direct kernel."""
-    whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
-    if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
-        return None
-    if size.inputs < machine.isa.width or not whole:
+    """The fastest way by the table: Winograd with the tiles that come back, or None for the direct kernel."""
+    if not may_use_winograd(geometry, size, machine):
         return None
     every = every_choice(size, geometry.stride[0], machine)
     best = min(every, key=lambda choice: choice.cycles, default=None)
     return best if best and best.cycles < direct_cycles(size, machine) else None
+
+
+def may_use_winograd(geometry: ConvGeometry, size: Size, machine: Machine) -> bool:
+    """Whether there is any other way than the direct one."""
+    whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
+    if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
+        return False
+    return size.inputs >= machine.isa.width and whole and machine.precision != "highest"
 
 
 def direct_cycles(size: Size, machine: Machine) -> float:
@@ -150,8 +171,8 @@ def direct_cycles(size: Size, machine: Machine) -> float:
     panels = -(-vectors // tile.vectors)
     steps = 9 * size.inputs // size.groups
     rows = size.batch * size.image[0] * size.groups
-    cycles = rows * (steps * row_cycles(tile, size.image[1], vectors) + panels * _UNIT)
-    return _together(cycles / machine.threads, 4 * steps * size.outputs / _FETCHED)
+    of_row = _DIRECT * steps * row_cycles(tile, size.image[1], vectors) + panels * (_UNIT + _PIXEL * size.image[1])
+    return rows * of_row / machine.threads + 4 * steps * size.outputs / _FETCHED
 
 
 def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
@@ -159,17 +180,20 @@ def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
 
     Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
     """
-    down, across = (list(_covers(length, OUTPUTS[machine.precision][stride])) for length in size.image)
-    for covers in itertools.product(down, across):
-        parts = [_part(rows, columns, size, stride, machine) for rows, columns in itertools.product(*covers)]
+    for pieces in every_cover(size, stride, machine):
+        parts = [_part(piece, size, stride, machine) for piece in pieces]
         if all(parts):
             yield Choice(tuple(part for part in parts if part))
 
 
-_Cover: TypeAlias = tuple[tuple[int, int, int], ...]  # (first row, m, tiles) each
+def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rectangle, ...]]:
+    """Rectangles of tiles that cover the image, for each two ways to cover rows and columns."""
+    down, across = (list(_covers(length, OUTPUTS[machine.precision][stride])) for length in size.image)
+    for covers in itertools.product(down, across):
+        yield tuple(itertools.product(*covers))
 
 
-def _covers(length: int, outputs: Sequence[int]) -> Iterator[_Cover]:
+def _covers(length: int, outputs: Sequence[int]) -> Iterator[tuple[_Run, ...]]:
     """Ways to cover rows or columns: with tiles of one size that may stick out, or with a smaller one for the rest."""
     for large in outputs:
         yield ((0, large, -(-length // large)),)
@@ -180,22 +204,19 @@ def _covers(length: int, outputs: Sequence[int]) -> Iterator[_Cover]:
 
 
 @lru_cache(maxsize=4096)  # covers share parts
-def _part(
-    rows: tuple[int, int, int], columns: tuple[int, int, int], size: Size, stride: int, machine: Machine
-) -> Part | None:
-    """The fastest way for some rows and columns of tiles; None if nothing fits, or nothing is saved."""
-    (top, down, high), (left, across, wide) = rows, columns
-    form = winograd(down, across, stride)
-    ways = every_part(form, (high, wide), (top, left), size, machine)
-    return min(ways, key=lambda part: part.cycles, default=None)
+def _part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Part | None:
+    """The fastest way for some rows and columns of tiles; None if nothing fits."""
+    return min(every_part(rectangle, size, stride, machine), key=lambda part: part.cycles, default=None)
 
 
-def every_part(form: Form, grid: Pair, corner: Pair, size: Size, machine: Machine) -> Iterator[Part]:
+def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
     """All ways to cut and to compute some tiles."""
+    (top, down, high), (left, across, wide) = rectangle
+    form, grid, corner = winograd(down, across, stride), (high, wide), (top, left)
     vectors = -(-size.outputs // size.groups // machine.isa.width)
     for tile in _tiles(machine.isa, vectors):
         for way, pieces in _WAYS.items():
-            for piece in pieces(form, size.batch * grid[0] * grid[1], tile, size, machine):
+            for piece in pieces(form, size.batch * high * wide, tile, size, machine):
                 tiling = Tiling(grid, piece, size.batch, corner)
                 yield Part(way, form, tiling, tile, _cycles(way, form, tiling, tile, size, machine))
 
@@ -243,17 +264,12 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machin
     if way == "product":
         moved = 4 * places * tiling.tiles * size.inputs
         units *= size.groups * panels
-        work += moved * panels / _READ if moved > _CACHE else 0
+        if moved > _CACHE:
+            work += moved * panels / (_READ if moved < _FULL else _READ_FAR)
         into += _UNIT * tiling.batch * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
     of_unit = work / units + _UNIT
     rounds = -(-units // machine.threads)
-    first, again = _fetched(way, form, tiling, tile, size, machine)
-    return _together(rounds * of_unit + into / machine.threads, first) + again
-
-
-def _together(computing: float, fetching: float) -> float:
-    """Of two things that go on at the same time: the longer one, and half of the other that does not fit in between."""
-    return max(computing, fetching) + min(computing, fetching) / 2
+    return rounds * of_unit + into / machine.threads + _fetched(way, form, tiling, tile, size, machine)
 
 
 def _multiplied(way: Way, tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
@@ -268,14 +284,14 @@ def _multiplied(way: Way, tiles: int, places: int, channels: int, vectors: int, 
     return tiles // tile.pixels * places * sum(each)
 
 
-def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> tuple[float, float]:
-    """To fetch all weights once, and again for some pieces where too much is in between."""
+def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+    """To fetch all weights once, and again for each piece that finds other things where they were."""
     channels, vectors = size.inputs // size.groups, tile.vectors * machine.isa.width
     weights = 4 * form.places * channels * size.outputs
     if way == "product":
-        panel = 4 * form.places * channels * vectors
-        passes = tiling.pieces if panel > _CACHE // 2 else 1
+        near, passes = 4 * form.places * channels * vectors <= _CACHE // 2, tiling.pieces
     else:  # all threads pass through them at the same time
-        kept = weights + 4 * form.places * tiling.piece * (size.inputs + vectors)
-        passes = -(-tiling.pieces // machine.threads) if kept > _CACHE else 1
-    return weights / _FETCHED, (passes - 1) * weights / (_AGAIN if weights < _STAY else _FETCHED)
+        near = weights + 4 * form.places * tiling.piece * (size.inputs + vectors) <= _CACHE
+        passes = -(-tiling.pieces // machine.threads)
+    rate = _NEAR if near else _AGAIN if weights < _STAY else _FETCHED
+    return weights / _FETCHED + (passes - 1) * weights / rate

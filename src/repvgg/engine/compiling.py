@@ -56,6 +56,7 @@ def compile(  # noqa: A001
     threads: int | None = None,
     *,
     precision: Precision = "high",
+    search: bool = False,
     fallback: Literal[False] = False,
 ) -> Network: ...
 @overload
@@ -65,6 +66,7 @@ def compile(  # noqa: A001
     threads: int | None = None,
     *,
     precision: Precision = "high",
+    search: bool = False,
     fallback: bool,
 ) -> Network | InTorch: ...
 def compile(  # noqa: A001 - as torch.compile
@@ -73,6 +75,7 @@ def compile(  # noqa: A001 - as torch.compile
     threads: int | None = None,
     *,
     precision: Precision = "high",
+    search: bool = False,
     fallback: bool = False,
 ) -> Network | InTorch:
     """Compile a plain network for the processor at hand.
@@ -90,6 +93,9 @@ def compile(  # noqa: A001 - as torch.compile
         precision: how far rounding errors may go. "high" takes Winograd's F(2x2) and F(4x4), with errors like those of
             other engines in float32; "medium" F(5x5) as well, which is faster on some images of 14x14 or so, with
             errors ten times as large; "highest" convolves directly alone.
+        search: measure, on this machine, the best few of the ways to compute each convolution of ``input_shape``, and
+            take the fastest; that takes some seconds for each kind of convolution, once: the answers are kept on the
+            disk. Else a table of costs says which way to take. Results differ by roundings.
         fallback: have PyTorch run the model, with a warning that says why, if the engine cannot.
 
     Raises:
@@ -103,7 +109,7 @@ def compile(  # noqa: A001 - as torch.compile
     if precision not in OUTPUTS:
         raise UsageError(f"precision is {', '.join(map(repr, OUTPUTS))}, not {precision!r}.")
     try:
-        return Network(read(model), shape, host_isa(), threads, precision)
+        return Network(read(model), shape, host_isa(), threads, precision, search)
     except (RepvggError, RuntimeError) as error:  # the latter by LLVM
         if not fallback:
             raise

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from repvgg.engine.arrays import Given, Input, read_input
-from repvgg.engine.choice import Machine, Precision
+from repvgg.engine.choice import Chooser, Machine, Precision, choose
 from repvgg.engine.isa import Isa, host_isa
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.plan import Plan
 from repvgg.engine.runner import Runner, Shape
+from repvgg.engine.search import search
 from repvgg.engine.workers import Workers, thread_count
 from repvgg.errors import UsageError
 
@@ -89,9 +90,10 @@ class Network:
     Args:
         layers: see :func:`repvgg.engine.reader.read`. They are kept, for images of other sizes.
         input_shape: a batch, channels, height and width.
-        isa: the vectors to use.
+        isa: the vectors to use; None for those of this processor.
         threads: that work on each call, the caller among them; see :func:`repvgg.engine.workers.thread_count`.
         precision: how far rounding errors may go; see :func:`repvgg.engine.compile`.
+        searched: whether the ways to compute ``input_shape`` are measured; likewise.
 
     Attributes:
         input_shape: as given.
@@ -103,17 +105,22 @@ class Network:
         self,
         layers: Sequence[Layer],
         input_shape: Shape,
-        isa: Isa,
+        isa: Isa | None,
         threads: int | None = 1,
         precision: Precision = "high",
+        searched: bool = False,
     ) -> None:
         self._layers, self._asked, self.input_shape = tuple(layers), threads, input_shape
         self.threads = thread_count(threads)
+        isa = isa or host_isa()
         self._machine = Machine(isa, self.threads, precision)
-        first = Runner(self._layers, input_shape, self._machine)
+        self._workers, self._searched = Workers(isa, self.threads), searched
+        self._chooser: Chooser = choose
+        if searched:
+            self._chooser = search(self._layers, input_shape, self._machine, self._workers)
+        first = Runner(self._layers, input_shape, self._machine, (), self._chooser)
         self._runners = [first]  # the last one ran last
         self.plan: Plan = first.plan
-        self._workers = Workers(isa, self.threads)
         self._lock, self._process = Lock(), os.getpid()
 
     @overload
@@ -163,7 +170,7 @@ class Network:
         """The recipe; code for this very processor becomes code for the one where it is read."""
         machine = self._machine
         isa = None if machine.isa == host_isa() else machine.isa
-        return _again, (self._layers, self.input_shape, isa, self._asked, machine.precision)
+        return Network, (self._layers, self.input_shape, isa, self._asked, machine.precision, self._searched)
 
     @contextmanager
     def _entered(self, x: Input) -> Iterator[Runner]:
@@ -183,7 +190,7 @@ class Network:
         """What is made for these images with the fewest more, or is made now."""
         fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
         runner = min(fits, key=lambda one: one.shape[0], default=None)
-        runner = runner or Runner(self._layers, shape, self._machine, self._runners)
+        runner = runner or Runner(self._layers, shape, self._machine, self._runners, self._chooser)
         if runner is not self._runners[-1]:
             self._runners = [*(one for one in self._runners if one is not runner), runner]
         if len(self._runners) > SIZES:
@@ -195,9 +202,3 @@ class Network:
         """After a fork: the threads are the parent's, and so is whoever was inside."""
         self._lock, self._process = Lock(), os.getpid()
         self._workers.restart()
-
-
-def _again(
-    layers: Sequence[Layer], input_shape: Shape, isa: Isa | None, threads: int | None, precision: Precision
-) -> Network:
-    return Network(layers, input_shape, isa or host_isa(), threads, precision)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.choice import Choice, Machine, Part, Size, choose
+from repvgg.engine.choice import Choice, Chooser, Machine, Part, Size, choose
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
@@ -20,6 +20,7 @@ from repvgg.engine.kernels.pool import PoolKernel
 from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
+from repvgg.engine.winograd import Form
 from repvgg.errors import UnsupportedError
 
 _ROWS = 8  # of a matrix product at once: images of a linear layer
@@ -100,18 +101,36 @@ class Plan:
         return self.steps[-1].target
 
 
-def plan(layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine) -> Plan:
+#: From a convolution, a form of Winograd or None, floats in a vector and vectors of a panel to weights and biases.
+Packing: TypeAlias = Callable[[Conv, Form | None, int, int], tuple[Floats, Floats]]
+
+
+def packed(layer: Conv, form: Form | None, width: int, vectors: int) -> tuple[Floats, Floats]:
+    """Weights, in Winograd's domain if there is a form, and biases, in the order that kernels read them."""
+    moved = layer if form is None else replace(layer, weight=form.transformed(layer.weight))
+    return pack(moved, width, vectors)
+
+
+def plan(
+    layers: Sequence[Layer],
+    input_shape: tuple[int, int, int, int],
+    machine: Machine,
+    chooser: Chooser = choose,
+    packing: Packing = packed,
+) -> Plan:
     """Choose a kernel for each layer, and where its images lie.
 
     Args:
         layers: see :func:`repvgg.engine.reader.read`.
         input_shape: the largest batch, channels, height and width.
         machine: the vectors to use, and how many threads.
+        chooser: says how a convolution is computed.
+        packing: makes weights and biases as kernels read them.
 
     Raises:
         UnsupportedError: a layer does not fit what comes to it; the text names it.
     """
-    planner = _Planner(layers, input_shape, machine)
+    planner = _Planner(layers, input_shape, machine, chooser, packing)
     for number, layer in enumerate(layers):
         planner.take(number, layer)
     return Plan(tuple(planner.steps), tuple(planner.buffers), machine.isa, isinstance(layers[-1], (Pool, Linear)))
@@ -119,8 +138,16 @@ def plan(layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machin
 
 @final
 class _Planner:
-    def __init__(self, layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        input_shape: tuple[int, int, int, int],
+        machine: Machine,
+        chooser: Chooser,
+        packing: Packing,
+    ) -> None:
         self._layers, self._machine, self._batch = layers, machine, input_shape[0]
+        self._chooser, self._packing = chooser, packing
         self._isa = isa = machine.isa
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
@@ -173,31 +200,31 @@ class _Planner:
         self.steps.append(Step(layer.name, transform, source, moved))
         channels = images.channels, images.pitch
         kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, layer.relu, width)
-        self.steps.append(Step(layer.name, kernel, moved, target, *self._transformed(layer, part), *_cut(tiling)))
+        self.steps.append(Step(layer.name, kernel, moved, target, *self._packed(layer, part), *_cut(tiling)))
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
         geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
         kernel = WinogradFused(part.form, geometry.groups, *images, part.tiling, part.tile, layer.relu, self._isa.width)
-        weights = self._transformed(layer, part)
+        weights = self._packed(layer, part)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
 
-    def _transformed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
+    def _packed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
         """Weights in Winograd's domain, and biases."""
-        moved = replace(layer, weight=part.form.transformed(layer.weight))
-        return pack(moved, self._isa.width, part.tile.vectors)
+        return self._packing(layer, part.form, self._isa.width, part.tile.vectors)
 
     def _choice(self, layer: Conv, size: Pair) -> Choice | None:
         """How a layer is computed whose output has this height and width."""
         groups, outputs = layer.geometry.groups, layer.weight.shape[0]
         inputs = layer.weight.shape[1] * groups
-        return choose(layer.geometry, Size(inputs, outputs, size, self._batch, groups), self._machine)
+        return self._chooser(layer.geometry, Size(inputs, outputs, size, self._batch, groups), self._machine)
 
     def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
         vectors = -(-target.images.channels // geometry.groups // isa.width)
         tile = choose_tile(isa, target.images.size[1], vectors)
         kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
-        self.steps.append(Step(layer.name, kernel, source, target, *pack(layer, isa.width, tile.vectors), block))
+        weights = self._packing(layer, None, isa.width, tile.vectors)
+        self.steps.append(Step(layer.name, kernel, source, target, *weights, block))
 
     def _pooled(self, name: str) -> Buffer:
         """The means of each channel, in blocks of images as a matrix product takes them."""
@@ -247,7 +274,7 @@ class _Planner:
         if choice is None:
             return Images(channels, size, border, pitch)
         axes = zip(choice.end, after, following.geometry.stride, strict=True)
-        more = [(end - length) * stride for end, length, stride in axes]
+        more = [max(0, end - length) * stride for end, length, stride in axes]
         return Images(channels, size, border, pitch, (more[0], more[1]))
 
     def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:

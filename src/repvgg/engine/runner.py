@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from repvgg.engine import program
 from repvgg.engine.arrays import Input
 from repvgg.engine.cache import cached_object_code
-from repvgg.engine.choice import Machine
+from repvgg.engine.choice import Chooser, Machine, choose
 from repvgg.engine.ir import Function, module
 from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import Arena
-from repvgg.engine.plan import NOTHING, Buffer, Plan, plan
+from repvgg.engine.plan import NOTHING, Buffer, Packing, Plan, packed, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -32,6 +32,8 @@ class Runner:
         shape: the largest batch, channels, height and width.
         machine: what computes.
         others: the same network for other sizes; weights that are packed alike are held once.
+        chooser: says how a convolution is computed.
+        packing: makes weights and biases as kernels read them.
 
     Attributes:
         shape: as given.
@@ -39,8 +41,16 @@ class Runner:
         table: what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
     """
 
-    def __init__(self, layers: Sequence[Layer], shape: Shape, machine: Machine, others: Sequence[Runner] = ()) -> None:
-        whole, isa = plan(layers, shape, machine), machine.isa
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        shape: Shape,
+        machine: Machine,
+        others: Sequence[Runner] = (),
+        chooser: Chooser = choose,
+        packing: Packing = packed,
+    ) -> None:
+        whole, isa = plan(layers, shape, machine, chooser, packing), machine.isa
         names, functions = _functions(whole)
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)

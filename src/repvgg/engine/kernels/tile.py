@@ -30,9 +30,9 @@ class Tile:
         """About how long one step takes.
 
         A processor does two multiply-adds and two loads a cycle, and the next addition to a sum waits four cycles.
-        Weights are loaded twice, those of the next place ahead of their use; wide panels crowd the first cache.
+        Weights are loaded twice, those to come ahead of their use; wide panels crowd the first cache.
         """
-        return max(self.pixels * self.vectors / 2, (self.pixels + 2 * self.vectors) / 2, 4.0) + 0.08 * self.vectors**2
+        return max(self.pixels * self.vectors / 2, (self.pixels + 2 * self.vectors) / 2, 4.0) + 0.02 * self.vectors**2
 
 
 def multiply_add(

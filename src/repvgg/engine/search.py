@@ -1,0 +1,193 @@
+"""Which way a convolution is computed, found by measuring: the table's best few in turn, on this very machine.
+
+A layer is measured alone, on memory like that of the network: first the ways to compute each part of its image, then
+the best covers of the whole image, beside the direct kernel. All that are compared run in turns, and what falls behind
+drops out, so that a machine whose speed swings does no way an injustice.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Sequence
+from typing import TypeAlias, final
+
+import numpy as np
+
+from repvgg.engine.arrays import read_input
+from repvgg.engine.choice import (
+    Choice,
+    Machine,
+    Part,
+    Rectangle,
+    Size,
+    choose,
+    every_choice,
+    every_part,
+    may_use_winograd,
+)
+from repvgg.engine.images import round_up
+from repvgg.engine.layers import Conv, ConvGeometry, Floats, Layer
+from repvgg.engine.memory import zeros
+from repvgg.engine.plan import plan
+from repvgg.engine.remembered import recall, remember
+from repvgg.engine.runner import Runner, Shape
+from repvgg.engine.winograd import Form
+from repvgg.engine.workers import Workers
+
+Question: TypeAlias = tuple[ConvGeometry, Size]
+
+_COVERS = 4  # that are looked into
+_WAYS = 5  # for each part of an image
+_SMALL = 0.1  # of a cover's time: parts that are as the table says
+_FLUSH = 2**23  # floats that are read between two turns of a batch that is small
+_FEW = 4  # images of such a batch
+_ROUNDS = ((2, 1.3), (2, 1.1), (4, 1.0))  # turns, and how far behind the best one may then be
+_FINAL = ((3, 1.1), (6, 1.0))
+
+
+@final
+class Searched:
+    """A chooser: as measured, or by the table where nothing was.
+
+    Args:
+        found: what was measured.
+    """
+
+    def __init__(self, found: dict[Question, Choice | None]) -> None:
+        self._found = found
+
+    def __call__(self, geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
+        """See :func:`repvgg.engine.choice.choose`."""
+        question = (geometry, size)
+        return self._found[question] if question in self._found else choose(geometry, size, machine)
+
+
+def search(layers: Sequence[Layer], shape: Shape, machine: Machine, workers: Workers) -> Searched:
+    """Measure all convolutions of a network that more than one way computes.
+
+    What was measured before is read from the disk, and what is measured now is kept there; see
+    :mod:`repvgg.engine.remembered`.
+
+    Args:
+        layers: see :func:`repvgg.engine.reader.read`.
+        shape: the largest batch, channels, height and width.
+        machine: what computes.
+        workers: the threads that do.
+    """
+    found: dict[Question, Choice | None] = {}
+    for geometry, size in _questions(layers, shape, machine):
+        known = recall(geometry, size, machine)
+        if known is None:
+            known = (_fastest_choice(geometry, size, machine, workers),)
+            remember(geometry, size, machine, known[0])
+        found[geometry, size] = known[0]
+    return Searched(found)
+
+
+def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[Question]:
+    """The convolutions of a network, each kind once."""
+    asked: dict[Question, None] = {}
+
+    def note(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
+        if may_use_winograd(geometry, size, machine):
+            asked[geometry, size] = None
+        return None
+
+    plan(layers, shape, machine, note, _any_weights)
+    return list(asked)
+
+
+def _any_weights(layer: Conv, form: Form | None, width: int, vectors: int) -> tuple[Floats, Floats]:
+    """As many numbers as there would be, packed; only their number counts here."""
+    outputs, inputs = layer.weight.shape[:2]
+    groups = layer.geometry.groups
+    wide = groups * round_up(outputs // groups, width)
+    places = form.places if form else layer.geometry.kernel[0] * layer.geometry.kernel[1]
+    return np.full(places * inputs * wide, 0.01, np.float32), np.zeros(wide, np.float32)
+
+
+def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> Choice | None:
+    """The best of the table's best covers, with the best way for each of their parts, or None for the direct kernel."""
+    field = _Field(geometry, size, machine, workers)
+    every = every_choice(size, geometry.stride[0], machine)
+    table = heapq.nsmallest(_COVERS, every, key=lambda choice: choice.cycles)
+    large = {part.rectangle for choice in table for part in choice.parts if part.cycles > _SMALL * choice.cycles}
+    found = {rectangle: field.best_part(rectangle) for rectangle in sorted(large)}
+    improved = [Choice(tuple(found.get(part.rectangle, part) for part in choice.parts)) for choice in table]
+    return field.best([*dict.fromkeys([*improved, *table[:1]]), None], _FINAL)
+
+
+@final
+class _Trial:
+    """One way to compute a layer, and how long its turns took."""
+
+    def __init__(self, choice: Choice | None, runner: Runner, batch: int) -> None:
+        self.choice, self._runner, self._batch = choice, runner, batch
+        self._seconds: list[float] = []
+
+    @property
+    def score(self) -> float:
+        """The mean of the faster half of its turns, in seconds."""
+        fast = sorted(self._seconds)[: -(-len(self._seconds) // 2)]
+        return sum(fast) / len(fast)
+
+    def turn(self, workers: Workers) -> None:
+        """Compute the layer once; the first step, which makes images of the input, is left out."""
+        start = time.perf_counter()
+        workers.run(self._runner.table[1:], self._batch)
+        self._seconds.append(time.perf_counter() - start)
+
+
+@final
+class _Field:
+    """Where the ways to compute one layer are measured."""
+
+    def __init__(self, geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> None:
+        self._size, self._stride, self._machine, self._workers = size, geometry.stride[0], machine, workers
+        weight = np.broadcast_to(np.float32(0), (size.outputs, size.inputs // size.groups, *geometry.kernel))
+        self._layer = Conv("layer", weight, np.zeros(size.outputs, np.float32), geometry, relu=True)
+        axes = zip(size.image, geometry.stride, geometry.kernel, geometry.padding, strict=True)
+        height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
+        image = np.random.default_rng(0).standard_normal((1, size.inputs, height, width), np.float32)
+        self._images = np.broadcast_to(image, (size.batch, *image.shape[1:]))
+        self._others = zeros(_FLUSH) if size.batch <= _FEW else None
+
+    def best_part(self, rectangle: Rectangle) -> Part:
+        """The best way for some tiles, of the table's best few of each kind."""
+        every = list(every_part(rectangle, self._size, self._stride, self._machine))
+        ways = {part.way for part in every}
+        few = [
+            heapq.nsmallest(_WAYS // len(ways) + 1, (part for part in every if part.way == way), key=_cycles)
+            for way in sorted(ways)
+        ]
+        best = self.best([Choice((part,)) for part in heapq.nsmallest(_WAYS, itertools.chain(*few), key=_cycles)])
+        assert best is not None  # it is one of those
+        return best.parts[0]
+
+    def best(self, choices: Sequence[Choice | None], rounds: Sequence[tuple[int, float]] = _ROUNDS) -> Choice | None:
+        """The fastest of some ways, in turns, of which those that fall behind drop out."""
+        trials = [self._trial(choice) for choice in choices]
+        for turns, limit in rounds:
+            for trial in trials * turns:
+                if self._others is not None:  # as if the rest of a network came in between
+                    self._others.sum()
+                trial.turn(self._workers)
+            fastest = min(trial.score for trial in trials)
+            trials = [trial for trial in trials if trial.score <= limit * fastest]
+            self._workers.forget()
+        return min(trials, key=lambda trial: trial.score).choice
+
+    def _trial(self, choice: Choice | None) -> _Trial:
+        def this(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
+            return choice
+
+        runner = Runner([self._layer], self._images.shape, self._machine, (), this, _any_weights)
+        runner.take(read_input(self._images, self._size.inputs))
+        self._workers.run(runner.table, self._size.batch)
+        return _Trial(choice, runner, self._size.batch)
+
+
+def _cycles(part: Part) -> float:
+    return part.cycles
