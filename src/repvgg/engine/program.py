@@ -76,7 +76,7 @@ reset:
 publish:
   store atomic i32 %call, ptr %shared seq_cst, align 64
   call void @wake(ptr %shared)
-  call void @work(ptr %shared, i32 %call)
+  call void @work(ptr %shared, i32 %call, i64 0)
   ret void
 }}
 
@@ -105,8 +105,10 @@ end:
   ret void
 }}
 
-define internal void @work(ptr %shared, i32 %call) nounwind {{
+define internal void @work(ptr %shared, i32 %call, i64 %side) nounwind {{
 entry:
+  %odd = icmp ne i64 %side, 0
+  %one = select i1 %odd, i64 1, i64 65536
   %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
   %steps = load atomic ptr, ptr %steps_at seq_cst, align 8
   %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
@@ -141,6 +143,9 @@ step:
   %total = mul i64 %units, %blocks
   %share = udiv i64 %total, %shares
   %chunk = call i64 @llvm.umax.i64(i64 %share, i64 1)
+  %short = add i64 %total, %chunk
+  %shorter = sub i64 %short, 1
+  %chunks = udiv i64 %shorter, %chunk
   %claim_at = getelementptr i64, ptr %row, i64 8
   %done_at = getelementptr i64, ptr %row, i64 16
   br label %claim
@@ -150,14 +155,21 @@ claim:
   %mine = icmp eq i64 %tag, %call64
   br i1 %mine, label %left, label %gone
 left:
-  %begin = and i64 %seen, 4294967295
-  %some = icmp ult i64 %begin, %total
+  %high = lshr i64 %seen, 16
+  %front = and i64 %high, 65535
+  %back = and i64 %seen, 65535
+  %both = add i64 %front, %back
+  %some = icmp ult i64 %both, %chunks
   br i1 %some, label %take, label %wait
 take:
+  %behind = sub i64 %chunks, %back
+  %last = sub i64 %behind, 1
+  %number = select i1 %odd, i64 %last, i64 %front
+  %begin = mul i64 %number, %chunk
   %far = add i64 %begin, %chunk
   %end = call i64 @llvm.umin.i64(i64 %far, i64 %total)
   %taken = sub i64 %end, %begin
-  %after = add i64 %seen, %taken
+  %after = add i64 %seen, %one
   %pair = cmpxchg ptr %claim_at, i64 %seen, i64 %after acq_rel acquire
   %won = extractvalue {{ i64, i1 }} %pair, 1
   br i1 %won, label %compute, label %claim
@@ -206,6 +218,8 @@ entry:
   %begun_at = getelementptr i64, ptr %shared, i64 {BEGUN}
   %number = atomicrmw add ptr %begun_at, i64 1 seq_cst
   %place = add i64 %number, {WORKERS}
+  %even = and i64 %number, 1
+  %side = xor i64 %even, 1
   %self_at = getelementptr i64, ptr %shared, i64 %place
   %self = call i64 (i64, ...) @syscall(i64 {GETTID})
   store atomic i64 %self, ptr %self_at seq_cst, align 8
@@ -222,7 +236,7 @@ called:
   br i1 %stopped, label %end, label %serve
 serve:
   %entered = atomicrmw add ptr %inside_at, i64 1 seq_cst
-  call void @work(ptr %shared, i32 %call)
+  call void @work(ptr %shared, i32 %call, i64 %side)
   %left = atomicrmw sub ptr %inside_at, i64 1 seq_cst
   br label %look
 nothing:
