@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +15,7 @@ Given: TypeAlias = "Tensor | Floats"
 _FLOAT_BYTES = 4
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Input:
+class Input(NamedTuple):
     """Images in memory.
 
     Attributes:
@@ -41,7 +38,7 @@ def read_input(x: Given, channels: int) -> Input:
         UsageError: they are no float32 numbers on the CPU, or of no shape (n, C, H, W).
     """
     if isinstance(x, Tensor):
-        fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided
+        fits = x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided
     else:
         fits = isinstance(x, np.ndarray) and x.dtype == np.float32
     if not fits or x.ndim != 4 or 0 in x.shape or x.shape[1] != channels:
@@ -52,7 +49,8 @@ def read_input(x: Given, channels: int) -> Input:
 
 
 def _of_tensor(x: Tensor) -> Input:
-    x = x.resolve_neg()  # such as the imaginary part of a conjugate
+    if x.is_neg():  # such as the imaginary part of a conjugate
+        x = x.resolve_neg()
     batch, channels, height, width = x.shape
     return Input(x.data_ptr(), (batch, channels, height, width), x.stride(), x)
 

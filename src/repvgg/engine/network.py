@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, final, overload
@@ -139,9 +138,12 @@ class Network:
         """
         images = read_input(x, self.input_shape[1])
         count = images.shape[0]
-        with self._entered(images) as runner:
-            self._workers.run(runner.table, count)
+        runner = self._enter(images)
+        try:
+            self._workers.run(runner.rows.start, len(runner.rows), count)
             output = runner.output(count)
+        finally:
+            self._lock.release()
         return torch.from_numpy(output) if isinstance(x, Tensor) else output
 
     def profile(self, x: Given, repeats: int = 20) -> Profile:
@@ -151,14 +153,17 @@ class Network:
         """
         images = read_input(x, self.input_shape[1])
         count = images.shape[0]
-        with self._entered(images) as runner:
+        runner = self._enter(images)
+        try:
             steps = runner.plan.steps
             seconds = np.zeros((repeats, len(steps)))
             for times in seconds:
-                for number in range(len(times)):
+                for number, row in enumerate(runner.rows):
                     start = time.perf_counter()
-                    self._workers.run(runner.table[number : number + 1], count)
+                    self._workers.run(row, 1, count)
                     times[number] = time.perf_counter() - start
+        finally:
+            self._lock.release()
         pairs = zip(steps, np.median(seconds, axis=0), strict=True)
         return Profile(StepTime(step.name, step.kernel, float(median), step.muls(count)) for step, median in pairs)
 
@@ -172,9 +177,8 @@ class Network:
         isa = None if machine.isa == host_isa() else machine.isa
         return Network, (self._layers, self.input_shape, isa, self._asked, machine.precision, self._searched)
 
-    @contextmanager
-    def _entered(self, x: Input) -> Iterator[Runner]:
-        """What runs a checked input, which its first step reads; nobody else is inside."""
+    def _enter(self, x: Input) -> Runner:
+        """What runs a checked input, which its first step reads. The lock is held, and nobody else is inside."""
         if self._process != os.getpid():
             self._begin_in_child()
         if not self._lock.acquire(blocking=False):
@@ -182,12 +186,16 @@ class Network:
         try:
             runner = self._runner(x.shape)
             runner.take(x)
-            yield runner
-        finally:
+        except BaseException:
             self._lock.release()
+            raise
+        return runner
 
     def _runner(self, shape: Shape) -> Runner:
         """What is made for these images with the fewest more, or is made now."""
+        last = self._runners[-1]
+        if last.shape == shape:
+            return last
         fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
         runner = min(fits, key=lambda one: one.shape[0], default=None)
         runner = runner or Runner(self._layers, shape, self._machine, self._runners, self._chooser)

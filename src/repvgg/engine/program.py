@@ -37,8 +37,8 @@ AVOIDED, BEGUN, ALLOWED, LEFT, WORKERS = 40, 41, 48, 64, 80  # the last is as lo
 PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
 RUN, WORKER, STOPPER, FORGET = "run", "worker", "stop", "forget"
 
-_CHUNKS = 4  # of a step for each thread
-_SPINS = 1000  # looks for work, of about 30 ns, before a thread sleeps
+_CHUNKS = 16  # of a step for each thread
+_SPINS = 8000  # looks for work, of about 30 ns, before a thread sleeps
 _YIELDS = 4095  # looks before a thread that waits for others lets somebody else run; a power of two, less one
 _CALLS = ("FUTEX", "GETTID", "SETAFFINITY")  # of Linux, by processor
 _X86_CALLS, _ARM_CALLS = (202, 186, 203), (98, 178, 122)
@@ -46,12 +46,12 @@ _NUMBERS = {"x86_64": _X86_CALLS, "AMD64": _X86_CALLS, "aarch64": _ARM_CALLS, "a
 _WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # both private to the process
 
 _RUN = """
-define void @{RUN}(ptr %shared, i64 %batch) nounwind {{
+define void @{RUN}(ptr %shared, ptr %steps, i64 %count, i64 %batch) nounwind {{
 entry:
   %steps_at = getelementptr i64, ptr %shared, i64 {STEPS}
-  %steps = load ptr, ptr %steps_at
+  store ptr %steps, ptr %steps_at
   %count_at = getelementptr i64, ptr %shared, i64 {COUNT}
-  %count = load i64, ptr %count_at
+  store i64 %count, ptr %count_at
   %before = load atomic i32, ptr %shared monotonic, align 64
   %call = add i32 %before, 1
   %call64 = zext i32 %call to i64
@@ -373,9 +373,9 @@ def has_workers() -> bool:
 
 
 def runtime(isa: Isa) -> str:
-    """The IR of ``run(shared, batch)``, ``forget(shared, nothing)``, ``stop(shared)``, and of ``worker(shared)``.
+    """The IR of ``run(shared, steps, count, batch)``, ``forget(shared, nothing)``, ``stop(shared)``, and a worker.
 
-    A worker returns after a stop. Where there is no futex there is none. ``nothing`` is a table without steps.
+    ``worker(shared)`` returns after a stop; where there is no futex there is none. ``nothing`` is a table of no steps.
     """
     call, declaration = _PAUSES.get(isa.name, ("", ""))
     pause = f"define internal void @pause() alwaysinline nounwind {{{{\n  {call}\n  ret void\n}}}}\n{declaration}\n"

@@ -23,7 +23,7 @@ def recall(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Choice
     place = _place(geometry, size, machine)
     kept = read_kept(*place) if place else None
     try:
-        said = None if kept is None else json.loads(kept)
+        said: Any = None if kept is None else json.loads(kept)
     except ValueError:
         return None
     if said == _DIRECT:

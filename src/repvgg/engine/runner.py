@@ -38,7 +38,7 @@ class Runner:
     Attributes:
         shape: as given.
         plan: the kernels and buffers, without the weights.
-        table: what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
+        rows: addresses of what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
     """
 
     def __init__(
@@ -54,17 +54,21 @@ class Runner:
         names, functions = _functions(whole)
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)
-        self._strides = np.zeros(4, np.int64)
+        strides = np.zeros(4, np.int64)
         self._arena = Arena()
         self._memory = [self._arena.zeros(buffer.floats) for buffer in whole.buffers]
         self._weights: list[Floats] = [values for other in others for values in other._weights]
-        self.table, self._weights = self._filled_table(whole, names)
+        table, self._weights = self._filled_table(whole, names)
+        table[0, program.WEIGHTS] = strides.ctypes.data
+        self.rows = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
+        self._table, self._strides = table.reshape(-1).data, strides.data
         self.plan = _without_weights(whole)
 
     def take(self, x: Input) -> None:
         """Have the first step read from ``x``."""
-        self._strides[:] = x.strides
-        self.table[0, program.SOURCE] = x.address
+        for axis, stride in enumerate(x.strides):
+            self._strides[axis] = stride
+        self._table[program.SOURCE] = x.address
 
     def output(self, count: int) -> Floats:
         """A copy of what came of ``count`` images: (n, O) behind a pool, and else (n, O, H, W)."""
@@ -87,7 +91,6 @@ class Runner:
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
             row[program.PARTS] = step.parts
-        table[0, program.WEIGHTS] = self._strides.ctypes.data
         return table, kept
 
     def _held(self, values: Floats) -> Floats:

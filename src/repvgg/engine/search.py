@@ -136,7 +136,8 @@ class _Trial:
     def turn(self, workers: Workers) -> None:
         """Compute the layer once; the first step, which makes images of the input, is left out."""
         start = time.perf_counter()
-        workers.run(self._runner.table[1:], self._batch)
+        rows = self._runner.rows[1:]
+        workers.run(rows.start, len(rows), self._batch)
         self._seconds.append(time.perf_counter() - start)
 
 
@@ -185,7 +186,7 @@ class _Field:
 
         runner = Runner([self._layer], self._images.shape, self._machine, (), this, _any_weights)
         runner.take(read_input(self._images, self._size.inputs))
-        self._workers.run(runner.table, self._size.batch)
+        self._workers.run(runner.rows.start, len(runner.rows), self._size.batch)
         return _Trial(choice, runner, self._size.batch)
 
 

@@ -2,8 +2,8 @@
 
 Cook-Toom: the product of two polynomials is found from its values at some points and at infinity; turned around
 (transposition), that gives m outputs of a filter of r taps from m + r - 1 inputs by as many multiplications, in the
-place of r·m. In two dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not have the
-same m.
+place of r·m. In two dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not
+have the same m.
 
 With stride 2, a filter of three taps is one of two taps, the outer ones, over the inputs 0, 2, 4, … and one tap over
 the inputs 1, 3, 5, …: F(m, 2) and m single products, 2m + 1 multiplications in the place of 3m.

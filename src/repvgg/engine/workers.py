@@ -73,24 +73,25 @@ class Workers:
 
     def __init__(self, isa: Isa, threads: int) -> None:
         self._code = Code([cached_object_code(program.runtime(isa), isa)], isa)
-        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._code.address(program.RUN))
+        kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+        self._run = ctypes.CFUNCTYPE(None, *kinds)(self._code.address(program.RUN))
         self._forget = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2)(self._code.address(program.FORGET))
         self._nothing, self._threads = program.table(0), threads
         self._shared = self._begun(0)
 
-    def run(self, table: NDArray[np.int64], batch: int) -> None:
-        """Run all rows of a table on a batch; it returns when they are done. One caller at a time.
+    def run(self, row: int, count: int, batch: int) -> None:
+        """Run rows of a table on a batch; it returns when they are done. One caller at a time.
 
         Args:
-            table: rows of a :func:`repvgg.engine.program.table`, without the one behind its last.
+            row: address of the first, of a :func:`repvgg.engine.program.table`.
+            count: of rows; there is another one behind them.
             batch: images.
         """
-        self._shared[program.STEPS], self._shared[program.COUNT] = table.ctypes.data, len(table)
-        self._run(self._shared.ctypes.data, batch)
+        self._run(self._address, row, count, batch)
 
     def forget(self) -> None:
         """Wait until no thread looks at a table that was run before, so that its memory may go."""
-        self._forget(self._shared.ctypes.data, self._nothing.ctypes.data)
+        self._forget(self._address, self._nothing.ctypes.data)
 
     def restart(self) -> None:
         """Have threads in a forked child, where those of its parent do not run."""
@@ -104,6 +105,7 @@ class Workers:
             kept = (self._code, self._nothing)
             helpers = [_started(self._code, shared, kept) for _ in range(self._threads - 1)]
             weakref.finalize(self, _stop, self._code, shared, helpers, os.getpid())
+        self._address: int = shared.ctypes.data
         return shared
 
 
