@@ -40,14 +40,15 @@ OUTPUTS: dict[str, dict[int, tuple[int, ...]]] = {
 _STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
 _PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
-_TRANSFORM = 8.0  # cycles for each vector of a place of a tile, going in or coming out
+_IN, _OUT = 10.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
+_SPILLED = 1.3  # times that, where tiles and weights do not fit the second cache together
 _STORED = 0.3  # cycles for each vector of a product that is stored, and loaded and stored
 _STARTED = 4.0  # cycles for each run of channels
 _DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
 _PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
 _FETCHED = 20.0  # bytes of weights that come in a cycle to all threads, ahead of their use
 _AGAIN = 28.0  # that come from the third cache, where they were before
-_NEAR = 64.0  # that come from the second cache of each thread
+_NEAR = 100.0  # that come from the second cache of each thread
 _STAY = 2**23  # bytes of weights that stay in the third cache beside all else
 _FULL = 2**24  # bytes of feature maps that do
 _MOVED = 6.0  # bytes of transformed tiles that are written there in a cycle
@@ -258,8 +259,9 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machin
     channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
     panels = -(-vectors // tile.vectors)
     work = size.groups * _multiplied(way, tiling.tiles, places, channels, vectors, tile)
-    work += _TRANSFORM * places * tiling.real * size.groups * vectors
-    into = _TRANSFORM * places * tiling.real * -(-size.inputs // width)
+    spilled = _SPILLED if way == "fused" and not _fits(form, tiling, tile, size, machine) else 1.0
+    work += spilled * _OUT * places * tiling.real * size.groups * vectors
+    into = spilled * _IN * places * tiling.real * -(-size.inputs // width)
     units = tiling.pieces
     if way == "product":
         moved = 4 * places * tiling.tiles * size.inputs
@@ -291,7 +293,13 @@ def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machi
     if way == "product":
         near, passes = 4 * form.places * channels * vectors <= _CACHE // 2, tiling.pieces
     else:  # all threads pass through them at the same time
-        near = weights + 4 * form.places * tiling.piece * (size.inputs + vectors) <= _CACHE
+        near = _fits(form, tiling, tile, size, machine)
         passes = -(-tiling.pieces // machine.threads)
     rate = _NEAR if near else _AGAIN if weights < _STAY else _FETCHED
     return weights / _FETCHED + (passes - 1) * weights / rate
+
+
+def _fits(form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> bool:
+    """Whether all weights, a piece of transformed tiles and their products fit the second cache together."""
+    weights = size.inputs // size.groups * size.outputs
+    return 4 * form.places * (weights + tiling.piece * (size.inputs + tile.vectors * machine.isa.width)) <= _CACHE

@@ -38,13 +38,13 @@ from repvgg.engine.workers import Workers
 
 Question: TypeAlias = tuple[ConvGeometry, Size]
 
-_COVERS = 4  # that are looked into
-_WAYS = 5  # for each part of an image
+_COVERS = 6  # that are looked into
+_WAYS = 8  # for each part of an image
 _SMALL = 0.1  # of a cover's time: parts that are as the table says
 _FLUSH = 2**23  # floats that are read between two turns of a batch that is small
 _FEW = 4  # images of such a batch
-_ROUNDS = ((2, 1.3), (2, 1.1), (4, 1.0))  # turns, and how far behind the best one may then be
-_FINAL = ((3, 1.1), (6, 1.0))
+_ROUNDS = ((2, 1.3), (3, 1.1), (6, 1.0))  # turns, and how far behind the best one may then be
+_FINAL = ((4, 1.1), (8, 1.0))
 
 
 @final
