@@ -8,7 +8,8 @@
 
 A pair is a row of the model table and a baseline. First, each other engine looks for its best setting: PyTorch as it
 is and compiled, each with either layout; ONNX Runtime with threads that spin or sleep; OpenVINO in float32 with the
-hints for latency and for throughput, pinned or not. Then rounds alternate between the engines; each reading rests a
+hints for latency and for throughput, pinned or not; the library's engine searches for its fastest ways to compute each
+convolution. Then rounds alternate between the engines; each reading rests a
 moment, runs once untimed, and times calls for about a tenth of a second. Shown are medians of images per second with
 quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
 the fastest other engine on the same network, and to the baseline in OpenVINO.
@@ -180,7 +181,7 @@ def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, 
 
 def floor(model: nn.Module, shape: Shape, threads: int) -> None:
     """Where the engine's time goes, and the peaks of this machine."""
-    network = repvgg.engine.compile(model, shape, threads)
+    network = repvgg.engine.compile(model, shape, threads, search=True)
     images = torch.randn(shape)
     network(images)
     kinds: dict[str, list[float]] = {}
@@ -235,7 +236,7 @@ def judge(checkpoint: str, data: str, threads: int) -> None:
     batches = [images for images in batches if len(images) == 64]
     shape = tuple(batches[0].shape)
     exact = torch.cat([deepcopy(model).double()(images.double()) for images in batches])
-    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, shape, threads)}
+    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, shape, threads, search=True)}
     runs |= {name: next(make(model, shape, threads))[1] for name, make in OTHERS.items()}
     print(f"{checkpoint}: {len(exact):,} images of {shape[2]}x{shape[3]}")
     for name, run in runs.items():
@@ -268,7 +269,9 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
     model = deployed(row)
     images = torch.randn(batch, 3, args.size, args.size)
     print(f"{row}, batch {batch}")
-    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, images.shape, args.threads)}
+    start = time.perf_counter()
+    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, images.shape, args.threads, search=True)}
+    print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with the search for the fastest ways")
     runs |= best_settings(model, images, args.threads, args.engines)
     far = errors(runs, model, images)
     rival = None

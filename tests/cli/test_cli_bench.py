@@ -307,7 +307,7 @@ def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("onnx", "There is no engine 'onnx': there are torch, repvgg, onnxruntime, openvino."),
+        ("onnx", "There is no engine 'onnx': there are torch, repvgg, repvgg-searched, onnxruntime, openvino."),
         ("torch,torch", "Name the engines, each once."),
     ],
 )

@@ -123,7 +123,8 @@ def test_an_engine_that_is_not_there_or_cannot(engine, setting, words):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_computes_the_same(engine):
-    pytest.importorskip({"openvino": "openvino", "repvgg": "llvmlite"}.get(engine, "torch"))
+    needs = {"openvino": "openvino", "repvgg": "llvmlite", "repvgg-searched": "llvmlite"}
+    pytest.importorskip(needs.get(engine, "torch"))
     one = candidate(engine)
     model = one.make()
     run = ENGINES[engine].prepare(model, Setting(), one.image)

@@ -68,7 +68,8 @@ def bench(
         protocol: how often and in which order.
         rounds: how often each network is timed; without it what the protocol says.
         setting: where and in which numbers.
-        engine: what runs the networks: torch, repvgg, onnxruntime, openvino, or several with commas between.
+        engine: what runs the networks: torch, repvgg, repvgg-searched (which first measures how each convolution is
+            computed the fastest here, and keeps the answer), onnxruntime, openvino, or several with commas between.
         as_json: print JSON; times are in seconds.
     """
     from repvgg.cli.terminal import write_json, write_line

@@ -10,17 +10,19 @@ From above to below::
     workers.py    the threads that help the caller
     program.py    the table of steps, and the functions that run it
     plan.py       layers and an input size -> kernels, buffers and packed weights
-    choice.py     which way a convolution is computed, by a table of costs
+    search.py     which way a convolution is computed, by measuring
+    remembered.py what was measured, on the disk
+    choice.py     which ways there are, and which to take, by a table of costs
     reader.py     nn.Module -> layers
     nodes.py      what a node of a traced graph computes
     layers.py     what a plain network is: a chain of convolutions, gates, a pool and linear layers
     kernels/      the IR of each kind of layer, and the layout of its weights
-    winograd.py   the matrices of F(m x m, 3x3)
+    winograd.py   the matrices of F(m x n, 3x3), strides 1 and 2
     images.py     how feature maps lie in memory
     memory.py     aligned memory
     ir.py         writing IR
     isa.py        which vectors a processor has
-    cache.py      machine code on the disk
+    cache.py      files on the disk
     jit.py        IR -> machine code
 """
 

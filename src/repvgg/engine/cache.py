@@ -43,7 +43,7 @@ def cached_object_code(ir: str, isa: Isa) -> bytes:
     folder = cache_folder()
     if folder is None:
         return object_code(ir, isa)
-    key = digest(*_versions(), *map(str, astuple(isa)), ir)
+    key = _key(ir, isa)
     path = folder / f"{key.hex()}{_CODE}"
     code = read_kept(path, key)
     if code is None:
@@ -82,6 +82,10 @@ def clear_cache() -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be cleared: {first_line(error)}.") from error
+
+
+def _key(ir: str, isa: Isa) -> bytes:
+    return digest(*_versions(), *map(str, astuple(isa)), ir)
 
 
 def digest(*parts: str) -> bytes:

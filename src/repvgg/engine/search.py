@@ -38,8 +38,8 @@ from repvgg.engine.workers import Workers
 
 Question: TypeAlias = tuple[ConvGeometry, Size]
 
-_COVERS = 6  # that are looked into
-_WAYS = 8  # for each part of an image
+_COVERS = 4  # that are looked into
+_WAYS = 6  # for each part of an image
 _SMALL = 0.1  # of a cover's time: parts that are as the table says
 _FLUSH = 2**23  # floats that are read between two turns of a batch that is small
 _FEW = 4  # images of such a batch

@@ -55,6 +55,18 @@ def _in_repvgg(model: nn.Module, setting: Setting, image: Shape) -> Run:
     return lambda x: network(x)
 
 
+def _in_repvgg_searched(model: nn.Module, setting: Setting, image: Shape) -> Run:
+    """The same; for each batch size, the ways to compute each convolution are measured first."""
+    networks: dict[int, repvgg.engine.Network] = {}
+
+    def run(x: Tensor) -> object:
+        if len(x) not in networks:
+            networks[len(x)] = repvgg.engine.compile(model.eval(), x.shape, search=True)
+        return networks[len(x)](x)
+
+    return run
+
+
 def _in_onnxruntime(model: nn.Module, setting: Setting, image: Shape) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -87,6 +99,7 @@ def _in_openvino(model: nn.Module, setting: Setting, image: Shape) -> Run:
 ENGINES: dict[str, Engine] = {
     "torch": Engine(_in_torch, _anything, anywhere=True),
     "repvgg": Engine(_in_repvgg, read),
+    "repvgg-searched": Engine(_in_repvgg_searched, read),
     "onnxruntime": Engine(_in_onnxruntime, _anything),
     "openvino": Engine(_in_openvino, _anything),
 }
