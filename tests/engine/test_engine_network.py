@@ -10,9 +10,12 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import ModelSpec, create_model
+from repvgg.engine import plan
+from repvgg.engine.layers import Conv, ConvGeometry, Pool
 from repvgg.engine.network import Network
 from repvgg.engine.reader import read
 from repvgg.errors import UnsupportedError, UsageError
+from repvgg.measure import walk
 from repvgg.models.spec import SqueezeExciteSpec, Stage
 
 
@@ -56,6 +59,63 @@ def test_smaller_batches_one_after_the_other():
     network = repvgg.engine.compile(model, (19, 3, 32, 32))
     for batch in (19, 1, 8, 9, 19):
         assert_equal(network, model, torch.randn(batch, 3, 32, 32))
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Maps of more than a thousand numbers are large, and twenty thousand fill the cache."""
+    monkeypatch.setattr(plan, "_LARGE", 1000)
+    monkeypatch.setattr(plan, "_HELD", 20_000)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_early_layers_on_parts_of_a_batch(name, in_parts):
+    """For any number of images up to the batch, of any strides; and one after the other, with what lay there before."""
+    model = plain(ROWS[name])
+    network = repvgg.engine.compile(model, (12, 3, 37, 29), 2)
+    firsts = [step.first for step in network.plan.steps]
+    assert sorted(set(firsts)) == [0, 3, 6, 9]
+    assert firsts[-1] == 0  # the last layers take all images at once
+    for batch in (12, 1, 5, 8, 12):
+        x = torch.randn(batch, 3, 37, 29)
+        assert_equal(network, model, x.contiguous(memory_format=torch.channels_last) if batch == 8 else x)
+
+
+def test_a_profile_adds_the_parts_of_a_batch(in_parts):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    network = Network(read(model), (6, 3, 24, 24), isas()[-1])
+    assert len(network.plan.steps) > 3
+    for batch in (6, 5):
+        x = torch.randn(batch, 3, 24, 24)
+        steps = network.profile(x, repeats=2)
+        assert [step.name for step in steps] == ["input", "0", "2"]
+        assert sum(step.muls for step in steps) == walk(model, x).macs
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((1, 3, 224, 224), (0, 1)),
+        ((16, 3, 224, 224), (2, 4)),
+        ((64, 3, 224, 224), (2, 4)),
+        ((17, 3, 224, 224), (2, 1)),
+        ((2, 3, 224, 224), (0, 2)),
+        ((64, 3, 32, 32), (0, 64)),
+        ((4, 3, 713, 713), (7, 1)),
+    ],
+    ids=str,
+)
+def test_which_layers_and_how_many_images(shape, found):
+    """Of A0: its stem and the layer behind it, whose maps of 16 images do not stay in the cache; and equal parts."""
+    with torch.device("meta"):
+        model = create_model("repvgg_a0", plain=True)
+    layers = [
+        Conv(name, np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d)
+    ]
+    assert plan._early_layers(layers, shape) == found
+    assert plan._early_layers([Pool("pool"), *layers], shape) == (0, shape[0])
 
 
 def test_any_strides_without_a_change():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, final, overload
 
@@ -164,8 +164,12 @@ class Network:
                     times[number] = time.perf_counter() - start
         finally:
             self._lock.release()
-        pairs = zip(steps, np.median(seconds, axis=0), strict=True)
-        return Profile(StepTime(step.name, step.kernel, float(median), step.muls(count)) for step, median in pairs)
+        whole: dict[tuple[str, Kernel], StepTime] = {}  # of all parts of the batch
+        for step, median in zip(steps, np.median(seconds, axis=0), strict=True):
+            before = whole.get((step.name, step.kernel), StepTime(step.name, step.kernel, 0.0, 0))
+            time_of, muls = before.seconds + float(median), before.muls + step.muls(count)
+            whole[step.name, step.kernel] = replace(before, seconds=time_of, muls=muls)
+        return Profile(whole.values())
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))

@@ -24,6 +24,8 @@ from repvgg.engine.winograd import Form
 from repvgg.errors import UnsupportedError
 
 _ROWS = 8  # of a matrix product at once: images of a linear layer
+_LARGE = 500_000  # floats of feature maps of an image that are worth it to be computed in parts of a batch
+_HELD = 5_000_000  # floats of feature maps that stay in the third cache; those of more images are computed in parts
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -62,6 +64,8 @@ class Step:
         bias: as the kernel reads it.
         block: images that are one image to the kernel, or such parts of images.
         parts: of an image, where a block is not made of images.
+        first: image of the batch that it begins with.
+        limit: images at most; None for all that follow.
     """
 
     name: str
@@ -72,10 +76,17 @@ class Step:
     bias: Floats = field(default_factory=lambda: NOTHING)
     block: int = 1
     parts: int = 1
+    first: int = 0
+    limit: int | None = None
+
+    def images(self, batch: int) -> int:
+        """How many of a batch it computes."""
+        left = max(0, batch - self.first)
+        return left if self.limit is None else min(left, self.limit)
 
     def muls(self, batch: int) -> int:
         """Multiplications on a batch, in whole blocks."""
-        return self.kernel.muls * -(-batch * self.parts // self.block)
+        return self.kernel.muls * -(-self.images(batch) * self.parts // self.block)
 
 
 @final
@@ -148,6 +159,7 @@ class _Planner:
     ) -> None:
         self._layers, self._machine, self._batch = layers, machine, input_shape[0]
         self._chooser, self._packing = chooser, packing
+        self._early, self._few = _early_layers(layers, input_shape)
         self._isa = isa = machine.isa
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
@@ -155,7 +167,7 @@ class _Planner:
         images = self._images(-1, channels, size, round_up(channels, isa.width))
         if isinstance(layers[0], Conv) and channels < isa.width:  # its taps and channels are few, too
             images = replace(images, pitch=1, planar=True)
-        self._now = self._buffer(images)
+        self._now = self._buffer(images, self._count(0))
         self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
 
     def take(self, number: int, layer: Layer) -> None:
@@ -180,8 +192,8 @@ class _Planner:
                 "give larger ones."
             )
         pitch = round_up(outputs, self._isa.width)
-        target = self._buffer(self._images(number, outputs, size, pitch))
-        choice = self._choice(layer, size)
+        target = self._buffer(self._images(number, outputs, size, pitch), self._count(number + 1))
+        choice = self._choice(number, size)
         if choice is None:
             self._direct(layer, source, target)
         for part in choice.parts if choice else ():
@@ -190,6 +202,13 @@ class _Planner:
             else:
                 self._products(layer, part, source, target)
         self._now = target
+        if number == self._early - 1:
+            firsts = range(0, self._batch, self._few)
+            self.steps = [replace(step, first=first, limit=self._few) for first in firsts for step in self.steps]
+
+    def _count(self, number: int) -> int:
+        """Images that come to a layer at once."""
+        return self._few if number < self._early else self._batch
 
     def _products(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
         """Input tiles, and then their products."""
@@ -212,11 +231,14 @@ class _Planner:
         """Weights in Winograd's domain, and biases."""
         return self._packing(layer, part.form, self._isa.width, part.tile.vectors)
 
-    def _choice(self, layer: Conv, size: Pair) -> Choice | None:
-        """How a layer is computed whose output has this height and width."""
+    def _choice(self, number: int, size: Pair) -> Choice | None:
+        """How a convolution is computed whose output has this height and width."""
+        layer = self._layers[number]
+        assert isinstance(layer, Conv)
         groups, outputs = layer.geometry.groups, layer.weight.shape[0]
         inputs = layer.weight.shape[1] * groups
-        return self._chooser(layer.geometry, Size(inputs, outputs, size, self._batch, groups), self._machine)
+        asked = Size(inputs, outputs, size, self._count(number), groups)
+        return self._chooser(layer.geometry, asked, self._machine)
 
     def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
@@ -266,11 +288,12 @@ class _Planner:
 
         Gates in between keep them.
         """
-        following = next((layer for layer in self._layers[number + 1 :] if not isinstance(layer, Gate)), None)
+        later = enumerate(self._layers[number + 1 :], number + 1)
+        after_this, following = next(((at, layer) for at, layer in later if not isinstance(layer, Gate)), (0, None))
         if not isinstance(following, Conv):
             return Images(channels, size, (0, 0), pitch)
         border, after = following.geometry.padding, following.geometry.output_size(size)
-        choice = self._choice(following, after) if min(after) > 0 else None
+        choice = self._choice(after_this, after) if min(after) > 0 else None
         if choice is None:
             return Images(channels, size, border, pitch)
         axes = zip(choice.end, after, following.geometry.stride, strict=True)
@@ -294,3 +317,24 @@ class _Planner:
 def _cut(tiling: Tiling) -> tuple[int, int]:
     """Tiles of a block, and of an image."""
     return tiling.piece, tiling.of_image
+
+
+def _early_layers(layers: Sequence[Layer], input_shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """The first convolutions, whose feature maps are too large for the cache, and how many images they take at once.
+
+    Parts of the batch are equal, so that nothing is written behind the last image. 0 and all of it where that brings
+    nothing.
+    """
+    batch, channels, *image = input_shape
+    size, largest, early = (image[0], image[1]), 0, 0
+    for layer in layers:
+        after = layer.geometry.output_size(size) if isinstance(layer, Conv) else (0, 0)
+        if not isinstance(layer, Conv) or min(after) < 1:
+            break
+        outputs = layer.weight.shape[0]
+        floats = channels * size[0] * size[1] + outputs * after[0] * after[1]
+        if floats < _LARGE or batch * floats < _HELD:
+            break
+        largest, early, size, channels = max(largest, floats), early + 1, after, outputs
+    few = max(count for count in range(1, batch + 1) if batch % count == 0 and (count == 1 or count * largest <= _HELD))
+    return (early, few) if early and few < batch else (0, batch)

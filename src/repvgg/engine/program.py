@@ -2,8 +2,9 @@
 
 A row of the table is 24 i64, in three cache lines. The first: the function, four pointers (see
 ``kernels.kernel.UNITS``), units of a block, parts of a block, and the parts of the batch. The second is claimed from,
-the third counts what is done, and says how many parts an image has; the parts of the batch, claims and counts belong to
-the code. A row that nobody can claim stands behind the last.
+the third counts what is done, and says how many parts an image has, which image of the batch comes first, and how many
+there are at most; the parts of the batch, claims and counts belong to the code. A row that nobody can claim stands
+behind the last.
 
 Work is claimed, not shared out: whoever comes takes the next units of a step with one compare-and-swap, and a step is
 over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
@@ -31,7 +32,7 @@ from repvgg.engine.memory import zeros
 
 WORDS = 24  # of a row; places in it:
 FUNCTION, SOURCE, TARGET, WEIGHTS, BIAS, UNITS, BLOCK = range(7)
-PARTS = 17
+PARTS, FIRST, LIMIT = 17, 18, 19
 CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32  # i64 that all threads share
 AVOIDED, BEGUN, ALLOWED, LEFT, WORKERS = 40, 41, 48, 64, 80  # the last is as long as there are threads
 PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
@@ -68,7 +69,13 @@ reset:
   store atomic i64 %tag, ptr %claim_at release, align 64
   %parts_at = getelementptr i64, ptr %row, i64 {PARTS}
   %of_image = load i64, ptr %parts_at
-  %parts = mul i64 %batch, %of_image
+  %first_at = getelementptr i64, ptr %row, i64 {FIRST}
+  %first = load i64, ptr %first_at
+  %limit_at = getelementptr i64, ptr %row, i64 {LIMIT}
+  %limit = load i64, ptr %limit_at
+  %behind = call i64 @llvm.usub.sat.i64(i64 %batch, i64 %first)
+  %images = call i64 @llvm.umin.i64(i64 %behind, i64 %limit)
+  %parts = mul i64 %images, %of_image
   store atomic i64 %parts, ptr %batch_at release, align 8
   %next = add i64 %step, 1
   %more = icmp ult i64 %next, %count
@@ -206,6 +213,7 @@ gone:
 
 declare i64 @llvm.umax.i64(i64, i64)
 declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.usub.sat.i64(i64, i64)
 declare i32 @sched_yield()
 """
 
@@ -382,6 +390,7 @@ def runtime(isa: Isa) -> str:
     text = _RUN + (_WORKER if has_workers() else _NOBODY) + pause
     places = {"STEPS": STEPS, "COUNT": COUNT, "INSIDE": INSIDE, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
     names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS, "PARTS": PARTS}
+    names |= {"FIRST": FIRST, "LIMIT": LIMIT}
     waits = {"CHUNKS": _CHUNKS, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
     sets = {"AVOIDED": AVOIDED, "BEGUN": BEGUN, "ALLOWED": ALLOWED, "LEFT": LEFT, "WORKERS": WORKERS}
     sets |= {"WORKERS_LESS_1": WORKERS - 1, "PROCESSORS": PROCESSORS, "EVERYBODY": _EVERYBODY}

@@ -18,7 +18,7 @@ from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import Arena
-from repvgg.engine.plan import NOTHING, Buffer, Packing, Plan, packed, plan
+from repvgg.engine.plan import NOTHING, Buffer, Packing, Plan, Step, packed, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -59,7 +59,9 @@ class Runner:
         self._memory = [self._arena.zeros(buffer.floats) for buffer in whole.buffers]
         self._weights: list[Floats] = [values for other in others for values in other._weights]
         table, self._weights = self._filled_table(whole, names)
-        table[0, program.WEIGHTS] = strides.ctypes.data
+        loads = [number for number, step in enumerate(whole.steps) if step.source is None]
+        table[loads, program.WEIGHTS] = strides.ctypes.data
+        self._loads = [(number * program.WORDS + program.SOURCE, whole.steps[number].first) for number in loads]
         self.rows = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
         self._table, self._strides = table.reshape(-1).data, strides.data
         self.plan = _without_weights(whole)
@@ -68,7 +70,8 @@ class Runner:
         """Have the first step read from ``x``."""
         for axis, stride in enumerate(x.strides):
             self._strides[axis] = stride
-        self._table[program.SOURCE] = x.address
+        for place, first in self._loads:
+            self._table[place] = x.address + 4 * first * x.strides[0]
 
     def output(self, count: int) -> Floats:
         """A copy of what came of ``count`` images: (n, O) behind a pool, and else (n, O, H, W)."""
@@ -83,14 +86,15 @@ class Runner:
         """The table of steps, and the packed weights that it points to."""
         table, kept = program.table(len(whole.steps))[:-1], []
         for row, step in zip(table, whole.steps, strict=True):
-            source, target = self._address(step.source), self._address(step.target)
+            source, target = self._address(step.source, step), self._address(step.target, step)
             weights = step.weights if isinstance(step.weights, Buffer) else self._held(step.weights)
             bias = self._held(step.bias)
             kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
-            at = self._address(weights) if isinstance(weights, Buffer) else weights.ctypes.data
+            at = self._address(weights, step) if isinstance(weights, Buffer) else weights.ctypes.data
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
-            row[program.PARTS] = step.parts
+            row[program.PARTS], row[program.FIRST] = step.parts, step.first
+            row[program.LIMIT] = self.shape[0] if step.limit is None else step.limit
         return table, kept
 
     def _held(self, values: Floats) -> Floats:
@@ -99,8 +103,12 @@ class Runner:
         found = next(same, None)
         return self._arena.aligned(values) if found is None else found
 
-    def _address(self, buffer: Buffer | None) -> int:
-        return self._memory[buffer.number].ctypes.data if buffer else 0
+    def _address(self, buffer: Buffer | None, step: Step) -> int:
+        """Of the first image that a step reads or writes; buffers that hold a part of the batch hold the step's."""
+        if buffer is None:
+            return 0
+        ahead = step.first if step.limit is not None and buffer.count > step.limit else 0
+        return self._memory[buffer.number].ctypes.data + 4 * ahead * buffer.images.image
 
 
 def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
