@@ -14,7 +14,7 @@ from repvgg.engine.isa import host_isa
 from repvgg.engine.kernels.conv import pack
 from repvgg.engine.layers import Conv, ConvGeometry
 from repvgg.engine.network import Network
-from repvgg.engine.plan import packed
+from repvgg.engine.packing import any_weights, packed
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Runner
 from repvgg.engine.winograd import winograd
@@ -132,9 +132,7 @@ def test_a_score_is_the_mean_of_the_faster_half():
 def test_weights_that_stand_for_others_are_as_many(vectors, form, groups):
     weight = np.ones((64, 24 // groups, 3, 3), np.float32)
     conv = Conv("conv", weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
-    for found, wanted in zip(
-        search._any_weights(conv, form, 16, vectors), packed(conv, form, 16, vectors), strict=True
-    ):
+    for found, wanted in zip(any_weights(conv, form, 16, vectors), packed(conv, form, 16, vectors), strict=True):
         assert found.shape == wanted.shape
     assert packed(conv, None, 16, vectors)[0].tolist() == pack(conv, 16, vectors)[0].tolist()
 

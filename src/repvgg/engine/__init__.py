@@ -8,8 +8,10 @@ From above to below::
     runner.py     a network made for images of one size: code, buffers, weights
     arrays.py     tensors and arrays that come in
     workers.py    the threads that help the caller
-    program.py    the table of steps, and the functions that run it
+    program.py    the table of steps, and the functions that run it (program_text.py)
     plan.py       layers and an input size -> kernels, buffers and packed weights
+    parts.py      which layers take a batch in parts
+    packing.py    weights as the kernels read them
     search.py     which way a convolution is computed, by measuring
     remembered.py what was measured, on the disk
     choice.py     which ways there are, and which to take, by a table of costs

@@ -91,8 +91,8 @@ def compile(  # noqa: A001 - as torch.compile
         threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
             says, and no more than the process may run on.
         precision: how far rounding errors may go. "high" takes Winograd's F(2x2) and F(4x4), for strides 1 and 2, with
-            errors like those of other engines in float32; "medium" F(5x5) as well, which is faster on some images of 14x14 or so, with
-            errors ten times as large; "highest" convolves directly alone.
+            errors like those of other engines in float32; "medium" F(5x5) as well, which is faster on some images of
+            14x14 or so, with errors ten times as large; "highest" convolves directly alone.
         search: measure, on this machine, the best few of the ways to compute each convolution of ``input_shape``, and
             take the fastest; that takes some seconds for each kind of convolution, once: the answers are kept on the
             disk. Else a table of costs says which way to take. Results differ by roundings.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, final
+from typing import final
 
 import numpy as np
 
 from repvgg.engine.choice import Choice, Chooser, Machine, Part, Size, choose
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
+from repvgg.engine.kernels.conv import ConvKernel, choose_tile
 from repvgg.engine.kernels.fused import WinogradFused
 from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
 from repvgg.engine.kernels.kernel import Kernel
@@ -20,12 +20,11 @@ from repvgg.engine.kernels.pool import PoolKernel
 from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
-from repvgg.engine.winograd import Form
+from repvgg.engine.packing import Packing, packed
+from repvgg.engine.parts import early_layers
 from repvgg.errors import UnsupportedError
 
 _ROWS = 8  # of a matrix product at once: images of a linear layer
-_LARGE = 500_000  # floats of feature maps of an image that are worth it to be computed in parts of a batch
-_HELD = 5_000_000  # floats of feature maps that stay in the third cache; those of more images are computed in parts
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -112,16 +111,6 @@ class Plan:
         return self.steps[-1].target
 
 
-#: From a convolution, a form of Winograd or None, floats in a vector and vectors of a panel to weights and biases.
-Packing: TypeAlias = Callable[[Conv, Form | None, int, int], tuple[Floats, Floats]]
-
-
-def packed(layer: Conv, form: Form | None, width: int, vectors: int) -> tuple[Floats, Floats]:
-    """Weights, in Winograd's domain if there is a form, and biases, in the order that kernels read them."""
-    moved = layer if form is None else replace(layer, weight=form.transformed(layer.weight))
-    return pack(moved, width, vectors)
-
-
 def plan(
     layers: Sequence[Layer],
     input_shape: tuple[int, int, int, int],
@@ -159,7 +148,7 @@ class _Planner:
     ) -> None:
         self._layers, self._machine, self._batch = layers, machine, input_shape[0]
         self._chooser, self._packing = chooser, packing
-        self._early, self._few = _early_layers(layers, input_shape)
+        self._early, self._few = early_layers(layers, input_shape)
         self._isa = isa = machine.isa
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
@@ -317,24 +306,3 @@ class _Planner:
 def _cut(tiling: Tiling) -> tuple[int, int]:
     """Tiles of a block, and of an image."""
     return tiling.piece, tiling.of_image
-
-
-def _early_layers(layers: Sequence[Layer], input_shape: tuple[int, int, int, int]) -> tuple[int, int]:
-    """The first convolutions, whose feature maps are too large for the cache, and how many images they take at once.
-
-    Parts of the batch are equal, so that nothing is written behind the last image. 0 and all of it where that brings
-    nothing.
-    """
-    batch, channels, *image = input_shape
-    size, largest, early = (image[0], image[1]), 0, 0
-    for layer in layers:
-        after = layer.geometry.output_size(size) if isinstance(layer, Conv) else (0, 0)
-        if not isinstance(layer, Conv) or min(after) < 1:
-            break
-        outputs = layer.weight.shape[0]
-        floats = channels * size[0] * size[1] + outputs * after[0] * after[1]
-        if floats < _LARGE or batch * floats < _HELD:
-            break
-        largest, early, size, channels = max(largest, floats), early + 1, after, outputs
-    few = max(count for count in range(1, batch + 1) if batch % count == 0 and (count == 1 or count * largest <= _HELD))
-    return (early, few) if early and few < batch else (0, batch)

@@ -18,7 +18,8 @@ from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import Arena
-from repvgg.engine.plan import NOTHING, Buffer, Packing, Plan, Step, packed, plan
+from repvgg.engine.packing import Packing, packed
+from repvgg.engine.plan import NOTHING, Buffer, Plan, Step, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]
 

@@ -27,13 +27,12 @@ from repvgg.engine.choice import (
     every_part,
     may_use_winograd,
 )
-from repvgg.engine.images import round_up
-from repvgg.engine.layers import Conv, ConvGeometry, Floats, Layer
+from repvgg.engine.layers import Conv, ConvGeometry, Layer
 from repvgg.engine.memory import zeros
+from repvgg.engine.packing import any_weights
 from repvgg.engine.plan import plan
 from repvgg.engine.remembered import recall, remember
 from repvgg.engine.runner import Runner, Shape
-from repvgg.engine.winograd import Form
 from repvgg.engine.workers import Workers
 
 Question: TypeAlias = tuple[ConvGeometry, Size]
@@ -95,17 +94,8 @@ def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[
             asked[geometry, size] = None
         return None
 
-    plan(layers, shape, machine, note, _any_weights)
+    plan(layers, shape, machine, note, any_weights)
     return list(asked)
-
-
-def _any_weights(layer: Conv, form: Form | None, width: int, vectors: int) -> tuple[Floats, Floats]:
-    """As many numbers as there would be, packed; only their number counts here."""
-    outputs, inputs = layer.weight.shape[:2]
-    groups = layer.geometry.groups
-    wide = groups * round_up(outputs // groups, width)
-    places = form.places if form else layer.geometry.kernel[0] * layer.geometry.kernel[1]
-    return np.full(places * inputs * wide, 0.01, np.float32), np.zeros(wide, np.float32)
 
 
 def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> Choice | None:
@@ -184,7 +174,7 @@ class _Field:
         def this(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
             return choice
 
-        runner = Runner([self._layer], self._images.shape, self._machine, (), this, _any_weights)
+        runner = Runner([self._layer], self._images.shape, self._machine, (), this, any_weights)
         runner.take(read_input(self._images, self._size.inputs))
         self._workers.run(runner.rows.start, len(runner.rows), self._size.batch)
         return _Trial(choice, runner, self._size.batch)

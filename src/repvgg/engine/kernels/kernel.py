@@ -23,12 +23,12 @@ class Kernel(Protocol):
 
     @property
     def units_of_image(self) -> int:
-        """Pieces of work for each image of a batch."""
+        """Pieces of work for each image of a batch, or for each block of a :class:`repvgg.engine.plan.Step`."""
         ...
 
     @property
     def muls(self) -> int:
-        """Multiplications for each image."""
+        """Multiplications for each of those."""
         ...
 
     def functions(self, name: str) -> list[Function]:
