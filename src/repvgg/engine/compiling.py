@@ -81,7 +81,8 @@ def compile(  # noqa: A001 - as torch.compile
     """Compile a plain network for the processor at hand.
 
     Whoever calls it should have a stack of a megabyte, as every thread has on Linux unless
-    :func:`threading.stack_size` said otherwise.
+    :func:`threading.stack_size` said otherwise. Winograd's weights take 2 to 11 times the memory of the model's, most
+    for large batches of small images.
 
     Args:
         model: convolutions, ReLUs, squeeze-excite gates, a global average pool and linear layers in a chain, float32

@@ -39,6 +39,7 @@ Question: TypeAlias = tuple[ConvGeometry, Size]
 
 _COVERS = 4  # that are looked into
 _WAYS = 6  # for each part of an image
+_MOST = 2**26  # floats of the weights of one way; several ways are in memory at a time
 _SMALL = 0.1  # of a cover's time: parts that are as the table says
 _FLUSH = 2**23  # floats that are read between two turns of a batch that is small
 _FEW = 4  # images of such a batch
@@ -101,7 +102,7 @@ def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[
 def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> Choice | None:
     """The best of the table's best covers, with the best way for each of their parts, or None for the direct kernel."""
     field = _Field(geometry, size, machine, workers)
-    every = every_choice(size, geometry.stride[0], machine)
+    every = [one for one in every_choice(size, geometry.stride[0], machine) if _floats(one, size) <= _MOST]
     table = heapq.nsmallest(_COVERS, every, key=lambda choice: choice.cycles)
     large = {part.rectangle for choice in table for part in choice.parts if part.cycles > _SMALL * choice.cycles}
     found = {rectangle: field.best_part(rectangle) for rectangle in sorted(large)}
@@ -178,6 +179,11 @@ class _Field:
         runner.take(read_input(self._images, self._size.inputs))
         self._workers.run(runner.rows.start, len(runner.rows), self._size.batch)
         return _Trial(choice, runner, self._size.batch)
+
+
+def _floats(choice: Choice, size: Size) -> int:
+    """Of all weights, about."""
+    return sum(part.form.places for part in choice.parts) * size.inputs // size.groups * size.outputs
 
 
 def _cycles(part: Part) -> float:
