@@ -42,7 +42,7 @@ PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
 RUN, WORKER, STOPPER, FORGET = "run", "worker", "stop", "forget"
 
 _CHUNKS, _MOST = 16, 2**14  # of a step for each thread, and of all of them
-_SPINS = 2500  # looks for work, of about 30 ns, before a thread sleeps; more of them cost others their time
+_SPINS = 2500  # looks for work, of about 0.1 us, before a thread sleeps; more of them cost others their time
 _YIELDS = 4095  # looks before a thread that waits for others lets somebody else run; a power of two, less one
 _CALLS = ("FUTEX", "GETTID", "SETAFFINITY")  # of Linux, by processor
 _X86_CALLS, _ARM_CALLS = (202, 186, 203), (98, 178, 122)
