@@ -9,10 +9,10 @@
 A pair is a row of the model table and a baseline. First, each other engine looks for its best setting: PyTorch as it
 is and compiled, each with either layout; ONNX Runtime with threads that spin or sleep; OpenVINO in float32 with the
 hints for latency and for throughput, pinned or not; the library's engine searches for its fastest ways to compute each
-convolution. Then rounds alternate between the engines; each reading rests a
-moment, runs once untimed, and times calls for about a tenth of a second. Shown are medians of images per second with
-quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
-the fastest other engine on the same network, and to the baseline in OpenVINO.
+convolution. Then rounds alternate between the engines; each reading rests a moment, runs once untimed, and times calls
+for about a tenth of a second. Shown are medians of images per second with quartiles, the largest error of the logits
+against float64 relative to the largest logit, and ratios within rounds: to the fastest other engine on the same
+network, and to the baseline in OpenVINO.
 
 ``--idle`` times single calls after so many milliseconds of rest. ``--busy`` has another process work all the while.
 ``--checkpoint`` judges all engines by float64 on real images in the place of timing them. ``--floor`` tells where the

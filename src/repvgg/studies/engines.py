@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,17 @@ def _in_repvgg(model: nn.Module, setting: Setting, image: Shape) -> Run:
 
 def _in_repvgg_searched(model: nn.Module, setting: Setting, image: Shape) -> Run:
     """The same; for each batch size, the ways to compute each convolution are measured first."""
-    networks: dict[int, repvgg.engine.Network] = {}
+    return _for_each_batch(lambda x: repvgg.engine.compile(model.eval(), x.shape, search=True))
+
+
+def _for_each_batch(prepare: Callable[[Tensor], Run]) -> Run:
+    """What is made ready for each batch size on its own, when images of that size come first."""
+    runs: dict[int, Run] = {}
 
     def run(x: Tensor) -> object:
-        if len(x) not in networks:
-            networks[len(x)] = repvgg.engine.compile(model.eval(), x.shape, search=True)
-        return networks[len(x)](x)
+        if len(x) not in runs:
+            runs[len(x)] = prepare(x)
+        return runs[len(x)](x)
 
     return run
 
@@ -83,16 +88,14 @@ def _in_openvino(model: nn.Module, setting: Setting, image: Shape) -> Run:
         path = Path(folder) / "model.onnx"
         export_onnx(model.eval(), path, image)
         content = path.read_bytes()
-    requests: dict[int, Any] = {}
 
-    def run(x: Tensor) -> object:
-        if len(x) not in requests:
-            graph = core.read_model(content, b"")
-            graph.reshape(list(x.shape))
-            requests[len(x)] = core.compile_model(graph, "CPU", hints).create_infer_request()
-        return requests[len(x)].infer([x.contiguous().numpy()], share_inputs=True)[0]
+    def prepare(images: Tensor) -> Run:
+        graph = core.read_model(content, b"")
+        graph.reshape(list(images.shape))
+        request = core.compile_model(graph, "CPU", hints).create_infer_request()
+        return lambda x: request.infer([x.contiguous().numpy()], share_inputs=True)[0]
 
-    return run
+    return _for_each_batch(prepare)
 
 
 #: PyTorch takes everything; the library's own engine takes plain networks.
