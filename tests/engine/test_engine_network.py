@@ -76,6 +76,8 @@ def test_early_layers_on_parts_of_a_batch(name, in_parts):
     firsts = [step.first for step in network.plan.steps]
     assert sorted(set(firsts)) == [0, 3, 6, 9]
     assert firsts[-1] == 0  # the last layers take all images at once
+    once = {(step.name, step.kernel) for step in network.plan.steps}
+    assert len(network._runners[0]._weights) <= 2 * len(once)  # weights and biases, whatever comes again
     for batch in (12, 1, 5, 8, 12):
         x = torch.randn(batch, 3, 37, 29)
         assert_equal(network, model, x.contiguous(memory_format=torch.channels_last) if batch == 8 else x)

@@ -8,13 +8,15 @@ from engine_helpers import isas
 from torch import nn
 
 import repvgg.engine
-from repvgg.engine import cache, remembered, search
+from repvgg.engine import cache, parts, remembered, search
+from repvgg.engine import workers as engine_workers
 from repvgg.engine.choice import Machine, Size, choose, every_choice
 from repvgg.engine.isa import host_isa
 from repvgg.engine.kernels.conv import pack
 from repvgg.engine.layers import Conv, ConvGeometry
 from repvgg.engine.network import Network
 from repvgg.engine.packing import any_weights, packed
+from repvgg.engine.plan import Ways
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Runner
 from repvgg.engine.winograd import winograd
@@ -191,6 +193,17 @@ def test_images_of_the_search_are_those_of_the_layer():
             assert geometry.output_size(field._images.shape[2:]) == image
 
 
+def test_a_layer_is_measured_on_whole_batches(monkeypatch):
+    """A way is made for a number of images: on parts of them it would write behind the last."""
+    monkeypatch.setattr(parts, "_LARGE", 10)
+    monkeypatch.setattr(parts, "_HELD", 3000)
+    field = search._Field(PADDED, SIZE, HOST, engine_workers.Workers(HOST.isa, 2))
+    assert parts.early_layers([field._layer], field._images.shape) == (1, 1)
+    for choice in [*every_choice(SIZE, 1, HOST)][:4]:
+        steps = field._trial(choice)._runner.plan.steps
+        assert {(step.first, step.limit) for step in steps} == {(0, None)}
+
+
 def test_the_slowest_way_gives_the_same():
     """Whatever a search finds is right: here what the table likes least."""
     model, x = plain(), torch.randn(2, 16, 19, 14)
@@ -200,6 +213,6 @@ def test_the_slowest_way_gives_the_same():
     def slow(geometry, size, machine):
         return max(every_choice(size, geometry.stride[0], machine), key=lambda choice: choice.cycles)
 
-    network._runners = [Runner(layers, tuple(x.shape), HOST, (), slow)]
+    network._runners = [Runner(layers, tuple(x.shape), HOST, (), Ways(slow))]
     with torch.no_grad():
         torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)

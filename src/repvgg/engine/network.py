@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from repvgg.engine.arrays import Given, Input, read_input
-from repvgg.engine.choice import Chooser, Machine, Precision, choose
+from repvgg.engine.choice import Machine, Precision
 from repvgg.engine.isa import Isa, host_isa
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.plan import Plan
+from repvgg.engine.plan import BY_TABLE, Plan, Ways
 from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.search import search
 from repvgg.engine.workers import Workers, thread_count
@@ -114,10 +114,10 @@ class Network:
         isa = isa or host_isa()
         self._machine = Machine(isa, self.threads, precision)
         self._workers, self._searched = Workers(isa, self.threads), searched
-        self._chooser: Chooser = choose
+        self._ways = BY_TABLE
         if searched:
-            self._chooser = search(self._layers, input_shape, self._machine, self._workers)
-        first = Runner(self._layers, input_shape, self._machine, (), self._chooser)
+            self._ways = Ways(search(self._layers, input_shape, self._machine, self._workers))
+        first = Runner(self._layers, input_shape, self._machine, (), self._ways)
         self._runners = [first]  # the last one ran last
         self.plan: Plan = first.plan
         self._lock, self._process = Lock(), os.getpid()
@@ -202,7 +202,7 @@ class Network:
             return last
         fits = [one for one in self._runners if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
         runner = min(fits, key=lambda one: one.shape[0], default=None)
-        runner = runner or Runner(self._layers, shape, self._machine, self._runners, self._chooser)
+        runner = runner or Runner(self._layers, shape, self._machine, self._runners, self._ways)
         if runner is not self._runners[-1]:
             self._runners = [*(one for one in self._runners if one is not runner), runner]
         if len(self._runners) > SIZES:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from repvgg.engine.layers import Conv, Layer
 
 _LARGE = 500_000  # floats of feature maps of an image that are worth it
 _HELD = 5_000_000  # floats of feature maps that stay in the third cache
+
+#: From layers and the largest batch to how many of the first layers take how many images at once.
+Parts: TypeAlias = Callable[[Sequence[Layer], tuple[int, int, int, int]], tuple[int, int]]
+
+
+def at_once(layers: Sequence[Layer], input_shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """None of them: all layers take the whole batch."""
+    return 0, input_shape[0]
 
 
 def early_layers(layers: Sequence[Layer], input_shape: tuple[int, int, int, int]) -> tuple[int, int]:

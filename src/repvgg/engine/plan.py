@@ -21,7 +21,7 @@ from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.engine.packing import Packing, packed
-from repvgg.engine.parts import early_layers
+from repvgg.engine.parts import Parts, early_layers
 from repvgg.errors import UnsupportedError
 
 _ROWS = 8  # of a matrix product at once: images of a linear layer
@@ -111,12 +111,27 @@ class Plan:
         return self.steps[-1].target
 
 
+@final
+@dataclass(frozen=True)
+class Ways:
+    """How a plan decides.
+
+    Attributes:
+        chooser: says how a convolution is computed.
+        packing: makes weights and biases as kernels read them.
+        parts: says which layers take a batch in parts.
+    """
+
+    chooser: Chooser = choose
+    packing: Packing = packed
+    parts: Parts = early_layers
+
+
+BY_TABLE = Ways()
+
+
 def plan(
-    layers: Sequence[Layer],
-    input_shape: tuple[int, int, int, int],
-    machine: Machine,
-    chooser: Chooser = choose,
-    packing: Packing = packed,
+    layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine, ways: Ways = BY_TABLE
 ) -> Plan:
     """Choose a kernel for each layer, and where its images lie.
 
@@ -124,13 +139,12 @@ def plan(
         layers: see :func:`repvgg.engine.reader.read`.
         input_shape: the largest batch, channels, height and width.
         machine: the vectors to use, and how many threads.
-        chooser: says how a convolution is computed.
-        packing: makes weights and biases as kernels read them.
+        ways: how to decide.
 
     Raises:
         UnsupportedError: a layer does not fit what comes to it; the text names it.
     """
-    planner = _Planner(layers, input_shape, machine, chooser, packing)
+    planner = _Planner(layers, input_shape, machine, ways)
     for number, layer in enumerate(layers):
         planner.take(number, layer)
     return Plan(tuple(planner.steps), tuple(planner.buffers), machine.isa, isinstance(layers[-1], (Pool, Linear)))
@@ -143,12 +157,11 @@ class _Planner:
         layers: Sequence[Layer],
         input_shape: tuple[int, int, int, int],
         machine: Machine,
-        chooser: Chooser,
-        packing: Packing,
+        ways: Ways,
     ) -> None:
         self._layers, self._machine, self._batch = layers, machine, input_shape[0]
-        self._chooser, self._packing = chooser, packing
-        self._early, self._few = early_layers(layers, input_shape)
+        self._ways = ways
+        self._early, self._few = ways.parts(layers, input_shape)
         self._isa = isa = machine.isa
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
@@ -182,7 +195,7 @@ class _Planner:
             )
         pitch = round_up(outputs, self._isa.width)
         target = self._buffer(self._images(number, outputs, size, pitch), self._count(number + 1))
-        choice = self._choice(number, size)
+        choice = self._choice(number, layer, size)
         if choice is None:
             self._direct(layer, source, target)
         for part in choice.parts if choice else ():
@@ -218,23 +231,21 @@ class _Planner:
 
     def _packed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
         """Weights in Winograd's domain, and biases."""
-        return self._packing(layer, part.form, self._isa.width, part.tile.vectors)
+        return self._ways.packing(layer, part.form, self._isa.width, part.tile.vectors)
 
-    def _choice(self, number: int, size: Pair) -> Choice | None:
-        """How a convolution is computed whose output has this height and width."""
-        layer = self._layers[number]
-        assert isinstance(layer, Conv)
+    def _choice(self, number: int, layer: Conv, size: Pair) -> Choice | None:
+        """How a layer of this number is computed whose output has this height and width."""
         groups, outputs = layer.geometry.groups, layer.weight.shape[0]
         inputs = layer.weight.shape[1] * groups
         asked = Size(inputs, outputs, size, self._count(number), groups)
-        return self._chooser(layer.geometry, asked, self._machine)
+        return self._ways.chooser(layer.geometry, asked, self._machine)
 
     def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
         vectors = -(-target.images.channels // geometry.groups // isa.width)
         tile = choose_tile(isa, target.images.size[1], vectors)
         kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
-        weights = self._packing(layer, None, isa.width, tile.vectors)
+        weights = self._ways.packing(layer, None, isa.width, tile.vectors)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, block))
 
     def _pooled(self, name: str) -> Buffer:
@@ -282,7 +293,7 @@ class _Planner:
         if not isinstance(following, Conv):
             return Images(channels, size, (0, 0), pitch)
         border, after = following.geometry.padding, following.geometry.output_size(size)
-        choice = self._choice(after_this, after) if min(after) > 0 else None
+        choice = self._choice(after_this, following, after) if min(after) > 0 else None
         if choice is None:
             return Images(channels, size, border, pitch)
         axes = zip(choice.end, after, following.geometry.stride, strict=True)

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from repvgg.engine import program
 from repvgg.engine.arrays import Input
 from repvgg.engine.cache import cached_object_code
-from repvgg.engine.choice import Chooser, Machine, choose
+from repvgg.engine.choice import Machine
 from repvgg.engine.ir import Function, module
 from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import Arena
-from repvgg.engine.packing import Packing, packed
-from repvgg.engine.plan import NOTHING, Buffer, Plan, Step, plan
+from repvgg.engine.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -33,8 +32,7 @@ class Runner:
         shape: the largest batch, channels, height and width.
         machine: what computes.
         others: the same network for other sizes; weights that are packed alike are held once.
-        chooser: says how a convolution is computed.
-        packing: makes weights and biases as kernels read them.
+        ways: how the plan decides.
 
     Attributes:
         shape: as given.
@@ -48,10 +46,9 @@ class Runner:
         shape: Shape,
         machine: Machine,
         others: Sequence[Runner] = (),
-        chooser: Chooser = choose,
-        packing: Packing = packed,
+        ways: Ways = BY_TABLE,
     ) -> None:
-        whole, isa = plan(layers, shape, machine, chooser, packing), machine.isa
+        whole, isa = plan(layers, shape, machine, ways), machine.isa
         names, functions = _functions(whole)
         self.shape = shape
         self._code = Code([cached_object_code(module(functions), isa)], isa)
@@ -85,18 +82,20 @@ class Runner:
 
     def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
         """The table of steps, and the packed weights that it points to."""
-        table, kept = program.table(len(whole.steps))[:-1], []
+        table = program.table(len(whole.steps))[:-1]
+        held: dict[int, Floats] = {}  # of steps that come again for each part of a batch, too
         for row, step in zip(table, whole.steps, strict=True):
             source, target = self._address(step.source, step), self._address(step.target, step)
-            weights = step.weights if isinstance(step.weights, Buffer) else self._held(step.weights)
-            bias = self._held(step.bias)
-            kept += [bias] if isinstance(weights, Buffer) else [weights, bias]
-            at = self._address(weights, step) if isinstance(weights, Buffer) else weights.ctypes.data
+            for values in (step.weights, step.bias):
+                if not isinstance(values, Buffer) and id(values) not in held:
+                    held[id(values)] = self._held(values)
+            weights, bias = step.weights, held[id(step.bias)]
+            at = self._address(weights, step) if isinstance(weights, Buffer) else held[id(weights)].ctypes.data
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
             row[program.PARTS], row[program.FIRST] = step.parts, step.first
             row[program.LIMIT] = self.shape[0] if step.limit is None else step.limit
-        return table, kept
+        return table, list(held.values())
 
     def _held(self, values: Floats) -> Floats:
         """An aligned copy, or one that is there already."""

@@ -28,9 +28,9 @@ from repvgg.engine.choice import (
     may_use_winograd,
 )
 from repvgg.engine.layers import Conv, ConvGeometry, Layer
-from repvgg.engine.memory import zeros
 from repvgg.engine.packing import any_weights
-from repvgg.engine.plan import plan
+from repvgg.engine.parts import at_once
+from repvgg.engine.plan import Ways, plan
 from repvgg.engine.remembered import recall, remember
 from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.workers import Workers
@@ -95,7 +95,7 @@ def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[
             asked[geometry, size] = None
         return None
 
-    plan(layers, shape, machine, note, any_weights)
+    plan(layers, shape, machine, Ways(note, any_weights))
     return list(asked)
 
 
@@ -144,7 +144,7 @@ class _Field:
         height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
         image = np.random.default_rng(0).standard_normal((1, size.inputs, height, width), np.float32)
         self._images = np.broadcast_to(image, (size.batch, *image.shape[1:]))
-        self._others = zeros(_FLUSH) if size.batch <= _FEW else None
+        self._others = np.ones(_FLUSH, np.float32) if size.batch <= _FEW else None
 
     def best_part(self, rectangle: Rectangle) -> Part:
         """The best way for some tiles, of the table's best few of each kind."""
@@ -175,7 +175,7 @@ class _Field:
         def this(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
             return choice
 
-        runner = Runner([self._layer], self._images.shape, self._machine, (), this, any_weights)
+        runner = Runner([self._layer], self._images.shape, self._machine, (), Ways(this, any_weights, at_once))
         runner.take(read_input(self._images, self._size.inputs))
         self._workers.run(runner.rows.start, len(runner.rows), self._size.batch)
         return _Trial(choice, runner, self._size.batch)
