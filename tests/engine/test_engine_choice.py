@@ -5,7 +5,7 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import create_model
-from repvgg.engine.choice import Machine, Size, choose, every_choice
+from repvgg.engine.choice import Machine, Size, choose, every_choice, every_cover, every_part
 from repvgg.engine.isa import GENERIC
 from repvgg.engine.kernels.conv import ConvKernel
 from repvgg.engine.kernels.fused import WinogradFused
@@ -14,6 +14,7 @@ from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.network import Network
 from repvgg.engine.plan import plan
 from repvgg.engine.reader import read
+from repvgg.engine.winograd import winograd
 from repvgg.errors import UsageError
 from repvgg.measure import walk
 
@@ -41,15 +42,42 @@ def test_large_layers_go_by_winograd_within_registers_and_stack(channels, image,
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_the_parts_cover_each_pixel_once(precision, stride, image):
-    choices = list(every_choice(Size(64, 64, image, 4), stride, Machine(GENERIC["avx512"], 2, precision)))
-    assert len(choices) >= 4
-    for choice in choices:
-        covered = torch.zeros(choice.end)
-        for part in choice.parts:
-            (top, left), (bottom, right) = part.tiling.corner, part.end
+    size, machine = Size(64, 64, image, 4), Machine(GENERIC["avx512"], 2, precision)
+    covers = list(every_cover(size, stride, machine))
+    assert len(covers) >= 4
+    for rectangles in covers:
+        ends = [[start + length * count for start, length, count in runs] for runs in zip(*rectangles, strict=True)]
+        covered = torch.zeros(max(ends[0]), max(ends[1]))
+        for (top, _, _), (left, _, _), bottom, right in (
+            (*pair, *end) for pair, *end in zip(rectangles, *ends, strict=True)
+        ):
             covered[top:bottom, left:right] += 1
         assert (covered == 1).all()
-        assert all(end >= length for end, length in zip(choice.end, image, strict=True))
+        assert all(end >= length for end, length in zip(covered.shape, image, strict=True))
+    for choice in every_choice(size, stride, machine):
+        assert tuple(part.rectangle for part in choice.parts) in covers
+        assert choice.end == tuple(max(part.end[axis] for part in choice.parts) for axis in (0, 1))
+
+
+@pytest.mark.parametrize("image", [(14, 14), (28, 28), (56, 56), (7, 7)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_cover_is_left_out_that_would_be_faster(stride, image):
+    """The bound below which no cover can be is below each of them."""
+    size, machine = Size(48, 64, image, 4), Machine(GENERIC["avx512"], 2, "medium")
+    everything = [
+        sum(min(part.cycles for part in every_part(piece, size, stride, machine)) for piece in cover)
+        for cover in every_cover(size, stride, machine)
+    ]
+    assert min(choice.cycles for choice in every_choice(size, stride, machine)) == min(everything)
+
+
+@pytest.mark.parametrize(("precision", "channels", "most"), [("high", 16, 4.8), ("high", 400, 16), ("medium", 100, 26)])
+def test_how_much_is_lost_grows_with_the_square_root_of_the_channels(precision, channels, most):
+    size, machine = Size(channels, 64, (28, 28), 4), Machine(GENERIC["avx512"], 2, precision)
+    losses = {
+        winograd(down, across).loss for cover in every_cover(size, 1, machine) for (_, down, _), (_, across, _) in cover
+    }
+    assert 0.7 * most < max(losses) <= most
 
 
 def test_the_highest_precision_is_direct():

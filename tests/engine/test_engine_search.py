@@ -129,14 +129,16 @@ def test_a_score_is_the_mean_of_the_faster_half():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("form", [None, winograd(4), winograd(2, 3, 2)], ids=str)
 @pytest.mark.parametrize("vectors", [1, 2, 3])
-def test_weights_that_stand_for_others_are_as_many(vectors, form, groups):
+def test_weights_that_stand_for_others_are_as_many(vectors, form, late, groups):
     weight = np.ones((64, 24 // groups, 3, 3), np.float32)
     conv = Conv("conv", weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
-    for found, wanted in zip(any_weights(conv, form, 16, vectors), packed(conv, form, 16, vectors), strict=True):
-        assert found.shape == wanted.shape
-    assert packed(conv, None, 16, vectors)[0].tolist() == pack(conv, 16, vectors)[0].tolist()
+    found, wanted = (make(conv, 16, vectors, form, late) for make in (any_weights, packed))
+    assert [array.shape for array in found] == [array.shape for array in wanted]
+    assert not np.array_equal(found[0], any_weights(conv, 16, vectors, form, late)[0])
+    assert packed(conv, 16, vectors, None, False)[0].tolist() == pack(conv, 16, vectors)[0].tolist()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -169,7 +171,7 @@ def test_a_file_that_makes_no_sense_chooses_nothing(name):
     path, key = remembered._place(PADDED, size, HOST)
     said = json.loads(cache.read_kept(path, key))
     if name == "no such tile":
-        said[0][3] = 99
+        said[0][4] = 99
     if name == "no such piece":
         said[0][-1] = 10**6
     if name == "another cover":

@@ -10,6 +10,7 @@ megabyte; only their order matters. Two ways lead through Winograd's domain:
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Literal, TypeAlias, final
 from repvgg.engine.images import round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
-from repvgg.engine.kernels.products import runs
+from repvgg.engine.kernels.products import late_runs, runs
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
@@ -30,12 +31,13 @@ Rectangle: TypeAlias = tuple[_Run, _Run]  # rows and columns of tiles of one for
 Way: TypeAlias = Literal["product", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 
-#: The m of F(m x n, 3x3) that each precision allows, by the stride; directly goes always.
-OUTPUTS: dict[str, dict[int, tuple[int, ...]]] = {
-    "highest": {1: (), 2: ()},
-    "high": {1: (2, 4), 2: (1, 2, 3, 4)},
-    "medium": {1: (2, 4, 5), 2: (1, 2, 3, 4)},
-}
+#: The m of F(m x n, 3x3), by the stride.
+OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
+#: How much larger than a direct sum's the error of a layer may be, as :attr:`repvgg.engine.winograd.Form.loss` over the
+#: square root of the channels that are summed. A loss of 1 is an error of 1.2e-7 here, and OpenVINO's direct sums of C
+#: channels have 3.7e-8 √C: "high" stays below three times that, "medium" below nine times.
+LOSSES: dict[str, float] = {"highest": 0.0, "high": 0.8, "medium": 2.6}
+_LEAST = 4.8  # loss that is allowed with few channels, too: F(4x4)
 
 _STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
 _PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
@@ -43,6 +45,7 @@ _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _IN, _OUT = 10.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
 _SPILLED = 1.3  # times that, where tiles and weights do not fit the second cache together
 _STORED = 0.3  # cycles for each vector of a product that is stored, and loaded and stored
+_EXPANDED = 1.7  # cycles for each vector of a kernel that is transformed late
 _STARTED = 4.0  # cycles for each run of channels
 _DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
 _PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
@@ -102,6 +105,7 @@ class Part:
         form: F(m x n, 3x3).
         tiling: how the tiles of a batch are cut.
         tile: registers of the products.
+        late: whether kernels are transformed across while they are used.
         cycles: about how long it takes.
     """
 
@@ -109,6 +113,7 @@ class Part:
     form: Form
     tiling: Tiling
     tile: Tile
+    late: bool
     cycles: float
 
     @property
@@ -177,21 +182,40 @@ def direct_cycles(size: Size, machine: Machine) -> float:
 
 
 def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
-    """All covers of the image, each part in its fastest way.
+    """All covers of the image, each part in its fastest way, but for those that surely are slow.
 
     Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
     """
-    for pieces in every_cover(size, stride, machine):
+    covers = list(every_cover(size, stride, machine))
+    bounds = {pieces: sum(_least_cycles(piece, size, stride, machine) for piece in pieces) for pieces in covers}
+    best = float("inf")
+    for pieces in sorted(covers, key=lambda pieces: bounds[pieces]):
+        if bounds[pieces] > best:
+            break
         parts = [_part(piece, size, stride, machine) for piece in pieces]
         if all(parts):
-            yield Choice(tuple(part for part in parts if part))
+            choice = Choice(tuple(part for part in parts if part))
+            best = min(best, choice.cycles)
+            yield choice
+
+
+def _least_cycles(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> float:
+    """What the multiplications of some tiles take at least, and to fetch their weights once."""
+    (_, down, high), (_, across, wide) = rectangle
+    form = winograd(down, across, stride)
+    muls = size.batch * high * wide * form.places * size.inputs * size.outputs // size.groups
+    weights = 4 * form.sets(late=True) * size.inputs * size.outputs // size.groups
+    return muls / (2 * machine.isa.width * machine.threads) + weights / _FETCHED
 
 
 def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rectangle, ...]]:
     """Rectangles of tiles that cover the image, for each two ways to cover rows and columns."""
-    down, across = (list(_covers(length, OUTPUTS[machine.precision][stride])) for length in size.image)
-    for covers in itertools.product(down, across):
-        yield tuple(itertools.product(*covers))
+    allowed = LOSSES[machine.precision] * math.sqrt(size.inputs // size.groups)
+    most = max(allowed, _LEAST) if allowed else 0.0
+    down, across = (list(_covers(length, OUTPUTS[stride])) for length in size.image)
+    for rows, columns in itertools.product(down, across):
+        if all(winograd(run[1], other[1], stride).loss <= most for run in rows for other in columns):
+            yield tuple(itertools.product(rows, columns))
 
 
 def _covers(length: int, outputs: Sequence[int]) -> Iterator[tuple[_Run, ...]]:
@@ -219,7 +243,8 @@ def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) 
         for way, pieces in _WAYS.items():
             for piece in pieces(form, size.batch * high * wide, tile, size, machine):
                 tiling = Tiling(grid, piece, size.batch, corner)
-                yield Part(way, form, tiling, tile, _cycles(way, form, tiling, tile, size, machine))
+                for late in (False, True):
+                    yield Part(way, form, tiling, tile, late, _cycles(way, form, tiling, tile, late, size, machine))
 
 
 def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
@@ -253,12 +278,14 @@ def _piece(tiles: int, pixels: int, most: int) -> int:
     return min(lengths, key=lambda length: (round_up(tiles, length), -length))
 
 
-def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, late: bool, size: Size, machine: Machine) -> float:
     """About how long one of the threads is busy."""
     width, places = machine.isa.width, form.places
     channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
     panels = -(-vectors // tile.vectors)
-    work = size.groups * _multiplied(way, tiling.tiles, places, channels, vectors, tile)
+    work = size.groups * _multiplied(way, form, tiling.tiles, channels, vectors, tile, late)
+    if late:
+        work += _EXPANDED * tiling.pieces * size.groups * channels * vectors * places
     spilled = _SPILLED if way == "fused" and not _fits(form, tiling, tile, size, machine) else 1.0
     work += spilled * _OUT * places * tiling.real * size.groups * vectors
     into = spilled * _IN * places * tiling.real * -(-size.inputs // width)
@@ -271,27 +298,27 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machin
         into += _UNIT * tiling.batch * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
     of_unit = work / units + _UNIT
     rounds = -(-units // machine.threads)
-    return rounds * of_unit + into / machine.threads + _fetched(way, form, tiling, tile, size, machine)
+    return rounds * of_unit + into / machine.threads + _fetched(way, form, tiling, tile, late, size, machine)
 
 
-def _multiplied(way: Way, tiles: int, places: int, channels: int, vectors: int, tile: Tile) -> float:
+def _multiplied(way: Way, form: Form, tiles: int, channels: int, vectors: int, tile: Tile, late: bool) -> float:
     """Products of all panels of a group."""
     whole, rest = divmod(vectors, tile.vectors)
     lanes = [tile.vectors] * whole + [rest] * bool(rest)
-    sums = len(runs(channels, cold=way == "product"))
+    sums = len(late_runs(channels, form, 16 * tile.vectors) if late else runs(channels, cold=way == "product"))
     each = [
         channels * Tile(tile.pixels, count).cycles + sums * (_STARTED + _STORED * tile.pixels * count)
         for count in lanes
     ]
-    return tiles // tile.pixels * places * sum(each)
+    return tiles // tile.pixels * form.places * sum(each)
 
 
-def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, size: Size, machine: Machine) -> float:
+def _fetched(way: Way, form: Form, tiling: Tiling, tile: Tile, late: bool, size: Size, machine: Machine) -> float:
     """To fetch all weights once, and again for each piece that finds other things where they were."""
     channels, vectors = size.inputs // size.groups, tile.vectors * machine.isa.width
-    weights = 4 * form.places * channels * size.outputs
+    weights = 4 * form.sets(late=late) * channels * size.outputs
     if way == "product":
-        near, passes = 4 * form.places * channels * vectors <= _CACHE // 2, tiling.pieces
+        near, passes = 4 * form.sets(late=late) * channels * vectors <= _CACHE // 2, tiling.pieces
     else:  # all threads pass through them at the same time
         near = _fits(form, tiling, tile, size, machine)
         passes = -(-tiling.pieces // machine.threads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.engine.arrays import Given, read_input
-from repvgg.engine.choice import OUTPUTS, Precision
+from repvgg.engine.choice import LOSSES, Precision
 from repvgg.engine.isa import host_isa
 from repvgg.engine.layers import Floats
 from repvgg.engine.network import Network
@@ -107,8 +107,8 @@ def compile(  # noqa: A001 - as torch.compile
     """
     shape = _shape(input_shape)
     check_threads(threads)
-    if precision not in OUTPUTS:
-        raise UsageError(f"precision is {', '.join(map(repr, OUTPUTS))}, not {precision!r}.")
+    if precision not in LOSSES:
+        raise UsageError(f"precision is {', '.join(map(repr, LOSSES))}, not {precision!r}.")
     try:
         return Network(read(model), shape, host_isa(), threads, precision, search)
     except (RepvggError, RuntimeError) as error:  # the latter by LLVM

@@ -53,7 +53,7 @@ class Arena:
 def _pages(size: int) -> NDArray[np.uint8]:
     """At least so many zeros, in large pages if the system likes."""
     size = -(-size // _PAGE) * _PAGE
-    raw = mmap.mmap(-1, size + _PAGE)
+    raw = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
     if sys.platform == "linux":
         with suppress(OSError):  # a system without large pages
             raw.madvise(mmap.MADV_HUGEPAGE)

@@ -120,11 +120,13 @@ class Ways:
         chooser: says how a convolution is computed.
         packing: makes weights and biases as kernels read them.
         parts: says which layers take a batch in parts.
+        copies: of the steps of each convolution, one after the other, with weights of their own; 1 but to measure.
     """
 
     chooser: Chooser = choose
     packing: Packing = packed
     parts: Parts = early_layers
+    copies: int = 1
 
 
 BY_TABLE = Ways()
@@ -196,13 +198,14 @@ class _Planner:
         pitch = round_up(outputs, self._isa.width)
         target = self._buffer(self._images(number, outputs, size, pitch), self._count(number + 1))
         choice = self._choice(number, layer, size)
-        if choice is None:
-            self._direct(layer, source, target)
-        for part in choice.parts if choice else ():
-            if part.way == "fused":
-                self._fused(layer, part, source, target)
-            else:
-                self._products(layer, part, source, target)
+        for _ in range(self._ways.copies):
+            if choice is None:
+                self._direct(layer, source, target)
+            for part in choice.parts if choice else ():
+                if part.way == "fused":
+                    self._fused(layer, part, source, target)
+                else:
+                    self._products(layer, part, source, target)
         self._now = target
         if number == self._early - 1:
             firsts = range(0, self._batch, self._few)
@@ -220,18 +223,19 @@ class _Planner:
         transform = WinogradInput(form, images, layer.geometry.padding, tiling, width)
         self.steps.append(Step(layer.name, transform, source, moved))
         channels = images.channels, images.pitch
-        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, layer.relu, width)
+        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, part.late, layer.relu, width)
         self.steps.append(Step(layer.name, kernel, moved, target, *self._packed(layer, part), *_cut(tiling)))
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
         geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
-        kernel = WinogradFused(part.form, geometry.groups, *images, part.tiling, part.tile, layer.relu, self._isa.width)
+        cut = part.tiling, part.tile, part.late
+        kernel = WinogradFused(part.form, geometry.groups, *images, *cut, layer.relu, self._isa.width)
         weights = self._packed(layer, part)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
 
     def _packed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
         """Weights in Winograd's domain, and biases."""
-        return self._ways.packing(layer, part.form, self._isa.width, part.tile.vectors)
+        return self._ways.packing(layer, self._isa.width, part.tile.vectors, part.form, part.late)
 
     def _choice(self, number: int, layer: Conv, size: Pair) -> Choice | None:
         """How a layer of this number is computed whose output has this height and width."""
@@ -245,7 +249,7 @@ class _Planner:
         vectors = -(-target.images.channels // geometry.groups // isa.width)
         tile = choose_tile(isa, target.images.size[1], vectors)
         kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
-        weights = self._ways.packing(layer, None, isa.width, tile.vectors)
+        weights = self._ways.packing(layer, isa.width, tile.vectors, None, False)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, block))
 
     def _pooled(self, name: str) -> Buffer:

@@ -65,4 +65,5 @@ def _found(rectangle: Rectangle, entry: Any, size: Size, stride: int, machine: M
 
 def _entry(rectangle: Rectangle, part: Part) -> list[Any]:
     """A way for some tiles, as JSON has it."""
-    return [*(list(run) for run in rectangle), part.way, part.tile.pixels, part.tile.vectors, part.tiling.piece]
+    runs, tile = (list(run) for run in rectangle), part.tile
+    return [*runs, part.way, part.late, tile.pixels, tile.vectors, part.tiling.piece]

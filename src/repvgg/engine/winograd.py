@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from typing import TypeAlias, final
 
 import numpy as np
@@ -28,15 +28,24 @@ from repvgg.engine.layers import Floats, Pair
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3
 
+
+def _pairs(*points: Fraction | int) -> tuple[Fraction, ...]:
+    """Each point and its negative."""
+    return tuple(Fraction(sign * point) for point in points for sign in (1, -1))
+
+
 #: The finite points for each stride and m; none for m = 1, which goes without a transform.
 POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
-    (1, 2): (Fraction(0), Fraction(1), Fraction(-1)),
-    (1, 4): (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
-    (1, 5): (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2), Fraction(1)),
+    (1, 2): (Fraction(0), *_pairs(1)),
+    (1, 3): _pairs(Fraction(3, 8), Fraction(5, 4)),
+    (1, 4): (Fraction(0), *_pairs(Fraction(5, 8), Fraction(3, 2))),
+    (1, 5): _pairs(Fraction(1, 4), Fraction(7, 8), Fraction(7, 4)),
+    (1, 6): (Fraction(0), *_pairs(Fraction(1, 2), 1, 2)),
+    (1, 7): _pairs(Fraction(1, 4), Fraction(5, 8), Fraction(9, 8), Fraction(9, 4)),
     (2, 1): (),
-    (2, 2): (Fraction(1), Fraction(-1)),
-    (2, 3): (Fraction(0), Fraction(1), Fraction(-1)),
-    (2, 4): (Fraction(1, 2), Fraction(-1, 2), Fraction(5, 4), Fraction(-5, 4)),
+    (2, 2): _pairs(1),
+    (2, 3): (Fraction(0), *_pairs(1)),
+    (2, 4): _pairs(Fraction(1, 2), Fraction(5, 4)),
 }
 
 
@@ -59,6 +68,18 @@ class Filter:
     kernel_matrix: Matrix
     output_matrix: Matrix
 
+    @cached_property
+    def loss(self) -> float:
+        """How much rounding errors of the products grow in the outputs, relative to those of direct sums.
+
+        ``√(mean over k of Σᵢ (A_ki ‖B_i‖ ‖G_i‖)² / 3)`` for inputs and kernels of independent numbers.
+        """
+        down, kernel, output = (
+            np.array(matrix, np.float64) for matrix in (self.input_matrix, self.kernel_matrix, self.output_matrix)
+        )
+        sizes = np.linalg.norm(down, axis=1) * np.linalg.norm(kernel, axis=1)
+        return float(np.sqrt(((output * sizes) ** 2).sum(axis=1).mean() / TAPS))
+
     @property
     def inputs(self) -> int:
         """Inputs of a tile: m + 2 with stride 1, 2m + 1 with stride 2."""
@@ -76,6 +97,11 @@ class Form:
     def __str__(self) -> str:
         stride = "" if self.rows.stride == 1 else f" of stride {self.rows.stride}"
         return "F({}x{}){}".format(*self.outputs, stride)
+
+    @cached_property
+    def loss(self) -> float:
+        """How much larger rounding errors are than those of direct sums; see :attr:`Filter.loss`."""
+        return self.rows.loss * self.columns.loss
 
     @property
     def outputs(self) -> Pair:
@@ -102,13 +128,22 @@ class Form:
         """Multiplications for each tile and channel."""
         return self.rows.inputs * self.columns.inputs
 
-    def transformed(self, weight: Floats) -> Floats:
-        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, rows, columns) of a tile."""
+    def transformed(self, weight: Floats, *, late: bool) -> Floats:
+        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, rows, columns) of a tile.
+
+        ``late``: ``G g`` alone, (O, I, rows, 3).
+        """
         down, across = (np.array(part.kernel_matrix, np.float64) for part in (self.rows, self.columns))
-        out: Floats = (down @ weight.astype(np.float64) @ across.T).astype(np.float32)
+        moved = down @ weight.astype(np.float64)
+        out: Floats = (moved if late else moved @ across.T).astype(np.float32)
         return out
 
+    def sets(self, *, late: bool) -> int:
+        """Numbers that are kept for each kernel; see :meth:`transformed`."""
+        return self.rows.inputs * (TAPS if late else self.columns.inputs)
 
+
+@cache
 def winograd(rows: int, columns: int | None = None, stride: int = 1) -> Form:
     """F(rows x columns, 3x3) for the points of :data:`POINTS`; a square without ``columns``."""
     return Form(minimal_filter(rows, stride), minimal_filter(rows if columns is None else columns, stride))
@@ -130,11 +165,12 @@ def minimal_filter(outputs: int, stride: int = 1) -> Filter:
 
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     """Bᵀ, G and Aᵀ of F(outputs, taps) for these points and infinity."""
-    output = [(*tuple(point**power for point in points), Fraction(power == outputs - 1)) for power in range(outputs)]
-    kernel = [tuple(point**power / _others(points, point) for power in range(taps)) for point in points]
+    kernel = [tuple(point**power for power in range(taps)) for point in points]
+    columns = [[point**power / _others(points, point) for power in range(outputs)] for point in points]
+    columns.append([Fraction(power == outputs - 1) for power in range(outputs)])
     rows = [(*_roots([other for other in points if other != point]), Fraction(0)) for point in points]
     infinity = (*(Fraction(0),) * (taps - 1), Fraction(1))
-    return (*rows, _roots(points)), (*kernel, infinity), tuple(output)
+    return (*rows, _roots(points)), (*kernel, infinity), tuple(zip(*columns, strict=True))
 
 
 def _in_turns(outer: Matrix, inner: Matrix) -> Matrix:

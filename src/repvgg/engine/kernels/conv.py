@@ -113,8 +113,14 @@ class ConvKernel:
         return [*rows, _units(name, self, rows)]
 
 
-def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
+def pack(conv: Conv, width: int, vectors: int, together: int = 1) -> tuple[Floats, Floats]:
     """Weights and biases in the order that the kernel reads them, with zeros for channels beyond the last.
+
+    Args:
+        conv: the convolution.
+        width: floats in a vector.
+        vectors: of a panel.
+        together: taps that lie side by side for each input channel.
 
     Returns:
         Two arrays of one axis; both have whole vectors for each group.
@@ -122,10 +128,10 @@ def pack(conv: Conv, width: int, vectors: int) -> tuple[Floats, Floats]:
     groups = conv.geometry.groups
     outputs = conv.weight.shape[0] // groups
     wide = round_up(outputs, width)
-    kernel = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1).transpose(0, 3, 2, 1)
-    kernel = np.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, wide - outputs)))  # group, tap, input, output
+    kernel = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, together).transpose(0, 3, 2, 4, 1)
+    kernel = np.pad(kernel, (*((0, 0),) * 4, (0, wide - outputs)))  # group, taps, input, tap, output
     step = vectors * width
-    panels = [kernel[group, :, :, at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
+    panels = [kernel[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
     bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, wide - outputs)))
     return np.concatenate(panels), bias.ravel()
 

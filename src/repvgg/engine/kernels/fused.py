@@ -12,15 +12,8 @@ from typing import final
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.kernel import POINTERS, UNITS
-from repvgg.engine.kernels.products import (
-    Operand,
-    Outputs,
-    PieceOfImages,
-    Product,
-    input_corner,
-    input_tile,
-    tiles_of_piece,
-)
+from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile, tiles_of_piece
+from repvgg.engine.kernels.products import Operand, Products
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.layers import Pair
@@ -40,6 +33,7 @@ class WinogradFused:
         target: the images that it writes.
         tiling: the tiles.
         tile: the registers that it uses; its pixels, which are tiles here, divide a piece.
+        late: whether kernels are transformed across while they are used.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -51,6 +45,7 @@ class WinogradFused:
     target: Images
     tiling: Tiling
     tile: Tile
+    late: bool
     relu: bool
     width: int
 
@@ -94,16 +89,16 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
     places = kernel.form.places
     moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
     products = write.scratch(places * place_floats(tiling.piece, most * kernel.width))
-    beyond = write.scratch(kernel.width)
+    scratch = _products(kernel, most).scratch(write), products, write.scratch(kernel.width)
     _inputs(write, kernel, moved)
     whole, rest = divmod(kernel.group_vectors, most)
     with write.loop(0, kernel.groups) as groups:
         read = Operand(write.at(moved.at, write.mul(groups.index, kernel.inputs)), moved.place, moved.tile)
         first = write.mul(groups.index, kernel.group_vectors)
         with write.loop(0, whole) as panels:
-            _panel(write, kernel, read, products, write.add(first, write.mul(panels.index, most)), most, beyond)
+            _panel(write, kernel, read, write.add(first, write.mul(panels.index, most)), most, scratch)
         if rest:
-            _panel(write, kernel, read, products, write.add(first, whole * most), rest, beyond)
+            _panel(write, kernel, read, write.add(first, whole * most), rest, scratch)
     return write
 
 
@@ -126,18 +121,24 @@ def _tile(write: Function, kernel: WinogradFused, tile: Index) -> Index:
     return write.add(write.mul(image, source.image), write.add(row, column))
 
 
+def _products(kernel: WinogradFused, vectors: int) -> Products:
+    """Those of a piece by a panel of so many vectors."""
+    return Products(kernel.form, kernel.tile, vectors, kernel.tiling.piece, kernel.inputs, kernel.late, cold=False)
+
+
 def _panel(
-    write: Function, kernel: WinogradFused, read: Operand, scratch: Value, vector: Index, vectors: int, beyond: Value
+    write: Function,
+    kernel: WinogradFused,
+    read: Operand,
+    vector: Index,
+    vectors: int,
+    scratch: tuple[Value | None, Value, Value],
 ) -> None:
     """All products of the piece by a panel of so many vectors that begins at ``vector``, and what comes of them."""
-    tiling, step = kernel.tiling, vectors * kernel.width
-    lanes, weights = write.mul(vector, kernel.width), kernel.inputs * step
-    panel = write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))
-    products = Operand.of(scratch, tiling.piece, step)
-    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, cold=False)
-    with write.loop(0, kernel.form.places) as places:
-        inputs = Operand(write.at(read.at, write.mul(places.index, read.place)), read.place, read.tile)
-        wrote = write.at(products.at, write.mul(places.index, products.place))
-        product.write(write, inputs, write.at(panel, write.mul(places.index, weights)), wrote)
+    tiling, (kernels, sums, beyond) = kernel.tiling, scratch
+    lanes = write.mul(vector, kernel.width)
+    panel = write.at("%weights", write.mul(lanes, kernel.form.sets(late=kernel.late) * kernel.inputs))
+    products = Operand.of(sums, tiling.piece, vectors * kernel.width)
+    _products(kernel, vectors).write(write, read, panel, products, kernels)
     images = PieceOfImages(write.at("%target", lanes), write.at("%bias", lanes), "%piece")
     Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)

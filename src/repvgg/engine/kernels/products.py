@@ -1,19 +1,25 @@
-"""What the kernels of Winograd's convolution have in common: input tiles, products place by place, output tiles."""
+"""Products in Winograd's domain, place by place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import final
 
-from repvgg.engine.images import Images
-from repvgg.engine.ir import Function, Index, Value
+from repvgg.engine.ir import Function, Value
 from repvgg.engine.kernels.tile import Tile, multiply_add
-from repvgg.engine.kernels.tiling import LINE, Tiling, equal_runs, place_floats
-from repvgg.engine.kernels.transform import transform_rectangle
-from repvgg.engine.layers import Pair
-from repvgg.engine.winograd import Form
+from repvgg.engine.kernels.tiling import LINE, equal_runs, place_floats
+from repvgg.engine.kernels.transform import transform
+from repvgg.engine.winograd import TAPS, Form
 
 _SUMMED, _SUMMED_COLD = 64, 48  # channels that are summed in one go; the sums of sums round less than one long sum
+
+_EXPANDED = 2**13  # floats of kernels that are transformed across at a time
+
+
+def late_runs(channels: int, form: Form, lanes: int) -> list[tuple[int, int]]:
+    """The same for kernels that are transformed late, so many output channels of them at a time."""
+    most = max(1, _EXPANDED // (form.columns.inputs * lanes))
+    return equal_runs(channels, -(-channels // min(most, _SUMMED)))
 
 
 def runs(channels: int, *, cold: bool) -> list[tuple[int, int]]:
@@ -42,200 +48,140 @@ class Operand:
         return cls(at, place_floats(tiles, floats), floats)
 
 
-def input_corner(form: Form, source: Images, tiling: Tiling, padding: Pair) -> int:
-    """Floats from the beginning of an image to the first input of its first tile."""
-    axes = zip(tiling.corner, form.strides, padding, strict=True)
-    row, column = (first * stride - pad for first, stride, pad in axes)
-    return source.inside + row * source.row + column * source.pitch
+@final
+@dataclass(frozen=True)
+class _Run:
+    """Channels that are summed in one go, and channels of the same tiles that are fetched meanwhile."""
 
-
-def input_tile(
-    write: Function, form: Form, source: Images, read: Value, target: Operand, wrote: Index, following: Value
-) -> None:
-    """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place.
-
-    What the tile at ``following`` reads is fetched meanwhile.
-    """
-    down, across = form.inputs
-    with write.loop(0, source.pitch, write.width) as channels:
-        pixel, ahead = write.at(read, channels.index), write.at(following, channels.index)
-        for row in range(down):
-            for column in range(across - form.steps[1], across):
-                write.prefetch(ahead, row * source.row + column * source.pitch, near=True)
-        values = [
-            write.load(pixel, row * source.row + column * source.pitch)
-            for row in range(down)
-            for column in range(across)
-        ]
-        out = write.at(target.at, write.add(wrote, channels.index))
-        moved = transform_rectangle(write, form.rows.input_matrix, form.columns.input_matrix, values)
-        for place, value in enumerate(moved):
-            write.store(value, out, place * target.place)
+    begin: int
+    end: int
+    ahead: tuple[int, int]
 
 
 @final
 @dataclass(frozen=True)
-class PieceOfImages:
-    """Where outputs go.
+class _Lanes:
+    """Weights of a run of channels.
 
     Attributes:
-        at: address of the first image, at the first channel.
-        bias: address of that of the first channel.
-        piece: which one.
+        at: address of the first.
+        later: address of those that are fetched meanwhile.
+        fetched: floats of them for each channel.
     """
 
     at: Value
-    bias: Value
-    piece: Index
-
-
-def tiles_of_piece(write: Function, tiling: Tiling, piece: Index) -> tuple[Index, Index]:
-    """The first tile of a piece, and how many there are that stand for something."""
-    first = write.mul(piece, tiling.piece)
-    if tiling.tiles == tiling.real:
-        return first, tiling.piece
-    left = write.value(f"sub i64 {tiling.real}, {first}")
-    few = write.value(f"icmp ult i64 {left}, {tiling.piece}")
-    return first, write.value(f"select i1 {few}, i64 {left}, i64 {tiling.piece}")
+    later: Value
+    fetched: int
 
 
 @final
 @dataclass(frozen=True)
-class Product:
-    """(tile, input channel) by (input channel, output channel), of one place.
+class Products:
+    """(tile, input channel) by (input channel, output channel), place by place.
+
+    Kernels lie as (place, input channel, output channel). If they are transformed late, they lie as (row, input
+    channel, column of 3, output channel), and each run of channels is transformed across into memory that stays in the
+    first cache: a third to a half of the bytes come from afar.
 
     Attributes:
+        form: F(m x n, 3x3).
         tile: registers; its pixels are tiles here, and divide ``tiles``.
         vectors: of output channels.
         tiles: all of them.
         channels: of the input.
-        cold: whether the tiles come from the third cache: then their next channels are fetched to the second.
+        late: whether kernels are transformed across while they are used.
+        cold: whether the tiles come from the third cache: then the next ones are fetched to the second.
     """
 
+    form: Form
     tile: Tile
     vectors: int
     tiles: int
     channels: int
+    late: bool
     cold: bool
 
-    def write(self, write: Function, inputs: Operand, weights: Value, products: Value) -> None:
-        """Write it: run after run of channels, whose weights come to the first cache during the run before."""
-        step, parts = self.vectors * write.width, runs(self.channels, cold=self.cold)
-        following = [*parts[1:], tuple(inputs.place + place for place in parts[0])]
-        for (begin, end), ahead in zip(parts, following, strict=True):
-            with write.loop(0, self.tiles, self.tile.pixels) as tiles:
-                read = write.at(inputs.at, write.mul(tiles.index, inputs.tile))
-                wrote = write.at(products, write.mul(tiles.index, step))
-                if self.cold:
-                    self._fetch(write, read, inputs.tile, *ahead)
-                sums = self._run(write, read, inputs.tile, weights, begin, end)
-                for place, value in enumerate(sums):
-                    at = place * write.width
-                    total = write.binary("fadd", value, write.load(wrote, at)) if begin else value
-                    write.store(total, wrote, at)
-
-    def _fetch(self, write: Function, read: Value, pitch: int, begin: int, end: int) -> None:
-        """Have other channels of these tiles brought close."""
-        for pixel in range(self.tile.pixels):
-            for line in range(begin, end, LINE):
-                write.prefetch(read, pixel * pitch + line)
-
-    def _run(self, write: Function, read: Value, pitch: int, weights: Value, begin: int, end: int) -> list[Value]:
+    def scratch(self, write: Function) -> Value | None:
+        """Memory for the kernels of a run."""
+        if not self.late:
+            return None
         step = self.vectors * write.width
-        with write.loop(begin, end, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
-            lanes = write.at(weights, write.mul(channels.index, step))
-            for line in range(0, step, LINE):
-                write.prefetch(lanes, (end - begin) * step + line, near=True)
-            source = write.at(read, channels.index)
-            channels.next = multiply_add(write, source, pitch, lanes, channels.carried, self.vectors)
+        longest = max(end - begin for begin, end in late_runs(self.channels, self.form, step))
+        return write.scratch(self.form.columns.inputs * longest * step)
+
+    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value | None) -> None:
+        """Write it; weights come to the first cache during the run of channels before."""
+        if scratch is not None:
+            self._late(write, inputs, weights, products, scratch)
+            return
+        step, parts = self.vectors * write.width, runs(self.channels, cold=self.cold)
+        following = [*parts[1:], (inputs.place, inputs.place + parts[0][1])]
+        with write.loop(0, self.form.places) as places:
+            read = write.at(inputs.at, write.mul(places.index, inputs.place))
+            wrote = write.at(products.at, write.mul(places.index, products.place))
+            panel = write.at(weights, write.mul(places.index, self.channels * step))
+            for (begin, end), ahead in zip(parts, following, strict=True):
+                lanes = _Lanes(write.at(panel, begin * step), write.at(panel, end * step), step)
+                self._tiles(write, _Run(begin, end, ahead), read, inputs.tile, wrote, lanes)
+
+    def _late(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
+        step, (rows, columns) = self.vectors * write.width, self.form.inputs
+        lines = -(-TAPS * step // LINE)  # of each input channel, which are fetched during the first columns
+        each = -(-lines // columns)
+        fetching = -(-lines // each)
+        with write.loop(0, rows) as places:
+            first = write.mul(places.index, columns)
+            row = write.at(inputs.at, write.mul(first, inputs.place))
+            wrote = write.at(products.at, write.mul(first, products.place))
+            panel = write.at(weights, write.mul(places.index, TAPS * self.channels * step))
+            for begin, end in late_runs(self.channels, self.form, step):
+                self._expand(write, write.at(panel, begin * TAPS * step), scratch, end - begin)
+                run = _Run(begin, end, (inputs.place + begin, inputs.place + end))
+                following = write.at(panel, end * TAPS * step)
+                for some, fetched in (((0, fetching), each * LINE), ((fetching, columns), 0)):
+                    if some[0] == some[1]:
+                        continue
+                    with write.loop(*some) as across:
+                        read = write.at(row, write.mul(across.index, inputs.place))
+                        target = write.at(wrote, write.mul(across.index, products.place))
+                        lanes = write.at(scratch, write.mul(across.index, (end - begin) * step))
+                        later = write.at(following, write.mul(across.index, (end - begin) * fetched))
+                        self._tiles(write, run, read, inputs.tile, target, _Lanes(lanes, later, fetched))
+
+    def _expand(self, write: Function, kernels: Value, scratch: Value, count: int) -> None:
+        """``· Gᵀ`` of the kernels of a run of so many channels: to (column, input channel, output channel)."""
+        step = self.vectors * write.width
+        with write.loop(0, count) as channels:
+            read = write.at(kernels, write.mul(channels.index, TAPS * step))
+            wrote = write.at(scratch, write.mul(channels.index, step))
+            for vector in range(0, step, write.width):
+                values = [write.load(read, tap * step + vector) for tap in range(TAPS)]
+                for column, value in enumerate(transform(write, self.form.columns.kernel_matrix, values)):
+                    write.store(value, wrote, column * count * step + vector)
+
+    def _tiles(self, write: Function, run: _Run, read: Value, pitch: int, wrote: Value, lanes: _Lanes) -> None:
+        """Add a run of channels to the sums at ``wrote`` of all tiles of a place, which lie at ``read``."""
+        with write.loop(0, self.tiles, self.tile.pixels) as tiles:
+            source = write.at(read, write.mul(tiles.index, pitch))
+            target = write.at(wrote, write.mul(tiles.index, self.vectors * write.width))
+            if self.cold:
+                for pixel in range(self.tile.pixels):
+                    for line in range(*run.ahead, LINE):
+                        write.prefetch(source, pixel * pitch + line)
+            sums = self._run(write, write.at(source, run.begin), pitch, run.end - run.begin, lanes)
+            for place, value in enumerate(sums):
+                at = place * write.width
+                total = write.binary("fadd", value, write.load(target, at)) if run.begin else value
+                write.store(total, target, at)
+
+    def _run(self, write: Function, read: Value, pitch: int, count: int, lanes: _Lanes) -> list[Value]:
+        step = self.vectors * write.width
+        with write.loop(0, count, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
+            weights, source = write.at(lanes.at, write.mul(channels.index, step)), write.at(read, channels.index)
+            following = (
+                write.at(lanes.later, write.mul(channels.index, lanes.fetched)) if lanes.fetched else lanes.later
+            )
+            for line in range(0, lanes.fetched, LINE):
+                write.prefetch(following, line, near=True)
+            channels.next = multiply_add(write, source, pitch, weights, channels.carried, self.vectors)
         return channels.results
-
-
-@final
-@dataclass(frozen=True)
-class Outputs:
-    """``Aᵀ · A`` of the products of a piece of tiles, with bias and ReLU, into images.
-
-    Attributes:
-        form: F(m x n, 3x3).
-        target: the images.
-        tiling: the tiles.
-        relu: whether a ReLU follows.
-        vectors: of output channels.
-    """
-
-    form: Form
-    target: Images
-    tiling: Tiling
-    relu: bool
-    vectors: int
-
-    def write(self, write: Function, products: Operand, images: PieceOfImages, beyond: Value) -> None:
-        """Write it for a piece; ``beyond`` is a vector of memory that nobody reads.
-
-        The lines of the next tile are fetched meanwhile.
-        """
-        target, bias = images.at, images.bias
-        first, count = tiles_of_piece(write, self.tiling, images.piece)
-        with write.loop(0, count) as tiles:
-            read = write.at(products.at, write.mul(tiles.index, products.tile))
-            corner, inside = self._corner(write, target, write.add(first, tiles.index))
-            following = self._corner(write, target, write.add(first, write.add(tiles.index, 1)))[0]
-            with write.loop(0, self.vectors * write.width, write.width) as lanes:
-                ahead = write.at(following, lanes.index)
-                for row in range(self.form.outputs[0]):
-                    for column in range(self.form.outputs[1]):
-                        write.prefetch(ahead, row * self.target.row + column * self.target.pitch, write=True)
-                values = [
-                    write.load(read, write.add(lanes.index, at * products.place)) for at in range(self.form.places)
-                ]
-                pixel, offset = write.at(corner, lanes.index), write.load(bias, lanes.index)
-                self._pixels(write, values, pixel, offset, inside, beyond)
-
-    def _corner(self, write: Function, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
-        """Where the first pixel of a tile lies, and which of its rows and columns are inside the image."""
-        tiling, images = self.tiling, self.target
-        part, place = write.divide(tile, tiling.of_image)
-        places = write.divide(place, tiling.grid[1])
-        down, across = (
-            write.add(write.mul(at, size), corner)
-            for at, size, corner in zip(places, self.form.outputs, tiling.corner, strict=True)
-        )
-        offset = write.add(write.mul(down, images.row), write.mul(across, images.pitch))
-        address = write.add(write.mul(part, images.image), write.add(offset, images.inside))
-        ends = (
-            first + size * count
-            for first, size, count in zip(tiling.corner, self.form.outputs, tiling.grid, strict=True)
-        )
-        inside = [
-            _inside(write, at, size, length, end)
-            for at, size, length, end in zip((down, across), self.form.outputs, images.size, ends, strict=True)
-        ]
-        return write.at(target, address), inside
-
-    def _pixels(
-        self,
-        write: Function,
-        values: list[Value],
-        pixel: Value,
-        bias: Value,
-        inside: list[list[Value | None]],
-        beyond: Value,
-    ) -> None:
-        """Store one vector of channels of a tile; what is outside of the image goes to memory that nobody reads."""
-        matrices = self.form.rows.output_matrix, self.form.columns.output_matrix
-        for at, value in enumerate(transform_rectangle(write, *matrices, values)):
-            row, column = divmod(at, self.form.outputs[1])
-            value = write.binary("fadd", value, bias)
-            address = write.at(pixel, row * self.target.row + column * self.target.pitch)
-            for is_inside in filter(None, (inside[0][row], inside[1][column])):
-                address = write.choose(is_inside, address, beyond)
-            write.store(write.relu(value) if self.relu else value, address)
-
-
-def _inside(write: Function, first: Index, size: int, length: int, end: int) -> list[Value | None]:
-    """For each row or column of a tile whether it is inside the image; None where it always is."""
-    out = end - length
-    return [
-        None if at < size - out else write.value(f"icmp ult i64 {write.add(first, at)}, {length}") for at in range(size)
-    ]

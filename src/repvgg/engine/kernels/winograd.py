@@ -15,7 +15,8 @@ from typing import final
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function
 from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
-from repvgg.engine.kernels.products import Operand, Outputs, PieceOfImages, Product, input_corner, input_tile
+from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile
+from repvgg.engine.kernels.products import Operand, Products
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.layers import Pair
@@ -87,6 +88,7 @@ class WinogradProduct:
         target: the images that it writes.
         tiling: the tiles.
         tile: the registers that it uses; its pixels, which are tiles here, divide a piece.
+        late: whether kernels are transformed across while they are used.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -98,6 +100,7 @@ class WinogradProduct:
     target: Images
     tiling: Tiling
     tile: Tile
+    late: bool
     relu: bool
     width: int
 
@@ -141,6 +144,7 @@ class WinogradProduct:
         return [*parts, _units(name, self, parts)]
 
 
+_NEAR = 2**18  # floats of transformed tiles that stay in the second cache
 _PIECE = (*POINTERS, ("i64", "piece"))
 
 
@@ -155,7 +159,7 @@ def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Fun
         arguments = (
             ("ptr", write.at("%source", read)),
             ("ptr", write.at("%target", lanes)),
-            ("ptr", write.at("%weights", write.mul(lanes, kernel.form.places * kernel.inputs))),
+            ("ptr", write.at("%weights", write.mul(lanes, kernel.form.sets(late=kernel.late) * kernel.inputs))),
             ("ptr", write.at("%bias", lanes)),
             ("i64", piece),
         )
@@ -166,14 +170,12 @@ def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Fun
 def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     """A piece of tiles by a panel of so many vectors."""
     write, tiling = Function(name, _PIECE, kernel.width, internal=True), kernel.tiling
-    step, weights = vectors * kernel.width, kernel.inputs * vectors * kernel.width
+    step = vectors * kernel.width
     inputs = Operand.of("%source", tiling.tiles, kernel.pitch)
     products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
-    product = Product(kernel.tile, vectors, tiling.piece, kernel.inputs, cold=True)
-    with write.loop(0, kernel.form.places) as places:
-        read = Operand(write.at("%source", write.mul(places.index, inputs.place)), inputs.place, inputs.tile)
-        wrote = write.at(products.at, write.mul(places.index, products.place))
-        product.write(write, read, write.at("%weights", write.mul(places.index, weights)), wrote)
+    cold = kernel.form.places * inputs.place > _NEAR
+    product = Products(kernel.form, kernel.tile, vectors, tiling.piece, kernel.inputs, kernel.late, cold)
+    product.write(write, inputs, "%weights", products, product.scratch(write))
     Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)
     return write
