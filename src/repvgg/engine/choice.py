@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias, final
 from repvgg.engine.images import round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
-from repvgg.engine.kernels.products import late_runs, runs
+from repvgg.engine.kernels.products import late_run_length, run_length
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
@@ -42,20 +42,20 @@ _LEAST = 4.8  # loss that is allowed with few channels, too: F(4x4)
 _STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
 _PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
-_IN, _OUT = 10.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
-_SPILLED = 1.3  # times that, where tiles and weights do not fit the second cache together
-_STORED = 0.3  # cycles for each vector of a product that is stored, and loaded and stored
-_EXPANDED = 1.7  # cycles for each vector of a kernel that is transformed late
+_IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
+_SPILLED = 1.25  # times that, where tiles and weights do not fit the second cache together
+_STORED = 0.45  # cycles for each vector of a product that is stored, and loaded and stored
+_EXPANDED = 2.7  # cycles for each vector of a kernel that is transformed late
 _STARTED = 4.0  # cycles for each run of channels
 _DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
 _PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
-_FETCHED = 20.0  # bytes of weights that come in a cycle to all threads, ahead of their use
-_AGAIN = 28.0  # that come from the third cache, where they were before
+_FETCHED = 22.0  # bytes of weights that come in a cycle to all threads, ahead of their use
+_AGAIN = 48.0  # that come from the third cache, where they were before
 _NEAR = 100.0  # that come from the second cache of each thread
 _STAY = 2**23  # bytes of weights that stay in the third cache beside all else
 _FULL = 2**24  # bytes of feature maps that do
-_MOVED = 6.0  # bytes of transformed tiles that are written there in a cycle
-_READ, _READ_FAR = 32.0, 10.0  # bytes that are read from there in a cycle, and from memory
+_MOVED = 6.5  # bytes of transformed tiles that are written there in a cycle
+_READ, _READ_FAR = 34.0, 9.7  # bytes that are read from there in a cycle, and from memory
 _UNIT = 300.0  # cycles to claim a unit and to begin with it
 
 
@@ -283,9 +283,10 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, late: bool, size: 
     width, places = machine.isa.width, form.places
     channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
     panels = -(-vectors // tile.vectors)
-    work = size.groups * _multiplied(way, form, tiling.tiles, channels, vectors, tile, late)
+    work = size.groups * _multiplied(way, form, tiling.tiles, size, tile, late, width)
     if late:
-        work += _EXPANDED * tiling.pieces * size.groups * channels * vectors * places
+        expanded = form.rows.inputs * len(form.columns.moved)
+        work += _EXPANDED * tiling.pieces * size.groups * channels * vectors * expanded
     spilled = _SPILLED if way == "fused" and not _fits(form, tiling, tile, size, machine) else 1.0
     work += spilled * _OUT * places * tiling.real * size.groups * vectors
     into = spilled * _IN * places * tiling.real * -(-size.inputs // width)
@@ -301,11 +302,14 @@ def _cycles(way: Way, form: Form, tiling: Tiling, tile: Tile, late: bool, size: 
     return rounds * of_unit + into / machine.threads + _fetched(way, form, tiling, tile, late, size, machine)
 
 
-def _multiplied(way: Way, form: Form, tiles: int, channels: int, vectors: int, tile: Tile, late: bool) -> float:
+def _multiplied(way: Way, form: Form, tiles: int, size: Size, tile: Tile, late: bool, width: int) -> float:
     """Products of all panels of a group."""
+    channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
     whole, rest = divmod(vectors, tile.vectors)
     lanes = [tile.vectors] * whole + [rest] * bool(rest)
-    sums = len(late_runs(channels, form, 16 * tile.vectors) if late else runs(channels, cold=way == "product"))
+    step = tile.vectors * width
+    run = late_run_length(channels, form, step) if late else run_length(channels, cold=way == "product")
+    sums = -(-channels // run)
     each = [
         channels * Tile(tile.pixels, count).cycles + sums * (_STARTED + _STORED * tile.pixels * count)
         for count in lanes

@@ -91,9 +91,10 @@ def compile(  # noqa: A001 - as torch.compile
             compiled for when they come.
         threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
             says, and no more than the process may run on.
-        precision: how far rounding errors may go. "high" takes Winograd's F(2x2) and F(4x4), for strides 1 and 2, with
-            errors like those of other engines in float32; "medium" F(5x5) as well, which is faster on some images of
-            14x14 or so, with errors ten times as large; "highest" convolves directly alone.
+        precision: how far rounding errors may go. "high" takes those F(m x n) of Winograd whose error in a layer, root
+            mean square, is below three times that of OpenVINO in float32: up to F(4x4) anywhere, F(5x5) from 147 input
+            channels, F(4x7) from 368. "medium" allows nine times as much, up to F(7x7) from 359 channels; "highest"
+            convolves directly alone.
         search: measure, on this machine, the best few of the ways to compute each convolution of ``input_shape``, and
             take the fastest; that takes some seconds for each kind of convolution, once: the answers are kept on the
             disk. Else a table of costs says which way to take. Results differ by roundings.
