@@ -5,13 +5,14 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import create_model
-from repvgg.engine.choice import Machine, Size, choose, every_choice, every_cover, every_part
+from repvgg.engine.choice import choose, every_choice, every_cover, every_part
 from repvgg.engine.isa import GENERIC
 from repvgg.engine.kernels.conv import ConvKernel
 from repvgg.engine.kernels.fused import WinogradFused
 from repvgg.engine.kernels.winograd import WinogradProduct
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.network import Network
+from repvgg.engine.part import Machine, Size
 from repvgg.engine.plan import plan
 from repvgg.engine.reader import read
 from repvgg.engine.winograd import winograd

@@ -10,11 +10,11 @@ from engine_helpers import random_conv
 
 from repvgg.engine import isa as module_of_isa
 from repvgg.engine import program
-from repvgg.engine.choice import Machine
 from repvgg.engine.ir import module
 from repvgg.engine.isa import GENERIC, SCALAR, host_isa
 from repvgg.engine.jit import assembly
 from repvgg.engine.layers import ConvGeometry
+from repvgg.engine.part import Machine
 from repvgg.engine.plan import plan
 from repvgg.engine.runner import _functions
 from repvgg.errors import UsageError

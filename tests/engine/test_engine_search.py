@@ -10,12 +10,13 @@ from torch import nn
 import repvgg.engine
 from repvgg.engine import cache, parts, remembered, search
 from repvgg.engine import workers as engine_workers
-from repvgg.engine.choice import Machine, Size, choose, every_choice
+from repvgg.engine.choice import choose, every_choice
 from repvgg.engine.isa import host_isa
 from repvgg.engine.kernels.conv import pack
 from repvgg.engine.layers import Conv, ConvGeometry
 from repvgg.engine.network import Network
 from repvgg.engine.packing import any_weights, packed
+from repvgg.engine.part import Machine, Size
 from repvgg.engine.plan import Ways
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Runner

@@ -114,12 +114,13 @@ def test_against_float64(name, stride, outputs, way, isa):
     "form", [winograd(2, 7), winograd(5, 4), winograd(3, 6), winograd(4, 1, 2), winograd(1, 3, 2)], ids=str
 )
 @pytest.mark.parametrize(
-    ("channels", "groups", "tile"), [(37, 1, Tile(3, 2)), (64, 2, Tile(7, 3)), (16, 1, Tile(2, 1))]
+    ("inputs", "channels", "groups", "tile"),
+    [(128, 37, 1, Tile(3, 2)), (128, 64, 2, Tile(7, 3)), (16, 16, 1, Tile(2, 1)), (19, 80, 1, Tile(2, 3))],
 )
-def test_kernels_that_are_transformed_while_they_are_used(channels, groups, tile, form, way, isa):
-    """In several runs of channels, and a panel with fewer vectors than others."""
+def test_kernels_that_are_transformed_while_they_are_used(inputs, channels, groups, tile, form, way, isa):
+    """In several runs of channels; and a panel with fewer vectors than others, whose runs are longer than theirs."""
     stride = form.rows.stride
-    conv = random_conv(128, channels, ConvGeometry((3, 3), (stride, stride), (1, 1), groups=groups))
+    conv = random_conv(inputs, channels, ConvGeometry((3, 3), (stride, stride), (1, 1), groups=groups))
     out, x = computed(conv, (9, 13), form, isa, way, tile=tile, late=True)
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 

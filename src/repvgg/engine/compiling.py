@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.engine.arrays import Given, read_input
-from repvgg.engine.choice import LOSSES, Precision
+from repvgg.engine.choice import LOSSES
 from repvgg.engine.isa import host_isa
 from repvgg.engine.layers import Floats
 from repvgg.engine.network import Network
+from repvgg.engine.part import Precision
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Shape
 from repvgg.engine.workers import check_threads

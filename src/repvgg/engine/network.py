@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from repvgg.engine.arrays import Given, Input, read_input
-from repvgg.engine.choice import Machine, Precision
 from repvgg.engine.isa import Isa, host_isa
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
+from repvgg.engine.part import Machine, Precision
 from repvgg.engine.plan import BY_TABLE, Plan, Ways
 from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.search import search

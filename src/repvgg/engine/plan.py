@@ -8,7 +8,7 @@ from typing import final
 
 import numpy as np
 
-from repvgg.engine.choice import Choice, Chooser, Machine, Part, Size, choose
+from repvgg.engine.choice import Choice, Chooser, choose
 from repvgg.engine.images import Images, round_up
 from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.conv import ConvKernel, choose_tile
@@ -21,6 +21,7 @@ from repvgg.engine.kernels.tiling import Tiling, place_floats
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.engine.packing import Packing, packed
+from repvgg.engine.part import Machine, Part, Size
 from repvgg.engine.parts import Parts, early_layers
 from repvgg.errors import UnsupportedError
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.engine.cache import CHOICE, cache_folder, digest, keep, read_kept
-from repvgg.engine.choice import Choice, Machine, Part, Rectangle, Size, every_cover, every_part
+from repvgg.engine.choice import Choice, every_cover, every_part
 from repvgg.engine.layers import ConvGeometry
+from repvgg.engine.part import Machine, Part, Rectangle, Size
 
 _DIRECT = "direct"
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from repvgg.engine import program
 from repvgg.engine.arrays import Input
 from repvgg.engine.cache import cached_object_code
-from repvgg.engine.choice import Machine
 from repvgg.engine.ir import Function, module
 from repvgg.engine.jit import Code
 from repvgg.engine.kernels.kernel import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.memory import Arena
+from repvgg.engine.part import Machine
 from repvgg.engine.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
 
 Shape: TypeAlias = tuple[int, int, int, int]

@@ -89,9 +89,10 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
     places = kernel.form.places
     moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
     products = write.scratch(places * place_floats(tiling.piece, most * kernel.width))
-    scratch = _products(kernel, most).scratch(write), products, write.scratch(kernel.width)
-    _inputs(write, kernel, moved)
     whole, rest = divmod(kernel.group_vectors, most)
+    expanded = max(_products(kernel, vectors).expanded(write.width) for vectors in (most, rest or most))
+    scratch = write.scratch(expanded), products, write.scratch(kernel.width)
+    _inputs(write, kernel, moved)
     with write.loop(0, kernel.groups) as groups:
         read = Operand(write.at(moved.at, write.mul(groups.index, kernel.inputs)), moved.place, moved.tile)
         first = write.mul(groups.index, kernel.group_vectors)
@@ -132,7 +133,7 @@ def _panel(
     read: Operand,
     vector: Index,
     vectors: int,
-    scratch: tuple[Value | None, Value, Value],
+    scratch: tuple[Value, Value, Value],
 ) -> None:
     """All products of the piece by a panel of so many vectors that begins at ``vector``, and what comes of them."""
     tiling, (kernels, sums, beyond) = kernel.tiling, scratch

@@ -117,15 +117,15 @@ class Products:
     late: bool
     cold: bool
 
-    def scratch(self, write: Function) -> Value | None:
-        """Memory for the kernels of a run."""
-        step = self.vectors * write.width
+    def expanded(self, width: int) -> int:
+        """Floats of memory for the kernels of a run, at least 1."""
+        step = self.vectors * width
         moved = len(self.form.columns.moved) * late_run_length(self.channels, self.form, step) * step
-        return write.scratch(max(1, moved)) if self.late else None
+        return max(1, moved * self.late)
 
-    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value | None) -> None:
-        """Write it; weights come to the first cache during the run of channels before."""
-        if scratch is not None:
+    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
+        """Write it, with so much memory; weights come to the first cache during the run of channels before."""
+        if self.late:
             self._late(write, inputs, weights, products, scratch)
             return
         step, length = self.vectors * write.width, run_length(self.channels, cold=self.cold)

@@ -176,6 +176,6 @@ def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
     cold = kernel.form.places * inputs.place > _NEAR
     product = Products(kernel.form, kernel.tile, vectors, tiling.piece, kernel.inputs, kernel.late, cold)
-    product.write(write, inputs, "%weights", products, product.scratch(write))
+    product.write(write, inputs, "%weights", products, write.scratch(product.expanded(write.width)))
     Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)
     return write

@@ -1,0 +1,88 @@
+"""What is asked about a convolution, and how a part of its image may be computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final
+
+from repvgg.engine.isa import Isa
+from repvgg.engine.kernels.tile import Tile
+from repvgg.engine.kernels.tiling import Tiling
+from repvgg.engine.layers import Pair
+from repvgg.engine.winograd import Form
+
+Run: TypeAlias = tuple[int, int, int]  # first row or column, m, tiles
+Rectangle: TypeAlias = tuple[Run, Run]  # rows and columns of tiles of one form
+Way: TypeAlias = Literal["product", "fused"]
+Precision: TypeAlias = Literal["highest", "high", "medium"]
+
+
+@final
+@dataclass(frozen=True)
+class Size:
+    """What a convolution works on.
+
+    Attributes:
+        inputs: channels of all groups.
+        outputs: channels of all groups.
+        image: height and width of what comes out.
+        batch: images at once.
+        groups: of the convolution.
+    """
+
+    inputs: int
+    outputs: int
+    image: Pair
+    batch: int
+    groups: int = 1
+
+
+@final
+@dataclass(frozen=True)
+class Machine:
+    """What computes.
+
+    Attributes:
+        isa: the vectors.
+        threads: that share the work.
+        precision: which m are allowed.
+    """
+
+    isa: Isa
+    threads: int = 1
+    precision: Precision = "high"
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Winograd for a part of each image.
+
+    Attributes:
+        way: which kernels.
+        form: F(m x n, 3x3).
+        tiling: how the tiles of a batch are cut.
+        tile: registers of the products.
+        late: whether kernels are transformed across while they are used.
+        cycles: about how long it takes, if that is known.
+    """
+
+    way: Way
+    form: Form
+    tiling: Tiling
+    tile: Tile
+    late: bool
+    cycles: float = 0.0
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """Which tiles it covers."""
+        (top, left), (high, wide), (down, across) = self.tiling.corner, self.tiling.grid, self.form.outputs
+        return (top, down, high), (left, across, wide)
+
+    @property
+    def end(self) -> Pair:
+        """One behind the last row and column that the tiles cover; it may lie outside of the image."""
+        pairs = zip(self.tiling.corner, self.tiling.grid, self.form.outputs, strict=True)
+        down, across = (corner + count * size for corner, count, size in pairs)
+        return down, across
