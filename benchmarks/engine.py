@@ -16,7 +16,7 @@ network, and to the baseline in OpenVINO.
 
 ``--idle`` times single calls after so many milliseconds of rest. ``--busy`` has another process work all the while.
 ``--checkpoint`` judges all engines by float64 on real images in the place of timing them. ``--floor`` tells where the
-time of the engine goes, and what the machine's peaks alone would take.
+time of the engine goes, and what the machine's peaks alone would take. ``--precision medium`` lets it round more.
 
 An engine that is not installed is left out, and named. Weights are random but for a checkpoint.
 """
@@ -179,9 +179,15 @@ def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, 
     return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
 
 
-def floor(model: nn.Module, shape: Shape, threads: int) -> None:
+def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.Network:
+    """The library's engine at its best setting."""
+    return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=True)
+
+
+def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
     """Where the engine's time goes, and the peaks of this machine."""
-    network = repvgg.engine.compile(model, shape, threads, search=True)
+    threads = args.threads
+    network = ours(model, shape, args)
     images = torch.randn(shape)
     network(images)
     kinds: dict[str, list[float]] = {}
@@ -218,14 +224,14 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def judge(checkpoint: str, data: str, threads: int) -> None:
+def judge(args: argparse.Namespace) -> None:
     """All engines on the held-out images of a data set, beside float64."""
     from repvgg.data import DataConfig, open_data
 
-    loaded = load(checkpoint)
+    loaded = load(args.checkpoint)
     about, model = loaded.metadata, loaded.model.eval()
     config = DataConfig(
-        uri=data,
+        uri=args.data,
         train_size=about.input_size,
         test_size=about.input_size,
         mean=about.mean or None,
@@ -236,9 +242,9 @@ def judge(checkpoint: str, data: str, threads: int) -> None:
     batches = [images for images in batches if len(images) == 64]
     shape = tuple(batches[0].shape)
     exact = torch.cat([deepcopy(model).double()(images.double()) for images in batches])
-    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, shape, threads, search=True)}
-    runs |= {name: next(make(model, shape, threads))[1] for name, make in OTHERS.items()}
-    print(f"{checkpoint}: {len(exact):,} images of {shape[2]}x{shape[3]}")
+    runs: dict[str, Run] = {"repvgg": ours(model, shape, args)}
+    runs |= {name: next(make(model, shape, args.threads))[1] for name, make in OTHERS.items()}
+    print(f"{args.checkpoint}: {len(exact):,} images of {shape[2]}x{shape[3]}")
     for name, run in runs.items():
         found = torch.cat([run(images).clone() for images in batches])
         error = float((found - exact).abs().max() / exact.abs().max())
@@ -270,7 +276,7 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
     images = torch.randn(batch, 3, args.size, args.size)
     print(f"{row}, batch {batch}")
     start = time.perf_counter()
-    runs: dict[str, Run] = {"repvgg": repvgg.engine.compile(model, images.shape, args.threads, search=True)}
+    runs: dict[str, Run] = {"repvgg": ours(model, tuple(images.shape), args)}
     print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with the search for the fastest ways")
     runs |= best_settings(model, images, args.threads, args.engines)
     far = errors(runs, model, images)
@@ -293,7 +299,7 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
             compare(speeds, "repvgg", rival)
             results["speeds" if rest is None else f"speeds after {rest:g} ms"] = speeds
     if args.floor:
-        floor(model, tuple(images.shape), args.threads)
+        floor(model, tuple(images.shape), args)
     return results
 
 
@@ -306,6 +312,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
     parser.add_argument("--json", type=Path, help="a new file for all readings")
+    parser.add_argument("--precision", default="high", choices=("highest", "high", "medium"), help="of the engine")
     parser.add_argument("--checkpoint")
     parser.add_argument("--data")
     for name, default in (("threads", 2), ("rounds", 15), ("size", 224)):
@@ -316,7 +323,7 @@ def main() -> None:
     print(environment(), flush=True)
     if args.checkpoint:
         with torch.inference_mode():
-            judge(args.checkpoint, args.data, args.threads)
+            judge(args)
         return
     results = []
     for pair, batch in itertools.product(args.pairs.split(","), map(int, args.batches.split(","))):

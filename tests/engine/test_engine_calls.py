@@ -18,6 +18,7 @@ from test_engine_network import assert_equal, plain
 import repvgg.engine
 from repvgg.engine import compiling, network, program
 from repvgg.engine.isa import GENERIC, host_isa
+from repvgg.engine.memory import Arena
 from repvgg.engine.network import SIZES, Network
 from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
 
@@ -230,6 +231,18 @@ def test_a_forked_child_has_threads_of_its_own(model, threads):
         os._exit(0 if right and alone else 1)
     torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@forking
+def test_a_forked_child_writes_into_memory_of_its_own():
+    """What it computes meanwhile does not show in what its parent computes."""
+    numbers = Arena().zeros(2**20)
+    child = os.fork()
+    if child == 0:
+        numbers[:] = 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not numbers.any()
 
 
 @threaded

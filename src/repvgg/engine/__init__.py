@@ -14,7 +14,9 @@ From above to below::
     packing.py    weights as the kernels read them
     search.py     which way a convolution is computed, by measuring
     remembered.py what was measured, on the disk
-    choice.py     which ways there are, and which to take, by a table of costs
+    choice.py     which ways there are, and which to take
+    costs.py      about how long each takes, by a table
+    part.py       what is asked about a convolution, and a way to compute a part of its image
     reader.py     nn.Module -> layers
     nodes.py      what a node of a traced graph computes
     layers.py     what a plain network is: a chain of convolutions, gates, a pool and linear layers
