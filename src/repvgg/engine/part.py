@@ -45,7 +45,7 @@ class Machine:
     Attributes:
         isa: the vectors.
         threads: that share the work.
-        precision: which m are allowed.
+        precision: how far rounding errors may go; see :data:`repvgg.engine.choice.LOSSES`.
     """
 
     isa: Isa
