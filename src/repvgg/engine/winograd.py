@@ -9,10 +9,10 @@ With stride 2, a filter of three taps is one of two taps, the outer ones, over t
 the inputs 1, 3, 5, …: F(m, 2) and m single products, 2m + 1 multiplications in the place of 3m.
 
 The points decide the error, and pairs ±a decide the cost. For inputs and kernels of independent numbers the error of
-the products, which is most of it, grows by a factor that the matrices alone give (:attr:`Filter.loss`). With
-stride 1, the points here have the least of it among pairs of eighths, and 0 where m is even: for F(5x5) 9.7, where 0,
-±3/4, ±3/2, 1 have 66; for F(4x4) 4.8, where the common 0, ±1, ±2 have 10.8. What divides by differences of points is in Aᵀ: so each pair of
-points costs a kernel three operations.
+the products, which is most of it, grows by a factor that the matrices alone give (:attr:`Filter.loss`). With stride 1,
+the points here have the least of it among pairs of eighths, and 0 where m is even: for F(5x5) 9.7, where 0, ±3/4, ±3/2,
+1 have 66; for F(4x4) 4.8, where the common 0, ±1, ±2 have 10.8. What divides by differences of points is in Aᵀ: so each
+pair of points costs a kernel three operations.
 """
 
 from __future__ import annotations
