@@ -31,6 +31,8 @@ SIZE = Size(16, 32, (9, 10), 2)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(search, "_WAYS", 3)  # fewer are looked into, so that it takes less time
+    monkeypatch.setattr(search, "_COVERS", 2)
     return tmp_path / "engine"
 
 

@@ -95,10 +95,16 @@ def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False):
     return torch.from_numpy(found).double(), x
 
 
+# what takes long to compile is computed on fewer images
+FEWER = {(1, 3), (1, 6), (1, 7)}
+EACH = [
+    (name, *points) for points in POINTS for name in CASES if points not in FEWER or name in ("odd image", "groups")
+]
+
+
 @pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("stride", "outputs"), POINTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "stride", "outputs"), EACH)
 def test_against_float64(name, stride, outputs, way, isa):
     vectors, channels, size, groups, padding = CASES[name]
     geometry = ConvGeometry((3, 3), (stride, stride), (padding, padding), groups=groups)
@@ -110,9 +116,7 @@ def test_against_float64(name, stride, outputs, way, isa):
 
 @pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "form", [winograd(2, 7), winograd(5, 4), winograd(3, 6), winograd(4, 1, 2), winograd(1, 3, 2)], ids=str
-)
+@pytest.mark.parametrize("form", [winograd(2, 7), winograd(5, 4), winograd(4, 1, 2), winograd(1, 3, 2)], ids=str)
 @pytest.mark.parametrize(
     ("inputs", "channels", "groups", "tile"),
     [(128, 37, 1, Tile(3, 2)), (128, 64, 2, Tile(7, 3)), (16, 16, 1, Tile(2, 1)), (19, 80, 1, Tile(2, 3))],
@@ -165,8 +169,11 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
 FORMS = [winograd(rows, columns, stride) for stride, rows in POINTS for other, columns in POINTS if other == stride]
 
 
+SOME = [form for form in FORMS if form.rows == form.columns or form.outputs in ((2, 7), (5, 4), (4, 1))]
+
+
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", SOME, ids=str)
 def test_the_loss_says_how_large_the_error_is(form, late):
     """Of 192 channels, relative to the outputs, root mean square: 0.9e-7 to 2.1e-7 for each 1 of loss."""
     isa, stride = isas()[-1], form.rows.stride
