@@ -114,7 +114,7 @@ def test_against_float64(name, stride, outputs, way, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", [isas()[0], isas()[-1]], ids=lambda isa: isa.name)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", [winograd(2, 7), winograd(5, 4), winograd(4, 1, 2), winograd(1, 3, 2)], ids=str)
 @pytest.mark.parametrize(
