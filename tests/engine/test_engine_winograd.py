@@ -14,13 +14,24 @@ from repvgg.engine.kernels.transform import transform, transform_rectangle
 from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.packing import packed
-from repvgg.engine.winograd import POINTS, minimal_filter, winograd
+from repvgg.engine.part import Part
+from repvgg.engine.winograd import POINTS, minimal_filter, tail, winograd
 
 
-@pytest.mark.parametrize(("stride", "outputs"), POINTS)
-def test_the_matrices_are_exact(stride, outputs):
+@pytest.mark.parametrize("pair", POINTS, ids=str)
+def test_the_matrices_are_exact(pair):
+    stride, outputs = pair
+    whole = minimal_filter(outputs, stride)
+    assert_exact(whole)
+    for few in range(1, outputs if stride == 1 else 1):
+        short = tail(few, whole)
+        assert_exact(short)
+        assert short.kernel_matrix == whole.kernel_matrix[: few + 2]
+        assert short.loss <= whole.loss + 1e-9
+
+
+def assert_exact(form):
     """In fractions: m outputs of a filter of 3, for unit vectors in the place of the inputs and of the kernel."""
-    form = minimal_filter(outputs, stride)
     assert form.inputs == len(form.input_matrix) == len(form.kernel_matrix)
     for tap in range(3):
         for place in range(form.inputs):
@@ -29,7 +40,7 @@ def test_the_matrices_are_exact(stride, outputs):
             products = [a * b for a, b in zip(kernel, inputs, strict=True)]
             for at, row in enumerate(form.output_matrix):
                 total = sum(a * b for a, b in zip(row, products, strict=True))
-                assert total == (at * stride + tap == place)
+                assert total == (at * form.stride + tap == place)
 
 
 WAYS = ("product", "fused")
@@ -55,7 +66,9 @@ def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=Non
     tile = tile or Tile(3, 2)
     after = conv.geometry.output_size(size)
     grid = -(-after[0] // form.outputs[0]), -(-after[1] // form.outputs[1])
-    tiling = Tiling(grid, piece or 2 * tile.pixels, batch)
+    if piece is None:
+        piece = 2 * grid[0] * grid[1] if any(form.tails) else 2 * tile.pixels
+    tiling = Tiling(grid, piece, batch)
     return run_parts(conv, size, [(form, tiling)], isa, way, batch, tile, parts, late)
 
 
@@ -63,9 +76,8 @@ def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False):
     """The same, each image in several parts."""
     after = conv.geometry.output_size(size)
     inputs = conv.weight.shape[1] * conv.geometry.groups
-    ends = [
-        max(tiling.corner[axis] + tiling.grid[axis] * form.outputs[axis] for form, tiling in pairs) for axis in (0, 1)
-    ]
+    parts_of = [Part("product", form, tiling, tile, late) for form, tiling in pairs]
+    ends = [max(part.end[axis] for part in parts_of) for axis in (0, 1)]
     more = [max(0, end - length) * step for end, length, step in zip(ends, after, conv.geometry.stride, strict=True)]
     come = Images(inputs, size, conv.geometry.padding, round_up(inputs, isa.width), (more[0], more[1]))
     go = Images(conv.weight.shape[0], after, (1, 2), round_up(conv.weight.shape[0], isa.width), (1, 0))
@@ -164,6 +176,26 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
     ]
     out, x = run_parts(conv, (14, 9), pairs, isa, way, 4, Tile(3, 2))
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", [isas()[0], isas()[-1]], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("form", "size", "groups", "batch"),
+    [
+        (winograd(3, 7, tails=(2, 0)), (8, 14), 1, 3),
+        (winograd(4, 5, tails=(2, 4)), (6, 14), 1, 3),
+        (winograd(5, 4, tails=(1, 3)), (11, 7), 2, 2),
+        (winograd(2, 6, tails=(0, 3)), (4, 9), 1, 1),
+    ],
+    ids=str,
+)
+def test_tails(form, size, groups, batch, late, way, isa):
+    """Tiles of four sizes with the same kernels, in pieces of two images of which the last is not whole."""
+    conv = random_conv(100 + 28 * (groups > 1), 64, ConvGeometry((3, 3), padding=(1, 1), groups=groups))
+    out, x = computed(conv, size, form, isa, way, batch=batch, tile=Tile(5, 3), late=late)
+    torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 
 
 FORMS = [winograd(rows, columns, stride) for stride, rows in POINTS for other, columns in POINTS if other == stride]

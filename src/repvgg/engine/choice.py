@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias, final
@@ -22,7 +22,7 @@ from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
-from repvgg.engine.part import Machine, Part, Rectangle, Run, Size, Way
+from repvgg.engine.part import Machine, Part, Rectangle, Run, Size, Way, form_of
 from repvgg.engine.winograd import Form, winograd
 
 #: The m of F(m x n, 3x3), by the stride.
@@ -97,22 +97,28 @@ def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
 
 def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rectangle, ...]]:
     """Rectangles of tiles that cover the image, for each two ways to cover rows and columns."""
-    allowed = LOSSES[machine.precision] * math.sqrt(size.inputs // size.groups)
-    most = max(allowed, _LEAST) if allowed else 0.0
-    down, across = (list(_covers(length, OUTPUTS[stride])) for length in size.image)
+    most = max(LOSSES[machine.precision] * math.sqrt(size.channels), _LEAST)
+    down, across = (list(_covers(length, stride)) for length in size.image)
     for rows, columns in itertools.product(down, across):
         if all(winograd(run[1], other[1], stride).loss <= most for run in rows for other in columns):
             yield tuple(itertools.product(rows, columns))
 
 
-def _covers(length: int, outputs: Sequence[int]) -> Iterator[tuple[Run, ...]]:
-    """Ways to cover rows or columns: with tiles of one size that may stick out, or with a smaller one for the rest."""
-    for large in outputs:
-        yield ((0, large, -(-length // large)),)
+def _covers(length: int, stride: int) -> Iterator[tuple[Run, ...]]:
+    """Ways to cover rows or columns with tiles of one size.
+
+    The last tile may stick out, be a tail, or be a smaller one with weights of its own.
+    """
+    for large in OUTPUTS[stride]:
+        yield ((0, large, -(-length // large), 0),)
         whole, rest = divmod(length, large)
-        small = min((m for m in outputs if rest <= m < large), default=0)
-        if whole and rest and small:
-            yield ((0, large, whole), (whole * large, small, 1))
+        if not (whole and rest):
+            continue
+        if stride == 1:
+            yield ((0, large, whole + 1, rest),)
+        small = min((m for m in OUTPUTS[stride] if rest <= m < large), default=0)
+        if small:
+            yield ((0, large, whole, 0), (whole * large, small, 1, 0))
 
 
 @lru_cache(maxsize=4096)  # covers share parts
@@ -123,12 +129,11 @@ def _part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Pa
 
 def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
     """All ways to cut and to compute some tiles."""
-    (top, down, high), (left, across, wide) = rectangle
-    form, grid, corner = winograd(down, across, stride), (high, wide), (top, left)
-    vectors = -(-size.outputs // size.groups // machine.isa.width)
-    for tile in _tiles(machine.isa, vectors):
+    (top, _, high, _), (left, _, wide, _) = rectangle
+    form, grid, corner = form_of(rectangle, stride), (high, wide), (top, left)
+    for tile in _tiles(machine.isa, size.vectors(machine.isa.width)):
         for way, pieces in _WAYS.items():
-            for piece in pieces(form, size.batch * high * wide, tile, size, machine):
+            for piece in pieces(form, (size.batch, high * wide), tile, size, machine):
                 tiling = Tiling(grid, piece, size.batch, corner)
                 for late in (False, True):
                     part = Part(way, form, tiling, tile, late)
@@ -142,19 +147,29 @@ def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
         yield from (Tile(pixels, count) for pixels in range(max(1, most // 2), most + 1))
 
 
-def _of_products(form: Form, tiles: int, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
+def _of_products(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
     """Tiles of a piece whose products fit the cache and the stack, as equal as can be."""
-    most = _PRODUCTS // (4 * form.places * tile.vectors * machine.isa.width * tile.pixels)  # register tiles of a piece
+    of_tile = 4 * form.places * tile.vectors * machine.isa.width
+    images, of_image = tiles
+    if any(form.tails):  # whole images
+        most = _PRODUCTS // (of_tile * of_image)
+        if most:
+            yield of_image * -(-images // -(-images // most))
+        return
+    every = -(-images * of_image // tile.pixels)
+    most = _PRODUCTS // (of_tile * tile.pixels)  # register tiles of a piece
     if most:
-        yield _piece(tiles, tile.pixels, min(most, -(-tiles // tile.pixels)))
+        yield _piece(images * of_image, tile.pixels, min(most, every))
 
 
-def _of_fused(form: Form, tiles: int, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
+def _of_fused(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
     """Tiles of a piece whose transformed tiles and products fit the cache and the stack."""
     pitch = round_up(size.inputs, machine.isa.width) + tile.vectors * machine.isa.width
-    for most in range(1, min(8, -(-tiles // tile.pixels)) + 1):
-        if 4 * form.places * (most * tile.pixels * pitch + 32) <= _STACK:
-            yield most * tile.pixels
+    images, of_image = tiles
+    each, every = (of_image, images) if any(form.tails) else (tile.pixels, -(-images * of_image // tile.pixels))
+    for most in range(1, min(8, every) + 1):
+        if 4 * form.places * (most * each * pitch + 32) <= _STACK:
+            yield most * each
 
 
 _WAYS: dict[Way, Callable[..., Iterator[int]]] = {"product": _of_products, "fused": _of_fused}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
 from repvgg.engine.kernels.products import late_run_length, run_length
-from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.part import Machine, Part, Rectangle, Size
-from repvgg.engine.winograd import winograd
+from repvgg.engine.kernels.tile import Tile, equal_tiles
+from repvgg.engine.kernels.tiling import kinds, place_tiles, shares
+from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of
 
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
@@ -32,10 +32,10 @@ _UNIT = 300.0  # cycles to claim a unit and to begin with it
 
 def direct_cycles(size: Size, machine: Machine) -> float:
     """About how long the direct kernel takes for 3x3."""
-    vectors = -(-size.outputs // size.groups // machine.isa.width)
+    vectors = size.vectors(machine.isa.width)
     tile = choose_tile(machine.isa, size.image[1], vectors)
     panels = -(-vectors // tile.vectors)
-    steps = 9 * size.inputs // size.groups
+    steps = 9 * size.channels
     rows = size.batch * size.image[0] * size.groups
     of_row = _DIRECT * steps * row_cycles(tile, size.image[1], vectors) + panels * (_UNIT + _PIXEL * size.image[1])
     return rows * of_row / machine.threads + 4 * steps * size.outputs / _FETCHED
@@ -43,33 +43,36 @@ def direct_cycles(size: Size, machine: Machine) -> float:
 
 def least_cycles(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> float:
     """What the multiplications of some tiles take at least, and to fetch their weights once."""
-    (_, down, high), (_, across, wide) = rectangle
-    form = winograd(down, across, stride)
-    muls = size.batch * high * wide * form.places * size.inputs * size.outputs // size.groups
-    weights = 4 * form.sets(late=True) * size.inputs * size.outputs // size.groups
+    form = form_of(rectangle, stride)
+    down, across = (
+        count * whole.inputs - (whole.outputs - short if short else 0)
+        for whole, (_, _, count, short) in zip((form.rows, form.columns), rectangle, strict=True)
+    )
+    muls = size.batch * down * across * size.kernels
+    weights = 4 * form.sets(late=True) * size.kernels
     return muls / (2 * machine.isa.width * machine.threads) + weights / _FETCHED
 
 
 def cycles(part: Part, size: Size, machine: Machine) -> float:
     """About how long one of the threads is busy with a part of the image."""
     form, tiling, tile, late = part.form, part.tiling, part.tile, part.late
-    width, places = machine.isa.width, form.places
-    channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
+    width, vectors = machine.isa.width, size.vectors(machine.isa.width)
     panels = -(-vectors // tile.vectors)
     work = size.groups * _multiplied(part, size, width)
     if late:
         expanded = form.rows.inputs * len(form.columns.moved)
-        work += _EXPANDED * tiling.pieces * size.groups * channels * vectors * expanded
+        work += _EXPANDED * tiling.pieces * size.groups * size.channels * vectors * expanded
     spilled = _SPILLED if part.way == "fused" and not _fits(part, size, machine) else 1.0
-    work += spilled * _OUT * places * tiling.real * size.groups * vectors
-    into = spilled * _IN * places * tiling.real * -(-size.inputs // width)
+    moved = sum(kind.form.places * kind.tiling.real for kind in kinds(form, tiling))
+    work += spilled * _OUT * moved * size.groups * vectors
+    into = spilled * _IN * moved * -(-size.inputs // width)
     units = tiling.pieces
     if part.way == "product":
-        moved = 4 * places * tiling.tiles * size.inputs
+        floats = tiling.pieces * place_tiles(form, tiling) * size.inputs
         units *= size.groups * panels
-        if moved > _CACHE:
-            work += moved * panels / (_READ if moved < _FULL else _READ_FAR)
-        into += _UNIT * tiling.batch * tiling.grid[0] + (moved / _MOVED if moved > _CACHE / 2 else 0)
+        if 4 * floats > _CACHE:
+            work += 4 * floats * panels / (_READ if 4 * floats < _FULL else _READ_FAR)
+        into += _UNIT * tiling.batch * tiling.grid[0] + (4 * floats / _MOVED if 4 * floats > _CACHE / 2 else 0)
     of_unit = work / units + _UNIT
     rounds = -(-units // machine.threads)
     return rounds * of_unit + into / machine.threads + _fetched(part, size, machine)
@@ -77,23 +80,31 @@ def cycles(part: Part, size: Size, machine: Machine) -> float:
 
 def _multiplied(part: Part, size: Size, width: int) -> float:
     """Products of all panels of a group."""
-    form, tile, cold = part.form, part.tile, part.way == "product"
-    channels, vectors = size.inputs // size.groups, -(-size.outputs // size.groups // width)
-    whole, rest = divmod(vectors, tile.vectors)
-    lanes = [tile.vectors] * whole + [rest] * bool(rest)
-    step = tile.vectors * width
-    run = late_run_length(channels, form, step) if part.late else run_length(channels, cold=cold)
-    sums = -(-channels // run)
-    each = [
-        channels * Tile(tile.pixels, count).cycles + sums * (_STARTED + _STORED * tile.pixels * count)
-        for count in lanes
-    ]
-    return part.tiling.tiles // tile.pixels * form.places * sum(each)
+    whole, rest = divmod(size.vectors(width), part.tile.vectors)
+    counts = [(whole, part.tile.vectors), (1, rest)]
+    places = sum(
+        many * len(share.rows) * len(share.columns) * number * _of_tile(part, size, Tile(tile.pixels, vectors), width)
+        for many, vectors in counts
+        if many * vectors
+        for of_row in shares(part.form, part.tiling)
+        for share in of_row
+        for number, tile in equal_tiles(share.count, part.tile)
+    )
+    return part.tiling.pieces * places
+
+
+def _of_tile(part: Part, size: Size, tile: Tile, width: int) -> float:
+    """Products of all channels of some tiles in a place by a panel."""
+    step = part.tile.vectors * width
+    run = late_run_length(size.channels, part.form, step) if part.late else 0
+    run = run or run_length(size.channels, cold=part.way == "product")
+    sums = -(-size.channels // run)
+    return size.channels * tile.cycles + sums * (_STARTED + _STORED * tile.pixels * tile.vectors)
 
 
 def _fetched(part: Part, size: Size, machine: Machine) -> float:
     """To fetch all weights once, and again for each piece that finds other things where they were."""
-    of_channel = 4 * part.form.sets(late=part.late) * size.inputs // size.groups
+    of_channel = 4 * part.form.sets(late=part.late) * size.channels
     weights = of_channel * size.outputs
     if part.way == "product":
         near, passes = of_channel * part.tile.vectors * machine.isa.width <= _CACHE // 2, part.tiling.pieces
@@ -106,6 +117,6 @@ def _fetched(part: Part, size: Size, machine: Machine) -> float:
 
 def _fits(part: Part, size: Size, machine: Machine) -> bool:
     """Whether all weights, a piece of transformed tiles and their products fit the second cache together."""
-    weights = part.form.sets(late=part.late) * size.inputs // size.groups * size.outputs
-    tiles = part.form.places * part.tiling.piece * (size.inputs + part.tile.vectors * machine.isa.width)
+    weights = part.form.sets(late=part.late) * size.kernels
+    tiles = place_tiles(part.form, part.tiling) * (size.inputs + part.tile.vectors * machine.isa.width)
     return 4 * (weights + tiles) <= _CACHE

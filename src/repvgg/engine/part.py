@@ -9,9 +9,9 @@ from repvgg.engine.isa import Isa
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import Pair
-from repvgg.engine.winograd import Form
+from repvgg.engine.winograd import Form, winograd
 
-Run: TypeAlias = tuple[int, int, int]  # first row or column, m, tiles
+Run: TypeAlias = tuple[int, int, int, int]  # first row or column, m, tiles, and outputs of the last one, or 0 for m
 Rectangle: TypeAlias = tuple[Run, Run]  # rows and columns of tiles of one form
 Way: TypeAlias = Literal["product", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
@@ -35,6 +35,20 @@ class Size:
     image: Pair
     batch: int
     groups: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.inputs // self.groups
+
+    @property
+    def kernels(self) -> int:
+        """One for each output channel and each input channel of its group."""
+        return self.channels * self.outputs
+
+    def vectors(self, width: int) -> int:
+        """Vectors of output channels of a group."""
+        return -(-self.outputs // self.groups // width)
 
 
 @final
@@ -77,12 +91,18 @@ class Part:
     @property
     def rectangle(self) -> Rectangle:
         """Which tiles it covers."""
-        (top, left), (high, wide), (down, across) = self.tiling.corner, self.tiling.grid, self.form.outputs
-        return (top, down, high), (left, across, wide)
+        (top, left), (high, wide) = self.tiling.corner, self.tiling.grid
+        (down, across), (low, narrow) = self.form.outputs, self.form.tails
+        return (top, down, high, low), (left, across, wide, narrow)
 
     @property
     def end(self) -> Pair:
         """One behind the last row and column that the tiles cover; it may lie outside of the image."""
-        pairs = zip(self.tiling.corner, self.tiling.grid, self.form.outputs, strict=True)
-        down, across = (corner + count * size for corner, count, size in pairs)
+        down, across = (first + count * m - (m - tail if tail else 0) for first, m, count, tail in self.rectangle)
         return down, across
+
+
+def form_of(rectangle: Rectangle, stride: int) -> Form:
+    """What computes some tiles."""
+    (_, down, _, low), (_, across, _, narrow) = rectangle
+    return winograd(down, across, stride, (low, narrow))

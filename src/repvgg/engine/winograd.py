@@ -5,6 +5,10 @@ Cook-Toom: the product of two polynomials is found from its values at some point
 place of r·m. In two dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not
 have the same m.
 
+Where m does not divide a row of outputs, the last tile of it is a tail of fewer outputs. It needs fewer values, and may
+take them from the points of the others: then its products have the same transformed kernels, and stand beside those of
+the other tiles. 14 = 3·4 + 2 rows take 3·6 + 4 multiplications that way, where four tiles of F(4, 3) would take 24.
+
 With stride 2, a filter of three taps is one of two taps, the outer ones, over the inputs 0, 2, 4, … and one tap over
 the inputs 1, 3, 5, …: F(m, 2) and m single products, 2m + 1 multiplications in the place of 3m.
 
@@ -37,14 +41,15 @@ def _pairs(*points: Fraction | int) -> tuple[Fraction, ...]:
     return tuple(Fraction(sign * point) for point in points for sign in (1, -1))
 
 
-#: The finite points for each stride and m; none for m = 1, which goes without a transform.
+#: The finite points for each stride and m; none for m = 1, which goes without a transform. The first r + 1 of them are
+#: the points of a tail of r outputs; see :func:`tail`.
 POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
-    (1, 2): (Fraction(0), *_pairs(1)),
-    (1, 3): _pairs(Fraction(3, 8), Fraction(5, 4)),
-    (1, 4): (Fraction(0), *_pairs(Fraction(5, 8), Fraction(3, 2))),
-    (1, 5): _pairs(Fraction(1, 4), Fraction(7, 8), Fraction(7, 4)),
-    (1, 6): (Fraction(0), *_pairs(Fraction(1, 2), 1, 2)),
-    (1, 7): _pairs(Fraction(1, 4), Fraction(5, 8), Fraction(9, 8), Fraction(9, 4)),
+    (1, 2): (*_pairs(1), Fraction(0)),
+    (1, 3): _pairs(Fraction(5, 4), Fraction(3, 8)),
+    (1, 4): (Fraction(0), *_pairs(Fraction(3, 2), Fraction(5, 8))),
+    (1, 5): _pairs(Fraction(7, 8), Fraction(1, 4), Fraction(7, 4)),
+    (1, 6): (Fraction(0), *_pairs(1, Fraction(1, 2), 2)),
+    (1, 7): _pairs(Fraction(9, 8), Fraction(1, 4), Fraction(9, 4), Fraction(5, 8)),
     (2, 1): (),
     (2, 2): _pairs(1),
     (2, 3): (Fraction(0), *_pairs(1)),
@@ -83,7 +88,7 @@ class Filter:
         sizes = np.linalg.norm(down, axis=1) * np.linalg.norm(kernel, axis=1)
         return float(np.sqrt(((output * sizes) ** 2).sum(axis=1).mean() / TAPS))
 
-    @property
+    @cached_property
     def moved(self) -> range:
         """Multiplications whose factor from the kernel is not just one of its three numbers."""
         places = [place for place, row in enumerate(self.kernel_matrix) if sorted(row) != [0, 0, 1]]
@@ -98,18 +103,26 @@ class Filter:
 @final
 @dataclass(frozen=True)
 class Form:
-    """F(m x n, 3x3): a filter down and one across."""
+    """F(m x n, 3x3): a filter down and one across.
+
+    Attributes:
+        rows: the one down.
+        columns: the one across.
+        tails: outputs of the last tile down and across where they are fewer; else 0.
+    """
 
     rows: Filter
     columns: Filter
+    tails: Pair = (0, 0)
 
     def __str__(self) -> str:
         stride = "" if self.rows.stride == 1 else f" of stride {self.rows.stride}"
-        return "F({}x{}){}".format(*self.outputs, stride)
+        down, across = (f"{m}+{tail}" if tail else str(m) for m, tail in zip(self.outputs, self.tails, strict=True))
+        return f"F({down}x{across}){stride}"
 
     @cached_property
     def loss(self) -> float:
-        """How much larger rounding errors are than those of direct sums; see :attr:`Filter.loss`."""
+        """How much larger rounding errors are than those of direct sums; see :attr:`Filter.loss`. Tails have less."""
         return self.rows.loss * self.columns.loss
 
     @property
@@ -153,9 +166,9 @@ class Form:
 
 
 @cache
-def winograd(rows: int, columns: int | None = None, stride: int = 1) -> Form:
+def winograd(rows: int, columns: int | None = None, stride: int = 1, tails: Pair = (0, 0)) -> Form:
     """F(rows x columns, 3x3) for the points of :data:`POINTS`; a square without ``columns``."""
-    return Form(minimal_filter(rows, stride), minimal_filter(rows if columns is None else columns, stride))
+    return Form(minimal_filter(rows, stride), minimal_filter(rows if columns is None else columns, stride), tails)
 
 
 @cache
@@ -172,14 +185,23 @@ def minimal_filter(outputs: int, stride: int = 1) -> Filter:
     return Filter(stride, outputs, _in_turns(outer[0], inner[0]), _in_turns(outer[1], inner[1]), output)
 
 
+@cache
+def tail(outputs: int, whole: Filter) -> Filter:
+    """The filter of fewer outputs whose multiplications are the first ones of another, of stride 1.
+
+    What they take from the kernel is the same; what they take from the inputs is not.
+    """
+    return Filter(1, outputs, *_cook_toom(POINTS[1, whole.outputs][: outputs + TAPS - 2], outputs, TAPS))
+
+
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
-    """Bᵀ, G and Aᵀ of F(outputs, taps) for these points and infinity."""
+    """Bᵀ, G and Aᵀ of F(outputs, taps) for infinity and these points."""
     kernel = [tuple(point**power for power in range(taps)) for point in points]
     columns = [[point**power / _others(points, point) for power in range(outputs)] for point in points]
-    columns.append([Fraction(power == outputs - 1) for power in range(outputs)])
+    largest = [Fraction(power == outputs - 1) for power in range(outputs)]
     rows = [(*_roots([other for other in points if other != point]), Fraction(0)) for point in points]
     infinity = (*(Fraction(0),) * (taps - 1), Fraction(1))
-    return (*rows, _roots(points)), (*kernel, infinity), tuple(zip(*columns, strict=True))
+    return (_roots(points), *rows), (infinity, *kernel), tuple(zip(largest, *columns, strict=True))
 
 
 def _in_turns(outer: Matrix, inner: Matrix) -> Matrix:

@@ -15,7 +15,7 @@ from repvgg.engine.kernels.kernel import POINTERS, UNITS
 from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile, tiles_of_piece
 from repvgg.engine.kernels.products import Operand, Products
 from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.tiling import Tiling, place_floats
+from repvgg.engine.kernels.tiling import Kind, Tiling, kinds, place_floats, place_tiles
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Form
 
@@ -32,7 +32,7 @@ class WinogradFused:
         padding: of the convolution.
         target: the images that it writes.
         tiling: the tiles.
-        tile: the registers that it uses; its pixels, which are tiles here, divide a piece.
+        tile: the registers that it uses; its pixels are tiles here.
         late: whether kernels are transformed across while they are used.
         relu: whether a ReLU follows.
         width: floats in a vector.
@@ -72,7 +72,7 @@ class WinogradFused:
     @property
     def muls(self) -> int:
         """Multiplications of a piece."""
-        return self.tiling.piece * self.form.places * self.inputs * self.target.channels
+        return place_tiles(self.form, self.tiling) * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one for a piece."""
@@ -104,27 +104,29 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
 
 
 def _inputs(write: Function, kernel: WinogradFused, moved: Operand) -> None:
-    source, tiling, form = kernel.source, kernel.tiling, kernel.form
-    first, count = tiles_of_piece(write, tiling, "%piece")
-    corner = write.at("%source", input_corner(form, source, tiling, kernel.padding))
-    with write.loop(0, count) as tiles:
-        read, following = (_tile(write, kernel, write.add(first, write.add(tiles.index, more))) for more in (0, 1))
-        wrote = write.mul(tiles.index, moved.tile)
-        input_tile(write, form, source, write.at(corner, read), moved, wrote, write.at(corner, following))
+    source = kernel.source
+    for kind in kinds(kernel.form, kernel.tiling):
+        first, count = tiles_of_piece(write, kind.tiling, "%piece")
+        corner = write.at("%source", input_corner(kind.form, source, kind.tiling, kernel.padding))
+        with write.loop(0, count) as tiles:
+            tile = write.add(first, tiles.index)
+            read, following = (_tile(write, source, kind, at) for at in (tile, write.add(tile, 1)))
+            wrote = write.mul(write.add(tiles.index, kind.before), moved.tile)
+            input_tile(write, kind, source, write.at(corner, read), moved, wrote, write.at(corner, following))
 
 
-def _tile(write: Function, kernel: WinogradFused, tile: Index) -> Index:
-    """Floats from the first tile of all to another."""
-    source, tiling, steps = kernel.source, kernel.tiling, kernel.form.steps
-    image, place = write.divide(tile, tiling.of_image)
-    down, across = write.divide(place, tiling.grid[1])
+def _tile(write: Function, source: Images, kind: Kind, tile: Index) -> Index:
+    """Floats from the first tile of a kind to another."""
+    steps = kind.form.steps
+    image, place = write.divide(tile, kind.tiling.of_image)
+    down, across = write.divide(place, kind.tiling.grid[1])
     row, column = write.mul(down, steps[0] * source.row), write.mul(across, steps[1] * source.pitch)
     return write.add(write.mul(image, source.image), write.add(row, column))
 
 
 def _products(kernel: WinogradFused, vectors: int) -> Products:
     """Those of a piece by a panel of so many vectors."""
-    return Products(kernel.form, kernel.tile, vectors, kernel.tiling.piece, kernel.inputs, kernel.late, cold=False)
+    return Products(kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs, kernel.late, cold=False)
 
 
 def _panel(
@@ -142,4 +144,5 @@ def _panel(
     products = Operand.of(sums, tiling.piece, vectors * kernel.width)
     _products(kernel, vectors).write(write, read, panel, products, kernels)
     images = PieceOfImages(write.at("%target", lanes), write.at("%bias", lanes), "%piece")
-    Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)
+    for kind in kinds(kernel.form, tiling):
+        Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)

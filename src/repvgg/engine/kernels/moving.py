@@ -8,7 +8,7 @@ from typing import final
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.products import Operand
-from repvgg.engine.kernels.tiling import Tiling
+from repvgg.engine.kernels.tiling import Kind, Tiling
 from repvgg.engine.kernels.transform import transform_rectangle
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Form
@@ -22,13 +22,13 @@ def input_corner(form: Form, source: Images, tiling: Tiling, padding: Pair) -> i
 
 
 def input_tile(
-    write: Function, form: Form, source: Images, read: Value, target: Operand, wrote: Index, following: Value
+    write: Function, kind: Kind, source: Images, read: Value, target: Operand, wrote: Index, following: Value
 ) -> None:
     """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place.
 
     What the tile at ``following`` reads is fetched meanwhile.
     """
-    down, across = form.inputs
+    form, (down, across) = kind.form, kind.form.inputs
     with write.loop(0, source.pitch, write.width) as channels:
         pixel, ahead = write.at(read, channels.index), write.at(following, channels.index)
         for row in range(down):
@@ -41,7 +41,7 @@ def input_tile(
         ]
         out = write.at(target.at, write.add(wrote, channels.index))
         moved = transform_rectangle(write, form.rows.input_matrix, form.columns.input_matrix, values)
-        for place, value in enumerate(moved):
+        for place, value in zip(kind.places, moved, strict=True):
             write.store(value, out, place * target.place)
 
 
@@ -77,16 +77,14 @@ class Outputs:
     """``Aᵀ · A`` of the products of a piece of tiles, with bias and ReLU, into images.
 
     Attributes:
-        form: F(m x n, 3x3).
+        kind: which of the tiles.
         target: the images.
-        tiling: the tiles.
         relu: whether a ReLU follows.
         vectors: of output channels.
     """
 
-    form: Form
+    kind: Kind
     target: Images
-    tiling: Tiling
     relu: bool
     vectors: int
 
@@ -95,41 +93,40 @@ class Outputs:
 
         The lines of the next tile are fetched meanwhile.
         """
-        target, bias = images.at, images.bias
-        first, count = tiles_of_piece(write, self.tiling, images.piece)
+        target, bias, form = images.at, images.bias, self.kind.form
+        first, count = tiles_of_piece(write, self.kind.tiling, images.piece)
+        begin = write.at(products.at, self.kind.before * products.tile)
         with write.loop(0, count) as tiles:
-            read = write.at(products.at, write.mul(tiles.index, products.tile))
+            read = write.at(begin, write.mul(tiles.index, products.tile))
             corner, inside = self._corner(write, target, write.add(first, tiles.index))
             following = self._corner(write, target, write.add(first, write.add(tiles.index, 1)))[0]
             with write.loop(0, self.vectors * write.width, write.width) as lanes:
                 ahead = write.at(following, lanes.index)
-                for row in range(self.form.outputs[0]):
-                    for column in range(self.form.outputs[1]):
+                for row in range(form.outputs[0]):
+                    for column in range(form.outputs[1]):
                         write.prefetch(ahead, row * self.target.row + column * self.target.pitch, write=True)
-                values = [
-                    write.load(read, write.add(lanes.index, at * products.place)) for at in range(self.form.places)
-                ]
+                values = [write.load(read, write.add(lanes.index, at * products.place)) for at in self.kind.places]
                 pixel, offset = write.at(corner, lanes.index), write.load(bias, lanes.index)
                 self._pixels(write, values, pixel, offset, inside, beyond)
 
     def _corner(self, write: Function, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
         """Where the first pixel of a tile lies, and which of its rows and columns are inside the image."""
-        tiling, images = self.tiling, self.target
+        tiling, images, outputs = self.kind.tiling, self.target, self.kind.form.outputs
         part, place = write.divide(tile, tiling.of_image)
         places = write.divide(place, tiling.grid[1])
         down, across = (
             write.add(write.mul(at, size), corner)
-            for at, size, corner in zip(places, self.form.outputs, tiling.corner, strict=True)
+            for at, size, corner in zip(places, outputs, tiling.corner, strict=True)
         )
         offset = write.add(write.mul(down, images.row), write.mul(across, images.pitch))
         address = write.add(write.mul(part, images.image), write.add(offset, images.inside))
         ends = (
             first + size * count
-            for first, size, count in zip(tiling.corner, self.form.outputs, tiling.grid, strict=True)
+            for first, size, count in zip(tiling.corner, outputs, tiling.grid, strict=True)
         )
         inside = [
             _inside(write, at, size, length, end)
-            for at, size, length, end in zip((down, across), self.form.outputs, images.size, ends, strict=True)
+            for at, size, length, end in zip((down, across), outputs, images.size, ends, strict=True)
         ]
         return write.at(target, address), inside
 
@@ -143,9 +140,10 @@ class Outputs:
         beyond: Value,
     ) -> None:
         """Store one vector of channels of a tile; what is outside of the image goes to memory that nobody reads."""
-        matrices = self.form.rows.output_matrix, self.form.columns.output_matrix
+        form = self.kind.form
+        matrices = form.rows.output_matrix, form.columns.output_matrix
         for at, value in enumerate(transform_rectangle(write, *matrices, values)):
-            row, column = divmod(at, self.form.outputs[1])
+            row, column = divmod(at, form.outputs[1])
             value = write.binary("fadd", value, bias)
             address = write.at(pixel, row * self.target.row + column * self.target.pitch)
             for is_inside in filter(None, (inside[0][row], inside[1][column])):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 from repvgg.engine.ir import Function, Index, Value
-from repvgg.engine.kernels.tile import Tile, multiply_add
-from repvgg.engine.kernels.tiling import LINE, place_floats
+from repvgg.engine.kernels.tile import Tile, equal_tiles, multiply_add
+from repvgg.engine.kernels.tiling import LINE, Share, Tiling, place_floats, shares
 from repvgg.engine.kernels.transform import transform
 from repvgg.engine.winograd import TAPS, Form
 
@@ -92,6 +93,26 @@ class _Lanes:
 
 @final
 @dataclass(frozen=True)
+class _Group:
+    """Columns of places that are computed alike.
+
+    Attributes:
+        columns: which ones.
+        share: the tiles that have them.
+        tap: the column of the three that their kernels are, or None where they are transformed.
+        before: how many columns are computed before these.
+        fetches: whether weights are fetched meanwhile.
+    """
+
+    columns: range
+    share: Share
+    tap: int | None
+    before: int
+    fetches: bool
+
+
+@final
+@dataclass(frozen=True)
 class Products:
     """(tile, input channel) by (input channel, output channel), place by place.
 
@@ -101,9 +122,9 @@ class Products:
 
     Attributes:
         form: F(m x n, 3x3).
-        tile: registers; its pixels are tiles here, and divide ``tiles``.
+        tile: registers; its pixels are tiles here.
         vectors: of output channels.
-        tiles: all of them.
+        tiling: the tiles; all those of a piece are multiplied.
         channels: of the input.
         late: whether kernels are transformed across while they are used.
         cold: whether the tiles come from the third cache: then the next ones are fetched to the second.
@@ -112,10 +133,14 @@ class Products:
     form: Form
     tile: Tile
     vectors: int
-    tiles: int
+    tiling: Tiling
     channels: int
     late: bool
     cold: bool
+
+    @property
+    def _shares(self) -> list[list[Share]]:
+        return shares(self.form, self.tiling)
 
     def expanded(self, width: int) -> int:
         """Floats of memory for the kernels of a run, at least 1."""
@@ -129,15 +154,20 @@ class Products:
             self._late(write, inputs, weights, products, scratch)
             return
         step, length = self.vectors * write.width, run_length(self.channels, cold=self.cold)
-        with write.loop(0, self.form.places) as places:
-            read = write.at(inputs.at, write.mul(places.index, inputs.place))
-            wrote = write.at(products.at, write.mul(places.index, products.place))
-            panel = write.at(weights, write.mul(places.index, self.channels * step))
-            for run in self._runs(write, length):
-                at = write.at(panel, write.mul(run.begin, step))
-                lanes = _Lanes(at, step, write.at(at, run.length * step), step)
-                ahead = self._or_next(write, run.end, inputs.place)
-                self._tiles(write, run, read, inputs.tile, ahead, wrote, lanes)
+        for of_row in self._shares:
+            with write.loop(of_row[0].rows.start, of_row[0].rows.stop) as rows:
+                first = write.mul(rows.index, self.form.inputs[1])
+                for share in of_row:
+                    with write.loop(share.columns.start, share.columns.stop) as columns:
+                        place = write.add(first, columns.index)
+                        read = write.at(inputs.at, write.mul(place, inputs.place))
+                        wrote = write.at(products.at, write.mul(place, products.place))
+                        panel = write.at(weights, write.mul(place, self.channels * step))
+                        for run in self._runs(write, length):
+                            at = write.at(panel, write.mul(run.begin, step))
+                            lanes = _Lanes(at, step, write.at(at, run.length * step), step)
+                            ahead = self._or_next(write, run.end, inputs.place)
+                            self._tiles(write, run, share, read, inputs.tile, ahead, wrote, lanes)
 
     def _runs(self, write: Function, length: int) -> Iterator[_Run]:
         """All runs; those between the first and a shorter last one are written once, in a loop."""
@@ -157,46 +187,61 @@ class Products:
         last = write.value(f"icmp eq i64 {channel}, {self.channels}")
         return write.value(f"select i1 {last}, i64 {place}, i64 {channel}")
 
-    def _groups(self, fetching: int) -> Iterator[tuple[range, int | None, int]]:
-        """Like columns, where their kernels lie (a column of the three, or transformed), how many came before.
-
-        The first ones, ``fetching`` of them, are apart from others.
-        """
+    def _groups(self, of_row: Sequence[Share], fetching: int) -> Iterator[_Group]:
+        """All columns, those whose kernels are transformed first; the first ``fetching`` of them are apart."""
         matrix, moved, before = self.form.columns.kernel_matrix, self.form.columns.moved, 0
         others = [column for column in range(len(matrix)) if column not in moved]
         for columns in (moved, *(range(column, column + 1) for column in others)):
-            cut = min(len(columns), max(0, fetching - before))
-            for some in filter(len, (columns[:cut], columns[cut:])):
-                yield some, None if columns is moved else matrix[some.start].index(1), before
-                before += len(some)
+            edges = {columns.start + fetching - before, *(share.columns.stop for share in of_row)}
+            cuts = sorted({columns.start, columns.stop, *(edge for edge in edges if edge in columns)})
+            for begin, end in itertools.pairwise(cuts):
+                share = next(share for share in of_row if begin in share.columns)
+                tap = None if columns is moved else matrix[begin].index(1)
+                yield _Group(range(begin, end), share, tap, before, fetches=before < fetching)
+                before += end - begin
 
     def _late(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
-        step, (rows, columns) = self.vectors * write.width, self.form.inputs
+        step, across = self.vectors * write.width, self.form.inputs[1]
         lines = -(-TAPS * step // LINE)  # of each input channel, which are fetched during the first columns
-        each = -(-lines // columns)
-        fetching = -(-lines // each)
-        with write.loop(0, rows) as places:
-            first = write.mul(places.index, columns)
-            row = write.at(inputs.at, write.mul(first, inputs.place))
-            wrote = write.at(products.at, write.mul(first, products.place))
-            panel = write.at(weights, write.mul(places.index, TAPS * self.channels * step))
-            for run in self._runs(write, late_run_length(self.channels, self.form, step)):
-                kernels = write.at(panel, write.mul(run.begin, TAPS * step))
-                following = write.at(kernels, run.length * TAPS * step)
-                if self.form.columns.moved:
-                    self._expand(write, kernels, scratch, run.length)
-                for some, tap, before in self._groups(fetching):
-                    with write.loop(some.start, some.stop) as across:
-                        read = write.at(row, write.mul(across.index, inputs.place))
-                        target = write.at(wrote, write.mul(across.index, products.place))
-                        fetched = each * LINE if before < fetching else 0
-                        number = write.add(across.index, before - some.start)
-                        later = write.at(following, write.mul(number, run.length * fetched))
-                        moved = write.at(scratch, write.mul(number, run.length * step))  # those come first
-                        at, pitch = (moved, step) if tap is None else (write.at(kernels, tap * step), TAPS * step)
-                        lanes = _Lanes(at, pitch, later, fetched)
-                        ahead = write.add(run.begin, inputs.place)
-                        self._tiles(write, run, read, inputs.tile, ahead, target, lanes)
+        each = -(-lines // across)
+        for of_row in self._shares:
+            groups = list(self._groups(of_row, -(-lines // each)))
+            with write.loop(of_row[0].rows.start, of_row[0].rows.stop) as rows:
+                first = write.mul(rows.index, across)
+                read = replace(inputs, at=write.at(inputs.at, write.mul(first, inputs.place)))
+                wrote = replace(products, at=write.at(products.at, write.mul(first, products.place)))
+                panel = write.at(weights, write.mul(rows.index, TAPS * self.channels * step))
+                for run in self._runs(write, late_run_length(self.channels, self.form, step)):
+                    kernels = write.at(panel, write.mul(run.begin, TAPS * step))
+                    if self.form.columns.moved:
+                        self._expand(write, kernels, scratch, run.length)
+                    for group in groups:
+                        self._columns(write, run, group, (read, wrote), (kernels, scratch), each * LINE)
+
+    def _columns(
+        self,
+        write: Function,
+        run: _Run,
+        group: _Group,
+        row: tuple[Operand, Operand],
+        kernels: tuple[Value, Value],
+        fetched: int,
+    ) -> None:
+        """Some places of a row of them: inputs and products, and kernels as they lie and as transformed."""
+        step, (inputs, products), (lie, moved) = self.vectors * write.width, row, kernels
+        fetched *= group.fetches
+        with write.loop(group.columns.start, group.columns.stop) as columns:
+            read = write.at(inputs.at, write.mul(columns.index, inputs.place))
+            wrote = write.at(products.at, write.mul(columns.index, products.place))
+            number = write.add(columns.index, group.before - group.columns.start)
+            ahead = write.add(run.length * TAPS * step, write.mul(number, run.length * fetched))
+            later = write.at(lie, ahead)
+            if group.tap is None:
+                lanes = _Lanes(write.at(moved, write.mul(number, run.length * step)), step, later, fetched)
+            else:
+                lanes = _Lanes(write.at(lie, group.tap * step), TAPS * step, later, fetched)
+            following = write.add(run.begin, inputs.place)
+            self._tiles(write, run, group.share, read, inputs.tile, following, wrote, lanes)
 
     def _expand(self, write: Function, kernels: Value, scratch: Value, count: int) -> None:
         """``· Gᵀ`` of the kernels of a run of so many channels: to (column, input channel, output channel)."""
@@ -211,27 +256,39 @@ class Products:
                     write.store(value, wrote, column * count * step + vector)
 
     def _tiles(
-        self, write: Function, run: _Run, read: Value, pitch: int, ahead: Index, wrote: Value, lanes: _Lanes
+        self,
+        write: Function,
+        run: _Run,
+        share: Share,
+        read: Value,
+        pitch: int,
+        ahead: Index,
+        wrote: Value,
+        lanes: _Lanes,
     ) -> None:
         """Add a run of channels to the sums at ``wrote`` of all tiles of a place, which lie at ``read``.
 
         As many channels are fetched of each tile, from ``ahead`` on.
         """
-        with write.loop(0, self.tiles, self.tile.pixels) as tiles:
-            source = write.at(read, write.mul(tiles.index, pitch))
-            target = write.at(wrote, write.mul(tiles.index, self.vectors * write.width))
-            if self.cold:
-                for pixel in range(self.tile.pixels):
-                    for line in range(0, run.length, LINE):
-                        write.prefetch(source, write.add(ahead, pixel * pitch + line))
-            sums = self._run(write, write.at(source, run.begin), pitch, run.length, lanes)
-            for place, value in enumerate(sums):
-                at = place * write.width
-                total = write.binary("fadd", value, write.load(target, at)) if not run.first else value
-                write.store(total, target, at)
+        begin = share.first
+        for count, tile in equal_tiles(share.count, self.tile):
+            end = begin + count * tile.pixels
+            with write.loop(begin, end, tile.pixels) as tiles:
+                source = write.at(read, write.mul(tiles.index, pitch))
+                target = write.at(wrote, write.mul(tiles.index, self.vectors * write.width))
+                if self.cold:
+                    for pixel in range(tile.pixels):
+                        for line in range(0, run.length, LINE):
+                            write.prefetch(source, write.add(ahead, pixel * pitch + line))
+                sums = self._run(write, tile.pixels, write.at(source, run.begin), pitch, run.length, lanes)
+                for place, value in enumerate(sums):
+                    at = place * write.width
+                    total = write.binary("fadd", value, write.load(target, at)) if not run.first else value
+                    write.store(total, target, at)
+            begin = end
 
-    def _run(self, write: Function, read: Value, pitch: int, count: int, lanes: _Lanes) -> list[Value]:
-        with write.loop(0, count, carried=["zeroinitializer"] * (self.tile.pixels * self.vectors)) as channels:
+    def _run(self, write: Function, pixels: int, read: Value, pitch: int, count: int, lanes: _Lanes) -> list[Value]:
+        with write.loop(0, count, carried=["zeroinitializer"] * (pixels * self.vectors)) as channels:
             weights = write.at(lanes.at, write.mul(channels.index, lanes.step))
             for line in range(0, lanes.fetched, LINE):
                 ahead = write.add(write.mul(channels.index, lanes.fetched), line)

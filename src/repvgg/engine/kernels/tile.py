@@ -54,3 +54,11 @@ def multiply_add(
         value = write.broadcast(inputs, pixel * pitch)
         out += [write.fma(value, lane, sums[pixel * vectors + at]) for at, lane in enumerate(lanes)]
     return out
+
+
+def equal_tiles(count: int, tile: Tile) -> list[tuple[int, Tile]]:
+    """So many pixels as tiles that are about equal, and at most as large: how many, and of which size."""
+    number = -(-count // tile.pixels)
+    size, more = divmod(count, number)
+    pairs = (more, size + 1), (number - more, size)
+    return [(many, Tile(pixels, tile.vectors)) for many, pixels in pairs if many]

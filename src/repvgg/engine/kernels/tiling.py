@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.layers import Pair
+from repvgg.engine.winograd import Filter, Form, tail
 
 LINE = 16  # floats of a line of the cache
 
@@ -16,10 +18,11 @@ LINE = 16  # floats of a line of the cache
 class Tiling:
     """The tiles of a part of each image of a batch, in pieces, which may begin and end within an image.
 
-    All pieces have the same length, so the last one may have tiles that stand for nothing.
+    All pieces have the same length, so the last one may have tiles that stand for nothing. With tails
+    (:attr:`repvgg.engine.winograd.Form.tails`) a piece is made of whole images.
 
     Attributes:
-        grid: tiles of an image, down and across.
+        grid: tiles of an image, down and across, tails among them.
         piece: tiles of a piece.
         batch: images of the largest batch.
         corner: row and column of the first output of the first tile.
@@ -49,6 +52,97 @@ class Tiling:
     def tiles(self) -> int:
         """Tiles of the largest batch, those that stand for nothing among them."""
         return self.pieces * self.piece
+
+
+@final
+@dataclass(frozen=True)
+class Kind:
+    """Tiles of one size among those of a piece, image by image.
+
+    Attributes:
+        form: theirs, without tails.
+        tiling: they alone.
+        places: theirs among those of the whole form.
+        top: their first row of tiles.
+        before: tiles of a piece that lie before them.
+    """
+
+    form: Form
+    tiling: Tiling
+    places: tuple[int, ...]
+    top: int
+    before: int
+
+
+@final
+@dataclass(frozen=True)
+class Share:
+    """Places that the same tiles of a piece have, which lie one after the other.
+
+    Attributes:
+        rows: of the places.
+        columns: of the places.
+        first: the first tile.
+        count: how many.
+    """
+
+    rows: range
+    columns: range
+    first: int
+    count: int
+
+
+def kinds(form: Form, tiling: Tiling) -> list[Kind]:
+    """The tiles of a piece, in their order: those that have a place in common lie side by side.
+
+    (whole, tail), (whole, whole), (tail, whole), (tail, tail), as (down, across).
+    """
+    down, across = _runs(form, tiling, 0), _runs(form, tiling, 1)
+    pairs = [*((down[0], run) for run in reversed(across)), *((run, other) for run in down[1:] for other in across)]
+    out: list[Kind] = []
+    images, before = tiling.piece // tiling.of_image, 0
+    for (rows, top, high, row), (columns, _, wide, column) in pairs:
+        piece = images * high * wide if any(form.tails) else tiling.piece
+        places = tuple(
+            at * form.columns.inputs + other for at in range(rows.inputs) for other in range(columns.inputs)
+        )
+        alone = Tiling((high, wide), piece, tiling.batch, (row, column))
+        out.append(Kind(Form(rows, columns), alone, places, top, before))
+        before += piece
+    return out
+
+
+def shares(form: Form, tiling: Tiling) -> list[list[Share]]:
+    """All places, by rows and then by columns, and which tiles of a piece have them."""
+    every = kinds(form, tiling)
+    rows = [run[0].inputs for run in _runs(form, tiling, 0)]
+    columns = [run[0].inputs for run in _runs(form, tiling, 1)]
+    return [[_share(every, down, across) for across in _steps(columns)] for down in _steps(rows)]
+
+
+def place_tiles(form: Form, tiling: Tiling) -> int:
+    """Places of the tiles of a piece, of all of them together."""
+    return sum(kind.form.places * kind.tiling.piece for kind in kinds(form, tiling))
+
+
+def _share(every: Sequence[Kind], rows: range, columns: range) -> Share:
+    some = [kind for kind in every if max(rows) < kind.form.inputs[0] and max(columns) < kind.form.inputs[1]]
+    return Share(rows, columns, some[0].before, sum(kind.tiling.piece for kind in some))
+
+
+def _steps(lengths: Sequence[int]) -> list[range]:
+    """From 0 to the shortest length, from there to the next, and so on."""
+    return [range(begin, end) for begin, end in itertools.pairwise([0, *sorted(lengths)])]
+
+
+def _runs(form: Form, tiling: Tiling, axis: int) -> list[tuple[Filter, int, int, int]]:
+    """The tiles down or across: their filter, the first one, how many, and its first output. A tail comes last."""
+    whole, short = (form.rows, form.columns)[axis], form.tails[axis]
+    count, corner = tiling.grid[axis], tiling.corner[axis]
+    if not short:
+        return [(whole, 0, count, corner)]
+    last = (tail(short, whole), count - 1, 1, corner + (count - 1) * whole.outputs)
+    return [(whole, 0, count - 1, corner), last]
 
 
 def equal_runs(length: int, count: int) -> list[tuple[int, int]]:

@@ -8,17 +8,18 @@ Transformed inputs lie as (place, tile, channel), weights as (group, panel, plac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.images import Images
-from repvgg.engine.ir import Function
+from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
 from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile
 from repvgg.engine.kernels.products import Operand, Products
 from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.tiling import Tiling, place_floats
+from repvgg.engine.kernels.tiling import Kind, Tiling, kinds, place_floats, place_tiles
 from repvgg.engine.layers import Pair
 from repvgg.engine.winograd import Form
 
@@ -59,20 +60,43 @@ class WinogradInput:
 
     def functions(self, name: str) -> list[Function]:
         """One function."""
-        write, source, tiling = Function(name, UNITS, self.width), self.source, self.tiling
-        target = Operand.of("%target", tiling.tiles, source.pitch)
+        write, tiling = Function(name, UNITS, self.width), self.tiling
         with write.loop("%begin", "%end") as units:
             image, row = write.divide(units.index, tiling.grid[0])
-            first = write.add(write.mul(image, tiling.of_image), write.mul(row, tiling.grid[1]))
-            down, right = self.form.steps[0] * source.row, self.form.steps[1] * source.pitch
+            every = kinds(self.form, tiling)
+            for top, some in itertools.groupby(every, key=lambda kind: kind.top):
+                of_row = list(some)
+                if of_row[0].tiling.grid[0] == tiling.grid[0]:
+                    self._row(write, of_row, image, row)
+                    continue
+                with write.when(write.value(f"icmp {'eq' if top else 'ult'} i64 {row}, {tiling.grid[0] - 1}")):
+                    self._row(write, of_row, image, 0 if top else row)
+        return [write]
+
+    def _row(self, write: Function, of_row: Sequence[Kind], image: Value, row: Index) -> None:
+        """The tiles of a row of an image."""
+        source, tiling = self.source, self.tiling
+        target = Operand.of("%target", tiling.tiles, source.pitch)
+        for kind in of_row:
+            form, alone = kind.form, kind.tiling
+            first = self._first(write, kind, image, row)
+            down, right = form.steps[0] * source.row, form.steps[1] * source.pitch
             read = write.add(write.mul(image, source.image), write.mul(row, down))
-            begin = write.at("%source", write.add(read, input_corner(self.form, source, tiling, self.padding)))
-            with write.loop(0, tiling.grid[1]) as across:
+            begin = write.at("%source", write.add(read, input_corner(form, source, alone, self.padding)))
+            with write.loop(0, alone.grid[1]) as across:
                 pixel = write.at(begin, write.mul(across.index, right))
                 wrote = write.mul(write.add(first, across.index), source.pitch)
                 following = write.at(pixel, right)
-                input_tile(write, self.form, source, pixel, target, wrote, following)
-        return [write]
+                input_tile(write, kind, source, pixel, target, wrote, following)
+
+    def _first(self, write: Function, kind: Kind, image: Index, row: Index) -> Index:
+        """Where the first tile of a kind and row lies among those of the batch."""
+        begin: Index = 0
+        if any(self.form.tails):
+            piece, image = write.divide(image, self.tiling.piece // self.tiling.of_image)
+            begin = write.mul(piece, self.tiling.piece)
+        within = write.add(write.mul(image, kind.tiling.of_image), write.mul(row, kind.tiling.grid[1]))
+        return write.add(begin, write.add(within, kind.before))
 
 
 @final
@@ -87,7 +111,7 @@ class WinogradProduct:
         pitch: floats from one transformed tile to the next.
         target: the images that it writes.
         tiling: the tiles.
-        tile: the registers that it uses; its pixels, which are tiles here, divide a piece.
+        tile: the registers that it uses; its pixels are tiles here.
         late: whether kernels are transformed across while they are used.
         relu: whether a ReLU follows.
         width: floats in a vector.
@@ -132,7 +156,7 @@ class WinogradProduct:
     @property
     def muls(self) -> int:
         """Multiplications of a piece."""
-        return self.tiling.piece * self.form.places * self.inputs * self.target.channels
+        return place_tiles(self.form, self.tiling) * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
         """The function ``name``, and one each for a piece by the last panel of a group, and by another.
@@ -175,7 +199,8 @@ def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
     cold = kernel.form.places * inputs.place > _NEAR
-    product = Products(kernel.form, kernel.tile, vectors, tiling.piece, kernel.inputs, kernel.late, cold)
+    product = Products(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, kernel.late, cold)
     product.write(write, inputs, "%weights", products, write.scratch(product.expanded(write.width)))
-    Outputs(kernel.form, kernel.target, tiling, kernel.relu, vectors).write(write, products, images, beyond)
+    for kind in kinds(kernel.form, tiling):
+        Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)
     return write
