@@ -61,7 +61,7 @@ def error(form):
     return ERROR * max(1.0, form.loss / winograd(4).loss)
 
 
-def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=None, parts=1, late=False):
+def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=None, parts=1, late=False, splits=1):
     """(out, x) of a whole convolution, with canaries around all buffers and zeros left in the border."""
     tile = tile or Tile(3, 2)
     after = conv.geometry.output_size(size)
@@ -69,10 +69,10 @@ def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=Non
     if piece is None:
         piece = 2 * grid[0] * grid[1] if any(form.tails) else 2 * tile.pixels
     tiling = Tiling(grid, piece, batch)
-    return run_parts(conv, size, [(form, tiling)], isa, way, batch, tile, parts, late)
+    return run_parts(conv, size, [(form, tiling)], isa, way, batch, tile, parts, late, splits)
 
 
-def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False):
+def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False, splits=1):
     """The same, each image in several parts."""
     after = conv.geometry.output_size(size)
     inputs = conv.weight.shape[1] * conv.geometry.groups
@@ -89,7 +89,10 @@ def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False):
         weights, bias = packed(conv, isa.width, tile.vectors, form, late)
         how = tiling, tile, late, conv.relu, isa.width
         if way == "fused":
-            kernel = WinogradFused(form, conv.geometry.groups, come, conv.geometry.padding, go, *how)
+            cut = tiling, tile, splits, late
+            kernel = WinogradFused(
+                form, conv.geometry.groups, come, conv.geometry.padding, go, *cut, conv.relu, isa.width
+            )
             run(kernel, source.inside, target.inside, weights, bias, tiling.pieces, isa, parts)
             continue
         moved = Guarded(form.places * place_floats(tiling.tiles, come.pitch), np.nan)

@@ -135,9 +135,15 @@ def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) 
         for way, pieces in _WAYS.items():
             for piece in pieces(form, (size.batch, high * wide), tile, size, machine):
                 tiling = Tiling(grid, piece, size.batch, corner)
-                for late in (False, True):
-                    part = Part(way, form, tiling, tile, late)
+                for late, splits in itertools.product((False, True), _splits(way, tile, size, machine)):
+                    part = Part(way, form, tiling, tile, late, splits)
                     yield replace(part, cycles=cycles(part, size, machine))
+
+
+def _splits(way: Way, tile: Tile, size: Size, machine: Machine) -> set[int]:
+    """Into how many units a piece may be split: as many as threads, if there are as many panels."""
+    panels = -(-size.vectors(machine.isa.width) // tile.vectors)
+    return {1, machine.threads} if way == "fused" and machine.threads <= panels else {1}
 
 
 def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:

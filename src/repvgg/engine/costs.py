@@ -6,6 +6,8 @@ megabyte; only their order matters.
 
 from __future__ import annotations
 
+import math
+
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
 from repvgg.engine.kernels.products import late_run_length, run_length
 from repvgg.engine.kernels.tile import Tile, equal_tiles
@@ -26,6 +28,7 @@ _NEAR = 100.0  # that come from the second cache of each thread
 _STAY = 2**23  # bytes of weights that stay in the third cache beside all else
 _FULL = 2**24  # bytes of feature maps that do
 _MOVED = 6.5  # bytes of transformed tiles that are written there in a cycle
+_CROSSED, _CROSSED_AHEAD = 1.5, 4.0  # that come from another processor, and do ahead of their use
 _READ, _READ_FAR = 34.0, 9.7  # bytes that are read from there in a cycle, and from memory
 _UNIT = 300.0  # cycles to claim a unit and to begin with it
 
@@ -65,17 +68,24 @@ def cycles(part: Part, size: Size, machine: Machine) -> float:
     spilled = _SPILLED if part.way == "fused" and not _fits(part, size, machine) else 1.0
     moved = sum(kind.form.places * kind.tiling.real for kind in kinds(form, tiling))
     work += spilled * _OUT * moved * size.groups * vectors
-    into = spilled * _IN * moved * -(-size.inputs // width)
-    units = tiling.pieces
+    into = spilled * _IN * moved * -(-size.inputs // width) * part.splits
+    units = tiling.pieces * part.splits
     if part.way == "product":
         floats = tiling.pieces * place_tiles(form, tiling) * size.inputs
         units *= size.groups * panels
         if 4 * floats > _CACHE:
             work += 4 * floats * panels / (_READ if 4 * floats < _FULL else _READ_FAR)
-        into += _UNIT * tiling.batch * tiling.grid[0] + (4 * floats / _MOVED if 4 * floats > _CACHE / 2 else 0)
+        into += _UNIT * tiling.batch * tiling.grid[0] + 4 * floats / _moved_rate(4 * floats, machine)
     of_unit = work / units + _UNIT
     rounds = -(-units // machine.threads)
     return rounds * of_unit + into / machine.threads + _fetched(part, size, machine)
+
+
+def _moved_rate(moved: int, machine: Machine) -> float:
+    """Bytes of so many of transformed tiles that go from one kernel to the other in a cycle."""
+    if machine.threads > 1:
+        return _CROSSED_AHEAD if moved > _CACHE else _CROSSED
+    return _MOVED if moved > _CACHE / 2 else math.inf
 
 
 def _multiplied(part: Part, size: Size, width: int) -> float:
@@ -108,15 +118,15 @@ def _fetched(part: Part, size: Size, machine: Machine) -> float:
     weights = of_channel * size.outputs
     if part.way == "product":
         near, passes = of_channel * part.tile.vectors * machine.isa.width <= _CACHE // 2, part.tiling.pieces
-    else:  # all threads pass through them at the same time
+    else:  # threads of the same split pass through them at the same time
         near = _fits(part, size, machine)
-        passes = -(-part.tiling.pieces // machine.threads)
+        passes = -(-part.tiling.pieces * part.splits // machine.threads)
     rate = _NEAR if near else _AGAIN if weights < _STAY else _FETCHED
     return weights / _FETCHED + (passes - 1) * weights / rate
 
 
 def _fits(part: Part, size: Size, machine: Machine) -> bool:
-    """Whether all weights, a piece of transformed tiles and their products fit the second cache together."""
-    weights = part.form.sets(late=part.late) * size.kernels
+    """Whether a unit's weights, transformed tiles and products fit the second cache together."""
+    weights = part.form.sets(late=part.late) * size.kernels // part.splits
     tiles = place_tiles(part.form, part.tiling) * (size.inputs + part.tile.vectors * machine.isa.width)
     return 4 * (weights + tiles) <= _CACHE

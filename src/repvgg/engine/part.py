@@ -78,6 +78,7 @@ class Part:
         tiling: how the tiles of a batch are cut.
         tile: registers of the products.
         late: whether kernels are transformed across while they are used.
+        splits: units that take the same tiles, each by a part of the panels.
         cycles: about how long it takes, if that is known.
     """
 
@@ -86,6 +87,7 @@ class Part:
     tiling: Tiling
     tile: Tile
     late: bool
+    splits: int = 1
     cycles: float = 0.0
 
     @property

@@ -229,8 +229,8 @@ class _Planner:
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
         geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
-        cut = part.tiling, part.tile, part.late
-        kernel = WinogradFused(part.form, geometry.groups, *images, *cut, layer.relu, self._isa.width)
+        cut = part.tiling, part.tile, part.splits
+        kernel = WinogradFused(part.form, geometry.groups, *images, *cut, part.late, layer.relu, self._isa.width)
         weights = self._packed(layer, part)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
 

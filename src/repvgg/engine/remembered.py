@@ -67,4 +67,4 @@ def _found(rectangle: Rectangle, entry: Any, size: Size, stride: int, machine: M
 def _entry(rectangle: Rectangle, part: Part) -> list[Any]:
     """A way for some tiles, as JSON has it."""
     runs, tile = (list(run) for run in rectangle), part.tile
-    return [*runs, part.way, part.late, tile.pixels, tile.vectors, part.tiling.piece]
+    return [*runs, part.way, part.late, part.splits, tile.pixels, tile.vectors, part.tiling.piece]

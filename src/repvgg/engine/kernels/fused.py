@@ -1,7 +1,9 @@
-"""Winograd convolution in one kernel, for layers whose weights stay in the cache.
+"""Winograd convolution in one kernel, whose transformed tiles never leave the second cache of a processor.
 
-A unit takes a piece of tiles all the way: into the transformed domain, through the products with all panels, and back.
-Transformed tiles never leave the second cache. Weights lie as those of :class:`WinogradProduct` do.
+A unit takes a piece of tiles all the way: into the transformed domain, through the products with all panels of weights
+or with a part of them, and back. Where several units take the same piece, each transforms it for itself: on many
+machines that is faster than to read what another processor wrote, and there are machines where a line that comes from
+another processor costs as much as a thousand multiply-adds. Weights lie as those of :class:`WinogradProduct` do.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class WinogradFused:
         target: the images that it writes.
         tiling: the tiles.
         tile: the registers that it uses; its pixels are tiles here.
+        splits: parts of the panels of each group, each of which is a unit's.
         late: whether kernels are transformed across while they are used.
         relu: whether a ReLU follows.
         width: floats in a vector.
@@ -45,6 +48,7 @@ class WinogradFused:
     target: Images
     tiling: Tiling
     tile: Tile
+    splits: int
     late: bool
     relu: bool
     width: int
@@ -62,12 +66,13 @@ class WinogradFused:
     @property
     def words(self) -> str:
         """What it does, for a profile."""
-        return f"{self.form}, {self.tiling.piece} tiles at a time, tiles of {self.tile}"
+        part = f" by 1/{self.splits} of the panels" if self.splits > 1 else ""
+        return f"{self.form}, {self.tiling.piece} tiles at a time{part}, tiles of {self.tile}"
 
     @property
     def units_of_image(self) -> int:
-        """One for each piece of tiles."""
-        return 1
+        """A piece of tiles by each part of the panels."""
+        return self.splits
 
     @property
     def muls(self) -> int:
@@ -75,16 +80,21 @@ class WinogradFused:
         return place_tiles(self.form, self.tiling) * self.inputs * self.target.channels
 
     def functions(self, name: str) -> list[Function]:
-        """The function ``name``, and one for a piece."""
+        """The function ``name``, and one for a piece by a part of the panels.
+
+        Unit ``split · pieces + piece``: neighbouring units read the same weights.
+        """
         piece = _piece(f"{name}_piece", self)
         write = Function(name, UNITS, self.width)
         with write.loop("%begin", "%end") as units:
-            write.call(piece.name, [*((kind, f"%{pointer}") for kind, pointer in POINTERS), ("i64", units.index)])
+            split, at = write.divide(units.index, "%batch")
+            pointers = ((kind, f"%{pointer}") for kind, pointer in POINTERS)
+            write.call(piece.name, [*pointers, ("i64", at), ("i64", split)])
         return [piece, write]
 
 
 def _piece(name: str, kernel: WinogradFused) -> Function:
-    write = Function(name, (*POINTERS, ("i64", "piece")), kernel.width, internal=True)
+    write = Function(name, (*POINTERS, ("i64", "piece"), ("i64", "split")), kernel.width, internal=True)
     tiling, pitch, most = kernel.tiling, kernel.source.pitch, min(kernel.tile.vectors, kernel.group_vectors)
     places = kernel.form.places
     moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
@@ -93,14 +103,27 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
     expanded = max(_products(kernel, vectors).expanded(write.width) for vectors in (most, rest or most))
     scratch = write.scratch(expanded), products, write.scratch(kernel.width)
     _inputs(write, kernel, moved)
+    begin, end, last = _panels(write, kernel, whole, rest)
     with write.loop(0, kernel.groups) as groups:
         read = Operand(write.at(moved.at, write.mul(groups.index, kernel.inputs)), moved.place, moved.tile)
         first = write.mul(groups.index, kernel.group_vectors)
-        with write.loop(0, whole) as panels:
+        with write.loop(begin, end) as panels:
             _panel(write, kernel, read, write.add(first, write.mul(panels.index, most)), most, scratch)
         if rest:
-            _panel(write, kernel, read, write.add(first, whole * most), rest, scratch)
+            with write.when(last):
+                _panel(write, kernel, read, write.add(first, whole * most), rest, scratch)
     return write
+
+
+def _panels(write: Function, kernel: WinogradFused, whole: int, rest: int) -> tuple[Index, Index, Value]:
+    """The first whole panel of a split, one behind its last, and whether the rest behind all of those is its own."""
+    count, splits = whole + bool(rest), kernel.splits
+    if splits == 1:
+        return 0, whole, "true"
+    following = write.add("%split", 1)
+    begin, end = (write.divide(write.mul(at, count), splits)[0] for at in ("%split", following))
+    last = write.value(f"icmp eq i64 {following}, {splits}")
+    return begin, write.value(f"select i1 {last}, i64 {whole}, i64 {end}"), last
 
 
 def _inputs(write: Function, kernel: WinogradFused, moved: Operand) -> None:
