@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
-from repvgg.engine.kernels.products import late_run_length, run_length
+from repvgg.engine.kernels.products import late_run, run_length
 from repvgg.engine.kernels.tile import Tile, equal_tiles
 from repvgg.engine.kernels.tiling import kinds, place_tiles, shares
 from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of
@@ -18,7 +18,7 @@ _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
 _SPILLED = 1.25  # times that, where tiles and weights do not fit the second cache together
 _STORED = 0.45  # cycles for each vector of a product that is stored, and loaded and stored
-_EXPANDED = 2.7  # cycles for each vector of a kernel that is transformed late
+_EXPANDED, _MIXED = 2.7, 1.3  # cycles for each vector of a kernel that is transformed late, apart or within products
 _STARTED = 4.0  # cycles for each run of channels
 _DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
 _PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
@@ -61,10 +61,12 @@ def cycles(part: Part, size: Size, machine: Machine) -> float:
     form, tiling, tile, late = part.form, part.tiling, part.tile, part.late
     width, vectors = machine.isa.width, size.vectors(machine.isa.width)
     panels = -(-vectors // tile.vectors)
-    work = size.groups * _multiplied(part, size, width)
+    work = size.groups * _multiplied(part, size, machine)
     if late:
         expanded = form.rows.inputs * len(form.columns.moved)
-        work += _EXPANDED * tiling.pieces * size.groups * size.channels * vectors * expanded
+        mixes = _late_run(part, size, machine)[1]
+        each = _MIXED if mixes else _EXPANDED
+        work += each * tiling.pieces * size.groups * size.channels * vectors * expanded
     spilled = _SPILLED if part.way == "fused" and not _fits(part, size, machine) else 1.0
     moved = sum(kind.form.places * kind.tiling.real for kind in kinds(form, tiling))
     work += spilled * _OUT * moved * size.groups * vectors
@@ -88,12 +90,17 @@ def _moved_rate(moved: int, machine: Machine) -> float:
     return _MOVED if moved > _CACHE / 2 else math.inf
 
 
-def _multiplied(part: Part, size: Size, width: int) -> float:
+def _late_run(part: Part, size: Size, machine: Machine) -> tuple[int, bool]:
+    room = machine.isa.registers - part.tile.registers
+    return late_run(size.channels, part.form, part.tile.vectors * machine.isa.width, room)
+
+
+def _multiplied(part: Part, size: Size, machine: Machine) -> float:
     """Products of all panels of a group."""
-    whole, rest = divmod(size.vectors(width), part.tile.vectors)
+    whole, rest = divmod(size.vectors(machine.isa.width), part.tile.vectors)
     counts = [(whole, part.tile.vectors), (1, rest)]
     places = sum(
-        many * len(share.rows) * len(share.columns) * number * _of_tile(part, size, Tile(tile.pixels, vectors), width)
+        many * len(share.rows) * len(share.columns) * number * _of_tile(part, size, machine, Tile(tile.pixels, vectors))
         for many, vectors in counts
         if many * vectors
         for of_row in shares(part.form, part.tiling)
@@ -103,11 +110,10 @@ def _multiplied(part: Part, size: Size, width: int) -> float:
     return part.tiling.pieces * places
 
 
-def _of_tile(part: Part, size: Size, tile: Tile, width: int) -> float:
+def _of_tile(part: Part, size: Size, machine: Machine, tile: Tile) -> float:
     """Products of all channels of some tiles in a place by a panel."""
-    step = part.tile.vectors * width
-    run = late_run_length(size.channels, part.form, step) if part.late else 0
-    run = run or run_length(size.channels, cold=part.way == "product")
+    late, _ = _late_run(part, size, machine)
+    run = late if part.late else run_length(size.channels, cold=part.way == "product")
     sums = -(-size.channels // run)
     return size.channels * tile.cycles + sums * (_STARTED + _STORED * tile.pixels * tile.vectors)
 

@@ -6,6 +6,7 @@ their accumulators in phi nodes, so that what is written is what runs: nothing i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,6 +136,10 @@ class Function:
             f"call void {name}({self.vector} {vector}, ptr {address}, i32 {_FLOAT_BYTES}, <{self.width} x i1> <{mask}>)"
         )
 
+    def store_number(self, number: float, pointer: Value, offset: int = 0) -> None:
+        """Store a known float."""
+        self.line(f"store float {float_text(number)}, ptr {self.at(pointer, offset)}, align {_FLOAT_BYTES}")
+
     def broadcast(self, pointer: Value, offset: Index = 0) -> Value:
         """A float from memory, in all places of a vector."""
         return self.splat(self.value(f"load float, ptr {self.at(pointer, offset)}, align {_FLOAT_BYTES}"))
@@ -242,6 +247,12 @@ class Function:
         self._lines.append(f"{label}:")
         self._block = label
         return label
+
+
+def float_text(number: float) -> str:
+    """A number as IR spells it, rounded to a float."""
+    bits = struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<f", number))[0]))[0]
+    return f"0x{bits:016X}"
 
 
 def module(functions: Sequence[Function]) -> str:

@@ -224,13 +224,15 @@ class _Planner:
         transform = WinogradInput(form, images, layer.geometry.padding, tiling, width)
         self.steps.append(Step(layer.name, transform, source, moved))
         channels = images.channels, images.pitch
-        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, part.late, layer.relu, width)
+        how = part.late, self._isa.registers - tile.registers, layer.relu, width
+        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, *how)
         self.steps.append(Step(layer.name, kernel, moved, target, *self._packed(layer, part), *_cut(tiling)))
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
-        geometry, images = layer.geometry, (source.images, layer.geometry.padding, target.images)
-        cut = part.tiling, part.tile, part.splits
-        kernel = WinogradFused(part.form, geometry.groups, *images, *cut, part.late, layer.relu, self._isa.width)
+        geometry, room = layer.geometry, self._isa.registers - part.tile.registers
+        where = geometry.groups, source.images, geometry.padding, target.images
+        cut = part.tiling, part.tile, part.splits, part.late
+        kernel = WinogradFused(part.form, *where, *cut, room, layer.relu, self._isa.width)
         weights = self._packed(layer, part)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
 

@@ -37,6 +37,7 @@ class WinogradFused:
         tile: the registers that it uses; its pixels are tiles here.
         splits: parts of the panels of each group, each of which is a unit's.
         late: whether kernels are transformed across while they are used.
+        room: vectors of registers that the tile leaves free.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -50,6 +51,7 @@ class WinogradFused:
     tile: Tile
     splits: int
     late: bool
+    room: int
     relu: bool
     width: int
 
@@ -149,7 +151,9 @@ def _tile(write: Function, source: Images, kind: Kind, tile: Index) -> Index:
 
 def _products(kernel: WinogradFused, vectors: int) -> Products:
     """Those of a piece by a panel of so many vectors."""
-    return Products(kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs, kernel.late, cold=False)
+    return Products(
+        kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs, kernel.late, cold=False, room=kernel.room
+    )
 
 
 def _panel(

@@ -120,10 +120,7 @@ class Outputs:
         )
         offset = write.add(write.mul(down, images.row), write.mul(across, images.pitch))
         address = write.add(write.mul(part, images.image), write.add(offset, images.inside))
-        ends = (
-            first + size * count
-            for first, size, count in zip(tiling.corner, outputs, tiling.grid, strict=True)
-        )
+        ends = (first + size * count for first, size, count in zip(tiling.corner, outputs, tiling.grid, strict=True))
         inside = [
             _inside(write, at, size, length, end)
             for at, size, length, end in zip((down, across), outputs, images.size, ends, strict=True)

@@ -103,9 +103,7 @@ def kinds(form: Form, tiling: Tiling) -> list[Kind]:
     images, before = tiling.piece // tiling.of_image, 0
     for (rows, top, high, row), (columns, _, wide, column) in pairs:
         piece = images * high * wide if any(form.tails) else tiling.piece
-        places = tuple(
-            at * form.columns.inputs + other for at in range(rows.inputs) for other in range(columns.inputs)
-        )
+        places = tuple(at * form.columns.inputs + other for at in range(rows.inputs) for other in range(columns.inputs))
         alone = Tiling((high, wide), piece, tiling.batch, (row, column))
         out.append(Kind(Form(rows, columns), alone, places, top, before))
         before += piece

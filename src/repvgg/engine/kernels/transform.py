@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
-from repvgg.engine.ir import Function, Value
+from repvgg.engine.ir import Function, Value, float_text
 from repvgg.engine.winograd import Matrix
 
 
@@ -91,5 +90,4 @@ def _cost(term: tuple[Fraction, Value]) -> int:
 
 def _constant(write: Function, number: Fraction) -> Value:
     """A vector of one known number, rounded to a float."""
-    bits = struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<f", float(number)))[0]))[0]
-    return write.constant(f"0x{bits:016X}")
+    return write.constant(float_text(float(number)))

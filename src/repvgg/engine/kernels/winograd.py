@@ -113,6 +113,7 @@ class WinogradProduct:
         tiling: the tiles.
         tile: the registers that it uses; its pixels are tiles here.
         late: whether kernels are transformed across while they are used.
+        room: vectors of registers that the tile leaves free.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -125,6 +126,7 @@ class WinogradProduct:
     tiling: Tiling
     tile: Tile
     late: bool
+    room: int
     relu: bool
     width: int
 
@@ -199,7 +201,7 @@ def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
     cold = kernel.form.places * inputs.place > _NEAR
-    product = Products(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, kernel.late, cold)
+    product = Products(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, kernel.late, cold, kernel.room)
     product.write(write, inputs, "%weights", products, write.scratch(product.expanded(write.width)))
     for kind in kinds(kernel.form, tiling):
         Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)
