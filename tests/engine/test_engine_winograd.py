@@ -23,11 +23,11 @@ def test_the_matrices_are_exact(pair):
     stride, outputs = pair
     whole = minimal_filter(outputs, stride)
     assert_exact(whole)
-    for few in range(1, outputs if stride == 1 else 1):
-        short = tail(few, whole)
+    for few in range(1, outputs):
+        short, places = tail(few, whole)
         assert_exact(short)
-        assert short.kernel_matrix == whole.kernel_matrix[: few + 2]
-        assert short.loss <= whole.loss + 1e-9
+        assert short.kernel_matrix == tuple(whole.kernel_matrix[place] for place in places)
+        assert stride == 2 or short.loss <= whole.loss + 1e-9
 
 
 def assert_exact(form):
@@ -199,12 +199,15 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
         (winograd(4, 5, tails=(2, 4)), (6, 14), 1, 3),
         (winograd(5, 4, tails=(1, 3)), (11, 7), 2, 2),
         (winograd(2, 6, tails=(0, 3)), (4, 9), 1, 1),
+        (winograd(4, 2, 2, tails=(3, 1)), (14, 9), 1, 3),
+        (winograd(1, 3, 2, tails=(0, 1)), (3, 7), 1, 2),
     ],
     ids=str,
 )
 def test_tails(form, size, groups, batch, late, way, isa):
     """Tiles of four sizes with the same kernels, in pieces of two images of which the last is not whole."""
-    conv = random_conv(100 + 28 * (groups > 1), 64, ConvGeometry((3, 3), padding=(1, 1), groups=groups))
+    stride = form.rows.stride
+    conv = random_conv(96 + 4 * batch, 64, ConvGeometry((3, 3), (stride, stride), (1, 1), groups=groups))
     out, x = computed(conv, size, form, isa, way, batch=batch, tile=Tile(5, 3), late=late)
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 

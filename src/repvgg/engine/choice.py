@@ -23,7 +23,7 @@ from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Tiling
 from repvgg.engine.layers import ConvGeometry, Pair
 from repvgg.engine.part import Machine, Part, Rectangle, Run, Size, Way, form_of
-from repvgg.engine.winograd import Form, winograd
+from repvgg.engine.winograd import Form
 
 #: The m of F(m x n, 3x3), by the stride.
 OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
@@ -100,8 +100,9 @@ def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rec
     most = max(LOSSES[machine.precision] * math.sqrt(size.channels), _LEAST)
     down, across = (list(_covers(length, stride)) for length in size.image)
     for rows, columns in itertools.product(down, across):
-        if all(winograd(run[1], other[1], stride).loss <= most for run in rows for other in columns):
-            yield tuple(itertools.product(rows, columns))
+        rectangles = tuple(itertools.product(rows, columns))
+        if all(form_of(rectangle, stride).loss <= most for rectangle in rectangles):
+            yield rectangles
 
 
 def _covers(length: int, stride: int) -> Iterator[tuple[Run, ...]]:
@@ -114,8 +115,7 @@ def _covers(length: int, stride: int) -> Iterator[tuple[Run, ...]]:
         whole, rest = divmod(length, large)
         if not (whole and rest):
             continue
-        if stride == 1:
-            yield ((0, large, whole + 1, rest),)
+        yield ((0, large, whole + 1, rest),)
         small = min((m for m in OUTPUTS[stride] if rest <= m < large), default=0)
         if small:
             yield ((0, large, whole, 0), (whole * large, small, 1, 0))

@@ -48,7 +48,7 @@ def least_cycles(rectangle: Rectangle, size: Size, stride: int, machine: Machine
     """What the multiplications of some tiles take at least, and to fetch their weights once."""
     form = form_of(rectangle, stride)
     down, across = (
-        count * whole.inputs - (whole.outputs - short if short else 0)
+        count * whole.inputs - (whole.outputs - short if short else 0) * stride
         for whole, (_, _, count, short) in zip((form.rows, form.columns), rectangle, strict=True)
     )
     muls = size.batch * down * across * size.kernels

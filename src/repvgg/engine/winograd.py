@@ -22,6 +22,7 @@ pair of points costs a kernel three operations.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,8 +42,8 @@ def _pairs(*points: Fraction | int) -> tuple[Fraction, ...]:
     return tuple(Fraction(sign * point) for point in points for sign in (1, -1))
 
 
-#: The finite points for each stride and m; none for m = 1, which goes without a transform. The first r + 1 of them are
-#: the points of a tail of r outputs; see :func:`tail`.
+#: The finite points for each stride and m; none for m = 1, which goes without a transform. The first r + 1 of them, or
+#: r with stride 2, are the points of a tail of r outputs; see :func:`tail`.
 POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
     (1, 2): (*_pairs(1), Fraction(0)),
     (1, 3): _pairs(Fraction(5, 4), Fraction(3, 8)),
@@ -122,8 +123,12 @@ class Form:
 
     @cached_property
     def loss(self) -> float:
-        """How much larger rounding errors are than those of direct sums; see :attr:`Filter.loss`. Tails have less."""
-        return self.rows.loss * self.columns.loss
+        """How much larger rounding errors are than those of direct sums, in the tiles that lose most.
+
+        See :attr:`Filter.loss`.
+        """
+        pairs = zip((self.rows, self.columns), self.tails, strict=True)
+        return math.prod(max(part.loss, tail(short, part)[0].loss if short else 0.0) for part, short in pairs)
 
     @property
     def outputs(self) -> Pair:
@@ -174,24 +179,33 @@ def winograd(rows: int, columns: int | None = None, stride: int = 1, tails: Pair
 @cache
 def minimal_filter(outputs: int, stride: int = 1) -> Filter:
     """The filter of m outputs for the points of :data:`POINTS`."""
-    points = POINTS[stride, outputs]
+    if (stride, outputs) == (2, 1):
+        return Filter(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
+    return _of_points(POINTS[stride, outputs], outputs, stride)
+
+
+@cache
+def tail(outputs: int, whole: Filter) -> tuple[Filter, tuple[int, ...]]:
+    """The filter of fewer outputs whose multiplications are some of those of another, and which ones.
+
+    What they take from the kernel is the same; what they take from the inputs is not.
+    """
+    stride, points = whole.stride, POINTS[whole.stride, whole.outputs]
+    found = _of_points(points[: outputs + (TAPS - 2) * (stride == 1)], outputs, stride)
+    if stride == 1:
+        return found, tuple(range(found.inputs))
+    outer, inner = outputs + 1, whole.outputs + 1
+    return found, (*range(outer), *range(inner, inner + outputs))
+
+
+def _of_points(points: Sequence[Fraction], outputs: int, stride: int) -> Filter:
+    """The filter of so many outputs for infinity and these points."""
     if stride == 1:
         return Filter(stride, outputs, *_cook_toom(points, outputs, TAPS))
-    if outputs == 1:
-        return Filter(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
     outer = _cook_toom(points, outputs, 2)
     inner = _identity(outputs), ((Fraction(1),),) * outputs, _identity(outputs)
     output = tuple((*first, *second) for first, second in zip(outer[2], inner[2], strict=True))
     return Filter(stride, outputs, _in_turns(outer[0], inner[0]), _in_turns(outer[1], inner[1]), output)
-
-
-@cache
-def tail(outputs: int, whole: Filter) -> Filter:
-    """The filter of fewer outputs whose multiplications are the first ones of another, of stride 1.
-
-    What they take from the kernel is the same; what they take from the inputs is not.
-    """
-    return Filter(1, outputs, *_cook_toom(POINTS[1, whole.outputs][: outputs + TAPS - 2], outputs, TAPS))
 
 
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:

@@ -323,7 +323,7 @@ class Products:
             self._tiles(write, run, group.share, read, inputs.tile, target, wrote, lanes, mix)
 
     def _mix(self, write: Function, group: _Group, number: Index, kernels: _Kernels) -> _Mix:
-        """The next pair of columns, for half of the vectors in each of a pair; at the end the first one of the next run."""
+        """The next pair of columns, for half of the vectors in each of a pair; at the end the next run's first one."""
         step, (length, _) = self.vectors * write.width, self._late_run(write.width)
         if group.tap is not None:
             points = [write.broadcast(kernels.points, at) for at in (0, 1)]

@@ -92,6 +92,26 @@ class Share:
     count: int
 
 
+@final
+@dataclass(frozen=True)
+class _Run:
+    """Tiles down or across that have one size.
+
+    Attributes:
+        part: their filter.
+        places: theirs among those of all.
+        top: the first one.
+        count: how many.
+        corner: the first output.
+    """
+
+    part: Filter
+    places: tuple[int, ...]
+    top: int
+    count: int
+    corner: int
+
+
 def kinds(form: Form, tiling: Tiling) -> list[Kind]:
     """The tiles of a piece, in their order: those that have a place in common lie side by side.
 
@@ -101,11 +121,11 @@ def kinds(form: Form, tiling: Tiling) -> list[Kind]:
     pairs = [*((down[0], run) for run in reversed(across)), *((run, other) for run in down[1:] for other in across)]
     out: list[Kind] = []
     images, before = tiling.piece // tiling.of_image, 0
-    for (rows, top, high, row), (columns, _, wide, column) in pairs:
-        piece = images * high * wide if any(form.tails) else tiling.piece
-        places = tuple(at * form.columns.inputs + other for at in range(rows.inputs) for other in range(columns.inputs))
-        alone = Tiling((high, wide), piece, tiling.batch, (row, column))
-        out.append(Kind(Form(rows, columns), alone, places, top, before))
+    for rows, columns in pairs:
+        piece = images * rows.count * columns.count if any(form.tails) else tiling.piece
+        alone = Tiling((rows.count, columns.count), piece, tiling.batch, (rows.corner, columns.corner))
+        places = tuple(at * form.columns.inputs + other for at in rows.places for other in columns.places)
+        out.append(Kind(Form(rows.part, columns.part), alone, places, rows.top, before))
         before += piece
     return out
 
@@ -113,9 +133,8 @@ def kinds(form: Form, tiling: Tiling) -> list[Kind]:
 def shares(form: Form, tiling: Tiling) -> list[list[Share]]:
     """All places, by rows and then by columns, and which tiles of a piece have them."""
     every = kinds(form, tiling)
-    rows = [run[0].inputs for run in _runs(form, tiling, 0)]
-    columns = [run[0].inputs for run in _runs(form, tiling, 1)]
-    return [[_share(every, down, across) for across in _steps(columns)] for down in _steps(rows)]
+    down, across = (_alike(form, tiling, axis) for axis in (0, 1))
+    return [[_share(form, every, rows, columns) for columns in across] for rows in down]
 
 
 def place_tiles(form: Form, tiling: Tiling) -> int:
@@ -123,24 +142,27 @@ def place_tiles(form: Form, tiling: Tiling) -> int:
     return sum(kind.form.places * kind.tiling.piece for kind in kinds(form, tiling))
 
 
-def _share(every: Sequence[Kind], rows: range, columns: range) -> Share:
-    some = [kind for kind in every if max(rows) < kind.form.inputs[0] and max(columns) < kind.form.inputs[1]]
+def _share(form: Form, every: Sequence[Kind], rows: range, columns: range) -> Share:
+    place = rows.start * form.columns.inputs + columns.start
+    some = [kind for kind in every if place in kind.places]
     return Share(rows, columns, some[0].before, sum(kind.tiling.piece for kind in some))
 
 
-def _steps(lengths: Sequence[int]) -> list[range]:
-    """From 0 to the shortest length, from there to the next, and so on."""
-    return [range(begin, end) for begin, end in itertools.pairwise([0, *sorted(lengths)])]
+def _alike(form: Form, tiling: Tiling, axis: int) -> list[range]:
+    """Rows or columns of places, one behind the other, that a tail has as well, or that it has not."""
+    every, last = range(form.inputs[axis]), _runs(form, tiling, axis)[-1].places
+    groups = [list(group) for _, group in itertools.groupby(every, key=lambda place: place in last)]
+    return [range(group[0], group[-1] + 1) for group in groups]
 
 
-def _runs(form: Form, tiling: Tiling, axis: int) -> list[tuple[Filter, int, int, int]]:
-    """The tiles down or across: their filter, the first one, how many, and its first output. A tail comes last."""
+def _runs(form: Form, tiling: Tiling, axis: int) -> list[_Run]:
+    """The tiles down or across; a tail comes last."""
     whole, short = (form.rows, form.columns)[axis], form.tails[axis]
-    count, corner = tiling.grid[axis], tiling.corner[axis]
+    count, corner, places = tiling.grid[axis], tiling.corner[axis], tuple(range(whole.inputs))
     if not short:
-        return [(whole, 0, count, corner)]
-    last = (tail(short, whole), count - 1, 1, corner + (count - 1) * whole.outputs)
-    return [(whole, 0, count - 1, corner), last]
+        return [_Run(whole, places, 0, count, corner)]
+    last = _Run(*tail(short, whole), count - 1, 1, corner + (count - 1) * whole.outputs)
+    return [_Run(whole, places, 0, count - 1, corner), last]
 
 
 def equal_runs(length: int, count: int) -> list[tuple[int, int]]:
