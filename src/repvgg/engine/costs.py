@@ -91,8 +91,8 @@ def _moved_rate(moved: int, machine: Machine) -> float:
 
 
 def _late_run(part: Part, size: Size, machine: Machine) -> tuple[int, bool]:
-    room = machine.isa.registers - part.tile.registers
-    return late_run(size.channels, part.form, part.tile.vectors * machine.isa.width, room)
+    lanes = part.tile.vectors * machine.isa.width
+    return late_run(size.channels, part.form, lanes, part.room(machine.isa.registers))
 
 
 def _multiplied(part: Part, size: Size, machine: Machine) -> float:

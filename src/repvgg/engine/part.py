@@ -97,6 +97,15 @@ class Part:
         (down, across), (low, narrow) = self.form.outputs, self.form.tails
         return (top, down, high, low), (left, across, wide, narrow)
 
+    def room(self, registers: int) -> int:
+        """Vectors of so many that products leave free for kernels that come next.
+
+        None where a panel has an odd number of vectors, for two columns share them, or where a place takes more than
+        one tile of registers, for only the first of those would do it.
+        """
+        whole = self.tiling.piece <= self.tile.pixels and self.tile.vectors % 2 == 0
+        return registers - self.tile.registers if whole else 0
+
     @property
     def end(self) -> Pair:
         """One behind the last row and column that the tiles cover; it may lie outside of the image."""

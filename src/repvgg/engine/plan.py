@@ -224,12 +224,12 @@ class _Planner:
         transform = WinogradInput(form, images, layer.geometry.padding, tiling, width)
         self.steps.append(Step(layer.name, transform, source, moved))
         channels = images.channels, images.pitch
-        how = part.late, self._isa.registers - tile.registers, layer.relu, width
+        how = part.late, part.room(self._isa.registers), layer.relu, width
         kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, *how)
         self.steps.append(Step(layer.name, kernel, moved, target, *self._packed(layer, part), *_cut(tiling)))
 
     def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
-        geometry, room = layer.geometry, self._isa.registers - part.tile.registers
+        geometry, room = layer.geometry, part.room(self._isa.registers)
         where = geometry.groups, source.images, geometry.padding, target.images
         cut = part.tiling, part.tile, part.splits, part.late
         kernel = WinogradFused(part.form, *where, *cut, room, layer.relu, self._isa.width)

@@ -37,7 +37,7 @@ class WinogradFused:
         tile: the registers that it uses; its pixels are tiles here.
         splits: parts of the panels of each group, each of which is a unit's.
         late: whether kernels are transformed across while they are used.
-        room: vectors of registers that the tile leaves free.
+        room: vectors that are free for the kernels that come next.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """

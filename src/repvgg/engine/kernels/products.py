@@ -28,7 +28,7 @@ def run_length(channels: int, *, cold: bool) -> int:
 def late_run(channels: int, form: Form, lanes: int, room: int) -> tuple[int, bool]:
     """The same for kernels that are transformed late, so many output channels of them at a time.
 
-    And whether products transform the kernels that come next: where the tile leaves so much room that they can.
+    And whether products transform the kernels that come next: where there is so much room that they can.
     """
     if form.columns.moved and room >= _ROOM:
         length = _equal_parts(channels, min(_SUMMED, max(1, _MIXED // ((2 * TAPS + _PAIRS) * lanes))))
@@ -175,7 +175,7 @@ class Products:
         channels: of the input.
         late: whether kernels are transformed across while they are used.
         cold: whether the tiles come from the third cache: then the next ones are fetched to the second.
-        room: vectors that the tile leaves free.
+        room: vectors that are free for the kernels that come next.
     """
 
     form: Form

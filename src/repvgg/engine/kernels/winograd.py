@@ -113,7 +113,7 @@ class WinogradProduct:
         tiling: the tiles.
         tile: the registers that it uses; its pixels are tiles here.
         late: whether kernels are transformed across while they are used.
-        room: vectors of registers that the tile leaves free.
+        room: vectors that are free for the kernels that come next.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
