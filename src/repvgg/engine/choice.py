@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias, final
 
@@ -131,13 +131,13 @@ def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) 
     """All ways to cut and to compute some tiles."""
     (top, _, high, _), (left, _, wide, _) = rectangle
     form, grid, corner = form_of(rectangle, stride), (high, wide), (top, left)
-    for tile in _tiles(machine.isa, size.vectors(machine.isa.width)):
+    for tile in _tiles(machine.isa, size.vectors(machine.isa.width), size.batch * high * wide):
         for way, pieces in _WAYS.items():
             for piece in pieces(form, (size.batch, high * wide), tile, size, machine):
                 tiling = Tiling(grid, piece, size.batch, corner)
                 for late, splits in itertools.product((False, True), _splits(way, tile, size, machine)):
-                    part = Part(way, form, tiling, tile, late, splits)
-                    yield replace(part, cycles=cycles(part, size, machine))
+                    how = way, form, tiling, tile, late, splits
+                    yield Part(*how, cycles(Part(*how), size, machine))
 
 
 def _splits(way: Way, tile: Tile, size: Size, machine: Machine) -> set[int]:
@@ -146,10 +146,10 @@ def _splits(way: Way, tile: Tile, size: Size, machine: Machine) -> set[int]:
     return {1, machine.threads} if way == "fused" and machine.threads <= panels else {1}
 
 
-def _tiles(isa: Isa, vectors: int) -> Iterator[Tile]:
-    """Register tiles that leave no register unused for nothing."""
+def _tiles(isa: Isa, vectors: int, tiles: int) -> Iterator[Tile]:
+    """Register tiles that leave no register unused for nothing; ``tiles`` is how many there are to be computed."""
     for count in range(1, min(vectors, 4) + 1):
-        most = (isa.registers - count - 1) // count
+        most = min(tiles, (isa.registers - count - 1) // count)
         yield from (Tile(pixels, count) for pixels in range(max(1, most // 2), most + 1))
 
 

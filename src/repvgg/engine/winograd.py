@@ -59,9 +59,11 @@ POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filter:
     """m outputs of a filter of 3, exactly; n is the number of inputs of a tile and of multiplications.
+
+    There is one of each kind, which :func:`minimal_filter` and :func:`tail` return: others are not equal to it.
 
     Attributes:
         stride: of the filter.
@@ -95,7 +97,7 @@ class Filter:
         places = [place for place, row in enumerate(self.kernel_matrix) if sorted(row) != [0, 0, 1]]
         return range(places[0], places[-1] + 1) if places else range(0)
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """Inputs of a tile: m + 2 with stride 1, 2m + 1 with stride 2."""
         return (self.outputs - 1) * self.stride + TAPS

@@ -188,7 +188,7 @@ class Products:
     room: int
 
     @property
-    def _shares(self) -> list[list[Share]]:
+    def _shares(self) -> tuple[tuple[Share, ...], ...]:
         return shares(self.form, self.tiling)
 
     def _late_run(self, width: int) -> tuple[int, bool]:

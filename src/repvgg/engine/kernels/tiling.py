@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import final
 
 from repvgg.engine.layers import Pair
@@ -112,7 +113,8 @@ class _Run:
     corner: int
 
 
-def kinds(form: Form, tiling: Tiling) -> list[Kind]:
+@lru_cache(maxsize=1024)
+def kinds(form: Form, tiling: Tiling) -> tuple[Kind, ...]:
     """The tiles of a piece, in their order: those that have a place in common lie side by side.
 
     (whole, tail), (whole, whole), (tail, whole), (tail, tail), as (down, across).
@@ -127,14 +129,15 @@ def kinds(form: Form, tiling: Tiling) -> list[Kind]:
         places = tuple(at * form.columns.inputs + other for at in rows.places for other in columns.places)
         out.append(Kind(Form(rows.part, columns.part), alone, places, rows.top, before))
         before += piece
-    return out
+    return tuple(out)
 
 
-def shares(form: Form, tiling: Tiling) -> list[list[Share]]:
+@lru_cache(maxsize=1024)
+def shares(form: Form, tiling: Tiling) -> tuple[tuple[Share, ...], ...]:
     """All places, by rows and then by columns, and which tiles of a piece have them."""
     every = kinds(form, tiling)
     down, across = (_alike(form, tiling, axis) for axis in (0, 1))
-    return [[_share(form, every, rows, columns) for columns in across] for rows in down]
+    return tuple(tuple(_share(form, every, rows, columns) for columns in across) for rows in down)
 
 
 def place_tiles(form: Form, tiling: Tiling) -> int:
