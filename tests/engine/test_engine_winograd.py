@@ -67,7 +67,7 @@ def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=Non
     after = conv.geometry.output_size(size)
     grid = -(-after[0] // form.outputs[0]), -(-after[1] // form.outputs[1])
     if piece is None:
-        piece = 2 * grid[0] * grid[1] if any(form.tails) else 2 * tile.pixels
+        piece = batch * grid[0] * grid[1] if any(form.tails) else 2 * tile.pixels
     tiling = Tiling(grid, piece, batch)
     return run_parts(conv, size, [(form, tiling)], isa, way, batch, tile, parts, late, splits)
 
@@ -205,7 +205,7 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
     ids=str,
 )
 def test_tails(form, size, groups, batch, late, way, isa):
-    """Tiles of four sizes with the same kernels, in pieces of two images of which the last is not whole."""
+    """Tiles of up to four sizes with the same kernels, and more of them than registers take at once."""
     stride = form.rows.stride
     conv = random_conv(96 + 4 * batch, 64, ConvGeometry((3, 3), (stride, stride), (1, 1), groups=groups))
     out, x = computed(conv, size, form, isa, way, batch=batch, tile=Tile(5, 3), late=late)

@@ -157,10 +157,9 @@ def _of_products(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machi
     """Tiles of a piece whose products fit the cache and the stack, as equal as can be."""
     of_tile = 4 * form.places * tile.vectors * machine.isa.width
     images, of_image = tiles
-    if any(form.tails):  # whole images
-        most = _PRODUCTS // (of_tile * of_image)
-        if most:
-            yield of_image * -(-images // -(-images // most))
+    if any(form.tails):
+        if images * of_image * of_tile <= _PRODUCTS:
+            yield images * of_image
         return
     every = -(-images * of_image // tile.pixels)
     most = _PRODUCTS // (of_tile * tile.pixels)  # register tiles of a piece
@@ -172,7 +171,7 @@ def _of_fused(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machine)
     """Tiles of a piece whose transformed tiles and products fit the cache and the stack."""
     pitch = round_up(size.inputs, machine.isa.width) + tile.vectors * machine.isa.width
     images, of_image = tiles
-    each, every = (of_image, images) if any(form.tails) else (tile.pixels, -(-images * of_image // tile.pixels))
+    each, every = (images * of_image, 1) if any(form.tails) else (tile.pixels, -(-images * of_image // tile.pixels))
     for most in range(1, min(8, every) + 1):
         if 4 * form.places * (most * each * pitch + 32) <= _STACK:
             yield most * each

@@ -20,7 +20,7 @@ class Tiling:
     """The tiles of a part of each image of a batch, in pieces, which may begin and end within an image.
 
     All pieces have the same length, so the last one may have tiles that stand for nothing. With tails
-    (:attr:`repvgg.engine.winograd.Form.tails`) a piece is made of whole images.
+    (:attr:`repvgg.engine.winograd.Form.tails`) there is one piece.
 
     Attributes:
         grid: tiles of an image, down and across, tails among them.
@@ -58,7 +58,7 @@ class Tiling:
 @final
 @dataclass(frozen=True)
 class Kind:
-    """Tiles of one size among those of a piece, image by image.
+    """Tiles of one size among those of a piece.
 
     Attributes:
         form: theirs, without tails.
@@ -122,9 +122,9 @@ def kinds(form: Form, tiling: Tiling) -> tuple[Kind, ...]:
     down, across = _runs(form, tiling, 0), _runs(form, tiling, 1)
     pairs = [*((down[0], run) for run in reversed(across)), *((run, other) for run in down[1:] for other in across)]
     out: list[Kind] = []
-    images, before = tiling.piece // tiling.of_image, 0
+    before = 0
     for rows, columns in pairs:
-        piece = images * rows.count * columns.count if any(form.tails) else tiling.piece
+        piece = tiling.batch * rows.count * columns.count if any(form.tails) else tiling.piece
         alone = Tiling((rows.count, columns.count), piece, tiling.batch, (rows.corner, columns.corner))
         places = tuple(at * form.columns.inputs + other for at in rows.places for other in columns.places)
         out.append(Kind(Form(rows.part, columns.part), alone, places, rows.top, before))

@@ -79,7 +79,8 @@ class WinogradInput:
         target = Operand.of("%target", tiling.tiles, source.pitch)
         for kind in of_row:
             form, alone = kind.form, kind.tiling
-            first = self._first(write, kind, image, row)
+            within = write.add(write.mul(image, alone.of_image), write.mul(row, alone.grid[1]))
+            first = write.add(within, kind.before)
             down, right = form.steps[0] * source.row, form.steps[1] * source.pitch
             read = write.add(write.mul(image, source.image), write.mul(row, down))
             begin = write.at("%source", write.add(read, input_corner(form, source, alone, self.padding)))
@@ -88,15 +89,6 @@ class WinogradInput:
                 wrote = write.mul(write.add(first, across.index), source.pitch)
                 following = write.at(pixel, right)
                 input_tile(write, kind, source, pixel, target, wrote, following)
-
-    def _first(self, write: Function, kind: Kind, image: Index, row: Index) -> Index:
-        """Where the first tile of a kind and row lies among those of the batch."""
-        begin: Index = 0
-        if any(self.form.tails):
-            piece, image = write.divide(image, self.tiling.piece // self.tiling.of_image)
-            begin = write.mul(piece, self.tiling.piece)
-        within = write.add(write.mul(image, kind.tiling.of_image), write.mul(row, kind.tiling.grid[1]))
-        return write.add(begin, write.add(within, kind.before))
 
 
 @final
