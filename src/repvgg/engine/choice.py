@@ -33,7 +33,7 @@ OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
 LOSSES: dict[str, float] = {"highest": 0.0, "high": 0.8, "medium": 2.6}
 _LEAST = 4.8  # loss that is allowed with few channels, too: F(4x4)
 
-_STACK = 3 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
+_STACK = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
 _PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
 
 

@@ -81,7 +81,7 @@ def compile(  # noqa: A001 - as torch.compile
 ) -> Network | InTorch:
     """Compile a plain network for the processor at hand.
 
-    Whoever calls it should have a stack of a megabyte, as every thread has on Linux unless
+    Whoever calls it should have a stack of two megabytes, as every thread has on Linux unless
     :func:`threading.stack_size` said otherwise. Winograd's weights take 1.3 to 10 times the memory of the model's, most
     for large batches of small images.
 
