@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.deploy import export_onnx
+from repvgg.engine.choice import LOSSES
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import environment
 from repvgg.measure.latency import quartiles
@@ -48,7 +49,8 @@ from repvgg.studies.candidates import deployed
 
 READING = 0.1  # seconds
 REST = 0.02  # seconds before a reading, in which threads of other engines go to sleep
-PAIRS = "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50,repvgg_b1g4:resnet101,repvgg_b1:"  # Table 4, and B1
+# Table 4, and B1. Bottlenecks with the strides whose FLOPs the paper counts, and torchvision's ResNet-50 as well.
+PAIRS = "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50+resnet50_v1_5,repvgg_b1g4:resnet101,repvgg_b1:"
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int, int]
 
@@ -163,13 +165,13 @@ def ratios(speeds: dict[str, list[float]], ours: str, other: str) -> list[float]
     return [one / two for one, two in zip(speeds[ours], speeds[other], strict=True)]
 
 
-def compare(speeds: dict[str, list[float]], ours: str, baseline: str | None) -> None:
+def compare(speeds: dict[str, list[float]], ours: str, baselines: Sequence[str]) -> None:
     """Show all, and the ratios."""
-    rivals = [name for name in speeds if name not in (ours, baseline)]
+    rivals = [name for name in speeds if name not in (ours, *baselines)]
     if rivals:
         best = max(rivals, key=lambda name: float(np.median(speeds[name])))
         show("ratio", ratios(speeds, ours, best), f"to {best}")
-    if baseline:
+    for baseline in baselines:
         show("ratio", ratios(speeds, ours, baseline), f"to {baseline}")
 
 
@@ -280,12 +282,12 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
     print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with the search for the fastest ways")
     runs |= best_settings(model, images, args.threads, args.engines)
     far = errors(runs, model, images)
-    rival = None
-    if baseline:
-        print(f"  {baseline}:")
-        found = best_settings(deployed(baseline), images, args.threads, ["OpenVINO f32"])
-        rival, run = next((f"{baseline} in {name}", run) for name, run in found.items())
-        runs[rival] = run
+    rivals = []
+    for name in filter(None, baseline.split("+")):
+        print(f"  {name}:")
+        found = best_settings(deployed(name), images, args.threads, ["OpenVINO f32"])
+        rivals += [f"{name} in {engine}" for engine in found]
+        runs |= {f"{name} in {engine}": run for engine, run in found.items()}
     results: dict[str, object] = {"model": row, "baseline": baseline, "batch": batch, "errors": far}
     with another(args.busy):
         for rest in args.idle or [None]:
@@ -296,7 +298,7 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
                 speeds = after_rest(runs, images, rest / 1e3, args.rounds)
             for name, values in speeds.items():
                 show(name, values, f"img/s{f', error {far[name]:.1e}' if name in far else ''}")
-            compare(speeds, "repvgg", rival)
+            compare(speeds, "repvgg", rivals)
             results["speeds" if rest is None else f"speeds after {rest:g} ms"] = speeds
     if args.floor:
         floor(model, tuple(images.shape), args)
@@ -305,14 +307,14 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", default=PAIRS, help="rows, each with a baseline behind a colon, or with nothing")
+    parser.add_argument("--pairs", default=PAIRS, help="rows, each with baselines behind a colon, as a+b, or nothing")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--engines", default=",".join(OTHERS))
     parser.add_argument("--idle", default="", help="milliseconds, with commas between")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
     parser.add_argument("--json", type=Path, help="a new file for all readings")
-    parser.add_argument("--precision", default="high", choices=("highest", "high", "medium"), help="of the engine")
+    parser.add_argument("--precision", default="high", choices=tuple(LOSSES), help="of the engine")
     parser.add_argument("--checkpoint")
     parser.add_argument("--data")
     for name, default in (("threads", 2), ("rounds", 15), ("size", 224)):

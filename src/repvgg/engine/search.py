@@ -180,7 +180,7 @@ class _Field:
 
 def _floats(choice: Choice, size: Size) -> int:
     """Of all weights, about."""
-    return sum(part.form.places for part in choice.parts) * size.inputs // size.groups * size.outputs
+    return sum(part.form.sets(late=part.late) for part in choice.parts) * size.kernels
 
 
 def _cycles(part: Part) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import final
 
 from repvgg.engine.ir import Function, Index, Value
@@ -286,8 +287,9 @@ class Products:
         """p² and p of each pair of columns."""
         moved = self.form.columns.moved
         for place in moved[::2]:
-            row = self.form.columns.kernel_matrix[place]
-            for at, number in enumerate((row[2], row[1])):
+            _, inner, last = self.form.columns.kernel_matrix[place]
+            square, point = (last, inner) if self.form.columns.stride == 1 else (Fraction(0), last)
+            for at, number in enumerate((square, point)):
                 write.store_number(float(number), points, place - moved.start + at)
 
     def _or_first(self, write: Function, following: Value, weights: Value) -> Value:
@@ -408,9 +410,8 @@ class Products:
         wrote = write.at(mix.wrote, write.mul(channel, step))
         for vector in range(0, mix.vectors * write.width, write.width):
             outer, inner, last = (write.load(read, tap * step + vector) for tap in range(TAPS))
+            shared, turned = outer, last
             if self.form.columns.stride == 1:
-                even, odd = write.fma(last, square, outer), write.binary("fmul", inner, point)
-            else:
-                even, odd = outer, write.binary("fmul", last, square)
-            write.store(write.binary("fadd", even, odd), wrote, vector)
-            write.store(write.binary("fsub", even, odd), wrote, count * step + vector)
+                shared, turned = write.fma(last, square, outer), inner
+            for column, value in enumerate((turned, write.value(f"fneg {write.vector} {turned}"))):
+                write.store(write.fma(value, point, shared), wrote, column * count * step + vector)
