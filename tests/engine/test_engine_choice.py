@@ -78,7 +78,7 @@ def test_no_cover_is_left_out_that_would_be_faster(stride, image):
     assert min(choice.cycles for choice in every_choice(size, stride, machine)) == min(everything)
 
 
-@pytest.mark.parametrize(("precision", "channels", "most"), [("high", 16, 4.8), ("high", 400, 16), ("medium", 100, 26)])
+@pytest.mark.parametrize(("precision", "channels", "most"), [("high", 16, 4.8), ("high", 400, 23), ("medium", 100, 26)])
 def test_how_much_is_lost_grows_with_the_square_root_of_the_channels(precision, channels, most):
     size, machine = Size(channels, 64, (28, 28), 4), Machine(GENERIC["avx512"], 2, precision)
     losses = {form_of(rectangle, 1).loss for cover in every_cover(size, 1, machine) for rectangle in cover}

@@ -29,8 +29,8 @@ from repvgg.engine.winograd import Form
 OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
 #: How much larger than a direct sum's the error of a layer may be, as :attr:`repvgg.engine.winograd.Form.loss` over the
 #: square root of the channels that are summed. A loss of 1 is an error of 1.2e-7 here, and OpenVINO's direct sums of C
-#: channels have 3.7e-8 √C: "high" stays below three times that from 27 channels on, "medium" below nine times.
-LOSSES: dict[str, float] = {"highest": 0.0, "high": 0.8, "medium": 2.6}
+#: channels have 3.7e-8 √C: "high" stays below four times that from 17 channels on, "medium" below nine times.
+LOSSES: dict[str, float] = {"highest": 0.0, "high": 1.15, "medium": 2.6}
 _LEAST = 4.8  # loss that is allowed with few channels, too: F(4x4)
 
 _STACK = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack

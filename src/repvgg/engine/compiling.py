@@ -93,9 +93,9 @@ def compile(  # noqa: A001 - as torch.compile
         threads: that work on each call, the caller among them; None takes as many as ``torch.get_num_threads()``
             says, and no more than the process may run on.
         precision: how far rounding errors may go. "high" takes those F(m x n) of Winograd whose error in a layer, root
-            mean square, is below three times that of OpenVINO in float32: F(5x5) from 147 input channels, F(4x7) from
-            368; and up to F(4x4) anywhere, which is four times with 16 channels. "medium" allows nine times, F(7x7)
-            from 359 channels; "highest" convolves directly alone.
+            mean square, is below four times that of OpenVINO in float32: F(5x5) from 71 input channels, F(4x7) from
+            178, F(5x7) from 361; and up to F(4x4) anywhere. "medium" allows nine times, F(7x7) from 359 channels;
+            "highest" convolves directly alone.
         search: measure, on this machine, the best few of the ways to compute each convolution of ``input_shape``, and
             take the fastest; that takes some seconds for each kind of convolution, once: the answers are kept on the
             disk. Else a table of costs says which way to take. Results differ by roundings.
