@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from repvgg.engine.kernels.conv import choose_tile, row_cycles
-from repvgg.engine.kernels.products import late_run, run_length
+from repvgg.engine.kernels.runs import late_run, run_length
 from repvgg.engine.kernels.tile import Tile, equal_tiles
 from repvgg.engine.kernels.tiling import kinds, place_tiles, shares
 from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.engine.cache import CHOICE, cache_folder, digest, keep, read_kept
-from repvgg.engine.choice import Choice, every_cover, every_part
+from repvgg.engine.choice import LOSSES, Choice, every_cover, every_part
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.part import Machine, Part, Rectangle, Size
 
@@ -52,7 +52,8 @@ def _place(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Path, 
     folder = cache_folder()
     if folder is None:
         return None
-    key = digest(*map(str, (astuple(geometry), astuple(size), astuple(machine))))
+    asked = astuple(geometry), astuple(size), astuple(machine), LOSSES[machine.precision]
+    key = digest(*map(str, asked))
     return folder / f"{key.hex()}{CHOICE}", key
 
 

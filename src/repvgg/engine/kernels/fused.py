@@ -15,7 +15,8 @@ from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.kernel import POINTERS, UNITS
 from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile, tiles_of_piece
-from repvgg.engine.kernels.products import Operand, Products
+from repvgg.engine.kernels.panel import Operand, Panel
+from repvgg.engine.kernels.products import Products
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Kind, Tiling, kinds, place_floats, place_tiles
 from repvgg.engine.layers import Pair
@@ -102,7 +103,7 @@ def _piece(name: str, kernel: WinogradFused) -> Function:
     moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
     products = write.scratch(places * place_floats(tiling.piece, most * kernel.width))
     whole, rest = divmod(kernel.group_vectors, most)
-    expanded = max(_products(kernel, vectors).expanded(write.width) for vectors in (most, rest or most))
+    expanded = max(_products(kernel, vectors).scratch(write.width) for vectors in (most, rest or most))
     scratch = write.scratch(expanded), products, write.scratch(kernel.width)
     _inputs(write, kernel, moved)
     begin, end, last = _panels(write, kernel, whole, rest)
@@ -151,9 +152,8 @@ def _tile(write: Function, source: Images, kind: Kind, tile: Index) -> Index:
 
 def _products(kernel: WinogradFused, vectors: int) -> Products:
     """Those of a piece by a panel of so many vectors."""
-    return Products(
-        kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs, kernel.late, cold=False, room=kernel.room
-    )
+    how = kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs
+    return Products(Panel(*how, cold=False, room=kernel.room), kernel.late)
 
 
 def _panel(

@@ -7,7 +7,7 @@ from typing import final
 
 from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
-from repvgg.engine.kernels.products import Operand
+from repvgg.engine.kernels.panel import Operand
 from repvgg.engine.kernels.tiling import Kind, Tiling
 from repvgg.engine.kernels.transform import transform_rectangle
 from repvgg.engine.layers import Pair

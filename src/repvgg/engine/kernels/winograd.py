@@ -17,7 +17,8 @@ from repvgg.engine.images import Images
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
 from repvgg.engine.kernels.moving import Outputs, PieceOfImages, input_corner, input_tile
-from repvgg.engine.kernels.products import Operand, Products
+from repvgg.engine.kernels.panel import Operand, Panel
+from repvgg.engine.kernels.products import Products
 from repvgg.engine.kernels.tile import Tile
 from repvgg.engine.kernels.tiling import Kind, Tiling, kinds, place_floats, place_tiles
 from repvgg.engine.layers import Pair
@@ -193,8 +194,9 @@ def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
     products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
     beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
     cold = kernel.form.places * inputs.place > _NEAR
-    product = Products(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, kernel.late, cold, kernel.room)
-    product.write(write, inputs, "%weights", products, write.scratch(product.expanded(write.width)))
+    panel = Panel(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, cold, kernel.room)
+    product = Products(panel, kernel.late)
+    product.write(write, inputs, "%weights", products, write.scratch(product.scratch(write.width)))
     for kind in kinds(kernel.form, tiling):
         Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)
     return write

@@ -1,0 +1,199 @@
+"""Products with kernels that are transformed across while they are used.
+
+Kernels lie as (row, input channel, column of 3, output channel): a third to a half of the bytes come from afar. Each
+run of channels is transformed across into memory that stays in the first cache. Columns that are one of the three are
+used as they lie.
+
+Where registers are free, products transform kernels beside their own work, for that has to store them, which products
+do not: while a pair of columns ±p is used, the next pair is made, and while the first column is used that is one of the
+three, the first pair of the next run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import final
+
+from repvgg.engine.ir import Function, Index, Value
+from repvgg.engine.kernels.panel import Lanes, Mix, Operand, Panel, Run
+from repvgg.engine.kernels.runs import PAIRS, late_run
+from repvgg.engine.kernels.tiling import LINE, Share
+from repvgg.engine.kernels.transform import transform
+from repvgg.engine.winograd import TAPS
+
+
+@final
+@dataclass(frozen=True)
+class _Group:
+    """Columns of places that are computed alike.
+
+    Attributes:
+        columns: which ones.
+        share: the tiles that have them.
+        tap: the column of the three that their kernels are, or None where they are transformed.
+        before: how many columns are computed before these.
+        fetches: whether weights are fetched meanwhile.
+        mixes: whether kernels are transformed meanwhile.
+    """
+
+    columns: range
+    share: Share
+    tap: int | None
+    before: int
+    fetches: bool
+    mixes: bool
+
+
+@final
+@dataclass(frozen=True)
+class _Kernels:
+    """Where the kernels of a run lie that are transformed late.
+
+    Attributes:
+        lie: address as they lie.
+        moved: address of those that are transformed, column by column.
+        following: address of those of the next run, as they lie, or of any.
+        points: address of p² and p of each pair of columns ±p.
+    """
+
+    lie: Value
+    moved: Value
+    following: Value
+    points: Value
+
+
+@final
+class LateProducts:
+    """Products of a panel.
+
+    Args:
+        panel: the panel.
+        width: floats in a vector.
+    """
+
+    def __init__(self, panel: Panel, width: int) -> None:
+        self._panel, self._step = panel, panel.vectors * width
+        self._length, self._mixes = late_run(panel.channels, panel.form, self._step, panel.room)
+        self._columns, self._moved = panel.form.columns, panel.form.columns.moved
+
+    @property
+    def floats(self) -> int:
+        """Of memory for kernels and points."""
+        return self._kept + LINE
+
+    @property
+    def _kept(self) -> int:
+        """Floats of kernels that are transformed at a time."""
+        return (min(len(self._moved), PAIRS) if self._mixes else len(self._moved)) * self._length * self._step
+
+    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
+        """Write it, with so much memory; weights come to the first cache during the run of channels before."""
+        lines = -(-TAPS * self._step // LINE)  # of each input channel, which are fetched during the first columns
+        each = -(-lines // self._columns.inputs)
+        points = write.at(scratch, self._kept)
+        if self._mixes:
+            self._store_points(write, points)
+            self._expand(write, weights, scratch, self._length)
+        for of_row in self._panel.shares:
+            groups = list(self._groups(of_row, -(-lines // each)))
+            with write.loop(of_row[0].rows.start, of_row[0].rows.stop) as rows:
+                first = write.mul(rows.index, self._columns.inputs)
+                tiles = inputs.from_place(write, first), products.from_place(write, first)
+                row = write.at(weights, write.mul(rows.index, TAPS * self._panel.channels * self._step))
+                for run in self._panel.runs(write, self._length):
+                    kernels = self._prepared(write, run, row, weights, scratch, points)
+                    for group in groups:
+                        self._group(write, run, group, tiles, kernels, each * LINE)
+
+    def _prepared(
+        self, write: Function, run: Run, row: Value, weights: Value, scratch: Value, points: Value
+    ) -> _Kernels:
+        """The kernels of a run, transformed if the run before has not done it; ``weights`` are those of the panel."""
+        lie = write.at(row, write.mul(run.begin, TAPS * self._step))
+        following = write.at(lie, run.length * TAPS * self._step)
+        if self._mixes:  # behind the last run of all, any kernels do
+            end = write.at(weights, self._panel.form.inputs[0] * TAPS * self._panel.channels * self._step)
+            following = write.choose(write.value(f"icmp eq ptr {following}, {end}"), weights, following)
+        elif self._moved:
+            self._expand(write, lie, scratch, run.length)
+        return _Kernels(lie, scratch, following, points)
+
+    def _groups(self, of_row: Sequence[Share], fetching: int) -> Iterator[_Group]:
+        """All columns, those whose kernels are transformed first; the first ``fetching`` of them are apart."""
+        matrix, moved, before = self._columns.kernel_matrix, self._moved, 0
+        others = [column for column in range(len(matrix)) if column not in moved]
+        for columns in (moved, *(range(column, column + 1) for column in others)):
+            edges = {columns.start + fetching - before, *(share.columns.stop for share in of_row)}
+            edges |= {columns.stop - 2} if self._mixes else set()
+            cuts = sorted({columns.start, columns.stop, *(edge for edge in edges if edge in columns)})
+            for begin, end in itertools.pairwise(cuts):
+                share = next(share for share in of_row if begin in share.columns)
+                tap = None if columns is moved else matrix[begin].index(1)
+                mixes = self._mixes and (before < len(moved) - 2 or before == len(moved))
+                yield _Group(range(begin, end), share, tap, before, before < fetching, mixes)
+                before += end - begin
+
+    def _group(
+        self,
+        write: Function,
+        run: Run,
+        group: _Group,
+        row: tuple[Operand, Operand],
+        kernels: _Kernels,
+        fetched: int,
+    ) -> None:
+        """Some places of a row of them: inputs and products of the row."""
+        step, length, fetched = self._step, self._length, fetched * group.fetches
+        with write.loop(group.columns.start, group.columns.stop) as columns:
+            number = write.add(columns.index, group.before - group.columns.start)
+            ahead = write.add(run.length * TAPS * step, write.mul(number, run.length * fetched))
+            later = write.at(kernels.lie, ahead)
+            if group.tap is None:
+                place = write.value(f"and i64 {number}, {PAIRS - 1}") if self._mixes else number
+                lanes = Lanes(write.at(kernels.moved, write.mul(place, length * step)), step, later, fetched)
+            else:
+                lanes = Lanes(write.at(kernels.lie, group.tap * step), TAPS * step, later, fetched)
+            mix = self._mix(write, group, number, kernels) if group.mixes else None
+            inputs, products = (operand.from_place(write, columns.index) for operand in row)
+            following = write.add(run.begin, inputs.place)
+            self._panel.add(write, run, group.share, (inputs, products), lanes, following, mix)
+
+    def _mix(self, write: Function, group: _Group, number: Index, kernels: _Kernels) -> Mix:
+        """The next pair of columns, for half of the vectors in each of a pair; at the end the next run's first one."""
+        vectors, step = self._panel.vectors, self._step
+        if group.tap is not None:
+            points = [write.broadcast(kernels.points, at) for at in (0, 1)]
+            return Mix(kernels.following, kernels.moved, vectors, points)
+        some = -(-vectors // 2)
+        before, half = write.divide(number, 2)
+        vector, pair = write.mul(half, (vectors - some) * write.width), write.add(before, 1)
+        place = write.mul(write.value(f"and i64 {pair}, 1"), 2 * self._length * step)
+        points = [write.broadcast(write.at(kernels.points, write.mul(pair, 2)), at) for at in (0, 1)]
+        wrote = write.at(kernels.moved, write.add(place, vector))
+        return Mix(write.at(kernels.lie, vector), wrote, some, points)
+
+    def _store_points(self, write: Function, points: Value) -> None:
+        """p² and p of each pair of columns."""
+        for place in self._moved[::2]:
+            _, inner, last = self._columns.kernel_matrix[place]
+            square, point = (last, inner) if self._columns.stride == 1 else (Fraction(0), last)
+            for at, number in enumerate((square, point)):
+                write.store_number(float(number), points, place - self._moved.start + at)
+
+    def _expand(self, write: Function, kernels: Value, scratch: Value, count: int) -> None:
+        """``· Gᵀ`` of the kernels of a run of so many channels: to (column, input channel, output channel).
+
+        If products do that, the first pair of columns alone.
+        """
+        moved = self._moved[:2] if self._mixes else self._moved
+        matrix, column = self._columns.kernel_matrix[moved.start : moved.stop], self._length * self._step
+        with write.loop(0, count) as channels:
+            read = write.at(kernels, write.mul(channels.index, TAPS * self._step))
+            wrote = write.at(scratch, write.mul(channels.index, self._step))
+            for vector in range(0, self._step, write.width):
+                values = [write.load(read, tap * self._step + vector) for tap in range(TAPS)]
+                for place, value in enumerate(transform(write, matrix, values)):
+                    write.store(value, wrote, place * column + vector)
