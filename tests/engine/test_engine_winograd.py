@@ -212,6 +212,17 @@ def test_tails(form, size, groups, batch, late, way, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 
 
+@pytest.mark.parametrize("isa", [isas()[0], isas()[-1]], ids=lambda isa: isa.name)
+@pytest.mark.parametrize(("outputs", "groups", "late", "parts"), [(5, 1, False, 1), (5, 1, True, 3), (6, 2, False, 2)])
+def test_pieces_that_several_units_take(outputs, groups, late, parts, isa):
+    """By parts of the panels, of which the last is narrower; each unit transforms the tiles for itself."""
+    channels = groups * (2 * outputs + 1) * isa.width
+    conv = random_conv(2 * isa.width * groups, channels, ConvGeometry((3, 3), padding=(1, 1), groups=groups))
+    for splits in (2, 3):
+        out, x = computed(conv, (9, 7), winograd(4), isa, "fused", late=late, splits=splits, parts=parts)
+        torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ERROR)
+
+
 FORMS = [winograd(rows, columns, stride) for stride, rows in POINTS for other, columns in POINTS if other == stride]
 
 
