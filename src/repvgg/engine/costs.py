@@ -12,7 +12,7 @@ from repvgg.engine.kernels.conv import choose_tile, row_cycles
 from repvgg.engine.kernels.runs import late_run, run_length
 from repvgg.engine.kernels.tile import Tile, equal_tiles
 from repvgg.engine.kernels.tiling import kinds, place_tiles, shares
-from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of
+from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of, missing
 
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
@@ -48,8 +48,8 @@ def least_cycles(rectangle: Rectangle, size: Size, stride: int, machine: Machine
     """What the multiplications of some tiles take at least, and to fetch their weights once."""
     form = form_of(rectangle, stride)
     down, across = (
-        count * whole.inputs - (whole.outputs - short if short else 0) * stride
-        for whole, (_, _, count, short) in zip((form.rows, form.columns), rectangle, strict=True)
+        run[2] * whole.inputs - missing(run) * stride
+        for whole, run in zip((form.rows, form.columns), rectangle, strict=True)
     )
     muls = size.batch * down * across * size.kernels
     weights = 4 * form.sets(late=True) * size.kernels
@@ -61,10 +61,12 @@ def cycles(part: Part, size: Size, machine: Machine) -> float:
     form, tiling, tile, late = part.form, part.tiling, part.tile, part.late
     width, vectors = machine.isa.width, size.vectors(machine.isa.width)
     panels = -(-vectors // tile.vectors)
-    work = size.groups * _multiplied(part, size, machine)
+    length, mixes = run_length(size.channels, cold=part.way == "product"), False
+    if late:
+        length, mixes = late_run(size.channels, form, tile.vectors * width, part.room(machine.isa.registers))
+    work = size.groups * _multiplied(part, size, width, length)
     if late:
         expanded = form.rows.inputs * len(form.columns.moved)
-        mixes = _late_run(part, size, machine)[1]
         each = _MIXED if mixes else _EXPANDED
         work += each * tiling.pieces * size.groups * size.channels * vectors * expanded
     spilled = _SPILLED if part.way == "fused" and not _fits(part, size, machine) else 1.0
@@ -73,11 +75,11 @@ def cycles(part: Part, size: Size, machine: Machine) -> float:
     into = spilled * _IN * moved * -(-size.inputs // width) * part.splits
     units = tiling.pieces * part.splits
     if part.way == "product":
-        floats = tiling.pieces * place_tiles(form, tiling) * size.inputs
+        shared = 4 * tiling.pieces * place_tiles(form, tiling) * size.inputs
         units *= size.groups * panels
-        if 4 * floats > _CACHE:
-            work += 4 * floats * panels / (_READ if 4 * floats < _FULL else _READ_FAR)
-        into += _UNIT * tiling.batch * tiling.grid[0] + 4 * floats / _moved_rate(4 * floats, machine)
+        if shared > _CACHE:
+            work += shared * panels / (_READ if shared < _FULL else _READ_FAR)
+        into += _UNIT * tiling.batch * tiling.grid[0] + shared / _moved_rate(shared, machine)
     of_unit = work / units + _UNIT
     rounds = -(-units // machine.threads)
     return rounds * of_unit + into / machine.threads + _fetched(part, size, machine)
@@ -90,17 +92,12 @@ def _moved_rate(moved: int, machine: Machine) -> float:
     return _MOVED if moved > _CACHE / 2 else math.inf
 
 
-def _late_run(part: Part, size: Size, machine: Machine) -> tuple[int, bool]:
-    lanes = part.tile.vectors * machine.isa.width
-    return late_run(size.channels, part.form, lanes, part.room(machine.isa.registers))
-
-
-def _multiplied(part: Part, size: Size, machine: Machine) -> float:
-    """Products of all panels of a group."""
-    whole, rest = divmod(size.vectors(machine.isa.width), part.tile.vectors)
+def _multiplied(part: Part, size: Size, width: int, length: int) -> float:
+    """Products of all panels of a group, in runs of so many channels."""
+    whole, rest = divmod(size.vectors(width), part.tile.vectors)
     counts = [(whole, part.tile.vectors), (1, rest)]
     places = sum(
-        many * len(share.rows) * len(share.columns) * number * _of_tile(part, size, machine, Tile(tile.pixels, vectors))
+        many * len(share.rows) * len(share.columns) * number * _of_tile(size.channels, tile, vectors, length)
         for many, vectors in counts
         if many * vectors
         for of_row in shares(part.form, part.tiling)
@@ -110,12 +107,10 @@ def _multiplied(part: Part, size: Size, machine: Machine) -> float:
     return part.tiling.pieces * places
 
 
-def _of_tile(part: Part, size: Size, machine: Machine, tile: Tile) -> float:
-    """Products of all channels of some tiles in a place by a panel."""
-    late, _ = _late_run(part, size, machine)
-    run = late if part.late else run_length(size.channels, cold=part.way == "product")
-    sums = -(-size.channels // run)
-    return size.channels * tile.cycles + sums * (_STARTED + _STORED * tile.pixels * tile.vectors)
+def _of_tile(channels: int, tile: Tile, vectors: int, length: int) -> float:
+    """Products of all channels of some tiles in a place by a panel of so many vectors."""
+    sums = _STARTED + _STORED * tile.pixels * vectors
+    return channels * Tile(tile.pixels, vectors).cycles + -(-channels // length) * sums
 
 
 def _fetched(part: Part, size: Size, machine: Machine) -> float:

@@ -109,8 +109,14 @@ class Part:
     @property
     def end(self) -> Pair:
         """One behind the last row and column that the tiles cover; it may lie outside of the image."""
-        down, across = (first + count * m - (m - tail if tail else 0) for first, m, count, tail in self.rectangle)
+        down, across = (run[0] + run[1] * run[2] - missing(run) for run in self.rectangle)
         return down, across
+
+
+def missing(run: Run) -> int:
+    """Outputs that the last tile has less than the others."""
+    _, outputs, _, last = run
+    return outputs - last if last else 0
 
 
 def form_of(rectangle: Rectangle, stride: int) -> Form:

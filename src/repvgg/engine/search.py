@@ -135,7 +135,7 @@ class _Field:
 
     def __init__(self, geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> None:
         self._size, self._stride, self._machine, self._workers = size, geometry.stride[0], machine, workers
-        weight = np.broadcast_to(np.float32(0), (size.outputs, size.inputs // size.groups, *geometry.kernel))
+        weight = np.broadcast_to(np.float32(0), (size.outputs, size.channels, *geometry.kernel))
         self._layer = Conv("layer", weight, np.zeros(size.outputs, np.float32), geometry, relu=True)
         axes = zip(size.image, geometry.stride, geometry.kernel, geometry.padding, strict=True)
         height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)

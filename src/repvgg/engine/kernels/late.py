@@ -15,10 +15,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import final
 
 from repvgg.engine.ir import Function, Index, Value
-from repvgg.engine.kernels.panel import Lanes, Mix, Operand, Panel, Run
+from repvgg.engine.kernels.panel import Lanes, Meanwhile, Operand, Panel, Run
 from repvgg.engine.kernels.runs import PAIRS, late_run
 from repvgg.engine.kernels.tiling import LINE, Share
 from repvgg.engine.kernels.transform import transform
@@ -156,24 +157,47 @@ class LateProducts:
                 lanes = Lanes(write.at(kernels.moved, write.mul(place, length * step)), step, later, fetched)
             else:
                 lanes = Lanes(write.at(kernels.lie, group.tap * step), TAPS * step, later, fetched)
-            mix = self._mix(write, group, number, kernels) if group.mixes else None
+            meanwhile = self._mix(write, group, number, kernels) if group.mixes else None
             inputs, products = (operand.from_place(write, columns.index) for operand in row)
             following = write.add(run.begin, inputs.place)
-            self._panel.add(write, run, group.share, (inputs, products), lanes, following, mix)
+            self._panel.add(write, run, group.share, (inputs, products), lanes, following, meanwhile)
 
-    def _mix(self, write: Function, group: _Group, number: Index, kernels: _Kernels) -> Mix:
-        """The next pair of columns, for half of the vectors in each of a pair; at the end the next run's first one."""
+    def _mix(self, write: Function, group: _Group, number: Index, kernels: _Kernels) -> Meanwhile:
+        """Make the next pair of columns, half of the vectors in each of a pair; at the end the next run's first one."""
         vectors, step = self._panel.vectors, self._step
         if group.tap is not None:
-            points = [write.broadcast(kernels.points, at) for at in (0, 1)]
-            return Mix(kernels.following, kernels.moved, vectors, points)
+            points = self._points(write, kernels, 0)
+            return partial(self._pair, write, kernels.following, kernels.moved, vectors, points)
         some = -(-vectors // 2)
         before, half = write.divide(number, 2)
         vector, pair = write.mul(half, (vectors - some) * write.width), write.add(before, 1)
         place = write.mul(write.value(f"and i64 {pair}, 1"), 2 * self._length * step)
-        points = [write.broadcast(write.at(kernels.points, write.mul(pair, 2)), at) for at in (0, 1)]
+        points = self._points(write, kernels, write.mul(pair, 2))
         wrote = write.at(kernels.moved, write.add(place, vector))
-        return Mix(write.at(kernels.lie, vector), wrote, some, points)
+        return partial(self._pair, write, write.at(kernels.lie, vector), wrote, some, points)
+
+    def _points(self, write: Function, kernels: _Kernels, place: Index) -> list[Value]:
+        """Vectors of p² and p."""
+        at = write.at(kernels.points, place)
+        return [write.broadcast(at, number) for number in (0, 1)]
+
+    def _pair(
+        self, write: Function, read: Value, wrote: Value, vectors: int, points: Sequence[Value], channel: Value
+    ) -> None:
+        """Some vectors of the kernels of an input channel in two columns.
+
+        g0 + p² g2 ± p g1, or with stride 2 g0 ± p g2.
+        """
+        square, point = points
+        read = write.at(read, write.mul(channel, TAPS * self._step))
+        wrote = write.at(wrote, write.mul(channel, self._step))
+        for vector in range(0, vectors * write.width, write.width):
+            outer, inner, last = (write.load(read, tap * self._step + vector) for tap in range(TAPS))
+            shared, turned = outer, last
+            if self._columns.stride == 1:
+                shared, turned = write.fma(last, square, outer), inner
+            for column, value in enumerate((turned, write.value(f"fneg {write.vector} {turned}"))):
+                write.store(write.fma(value, point, shared), wrote, column * self._length * self._step + vector)
 
     def _store_points(self, write: Function, points: Value) -> None:
         """p² and p of each pair of columns."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import final
+from typing import TypeAlias, final
 
 from repvgg.engine.ir import Function, Index, Value
 from repvgg.engine.kernels.tile import Tile, equal_tiles, multiply_add
 from repvgg.engine.kernels.tiling import LINE, Share, Tiling, place_floats, shares
-from repvgg.engine.winograd import TAPS, Form
+from repvgg.engine.winograd import Form
 
 
 @final
@@ -73,22 +73,8 @@ class Lanes:
     fetched: int
 
 
-@final
-@dataclass(frozen=True)
-class Mix:
-    """Two columns of kernels, ±p, that are computed meanwhile.
-
-    Attributes:
-        read: address of the three columns of the first channel.
-        wrote: address of what comes of them.
-        vectors: of each channel.
-        points: vectors of p² and p.
-    """
-
-    read: Value
-    wrote: Value
-    vectors: int
-    points: list[Value]
+#: Writes what else happens while a channel, of this number in its run, is added.
+Meanwhile: TypeAlias = Callable[[Value], None]
 
 
 @final
@@ -138,17 +124,16 @@ class Panel:
         tiles: tuple[Operand, Operand],
         lanes: Lanes,
         ahead: Index,
-        mix: Mix | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
         """Add a run of channels to the sums of all tiles of a place: inputs and products of the place.
 
-        As many channels are fetched of each tile, from ``ahead`` on.
+        As many channels are fetched of each tile, from ``ahead`` on. What happens meanwhile happens for each tile of
+        registers.
         """
         inputs, products = tiles
-        begin, sizes = share.first, equal_tiles(share.count, self.tile)
-        if mix and sizes[0][0] > 1:  # the first ones alone
-            sizes = [(1, sizes[0][1]), (sizes[0][0] - 1, sizes[0][1]), *sizes[1:]]
-        for count, tile in sizes:
+        begin = share.first
+        for count, tile in equal_tiles(share.count, self.tile):
             end = begin + count * tile.pixels
             with write.loop(begin, end, tile.pixels) as at:
                 source = write.at(inputs.at, write.mul(at.index, inputs.tile))
@@ -157,37 +142,31 @@ class Panel:
                     for pixel in range(tile.pixels):
                         for line in range(0, run.length, LINE):
                             write.prefetch(source, write.add(ahead, pixel * inputs.tile + line))
-                sums = self._sums(write, tile.pixels, write.at(source, run.begin), inputs.tile, run.length, lanes, mix)
+                read = replace(inputs, at=write.at(source, run.begin))
+                sums = self._sums(write, tile.pixels, read, run.length, lanes, meanwhile)
                 for place, value in enumerate(sums):
                     lane = place * write.width
                     total = write.binary("fadd", value, write.load(target, lane)) if not run.first else value
                     write.store(total, target, lane)
-            begin, mix = end, None
+            begin = end
 
     def _sums(
-        self, write: Function, pixels: int, read: Value, pitch: int, count: int, lanes: Lanes, mix: Mix | None
+        self,
+        write: Function,
+        pixels: int,
+        read: Operand,
+        count: int,
+        lanes: Lanes,
+        meanwhile: Meanwhile | None,
     ) -> list[Value]:
-        """Those of so many channels of some tiles, the first of which lies at ``read``."""
+        """Those of so many channels of some tiles."""
         with write.loop(0, count, carried=["zeroinitializer"] * (pixels * self.vectors)) as channels:
             weights = write.at(lanes.at, write.mul(channels.index, lanes.step))
             for line in range(0, lanes.fetched, LINE):
                 ahead = write.add(write.mul(channels.index, lanes.fetched), line)
                 write.prefetch(write.at(lanes.later, ahead), near=True)
-            source = write.at(read, channels.index)
-            channels.next = multiply_add(write, source, pitch, weights, channels.carried, self.vectors)
-            if mix:
-                self._mixed(write, channels.index, count, mix)
+            source = write.at(read.at, channels.index)
+            channels.next = multiply_add(write, source, read.tile, weights, channels.carried, self.vectors)
+            if meanwhile:
+                meanwhile(channels.index)
         return channels.results
-
-    def _mixed(self, write: Function, channel: Value, count: int, mix: Mix) -> None:
-        """The kernels of an input channel in two columns: g0 + p² g2 ± p g1, or with stride 2 g0 ± p g2."""
-        step, (square, point) = self.vectors * write.width, mix.points
-        read = write.at(mix.read, write.mul(channel, TAPS * step))
-        wrote = write.at(mix.wrote, write.mul(channel, step))
-        for vector in range(0, mix.vectors * write.width, write.width):
-            outer, inner, last = (write.load(read, tap * step + vector) for tap in range(TAPS))
-            shared, turned = outer, last
-            if self.form.columns.stride == 1:
-                shared, turned = write.fma(last, square, outer), inner
-            for column, value in enumerate((turned, write.value(f"fneg {write.vector} {turned}"))):
-                write.store(write.fma(value, point, shared), wrote, column * count * step + vector)
