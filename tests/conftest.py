@@ -5,6 +5,8 @@ ones (``--hypothesis-profile explore``).
 """
 
 import gc
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+# Scripts that tests start as processes of their own import from the package `tests`, too.
+_ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 
 @pytest.fixture(autouse=True, scope="session")

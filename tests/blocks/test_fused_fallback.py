@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from blocks_helpers import images, is_fused, step, stirred
 from torch import fx, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -16,6 +15,7 @@ from repvgg import create_model, is_plain, reparameterize
 from repvgg.blocks import BranchSum, RepVGGBlock, native, rep_conv, training_kernels
 from repvgg.blocks.fused import status
 from repvgg.errors import MissingDependencyError, UsageError
+from tests.blocks.helpers import images, is_fused, step, stirred
 
 X = images(6, dtype=torch.float32)
 

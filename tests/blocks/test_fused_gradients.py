@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from blocks_helpers import images, is_fused, step, stirred
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
 from repvgg.blocks import BranchSum, ConvBN, RepVGGBlock, rep_conv, training_kernels
+from tests.blocks.helpers import images, is_fused, step, stirred
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks_cases import EXACT, geometry_of, images, made, relative
-from blocks_published import PUBLISHED, randomized
 from torch import nn
 from torch.testing import assert_close
 
 import repvgg
 from repvgg.blocks import BLOCKS, BranchSum, Geometry, PaddedNorm, block_of, create_block
 from repvgg.errors import BorderError, NotLinearError, UsageError
+from tests.blocks.cases import EXACT, geometry_of, images, made, relative
+from tests.blocks.published_formulas import PUBLISHED, randomized
 
 
 def test_relu_in_the_branches_refuses_to_collapse():

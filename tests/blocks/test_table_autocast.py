@@ -1,8 +1,8 @@
 import pytest
 import torch
-from blocks_helpers import images, step, stirred
 
 from repvgg.blocks import BLOCKS, Geometry, create_block
+from tests.blocks.helpers import images, step, stirred
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])

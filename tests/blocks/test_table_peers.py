@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from blocks_published import randomized
 from timm.models.byobnet import MobileOneBlock
 from timm.models.fastvit import RepMixer as TimmRepMixer
 from torch.testing import assert_close
 
 import repvgg
 from repvgg.blocks import Geometry, RepMixer, create_block
+from tests.blocks.published_formulas import randomized
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

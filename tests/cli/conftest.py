@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cli_helpers import Files, Outcome, contents
 
-from norms import trained_like
 from repvgg import reparameterize
 from repvgg.cli import main
 from repvgg.models import create_model, describe_model, save
+from tests.bn_statistics import trained_like
+from tests.cli.helpers import Files, Outcome, contents
 
 
 @pytest.fixture

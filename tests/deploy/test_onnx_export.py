@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from norms import trained_like
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import ExportError, OutputError, OutputExistsError, UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model
+from tests.bn_statistics import trained_like
 
 TINY = ModelSpec("tiny", Stage(1, 4), (Stage(2, 8),), auxiliary=(0,))
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from expansion_models import assert_same_outputs, image, module, trained, untouched, vgg
 from torch import nn
 
 import repvgg
 from repvgg.blocks import ConvBN
 from repvgg.errors import NothingExpandedWarning
+from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 
 def like(conv, kernel=3, padding=1, groups=None, bias=False):

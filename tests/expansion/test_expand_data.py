@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from expansion_models import assert_same_outputs, image, module, trained, untouched, vgg
 from torch import nn
 
 import repvgg
 from repvgg.errors import UsageError
 from repvgg.expansion.statistics import ChannelStatistics
+from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

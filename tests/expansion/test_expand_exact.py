@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torchvision
-from expansion_models import assert_same_outputs, image, module, trained, untouched, vgg
 from torch import nn
 
 import repvgg
 from repvgg.blocks import BranchSum, rep_conv
+from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 

@@ -6,12 +6,12 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from expansion_models import assert_same_outputs, image, module, trained, untouched, vgg
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import repvgg
 from repvgg.errors import NothingExpandedWarning, ReparamError
+from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 
 def conv(*args, **kwargs):

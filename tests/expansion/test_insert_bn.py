@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from expansion_models import assert_same_outputs, image, module, trained, untouched, vgg
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import repvgg
 from repvgg.blocks import ConvBN
 from repvgg.errors import NothingExpandedWarning
+from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 import torchvision
-from expansion_models import assert_same_outputs, image, trained, untouched, vgg
 from torch import nn
 
 import repvgg
 from repvgg.blocks import BLOCKS
 from repvgg.errors import FreshWeightsWarning, NothingExpandedWarning, UsageError
+from tests.expansion.models import assert_same_outputs, image, trained, untouched, vgg
 
-FRESH = {"dirac", "expand_cl", "repvgg_relu"}
+FRESH = sorted({"dirac", "expand_cl", "repvgg_relu"})
 LARGE = {"unireplk", "expand_ck"}  # on kernels of 5 and more
 
 

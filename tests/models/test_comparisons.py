@@ -6,7 +6,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import repvgg
-from norms import trained_like
 from repvgg.blocks import BLOCKS, BranchSum, DiracConv2d
 from repvgg.errors import NotLinearError, OtherBlockWarning, UnknownModelError, UsageError
 from repvgg.models import (
@@ -23,6 +22,7 @@ from repvgg.models import (
     spec_of,
 )
 from repvgg.models.comparisons import ResidualBlock
+from tests.bn_statistics import trained_like
 
 SMALL = ModelSpec("small", Stage(1, 4, stride=1), (Stage(2, 6), Stage(3, 8), Stage(1, 8)), input_size=32)
 

@@ -2,18 +2,18 @@
 
 from dataclasses import asdict, replace
 
-import foreign_nets as nets
 import pytest
 import torch
-from models_helpers import TINY_PLUS
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from norms import trained_like
 from repvgg import create_model, load, reparameterize
 from repvgg.checkpoints import read_checkpoint
 from repvgg.errors import CheckpointError, UsageError
 from repvgg.models import SPECS, ModelSpec, SqueezeExciteSpec, Stage, describe_model, load_weights, save
+from tests.bn_statistics import trained_like
+from tests.models import foreign_networks as nets
+from tests.models.helpers import TINY_PLUS
 
 FOREIGN = {
     "upstream": (nets.SMALL, nets.UPSTREAM_NAMES),

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from norms import trained_like
 from repvgg import list_models, load
 from repvgg.checkpoints import recognize_names
 from repvgg.models import SPECS, save
 from repvgg.models.structure import read_structure
+from tests.bn_statistics import trained_like
 
 timm = pytest.importorskip("timm")
 from timm.utils.model import reparameterize_model  # noqa: E402

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from norms import trained_like
 from repvgg import create_model, load, reparameterize
 from repvgg.checkpoints import save_checkpoint
 from repvgg.errors import CheckpointError, OutputExistsError, UnknownModelError
 from repvgg.models import SPECS, describe_model, save
 from repvgg.models.structure import read_structure
+from tests.bn_statistics import trained_like
 
 FORMS = ["train", "plain"]
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from norms import trained_like
 from repvgg import create_model
 from repvgg.errors import CheckpointError, MissingDependencyError, SourceError, UnknownModelError, UsageError
 from repvgg.models import load_weights, resolve
+from tests.bn_statistics import trained_like
 
 FILE = """
 from __future__ import annotations

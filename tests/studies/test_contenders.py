@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from norms import trained_like
 from repvgg import reparameterize
 from repvgg.blocks import BLOCKS, Geometry, create_block
 from repvgg.errors import UnknownModelError, UsageError
 from repvgg.models import ModelSpec, RepVGG, Stage, create_model, form_of, spec_of
 from repvgg.studies.contenders import BRANCHES, FULL, SMALL_B0, TWINS, VARIANTS, all_blocks, chosen, network_row
 from repvgg.studies.paper import TABLE_6, TABLE_7
+from tests.bn_statistics import trained_like
 
 SPEC = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8), Stage(3, 8)))
 ALL = {row.name: row for row in (*BRANCHES, *VARIANTS)}

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from study_helpers import SECONDS, Stopwatch, Tiny
 
 from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, Setting
@@ -15,6 +14,7 @@ from repvgg.studies.cells import Cells, Header
 from repvgg.studies.engines import ENGINES
 from repvgg.studies.speeds import OUT_OF_MEMORY, Speeds, fit_together, measure_rounds, planned_groups
 from repvgg.studies.sweep import prepare
+from tests.studies.helpers import SECONDS, Stopwatch, Tiny
 
 ROUNDS = replace(INTERLEAVED, rounds=4, warmup_seconds=0.0)
 PAIRS = [("a", "b"), ("c", "d")]

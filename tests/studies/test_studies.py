@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 from rich.console import Console
-from study_helpers import SECONDS, Stopwatch, Tiny, counted
 from torch import nn
 
 from repvgg.blocks import BranchSum
@@ -30,6 +29,7 @@ from repvgg.studies.ablation import AblationSettings
 from repvgg.studies.paper import FIGURE_1, TABLE_1, TABLE_4, TABLE_5, TABLE_6
 from repvgg.studies.registry import STUDIES, study_of
 from repvgg.studies.study import PAGE, flat, run_study
+from tests.studies.helpers import SECONDS, Stopwatch, Tiny, counted
 
 COUNTED = ("params_millions", "flops_billions", "winograd_muls_billions")
 QUIET = Console(quiet=True)

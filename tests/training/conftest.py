@@ -1,5 +1,6 @@
 import pytest
-from train_helpers import Server
+
+from tests.training.helpers import Server
 
 
 @pytest.fixture(scope="session")

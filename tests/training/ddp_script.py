@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from train_helpers import CONFIG, opened, tiny
 
 import repvgg.training.task as tasks
 from repvgg.cli import main
 from repvgg.data import DataConfig
 from repvgg.training import OptimConfig, fit
 from repvgg.training.sync_bn import synchronized
+from tests.training.helpers import CONFIG, opened, tiny
 
 RANK = int(os.environ.get("RANK", "0"))
 # 85 images leave 17 to judge by: one process has 8 of them in one batch, and the other 9 in two

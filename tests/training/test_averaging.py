@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from train_helpers import CONFIG, opened, tiny
 
 import repvgg.training.task as tasks
 from repvgg.training import evaluate, fit
+from tests.training.helpers import CONFIG, opened, tiny
 
 
 @pytest.mark.parametrize("device_batch", [None, 8])

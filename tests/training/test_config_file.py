@@ -6,12 +6,12 @@ import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
-from train_helpers import CONFIG
 
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.errors import UsageError
 from repvgg.training import RECIPES, OptimConfig, TrainConfig, read_config, recipe_of, to_yaml, write_config
 from repvgg.training.config_file import differences, from_plain
+from tests.training.helpers import CONFIG
 
 UNIT = st.floats(0, 1)
 POSITIVE = st.floats(1e-6, 100)

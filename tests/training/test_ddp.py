@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_script import norms, step, watched_fit
 from torch import nn
 from torch.testing import assert_close
-from train_helpers import CONFIG, outcome, tiny
 
 from repvgg.errors import UsageError
 from repvgg.training import SyncBatchNorm, TrainConfig, layout_of, write_config
 from repvgg.training.sync_bn import synchronized
+from tests.training.ddp_script import norms, step, watched_fit
+from tests.training.helpers import CONFIG, outcome, tiny
 
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")

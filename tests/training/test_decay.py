@@ -7,15 +7,15 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.testing import assert_close
-from train_helpers import CONFIG, SPEC, opened, tiny
 
-from norms import trained_like
 from repvgg.blocks import Geometry, create_block
 from repvgg.errors import UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model, create_variant
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups
 from repvgg.training.decay import describe_groups, rep_branches
 from repvgg.training.optim import optimizer_groups
+from tests.bn_statistics import trained_like
+from tests.training.helpers import CONFIG, SPEC, opened, tiny
 
 GATED = ModelSpec(
     "gated", Stage(1, 4, stride=1), (Stage(2, 8),), squeeze_excite=SqueezeExciteSpec("before_relu", 2), auxiliary=(0,)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 from torch.testing import assert_close
-from train_helpers import CONFIG, fingerprint, opened, tiny
 
 import repvgg.training.task as tasks
 from repvgg.data import AffineJitter, Augment, DataConfig, TrainLoader, open_data
 from repvgg.errors import DataError, TrainingError, UsageError
 from repvgg.models import TrainingOutput, create_model
 from repvgg.training import OptimConfig, classification_loss, evaluate, fit, quickstart, seeded
+from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 DIGITS = replace(
     CONFIG,

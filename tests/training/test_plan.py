@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from train_helpers import CONFIG
 
 from repvgg.errors import UsageError
 from repvgg.training import BatchPlan, OptimConfig, TrainConfig, plan_batches
+from tests.training.helpers import CONFIG
 
 SMALL = st.integers(1, 32)
 

@@ -6,10 +6,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import repvgg
-from norms import trained_like
 from repvgg.blocks import BLOCKS, ConstantScaleSum, Geometry
 from repvgg.errors import UsageError
 from repvgg.training import RepOptimizer, without_branches
+from tests.bn_statistics import trained_like
 
 
 def branched():

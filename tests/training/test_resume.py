@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from train_helpers import CONFIG, outcome, with_workers
 
 from repvgg.training import write_config
 from repvgg.training.saving import place_of
+from tests.training.helpers import CONFIG, outcome, with_workers
 
 KILL, TERM, INT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
 EVERYTHING = replace(CONFIG, batch_size=24, device_batch=8, ema=0.9, mixup=0.3, save_steps=1, epochs=3)

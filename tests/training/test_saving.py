@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train_helpers import CONFIG, fingerprint, opened, tiny
 
 import repvgg.training.task as tasks
 from repvgg.errors import CheckpointError, OutputError, TrainingError, UsageError
 from repvgg.training import fit
 from repvgg.training.saving import Place, place_of
+from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 STEPWISE = replace(CONFIG, save_steps=1)
 STEPS = 6  # of an epoch

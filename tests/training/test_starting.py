@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from train_helpers import CONFIG, fingerprint, opened
 
-from norms import trained_like
 from repvgg.collapse import is_plain, reparameterize
 from repvgg.errors import CheckpointError, UnknownModelError, UsageError
 from repvgg.models import create_model, describe_model, load, save
 from repvgg.training import fit, seeded
 from repvgg.training.starting import starting_model
+from tests.bn_statistics import trained_like
+from tests.training.helpers import CONFIG, fingerprint, opened
 
 CLASSES = ("0", "1", "2", "3")  # of the data
 

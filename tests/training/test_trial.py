@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from train_helpers import CONFIG, fingerprint, opened, tiny
 
 import repvgg.training.trial as trials
-from norms import trained_like
 from repvgg.collapse import reparameterize
 from repvgg.errors import EquivalenceError, TrainingError
 from repvgg.training import run, try_out
+from tests.bn_statistics import trained_like
+from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 
 def test_says_what_it_found():

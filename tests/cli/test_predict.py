@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repvgg.data import DataConfig, open_data
+from repvgg.errors import MissingDependencyError
+from repvgg.models import create_model, describe_model, save
+from tests.bn_statistics import trained_like
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Held-out digits as files, in no size of the model, and something that is no image."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = open_data(DataConfig(uri="digits:", train_size=16, channels=1))
+    images, _ = data.held_out_images(range(5))
+    for at, image in enumerate(data.to_pixels(images)):
+        pixels = (255 * image[0]).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{at}.png")
+    (folder / "notes.txt").write_text("none of an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(folder, files):
+    """Probabilities of PyTorch for what is on the disk, with ImageNet's mean in the place of one channel's."""
+    pixels = np.stack([np.asarray(Image.open(folder / f"{at}.png")) for at in range(5)])
+    x = torch.from_numpy(pixels)[:, None].float() / 255
+    mean, std = (sum(values) / 3 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        return files.model.eval()((x - mean) / std).softmax(1)
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch", "repvgg"])
+@pytest.mark.parametrize("form", ["train", "plain"])
+def test_the_classes_of_a_folder(repvgg, files, folder, truth, engine, form):
+    outcome = repvgg("predict", getattr(files, form), folder, "--engine", engine, "--top", 3, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert report["engine"] == ("torch" if engine == "torch" else "repvgg")
+    assert [image["file"] for image in report["images"]] == [str(folder / f"{at}.png") for at in range(5)]
+    for image, wanted in zip(report["images"], truth, strict=True):
+        values, numbers = wanted.topk(3)
+        assert [one["index"] for one in image["top"]] == numbers.tolist()
+        assert [one["class"] for one in image["top"]] == [str(number) for number in numbers.tolist()]
+        assert [one["probability"] for one in image["top"]] == pytest.approx(values.tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_in_words(repvgg, files, folder, truth):
+    outcome = repvgg("predict", files.plain, folder / "3.png", "--engine", "repvgg", "--top", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    name, first, second, setting = outcome.out.splitlines()
+    values, numbers = truth[3].topk(2)
+    assert name == str(folder / "3.png")
+    for line, value, number in zip((first, second), values.tolist(), numbers.tolist(), strict=True):
+        assert line.split()[0] == str(number)
+        assert float(line.split()[1].rstrip("%")) == pytest.approx(100 * value, abs=0.02)
+    assert setting == "repvgg_t0, plain form, 16 x 16, engine repvgg"
+
+
+def test_more_images_than_a_batch_and_more_classes_than_there_are(repvgg, files, folder):
+    several = [folder / f"{at % 5}.png" for at in range(18)]
+    report = json.loads(repvgg("predict", files.plain, *several, "--top", 99, "--json").out)
+    tops = [image["top"] for image in report["images"]]
+    assert len(tops) == 18
+    assert all(len(top) == 10 and sum(one["probability"] for one in top) == pytest.approx(1) for top in tops)
+    for one, other in zip(tops[2], tops[17], strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], rel=1e-4, abs=1e-7)
+
+
+def test_colours_names_and_normalization_come_from_the_checkpoint(repvgg, tmp_path):
+    model = trained_like(create_model("repvgg_t0", num_classes=3)).half()
+    about = {"input_size": 24, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    save(tmp_path / "model.safetensors", model, describe_model(model, "train", **about))
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        wanted = model.float().eval()((x - mean) / std).softmax(1)[0]
+    out = repvgg("predict", tmp_path / "model.safetensors", tmp_path / "image.png", "--json").out
+    found = {one["class"]: one["probability"] for one in json.loads(out)["images"][0]["top"]}
+    for number, value in enumerate(wanted.tolist()):
+        assert found[f"class {number}"] == pytest.approx(value, abs=1e-3)
+
+
+def test_pytorch_runs_where_the_engine_is_not_installed(repvgg, refused, files, folder, monkeypatch):
+    def missing(*arguments, **more):
+        raise MissingDependencyError("This needs 'llvmlite'.")
+
+    monkeypatch.setattr("repvgg.engine.compile", missing)
+    outcome = repvgg("predict", files.plain, folder / "0.png")
+    assert (outcome.code, outcome.out.splitlines()[-1].endswith("engine torch (This needs 'llvmlite')")) == (0, True)
+    assert "This needs 'llvmlite'" in refused("predict", files.plain, folder / "0.png", "--engine", "repvgg")
+
+
+def test_what_is_refused(refused, files, folder, tmp_path):
+    image = folder / "0.png"
+    assert "'notes.txt' is not an image" in refused("predict", files.plain, folder / "notes.txt").replace(
+        f"{folder}/", ""
+    )
+    assert "There is no file" in refused("predict", files.plain, tmp_path / "nothing.png")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("predict", files.plain, tmp_path / "empty")
+    (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-40])
+    assert "is cut off" in refused("predict", files.plain, tmp_path / "cut.png")
+    assert "at least 1" in refused("predict", files.plain, image, "--top", 0)
+    assert "Name the images" in refused("predict", files.plain)
+    refused("predict", tmp_path / "no.safetensors", image)
+
+
+def test_broken_weights(refused, folder, tmp_path):
+    model = create_model("repvgg_t0", num_classes=3, plain=True)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    save(tmp_path / "model.safetensors", model, describe_model(model, "plain"))
+    assert "not finite" in refused("predict", tmp_path / "model.safetensors", folder / "0.png")

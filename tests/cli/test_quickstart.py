@@ -1,0 +1,180 @@
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+
+from repvgg import is_plain, load
+from repvgg.cli import main
+from repvgg.data import OpenedData
+from repvgg.data.parts import ArrayPart
+from repvgg.data.sources import open_source
+from repvgg.errors import OutputError
+from repvgg.measure import SpeedProtocol, compare
+from repvgg.studies import page
+from repvgg.studies import quickstart as study
+from repvgg.training import quickstart as recipe
+from tests.cli.helpers import contents
+
+FILES = {"train.safetensors", "plain.safetensors", "plain.onnx", "report.json", "report.html"}
+STAGES = ["open_data", "_train", "_collapse", "_verify", "_save", "_export", "_judge", "_time", "_report", "_write"]
+
+
+def few_digits(config, *, seed):
+    """The first 100 images of both parts."""
+    source = open_source(config)
+    few = [ArrayPart("few", p.pixels[:100], p.labels[:100], p.classes) for p in (source.train, source.held_out)]
+    return OpenedData(config, replace(source, train=few[0], held_out=few[1]), seed)
+
+
+def one_epoch(seed):
+    config = recipe(seed)
+    return replace(config, epochs=1, optim=replace(config.optim, warmup_epochs=0.5))
+
+
+def quick_compare(calls):
+    return compare(calls, SpeedProtocol(rounds=3, warmup_seconds=0.0, min_round_seconds=1e-4))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole way once, with few images, one epoch and hasty timing; and what each stage returned."""
+    home, returned = tmp_path_factory.mktemp("quickstart"), {}
+
+    def recording(name, stage):
+        def call(*arguments, **keywords):
+            returned[name] = stage(*arguments, **keywords)
+            return returned[name]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(study, "open_data", few_digits)
+        patch.setattr(study, "quickstart", one_epoch)
+        patch.setattr(study.measure, "compare", quick_compare)
+        for name in ("_train", "_collapse", "_verify", "_export", "_judge", "_time"):
+            patch.setattr(study, name, recording(name, getattr(study, name)))
+        assert main(["quickstart", "--seed", "3"]) == 0
+    return home, returned
+
+
+@pytest.fixture
+def replayed(finished, tmp_path, monkeypatch):
+    """An empty folder to work in, and stages that return at once what they returned before."""
+    home, returned = finished
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "open_data", few_digits)
+    for name, value in returned.items():
+        monkeypatch.setattr(study, name, partial(lambda value, *arguments, **keywords: value, value))
+
+    def export(folder, *arguments):
+        shutil.copy(home / study.FOLDER / study.ONNX_FILE, folder)
+        return returned["_export"]
+
+    monkeypatch.setattr(study, "_export", export)
+    return tmp_path
+
+
+def test_leaves_whole_files(finished):
+    home, _ = finished
+    folder = home / "runs" / "quickstart"
+    assert [path.name for path in (home / "runs").iterdir()] == ["quickstart"]
+    assert {path.name for path in folder.iterdir()} == FILES
+    train, plain = load(folder / "train.safetensors", "repvgg_t0"), load(folder / "plain.safetensors", "repvgg_t0")
+    assert (train.metadata.form, plain.metadata.form) == ("train", "plain")
+    assert is_plain(plain.model)
+    assert not is_plain(train.model)
+    assert plain.metadata.classes == tuple("0123456789")
+    assert plain.metadata.recipe["seed"] == 3
+    onnx.checker.check_model(str(folder / "plain.onnx"), full_check=True)
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_report_says_what_happened(finished):
+    home, _ = finished
+    report = page.Report.from_dict(json.loads((home / "runs/quickstart/report.json").read_text(encoding="utf-8")))
+    assert report.passed
+    assert report.seed == 3
+    assert len(report.regions) == 7
+    assert all(judgement.agree == judgement.total for judgement in report.evidence)
+    assert {timing.role for timing in report.timings} == {"train", "folded", "plain", "runtime"}
+    metadata = load(home / "runs/quickstart/train.safetensors").metadata
+    assert metadata.metrics == {"held_out_accuracy": report.training.accuracy}
+
+
+def test_next_commands_work(finished, repvgg, monkeypatch):
+    home, _ = finished
+    monkeypatch.chdir(home)
+    report = page.Report.from_dict(json.loads(Path("runs/quickstart/report.json").read_text(encoding="utf-8")))
+    verify, convert, _ = (one.command.split() for one in report.next_commands)
+    assert repvgg(*verify[1:]).code == 0
+    assert repvgg(*convert[1:]).code == 0
+    assert load(convert[-1]).metadata.form == "plain"
+
+
+def test_prints_the_way(replayed, repvgg):
+    outcome = repvgg("quickstart", "--out", "here")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Try next:" in outcome.out
+    assert "here/report.html" in outcome.out
+    assert {path.name for path in (replayed / "here").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OutputError("The disk is full."), OSError(28, "No space left")])
+def test_a_run_that_ends_early_leaves_nothing(replayed, repvgg, monkeypatch, stage, error):
+    def stop(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(study, stage, stop)
+    outcome = repvgg("quickstart")
+    assert outcome.code == (130 if error is KeyboardInterrupt else 2)
+    said = {
+        KeyboardInterrupt: "interrupted\n",
+        OSError: "error: 'runs/quickstart' could not be written: No space left.\n",
+    }
+    assert outcome.err == said.get(error if error is KeyboardInterrupt else type(error), "error: The disk is full.\n")
+    left = {path for path in replayed.rglob("*") if path != replayed / "runs"}
+    assert left == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_run_does_not_harm_the_one_before(replayed, repvgg, monkeypatch, stage):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    folder = replayed / "runs" / "quickstart"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("precious")
+    before = contents(replayed)
+    monkeypatch.setattr(study, stage, interrupt)
+    assert repvgg("quickstart", "--out", folder, "--overwrite").code == 130
+    assert contents(replayed) == before
+
+
+def test_a_folder_that_exists_is_left_alone(replayed, repvgg):
+    for name in ("quickstart", "quickstart-2", "quickstart-3"):
+        before = contents(replayed)
+        assert repvgg("quickstart").code == 0
+        after = contents(replayed)
+        assert before.items() <= after.items()
+        assert {path.name for path in (replayed / "runs" / name).iterdir()} == FILES
+
+
+def test_out_is_replaced_only_on_request(replayed, repvgg, refused):
+    (replayed / "here").mkdir()
+    (replayed / "here" / "notes.txt").write_text("precious")
+    assert "'here' exists" in refused("quickstart", "--out", "here")
+    assert repvgg("quickstart", "--out", "here", "--overwrite").code == 0
+    assert {path.name for path in (replayed / "here").iterdir()} == FILES
+    assert [path.name for path in replayed.iterdir()] == ["here"]
+
+
+def test_out_that_is_a_file(replayed, refused):
+    (replayed / "here").write_text("precious")
+    assert "exists" in refused("quickstart", "--out", "here", "--overwrite")
+    assert "cannot be made" in refused("quickstart", "--out", "here/below")

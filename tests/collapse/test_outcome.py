@@ -1,0 +1,179 @@
+"""The plain model is an ordinary module: it is copied, stored, moved, exported and trained like any other."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import repvgg
+from repvgg.errors import ReparamError
+from tests.collapse.models import Block, Branches, Linear2d, collapse, conv, image, module, storages, trained
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.branches, self.act = Linear2d(), conv(), Branches(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.a(x) + self.b(x)) + self.branches(x)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.inner, self.act = Linear2d(), Inner(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.a(x) + x) + self.inner(x)
+
+
+def everything():
+    """A chain, a whole module, a new forward, and a new forward within a new forward within a new forward."""
+    return nn.Sequential(Block(), Outer(), Branches(), Linear2d())
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = trained(everything())
+    return model, collapse(model)[0]
+
+
+def close(a, b, tolerance=1e-11):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def stored(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), stored, lambda m: copy.deepcopy(copy.deepcopy(m))],
+    ids=["copy", "pickle", "file", "copy of a copy"],
+)
+def test_copies_are_the_same_and_their_own(pair, make):
+    model, plain = pair
+    copied = make(plain)
+    close(copied(image()), model(image()))
+    assert not storages(copied) & storages(plain)
+    assert copied.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in copied.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert [part.training for part in copied.modules()] == [part.training for part in plain.modules()]
+    assert copied[2].width == 4
+
+
+def test_it_is_plain_and_stays_so(pair):
+    model, plain = pair
+    assert repvgg.is_plain(plain)
+    assert repvgg.is_plain(copy.deepcopy(plain).train())
+    assert not repvgg.is_plain(model)
+    assert not any(part.training for part in plain.modules())
+
+
+def test_other_parameters_are_identical_copies(pair):
+    model, plain = pair
+    ours, theirs = plain.state_dict(), model.state_dict()
+    for name in ours.keys() & theirs.keys():
+        if "conv" not in name:
+            assert torch.equal(ours[name], theirs[name])
+    assert {"2.unused.weight", "2.temperature", "2.count"} <= ours.keys() & theirs.keys()
+
+
+def test_state_is_exchanged_between_outcomes(pair):
+    _, plain = pair
+    other = trained(everything(), seed=9)
+    theirs, _ = repvgg.reparameterize(other)
+    copied = copy.deepcopy(plain)
+    copied.load_state_dict(theirs.state_dict())
+    close(copied(image()), other(image()))
+
+
+def test_it_can_be_trained_further(pair):
+    plain = copy.deepcopy(pair[1]).train()
+    plain(image()).square().mean().backward()
+    used = {name: p for name, p in plain.named_parameters() if "unused" not in name and "temperature" not in name}
+    assert all(p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0 for p in used.values())
+    before = plain(image()).square().mean()
+    torch.optim.SGD(used.values(), 1e-3).step()
+    assert plain(image()).square().mean() < before
+
+
+def test_parameters_outside_the_regions_are_trained_further():
+    """A parameter that the forward computes with is no constant of its graph."""
+    model = module(lambda self, x: self.act(self.a(x) + self.b(x)) * self.gain.exp(), a=Linear2d(), b=conv())
+    model.act, model.gain = nn.ReLU(), nn.Parameter(torch.rand(4, 1, 1))
+    plain, _ = collapse(trained(model))
+    plain(image()).sum().backward()
+    assert plain.gain.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_it_moves_to_other_dtypes(pair, dtype, tolerance):
+    model, plain = pair
+    moved = copy.deepcopy(plain).to(dtype)
+    close(moved(image(dtype=dtype)).double(), model(image()), tolerance)
+
+
+def test_it_exports(pair):
+    model, plain = pair
+    program = torch.export.export(plain, (image(),))
+    close(program.module()(image()), model(image()))
+    assert "batch_norm" not in str(program.graph)
+
+
+def test_frozen_parameters_stay_frozen():
+    model = trained(nn.Sequential(Branches(), Block())).requires_grad_(False)
+    plain, _ = collapse(model)
+    assert not any(p.requires_grad for p in plain.parameters())
+    model[1].conv.weight.requires_grad_()
+    plain, _ = collapse(model)
+    assert [n for n, p in plain.named_parameters() if p.requires_grad] == ["1.conv.weight", "1.conv.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dtype_and_layout_are_those_of_the_model(dtype, layout):
+    model = trained(everything(), dtype).to(memory_format=layout)
+    plain, report = collapse(model)
+    kernels = [p for p in plain.parameters() if p.dim() == 4]
+    assert {p.dtype for p in plain.parameters()} == {dtype}
+    assert all(p.is_contiguous(memory_format=layout) for p in kernels)
+    assert report.left == ()
+    x = image(dtype=dtype).to(memory_format=layout)
+    exact = copy.deepcopy(model).double()(x.double())
+    allowed = 2 * (model(x).double() - exact).abs().max() + 1e-3 * exact.abs().max()
+    assert (plain(x).double() - exact).abs().max() <= allowed
+    assert plain(x).is_contiguous(memory_format=layout)
+
+
+def test_norms_of_another_dtype_than_their_convolutions():
+    model = trained(nn.Sequential(Branches(), Block()), torch.bfloat16)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.float()
+    plain, _ = collapse(model)
+    assert plain[0].conv.weight.dtype is plain[1].conv.weight.dtype is torch.bfloat16
+
+
+def test_weights_that_do_not_fit_are_left():
+    model = trained(nn.Sequential(Branches(), Block()), torch.float16)
+    model[1].conv.weight.data.fill_(3e4)
+    model[1].bn.weight.data.fill_(100)
+    plain, report = collapse(model)
+    assert [row.name for row in report.folded] == ["0.conv"]
+    assert [(row.name, row.reason) for row in report.left] == [("1.bn", "the merged weights do not fit into float16")]
+    assert torch.equal(plain[1].conv.weight, model[1].conv.weight)
+
+
+def test_what_cannot_be_copied_raises_what_users_can_catch():
+    model = trained(nn.Sequential(Branches()))
+    model.stream = (part for part in ())
+    with pytest.raises(ReparamError, match="'stream' of the model"):
+        repvgg.reparameterize(model)

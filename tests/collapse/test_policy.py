@@ -1,0 +1,237 @@
+"""What pays, and who decides it; and proofs: what they say, what they refuse, and where they hold back."""
+
+import json
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import repvgg
+from repvgg.collapse import api, rewrite
+from repvgg.collapse.cost import Cost
+from repvgg.collapse.graft import Graft
+from repvgg.errors import EquivalenceError, NothingFoldedWarning, UsageError
+from tests.collapse.models import Branches, Linear2d, assert_same_outputs, conv, image, module, trained
+
+
+def wide():
+    """Dear inside: 10 240 weights, and 2 304 as one."""
+    return nn.Sequential(nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 3), nn.ReLU())
+
+
+def narrow():
+    """Cheap inside: 5 120 weights, and 36 864 as one."""
+    return nn.Sequential(nn.Conv2d(64, 8, 1), nn.Conv2d(8, 64, 3), nn.ReLU())
+
+
+def separable():
+    return nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.ReLU())
+
+
+def joined(act=F.relu):
+    """144 weights, and 288 as one."""
+    parts = {"conv": conv(), "bn": nn.BatchNorm2d(8)}
+    return module(lambda self, x: act(self.bn(torch.cat([self.conv(x), x], 1))), **parts)
+
+
+def parts_of(report):
+    return [[part.name for part in row.parts] for row in report.folded]
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "cheaper", "always"),
+    [
+        (wide, 16, [["0", "1"]], [["0", "1"]]),
+        (narrow, 64, [], [["0", "1"]]),
+        (separable, 16, [["1", "2"]], [["0", "1", "2"]]),
+        (joined, 4, [], [["conv", "cat", "bn"]]),
+    ],
+)
+def test_the_named_policies(make, channels, cheaper, always):
+    model, x = trained(make()), image(channels)
+    plain, report = repvgg.reparameterize(model, policy="always")
+    assert parts_of(report) == always
+    assert_same_outputs(model, plain, x)
+    if not cheaper:
+        with pytest.warns(NothingFoldedWarning):
+            plain, report = repvgg.reparameterize(model)
+    else:
+        plain, report = repvgg.reparameterize(model, policy="cheaper")
+    assert parts_of(report) == cheaper
+    assert_same_outputs(model, plain, x)
+    assert repvgg.is_plain(plain) is (make is not joined)
+    for row in report.folded:
+        assert row.multiply_adds_after <= row.multiply_adds_before
+        assert row.parameters_after <= row.parameters_before
+
+
+@pytest.mark.parametrize("act", [lambda x: x, F.relu], ids=["end", "relu"])
+def test_a_norm_that_is_left_because_of_the_cost_has_it_said(act):
+    with pytest.warns(NothingFoldedWarning):
+        _, report = repvgg.reparameterize(trained(joined(act)))
+    assert report.left[0].name == "bn"
+    assert "merging it would cost 2 times the multiply-adds and 288 instead of 144 weights" in report.left[0].reason
+
+
+@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize(
+    ("make", "channels", "before", "after"),
+    [(wide, 16, 10240, 2304), (narrow, 64, 5120, 36864)],
+    ids=["wide", "narrow"],
+)
+@pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
+def test_a_function_is_asked_and_obeyed(make, channels, before, after, answer):
+    asked = set()
+
+    def policy(*costs):
+        asked.add(costs)
+        return answer
+
+    model = trained(make())
+    plain, report = repvgg.reparameterize(model, policy=policy)
+    assert asked == {(Cost(before, before), Cost(after, after))}
+    assert parts_of(report) == ([["0", "1"]] if answer else [])
+    assert_same_outputs(model, plain, image(channels))
+
+
+def test_that_a_function_said_no_is_said():
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.warns(NothingFoldedWarning):
+        _, report = repvgg.reparameterize(trained(model), policy=lambda before, after: False)
+    assert "merging it would cost" in report.left[0].reason
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(UsageError, match="A policy is 'cheaper', 'always' or a function of two costs, not 'best'"):
+        repvgg.reparameterize(trained(wide()), policy="best")
+
+
+def test_no_proofs_unless_asked_for(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("nobody asked for a proof")
+
+    for place, name in ((api, "prove_module"), (rewrite, "prove_region")):
+        monkeypatch.setattr(place, name, never)
+    model = trained(nn.Sequential(Branches(), Linear2d(), nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4)))
+    plain, report = repvgg.reparameterize(model, prove=False)
+    assert len(report.folded) == 3
+    assert {row.proof for row in report.folded} == {report.proof} == {""}
+    assert_same_outputs(model, plain, image())
+    with pytest.raises(AssertionError, match="nobody asked"):
+        repvgg.reparameterize(model)
+
+
+class Gate(Linear2d):
+    """Multiplies by what a sigmoid that amplifies says."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * torch.sigmoid(30 * y.flip(1)) * 2.5 + x
+
+
+def chaos():
+    return module(lambda self, x: torch.sin(10 * self.bn(self.conv(x))), conv=conv(kernel=1), bn=nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "said"),
+    [
+        (Gate, 60, "relative error"),
+        (chaos, 10, "no more than it moves where its input moves by a rounding or two"),
+        (chaos, 60, "not run on its own: rounding its input moves its output by"),
+    ],
+)
+def test_models_that_amplify_roundings_are_not_held_against_the_collapse(make, layers, said):
+    model = trained(nn.Sequential(*(make() for _ in range(layers))))
+    _, report = repvgg.reparameterize(model)
+    assert len(report.folded) == layers
+    assert report.left == ()
+    assert said in report.proof
+
+
+def raises_when_run(graft):
+    graph = graft.module.graph
+    end = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(end):
+        end.args = (graph.call_function(operator.getitem, (end.args[0], 10**6)),)
+    graft.module.recompile()
+
+
+def is_off(graft):
+    for conv_ in graft.new.values():
+        conv_.bias.data += 1
+
+
+def spoil_forwards(monkeypatch, spoil):
+    """Let every new forward come out wrong."""
+    finish = Graft.finish
+
+    def spoiled(self):
+        finish(self)
+        spoil(self)
+
+    monkeypatch.setattr(Graft, "finish", spoiled)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoil, said, wrap):
+    spoil_forwards(monkeypatch, spoil)
+    model = trained(nn.Sequential(Branches(), Linear2d()) if wrap else Branches())
+    plain, report = repvgg.reparameterize(model)
+    assert_same_outputs(model, plain, image())
+    assert [row.name for row in report.folded] == (["0.a", "1"] if wrap else ["a"])
+    reason = {row.name: row.reason for row in report.left}["0" if wrap else ""]
+    assert "its new forward does not prove equal to the old one" in reason
+    assert said in reason
+
+
+@pytest.mark.parametrize("spoil", [raises_when_run, is_off])
+def test_without_another_region_the_forward_stays_as_it_was(monkeypatch, spoil):
+    spoil_forwards(monkeypatch, spoil)
+    model = trained(module(lambda self, x: F.relu(self.a(x) + self.b(x)), a=conv(), b=conv(kernel=1)))
+    with pytest.warns(NothingFoldedWarning):
+        plain, report = repvgg.reparameterize(model)
+    assert_same_outputs(model, plain, image())
+    assert "does not prove equal to the old one" in report.left[0].reason
+
+
+def test_where_no_forward_is_to_blame_nothing_is_handed_out(monkeypatch):
+    in_place = rewrite._Builder._in_place
+
+    def spoiled(self, unit, region, conv_, grafts):
+        conv_.bias += 1
+        return in_place(self, unit, region, conv_, grafts)
+
+    monkeypatch.setattr(rewrite._Builder, "_in_place", spoiled)
+    with pytest.raises(EquivalenceError, match="though each of its regions is"):
+        repvgg.reparameterize(trained(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())))
+
+
+def test_the_report_is_data_and_text():
+    _, report = repvgg.reparameterize(trained(nn.Sequential(Branches(), nn.BatchNorm2d(4), conv())))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["proof"] == report.proof
+    assert data["folded"][0]["proof"].startswith("relative error")
+    assert str(report).splitlines()[-1] == f"the whole model: {report.proof}"
+    assert "relative error" in report.proof
+
+
+def test_inputs_that_cannot_be_made_up():
+    model = trained(nn.Sequential(nn.ReLU(), Linear2d()))
+    _, report = repvgg.reparameterize(model)
+    assert report.proof == "not run on its own: the forward does not tell what its inputs are"
+    assert report.proof in str(report)
+    _, report = repvgg.reparameterize(model, image())
+    assert report.proof.startswith("relative error")
+
+
+def test_several_inputs():
+    model = trained(module(lambda self, x, y: self.a(x) * F.relu(y) + self.b(F.relu(y)), a=Linear2d(), b=Linear2d()))
+    plain, report = repvgg.reparameterize(model, [image(), image(seed=2)])
+    assert report.proof.startswith("relative error")
+    assert_same_outputs(model, plain, image(), image(seed=2))
+    _, report = repvgg.reparameterize(model)
+    assert "does not tell" in report.proof

@@ -1,0 +1,228 @@
+"""What a forward keeps, hooks, modes, random numbers: the plain model does as the model did, and the model stays."""
+
+import random
+import threading
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import repvgg
+from repvgg.errors import ReparamError
+from tests.collapse.models import (
+    Block,
+    Branches,
+    Linear2d,
+    assert_same_outputs,
+    check,
+    collapse,
+    conv,
+    image,
+    module,
+    trained,
+)
+
+STORE = []
+
+
+def in_an_attribute(self, x):
+    self.kept = self.conv(x)
+    return F.relu(self.bn(self.kept))
+
+
+def in_a_nested_container(self, x):
+    y = self.conv(x)
+    self.store["seen"].append(y)
+    return F.relu(self.bn(y))
+
+
+def in_an_object(self, x):
+    self.space.kept = self.conv(x)
+    return F.relu(self.bn(self.space.kept))
+
+
+def in_a_global(self, x):
+    y = self.conv(x)
+    STORE.append(y)
+    return F.relu(self.bn(y))
+
+
+@pytest.mark.parametrize("forward", [in_an_attribute, in_a_nested_container, in_an_object, in_a_global])
+def test_what_a_forward_keeps_is_what_it_kept(forward):
+    model = module(forward, conv=conv(), bn=nn.BatchNorm2d(4))
+    model.store, model.space = {"seen": []}, SimpleNamespace(kept=None)
+    plain, report = collapse(trained(model))
+    STORE.clear()
+    assert model.store == {"seen": []}
+    assert model.space.kept is None
+    assert report.left[0].reason == "'conv' in front of it stays: its outcome is kept for others to read"
+    assert_same_outputs(model, plain, image())
+    kept = [model.store["seen"], plain.store["seen"]] if model.store["seen"] else [STORE[::2], STORE[1::2]]
+    kept = kept if kept[0] else [[getattr(m, "kept", m.space.kept)] for m in (model, plain)]
+    torch.testing.assert_close(*kept, rtol=1e-12, atol=1e-12)
+
+
+def test_branches_of_a_forward_that_keeps_something_are_not_given_a_new_one():
+    def forward(self, x):
+        self.kept = self.a(x) + self.b(x)
+        return F.relu(self.kept)
+
+    plain, report = check(trained(module(forward, a=Linear2d(), b=conv())), image())
+    assert [row.name for row in report.folded] == ["a"]
+    assert plain.kept is not None
+
+
+def test_a_linear_module_that_keeps_its_outcome_stays_one():
+    def forward(self, x):
+        self.last = self.bn(self.conv(x))
+        return self.last
+
+    inner = module(forward, conv=conv(), bn=nn.BatchNorm2d(4))
+    plain, report = check(
+        trained(module(lambda self, x: F.relu(self.inner(x)) + self.inner.last, inner=inner)), image()
+    )
+    assert [row.name for row in report.folded] == ["inner.conv"]
+    assert plain.inner.last is not None
+
+
+HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("path", ["1.conv", "1", "0", "0.act", "0.b", ""])
+def test_hooks_see_and_change_what_they_did(register, path):
+    seen = []
+
+    def hook(owner, *values):
+        if "backward" in register:
+            seen.append(values[1][0])
+            return None
+        changed = values[-1] if isinstance(values[-1], torch.Tensor) else values[-1][0]
+        seen.append(changed)
+        return changed * 2
+
+    model = trained(nn.Sequential(Branches(), Block(inplace=False)))
+    getattr(model.get_submodule(path), register)(hook)
+    plain, _ = collapse(model)
+    assert seen == []  # neither a trace nor a proof runs them
+    for part in (model, plain):
+        part(image().requires_grad_()).sum().backward()
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen, rtol=1e-11, atol=1e-11)
+
+
+def test_random_numbers_are_neither_used_up_nor_frozen():
+    def forward(self, x):
+        noise = torch.rand(4, 1, 1).to(x) + random.random()
+        return F.relu(self.a(x) + self.b(x)) + noise
+
+    model = trained(module(forward, a=Linear2d(), b=conv()))
+    plain, report = collapse(model)  # holds the states before against those after
+    assert [row.name for row in report.folded] == ["a"]  # its parts, and not its branches
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = model(image())
+    torch.manual_seed(3)
+    random.seed(3)
+    torch.testing.assert_close(plain(image()), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_results_of_an_earlier_run_are_copied():
+    model = trained(Branches())
+    model.features = [model.b.weight * 2]  # not a leaf: a deep copy alone refuses
+    plain, report = check(model, image())
+    assert len(report.folded) == 1
+    torch.testing.assert_close(plain.features, [model.features[0].detach()], rtol=0, atol=0)
+
+
+def test_what_cannot_be_copied_is_named():
+    model = trained(nn.Sequential(Branches()))
+    model[0].lock = threading.Lock()
+    with pytest.raises(ReparamError, match="'lock' of 0 "):
+        repvgg.reparameterize(model)
+
+
+def test_modules_that_copy_themselves_their_own_way_are_left():
+    class Own(Block):
+        def __deepcopy__(self, memo):
+            new = Own()
+            new.load_state_dict(self.state_dict())
+            return new.double().train(self.training)
+
+    _, report = check(trained(nn.Sequential(Branches(), Own())), image())
+    assert len(report.folded) == 1
+    assert "__deepcopy__" in report.left[0].reason
+
+
+def test_a_forward_replaced_on_the_instance_is_what_runs():
+    block, other = Block(), Linear2d()
+    block.forward = MethodType(lambda self, x: self.act(self.conv(x)), block)
+    class_forward = other.forward
+    other.forward = lambda x: class_forward(x) * 2
+    _, report = check(trained(nn.Sequential(block, other, Branches())), image())
+    assert [row.name for row in report.folded] == ["2.conv"]
+
+
+def test_autocast_and_no_grad_inside_a_forward_are_not_lost():
+    def guarded(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return F.relu(self.a(x.float()) + self.b(x.float()))
+
+    model = trained(module(guarded, a=Linear2d(), b=conv()), torch.float32)
+    plain, _ = repvgg.reparameterize(model)
+    with torch.autocast("cpu"):
+        assert model(image(dtype=torch.float32)).dtype is torch.float32
+        assert plain(image(dtype=torch.float32)).dtype is torch.float32
+
+    def frozen(self, x):
+        with torch.no_grad():
+            y = self.a(x)
+        return F.relu(y + self.b(x))
+
+    model = trained(module(frozen, a=Linear2d(), b=conv()))
+    plain, _ = check(model, image())
+    grads = []
+    for part in (model, plain):
+        x = image().requires_grad_()
+        part(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+def test_training_only_parts_are_dropped_if_nothing_else_can_reach_them():
+    def forward(self, x):
+        x = self.body(x)
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    model = trained(module(forward, body=Branches(), head=Block(), aux=Block()))
+    plain, report = check(model, image())
+    assert [row.name for row in report.dropped] == ["aux"]
+    assert plain.aux is None
+    assert model.aux is not None
+
+
+def test_a_training_only_name_of_something_that_runs_is_not_dropped():
+    def forward(self, x):
+        return (self.body(x), self.alias(x)) if self.training else self.body(x)
+
+    block = Block()
+    _, report = check(trained(module(forward, alias=block, body=nn.Sequential(block, Branches()))), image())
+    assert report.dropped == ()
+
+
+def test_a_training_only_part_that_the_model_around_uses_is_not_dropped():
+    def inner(self, x):
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    model = module(lambda self, x: self.inner(x) + self.inner.aux(x), inner=module(inner, head=Block(), aux=Branches()))
+    _, report = check(trained(model), image())
+    assert report.dropped == ()
+
+
+def test_modes_of_modules_that_do_not_care_are_kept():
+    model = trained(nn.Sequential(Branches(), Block()))
+    model.training = model[0].act.training = True
+    plain, _ = collapse(model)
+    assert {name for name, part in plain.named_modules() if part.training} == {"", "0.act"}

@@ -1,0 +1,212 @@
+"""With the real torch.compile."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import tomllib
+import warnings
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from torch import nn
+
+import repvgg
+from repvgg.engine import backend, program
+from repvgg.engine.backend import repvgg_backend
+from repvgg.errors import FallbackWarning
+from tests.engine.test_network import ROWS, plain
+
+GROUP = "torch_dynamo_backends"
+PROJECT = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Input shapes of all networks that the engine compiled."""
+    shapes, network = [], backend.Network
+
+    def noted(layers, shape, *more):
+        shapes.append(shape)
+        return network(layers, shape, *more)
+
+    monkeypatch.setattr(backend, "Network", noted)
+    return shapes
+
+
+def fast_of(model: nn.Module, **more) -> nn.Module:
+    return torch.compile(model, backend=repvgg_backend, **more)
+
+
+def assert_same(fast, model: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        wanted = model(x)
+    torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("plain", torch.no_grad), *((name, torch.inference_mode) for name in ROWS)])
+def test_plain_rows_run_in_the_engine(compiled, name, mode):
+    model = plain(ROWS[name])
+    with mode():
+        assert_same(fast_of(model), model, torch.randn(2, 3, 37, 29))
+    assert compiled == [(2, 3, 37, 29)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_other_batches(compiled, dynamic):
+    model = plain()
+    fast = fast_of(model, dynamic=dynamic)
+    with torch.inference_mode():
+        for batch in (2, 4, 3, 1):
+            assert_same(fast, model, torch.randn(batch, 3, 32, 32))
+    assert len(compiled) == {None: 3, True: 2, False: 4}[dynamic]  # PyTorch's graphs; 1 always has one of its own
+
+
+def test_options(compiled):
+    model, x = plain(), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert_same(fast_of(model, options={"threads": 2}), model, x)
+        assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= program.has_workers()
+        for options, words in (({"thread": 2}, "only option is 'threads'"), ({"threads": 0}, "at least one thread")):
+            torch.compiler.reset()
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
+                fast_of(model, options=options)(x)
+
+
+def test_weights_that_change_are_read_again(compiled):
+    model = plain()
+    fast, x = fast_of(model), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert_same(fast, model, x)
+        assert_same(fast, model, x)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    with torch.inference_mode():
+        assert_same(fast, model, x)
+    model.load_state_dict(plain().state_dict())
+    with torch.inference_mode():
+        assert_same(fast, model, x)
+    assert len(compiled) == 3
+
+
+class Tuple(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return (self.model(x),)
+
+
+def test_weights_inside_of_the_graph(compiled):
+    model, x = plain(), torch.randn(2, 3, 32, 32)
+    run = repvgg_backend(torch.fx.symbolic_trace(Tuple(model)), [x])
+    with torch.inference_mode():
+        assert_same(lambda x: run(x)[0], model, x)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+        assert_same(lambda x: run(x)[0], model, x)
+    assert len(compiled) == 2
+
+
+class Twice(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Pair(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x, x.relu()
+
+
+REFUSED = {
+    "gradients": (plain(), {}, "computes no gradients: call the model under torch.inference_mode"),
+    "a batch norm": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), {}, "batch_norm"),
+    "float64": (nn.Sequential(nn.Conv2d(3, 4, 3)).double(), {"dtype": torch.float64}, "float32"),
+    "a residual": (Twice(), {}, "goes two ways"),
+    "two outputs": (Pair(), {}, "goes two ways"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pytorch_runs_the_rest_and_one_warning_says_why(compiled, name):
+    model, kinds, words = REFUSED[name]
+    x = torch.randn(1, 3, 32, 32, **kinds)
+    inference = torch.inference_mode(name != "gradients")
+    fast = fast_of(model)
+    with inference, pytest.warns(FallbackWarning, match=words):
+        assert_same(fast, model, x)
+    with inference, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(fast, model, x)
+    assert compiled == []
+
+
+def test_gradients_are_right_and_inference_goes_on_in_the_engine(compiled):
+    model, x = plain(), torch.randn(1, 3, 32, 32)
+    fast = fast_of(model)
+    with torch.inference_mode():
+        fast(x)
+    with pytest.warns(FallbackWarning, match="gradients"):
+        fast(x).sum().backward()
+    assert model.head.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert_same(fast, model, x)
+    assert len(compiled) == 1
+
+
+def test_autocast(compiled):
+    model, x = plain(), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), pytest.warns(FallbackWarning, match="autocast"):
+        assert fast_of(model)(x).dtype == torch.bfloat16
+    assert compiled == []
+
+
+def test_the_entry_point_leads_to_the_backend():
+    declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][GROUP]
+    assert list(declared) == ["repvgg"]
+    assert EntryPoint("repvgg", declared["repvgg"], GROUP).load() is repvgg_backend
+
+
+@pytest.mark.slow
+def test_by_name_without_importing(tmp_path):
+    """PyTorch finds the entry point of an installed package."""
+    declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][GROUP]["repvgg"]
+    about = tmp_path / "as_installed-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: as-installed\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[{GROUP}]\nrepvgg = {declared}\n")
+    code = (
+        "import sys, torch\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval()\n"
+        "fast = torch.compile(model, backend='repvgg')\n"
+        "with torch.inference_mode():\n"
+        "    torch.testing.assert_close(fast(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))\n"
+        "print('repvgg.engine.network' in sys.modules)\n"
+    )
+    source = str(pathlib.Path(repvgg.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:repvgg", "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr

@@ -1,0 +1,355 @@
+"""The callable from outside: what goes in, other sizes, copies, forks, and how it ends."""
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import repvgg.engine
+from repvgg.engine import compiling, network, program
+from repvgg.engine.isa import GENERIC, host_isa
+from repvgg.engine.memory import Arena
+from repvgg.engine.network import SIZES, Network
+from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
+from tests.engine.test_network import assert_equal, plain
+
+threaded = pytest.mark.skipif(not program.has_workers(), reason="the engine has threads of its own on Linux alone")
+forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return plain()
+
+
+@pytest.fixture
+def fast(model):
+    return repvgg.engine.compile(model, (2, 3, 32, 32))
+
+
+def batch(count: int = 2, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
+    return torch.randn(count, 3, *size)
+
+
+# Arrays
+
+ARRAYS = {
+    "as they come": lambda x: x,
+    "channels last": lambda x: np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+    "turned around": lambda x: x[:, :, ::-1, ::-1].copy()[:, :, ::-1, ::-1],
+    "every second": lambda x: np.repeat(x, 2, axis=3)[:, :, :, ::2],
+    "the same again and again": lambda x: np.broadcast_to(x[:1], x.shape),
+    "not aligned": lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_all_kinds(fast, name):
+    x = ARRAYS[name](batch().numpy())
+    x.flags.writeable = False
+    out = fast(x)
+    assert type(out) is np.ndarray
+    assert out.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(out), fast(torch.from_numpy(x.copy())), rtol=0, atol=0)
+
+
+def test_tensors_that_are_negated_when_they_are_read(fast):
+    numbers = torch.complex(batch(), batch())
+    x = numbers.conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(fast(x), fast(-numbers.imag), rtol=0, atol=0)
+
+
+def test_maps_of_one_channel_are_not_overwritten_by_the_next_call():
+    """Then the output already lies as it is returned, and must be copied nevertheless."""
+    network = repvgg.engine.compile(torch.nn.Sequential(torch.nn.Conv2d(16, 16, 1)), (1, 16, 1, 1))
+    first = network(torch.zeros(1, 16, 1, 1))
+    kept = first.clone()
+    network(torch.ones(1, 16, 1, 1))
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+# Other sizes
+
+
+def sizes_of(network: Network) -> list[tuple[int, ...]]:
+    return [(one.shape[0], *one.shape[2:]) for one in network._runners]
+
+
+def test_other_sizes_are_compiled_when_they_come(fast, model):
+    for count, size in [(3, (32, 32)), (1, (40, 33)), (2, (32, 32)), (1, (40, 33)), (1, (32, 32))]:
+        assert_equal(fast, model, batch(count, size))
+    assert sizes_of(fast) == [(3, 32, 32), (1, 40, 33), (2, 32, 32)]
+    assert fast.input_shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=threaded)])
+def test_the_size_that_ran_last_goes_last(model, threads):
+    fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
+    others = [(20 + at, 20) for at in range(SIZES)]
+    first = weakref.ref(fast._runners[0])
+    for size in others:
+        assert_equal(fast, model, batch(1, size))
+    assert sizes_of(fast) == [(1, *size) for size in others]
+    gc.collect()
+    assert first() is None
+    assert_equal(fast, model, batch())
+
+
+def test_weights_that_are_packed_alike_are_held_once(model):
+    fast = repvgg.engine.compile(model, (1, 3, 32, 32))
+    before = {values.ctypes.data for values in fast._runners[0]._weights}
+    fast(batch(2, (64, 32)))
+    both = before & {values.ctypes.data for values in fast._runners[1]._weights}
+    assert len(both) > len(before) / 2
+    assert_equal(fast, model, batch(1))
+    assert_equal(fast, model, batch(2, (64, 32)))
+
+
+def test_images_that_are_too_small_change_nothing():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5)).eval()
+    fast = repvgg.engine.compile(model, (1, 3, 8, 8))
+    with pytest.raises(UnsupportedError, match="'0' has nothing to compute on images of 4x8"):
+        fast(batch(1, (4, 8)))
+    assert_equal(fast, model, batch(1, (8, 8)))
+
+
+def test_a_profile_of_another_size(fast):
+    steps = fast.profile(batch(1, (48, 48)), repeats=1)
+    assert sum(step.muls for step in steps) > sum(step.muls for step in fast.profile(batch(1), repeats=1))
+
+
+@threaded
+def test_threads_across_sizes_without_a_rest(model):
+    """Those that are late must take nothing of a table that ran before, nor look at one that is gone."""
+    fast = repvgg.engine.compile(model, (1, 3, 32, 32), threads=3)
+    inputs = [batch(1 + at % 2, (20 + 4 * (at % (SIZES + 1)), 24)) for at in range(10)]
+    wanted = [repvgg.engine.compile(model, tuple(x.shape), threads=1)(x) for x in inputs]
+    for call in range(300):
+        at = call % 10 if call % 30 == 0 else call % 4
+        torch.testing.assert_close(fast(inputs[at]), wanted[at], rtol=1e-5, atol=1e-5)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_are_compiled_again(fast, again):
+    x, other = batch(), again(fast)
+    torch.testing.assert_close(other(x), fast(x), rtol=0, atol=0)
+    assert (other.input_shape, other.threads) == (fast.input_shape, fast.threads)
+    assert repr(other) == repr(fast)
+
+
+def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch):
+    text = pickle.dumps(fast)
+    monkeypatch.setattr(network, "host_isa", lambda: GENERIC["sse2"])
+    if host_isa().name in ("sse2", "avx2", "avx512"):
+        assert pickle.loads(text)._machine.isa == GENERIC["sse2"]
+
+
+# Threads and forks
+
+
+def test_a_second_caller_is_refused_while_the_first_computes():
+    """Until it happened; a call that is not refused is right."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, padding=1)).eval()
+    fast, x = repvgg.engine.compile(model, (1, 3, 128, 128), threads=1), batch(1, (128, 128))
+    wanted, said, over = fast(x), [], threading.Event()
+
+    def call() -> None:
+        while not over.is_set():
+            try:
+                torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
+            except UsageError as error:
+                said.append(str(error))
+                over.set()
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    over.wait(200)
+    over.set()
+    for caller in callers:
+        caller.join()
+    assert said
+    assert set(said) == {"This network is running in another thread: compile one for each thread."}
+    torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
+
+
+def tasks() -> int:
+    """Threads of this process, as the system counts them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+@threaded
+def test_the_system_has_its_threads_and_memory_back():
+    """Memory: of a network that takes far more than what else may come and go."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, padding=1)).eval()
+    repvgg.engine.compile(model, (1, 3, 32, 32))(batch(1))
+    before, held = tasks(), resident()
+    fast = repvgg.engine.compile(model, (4, 3, 512, 512), threads=4)
+    fast(batch(1, (512, 512)))
+    assert tasks() == before + 3
+    fast(batch(4, (512, 512)))
+    assert resident() - held > 2**27
+    del fast
+    gc.collect()
+    assert tasks() == before
+    assert resident() - held < 2**26
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@threaded
+@forking
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_forked_child_has_threads_of_its_own(model, threads):
+    fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
+    x = batch()
+    wanted = fast(x)
+    fast(batch(1, (24, 24)))
+    child = os.fork()
+    if child == 0:
+        right = all((fast(x) == wanted).all() for _ in range(20))
+        fast(batch(1, (24, 24)))
+        fast(batch(1, (28, 28)))
+        alone = sum(thread.name == "repvgg-engine" for thread in threading.enumerate()) == threads - 1
+        os._exit(0 if right and alone else 1)
+    torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@forking
+def test_a_forked_child_writes_into_memory_of_its_own():
+    """What it computes meanwhile does not show in what its parent computes."""
+    numbers = Arena().zeros(2**20)
+    child = os.fork()
+    if child == 0:
+        numbers[:] = 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not numbers.any()
+
+
+@threaded
+@forking
+def test_a_child_is_not_refused_for_a_caller_of_its_parent(model):
+    fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=2)
+    with fast._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if fast(batch()).shape == (2, 10) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@threaded
+@forking
+def test_in_processes_as_loaders_fork_them(model):
+    """They end in the usual way, with the network alive."""
+    fast = repvgg.engine.compile(model, (1, 3, 32, 32), threads=2)
+    inputs = [batch(1) for _ in range(4)]
+    wanted = [fast(x).numpy() for x in inputs]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def work(at: int) -> None:
+        results.put((at, fast(inputs[at].numpy())))
+
+    children = [context.Process(target=work, args=(at,)) for at in range(4)]
+    for child in children:
+        child.start()
+    found = dict(results.get(timeout=200) for _ in children)
+    for child in children:
+        child.join(200)
+    assert [child.exitcode for child in children] == [0] * 4
+    for at, out in enumerate(wanted):
+        np.testing.assert_array_equal(found[at], out)
+
+
+ENDS = {
+    "in a global": "",
+    "in a thread that goes on": (  # on arrays: PyTorch aborts when one of its own calls is cut off by the end
+        "import threading\ndef again():\n    while True:\n        fast(x)\n"
+        "threading.Thread(target=again, daemon=True).start()\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_process_ends_with_the_network_alive(name):
+    code = (
+        "import torch, repvgg.engine\n"
+        "net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))\n"
+        "x = torch.zeros(1, 3, 32, 32).numpy()\n"
+        "fast = repvgg.engine.compile(net, (1, 3, 32, 32), threads=3)\n"
+        "fast(x)\n"
+    ) + ENDS[name]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+# In the place of the engine
+
+
+def test_pytorch_takes_over_if_asked():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).train()
+    with pytest.raises(UnsupportedError):
+        repvgg.engine.compile(model, (1, 3, 8, 8))
+    with pytest.warns(FallbackWarning, match=r"PyTorch runs Sequential.*'1' \(BatchNorm2d\)"):
+        slow = repvgg.engine.compile(model, (1, 3, 8, 8), fallback=True)
+    x = batch(2, (8, 8))
+    out = slow(x)
+    assert model.training
+    assert not out.requires_grad
+    np.testing.assert_array_equal(slow(x.numpy()), out.numpy())
+    torch.testing.assert_close(out, model.eval()(x), rtol=0, atol=0, check_stride=False)
+    with pytest.raises(UsageError, match=r"not torch\.float64"):
+        slow(x.double())
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("LLVM does not know this.\nmore"), MissingDependencyError("No llvmlite.")]
+)
+def test_pytorch_takes_over_from_a_failed_compilation(model, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(compiling, "Network", fail)
+    with pytest.raises(type(error)):
+        repvgg.engine.compile(model, (1, 3, 32, 32))
+    with pytest.warns(FallbackWarning, match=r"LLVM does not know this\.$|No llvmlite\.$"):
+        slow = repvgg.engine.compile(model, (1, 3, 32, 32), fallback=True)
+    assert slow.model is model
+
+
+@pytest.mark.parametrize("package", ["llvmlite.binding", "platformdirs"])
+def test_what_is_not_installed_is_named(model, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delenv("REPVGG_CACHE_DIR")
+    with pytest.raises(MissingDependencyError, match=rf"needs '{package}'.*pip install 'repvgg\[engine\]'"):
+        repvgg.engine.compile(model, (1, 3, 32, 32))
+
+
+def test_bad_arguments_are_refused_with_a_fallback_too(model):
+    with pytest.raises(UsageError, match="four positive"):
+        repvgg.engine.compile(model, (1, 32, 32), fallback=True)
+    with pytest.raises(UsageError, match="at least one thread"):
+        repvgg.engine.compile(model, (1, 3, 32, 32), threads=0, fallback=True)
+
+
+def test_no_warning_where_the_engine_runs(model):
+    assert isinstance(repvgg.engine.compile(model, (1, 3, 32, 32), fallback=True), Network)

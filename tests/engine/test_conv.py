@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+
+from repvgg.engine.images import Images, round_up
+from repvgg.engine.ir import module
+from repvgg.engine.isa import GENERIC
+from repvgg.engine.jit import assembly
+from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
+from repvgg.engine.kernels.tile import Tile
+from repvgg.engine.layers import ConvGeometry
+from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
+
+# (input channels, output channels, image, geometry)
+CASES = {
+    "3x3": (16, 32, (9, 11), ConvGeometry((3, 3), padding=(1, 1))),
+    "odd channels": (5, 37, (8, 13), ConvGeometry((3, 3), padding=(1, 1))),
+    "one channel": (1, 1, (3, 3), ConvGeometry((3, 3), padding=(1, 1))),
+    "one pixel": (17, 5, (1, 1), ConvGeometry((3, 3), padding=(1, 1))),
+    "stride 2, odd image": (3, 48, (15, 17), ConvGeometry((3, 3), (2, 2), (1, 1))),
+    "stride 2, even image": (32, 20, (14, 14), ConvGeometry((3, 3), (2, 2), (1, 1))),
+    "without padding": (8, 16, (7, 9), ConvGeometry((3, 3))),
+    "more padding than kernel": (4, 16, (5, 5), ConvGeometry((3, 3), padding=(3, 2))),
+    "dilated": (6, 16, (13, 12), ConvGeometry((3, 3), padding=(2, 4), dilation=(2, 4))),
+    "1x1": (33, 65, (5, 6), ConvGeometry((1, 1))),
+    "1x1, stride 2": (16, 16, (7, 7), ConvGeometry((1, 1), (2, 2))),
+    "1x3": (4, 24, (6, 7), ConvGeometry((1, 3), padding=(0, 1))),
+    "5x5, stride 2 and 1": (4, 16, (9, 9), ConvGeometry((5, 5), (2, 1), (2, 2))),
+    "2x2": (4, 16, (4, 4), ConvGeometry((2, 2))),
+    "groups of whole vectors": (32, 64, (6, 7), ConvGeometry((3, 3), padding=(1, 1), groups=2)),
+    "groups of odd channels": (15, 21, (6, 7), ConvGeometry((3, 3), padding=(1, 1), groups=3)),
+    "depthwise": (19, 19, (6, 7), ConvGeometry((3, 3), padding=(1, 1), groups=19)),
+    "many channels": (130, 200, (4, 5), ConvGeometry((3, 3), padding=(1, 1))),
+}
+
+
+def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> ConvKernel:
+    outputs, inputs = conv.weight.shape[0], conv.weight.shape[1] * conv.geometry.groups
+    source = Images(inputs, size, conv.geometry.padding, pitch or round_up(inputs, isa.width))
+    target = Images(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
+    vectors = -(-outputs // conv.geometry.groups // isa.width)
+    tile = tile or choose_tile(isa, target.size[1], vectors)
+    return ConvKernel(conv.geometry, source, target, tile, conv.relu, isa.width)
+
+
+def check(conv, kernel, isa, batch=2, parts=1, seed=0) -> None:
+    """The kernel against float64; canaries around both buffers, zeros left in the border and behind the channels."""
+    source, target = Guarded(batch * kernel.source.image), Guarded(batch * kernel.target.image)
+    x = inside(kernel.source, source.inside)
+    x[...] = np.random.default_rng(seed).standard_normal(x.shape)
+    out = inside(kernel.target, target.inside)
+    out[...] = np.nan
+    weights, bias = pack(conv, isa.width, kernel.tile.vectors)
+    run(kernel, source.inside, target.inside, weights, bias, batch, isa, parts)
+    torch.testing.assert_close(torch.from_numpy(out).double(), expected(conv, x), rtol=2e-6, atol=4e-6)
+    source.assert_whole()
+    target.assert_whole()
+    out[...] = 0
+    assert not maps(kernel.target, target.inside).any()
+
+
+@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("name", CASES)
+def test_every_geometry_against_float64(name, isa):
+    inputs, outputs, size, geometry = CASES[name]
+    conv = random_conv(inputs, outputs, geometry)
+    check(conv, kernel_of(conv, size, isa), isa)
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 1), Tile(3, 2), Tile(7, 3), Tile(4, 5), Tile(16, 1)], ids=str)
+def test_every_tile_gives_the_same(tile):
+    isa = isas()[-1]
+    conv = random_conv(7, 7 * isa.width - 3, ConvGeometry((3, 3), padding=(1, 1)))
+    check(conv, kernel_of(conv, (5, 16), isa, tile=tile), isa)
+
+
+@pytest.mark.parametrize("parts", [2, 7, 1000])
+def test_units_may_run_in_any_order(parts):
+    isa = isas()[-1]
+    conv = random_conv(6, 4 * isa.width + 6, ConvGeometry((3, 3), padding=(1, 1), groups=2))
+    check(conv, kernel_of(conv, (5, 6), isa), isa, batch=3, parts=parts)
+
+
+def test_without_relu_and_with_a_pitch_that_is_no_multiple():
+    isa = isas()[-1]
+    conv = random_conv(3, 10, ConvGeometry((3, 3), padding=(1, 1)), relu=False)
+    check(conv, kernel_of(conv, (6, 6), isa, pitch=3), isa)
+
+
+def test_nan_goes_through_the_relu():
+    isa = isas()[-1]
+    conv = random_conv(1, 4, ConvGeometry((1, 1)))
+    kernel = kernel_of(conv, (1, 1), isa, border=(0, 0))
+    source, target = Guarded(kernel.source.image, np.nan), Guarded(kernel.target.image)
+    run(kernel, source.inside, target.inside, *pack(conv, isa.width, kernel.tile.vectors), 1, isa)
+    assert np.isnan(target.inside[:4]).all()
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_the_chosen_tiles_fit_the_registers(name):
+    """A spill would show as a vector that is stored to the stack; also where no such processor is at hand."""
+    isa = GENERIC[name]
+    conv = random_conv(48, 6 * isa.width, ConvGeometry((3, 3), padding=(1, 1)))
+    text = assembly(module(kernel_of(conv, (28, 28), isa).functions("kernel")), isa)
+    assert any(word in text for word in ("vfmadd", "fmla", "mulps"))
+    assert "Spill" not in text

@@ -1,0 +1,224 @@
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import repvgg.engine
+from repvgg import ModelSpec, create_model
+from repvgg.engine import parts
+from repvgg.engine.layers import Conv, ConvGeometry, Pool
+from repvgg.engine.network import Network
+from repvgg.engine.reader import read
+from repvgg.errors import UnsupportedError, UsageError
+from repvgg.measure import walk
+from repvgg.models.spec import SqueezeExciteSpec, Stage
+from tests.engine.helpers import isas
+
+
+def row(groups: int = 1, gate=None) -> ModelSpec:
+    """A small row with odd widths, on which every second layer has groups."""
+    return ModelSpec("small", Stage(1, 12), (Stage(3, 20), Stage(2, 36, stride=1)), groups, gate)
+
+
+ROWS = {
+    "plain": row(),
+    "groups": row(groups=4),
+    "gate before the ReLU": row(gate=SqueezeExciteSpec("before_relu", 4)),
+    "gate behind the ReLU": row(gate=SqueezeExciteSpec("after_relu", 2)),
+}
+
+
+def plain(spec="repvgg_t0", classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(spec, num_classes=classes, plain=True).eval()
+
+
+@torch.no_grad()
+def assert_equal(network, model: nn.Module, x: torch.Tensor) -> None:
+    wanted = model.double()(x.double())
+    model.float()
+    scale = wanted.abs().max().item()
+    torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=4e-6 * scale)
+
+
+@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("name", ROWS)
+def test_small_rows(name, isa):
+    model = plain(ROWS[name])
+    network = Network(read(model), (3, 3, 37, 29), isa)
+    assert_equal(network, model, torch.randn(3, 3, 37, 29))
+
+
+def test_smaller_batches_one_after_the_other():
+    """Each call must find the borders as zeros, whatever ran before."""
+    model = plain()
+    network = repvgg.engine.compile(model, (19, 3, 32, 32))
+    for batch in (19, 1, 8, 9, 19):
+        assert_equal(network, model, torch.randn(batch, 3, 32, 32))
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Maps of more than a thousand numbers are large, and twenty thousand fill the cache."""
+    monkeypatch.setattr(parts, "_LARGE", 1000)
+    monkeypatch.setattr(parts, "_HELD", 20_000)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_early_layers_on_parts_of_a_batch(name, in_parts):
+    """For any number of images up to the batch, of any strides; and one after the other, with what lay there before."""
+    model = plain(ROWS[name])
+    network = repvgg.engine.compile(model, (12, 3, 37, 29), 2)
+    firsts = [step.first for step in network.plan.steps]
+    assert sorted(set(firsts)) == [0, 3, 6, 9]
+    assert firsts[-1] == 0  # the last layers take all images at once
+    once = {(step.name, step.kernel) for step in network.plan.steps}
+    assert len(network._runners[0]._weights) <= 2 * len(once)  # weights and biases, whatever comes again
+    for batch in (12, 1, 5, 8, 12):
+        x = torch.randn(batch, 3, 37, 29)
+        assert_equal(network, model, x.contiguous(memory_format=torch.channels_last) if batch == 8 else x)
+
+
+def test_a_profile_adds_the_parts_of_a_batch(in_parts):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    network = Network(read(model), (6, 3, 24, 24), isas()[-1])
+    assert len(network.plan.steps) > 3
+    for batch in (6, 5):
+        x = torch.randn(batch, 3, 24, 24)
+        steps = network.profile(x, repeats=2)
+        assert [step.name for step in steps] == ["input", "0", "2"]
+        assert sum(step.muls for step in steps) == walk(model, x).macs
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((1, 3, 224, 224), (0, 1)),
+        ((16, 3, 224, 224), (2, 4)),
+        ((64, 3, 224, 224), (2, 4)),
+        ((17, 3, 224, 224), (2, 1)),
+        ((2, 3, 224, 224), (0, 2)),
+        ((64, 3, 32, 32), (0, 64)),
+        ((4, 3, 713, 713), (7, 1)),
+    ],
+    ids=str,
+)
+def test_which_layers_and_how_many_images(shape, found):
+    """Of A0: its stem and the layer behind it, whose maps of 16 images do not stay in the cache; and equal parts."""
+    with torch.device("meta"):
+        model = create_model("repvgg_a0", plain=True)
+    layers = [
+        Conv(name, np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d)
+    ]
+    assert parts.early_layers(layers, shape) == found
+    assert parts.early_layers([Pool("pool"), *layers], shape) == (0, shape[0])
+
+
+def test_any_strides_without_a_change():
+    model = plain()
+    network = repvgg.engine.compile(model, (4, 3, 32, 32))
+    x = torch.randn(4, 3, 32, 32)
+    wanted = network(x)
+    wide = torch.randn(4, 5, 40, 40)
+    wide[:, 1:4, 2:34, 3:35] = x
+    for same in (x.contiguous(memory_format=torch.channels_last), wide[:, 1:4, 2:34, 3:35], x.requires_grad_()):
+        torch.testing.assert_close(network(same), wanted, rtol=0, atol=0)
+
+
+def test_outputs_are_not_overwritten_by_the_next_call():
+    network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
+    first = network(torch.zeros(1, 3, 32, 32))
+    kept = first.clone()
+    network(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+def test_feature_maps_as_output():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 1)).eval()
+    assert_equal(repvgg.engine.compile(model, (2, 3, 9, 8)), model, torch.randn(2, 3, 9, 8))
+
+
+def test_two_linear_layers():
+    model = nn.Sequential(
+        nn.Conv2d(3, 9, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 30), nn.ReLU(), nn.Linear(30, 3)
+    ).eval()
+    assert_equal(repvgg.engine.compile(model, (11, 3, 9, 8)), model, torch.randn(11, 3, 9, 8))
+
+
+def test_weights_are_copied():
+    model = plain()
+    network = repvgg.engine.compile(model, (1, 3, 32, 32))
+    x = torch.randn(1, 3, 32, 32)
+    before = network(x)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(network(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.zeros(0, 3, 32, 32), r"\(n, 3, H, W\).*not torch.float32 of shape \(0, 3, 32, 32\)"),
+        (torch.zeros(1, 4, 32, 32), r"\(1, 4, 32, 32\)"),
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 32).double(), "float64"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), "meta"),
+        (torch.zeros(1, 3, 32, 32).to_sparse(), "sparse"),
+        (np.zeros((1, 3, 32, 32)), "an array of float64"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "uint8"),
+        (np.zeros((1, 3, 32, 32), ">f4"), ">f4"),
+        ([[[[0.0]]]], "a list"),
+    ],
+)
+def test_wrong_inputs_are_refused(x, words):
+    network = repvgg.engine.compile(plain(), (2, 3, 32, 32))
+    with pytest.raises(UsageError, match=words):
+        network(x)
+
+
+def test_what_does_not_fit_is_named_before_anything_is_compiled():
+    with pytest.raises(UnsupportedError, match=r"'stem.conv' takes 3 channels, and 4 come"):
+        repvgg.engine.compile(plain(), (1, 4, 32, 32))
+    with pytest.raises(UnsupportedError, match=r"'1' has nothing to compute on images of 1x1"):
+        repvgg.engine.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), (1, 3, 3, 3))
+    with pytest.raises(UsageError, match="four positive numbers"):
+        repvgg.engine.compile(plain(), (1, 3, 0, 32))
+
+
+def test_a_second_thread_is_refused():
+    network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
+    said = []
+
+    def second() -> None:
+        try:
+            network(torch.zeros(1, 3, 32, 32))
+        except UsageError as error:
+            said.append(str(error))
+
+    with network._lock:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert "another thread" in said[0]
+    network(torch.zeros(1, 3, 32, 32))
+
+
+def test_memory_goes_with_the_network():
+    network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
+    code = [weakref.ref(network._runners[0]._code), weakref.ref(network._workers._code)]
+    del network
+    gc.collect()
+    assert [one() for one in code] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b0", "repvgg_b1g4", "repvgg_d2se"])
+def test_rows_of_the_table(name):
+    model = plain(name, classes=1000)
+    assert_equal(repvgg.engine.compile(model, (1, 3, 224, 224)), model, torch.randn(1, 3, 224, 224))
