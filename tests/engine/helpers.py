@@ -7,12 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from repvgg.engine.images import Images
-from repvgg.engine.ir import module
-from repvgg.engine.isa import GENERIC, Isa, host_isa
-from repvgg.engine.jit import Code, object_code
+from repvgg.engine.codegen.ir_builder import module
+from repvgg.engine.codegen.jit import GENERIC, Code, Isa, host_isa, object_code
 from repvgg.engine.layers import Conv, ConvGeometry
-from repvgg.engine.memory import zeros
+from repvgg.engine.runtime.memory import Images, zeros
 
 CANARY = np.float32(-12345.678)
 GUARD = 4096  # floats

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import repvgg
-from repvgg.engine import backend, program
+from repvgg.engine import backend
 from repvgg.engine.backend import repvgg_backend
+from repvgg.engine.runtime import thread_pool
 from repvgg.errors import FallbackWarning
 from tests.engine.test_network import ROWS, plain
 
@@ -75,7 +76,7 @@ def test_options(compiled):
     model, x = plain(), torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         assert_same(fast_of(model, options={"threads": 2}), model, x)
-        assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= program.has_workers()
+        assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= thread_pool.has_workers()
         for options, words in (({"thread": 2}, "only option is 'threads'"), ({"threads": 0}, "at least one thread")):
             torch.compiler.reset()
             with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):

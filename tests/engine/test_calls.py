@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg.engine import compiling, network, program
-from repvgg.engine.isa import GENERIC, host_isa
-from repvgg.engine.memory import Arena
+from repvgg.engine import compiling, network
+from repvgg.engine.codegen.jit import GENERIC, host_isa
 from repvgg.engine.network import SIZES, Network
+from repvgg.engine.runtime import thread_pool
+from repvgg.engine.runtime.memory import Arena
 from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
 from tests.engine.test_network import assert_equal, plain
 
-threaded = pytest.mark.skipif(not program.has_workers(), reason="the engine has threads of its own on Linux alone")
+threaded = pytest.mark.skipif(not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone")
 forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 

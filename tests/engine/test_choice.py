@@ -7,15 +7,14 @@ from torch import nn
 import repvgg.engine
 from repvgg import create_model
 from repvgg.engine.choice import choose, every_choice, every_cover, every_part
-from repvgg.engine.isa import GENERIC
-from repvgg.engine.kernels.conv import ConvKernel
-from repvgg.engine.kernels.fused import WinogradFused
-from repvgg.engine.kernels.winograd import WinogradProduct
+from repvgg.engine.codegen.jit import GENERIC
+from repvgg.engine.kernels.direct_conv import ConvKernel
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.network import Network
 from repvgg.engine.part import Machine, Size, form_of
 from repvgg.engine.plan import plan
 from repvgg.engine.reader import read
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradProduct
 from repvgg.errors import UsageError
 from repvgg.measure import walk
 from tests.engine.helpers import isas

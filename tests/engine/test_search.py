@@ -7,19 +7,20 @@ import torch
 from torch import nn
 
 import repvgg.engine
-from repvgg.engine import cache, parts, remembered, search
+from repvgg.engine import parts, remembered, search
 from repvgg.engine import workers as engine_workers
 from repvgg.engine.choice import LOSSES, choose, every_choice
-from repvgg.engine.isa import host_isa
-from repvgg.engine.kernels.conv import pack
+from repvgg.engine.codegen import disk_cache
+from repvgg.engine.codegen.jit import host_isa
+from repvgg.engine.kernels.base import any_weights, packed
+from repvgg.engine.kernels.direct_conv import pack
 from repvgg.engine.layers import Conv, ConvGeometry
 from repvgg.engine.network import Network
-from repvgg.engine.packing import any_weights, packed
 from repvgg.engine.part import Machine, Size
 from repvgg.engine.plan import Ways
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Runner
-from repvgg.engine.winograd import winograd
+from repvgg.engine.winograd.filters import winograd
 from tests.engine.helpers import isas
 
 HOST = Machine(isas()[-1], 2)
@@ -30,7 +31,7 @@ SIZE = Size(16, 32, (9, 10), 2)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(search, "_WAYS", 3)  # fewer are looked into, so that it takes less time
     monkeypatch.setattr(search, "_COVERS", 2)
     return tmp_path / "engine"
@@ -86,7 +87,7 @@ def test_a_copy_takes_what_was_found(measured):
 
 
 def test_without_a_cache_it_is_measured_each_time(measured, monkeypatch):
-    monkeypatch.setenv(cache.VARIABLE, "off")
+    monkeypatch.setenv(disk_cache.VARIABLE, "off")
     for _ in range(2):
         repvgg.engine.compile(plain(), (1, 16, 12, 12), 1, search=True)
     assert len(measured) == 4
@@ -174,14 +175,14 @@ def test_a_file_that_makes_no_sense_chooses_nothing(name):
     size = Size(64, 64, (12, 12), 1)
     remembered.remember(PADDED, size, HOST, choice)
     path, key = remembered._place(PADDED, size, HOST)
-    said = json.loads(cache.read_kept(path, key))
+    said = json.loads(disk_cache.read_kept(path, key))
     if name == "no such tile":
         said[0][4] = 99
     if name == "no such piece":
         said[0][-1] = 10**6
     if name == "another cover":
         said[0][0][2] += 5
-    cache.keep(path, key, BAD[name] or json.dumps(said).encode())
+    disk_cache.keep(path, key, BAD[name] or json.dumps(said).encode())
     assert remembered.recall(PADDED, size, HOST) is None
 
 

@@ -6,12 +6,8 @@ From above to below::
     compiling.py  a model -> what runs it
     network.py    the callable: checks, sizes, one call for a whole network
     runner.py     a network made for images of one size: code, buffers, weights
-    arrays.py     tensors and arrays that come in
-    workers.py    the threads that help the caller
-    program.py    the table of steps, and the functions that run it (program_text.py)
     plan.py       layers and an input size -> kernels, buffers and packed weights
     parts.py      which layers take a batch in parts
-    packing.py    weights as the kernels read them
     search.py     which way a convolution is computed, by measuring
     remembered.py what was measured, on the disk
     choice.py     which ways there are, and which to take
@@ -20,20 +16,16 @@ From above to below::
     reader.py     nn.Module -> layers
     nodes.py      what a node of a traced graph computes
     layers.py     what a plain network is: a chain of convolutions, gates, a pool and linear layers
-    kernels/      the IR of each kind of layer, and the layout of its weights
-    winograd.py   the matrices of F(m x n, 3x3), strides 1 and 2
-    images.py     how feature maps lie in memory
-    memory.py     aligned memory
-    ir.py         writing IR
-    isa.py        which vectors a processor has
-    cache.py      files on the disk
-    jit.py        IR -> machine code
+    kernels/      direct convolution, pooling, squeeze-excite, input reorder; weight panels
+    winograd/     F(m x n, 3x3): minimal filters, tiling, transforms, batched GEMMs, staged and fused kernels
+    codegen/      LLVM IR builder, just-in-time compiler, cache on the disk
+    runtime/      thread pool, aligned memory, layouts of feature maps
 """
 
 from __future__ import annotations
 
 from repvgg.engine.backend import repvgg_backend
-from repvgg.engine.cache import clear_cache
+from repvgg.engine.codegen.disk_cache import clear_cache
 from repvgg.engine.compiling import InTorch, compile  # noqa: A004
 from repvgg.engine.network import Network
 

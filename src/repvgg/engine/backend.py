@@ -18,10 +18,10 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, fx
 
-from repvgg.engine.isa import host_isa
+from repvgg.engine.codegen.jit import host_isa
 from repvgg.engine.network import Network
 from repvgg.engine.reader import read_graph
-from repvgg.engine.workers import check_threads
+from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
 Stamp: TypeAlias = tuple[tuple[int, int, int], ...]

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias, final
 
+from repvgg.engine.codegen.jit import Isa
 from repvgg.engine.costs import cycles, direct_cycles, least_cycles
-from repvgg.engine.images import round_up
-from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.tiling import Tiling
+from repvgg.engine.kernels.base import Tile
 from repvgg.engine.layers import ConvGeometry, Pair
 from repvgg.engine.part import Machine, Part, Rectangle, Run, Size, Way, form_of
-from repvgg.engine.winograd import Form
+from repvgg.engine.runtime.memory import round_up
+from repvgg.engine.winograd.filters import Form
+from repvgg.engine.winograd.tiling import Tiling
 
 #: The m of F(m x n, 3x3), by the stride.
 OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
-#: How much larger than a direct sum's the error of a layer may be, as :attr:`repvgg.engine.winograd.Form.loss` over the
+#: How much larger than a direct sum's the error of a layer may be, as :attr:`Form.loss` over the
 #: square root of the channels that are summed. A loss of 1 is an error of 1.2e-7 here, and OpenVINO's direct sums of C
 #: channels have 3.7e-8 √C: "high" stays below four times that from 17 channels on, "medium" below nine times.
 LOSSES: dict[str, float] = {"highest": 0.0, "high": 1.15, "medium": 2.6}

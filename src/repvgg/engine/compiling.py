@@ -9,15 +9,15 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
-from repvgg.engine.arrays import Given, read_input
 from repvgg.engine.choice import LOSSES
-from repvgg.engine.isa import host_isa
+from repvgg.engine.codegen.jit import host_isa
 from repvgg.engine.layers import Floats
 from repvgg.engine.network import Network
 from repvgg.engine.part import Precision
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Shape
-from repvgg.engine.workers import check_threads
+from repvgg.engine.runtime.memory import Given, read_input
+from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line
 from repvgg.modes import eval_mode
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-from repvgg.engine.kernels.conv import choose_tile, row_cycles
-from repvgg.engine.kernels.runs import late_run, run_length
-from repvgg.engine.kernels.tile import Tile, equal_tiles
-from repvgg.engine.kernels.tiling import kinds, place_tiles, shares
+from repvgg.engine.kernels.base import Tile, equal_tiles
+from repvgg.engine.kernels.direct_conv import choose_tile, row_cycles
 from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of, missing
+from repvgg.engine.winograd.gemm import late_run, run_length
+from repvgg.engine.winograd.tiling import kinds, place_tiles, shares
 
 _CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
 _IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repvgg.engine.arrays import Given, Input, read_input
-from repvgg.engine.isa import Isa, host_isa
-from repvgg.engine.kernels.kernel import Kernel
+from repvgg.engine.codegen.jit import Isa, host_isa
+from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.layers import Floats, Layer
 from repvgg.engine.part import Machine, Precision
 from repvgg.engine.plan import BY_TABLE, Plan, Ways
 from repvgg.engine.runner import Runner, Shape
+from repvgg.engine.runtime.memory import Given, Input, read_input
+from repvgg.engine.runtime.thread_pool import Workers, thread_count
 from repvgg.engine.search import search
-from repvgg.engine.workers import Workers, thread_count
 from repvgg.errors import UsageError
 
 SIZES = 4  # of images that a network keeps code and memory for
@@ -90,7 +90,7 @@ class Network:
         layers: see :func:`repvgg.engine.reader.read`. They are kept, for images of other sizes.
         input_shape: a batch, channels, height and width.
         isa: the vectors to use; None for those of this processor.
-        threads: that work on each call, the caller among them; see :func:`repvgg.engine.workers.thread_count`.
+        threads: that work on each call, the caller among them; see :func:`runtime.thread_pool.thread_count`.
         precision: how far rounding errors may go; see :func:`repvgg.engine.compile`.
         searched: whether the ways to compute ``input_shape`` are measured; likewise.
 

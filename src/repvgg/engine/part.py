@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
-from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.tiling import Tiling
+from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.kernels.base import Tile
 from repvgg.engine.layers import Pair
-from repvgg.engine.winograd import Form, winograd
+from repvgg.engine.winograd.filters import Form, winograd
+from repvgg.engine.winograd.tiling import Tiling
 
 Run: TypeAlias = tuple[int, int, int, int]  # first row or column, m, tiles, and outputs of the last one, or 0 for m
 Rectangle: TypeAlias = tuple[Run, Run]  # rows and columns of tiles of one form

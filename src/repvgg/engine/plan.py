@@ -9,20 +9,16 @@ from typing import final
 import numpy as np
 
 from repvgg.engine.choice import Choice, Chooser, choose
-from repvgg.engine.images import Images, round_up
-from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.conv import ConvKernel, choose_tile
-from repvgg.engine.kernels.fused import WinogradFused
-from repvgg.engine.kernels.gate import ScaleKernel, SigmoidKernel
-from repvgg.engine.kernels.kernel import Kernel
-from repvgg.engine.kernels.load import LoadKernel
-from repvgg.engine.kernels.pool import PoolKernel
-from repvgg.engine.kernels.tiling import Tiling, place_floats
-from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
+from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.kernels.base import Kernel, Packing, packed
+from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile
+from repvgg.engine.kernels.memory_bound import LoadKernel, PoolKernel, ScaleKernel, SigmoidKernel
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
-from repvgg.engine.packing import Packing, packed
 from repvgg.engine.part import Machine, Part, Size
 from repvgg.engine.parts import Parts, early_layers
+from repvgg.engine.runtime.memory import Images, round_up
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
+from repvgg.engine.winograd.tiling import Tiling, place_floats
 from repvgg.errors import UnsupportedError
 
 _ROWS = 8  # of a matrix product at once: images of a linear layer

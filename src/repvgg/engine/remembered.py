@@ -11,8 +11,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from repvgg.engine.cache import CHOICE, cache_folder, digest, keep, read_kept
 from repvgg.engine.choice import LOSSES, Choice, every_cover, every_part
+from repvgg.engine.codegen.disk_cache import CHOICE, cache_folder, digest, keep, read_kept
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.part import Machine, Part, Rectangle, Size
 

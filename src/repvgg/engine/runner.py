@@ -9,16 +9,15 @@ from typing import TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg.engine import program
-from repvgg.engine.arrays import Input
-from repvgg.engine.cache import cached_object_code
-from repvgg.engine.ir import Function, module
-from repvgg.engine.jit import Code
-from repvgg.engine.kernels.kernel import Kernel
+from repvgg.engine.codegen.disk_cache import cached_object_code
+from repvgg.engine.codegen.ir_builder import Function, module
+from repvgg.engine.codegen.jit import Code
+from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.memory import Arena
 from repvgg.engine.part import Machine
 from repvgg.engine.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
+from repvgg.engine.runtime import thread_pool
+from repvgg.engine.runtime.memory import Arena, Input
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -37,7 +36,7 @@ class Runner:
     Attributes:
         shape: as given.
         plan: the kernels and buffers, without the weights.
-        rows: addresses of what :meth:`repvgg.engine.workers.Workers.run` takes, a row for each step.
+        rows: addresses of what :meth:`repvgg.engine.runtime.thread_pool.Workers.run` takes, a row for each step.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class Runner:
         self._weights: list[Floats] = [values for other in others for values in other._weights]
         table, self._weights = self._filled_table(whole, names)
         loads = [number for number, step in enumerate(whole.steps) if step.source is None]
-        table[loads, program.WEIGHTS] = strides.ctypes.data
-        self._loads = [(number * program.WORDS + program.SOURCE, whole.steps[number].first) for number in loads]
+        table[loads, thread_pool.WEIGHTS] = strides.ctypes.data
+        self._loads = [(number * thread_pool.WORDS + thread_pool.SOURCE, whole.steps[number].first) for number in loads]
         self.rows = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
         self._table, self._strides = table.reshape(-1).data, strides.data
         self.plan = _without_weights(whole)
@@ -82,7 +81,7 @@ class Runner:
 
     def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
         """The table of steps, and the packed weights that it points to."""
-        table = program.table(len(whole.steps))[:-1]
+        table = thread_pool.table(len(whole.steps))[:-1]
         held: dict[int, Floats] = {}  # of steps that come again for each part of a batch, too
         for row, step in zip(table, whole.steps, strict=True):
             source, target = self._address(step.source, step), self._address(step.target, step)
@@ -93,8 +92,8 @@ class Runner:
             at = self._address(weights, step) if isinstance(weights, Buffer) else held[id(weights)].ctypes.data
             code = self._code.address(names[step.kernel])
             row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
-            row[program.PARTS], row[program.FIRST] = step.parts, step.first
-            row[program.LIMIT] = self.shape[0] if step.limit is None else step.limit
+            row[thread_pool.PARTS], row[thread_pool.FIRST] = step.parts, step.first
+            row[thread_pool.LIMIT] = self.shape[0] if step.limit is None else step.limit
         return table, list(held.values())
 
     def _held(self, values: Floats) -> Floats:

@@ -15,16 +15,16 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.arrays import read_input
 from repvgg.engine.choice import Choice, choose, every_choice, every_part, may_use_winograd
+from repvgg.engine.kernels.base import any_weights
 from repvgg.engine.layers import Conv, ConvGeometry, Layer
-from repvgg.engine.packing import any_weights
 from repvgg.engine.part import Machine, Part, Rectangle, Size
 from repvgg.engine.parts import at_once
 from repvgg.engine.plan import Ways, plan
 from repvgg.engine.remembered import recall, remember
 from repvgg.engine.runner import Runner, Shape
-from repvgg.engine.workers import Workers
+from repvgg.engine.runtime.memory import read_input
+from repvgg.engine.runtime.thread_pool import Workers
 
 Question: TypeAlias = tuple[ConvGeometry, Size]
 

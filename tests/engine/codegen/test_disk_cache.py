@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg.engine import cache
-from repvgg.engine.cache import cache_folder, cached_object_code, clear_cache
-from repvgg.engine.jit import object_code
+from repvgg.engine.codegen import disk_cache
+from repvgg.engine.codegen.disk_cache import cache_folder, cached_object_code, clear_cache
+from repvgg.engine.codegen.jit import object_code
 from repvgg.errors import CacheWarning
 from tests.engine.helpers import isas
 
@@ -19,8 +19,8 @@ ISA = isas()[-1]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    cache._say_once.cache_clear()
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
+    disk_cache._say_once.cache_clear()
     return tmp_path / "engine"
 
 
@@ -33,7 +33,7 @@ def compiled(monkeypatch):
         done.append(ir)
         return object_code(ir, isa)
 
-    monkeypatch.setattr(cache, "object_code", counted)
+    monkeypatch.setattr(disk_cache, "object_code", counted)
     return done
 
 
@@ -55,7 +55,7 @@ def test_kept_for_each_version(compiled, monkeypatch):
     cached_object_code(IR, ISA)
     monkeypatch.setattr(repvgg, "__version__", "another")
     cached_object_code(IR, ISA)
-    monkeypatch.setattr(cache, "_versions", lambda: ("another", "1.2.3"))
+    monkeypatch.setattr(disk_cache, "_versions", lambda: ("another", "1.2.3"))
     cached_object_code(IR, ISA)
     assert len(compiled) == 3
 
@@ -101,7 +101,7 @@ def test_a_file_of_somebody_else_is_not_loaded(compiled, monkeypatch):
 
 
 def test_turned_off(monkeypatch, compiled):
-    monkeypatch.setenv(cache.VARIABLE, "off")
+    monkeypatch.setenv(disk_cache.VARIABLE, "off")
     assert cache_folder() is None
     assert cached_object_code(IR, ISA) == cached_object_code(IR, ISA)
     assert len(compiled) == 2
@@ -110,7 +110,7 @@ def test_turned_off(monkeypatch, compiled):
 
 def test_the_folder_is_the_users(monkeypatch):
     platformdirs = pytest.importorskip("platformdirs")
-    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.delenv(disk_cache.VARIABLE)
     assert cache_folder() == platformdirs.user_cache_path("repvgg") / "engine"
 
 
@@ -131,11 +131,11 @@ def test_the_oldest_go_when_there_is_too_much(folder, monkeypatch):
         for path in folder.iterdir():
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 100))
     size = max(path.stat().st_size for path in folder.iterdir())
-    monkeypatch.setattr(cache, "MOST_BYTES", 3 * size)
+    monkeypatch.setattr(disk_cache, "MOST_BYTES", 3 * size)
     cached_object_code(texts[0], ISA)  # the oldest was just used
     cached_object_code(texts[3], ISA)
     kept = {path.name for path in folder.iterdir()}
-    assert kept == {f"{cache._key(texts[at], ISA).hex()}.o" for at in (0, 2, 3)}
+    assert kept == {f"{disk_cache._key(texts[at], ISA).hex()}.o" for at in (0, 2, 3)}
 
 
 def test_cleared(folder, compiled):
@@ -163,7 +163,7 @@ def test_several_processes_at_once(folder):
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        f"{cache._key(text, ISA).hex()}.o" for text in texts
+        f"{disk_cache._key(text, ISA).hex()}.o" for text in texts
     )
 
 

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg.engine import program
-from repvgg.engine.isa import GENERIC
-from repvgg.engine.jit import assembly
+from repvgg.engine.codegen.jit import GENERIC, assembly
 from repvgg.engine.network import Network
 from repvgg.engine.reader import read
-from repvgg.engine.workers import thread_count
+from repvgg.engine.runtime import thread_pool
+from repvgg.engine.runtime.thread_pool import thread_count
 from repvgg.errors import FallbackWarning, UsageError
 from tests.engine.helpers import isas
 from tests.engine.test_network import ROWS, assert_equal, plain
 
-pytestmark = pytest.mark.skipif(not program.has_workers(), reason="the engine has threads of its own on Linux alone")
+pytestmark = pytest.mark.skipif(
+    not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone"
+)
 
 
 def helpers() -> list[threading.Thread]:
@@ -84,13 +85,13 @@ def test_pytorchs_number_and_the_processors_bound_it(monkeypatch):
 
 
 def test_openmps_number_is_heard():
-    run = [sys.executable, "-c", "import repvgg.engine.workers as w; print(w.thread_count(None))"]
+    run = [sys.executable, "-c", "import repvgg.engine.runtime.thread_pool as w; print(w.thread_count(None))"]
     said = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert said.stdout == "1\n", said.stderr
 
 
 def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
-    monkeypatch.setattr(program, "has_workers", lambda: False)
+    monkeypatch.setattr(thread_pool, "has_workers", lambda: False)
     with pytest.warns(FallbackWarning, match="one thread computes, not 3"):
         assert thread_count(3) == 1
     assert thread_count(1) == 1
@@ -98,7 +99,7 @@ def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
 
 @pytest.mark.parametrize("name", GENERIC)
 def test_the_runtime_compiles_for_every_processor(name):
-    assert "sched_yield" in assembly(program.runtime(GENERIC[name]), GENERIC[name])
+    assert "sched_yield" in assembly(thread_pool.thread_pool_ir(GENERIC[name]), GENERIC[name])
 
 
 def test_workers_have_stacks_of_their_own_size():

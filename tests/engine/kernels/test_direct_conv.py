@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from repvgg.engine.images import Images, round_up
-from repvgg.engine.ir import module
-from repvgg.engine.isa import GENERIC
-from repvgg.engine.jit import assembly
-from repvgg.engine.kernels.conv import ConvKernel, choose_tile, pack
-from repvgg.engine.kernels.tile import Tile
+from repvgg.engine.codegen.ir_builder import module
+from repvgg.engine.codegen.jit import GENERIC, assembly
+from repvgg.engine.kernels.base import Tile
+from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile, pack
 from repvgg.engine.layers import ConvGeometry
+from repvgg.engine.runtime.memory import Images, round_up
 from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
 
 # (input channels, output channels, image, geometry)

@@ -7,15 +7,14 @@ import sys
 import llvmlite.binding
 import pytest
 
-from repvgg.engine import isa as module_of_isa
-from repvgg.engine import program
-from repvgg.engine.ir import module
-from repvgg.engine.isa import GENERIC, SCALAR, host_isa
-from repvgg.engine.jit import assembly
+from repvgg.engine.codegen import jit
+from repvgg.engine.codegen.ir_builder import module
+from repvgg.engine.codegen.jit import GENERIC, SCALAR, assembly, host_isa
 from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.part import Machine
 from repvgg.engine.plan import plan
 from repvgg.engine.runner import _functions
+from repvgg.engine.runtime import thread_pool
 from repvgg.errors import UsageError
 from tests.engine.helpers import random_conv
 
@@ -69,7 +68,7 @@ def test_a_loop_that_spills_is_found():
 @pytest.mark.parametrize(
     ("triple", "features", "name"),
     [
-        ("x86_64-unknown-linux-gnu", {*module_of_isa._AVX512, "avx2", "fma"}, "avx512"),
+        ("x86_64-unknown-linux-gnu", {*jit._AVX512, "avx2", "fma"}, "avx512"),
         ("x86_64-unknown-linux-gnu", {"avx512f", "avx2", "fma"}, "avx2"),
         ("x86_64-apple-darwin", {"avx2"}, "sse2"),
         ("arm64-apple-darwin", set(), "neon"),
@@ -100,7 +99,7 @@ def test_other_systems_are_refused(monkeypatch):
 def test_no_threads_without_a_futex(monkeypatch, system, machine):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert not program.has_workers()
-    text = assembly(program.runtime(GENERIC["neon"]), GENERIC["neon"])
+    assert not thread_pool.has_workers()
+    text = assembly(thread_pool.thread_pool_ir(GENERIC["neon"]), GENERIC["neon"])
     assert "syscall" not in text
     assert "futex" not in text

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from repvgg.engine import runner
-from repvgg.engine.isa import SCALAR, Isa, host_isa
+from repvgg.engine.codegen.jit import SCALAR, Isa, host_isa
 from repvgg.engine.layers import Conv, ConvGeometry, Gate, Layer, Linear, Pool
 from repvgg.engine.network import Network
 from tests.engine.helpers import inside, isas, random_conv
@@ -111,7 +111,7 @@ def assert_right(network: Network, layers: list[Layer], x: torch.Tensor) -> None
 
 
 class Zones:
-    """Memory with canaries, in the place of that of :mod:`repvgg.engine.memory`."""
+    """Memory with canaries, in the place of that of :mod:`repvgg.engine.runtime.memory`."""
 
     def __init__(self) -> None:
         self.zones: list[np.ndarray] = []

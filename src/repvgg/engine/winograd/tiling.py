@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import final
 
+from repvgg.engine.codegen.ir_builder import Function, Index, Value
 from repvgg.engine.layers import Pair
-from repvgg.engine.winograd import Filter, Form, tail
+from repvgg.engine.winograd.filters import Filter, Form, tail
 
 LINE = 16  # floats of a line of the cache
 
@@ -20,7 +21,7 @@ class Tiling:
     """The tiles of a part of each image of a batch, in pieces, which may begin and end within an image.
 
     All pieces have the same length, so the last one may have tiles that stand for nothing. With tails
-    (:attr:`repvgg.engine.winograd.Form.tails`) there is one piece.
+    (:attr:`repvgg.engine.winograd.filters.Form.tails`) there is one piece.
 
     Attributes:
         grid: tiles of an image, down and across, tails among them.
@@ -180,3 +181,28 @@ def place_floats(tiles: int, floats: int) -> int:
     A line more than they need: places that lie whole pages apart would all fall into one set of the cache.
     """
     return tiles * floats + LINE
+
+
+@final
+@dataclass(frozen=True)
+class Operand:
+    """Transformed tiles or products in memory: places, tiles, channels.
+
+    Attributes:
+        at: address of the first.
+        place: floats from one place to the next.
+        tile: floats from one tile to the next.
+    """
+
+    at: Value
+    place: int
+    tile: int
+
+    @classmethod
+    def of(cls, at: Value, tiles: int, floats: int) -> Operand:
+        """So many tiles of so many floats each."""
+        return cls(at, place_floats(tiles, floats), floats)
+
+    def from_place(self, write: Function, place: Index) -> Operand:
+        """Those from a place on."""
+        return replace(self, at=write.at(self.at, write.mul(place, self.place)))

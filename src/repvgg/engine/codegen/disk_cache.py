@@ -21,8 +21,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from repvgg.engine.isa import Isa
-from repvgg.engine.jit import object_code
+from repvgg.engine.codegen.jit import Isa, object_code
 from repvgg.errors import CacheWarning, OutputError, first_line, require
 from repvgg.files import whole_or_nothing
 
@@ -38,7 +37,7 @@ def cached_object_code(ir: str, isa: Isa) -> bytes:
     """Machine code of a module of IR, from the disk if it was compiled before.
 
     A folder that cannot be written costs the keeping alone, and a warning once in a process. See
-    :func:`repvgg.engine.jit.object_code` for the errors.
+    :func:`repvgg.engine.codegen.jit.object_code` for the errors.
     """
     folder = cache_folder()
     if folder is None:

@@ -1,4 +1,228 @@
-"""The IR of what runs a table of steps; see :mod:`repvgg.engine.program`, which fills in the names in braces."""
+"""Threads that run the code of a network beside its caller, and sleep in between.
+
+A network as a table of steps in memory, and the functions that run it: a call for the whole network.
+
+A row of the table is 24 i64, in three cache lines. The first: the function, four pointers (see
+``kernels.kernel.UNITS``), units of a block, parts of a block, and the parts of the batch. The second is claimed from,
+the third counts what is done, and says how many parts an image has, which image of the batch comes first, and how many
+there are at most; the parts of the batch, claims and counts belong to the code. A row that nobody can claim stands
+behind the last.
+
+Work is claimed, not shared out: whoever comes takes the next chunk of a step with one compare-and-swap, and a step is
+over when all its units are done. So a thread that comes late, or not at all, holds nobody up: the caller can do
+everything alone. Half of the threads take chunks from the end, so that what one thread wrote is mostly what it reads in
+the next step. A claim counts the chunks that are taken from either end, 16 bits each, and carries the number of the
+call, so that a thread which was left behind by an earlier call takes nothing of a later one; the batch of a row changes
+only when the claims of the call before are void. Idle threads look around for a moment, and then sleep on a futex.
+Linux likes to wake a thread on the processor of who wakes it, which is busy, and to leave it there for milliseconds: so
+workers are kept off the caller's processor, by a call of the system whenever the caller has moved before workers are
+woken.
+
+Calls may run different tables one after the other. Before the memory of one goes, ``forget`` sees to it that no thread
+that was left behind still looks at it.
+
+The IR of what runs a table of steps; see :mod:`repvgg.engine.runtime.thread_pool`, which fills in the names in braces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Collection, Iterable
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from repvgg.engine.codegen.disk_cache import cached_object_code
+from repvgg.engine.codegen.jit import Code, Isa
+from repvgg.engine.runtime.memory import zeros
+from repvgg.errors import FallbackWarning, UsageError
+
+_STACK = 2**22  # bytes; kernels keep transformed tiles there
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that makes no sense.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"The engine needs at least one thread, not {threads}.")
+
+
+def thread_count(threads: int | None) -> int:
+    """How many threads to take: as asked, or as many as PyTorch takes, but no more than this process may run on.
+
+    PyTorch's number is that of ``OMP_NUM_THREADS``, if that is set. Where the engine has no threads of its own it is
+    1, with a warning if it would be more.
+
+    Raises:
+        UsageError: fewer than one are asked for.
+    """
+    check_threads(threads)
+    count = threads or min(torch.get_num_threads(), len(_processors()))
+    if count > 1 and not has_workers():
+        warnings.warn(
+            f"The engine has threads of its own on Linux alone: one thread computes, not {count}.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return 1
+    return count
+
+
+def _processors() -> Collection[int]:
+    """Numbers of those that this thread may run on."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+
+
+@final
+class Workers:
+    """The caller of a network, and ``threads - 1`` threads that help it.
+
+    They end when this object goes, or when Python does.
+
+    Args:
+        isa: of this processor.
+        threads: all of them together.
+    """
+
+    def __init__(self, isa: Isa, threads: int) -> None:
+        self._code = Code([cached_object_code(thread_pool_ir(isa), isa)], isa)
+        kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+        self._run = ctypes.CFUNCTYPE(None, *kinds)(self._code.address(RUN))
+        self._forget = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2)(self._code.address(FORGET))
+        self._nothing, self._threads = table(0), threads
+        self._shared = self._begun(0)
+
+    def run(self, row: int, count: int, batch: int) -> None:
+        """Run rows of a table on a batch; it returns when they are done. One caller at a time.
+
+        Args:
+            row: address of the first, of a :func:`repvgg.engine.runtime.thread_pool.table`.
+            count: of rows; there is another one behind them.
+            batch: images.
+        """
+        self._run(self._address, row, count, batch)
+
+    def forget(self) -> None:
+        """Wait until no thread looks at a table that was run before, so that its memory may go."""
+        self._forget(self._address, self._nothing.ctypes.data)
+
+    def restart(self) -> None:
+        """Have threads in a forked child, where those of its parent do not run."""
+        self._shared = self._begun(int(self._shared[CALL]))  # tables know the numbers of calls
+
+    def _begun(self, call: int) -> NDArray[np.int64]:
+        """Threads that wait for the call behind number ``call``, and what they share."""
+        shared = shared_words(self._threads, _processors())
+        shared[CALL], shared[STEPS] = call, self._nothing.ctypes.data
+        if self._threads > 1:
+            kept = (self._code, self._nothing)
+            helpers = [_started(self._code, shared, kept) for _ in range(self._threads - 1)]
+            weakref.finalize(self, _stop, self._code, shared, helpers, os.getpid())
+        self._address: int = shared.ctypes.data
+        return shared
+
+
+def _function(code: Code, name: str) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address(name))
+
+
+def _started(code: Code, shared: NDArray[np.int64], kept: object) -> threading.Thread:
+    """A thread inside of the code; it keeps alive what it reads until it returns."""
+    enter = _function(code, WORKER)
+
+    def work(kept: object = kept) -> None:
+        enter(shared.ctypes.data)
+
+    thread = threading.Thread(target=work, name="repvgg-engine", daemon=True)
+    before = threading.stack_size(_STACK)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    return thread
+
+
+def _stop(code: Code, shared: NDArray[np.int64], helpers: list[threading.Thread], process: int) -> None:
+    if os.getpid() != process:  # a forked child, where they never ran
+        return
+    _function(code, STOPPER)(shared.ctypes.data)
+    for helper in helpers:
+        helper.join()
+
+
+WORDS = 24  # of a row; places in it:
+FUNCTION, SOURCE, TARGET, WEIGHTS, BIAS, UNITS, BLOCK = range(7)
+PARTS, FIRST, LIMIT = 17, 18, 19
+CALL, SLEEPERS, STEPS, COUNT, THREADS, STOP, INSIDE = 0, 8, 16, 17, 18, 24, 32  # i64 that all threads share
+AVOIDED, BEGUN, ALLOWED, LEFT, WORKERS = 40, 41, 48, 64, 80  # the last is as long as there are threads
+PROCESSORS = 64 * (LEFT - ALLOWED)  # bits of a set of processors
+RUN, WORKER, STOPPER, FORGET = "run", "worker", "stop", "forget"
+
+_CHUNKS, _MOST = 16, 2**14  # of a step for each thread, and of all of them
+_SPINS = 2500  # looks for work, of about 0.1 us, before a thread sleeps; more of them cost others their time
+_YIELDS = 4095  # looks before a thread that waits for others lets somebody else run; a power of two, less one
+_CALLS = ("FUTEX", "GETTID", "SETAFFINITY")  # of Linux, by processor
+_X86_CALLS, _ARM_CALLS = (202, 186, 203), (98, 178, 122)
+_NUMBERS = {"x86_64": _X86_CALLS, "AMD64": _X86_CALLS, "aarch64": _ARM_CALLS, "arm64": _ARM_CALLS}
+_WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # both private to the process
+
+_X86 = ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()")
+_ARM = ("call void @llvm.aarch64.hint(i32 1)", "declare void @llvm.aarch64.hint(i32)")
+_PAUSES = {"avx512": _X86, "avx2": _X86, "sse2": _X86, "neon": _ARM}
+
+
+def table(steps: int) -> NDArray[np.int64]:
+    """A table to be filled: so many rows, and the one behind them."""
+    rows = zeros(2 * WORDS * (steps + 1)).view(np.int64).reshape(-1, WORDS)
+    rows[:, BLOCK] = 1  # what is divided by
+    return rows
+
+
+def shared_words(threads: int, processors: Iterable[int]) -> NDArray[np.int64]:
+    """What so many threads share, which may run on these processors."""
+    words = zeros(2 * (WORKERS + threads)).view(np.int64)
+    words[THREADS], words[AVOIDED] = threads, -1
+    bits = words[ALLOWED:LEFT].view(np.uint8)
+    for processor in processors:
+        if processor < PROCESSORS:
+            bits[processor // 8] |= 1 << processor % 8
+    return words
+
+
+def has_workers() -> bool:
+    """Whether the code can have threads of its own here: they need the futex of Linux."""
+    return sys.platform == "linux" and platform.machine() in _NUMBERS
+
+
+def thread_pool_ir(isa: Isa) -> str:
+    """The IR of ``run(shared, steps, count, batch)``, ``forget(shared, nothing)``, ``stop(shared)``, and a worker.
+
+    ``worker(shared)`` returns after a stop; where there is no futex there is none. ``nothing`` is a table of no steps.
+    """
+    call, declaration = _PAUSES.get(isa.name, ("", ""))
+    pause = f"define internal void @pause() alwaysinline nounwind {{{{\n  {call}\n  ret void\n}}}}\n{declaration}\n"
+    text = RUN_TEXT + (WORKER_TEXT if has_workers() else NOBODY_TEXT) + pause
+    places = {"STEPS": STEPS, "COUNT": COUNT, "INSIDE": INSIDE, "THREADS": THREADS, "STOP": STOP, "SLEEPERS": SLEEPERS}
+    names = {"RUN": RUN, "WORKER": WORKER, "STOPPER": STOPPER, "FORGET": FORGET, "WORDS": WORDS, "PARTS": PARTS}
+    names |= {"FIRST": FIRST, "LIMIT": LIMIT}
+    waits = {"CHUNKS": _CHUNKS, "MOST": _MOST, "SPINS": _SPINS, "YIELDS": _YIELDS, "WAIT": _WAIT, "WAKE": _WAKE}
+    sets = {"AVOIDED": AVOIDED, "BEGUN": BEGUN, "ALLOWED": ALLOWED, "LEFT": LEFT, "WORKERS": WORKERS}
+    sets |= {"WORKERS_LESS_1": WORKERS - 1, "PROCESSORS": PROCESSORS, "EVERYBODY": _EVERYBODY}
+    sets |= {"WORDS_OF_SET": PROCESSORS // 64, "BYTES_OF_SET": PROCESSORS // 8}
+    calls = dict(zip(_CALLS, _NUMBERS.get(platform.machine(), (0, 0, 0)), strict=True))
+    return text.format(**places, **names, **waits, **sets, **calls)
+
 
 #: ``run``, ``stop`` and ``forget``, and ``work``, which goes through the steps of a call beside other threads.
 RUN_TEXT = """

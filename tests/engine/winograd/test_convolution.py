@@ -5,16 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from repvgg.engine.images import Images, round_up
-from repvgg.engine.kernels.fused import WinogradFused
-from repvgg.engine.kernels.tile import Tile
-from repvgg.engine.kernels.tiling import Tiling, place_floats
-from repvgg.engine.kernels.transform import transform, transform_rectangle
-from repvgg.engine.kernels.winograd import WinogradInput, WinogradProduct
+from repvgg.engine.kernels.base import Tile, packed
 from repvgg.engine.layers import ConvGeometry
-from repvgg.engine.packing import packed
 from repvgg.engine.part import Part
-from repvgg.engine.winograd import POINTS, minimal_filter, tail, winograd
+from repvgg.engine.runtime.memory import Images, round_up
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
+from repvgg.engine.winograd.filters import POINTS, minimal_filter, tail, winograd
+from repvgg.engine.winograd.tiling import Tiling, place_floats
+from repvgg.engine.winograd.transforms import transform, transform_rectangle
 from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
 
 

@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-import numpy as np
-
-from repvgg.engine.images import Images, round_up
-from repvgg.engine.ir import Function, Index, Value
-from repvgg.engine.isa import Isa
-from repvgg.engine.kernels.kernel import POINTERS, UNITS, call_panel
-from repvgg.engine.kernels.tile import Tile, multiply_add
-from repvgg.engine.kernels.tiling import LINE, equal_runs
-from repvgg.engine.layers import Conv, ConvGeometry, Floats
+from repvgg.engine.codegen.ir_builder import Function, Index, Value
+from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.kernels.base import POINTERS, UNITS, Tile, call_panel, multiply_add
+from repvgg.engine.layers import ConvGeometry
+from repvgg.engine.runtime.memory import Images
+from repvgg.engine.winograd.tiling import LINE, equal_runs
 
 _COLD = 2**15  # floats of a panel that is fetched ahead
 _KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
@@ -111,29 +108,6 @@ class ConvKernel:
         """
         rows = [_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
         return [*rows, _units(name, self, rows)]
-
-
-def pack(conv: Conv, width: int, vectors: int, together: int = 1) -> tuple[Floats, Floats]:
-    """Weights and biases in the order that the kernel reads them, with zeros for channels beyond the last.
-
-    Args:
-        conv: the convolution.
-        width: floats in a vector.
-        vectors: of a panel.
-        together: taps that lie side by side for each input channel.
-
-    Returns:
-        Two arrays of one axis; both have whole vectors for each group.
-    """
-    groups = conv.geometry.groups
-    outputs = conv.weight.shape[0] // groups
-    wide = round_up(outputs, width)
-    kernel = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, together).transpose(0, 3, 2, 4, 1)
-    kernel = np.pad(kernel, (*((0, 0),) * 4, (0, wide - outputs)))  # group, taps, input, tap, output
-    step = vectors * width
-    panels = [kernel[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
-    bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, wide - outputs)))
-    return np.concatenate(panels), bias.ravel()
 
 
 def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:

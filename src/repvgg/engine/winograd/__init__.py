@@ -1,0 +1,1 @@
+"""Winograd convolution: minimal filters, tiles, transforms, GEMMs in the transformed domain, kernels."""
