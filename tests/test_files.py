@@ -3,8 +3,8 @@ import stat
 
 import pytest
 
+from repvgg._files import atomic_write, check_output, write_text
 from repvgg.errors import OutputError, OutputExistsError
-from repvgg.files import check_output, whole_or_nothing, write_text
 
 
 def listing(folder):
@@ -13,7 +13,7 @@ def listing(folder):
 
 def test_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "a.txt"
-    with whole_or_nothing(path) as part:
+    with atomic_write(path) as part:
         part.write_text("half")
         assert part.name == "a.txt"
         assert not path.exists()
@@ -33,13 +33,13 @@ def test_nothing_is_left_of_what_fails(tmp_path, name, error, old):
 
 
 def write_half(path, error):
-    with whole_or_nothing(path, overwrite=True) as part:
+    with atomic_write(path, overwrite=True) as part:
         part.write_text("half")
         raise error
 
 
 def test_a_body_that_writes_nothing_fails(tmp_path):
-    with pytest.raises(OutputError, match="No such file"), whole_or_nothing(tmp_path / "mode"):
+    with pytest.raises(OutputError, match="No such file"), atomic_write(tmp_path / "mode"):
         pass
     assert listing(tmp_path) == {}
 
@@ -51,7 +51,7 @@ def test_a_file_that_comes_in_between_stays(tmp_path):
 
 
 def write_while_another_does(path):
-    with whole_or_nothing(path) as part:
+    with atomic_write(path) as part:
         part.write_text("ours")
         path.write_text("theirs")
 
@@ -79,7 +79,7 @@ def test_places_that_cannot_be_written(tmp_path):
 def test_permissions_are_those_of_any_new_file(tmp_path, umask):
     before = os.umask(umask)
     try:
-        with whole_or_nothing(tmp_path / "a.txt") as part:
+        with atomic_write(tmp_path / "a.txt") as part:
             part.touch(mode=0o600)
     finally:
         os.umask(before)

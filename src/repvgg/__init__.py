@@ -1,7 +1,7 @@
-"""RepVGG: train multi-branch networks, ship plain ones, and know that they are equal.
+"""Structural re-parameterization: train multi-branch networks, convert them exactly into plain ones, and verify it.
 
-The public door: everything here is stable, typed and documented; the rest of the package is not. Importing it needs
-torch alone. ``repvgg.engine`` is a door of its own.
+This module is the public API, with ``repvgg.engine``: stable, typed and documented; other modules may change. Importing
+it needs torch alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from repvgg.verify import Evidence, verify  # at once: a room has the name of its function
+from repvgg.verify import Evidence, verify  # eager: the package and the function share a name
 
 if TYPE_CHECKING:
     from repvgg import engine as engine
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from repvgg.expansion import ExpandReport, expand, insert_bn, replace_convs
     from repvgg.models import ModelSpec, RepVGG, create_model, from_pretrained, list_models, load, push_to_hub
     from repvgg.symbolic import equivalent_conv
-    from repvgg.symbolic.trace import trace  # from where it stands: its room holds a module of that name
+    from repvgg.symbolic.trace import trace  # not from the package: it has a module of that name
 
 __version__ = "0.1.0"
 
@@ -47,28 +47,30 @@ __all__ = [
     "verify",
 ]
 
-_ROOMS = {
-    "algebra": ("ConvMap",),
-    "collapse": ("ModelSummary", "Report", "fold_batch_norms", "is_plain", "model_summary", "reparameterize"),
-    "expansion": ("ExpandReport", "expand", "insert_bn", "replace_convs"),
-    "models": ("ModelSpec", "RepVGG", "create_model", "from_pretrained", "list_models", "load", "push_to_hub"),
-    "symbolic": ("equivalent_conv", "trace"),
+#: The package that defines each name. Packages are imported on first use: importing all of them takes 0.1 s.
+_PACKAGE_OF = {
+    **dict.fromkeys(("ConvMap",), "algebra"),
+    **dict.fromkeys(
+        ("ModelSummary", "Report", "fold_batch_norms", "is_plain", "model_summary", "reparameterize"), "collapse"
+    ),
+    **dict.fromkeys(("ExpandReport", "expand", "insert_bn", "replace_convs"), "expansion"),
+    **dict.fromkeys(
+        ("ModelSpec", "RepVGG", "create_model", "from_pretrained", "list_models", "load", "push_to_hub"), "models"
+    ),
+    **dict.fromkeys(("equivalent_conv", "trace"), "symbolic"),
 }
-_MODULES = ("engine",)  # doors of their own
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_SUBPACKAGES = ("engine",)  # public packages, reached as attributes
 
 
 def __getattr__(name: str) -> Any:
-    """Open the room that a name stands in when it is asked for first: importing them all takes a tenth of a second."""
-    if name in _MODULES:
+    if name in _SUBPACKAGES:
         return import_module(f"repvgg.{name}")
-    if name not in _ROOM_OF:
+    if name not in _PACKAGE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"repvgg.{_ROOM_OF[name]}"), name)
+    value = getattr(import_module(f"repvgg.{_PACKAGE_OF[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """The names of the door."""
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

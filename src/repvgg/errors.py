@@ -1,44 +1,45 @@
-"""The exceptions of repvgg, and the one way to ask for an optional package.
+"""The exceptions and warnings of repvgg, and helpers that word their messages.
 
 Every error that repvgg raises on purpose is a :class:`RepvggError`; its text is one sentence that says what is wrong
 and what to do next. Catch by meaning::
 
     RepvggError
     ├── ReparamError                 a model or a block cannot be turned into a plain one
-    │   ├── TrainingModeError        a batch norm still normalizes with the statistics of the batch
+    │   ├── TrainingModeError        a batch norm normalizes with the statistics of the batch
     │   ├── MissingStatisticsError   a batch norm has no running statistics to fold
-    │   ├── NotLinearError           a function on the way is not a linear, shift-invariant map
+    │   ├── NotLinearError           a function in between is not a linear, shift-invariant map
     │   ├── BorderError              the two sides would differ at the border of the image
-    │   └── EquivalenceError         the outcome was run and is not equal to what it came from
+    │   └── EquivalenceError         the result was run and does not match its source
     ├── UnknownModelError            no model of that name
-    ├── SourceError                  a model cannot be built from where it is said to come from
+    ├── SourceError                  a model source (``timm:NAME``, ``FILE.py:FACTORY``, a path) cannot be used
     ├── CheckpointError              a file cannot be read as a checkpoint, or does not fit the model
     ├── OutputError                  a file cannot be written
-    │   └── OutputExistsError        something is in the way and nobody asked to overwrite it
+    │   └── OutputExistsError        the file exists and overwriting was not requested
     ├── DataError                    a data set is missing, empty or malformed
-    ├── TrainingError              a run cannot go on
-    ├── ExportError                  a model could not be exported, or the exported file is not what it should be
-    ├── UnsupportedError             the engine does not know a layer of the network
-    ├── UsageError                   an argument makes no sense
+    ├── TrainingError                a training run cannot continue
+    ├── ExportError                  a model could not be exported, or the exported file is wrong
+    ├── UnsupportedError             the engine does not support a layer of the network
+    ├── UsageError                   an argument is invalid
     └── MissingDependencyError       an optional package is not installed (also an ImportError)
 
-    NothingFoldedWarning             a conversion was asked for and there was nothing to convert
-    NothingExpandedWarning           branches or batch norms were asked for, and no convolution got any
-    CacheWarning                     machine code cannot be kept on the disk, and is made anew in each process
-    FallbackWarning                  something simpler and slower does the work that the engine was asked to do
-    FreshWeightsWarning              some weights of a model begin afresh, and are not those that it came with
-    OtherBlockWarning                some layers of a network are of another block than the one that was asked for
+    NothingFoldedWarning             a conversion was requested and there was nothing to convert
+    NothingExpandedWarning           branches or batch norms were requested, and no convolution got any
+    CacheWarning                     machine code cannot be cached on disk and is compiled again in each process
+    FallbackWarning                  a simpler and slower implementation replaces the one that was requested
+    FreshWeightsWarning              some weights of a model are newly initialized instead of loaded
+    OtherBlockWarning                some layers of a network use another block than the one requested
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
 
 class RepvggError(Exception):
-    """Whatever repvgg raises on purpose."""
+    """Base class of all errors that repvgg raises on purpose."""
 
 
 class ReparamError(RepvggError):
@@ -46,15 +47,15 @@ class ReparamError(RepvggError):
 
 
 class TrainingModeError(ReparamError):
-    """A batch norm still normalizes with the statistics of the batch: it is no fixed linear map."""
+    """A batch norm normalizes with the statistics of the batch, so it is not a fixed linear map."""
 
 
 class MissingStatisticsError(ReparamError):
-    """A batch norm keeps no running statistics: there is nothing to fold."""
+    """A batch norm has no running statistics to fold."""
 
 
 class NotLinearError(ReparamError):
-    """A function on the way is not a linear, shift-invariant map of the input."""
+    """A function in between is not a linear, shift-invariant map of the input."""
 
 
 class BorderError(ReparamError):
@@ -62,7 +63,7 @@ class BorderError(ReparamError):
 
 
 class EquivalenceError(ReparamError):
-    """The outcome was run and is not equal to what it came from."""
+    """The result was run and does not match its source."""
 
 
 class UnknownModelError(RepvggError):
@@ -70,7 +71,7 @@ class UnknownModelError(RepvggError):
 
 
 class SourceError(RepvggError):
-    """A model cannot be built from where it is said to come from."""
+    """A model source cannot be used."""
 
 
 class CheckpointError(RepvggError):
@@ -82,7 +83,7 @@ class OutputError(RepvggError):
 
 
 class OutputExistsError(OutputError):
-    """Something is in the way and nobody asked to overwrite it."""
+    """The file exists and overwriting was not requested."""
 
 
 class DataError(RepvggError):
@@ -90,19 +91,19 @@ class DataError(RepvggError):
 
 
 class TrainingError(RepvggError):
-    """A run cannot go on."""
+    """A training run cannot continue."""
 
 
 class ExportError(RepvggError):
-    """A model could not be exported, or the exported file is not what it should be."""
+    """A model could not be exported, or the exported file is wrong."""
 
 
 class UnsupportedError(RepvggError):
-    """The engine does not know a layer of the network."""
+    """The engine does not support a layer of the network."""
 
 
 class UsageError(RepvggError):
-    """An argument makes no sense."""
+    """An argument is invalid."""
 
 
 class MissingDependencyError(RepvggError, ImportError):
@@ -110,67 +111,63 @@ class MissingDependencyError(RepvggError, ImportError):
 
 
 class NothingFoldedWarning(UserWarning):
-    """A conversion was asked for and there was nothing to convert."""
+    """A conversion was requested and there was nothing to convert."""
 
 
 class NothingExpandedWarning(UserWarning):
-    """Branches or batch norms were asked for, and no convolution got any."""
+    """Branches or batch norms were requested, and no convolution got any."""
 
 
 class FreshWeightsWarning(UserWarning):
-    """Some weights of a model begin afresh: it is made for other classes or channels, or of other blocks."""
+    """Some weights are newly initialized: the model has other classes, channels or blocks than its source."""
 
 
 class OtherBlockWarning(UserWarning):
-    """Some layers of a network are of another block than asked for, which has no form in their geometry."""
+    """Some layers use another block than the one requested, which does not support their geometry."""
 
 
 class CacheWarning(UserWarning):
-    """Machine code cannot be kept on the disk: each process compiles anew."""
+    """Machine code cannot be cached on disk: each process compiles again."""
 
 
 class FallbackWarning(UserWarning):
-    """Something simpler and slower does the work that the engine was asked to do: PyTorch, or a single thread."""
+    """PyTorch or a single thread replaces what the engine was asked to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of somebody else says, without its full stop; its type where it says nothing."""
+    """Return the first line of a foreign error's message without its full stop, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def typed_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says, if anything: for a stranger's code."""
+    """Return the type of an error and the first line of its message, for errors raised by a user's code."""
     name = type(error).__name__
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{name}: {text.strip().splitlines()[0]}" if text.strip() else name
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # the last by cuDNN and cuBLAS
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # the last by cuDNN and cuBLAS
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of the CPU or of an accelerator.
-
-    PyTorch has a class of its own for an accelerator without memory, and none for the CPU.
-    """
+    """Return whether an error says that memory ran out, on the CPU or on an accelerator."""
+    # PyTorch has an exception class for accelerators (OutOfMemoryError) and none for the CPU: only the text is common.
     text = str(error)
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What to say behind "there is no such name": the known names that are closest, or ``otherwise``."""
-    import difflib
-
-    close = difflib.get_close_matches(name.lower(), list(known), n=3)
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 3) -> str:
+    """Return "did you mean A or B?" with the known names closest to ``name``, or ``otherwise`` if none is close."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=most)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def require(package: str, extra: str | None = None) -> ModuleType:
-    """Import an optional ``package``, or say how to get it.
+    """Import an optional package.
 
     Args:
         package: name of the module to import.
-        extra: the extra of repvgg that brings it, or None where the default install should hold it.
+        extra: the extra of repvgg that installs it, or None if the default installation includes it.
 
     Raises:
         MissingDependencyError: the package is not installed; the text names the extra.

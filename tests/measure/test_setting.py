@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from repvgg._contexts import PRECISION_NODES, precision_of
 from repvgg.errors import UsageError
 from repvgg.measure import Setting
-from repvgg.modes import PRECISION_NODES, precision_of
 
 
 def test_models_and_images_stand_where_the_setting_says():

@@ -20,7 +20,7 @@ from repvgg.blocks.online import OnlineConv2d
 from repvgg.blocks.overparameterized import DOConv2d, expand_kernel, expand_layers
 from repvgg.blocks.repvgg import Branch, Switches, branches_of, summed
 from repvgg.blocks.strips import asymmetric
-from repvgg.errors import UsageError, nearest
+from repvgg.errors import UsageError, did_you_mean
 
 MakeModule = Callable[[Geometry], nn.Module]
 
@@ -152,7 +152,7 @@ def block_of(name: str) -> BlockRow:
     """
     if name in BLOCKS:
         return BLOCKS[name]
-    known = nearest(name, BLOCKS, f"known are {', '.join(BLOCKS)}.")
+    known = did_you_mean(name, BLOCKS, f"known are {', '.join(BLOCKS)}.")
     raise UsageError(f"There is no block {name!r}: {known}")
 
 

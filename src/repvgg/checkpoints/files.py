@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repvgg._files import atomic_write
 from repvgg.checkpoints.metadata import KEY, Metadata
 from repvgg.checkpoints.wrappers import unwrap
 from repvgg.errors import CheckpointError, OutputError, UsageError, first_line, require
-from repvgg.files import whole_or_nothing
 
 _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
@@ -78,7 +78,7 @@ def save_tensors(
         OutputError: it cannot be written.
     """
     safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
-    with whole_or_nothing(path, overwrite=overwrite) as part:
+    with atomic_write(path, overwrite=overwrite) as part:
         try:
             save_file(_apart(tensors), part, header)
             _in_one_order(Path(part))
@@ -127,7 +127,7 @@ def save_torch(
     content: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
     if metadata is not None:
         content = {"state_dict": content, KEY: metadata.to_header()[KEY]}
-    with whole_or_nothing(path, overwrite=overwrite) as part:
+    with atomic_write(path, overwrite=overwrite) as part:
         try:
             torch.save(content, part)
         except RuntimeError as error:  # what its zip writer makes of an OSError

@@ -101,8 +101,8 @@ def _read(source: str, *, plain: bool | None = None) -> Loaded:
 
 
 def _check_output(file: str, out: Path, overwrite: bool) -> None:
+    from repvgg._files import check_output
     from repvgg.errors import UsageError
-    from repvgg.files import check_output
 
     if out.suffix not in _SUFFIXES:
         raise UsageError(f"A checkpoint is a safetensors or a torch file: end {str(out)!r} in .safetensors or .pth.")

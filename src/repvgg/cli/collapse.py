@@ -85,9 +85,9 @@ def _check_arguments(
     input_shape: tuple[int, int, int] | None,
     overwrite: bool,
 ) -> None:
+    from repvgg._files import check_output
     from repvgg.deploy import check_target
     from repvgg.errors import UsageError
-    from repvgg.files import check_output
 
     check_target(out, overwrite=overwrite)
     if report:
@@ -164,7 +164,7 @@ def _write_report(
 ) -> None:
     import json
 
-    from repvgg.files import write_text
+    from repvgg._files import write_text
 
     content = {
         **_notes(sourced),

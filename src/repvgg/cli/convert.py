@@ -53,8 +53,8 @@ def convert(
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
+    from repvgg._files import check_output
     from repvgg.errors import UsageError
-    from repvgg.files import check_output
 
     if target.suffix != ".safetensors":
         raise UsageError(f"The plain form is written as safetensors: end {str(target)!r} in .safetensors.")

@@ -51,11 +51,11 @@ def predict(
         threads: that work on an image; without it what PyTorch takes.
         json: print JSON.
     """
+    from repvgg._contexts import num_threads
     from repvgg.cli.terminal import write_json
     from repvgg.data import DataConfig
     from repvgg.data.pictures import image_files
     from repvgg.models import collapsed, load
-    from repvgg.modes import threads as using
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
@@ -68,7 +68,7 @@ def predict(
     size = input_size or about.input_size
     model = (loaded if about.form == "plain" else collapsed(loaded)).model.float().eval()
     shape = (min(_BATCH, len(files)), about.in_channels, size, size)
-    with using(threads):
+    with num_threads(threads):
         run, ran = _runner(model, shape, engine)
         found = _found(files, config, shape, run, min(top, about.num_classes))
     if json:

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from repvgg._contexts import gc_paused
 from repvgg.collapse.check import depends_on_its_parts, part_at
 from repvgg.collapse.cost import CHEAPER, Cost, Policy
 from repvgg.collapse.modules import batch_norms, unwrap
@@ -21,7 +22,6 @@ from repvgg.collapse.summary import model_summary
 from repvgg.collapse.tracing import random_state_kept
 from repvgg.collapse.values import Expected
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
-from repvgg.modes import collector_paused
 from repvgg.symbolic import first_float, refuse_training
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
@@ -112,7 +112,7 @@ class _Conversion:
     def outcome(self) -> tuple[nn.Module, Report]:
         """The plain model and the report."""
         refuse_training(self.model)
-        with random_state_kept(), collector_paused():
+        with random_state_kept(), gc_paused():
             while True:
                 plan, done = self._round(self.model, self.kept)
                 plain, replaced = self._more_rounds(plan, done)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from repvgg._contexts import gc_paused
 from repvgg.collapse.modules import batch_norms, join, unwrap
 from repvgg.collapse.plan import make_plan
 from repvgg.collapse.planned import Plan
 from repvgg.collapse.tracing import random_state_kept
-from repvgg.modes import collector_paused
 
 _SHOWN = 5
 
@@ -69,7 +69,7 @@ def model_summary(model: nn.Module, inputs: Tensor | Sequence[Tensor] | None = N
         inputs: a tensor, or several, that the model takes: shapes are read off them where its functions do not tell.
     """
     model = unwrap(model)[0]
-    with random_state_kept(), collector_paused():
+    with random_state_kept(), gc_paused():
         plan = make_plan(model, merge_branches=True, inputs=[inputs] if isinstance(inputs, Tensor) else inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     norms = tuple(name for name, _ in batch_norms(model))

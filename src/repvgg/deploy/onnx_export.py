@@ -11,11 +11,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from repvgg._contexts import eval_mode
+from repvgg._files import atomic_write, check_output
 from repvgg.deploy import onnx_graph
 from repvgg.deploy.exporting import check_image_shape, example_input, first_line, silence
 from repvgg.errors import ExportError, require
-from repvgg.files import check_output, whole_or_nothing
-from repvgg.modes import eval_mode
 
 INPUT = "image"
 OUTPUT = "logits"
@@ -76,7 +76,7 @@ def export_onnx(
     _check_model(model, input_shape)
     checker = require("onnx").checker
     proto = _capture(model, example_input(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
-    with whole_or_nothing(target, overwrite=overwrite) as part:
+    with atomic_write(target, overwrite=overwrite) as part:
         part.write_bytes(proto.SerializeToString())
         try:
             checker.check_model(str(part), full_check=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from repvgg._contexts import eval_mode
+from repvgg._files import atomic_write, check_output
 from repvgg.deploy.exporting import check_image_shape, example_input, first_line, silence
 from repvgg.errors import ExportError, OutputError
-from repvgg.files import check_output, whole_or_nothing
-from repvgg.modes import eval_mode
 
 
 @final
@@ -63,7 +63,7 @@ def export_program(
     target = check_output(path, overwrite=overwrite)
     check_image_shape(input_shape)
     program = _captured(model, example_input(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
-    with whole_or_nothing(target, overwrite=overwrite) as part:
+    with atomic_write(target, overwrite=overwrite) as part:
         try:
             with silence():
                 torch.export.save(program, part, extra_files=dict(notes or {}))

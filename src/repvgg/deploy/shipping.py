@@ -13,13 +13,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from repvgg._files import atomic_write, check_output
 from repvgg.deploy.exporting import first_line
 from repvgg.deploy.onnx_export import export_onnx
 from repvgg.deploy.onnx_runner import OnnxRunner
 from repvgg.deploy.program import ProgramRunner, export_program
 from repvgg.deploy.weights_file import export_weights
 from repvgg.errors import ExportError, RepvggError, UsageError
-from repvgg.files import check_output, whole_or_nothing
 from repvgg.verify import Evidence, border_inputs, judging, verify
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors")
@@ -81,7 +81,7 @@ def ship(
         EquivalenceError: the file computes something else.
     """
     target = check_target(path, overwrite=overwrite)
-    with whole_or_nothing(target, overwrite=overwrite) as part:
+    with atomic_write(target, overwrite=overwrite) as part:
         if target.suffix == ".safetensors":
             export_weights(plain, part, input_shape, notes=notes)
             return Shipped(target)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repvgg._files import atomic_write
 from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.errors import ExportError
-from repvgg.files import whole_or_nothing
 from repvgg.models import RepVGG, describe_model
 
 HEADER = "repvgg.plain"
@@ -40,7 +40,7 @@ def export_weights(
     tensors = model.state_dict()
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ExportError(f"The model keeps state that is no tensor, {odd[0]!r}: safetensors cannot hold it.")
-    with whole_or_nothing(path, overwrite=overwrite) as part:
+    with atomic_write(path, overwrite=overwrite) as part:
         save_tensors(part, tensors, _header(model, input_shape, notes or {}))
         back = read_checkpoint(part).tensors
         if unequal := [name for name in tensors.keys() | back.keys() if not _same(tensors.get(name), back.get(name))]:

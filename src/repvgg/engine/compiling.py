@@ -9,6 +9,7 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
+from repvgg._contexts import eval_mode
 from repvgg.engine.choice import LOSSES
 from repvgg.engine.codegen.jit import host_isa
 from repvgg.engine.layers import Floats
@@ -19,7 +20,6 @@ from repvgg.engine.runner import Shape
 from repvgg.engine.runtime.memory import Given, read_input
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line
-from repvgg.modes import eval_mode
 
 
 @final

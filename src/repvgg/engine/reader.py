@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from repvgg._contexts import eval_mode
 from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.engine.nodes import CONV, DROPOUT, FLATTEN, LINEAR, MUL, POOL, RELU, SAME, SIGMOID, Nodes, pair
 from repvgg.errors import UnsupportedError, typed_line
-from repvgg.modes import eval_mode
 
 
 def read(model: nn.Module) -> list[Layer]:

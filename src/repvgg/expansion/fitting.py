@@ -20,9 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from repvgg._contexts import eval_mode
 from repvgg.algebra import ConvMap
 from repvgg.errors import EquivalenceError, NotLinearError, ReparamError
-from repvgg.modes import eval_mode
 from repvgg.symbolic import algebra_device, trace
 from repvgg.verify import border_inputs, verify
 

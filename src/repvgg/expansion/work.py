@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvgg._contexts import eval_mode
 from repvgg.algebra import ConvMap
 from repvgg.blocks import ConvBN
 from repvgg.errors import NothingExpandedWarning, ReparamError, UsageError
@@ -19,7 +20,6 @@ from repvgg.expansion.outputs import Outputs
 from repvgg.expansion.report import Expanded, ExpandReport, Kept
 from repvgg.expansion.sites import Site, Where, not_replaceable, replaced, sites_of
 from repvgg.expansion.statistics import Data, has_statistics, input_statistics, map_of, take_on
-from repvgg.modes import eval_mode
 from repvgg.symbolic import trace
 
 

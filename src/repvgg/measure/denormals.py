@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from repvgg._contexts import eval_mode
 from repvgg.errors import UsageError
-from repvgg.modes import eval_mode
 
 _BITS = {
     torch.float64: torch.int64,

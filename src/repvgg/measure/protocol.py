@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from repvgg._contexts import gc_paused
 from repvgg.errors import UsageError, is_out_of_memory
 from repvgg.measure.stopwatch import Call, Stopwatch, WallClock
-from repvgg.modes import collector_paused
 
 #: Seconds for a call of each candidate that took its turn: all of them in a round, or one after the other.
 Reading = Mapping[str, float]
@@ -85,7 +85,7 @@ def take_readings(
     if not candidates:
         raise UsageError("There is nothing to measure: name a candidate.")
     gc.collect()
-    with torch.inference_mode(), collector_paused():
+    with torch.inference_mode(), gc_paused():
         session = _Session(candidates, protocol, stopwatch or WallClock(), on_failure)
         for reading in session.interleaved() if protocol.interleaved else session.one_by_one():
             on_reading(reading)

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from repvgg._contexts import num_threads, preserve_fp32_precision
 from repvgg.errors import UsageError
 from repvgg.measure.denormals import flushed_denormals
 from repvgg.measure.stopwatch import CudaEvents, Stopwatch, WallClock
-from repvgg.modes import precision_as_found, threads
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "tf32", "float16", "bfloat16"]
@@ -70,7 +70,7 @@ class Setting:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("PyTorch sees no CUDA device here: take --device cpu.")
         with ExitStack() as stack:
-            stack.enter_context(threads(self.threads))
+            stack.enter_context(num_threads(self.threads))
             stack.enter_context(flushed_denormals(self.flush_denormal))
             if self.device == "cuda":
                 torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -99,7 +99,7 @@ class Setting:
 def _products(tf32: bool) -> Iterator[None]:
     """TF32 in products of float32 on a GPU, or not; and have cuDNN try its kernels in the warm-up and keep the best."""
     before = torch.get_float32_matmul_precision()
-    with precision_as_found():
+    with preserve_fp32_precision():
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         try:
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from repvgg._contexts import eval_mode
 from repvgg.errors import UsageError
 from repvgg.measure.holding import Holding
 from repvgg.measure.places import places_in
 from repvgg.measure.rules import Work, is_known, name_of, work_of
 from repvgg.measure.traffic import Traffic, made_by, tensors_in, traffic_of
-from repvgg.modes import eval_mode
 
 Shape = tuple[int, ...]
 

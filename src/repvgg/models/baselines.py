@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from repvgg.errors import SourceError, UnknownModelError, nearest
+from repvgg.errors import SourceError, UnknownModelError, did_you_mean
 from repvgg.models.sources import resolve
 
 _RESNET = "He et al., Deep residual learning for image recognition, CVPR 2016"
@@ -102,7 +102,7 @@ def baseline_of(name: str) -> Baseline:
     """
     if name in BASELINES:
         return BASELINES[name]
-    known = nearest(name, BASELINES, f"known are {', '.join(BASELINES)}.")
+    known = did_you_mean(name, BASELINES, f"known are {', '.join(BASELINES)}.")
     raise UnknownModelError(f"There is no baseline {name!r}: {known}")
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from repvgg.blocks import BLOCKS, BranchSum, ConvBN, DiracConv2d, Geometry, RepVGGBlock, block_of
-from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError, nearest
+from repvgg.errors import BorderError, OtherBlockWarning, UnknownModelError, UsageError, did_you_mean
 from repvgg.models.baselines import create_baseline
 from repvgg.models.builder import RepVGG, require_counts
 from repvgg.models.spec import ModelSpec, spec_of
@@ -291,6 +291,6 @@ def create_comparison(name: str, num_classes: int = 1000, in_channels: int = 3) 
     """
     require_counts(num_classes, in_channels)
     if name not in COMPARISONS:
-        known = nearest(name, COMPARISONS, f"known are {', '.join(COMPARISONS)}.")
+        known = did_you_mean(name, COMPARISONS, f"known are {', '.join(COMPARISONS)}.")
         raise UnknownModelError(f"There is no network {name!r} to compare with: {known}")
     return COMPARISONS[name].make(num_classes, in_channels)

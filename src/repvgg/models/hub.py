@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from repvgg._files import write_text
 from repvgg.checkpoints import Metadata
 from repvgg.errors import OutputError, SourceError, UsageError, first_line, require
-from repvgg.files import write_text
 from repvgg.models.builder import RepVGG
 from repvgg.models.card import model_card
 from repvgg.models.loading import Loaded, describe_model, form_of, load, save

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from repvgg.errors import UnknownModelError, nearest
+from repvgg.errors import UnknownModelError, did_you_mean
 from repvgg.models.baselines import BASELINES, create_baseline
 from repvgg.models.loading import load
 from repvgg.models.sources import Sourced, resolve
@@ -39,7 +39,7 @@ def named_model(name: str | os.PathLike[str], *, values: bool = True) -> Sourced
         return resolve(text, values=values)
     if Path(text).suffix or len(Path(text).parts) > 1 or Path(text).exists():
         return _checkpoint(text, values)
-    advice = nearest(text, [*SPECS, *BASELINES], "give a row of 'repvgg list', timm:NAME, or a file.")
+    advice = did_you_mean(text, [*SPECS, *BASELINES], "give a row of 'repvgg list', timm:NAME, or a file.")
     raise UnknownModelError(f"There is no model {text!r}: {advice}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from repvgg.errors import UnknownModelError, UsageError, nearest
+from repvgg.errors import UnknownModelError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -158,5 +158,5 @@ def spec_of(name: str) -> ModelSpec:
     """
     if name in SPECS:
         return SPECS[name]
-    known = nearest(name, SPECS, f"known are {', '.join(SPECS)}.")
+    known = did_you_mean(name, SPECS, f"known are {', '.join(SPECS)}.")
     raise UnknownModelError(f"There is no model {name!r}: {known}")

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from repvgg._files import write_text
 from repvgg.errors import DataError, OutputError, OutputExistsError, UsageError
-from repvgg.files import write_text
 from repvgg.measure import IDENTITY
 
 HEADER, CELLS = "study.json", "cells"

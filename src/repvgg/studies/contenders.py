@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from repvgg.blocks import BLOCKS, Geometry, create_block
-from repvgg.errors import BorderError, UsageError, nearest
+from repvgg.errors import BorderError, UsageError, did_you_mean
 from repvgg.models import ModelSpec, Stage, create_variant, residual_reorg, spec_of
 from repvgg.studies.paper import TABLE_6, TABLE_7
 
@@ -130,6 +130,6 @@ def chosen(rows: Sequence[Contender], names: Iterable[str]) -> tuple[Contender, 
     known = [row.name for row in rows]
     for name in wanted:
         if name not in known:
-            advice = nearest(name, known, f"there are {', '.join(known)}.")
+            advice = did_you_mean(name, known, f"there are {', '.join(known)}.")
             raise UsageError(f"The study has no row {name!r}: {advice}")
     return tuple(row for row in rows if not wanted or row.name in wanted)

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg._files import atomic_write
 from repvgg.errors import OutputError
-from repvgg.files import whole_or_nothing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def write_picture(folder: Path, picture: Picture) -> str:
         picture.draw(figure)
         for suffix, metadata in (("svg", {"Date": None}), ("png", {})):
             target = folder / f"{picture.name}.{suffix}"
-            with whole_or_nothing(target, overwrite=True) as part:
+            with atomic_write(target, overwrite=True) as part:
                 figure.savefig(part, format=suffix, dpi=_DOTS, metadata=metadata)
     try:
         return (folder / f"{picture.name}.svg").read_text(encoding="utf-8")

@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repvgg import collapse, measure, models
+from repvgg._files import write_text
 from repvgg.data import OpenedData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
-from repvgg.files import write_text
 from repvgg.studies import page
 from repvgg.training import FitResult, TrainConfig, fit, quickstart, seeded
 from repvgg.verify import Evidence, border_inputs, verify

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repvgg.errors import UsageError, nearest
+from repvgg.errors import UsageError, did_you_mean
 from repvgg.studies import block_study, figure1, figure3, mobile, table1, table4, table5, table6, table6_speed, table7
 from repvgg.studies.study import Study
 
@@ -20,5 +20,5 @@ def study_of(name: str) -> Study:
     """
     if name in STUDIES:
         return STUDIES[name]
-    known = nearest(name, STUDIES, f"there are {', '.join(STUDIES)}.")
+    known = did_you_mean(name, STUDIES, f"there are {', '.join(STUDIES)}.")
     raise UsageError(f"There is no study {name!r}: {known}")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import Progress
 
-from repvgg.files import write_text
+from repvgg._files import write_text
 from repvgg.measure import Setting, environment
 from repvgg.studies.cells import Cells, Header
 from repvgg.studies.page.study import render_study

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from repvgg._files import write_text
 from repvgg.errors import UsageError, first_line
-from repvgg.files import write_text
 from repvgg.training.config import TrainConfig
 
 
@@ -39,7 +39,7 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def write_config(path: str | os.PathLike[str], config: TrainConfig, *, overwrite: bool = False) -> Path:
-    """Write ``config`` as YAML, wholly or not at all. See :func:`repvgg.files.whole_or_nothing` for the errors."""
+    """Write ``config`` as YAML, wholly or not at all. See :func:`repvgg._files.atomic_write` for the errors."""
     return write_text(path, to_yaml(config), overwrite=overwrite)
 
 

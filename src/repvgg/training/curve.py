@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from repvgg.files import whole_or_nothing, write_text
+from repvgg._files import atomic_write, write_text
 from repvgg.training.callbacks import EpochRecord
 
 CSV, PICTURE = "log.csv", "curve.png"
@@ -50,6 +50,6 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
     below.set(xlabel="epoch", ylabel="learning rate")
     for axis in (above, below):
         axis.grid(alpha=0.3)
-    with whole_or_nothing(folder / PICTURE, overwrite=True) as part:
+    with atomic_write(folder / PICTURE, overwrite=True) as part:
         figure.savefig(part, dpi=120, format="png")
     return folder / PICTURE

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from repvgg.modes import eval_mode
+from repvgg._contexts import eval_mode
 
 
 @final

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from repvgg._contexts import eval_mode, num_threads
 from repvgg.data import OpenedData
 from repvgg.errors import UsageError, first_line
-from repvgg.modes import eval_mode, threads
 from repvgg.training.averaging import MovingAverage
 from repvgg.training.callbacks import Bar, EpochRecord, Follow, History
 from repvgg.training.config import TrainConfig
@@ -99,7 +99,7 @@ def fit(
     start, history = time.perf_counter(), History()
     shown = Bar(history, console) if progress and job.layout.rank == 0 else nullcontext()
     with ExitStack() as stack:
-        for guard in (threads(config.threads), _prepared(model, config.channels_last), seeded("fit", config.seed)):
+        for guard in (num_threads(config.threads), _prepared(model, config.channels_last), seeded("fit", config.seed)):
             stack.enter_context(guard)
         stack.enter_context(lightning_as_guest())
         stack.enter_context(synchronized(model, config.sync_bn, on_cpu=on_cpu(config)))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from repvgg import models
+from repvgg._files import write_text
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
 from repvgg.data import OpenedData
 from repvgg.errors import OutputError, OutputExistsError, UsageError
-from repvgg.files import write_text
 from repvgg.training.callbacks import EpochRecord
 from repvgg.training.config import TrainConfig
 from repvgg.training.config_file import differences, read_config, write_config

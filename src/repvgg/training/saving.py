@@ -13,8 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from repvgg._files import atomic_write
 from repvgg.errors import CheckpointError, OutputError
-from repvgg.files import whole_or_nothing
 from repvgg.training.task import ClassificationTask
 
 LAST = "last.ckpt"
@@ -49,7 +49,7 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             OutputError: it cannot be written, a full disk for one.
         """
-        with whole_or_nothing(path, overwrite=True) as part:
+        with atomic_write(path, overwrite=True) as part:
             try:
                 torch.save(checkpoint, part)
             except RuntimeError as error:  # what torch makes of a failed write

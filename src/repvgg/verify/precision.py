@@ -1,6 +1,6 @@
 """How exact float32 is: full precision while judging, and the tolerance of each dtype.
 
-How PyTorch keeps the precision of float32 products is told in :mod:`repvgg.modes`. An older API
+How PyTorch keeps the precision of float32 products is told in :mod:`repvgg._contexts`. An older API
 (``torch.set_float32_matmul_precision``, ``allow_tf32``) keeps flags of its own beside the tree, and both PyTorch's
 getters and its CUDA kernels raise where flag and tree disagree. So both are set here, and both are put back.
 """
@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from repvgg._contexts import PRECISION_NODES, PrecisionNode, precision_of, preserve_fp32_precision, set_precision
 from repvgg.errors import UsageError
-from repvgg.modes import PRECISION_NODES, Node, precision_as_found, precision_of, set_precision
 
 _BACKENDS = ("cuda", "mkldnn")
-_ROOT: Node = ("generic", "all")
+_ROOT: PrecisionNode = ("generic", "all")
 
 #: Unit roundoff of each dtype: the largest relative error of rounding a number once.
 UNIT_ROUNDOFF = {
@@ -84,7 +84,7 @@ def full_float32() -> Iterator[None]:
     on: writing it would overwrite the default of ``cuda.conv``, which no API can restore.
     """
     with ExitStack() as stack:
-        stack.enter_context(precision_as_found())
+        stack.enter_context(preserve_fp32_precision())
         # Parents first: whatever still is not "ieee" under parents that are must have that value of its own.
         for node in PRECISION_NODES:
             stack.enter_context(_at_ieee(node))
@@ -93,7 +93,7 @@ def full_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _at_ieee(node: Node) -> Iterator[None]:
+def _at_ieee(node: PrecisionNode) -> Iterator[None]:
     """One node of the tree at full precision. A node that is there already, or inherits it, is not touched."""
     value = precision_of(node)
     if value == "ieee":
@@ -129,7 +129,7 @@ def _own_of_matmul(backend: str) -> str:
     return _own((backend, "matmul"), parent, _own(parent, _ROOT, "ieee"))
 
 
-def _own(node: Node, parent: Node, own_of_parent: str) -> str:
+def _own(node: PrecisionNode, parent: PrecisionNode, own_of_parent: str) -> str:
     """Found out by moving the parent for a moment."""
     set_precision(parent, "tf32")
     follows = precision_of(node) == "tf32"

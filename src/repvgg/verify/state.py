@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from repvgg.modes import eval_mode
+from repvgg._contexts import eval_mode
 from repvgg.verify.precision import full_float32
 
 

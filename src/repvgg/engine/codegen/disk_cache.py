@@ -21,9 +21,9 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from repvgg._files import atomic_write
 from repvgg.engine.codegen.jit import Isa, object_code
 from repvgg.errors import CacheWarning, OutputError, first_line, require
-from repvgg.files import whole_or_nothing
 
 VARIABLE = "REPVGG_CACHE_DIR"
 MOST_BYTES = 2**26  # of all files; one network takes about 2**16
@@ -121,7 +121,7 @@ def keep(path: Path, key: bytes, content: bytes) -> None:
     """Write a file for :func:`read_kept`; a folder that cannot be written gets a warning, once in a process."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_or_nothing(path, overwrite=True) as part:
+        with atomic_write(path, overwrite=True) as part:
             part.write_bytes(_MAGIC + key + hashlib.sha256(content).digest() + content)
         _shrink(path.parent)
     except (OSError, OutputError) as error:

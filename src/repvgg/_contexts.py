@@ -1,0 +1,91 @@
+"""Context managers that change global or module state and restore it: eval mode, threads, precision, GC.
+
+PyTorch keeps the precision of float32 products in a tree: ``generic.all`` above ``cuda.all`` and ``mkldnn.all``, each
+above ``matmul``, ``conv`` and ``rnn``. A node without a value of its own inherits that of its parent.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+PrecisionNode = tuple[str, str]
+
+#: The tree of float32 precisions, parents first.
+PRECISION_NODES: tuple[PrecisionNode, ...] = (
+    ("generic", "all"),
+    *((backend, "all") for backend in ("cuda", "mkldnn")),
+    *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
+)
+
+
+@contextmanager
+def eval_mode(*models: object) -> Iterator[None]:
+    """Set every module of ``models`` to eval mode, and restore each module's mode afterwards.
+
+    Objects that are no ``nn.Module`` are ignored.
+    """
+    modes = {module: module.training for model in models if isinstance(model, nn.Module) for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False  # not .eval(): modules made by torch.export refuse it
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Disable automatic garbage collection, whose full passes visit every live object."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def num_threads(number: int | None) -> Iterator[None]:
+    """Set PyTorch's number of intra-op threads; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def preserve_fp32_precision() -> Iterator[None]:
+    """Restore the tree of float32 precisions to what it is on entry.
+
+    The older flags write to the tree too, and setting them back does not undo that: neither
+    ``torch.set_float32_matmul_precision`` nor ``torch.compile``, which restores that flag, can be trusted to.
+    """
+    before = {node: precision_of(node) for node in PRECISION_NODES}
+    try:
+        yield
+    finally:
+        for node, value in before.items():
+            if precision_of(node) != value:
+                set_precision(node, "none")  # inherit again, if that gives the value
+            if precision_of(node) != value:
+                set_precision(node, value)
+
+
+def precision_of(node: PrecisionNode) -> str:
+    """Return the precision of float32 products at a node: its own value or its parent's."""
+    return torch._C._get_fp32_precision_getter(*node)
+
+
+def set_precision(node: PrecisionNode, value: str) -> None:
+    """Give a node a value of its own; ``"none"`` makes it inherit."""
+    # Not the public torch.backends.mkldnn.fp32_precision: assigning it writes generic.all (seen in PyTorch 2.15).
+    torch._C._set_fp32_precision_setter(*node, value)

@@ -1,0 +1,81 @@
+"""Atomic file writes: under a temporary name first, renamed when complete."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from repvgg.errors import OutputError, OutputExistsError
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Check that a file may be written at ``path``; call it before the work that makes the content.
+
+    Raises:
+        OutputExistsError: a folder is there, or a file and ``overwrite`` is not set.
+        OutputError: the parent folder does not exist or is not accessible.
+    """
+    target = Path(path)
+    try:
+        if not target.parent.is_dir():
+            raise OutputError(f"There is no folder {str(target.parent)!r} to write {target.name} to: make it first.")
+        if target.is_dir():
+            raise OutputExistsError(f"{str(target)!r} is a folder: give the name of a file.")
+        if target.exists() and not overwrite:
+            raise OutputExistsError(f"{str(target)!r} exists: ask to overwrite it, or choose another name.")
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}.") from error
+    return target
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, renamed to it on success and removed on failure.
+
+    The file gets the permissions of the file that it replaces, or those of any new file. An ``OSError`` in the body
+    counts as a failure to write.
+
+    Raises:
+        OutputExistsError: see :func:`check_output`.
+        OutputError: the file cannot be written; the disk is full, for example.
+    """
+    target = check_output(path, overwrite=overwrite)
+    real = Path(os.path.realpath(target))  # a symbolic link stays; the file that it points to is replaced
+    try:
+        # The same file system as the target: a rename across file systems is not atomic.
+        with TemporaryDirectory(prefix=".repvgg-", dir=real.parent) as folder:
+            part = Path(folder) / target.name
+            mode = _permissions(real, Path(folder) / "mode")
+            yield part
+            _flush_to_disk(part)
+            part.chmod(mode)
+            check_output(target, overwrite=overwrite)  # another process may have created the file meanwhile
+            part.replace(real)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = False) -> Path:
+    """Write UTF-8 text atomically. See :func:`atomic_write` for the errors."""
+    with atomic_write(path, overwrite=overwrite) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _permissions(target: Path, probe: Path) -> int:
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    probe.touch()  # the umask can only be read by setting it, which is not thread-safe; a new file shows it
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Without it, a crash after the rename may leave the new name with an empty file.
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,192 @@
+"""Convert frozen dataclasses to JSON or YAML and back; the one place where types of fields are checked.
+
+Supported field types: dataclasses, ``tuple[T, ...]``, ``tuple[A, B]``, ``dict[str, T]``, ``Literal[...]``, unions
+(``T | None``), ``Any``, and the scalars ``bool``, ``int``, ``float`` and ``str``. A ``bool`` is no ``int`` here; an
+``int`` is accepted where a ``float`` is expected.
+
+JSON has no NaN and no infinity: :func:`to_json` writes the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and
+:func:`from_plain` reads them where a ``float`` is expected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from repvgg.errors import UsageError, first_line
+
+T = TypeVar("T")
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_plain(value: Any) -> Any:
+    """Return ``value`` as dictionaries, lists and scalars; the inverse of :func:`from_plain`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def json_ready(value: Any) -> Any:
+    """Return :func:`to_plain` of ``value`` with non-finite floats as strings, for a strict JSON writer."""
+    plain = to_plain(value)
+    if isinstance(plain, dict):
+        return {key: json_ready(item) for key, item in plain.items()}
+    if isinstance(plain, list):
+        return [json_ready(item) for item in plain]
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return "NaN" if math.isnan(plain) else "Infinity" if plain > 0 else "-Infinity"
+    return plain
+
+
+def to_json(value: Any, *, indent: int | None = 1, sort_keys: bool = False) -> str:
+    """Return ``value`` as a JSON document without a final newline."""
+    return json.dumps(json_ready(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def to_yaml(value: Any) -> str:
+    """Return ``value`` as a YAML document, fields in their own order."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        pass
+
+    def represent_str(dumper: Dumper, text: str) -> yaml.ScalarNode:
+        # PyYAML takes NEL and Unicode's line and paragraph separators for printable, and YAML folds line breaks: left
+        # unquoted, they would be read back as spaces or line feeds.
+        style = '"' if text.splitlines(keepends=True) != text.splitlines() else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent_str)
+    text: str = yaml.dump(to_plain(value), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_yaml(kind: type[T], path: str | os.PathLike[str], *, what: str = "file") -> T:
+    """Read a YAML file as a ``kind``; fields that are missing take their defaults.
+
+    Args:
+        kind: a dataclass.
+        path: the file.
+        what: what the file is, for messages: ``config``.
+
+    Raises:
+        UsageError: the file cannot be read, is not YAML, or its content does not fit ``kind``.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"The {what} {str(path)!r} cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The {what} {str(path)!r} is not YAML: {first_line(error)}.") from error
+    value = from_plain(kind, data, str(path))
+    assert isinstance(value, kind)
+    return value
+
+
+def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "ignore"] = "error") -> Any:
+    """Build a value of type ``kind`` from plain data, and check every field.
+
+    Args:
+        kind: a type of those that the module lists.
+        data: what a JSON or YAML document holds.
+        where: path to ``data``, which begins each message: ``config.yaml`` gives ``config.yaml: optim: lr``.
+        unknown: what to do with keys that ``kind`` has no field for. ``ignore`` reads files of later versions.
+
+    Raises:
+        UsageError: the data do not fit; the text names the place.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if is_dataclass(kind):
+        return _dataclass(kind, data, where, unknown)
+    if origin is Literal:
+        if not any(data == option and type(data) is type(option) for option in arguments):
+            raise _mismatch(where, f"one of {', '.join(map(repr, arguments))}", data)
+        return data
+    if origin in (Union, types.UnionType):
+        return _union(arguments, data, where, unknown)
+    if origin is tuple:
+        return _tuple(arguments, data, where, unknown)
+    if origin in (dict, Mapping):
+        if not isinstance(data, Mapping):
+            raise _mismatch(where, "a mapping", data)
+        return {
+            str(key): from_plain(arguments[1], item, f"{where}: {key}", unknown=unknown) for key, item in data.items()
+        }
+    if kind is float and isinstance(data, str) and data in _NON_FINITE:
+        return _NON_FINITE[data]
+    if kind is float and type(data) is int:
+        return float(data)
+    if type(data) is not kind:  # not isinstance: True is no int
+        raise _mismatch(where, f"of type {kind.__name__}", data)
+    return data
+
+
+def _dataclass(kind: Any, data: Any, where: str, unknown: Literal["error", "ignore"]) -> Any:
+    if not isinstance(data, Mapping):
+        raise _mismatch(where, "a mapping of fields", data)
+    hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
+    if unknown == "error" and (strangers := [name for name in data if name not in known]):
+        raise UsageError(f"{where} has no field {strangers[0]!r}: there are {', '.join(sorted(known))}.")
+    if missing := [name for name, field in known.items() if _is_required(field) and name not in data]:
+        raise UsageError(f"{where} lacks {', '.join(missing)}.")
+    return kind(
+        **{
+            name: from_plain(hints[name], item, f"{where}: {name}", unknown=unknown)
+            for name, item in data.items()
+            if name in known
+        }
+    )
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
+
+
+def _union(arms: tuple[Any, ...], data: Any, where: str, unknown: Literal["error", "ignore"]) -> Any:
+    if data is None and type(None) in arms:
+        return None
+    rest = [arm for arm in arms if arm is not type(None)]
+    if len(rest) == 1:
+        return from_plain(rest[0], data, where, unknown=unknown)  # its message names the place inside
+    if all(get_origin(arm) is Literal for arm in rest):
+        options = tuple(option for arm in rest for option in get_args(arm))
+        return from_plain(Literal[options], data, where, unknown=unknown)
+    for arm in rest:
+        try:
+            return from_plain(arm, data, where, unknown=unknown)
+        except UsageError:
+            continue
+    raise _mismatch(where, f"of type {' or '.join(getattr(arm, '__name__', str(arm)) for arm in rest)}", data)
+
+
+def _tuple(kinds: tuple[Any, ...], data: Any, where: str, unknown: Literal["error", "ignore"]) -> tuple[Any, ...]:
+    if not isinstance(data, (list, tuple)):
+        raise _mismatch(where, "a list", data)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(data)
+    if len(data) != len(kinds):
+        raise _mismatch(where, f"a list of {len(kinds)}", data)
+    return tuple(
+        from_plain(kind, item, f"{where}[{index}]", unknown=unknown)
+        for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
+    )
+
+
+def _mismatch(where: str, wanted: str, data: Any) -> UsageError:
+    return UsageError(f"{where} has to be {wanted}, not {data!r}.")
