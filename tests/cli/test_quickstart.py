@@ -14,8 +14,8 @@ from repvgg.data.parts import ArrayPart
 from repvgg.data.sources import open_source
 from repvgg.errors import OutputError
 from repvgg.measure import SpeedProtocol, compare
-from repvgg.studies import page
 from repvgg.studies import quickstart as study
+from repvgg.studies import report as page
 from repvgg.training import quickstart as recipe
 from tests.cli.helpers import contents
 

@@ -17,10 +17,10 @@ from repvgg.errors import DataError, OutputExistsError, TrainingError, UnknownMo
 from repvgg.models import ModelSpec, Stage
 from repvgg.studies import ablation, ablation_cells, study, training_cell
 from repvgg.studies.ablation import AblationSettings
-from repvgg.studies.ablation_picture import draw_accuracies
 from repvgg.studies.ablation_summary import Results, Spread
 from repvgg.studies.contenders import BRANCHES
 from repvgg.studies.registry import STUDIES
+from repvgg.studies.report.charts import draw_accuracies
 from repvgg.studies.study import run_study
 
 TINY = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8),))
@@ -54,7 +54,7 @@ class Lines(Console):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(ablation, "network_row", lambda name: TINY)
-    monkeypatch.setattr(study, "write_picture", lambda folder, picture: "<svg/>")
+    monkeypatch.setattr(study, "write_chart", lambda folder, picture: "<svg/>")
 
 
 def run(folder, name="table6", console=None, **changes):

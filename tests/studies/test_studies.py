@@ -21,13 +21,13 @@ from repvgg.studies import (
     mobile,
     network_tables,
     networks,
-    pictures,
     study,
     table6_speed,
 )
 from repvgg.studies.ablation import AblationSettings
 from repvgg.studies.paper import FIGURE_1, TABLE_1, TABLE_4, TABLE_5, TABLE_6
 from repvgg.studies.registry import STUDIES, study_of
+from repvgg.studies.report import charts
 from repvgg.studies.study import PAGE, flat, run_study
 from tests.studies.helpers import SECONDS, Stopwatch, Tiny, counted
 
@@ -45,7 +45,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(networks, "deployed", lambda name: Tiny(SECONDS[name], name))
     monkeypatch.setattr(network_tables, "counted", counted)
-    monkeypatch.setattr(study, "write_picture", lambda folder, picture: "<svg/>")  # drawing is most of the time
+    monkeypatch.setattr(study, "write_chart", lambda folder, picture: "<svg/>")  # drawing is most of the time
     use(Stopwatch())
     return use
 
@@ -119,7 +119,7 @@ def test_table5_takes_the_largest(quick, tmp_path):
 
 
 def test_a_study_leaves_whole_files_and_a_page(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "write_picture", pictures.write_picture)
+    monkeypatch.setattr(study, "write_chart", charts.write_chart)
     run("table4", tmp_path / "t", input_size=8, rounds=3, max_gmacs=4.0)
     names = {path.name for path in (tmp_path / "t").iterdir()}
     drawn = {f"table4-{what}.{suffix}" for what in ("pairs", "speed") for suffix in ("svg", "png")}

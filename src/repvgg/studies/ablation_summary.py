@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
-from repvgg.studies.ablation_picture import draw_accuracies
 from repvgg.studies.cells import Cell
 from repvgg.studies.contenders import FULL, Contender
-from repvgg.studies.page.wording import counted
-from repvgg.studies.pictures import Picture
+from repvgg.studies.report.charts import Chart, draw_accuracies
+from repvgg.studies.report.formatting import quantity
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import Outcome
 from repvgg.studies.tables import Column, Table, Value
@@ -111,7 +110,7 @@ Lead: TypeAlias = Callable[[Results], str]
 def outcome_of(name: str, title: str, results: Results, lead: Lead) -> Outcome:
     """Tables, pictures and a sentence, of whatever there is."""
     words = "Accuracy of each row, a dot for each seed and a line at their mean; the paper's accuracies beside it"
-    picture = Picture(name, words, partial(draw_accuracies, results=_drawn(results)))
+    picture = Chart(name, words, partial(draw_accuracies, results=_drawn(results)))
     tables = (_accuracies(name, title, results), _costs(name, results), _cells(name, results))
     said = lead(results) if results.accuracy(FULL).values else "The full block is not trained yet."
     return Outcome(said, tables, (picture,))
@@ -250,7 +249,7 @@ def largest_losses(results: Results) -> str:
     full = results.accuracy(FULL)
     behind = {row.title: results.behind(row.name) for row in results.contenders if row.name != FULL}
     ranked = sorted((spread.mean, title) for title, spread in behind.items() if spread.mean is not None)
-    start = f"The full block reaches {full} % over {counted(len(full.values), 'seed')}"
+    start = f"The full block reaches {full} % over {quantity(len(full.values), 'seed')}"
     if not ranked:
         return start + "."
     lowest, highest = ranked[0][1], ranked[-1][1]

@@ -22,7 +22,7 @@ from repvgg.studies.networks import (
     undominated,
 )
 from repvgg.studies.paper import FIGURE_1, TABLE_4, TABLE_5, FigurePoint
-from repvgg.studies.pictures import Picture, draw_plane
+from repvgg.studies.report.charts import Chart, draw_scatter
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import Outcome, Study
 from repvgg.studies.tables import Column, Table
@@ -41,7 +41,7 @@ def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     points = [point for point in FIGURE_1 if point.model in names]
     best = _frontier(points, speeds)
     words = "Top-1 accuracy as the paper prints it against images per second on this machine"
-    picture = Picture("figure1", words, partial(_draw, points=points, speeds=speeds))
+    picture = Chart("figure1", words, partial(_draw, points=points, speeds=speeds))
     return Outcome(lead_of(best), (_table(points, speeds, best),), (picture,))
 
 
@@ -86,7 +86,7 @@ def _draw(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None
     shown = {epochs: panel for epochs, panel in panels.items() if len(panel) >= _FEWEST_SHOWN} or panels
     for index, (epochs, panel) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), index + 1)
-        draw_plane(axes, f"Trained for {_EPOCHS[epochs]}", panel, "images per second here", "top-1 accuracy (%)")
+        draw_scatter(axes, f"Trained for {_EPOCHS[epochs]}", panel, "images per second here", "top-1 accuracy (%)")
 
 
 STUDY = Study(

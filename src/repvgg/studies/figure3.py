@@ -23,8 +23,8 @@ from repvgg.measure.memory import peak_of_gpu
 from repvgg.studies.candidates import deployed
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, title_of
-from repvgg.studies.page.wording import counted
-from repvgg.studies.pictures import Bar, Picture, draw_bars
+from repvgg.studies.report.charts import Bar, Chart, draw_bars
+from repvgg.studies.report.formatting import quantity
 from repvgg.studies.speeds import OUT_OF_MEMORY
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
@@ -225,16 +225,16 @@ def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
 def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
     columns = (Column("model", "Model"), Column("peak_megabytes", "Peak beside weights and images (MB)", 1))
     rows = tuple((title_of(name), _megabytes(values.get(f"network-{name}", {}))) for name in _NETWORKS)
-    images = counted(settings.batch or 1, "image")
+    images = quantity(settings.batch or 1, "image")
     notes = (f"{images}, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",)
     return Table("figure3-networks", "Whole networks", columns, rows, notes)
 
 
-def _picture(settings: MemorySettings, values: Mapping[str, Cell]) -> Picture:
+def _picture(settings: MemorySettings, values: Mapping[str, Cell]) -> Chart:
     bars = [Bar(block.title, _extra(block, "channels_last", settings, values), block.extra) for block in _BLOCKS]
     title = "Memory beside the map being written"
     draw = partial(draw_bars, title=title, unit="times the input of the block", bars=bars)
-    return Picture("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
+    return Chart("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
 
 
 STUDY = Study(

@@ -32,7 +32,7 @@ from repvgg.studies.networks import (
     undominated,
 )
 from repvgg.studies.paper import TABLE_4
-from repvgg.studies.pictures import Picture, draw_plane
+from repvgg.studies.report.charts import Chart, draw_scatter
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
@@ -96,7 +96,7 @@ def _outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     speeds = speeds_of(settings, values)
     best = undominated(accuracies, speeds)
     words = "Top-1 accuracy as published against images per second on this machine"
-    picture = Picture("mobile", words, partial(_draw, accuracies=accuracies, speeds=speeds))
+    picture = Chart("mobile", words, partial(_draw, accuracies=accuracies, speeds=speeds))
     return Outcome(lead_of(best), (_table(settings, speeds, values.get(COUNTS, {}), best),), (picture,))
 
 
@@ -146,7 +146,7 @@ def _row(row: Published, speeds: Speeds, counts: Cell, best: list[str]) -> tuple
 
 def _draw(figure: Figure, accuracies: Mapping[str, float], speeds: Speeds) -> None:
     points = plane_points(accuracies, speeds)
-    draw_plane(figure.add_subplot(), "Accuracy and speed", points, "images per second here", "top-1 accuracy (%)")
+    draw_scatter(figure.add_subplot(), "Accuracy and speed", points, "images per second here", "top-1 accuracy (%)")
 
 
 STUDY = Study(

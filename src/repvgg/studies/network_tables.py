@@ -19,9 +19,9 @@ from repvgg.studies.networks import (
     taking_part,
     title_of,
 )
-from repvgg.studies.page.wording import counted as counted_in_words
 from repvgg.studies.paper import PrintedModel
-from repvgg.studies.pictures import Bar, Picture, draw_bars
+from repvgg.studies.report.charts import Bar, Chart, draw_bars
+from repvgg.studies.report.formatting import quantity
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
@@ -98,7 +98,7 @@ def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
     faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
     counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
     words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
-    return f"Of {counted_in_words(len(found), 'pair')} that the paper compares, RepVGG is {words} on this machine."
+    return f"Of {quantity(len(found), 'pair')} that the paper compares, RepVGG is {words} on this machine."
 
 
 def _speed_table(
@@ -178,7 +178,7 @@ def _paper_ratio(one: str, other: str, printed: Sequence[PrintedModel]) -> float
 
 def _pair_picture(
     name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds
-) -> Picture:
+) -> Chart:
     bars = []
     for one, other in pairs:
         ratio = speeds.ratio(one, other)
@@ -187,15 +187,13 @@ def _pair_picture(
     draw = partial(
         draw_bars, title="How many times as fast as its baseline?", unit="times as fast", bars=bars, line_at=1.0
     )
-    return Picture(
-        f"{name}-pairs", "How many times as fast as its baseline each RepVGG is, here and in the paper", draw
-    )
+    return Chart(f"{name}-pairs", "How many times as fast as its baseline each RepVGG is, here and in the paper", draw)
 
 
-def _speed_picture(name: str, rows: Sequence[PrintedModel], speeds: Speeds) -> Picture:
+def _speed_picture(name: str, rows: Sequence[PrintedModel], speeds: Speeds) -> Chart:
     bars = [_speed_bar(row.model, speeds) for row in rows]
     draw: Any = partial(draw_bars, title="Speed on this machine", unit="images per second", bars=bars)
-    return Picture(f"{name}-speed", "Images per second of each network on this machine", draw)
+    return Chart(f"{name}-speed", "Images per second of each network on this machine", draw)
 
 
 def _speed_bar(model: str, speeds: Speeds) -> Bar:

@@ -11,7 +11,7 @@ from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, Setting
 from repvgg.models import BASELINES, baseline_of, spec_of
 from repvgg.studies.candidates import PLAIN, Candidate, deployed
 from repvgg.studies.cells import Cell, Cells
-from repvgg.studies.pictures import Point
+from repvgg.studies.report.charts import Point
 from repvgg.studies.speeds import Speeds, fit_together, measure_rounds, planned_groups
 from repvgg.studies.sweep import calls_on, prepare
 

@@ -26,7 +26,7 @@ from repvgg._files import write_text
 from repvgg.data import OpenedData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
-from repvgg.studies import page
+from repvgg.studies import report as page
 from repvgg.training import FitResult, TrainConfig, fit, quickstart, seeded
 from repvgg.verify import Evidence, border_inputs, verify
 

@@ -26,7 +26,7 @@ from repvgg.measure import (
 )
 from repvgg.measure.memory import available_memory
 from repvgg.studies.cells import Cell, Cells
-from repvgg.studies.page.wording import counted
+from repvgg.studies.report.formatting import quantity
 
 OUT_OF_MEMORY = "out of memory"
 _PLAN, _LOST = "plan", "lost-"
@@ -160,7 +160,7 @@ class Speeds:
     @property
     def extent(self) -> str:
         """How much was measured, in a sentence."""
-        return f"{counted(self.rounds, 'round')}, {counted(self.batch, 'image')} a call."
+        return f"{quantity(self.rounds, 'round')}, {quantity(self.batch, 'image')} a call."
 
     def timing(self, name: str) -> Timing | None:
         """Of a network, in the first group that holds it; None where it was not measured."""

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from repvgg._files import write_text
 from repvgg.measure import Setting, environment
 from repvgg.studies.cells import Cells, Header
-from repvgg.studies.page.study import render_study
-from repvgg.studies.pictures import Picture, write_picture
+from repvgg.studies.report.charts import Chart, write_chart
+from repvgg.studies.report.study import render_study
 from repvgg.studies.tables import Table, as_csv, as_data, as_markdown
 
 FOLDER = Path("runs/studies")
@@ -69,7 +69,7 @@ class Outcome:
 
     lead: str
     tables: tuple[Table, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Chart, ...]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _write(study: Study, cells: Cells, outcome: Outcome) -> None:
     write(
         cells.folder / f"{study.name}.json", json.dumps(_data(cells.header, outcome), indent=1, allow_nan=False) + "\n"
     )
-    drawings = {picture.name: write_picture(cells.folder, picture) for picture in outcome.pictures}
+    drawings = {picture.name: write_chart(cells.folder, picture) for picture in outcome.pictures}
     page = render_study(
         study.title, study.about, outcome.lead, outcome.tables, outcome.pictures, drawings, cells.header
     )

@@ -18,7 +18,7 @@ from repvgg.studies.candidates import PLAIN, Candidate
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, ready_calls
 from repvgg.studies.paper import TABLE_1, TABLE_1_BATCH, TABLE_1_CHANNELS, TABLE_1_SIZE, KernelSpeed
-from repvgg.studies.pictures import Bar, Picture, draw_bars
+from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.speeds import OUT_OF_MEMORY, Speeds, measure_rounds
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
@@ -149,12 +149,12 @@ def _row(row: KernelSpeed, settings: KernelSettings, speeds: Speeds, tflops: flo
     )
 
 
-def _picture(density: Mapping[int, float | None]) -> Picture:
+def _picture(density: Mapping[int, float | None]) -> Chart:
     ours, paper = _over_pointwise(density), _over_pointwise({row.kernel: row.tflops for row in TABLE_1})
     bars = [Bar(f"{kernel} × {kernel}", ours[kernel], paper[kernel]) for kernel in ours]
     title = "Arithmetic a second, against a 1 × 1 kernel"
     draw = partial(draw_bars, title=title, unit="times that of 1 × 1", bars=bars, line_at=1.0)
-    return Picture("table1", "Arithmetic a second of each kernel size against the 1x1, here and in the paper", draw)
+    return Chart("table1", "Arithmetic a second of each kernel size against the 1x1, here and in the paper", draw)
 
 
 STUDY = Study(

@@ -18,7 +18,7 @@ from repvgg.studies.candidates import PLAIN, TRAIN, Candidate
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, ready_calls
 from repvgg.studies.paper import TABLE_4, TABLE_6
-from repvgg.studies.pictures import Bar, Picture, draw_bars
+from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.speeds import Speeds, measure_rounds
 from repvgg.studies.study import OnProgress, Outcome, Study
 from repvgg.studies.tables import Column, Table, Value
@@ -169,7 +169,7 @@ def _label(form: _Form) -> str:
     return "\n+ ".join(["3×3", " + ".join(branches)]) if branches else "3×3 alone"
 
 
-def _picture(speeds: Speeds) -> Picture:
+def _picture(speeds: Speeds) -> Chart:
     full = TABLE_6[-1].images_per_second
     bars = []
     for form in _FORMS:
@@ -177,7 +177,7 @@ def _picture(speeds: Speeds) -> Picture:
         bars.append(Bar(_label(form), faster.median if faster else None, form.paper_images_per_second / full))
     title = "RepVGG-B0 without some of its branches"
     draw = partial(draw_bars, title=title, unit="times as fast as with all branches", bars=bars, line_at=1.0)
-    return Picture("table6-speed", "Speed of RepVGG-B0 with branches removed against the full block", draw)
+    return Chart("table6-speed", "Speed of RepVGG-B0 with branches removed against the full block", draw)
 
 
 STUDY = Study(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repvgg.studies.page.layout import section, table, verdict
-from repvgg.studies.page.markup import Markup, element, join
-from repvgg.studies.page.png import data_uri
-from repvgg.studies.page.schema import Report, Sample
-from repvgg.studies.page.wording import count, counted, share
+from repvgg.studies.report.formatting import integer, percentage, quantity
+from repvgg.studies.report.layout import section, table, verdict
+from repvgg.studies.report.markup import Markup, element, join
+from repvgg.studies.report.png import data_uri
+from repvgg.studies.report.schema import Report, Sample
 
 _STRONG = 0.75  # from this share of its row on, a cell is filled solid and its text turns over
 
@@ -29,8 +29,10 @@ def _lead(report: Report) -> str:
     wrong = total - right
     words = "Rows are the true class, columns the predicted one. "
     if not wrong:
-        return f"{words}All {count(total)} held-out images lie on the diagonal: none is mistaken."
-    return f"{words}{count(right)} of {count(total)} held-out images lie on the diagonal, {count(wrong)} beside it."
+        return f"{words}All {integer(total)} held-out images lie on the diagonal: none is mistaken."
+    return (
+        f"{words}{integer(right)} of {integer(total)} held-out images lie on the diagonal, {integer(wrong)} beside it."
+    )
 
 
 def _row(name: str, true: int, counts: Sequence[int]) -> Markup:
@@ -45,7 +47,7 @@ def _cell(amount: int, total: int, right: bool) -> Markup:
         return element("td", "·", class_="none")
     strength = amount / total if right else max(0.6, amount / total)
     classes = f"{'right' if right else 'wrong'}{' strong' if strength >= _STRONG else ''}"
-    return element("td", count(amount), class_=classes, style=f"--strength:{strength:.2f}")
+    return element("td", integer(amount), class_=classes, style=f"--strength:{strength:.2f}")
 
 
 def samples(report: Report) -> Markup:
@@ -54,8 +56,8 @@ def samples(report: Report) -> Markup:
         return section("samples", "Some of the images", "No images were kept.")
     ordered = sorted(report.samples, key=lambda sample: sample.right)
     wrong = sum(not sample.right for sample in ordered)
-    lead = f"{counted(len(ordered), 'held-out image')} as the plain form reads them, " + (
-        f"{counted(wrong, 'misread one')} first." if wrong else "all of them right."
+    lead = f"{quantity(len(ordered), 'held-out image')} as the plain form reads them, " + (
+        f"{quantity(wrong, 'misread one')} first." if wrong else "all of them right."
     )
     tiles = element("ul", (_tile(sample, report.data.classes) for sample in ordered), class_="samples")
     return section("samples", "Some of the images", lead, tiles)
@@ -66,5 +68,5 @@ def _tile(sample: Sample, classes: Sequence[str]) -> Markup:
     size = {"width": len(sample.pixels[0]), "height": len(sample.pixels)}
     image = element("img", src=data_uri(sample.pixels), alt=f"held-out image of class {truth}", **size)
     outcome = verdict(sample.right, predicted, f"{predicted}, truth {truth}")
-    caption = join(outcome, element("small", share(sample.confidence)))
+    caption = join(outcome, element("small", percentage(sample.confidence)))
     return element("li", image, element("p", caption), class_="sample" if sample.right else "sample wrong")

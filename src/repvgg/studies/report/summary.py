@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from repvgg.studies.page.layout import verdict
-from repvgg.studies.page.markup import Child, Markup, element, join
-from repvgg.studies.page.schema import Judgement, Report, Timing
-from repvgg.studies.page.wording import change, count, moment, scientific, share, times
+from repvgg.studies.report.formatting import integer, percentage, ratio, relative_change, scientific, timestamp
+from repvgg.studies.report.layout import verdict
+from repvgg.studies.report.markup import Child, Markup, element, join
+from repvgg.studies.report.schema import Judgement, Report, Timing
 
 _STAMP = ("cpu", "torch", "threads")
 
 
 def header(report: Report) -> Markup:
     """One sentence on what was done, the verdict, the date and the machine."""
-    stamp = [moment(report.created), *_stamp(report.environment)]
+    stamp = [timestamp(report.created), *_stamp(report.environment)]
     return element(
         "header",
         element("p", join("repvgg", element("span", " / "), report.model.name), class_="eyebrow"),
@@ -43,7 +43,7 @@ def _sentence(report: Report) -> Markup:
     data = report.data
     return join(
         element("strong", report.model.name),
-        f" learned {data.name} and names {share(report.training.accuracy)} of {count(data.held_out_count)} held-out "
+        f" learned {data.name} and names {percentage(report.training.accuracy)} of {integer(data.held_out_count)} held-out "
         f"images right; {_folding(len(report.regions))} {_equality(report)} and {_speed(report.timing('plain'))}.",
     )
 
@@ -69,8 +69,8 @@ def _speed(plain: Timing | None) -> str:
     if plain is None:
         return "was not timed"
     if plain.speedup_q1 > 1:
-        return f"runs {times(plain.speedup)} as fast"
-    return f"is not {'clearly ' if plain.speedup > 1 else ''}faster ({times(plain.speedup)})"
+        return f"runs {ratio(plain.speedup)} as fast"
+    return f"is not {'clearly ' if plain.speedup > 1 else ''}faster ({ratio(plain.speedup)})"
 
 
 def _stamp(environment: dict[str, str]) -> list[str]:
@@ -105,8 +105,8 @@ def _accuracy(report: Report) -> Markup:
     missed = sum(map(sum, report.training.confusion)) - sum(
         row[index] for index, row in enumerate(report.training.confusion)
     )
-    note = f"{count(report.data.held_out_count)} images never trained on, {count(missed)} misread"
-    return _card("Held-out accuracy", share(report.training.accuracy), note)
+    note = f"{integer(report.data.held_out_count)} images never trained on, {integer(missed)} misread"
+    return _card("Held-out accuracy", percentage(report.training.accuracy), note)
 
 
 def _error(report: Report) -> Markup:
@@ -137,11 +137,11 @@ def _speedup(report: Report) -> Markup:
     plain = report.timing("plain")
     if plain is None:
         return _card("Speed-up", "–", "not timed")
-    spread = f"plain against train form; middle half of the rounds {plain.speedup_q1:.2f}–{times(plain.speedup_q3)}"
-    return _card("Speed-up", times(plain.speedup), spread, plain.speedup <= 1)
+    spread = f"plain against train form; middle half of the rounds {plain.speedup_q1:.2f}–{ratio(plain.speedup_q3)}"
+    return _card("Speed-up", ratio(plain.speedup), spread, plain.speedup <= 1)
 
 
 def _parameters(report: Report) -> Markup:
     model = report.model
-    figure = join(count(model.params_plain), element("small", f" from {count(model.params_train)}"))
-    return _card("Parameters", figure, f"{change(model.params_train, model.params_plain)} after folding")
+    figure = join(integer(model.params_plain), element("small", f" from {integer(model.params_train)}"))
+    return _card("Parameters", figure, f"{relative_change(model.params_train, model.params_plain)} after folding")

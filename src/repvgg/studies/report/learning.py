@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from repvgg.studies.page.layout import section
-from repvgg.studies.page.markup import Markup, element, percent
-from repvgg.studies.page.schema import Epoch, Report
-from repvgg.studies.page.svg import LinearAxis, LogAxis, circle, line, strip, text
-from repvgg.studies.page.wording import count, counted, duration, power, share
+from repvgg.studies.report.formatting import duration, integer, percentage, power, quantity
+from repvgg.studies.report.layout import section
+from repvgg.studies.report.markup import Markup, element, percent
+from repvgg.studies.report.schema import Epoch, Report
+from repvgg.studies.report.svg import LinearAxis, LogAxis, circle, line, strip, text
 
 _HEIGHT = 170
 _FLOORS = ((0.95, 5), (0.9, 5), (0.8, 4), (0.6, 4), (0.5, 5), (0.2, 4), (0.0, 4))  # lowest accuracy shown, steps to 1
@@ -20,9 +20,9 @@ def learning(report: Report) -> Markup:
     """Two charts side by side."""
     training, data = report.training, report.data
     lead = (
-        f"{counted(training.epochs, 'epoch')} over {count(data.train_count)} training images took "
-        f"{duration(training.seconds)}; the last one ended at {share(training.accuracy)} on the "
-        f"{count(data.held_out_count)} held-out images."
+        f"{quantity(training.epochs, 'epoch')} over {integer(data.train_count)} training images took "
+        f"{duration(training.seconds)}; the last one ended at {percentage(training.accuracy)} on the "
+        f"{integer(data.held_out_count)} held-out images."
     )
     if not training.history:
         return section("learning", "Learning curve", lead, element("p", "No history was kept."))
@@ -42,7 +42,7 @@ def _accuracy(history: Sequence[Epoch]) -> Markup:
     floor, steps = next((row for row in _FLOORS if row[0] <= lowest), _FLOORS[-1])
     position = LinearAxis(floor, 1.0).position
     ticks = [(100 * step / steps, f"{100 * (floor + (1 - floor) * step / steps):.0f}%") for step in range(steps + 1)]
-    points = [(epoch.epoch, position(epoch.accuracy), share(epoch.accuracy)) for epoch in history]
+    points = [(epoch.epoch, position(epoch.accuracy), percentage(epoch.accuracy)) for epoch in history]
     return _chart("Held-out accuracy by epoch", "accuracy", points, ticks)
 
 

@@ -7,14 +7,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from repvgg.errors import OutputError
-from repvgg.studies.pictures import WIDE, Bar, Picture, Point, draw_bars, draw_plane, write_picture
+from repvgg.studies.report.charts import WIDE, Bar, Chart, Point, draw_bars, draw_scatter, write_chart
 
 BARS = [Bar("one", 1.5, 2.0), Bar("two", None, 1.0), Bar("three", 0.5, text="out of memory", ours=False)]
 POINTS = [Point(f"network {i}", 10.0 + i, 70.0 + 2.0 * (i % 3), bool(i % 2)) for i in range(6)]
 
 
 def plane(figure, points):
-    draw_plane(figure.add_subplot(), "Plane", points, "speed", "accuracy")
+    draw_scatter(figure.add_subplot(), "Plane", points, "speed", "accuracy")
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ def plane(figure, points):
     ],
 )
 def test_svg_and_png_are_whole_and_the_same_each_time(tmp_path, draw):
-    svg = write_picture(tmp_path, Picture("p", "words", draw))
+    svg = write_chart(tmp_path, Chart("p", "words", draw))
     assert ET.fromstring(svg).tag.endswith("svg")
     assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "p.svg"]
     before = (tmp_path / "p.png").read_bytes()
-    assert write_picture(tmp_path, Picture("p", "words", draw)) == svg
+    assert write_chart(tmp_path, Chart("p", "words", draw)) == svg
     assert (tmp_path / "p.png").read_bytes() == before
 
 
@@ -57,4 +57,4 @@ def test_names_cover_neither_points_nor_each_other():
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(OutputError, match="no folder"):
-        write_picture(tmp_path / "missing", Picture("p", "words", lambda figure: None))
+        write_chart(tmp_path / "missing", Chart("p", "words", lambda figure: None))

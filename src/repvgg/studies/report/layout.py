@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
-from repvgg.studies.page.markup import Child, Markup, element, join, stylesheet
+from repvgg.studies.report.markup import Child, Markup, element, join, stylesheet
 
 
 def document(title: str, *parts: Child) -> str:
@@ -15,7 +15,7 @@ def document(title: str, *parts: Child) -> str:
 
 
 def _head(title: str) -> Markup:
-    css = files("repvgg.studies.page").joinpath("style.css").read_text(encoding="utf-8")
+    css = files("repvgg.studies.report").joinpath("style.css").read_text(encoding="utf-8")
     return element(
         "head",
         join(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repvgg.studies.page.layout import figures, legend, section, verdict
-from repvgg.studies.page.markup import Child, Markup, element, join, percent
-from repvgg.studies.page.schema import Judgement, Report
-from repvgg.studies.page.svg import LogAxis, circle, line, rect, strip, text
-from repvgg.studies.page.wording import count, power, scientific
+from repvgg.studies.report.formatting import integer, power, scientific
+from repvgg.studies.report.layout import figures, legend, section, verdict
+from repvgg.studies.report.markup import Child, Markup, element, join, percent
+from repvgg.studies.report.schema import Judgement, Report
+from repvgg.studies.report.svg import LogAxis, circle, line, rect, strip, text
 
 _HEIGHT = 26
 _COLUMNS = ("What was judged", "Relative error", "Largest absolute error", "Tolerance", "Predictions", "Verdict")
@@ -100,4 +100,4 @@ def _own_note(error: float | None) -> Markup | None:
 def _predictions(judgement: Judgement) -> str:
     if judgement.agree is None or judgement.total is None:
         return "–"
-    return f"{count(judgement.agree)}/{count(judgement.total)}"
+    return f"{integer(judgement.agree)}/{integer(judgement.total)}"

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from repvgg.studies.page import File, NextCommand, Report, render
+from repvgg.studies.report import File, NextCommand, Report, render
 
 VOID = {"br", "col", "hr", "img", "link", "meta", "wbr"}
 SECTIONS = ["figures", "network", "learning", "equality", "speed", "confusion", "samples", "folder", "next"]

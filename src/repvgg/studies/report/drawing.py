@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from repvgg.studies.page.markup import Markup, join
-from repvgg.studies.page.schema import Region
-from repvgg.studies.page.svg import circle, fits, line, path, picture, rect, text
-from repvgg.studies.page.wording import cross
+from repvgg.studies.report.formatting import multiplication_signs
+from repvgg.studies.report.markup import Markup, join
+from repvgg.studies.report.schema import Region
+from repvgg.studies.report.svg import circle, fits, line, path, picture, rect, text
 
 LANES = 6  # branches side by side; the last lane says how many more there are
 
@@ -68,7 +68,7 @@ def _branch(label: str, at: float, width: float) -> Markup:
     into = path(f"M{_MIDDLE:g} 0C{_MIDDLE:g} 12 {at:g} 4 {at:g} {_BOX_TOP}", "wire")
     out = path(f"M{at:g} {bottom}C{at:g} {_SUM_Y - 4} {_MIDDLE:g} {bottom + 2} {_MIDDLE:g} {_SUM_Y}", "wire")
     box = rect(at - width / 2, _BOX_TOP, width, _BOX_HEIGHT, f"box {kind(label)}", radius=5, hint=label)
-    return join(into, out, box, _words(cross(label), at, width - 8, kind(label)))
+    return join(into, out, box, _words(multiplication_signs(label), at, width - 8, kind(label)))
 
 
 def _words(label: str, at: float, room: float, class_: str) -> Markup:

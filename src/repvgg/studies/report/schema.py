@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from repvgg.errors import UsageError
-from repvgg.studies.page.codec import decode, encode
+from repvgg.studies.report.codec import decode, encode
 
 SCHEMA_VERSION = 1
 

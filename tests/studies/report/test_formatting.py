@@ -4,11 +4,11 @@ import zlib
 
 import pytest
 
-from repvgg.studies.page import wording
-from repvgg.studies.page.drawing import kind
-from repvgg.studies.page.markup import Markup, element, join
-from repvgg.studies.page.png import data_uri
-from repvgg.studies.page.svg import LinearAxis, LogAxis, text
+from repvgg.studies.report import formatting
+from repvgg.studies.report.drawing import kind
+from repvgg.studies.report.markup import Markup, element, join
+from repvgg.studies.report.png import data_uri
+from repvgg.studies.report.svg import LinearAxis, LogAxis, text
 
 
 def test_text_is_escaped_and_markup_is_not():
@@ -91,28 +91,28 @@ def test_branches_are_told_apart(branch, expected):
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (wording.scientific(3.14e-7), "3.1 × 10⁻⁷"),
-        (wording.scientific(0.0), "0"),
-        (wording.scientific(None), "–"),
-        (wording.share(0.99722), "99.7%"),
-        (wording.share(0.99996), "99.996%"),
-        (wording.share(1.0), "100%"),
-        (wording.share(0.0), "0%"),
-        (wording.duration(4.2e-5), "42.0 µs"),
-        (wording.duration(9.996e-3), "10.0 ms"),
-        (wording.duration(0.1234), "123 ms"),
-        (wording.duration(200.9), "3 min 20 s"),
-        (wording.size(999), "999 B"),
-        (wording.size(61_204), "61 kB"),
-        (wording.size(1_074_816), "1.1 MB"),
-        (wording.change(100, 90), "10.0% fewer"),
-        (wording.change(100, 101), "1.0% more"),
-        (wording.change(5, 5), "as many"),
-        (wording.counted(1, "epoch"), "1 epoch"),
-        (wording.counted(3, "branch", "branches"), "3 branches"),
-        (wording.moment("2026-08-03T14:05:00"), "3 August 2026, 14:05"),
-        (wording.moment("yesterday"), "yesterday"),
-        (wording.cross("3x3 conv, 1x1, max"), "3×3 conv, 1×1, max"),
+        (formatting.scientific(3.14e-7), "3.1 × 10⁻⁷"),
+        (formatting.scientific(0.0), "0"),
+        (formatting.scientific(None), "–"),
+        (formatting.percentage(0.99722), "99.7%"),
+        (formatting.percentage(0.99996), "99.996%"),
+        (formatting.percentage(1.0), "100%"),
+        (formatting.percentage(0.0), "0%"),
+        (formatting.duration(4.2e-5), "42.0 µs"),
+        (formatting.duration(9.996e-3), "10.0 ms"),
+        (formatting.duration(0.1234), "123 ms"),
+        (formatting.duration(200.9), "3 min 20 s"),
+        (formatting.file_size(999), "999 B"),
+        (formatting.file_size(61_204), "61 kB"),
+        (formatting.file_size(1_074_816), "1.1 MB"),
+        (formatting.relative_change(100, 90), "10.0% fewer"),
+        (formatting.relative_change(100, 101), "1.0% more"),
+        (formatting.relative_change(5, 5), "as many"),
+        (formatting.quantity(1, "epoch"), "1 epoch"),
+        (formatting.quantity(3, "branch", "branches"), "3 branches"),
+        (formatting.timestamp("2026-08-03T14:05:00"), "3 August 2026, 14:05"),
+        (formatting.timestamp("yesterday"), "yesterday"),
+        (formatting.multiplication_signs("3x3 conv, 1x1, max"), "3×3 conv, 1×1, max"),
     ],
 )
 def test_numbers_are_written_as_people_write_them(shown, expected):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repvgg.studies.page.drawing import LANES, cap, plain_form, train_form
-from repvgg.studies.page.layout import legend, section, table
-from repvgg.studies.page.markup import Markup, breakable, element, join
-from repvgg.studies.page.schema import Left, Region, Report
-from repvgg.studies.page.svg import LogAxis, line, rect, strip
-from repvgg.studies.page.wording import change, count, counted, power, scientific
+from repvgg.studies.report.drawing import LANES, cap, plain_form, train_form
+from repvgg.studies.report.formatting import integer, power, quantity, relative_change, scientific
+from repvgg.studies.report.layout import legend, section, table
+from repvgg.studies.report.markup import Markup, breakable, element, join
+from repvgg.studies.report.schema import Left, Region, Report
+from repvgg.studies.report.svg import LogAxis, line, rect, strip
 
 
 def network(report: Report) -> Markup:
@@ -28,8 +28,8 @@ def network(report: Report) -> Markup:
 def _lead(regions: Sequence[Region]) -> str:
     branches = sum(len(region.branches) for region in regions)
     return (
-        f"{counted(branches, 'branch', 'branches')} on the left became "
-        f"{counted(len(regions), 'convolution')} on the right. Data flows downwards; each row is one block, and what "
+        f"{quantity(branches, 'branch', 'branches')} on the left became "
+        f"{quantity(len(regions), 'convolution')} on the right. Data flows downwards; each row is one block, and what "
         "follows the sum is the same in both forms."
     )
 
@@ -86,8 +86,10 @@ def _geometry(region: Region) -> Markup:
 
 
 def _parameters(before: int, after: int) -> Markup:
-    start = element("span", join(f"{count(before)} ", element("span", "→", class_="to")), class_="whole")
-    return join(start, " ", element("span", count(after), class_="whole"), element("small", change(before, after)))
+    start = element("span", join(f"{integer(before)} ", element("span", "→", class_="to")), class_="whole")
+    return join(
+        start, " ", element("span", integer(after), class_="whole"), element("small", relative_change(before, after))
+    )
 
 
 def _errors(region: Region, axis: LogAxis) -> Markup:

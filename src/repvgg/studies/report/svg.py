@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from repvgg.studies.page.markup import Attribute, Child, Markup, element, number
+from repvgg.studies.report.markup import Attribute, Child, Markup, element, number
 
 Coordinate = str | float
 

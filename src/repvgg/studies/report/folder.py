@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
-from repvgg.studies.page import layout
-from repvgg.studies.page.layout import code, figures, section
-from repvgg.studies.page.markup import Child, Markup, element, join
-from repvgg.studies.page.schema import File, Report
-from repvgg.studies.page.wording import size
+from repvgg.studies.report import layout
+from repvgg.studies.report.formatting import file_size
+from repvgg.studies.report.layout import code, figures, section
+from repvgg.studies.report.markup import Child, Markup, element, join
+from repvgg.studies.report.schema import File, Report
 
 
 def folder(report: Report) -> Markup:
@@ -20,7 +20,7 @@ def folder(report: Report) -> Markup:
 
 
 def _file(file: File) -> tuple[Markup, tuple[Child, ...]]:
-    return element("a", file.name, href=f"./{quote(file.name)}"), (size(file.bytes), file.purpose)
+    return element("a", file.name, href=f"./{quote(file.name)}"), (file_size(file.bytes), file.purpose)
 
 
 def next_commands(report: Report) -> Markup | None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from repvgg.errors import UsageError
-from repvgg.studies.page import Report, Sample
+from repvgg.studies.report import Report, Sample
 
 
 def through_json(report):

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from repvgg.studies.cells import Header
-from repvgg.studies.page.layout import document, figures, footer, section
-from repvgg.studies.page.markup import Child, Markup, element, join
-from repvgg.studies.page.wording import moment
-from repvgg.studies.pictures import Picture
+from repvgg.studies.report.charts import Chart
+from repvgg.studies.report.formatting import timestamp
+from repvgg.studies.report.layout import document, figures, footer, section
+from repvgg.studies.report.markup import Child, Markup, element, join
 from repvgg.studies.tables import Table
 
 _STAMP = ("gpu", "cpu", "torch", "threads")
@@ -22,7 +22,7 @@ def render_study(
     about: str,
     lead: str,
     tables: Sequence[Table],
-    pictures: Sequence[Picture],
+    pictures: Sequence[Chart],
     drawings: Mapping[str, str],
     header: Header,
 ) -> str:
@@ -50,7 +50,7 @@ def render_study(
 
 def _top(title: str, lead: str, header: Header) -> Markup:
     machine = (_WORDS.get(key, "{}").format(header.environment[key]) for key in _STAMP if key in header.environment)
-    stamp = [moment(header.finished or header.started), *machine]
+    stamp = [timestamp(header.finished or header.started), *machine]
     unfinished = element(
         "p", element("span", "Interrupted: some of it is missing", class_="badge bad"), class_="badges"
     )
@@ -64,7 +64,7 @@ def _top(title: str, lead: str, header: Header) -> Markup:
     )
 
 
-def _picture(picture: Picture, svg: str) -> Markup:
+def _picture(picture: Chart, svg: str) -> Markup:
     """Inside the page as an image, so that neither its style nor its identifiers meet those of the page."""
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")
     return element("figure", element("img", src=source, alt=picture.words), class_="drawn", id=picture.name)
@@ -81,7 +81,7 @@ def _notes(notes: Iterable[str]) -> Iterator[Markup]:
         yield element("p", note, class_="quiet")
 
 
-def _files(study: str, tables: Sequence[Table], pictures: Sequence[Picture]) -> Markup:
+def _files(study: str, tables: Sequence[Table], pictures: Sequence[Chart]) -> Markup:
     rows = [(f"{table.name}.csv", f"{table.title}, for spreadsheets") for table in tables]
     rows += [(f"{picture.name}.{suffix}", picture.words) for picture in pictures for suffix in ("svg", "png")]
     rows += [(f"{study}.json", "all of it, for programs"), (f"{study}.md", "all of it, for people")]

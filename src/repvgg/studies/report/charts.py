@@ -47,7 +47,7 @@ _PLACES = tuple((9 * ring * x, 9 * ring * y) for ring in (1, 2, 3) for x, y in _
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class Chart:
     """One figure.
 
     Attributes:
@@ -61,7 +61,7 @@ class Picture:
     draw: Callable[[Figure], None]
 
 
-def write_picture(folder: Path, picture: Picture) -> str:
+def write_chart(folder: Path, picture: Chart) -> str:
     """Draw it into NAME.svg and NAME.png, replacing what is there; return the SVG.
 
     Raises:
@@ -153,7 +153,7 @@ class Point:
     ours: bool
 
 
-def draw_plane(axes: Axes, title: str, points: Sequence[Point], x_label: str, y_label: str) -> None:
+def draw_scatter(axes: Axes, title: str, points: Sequence[Point], x_label: str, y_label: str) -> None:
     """Points with their names beside them, ours as blue dots on a line, others as orange squares; x is logarithmic."""
     axes.set_title(title)
     axes.set_xscale("log")
@@ -244,3 +244,47 @@ def _label(axes: Axes, point: Point, place: tuple[int, int], size: float) -> Any
         fontsize=size,
         color=HERE if point.ours else OTHERS,
     )
+
+
+_MOST = 14  # rows for which words are as large as elsewhere
+
+#: Title of a row, its accuracy with each seed in percent, and the paper's.
+Row = tuple[str, Sequence[float], float | None]
+
+
+def draw_accuracies(figure: Figure, results: Sequence[Row]) -> None:
+    """Left the accuracies here, a dot for each seed and a line at their mean; right the paper's, if it prints any.
+
+    The panels share their rows and not their scales: what is to be compared is the order, and what seeds leave of it.
+    """
+    printed = any(paper is not None for _, _, paper in results)
+    panels = figure.subplots(1, 2 if printed else 1, sharey=True, squeeze=False, width_ratios=(3, 2)[: 1 + printed])[0]
+    size = 15.0 if len(results) <= _MOST else 10.0
+    _panel(panels[0], "Here", [seeds for _, seeds, _ in results], HERE, size)
+    if printed:
+        paper = [[] if value is None else [value] for _, _, value in results]
+        _panel(panels[1], "Paper, ImageNet", paper, "#6E6E6E", size)
+    panels[0].set_yticks(range(len(results)), [title for title, _, _ in results], fontsize=size)
+    panels[0].set_ylim(len(results) - 0.4, -0.6)
+
+
+def _panel(axes: Axes, title: str, rows: Sequence[Sequence[float]], color: str, size: float) -> None:
+    axes.set_title(title)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("top-1 accuracy (%)")
+    axes.margins(x=0.2)
+    for place, values in enumerate(rows):
+        axes.plot(values, [place] * len(values), "o", color=color, markersize=size * 0.6, alpha=0.75, zorder=3)
+        if values:
+            mean = sum(values) / len(values)
+            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=INK, linewidth=2.5, zorder=4)
+            axes.annotate(
+                f"{mean:.2f}",
+                (max(values), place),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                color=color,
+                fontsize=size,
+            )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from repvgg.studies.page.equality import equality
-from repvgg.studies.page.folder import folder, footer, next_commands
-from repvgg.studies.page.layout import document
-from repvgg.studies.page.learning import learning
-from repvgg.studies.page.network import network
-from repvgg.studies.page.predictions import confusion, samples
-from repvgg.studies.page.schema import Report
-from repvgg.studies.page.speed import speed
-from repvgg.studies.page.summary import header, key_figures
+from repvgg.studies.report.equality import equality
+from repvgg.studies.report.folder import folder, footer, next_commands
+from repvgg.studies.report.layout import document
+from repvgg.studies.report.learning import learning
+from repvgg.studies.report.network import network
+from repvgg.studies.report.predictions import confusion, samples
+from repvgg.studies.report.schema import Report
+from repvgg.studies.report.speed import speed
+from repvgg.studies.report.summary import header, key_figures
 
 _SECTIONS = (header, key_figures, network, learning, equality, speed, confusion, samples, folder, next_commands, footer)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from repvgg.studies.page import (
+from repvgg.studies.report import (
     Data,
     Epoch,
     File,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repvgg.studies.page.layout import figures, section
-from repvgg.studies.page.markup import Child, Markup, element, join, percent
-from repvgg.studies.page.schema import Report, Timing
-from repvgg.studies.page.svg import LinearAxis, line, rect, strip
-from repvgg.studies.page.wording import counted, duration, times
+from repvgg.studies.report.formatting import duration, quantity, ratio
+from repvgg.studies.report.layout import figures, section
+from repvgg.studies.report.markup import Child, Markup, element, join, percent
+from repvgg.studies.report.schema import Report, Timing
+from repvgg.studies.report.svg import LinearAxis, line, rect, strip
 
 _HEIGHT = 30
 _COLUMNS = ("Form", "Median a batch", "Middle half of the rounds", "Times as fast as the train form", "Batch")
@@ -31,15 +31,15 @@ def outcome(report: Report) -> Markup:
     plain = report.timing("plain")
     if plain is None:
         return join("The plain form was not timed.")
-    half = f"(middle half of the rounds {plain.speedup_q1:.2f}–{times(plain.speedup_q3)})"
-    spread = f"{times(plain.speedup)} {half}"
+    half = f"(middle half of the rounds {plain.speedup_q1:.2f}–{ratio(plain.speedup_q3)})"
+    spread = f"{ratio(plain.speedup)} {half}"
     if plain.speedup <= 1:
         words = "The plain form is not faster than the train form here: "
         return join(element("strong", words, class_="bad"), f"{spread}.")
     if plain.speedup_q1 <= 1:
         words = "The plain form is not clearly faster than the train form here: "
         return join(element("strong", words), f"{spread}, so some of the rounds went the other way.")
-    return join("The plain form runs ", element("strong", times(plain.speedup)), f" as fast as the train form {half}.")
+    return join("The plain form runs ", element("strong", ratio(plain.speedup)), f" as fast as the train form {half}.")
 
 
 def _method(timings: Sequence[Timing]) -> Markup:
@@ -64,7 +64,7 @@ def _bar(timing: Timing, axis: LinearAxis) -> tuple[Markup, Markup, Markup]:
         line(high, middle - 5, high, middle + 5, "whisker"),
     )
     name = timing.name
-    figure = join(duration(timing.median_seconds), element("small", f" {times(timing.speedup)}"))
+    figure = join(duration(timing.median_seconds), element("small", f" {ratio(timing.speedup)}"))
     return (
         element("span", name, class_="strip-label"),
         strip(_HEIGHT, f"{name}: median {duration(timing.median_seconds)}", bar, *whiskers),
@@ -74,8 +74,8 @@ def _bar(timing: Timing, axis: LinearAxis) -> tuple[Markup, Markup, Markup]:
 
 def _row(timing: Timing) -> tuple[str, tuple[Child, ...]]:
     spread = f"{duration(timing.q1_seconds)} – {duration(timing.q3_seconds)}"
-    ratio = join(
-        times(timing.speedup),
-        None if timing.role == "train" else element("small", f"{timing.speedup_q1:.2f}–{times(timing.speedup_q3)}"),
+    speedup = join(
+        ratio(timing.speedup),
+        None if timing.role == "train" else element("small", f"{timing.speedup_q1:.2f}–{ratio(timing.speedup_q3)}"),
     )
-    return timing.name, (duration(timing.median_seconds), spread, ratio, counted(timing.batch, "image"))
+    return timing.name, (duration(timing.median_seconds), spread, speedup, quantity(timing.batch, "image"))

@@ -3,8 +3,8 @@
 Needs the standard library only. ``schema`` says what a report holds, ``render`` draws it.
 """
 
-from repvgg.studies.page.document import render
-from repvgg.studies.page.schema import (
+from repvgg.studies.report.document import render
+from repvgg.studies.report.schema import (
     SCHEMA_VERSION,
     Data,
     Epoch,

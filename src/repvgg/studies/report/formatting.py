@@ -27,7 +27,7 @@ def scientific(value: float | None) -> str:
     return f"{mantissa}{_THIN}×{_THIN}{power(int(exponent))}"
 
 
-def share(value: float) -> str:
+def percentage(value: float) -> str:
     """A share in percent: ``99.7%``. Never rounded up to 100% or down to 0%."""
     if not math.isfinite(value):
         return "not a number"
@@ -38,22 +38,22 @@ def share(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def times(value: float) -> str:
+def ratio(value: float) -> str:
     """A ratio: ``1.87×``."""
     return f"{value:.2f}×"
 
 
-def count(value: int) -> str:
+def integer(value: int) -> str:
     """A whole number with its thousands apart: ``302,410``."""
     return f"{value:,}"
 
 
-def counted(value: int, thing: str, things: str | None = None) -> str:
+def quantity(value: int, thing: str, things: str | None = None) -> str:
     """A number of things: ``1 epoch``, ``12 epochs``, ``3 branches``."""
-    return f"{count(value)} {thing if value == 1 else things or thing + 's'}"
+    return f"{integer(value)} {thing if value == 1 else things or thing + 's'}"
 
 
-def change(before: int, after: int) -> str:
+def relative_change(before: int, after: int) -> str:
     """The relative change: ``11.6% fewer``, ``2.0% more`` or ``as many``."""
     if before == after or before == 0:
         return "as many"
@@ -76,7 +76,7 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def size(amount: int) -> str:
+def file_size(amount: int) -> str:
     """A file size: ``980 B``, ``1.1 MB``."""
     if amount < 1000:
         return f"{amount}{_TIED}B"
@@ -86,7 +86,7 @@ def size(amount: int) -> str:
     return f"{amount / 1000:.0f}{_TIED}kB"
 
 
-def moment(created: str) -> str:
+def timestamp(created: str) -> str:
     """An ISO 8601 time as ``3 August 2026, 14:05 UTC``; whatever else it is, as it is."""
     try:
         when = datetime.fromisoformat(created)
@@ -95,6 +95,6 @@ def moment(created: str) -> str:
     return f"{when.day} {when:%B %Y, %H:%M %Z}".strip()
 
 
-def cross(description: str) -> str:
+def multiplication_signs(description: str) -> str:
     """With a real multiplication sign between numbers: ``3×3 conv``."""
     return re.sub(r"(?<=\d)x(?=\d)", "×", description)
