@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint thread-pool-ir clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/repvgg quickstart
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Regenerates src/repvgg/engine/runtime/thread_pool.*.ll from thread_pool.c; needs clang-16.
+thread-pool-ir: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.engine.runtime.generate_thread_pool
 
 $(BIN)/uv:
 	$(PYTHON) -m venv --without-pip $(VENV)

@@ -211,7 +211,7 @@ def test_a_second_thread_is_refused():
 
 def test_memory_goes_with_the_network():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
-    code = [weakref.ref(network._runners[0]._code), weakref.ref(network._workers._code)]
+    code = [weakref.ref(network._runners[0]._code), weakref.ref(network._pool._code)]
     del network
     gc.collect()
     assert [one() for one in code] == [None, None]

@@ -8,7 +8,6 @@ from torch import nn
 
 import repvgg.engine
 from repvgg.engine import parts, remembered, search
-from repvgg.engine import workers as engine_workers
 from repvgg.engine.choice import LOSSES, choose, every_choice
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.jit import host_isa
@@ -20,6 +19,7 @@ from repvgg.engine.part import Machine, Size
 from repvgg.engine.plan import Ways
 from repvgg.engine.reader import read
 from repvgg.engine.runner import Runner
+from repvgg.engine.runtime.thread_pool import ThreadPool
 from repvgg.engine.winograd.filters import winograd
 from tests.engine.helpers import isas
 
@@ -42,9 +42,9 @@ def measured(monkeypatch):
     """What was really measured."""
     found, real = [], search._fastest_choice
 
-    def noted(geometry, size, machine, workers):
+    def noted(geometry, size, machine, pool):
         found.append((geometry, size))
-        return real(geometry, size, machine, workers)
+        return real(geometry, size, machine, pool)
 
     monkeypatch.setattr(search, "_fastest_choice", noted)
     return found
@@ -109,20 +109,20 @@ def test_what_falls_behind_drops_out(monkeypatch):
         def __init__(self, choice):
             self.choice, self.score = choice, seconds[choice]
 
-        def turn(self, workers):
+        def turn(self, pool):
             turns.append(self.choice)
 
-    field = search._Field(PADDED, SIZE, HOST, Workers())
+    field = search._Field(PADDED, SIZE, HOST, NoPool())
     monkeypatch.setattr(search._Field, "_trial", lambda self, choice: Trial(choice))
     assert field.best([0, 1, 2, 3], ((2, 1.3), (3, 1.1), (6, 1.0))) == 2
     assert [turns.count(choice) for choice in range(4)] == [2, 5, 11, 11]
     assert turns[:8] == [0, 1, 2, 3] * 2
 
 
-class Workers:
-    """Nobody works."""
+class NoPool:
+    """A pool that does nothing."""
 
-    def forget(self):
+    def quiesce(self):
         pass
 
 
@@ -197,7 +197,7 @@ def test_images_of_the_search_are_those_of_the_layer():
     """Odd and even sizes, paddings and strides: the output that is asked for comes out."""
     for geometry in (PADDED, STRIDED, ConvGeometry((3, 3)), ConvGeometry((3, 3), (2, 2))):
         for image in ((1, 1), (7, 4), (14, 13)):
-            field = search._Field(geometry, Size(16, 16, image, 1), HOST, Workers())
+            field = search._Field(geometry, Size(16, 16, image, 1), HOST, NoPool())
             assert geometry.output_size(field._images.shape[2:]) == image
 
 
@@ -205,7 +205,7 @@ def test_a_layer_is_measured_on_whole_batches(monkeypatch):
     """A way is made for a number of images: on parts of them it would write behind the last."""
     monkeypatch.setattr(parts, "_LARGE", 10)
     monkeypatch.setattr(parts, "_HELD", 3000)
-    field = search._Field(PADDED, SIZE, HOST, engine_workers.Workers(HOST.isa, 2))
+    field = search._Field(PADDED, SIZE, HOST, ThreadPool(HOST.isa, 2))
     assert parts.early_layers([field._layer], field._images.shape) == (1, 1)
     for choice in [*every_choice(SIZE, 1, HOST)][:4]:
         steps = field._trial(choice)._runner.plan.steps

@@ -20,7 +20,7 @@ from repvgg.engine.part import Machine, Precision
 from repvgg.engine.plan import BY_TABLE, Plan, Ways
 from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.runtime.memory import Given, Input, read_input
-from repvgg.engine.runtime.thread_pool import Workers, thread_count
+from repvgg.engine.runtime.thread_pool import ThreadPool, thread_count
 from repvgg.engine.search import search
 from repvgg.errors import UsageError
 
@@ -113,10 +113,10 @@ class Network:
         self.threads = thread_count(threads)
         isa = isa or host_isa()
         self._machine = Machine(isa, self.threads, precision)
-        self._workers, self._searched = Workers(isa, self.threads), searched
+        self._pool, self._searched = ThreadPool(isa, self.threads), searched
         self._ways = BY_TABLE
         if searched:
-            self._ways = Ways(search(self._layers, input_shape, self._machine, self._workers))
+            self._ways = Ways(search(self._layers, input_shape, self._machine, self._pool))
         first = Runner(self._layers, input_shape, self._machine, (), self._ways)
         self._runners = [first]  # the last one ran last
         self.plan: Plan = first.plan
@@ -140,7 +140,7 @@ class Network:
         count = images.shape[0]
         runner = self._enter(images)
         try:
-            self._workers.run(runner.rows.start, len(runner.rows), count)
+            self._pool.run(runner.rows.start, len(runner.rows), count)
             output = runner.output(count)
         finally:
             self._lock.release()
@@ -160,7 +160,7 @@ class Network:
             for times in seconds:
                 for number, row in enumerate(runner.rows):
                     start = time.perf_counter()
-                    self._workers.run(row, 1, count)
+                    self._pool.run(row, 1, count)
                     times[number] = time.perf_counter() - start
         finally:
             self._lock.release()
@@ -206,11 +206,11 @@ class Network:
         if runner is not self._runners[-1]:
             self._runners = [*(one for one in self._runners if one is not runner), runner]
         if len(self._runners) > SIZES:
-            self._workers.forget()
+            self._pool.quiesce()
             del self._runners[0]
         return runner
 
     def _begin_in_child(self) -> None:
         """After a fork: the threads are the parent's, and so is whoever was inside."""
         self._lock, self._process = Lock(), os.getpid()
-        self._workers.restart()
+        self._pool.restart()

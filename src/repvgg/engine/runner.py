@@ -36,7 +36,7 @@ class Runner:
     Attributes:
         shape: as given.
         plan: the kernels and buffers, without the weights.
-        rows: addresses of what :meth:`repvgg.engine.runtime.thread_pool.Workers.run` takes, a row for each step.
+        rows: addresses of what :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run` takes, a row for each step.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Runner:
         self._weights: list[Floats] = [values for other in others for values in other._weights]
         table, self._weights = self._filled_table(whole, names)
         loads = [number for number, step in enumerate(whole.steps) if step.source is None]
-        table[loads, thread_pool.WEIGHTS] = strides.ctypes.data
-        self._loads = [(number * thread_pool.WORDS + thread_pool.SOURCE, whole.steps[number].first) for number in loads]
+        table["weights"][loads] = strides.ctypes.data
+        self._loads = [(number, whole.steps[number].first) for number in loads]
         self.rows = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
-        self._table, self._strides = table.reshape(-1).data, strides.data
+        self._sources, self._strides = table["source"], strides.data
         self.plan = _without_weights(whole)
 
     def take(self, x: Input) -> None:
@@ -68,7 +68,7 @@ class Runner:
         for axis, stride in enumerate(x.strides):
             self._strides[axis] = stride
         for place, first in self._loads:
-            self._table[place] = x.address + 4 * first * x.strides[0]
+            self._sources[place] = x.address + 4 * first * x.strides[0]
 
     def output(self, count: int) -> Floats:
         """A copy of what came of ``count`` images: (n, O) behind a pool, and else (n, O, H, W)."""
@@ -79,9 +79,9 @@ class Runner:
         maps = numbers.reshape(buffer.count, *images.size, images.pitch)[:count, :, :, : images.channels]
         return maps.transpose(0, 3, 1, 2).copy()
 
-    def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.int64], list[Floats]]:
+    def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
         """The table of steps, and the packed weights that it points to."""
-        table = thread_pool.table(len(whole.steps))[:-1]
+        table = thread_pool.step_table(len(whole.steps))[:-1]
         held: dict[int, Floats] = {}  # of steps that come again for each part of a batch, too
         for row, step in zip(table, whole.steps, strict=True):
             source, target = self._address(step.source, step), self._address(step.target, step)
@@ -91,9 +91,11 @@ class Runner:
             weights, bias = step.weights, held[id(step.bias)]
             at = self._address(weights, step) if isinstance(weights, Buffer) else held[id(weights)].ctypes.data
             code = self._code.address(names[step.kernel])
-            row[:7] = (code, source, target, at, bias.ctypes.data, step.kernel.units_of_image, step.block)
-            row[thread_pool.PARTS], row[thread_pool.FIRST] = step.parts, step.first
-            row[thread_pool.LIMIT] = self.shape[0] if step.limit is None else step.limit
+            row["function"], row["source"], row["target"] = code, source, target
+            row["weights"], row["bias"] = at, bias.ctypes.data
+            row["units_per_block"], row["items_per_block"] = step.kernel.units_of_image, step.block
+            row["items_per_image"], row["first_image"] = step.parts, step.first
+            row["max_images"] = self.shape[0] if step.limit is None else step.limit
         return table, list(held.values())
 
     def _held(self, values: Floats) -> Floats:

@@ -24,7 +24,7 @@ from repvgg.engine.plan import Ways, plan
 from repvgg.engine.remembered import recall, remember
 from repvgg.engine.runner import Runner, Shape
 from repvgg.engine.runtime.memory import read_input
-from repvgg.engine.runtime.thread_pool import Workers
+from repvgg.engine.runtime.thread_pool import ThreadPool
 
 Question: TypeAlias = tuple[ConvGeometry, Size]
 
@@ -56,7 +56,7 @@ class Searched:
         return self._found[question] if question in self._found else choose(geometry, size, machine)
 
 
-def search(layers: Sequence[Layer], shape: Shape, machine: Machine, workers: Workers) -> Searched:
+def search(layers: Sequence[Layer], shape: Shape, machine: Machine, pool: ThreadPool) -> Searched:
     """Measure all convolutions of a network that more than one way computes.
 
     What was measured before is read from the disk, and what is measured now is kept there; see
@@ -66,13 +66,13 @@ def search(layers: Sequence[Layer], shape: Shape, machine: Machine, workers: Wor
         layers: see :func:`repvgg.engine.reader.read`.
         shape: the largest batch, channels, height and width.
         machine: what computes.
-        workers: the threads that do.
+        pool: the threads that do.
     """
     found: dict[Question, Choice | None] = {}
     for geometry, size in _questions(layers, shape, machine):
         known = recall(geometry, size, machine)
         if known is None:
-            known = (_fastest_choice(geometry, size, machine, workers),)
+            known = (_fastest_choice(geometry, size, machine, pool),)
             remember(geometry, size, machine, known[0])
         found[geometry, size] = known[0]
     return Searched(found)
@@ -91,9 +91,9 @@ def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[
     return list(asked)
 
 
-def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> Choice | None:
+def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, pool: ThreadPool) -> Choice | None:
     """The best of the table's best covers, with the best way for each of their parts, or None for the direct kernel."""
-    field = _Field(geometry, size, machine, workers)
+    field = _Field(geometry, size, machine, pool)
     every = [one for one in every_choice(size, geometry.stride[0], machine) if _floats(one, size) <= _MOST]
     table = heapq.nsmallest(_COVERS, every, key=lambda choice: choice.cycles)
     large = {part.rectangle for choice in table for part in choice.parts if part.cycles > _SMALL * choice.cycles}
@@ -116,16 +116,16 @@ class _Trial:
         fast = sorted(self._seconds)[: -(-len(self._seconds) // 2)]
         return sum(fast) / len(fast)
 
-    def turn(self, workers: Workers) -> None:
+    def turn(self, pool: ThreadPool) -> None:
         """Compute the layer once, after a copy of it with other weights.
 
         That one leaves in the caches what the layer before does in a network, and the other threads awake.
         """
         rows = self._runner.rows
         copy = 1 + len(rows) // _COPIES
-        workers.run(rows.start, copy, self._batch)
+        pool.run(rows.start, copy, self._batch)
         start = time.perf_counter()
-        workers.run(rows[copy], len(rows) - copy, self._batch)
+        pool.run(rows[copy], len(rows) - copy, self._batch)
         self._seconds.append(time.perf_counter() - start)
 
 
@@ -133,8 +133,8 @@ class _Trial:
 class _Field:
     """Where the ways to compute one layer are measured."""
 
-    def __init__(self, geometry: ConvGeometry, size: Size, machine: Machine, workers: Workers) -> None:
-        self._size, self._stride, self._machine, self._workers = size, geometry.stride[0], machine, workers
+    def __init__(self, geometry: ConvGeometry, size: Size, machine: Machine, pool: ThreadPool) -> None:
+        self._size, self._stride, self._machine, self._pool = size, geometry.stride[0], machine, pool
         weight = np.broadcast_to(np.float32(0), (size.outputs, size.channels, *geometry.kernel))
         self._layer = Conv("layer", weight, np.zeros(size.outputs, np.float32), geometry, relu=True)
         axes = zip(size.image, geometry.stride, geometry.kernel, geometry.padding, strict=True)
@@ -162,10 +162,10 @@ class _Field:
             for trial in trials * turns:
                 if self._others is not None:  # as if the rest of a network came in between
                     self._others.sum()
-                trial.turn(self._workers)
+                trial.turn(self._pool)
             fastest = min(trial.score for trial in trials)
             trials = [trial for trial in trials if trial.score <= limit * fastest]
-            self._workers.forget()
+            self._pool.quiesce()
         return min(trials, key=lambda trial: trial.score).choice
 
     def _trial(self, choice: Choice | None) -> _Trial:
@@ -174,7 +174,7 @@ class _Field:
 
         runner = Runner([self._layer], self._images.shape, self._machine, (), Ways(this, any_weights, at_once, _COPIES))
         runner.take(read_input(self._images, self._size.inputs))
-        self._workers.run(runner.rows.start, len(runner.rows), self._size.batch)
+        self._pool.run(runner.rows.start, len(runner.rows), self._size.batch)
         return _Trial(choice, runner, self._size.batch)
 
 

@@ -1,8 +1,12 @@
+import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.thread_pool import thread_count
 from repvgg.errors import FallbackWarning, UsageError
 from tests.engine.helpers import isas
+from tests.engine.runtime import generate_thread_pool
+from tests.engine.runtime.generate_thread_pool import CLANG, FOLDER, SOURCE
 from tests.engine.test_network import ROWS, assert_equal, plain
 
 pytestmark = pytest.mark.skipif(
@@ -116,3 +122,104 @@ def test_workers_have_stacks_of_their_own_size():
         "assert threading.stack_size() == 2**18\n"
     )
     subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
+
+
+# The C source and the IR generated from it
+
+
+def compile_c(folder: Path) -> ctypes.CDLL:
+    """thread_pool.c as a shared library, by the C compiler of this machine."""
+    compiler = next(filter(shutil.which, ("cc", "clang", "gcc", CLANG)), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = folder / "thread_pool.so"
+    flags = ["-std=c11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", str(library), str(SOURCE)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+class LibraryCode:
+    """Functions of a shared library, in the place of code from IR."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def address(self, name: str) -> int:
+        return ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value
+
+
+@pytest.fixture(params=["IR", "C"])
+def pool_code(request, tmp_path, monkeypatch):
+    """The pool runs code from the checked-in IR, or from its C source."""
+    if request.param == "C":
+        code = LibraryCode(compile_c(tmp_path))
+        monkeypatch.setattr(thread_pool, "_compile", lambda isa: code)
+
+
+KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
+
+FIELDS = ("units_per_block", "items_per_block", "items_per_image", "first_image", "max_images")
+SCHEDULE = [(1, 1, 1, 0, 7), (3, 2, 1, 0, 7), (200, 1, 1, 0, 2), (5, 4, 9, 0, 7), (4, 1, 1, 2, 2), (1, 8, 1, 5, 2)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_unit_is_computed_once_and_steps_in_order(pool_code, threads):
+    """The same schedule by the IR and by the C code: blocks, parts of a batch, several threads, stale tables."""
+    log = []  # appending is atomic
+
+    def kernel_of(number):
+        return KERNEL(lambda source, *rest: log.append((number, source, *rest[-3:])))
+
+    kernels = [kernel_of(number) for number in range(len(SCHEDULE))]
+    tables = [thread_pool.step_table(len(SCHEDULE)) for _ in range(2)]
+    for table in tables:
+        for number, (row, entry) in enumerate(zip(table, SCHEDULE, strict=False)):
+            row["function"] = ctypes.cast(kernels[number], ctypes.c_void_p).value
+            row["source"] = 64 * (number + 1)
+            for name, value in zip(FIELDS, entry, strict=True):
+                row[name] = value
+    pool = thread_pool.ThreadPool(isas()[-1], threads)
+    for call in range(30):
+        table, batch = tables[call % 2], (7, 1, 3)[call % 3]
+        log.clear()
+        pool.run(table.ctypes.data, len(SCHEDULE), batch)
+        order = [number for number, *_ in log]
+        assert order == sorted(order)
+        for number, (units, items, items_per_image, first, most) in enumerate(SCHEDULE):
+            images = min(max(batch - first, 0), most)
+            blocks = -(-images * items_per_image // items)
+            mine = [entry[1:] for entry in log if entry[0] == number]
+            assert all(source == 64 * (number + 1) and count == blocks for source, count, _, _ in mine)
+            covered = sorted(unit for _, _, begin, end in mine for unit in range(begin, end))
+            assert covered == list(range(units * blocks))
+    pool.quiesce()
+
+
+def test_layouts_are_those_of_the_c_structures():
+    """The C compiler holds the same lines against offsetof and sizeof."""
+    text = SOURCE.read_text()
+    lines = re.findall(r"^OFFSET\((\w+), (\w+), (\d+)\);", text, re.MULTILINE)
+    found = {(name, field): int(offset) for name, field, offset in lines}
+    sizes = {name: int(size) for name, size in re.findall(r"sizeof\(struct (\w+)\) == (\d+)", text)}
+    for name, layout in (("step", thread_pool.STEP), ("thread_pool", thread_pool.POOL)):
+        offsets = {field: offset for (struct, field), offset in found.items() if struct == name}
+        assert offsets.pop("worker_thread_ids", layout.itemsize) == layout.itemsize == sizes[name]
+        assert offsets == {field: offset for field, (_, offset) in layout.fields.items()}
+    assert f"MAX_CPUS = {thread_pool.MAX_CPUS}," in text
+
+
+@pytest.mark.skipif(not generate_thread_pool.available(), reason=f"needs {CLANG}")
+@pytest.mark.parametrize("name", generate_thread_pool.FLAGS)
+def test_the_ir_is_generated_from_the_source(name):
+    assert generate_thread_pool.generate(name) == (FOLDER / name).read_text(), "run `make thread-pool-ir`"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="numbers of Linux system calls")
+def test_system_call_numbers(tmp_path):
+    """Those of this machine's headers, where it has any."""
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    if not header.exists():
+        pytest.skip(f"no {header}")
+    numbers = dict(re.findall(r"#define __NR_(\w+) (\d+)", header.read_text()))
+    assert f"SYS_FUTEX = {numbers['futex']}, SYS_GETTID = {numbers['gettid']}" in SOURCE.read_text()
+    assert f"SYS_SCHED_SETAFFINITY = {numbers['sched_setaffinity']} " in SOURCE.read_text()

@@ -1,0 +1,284 @@
+/* Thread pool of the engine: runs a table of kernel calls on the calling thread and on workers that help it.
+
+   The LLVM IR beside this file is generated from it (`make thread-pool-ir`) and compiled by llvmlite when a model is
+   compiled, so that nobody needs a C compiler. `thread_pool.py` allocates the structures below and calls the functions.
+
+   Work is claimed, not distributed. A step (one kernel on its buffers) consists of units; units are claimed in chunks,
+   each with one compare-and-swap, and a step is over when all its units are done. A worker that comes late, or never,
+   delays nobody: the caller can do everything alone. This is what makes short steps (10 us) worth several threads on a
+   machine that is busy otherwise.
+
+   A claim word holds (call number : 32, chunks claimed from the front : 16, chunks claimed from the back : 16). The call
+   number keeps a worker that was left behind by an earlier call from claiming units of a later one. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__)) && !defined(SINGLE_THREADED)
+#define HAS_WORKERS 1
+#else
+#define HAS_WORKERS 0 /* no futex: the caller computes alone */
+#endif
+
+enum {
+    CACHE_LINE = 64,        /* bytes */
+    CHUNKS_PER_THREAD = 16, /* of a step: enough to even out threads of different speed */
+    MAX_CHUNKS = 1 << 14,   /* of a step: either count of a claim word has 16 bits */
+    IDLE_SPINS = 2500,      /* polls of about 0.1 us before a worker sleeps; more of them cost other processes their time */
+    SPINS_PER_YIELD = 4096, /* polls between two sched_yield of a thread that waits for the end of a step */
+    MAX_CPUS = 1024,        /* as glibc's cpu_set_t */
+};
+
+typedef void kernel_function(const float *source, float *target, const void *weights, const float *bias, int64_t batch,
+                             int64_t begin, int64_t end);
+
+/* One kernel on its buffers. Items are what blocks are made of: images, or Winograd tiles. */
+struct step {
+    /* Cache line 0 is read by all threads and written between calls only. */
+    kernel_function *function;
+    const float *source;
+    float *target;
+    const void *weights;
+    const float *bias;
+    uint64_t units_per_block;
+    uint64_t items_per_block;
+    uint64_t num_items; /* of this call; set by pool_run */
+    /* Lines 1 and 2 are written by all threads: apart, so that a claim does not slow down the count of what is done. */
+    _Alignas(CACHE_LINE) uint64_t claims;
+    _Alignas(CACHE_LINE) uint64_t units_done;
+    uint64_t items_per_image;
+    uint64_t first_image; /* of the batch */
+    uint64_t max_images;
+};
+
+/* What the threads of a pool share. */
+struct thread_pool {
+    _Alignas(CACHE_LINE) uint32_t call; /* number of the last call, and the futex that idle workers sleep on */
+    _Alignas(CACHE_LINE) uint32_t sleepers;
+    _Alignas(CACHE_LINE) struct step *steps;
+    uint64_t num_steps;
+    uint64_t num_threads; /* with the caller */
+    _Alignas(CACHE_LINE) uint64_t stop;
+    _Alignas(CACHE_LINE) uint64_t active_workers; /* that may look at steps */
+    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* that workers were kept off last; none at first */
+    uint64_t workers_started;
+    _Alignas(CACHE_LINE) uint64_t allowed_cpus[MAX_CPUS / 64]; /* of this process, a bit each */
+    uint64_t worker_cpus[MAX_CPUS / 64];                       /* the same without the caller's */
+    uint64_t worker_thread_ids[];                              /* of the kernel; 0 until a worker has started */
+};
+
+/* thread_pool.py describes the same layout as numpy dtypes; a test compares them with these lines. */
+#define OFFSET(structure, field, bytes) \
+    _Static_assert(offsetof(struct structure, field) == (bytes), #structure "." #field " has moved")
+OFFSET(step, function, 0);
+OFFSET(step, source, 8);
+OFFSET(step, target, 16);
+OFFSET(step, weights, 24);
+OFFSET(step, bias, 32);
+OFFSET(step, units_per_block, 40);
+OFFSET(step, items_per_block, 48);
+OFFSET(step, num_items, 56);
+OFFSET(step, claims, 64);
+OFFSET(step, units_done, 128);
+OFFSET(step, items_per_image, 136);
+OFFSET(step, first_image, 144);
+OFFSET(step, max_images, 152);
+_Static_assert(sizeof(struct step) == 192, "step has another size");
+OFFSET(thread_pool, call, 0);
+OFFSET(thread_pool, sleepers, 64);
+OFFSET(thread_pool, steps, 128);
+OFFSET(thread_pool, num_steps, 136);
+OFFSET(thread_pool, num_threads, 144);
+OFFSET(thread_pool, stop, 192);
+OFFSET(thread_pool, active_workers, 256);
+OFFSET(thread_pool, avoided_cpu, 320);
+OFFSET(thread_pool, workers_started, 328);
+OFFSET(thread_pool, allowed_cpus, 384);
+OFFSET(thread_pool, worker_cpus, 512);
+OFFSET(thread_pool, worker_thread_ids, 640);
+_Static_assert(sizeof(struct thread_pool) == 640, "thread_pool has another size");
+
+/* Declared here, not included: the IR is generated for platforms whose system headers are not at hand. */
+extern int sched_yield(void);
+
+static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+static uint64_t max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+static uint64_t divide_rounding_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+
+/* Tells the processor that this is a polling loop: its hyper-thread sibling gets the execution units. */
+static void cpu_relax(void) {
+#if HAS_WORKERS && defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif HAS_WORKERS && defined(__clang__)
+    __builtin_arm_yield();
+#elif HAS_WORKERS
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Call number of a claim word. */
+static uint32_t call_of(uint64_t claims) { return (uint32_t)(claims >> 32); }
+
+/* Claims and computes chunks of a step until none is left.
+   False if another call has begun meanwhile, so that the step is not this call's any more. */
+static bool compute_chunks(struct step *step, uint32_t call, bool from_back, uint64_t num_blocks, uint64_t num_units,
+                           uint64_t units_per_chunk) {
+    uint64_t num_chunks = divide_rounding_up(num_units, units_per_chunk);
+    for (;;) {
+        uint64_t claims = __atomic_load_n(&step->claims, __ATOMIC_ACQUIRE);
+        if (call_of(claims) != call) return false;
+        uint64_t front = claims >> 16 & 0xffff, back = claims & 0xffff;
+        if (front + back >= num_chunks) return true;
+        /* Half of the threads claim from the back: what a thread wrote in one step is mostly what it reads in the next,
+           and is in its own cache. */
+        uint64_t chunk = from_back ? num_chunks - back - 1 : front;
+        uint64_t begin = chunk * units_per_chunk, end = min(begin + units_per_chunk, num_units);
+        if (!__atomic_compare_exchange_n(&step->claims, &claims, claims + (from_back ? 1 : 1 << 16), false,
+                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+            continue;
+        step->function(step->source, step->target, step->weights, step->bias, (int64_t)num_blocks, (int64_t)begin,
+                       (int64_t)end);
+        /* Release: whoever sees the last unit counted sees the output of all. */
+        __atomic_fetch_add(&step->units_done, end - begin, __ATOMIC_RELEASE);
+    }
+}
+
+/* Waits until all units of a step are done; false if another call has begun meanwhile. */
+static bool wait_for_step(struct step *step, uint32_t call, uint64_t num_units) {
+    for (uint64_t spins = 1; __atomic_load_n(&step->units_done, __ATOMIC_ACQUIRE) != num_units; spins++) {
+        if (call_of(__atomic_load_n(&step->claims, __ATOMIC_ACQUIRE)) != call) return false;
+        cpu_relax();
+        /* The thread that computes the last chunk may wait for this very processor. */
+        if (spins % SPINS_PER_YIELD == 0) sched_yield();
+    }
+    return true;
+}
+
+/* Goes through the steps of a call beside the other threads. */
+static void work(struct thread_pool *pool, uint32_t call, bool from_back) {
+    struct step *steps = __atomic_load_n(&pool->steps, __ATOMIC_SEQ_CST); /* pairs with pool_quiesce */
+    uint64_t num_steps = __atomic_load_n(&pool->num_steps, __ATOMIC_RELAXED);
+    uint64_t most_chunks = min(pool->num_threads * CHUNKS_PER_THREAD, MAX_CHUNKS);
+    for (uint64_t index = 0; index < num_steps; index++) {
+        struct step *step = &steps[index];
+        uint64_t num_items = __atomic_load_n(&step->num_items, __ATOMIC_ACQUIRE);
+        uint64_t num_blocks = divide_rounding_up(num_items, step->items_per_block);
+        uint64_t num_units = step->units_per_block * num_blocks;
+        uint64_t units_per_chunk = max(num_units / most_chunks, 1);
+        if (!compute_chunks(step, call, from_back, num_blocks, num_units, units_per_chunk) ||
+            !wait_for_step(step, call, num_units))
+            return;
+    }
+}
+
+#if HAS_WORKERS
+
+extern long syscall(long number, ...);
+extern int sched_getcpu(void);
+
+/* Numbers of Linux system calls; those without a function in every libc. */
+#if defined(__x86_64__)
+enum { SYS_FUTEX = 202, SYS_GETTID = 186, SYS_SCHED_SETAFFINITY = 203 };
+#else
+enum { SYS_FUTEX = 98, SYS_GETTID = 178, SYS_SCHED_SETAFFINITY = 122 };
+#endif
+enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, ALL_WAITERS = INT32_MAX };
+
+/* Keeps the workers off the caller's processor. Linux likes to wake a thread on the processor of the thread that wakes
+   it, which is busy, and leaves it there for milliseconds. One system call a worker, when the caller has moved. */
+static void avoid_callers_cpu(struct thread_pool *pool) {
+    uint64_t cpu = (uint32_t)sched_getcpu();
+    if (cpu == pool->avoided_cpu || cpu >= MAX_CPUS) return; /* an error, -1, is >= MAX_CPUS */
+    uint64_t any = 0;
+    for (uint64_t word = 0; word < MAX_CPUS / 64; word++) {
+        uint64_t mask = word == cpu / 64 ? ~(UINT64_C(1) << cpu % 64) : ~UINT64_C(0);
+        pool->worker_cpus[word] = pool->allowed_cpus[word] & mask;
+        any |= pool->worker_cpus[word];
+    }
+    if (!any) return; /* the caller's is the only one */
+    bool all_started = true;
+    for (uint64_t worker = 0; worker + 1 < pool->num_threads; worker++) {
+        uint64_t thread_id = __atomic_load_n(&pool->worker_thread_ids[worker], __ATOMIC_SEQ_CST);
+        if (thread_id)
+            syscall(SYS_SCHED_SETAFFINITY, thread_id, sizeof pool->worker_cpus, pool->worker_cpus);
+        else
+            all_started = false; /* try again at the next call */
+    }
+    if (all_started) pool->avoided_cpu = cpu;
+}
+
+static void wake_workers(struct thread_pool *pool) {
+    if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST) == 0) return;
+    avoid_callers_cpu(pool);
+    syscall(SYS_FUTEX, &pool->call, FUTEX_WAKE_PRIVATE, ALL_WAITERS);
+}
+
+/* The life of a worker: poll for calls, serve them, sleep after a while without one. Returns after pool_shutdown. */
+void pool_worker(struct thread_pool *pool) {
+    uint64_t number = __atomic_fetch_add(&pool->workers_started, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pool->worker_thread_ids[number], (uint64_t)syscall(SYS_GETTID), __ATOMIC_SEQ_CST);
+    uint32_t served = 0;
+    for (uint64_t spins = 0;;) {
+        uint32_t call = __atomic_load_n(&pool->call, __ATOMIC_SEQ_CST);
+        if (call != served) {
+            if (__atomic_load_n(&pool->stop, __ATOMIC_SEQ_CST)) return;
+            __atomic_fetch_add(&pool->active_workers, 1, __ATOMIC_SEQ_CST);
+            work(pool, call, number % 2 == 0); /* the caller claims from the front */
+            __atomic_fetch_sub(&pool->active_workers, 1, __ATOMIC_SEQ_CST);
+            served = call;
+            spins = 0;
+        } else if (++spins > IDLE_SPINS) {
+            /* sleepers is raised before the futex compares call, and pool_run sets call before it reads sleepers: either
+               the caller sees this sleeper, or the futex sees the new call and returns at once. */
+            __atomic_fetch_add(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+            syscall(SYS_FUTEX, &pool->call, FUTEX_WAIT_PRIVATE, served, NULL);
+            __atomic_fetch_sub(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+            spins = 0;
+        } else {
+            cpu_relax();
+        }
+    }
+}
+
+#else
+
+static void wake_workers(struct thread_pool *pool) { (void)pool; }
+
+#endif
+
+/* Runs steps on a batch of images; returns when all of them are done. One caller at a time. */
+void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, uint64_t batch) {
+    __atomic_store_n(&pool->steps, steps, __ATOMIC_RELAXED); /* published by call, below */
+    __atomic_store_n(&pool->num_steps, num_steps, __ATOMIC_RELAXED);
+    uint32_t call = __atomic_load_n(&pool->call, __ATOMIC_RELAXED) + 1;
+    for (uint64_t index = 0; index < num_steps; index++) {
+        struct step *step = &steps[index];
+        __atomic_store_n(&step->units_done, 0, __ATOMIC_RELAXED);
+        /* Void the claims of the last call before num_items changes: a worker that was left behind there takes nothing. */
+        __atomic_store_n(&step->claims, (uint64_t)call << 32, __ATOMIC_RELEASE);
+        uint64_t images_left = batch > step->first_image ? batch - step->first_image : 0;
+        uint64_t num_images = min(images_left, step->max_images);
+        __atomic_store_n(&step->num_items, num_images * step->items_per_image, __ATOMIC_RELEASE);
+    }
+    __atomic_store_n(&pool->call, call, __ATOMIC_SEQ_CST);
+    wake_workers(pool);
+    work(pool, call, false);
+}
+
+/* Waits until no worker looks at the steps of an earlier call any more, so that their memory may be freed.
+   `no_steps` is what workers that come late find in their place: a table of its sentinel alone, which lives as long as
+   the pool. */
+void pool_quiesce(struct thread_pool *pool, struct step *no_steps) {
+    __atomic_store_n(&pool->steps, no_steps, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&pool->active_workers, __ATOMIC_SEQ_CST) != 0) sched_yield();
+}
+
+/* Ends the workers; their threads are joined by thread_pool.py. */
+void pool_shutdown(struct thread_pool *pool) {
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&pool->call, 1, __ATOMIC_SEQ_CST); /* a new call, so that workers look at stop */
+    wake_workers(pool);
+}
