@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from repvgg.measure import SpeedProtocol, WallClock, environment, take_readings
-from repvgg.measure.latency import quartiles
+from repvgg.measure import SpeedProtocol, WallClock, environment, take_samples
+from repvgg.measure.timing import quartiles
 
 LAYERS = {
     "Conv2d(3, 8, 3), 32 x 32": (nn.Conv2d(3, 8, 3), (1, 3, 32, 32)),
@@ -64,7 +64,7 @@ def between(model: nn.Module, images: Tensor, rounds: int) -> float:
     def mark(_: object) -> None:
         marks.append((time.perf_counter(), inside[0]))
 
-    take_readings({"layer": partial(model, images)}, SpeedProtocol(rounds=rounds), mark, stopwatch=stopwatch)
+    take_samples({"layer": partial(model, images)}, SpeedProtocol(rounds=rounds), mark, stopwatch=stopwatch)
     (start, before), (end, after) = marks[0], marks[-1]
     return 1.0 - (after - before) / (end - start)
 

@@ -43,7 +43,7 @@ from repvgg.deploy import export_onnx
 from repvgg.engine.choice import LOSSES
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import environment
-from repvgg.measure.latency import quartiles
+from repvgg.measure.timing import quartiles
 from repvgg.models import load
 from repvgg.studies.candidates import deployed
 

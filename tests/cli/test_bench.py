@@ -37,7 +37,7 @@ class Ticks:
 @pytest.fixture
 def ticking(monkeypatch):
     """Whatever runs takes a second."""
-    monkeypatch.setattr("repvgg.measure.Setting.stopwatch", lambda setting, batch: WallClock(Ticks()))
+    monkeypatch.setattr("repvgg.measure.RunSettings.stopwatch", lambda setting, batch: WallClock(Ticks()))
 
 
 def test_table(repvgg, files):
@@ -172,7 +172,7 @@ class Hungry(nn.Module):
 @pytest.mark.parametrize(("after", "code", "kept"), [(2, 130, 0), (4, 130, 4), (8, 130, 5)])
 def test_ctrl_c_keeps_what_was_measured(repvgg, monkeypatch, after, code, kept):
     """Five rounds of each of two batch sizes; the second has had 3 rounds when the eighth reading comes."""
-    monkeypatch.setattr(sweep, "take_readings", interrupted_after(after, sweep.take_readings))
+    monkeypatch.setattr(sweep, "take_samples", interrupted_after(after, sweep.take_samples))
     outcome = repvgg("bench", "repvgg_t0", "--input-size", 8, "--batch", "1,2", "--rounds", 5, "--json")
     assert outcome.code == code
     if not kept:
@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_what_was_measured(repvgg, monkeypatch, after, code, kept):
 
 
 def interrupted_after(readings, take):
-    """``take_readings`` that ends by Ctrl-C after so many readings in all."""
+    """``take_samples`` that ends by Ctrl-C after so many readings in all."""
     left = [readings]
 
     def taking(calls, protocol, on_reading, **more):
@@ -232,7 +232,7 @@ def test_images_that_a_network_does_not_take(refused, net):
 def test_devices_that_are_not_there(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device here" in refused("bench", "repvgg_t0", "--device", "cuda")
-    assert "take --device cuda" in refused("bench", "repvgg_t0", "--dtype", "tf32")
+    assert "use --device cuda" in refused("bench", "repvgg_t0", "--dtype", "tf32")
 
 
 def test_what_cannot_be_compiled(refused, monkeypatch):
@@ -262,14 +262,14 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
     """A bar that a thread draws would take its time from what is being timed."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
     seen = []
-    take = sweep.take_readings
+    take = sweep.take_samples
 
     def taking(*arguments, **more):
         seen.append({thread.name for thread in threading.enumerate()})
         return take(*arguments, **more)
 
     before = {thread.name for thread in threading.enumerate()}
-    monkeypatch.setattr(sweep, "take_readings", taking)
+    monkeypatch.setattr(sweep, "take_samples", taking)
     outcome = repvgg("bench", files.train, "--rounds", 2)
     assert outcome.code == 0
     assert "rounds" in outcome.err

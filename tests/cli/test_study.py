@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 from repvgg.studies import network_tables, networks
 from repvgg.studies.registry import STUDIES
 from tests.cli.helpers import contents
@@ -31,7 +31,7 @@ def quick(monkeypatch, tmp_path):
             call()
             return float(calls)
 
-        monkeypatch.setattr(Setting, "stopwatch", lambda setting, batch: stopwatch)
+        monkeypatch.setattr(RunSettings, "stopwatch", lambda setting, batch: stopwatch)
 
     after(-1)
     return after

@@ -28,7 +28,7 @@ def test_the_profiler_greets_nobody(capfd, monkeypatch):
 
 def test_what_there_is_to_have(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     assert memory.available_memory("cpu") is None
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    6000 kB\n")
     assert memory.available_memory("cpu") == 6000 * 1024
@@ -40,25 +40,25 @@ def test_what_there_is_to_have(tmp_path, monkeypatch):
 
 
 def test_the_peak_of_a_process_is_that_of_the_time_it_was_watched(tmp_path, monkeypatch):
-    with memory.peak_watched() as peak:
+    with memory.track_peak_memory() as peak:
         before = peak()
         held = torch.zeros(40_000_000)
         del held
-    with memory.peak_watched() as again:
+    with memory.track_peak_memory() as again:
         after = again()
     if before is not None and after is not None:  # Linux
         assert peak() is not None
         assert after - before < 100_000_000, "forgotten"
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "_FORGET", tmp_path / "none" / "none")
-    with memory.peak_watched() as peak:
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "none")
+    with memory.track_peak_memory() as peak:
         assert peak() is None
 
 
 def test_the_highest_resident_memory_is_read_off(tmp_path, monkeypatch):
     (tmp_path / "status").write_text("Name: x\nVmHWM:\t    1234 kB\nVmRSS: 1000 kB\n")
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(memory, "_FORGET", tmp_path / "clear")
-    with memory.peak_watched() as peak:
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "clear")
+    with memory.track_peak_memory() as peak:
         assert peak() == 1234 * 1024
     assert (tmp_path / "clear").read_text() == "5"

@@ -115,7 +115,7 @@ def test_nothing_is_kept_alive_by_the_walk():
     """Of ten layers in a row, two outputs are held at a time."""
     model = nn.Sequential(*(nn.Hardswish() for _ in range(10)))
     assert walk(model, torch.ones(100)).peak == FLOAT * 300
-    held = [op.held for op in walk(model, torch.ones(100)).ops]
+    held = [op.live_bytes for op in walk(model, torch.ones(100)).ops]
     assert held == [FLOAT * 200] + [FLOAT * 300] * 9
 
 

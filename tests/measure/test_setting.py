@@ -4,11 +4,11 @@ from torch import nn
 
 from repvgg._contexts import PRECISION_NODES, precision_of
 from repvgg.errors import UsageError
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 
 
 def test_models_and_images_stand_where_the_setting_says():
-    setting = Setting(dtype="bfloat16", channels_last=True)
+    setting = RunSettings(dtype="bfloat16", channels_last=True)
     model, images = setting.place(nn.Conv2d(3, 4, 3)), setting.images(2, (3, 8, 9))
     assert (model.weight.dtype, images.dtype) == (torch.bfloat16, torch.bfloat16)
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
@@ -20,7 +20,7 @@ def test_models_and_images_stand_where_the_setting_says():
 
 def test_threads_for_a_while():
     before = torch.get_num_threads()
-    with Setting(threads=before + 1).applied():
+    with RunSettings(threads=before + 1).applied():
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
@@ -28,12 +28,12 @@ def test_threads_for_a_while():
 @pytest.mark.parametrize("options", [{"threads": 0}, {"threads": -1}, {"dtype": "tf32"}])
 def test_settings_that_make_no_sense(options):
     with pytest.raises(UsageError):
-        Setting(**options)
+        RunSettings(**options)
 
 
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="no CUDA device here: take --device cpu"), Setting(device="cuda").applied():
+    with pytest.raises(UsageError, match="no CUDA device here: use --device cpu"), RunSettings(device="cuda").applied():
         pass
 
 
@@ -48,7 +48,7 @@ def test_tf32_only_where_asked_for(dtype, precision, monkeypatch):
     """The switches are there without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    setting = Setting(device="cuda", dtype=dtype)
+    setting = RunSettings(device="cuda", dtype=dtype)
     before = switches()
     with setting.applied():
         assert torch.get_float32_matmul_precision() == precision
@@ -60,5 +60,5 @@ def test_tf32_only_where_asked_for(dtype, precision, monkeypatch):
 
 def test_compiled_models_are_wrapped_by_torch_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))
-    assert isinstance(Setting(compile=True).place(nn.ReLU()), nn.Sequential)
-    assert isinstance(Setting().place(nn.ReLU()), nn.ReLU)
+    assert isinstance(RunSettings(compile=True).place(nn.ReLU()), nn.Sequential)
+    assert isinstance(RunSettings().place(nn.ReLU()), nn.ReLU)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repvgg.measure import CudaEvents, Setting, WallClock
+from repvgg.measure import CudaEvents, RunSettings, WallClock
 from tests.measure.helpers import Clock
 
 
@@ -58,9 +58,9 @@ def test_what_was_queued_before_is_not_counted():
 
 
 def test_the_device_decides_on_the_stopwatch():
-    assert Setting().stopwatch(1) == WallClock()
-    assert Setting(device="cuda").stopwatch(1) == CudaEvents(waits=True)
-    assert Setting(device="cuda").stopwatch(8) == CudaEvents(waits=False)
+    assert RunSettings().stopwatch(1) == WallClock()
+    assert RunSettings(device="cuda").stopwatch(1) == CudaEvents(waits=True)
+    assert RunSettings(device="cuda").stopwatch(8) == CudaEvents(waits=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -99,9 +99,9 @@ def test_the_rules_name_ops_that_exist_and_each_in_one_list():
     lists = [
         traffic._MOVES_NOTHING,
         traffic._WRITES_ONLY,
-        traffic._OVERWRITES,
-        traffic._PICKS,
-        traffic._UNTOLD,
+        traffic._OVERWRITES_FIRST,
+        traffic._GATHERS,
+        traffic._DATA_DEPENDENT,
     ]
     names = [name for group in lists for name in group]
     assert len(names) == len(set(names))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.errors import UsageError
-from repvgg.measure import Counts, count, rules, walk
-from repvgg.measure.rules import RULES, WITHOUT_PRODUCTS
+from repvgg.measure import Counts, count, ops, walk
+from repvgg.measure.ops import RULES, ZERO_MAC_OPS
 from tests.measure.networks import Call
 
 
@@ -188,13 +188,13 @@ def test_inputs_that_make_no_sense(inputs):
 
 
 def test_the_rules_name_ops_that_exist_and_no_op_twice():
-    assert not WITHOUT_PRODUCTS & RULES.keys()
-    for name in WITHOUT_PRODUCTS | RULES.keys():
+    assert not ZERO_MAC_OPS & RULES.keys()
+    for name in ZERO_MAC_OPS | RULES.keys():
         assert hasattr(torch.ops.aten, name.removeprefix("aten.")), name
 
 
 def test_nothing_but_torch_and_the_standard_library_is_imported():
-    for path in sorted(Path(rules.__file__).parent.glob("*.py")):
+    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

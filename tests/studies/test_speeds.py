@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repvgg.errors import UsageError
-from repvgg.measure import INTERLEAVED, Setting
+from repvgg.measure import INTERLEAVED, RunSettings
 from repvgg.studies import speeds as module
 from repvgg.studies.candidates import Candidate
 from repvgg.studies.cells import Cells, Header
@@ -27,13 +27,13 @@ def cells(tmp_path):
 
 def measure(cells, seconds, monkeypatch, *, groups=None, stopwatch=None, progress=lambda done, total: None):
     stopwatch = stopwatch or Stopwatch()
-    monkeypatch.setattr(Setting, "stopwatch", lambda setting, batch: stopwatch)
+    monkeypatch.setattr(RunSettings, "stopwatch", lambda setting, batch: stopwatch)
 
     def make_calls(names, on_failure):
 
         return {name: partial(Tiny(seconds[name], name), torch.ones(1)) for name in names}
 
-    measure_rounds(groups or [list(seconds)], make_calls, cells, Setting(), ROUNDS, 8, progress)
+    measure_rounds(groups or [list(seconds)], make_calls, cells, RunSettings(), ROUNDS, 8, progress)
     return stopwatch
 
 
@@ -46,11 +46,11 @@ def test_one_group_where_all_fit_and_pairs_with_the_baseline_where_not():
 
 def test_all_fit_into_half_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda device: 800)
-    assert fit_together(100, Setting())
-    assert not fit_together(101, Setting())
-    assert fit_together(200, Setting(dtype="bfloat16"))
+    assert fit_together(100, RunSettings())
+    assert not fit_together(101, RunSettings())
+    assert fit_together(200, RunSettings(dtype="bfloat16"))
     monkeypatch.setattr(module, "available_memory", lambda device: None)
-    assert fit_together(1e20, Setting())
+    assert fit_together(1e20, RunSettings())
 
 
 def test_speeds_and_ratios(cells, monkeypatch):
@@ -114,7 +114,7 @@ def candidate(engine: str) -> Candidate:
 
 @pytest.mark.parametrize(
     ("engine", "setting", "words"),
-    [("onnx", Setting(), "there are torch"), ("repvgg", Setting(dtype="bfloat16"), "in float32 on the CPU")],
+    [("onnx", RunSettings(), "there are torch"), ("repvgg", RunSettings(dtype="bfloat16"), "in float32 on the CPU")],
 )
 def test_an_engine_that_is_not_there_or_cannot(engine, setting, words):
     with pytest.raises(UsageError, match=words):
@@ -127,9 +127,9 @@ def test_every_engine_computes_the_same(engine):
     pytest.importorskip(needs.get(engine, "torch"))
     one = candidate(engine)
     model = one.make()
-    run = ENGINES[engine].prepare(model, Setting(), one.image)
+    run = ENGINES[engine].prepare(model, RunSettings(), one.image)
     for batch in (1, 3, 2):
-        x = Setting().images(batch, one.image)
+        x = RunSettings().images(batch, one.image)
         with torch.inference_mode():
             out = torch.as_tensor(run(x))
             torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)

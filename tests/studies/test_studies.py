@@ -12,7 +12,7 @@ from torch import nn
 
 from repvgg.blocks import BranchSum
 from repvgg.errors import OutputExistsError, UsageError
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 from repvgg.models import create_model
 from repvgg.studies import (
     count_table,
@@ -40,7 +40,7 @@ def quick(monkeypatch):
     """Networks that say how long they take, as in the paper; returns how to put in another stopwatch."""
 
     def use(stopwatch):
-        monkeypatch.setattr(Setting, "stopwatch", lambda setting, batch: stopwatch)
+        monkeypatch.setattr(RunSettings, "stopwatch", lambda setting, batch: stopwatch)
         return stopwatch
 
     monkeypatch.setattr(networks, "deployed", lambda name: Tiny(SECONDS[name], name))
@@ -74,8 +74,8 @@ def test_the_registry_names_each_by_its_name():
 def test_settings_are_flat_and_resolved_for_the_device(name):
     wanted = STUDIES[name]
     names = [field.name for field in fields(wanted.settings) if field.name != "setting"]
-    assert not set(names) & {field.name for field in fields(Setting)}
-    on_cpu, on_gpu = (flat(wanted.resolve(wanted.settings(setting=Setting(device=d)))) for d in ("cpu", "cuda"))
+    assert not set(names) & {field.name for field in fields(RunSettings)}
+    on_cpu, on_gpu = (flat(wanted.resolve(wanted.settings(setting=RunSettings(device=d)))) for d in ("cpu", "cuda"))
     assert on_cpu["batch"] < on_gpu["batch"]
     assert {key for key, value in on_gpu.items() if value is None} <= {"threads", "input_size"}
     for name in names:
@@ -274,7 +274,7 @@ def test_table1_counts_and_divides_by_hand(quick, tmp_path):
 def test_table1_agrees_with_the_paper_on_the_arithmetic():
     from repvgg.studies.table1 import STUDY, macs_of
 
-    settings = STUDY.resolve(STUDY.settings(setting=Setting(device="cuda")))
+    settings = STUDY.resolve(STUDY.settings(setting=RunSettings(device="cuda")))
     for row in TABLE_1:
         assert macs_of(row.kernel, settings) / 1e9 == pytest.approx(row.flops_billions, abs=0.1)
 

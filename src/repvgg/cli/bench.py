@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from repvgg.errors import UsageError
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,8 @@ _INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setting(Setting):
-    __doc__ = Setting.__doc__
+class _Setting(RunSettings):
+    __doc__ = RunSettings.__doc__
     threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
 
 

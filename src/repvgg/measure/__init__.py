@@ -1,24 +1,38 @@
-"""What a model costs: one walk over its ops, the counts read off it, and speed and memory measured side by side."""
+"""What a model costs: parameters, arithmetic, memory traffic, activation memory and latency."""
 
-from repvgg.measure.counts import Counts, count
 from repvgg.measure.denormals import Denormals, count_denormals
 from repvgg.measure.environment import IDENTITY, environment
-from repvgg.measure.latency import Ratio, Timing, compare, measured, ratio, summarize
-from repvgg.measure.memory import MemoryStep, held_memory
+from repvgg.measure.memory import LiveStorageTracker, MemoryStep, held_memory
+from repvgg.measure.ops import Counts, Op, Walk, count, walk
 from repvgg.measure.profile import Profile, Row, profile
-from repvgg.measure.protocol import (
+from repvgg.measure.settings import RunSettings
+from repvgg.measure.timing import (
     INTERLEAVED,
     PAPER,
     PROTOCOLS,
+    Call,
+    CudaEvents,
     OnFailure,
-    Reading,
+    Ratio,
+    Sample,
     SpeedProtocol,
-    memory_watched,
-    take_readings,
+    Stopwatch,
+    Timing,
+    WallClock,
+    catch_out_of_memory,
+    compare,
+    ratio,
+    sampled_names,
+    summarize,
+    take_samples,
 )
-from repvgg.measure.setting import Setting
-from repvgg.measure.stopwatch import Call, CudaEvents, Stopwatch, WallClock
-from repvgg.measure.walk import Op, Walk, walk
+
+# Former names, kept for code that was written against them.
+Reading = Sample
+Setting = RunSettings
+measured = sampled_names
+memory_watched = catch_out_of_memory
+take_readings = take_samples
 
 __all__ = [
     "IDENTITY",
@@ -29,6 +43,7 @@ __all__ = [
     "Counts",
     "CudaEvents",
     "Denormals",
+    "LiveStorageTracker",
     "MemoryStep",
     "OnFailure",
     "Op",
@@ -36,12 +51,15 @@ __all__ = [
     "Ratio",
     "Reading",
     "Row",
+    "RunSettings",
+    "Sample",
     "Setting",
     "SpeedProtocol",
     "Stopwatch",
     "Timing",
     "Walk",
     "WallClock",
+    "catch_out_of_memory",
     "compare",
     "count",
     "count_denormals",
@@ -51,7 +69,9 @@ __all__ = [
     "memory_watched",
     "profile",
     "ratio",
+    "sampled_names",
     "summarize",
     "take_readings",
+    "take_samples",
     "walk",
 ]

@@ -1,7 +1,6 @@
-"""Denormal numbers: so close to 0 that many processors are slow on them, so that latency depends on the weights.
+"""Denormal numbers: so close to 0 that many processors slow down on them, so that latency depends on the weights.
 
-A number is denormal where its exponent bits are all 0 and its fraction is not: in float32 below 1.2e-38. Bits are
-looked at rather than values, as a processor that flushes denormals compares them as zeros.
+A number is denormal if its exponent bits are all 0 and its fraction is not: below 1.2e-38 in float32.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repvgg._contexts import eval_mode
 from repvgg.errors import UsageError
 
-_BITS = {
+_INT_OF_SAME_WIDTH = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-_PROBE = 1 << 18  # values: enough for PyTorch to share them among all of its threads
+_PARALLEL_PROBE = 1 << 18  # values: above PyTorch's grain size, so that all of its threads take part
 
 
 @dataclass(frozen=True)
 class Denormals:
-    """How many there are.
+    """Number of denormal values.
 
     Attributes:
         weights: among parameters and buffers.
-        activations: among the values that the ops of one forward wrote.
-        weights_total: values looked at.
-        activations_total: values looked at.
+        activations: among the values that the ops of one forward pass wrote.
+        weights_total: parameter and buffer values in all.
+        activations_total: written values in all.
     """
 
     weights: int
@@ -53,28 +52,22 @@ class Denormals:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON knows them."""
+        """Return all fields as JSON types."""
         return asdict(self)
 
 
 def denormals_in(tensor: Tensor) -> int:
-    """How many values of a tensor are denormal; 0 for a tensor of integers, or of a dtype without a view as such."""
-    if tensor.dtype not in _BITS or tensor.is_meta:
+    """Count the denormal values of a tensor; 0 for integers, other dtypes and meta tensors."""
+    if tensor.dtype not in _INT_OF_SAME_WIDTH or tensor.is_meta:
         return 0
-    exponent = _exponent_bits(tensor.dtype)
-    bits = tensor.detach().contiguous().view(_BITS[tensor.dtype])
-    fraction = bits & ((1 << _exponent_shift(tensor.dtype)) - 1)
-    return int(((bits & exponent == 0) & (fraction != 0)).sum())
-
-
-def _exponent_shift(dtype: torch.dtype) -> int:
-    """Bits of the fraction: eps is 2 to the minus that."""
-    return round(-torch.log2(torch.tensor(torch.finfo(dtype).eps, dtype=torch.float64)).item())
-
-
-def _exponent_bits(dtype: torch.dtype) -> int:
-    shift = _exponent_shift(dtype)
-    return ((1 << (torch.finfo(dtype).bits - 1 - shift)) - 1) << shift
+    info = torch.finfo(tensor.dtype)
+    # eps is 2 to the minus fraction bits
+    fraction_bits = round(-torch.log2(torch.tensor(info.eps, dtype=torch.float64)).item())
+    exponent_mask = ((1 << (info.bits - 1 - fraction_bits)) - 1) << fraction_bits
+    # Compare bits, not values: a processor that flushes denormals compares them as zeros.
+    bits = tensor.detach().contiguous().view(_INT_OF_SAME_WIDTH[tensor.dtype])
+    fraction = bits & ((1 << fraction_bits) - 1)
+    return int(((bits & exponent_mask == 0) & (fraction != 0)).sum())
 
 
 def count_denormals(model: nn.Module, images: Tensor) -> Denormals:
@@ -82,24 +75,26 @@ def count_denormals(model: nn.Module, images: Tensor) -> Denormals:
 
     Args:
         model: any module; it is not changed.
-        images: what it takes, (N, C, H, W).
+        images: its input, (N, C, H, W).
 
-    Limits: what a kernel keeps to itself is not seen.
+    Limits: intermediate values inside a kernel are not seen.
     """
     tensors = (*model.parameters(), *model.buffers())
     recorder = _Recorder()
     with eval_mode(model), torch.no_grad(), recorder:
         model(images)
-    weights = sum(map(denormals_in, tensors)), sum(tensor.numel() for tensor in tensors)
-    return Denormals(weights[0], recorder.denormal, weights[1], recorder.values)
+    return Denormals(
+        weights=sum(map(denormals_in, tensors)),
+        activations=recorder.denormal,
+        weights_total=sum(tensor.numel() for tensor in tensors),
+        activations_total=recorder.values,
+    )
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at what each op writes; views write nothing."""
-
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and asking to skip the compiler would import all of it, which takes seconds."""
+        # Nothing is compiled under this mode, and True would make PyTorch import all of torch._dynamo (seconds).
         return False
 
     def __init__(self) -> None:
@@ -110,6 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        # Views write nothing: their values were counted when they were computed.
         for value in () if func.is_view else out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor):
                 self.values += value.numel()
@@ -118,23 +114,27 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def flushed_denormals(wanted: bool = True) -> Iterator[None]:
-    """Have the CPU take denormal numbers for 0, on every thread of PyTorch; afterwards as before.
+def flushed_denormals(enabled: bool = True) -> Iterator[None]:
+    """Make the CPU treat denormal numbers as 0 on every thread of PyTorch; restore the mode on exit.
+
+    Args:
+        enabled: False does nothing.
 
     Raises:
-        UsageError: the CPU cannot, or PyTorch's threads were at work already and go on as they were.
+        UsageError: the CPU cannot, or PyTorch's threads are running already and would keep denormals.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     before = _flushes(1)
     if not torch.set_flush_denormal(True):
-        raise UsageError("This CPU cannot flush denormal numbers: leave that out.")
+        raise UsageError("This CPU cannot flush denormal numbers: leave out --flush-denormal.")
     try:
-        if not _flushes(_PROBE):
+        # Worker threads inherit the flag when they start; those that run already keep their own.
+        if not _flushes(_PARALLEL_PROBE):
             raise UsageError(
-                "The threads of PyTorch are at work already and keep denormal numbers: ask to flush them before "
-                "anything is computed, or take one thread."
+                "PyTorch's threads are running already and keep denormal numbers: flush them before anything is "
+                "computed, or use one thread."
             )
         yield
     finally:
@@ -142,6 +142,6 @@ def flushed_denormals(wanted: bool = True) -> Iterator[None]:
 
 
 def _flushes(values: int) -> bool:
-    """Whether a product that is denormal comes out as 0, on all threads that share so many values."""
+    """Return whether a denormal product comes out as 0 on every thread that shares that many values."""
     tiny = torch.finfo(torch.float32).tiny
     return not (torch.full((values,), tiny) * 0.5).view(torch.int32).any()

@@ -1,4 +1,4 @@
-"""Where and when a measurement was made, in words."""
+"""The machine and the time of a measurement, as text."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import torch
 
-_CPU_INFO = Path("/proc/cpuinfo")
+_CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
-#: What makes two machines different; the rest of a stamp tells how the machine was at that time.
+#: The entries that identify a machine; the others describe its state at the time.
 IDENTITY = ("cpu", "instructions", "cores", "threads", "gpu", "driver", "cuda", "cudnn", "torch")
 
 
 def environment() -> dict[str, str]:
-    """The machine as PyTorch uses it: processor, instruction set, cores, threads, versions, governor, load.
+    """Describe the machine as PyTorch uses it: processor, instruction set, cores, threads, versions, governor, load.
 
-    ``load`` is the load average of the last minute: take the stamp before the work that is measured. The GPU, its
-    driver, CUDA and cuDNN are named where CUDA is in use; asking does not start it. What cannot be read is left out.
+    ``load`` is the load average of the last minute: call this before the measured work starts. The GPU, its driver,
+    CUDA and cuDNN are named if CUDA is initialized; this function does not initialize it. Unknown entries are left out.
     """
-    stamp = {
+    entries = {
         "cpu": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count() or "unknown"),
@@ -35,25 +35,24 @@ def environment() -> dict[str, str]:
         "load": _load(),
         **(_gpu() if torch.cuda.is_initialized() else {}),  # type: ignore[no-untyped-call]
     }
-    return {name: value for name, value in stamp.items() if value}
+    return {name: value for name, value in entries.items() if value}
 
 
 def _processor() -> str:
-    """The model name of the processor, from Linux's /proc/cpuinfo where there is one."""
-    names = [line.split(":", 1)[1].strip() for line in _read(_CPU_INFO).splitlines() if line.startswith("model name")]
+    # platform.processor() is empty on many Linux systems: prefer the model name of /proc/cpuinfo.
+    names = [line.split(":", 1)[1].strip() for line in _read(_CPUINFO).splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
 def _load() -> str:
-    """Runnable processes on average over the last minute, where the system counts them."""
     try:
         return f"{os.getloadavg()[0]:.2f}"
-    except (AttributeError, OSError):  # no such call on Windows, no answer in some containers
+    except (AttributeError, OSError):  # missing on Windows, refused in some containers
         return ""
 
 
 def _gpu() -> dict[str, str]:
-    version = re.search(r"\b\d{3,}\.\d[\d.]*", _read(_DRIVER))
+    version = re.search(r"\b\d{3,}\.\d[\d.]*", _read(_DRIVER))  # such as 570.86.15
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": version.group() if version else "",

@@ -1,10 +1,10 @@
-"""What an allocator really held, moment by moment, and what there is to have."""
+"""Memory: live activations of a run, allocations of PyTorch's allocators, peaks, and what the system has left."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,69 +12,108 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
-from repvgg.measure.stopwatch import Call
-
-_MEMORY_EVENT, _CPU = "[memory]", 0
-_CHATTER = "KINETO_LOG_LEVEL"  # the profiler's library greets everybody on standard error
+_PROFILER_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _CGROUP = Path("/sys/fs/cgroup")
-_MEMORY_INFO = Path("/proc/meminfo")
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class LiveStorageTracker:
+    """Track the live storages of a run without keeping any of them alive.
+
+    A storage is live from the op that creates it until its last reference goes, as an allocator sees it; a view keeps
+    the whole storage. The parameters and buffers of the model are excluded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._excluded = {_storage_id(tensor) for tensor in _strided_state(model)}
+
+    def live_bytes(self, new: Iterable[Tensor]) -> int:
+        """Add the storages of ``new``, drop the dead ones, and return the bytes that are live now.
+
+        Tensors without a storage (sparse ones) count nothing.
+        """
+        for tensor in new:
+            if tensor.layout is torch.strided and (key := _storage_id(tensor)) not in self._excluded:
+                storage = tensor.untyped_storage()
+                # If the address of a dead storage is reused, its entry is overwritten.
+                self._live[key] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
+        dead = [key for key, (reference, _) in self._live.items() if reference.expired()]  # type: ignore[no-untyped-call]
+        for key in dead:
+            del self._live[key]
+        return sum(size for _, size in self._live.values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the memory of the parameters and buffers of a model; a shared storage counts once."""
+    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in _strided_state(model)}.values())
+
+
+def _strided_state(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout is torch.strided]
+
+
+def _storage_id(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 @dataclass(frozen=True)
 class MemoryStep:
-    """One moment at which memory was taken or given back.
+    """One allocation or release.
 
     Attributes:
-        change: bytes, negative where given back.
-        held: bytes since the beginning, this change included.
+        change: bytes; negative for a release.
+        held: bytes allocated since the start, this change included.
     """
 
     change: int
     held: int
 
 
-def held_memory(call: Call) -> tuple[MemoryStep, ...]:
-    """Every allocation of PyTorch's CPU allocator during one call, in ``torch.inference_mode``.
+def held_memory(call: Callable[[], object]) -> tuple[MemoryStep, ...]:
+    """Return every allocation and release of PyTorch's CPU allocator during one call, in ``torch.inference_mode``.
 
-    Call it once before, so that what is allocated once and for all does not count. The highest ``held`` is the peak.
+    Run ``call`` once before, so that one-time allocations do not count. The highest ``held`` is the peak.
 
-    Limits: memory that a library takes on its own, such as oneDNN's scratchpads, is not seen.
+    Limits: memory that a library allocates by itself, such as oneDNN's scratchpads, is not seen.
     """
-    with torch.inference_mode(), _silent_profiler(), TemporaryDirectory() as folder:
+    with torch.inference_mode(), _quiet_profiler(), TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             call()
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [
+    cpu = 0  # c10::DeviceType::CPU
+    allocations = [
         (event["ts"], event["args"]["Ev Idx"], int(event["args"]["Bytes"]))
         for event in events
-        if event.get("name") == _MEMORY_EVENT and event["args"]["Device Type"] == _CPU
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == cpu
     ]
-    return _steps([change for _, _, change in sorted(changes)])
-
-
-def _steps(changes: list[int]) -> tuple[MemoryStep, ...]:
+    changes = [change for _, _, change in sorted(allocations)]  # several events may share a time stamp: then by index
     return tuple(MemoryStep(*step) for step in zip(changes, accumulate(changes), strict=True))
 
 
 @contextmanager
-def _silent_profiler() -> Iterator[None]:
-    before = os.environ.get(_CHATTER)
-    os.environ[_CHATTER] = "99"
+def _quiet_profiler() -> Iterator[None]:
+    # Kineto logs its start to standard error at every level below 99.
+    before = os.environ.get(_PROFILER_LOG_LEVEL)
+    os.environ[_PROFILER_LOG_LEVEL] = "99"
     try:
         yield
     finally:
-        os.environ.pop(_CHATTER)
+        os.environ.pop(_PROFILER_LOG_LEVEL)
         if before is not None:
-            os.environ[_CHATTER] = before
+            os.environ[_PROFILER_LOG_LEVEL] = before
 
 
-def peak_of_gpu(call: Call) -> int:
-    """Bytes that CUDA's allocator held at most during one call, beyond what it held before, in inference mode."""
+def gpu_peak_bytes(call: Callable[[], object]) -> int:
+    """Return the peak of CUDA's allocator during one call, above what was allocated before, in inference mode."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -85,54 +124,53 @@ def peak_of_gpu(call: Call) -> int:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that may still be taken on "cpu" or "cuda"; None where the system does not tell.
+    """Return the free bytes of "cpu" or "cuda"; None if the system does not report them.
 
-    On a CPU what Linux counts as available, or less where the process lives in a group with a limit.
+    For the CPU that is Linux's MemAvailable, or less if the process lives in a control group with a limit.
     """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    known = [number for number in (_available_in_machine(), _available_in_group()) if number is not None]
+    known = [number for number in (_available_in_system(), _available_in_cgroup()) if number is not None]
     return min(known, default=None)
 
 
-def _available_in_machine() -> int | None:
+def _available_in_system() -> int | None:
     try:
-        lines = _MEMORY_INFO.read_text(encoding="utf-8").splitlines()
+        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    rows = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None  # in kB
 
 
-def _available_in_group() -> int | None:
-    """Of a control group, version 2: its limit less what it uses."""
+def _available_in_cgroup() -> int | None:
     try:
         limit, used = ((_CGROUP / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
         return int(limit) - int(used)
-    except (OSError, ValueError):  # no group, or no limit, which is written "max"
+    except (OSError, ValueError):  # no control group (version 2), or no limit, which is written "max"
         return None
 
 
 @contextmanager
-def peak_watched(accelerator: str = "cpu") -> Iterator[Callable[[], int | None]]:
-    """Gives what tells, inside and after, how many bytes were taken at most since it began.
+def track_peak_memory(accelerator: str = "cpu") -> Iterator[Callable[[], int | None]]:
+    """Yield a function that returns the peak memory in bytes since entry; it also works after exit.
 
-    On a GPU what PyTorch's allocator held; on a CPU the resident memory of the whole process, which includes libraries
-    and data, as Linux counts it; None where the system does not tell.
+    On a GPU it is the peak of PyTorch's allocator; on a CPU the peak resident memory of the whole process (libraries
+    and data included) as Linux reports it, or None on other systems.
 
     Args:
-        accelerator: "cpu" leaves a GPU that is there out of it.
+        accelerator: "cpu" ignores a GPU.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield torch.cuda.max_memory_allocated
         return
     with suppress(OSError):
-        _FORGET.write_text("5", encoding="ascii")  # the highest so far becomes what is resident now
-    yield _highest_resident
+        _CLEAR_REFS.write_text("5", encoding="ascii")  # resets VmHWM to the current resident size; see proc(5)
+    yield _peak_resident_bytes
 
 
-def _highest_resident() -> int | None:
+def _peak_resident_bytes() -> int | None:
     try:
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -12,9 +12,9 @@ import torch
 
 from repvgg.data import open_data
 from repvgg.errors import DataError
-from repvgg.measure import Setting, environment
+from repvgg.measure import RunSettings, environment
 from repvgg.measure.environment import IDENTITY
-from repvgg.measure.setting import Device, Dtype
+from repvgg.measure.settings import Device, Dtype
 from repvgg.studies.ablation_cells import (
     RUNS,
     Work,
@@ -119,10 +119,10 @@ class AblationSettings:
         )
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> RunSettings:
         """Device, numbers, layout and threads."""
         config = self.config
-        return Setting(
+        return RunSettings(
             self.device or "cpu", _DTYPES[config.precision], config.channels_last, self.threads, config.compile
         )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from repvgg.data import DataConfig, OpenedData, open_data
 from repvgg.errors import TrainingError, UsageError
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 from repvgg.models import ModelSpec
 from repvgg.studies.cells import CELLS, Cell, Cells, Header, plain_data, read_cell, read_header
 from repvgg.studies.claims import Claim, Share, claimed, holder_of
@@ -59,7 +59,7 @@ class Work:
     seeds: int
     spec: ModelSpec
     config: TrainConfig
-    setting: Setting
+    setting: RunSettings
     share: Share = field(default_factory=Share)
 
     @property

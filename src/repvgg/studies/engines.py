@@ -19,7 +19,7 @@ import repvgg.engine
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.engine.reader import read
 from repvgg.errors import UsageError, require
-from repvgg.measure import Setting
+from repvgg.measure import RunSettings
 
 Shape: TypeAlias = tuple[int, int, int]
 Run: TypeAlias = Callable[[Tensor], object]
@@ -35,7 +35,7 @@ class Engine:
         anywhere: whether it runs on any device and in any numbers; else in float32 on the CPU.
     """
 
-    prepare: Callable[[nn.Module, Setting, Shape], Run]
+    prepare: Callable[[nn.Module, RunSettings, Shape], Run]
     check: Callable[[nn.Module], object]
     anywhere: bool = False
 
@@ -44,18 +44,18 @@ def _anything(model: nn.Module) -> None:
     """Every model will do."""
 
 
-def _in_torch(model: nn.Module, setting: Setting, image: Shape) -> Run:
+def _in_torch(model: nn.Module, setting: RunSettings, image: Shape) -> Run:
     """The model itself, moved where the setting says, and compiled if it says so."""
     return setting.place(model)
 
 
-def _in_repvgg(model: nn.Module, setting: Setting, image: Shape) -> Run:
+def _in_repvgg(model: nn.Module, setting: RunSettings, image: Shape) -> Run:
     """The library's own engine; larger batches are compiled for when they come."""
     network = repvgg.engine.compile(model.eval(), (1, *image))
     return lambda x: network(x)
 
 
-def _in_repvgg_searched(model: nn.Module, setting: Setting, image: Shape) -> Run:
+def _in_repvgg_searched(model: nn.Module, setting: RunSettings, image: Shape) -> Run:
     """The same; for each batch size, the ways to compute each convolution are measured first."""
     return _for_each_batch(lambda x: repvgg.engine.compile(model.eval(), x.shape, search=True))
 
@@ -72,14 +72,14 @@ def _for_each_batch(prepare: Callable[[Tensor], Run]) -> Run:
     return run
 
 
-def _in_onnxruntime(model: nn.Module, setting: Setting, image: Shape) -> Run:
+def _in_onnxruntime(model: nn.Module, setting: RunSettings, image: Shape) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model.eval(), path, image)
         return OnnxRunner(path, torch.get_num_threads())
 
 
-def _in_openvino(model: nn.Module, setting: Setting, image: Shape) -> Run:
+def _in_openvino(model: nn.Module, setting: RunSettings, image: Shape) -> Run:
     """In float32, with the hint for latency, for each batch size on its own: so it is fastest."""
     core = require("openvino", "openvino").Core()
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -108,7 +108,7 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def check_engines(names: Sequence[str], setting: Setting) -> None:
+def check_engines(names: Sequence[str], setting: RunSettings) -> None:
     """Refuse names of no engine, and settings that one of them has no way to follow.
 
     Raises:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from repvgg.blocks import rep_conv
 from repvgg.errors import first_line
-from repvgg.measure import Setting, held_memory, memory_watched
-from repvgg.measure.memory import peak_of_gpu
+from repvgg.measure import RunSettings, catch_out_of_memory, held_memory
+from repvgg.measure.memory import gpu_peak_bytes
 from repvgg.studies.candidates import deployed
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, title_of
@@ -49,7 +49,7 @@ class MemorySettings:
         UsageError: a number below 1.
     """
 
-    setting: Setting = field(default_factory=Setting)
+    setting: RunSettings = field(default_factory=RunSettings)
     batch: int | None = None
     channels: int = 64
     size: int = 56
@@ -139,7 +139,7 @@ def _key(block: _Block, layout: str) -> str:
 
 def _peak(job: Callable[[], int]) -> Cell:
     cell: dict[str, int | str] = {}
-    with memory_watched("", lambda _, error: cell.update(reason=first_line(error))):
+    with catch_out_of_memory("", lambda _, error: cell.update(reason=first_line(error))):
         cell["bytes"] = job()
     return cell
 
@@ -148,7 +148,7 @@ def _peak_of_block(block: _Block, layout: str, settings: MemorySettings) -> int:
     setting = replace(settings.setting, channels_last=layout == "channels_last")
     model = setting.place(block.build(settings.channels))
     shape = torch.Size((settings.batch or 1, settings.channels, settings.size, settings.size))
-    return _peak_of(partial(model, shape, next(model.parameters()), setting.layout), settings)
+    return _peak_of(partial(model, shape, next(model.parameters()), setting.memory_format), settings)
 
 
 def _peak_of_network(name: str, settings: MemorySettings) -> int:
@@ -161,7 +161,7 @@ def _peak_of(call: Callable[[], object], settings: MemorySettings) -> int:
     with torch.inference_mode():
         call()
     if settings.setting.device == "cuda":
-        return peak_of_gpu(call)
+        return gpu_peak_bytes(call)
     return max((step.held for step in held_memory(call)), default=0)
 
 

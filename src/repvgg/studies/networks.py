@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from repvgg.errors import UsageError
-from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, Setting
+from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, RunSettings
 from repvgg.models import BASELINES, baseline_of, spec_of
 from repvgg.studies.candidates import PLAIN, Candidate, deployed
 from repvgg.studies.cells import Cell, Cells
@@ -84,7 +84,7 @@ class NetworkSettings:
         UsageError: a number out of its range.
     """
 
-    setting: Setting = field(default_factory=Setting)
+    setting: RunSettings = field(default_factory=RunSettings)
     batch: int | None = None
     rounds: int | None = None
     max_gmacs: float | None = None
@@ -137,7 +137,7 @@ def measure_table(table: Sequence[Row], baseline: str) -> Callable[..., None]:
 
 
 def _calls_maker(
-    setting: Setting, batch: int, input_size: int | None
+    setting: RunSettings, batch: int, input_size: int | None
 ) -> Callable[[Sequence[str], OnFailure], Mapping[str, Call]]:
     def make_calls(names: Sequence[str], on_failure: OnFailure) -> Mapping[str, Call]:
         return ready_calls([_candidate(name, input_size) for name in names], setting, batch, on_failure)
@@ -146,7 +146,7 @@ def _calls_maker(
 
 
 def ready_calls(
-    candidates: Sequence[Candidate], setting: Setting, batch: int, on_failure: OnFailure
+    candidates: Sequence[Candidate], setting: RunSettings, batch: int, on_failure: OnFailure
 ) -> Mapping[str, Call]:
     """Calls of those that fit into memory, by their names."""
     return calls_on(prepare(candidates, setting, on_failure), batch, setting, on_failure)

@@ -14,15 +14,15 @@ from repvgg.errors import first_line
 from repvgg.measure import (
     Call,
     Ratio,
-    Reading,
-    Setting,
+    RunSettings,
+    Sample,
     SpeedProtocol,
     Stopwatch,
     Timing,
-    measured,
     ratio,
+    sampled_names,
     summarize,
-    take_readings,
+    take_samples,
 )
 from repvgg.measure.memory import available_memory
 from repvgg.studies.cells import Cell, Cells
@@ -55,7 +55,7 @@ def planned_groups(names: Sequence[str], pairs: Sequence[tuple[str, str]], basel
     return [list(dict.fromkeys(first + group)) for group in groups]
 
 
-def fit_together(weights: float, setting: Setting) -> bool:
+def fit_together(weights: float, setting: RunSettings) -> bool:
     """Whether so many weights fit into half of the memory that is free; the rest is for what they compute."""
     free = available_memory(setting.device)
     return free is None or 2 * weights * setting.torch_dtype.itemsize <= free
@@ -65,7 +65,7 @@ def measure_rounds(
     groups: Groups,
     make_calls: MakeCalls,
     cells: Cells,
-    setting: Setting,
+    setting: RunSettings,
     protocol: SpeedProtocol,
     batch: int,
     on_progress: Callable[[int, int], None],
@@ -99,7 +99,7 @@ def _measure_group(
     cells: Cells,
     protocol: SpeedProtocol,
     stopwatch: Stopwatch,
-    keep: Callable[[Reading], None],
+    keep: Callable[[Sample], None],
 ) -> None:
     """The rounds of one group, whose networks are gone when this is done: the next may need their memory."""
 
@@ -107,13 +107,13 @@ def _measure_group(
         cells.put(_LOST + name, {"reason": first_line(error)})
 
     if calls := make_calls(names, lose):
-        take_readings(calls, protocol, keep, on_failure=lose, stopwatch=stopwatch)
+        take_samples(calls, protocol, keep, on_failure=lose, stopwatch=stopwatch)
 
 
-def _keeper(cells: Cells, group: int, note: Callable[[], None]) -> Callable[[Reading], None]:
+def _keeper(cells: Cells, group: int, note: Callable[[], None]) -> Callable[[Sample], None]:
     """Puts each reading as the next round of a group."""
 
-    def keep(reading: Reading) -> None:
+    def keep(reading: Sample) -> None:
         number = len(_rounds_of(cells.values, group))
         cells.put(f"round-{group:02}-{number:04}", {"seconds": dict(reading)})
         note()
@@ -125,7 +125,7 @@ def _rounds(values: Mapping[str, Cell]) -> list[str]:
     return [key for key in values if key.startswith("round-")]
 
 
-def _rounds_of(values: Mapping[str, Cell], group: int) -> list[Reading]:
+def _rounds_of(values: Mapping[str, Cell], group: int) -> list[Sample]:
     """The readings of one group, in the order of the rounds."""
     return [values[key]["seconds"] for key in _rounds(values) if key.startswith(f"round-{group:02}-")]
 
@@ -140,7 +140,7 @@ class Speeds:
         batch: images of a call.
     """
 
-    groups: tuple[tuple[Reading, ...], ...]
+    groups: tuple[tuple[Sample, ...], ...]
     lost: Mapping[str, str]
     batch: int
 
@@ -184,7 +184,7 @@ class Speeds:
         found = next(self._holding(name, to), None)
         return None if found is None else ratio(found, name, to)
 
-    def _holding(self, *names: str) -> Iterator[tuple[Reading, ...]]:
+    def _holding(self, *names: str) -> Iterator[tuple[Sample, ...]]:
         for readings in self.groups:
-            if set(names) <= measured(readings) - self.lost.keys():
+            if set(names) <= sampled_names(readings) - self.lost.keys():
                 yield readings

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from repvgg._files import write_text
-from repvgg.measure import Setting, environment
+from repvgg.measure import RunSettings, environment
 from repvgg.studies.cells import Cells, Header
 from repvgg.studies.report.charts import Chart, write_chart
 from repvgg.studies.report.study import render_study
@@ -52,7 +52,7 @@ class Settings(Protocol):
     """What every study lets a person choose; each has a frozen dataclass of its own."""
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> RunSettings:
         """Device, numbers, layout and threads."""
         ...
 

@@ -16,16 +16,16 @@ from repvgg.measure import (
     Denormals,
     OnFailure,
     Ratio,
-    Reading,
-    Setting,
+    RunSettings,
+    Sample,
     SpeedProtocol,
     Timing,
+    catch_out_of_memory,
     count_denormals,
-    measured,
-    memory_watched,
     ratio,
+    sampled_names,
     summarize,
-    take_readings,
+    take_samples,
     walk,
 )
 from repvgg.measure.memory import available_memory
@@ -52,7 +52,7 @@ class Prepared:
     image: Shape
 
 
-def prepare(candidates: Iterable[Candidate], setting: Setting, on_failure: OnFailure) -> list[Prepared]:
+def prepare(candidates: Iterable[Candidate], setting: RunSettings, on_failure: OnFailure) -> list[Prepared]:
     """Hand each network to its engine; one that does not fit in memory is told of and left out.
 
     Raises:
@@ -61,14 +61,14 @@ def prepare(candidates: Iterable[Candidate], setting: Setting, on_failure: OnFai
     ready = []
     for candidate in candidates:
         check_engines([candidate.engine], setting)
-        with memory_watched(candidate.name, on_failure):
+        with catch_out_of_memory(candidate.name, on_failure):
             model = candidate.make()
             run = ENGINES[candidate.engine].prepare(model, setting, candidate.image)
             ready.append(Prepared(candidate.name, run, model, candidate.image))
     return ready
 
 
-def calls_on(networks: Sequence[Prepared], batch: int, setting: Setting, on_failure: OnFailure) -> dict[str, Call]:
+def calls_on(networks: Sequence[Prepared], batch: int, setting: RunSettings, on_failure: OnFailure) -> dict[str, Call]:
     """A call without arguments for each network, on images of this batch; each has run once.
 
     Raises:
@@ -77,7 +77,7 @@ def calls_on(networks: Sequence[Prepared], batch: int, setting: Setting, on_fail
     images: dict[Shape, Tensor] = {}
     calls: dict[str, Call] = {}
     for network in networks:
-        with memory_watched(network.name, on_failure):
+        with catch_out_of_memory(network.name, on_failure):
             with _explained(network, 1, setting):
                 _check_room(network, batch, setting)
             if network.image not in images:
@@ -89,7 +89,7 @@ def calls_on(networks: Sequence[Prepared], batch: int, setting: Setting, on_fail
     return calls
 
 
-def _check_room(network: Prepared, batch: int, setting: Setting) -> None:
+def _check_room(network: Prepared, batch: int, setting: RunSettings) -> None:
     """Refuse what surely does not fit into the memory of a CPU, by what one image needs.
 
     A GPU says by itself when it is full. A CPU's system lends memory that is not there, and ends the process later.
@@ -102,7 +102,7 @@ def _check_room(network: Prepared, batch: int, setting: Setting) -> None:
 
 
 @contextmanager
-def _explained(network: Prepared, batch: int, setting: Setting) -> Iterator[None]:
+def _explained(network: Prepared, batch: int, setting: RunSettings) -> Iterator[None]:
     """Without gradients, and with what a compiler or somebody's forward may raise in one sentence."""
     try:
         with torch.inference_mode():
@@ -131,7 +131,7 @@ class BatchResult:
     """
 
     batch: int
-    readings: tuple[Reading, ...]
+    readings: tuple[Sample, ...]
     names: tuple[str, ...]
     failures: Mapping[str, str]
     baseline: str
@@ -164,7 +164,7 @@ class SweepResult:
 def sweep(
     candidates: Sequence[Candidate],
     batches: Sequence[int],
-    setting: Setting,
+    setting: RunSettings,
     protocol: SpeedProtocol,
     *,
     baseline: str,
@@ -214,10 +214,10 @@ def _told(on_progress: Callable[[int, int], None], index: int, batches: int, don
     on_progress(index * total + done, batches * total)
 
 
-def _denormals(networks: Sequence[Prepared], setting: Setting, on_failure: OnFailure) -> dict[str, Denormals]:
+def _denormals(networks: Sequence[Prepared], setting: RunSettings, on_failure: OnFailure) -> dict[str, Denormals]:
     found: dict[str, Denormals] = {}
     for network in {id(network.model): network for network in reversed(networks)}.values():  # once for all engines
-        with memory_watched(network.name, on_failure), _explained(network, 1, setting):
+        with catch_out_of_memory(network.name, on_failure), _explained(network, 1, setting):
             found[network.name] = count_denormals(network.model, setting.images(1, network.image))
     return {network.name: found[network.name] for network in networks if network.name in found}
 
@@ -225,17 +225,17 @@ def _denormals(networks: Sequence[Prepared], setting: Setting, on_failure: OnFai
 def _one_batch(
     networks: Sequence[Prepared],
     batch: int,
-    setting: Setting,
+    setting: RunSettings,
     protocol: SpeedProtocol,
     baseline: str,
     lost: dict[str, str],
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[BatchResult, bool]:
     """The readings of one batch size, and whether nobody interrupted."""
-    readings: list[Reading] = []
+    readings: list[Sample] = []
     complete = True
 
-    def keep(reading: Reading) -> None:
+    def keep(reading: Sample) -> None:
         readings.append(reading)
         if on_progress is not None:
             on_progress(len(readings), protocol.rounds * (1 if protocol.interleaved else len(calls)))
@@ -243,9 +243,9 @@ def _one_batch(
     try:
         calls = calls_on([one for one in networks if one.name not in lost], batch, setting, _noting(lost))
         if calls:
-            take_readings(calls, protocol, keep, on_failure=_noting(lost), stopwatch=setting.stopwatch(batch))
+            take_samples(calls, protocol, keep, on_failure=_noting(lost), stopwatch=setting.stopwatch(batch))
     except KeyboardInterrupt:
         complete = False
-    kept = measured(readings, 1 if complete else _FEWEST_ROUNDS)
+    kept = sampled_names(readings, 1 if complete else _FEWEST_ROUNDS)
     names = tuple(one.name for one in networks if one.name in kept and one.name not in lost)
     return BatchResult(batch, tuple(readings), names, lost, baseline), complete

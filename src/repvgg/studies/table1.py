@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from repvgg.measure import INTERLEAVED, Call, OnFailure, Setting
+from repvgg.measure import INTERLEAVED, Call, OnFailure, RunSettings
 from repvgg.studies.candidates import PLAIN, Candidate
 from repvgg.studies.cells import Cell, Cells
 from repvgg.studies.networks import check_counts, ready_calls
@@ -42,7 +42,7 @@ class KernelSettings:
         UsageError: a number below 1.
     """
 
-    setting: Setting = field(default_factory=Setting)
+    setting: RunSettings = field(default_factory=RunSettings)
     batch: int | None = None
     channels: int | None = None
     size: int = TABLE_1_SIZE

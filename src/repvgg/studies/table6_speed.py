@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from repvgg.blocks import BranchSum
-from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, Setting
+from repvgg.measure import INTERLEAVED, PAPER, Call, OnFailure, RunSettings
 from repvgg.models import create_model, spec_of
 from repvgg.studies.candidates import PLAIN, TRAIN, Candidate
 from repvgg.studies.cells import Cell, Cells
@@ -41,7 +41,7 @@ class BranchSettings:
         UsageError: a number below 1.
     """
 
-    setting: Setting = field(default_factory=Setting)
+    setting: RunSettings = field(default_factory=RunSettings)
     batch: int | None = None
     rounds: int = INTERLEAVED.rounds
     input_size: int = 224

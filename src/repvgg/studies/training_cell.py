@@ -17,7 +17,7 @@ from repvgg.collapse import Report, reparameterize
 from repvgg.data import OpenedData
 from repvgg.errors import NothingFoldedWarning, OtherBlockWarning, OutputError
 from repvgg.measure import environment
-from repvgg.measure.memory import peak_watched
+from repvgg.measure.memory import track_peak_memory
 from repvgg.models import ModelSpec, RepVGG, form_of
 from repvgg.studies.cells import Cell
 from repvgg.studies.contenders import Contender
@@ -62,7 +62,7 @@ def train_cell(training: Training, folder: Path) -> Cell:
     def log(history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
         write_log(folder, history)
 
-    with peak_watched(config.accelerator) as peak:
+    with track_peak_memory(config.accelerator) as peak:
         result = fit(model, data, config, folder=folder, resume=True, progress=False, on_epoch=log)
     outcome: dict[str, Any] = {
         "row": training.contender.name,

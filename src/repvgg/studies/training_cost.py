@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.errors import OtherBlockWarning, UsageError
-from repvgg.measure import INTERLEAVED, Call, Setting, SpeedProtocol, held_memory, memory_watched
-from repvgg.measure.memory import peak_of_gpu
+from repvgg.measure import INTERLEAVED, Call, RunSettings, SpeedProtocol, catch_out_of_memory, held_memory
+from repvgg.measure.memory import gpu_peak_bytes
 from repvgg.models import ModelSpec
 from repvgg.studies.cells import Cells
 from repvgg.studies.contenders import Contender
@@ -46,7 +46,7 @@ class Cost:
     config: TrainConfig
     image: tuple[int, int, int]
     num_classes: int
-    setting: Setting
+    setting: RunSettings
     rounds: int
 
 
@@ -82,7 +82,7 @@ def _calls(cost: Cost, names: Sequence[str], on_failure: Callable[[str, Exceptio
     calls: dict[str, Call] = {}
     for contender in cost.contenders:
         if contender.name in names:
-            with memory_watched(contender.name, on_failure):
+            with catch_out_of_memory(contender.name, on_failure):
                 calls[contender.name] = training_step(_network(cost, contender), cost)
     return calls
 
@@ -127,5 +127,5 @@ def _peak(cost: Cost, call: Call) -> int:
     """Bytes that a step takes at most, beyond weights, their averages and what the optimizer keeps."""
     call()  # the first makes what the optimizer keeps
     if cost.setting.device == "cuda":
-        return peak_of_gpu(call)
+        return gpu_peak_bytes(call)
     return max(step.held for step in held_memory(call))
