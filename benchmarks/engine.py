@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.deploy import export_onnx
-from repvgg.engine.choice import LOSSES
+from repvgg.engine.planner.algorithms import LOSSES
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import environment
 from repvgg.measure.timing import quartiles

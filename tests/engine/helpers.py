@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from repvgg.engine.codegen.ir_builder import module
 from repvgg.engine.codegen.jit import GENERIC, Code, Isa, host_isa, object_code
-from repvgg.engine.layers import Conv, ConvGeometry
+from repvgg.engine.graph import Conv, ConvGeometry
 from repvgg.engine.runtime.memory import Images, zeros
 
 CANARY = np.float32(-12345.678)

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg.engine import compiling, network
+from repvgg.engine import api, compiled_model
 from repvgg.engine.codegen.jit import GENERIC, host_isa
-from repvgg.engine.network import SIZES, Network
+from repvgg.engine.compiled_model import SIZES, Network
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena
 from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
-from tests.engine.test_network import assert_equal, plain
+from tests.engine.test_compiled_model import assert_equal, plain
 
 threaded = pytest.mark.skipif(not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone")
 forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -153,7 +153,7 @@ def test_copies_are_compiled_again(fast, again):
 
 def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch):
     text = pickle.dumps(fast)
-    monkeypatch.setattr(network, "host_isa", lambda: GENERIC["sse2"])
+    monkeypatch.setattr(compiled_model, "host_isa", lambda: GENERIC["sse2"])
     if host_isa().name in ("sse2", "avx2", "avx512"):
         assert pickle.loads(text)._machine.isa == GENERIC["sse2"]
 
@@ -329,7 +329,7 @@ def test_pytorch_takes_over_from_a_failed_compilation(model, monkeypatch, error)
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(compiling, "Network", fail)
+    monkeypatch.setattr(api, "Network", fail)
     with pytest.raises(type(error)):
         repvgg.engine.compile(model, (1, 3, 32, 32))
     with pytest.warns(FallbackWarning, match=r"LLVM does not know this\.$|No llvmlite\.$"):

@@ -18,10 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repvgg.engine import runner
+from repvgg.engine import executable
 from repvgg.engine.codegen.jit import SCALAR, Isa, host_isa
-from repvgg.engine.layers import Conv, ConvGeometry, Gate, Layer, Linear, Pool
-from repvgg.engine.network import Network
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
 from tests.engine.helpers import inside, isas, random_conv
 
 BATCH = 5
@@ -145,7 +145,7 @@ def poison(network: Network) -> None:
 
 def check_zones(monkeypatch, seed: int, isa: Isa) -> None:
     zones = Zones()
-    monkeypatch.setattr(runner, "Arena", lambda: zones)
+    monkeypatch.setattr(executable, "Arena", lambda: zones)
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     torch.manual_seed(seed)
@@ -233,7 +233,7 @@ fenced = [
 
 def run_fenced(seed: int, isa: Isa, behind: bool) -> None:
     fences = Fences(behind)
-    runner.Arena = lambda: fences  # in a child: nobody puts them back
+    executable.Arena = lambda: fences  # in a child: nobody puts them back
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     for batch in (BATCH, 1, 3):

@@ -24,9 +24,9 @@ From above to below::
 
 from __future__ import annotations
 
-from repvgg.engine.backend import repvgg_backend
+from repvgg.engine.api import InTorch, compile  # noqa: A004
 from repvgg.engine.codegen.disk_cache import clear_cache
-from repvgg.engine.compiling import InTorch, compile  # noqa: A004
-from repvgg.engine.network import Network
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.torch_backend import repvgg_backend
 
 __all__ = ["InTorch", "Network", "clear_cache", "compile", "repvgg_backend"]

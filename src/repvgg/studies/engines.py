@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.deploy import OnnxRunner, export_onnx
-from repvgg.engine.reader import read
+from repvgg.engine.frontend import read
 from repvgg.errors import UsageError, require
 from repvgg.measure import RunSettings
 

@@ -10,10 +10,10 @@ import pytest
 from repvgg.engine.codegen import jit
 from repvgg.engine.codegen.ir_builder import module
 from repvgg.engine.codegen.jit import GENERIC, SCALAR, assembly, host_isa
-from repvgg.engine.layers import ConvGeometry
-from repvgg.engine.part import Machine
-from repvgg.engine.plan import plan
-from repvgg.engine.runner import _functions
+from repvgg.engine.executable import _functions
+from repvgg.engine.graph import ConvGeometry
+from repvgg.engine.planner.algorithms import Machine
+from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime import thread_pool
 from repvgg.errors import UsageError
 from tests.engine.helpers import random_conv

@@ -4,9 +4,9 @@ import torch
 
 from repvgg.engine.codegen.ir_builder import module
 from repvgg.engine.codegen.jit import GENERIC, assembly
+from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import Tile
 from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile, pack
-from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.runtime.memory import Images, round_up
 from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
 

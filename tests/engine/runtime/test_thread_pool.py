@@ -13,15 +13,15 @@ import torch
 
 import repvgg.engine
 from repvgg.engine.codegen.jit import GENERIC, assembly
-from repvgg.engine.network import Network
-from repvgg.engine.reader import read
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.frontend import read
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.thread_pool import thread_count
 from repvgg.errors import FallbackWarning, UsageError
 from tests.engine.helpers import isas
 from tests.engine.runtime import generate_thread_pool
 from tests.engine.runtime.generate_thread_pool import CLANG, FOLDER, SOURCE
-from tests.engine.test_network import ROWS, assert_equal, plain
+from tests.engine.test_compiled_model import ROWS, assert_equal, plain
 
 pytestmark = pytest.mark.skipif(
     not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import Tile, packed
-from repvgg.engine.layers import ConvGeometry
-from repvgg.engine.part import Part
+from repvgg.engine.planner.algorithms import Part
 from repvgg.engine.runtime.memory import Images, round_up
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
 from repvgg.engine.winograd.filters import POINTS, minimal_filter, tail, winograd

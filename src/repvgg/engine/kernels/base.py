@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias, final
 import numpy as np
 
 from repvgg.engine.codegen.ir_builder import Function, Index, Value
-from repvgg.engine.layers import Conv, Floats
+from repvgg.engine.graph import Conv, Floats
 from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.filters import TAPS, Form
 
@@ -35,7 +35,7 @@ class Kernel(Protocol):
 
     @property
     def units_of_image(self) -> int:
-        """Pieces of work for each image of a batch, or for each block of a :class:`repvgg.engine.plan.Step`."""
+        """Pieces of work for each image of a batch, or for each block of a :class:`repvgg.engine.planner.plan.Step`."""
         ...
 
     @property

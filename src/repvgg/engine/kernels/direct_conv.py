@@ -16,8 +16,8 @@ from typing import final
 
 from repvgg.engine.codegen.ir_builder import Function, Index, Value
 from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import POINTERS, UNITS, Tile, call_panel, multiply_add
-from repvgg.engine.layers import ConvGeometry
 from repvgg.engine.runtime.memory import Images
 from repvgg.engine.winograd.tiling import LINE, equal_runs
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repvgg.engine.layers import Floats, Pair
+from repvgg.engine.graph import Floats, Pair
 from repvgg.errors import UsageError
 
 ALIGNMENT = 64

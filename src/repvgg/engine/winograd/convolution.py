@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Function, Index, Value
+from repvgg.engine.graph import Pair
 from repvgg.engine.kernels.base import POINTERS, UNITS, Tile, call_panel
-from repvgg.engine.layers import Pair
 from repvgg.engine.runtime.memory import Images
 from repvgg.engine.winograd.filters import Form
 from repvgg.engine.winograd.gemm import Panel, Products

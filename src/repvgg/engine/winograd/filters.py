@@ -31,7 +31,7 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.layers import Floats, Pair
+from repvgg.engine.graph import Floats, Pair
 
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Function, Index, Value
-from repvgg.engine.layers import Pair
+from repvgg.engine.graph import Pair
 from repvgg.engine.winograd.filters import Filter, Form, tail
 
 LINE = 16  # floats of a line of the cache

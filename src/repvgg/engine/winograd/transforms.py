@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Function, Index, Value, float_text
-from repvgg.engine.layers import Pair
+from repvgg.engine.graph import Pair
 from repvgg.engine.runtime.memory import Images
 from repvgg.engine.winograd.filters import Form, Matrix
 from repvgg.engine.winograd.tiling import Kind, Operand, Tiling

@@ -7,10 +7,26 @@ megabyte; only their order matters.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import TypeAlias
 
+from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import Tile, equal_tiles
 from repvgg.engine.kernels.direct_conv import choose_tile, row_cycles
-from repvgg.engine.part import Machine, Part, Rectangle, Size, form_of, missing
+from repvgg.engine.planner.algorithms import (
+    Choice,
+    Machine,
+    Part,
+    Rectangle,
+    Size,
+    every_cover,
+    every_part,
+    form_of,
+    may_use_winograd,
+    missing,
+)
 from repvgg.engine.winograd.gemm import late_run, run_length
 from repvgg.engine.winograd.tiling import kinds, place_tiles, shares
 
@@ -131,3 +147,47 @@ def _fits(part: Part, size: Size, machine: Machine) -> bool:
     weights = part.form.sets(late=part.late) * size.kernels // part.splits
     tiles = place_tiles(part.form, part.tiling) * (size.inputs + part.tile.vectors * machine.isa.width)
     return 4 * (weights + tiles) <= _CACHE
+
+
+#: Says how a convolution is computed: by the Winograd that comes back, or directly where None does.
+Chooser: TypeAlias = Callable[[ConvGeometry, Size, Machine], Choice | None]
+
+
+@lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
+def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
+    """The fastest way by the table: Winograd with the tiles that come back, or None for the direct kernel."""
+    if not may_use_winograd(geometry, size, machine):
+        return None
+    every = every_choice(size, geometry.stride[0], machine)
+    best = min(every, key=lambda choice: choice.cycles, default=None)
+    return best if best and best.cycles < direct_cycles(size, machine) else None
+
+
+def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
+    """All covers of the image, each part in its fastest way, but for those that surely are slow.
+
+    Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
+    """
+    covers = list(every_cover(size, stride, machine))
+    bounds = {pieces: sum(least_cycles(piece, size, stride, machine) for piece in pieces) for pieces in covers}
+    best = float("inf")
+    for pieces in sorted(covers, key=lambda pieces: bounds[pieces]):
+        if bounds[pieces] > best:
+            break
+        parts = [_part(piece, size, stride, machine) for piece in pieces]
+        if all(parts):
+            choice = Choice(tuple(part for part in parts if part))
+            best = min(best, choice.cycles)
+            yield choice
+
+
+@lru_cache(maxsize=4096)  # covers share parts
+def _part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Part | None:
+    """The fastest way for some rows and columns of tiles; None if nothing fits."""
+    return min(costed_parts(rectangle, size, stride, machine), key=lambda part: part.cycles, default=None)
+
+
+def costed_parts(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
+    """All ways to cut and to compute some tiles, with what they cost."""
+    for part in every_part(rectangle, size, stride, machine):
+        yield replace(part, cycles=cycles(part, size, machine))

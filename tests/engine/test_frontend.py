@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from repvgg import create_model
-from repvgg.engine.layers import Conv, ConvGeometry, Gate, Linear, Pool
-from repvgg.engine.reader import read
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import Conv, ConvGeometry, Gate, Linear, Pool
 from repvgg.errors import UnsupportedError
 
 

@@ -6,14 +6,14 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import create_model
-from repvgg.engine.choice import choose, every_choice, every_cover, every_part
 from repvgg.engine.codegen.jit import GENERIC
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.direct_conv import ConvKernel
-from repvgg.engine.layers import ConvGeometry
-from repvgg.engine.network import Network
-from repvgg.engine.part import Machine, Size, form_of
-from repvgg.engine.plan import plan
-from repvgg.engine.reader import read
+from repvgg.engine.planner.algorithms import Machine, Size, every_cover, form_of
+from repvgg.engine.planner.cost_model import choose, costed_parts, every_choice
+from repvgg.engine.planner.plan import plan
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradProduct
 from repvgg.errors import UsageError
 from repvgg.measure import walk
@@ -70,7 +70,8 @@ def test_no_cover_is_left_out_that_would_be_faster(stride, image):
     size, machine = Size(48, 64, image, 4), Machine(GENERIC["avx512"], 2, "medium")
     everything = [
         sum(
-            min((part.cycles for part in every_part(piece, size, stride, machine)), default=math.inf) for piece in cover
+            min((part.cycles for part in costed_parts(piece, size, stride, machine)), default=math.inf)
+            for piece in cover
         )
         for cover in every_cover(size, stride, machine)
     ]

@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 import repvgg.engine
-from repvgg.engine import parts, remembered, search
-from repvgg.engine.choice import LOSSES, choose, every_choice
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.jit import host_isa
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.executable import Runner
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import Conv, ConvGeometry
 from repvgg.engine.kernels.base import any_weights, packed
 from repvgg.engine.kernels.direct_conv import pack
-from repvgg.engine.layers import Conv, ConvGeometry
-from repvgg.engine.network import Network
-from repvgg.engine.part import Machine, Size
-from repvgg.engine.plan import Ways
-from repvgg.engine.reader import read
-from repvgg.engine.runner import Runner
+from repvgg.engine.planner import autotune, memory_plan
+from repvgg.engine.planner.algorithms import LOSSES, Machine, Size
+from repvgg.engine.planner.cost_model import choose, every_choice
+from repvgg.engine.planner.plan import Ways
 from repvgg.engine.runtime.thread_pool import ThreadPool
 from repvgg.engine.winograd.filters import winograd
 from tests.engine.helpers import isas
@@ -32,21 +32,21 @@ SIZE = Size(16, 32, (9, 10), 2)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(search, "_WAYS", 3)  # fewer are looked into, so that it takes less time
-    monkeypatch.setattr(search, "_COVERS", 2)
+    monkeypatch.setattr(autotune, "_WAYS", 3)  # fewer are looked into, so that it takes less time
+    monkeypatch.setattr(autotune, "_COVERS", 2)
     return tmp_path / "engine"
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """What was really measured."""
-    found, real = [], search._fastest_choice
+    found, real = [], autotune._fastest_choice
 
     def noted(geometry, size, machine, pool):
         found.append((geometry, size))
         return real(geometry, size, machine, pool)
 
-    monkeypatch.setattr(search, "_fastest_choice", noted)
+    monkeypatch.setattr(autotune, "_fastest_choice", noted)
     return found
 
 
@@ -65,7 +65,7 @@ def test_measured_once_for_each_kind_and_right(measured):
     kinds = [(STRIDED, Size(16, 32, (10, 7), 3)), (PADDED, Size(32, 32, (10, 7), 3))]
     assert measured == kinds
     for geometry, size in kinds:
-        assert remembered.recall(geometry, size, Machine(host_isa(), 2)) is not None
+        assert autotune.recall(geometry, size, Machine(host_isa(), 2)) is not None
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def test_what_falls_behind_drops_out(monkeypatch):
         def turn(self, pool):
             turns.append(self.choice)
 
-    field = search._Field(PADDED, SIZE, HOST, NoPool())
-    monkeypatch.setattr(search._Field, "_trial", lambda self, choice: Trial(choice))
+    field = autotune._Field(PADDED, SIZE, HOST, NoPool())
+    monkeypatch.setattr(autotune._Field, "_trial", lambda self, choice: Trial(choice))
     assert field.best([0, 1, 2, 3], ((2, 1.3), (3, 1.1), (6, 1.0))) == 2
     assert [turns.count(choice) for choice in range(4)] == [2, 5, 11, 11]
     assert turns[:8] == [0, 1, 2, 3] * 2
@@ -127,7 +127,7 @@ class NoPool:
 
 
 def test_a_score_is_the_mean_of_the_faster_half():
-    trial = search._Trial(None, None, 1)
+    trial = autotune._Trial(None, None, 1)
     trial._seconds = [5.0, 1.0, 9.0, 2.0, 3.0]
     assert trial.score == 2.0
 
@@ -148,13 +148,13 @@ def test_weights_that_stand_for_others_are_as_many(vectors, form, late, groups):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_each_choice_is_remembered_as_it_is(stride, monkeypatch):
     geometry = ConvGeometry((3, 3), (stride, stride), (1, 1))
-    assert remembered.recall(geometry, SIZE, HOST) is None
+    assert autotune.recall(geometry, SIZE, HOST) is None
     for choice in [*every_choice(SIZE, stride, HOST), None]:
-        remembered.remember(geometry, SIZE, HOST, choice)
-        assert remembered.recall(geometry, SIZE, HOST) == (choice,)
-    assert remembered.recall(geometry, SIZE, Machine(HOST.isa, 1)) is None
+        autotune.remember(geometry, SIZE, HOST, choice)
+        assert autotune.recall(geometry, SIZE, HOST) == (choice,)
+    assert autotune.recall(geometry, SIZE, Machine(HOST.isa, 1)) is None
     monkeypatch.setitem(LOSSES, HOST.precision, 1.01 * LOSSES[HOST.precision])  # other tiles may be faster then
-    assert remembered.recall(geometry, SIZE, HOST) is None
+    assert autotune.recall(geometry, SIZE, HOST) is None
 
 
 BAD = {
@@ -173,8 +173,8 @@ def test_a_file_that_makes_no_sense_chooses_nothing(name):
     """Even if it is whole, and about this convolution: sizes of pieces and tiles are never taken from a file."""
     choice = choose(PADDED, Size(64, 64, (12, 12), 1), HOST)
     size = Size(64, 64, (12, 12), 1)
-    remembered.remember(PADDED, size, HOST, choice)
-    path, key = remembered._place(PADDED, size, HOST)
+    autotune.remember(PADDED, size, HOST, choice)
+    path, key = autotune._place(PADDED, size, HOST)
     said = json.loads(disk_cache.read_kept(path, key))
     if name == "no such tile":
         said[0][4] = 99
@@ -183,11 +183,11 @@ def test_a_file_that_makes_no_sense_chooses_nothing(name):
     if name == "another cover":
         said[0][0][2] += 5
     disk_cache.keep(path, key, BAD[name] or json.dumps(said).encode())
-    assert remembered.recall(PADDED, size, HOST) is None
+    assert autotune.recall(PADDED, size, HOST) is None
 
 
 def test_cleared_with_the_code(folder):
-    remembered.remember(PADDED, SIZE, HOST, None)
+    autotune.remember(PADDED, SIZE, HOST, None)
     assert [path.suffix for path in folder.iterdir()] == [".choice"]
     repvgg.engine.clear_cache()
     assert not list(folder.iterdir())
@@ -197,16 +197,16 @@ def test_images_of_the_search_are_those_of_the_layer():
     """Odd and even sizes, paddings and strides: the output that is asked for comes out."""
     for geometry in (PADDED, STRIDED, ConvGeometry((3, 3)), ConvGeometry((3, 3), (2, 2))):
         for image in ((1, 1), (7, 4), (14, 13)):
-            field = search._Field(geometry, Size(16, 16, image, 1), HOST, NoPool())
+            field = autotune._Field(geometry, Size(16, 16, image, 1), HOST, NoPool())
             assert geometry.output_size(field._images.shape[2:]) == image
 
 
 def test_a_layer_is_measured_on_whole_batches(monkeypatch):
     """A way is made for a number of images: on parts of them it would write behind the last."""
-    monkeypatch.setattr(parts, "_LARGE", 10)
-    monkeypatch.setattr(parts, "_HELD", 3000)
-    field = search._Field(PADDED, SIZE, HOST, ThreadPool(HOST.isa, 2))
-    assert parts.early_layers([field._layer], field._images.shape) == (1, 1)
+    monkeypatch.setattr(memory_plan, "_LARGE", 10)
+    monkeypatch.setattr(memory_plan, "_HELD", 3000)
+    field = autotune._Field(PADDED, SIZE, HOST, ThreadPool(HOST.isa, 2))
+    assert memory_plan.early_layers([field._layer], field._images.shape) == (1, 1)
     for choice in [*every_choice(SIZE, 1, HOST)][:4]:
         steps = field._trial(choice)._runner.plan.steps
         assert {(step.first, step.limit) for step in steps} == {(0, None)}

@@ -8,14 +8,14 @@ from typing import final
 
 import numpy as np
 
-from repvgg.engine.choice import Choice, Chooser, choose
 from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.graph import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.engine.kernels.base import Kernel, Packing, packed
 from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile
 from repvgg.engine.kernels.memory_bound import LoadKernel, PoolKernel, ScaleKernel, SigmoidKernel
-from repvgg.engine.layers import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
-from repvgg.engine.part import Machine, Part, Size
-from repvgg.engine.parts import Parts, early_layers
+from repvgg.engine.planner.algorithms import Choice, Machine, Part, Size
+from repvgg.engine.planner.cost_model import Chooser, choose
+from repvgg.engine.planner.memory_plan import Parts, early_layers
 from repvgg.engine.runtime.memory import Images, round_up
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
 from repvgg.engine.winograd.tiling import Tiling, place_floats
@@ -135,7 +135,7 @@ def plan(
     """Choose a kernel for each layer, and where its images lie.
 
     Args:
-        layers: see :func:`repvgg.engine.reader.read`.
+        layers: see :func:`repvgg.engine.frontend.read`.
         input_shape: the largest batch, channels, height and width.
         machine: the vectors to use, and how many threads.
         ways: how to decide.

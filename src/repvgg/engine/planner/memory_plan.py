@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from repvgg.engine.layers import Conv, Layer
+from repvgg.engine.graph import Conv, Layer
 
 _LARGE = 500_000  # floats of feature maps of an image that are worth it
 _HELD = 5_000_000  # floats of feature maps that stay in the third cache

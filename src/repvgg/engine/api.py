@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode
-from repvgg.engine.choice import LOSSES
 from repvgg.engine.codegen.jit import host_isa
-from repvgg.engine.layers import Floats
-from repvgg.engine.network import Network
-from repvgg.engine.part import Precision
-from repvgg.engine.reader import read
-from repvgg.engine.runner import Shape
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.executable import Shape
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import Floats
+from repvgg.engine.planner.algorithms import LOSSES, Precision
 from repvgg.engine.runtime.memory import Given, read_input
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line

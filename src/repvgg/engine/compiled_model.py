@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from repvgg.engine.codegen.jit import Isa, host_isa
+from repvgg.engine.executable import Runner, Shape
+from repvgg.engine.graph import Floats, Layer
 from repvgg.engine.kernels.base import Kernel
-from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.part import Machine, Precision
-from repvgg.engine.plan import BY_TABLE, Plan, Ways
-from repvgg.engine.runner import Runner, Shape
+from repvgg.engine.planner.algorithms import Machine, Precision
+from repvgg.engine.planner.autotune import search
+from repvgg.engine.planner.plan import BY_TABLE, Plan, Ways
 from repvgg.engine.runtime.memory import Given, Input, read_input
 from repvgg.engine.runtime.thread_pool import ThreadPool, thread_count
-from repvgg.engine.search import search
 from repvgg.errors import UsageError
 
 SIZES = 4  # of images that a network keeps code and memory for
@@ -87,7 +87,7 @@ class Network:
     as, is compiled again, out of the cache on the disk if it can be.
 
     Args:
-        layers: see :func:`repvgg.engine.reader.read`. They are kept, for images of other sizes.
+        layers: see :func:`repvgg.engine.frontend.read`. They are kept, for images of other sizes.
         input_shape: a batch, channels, height and width.
         isa: the vectors to use; None for those of this processor.
         threads: that work on each call, the caller among them; see :func:`runtime.thread_pool.thread_count`.

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from repvgg.engine.codegen.disk_cache import cached_object_code
 from repvgg.engine.codegen.ir_builder import Function, module
 from repvgg.engine.codegen.jit import Code
+from repvgg.engine.graph import Floats, Layer
 from repvgg.engine.kernels.base import Kernel
-from repvgg.engine.layers import Floats, Layer
-from repvgg.engine.part import Machine
-from repvgg.engine.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
+from repvgg.engine.planner.algorithms import Machine
+from repvgg.engine.planner.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena, Input
 
@@ -27,7 +27,7 @@ class Runner:
     """The code of a network for images of one size, and the memory that it works in.
 
     Args:
-        layers: see :func:`repvgg.engine.reader.read`.
+        layers: see :func:`repvgg.engine.frontend.read`.
         shape: the largest batch, channels, height and width.
         machine: what computes.
         others: the same network for other sizes; weights that are packed alike are held once.

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import repvgg
-from repvgg.engine import backend
-from repvgg.engine.backend import repvgg_backend
+from repvgg.engine import torch_backend
 from repvgg.engine.runtime import thread_pool
+from repvgg.engine.torch_backend import repvgg_backend
 from repvgg.errors import FallbackWarning
-from tests.engine.test_network import ROWS, plain
+from tests.engine.test_compiled_model import ROWS, plain
 
 GROUP = "torch_dynamo_backends"
 PROJECT = pathlib.Path(__file__).parents[2] / "pyproject.toml"
@@ -34,13 +34,13 @@ def fresh():
 @pytest.fixture
 def compiled(monkeypatch):
     """Input shapes of all networks that the engine compiled."""
-    shapes, network = [], backend.Network
+    shapes, network = [], torch_backend.Network
 
     def noted(layers, shape, *more):
         shapes.append(shape)
         return network(layers, shape, *more)
 
-    monkeypatch.setattr(backend, "Network", noted)
+    monkeypatch.setattr(torch_backend, "Network", noted)
     return shapes
 
 
@@ -199,7 +199,7 @@ def test_by_name_without_importing(tmp_path):
         "fast = torch.compile(model, backend='repvgg')\n"
         "with torch.inference_mode():\n"
         "    torch.testing.assert_close(fast(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))\n"
-        "print('repvgg.engine.network' in sys.modules)\n"
+        "print('repvgg.engine.compiled_model' in sys.modules)\n"
     )
     source = str(pathlib.Path(repvgg.__file__).parents[1])
     run = subprocess.run(

@@ -13,17 +13,128 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 from repvgg.engine.codegen.jit import Isa
-from repvgg.engine.costs import cycles, direct_cycles, least_cycles
+from repvgg.engine.graph import ConvGeometry, Pair
 from repvgg.engine.kernels.base import Tile
-from repvgg.engine.layers import ConvGeometry, Pair
-from repvgg.engine.part import Machine, Part, Rectangle, Run, Size, Way, form_of
 from repvgg.engine.runtime.memory import round_up
-from repvgg.engine.winograd.filters import Form
+from repvgg.engine.winograd.filters import Form, winograd
 from repvgg.engine.winograd.tiling import Tiling
+
+Run: TypeAlias = tuple[int, int, int, int]  # first row or column, m, tiles, and outputs of the last one, or 0 for m
+Rectangle: TypeAlias = tuple[Run, Run]  # rows and columns of tiles of one form
+Way: TypeAlias = Literal["product", "fused"]
+Precision: TypeAlias = Literal["highest", "high", "medium"]
+
+
+@final
+@dataclass(frozen=True)
+class Size:
+    """What a convolution works on.
+
+    Attributes:
+        inputs: channels of all groups.
+        outputs: channels of all groups.
+        image: height and width of what comes out.
+        batch: images at once.
+        groups: of the convolution.
+    """
+
+    inputs: int
+    outputs: int
+    image: Pair
+    batch: int
+    groups: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.inputs // self.groups
+
+    @property
+    def kernels(self) -> int:
+        """One for each output channel and each input channel of its group."""
+        return self.channels * self.outputs
+
+    def vectors(self, width: int) -> int:
+        """Vectors of output channels of a group."""
+        return -(-self.outputs // self.groups // width)
+
+
+@final
+@dataclass(frozen=True)
+class Machine:
+    """What computes.
+
+    Attributes:
+        isa: the vectors.
+        threads: that share the work.
+        precision: how far rounding errors may go; see :data:`repvgg.engine.planner.algorithms.LOSSES`.
+    """
+
+    isa: Isa
+    threads: int = 1
+    precision: Precision = "high"
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Winograd for a part of each image.
+
+    Attributes:
+        way: which kernels.
+        form: F(m x n, 3x3).
+        tiling: how the tiles of a batch are cut.
+        tile: registers of the products.
+        late: whether kernels are transformed across while they are used.
+        splits: units that take the same tiles, each by a part of the panels.
+        cycles: about how long it takes, if that is known.
+    """
+
+    way: Way
+    form: Form
+    tiling: Tiling
+    tile: Tile
+    late: bool
+    splits: int = 1
+    cycles: float = 0.0
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """Which tiles it covers."""
+        (top, left), (high, wide) = self.tiling.corner, self.tiling.grid
+        (down, across), (low, narrow) = self.form.outputs, self.form.tails
+        return (top, down, high, low), (left, across, wide, narrow)
+
+    def room(self, registers: int) -> int:
+        """Vectors of so many that products leave free for kernels that come next.
+
+        None where a panel has an odd number of vectors, for two columns share them, or where a place takes more than
+        one tile of registers, for only the first of those would do it.
+        """
+        whole = self.tiling.piece <= self.tile.pixels and self.tile.vectors % 2 == 0
+        return registers - self.tile.registers if whole else 0
+
+    @property
+    def end(self) -> Pair:
+        """One behind the last row and column that the tiles cover; it may lie outside of the image."""
+        down, across = (run[0] + run[1] * run[2] - missing(run) for run in self.rectangle)
+        return down, across
+
+
+def missing(run: Run) -> int:
+    """Outputs that the last tile has less than the others."""
+    _, outputs, _, last = run
+    return outputs - last if last else 0
+
+
+def form_of(rectangle: Rectangle, stride: int) -> Form:
+    """What computes some tiles."""
+    (_, down, _, low), (_, across, _, narrow) = rectangle
+    return winograd(down, across, stride, (low, narrow))
+
 
 #: The m of F(m x n, 3x3), by the stride.
 OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
@@ -55,44 +166,12 @@ class Choice:
         return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
 
 
-#: Says how a convolution is computed: by the Winograd that comes back, or directly where None does.
-Chooser: TypeAlias = Callable[[ConvGeometry, Size, Machine], Choice | None]
-
-
-@lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
-def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-    """The fastest way by the table: Winograd with the tiles that come back, or None for the direct kernel."""
-    if not may_use_winograd(geometry, size, machine):
-        return None
-    every = every_choice(size, geometry.stride[0], machine)
-    best = min(every, key=lambda choice: choice.cycles, default=None)
-    return best if best and best.cycles < direct_cycles(size, machine) else None
-
-
 def may_use_winograd(geometry: ConvGeometry, size: Size, machine: Machine) -> bool:
     """Whether there is any other way than the direct one."""
     whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
     if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
         return False
     return size.inputs >= machine.isa.width and whole and machine.precision != "highest"
-
-
-def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
-    """All covers of the image, each part in its fastest way, but for those that surely are slow.
-
-    Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
-    """
-    covers = list(every_cover(size, stride, machine))
-    bounds = {pieces: sum(least_cycles(piece, size, stride, machine) for piece in pieces) for pieces in covers}
-    best = float("inf")
-    for pieces in sorted(covers, key=lambda pieces: bounds[pieces]):
-        if bounds[pieces] > best:
-            break
-        parts = [_part(piece, size, stride, machine) for piece in pieces]
-        if all(parts):
-            choice = Choice(tuple(part for part in parts if part))
-            best = min(best, choice.cycles)
-            yield choice
 
 
 def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rectangle, ...]]:
@@ -121,12 +200,6 @@ def _covers(length: int, stride: int) -> Iterator[tuple[Run, ...]]:
             yield ((0, large, whole, 0), (whole * large, small, 1, 0))
 
 
-@lru_cache(maxsize=4096)  # covers share parts
-def _part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Part | None:
-    """The fastest way for some rows and columns of tiles; None if nothing fits."""
-    return min(every_part(rectangle, size, stride, machine), key=lambda part: part.cycles, default=None)
-
-
 def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
     """All ways to cut and to compute some tiles."""
     (top, _, high, _), (left, _, wide, _) = rectangle
@@ -137,7 +210,7 @@ def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) 
                 tiling = Tiling(grid, piece, size.batch, corner)
                 for late, splits in itertools.product((False, True), _splits(way, tile, size, machine)):
                     how = way, form, tiling, tile, late, splits
-                    yield Part(*how, cycles(Part(*how), size, machine))
+                    yield Part(*how)
 
 
 def _splits(way: Way, tile: Tile, size: Size, machine: Machine) -> set[int]:

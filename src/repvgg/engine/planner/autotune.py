@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import time
 from collections.abc import Sequence
-from typing import TypeAlias, final
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.choice import Choice, choose, every_choice, every_part, may_use_winograd
+from repvgg.engine.codegen.disk_cache import CHOICE, cache_folder, digest, keep, read_kept
+from repvgg.engine.executable import Runner, Shape
+from repvgg.engine.graph import Conv, ConvGeometry, Layer
 from repvgg.engine.kernels.base import any_weights
-from repvgg.engine.layers import Conv, ConvGeometry, Layer
-from repvgg.engine.part import Machine, Part, Rectangle, Size
-from repvgg.engine.parts import at_once
-from repvgg.engine.plan import Ways, plan
-from repvgg.engine.remembered import recall, remember
-from repvgg.engine.runner import Runner, Shape
+from repvgg.engine.planner.algorithms import (
+    LOSSES,
+    Choice,
+    Machine,
+    Part,
+    Rectangle,
+    Size,
+    every_cover,
+    may_use_winograd,
+)
+from repvgg.engine.planner.cost_model import choose, costed_parts, every_choice
+from repvgg.engine.planner.memory_plan import at_once
+from repvgg.engine.planner.plan import Ways, plan
 from repvgg.engine.runtime.memory import read_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 
@@ -51,7 +63,7 @@ class Searched:
         self._found = found
 
     def __call__(self, geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-        """See :func:`repvgg.engine.choice.choose`."""
+        """See :func:`repvgg.engine.planner.algorithms.choose`."""
         question = (geometry, size)
         return self._found[question] if question in self._found else choose(geometry, size, machine)
 
@@ -60,10 +72,10 @@ def search(layers: Sequence[Layer], shape: Shape, machine: Machine, pool: Thread
     """Measure all convolutions of a network that more than one way computes.
 
     What was measured before is read from the disk, and what is measured now is kept there; see
-    :mod:`repvgg.engine.remembered`.
+    :mod:`repvgg.engine.planner.autotune`.
 
     Args:
-        layers: see :func:`repvgg.engine.reader.read`.
+        layers: see :func:`repvgg.engine.frontend.read`.
         shape: the largest batch, channels, height and width.
         machine: what computes.
         pool: the threads that do.
@@ -145,7 +157,7 @@ class _Field:
 
     def best_part(self, rectangle: Rectangle) -> Part:
         """The best way for some tiles, of the table's best few of each kind."""
-        every = list(every_part(rectangle, self._size, self._stride, self._machine))
+        every = list(costed_parts(rectangle, self._size, self._stride, self._machine))
         ways = {part.way for part in every}
         few = [
             heapq.nsmallest(_WAYS // len(ways) + 1, (part for part in every if part.way == way), key=_cycles)
@@ -185,3 +197,58 @@ def _floats(choice: Choice, size: Size) -> int:
 
 def _cycles(part: Part) -> float:
     return part.cycles
+
+
+_DIRECT = "direct"
+
+
+def recall(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Choice | None] | None:
+    """How a convolution is computed the fastest, in a tuple; None where that was not measured."""
+    place = _place(geometry, size, machine)
+    kept = read_kept(*place) if place else None
+    try:
+        said: Any = None if kept is None else json.loads(kept)
+    except ValueError:
+        return None
+    if said == _DIRECT:
+        return (None,)
+    stride = geometry.stride[0]
+    for rectangles in every_cover(size, stride, machine) if isinstance(said, list) else ():
+        if len(said) == len(rectangles):
+            pairs = zip(rectangles, said, strict=True)
+            parts = [_found(rectangle, entry, size, stride, machine) for rectangle, entry in pairs]
+            if all(parts):
+                return (Choice(tuple(part for part in parts if part)),)
+    return None
+
+
+def remember(geometry: ConvGeometry, size: Size, machine: Machine, choice: Choice | None) -> None:
+    """Keep how a convolution is computed the fastest, for :func:`recall`."""
+    place = _place(geometry, size, machine)
+    if place:
+        said = _DIRECT if choice is None else [_entry(part.rectangle, part) for part in choice.parts]
+        keep(*place, json.dumps(said).encode())
+
+
+def _place(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Path, bytes] | None:
+    """The file, and what it begins with."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    asked = astuple(geometry), astuple(size), astuple(machine), LOSSES[machine.precision]
+    key = digest(*map(str, asked))
+    return folder / f"{key.hex()}{CHOICE}", key
+
+
+def _found(rectangle: Rectangle, entry: Any, size: Size, stride: int, machine: Machine) -> Part | None:
+    """The way for some tiles that an entry stands for."""
+    if not isinstance(entry, list) or entry[:2] != [list(run) for run in rectangle]:
+        return None
+    every = costed_parts(rectangle, size, stride, machine)
+    return next((part for part in every if _entry(rectangle, part) == entry), None)
+
+
+def _entry(rectangle: Rectangle, part: Part) -> list[Any]:
+    """A way for some tiles, as JSON has it."""
+    runs, tile = (list(run) for run in rectangle), part.tile
+    return [*runs, part.way, part.late, part.splits, tile.pixels, tile.vectors, part.tiling.piece]

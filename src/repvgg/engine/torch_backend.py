@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.engine.codegen.jit import host_isa
-from repvgg.engine.network import Network
-from repvgg.engine.reader import read_graph
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.frontend import read_graph
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import ModelSpec, create_model
-from repvgg.engine import parts
-from repvgg.engine.layers import Conv, ConvGeometry, Pool
-from repvgg.engine.network import Network
-from repvgg.engine.reader import read
+from repvgg.engine.compiled_model import Network
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import Conv, ConvGeometry, Pool
+from repvgg.engine.planner import memory_plan
 from repvgg.errors import UnsupportedError, UsageError
 from repvgg.measure import walk
 from repvgg.models.spec import SqueezeExciteSpec, Stage
@@ -64,8 +64,8 @@ def test_smaller_batches_one_after_the_other():
 @pytest.fixture
 def in_parts(monkeypatch):
     """Maps of more than a thousand numbers are large, and twenty thousand fill the cache."""
-    monkeypatch.setattr(parts, "_LARGE", 1000)
-    monkeypatch.setattr(parts, "_HELD", 20_000)
+    monkeypatch.setattr(memory_plan, "_LARGE", 1000)
+    monkeypatch.setattr(memory_plan, "_HELD", 20_000)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -116,8 +116,8 @@ def test_which_layers_and_how_many_images(shape, found):
         for name, part in model.named_modules()
         if isinstance(part, nn.Conv2d)
     ]
-    assert parts.early_layers(layers, shape) == found
-    assert parts.early_layers([Pool("pool"), *layers], shape) == (0, shape[0])
+    assert memory_plan.early_layers(layers, shape) == found
+    assert memory_plan.early_layers([Pool("pool"), *layers], shape) == (0, shape[0])
 
 
 def test_any_strides_without_a_change():
