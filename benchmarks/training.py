@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repvgg.blocks.fused import status
+from repvgg.blocks import fused
 from repvgg.data import DataConfig, OpenedData, open_data
 from repvgg.measure import environment
 from repvgg.models import ModelSpec, create_model, spec_of
@@ -288,7 +288,7 @@ def main() -> None:
         print(json.dumps(trial(*arguments.trial, spec_of(arguments.model), arguments.size, arguments.batch)))
         return
     stamp = environment()
-    print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}: {stamp}\n{status()}\n")
+    print(f"{arguments.model}, {arguments.size}x{arguments.size}, batch {arguments.batch}: {stamp}\n{fused.status()}\n")
     sections: dict[str, Any] = {"environment": stamp}
     todo = {
         "speed": lambda: speed(arguments),

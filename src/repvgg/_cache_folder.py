@@ -16,7 +16,7 @@ def cache_folder(kind: str) -> Path | None:
     """Return the folder for cached files of one ``kind``, or None if caching is off. It need not exist yet.
 
     Args:
-        kind: name of the subfolder: ``engine``.
+        kind: name of the subfolder: ``engine`` or ``training``.
     """
     override = os.environ.get(VARIABLE)
     if override:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repvgg.blocks.native import build
+from repvgg.blocks._cpu.build import build
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_names_that_are_not_there():
         block_of("repvg")
     with pytest.raises(UsageError, match="known are conv_bn"):
         block_of("zzzzzz")
-    with pytest.raises(UsageError, match="squares of 5, 7"):
+    with pytest.raises(UsageError, match="square kernels of 5, 7"):
         create_block("unireplk", Geometry.square(4, 4))
     with pytest.raises(UsageError, match="stride 1"):
         create_block("repmixer", Geometry.square(4, 4, 2))

@@ -1,27 +1,25 @@
 """Building blocks: plain ``nn.Module``s whose ``forward`` is their only definition.
 
-No block knows how to fold itself; that is read off its ``forward`` by :mod:`repvgg.collapse`.
+No block contains code that merges its branches: :mod:`repvgg.collapse` derives that from its ``forward``.
 """
 
-from repvgg.blocks.basic import ConvBN, PointwiseConv2d
-from repvgg.blocks.branches import BranchSum
-from repvgg.blocks.computed import ComputedConv2d
-from repvgg.blocks.constant_scale import ConstantScaleSum
-from repvgg.blocks.diverse import PaddedNorm
-from repvgg.blocks.encoded import DiracConv2d, IdentityConv2d
-from repvgg.blocks.fused import training_kernels
-from repvgg.blocks.geometry import Geometry
-from repvgg.blocks.mean import MeanFilter
-from repvgg.blocks.mixer import RepMixer
-from repvgg.blocks.online import OnlineConv2d
-from repvgg.blocks.overparameterized import DOConv2d
-from repvgg.blocks.repvgg import RepVGGBlock, Switches, branches_of, rep_conv
-from repvgg.blocks.squeeze_excite import SqueezeExcite
-from repvgg.blocks.table import BLOCKS, BlockRow, block_of, create_block
+from repvgg.blocks._cpu import dispatch as fused  # status() was published as repvgg.blocks.fused.status()
+from repvgg.blocks._cpu.dispatch import training_kernels
+from repvgg.blocks.acb_dbb import PaddedNorm
+from repvgg.blocks.basic import ComputedConv2d, ConvBN, MeanFilter, SqueezeExcite
+from repvgg.blocks.csla import ConstantScaleSum
+from repvgg.blocks.diracnet import DiracConv2d, IdentityConv2d
+from repvgg.blocks.doconv_expandnet import DOConv2d
+from repvgg.blocks.geometry import Geometry, PointwiseConv2d
+from repvgg.blocks.orepa import OnlineConv2d
+from repvgg.blocks.repmixer import RepMixer
+from repvgg.blocks.repvgg import BranchConfig, BranchSum, RepVGGBlock, branches_of, rep_conv
+from repvgg.blocks.table import BLOCKS, BlockEntry, block_of, create_block
 
 __all__ = [
     "BLOCKS",
-    "BlockRow",
+    "BlockEntry",
+    "BranchConfig",
     "BranchSum",
     "ComputedConv2d",
     "ConstantScaleSum",
@@ -37,10 +35,10 @@ __all__ = [
     "RepMixer",
     "RepVGGBlock",
     "SqueezeExcite",
-    "Switches",
     "block_of",
     "branches_of",
     "create_block",
+    "fused",
     "rep_conv",
     "training_kernels",
 ]

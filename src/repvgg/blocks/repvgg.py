@@ -1,89 +1,99 @@
-"""The RepVGG block (Ding et al., CVPR 2021, §3.2, Fig. 4), and all that differs from it by switches."""
+"""The RepVGG block (Ding et al., CVPR 2021, §3.2, Fig. 4) and the blocks that differ from it in their branches only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from repvgg.blocks.basic import ConvBN, Size
-from repvgg.blocks.branches import BranchSum
-from repvgg.blocks.fused import trained
-from repvgg.blocks.geometry import Geometry, PaddingMode
-from repvgg.blocks.mean import MeanFilter
+from repvgg.blocks._cpu.dispatch import fused_forward
+from repvgg.blocks.basic import ConvBN, MeanFilter
+from repvgg.blocks.geometry import Geometry, PaddingMode, Size
 
 Branch: TypeAlias = Literal["dense", "pointwise", "identity"]
-_EVERY: frozenset[Branch] = frozenset({"dense", "pointwise", "identity"})
+_ALL_BRANCHES: frozenset[Branch] = frozenset({"dense", "pointwise", "identity"})
+
+
+class BranchSum(nn.ModuleDict):
+    """The sum of named branches on one input: ``y = Σ_k branch_k(x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of all branches on ``x``."""
+        fused = fused_forward(self, x)
+        out: Tensor = reduce(add, (branch(x) for branch in self.values())) if fused is None else fused
+        return out
 
 
 @dataclass(frozen=True)
-class Switches:
-    """Which branches a block of RepVGG's kind has, and where its batch norms stand.
+class BranchConfig:
+    """The branches of a RepVGG-like block and the positions of its batch norms.
 
     Attributes:
-        dense: how many copies of the kxk convolution.
-        pointwise: whether there is a 1x1 convolution.
-        identity: whether the input is added where the shapes match.
-        mean: whether the mean over the k² pixels is added where the shapes match.
-        norms: the branches with a batch norm of their own.
+        dense: number of kxk convolutions.
+        pointwise: whether to add a 1x1 convolution.
+        identity: whether to add the input, where the shapes match.
+        mean: whether to add the mean over the k² pixels under the kernel, where the shapes match.
+        norms: the branches that end in a batch norm.
         norm_after: whether a batch norm follows the sum.
-        relu: whether a ReLU ends each branch, in front of the sum. No convolution equals such a block.
+        relu: whether each branch ends in a ReLU. Such a block is not equal to any convolution.
     """
 
     dense: int = 1
     pointwise: bool = True
     identity: bool = True
     mean: bool = False
-    norms: frozenset[Branch] = _EVERY
+    norms: frozenset[Branch] = _ALL_BRANCHES
     norm_after: bool = False
     relu: bool = False
 
 
-REPVGG = Switches()
+REPVGG = BranchConfig()
 
 
-def branches_of(geometry: Geometry, switches: Switches = REPVGG) -> nn.Module:
-    """The branches that are switched on, summed; equal in eval mode to one convolution, unless there are ReLUs.
+def branches_of(geometry: Geometry, config: BranchConfig = REPVGG) -> nn.Module:
+    """Build the sum of the branches in ``config``; in eval mode it equals one convolution, unless there are ReLUs.
 
-    ``y = BN(Σ_j BNj(Wj ∗ x) + BN1(W1 ∗ x) + BN0(x) + mean(x))``, each batch norm where ``switches`` have it. With
-    t = γ/σ of each, and 1 where there is none, the plain kernel is
+    ``y = BN(Σ_j BNj(Wj ∗ x) + BN1(W1 ∗ x) + BN0(x) + mean(x))``, with each batch norm where ``config`` has one. With
+    t = γ/σ of each batch norm, or 1 where there is none, the plain kernel is
     ``t · (Σ_j tj·Wj + pad(t1·W1) + pad(diag(t0)) + diag(1/k²))``.
 
     Returns:
-        A :class:`BranchSum` with ``dense``, ``dense1``, …, ``pointwise``, ``identity`` and ``mean``; where a batch norm
-        follows, an ``nn.Sequential`` of it and ``bn``.
+        A :class:`BranchSum` with ``dense``, ``dense1``, …, ``pointwise``, ``identity`` and ``mean``. If a batch norm
+        follows the sum, an ``nn.Sequential`` of ``sum`` and ``bn``.
 
     Raises:
         UsageError: the kernel size is even.
-        BorderError: the padding is another one than the centre needs.
+        BorderError: the padding does not centre the kernel.
     """
     geometry.require_centre()
-    found: dict[str, nn.Module] = {}
-    for copy in range(switches.dense):
-        found[f"dense{copy or ''}"] = _normed(geometry.conv(), "dense", switches)
-    if switches.pointwise:
-        found["pointwise"] = _normed(geometry.around(1), "pointwise", switches)
-    if switches.identity and geometry.keeps_shape:
-        normed = "identity" in switches.norms
-        found["identity"] = nn.BatchNorm2d(geometry.in_channels) if normed else nn.Identity()
-    if switches.mean and geometry.keeps_shape:
-        found["mean"] = MeanFilter(geometry)
-    if switches.relu:
-        found = {name: nn.Sequential(branch, nn.ReLU()) for name, branch in found.items()}
-    return summed(BranchSum(found), geometry) if switches.norm_after else BranchSum(found)
+
+    def with_norm(conv: nn.Conv2d, branch: Branch) -> nn.Module:
+        return ConvBN(conv) if branch in config.norms else conv
+
+    branches: dict[str, nn.Module] = {}
+    for copy in range(config.dense):
+        branches[f"dense{copy or ''}"] = with_norm(geometry.conv(), "dense")
+    if config.pointwise:
+        branches["pointwise"] = with_norm(geometry.around(1), "pointwise")
+    if config.identity and geometry.keeps_shape:
+        has_norm = "identity" in config.norms
+        branches["identity"] = nn.BatchNorm2d(geometry.in_channels) if has_norm else nn.Identity()
+    if config.mean and geometry.keeps_shape:
+        branches["mean"] = MeanFilter(geometry)
+    if config.relu:
+        branches = {name: nn.Sequential(branch, nn.ReLU()) for name, branch in branches.items()}
+    return sum_then_norm(BranchSum(branches), geometry) if config.norm_after else BranchSum(branches)
 
 
-def summed(branches: BranchSum, geometry: Geometry) -> nn.Sequential:
-    """A sum of branches and the batch norm behind it, as ``sum`` and ``bn``."""
+def sum_then_norm(branches: BranchSum, geometry: Geometry) -> nn.Sequential:
+    """Append a batch norm to a sum of branches; the two are named ``sum`` and ``bn``."""
     out = nn.Sequential()
     out.add_module("sum", branches)
     out.add_module("bn", nn.BatchNorm2d(geometry.out_channels))
     return out
-
-
-def _normed(conv: nn.Conv2d, branch: Branch, switches: Switches) -> nn.Module:
-    return ConvBN(conv) if branch in switches.norms else conv
 
 
 def rep_conv(
@@ -96,12 +106,12 @@ def rep_conv(
     dilation: Size = 1,
     padding_mode: PaddingMode = "zeros",
 ) -> BranchSum:
-    """The three branches of RepVGG, equal in eval mode to one kxk convolution with a bias.
+    """Build the three branches of RepVGG, equal in eval mode to one kxk convolution with a bias.
 
     ``y = BNk(Wk * x) + BN1(W1 * x) + BN0(x)``; the identity branch exists iff the shapes match. With t = γ/σ of each
     batch norm, the plain kernel is ``tk·Wk + pad(t1·W1) + pad(diag(t0))`` and the bias ``Σ_n β_n − μ_n·t_n``
-    (Eq. 3, 4, where k is 3). Nothing computes that formula here: a collapse derives it from the ``forward`` of this
-    module. The padding is ``dilation · (k − 1) / 2``, with which all branches read around the same pixels.
+    (Eq. 3 and 4, where k is 3). No code here computes that formula: a collapse derives it from this module's
+    ``forward``. The padding is ``dilation · (k − 1) / 2``, which centres all branches on the same pixels.
 
     Args:
         in_channels: C of the input.
@@ -113,7 +123,7 @@ def rep_conv(
         padding_mode: of the kxk convolution, the only one that pads.
 
     Raises:
-        UsageError: the kernel size is even: no padding puts its centre on a pixel.
+        UsageError: the kernel size is even.
     """
     geometry = Geometry.square(
         in_channels,
@@ -125,15 +135,15 @@ def rep_conv(
         padding_mode=padding_mode,
     )
     branches = branches_of(geometry)
-    assert isinstance(branches, BranchSum)  # nothing follows the sum
+    assert isinstance(branches, BranchSum)  # the default config has no batch norm after the sum
     return branches
 
 
 class RepVGGBlock(nn.Module):
-    """``y = act(conv(x))``, in the train form and in the plain form alike.
+    """``y = act(conv(x))``, for the train form and for the plain form.
 
-    In the train form ``conv`` is :func:`rep_conv`, three branches; a collapse replaces it by one ``nn.Conv2d`` and
-    leaves the rest. ``act`` is a ReLU, or a chain of squeeze-excite and ReLU.
+    In the train form ``conv`` is the three branches of :func:`rep_conv`; a collapse replaces it with one ``nn.Conv2d``
+    and leaves the rest. ``act`` is a ReLU, or a sequence of squeeze-and-excitation and ReLU.
     """
 
     def __init__(self, conv: nn.Module, act: nn.Module) -> None:
@@ -143,6 +153,6 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``act(conv(x))``."""
-        fast = trained(self.conv, x, self.act)
-        out: Tensor = self.act(self.conv(x)) if fast is None else fast
+        fused = fused_forward(self.conv, x, self.act)
+        out: Tensor = self.act(self.conv(x)) if fused is None else fused
         return out

@@ -1,4 +1,4 @@
-"""The table of blocks: one row each, made for the geometry of the convolution that it stands for."""
+"""The table of blocks: each entry builds a block for the geometry of the convolution that it replaces."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from functools import partial
 
 from torch import nn
 
+from repvgg.blocks.acb_dbb import acb, dbb
 from repvgg.blocks.basic import ConvBN
-from repvgg.blocks.branches import BranchSum
-from repvgg.blocks.constant_scale import ConstantScaleSum
-from repvgg.blocks.diverse import diverse
-from repvgg.blocks.encoded import DiracConv2d, IdentityConv2d
+from repvgg.blocks.csla import ConstantScaleSum
+from repvgg.blocks.diracnet import DiracConv2d, IdentityConv2d
+from repvgg.blocks.doconv_expandnet import DOConv2d, expand_ck, expand_cl
 from repvgg.blocks.geometry import Geometry
-from repvgg.blocks.large import dilated_kernels, large_kernel
-from repvgg.blocks.mixer import RepMixer
-from repvgg.blocks.online import OnlineConv2d
-from repvgg.blocks.overparameterized import DOConv2d, expand_kernel, expand_layers
-from repvgg.blocks.repvgg import Branch, Switches, branches_of, summed
-from repvgg.blocks.strips import asymmetric
+from repvgg.blocks.large_kernel import replk, unireplk
+from repvgg.blocks.orepa import OnlineConv2d
+from repvgg.blocks.repmixer import RepMixer
+from repvgg.blocks.repvgg import Branch, BranchConfig, BranchSum, branches_of, sum_then_norm
 from repvgg.errors import UsageError, did_you_mean
 
 MakeModule = Callable[[Geometry], nn.Module]
@@ -32,16 +30,16 @@ _EXPAND = "Guo et al., ExpandNets, NeurIPS 2020"
 
 
 @dataclass(frozen=True)
-class BlockRow:
-    """One row of the table.
+class BlockEntry:
+    """A block in the table.
 
     Attributes:
-        name: what :func:`create_block` calls it.
-        title: as papers print it.
-        make: from a geometry to a fresh block.
+        name: the key for :func:`create_block`.
+        title: the name as printed in papers.
+        make: builds the block, newly initialized, for a geometry.
         formula: what it computes; N is a batch norm, W a kernel.
-        source: who published it.
-        is_linear: whether one convolution equals it in eval mode.
+        source: the publication.
+        is_linear: whether the block equals one convolution in eval mode.
     """
 
     name: str
@@ -52,12 +50,12 @@ class BlockRow:
     is_linear: bool = True
 
 
-def _switched(name: str, title: str, switches: Switches, formula: str, source: str = _PAPER) -> BlockRow:
-    return BlockRow(name, title, partial(branches_of, switches=switches), formula, source, not switches.relu)
+def _branches(name: str, title: str, config: BranchConfig, formula: str, source: str = _PAPER) -> BlockEntry:
+    return BlockEntry(name, title, partial(branches_of, config=config), formula, source, not config.relu)
 
 
-def _normed(layers: MakeModule) -> MakeModule:
-    """A convolution, or a chain of them, and the batch norm behind it."""
+def _with_norm(layers: MakeModule) -> MakeModule:
+    """Append a batch norm to what ``layers`` builds."""
 
     def make(geometry: Geometry) -> nn.Module:
         return nn.Sequential(layers(geometry), nn.BatchNorm2d(geometry.out_channels))
@@ -70,68 +68,68 @@ def _conv_bn(geometry: Geometry) -> nn.Module:
 
 
 def _constant_scale(geometry: Geometry) -> nn.Module:
-    return summed(BranchSum({"scaled": ConstantScaleSum(geometry)}), geometry)
+    return sum_then_norm(BranchSum({"scaled": ConstantScaleSum(geometry)}), geometry)
 
 
 _DENSE: frozenset[Branch] = frozenset({"dense"})
 _WITHOUT_IDENTITY: frozenset[Branch] = frozenset({"dense", "pointwise"})
 
-_ROWS = (
-    BlockRow("conv_bn", "conv-BN", _conv_bn, "N(W∗x)", "the plain layer"),
-    _switched("repvgg", "RepVGG", Switches(), "N(W∗x) + N(W1∗x) + N(x)"),
-    _switched("repvgg_no_identity", "RepVGG w/o identity", Switches(identity=False), "N(W∗x) + N(W1∗x)"),
-    _switched("repvgg_no_pointwise", "RepVGG w/o 1×1", Switches(pointwise=False), "N(W∗x) + N(x)"),
-    _switched("repvgg_dense2", "RepVGG, two 3×3", Switches(dense=2), "N(W∗x) + N(W'∗x) + N(W1∗x) + N(x)"),
-    _switched(
+_ENTRIES = (
+    BlockEntry("conv_bn", "conv-BN", _conv_bn, "N(W∗x)", "the plain layer"),
+    _branches("repvgg", "RepVGG", BranchConfig(), "N(W∗x) + N(W1∗x) + N(x)"),
+    _branches("repvgg_no_identity", "RepVGG w/o identity", BranchConfig(identity=False), "N(W∗x) + N(W1∗x)"),
+    _branches("repvgg_no_pointwise", "RepVGG w/o 1×1", BranchConfig(pointwise=False), "N(W∗x) + N(x)"),
+    _branches("repvgg_dense2", "RepVGG, two 3×3", BranchConfig(dense=2), "N(W∗x) + N(W'∗x) + N(W1∗x) + N(x)"),
+    _branches(
         "repvgg_identity_without_bn",
         "Identity w/o BN",
-        Switches(norms=_WITHOUT_IDENTITY),
+        BranchConfig(norms=_WITHOUT_IDENTITY),
         "N(W∗x) + N(W1∗x) + x",
     ),
-    _switched(
+    _branches(
         "repvgg_post_bn",
         "Post-addition BN",
-        Switches(norms=frozenset(), norm_after=True),
+        BranchConfig(norms=frozenset(), norm_after=True),
         "N(W∗x + W1∗x + x)",
     ),
-    _switched("repvgg_relu", "+ReLU in branches", Switches(relu=True), "relu N(W∗x) + relu N(W1∗x) + relu N(x)"),
-    BlockRow("dirac", "DiracNet", _normed(DiracConv2d), "N((diag(α)I + diag(β)W/‖W‖)∗x)", _DIRAC),
-    BlockRow("trivial", "Trivial Re-param", _normed(IdentityConv2d), "N((I + W)∗x)", _DIRAC),
-    BlockRow("acb", "ACB", asymmetric, "N(W∗x) + N(Wv∗x) + N(Wh∗x)", "Ding et al., ACNet, ICCV 2019"),
-    BlockRow(
+    _branches("repvgg_relu", "+ReLU in branches", BranchConfig(relu=True), "relu N(W∗x) + relu N(W1∗x) + relu N(x)"),
+    BlockEntry("dirac", "DiracNet", _with_norm(DiracConv2d), "N((diag(α)I + diag(β)W/‖W‖)∗x)", _DIRAC),
+    BlockEntry("trivial", "Trivial Re-param", _with_norm(IdentityConv2d), "N((I + W)∗x)", _DIRAC),
+    BlockEntry("acb", "ACB", acb, "N(W∗x) + N(Wv∗x) + N(Wh∗x)", "Ding et al., ACNet, ICCV 2019"),
+    BlockEntry(
         "dbb",
         "DBB",
-        diverse,
+        dbb,
         "N(W∗x) + N(W1∗x) + N(W∗N(W1∗x)) + N(mean N(W1∗x))",
         "Ding et al., Diverse Branch Block, CVPR 2021",
     ),
-    BlockRow("doconv", "DO-Conv", _normed(DOConv2d), "N((D∘W)∗x)", "Cao et al., DO-Conv, IEEE TIP 2022"),
-    BlockRow("expand_cl", "ExpandNet-CL", _normed(expand_layers), "N(W3∗(W2∗(W1∗x)))", _EXPAND),
-    BlockRow("expand_ck", "ExpandNet-CK", _normed(expand_kernel), "N(…(W2∗(W1∗x)))", _EXPAND),
-    _switched(
+    BlockEntry("doconv", "DO-Conv", _with_norm(DOConv2d), "N((D∘W)∗x)", "Cao et al., DO-Conv, IEEE TIP 2022"),
+    BlockEntry("expand_cl", "ExpandNet-CL", _with_norm(expand_cl), "N(W3∗(W2∗(W1∗x)))", _EXPAND),
+    BlockEntry("expand_ck", "ExpandNet-CK", _with_norm(expand_ck), "N(…(W2∗(W1∗x)))", _EXPAND),
+    _branches(
         "mobileone",
         "MobileOne",
-        Switches(dense=4),
+        BranchConfig(dense=4),
         "Σ_j N(Wj∗x) + N(W1∗x) + N(x), j = 1..4",
         "Vasu et al., MobileOne, CVPR 2023",
     ),
-    _switched("qarepvgg_s2", "QARepVGG S2", Switches(norms=_WITHOUT_IDENTITY), "N(W∗x) + N(W1∗x) + x", _QA),
-    _switched("qarepvgg_s3", "QARepVGG S3", Switches(norms=_DENSE), "N(W∗x) + W1∗x + x", _QA),
-    _switched("qarepvgg", "QARepVGG (S4)", Switches(norms=_DENSE, norm_after=True), "N(N(W∗x) + W1∗x + x)", _QA),
-    _switched(
+    _branches("qarepvgg_s2", "QARepVGG S2", BranchConfig(norms=_WITHOUT_IDENTITY), "N(W∗x) + N(W1∗x) + x", _QA),
+    _branches("qarepvgg_s3", "QARepVGG S3", BranchConfig(norms=_DENSE), "N(W∗x) + W1∗x + x", _QA),
+    _branches("qarepvgg", "QARepVGG (S4)", BranchConfig(norms=_DENSE, norm_after=True), "N(N(W∗x) + W1∗x + x)", _QA),
+    _branches(
         "qarepvgg_v2",
         "QARepVGG V2",
-        Switches(norms=_DENSE, norm_after=True, mean=True),
+        BranchConfig(norms=_DENSE, norm_after=True, mean=True),
         "N(N(W∗x) + W1∗x + x + mean(x))",
         _YOLO,
     ),
-    BlockRow("replk", "RepLK", large_kernel, "N(W∗x) + N(Ws∗x)", "Ding et al., RepLKNet, CVPR 2022"),
-    BlockRow(
-        "unireplk", "UniRepLK", dilated_kernels, "N(W∗x) + Σ_j N(Wj∗x), dilated", "Ding et al., UniRepLKNet, CVPR 2024"
+    BlockEntry("replk", "RepLK", replk, "N(W∗x) + N(Ws∗x)", "Ding et al., RepLKNet, CVPR 2022"),
+    BlockEntry(
+        "unireplk", "UniRepLK", unireplk, "N(W∗x) + Σ_j N(Wj∗x), dilated", "Ding et al., UniRepLKNet, CVPR 2024"
     ),
-    BlockRow("repmixer", "RepMixer", RepMixer, "x + λ(M(x) − N(x))", "Vasu et al., FastViT, ICCV 2023"),
-    BlockRow("orepa", "OREPA", _normed(OnlineConv2d), "N((Σ_b v_b K_b)∗x)", "Hu et al., OREPA, CVPR 2022"),
-    BlockRow(
+    BlockEntry("repmixer", "RepMixer", RepMixer, "x + λ(M(x) − N(x))", "Vasu et al., FastViT, ICCV 2023"),
+    BlockEntry("orepa", "OREPA", _with_norm(OnlineConv2d), "N((Σ_b v_b K_b)∗x)", "Hu et al., OREPA, CVPR 2022"),
+    BlockEntry(
         "constant_scale",
         "CSLA",
         _constant_scale,
@@ -140,27 +138,27 @@ _ROWS = (
     ),
 )
 
-#: Every row by its name.
-BLOCKS: dict[str, BlockRow] = {row.name: row for row in _ROWS}
+#: All blocks by name.
+BLOCKS: dict[str, BlockEntry] = {entry.name: entry for entry in _ENTRIES}
 
 
-def block_of(name: str) -> BlockRow:
-    """The row called ``name``.
+def block_of(name: str) -> BlockEntry:
+    """Look up a block by name.
 
     Raises:
-        UsageError: there is none; the text lists the names that are closest, or all of them.
+        UsageError: there is no such block; the text suggests the closest names, or lists all of them.
     """
     if name in BLOCKS:
         return BLOCKS[name]
-    known = did_you_mean(name, BLOCKS, f"known are {', '.join(BLOCKS)}.")
-    raise UsageError(f"There is no block {name!r}: {known}")
+    suggestion = did_you_mean(name, BLOCKS, f"known are {', '.join(BLOCKS)}.")
+    raise UsageError(f"There is no block {name!r}: {suggestion}")
 
 
 def create_block(name: str, geometry: Geometry) -> nn.Module:
-    """A fresh block of the table in the place of a convolution of that geometry.
+    """Create a newly initialized block that replaces a convolution of that geometry.
 
     Raises:
-        UsageError: no row has that name, or the block has no form in that geometry.
-        BorderError: its branches would read around other pixels.
+        UsageError: there is no such block, or it does not support that geometry.
+        BorderError: the padding does not centre the kernel.
     """
     return block_of(name).make(geometry)

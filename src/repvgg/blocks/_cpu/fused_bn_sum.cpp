@@ -1,9 +1,13 @@
-// Sum of batch norms, then perhaps a ReLU:  out = act(sum_k gamma_k (y_k - mean_k) / sqrt(var_k + eps_k) + beta_k)
+// Sum of batch norms in training mode, optionally followed by a ReLU:
 //
-// Forward and backward, each in two passes over memory whatever the number K of terms. Images are (N, C, H, W), stored
-// either as rows (N*H*W, C), which is channels_last, or as planes (N*C, H*W). Statistics are summed in float (in double
-// for double) over short runs, shifted by the first value of the channel so that a large mean costs no digits; runs are
-// added up in double. Each thread takes one stretch of rows or planes, so equal numbers of threads give equal bits.
+//     out = act(sum_k gamma_k (y_k - mean_k) / sqrt(var_k + eps_k) + beta_k)
+//
+// Forward and backward take two passes over memory each, whatever the number K of terms. Images are (N, C, H, W),
+// stored as channels_last, a matrix (N*H*W, C), or as planes, a matrix (N*C, H*W).
+//
+// Precision: statistics are accumulated in float (double for double) over short runs, and the runs in double. Values
+// are shifted by the first value of their channel, so that a large mean does not cancel digits of the variance. Every
+// thread owns a contiguous range of rows or planes, so equal thread counts give equal bits.
 
 #include <algorithm>
 #include <cmath>
@@ -20,15 +24,16 @@
 
 namespace {
 
-constexpr int64_t RUN = 64;  // vectors that are summed before the sum goes into a double
-constexpr int64_t GRAIN = 16384;  // numbers that are worth a thread
+constexpr int64_t RUN_VECTORS = 64;  // vectors accumulated in float before the sum is added to a double
+constexpr int64_t MIN_ELEMENTS_PER_THREAD = 16384;  // below that, starting a thread costs more than it saves
 
 struct bf16 {
     uint16_t bits;
 };
 
-// W numbers of type T as one vector of the type A that is computed in.
-template <class T> struct Lanes {
+// W elements of storage type T as one 64-byte vector of arithmetic type A (GCC vector extensions: one AVX-512 register,
+// or two AVX2 ones).
+template <class T> struct Vector {
     using A = T;
     static constexpr int W = 64 / sizeof(T);
     typedef T V __attribute__((vector_size(64)));
@@ -36,7 +41,7 @@ template <class T> struct Lanes {
     static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 };
 
-template <> struct Lanes<bf16> {
+template <> struct Vector<bf16> {
     using A = float;
     static constexpr int W = 16;
     typedef float V __attribute__((vector_size(64)));
@@ -50,7 +55,7 @@ template <> struct Lanes<bf16> {
         std::memcpy(&v, &full, sizeof v);
         return v;
     }
-    static void store(bf16* p, V v) {  // to the nearest, ties to even; not-a-number stays one
+    static void store(bf16* p, V v) {  // round to nearest even; NaN stays NaN
 #ifdef __AVX512BF16__
         const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
         std::memcpy(p, &half, sizeof half);
@@ -65,24 +70,24 @@ template <> struct Lanes<bf16> {
     }
 };
 
-template <class T> typename Lanes<T>::V load(const T* p, int count) {
-    if (count == Lanes<T>::W) return Lanes<T>::load(p);
-    T some[Lanes<T>::W] = {};
+template <class T> typename Vector<T>::V load(const T* p, int count) {
+    if (count == Vector<T>::W) return Vector<T>::load(p);
+    T some[Vector<T>::W] = {};
     for (int i = 0; i < count; ++i) some[i] = p[i];
-    return Lanes<T>::load(some);
+    return Vector<T>::load(some);
 }
 
-template <class T> void store(T* p, typename Lanes<T>::V v, int count) {
-    if (count == Lanes<T>::W) return Lanes<T>::store(p, v);
-    T some[Lanes<T>::W];
-    Lanes<T>::store(some, v);
+template <class T> void store(T* p, typename Vector<T>::V v, int count) {
+    if (count == Vector<T>::W) return Vector<T>::store(p, v);
+    T some[Vector<T>::W];
+    Vector<T>::store(some, v);
     for (int i = 0; i < count; ++i) p[i] = some[i];
 }
 
-// The gradient in front of a ReLU; not-a-number in the outcome lets it through, as with PyTorch.
-template <class V> V zero_where_not_positive(V v, V sign) {
-    typedef decltype(sign > sign) Mask;
-    Mask mask = ~(sign <= V{});
+// ReLU backward: zero the gradient where the output is <= 0. A NaN output passes the gradient on, as PyTorch does.
+template <class V> V relu_backward(V v, V out) {
+    typedef decltype(out > out) Mask;
+    Mask mask = ~(out <= V{});
     Mask bits;
     std::memcpy(&bits, &v, sizeof bits);
     bits &= mask;
@@ -90,7 +95,7 @@ template <class V> V zero_where_not_positive(V v, V sign) {
     return v;
 }
 
-// A ReLU that lets not-a-number through, as PyTorch's does.
+// ReLU that propagates NaN, as PyTorch's does; a bit mask, because max(NaN, 0) would return 0.
 template <class V> V relu(V v) {
     typedef decltype(v < v) Mask;
     Mask negative = v < V{};
@@ -102,24 +107,28 @@ template <class V> V relu(V v) {
 }
 
 struct Geometry {
-    bool rows;
-    int64_t outer;  // rows, or planes
+    bool channels_last;
+    int64_t outer;  // rows N*H*W if channels_last, else planes N*C
     int64_t channels;
-    int64_t inner;  // numbers in a plane
+    int64_t inner;  // elements of a plane, H*W
     int threads;
 
-    int64_t numbers() const { return rows ? outer * channels : outer * inner; }
-    int64_t per_channel() const { return numbers() / channels; }
-    int team() const { return (int)std::max<int64_t>(1, std::min<int64_t>({threads, numbers() / GRAIN, outer})); }
+    int64_t elements() const { return channels_last ? outer * channels : outer * inner; }
+    int64_t elements_per_channel() const { return elements() / channels; }
+    int team_size() const {
+        const int64_t most = std::min<int64_t>({threads, elements() / MIN_ELEMENTS_PER_THREAD, outer});
+        return (int)std::max<int64_t>(1, most);
+    }
 };
 
-// Visit every number once. A task is told the channel that its first lane is of (all lanes in planes, successive ones
-// in rows), prepares its coefficients, takes vectors, and may write sums away at the end of each run.
+// Visit elements [from, to) of the outer dimension once, in vectors. Before each run the task loads its coefficients
+// for the channels at hand (start_lanes: consecutive channels in the lanes; start_plane: one channel in all lanes);
+// take() processes `count` elements; after each run finish_*() may flush float sums into doubles.
 template <class T, class Task> void sweep(const Geometry& g, int64_t from, int64_t to, Task task) {
-    constexpr int W = Lanes<T>::W;
-    if (g.rows) {
-        for (int64_t row = from; row < to; row += RUN) {
-            const int64_t last = std::min(row + RUN, to);
+    constexpr int W = Vector<T>::W;
+    if (g.channels_last) {
+        for (int64_t row = from; row < to; row += RUN_VECTORS) {
+            const int64_t last = std::min(row + RUN_VECTORS, to);
             for (int64_t c = 0; c < g.channels; c += W) {
                 const int count = (int)std::min<int64_t>(W, g.channels - c);
                 task.start_lanes(c, count);
@@ -135,29 +144,29 @@ template <class T, class Task> void sweep(const Geometry& g, int64_t from, int64
     for (int64_t plane = from; plane < to; ++plane) {
         const int64_t c = plane % g.channels, base = plane * g.inner;
         task.start_plane(c);
-        for (int64_t i = 0; i < g.inner; i += RUN * W) {
-            const int64_t last = std::min(i + RUN * W, g.inner), whole = i + (last - i) / W * W;
-            for (int64_t j = i; j < whole; j += W) task.take(base + j, W);
-            if (whole < last) task.take(base + whole, (int)(last - whole));
+        for (int64_t i = 0; i < g.inner; i += RUN_VECTORS * W) {
+            const int64_t last = std::min(i + RUN_VECTORS * W, g.inner), full_end = i + (last - i) / W * W;
+            for (int64_t j = i; j < full_end; j += W) task.take(base + j, W);
+            if (full_end < last) task.take(base + full_end, (int)(last - full_end));
             task.finish_plane(c);
         }
     }
 }
 
-// One task a thread, each on its own stretch.
-template <class T, class Make> void in_team(const Geometry& g, Make make) {
-    const int team = g.team();
+// Run one task per thread, each on its own range; static scheduling fixes which thread sums what.
+template <class T, class Make> void parallel_sweep(const Geometry& g, Make make) {
+    const int team = g.team_size();
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
 #endif
     for (int t = 0; t < team; ++t) sweep<T>(g, g.outer * t / team, g.outer * (t + 1) / team, make(t));
 }
 
-template <class T> typename Lanes<T>::V broadcast(typename Lanes<T>::A a) { return typename Lanes<T>::V{} + a; }
+template <class T> typename Vector<T>::V broadcast(typename Vector<T>::A a) { return typename Vector<T>::V{} + a; }
 
-// S sums a channel, each of all numbers of it.
+// S sums per channel, accumulated as vectors within a run and as doubles across runs.
 template <class T, int S> struct Sums {
-    using V = typename Lanes<T>::V;
+    using V = typename Vector<T>::V;
     double* total;  // (S, C)
     int64_t channels;
     V sum[S];
@@ -169,18 +178,19 @@ template <class T, int S> struct Sums {
     }
     void finish_plane(int64_t c) {
         for (int s = 0; s < S; ++s) {
-            double all = 0;
-            for (int i = 0; i < Lanes<T>::W; ++i) all += sum[s][i];
-            total[s * channels + c] += all;
+            double sum_of_lanes = 0;
+            for (int i = 0; i < Vector<T>::W; ++i) sum_of_lanes += sum[s][i];
+            total[s * channels + c] += sum_of_lanes;
         }
         clear();
     }
 };
 
+// Forward, pass 1: per term the sum of (y - shift) and of its square.
 template <class T, int K> struct Moments : Sums<T, 2 * K> {
-    using V = typename Lanes<T>::V;
+    using V = typename Vector<T>::V;
     const T* const* y;
-    const typename Lanes<T>::A* shift;  // (K, C)
+    const typename Vector<T>::A* shift;  // (K, C)
     V origin[K];
 
     void start_lanes(int64_t c, int count) {
@@ -194,20 +204,21 @@ template <class T, int K> struct Moments : Sums<T, 2 * K> {
     void take(int64_t at, int count) {
         for (int k = 0; k < K; ++k) {
             V d = ::load(y[k] + at, count) - origin[k];
-            if (count < Lanes<T>::W)
-                for (int i = count; i < Lanes<T>::W; ++i) d[i] = 0;
+            if (count < Vector<T>::W)
+                for (int i = count; i < Vector<T>::W; ++i) d[i] = 0;
             this->sum[2 * k] += d;
             this->sum[2 * k + 1] += d * d;
         }
     }
 };
 
+// Forward, pass 2: out = act(sum_k a_k y_k + a_K).
 template <class T, int K, bool RELU> struct Affine {
-    using V = typename Lanes<T>::V;
-    using A = typename Lanes<T>::A;
+    using V = typename Vector<T>::V;
+    using A = typename Vector<T>::A;
     const T* const* y;
     T* out;
-    const A* coefficients;  // (K + 1, C): the factors, and what is added
+    const A* coefficients;  // (K + 1, C): K factors, then the offset
     int64_t channels;
     V a[K + 1];
 
@@ -226,12 +237,13 @@ template <class T, int K, bool RELU> struct Affine {
     }
 };
 
-template <class T, int K, bool RELU> struct Inner : Sums<T, K + 1> {  // sum of g, and of g (y_k - mean_k)
-    using V = typename Lanes<T>::V;
+// Backward, pass 1: the sum of g (y_k - mean_k) per term, and of g, where g is the gradient before the ReLU.
+template <class T, int K, bool RELU> struct GradientSums : Sums<T, K + 1> {
+    using V = typename Vector<T>::V;
     const T* const* y;
     const T* gradient;
     const T* out;
-    const typename Lanes<T>::A* mean;  // (K, C)
+    const typename Vector<T>::A* mean;  // (K, C)
     V m[K];
 
     void start_lanes(int64_t c, int count) {
@@ -242,17 +254,18 @@ template <class T, int K, bool RELU> struct Inner : Sums<T, K + 1> {  // sum of 
         this->clear();
         for (int k = 0; k < K; ++k) m[k] = broadcast<T>(mean[k * this->channels + c]);
     }
-    void take(int64_t at, int count) {  // beyond count g is zero
+    void take(int64_t at, int count) {  // lanes beyond count add nothing: load() fills g with 0 there
         V g = ::load(gradient + at, count);
-        if (RELU) g = zero_where_not_positive(g, ::load(out + at, count));
+        if (RELU) g = relu_backward(g, ::load(out + at, count));
         this->sum[K] += g;
         for (int k = 0; k < K; ++k) this->sum[k] += g * (::load(y[k] + at, count) - m[k]);
     }
 };
 
-template <class T, int K, bool RELU> struct Gradients {  // dy_k = factor g + slope (y_k - mean_k) + offset
-    using V = typename Lanes<T>::V;
-    using A = typename Lanes<T>::A;
+// Backward, pass 2: dy_k = factor g + slope (y_k - mean_k) + offset. dy_k may alias y_k: each vector is read first.
+template <class T, int K, bool RELU> struct InputGradients {
+    using V = typename Vector<T>::V;
+    using A = typename Vector<T>::A;
     const T* const* y;
     const T* gradient;
     const T* out;
@@ -274,46 +287,47 @@ template <class T, int K, bool RELU> struct Gradients {  // dy_k = factor g + sl
     void finish_plane(int64_t) {}
     void take(int64_t at, int count) {
         V g = ::load(gradient + at, count);
-        if (RELU) g = zero_where_not_positive(g, ::load(out + at, count));
+        if (RELU) g = relu_backward(g, ::load(out + at, count));
         for (int k = 0; k < K; ++k)
             if (dy[k])
                 ::store(dy[k] + at, a[3 * k] * g + (a[3 * k + 1] * (::load(y[k] + at, count) - m[k]) + a[3 * k + 2]), count);
     }
 };
 
-std::vector<double> total(const std::vector<double>& parts, int64_t size) {
-    std::vector<double> all(size, 0.0);
-    for (size_t i = 0; i < parts.size(); ++i) all[i % size] += parts[i];
-    return all;
+// Add up the partial sums of all threads, in the order of the threads.
+std::vector<double> add_partial_sums(const std::vector<double>& parts, int64_t size) {
+    std::vector<double> sums(size, 0.0);
+    for (size_t i = 0; i < parts.size(); ++i) sums[i % size] += parts[i];
+    return sums;
 }
 
 template <class T> struct Call {
-    using A = typename Lanes<T>::A;
+    using A = typename Vector<T>::A;
     Geometry g;
     const T* const* y;
     T* out;
-    const A* const* gamma;  // each may be null: 1
-    const A* const* beta;  // each may be null: 0
-    A* const* running_mean;  // each may be null: not kept
+    const A* const* gamma;  // may be null: 1
+    const A* const* beta;  // null entry: 0
+    A* const* running_mean;  // null entry: no running statistics
     A* const* running_var;
     const double* momentum;
     const double* eps;
     A* saved;  // (2 K, C): means, then 1 / sqrt(var + eps)
     const T* gradient;
     T* const* dy;
-    A* const* dgamma;  // each may be null: not wanted
+    A* const* dgamma;  // null entry: gradient not needed
     A* const* dbeta;
 
     template <int K, bool RELU> void forward() const {
         const int64_t C = g.channels;
-        const double count = (double)g.per_channel();
+        const double count = (double)g.elements_per_channel();
         std::vector<A> shift(K * C), coefficients((K + 1) * C);
         std::vector<double> offset(C, 0.0);
         for (int k = 0; k < K; ++k)
             for (int64_t c = 0; c < C; ++c)
-                shift[k * C + c] = ::load(y[k] + (g.rows ? c : c * g.inner), 1)[0];
-        std::vector<double> parts(g.team() * 2 * K * C, 0.0);
-        in_team<T>(g, [&](int t) {
+                shift[k * C + c] = ::load(y[k] + (g.channels_last ? c : c * g.inner), 1)[0];
+        std::vector<double> parts(g.team_size() * 2 * K * C, 0.0);
+        parallel_sweep<T>(g, [&](int t) {
             Moments<T, K> task;
             task.total = parts.data() + t * 2 * K * C;
             task.channels = C;
@@ -321,34 +335,34 @@ template <class T> struct Call {
             task.shift = shift.data();
             return task;
         });
-        const std::vector<double> sums = total(parts, 2 * K * C);
+        const std::vector<double> sums = add_partial_sums(parts, 2 * K * C);
         for (int k = 0; k < K; ++k)
             for (int64_t c = 0; c < C; ++c) {
                 const double s = sums[2 * k * C + c], q = sums[(2 * k + 1) * C + c];
-                const double mean = shift[k * C + c] + s / count, spread = std::max(q - s * s / count, 0.0);
-                const double inverse = 1.0 / std::sqrt(spread / count + eps[k]);
+                const double mean = shift[k * C + c] + s / count, squares = std::max(q - s * s / count, 0.0);
+                const double inverse = 1.0 / std::sqrt(squares / count + eps[k]);
                 saved[k * C + c] = (A)mean;
                 saved[(K + k) * C + c] = (A)inverse;
                 if (running_mean[k]) {
                     running_mean[k][c] = (A)(momentum[k] * mean + (1 - momentum[k]) * running_mean[k][c]);
-                    running_var[k][c] = (A)(momentum[k] * (spread / (count - 1)) + (1 - momentum[k]) * running_var[k][c]);
+                    running_var[k][c] = (A)(momentum[k] * (squares / (count - 1)) + (1 - momentum[k]) * running_var[k][c]);
                 }
                 const double factor = inverse * (gamma[k] ? gamma[k][c] : 1.0);
                 coefficients[k * C + c] = (A)factor;
                 offset[c] += (beta[k] ? beta[k][c] : 0.0) - mean * factor;
             }
         std::copy(offset.begin(), offset.end(), coefficients.begin() + K * C);
-        in_team<T>(g, [&](int) {
+        parallel_sweep<T>(g, [&](int) {
             return Affine<T, K, RELU>{y, out, coefficients.data(), C, {}};
         });
     }
 
     template <int K, bool RELU> void backward() const {
         const int64_t C = g.channels;
-        const double count = (double)g.per_channel();
-        std::vector<double> parts(g.team() * (K + 1) * C, 0.0);
-        in_team<T>(g, [&](int t) {
-            Inner<T, K, RELU> task;
+        const double count = (double)g.elements_per_channel();
+        std::vector<double> parts(g.team_size() * (K + 1) * C, 0.0);
+        parallel_sweep<T>(g, [&](int t) {
+            GradientSums<T, K, RELU> task;
             task.total = parts.data() + t * (K + 1) * C;
             task.channels = C;
             task.y = y;
@@ -357,24 +371,24 @@ template <class T> struct Call {
             task.mean = saved;
             return task;
         });
-        const std::vector<double> sums = total(parts, (K + 1) * C);
+        const std::vector<double> sums = add_partial_sums(parts, (K + 1) * C);
         std::vector<A> coefficients(3 * K * C);
-        bool any = false;
+        bool any_dy = false;
         for (int k = 0; k < K; ++k) {
-            any = any || dy[k];
+            any_dy = any_dy || dy[k];
             for (int64_t c = 0; c < C; ++c) {
-                const double inverse = saved[(K + k) * C + c], s = sums[k * C + c], all = sums[K * C + c];
+                const double inverse = saved[(K + k) * C + c], s = sums[k * C + c], g_sum = sums[K * C + c];
                 const double factor = inverse * (gamma[k] ? gamma[k][c] : 1.0);
                 coefficients[3 * k * C + c] = (A)factor;
                 coefficients[(3 * k + 1) * C + c] = (A)(-factor * inverse * inverse * s / count);
-                coefficients[(3 * k + 2) * C + c] = (A)(-factor * all / count);
+                coefficients[(3 * k + 2) * C + c] = (A)(-factor * g_sum / count);
                 if (dgamma[k]) dgamma[k][c] = (A)(s * inverse);
-                if (dbeta[k]) dbeta[k][c] = (A)all;
+                if (dbeta[k]) dbeta[k][c] = (A)g_sum;
             }
         }
-        if (any)
-            in_team<T>(g, [&](int) {
-                return Gradients<T, K, RELU>{y, gradient, out, dy, saved, coefficients.data(), C, {}, {}};
+        if (any_dy)
+            parallel_sweep<T>(g, [&](int) {
+                return InputGradients<T, K, RELU>{y, gradient, out, dy, saved, coefficients.data(), C, {}, {}};
             });
     }
 
@@ -385,7 +399,7 @@ template <class T> struct Call {
 };
 
 template <class T> int run(int terms, int with_relu, const Geometry& g, void* const* p, const double* numbers) {
-    using A = typename Lanes<T>::A;
+    using A = typename Vector<T>::A;
     const int K = terms;
     Call<T> call{g, (const T* const*)p, (T*)p[8 * K], (const A* const*)(p + K), (const A* const*)(p + 2 * K),
                  (A* const*)(p + 3 * K), (A* const*)(p + 4 * K), numbers, numbers + K, (A*)p[8 * K + 1],
@@ -400,11 +414,16 @@ template <class T> int run(int terms, int with_relu, const Geometry& g, void* co
 
 }  // namespace
 
-// pointers: y, gamma, beta, running mean, running var, dy, dgamma, dbeta, K of each; out, saved, gradient (null: forward).
-// numbers: momentum and eps, K of each. Returns 0, or 1 where it has no code for the type or for so many terms.
-extern "C" int repvgg_norm_sum(int type, int terms, int with_relu, int rows, int64_t outer, int64_t channels,
-                               int64_t inner, int threads, void* const* pointers, const double* numbers) {
-    const Geometry g{rows != 0, outer, channels, inner, threads};
+// The only entry point.
+// type: 0 float, 1 double, 2 bfloat16.
+// pointers: K each of y, gamma, beta, running mean, running var, dy, dgamma, dbeta; then out, saved, gradient. A null
+//     gradient selects the forward pass.
+// numbers: K momentums, then K eps.
+// Returns 0, or 1 if there is no code for the type or for this number of terms.
+extern "C" int repvgg_fused_bn_sum(int type, int terms, int with_relu, int channels_last, int64_t outer,
+                                   int64_t channels, int64_t inner, int threads, void* const* pointers,
+                                   const double* numbers) {
+    const Geometry g{channels_last != 0, outer, channels, inner, threads};
     switch (type) {
         case 0: return run<float>(terms, with_relu, g, pointers, numbers);
         case 1: return run<double>(terms, with_relu, g, pointers, numbers);

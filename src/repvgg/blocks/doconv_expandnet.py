@@ -1,4 +1,4 @@
-"""Convolutions with more parameters than taps: DO-Conv and ExpandNet."""
+"""DO-Conv and ExpandNet: convolutions with more parameters than kernel elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from repvgg.blocks.computed import ComputedConv2d
+from repvgg.blocks.basic import ComputedConv2d
 from repvgg.blocks.geometry import Geometry
 from repvgg.errors import UsageError
 
@@ -16,10 +16,10 @@ from repvgg.errors import UsageError
 class DOConv2d(ComputedConv2d):
     """Depthwise over-parameterized convolution: ``K[o, i, k] = Σ_m (δ_km + D[i, k, m]) · W[o, i, m]``, ``y = K ∗ x``.
 
-    W has the shape (O, I, kH, kW) of a kernel, its k² taps being the m of the formula (D_mul = k², as published), and D
-    the shape (C, k², k²), zero at first, so that it begins as the convolution with W. Plain form: K. When to use it:
-    in the place of any convolution larger than 1x1; it costs one small product of matrices a step. D decays as W does,
-    towards the plain convolution: its authors trained with the settings of their baselines, which spare no kernel.
+    W has the shape (O, I, kH, kW) of a kernel, its k² taps being the m of the formula (D_mul = k², as published). D is
+    (C, k², k²) and starts at zero, so that the layer starts as the convolution with W. Plain form: K. Use it in place
+    of any convolution larger than 1x1; it adds one small matrix product per step. D receives the same weight decay as
+    W, towards the plain convolution: the authors train with their baselines' settings, which decay all kernels.
 
     Source: Cao et al., DO-Conv, IEEE Transactions on Image Processing 31 (2022), §3.
     """
@@ -34,40 +34,41 @@ class DOConv2d(ComputedConv2d):
         self.unit: Tensor
 
     def kernel(self) -> Tensor:
-        """``D ∘ W``, (O, I, kH, kW)."""
+        """Return ``(I + D) ∘ W``, (O, I, kH, kW)."""
         inputs, outputs = self.in_channels // self.groups, self.out_channels // self.groups
         depthwise = (self.unit + self.depthwise).view(self.groups, inputs, self.taps, self.taps)
         kernel = torch.einsum("gikm,goim->goik", depthwise, self.weight.view(self.groups, outputs, inputs, self.taps))
         return kernel.reshape(self.out_channels, inputs, *self.kernel_size)
 
 
-def expand_layers(geometry: Geometry, rate: int = 4) -> nn.Sequential:
-    """ExpandNet-CL: a convolution as three, ``y = W3 ∗ (W2 ∗ (W1 ∗ x))``, with nothing but channels in between.
+def expand_cl(geometry: Geometry, rate: int = 4) -> nn.Sequential:
+    """Build an ExpandNet-CL: a convolution as three, ``y = W3 ∗ (W2 ∗ (W1 ∗ x))``, with no activations in between.
 
-    1x1 from C to rC channels, kxk from rC to rC', 1x1 from rC' to C'. The first one pads, so that the merged kernel
-    ``K[o, i] = Σ_m Σ_n W3[o, n]·W2[n, m]·W1[m, i]`` is exact at the border. When to use it: to train small networks.
+    1x1 from C to rC channels, kxk from rC to rC', 1x1 from rC' to C'. The merged kernel is
+    ``K[o, i] = Σ_m Σ_n W3[o, n]·W2[n, m]·W1[m, i]``. Use it to train small networks.
 
     Args:
-        geometry: of the convolution that it is equal to.
+        geometry: of the merged convolution.
         rate: r, 4 in the paper.
 
     Source: Guo et al., ExpandNets, NeurIPS 2020, §3.1.
     """
     inner, outer = rate * geometry.in_channels, rate * geometry.out_channels
+    # The first layer pads: padding between the layers would not equal the merged kernel at the border.
     first = replace(geometry, out_channels=inner, kernel_size=(1, 1), stride=(1, 1), dilation=(1, 1))
     middle = replace(geometry, in_channels=inner, out_channels=outer, padding=(0, 0))
     last = Geometry.square(outer, geometry.out_channels, groups=geometry.groups, kernel_size=1)
     return nn.Sequential(first.conv(), middle.conv(), last.conv())
 
 
-def expand_kernel(geometry: Geometry, rate: int = 4) -> nn.Sequential:
-    """ExpandNet-CK: a kxk convolution as ``(k − 1) / 2`` convolutions 3x3, rC channels wide in between.
+def expand_ck(geometry: Geometry, rate: int = 4) -> nn.Sequential:
+    """Build an ExpandNet-CK: a kxk convolution as ``(k − 1) / 2`` convolutions of 3x3 with rC channels in between.
 
-    The first one pads and the last one strides. Plain form: the composition of the kernels, of size k. When to use it:
-    for kernels of 5 and more; of a 3x3 convolution it makes the same convolution.
+    The first layer pads and the last one carries the stride. Plain form: the composition of the kernels, of size k. Use
+    it for kernels of size 5 and more; for 3x3 it is a single convolution.
 
     Args:
-        geometry: of the convolution that it is equal to; its kernel is square and odd.
+        geometry: of the merged convolution; its kernel is square and odd.
         rate: r, 4 in the paper.
 
     Raises:
@@ -77,18 +78,18 @@ def expand_kernel(geometry: Geometry, rate: int = 4) -> nn.Sequential:
     """
     height, width = geometry.kernel_size
     if height != width or not height % 2 or height < 3:
-        raise UsageError(f"A kernel of {height}x{width} is no stack of 3x3 kernels: take an odd square from 3x3 on.")
-    count, wide = (height - 1) // 2, rate * geometry.in_channels
+        raise UsageError(f"A {height}x{width} kernel is no stack of 3x3 kernels: use an odd square size from 3x3 up.")
+    count, inner = (height - 1) // 2, rate * geometry.in_channels
     layers = []
-    for place in range(count):
-        first, last = place == 0, place == count - 1
+    for index in range(count):
+        is_first, is_last = index == 0, index == count - 1
         layer = replace(
             geometry,
-            in_channels=geometry.in_channels if first else wide,
-            out_channels=geometry.out_channels if last else wide,
+            in_channels=geometry.in_channels if is_first else inner,
+            out_channels=geometry.out_channels if is_last else inner,
             kernel_size=(3, 3),
-            stride=geometry.stride if last else (1, 1),
-            padding=geometry.padding if first else (0, 0),
+            stride=geometry.stride if is_last else (1, 1),
+            padding=geometry.padding if is_first else (0, 0),
         )
         layers.append(layer.conv())
     return nn.Sequential(*layers)

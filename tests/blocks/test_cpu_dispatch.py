@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from repvgg import create_model, is_plain, reparameterize
-from repvgg.blocks import BranchSum, RepVGGBlock, native, rep_conv, training_kernels
-from repvgg.blocks.fused import status
+from repvgg.blocks import BranchSum, RepVGGBlock, fused, rep_conv, training_kernels
+from repvgg.blocks._cpu.build import build
 from repvgg.errors import MissingDependencyError, UsageError
 from tests.blocks.helpers import images, is_fused, step, stirred
 
@@ -28,7 +28,7 @@ def block():
 @pytest.mark.usefixtures("compiled")
 def test_a_block_in_training_is_fused():
     assert is_fused(block()(X))
-    assert "are those in" in status()
+    assert "are those in" in fused.status()
 
 
 @pytest.mark.parametrize(
@@ -175,22 +175,22 @@ def test_the_switch():
 
 def test_without_a_compiler(monkeypatch, tmp_path, caplog):
     """PyTorch's own functions are used, and a line of the log says so, once."""
-    monkeypatch.setenv("REPVGG_CACHE", str(tmp_path))
+    monkeypatch.setenv("REPVGG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    native.build.cache_clear()
+    build.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "repvgg"):
             first, second = block()(X), block()(X)
         assert not is_fused(first)
         assert_close(first, second)
-        assert [record.message for record in caplog.records] == [status()]
-        assert "could not be built" in status()
+        assert [record.message for record in caplog.records] == [fused.status()]
+        assert "could not be built" in fused.status()
         with pytest.raises(MissingDependencyError, match="could not be built"), training_kernels("compiled"):
             pass
-        assert list(tmp_path.iterdir()) == []
+        assert list((tmp_path / "training").iterdir()) == []
     finally:
         monkeypatch.undo()
-        native.build.cache_clear()
+        build.cache_clear()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Branches with constant scales, whose training is that of one plain kernel with scaled gradients (RepOptimizer)."""
+"""Constant-scale linear addition (CSLA, RepOptimizer): training its branches equals training one scaled kernel."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from repvgg.errors import UsageError
 class ConstantScaleSum(nn.Module):
     """``y = s3 · (W3 ∗ x) + s1 · (W1 ∗ x) + w0 · x``: constant scales s3, s1 (O,), learned W3, W1 and w0 (C,).
 
-    w0 begins at 1 and is there iff the shapes match. Plain form: ``K = s3·W3 + pad(s1·W1) + pad(diag(w0))``.
-    As s3 and s1 never change, SGD on W3, W1 and w0 moves K as SGD on K does with its gradient multiplied by
-    :meth:`multiplier`. When to use it: to find out scales (with a batch norm behind it, as in the table of blocks), and
-    then to train the plain kernel alone; see :class:`repvgg.training.RepOptimizer`.
+    w0 starts at 1 and exists iff the shapes match. Plain form: ``K = s3·W3 + pad(s1·W1) + pad(diag(w0))``.
+    As s3 and s1 are constant, SGD on W3, W1 and w0 changes K as SGD on K does with its gradient multiplied by
+    :meth:`multiplier`. Use it to find the scales (followed by a batch norm, as in the table of blocks), then train the
+    plain kernel alone; see :class:`repvgg.training.RepOptimizer`.
 
     Args:
         geometry: of the kxk convolution.
         dense: s3, a number or a tensor (O,).
-        pointwise: s1, the same.
+        pointwise: s1, a number or a tensor (O,).
 
     Raises:
-        UsageError: the kernel size is even, or the scales are neither a number nor one for each output channel.
-        BorderError: the padding is another one than the centre needs.
+        UsageError: the kernel size is even, or the scales are neither one number nor one per output channel.
+        BorderError: the padding does not centre the kernel.
 
     Source: Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, §3.1.
     """
@@ -38,8 +38,8 @@ class ConstantScaleSum(nn.Module):
         self.geometry = geometry
         self.dense, self.pointwise = geometry.conv(), geometry.around(1)
         self.identity = nn.Parameter(torch.ones(geometry.in_channels, 1, 1)) if geometry.keeps_shape else None
-        self.register_buffer("dense_scale", _column(dense, geometry))
-        self.register_buffer("pointwise_scale", _column(pointwise, geometry))
+        self.register_buffer("dense_scale", _per_channel(dense, geometry))
+        self.register_buffer("pointwise_scale", _per_channel(pointwise, geometry))
         self.dense_scale: Tensor
         self.pointwise_scale: Tensor
 
@@ -49,7 +49,7 @@ class ConstantScaleSum(nn.Module):
         return out if self.identity is None else out + self.identity * x
 
     def multiplier(self) -> Tensor:
-        """What the gradient of K is multiplied by: ``s3² + s1²`` at the centre ``+ 1`` on the diagonal of the channels.
+        """Return the factor for the gradient of K: ``s3²``, plus ``s1²`` at the centre, plus 1 on its channel diagonal.
 
         Returns:
             A tensor in the shape of K, (O, I, kH, kW).
@@ -63,10 +63,12 @@ class ConstantScaleSum(nn.Module):
         return factor
 
 
-def _column(scale: float | Tensor, geometry: Geometry) -> Tensor:
+def _per_channel(scale: float | Tensor, geometry: Geometry) -> Tensor:
+    """Return the scales as (O, 1, 1), which broadcasts over N, H and W."""
     value = torch.as_tensor(scale, dtype=torch.get_default_dtype()).detach()
     if value.numel() not in (1, geometry.out_channels):
         raise UsageError(
-            f"A branch of {geometry.out_channels} channels takes one scale or as many, not {value.numel()}."
+            f"A branch of {geometry.out_channels} channels needs 1 or {geometry.out_channels} scales, got "
+            f"{value.numel()}."
         )
     return value.reshape(-1, 1, 1).expand(geometry.out_channels, 1, 1).clone()
