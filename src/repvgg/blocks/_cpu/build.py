@@ -95,7 +95,7 @@ def _compile(compiler: str, target: str) -> None:
 
 
 def _folder() -> Path:
-    """Return the cache folder, or a temporary folder of this process if caching is off or the folder is not writable."""
+    """Return the cache folder, or a temporary folder if caching is off or the folder is not writable."""
     folder = cache_folder("training")
     if folder is not None:
         try:
