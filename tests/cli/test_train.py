@@ -56,7 +56,7 @@ def test_says_what_decides_the_outcome(finished):
     folder, said = finished
     lines = [line.strip() for line in said.splitlines()]
     assert lines[:4] == [
-        "Train repvgg_t0 on fake:60x3: 60 images of 3x8x8 in 3 classes, judged by 12 others",
+        "Train repvgg_t0 on fake:60x3: 60 training images of 3x8x8 in 3 classes, 12 validation images",
         "global batch 12 (one device), learning rate 0.009375, scaled by 0.1875 with the batch, 2 epochs, "
         "decay policy 'paper'",
         "decay: 200,544 parameters in 15 tensors, weight decay 0.0005",
@@ -146,7 +146,7 @@ def test_where_a_run_goes(repvgg, planned, finished):
     [
         ((), "Say how to train: --recipe paper-simple, or another one of"),
         (("repvgg_a0",), "Say how to train"),
-        (("repvgg_a0", "--recipe", "nope"), "There is no recipe 'nope': there are paper-simple"),
+        (("repvgg_a0", "--recipe", "nope"), "There is no recipe 'nope': choose one of paper-simple"),
         (("repvgg_a0", "--recipe"), "Say how to train"),
         (("nope", "--recipe", "quickstart"), "There is no model 'nope'"),
         (("--recipe", "quickstart", "--data", "nope:"), "'nope:' is no data set"),
@@ -155,7 +155,7 @@ def test_where_a_run_goes(repvgg, planned, finished):
         (("--config", "nowhere.yaml"), "The config 'nowhere.yaml' cannot be read"),
         (("--recipe", "quickstart", "--optim.lr", "-1"), "SGD needs lr > 0"),
         (("--recipe", "quickstart", "--devices", "2"), "torchrun --nproc-per-node"),
-        (("--recipe", "quickstart", "--resume", "--overwrite"), "either goes on or begins anew"),
+        (("--recipe", "quickstart", "--resume", "--overwrite"), "either resumed or started again"),
         (("--recipe", "quickstart", "--batch-size", "5000"), "1437 training images do not fill one batch of 5000"),
     ],
 )
@@ -220,14 +220,14 @@ def test_a_folder_that_cannot_be_made(repvgg, tmp_path):
     (tmp_path / "file").write_text("precious")
     outcome = repvgg("train", *SMALL, "--out", tmp_path / "file" / "run")
     assert outcome.code == 2
-    assert outcome.err.endswith("run' cannot be made: Not a directory.\n")
+    assert outcome.err.endswith("run' cannot be created: Not a directory.\n")
 
 
 def test_a_collapse_that_fails_is_no_traceback(repvgg, monkeypatch, tmp_path):
     def fail(*_):
         raise EquivalenceError("The model would not collapse.")
 
-    monkeypatch.setattr("repvgg.training.runs.try_out", fail)
+    monkeypatch.setattr("repvgg.training.run_folder.perform_dry_run", fail)
     outcome = repvgg("train", *SMALL, "--out", tmp_path / "run")
     assert (outcome.code, outcome.err) == (2, "error: The model would not collapse.\n")
     assert not (tmp_path / "run").exists()

@@ -36,7 +36,7 @@ def preload():
 PRELOADED = (
     "matplotlib.backends.backend_agg",
     "repvgg.data.sources.synthetic",
-    "repvgg.training.runs",
+    "repvgg.training.run_folder",
     "safetensors.torch",
     "torch.utils.tensorboard",
     "torchmetrics.functional.classification",
@@ -67,7 +67,7 @@ def arm(event, count, number):
     """Send this process the signal ``number`` as ``event`` happens for the ``count``th time."""
     import torch
 
-    from repvgg.training import folder, task
+    from repvgg.training import run_folder, task
 
     left = count
 
@@ -91,11 +91,11 @@ def arm(event, count, number):
     elif event == "judging":
         before(task.ClassificationTask, "validation_step")
     elif event == "epoch kept":
-        before(folder.RunFolder, "keep_epoch")
+        before(run_folder.RunFolder, "write_epoch")
     elif event == "epoch saved":
         before(torch, "save")
     elif event == "end":
-        before(folder.RunFolder, "finish")
+        before(run_folder.RunFolder, "finish")
     elif event == "half a file":
         original = torch.save
 

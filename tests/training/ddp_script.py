@@ -13,7 +13,7 @@ import repvgg.training.task as tasks
 from repvgg.cli import main
 from repvgg.data import DataConfig
 from repvgg.training import OptimConfig, fit
-from repvgg.training.sync_bn import synchronized
+from repvgg.training.distributed import synchronized_batch_norm
 from tests.training.helpers import CONFIG, opened, tiny
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -89,7 +89,7 @@ def synchronized_step():
     """The same on the share of this process; gradients are averaged over all, as DDP does."""
     net, x, target = norms()
     share = slice(0, 2) if RANK == 0 else slice(2, 6)  # not the same number of images
-    with synchronized(net):
+    with synchronized_batch_norm(net):
         found = step(net, x[share], target[share] * len(x[share]) / 6 * 2)
     for gradient in found["gradients"].values():
         torch.distributed.all_reduce(gradient)

@@ -12,8 +12,7 @@ from repvgg.blocks import Geometry, create_block
 from repvgg.errors import UsageError
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage, create_model, create_variant
 from repvgg.training import OptimConfig, equivalent_l2, fit, parameter_groups
-from repvgg.training.decay import describe_groups, rep_branches
-from repvgg.training.optim import optimizer_groups
+from repvgg.training.optim import describe_groups, optimizer_groups, repvgg_blocks
 from tests.bn_statistics import trained_like
 from tests.training.helpers import CONFIG, SPEC, opened, tiny
 
@@ -95,7 +94,7 @@ def test_shared_parameters_come_once_and_frozen_ones_never():
 
 
 def test_unknown_policy():
-    with pytest.raises(UsageError, match="'none': there are paper, upstream, upstream-2021, no-1d"):
+    with pytest.raises(UsageError, match="'none': choose one of paper, upstream, upstream-2021, no-1d"):
         parameter_groups(nn.Linear(1, 1), 0.1, "none")
 
 
@@ -123,7 +122,7 @@ def test_custom_l2_takes_the_place_of_the_decay_of_both_kernels():
 def by_loops(model):
     """The formula of the paper's repository, channel by channel, in plain Python numbers."""
     total = 0.0
-    for block in rep_branches(model):
+    for block in repvgg_blocks(model):
         k3, k1 = (block[name].conv.weight.tolist() for name in ("dense", "pointwise"))
         for o in range(len(k3)):
             t3, t1 = (
@@ -146,7 +145,7 @@ def test_equivalent_l2_by_loops():
 def test_equivalent_l2_of_one_channel_by_hand():
     """K3 = 2 on the ring and 3 in the centre, K1 = 5, t3 = 1/2, t1 = 2: 8·4 + (3/2 + 10)² / (1/4 + 4)."""
     model = create_model(ModelSpec("one", Stage(1, 1, stride=1), (Stage(1, 1),)), 2, 1).double()
-    first, second = rep_branches(model)
+    first, second = repvgg_blocks(model)
     for bn, gamma in ((first["dense"].bn, 0.5), (first["pointwise"].bn, 2.0)):
         bn.running_var.fill_(1 - bn.eps)
         nn.init.constant_(bn.weight, gamma)
@@ -160,7 +159,7 @@ def test_equivalent_l2_of_one_channel_by_hand():
 
 def test_channels_that_are_switched_off():
     model = trained_like(create_model(GATED, 3, 2)).double()
-    block = next(rep_branches(model))
+    block = next(repvgg_blocks(model))
     for branch in ("dense", "pointwise"):
         block[branch].bn.weight.data[1] = 0.0
     found = equivalent_l2(model)
@@ -216,7 +215,7 @@ def test_the_l2_of_upstream_knows_its_own_blocks_only(block):
     """Others have a kernel and a 1x1 as well, and more beside them: their kernels decay as they are."""
     spec = replace(SPEC, auxiliary=())
     model = create_variant(spec, block, num_classes=3)
-    assert list(rep_branches(model)) == []
+    assert list(repvgg_blocks(model)) == []
     assert equivalent_l2(model) == 0
     for custom in (False, True):
         decaying, _ = parameter_groups(model, 0.1, custom_l2=custom)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import repvgg
 from repvgg.blocks import BLOCKS, ConstantScaleSum, Geometry
 from repvgg.errors import UsageError
-from repvgg.training import RepOptimizer, without_branches
+from repvgg.training import RepOptimizer, merge_constant_scale_branches
 from tests.bn_statistics import trained_like
 
 
@@ -50,7 +50,7 @@ def backward(model, batch):
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_plain_model_goes_the_way_of_the_branches(nesterov):
     model = branched()
-    plain, multipliers = without_branches(model)
+    plain, multipliers = merge_constant_scale_branches(model)
     assert not any(isinstance(part, ConstantScaleSum) for part in plain.modules())
     slow, quick = sgd(model, nesterov=nesterov), RepOptimizer(sgd(plain, nesterov=nesterov), multipliers)
     for batch in batches():
@@ -68,7 +68,7 @@ def test_the_plain_model_goes_the_way_of_the_branches(nesterov):
 
 def test_without_multipliers_it_goes_another_way():
     model = branched()
-    plain, _ = without_branches(model)
+    plain, _ = merge_constant_scale_branches(model)
     for network in (model, plain):
         optimizer = sgd(network)
         backward(network, next(batches()))
@@ -89,7 +89,7 @@ def test_a_closure_and_gradients_that_stay():
     """What Lightning calls; and a second step on the same gradients scales them once each."""
     steps = []
     for with_closure in (False, True):
-        plain, multipliers = without_branches(branched())
+        plain, multipliers = merge_constant_scale_branches(branched())
         optimizer = RepOptimizer(sgd(plain), multipliers)
         batch = next(batches())
         if with_closure:
@@ -105,8 +105,8 @@ def test_a_closure_and_gradients_that_stay():
 
 
 def test_removed_it_leaves_the_optimizer_alone():
-    plain, multipliers = without_branches(branched())
-    other, _ = without_branches(branched())
+    plain, multipliers = merge_constant_scale_branches(branched())
+    other, _ = merge_constant_scale_branches(branched())
     wrapped, bare = RepOptimizer(sgd(plain), multipliers), sgd(other)
     wrapped.remove()
     for network, optimizer in ((plain, wrapped), (other, bare)):
@@ -117,16 +117,16 @@ def test_removed_it_leaves_the_optimizer_alone():
 
 def test_the_block_of_the_table():
     model = nn.Sequential(BLOCKS["constant_scale"].make(Geometry.square(3, 3)), nn.ReLU()).double()
-    plain, multipliers = without_branches(model)
+    plain, multipliers = merge_constant_scale_branches(model)
     x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
     assert_close(plain.eval()(x), model.eval()(x), rtol=1e-12, atol=1e-12)
     assert [tuple(p.shape) for p in multipliers] == [(3, 3, 3, 3)]
 
 
 def test_what_does_not_fit():
-    plain, multipliers = without_branches(branched())
-    with pytest.raises(UsageError, match="no block of constant scales"):
-        without_branches(plain)
+    plain, multipliers = merge_constant_scale_branches(branched())
+    with pytest.raises(UsageError, match="The model has no block of constant scales"):
+        merge_constant_scale_branches(plain)
     with pytest.raises(UsageError, match="make the optimizer of the plain"):
         RepOptimizer(sgd(branched()), multipliers)
     with pytest.raises(UsageError, match="that shape"):

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from repvgg.training import write_config
-from repvgg.training.saving import place_of
+from repvgg.training.checkpoint import read_position
 from tests.training.helpers import CONFIG, outcome, with_workers
 
 KILL, TERM, INT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
@@ -152,7 +152,7 @@ def test_sigterm_saves_first(server, expected, tmp_path, step):
 def test_sigterm_while_judging_waits_for_the_epoch(server, expected, tmp_path):
     code, text = start(server, tmp_path / "run", EVERYTHING, ("judging", 1, TERM))
     assert code == 143, text
-    assert place_of(tmp_path / "run" / "last.ckpt") == (1, 0, 3)
+    assert read_position(tmp_path / "run" / "last.ckpt") == (1, 0, 3)
     assert start(server, tmp_path / "run", EVERYTHING)[0] == 0
     assert_same(tmp_path / "run", expected)
 
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_at_once(server, expected, tmp_path):
     assert code == 130
     assert text.endswith("interrupted\n")
     assert "Traceback" not in text
-    assert place_of(tmp_path / "run" / "last.ckpt") == (1, 3, 3)
+    assert read_position(tmp_path / "run" / "last.ckpt") == (1, 3, 3)
     assert start(server, tmp_path / "run", EVERYTHING)[0] == 0
     assert_same(tmp_path / "run", expected)
 

@@ -20,8 +20,7 @@ from repvgg.studies.cells import CELLS, Cell, Cells, Header, plain_data, read_ce
 from repvgg.studies.claims import Claim, Share, claimed, holder_of
 from repvgg.studies.contenders import Contender
 from repvgg.studies.training_cell import Training, train_cell
-from repvgg.training import TrainConfig
-from repvgg.training.saving import Terminated
+from repvgg.training import Terminated, TrainConfig
 
 RUNS = "runs"
 _OF_A_TABLE = {"rows", "seeds", "rounds"}  # and of no training

@@ -269,7 +269,7 @@ def _report(
     judged: list[_Judged],
     timings: list[page.Timing],
 ) -> page.Report:
-    confusion = tuple(tuple(row) for row in result.held_out.confusion.tolist())
+    confusion = tuple(tuple(row) for row in result.validation.confusion.tolist())
     history = tuple(page.Epoch(e.epoch, e.loss, e.held_out_accuracy) for e in result.history)
     return page.Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

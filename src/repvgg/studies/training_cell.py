@@ -21,10 +21,16 @@ from repvgg.measure.memory import track_peak_memory
 from repvgg.models import ModelSpec, RepVGG, form_of
 from repvgg.studies.cells import Cell
 from repvgg.studies.contenders import Contender
-from repvgg.training import EpochRecord, Evaluation, TrainConfig, fit, seeded
-from repvgg.training.curve import write_log
-from repvgg.training.fitting import judged
-from repvgg.training.saving import LAST
+from repvgg.training import (
+    LAST_CHECKPOINT,
+    EpochRecord,
+    Evaluation,
+    TrainConfig,
+    evaluate_validation,
+    fit,
+    seeded,
+    write_log,
+)
 from repvgg.verify import verify
 
 _BATCH, _JUDGED = 64, 4  # images, batches
@@ -67,8 +73,8 @@ def train_cell(training: Training, folder: Path) -> Cell:
     outcome: dict[str, Any] = {
         "row": training.contender.name,
         "seed": config.seed,
-        "trained": _figures(result.held_out),
-        "deployed": _deployed(model, result.held_out, training),
+        "trained": _figures(result.validation),
+        "deployed": _deployed(model, result.validation, training),
         "loss": result.history[-1].loss,
         "epochs": len(result.history),
         "seconds": sum(record.seconds for record in result.history),
@@ -79,7 +85,7 @@ def train_cell(training: Training, folder: Path) -> Cell:
         "environment": environment(),
         "remarks": remarks,
     }
-    (folder / LAST).unlink(missing_ok=True)  # the result says it all
+    (folder / LAST_CHECKPOINT).unlink(missing_ok=True)  # the result says it all
     return outcome
 
 
@@ -112,7 +118,7 @@ def _deployed(model: nn.Module, trained: Evaluation, training: Training) -> dict
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
-    result = judged(plain, training.data, training.config)
+    result = evaluate_validation(plain, training.data, training.config)
     same = int((result.predictions == trained.predictions).sum())
     batches = islice(training.data.held_out_batches(_BATCH), _JUDGED)
     images = [training.data.prepare(images) for images, _ in batches]

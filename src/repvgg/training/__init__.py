@@ -1,85 +1,107 @@
-"""Training: recipes that return a complete config, and Lightning as the engine.
+"""Training: recipes that return a complete config, and Lightning to run them.
 
-Configs, recipes and optimizer come at once; what needs Lightning is loaded on first use.
+Configs, recipes and parameter groups are imported at once. What needs Lightning and torchmetrics (the extra ``train``)
+is imported on first use: they take seconds, and a help text needs neither.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from repvgg.training.config import DecayPolicy, OptimConfig, Precision, TrainConfig
-from repvgg.training.config_file import read_config, to_yaml, write_config
-from repvgg.training.decay import parameter_groups
+from repvgg.errors import require
+from repvgg.training.config import (
+    DecayPolicy,
+    OptimConfig,
+    Precision,
+    TrainConfig,
+    read_config,
+    to_yaml,
+    write_config,
+)
+from repvgg.training.distributed import BatchPlan, ProcessLayout, SyncBatchNorm, plan_batches, process_layout
 from repvgg.training.evaluation import Evaluation, evaluate
-from repvgg.training.optim import learning_rate_factor
-from repvgg.training.plan import BatchPlan, Layout, layout_of, plan_batches
+from repvgg.training.optim import equivalent_l2, learning_rate_factor, parameter_groups
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
-from repvgg.training.regularizer import equivalent_l2
+from repvgg.training.rep_optimizer import RepOptimizer, merge_constant_scale_branches
 from repvgg.training.seeding import seeded
 
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord
-    from repvgg.training.fitting import FitResult, fit
-    from repvgg.training.rep_optimizer import RepOptimizer, without_branches
-    from repvgg.training.runs import RunResult, run
-    from repvgg.training.saving import Terminated
-    from repvgg.training.sync_bn import SyncBatchNorm
+    from repvgg.training.checkpoint import LAST_CHECKPOINT, Terminated
+    from repvgg.training.dry_run import DryRunResult, perform_dry_run
+    from repvgg.training.loop import FitResult, evaluate_validation, fit
+    from repvgg.training.run_folder import RunResult, run, write_log
     from repvgg.training.task import ClassificationTask, classification_loss
-    from repvgg.training.trial import Trial, try_out
 
-_ON_FIRST_USE = {
+_LIGHTNING_MODULES = {
     "ClassificationTask": "task",
+    "DryRunResult": "dry_run",
     "EpochRecord": "callbacks",
-    "FitResult": "fitting",
-    "RepOptimizer": "rep_optimizer",
-    "RunResult": "runs",
-    "SyncBatchNorm": "sync_bn",
-    "Terminated": "saving",
-    "Trial": "trial",
+    "FitResult": "loop",
+    "LAST_CHECKPOINT": "checkpoint",
+    "RunResult": "run_folder",
+    "Terminated": "checkpoint",
     "classification_loss": "task",
-    "fit": "fitting",
-    "run": "runs",
-    "try_out": "trial",
-    "without_branches": "rep_optimizer",
+    "evaluate_validation": "loop",
+    "fit": "loop",
+    "perform_dry_run": "dry_run",
+    "run": "run_folder",
+    "write_log": "run_folder",
+}
+
+# Names of version 0.1.0, kept so that code written for it still works.
+_FORMER_NAMES = {
+    "Layout": "ProcessLayout",
+    "Trial": "DryRunResult",
+    "layout_of": "process_layout",
+    "try_out": "perform_dry_run",
+    "without_branches": "merge_constant_scale_branches",
 }
 
 __all__ = [
+    "LAST_CHECKPOINT",
     "RECIPES",
     "BatchPlan",
     "ClassificationTask",
     "DecayPolicy",
+    "DryRunResult",
     "EpochRecord",
     "Evaluation",
     "FitResult",
-    "Layout",
     "OptimConfig",
     "Precision",
+    "ProcessLayout",
     "RepOptimizer",
     "RunResult",
     "SyncBatchNorm",
     "Terminated",
     "TrainConfig",
-    "Trial",
     "classification_loss",
     "equivalent_l2",
     "evaluate",
+    "evaluate_validation",
     "fit",
-    "layout_of",
     "learning_rate_factor",
+    "merge_constant_scale_branches",
     "parameter_groups",
+    "perform_dry_run",
     "plan_batches",
+    "process_layout",
     "quickstart",
     "read_config",
     "recipe_of",
     "run",
     "seeded",
     "to_yaml",
-    "try_out",
-    "without_branches",
     "write_config",
+    "write_log",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return getattr(importlib.import_module(f"repvgg.training.{_ON_FIRST_USE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _FORMER_NAMES:
+        return getattr(importlib.import_module(__name__), _FORMER_NAMES[name])
+    if name not in _LIGHTNING_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for package in ("lightning", "torchmetrics"):
+        require(package, "train")
+    return getattr(importlib.import_module(f"repvgg.training.{_LIGHTNING_MODULES[name]}"), name)

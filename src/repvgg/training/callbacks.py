@@ -1,4 +1,4 @@
-"""What watches a run: the record of its epochs, the data's epoch, and the bar that a person looks at."""
+"""Lightning callbacks of a run: epoch records, the moving average of the weights, progress bar, epoch events."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from repvgg.data import TrainLoader
 from repvgg.training.task import ClassificationTask
 
-_REFRESH = 0.25  # seconds
+_REFRESH_SECONDS = 0.25
 
 
 @final
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of a run.
+    """The metrics of one epoch. The field names are also the keys in ``log.csv``, ``report.json`` and ``last.ckpt``.
 
     Attributes:
         epoch: counted from 1.
-        loss: mean of the training loss over the steps, without weight decay.
-        held_out_accuracy: after the epoch, in [0, 1].
-        held_out_top5: share of images whose class is among the five likeliest, in [0, 1].
+        loss: mean training loss over the steps, without weight decay.
+        held_out_accuracy: top-1 accuracy on the validation images after the epoch, in [0, 1].
+        held_out_top5: top-5 accuracy likewise.
         lr: learning rate of the last step.
-        seconds: wall time, the pass over the held-out images included.
-        images_per_second: of training, over all devices, that pass left out.
+        seconds: wall time, including validation.
+        images_per_second: training throughput over all devices, without validation.
     """
 
     epoch: int
@@ -43,52 +46,49 @@ class EpochRecord:
 
 @final
 class History(L.Callback):
-    """Collects one :class:`EpochRecord` an epoch in ``records``; part of the checkpoint.
+    """Append an :class:`EpochRecord` per epoch to ``records``, which are part of the checkpoint.
 
     Raises:
-        TrainingError: the loss is not finite; what was saved before is left as it is.
+        TrainingError: the loss of an epoch is not finite; checkpoints saved before stay as they are.
     """
+
+    # The class name is Lightning's key of this state in last.ckpt: a renamed class could not resume older runs.
 
     def __init__(self) -> None:
         self.records: list[EpochRecord] = []
-        self._start = self._trained = 0.0
+        self._epoch_start = self._last_step_end = 0.0
         self._images = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The records as plain data."""
         return {"records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from saved records."""
         self.records = [EpochRecord(**record) for record in state_dict["records"]]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, for a run that goes on in the middle of an epoch."""
-        self._start = time.perf_counter()
+        # on_train_epoch_start is not called for the epoch in whose middle a run resumes.
+        self._epoch_start = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._start, self._images = time.perf_counter(), 0
+        self._epoch_start, self._images = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count images."""
         self._images += len(batch[1]) * trainer.world_size
-        self._trained = time.perf_counter()
+        self._last_step_end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the numbers of the epoch."""
         assert isinstance(pl_module, ClassificationTask)
         loss = pl_module.mean_loss()
         top1, top5 = float(pl_module.top1.compute()), float(pl_module.top5.compute())
         for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5):
             metric.reset()
         now = time.perf_counter()
-        speed = self._images / max(self._trained - self._start, 1e-9)
+        speed = self._images / max(self._last_step_end - self._epoch_start, 1e-9)
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         epoch = trainer.current_epoch + 1
-        self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._start, speed))
+        self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._epoch_start, speed))
         if trainer.loggers:
             pl_module.log_dict(
                 {"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr}
@@ -96,27 +96,66 @@ class History(L.Callback):
 
 
 @final
-class Follow(L.Callback):
-    """Tells the loader which epoch it is, and the world about each epoch that is done."""
+class MovingAverage(WeightAveraging):
+    """Exponential moving average of weights and batch norm statistics: ``ā ← d_n · ā + (1 − d_n) · w`` after step n.
+
+    ``d_n = min(decay, (1 + n) / (10 + n))``: the warm-up of the decay forgets the first steps, which are far from the
+    final weights, faster than a constant decay (Lightning's ``EMAWeightAveraging``) would. Lightning validates the
+    average and copies it into the model when training ends.
+
+    Args:
+        decay: in (0, 1).
+    """
+
+    # The class name is Lightning's key of this state in last.ckpt: a renamed class could not resume older runs.
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._update)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _update(self, averages: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
+        n = int(steps)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        if averages[0].is_floating_point():  # PyTorch groups the tensors by dtype, so one stands for all
+            torch._foreach_lerp_(averages, weights, weight)
+        else:
+            torch._foreach_copy_(averages, weights)  # batch counters
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> Any:
+        return step_idx is not None
+
+    def copy_into(self, task: L.LightningModule) -> None:
+        """Copy the averages into ``task``. Lightning omits this where a resumed run had finished its last epoch."""
+        self._copy_average_to_current(task)
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the current averages whose names start with ``prefix``, with the prefix removed."""
+        assert self._average_model is not None
+        state = self._average_model.module.state_dict()
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+@final
+class EpochEvents(L.Callback):
+    """Set the epoch of the loader, which decides the order of its images, and call ``on_epoch`` after each epoch."""
 
     def __init__(self, loader: TrainLoader, on_epoch: Callable[[], None]) -> None:
         self._loader = loader
         self._on_epoch = on_epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the order of the images."""
         self._loader.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hand on."""
         self._on_epoch()
 
 
 @final
-class Bar(L.Callback):
-    """One line for the whole run: epoch, loss, held-out accuracy, images per second, time left.
+class ProgressBar(L.Callback):
+    """One line for the whole run: epoch, loss, validation accuracy, images per second, remaining time.
 
-    Use it as a context manager around the run, so that the line is closed whatever ends it.
+    Use it as a context manager around the run, so that the line is closed when an exception ends it.
     """
 
     def __init__(self, history: History, console: Console | None = None) -> None:
@@ -126,14 +165,14 @@ class Bar(L.Callback):
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
-            refresh_per_second=1 / _REFRESH,
+            refresh_per_second=1 / _REFRESH_SECONDS,
         )
         self._history = history
         self._line = self._progress.add_task("training", total=None, numbers="")
         self._loss = self._accuracy = ""
-        self._shown = 0.0
+        self._last_update = 0.0
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
@@ -141,34 +180,32 @@ class Bar(L.Callback):
         self._progress.stop()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn how long the run is."""
         total = int(trainer.estimated_stepping_batches)
         self._progress.reset(self._line, total=total, completed=trainer.global_step, numbers="")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance, a few times a second: reading the loss waits for the device."""
-        if time.perf_counter() - self._shown < _REFRESH:
+        # Reading the loss synchronizes with the device, so it is not done at every step.
+        if time.perf_counter() - self._last_update < _REFRESH_SECONDS:
             return
-        self._shown = time.perf_counter()
+        self._last_update = time.perf_counter()
         self._loss = f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.3f}"
         self._show(trainer, len(batch[1]) * trainer.accumulate_grad_batches * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the numbers of the whole epoch."""
         record = self._history.records[-1]
         self._loss = f"loss {record.loss:.3f}"
-        self._accuracy = f"  held-out {record.held_out_accuracy:.1%}"
+        self._accuracy = f"  validation {record.held_out_accuracy:.1%}"
         self._show(trainer, 0)
 
-    def _show(self, trainer: L.Trainer, images: int) -> None:
-        speed = self._progress.tasks[0].speed
-        rate = f"  {speed * images:.0f} img/s" if speed and images else ""
-        done = trainer.global_step == self._progress.tasks[0].total
+    def _show(self, trainer: L.Trainer, images_per_step: int) -> None:
+        steps_per_second = self._progress.tasks[0].speed
+        rate = f"  {steps_per_second * images_per_step:.0f} img/s" if steps_per_second and images_per_step else ""
+        finished = trainer.global_step == self._progress.tasks[0].total
         self._progress.update(
             self._line,
             completed=trainer.global_step,
             description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-            numbers=f"{self._loss}{self._accuracy}{rate}  {'took' if done else 'left'}",
+            numbers=f"{self._loss}{self._accuracy}{rate}  {'took' if finished else 'left'}",
         )

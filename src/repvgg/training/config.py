@@ -1,10 +1,14 @@
-"""A training run as one typed, printable value. Recipes return it, nothing else decides."""
+"""The configuration of a training run, and its YAML file."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal, final
+from pathlib import Path
+from typing import Any, Literal, final
 
+from repvgg import _serde
+from repvgg._files import write_text
 from repvgg.data import DataConfig
 from repvgg.errors import UsageError
 
@@ -15,25 +19,25 @@ Precision = Literal["float32", "bf16", "fp16"]
 @final
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum; the rate rises linearly, then falls to 0 as a half cosine, step by step.
+    """SGD with momentum, a linear warm-up and a cosine decay to 0, updated every step.
 
     Attributes:
-        lr: the highest learning rate, reached when the warm-up ends, for a global batch of ``lr_batch`` images.
-        lr_batch: the global batch that ``lr`` is meant for: another one scales the rate linearly (Goyal et al. 2017,
+        lr: peak learning rate, reached at the end of the warm-up, for a global batch of ``lr_batch`` images.
+        lr_batch: global batch that ``lr`` refers to; other batch sizes scale it linearly (Goyal et al. 2017,
             arXiv 1706.02677). None takes ``lr`` as it is.
-        momentum: of SGD.
-        nesterov: take Nesterov's form of it; the paper and upstream do not.
-        weight_decay: the L2 factor of the parameters that ``decay`` names.
-        decay: which parameters decay, see repvgg.training.parameter_groups.
-        custom_l2: put upstream's L2 on the equivalent kernel of each block in place of the decay of its two kernels,
-            see repvgg.training.equivalent_l2.
-        norm_bias_lr: how many times that rate the biases of batch norms take: in short runs they have to move far in
-            few steps (K. Jordan 2024, arXiv 2404.00498, among the optimization tricks).
-        warmup_epochs: epochs of the linear rise; a fraction is fine, 0 is none.
-        clip: largest L2 norm of all gradients together; None clips nothing.
+        momentum: of SGD, in [0, 1).
+        nesterov: use Nesterov momentum; the paper and upstream do not.
+        weight_decay: L2 factor of the parameters that ``decay`` selects.
+        decay: which parameters have weight decay, see repvgg.training.parameter_groups.
+        custom_l2: penalize the equivalent kernel of each block, as upstream does, in place of the decay of its two
+            kernels, see repvgg.training.equivalent_l2.
+        norm_bias_lr: learning-rate multiplier of batch norm biases: in short runs they have to move far in few steps
+            (K. Jordan 2024, arXiv 2404.00498, among the optimization tricks).
+        warmup_epochs: length of the warm-up, fractions allowed; 0 for none.
+        clip: maximum L2 norm of all gradients together; None for no clipping.
 
     Raises:
-        UsageError: a number out of its range.
+        UsageError: a number is out of range.
     """
 
     lr: float = 0.1
@@ -50,54 +54,55 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.warmup_epochs >= 0):
             raise UsageError(
-                f"SGD needs lr > 0, momentum in [0, 1), weight_decay >= 0 and warmup_epochs >= 0, not {self}."
+                f"SGD needs lr > 0, momentum in [0, 1), weight_decay >= 0 and warmup_epochs >= 0, got {self}."
             )
         if self.nesterov and self.momentum == 0:
-            raise UsageError("Nesterov's form needs a momentum above 0.")
+            raise UsageError("Nesterov momentum needs a momentum above 0.")
         if not self.norm_bias_lr > 0:
-            raise UsageError(f"The biases of batch norms take a multiple above 0 of the rate, not {self.norm_bias_lr}.")
+            raise UsageError(f"norm_bias_lr must be greater than 0, got {self.norm_bias_lr}.")
         if self.clip is not None and self.clip <= 0:
-            raise UsageError(f"Gradients are clipped to a norm above 0, not {self.clip}.")
+            raise UsageError(f"clip must be greater than 0, or None for no clipping, got {self.clip}.")
         if self.lr_batch is not None and self.lr_batch < 1:
-            raise UsageError(f"The batch that the learning rate is meant for is positive, not {self.lr_batch}.")
+            raise UsageError(f"lr_batch must be at least 1, or None to take lr as it is, got {self.lr_batch}.")
 
 
 @final
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on.
+    """Everything that a training run depends on.
 
     Attributes:
-        model: the row of the table to train.
-        recipe: name of the recipe that this came from.
+        model: name of the architecture to train.
+        recipe: name of the recipe that this config started from.
         epochs: passes over the training images, at least 1.
-        batch_size: images of one step of the optimizer over all devices, the global batch, at least 2; the rest of an
-            epoch that fills none is left out.
-        device_batch: images that one device takes at a time, if fewer than its share: gradients are accumulated.
-        data: what to train on and what to judge by.
+        batch_size: the global batch: images per optimizer step over all devices, at least 2; an incomplete last batch
+            of an epoch is dropped.
+        device_batch: images that one device processes at a time; if that is less than its part of the global batch,
+            gradients are accumulated.
+        data: the training and validation images.
         optim: the optimizer and its schedule.
-        label_smoothing: in [0, 1): the share of the target spread evenly over all classes.
+        label_smoothing: probability mass of the target that is spread evenly over all classes, in [0, 1).
         mixup: α of mixup (Zhang et al., ICLR 2018), 0 for none.
-        cutmix: α of CutMix (Yun et al., ICCV 2019), 0 for none; with both each batch takes one of them.
-        auxiliary_weight: of each auxiliary loss, for models with auxiliary heads.
-        ema: decay of the exponential moving average of the weights, which is then what is judged and kept; 0 for none.
-        init: a checkpoint to start from; its classifier is replaced if the classes are others.
-        expand: turn a plain ``init`` into branches that compute the same, before training.
+        cutmix: α of CutMix (Yun et al., ICCV 2019), 0 for none; with both, one is drawn for each batch.
+        auxiliary_weight: weight of each auxiliary loss, for models with auxiliary heads.
+        ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0 for none.
+        init: checkpoint to start from; its classifier is replaced if the classes differ.
+        expand: expand a plain ``init`` into branches that compute the same, before training.
         precision: of the arithmetic; weights and statistics stay in float32.
-        channels_last: compute in NHWC, faster on most devices; the weights come back in PyTorch's standard layout.
+        channels_last: compute in NHWC, which is faster on most devices; saved weights are contiguous.
         compile: run the model through torch.compile.
-        sync_bn: batch norms take the statistics of the global batch, over all devices.
-        dry_run: try one batch, the collapse and its verification before the first step.
-        save_steps: save every so many steps as well as after every epoch; 0 for none.
-        seed: of everything random in the run: first weights, shuffling, augmentation.
-        threads: CPU threads of one operation; None is as many as PyTorch uses already. Their number decides the order
-            of sums, so another number gives other weights, in the last bits first.
+        sync_bn: normalize with the statistics of the global batch over all devices.
+        dry_run: before the first epoch, take one step on a copy, collapse it and verify the result.
+        save_steps: save a checkpoint every so many steps, in addition to every epoch; 0 for none.
+        seed: of everything random in the run: initial weights, shuffling, augmentation.
+        threads: CPU threads per operation; None keeps PyTorch's setting. The number determines the order of sums, so
+            results with another number differ by rounding.
         accelerator: Lightning's name of the device: "auto", "cpu", "gpu", "mps".
-        devices: how many of them torchrun or SLURM has to start on each machine; None takes what is there.
-        nodes: on how many machines; None takes what is there.
+        devices: processes that torchrun or SLURM must have started on each machine; None accepts any number.
+        nodes: number of machines; None accepts any number.
 
     Raises:
-        UsageError: a number out of its range, or settings that exclude each other.
+        UsageError: a number is out of range, or settings exclude each other.
     """
 
     model: str = ""
@@ -129,24 +134,56 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
             raise UsageError(
-                f"Training needs at least 1 epoch and 2 images a batch, not {self.epochs} and {self.batch_size}."
+                f"Training needs at least 1 epoch and 2 images per batch, got {self.epochs} and {self.batch_size}."
             )
         if not 0 <= self.label_smoothing < 1 or min(self.auxiliary_weight, self.mixup, self.cutmix) < 0:
             raise UsageError(
-                "Training needs label_smoothing in [0, 1) and auxiliary_weight, mixup and cutmix >= 0, not "
+                "Training needs label_smoothing in [0, 1) and auxiliary_weight, mixup and cutmix >= 0, got "
                 f"{self.label_smoothing}, {self.auxiliary_weight}, {self.mixup} and {self.cutmix}."
             )
         if not 0 <= self.ema < 1:
-            raise UsageError(f"The decay of the moving average lies in [0, 1), not {self.ema}.")
+            raise UsageError(f"ema must be in [0, 1), got {self.ema}.")
         for name in ("device_batch", "threads", "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"Training needs {name} of at least 1, not {value}.")
+                raise UsageError(f"{name} must be at least 1, got {value}.")
         if self.save_steps < 0:
-            raise UsageError(f"save_steps counts steps, 0 for none: it cannot be {self.save_steps}.")
+            raise UsageError(f"save_steps must be at least 0, got {self.save_steps}.")
         if self.optim.warmup_epochs >= self.epochs:
             raise UsageError(
-                f"A warm-up of {self.optim.warmup_epochs} epochs leaves nothing of a run of {self.epochs}."
+                f"The warm-up must be shorter than the run, got {self.optim.warmup_epochs} of {self.epochs} epochs."
             )
         if self.expand and self.init is None:
-            raise UsageError("There is nothing to expand: give a plain checkpoint as init.")
+            raise UsageError("expand needs a plain checkpoint to expand: give one as init.")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Return every field of ``config`` as YAML, nested, in declaration order."""
+    return _serde.to_yaml(config)
+
+
+def write_config(path: str | os.PathLike[str], config: TrainConfig, *, overwrite: bool = False) -> Path:
+    """Write ``config`` as YAML, atomically. See :func:`repvgg._files.atomic_write` for the errors."""
+    return write_text(path, to_yaml(config), overwrite=overwrite)
+
+
+def read_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """Read a config from YAML, written by :func:`write_config` or by hand; missing fields take their defaults.
+
+    Raises:
+        UsageError: the file does not exist or is not YAML, a field does not exist, or a value does not fit its field.
+    """
+    return _serde.read_yaml(TrainConfig, path, what="config")
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two configs differ: dotted name → both values."""
+    first, second = _flatten(_serde.to_plain(one)), _flatten(_serde.to_plain(other))
+    return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

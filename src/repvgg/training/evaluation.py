@@ -1,4 +1,4 @@
-"""What a model says about a set of images."""
+"""Evaluate a model on labelled images: predictions, confusion matrix, accuracies."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode
+from repvgg.errors import require
 
 
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions beside the truth; everything lies on the CPU.
+    """Predictions and labels of N images of K classes; all tensors are on the CPU.
 
     Attributes:
         logits: (N, K) float32.
@@ -35,32 +36,32 @@ class Evaluation:
 
     @property
     def correct(self) -> int:
-        """Number of images whose prediction is right."""
+        """Number of correctly classified images."""
         return int(self.confusion.diagonal().sum())
 
     @property
     def accuracy(self) -> float:
-        """Fraction of images whose prediction is right, in [0, 1]."""
+        """Top-1 accuracy in [0, 1]."""
         return self.correct / len(self.labels)
 
     @property
     def macro_accuracy(self) -> float:
-        """Mean over the classes that occur of the fraction of their images that is right, in [0, 1]."""
-        seen = self.confusion.sum(1) > 0
-        return float(self.per_class[seen].mean())
+        """Mean of the per-class accuracies over the classes that occur, in [0, 1]."""
+        present = self.confusion.sum(1) > 0
+        return float(self.per_class[present].mean())
 
     @property
     def per_class(self) -> Tensor:
-        """(K,) float64, the fraction of each class's images that is right; NaN where there is none."""
+        """(K,) float64, accuracy on the images of each class; NaN for a class without images."""
         return self.confusion.diagonal().double() / self.confusion.sum(1)
 
     def top(self, k: int) -> float:
-        """Fraction of images whose class is among the ``k`` likeliest (all, if there are fewer), in [0, 1]."""
+        """Top-k accuracy in [0, 1]; ``k`` is limited to the number of classes."""
         best_Nk = self.logits.topk(min(k, self.logits.shape[1]), 1).indices
         return float((best_Nk == self.labels[:, None]).any(1).double().mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain data, without logits and labels."""
+        """Return the metrics as plain data, without logits and labels."""
         return {
             "top1": self.accuracy,
             "top5": self.top(5),
@@ -71,7 +72,7 @@ class Evaluation:
         }
 
     def __repr__(self) -> str:
-        return f"Evaluation({self.correct} of {len(self.labels)} right, {self.accuracy:.2%})"
+        return f"Evaluation({self.correct} of {len(self.labels)} correct, {self.accuracy:.2%})"
 
 
 def evaluate(
@@ -79,21 +80,24 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     prepare: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
-    """Run ``model`` over ``batches`` of images with labels, in order, in eval mode and without gradients.
+    """Run ``model`` over ``batches`` of labelled images, in order, in eval mode and without gradients.
 
-    Any callable from (N, C, H, W) to logits (N, K) will do, an exported file in its runtime too. A module gets the
-    images on its own device, and comes back in the modes it had.
+    ``model`` may be any callable from (N, C, H, W) to logits (N, K), for example an exported file in its runtime. A
+    module receives the images on its own device; its training flags are restored.
 
     Args:
-        model: what is judged.
-        batches: images (n, C, H, W) and labels (n,), as ``OpenedData.held_out_batches`` gives them.
-        prepare: from those images to what the model takes (``OpenedData.prepare``); a copy of it is run on the device
+        model: the model to evaluate.
+        batches: images (n, C, H, W) and labels (n,), as ``OpenedData.held_out_batches`` yields them.
+        prepare: from those images to the input of the model (``OpenedData.prepare``); a module is copied to the device
             of the model.
-    """
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+    Raises:
+        MissingDependencyError: torchmetrics is not installed.
+    """
+    metrics = require("torchmetrics.functional.classification", "train")
     device = device_of(model)
-    prepare = copy.deepcopy(prepare).to(device) if isinstance(prepare, nn.Module) else prepare
+    if isinstance(prepare, nn.Module):
+        prepare = copy.deepcopy(prepare).to(device)  # the caller's stays where it is
     logits, labels = [], []
     with eval_mode(model), torch.no_grad():
         for images, label_N in batches:
@@ -101,11 +105,11 @@ def evaluate(
             logits.append(model(x_NCHW if prepare is None else prepare(x_NCHW)).float().cpu())
             labels.append(label_N.cpu())
     logits_NK, labels_N = torch.cat(logits), torch.cat(labels)
-    confusion = multiclass_confusion_matrix(logits_NK.argmax(1), labels_N, num_classes=logits_NK.shape[1])
+    confusion = metrics.multiclass_confusion_matrix(logits_NK.argmax(1), labels_N, num_classes=logits_NK.shape[1])
     return Evaluation(logits_NK, labels_N, confusion)
 
 
 def device_of(model: object) -> torch.device:
-    """Where a module keeps its parameters; the CPU for all else."""
+    """Return the device of a module's first parameter; the CPU for anything else."""
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))

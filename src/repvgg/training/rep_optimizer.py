@@ -1,4 +1,4 @@
-"""Gradient re-parameterization: a plain kernel trained as if it had branches (RepOptimizer)."""
+"""RepOptimizer: gradient re-parameterization, which trains a plain kernel as if it had branches."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from repvgg.blocks import ConstantScaleSum
 from repvgg.errors import UsageError
 from repvgg.symbolic import equivalent_conv
 
-Multipliers = Mapping[nn.Parameter, Tensor]
 
+def merge_constant_scale_branches(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, Tensor]]:
+    """Merge each sum of branches with constant scales into one kernel, and return its gradient multipliers.
 
-def without_branches(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, Tensor]]:
-    """The plain model in which each sum of branches with constant scales is one kernel, and scales of its gradients.
-
-    With K = s3·W3 + s1·W1 + diag(w0), SGD on the branches moves K by ``s3²`` times its gradient, plus ``s1²`` times at
-    the centre, plus 1 times on the diagonal of the channels where there is an identity. See
+    With K = s3·W3 + s1·W1 + diag(w0), an SGD step on the branches moves K by ``s3²`` times its gradient, plus ``s1²``
+    times at the centre, plus 1 times on the diagonal of the channels where there is an identity. See
     :class:`repvgg.blocks.ConstantScaleSum`.
 
     Args:
-        model: with blocks "constant_scale"; left untouched.
+        model: a model with "constant_scale" blocks; not modified.
 
     Returns:
-        A copy with an ``nn.Conv2d`` without bias, equal to them, in their places; and the multipliers of its kernels.
+        A copy with an equal ``nn.Conv2d`` without bias in place of each such block, and the multiplier (OIHW) of each
+        of their kernels.
 
     Raises:
-        UsageError: there is no such block in it.
+        UsageError: the model has no such block.
     """
     plain = copy.deepcopy(model)
     multipliers: dict[nn.Parameter, Tensor] = {}
     convs: dict[ConstantScaleSum, nn.Conv2d] = {}
     for parent in list(plain.modules()):
-        for name, part in list(parent.named_children()):
-            if isinstance(part, ConstantScaleSum):
-                convs[part] = convs.get(part) or _merged(part)
-                parent.register_module(name, convs[part])
-                multipliers[convs[part].get_parameter("weight")] = part.multiplier()
+        for name, block in list(parent.named_children()):
+            if isinstance(block, ConstantScaleSum):
+                if block not in convs:  # a shared block stays shared
+                    convs[block] = _merge(block)
+                parent.register_module(name, convs[block])
+                multipliers[convs[block].get_parameter("weight")] = block.multiplier()
     if not multipliers:
-        raise UsageError("There is no block of constant scales in this model: build it of the block 'constant_scale'.")
+        raise UsageError("The model has no block of constant scales: build it of the block 'constant_scale'.")
     return plain, multipliers
 
 
 @torch.no_grad()
-def _merged(block: ConstantScaleSum) -> nn.Conv2d:
+def _merge(block: ConstantScaleSum) -> nn.Conv2d:
     conv = block.geometry.conv().to(block.dense.weight)
     conv.weight.copy_(equivalent_conv(block).weight)
     return conv.train(block.training)
@@ -55,75 +55,79 @@ def _merged(block: ConstantScaleSum) -> nn.Conv2d:
 
 @final
 class RepOptimizer:
-    """An optimizer whose gradients of some parameters are multiplied by constants at each step: ``g ← m ⊙ g``.
+    """Multiply the gradients of some parameters by constants at each step of an optimizer: ``g ← m ⊙ g``.
 
-    Wraps any ``torch.optim.Optimizer`` by hooks, so that schedules, Lightning and checkpoints go on using that one, and
+    It hooks into any ``torch.optim.Optimizer``, so schedules, Lightning and checkpoints keep using that one, and
     ``step`` may be called on either. Gradients are scaled when the optimizer reads them, after clipping and before
-    weight decay, and are afterwards what they were. With SGD, momentum and weight decay included, plain kernels with
-    the multipliers of :func:`without_branches` go the very way of the branches. Optimizers that divide by the size of
-    gradients, such as Adam, undo most of it.
+    weight decay, and are restored afterwards. With SGD, including momentum and weight decay, plain kernels with the
+    multipliers of :func:`merge_constant_scale_branches` follow the trajectory of the branches exactly. Optimizers that
+    normalize gradients, such as Adam, cancel most of the effect.
 
     Args:
-        optimizer: of parameters that ``multipliers`` name, and perhaps others.
-        multipliers: for each parameter a tensor of its shape, positive.
+        optimizer: holds all parameters of ``multipliers``, and perhaps others.
+        multipliers: for each parameter a positive tensor of its shape.
 
     Raises:
-        UsageError: a parameter is not one of the optimizer, or a multiplier has another shape.
+        UsageError: a parameter is not in the optimizer, or its multiplier has another shape.
 
     Source: Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, §3.1 and Alg. 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, multipliers: Multipliers) -> None:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    def __init__(self, optimizer: torch.optim.Optimizer, multipliers: Mapping[nn.Parameter, Tensor]) -> None:
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter, multiplier in multipliers.items():
-            if id(parameter) not in own or parameter.shape != multiplier.shape:
+            if id(parameter) not in known or parameter.shape != multiplier.shape:
                 raise UsageError(
-                    f"A multiplier of shape {tuple(multiplier.shape)} goes with a parameter of that shape in the "
+                    f"A multiplier of shape {tuple(multiplier.shape)} needs a parameter of that shape in the "
                     "optimizer: make the optimizer of the plain model's parameters."
                 )
         self.optimizer = optimizer
         self._multipliers = dict(multipliers)
-        self._kept: dict[nn.Parameter, Tensor] = {}
+        self._unscaled: dict[nn.Parameter, Tensor] = {}
         self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the optimizer on scaled gradients."""
+        """Take one optimizer step on scaled gradients."""
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none)
 
     def remove(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks; the optimizer behaves as before."""
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Scale the gradients, or have them scaled once the closure has made them."""
-        own, *rest = args  # the optimizer comes first
+    def _before_step(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        optimizer, *rest = args  # PyTorch passes the arguments of the unbound method
         closure = rest[0] if rest else kwargs.get("closure")
         if closure is None:
-            self._scale()
+            self._scale_gradients()
             return args, kwargs
-        return (own, lambda: self._after_closure(closure)), {}
 
-    def _after_closure(self, closure: Callable[[], Any]) -> Any:
-        loss = closure()
-        self._scale()
-        return loss
+        def scaled_closure() -> Any:
+            # The closure runs backward inside step: only after it are there gradients to scale.
+            loss = closure()
+            self._scale_gradients()
+            return loss
+
+        return (optimizer, scaled_closure), {}
 
     @torch.no_grad()
-    def _scale(self) -> None:
+    def _scale_gradients(self) -> None:
         for parameter, multiplier in self._multipliers.items():
             if parameter.grad is not None:
-                self._kept[parameter] = parameter.grad
+                self._unscaled[parameter] = parameter.grad
+                # Out of place: a second step on the same gradients must scale them once, not twice.
                 parameter.grad = parameter.grad * multiplier.to(parameter.grad)
 
-    def _after(self, *_: Any) -> None:
-        for parameter, gradient in self._kept.items():
+    def _after_step(self, *_: Any) -> None:
+        for parameter, gradient in self._unscaled.items():
             parameter.grad = gradient
-        self._kept.clear()
+        self._unscaled.clear()

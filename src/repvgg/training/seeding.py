@@ -1,4 +1,4 @@
-"""Randomness that depends on the seed and the place in the run, and on nothing that happened before.
+"""Random numbers as a function of the seed and the position in a run.
 
 A step of a resumed run draws what the same step of an uninterrupted run draws, without any saved generator state.
 """
@@ -13,16 +13,16 @@ import torch
 
 
 def derived_seed(*keys: int | str) -> int:
-    """A seed of 63 bits from ``keys``: other keys, another seed, the same on every machine."""
+    """Hash ``keys`` into a seed of 63 bits, the same on every machine."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(digest, "big") >> 1  # torch takes int64 seeds
 
 
 @contextmanager
 def seeded(*keys: int | str) -> Iterator[None]:
-    """Seed torch's generator of the CPU by ``keys`` inside; outside it goes on as if nothing had happened.
+    """Seed torch's CPU generator from ``keys`` inside the context, and restore its state afterwards.
 
-    Use it around the creation of a model too, which draws the first weights::
+    Use it around the creation of a model too, which draws the initial weights::
 
         with seeded("model", 0):
             model = create_model("repvgg_t0", num_classes=10, in_channels=1)

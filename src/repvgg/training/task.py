@@ -1,4 +1,4 @@
-"""The classification task: what one step, one validation and the optimizer are. Lightning does the rest."""
+"""The classification task as a LightningModule: one training step, one validation step, metrics, optimizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,22 @@ from torchmetrics.classification import MulticlassAccuracy
 from repvgg.errors import TrainingError
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
-from repvgg.training.optim import build_optimizer
-from repvgg.training.plan import BatchPlan, plan_batches
-from repvgg.training.regularizer import equivalent_l2
+from repvgg.training.distributed import BatchPlan, plan_batches
+from repvgg.training.optim import build_optimizer, equivalent_l2
 from repvgg.training.seeding import seeded
 
-TOP = 5
-_LOSSES = "repvgg_losses"
+_LOSS_KEY = "repvgg_losses"  # in last.ckpt; checkpoints in the field have it
 
 
 def classification_loss(
     output: Tensor | TrainingOutput, labels: Tensor, label_smoothing: float = 0.0, auxiliary_weight: float = 0.1
 ) -> Tensor:
-    """Cross entropy of the logits, plus that of every auxiliary head: ``L(main) + w · Σ_k L(aux_k)``.
+    """Return the cross entropy of the logits plus that of every auxiliary head: ``L(main) + w · Σ_k L(aux_k)``.
 
     Args:
         output: logits (N, K), or a :class:`~repvgg.models.TrainingOutput`.
         labels: (N,) int64, or probabilities (N, K).
-        label_smoothing: the share of the target spread evenly over all classes.
+        label_smoothing: probability mass of the target that is spread evenly over all classes.
         auxiliary_weight: w.
     """
     if not isinstance(output, TrainingOutput):
@@ -47,14 +45,14 @@ def classification_loss(
 
 @final
 class ClassificationTask(L.LightningModule):
-    """Trains ``model`` on labelled images as ``config`` says; the weights of ``model`` itself are moved.
+    """Train ``model`` on labelled images; its weights are updated in place.
 
     Args:
         model: from images (N, C, H, W) to logits (N, K) or a :class:`~repvgg.models.TrainingOutput`.
         config: the run.
         num_classes: K.
-        prepare: from the images of a batch, as the loader gives them, to what the model takes; run on the device.
-        plan: the batches and the learning rate; None is one device.
+        prepare: from a batch of the loader to the input of the model; runs on the device.
+        plan: the batch split and the learning rate; None plans for a single device.
     """
 
     def __init__(
@@ -70,31 +68,32 @@ class ClassificationTask(L.LightningModule):
         self.config = config
         self.prepare = nn.Identity() if prepare is None else prepare
         self.plan = plan_batches(config) if plan is None else plan
-        self.mix = _mix(config, num_classes)
-        self.train_loss = MeanMetric(nan_strategy="disable")  # the others leave out what should be seen
+        self.mix = _mixing(config, num_classes)
+        # All strategies but "disable" skip or replace NaN, which would hide a diverged run.
+        self.train_loss = MeanMetric(nan_strategy="disable")
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP, num_classes))
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self._compiled: Callable[[Tensor], Any] | None = None
 
     def on_fit_start(self) -> None:
-        """Compile, if asked: after the moving average has taken its copy, and as no part of what is saved."""
+        # Compiled only now: the moving average deep-copies the task before this hook, and torch.compile's module must
+        # not be in the copy. The lambda keeps it out of this module's state_dict.
         if self.config.compile:
             compiled = torch.compile(self.model)
-            self._compiled = lambda x: compiled(x)  # a module would be one more part
+            self._compiled = lambda x: compiled(x)
 
     def forward(self, x: Tensor) -> Tensor | TrainingOutput:
-        """Return what the model returns."""
         out: Tensor | TrainingOutput = (self.model if self._compiled is None else self._compiled)(x)
         return out
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch."""
         images, labels = batch
+        # Seeded by position, not by history: a resumed run draws the same mixing weights and dropout masks.
         with seeded("step", self.config.seed, self.global_step, batch_idx, self.global_rank):
             images, targets = self.mix(self.prepare(images), labels)
-            output = self(self._layout(images))
+            output = self(self._to_memory_format(images))
         loss = classification_loss(output, targets, self.config.label_smoothing, self.config.auxiliary_weight)
-        self.train_loss.update(loss.detach())
+        self.train_loss.update(loss.detach())  # before the penalty, so that recorded losses are comparable
         if self.trainer.loggers:
             self.log("step_loss", loss.detach(), on_step=True, on_epoch=False)
         if self.config.optim.custom_l2:
@@ -102,10 +101,10 @@ class ClassificationTask(L.LightningModule):
         return loss
 
     def mean_loss(self) -> float:
-        """The mean of the training loss over the steps of the epoch so far, and over all processes.
+        """Return the mean training loss of the epoch so far, over the steps of all processes.
 
         Raises:
-            TrainingError: it is no finite number.
+            TrainingError: it is not finite.
         """
         loss = float(self.train_loss.compute())
         if not math.isfinite(loss):
@@ -115,53 +114,50 @@ class ClassificationTask(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Let all processes judge the same statistics, those of the first one."""
+        # Each process has updated its running statistics on its own images: evaluate those of rank 0 everywhere.
         if self.trainer.world_size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count the right predictions of one batch."""
         images, labels = batch
-        logits = self(self._layout(self.prepare(images)))
+        logits = self(self._to_memory_format(self.prepare(images)))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down the losses of the epoch so far, of all processes: it may go on from its middle."""
+        # A run may resume in the middle of an epoch: the losses so far, summed over all processes, go with it.
         with self.train_loss.sync_context():
-            checkpoint[_LOSSES] = {"sum": self.train_loss.mean_value.clone(), "steps": self.train_loss.weight.clone()}
+            checkpoint[_LOSS_KEY] = {"sum": self.train_loss.mean_value.clone(), "steps": self.train_loss.weight.clone()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from them, on one process."""
-        if self.global_rank == 0:
-            self.train_loss.mean_value = checkpoint[_LOSSES]["sum"].to(self.device)
-            self.train_loss.weight = checkpoint[_LOSSES]["steps"].to(self.device)
+        if self.global_rank == 0:  # the saved sum is that of all processes: one of them continues it
+            self.train_loss.mean_value = checkpoint[_LOSS_KEY]["sum"].to(self.device)
+            self.train_loss.weight = checkpoint[_LOSS_KEY]["steps"].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        """SGD and its schedule, advanced after every step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * self.config.optim.warmup_epochs / self.config.epochs)
         optimizer, schedule = build_optimizer(self.model, self.config.optim, total, warmup, self.plan.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _layout(self, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=layout)
+    def _to_memory_format(self, images: Tensor) -> Tensor:
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=memory_format)
 
 
-class _Unmixed(nn.Module):
+class _NoMixing(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return images, labels
 
 
-def _mix(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Mixup, CutMix, or one of them drawn for each batch."""
+def _mixing(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Mixup or CutMix; with both, one of them is drawn for each batch."""
     if not (config.mixup or config.cutmix):
-        return _Unmixed()
+        return _NoMixing()
     from torchvision.transforms import v2
 
-    ways = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
-    ways += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
-    mix: nn.Module = ways[0] if len(ways) == 1 else v2.RandomChoice(ways)
+    choices = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
+    choices += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
+    mix: nn.Module = choices[0] if len(choices) == 1 else v2.RandomChoice(choices)
     return mix

@@ -64,4 +64,4 @@ def test_the_average_is_judged(monkeypatch):
     for recorded, again in kept:
         assert recorded == pytest.approx(again)
     assert result.accuracy == pytest.approx(kept[-1][1])
-    assert torch.isfinite(result.held_out.logits).all()
+    assert torch.isfinite(result.validation.logits).all()

@@ -14,8 +14,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg.errors import UsageError
-from repvgg.training import SyncBatchNorm, TrainConfig, layout_of, write_config
-from repvgg.training.sync_bn import synchronized
+from repvgg.training import SyncBatchNorm, TrainConfig, process_layout, write_config
+from repvgg.training.distributed import synchronized_batch_norm
 from tests.training.ddp_script import norms, step, watched_fit
 from tests.training.helpers import CONFIG, outcome, tiny
 
@@ -65,7 +65,7 @@ def test_norms_come_back_as_they_were():
     model.extra = nn.ModuleList([model.stem.conv.dense.bn, nn.SyncBatchNorm(3)])  # a second name, and one of a user
     before = {name: (module, type(module)) for name, module in model.named_modules(remove_duplicate=False)}
     tensors = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
-    with synchronized(model):
+    with synchronized_batch_norm(model):
         kinds = {type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
         assert kinds == {SyncBatchNorm, nn.SyncBatchNorm}
         assert model.extra[0] is model.stem.conv.dense.bn
@@ -84,7 +84,7 @@ def test_one_process_is_plain_batch_norm(training):
     plain, _, _ = norms()
     for one in (net, plain):
         one.train(training)
-    with synchronized(net):
+    with synchronized_batch_norm(net):
         found = step(net, x, target)
     assert_close(found, step(plain, x, target), rtol=0, atol=0)
 
@@ -92,7 +92,7 @@ def test_one_process_is_plain_batch_norm(training):
 @pytest.mark.parametrize("config", [TrainConfig(devices=2), TrainConfig(nodes=2)])
 def test_nobody_started_several(config):
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node DEVICES -m repvgg train\.$"):
-        layout_of(config)
+        process_layout(config)
 
 
 def environment(patch, **variables):
@@ -102,12 +102,12 @@ def environment(patch, **variables):
 
 def test_layout_under_torchrun(monkeypatch):
     environment(monkeypatch, TORCHELASTIC_RUN_ID="x", RANK=5, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
-    layout = layout_of(TrainConfig(devices=4))
+    layout = process_layout(TrainConfig(devices=4))
     assert (layout.rank, layout.devices, layout.nodes, layout.world_size) == (5, 4, 2, 8)
     with pytest.raises(UsageError, match="4 devices were started, but the config asks for 3: leave devices out"):
-        layout_of(TrainConfig(devices=3))
+        process_layout(TrainConfig(devices=3))
     with pytest.raises(UsageError, match="2 nodes were started"):
-        layout_of(TrainConfig(nodes=1))
+        process_layout(TrainConfig(nodes=1))
 
 
 def run_two(folder, event="none", config=TWO, timeout=120):
@@ -122,7 +122,7 @@ def test_a_run_of_the_command_line(tmp_path):
     file = write_config(tmp_path / "wanted.yaml", TWO)
     done = torchrun("-m", "repvgg", "train", "--config", file, "--out", tmp_path / "run", "--sync-bn")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("global batch 16 (4 on each of 2 devices in 2 rounds)") == 1
+    assert done.stdout.count("global batch 16 (4 on each of 2 devices, accumulated 2 times)") == 1
     assert done.stdout.count("wrote ") == 1
     files = {"config.yaml", "last.ckpt", "train.safetensors", "plain.safetensors", "best.safetensors", "report.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files | {"log.csv", "curve.png", "tensorboard"}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import repvgg.training.trial as trials
+import repvgg.training.dry_run as dry_runs
 from repvgg.collapse import reparameterize
 from repvgg.errors import EquivalenceError, TrainingError
-from repvgg.training import run, try_out
+from repvgg.training import perform_dry_run, run
 from tests.bn_statistics import trained_like
 from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
@@ -18,7 +18,7 @@ def test_says_what_it_found():
     model = trained_like(tiny())
     before, state = fingerprint(model), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    trial = try_out(model, opened(), CONFIG)
+    trial = perform_dry_run(model, opened(), CONFIG)
     assert trial.regions == 4
     assert trial.evidence.passed
     assert trial.evidence.relative > 0
@@ -27,12 +27,12 @@ def test_says_what_it_found():
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert try_out(model, opened(), CONFIG).loss == trial.loss
+    assert perform_dry_run(model, opened(), CONFIG).loss == trial.loss
 
 
 def test_a_plain_model_has_nothing_to_collapse():
     plain, _ = reparameterize(trained_like(tiny()).eval())
-    trial = try_out(plain, opened(), CONFIG)
+    trial = perform_dry_run(plain, opened(), CONFIG)
     assert (trial.regions, trial.evidence) == (0, None)
     assert str(trial).endswith("the model is plain already")
 
@@ -41,16 +41,16 @@ def test_a_parameter_without_gradient():
     model = tiny()
     model.forgotten = nn.Parameter(torch.ones(3))
     with pytest.raises(TrainingError, match=r"^'forgotten' gets no gradient: freeze it \(requires_grad=False\), or"):
-        try_out(model, opened(), CONFIG)
+        perform_dry_run(model, opened(), CONFIG)
     model.forgotten.requires_grad_(False)
-    assert try_out(model, opened(), CONFIG).evidence.passed
+    assert perform_dry_run(model, opened(), CONFIG).evidence.passed
 
 
 def test_an_infinite_loss():
     model = tiny()
     nn.init.constant_(model.head.bias, float("inf"))
     with pytest.raises(TrainingError, match="first batch gives a loss of nan: look at its images with 'repvgg data"):
-        try_out(model, opened(), CONFIG)
+        perform_dry_run(model, opened(), CONFIG)
 
 
 class Steep(nn.Module):
@@ -66,8 +66,8 @@ class Steep(nn.Module):
 
 
 def test_an_infinite_gradient():
-    with pytest.raises(TrainingError, match=r"^The gradient of 'gain' is not finite on the first batch\.$"):
-        try_out(Steep(), opened(), CONFIG)
+    with pytest.raises(TrainingError, match=r"^The gradient of 'gain' is not finite on the first batch: check how forward uses"):
+        perform_dry_run(Steep(), opened(), CONFIG)
 
 
 def break_the_collapse(monkeypatch):
@@ -79,18 +79,18 @@ def break_the_collapse(monkeypatch):
             next(plain.parameters()).mul_(1.01)
         return plain, report
 
-    monkeypatch.setattr(trials, "reparameterize", wrong)
+    monkeypatch.setattr(dry_runs, "reparameterize", wrong)
 
 
 def test_a_collapse_that_is_not_equal(monkeypatch):
     break_the_collapse(monkeypatch)
     with pytest.raises(EquivalenceError, match=r"^The model would not collapse into an equal one after training: "):
-        try_out(trained_like(tiny()), opened(), CONFIG)
+        perform_dry_run(trained_like(tiny()), opened(), CONFIG)
 
 
 def test_before_the_first_step_and_not_on_the_way(monkeypatch, tmp_path):
     tried = []
-    monkeypatch.setattr("repvgg.training.runs.try_out", lambda *_: tried.append(1) or "dry run")
+    monkeypatch.setattr("repvgg.training.run_folder.perform_dry_run", lambda *_: tried.append(1) or "dry run")
     config = replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, warmup_epochs=0), dry_run=True)
     run(config, tmp_path / "run")
     run(config, tmp_path / "run", resume=True)
@@ -100,7 +100,7 @@ def test_before_the_first_step_and_not_on_the_way(monkeypatch, tmp_path):
 
 def test_nothing_is_trained_where_it_fails(monkeypatch, tmp_path):
     break_the_collapse(monkeypatch)
-    monkeypatch.setattr("repvgg.training.runs.fit", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("repvgg.training.run_folder.fit", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(EquivalenceError):
         run(replace(CONFIG, dry_run=True), tmp_path / "run")
     assert not (tmp_path / "run" / "last.ckpt").exists()

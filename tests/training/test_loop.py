@@ -84,15 +84,15 @@ def test_learns_and_records_every_epoch():
     assert result.history[-1].loss < 0.8 * result.history[0].loss
     assert result.accuracy > 0.7
     assert result.history[-1].held_out_accuracy == pytest.approx(result.accuracy)
-    assert result.history[-1].held_out_top5 == pytest.approx(result.held_out.top(5))
+    assert result.history[-1].held_out_top5 == pytest.approx(result.validation.top(5))
     assert result.history[-1].held_out_top5 > result.accuracy
     assert 0 < sum(record.seconds for record in result.history) < result.seconds
     assert all(record.images_per_second > 0 for record in result.history)
     assert not any(module.training for module in model.modules())
     assert all(value.is_contiguous() for value in model.state_dict().values())
     again = evaluate(model, data.held_out_batches(100), data.prepare)
-    assert_close(result.held_out.logits, again.logits)
-    assert len(result.held_out.labels) == data.num_held_out
+    assert_close(result.validation.logits, again.logits)
+    assert len(result.validation.labels) == data.num_held_out
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -149,7 +149,7 @@ def test_shows_one_line():
     shown = screen.getvalue()
     assert "epoch 2/2" in shown
     assert "loss" in shown
-    assert "held-out" in shown
+    assert "validation" in shown
     assert "took" in shown
 
 
@@ -201,8 +201,8 @@ def test_other_errors_come_through_as_they_are():
         (lambda: tiny(num_classes=9), {}, "4 classes"),
         (lambda: tiny(in_channels=1), {}, r"images of shape \(3, 8, 8\)"),
         (tiny, {"batch_size": 97}, "96 training images do not fill one batch of 97"),
-        (tiny, {"device_batch": 1}, "2 images at a time"),
-        (tiny, {"precision": "fp16"}, "A CPU does not train in fp16: take bf16"),
+        (tiny, {"device_batch": 1}, "at least 2 images at a time"),
+        (tiny, {"precision": "fp16"}, "Training in fp16 is not supported on a CPU: take bf16"),
     ],
 )
 def test_refuses_what_does_not_fit(model, change, text):

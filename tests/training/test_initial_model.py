@@ -10,7 +10,7 @@ from repvgg.collapse import is_plain, reparameterize
 from repvgg.errors import CheckpointError, UnknownModelError, UsageError
 from repvgg.models import create_model, describe_model, load, save
 from repvgg.training import fit, seeded
-from repvgg.training.starting import starting_model
+from repvgg.training.initial_model import build_initial_model
 from tests.bn_statistics import trained_like
 from tests.training.helpers import CONFIG, fingerprint, opened
 
@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory):
 
 def started(checkpoints, name, **changes):
     config = replace(CONFIG, model="", init=str(checkpoints / f"{name}.safetensors"), **changes)
-    return starting_model(config, opened(config)), load(config.init).model
+    return build_initial_model(config, opened(config)), load(config.init).model
 
 
 def backbone(model):
@@ -42,22 +42,22 @@ def backbone(model):
 
 def test_a_fresh_model_is_seeded_and_fits_the_data():
     torch.manual_seed(3)
-    first = starting_model(CONFIG, opened()).model
+    first = build_initial_model(CONFIG, opened()).model
     torch.manual_seed(4)
-    second = starting_model(CONFIG, opened())
+    second = build_initial_model(CONFIG, opened())
     assert second.notes == ()
     assert (first.num_classes, first.in_channels) == (4, 3)
     assert fingerprint(first) == fingerprint(second.model)
-    assert fingerprint(starting_model(replace(CONFIG, seed=1), opened()).model) != fingerprint(first)
+    assert fingerprint(build_initial_model(replace(CONFIG, seed=1), opened()).model) != fingerprint(first)
 
 
 def test_nothing_to_train():
     with pytest.raises(UsageError, match="no model to train: name one of 'repvgg list', or give a checkpoint as init"):
-        starting_model(replace(CONFIG, model=""), opened())
+        build_initial_model(replace(CONFIG, model=""), opened())
     with pytest.raises(UnknownModelError):
-        starting_model(replace(CONFIG, model="repvgg_z9"), opened())
+        build_initial_model(replace(CONFIG, model="repvgg_z9"), opened())
     with pytest.raises(CheckpointError):
-        starting_model(replace(CONFIG, init="nowhere.safetensors"), opened())
+        build_initial_model(replace(CONFIG, init="nowhere.safetensors"), opened())
 
 
 def test_the_same_classes_keep_the_classifier(checkpoints):
@@ -89,7 +89,7 @@ def test_a_plain_checkpoint_warns(checkpoints):
 def test_branches_that_come_back_compute_the_same(checkpoints, tmp_path):
     start, plain = started(checkpoints, "same-plain", expand=True)
     assert not is_plain(start.model)
-    assert start.notes[1] == "7 convolutions got their branches back, computing the same"
+    assert start.notes[1] == "expanded 7 convolutions into branches that compute the same"
     data = opened()
     images = data.held_out_images(range(19))[0].double()
     with torch.no_grad():
@@ -112,6 +112,8 @@ def test_refusals(checkpoints):
     with pytest.raises(
         UsageError, match=r"takes images of 3 channels, but fake:96x4 has 1: set data\.channels to 3\.$"
     ):
-        starting_model(grey, opened(grey))
+        build_initial_model(grey, opened(grey))
     with pytest.raises(CheckpointError):
-        starting_model(replace(CONFIG, model="repvgg_a0", init=str(checkpoints / "same-train.safetensors")), opened())
+        build_initial_model(
+            replace(CONFIG, model="repvgg_a0", init=str(checkpoints / "same-train.safetensors")), opened()
+        )

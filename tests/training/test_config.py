@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.errors import UsageError
 from repvgg.training import RECIPES, OptimConfig, TrainConfig, read_config, recipe_of, to_yaml, write_config
-from repvgg.training.config_file import differences, from_plain
+from repvgg._serde import from_plain
+from repvgg.training.config import differences
 from tests.training.helpers import CONFIG
 
 UNIT = st.floats(0, 1)
@@ -124,15 +125,15 @@ def test_what_is_left_out_takes_its_default(tmp_path):
         ("epochs: 1.5", ": epochs has to be of type int, not 1.5."),
         ("ema: much", ": ema has to be of type float, not 'much'."),
         ("compile: 1", ": compile has to be of type bool, not 1."),
-        ("optim: 3", ": optim has to be a table of fields, not 3."),
+        ("optim: 3", ": optim has to be a mapping of fields, not 3."),
         ("device_batch: many", ": device_batch has to be of type int, not 'many'."),
         ("optim: {decay: all}", ": optim: decay has to be one of 'paper', 'upstream', 'upstream-2021', 'no-1d', not"),
         ("data: {channels: 2}", ": data: channels has to be one of 1, 3, not 2."),
         ("data: {mean: 0.5}", ": data: mean has to be a list, not 0.5."),
-        ("data: {mean: [a]}", ": data: mean has to be of type float, not 'a'."),
+        ("data: {mean: [a]}", ": data: mean[0] has to be of type float, not 'a'."),
         ("data: {augment: {crop_scale: [1]}}", ": data: augment: crop_scale has to be a list of 2, not [1]."),
-        ("- epochs", " has to be a table of fields, not ['epochs']."),
-        ("", " has to be a table of fields, not None."),
+        ("- epochs", " has to be a mapping of fields, not ['epochs']."),
+        ("", " has to be a mapping of fields, not None."),
         ("epochs: [3", " is not YAML: "),
         ("epochs: 0", "Training needs at least 1 epoch"),
         ("1: 2", "has no field 1: there are"),
@@ -161,5 +162,5 @@ def test_differences_by_dotted_name():
 
 
 def test_unknown_recipe():
-    with pytest.raises(UsageError, match="'simple': there are paper-simple, paper-heavy, plus"):
+    with pytest.raises(UsageError, match="'simple': choose one of paper-simple, paper-heavy, plus"):
         recipe_of("simple")

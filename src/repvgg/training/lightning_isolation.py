@@ -1,4 +1,4 @@
-"""Lightning as a guest: it says nothing, leaves no global switch turned, and lets Ctrl-C through."""
+"""Keep Lightning's side effects out of the caller's process: log lines, global switches, signal handlers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import final
 
 import torch
+from torch import Tensor
+
+from repvgg.data import HeldOutLoader, TrainLoader
 
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def lightning_as_guest() -> Iterator[None]:
-    """Run a Trainer inside with no chatter, no traces in global state, and the standard exception on Ctrl-C."""
-    with ExitStack() as stack:
-        for guard in (_silence(), _determinism_put_back(), _interruptible()):
-            stack.enter_context(guard)
+def isolate_lightning() -> Iterator[None]:
+    """Run a Trainer inside without its log output, and restore global state; Ctrl-C raises ``KeyboardInterrupt``."""
+    with _silent(), _determinism_restored(), _interruptible():
         yield
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Hold back Lightning's tips and device lines, and its warnings about its own settings."""
+def _silent() -> Iterator[None]:
+    """Suppress Lightning's tips and device lines, and its warnings about settings that are deliberate here."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -41,8 +43,8 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _determinism_put_back() -> Iterator[None]:
-    """Undo ``Trainer(deterministic=True)``: torch's switches and the variable for cuBLAS."""
+def _determinism_restored() -> Iterator[None]:
+    """Undo ``Trainer(deterministic=True)``, which sets torch's global switches and cuBLAS's environment variable."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, cublas = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
@@ -58,7 +60,7 @@ def _determinism_put_back() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn what Lightning 2.6 makes of Ctrl-C (SIGINT ignored from then on, ``SystemExit``) back into Ctrl-C."""
+    # On Ctrl-C Lightning 2.6 ignores SIGINT from then on and raises SystemExit in place of KeyboardInterrupt.
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -69,3 +71,21 @@ def _interruptible() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+@final
+class DeferredLoader:
+    """A loader whose iterators do no work before their first batch is read.
+
+    Lightning calls ``iter`` more often than it reads: each call would start worker processes in vain, and count as a
+    pass over the data.
+    """
+
+    def __init__(self, loader: TrainLoader | HeldOutLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._loader  # a generator: the inner iter() runs at the first next()

@@ -12,7 +12,7 @@ import torch
 import repvgg.training.task as tasks
 from repvgg.errors import CheckpointError, OutputError, TrainingError, UsageError
 from repvgg.training import fit
-from repvgg.training.saving import Place, place_of
+from repvgg.training.checkpoint import RunPosition, read_position
 from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 STEPWISE = replace(CONFIG, save_steps=1)
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, error, at):
     assert "\n" not in str(caught.value)
     assert "enforce fail" not in str(caught.value)
     done = divmod(at - 1, STEPS)
-    assert place_of(folder / "last.ckpt") == (*done, 1)
+    assert read_position(folder / "last.ckpt") == (*done, 1)
     assert [path.name for path in folder.iterdir() if path.name != "tensorboard"] == ["last.ckpt"]
     assert saved_run(folder, resume=True) == saved_run(whole, CONFIG)
 
@@ -86,7 +86,7 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path):
 
     with pytest.raises(OutputError, match="could not be written, perhaps for lack of space"):
         saved_run(small_disk, config, on_epoch=fill)
-    assert place_of(small_disk / "last.ckpt") == (0, STEPS - 1, 1)
+    assert read_position(small_disk / "last.ckpt") == (0, STEPS - 1, 1)
     (small_disk / "other").unlink()
     (tmp_path / "whole").mkdir()
     assert saved_run(small_disk, config, resume=True) == saved_run(tmp_path / "whole", config)
@@ -105,7 +105,7 @@ def test_nothing_in_a_checkpoint_runs(tmp_path):
     torch.save(content | {"trap": trap}, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError) as caught:
         saved_run(tmp_path, resume=True)
-    assert re.fullmatch(r"'\S+last\.ckpt' is no saved run, or is damaged: [^\n]+\.", str(caught.value))
+    assert re.fullmatch(r"'\S+last\.ckpt' is damaged or not the checkpoint of a run: [^\n]+\.", str(caught.value))
     assert not trap.path.exists()
 
 
@@ -115,14 +115,14 @@ def test_nothing_in_a_checkpoint_runs(tmp_path):
 )
 def test_damaged(tmp_path, content):
     (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="remove it to begin anew"):
+    with pytest.raises(CheckpointError, match="remove it to start again"):
         saved_run(tmp_path, resume=True)
 
 
 def test_foreign(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match="is no saved run"):
-        place_of(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="is damaged or not the checkpoint of a run"):
+        read_position(tmp_path / "last.ckpt")
 
 
 def stopped(folder, at):
@@ -144,14 +144,16 @@ def stopped(folder, at):
 
 def test_other_rounds_in_the_middle_of_an_epoch_are_refused(tmp_path):
     stopped(tmp_path, 5)
-    assert place_of(tmp_path / "last.ckpt") == Place(0, 4, 1)
-    with pytest.raises(UsageError, match=r"with 1 rounds a step, not 2: go on with as many devices"):
+    assert read_position(tmp_path / "last.ckpt") == RunPosition(0, 4, 1)
+    with pytest.raises(
+        UsageError, match=r"with a gradient accumulation of 1, not 2: resume it with the same number of devices"
+    ):
         saved_run(tmp_path, replace(STEPWISE, device_batch=8), resume=True)
 
 
 def test_other_rounds_after_an_epoch_are_fine(tmp_path):
     stopped(tmp_path, STEPS + 1)
-    assert place_of(tmp_path / "last.ckpt") == Place(1, 0, 1)
+    assert read_position(tmp_path / "last.ckpt") == RunPosition(1, 0, 1)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         original = tasks.ClassificationTask.training_step
@@ -174,6 +176,6 @@ def test_weights_behind_an_infinite_loss_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "classification_loss", loss)
     with pytest.raises(TrainingError, match="The loss of epoch 1 is nan: take a lower learning rate"):
         saved_run(tmp_path)
-    assert place_of(tmp_path / "last.ckpt") == (0, 3, 1)
+    assert read_position(tmp_path / "last.ckpt") == (0, 3, 1)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())

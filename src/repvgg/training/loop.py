@@ -1,0 +1,300 @@
+"""``fit``: train a model on a data set with Lightning's Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from repvgg._contexts import eval_mode, num_threads
+from repvgg.data import HeldOutLoader, OpenedData, TrainLoader
+from repvgg.errors import UsageError, first_line
+from repvgg.training.callbacks import EpochEvents, EpochRecord, History, MovingAverage, ProgressBar
+from repvgg.training.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, CheckpointSaver, read_position
+from repvgg.training.config import TrainConfig
+from repvgg.training.distributed import (
+    BatchPlan,
+    ProcessLayout,
+    ddp_strategy,
+    plan_batches,
+    process_layout,
+    synchronized_batch_norm,
+)
+from repvgg.training.evaluation import Evaluation, device_of, evaluate
+from repvgg.training.lightning_isolation import DeferredLoader, isolate_lightning
+from repvgg.training.seeding import seeded
+from repvgg.training.task import ClassificationTask
+
+TENSORBOARD_FOLDER = "tensorboard"  # inside the folder of the run
+_VALIDATION_BATCH = 256
+_PRECISION = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_STEPS_PER_LOG_POINT = 50
+
+OnEpoch = Callable[[tuple[EpochRecord, ...], Mapping[str, Tensor]], None]
+
+
+@final
+@dataclass(frozen=True)
+class FitResult:
+    """The outcome of :func:`fit`.
+
+    Attributes:
+        config: the run.
+        plan: its batch split and learning rate.
+        history: one record per epoch.
+        validation: the model of the last epoch on the validation images.
+        seconds: wall time of the epochs in this process.
+    """
+
+    config: TrainConfig
+    plan: BatchPlan
+    history: tuple[EpochRecord, ...]
+    validation: Evaluation
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Validation accuracy after the last epoch, in [0, 1]; no epoch is selected by it."""
+        return self.validation.accuracy
+
+
+def fit(
+    model: nn.Module,
+    data: OpenedData,
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    console: Console | None = None,
+    layout: ProcessLayout | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> FitResult:
+    """Train ``model`` in place; afterwards it is in eval mode, on the CPU.
+
+    The result has the weights of the last epoch, or their moving average if the config asks for it. On a CPU the same
+    initial weights, data, config and number of threads give the same weights bit for bit, whether or not the run was
+    interrupted and resumed. Torch's random state, number of threads and global switches are restored.
+
+    Args:
+        model: from images (N, C, H, W) to logits (N, K), in training mode optionally to a ``TrainingOutput``.
+        data: the training and validation images.
+        config: the run.
+        folder: where ``last.ckpt`` and TensorBoard's files are written; None writes no file.
+        resume: continue from ``last.ckpt`` in ``folder``, if it exists.
+        progress: show one line with epoch, loss, validation accuracy and speed.
+        console: where to show it; standard output if None.
+        layout: the processes of the run; detected by :func:`~repvgg.training.process_layout` if None.
+        on_epoch: called on rank 0 after each epoch, before the checkpoint is saved, with the records so far and the
+            weights that were validated. Called again for an epoch that is interrupted before its checkpoint is saved.
+
+    Raises:
+        UsageError: the model does not match the images or classes, the training images do not fill a batch, or the
+            devices do not support what the config asks for.
+        TrainingError: the loss became infinite or NaN.
+        OutputError: a checkpoint cannot be written; the one before it is intact.
+        Terminated: SIGTERM arrived, and the checkpoint is saved.
+        KeyboardInterrupt: Ctrl-C, immediately; ``model`` has the weights of that moment.
+    """
+    job = TrainingJob(model, data, config, process_layout(config) if layout is None else layout, folder, resume)
+    _check_shapes(model, data)
+    start, history = time.perf_counter(), History()
+    visible = progress and job.layout.rank == 0
+    with ExitStack() as stack:
+        for context in (
+            num_threads(config.threads),
+            _training_mode(model, config.channels_last),
+            seeded("fit", config.seed),
+            isolate_lightning(),
+            synchronized_batch_norm(model, config.sync_bn, on_cpu=runs_on_cpu(config)),
+        ):
+            stack.enter_context(context)
+        bar = stack.enter_context(ProgressBar(history, console) if visible else nullcontext())
+        _run_trainer(job, history, bar, on_epoch)
+        seconds = time.perf_counter() - start
+    return FitResult(config, job.plan, tuple(history.records), evaluate_validation(model, data, config), seconds)
+
+
+def evaluate_validation(model: nn.Module, data: OpenedData, config: TrainConfig) -> Evaluation:
+    """Evaluate ``model`` on all validation images on the device of the run; it returns to the CPU."""
+    device = "cpu" if runs_on_cpu(config) else torch.accelerator.current_accelerator()
+    try:
+        return evaluate(model.to(device), data.held_out_batches(_VALIDATION_BATCH), data.prepare)
+    finally:
+        model.cpu()
+
+
+def runs_on_cpu(config: TrainConfig) -> bool:
+    """Return whether a run with ``config`` computes on the CPU of this machine."""
+    return config.accelerator == "cpu" or not torch.accelerator.is_available()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """The part of a run that one process does: its batches, its task and its Trainer.
+
+    Attributes:
+        model: the model to train.
+        data: the training and validation images.
+        config: the run.
+        layout: the processes of the run, and the rank of this one.
+        folder: where files are written; None writes none.
+        resume: continue from the checkpoint in ``folder``.
+
+    Raises:
+        UsageError: the batch does not split over the devices, the images do not fill it, or the precision is not
+            supported.
+    """
+
+    model: nn.Module
+    data: OpenedData
+    config: TrainConfig
+    layout: ProcessLayout
+    folder: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        plan, images = self.plan, self.data.num_train
+        if self.config.precision == "fp16" and runs_on_cpu(self.config):
+            raise UsageError("Training in fp16 is not supported on a CPU: take bf16 as the precision.")
+        if plan.device_batch < 2:
+            # A 1x1 feature map of a single image has one value per channel, which has no variance.
+            raise UsageError("Batch norm needs at least 2 images at a time on each device: take a larger batch.")
+        if images is not None and images < plan.global_batch:
+            raise UsageError(
+                f"{images} training images do not fill one batch of {plan.global_batch}: take a smaller batch_size."
+            )
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The batch split and the learning rate."""
+        return plan_batches(self.config, self.layout.world_size)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to resume from; None starts from the beginning."""
+        path = self.folder / LAST_CHECKPOINT if self.folder is not None and self.resume else None
+        return path if path is not None and path.exists() else None
+
+    def train_loader(self) -> TrainLoader:
+        """Return the training batches of this process, starting where the checkpoint was saved.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
+            UsageError: it was saved in the middle of an epoch with another gradient accumulation.
+        """
+        layout = self.layout
+        loader = self.data.train_batches(self.plan.device_batch, rank=layout.rank, world_size=layout.world_size)
+        if self.checkpoint is not None:
+            position = read_position(self.checkpoint)
+            if position.batches and position.accumulation != self.plan.accumulation:
+                raise UsageError(
+                    "The run was saved in the middle of an epoch with a gradient accumulation of "
+                    f"{position.accumulation}, not {self.plan.accumulation}: resume it with the same number of devices "
+                    "and the same device_batch."
+                )
+            loader.set_epoch(position.epoch)
+            loader.skip(position.batches)
+        return loader
+
+    def validation_loader(self) -> HeldOutLoader:
+        """Return the validation batches of this process."""
+        size, layout = min(_VALIDATION_BATCH, self.plan.device_batch), self.layout
+        return self.data.held_out_batches(size, rank=layout.rank, world_size=layout.world_size)
+
+    def task(self) -> ClassificationTask:
+        """Return the LightningModule."""
+        return ClassificationTask(self.model, self.config, len(self.data.classes), self.data.prepare, self.plan)
+
+    def trainer(self, callbacks: list[L.Callback], batches: int) -> L.Trainer:
+        """Return a Trainer for epochs of ``batches`` batches on this process."""
+        on_cpu = runs_on_cpu(self.config)
+        logger: Any = False
+        if self.folder is not None and find_spec("tensorboard") is not None:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            logger = TensorBoardLogger(self.folder, name="", version=TENSORBOARD_FOLDER)
+        return L.Trainer(
+            max_epochs=self.config.epochs,
+            accelerator=self.config.accelerator,
+            devices=self.layout.devices,
+            num_nodes=self.layout.nodes,
+            strategy="auto" if self.layout.world_size == 1 else ddp_strategy(on_cpu=on_cpu),
+            precision=_PRECISION[self.config.precision],  # type: ignore[arg-type]
+            accumulate_grad_batches=self.plan.accumulation,
+            gradient_clip_val=self.config.optim.clip,
+            # Lightning would step on an incomplete accumulation at the end of an epoch: leave those batches out.
+            limit_train_batches=batches - batches % self.plan.accumulation,
+            deterministic=True if on_cpu else "warn",  # some CUDA kernels have no deterministic version
+            callbacks=callbacks,
+            logger=logger,
+            log_every_n_steps=max(1, min(_STEPS_PER_LOG_POINT, batches)),
+            enable_checkpointing=self.folder is not None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,  # _check_shapes has run the model already
+            use_distributed_sampler=False,  # the loaders split the images over the ranks themselves
+            plugins=[AtomicCheckpointIO()],
+        )
+
+
+def _run_trainer(job: TrainingJob, history: History, bar: ProgressBar | None, on_epoch: OnEpoch | None) -> None:
+    loader, task = job.train_loader(), job.task()
+    average = MovingAverage(job.config.ema) if job.config.ema else None
+
+    def report_epoch() -> None:
+        if on_epoch is not None and job.layout.rank == 0:
+            on_epoch(tuple(history.records), job.model.state_dict() if average is None else average.weights("model."))
+
+    # In this order: the record of an epoch exists before it is reported, and both before it is saved.
+    callbacks: list[L.Callback | None] = [history, EpochEvents(loader, report_epoch), average, bar]
+    if job.folder is not None:
+        callbacks.append(CheckpointSaver(job.folder, job.config.save_steps))
+    trainer = job.trainer([callback for callback in callbacks if callback is not None], len(loader))
+    trainer.fit(
+        task,
+        DeferredLoader(loader),
+        DeferredLoader(job.validation_loader()),
+        ckpt_path=job.checkpoint,
+        weights_only=True,  # unpickles tensors and plain data only
+    )
+    if average is not None:
+        average.copy_into(task)
+
+
+@contextmanager
+def _training_mode(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """Training mode in the given memory format inside; eval mode, contiguous, on the CPU afterwards."""
+    model.train()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.eval().cpu()
+        if channels_last:
+            model.to(memory_format=torch.contiguous_format)
+
+
+def _check_shapes(model: nn.Module, data: OpenedData) -> None:
+    """Run the model on one blank image, before hours of data loading show that it does not fit."""
+    try:
+        with eval_mode(model), torch.no_grad():
+            shape = tuple(model(torch.zeros(1, *data.test_shape, device=device_of(model))).shape)
+    except RuntimeError as error:
+        raise UsageError(f"The model does not take images of shape {data.test_shape}: {first_line(error)}.") from error
+    if shape != (1, len(data.classes)):
+        raise UsageError(
+            f"{data.uri} has {len(data.classes)} classes, but the model returns {shape} for one image: "
+            f"build it with num_classes={len(data.classes)}."
+        )

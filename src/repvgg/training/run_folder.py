@@ -1,0 +1,334 @@
+"""``run``: a training run with its folder of config, checkpoints, log, learning curve and report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import final
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from repvgg import models
+from repvgg._files import atomic_write, write_text
+from repvgg.checkpoints import Metadata, save_checkpoint
+from repvgg.collapse import reparameterize
+from repvgg.data import OpenedData, open_data
+from repvgg.errors import OutputError, OutputExistsError, UsageError, require
+from repvgg.training.callbacks import EpochRecord
+from repvgg.training.checkpoint import LAST_CHECKPOINT
+from repvgg.training.config import TrainConfig, differences, read_config, write_config
+from repvgg.training.distributed import process_layout
+from repvgg.training.dry_run import perform_dry_run
+from repvgg.training.evaluation import Evaluation
+from repvgg.training.initial_model import InitialModel, build_initial_model
+from repvgg.training.loop import TENSORBOARD_FOLDER, FitResult, TrainingJob, evaluate_validation, fit
+from repvgg.training.optim import describe_groups, optimizer_groups
+from repvgg.verify import Evidence, verify
+
+CONFIG_FILE = "config.yaml"
+TRAIN_FILE, PLAIN_FILE, BEST_FILE = "train.safetensors", "plain.safetensors", "best.safetensors"
+REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
+_RUN_FILES = (LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
+_TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
+_CHANGEABLE = {  # config fields that do not decide the weights, and may differ when a run resumes
+    *("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch"),
+}
+_VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """The outcome of :func:`run`.
+
+    Attributes:
+        folder: the folder with all files of the run.
+        fit: the training.
+        plain: the plain form on the validation images; None where the trained model was plain already.
+    """
+
+    folder: Path
+    fit: FitResult
+    plain: Evaluation | None
+
+
+def run(
+    config: TrainConfig, folder: Path, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> RunResult | None:
+    """Train as ``config`` says, collapse the result, and write everything to ``folder``.
+
+    ``config.yaml`` repeats the run; ``last.ckpt`` resumes it; ``train.safetensors`` and ``plain.safetensors`` are the
+    model of the last epoch in both forms, ``best.safetensors`` that of the epoch with the highest validation accuracy;
+    ``log.csv`` and ``curve.png`` are updated after every epoch, as are TensorBoard's files where it is installed.
+
+    Args:
+        config: the run.
+        folder: created if it does not exist.
+        resume: continue from ``last.ckpt``, or start if there is none; the config must be that of the saved run.
+        overwrite: start again in a folder that holds a run.
+        console: where progress is printed; standard output if None.
+
+    Returns:
+        The outcome on rank 0, None on all other processes.
+
+    Raises:
+        OutputExistsError: ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
+        UsageError: the run to resume had another config.
+        RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_data`.
+    """
+    layout = process_layout(config)
+    is_writer = layout.rank == 0
+    printer = _Printer(console or Console(), quiet=not is_writer)
+    resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
+    data = open_data(config.data, seed=config.seed)
+    initial = build_initial_model(config, data)
+    job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
+    _print_setup(job, initial, printer)
+    if resuming:
+        printer(f"resumes from {folder / LAST_CHECKPOINT}")
+    elif config.dry_run:
+        printer(str(perform_dry_run(initial.model, data, config)))
+    if is_writer:
+        prepare_folder(folder, config, resuming=resuming)
+    run_folder = RunFolder(folder, config, data, initial.model)
+    result = fit(
+        initial.model,
+        data,
+        config,
+        folder=folder,
+        resume=resuming,
+        console=printer.console,
+        layout=layout,
+        on_epoch=run_folder.write_epoch,
+    )
+    if not is_writer:
+        return None
+    return _finish(run_folder, result, printer)
+
+
+def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_writer: bool = True) -> bool:
+    """Check that a run may start or continue in ``folder``, and return whether it resumes from a checkpoint there.
+
+    Args:
+        folder: of the run.
+        config: the run.
+        resume: continue a run that is there.
+        overwrite: replace a run that is there.
+        is_writer: whether this process writes the files; the others may already see what the writer has created.
+
+    Raises:
+        OutputExistsError: the folder is not empty, and neither ``resume`` nor ``overwrite`` is set.
+        OutputError: the folder cannot be listed.
+        UsageError: the run that is there has another config.
+    """
+    if resume and overwrite:
+        raise UsageError("A run is either resumed or started again: set only one of resume and overwrite.")
+    if resume and (folder / CONFIG_FILE).exists():
+        for name, (before, now) in differences(read_config(folder / CONFIG_FILE), config).items():
+            if name not in _CHANGEABLE:
+                raise UsageError(
+                    f"The run in {str(folder)!r} has {name} {before!r}, not {now!r}: choose another folder."
+                )
+        return (folder / LAST_CHECKPOINT).exists()
+    try:
+        occupied = folder.exists() and any(not path.match(_TEMPORARY) for path in folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
+    if is_writer and occupied and not overwrite:
+        raise OutputExistsError(f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.")
+    return False
+
+
+def prepare_folder(folder: Path, config: TrainConfig, *, resuming: bool) -> None:
+    """Create the folder, or remove the temporary files of killed processes; for a new run, old results too.
+
+    Raises:
+        OutputError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*folder.glob(_TEMPORARY), *([] if resuming else [folder / TENSORBOARD_FOLDER])):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in () if resuming else _RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
+    if not resuming:
+        write_config(folder / CONFIG_FILE, config, overwrite=True)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """Writes the files of a run after each epoch and at the end.
+
+    Attributes:
+        path: the folder.
+        config: the run.
+        data: the training and validation images.
+        model: the model being trained.
+    """
+
+    path: Path
+    config: TrainConfig
+    data: OpenedData
+    model: models.RepVGG
+
+    def write_epoch(self, history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
+        """Write log and curve, and ``weights`` as the best checkpoint if no earlier epoch was as accurate."""
+        write_log(self.path, history)
+        draw_curve(self.path, history, f"{self.model.spec.name}, {self.config.recipe}, {self.data.uri}")
+        last = history[-1]
+        if all(last.held_out_accuracy > record.held_out_accuracy for record in history[:-1]):
+            metrics = {"held_out_accuracy": last.held_out_accuracy, "epoch": float(last.epoch)}
+            save_checkpoint(self.path / BEST_FILE, weights, self._metadata(self.model, metrics), overwrite=True)
+
+    def finish(self, result: FitResult) -> tuple[Evaluation, Evidence] | None:
+        """Write the trained model, collapse it, verify and evaluate the plain form, and write that and the report.
+
+        Returns:
+            The plain form on the validation images, and the evidence of its equality; None where the model was plain
+            already.
+
+        Raises:
+            EquivalenceError: the plain form is not equal to the trained model.
+        """
+        self._save(self.model, result.validation)
+        collapsed = None if models.form_of(self.model) == "plain" else self._collapse()
+        report = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "config": asdict(self.config),
+            "classes": self.data.classes,
+            "train_form": result.validation.to_dict(),
+            "plain_form": None if collapsed is None else collapsed[0].to_dict(),
+            "seconds": result.seconds,
+            "history": [asdict(record) for record in result.history],
+            "skipped_images": self.data.bad.count,
+        }
+        write_text(self.path / REPORT_FILE, json.dumps(report, indent=1), overwrite=True)
+        return collapsed
+
+    def _collapse(self) -> tuple[Evaluation, Evidence]:
+        plain, _ = reparameterize(self.model, torch.zeros(1, *self.data.test_shape))
+        assert isinstance(plain, models.RepVGG)
+        batches = islice(self.data.held_out_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
+        images = [self.data.prepare(images) for images, _ in batches]
+        evidence = verify(self.model, plain, images).raise_if_failed()
+        result = evaluate_validation(plain, self.data, self.config)
+        self._save(plain, result)
+        return result, evidence
+
+    def _save(self, model: models.RepVGG, result: Evaluation) -> None:
+        metadata = self._metadata(model, {"held_out_accuracy": result.accuracy, "held_out_top5": result.top(5)})
+        name = PLAIN_FILE if metadata.form == "plain" else TRAIN_FILE
+        models.save(self.path / name, model, metadata, overwrite=True)
+
+    def _metadata(self, model: models.RepVGG, metrics: dict[str, float]) -> Metadata:
+        return models.describe_model(
+            model,
+            models.form_of(model),
+            input_size=self.data.test_shape[1],
+            mean=self.data.mean,
+            std=self.data.std,
+            classes=self.data.classes,
+            recipe=asdict(self.config),
+            metrics=metrics,
+            ema=self.config.ema > 0,
+        )
+
+
+def write_log(folder: Path, history: Sequence[EpochRecord]) -> Path:
+    """Write ``log.csv`` atomically, one line per epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(EpochRecord)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(record) for record in history)
+    return write_text(folder / LOG_FILE, text.getvalue(), overwrite=True)
+
+
+def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path:
+    """Draw ``curve.png``: training loss and validation accuracy over the epochs, with the learning rate below."""
+    # Figure and canvas without pyplot: no global state, no backend that needs a screen, safe in any thread.
+    canvas = require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg
+    figure = require("matplotlib.figure", "train").Figure(figsize=(8, 5), layout="constrained")
+    canvas(figure)
+    epochs = [record.epoch for record in history]
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    best = max(history, key=lambda record: record.held_out_accuracy)
+    upper.plot(epochs, [record.loss for record in history], color="tab:orange")
+    upper.set_ylabel("training loss", color="tab:orange")
+    upper.set_title(title, loc="left")
+    right = upper.twinx()
+    right.plot(epochs, [100 * record.held_out_accuracy for record in history], color="tab:blue")
+    right.set_ylabel("validation accuracy (%)", color="tab:blue")
+    right.annotate(
+        f"best {best.held_out_accuracy:.2%}",
+        (best.epoch, 100 * best.held_out_accuracy),
+        xytext=(0, -14),
+        textcoords="offset points",
+        ha="right",
+    )
+    lower.plot(epochs, [record.lr for record in history], color="tab:gray")
+    lower.set(xlabel="epoch", ylabel="learning rate")
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    with atomic_write(folder / CURVE_FILE, overwrite=True) as part:
+        figure.savefig(part, dpi=120, format="png")
+    return folder / CURVE_FILE
+
+
+@final
+@dataclass(frozen=True)
+class _Printer:
+    """Print lines to ``console`` as they are: no wrapping, highlighting or markup; nothing if ``quiet``."""
+
+    console: Console
+    quiet: bool
+
+    def __call__(self, line: str, indent: str = "  ") -> None:
+        if not self.quiet:
+            self.console.print(indent + line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_setup(job: TrainingJob, initial: InitialModel, printer: _Printer) -> None:
+    """Print everything that decides the outcome of the run."""
+    data, config = job.data, job.config
+    shape = "x".join(map(str, data.input_shape))
+    train, validation = ("a stream of" if n is None else f"{n:,}" for n in (data.num_train, data.num_held_out))
+    printer(
+        f"Train {initial.model.spec.name} on {data.uri}: {train} training images of {shape} in {len(data.classes)} "
+        f"classes, {validation} validation images",
+        indent="",
+    )
+    for note in (*initial.notes, *data.notes):
+        printer(note)
+    printer(f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}")
+    for line in describe_groups(optimizer_groups(initial.model, config.optim)):
+        printer(line)
+
+
+def _finish(run_folder: RunFolder, result: FitResult, printer: _Printer) -> RunResult:
+    collapsed = run_folder.finish(result)
+    forms = {"train form" if collapsed else "model": result.validation}
+    if collapsed is not None:
+        forms["plain form"], evidence = collapsed
+        printer(f"plain form: relative error {evidence.relative:.1e} (tolerance {evidence.tolerance:.1e})")
+    for name, one in forms.items():
+        correct = f"{one.correct:,} of {len(one.labels):,} correct"
+        printer(f"{name:10}  top-1 {one.accuracy:.2%}  top-5 {one.top(5):.2%}  {correct}")
+    bad = run_folder.data.bad
+    if bad.count:
+        printer(f"skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
+    printer(f"wrote {run_folder.path}")
+    return RunResult(run_folder.path, result, collapsed[0] if collapsed else None)
