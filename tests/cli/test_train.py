@@ -197,7 +197,7 @@ def test_another_run_does_not_go_on_there(finished, repvgg, arguments, said):
     before = contents(folder)
     outcome = repvgg("train", "--config", folder / "config.yaml", *arguments, "--resume")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: The run in {str(folder)!r} has {said}: take another folder.\n"
+    assert outcome.err == f"error: The run in {str(folder)!r} has {said}: choose another folder.\n"
     assert contents(folder) == before
 
 

@@ -7,10 +7,10 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from repvgg._serde import from_plain
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.errors import UsageError
 from repvgg.training import RECIPES, OptimConfig, TrainConfig, read_config, recipe_of, to_yaml, write_config
-from repvgg._serde import from_plain
 from repvgg.training.config import differences
 from tests.training.helpers import CONFIG
 

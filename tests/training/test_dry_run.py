@@ -66,7 +66,9 @@ class Steep(nn.Module):
 
 
 def test_an_infinite_gradient():
-    with pytest.raises(TrainingError, match=r"^The gradient of 'gain' is not finite on the first batch: check how forward uses"):
+    with pytest.raises(
+        TrainingError, match=r"^The gradient of 'gain' is not finite on the first batch: check how forward"
+    ):
         perform_dry_run(Steep(), opened(), CONFIG)
 
 

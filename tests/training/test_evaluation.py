@@ -33,7 +33,7 @@ def test_by_hand(batch_size):
     assert result.per_class[:3].tolist() == [0.5, 1.0, 0.5]
     assert math.isnan(result.per_class[3])  # there is no image of that class
     assert result.macro_accuracy == pytest.approx(2 / 3)
-    assert repr(result) == "Evaluation(3 of 5 right, 60.00%)"
+    assert repr(result) == "Evaluation(3 of 5 correct, 60.00%)"
 
 
 def test_top_k_by_hand():
