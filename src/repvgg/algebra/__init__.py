@@ -1,15 +1,16 @@
 """The algebra of convolutions: tensors in, tensors out. It knows no ``nn.Module``."""
 
 from repvgg.algebra.axis import Axis
-from repvgg.algebra.compose import compose, resample
 from repvgg.algebra.convmap import Border, ConvMap
 from repvgg.algebra.kernel import Kernel
 from repvgg.algebra.operations import (
     add,
     common_border,
+    compose,
     concatenate,
     embed,
     open_groups,
+    resample,
     scale,
     select_channels,
     shift,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from repvgg.symbolic import HANDLERS, handlers, shapes, slicing
+from repvgg.symbolic import HANDLERS, handlers, slicing
 
 _SHARING = (
-    *(shapes.unchanged, shapes.flatten, shapes.reshape_as, handlers.dropout),
+    *(handlers.unchanged, handlers.flatten, handlers.reshape_as, handlers.dropout),
     *(slicing.getitem, slicing.narrow, slicing.chunk, slicing.split),
 )
 _OPERATORS = {

@@ -1,13 +1,23 @@
 """The symbolic forward: torch functions as algebra, one short handler each, in one table."""
 
-import repvgg.symbolic.arithmetic
+# Importing these two modules registers their handlers in HANDLERS.
 import repvgg.symbolic.handlers
-import repvgg.symbolic.shapes
-import repvgg.symbolic.slicing  # noqa: F401 - enters its handlers in the table
-from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout
+import repvgg.symbolic.slicing  # noqa: F401
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
-from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, dispatch, handles
+from repvgg.symbolic.tensor import (
+    HANDLERS,
+    IMAGES,
+    ROWS,
+    SEQUENCES,
+    VECTORS,
+    VOLUMES,
+    Layout,
+    Source,
+    SymbolicTensor,
+    dispatch,
+    handles,
+)
 from repvgg.symbolic.trace import (
     EquivalentConv,
     algebra_device,

@@ -7,7 +7,8 @@ returns the symbolic outcome or raises the reason why there is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,61 @@ from torch import Tensor
 from repvgg import algebra
 from repvgg.algebra import ConvMap, Kernel
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
-from repvgg.symbolic.operands import constant, numbers, require_spatial
-from repvgg.symbolic.tensor import RANK_UNKNOWN, SymbolicTensor, handles
+from repvgg.symbolic.tensor import RANK_UNKNOWN, VECTORS, Layout, SymbolicTensor, handles
+
+
+def numbers(value: Any, count: int) -> tuple[int, ...]:
+    """``count`` whole numbers, where torch takes one for all as well."""
+    if isinstance(value, int):
+        return (value,) * count
+    given = tuple([int(number) for number in value])
+    return given * count if len(given) == 1 else given
+
+
+def constant(value: Any, like: SymbolicTensor) -> Tensor:
+    """A number or a real tensor, brought to the dtype and device of the algebra."""
+    if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+        raise NotLinearError("complex numbers have no place in a convolution of real ones")
+    return torch.as_tensor(value).to(device=like.device, dtype=like.dtype)
+
+
+def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
+    """A constant operand as a vector (O,).
+
+    Raises:
+        NotLinearError: it differs along another axis than the channels, or would change the channels or add an axis.
+    """
+    operand = constant(value, like)
+    channels, rank = like.map.out_channels, like.layout.rank
+    shape = tuple(operand.shape)
+    place = len(shape) + like.layout.axis  # negative where the operand does not reach to the channels
+    elsewhere = shape[: max(place, 0)] + shape[place + 1 :]
+    fits = place < 0 or shape[place] in (1, channels)
+    if not fits or any(size != 1 for size in elsewhere) or len(shape) > (1 if rank is None else rank):
+        raise NotLinearError(f"an operand of shape {shape} is not one number a channel of {like.layout}")
+    return operand.reshape(-1).expand(channels)
+
+
+def same_source(symbols: Sequence[SymbolicTensor]) -> SymbolicTensor:
+    """The first of several functions of one source, which may be merged."""
+    first = symbols[0]
+    if any(symbol.source is not first.source for symbol in symbols):
+        raise NotLinearError("functions of two different tensors meet here")
+    if not first.source.merge_branches:
+        raise NotLinearError("branches are to stay apart")
+    if any(symbol.layout != first.layout for symbol in symbols):
+        raise NotLinearError("tensors of different shapes meet here")
+    return first
+
+
+def require_spatial(symbol: SymbolicTensor, spatial: int, name: str) -> None:
+    """Check that a function over ``spatial`` axes, called ``name``, finds the channels of ``symbol`` in their place.
+
+    Raises:
+        NotLinearError: it would take other axes for them.
+    """
+    if symbol.layout.spatial != spatial:
+        raise NotLinearError(f"{name} on a tensor {symbol.layout} does not take its channels for channels")
 
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -172,3 +226,145 @@ def dropout(
     if training and p:
         raise TrainingModeError("a dropout is in training mode; call .eval() first")
     return input
+
+
+_T = torch.Tensor
+
+
+def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., SymbolicTensor]:
+    """The in-place form of a handler: the first argument becomes the outcome, for all who hold it."""
+
+    def change(target: Any, *args: Any, **kwargs: Any) -> SymbolicTensor:
+        if isinstance(target, Tensor):
+            raise NotLinearError("a constant is changed in place")
+        if not isinstance(target, SymbolicTensor):  # a number, as in ``total = 0; total += branch(x)``
+            return function(target, *args, **kwargs)
+        if target.is_source or target.is_view:
+            raise NotLinearError("the input, or a view of a tensor, is changed in place")
+        target.map = function(target, *args, **kwargs).map
+        return target
+
+    return change
+
+
+@handles(operator.add, torch.add, _T.add, _T.__add__, _T.__radd__)
+def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
+    """Sum of two functions of one source, or of one and a constant per channel."""
+    if alpha != 1:
+        right = right * alpha
+    if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
+        return same_source((left, right)).like(algebra.add(left.map, right.map), "add")
+    symbol, other = (left, right) if isinstance(left, SymbolicTensor) else (right, left)
+    if isinstance(other, (int, float)) and other == 0:
+        return symbol.like(symbol.map, "identity")
+    return symbol.like(algebra.shift(symbol.map, per_channel(other, symbol)), "shift")
+
+
+@handles(operator.neg, torch.neg, _T.neg, _T.__neg__)
+def negate(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
+    """``−x``."""
+    return multiply(input, -1)
+
+
+@handles(operator.sub, torch.sub, _T.sub, _T.__sub__)
+def subtract(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
+    """``left − alpha·right``."""
+    return add(left, right * -alpha)
+
+
+@handles(_T.__rsub__, torch.rsub)
+def reflected_subtract(left: Any, right: Any) -> SymbolicTensor:
+    """``right − left``."""
+    return subtract(right, left)
+
+
+@handles(operator.mul, torch.mul, _T.mul, _T.__mul__, _T.__rmul__)
+def multiply(left: Any, right: Any) -> SymbolicTensor:
+    """Product with a number or a constant per channel."""
+    if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
+        raise NotLinearError("a product of two functions of the image is not linear")
+    symbol, other = (left, right) if isinstance(left, SymbolicTensor) else (right, left)
+    return symbol.like(algebra.scale(symbol.map, per_channel(other, symbol)), "scale")
+
+
+@handles(operator.truediv, torch.div, torch.true_divide, _T.div, _T.true_divide, _T.__truediv__)
+def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> SymbolicTensor:
+    """Quotient by a number or a constant per channel."""
+    if isinstance(right, SymbolicTensor) or rounding_mode is not None:
+        raise NotLinearError("a division by the image, or a rounded one, is not linear")
+    return multiply(left, 1 / constant(right, left))
+
+
+for _function, _names in {
+    add: (operator.iadd, _T.add_, _T.__iadd__),
+    subtract: (operator.isub, _T.sub_, _T.__isub__),
+    multiply: (operator.imul, _T.mul_, _T.__imul__),
+    divide: (operator.itruediv, _T.div_, _T.__itruediv__),
+}.items():
+    handles(*_names)(_in_place(_function))
+
+
+_T = torch.Tensor
+
+
+@handles(torch.cat, torch.concat, torch.concatenate)
+def cat(tensors: Sequence[Any], dim: int = 0) -> SymbolicTensor:
+    """Concatenation along the channels of functions of one source."""
+    parts = [part for part in tensors if isinstance(part, SymbolicTensor)]
+    if len(parts) < len(tensors) or not parts[0].layout.is_channel_axis(dim):
+        raise NotLinearError("a concatenation along pixels or images, or with constants, is not a convolution")
+    return same_source(parts).like(algebra.concatenate([part.map for part in parts]), "cat")
+
+
+@handles(F.pad, torch.constant_pad_nd)
+def pad(
+    input: SymbolicTensor,  # noqa: A002 - torch's own name
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> SymbolicTensor:
+    """Padding or cropping of the spatial axes, given from the last one on."""
+    spatial = input.layout.spatial
+    sides = [int(side) for side in pad] + [0] * (2 * spatial - len(pad))
+    if any(sides[2 * spatial :]):
+        raise NotLinearError("a padding of channels or images is not a convolution")
+    if mode == "constant" and value not in (None, 0):
+        raise BorderError(f"the image is padded with {value}, and a convolution pads with 0")
+    if mode != "constant" and min(sides, default=0) < 0 < max(sides):
+        raise BorderError(f"a {mode} padding that crops as well is not a convolution")
+    border: Any = "zeros" if mode == "constant" else mode
+    axes = [algebra.Axis(before=sides[2 * i], after=sides[2 * i + 1]) for i in range(spatial)]
+    return input.like(algebra.resample(input.map, tuple(reversed(axes)), border), "pad")
+
+
+@handles(_T.contiguous, _T.clone, torch.clone)
+def unchanged(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
+    """Functions that change the layout in memory and no value; the outcome may be the same tensor, or another one."""
+    return _view(input, input.layout)
+
+
+@handles(torch.flatten, _T.flatten)
+def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:  # noqa: A002
+    """Rows (N, L, C) as vectors (N·L, C): the same numbers in the same order."""
+    if input.layout.rows and input.layout.rank is None:
+        raise NotLinearError(RANK_UNKNOWN)
+    if input.layout != Layout(3, rows=True) or start_dim not in (0, -3) or end_dim not in (1, -2):
+        raise NotLinearError("flatten is linear in this algebra only as flatten(0, 1) of rows (N, L, C)")
+    return _view(input, VECTORS)
+
+
+@handles(_T.reshape_as, _T.view_as)
+def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
+    """Rows in the shape of other rows of the same source: as many, in the same order, for maps of rows keep both."""
+    if not isinstance(input, SymbolicTensor) or not isinstance(other, SymbolicTensor):
+        raise NotLinearError("a reshape between a constant and the image is not a convolution")
+    rows = input.source is other.source and input.layout.rows and other.layout.rows
+    if not rows or input.map.out_channels != other.map.out_channels:
+        raise NotLinearError("a reshape is linear in this algebra only between rows of one source and one width")
+    return _view(input, other.layout)
+
+
+def _view(symbol: SymbolicTensor, layout: Layout) -> SymbolicTensor:
+    """The same numbers, perhaps in the same memory: from here on neither may be changed in place."""
+    symbol.is_view = True
+    return symbol.like(symbol.map, "identity", is_view=True, layout=layout)

@@ -8,12 +8,23 @@ from typing import Any
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import handlers, shapes, slicing
-from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout
-from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor, UnknownShape, UnknownSize
+from repvgg.symbolic import handlers, slicing
+from repvgg.symbolic.tensor import (
+    HANDLERS,
+    IMAGES,
+    ROWS,
+    SEQUENCES,
+    VECTORS,
+    VOLUMES,
+    Layout,
+    Source,
+    SymbolicTensor,
+    UnknownShape,
+    UnknownSize,
+)
 
 _POOLS = {handlers.avg_pool1d: SEQUENCES, handlers.avg_pool2d: IMAGES, handlers.avg_pool3d: VOLUMES}
-_KEEP_ALL = {handlers.dropout, shapes.unchanged}
+_KEEP_ALL = {handlers.dropout, handlers.unchanged}
 _MAY_BROADCAST = {
     HANDLERS[function] for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
 }
@@ -107,7 +118,7 @@ class ChannelProbe(SymbolicTensor):
         """Whether a slice or a padding keeps all channels, which depends on the layout."""
         if handler is slicing.getitem:
             return slicing.keeps_channels(args[1], self.assume())
-        if handler is shapes.pad:
+        if handler is handlers.pad:
             return not any(_argument(args, kwargs, 1, "pad")[2 * self.assume().spatial :])
         return False
 

@@ -10,8 +10,7 @@ import torch
 from repvgg import algebra
 from repvgg.algebra import Axis
 from repvgg.errors import NotLinearError
-from repvgg.symbolic.layout import Layout
-from repvgg.symbolic.tensor import SymbolicTensor, handles
+from repvgg.symbolic.tensor import Layout, SymbolicTensor, handles
 
 _T = torch.Tensor
 _ALL = slice(None)

@@ -12,10 +12,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, TrainingModeError
-from repvgg.symbolic.layout import Layout
 from repvgg.symbolic.probe import channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of
-from repvgg.symbolic.tensor import Source, SymbolicTensor
+from repvgg.symbolic.tensor import Layout, Source, SymbolicTensor
 
 
 class EquivalentConv(NamedTuple):
