@@ -11,7 +11,7 @@ from torch import nn
 import repvgg
 from repvgg.collapse import api, rewrite
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.graft import Graft
+from repvgg.collapse.graph_rewriter import Graft
 from repvgg.errors import EquivalenceError, NothingFoldedWarning, UsageError
 from tests.collapse.models import Branches, Linear2d, assert_same_outputs, conv, image, module, trained
 

@@ -1,9 +1,8 @@
 """Any model in, plain model out: capture, linear regions, what pays, rewrite, report."""
 
-from repvgg.collapse.api import fold_batch_norms, is_plain, reparameterize, unwrapped
+from repvgg.collapse.api import ModelSummary, fold_batch_norms, is_plain, model_summary, reparameterize, unwrapped
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.report import Folded, LeftAlone, Part, Report
-from repvgg.collapse.summary import ModelSummary, model_summary
 
 __all__ = [
     "Cost",

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from repvgg.algebra import ConvMap
-from repvgg.collapse.emit import emitted_map
+from repvgg.algebra import ConvMap, with_symmetric_padding
 from repvgg.errors import UsageError
 from repvgg.symbolic import Source, SymbolicTensor
 
 _SLACK = 1e-9
+
+
+def emitted_map(conv: ConvMap) -> ConvMap:
+    """The map as ``nn.Conv2d`` can hold it: with symmetric padding, unless ``padding="same"`` says it as it is."""
+    return conv if _same_padding(conv) else with_symmetric_padding(conv)
+
+
+def _same_padding(conv: ConvMap) -> bool:
+    """Whether the padding is what ``padding="same"`` gives: the larger half of an odd total behind."""
+    return max(conv.stride, default=1) == 1 and all(
+        (axis.before, axis.after) == (axis.reach // 2, axis.reach - axis.reach // 2) for axis in conv.axes
+    )
 
 
 @dataclass(frozen=True)

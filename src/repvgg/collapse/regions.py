@@ -4,17 +4,173 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeAlias
 
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvgg.collapse.alias import Memory
+from repvgg.collapse.capture import Capture, is_leaf
 from repvgg.collapse.cost import Cost, Policy
-from repvgg.collapse.flat import Flat
-from repvgg.collapse.memory import Memory
-from repvgg.collapse.modules import is_leaf
-from repvgg.collapse.neighbours import asks_what_stays, has_neighbours
-from repvgg.collapse.placing import Frozen, Placing, Region, place
-from repvgg.collapse.transposed import is_scaling, transposed_at
-from repvgg.collapse.values import Expected, Linear, Shapes, Step, Value, Values
+from repvgg.collapse.inline import Flat
+from repvgg.collapse.symbolic_eval import Expected, Linear, Shapes, Step, Value, Values, is_scaling, transposed_at
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic import Source, SymbolicTensor, guarded
+
+Frozen: TypeAlias = Callable[[str], str | None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Region:
+    """Nodes of a flat graph that are one convolution of ``source``; only the last one, ``exit``, is used outside."""
+
+    flat: Flat
+    exit: fx.Node
+    value: Value
+
+    @property
+    def source(self) -> fx.Node:
+        """The node whose tensor the region reads."""
+        return self.value.source
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The nodes, in the order of execution."""
+        return self.value.steps
+
+    @property
+    def span(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The source, and the first and the last node of the region."""
+        return self.source, self.steps[0].node, self.exit
+
+    @property
+    def called(self) -> list[str]:
+        """The paths of the submodules that the region calls."""
+        return [str(step.node.target) for step in self.steps if step.node.op == "call_module"]
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the region has no branches: each node is a function of the one before, and of constants.
+
+        What only hands a tensor on stays as it is, and may ask others for their shape.
+        """
+        inside = {self.source, *(step.node for step in self.steps)}
+        previous = self.source
+        for step in self.steps:
+            inputs = [n for n in step.node.all_input_nodes if n in inside]
+            if inputs != [previous] and (step.effective or inputs[:1] != [previous]):
+                return False
+            previous = step.node
+        return True
+
+    @property
+    def first_convolution(self) -> fx.Node:
+        """What the merged convolution takes the place of, where the region is a path: else the source is one."""
+        return next((step.node for step in self.steps if "conv" in step.operations), self.source)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How a region is replaced.
+
+    Attributes:
+        in_place: the convolution takes the place of the first one of a path and what follows is taken out, each in its
+            own module; else one call of it in one forward takes the place of the whole region.
+        host: the path of the module whose forward calls the convolution.
+        rewritten: paths of the modules that need a new forward, or are written out in that of their caller.
+        inlined: those of them that are written out.
+    """
+
+    in_place: bool
+    host: str
+    rewritten: frozenset[str]
+    inlined: frozenset[str]
+
+
+def place(region: Region, frozen: Frozen) -> Placing | str:
+    """How ``region`` is replaced, or why it cannot be."""
+    placing = _along_path(region) if region.is_path else _at_one_call(region)
+    reasons = (frozen(path) for path in sorted(placing.rewritten))
+    return next((reason for reason in reasons if reason), None) or _other_flows(region, placing) or placing
+
+
+def _along_path(region: Region) -> Placing:
+    """In place: forwards change only where a function of theirs, not a module they call, is folded."""
+    owner = region.flat.owner
+    functions = (step.node for step in region.steps if step.node.op != "call_module" and step.effective)
+    host = owner(region.first_convolution)
+    return Placing(True, host, frozenset(map(owner, functions)), frozenset())
+
+
+def _at_one_call(region: Region) -> Placing:
+    """One call in the innermost forward around all of the region; those within it are written out there."""
+    lines = [region.flat.lineage(region.flat.owner(step.node)) for step in region.steps]
+    host = next(path for path in lines[0] if all(path in line for line in lines))
+    rewritten = frozenset(path for line in lines for path in line[: line.index(host) + 1])
+    return Placing(False, host, rewritten, rewritten - {host})
+
+
+def _other_flows(region: Region, placing: Placing) -> str | None:
+    """Why a region in place would change what forwards with optional arguments do for other values of them."""
+    owners = {region.flat.owner(step.node) for step in region.steps}
+    lines = [region.flat.lineage(path) for path in owners]
+    shared = set(lines[0]).intersection(*lines)
+    touched = {path for line in lines for path in line if path not in shared} | owners
+    touched.add(next(path for path in lines[0] if path in shared))
+    for path in sorted(touched):
+        captured = region.flat.captures[path]
+        if captured.variants and not (owners == {path} and _same_chain(region, captured)):
+            return f"the forward around it {captured.more or 'takes optional arguments'}"
+    return None
+
+
+def _same_chain(region: Region, captured: Capture) -> bool:
+    """Whether a region of calls is the same chain, or is not there at all, for other values of optional arguments."""
+    targets = [region.flat.place[step.node][1].target for step in region.steps]
+    if any(step.node.op != "call_module" for step in region.steps):
+        return False
+    return all(_is_chain(targets, variant.graph) for variant in captured.variants)
+
+
+def _is_chain(targets: Collection[object], graph: fx.Graph) -> bool:
+    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
+    linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
+    return not nodes or ([node.target for node in nodes] == list(targets) and linked)
+
+
+def asks_what_stays(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for what is the same at both ends of a linear region: its rank, dtype or device."""
+    if node.op == "call_method":
+        return node.target in ("dim", "ndimension") and len(node.args) == 1
+    return node.target is getattr and node.args[1] in ("ndim", "dtype", "device")
+
+
+def has_neighbours(flat: Flat) -> bool:
+    """Whether two nodes that may be linear follow each other, as those of any region do. It costs little to ask.
+
+    Where a batch norm is called the answer is yes: if it stays, somebody will want to know why. So it is where a module
+    of another kind is one node, as it is more than one operation.
+    """
+    parts = {target: flat.module.get_submodule(target) for _, target in flat.calls()}
+    if any(isinstance(part, _BatchNorm) or not is_leaf(part) for part in parts.values()):
+        return True
+    calls = (node for node in flat.graph.nodes if node.op.startswith("call"))
+    linear = {node for node in calls if node.op != "call_module" or _may_be_linear(parts[str(node.target)])}
+    return any(before in linear for node in linear for before in node.all_input_nodes)
+
+
+def _may_be_linear(part: nn.Module) -> bool:
+    """False for torch's own activations and the like: modules without tensors that are linear for no input."""
+    if not is_leaf(part) or part._parameters or part._buffers:
+        return True
+    try:
+        guarded(part.forward, SymbolicTensor.of(Source(), 1, device="meta"))
+    except NotLinearError:
+        return False
+    except ReparamError:
+        return True
+    return True
 
 
 @dataclass(frozen=True)

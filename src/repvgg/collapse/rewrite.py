@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.copies import copied, copies_of_results
-from repvgg.collapse.emit import Plain, to_module
-from repvgg.collapse.evaluator import Evaluator
-from repvgg.collapse.graft import Graft, grafts_of
-from repvgg.collapse.modules import join
-from repvgg.collapse.placing import Placing, Region
-from repvgg.collapse.planned import Plan, Unit, Whole
+from repvgg.collapse.capture import join
+from repvgg.collapse.cost import emitted_map
+from repvgg.collapse.graph_rewriter import Graft, copied, copies_of_results, grafts_of
+from repvgg.collapse.plan import Plan, Unit, Whole
 from repvgg.collapse.proof import Proof, image_for, prove_region, small_input
-from repvgg.collapse.report import Folded, Part
-from repvgg.collapse.rows import Replaced, describe_module, entry, part_of, parts_in, parts_of
-from repvgg.collapse.transposed import scaled
-from repvgg.errors import ReparamError
+from repvgg.collapse.regions import Placing, Region
+from repvgg.collapse.report import Folded, Part, Replaced, describe_module, entry, part_of, parts_in, parts_of
+from repvgg.collapse.symbolic_eval import Evaluator
+from repvgg.errors import ReparamError, UsageError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -98,7 +96,7 @@ class _Builder:
             self._refuse([whole.module], proof)
             return
         self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-        row = entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof)
+        row = entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof.text)
         self.done.append(Replaced(row, conv, list(whole.module.modules())))
 
     def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
@@ -155,7 +153,7 @@ class _Builder:
             for step in reversed(region.steps[:-1]):
                 graft.take_out(step.node, region.source)
             gone += modules
-        row = entry(join(unit.path, name), parts_in(unit.module, region), symbol, owner, region.value.cost, proof)
+        row = entry(join(unit.path, name), parts_in(unit.module, region), symbol, owner, region.value.cost, proof.text)
         self.done.append(Replaced(row, conv, modules or [host]))
 
     def _scale(self, unit: Unit, region: Region, grafts: dict[str, Graft]) -> None:
@@ -263,6 +261,33 @@ def solve(region: Region) -> SymbolicTensor:
     return outcome
 
 
+def scaled(transposed: _ConvTransposeNd, scaling: ConvMap) -> _ConvTransposeNd:
+    """``scaling(transposed(x))`` as one transposed convolution.
+
+    With kernel W (I, O / groups, *K), bias b and ``y ↦ a·y + c`` for each channel: kernel ``a·W``, the output channels
+    of each group being those of axis 1, and bias ``a·b + c``. Computed in float64 and cast once.
+
+    Raises:
+        ReparamError: a weight does not fit into the dtype.
+    """
+    weight_IOK, groups = transposed.weight.detach(), transposed.groups
+    factor_O = scaling.weight.flatten().to(weight_IOK.device)
+    by_group = factor_O.view(groups, 1, -1, *(1,) * (weight_IOK.dim() - 2))  # (g, 1, O/g, 1, …)
+    kernel = weight_IOK.double().view(groups, -1, *weight_IOK.shape[1:]) * by_group
+    offset_O = scaling.bias_or_zeros().to(weight_IOK.device)
+    if transposed.bias is not None:
+        offset_O = offset_O + factor_O * transposed.bias.detach().double()
+    new = copy.copy(transposed)
+    new.__dict__ = {**vars(transposed), "_parameters": {}}
+    new.weight = _like_parameter(cast(kernel.view(weight_IOK.shape), weight_IOK), transposed)
+    new.bias = _like_parameter(cast(offset_O, weight_IOK), transposed)
+    return new
+
+
+def _like_parameter(value: Tensor, transposed: _ConvTransposeNd) -> nn.Parameter:
+    return nn.Parameter(value.clone(memory_format=torch.preserve_format), transposed.weight.requires_grad)
+
+
 def _detach(plain: nn.Module, path: str) -> None:
     """Take a dropped submodule out of the copy."""
     owner_path, _, name = path.rpartition(".")
@@ -274,3 +299,88 @@ def _detach(plain: nn.Module, path: str) -> None:
         del owner[name]
     elif not isinstance(owner, (nn.Sequential, nn.ModuleList)):
         setattr(owner, name, None)
+
+
+Plain: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> Plain:
+    """The module that computes ``conv``, in dtype, device and memory format of the kernel ``like``.
+
+    It is an ``nn.Linear`` for rows and vectors, else an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. The weights are
+    cast once, here. The random number generator is not touched.
+
+    Args:
+        conv: what to compute.
+        like: a tensor that tells dtype, device and memory format.
+        layout: the shape of the input.
+        requires_grad: of the parameters.
+
+    Raises:
+        ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
+            computes ``conv``: a linear map of rows in groups.
+        UsageError: ``conv`` is no map of tensors of that layout.
+    """
+    if conv.spatial != layout.spatial:
+        raise UsageError(f"A map over {conv.spatial} axes is none of tensors {layout}.")
+    conv = emitted_map(conv)
+    module = _convolution(conv, like) if conv.spatial else _linear(conv, like)
+    module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
+    module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
+    return module
+
+
+def _convolution(conv: ConvMap, like: Tensor) -> Plain:
+    before, after = conv.padding[::2], conv.padding[1::2]
+    module: Plain = _CONVOLUTIONS[conv.spatial](
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        before if before == after else "same",
+        conv.dilation,
+        conv.groups,
+        bias=True,
+        padding_mode=conv.border or "zeros",
+        device="meta",
+        dtype=like.dtype,
+    )
+    return module
+
+
+def _linear(conv: ConvMap, like: Tensor) -> nn.Linear:
+    if conv.groups > 1:
+        raise ReparamError(f"a linear map of rows in {conv.groups} groups is no nn.Linear")
+    return nn.Linear(conv.in_channels, conv.out_channels, bias=True, device="meta", dtype=like.dtype)
+
+
+def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
+    """That of ``like``, for a tensor of ``dim`` axes."""
+    last = _CHANNELS_LAST.get(dim)
+    if last is None or like.dim() != dim or like.is_contiguous() or not like.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
+    """The kernel, multiplied out piece by piece and cast once."""
+    shape = conv.kernel.shape
+    order = _memory_format(like, len(shape))
+    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
+    for rows, sums in conv.kernel.chunks():
+        weight[rows].copy_(sums)
+    return _fits(weight)
+
+
+def cast(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the dtype and on the device of ``like``."""
+    return _fits(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
+
+
+def _fits(cast: Tensor) -> Tensor:
+    """``cast`` itself, if no number became infinite in its dtype."""
+    if not cast.is_meta and cast.numel() and any(bool(torch.isinf(end)) for end in torch.aminmax(cast)):
+        raise ReparamError(f"the merged weights do not fit into {str(cast.dtype).removeprefix('torch.')}")
+    return cast

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
-from repvgg.collapse.capture import Capture
-from repvgg.collapse.modules import join
+from repvgg.collapse.capture import Capture, join
 
 Place: TypeAlias = tuple[str, fx.Node]
 LookInto: TypeAlias = Callable[[str, Capture, str], Capture | None]

@@ -1,4 +1,4 @@
-"""A symbolic value for every node of a captured graph: which tensor it is a linear function of, and which one."""
+"""Running single nodes of a flat graph: on symbols, on tensors, or on tensors without values."""
 
 from __future__ import annotations
 
@@ -7,17 +7,110 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
+from repvgg.collapse.alias import Memory
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.evaluator import Evaluator, to_meta
-from repvgg.collapse.flat import Flat
-from repvgg.collapse.memory import Memory
-from repvgg.collapse.transposed import told_by_transposed
+from repvgg.collapse.inline import Flat
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of
+from repvgg.symbolic import Layout, Source, SymbolicTensor, channels_of, guarded, shadow_of, unchanged_by_call
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
+
+
+class Evaluator:
+    """Runs single nodes of a flat graph, on symbols or tensors, over tensors passed through ``convert``.
+
+    If ``strict``, a module that keeps or changes something when it is called is refused.
+    """
+
+    def __init__(
+        self, flat: Flat, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
+    ) -> None:
+        self.call = unchanged_by_call if strict else guarded
+        self.flat = flat
+        self.convert = convert
+        self.keep_kernels = keep_kernels
+        self._shadows: dict[str, nn.Module] = {}
+
+    def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """The outcome of ``node`` when its arguments are ``value_of`` their nodes.
+
+        Raises:
+            ReparamError: it is not linear.
+        """
+        args = fx.map_arg(node.args, value_of)
+        kwargs = fx.map_arg(node.kwargs, value_of)
+        if node.op == "call_module":
+            return self.call(self._shadow(str(node.target)), *args, **kwargs)
+        if node.op == "call_method":
+            return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
+        return guarded(node.target, *args, **kwargs)
+
+    def outcome(self, source: fx.Node, value: Any, nodes: Sequence[fx.Node]) -> Any:
+        """The last of ``nodes``, a linear region in order, where ``source`` is ``value``."""
+        values: dict[fx.Node, Any] = {source: value}
+
+        def value_of(node: fx.Node) -> Any:
+            if node not in values:  # a constant, perhaps computed from others
+                values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            return values[node]
+
+        for node in nodes:
+            value_of(node)
+        return values[nodes[-1]]
+
+    def constant(self, node: fx.Node) -> Any:
+        """The parameter, buffer or attribute that ``node`` names."""
+        value = attribute(*self.flat.constants[node])
+        return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _shadow(self, path: str) -> nn.Module:
+        if path not in self._shadows:
+            part = self.flat.module.get_submodule(path)
+            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=self.keep_kernels, training=False)
+        return self._shadows[path]
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape in float64 without values: enough for geometry and costs."""
+    return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What stands at a dotted ``path`` below ``root``."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+_RANKS = {nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5}
+
+
+def transposed_at(flat: Flat, node: fx.Node) -> _ConvTransposeNd | None:
+    """The transposed convolution that a node calls, if it runs torch's own forward."""
+    module = flat.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    own = isinstance(module, _ConvTransposeNd) and type(module) in _RANKS and "forward" not in vars(module)
+    return module if own else None  # type: ignore[return-value]
+
+
+def told_by_transposed(flat: Flat, node: fx.Node) -> tuple[int, Layout] | None:
+    """Channels and layout of the tensor of a node that a transposed convolution puts out or takes, else None."""
+    makes = transposed_at(flat, node)
+    if makes is not None:
+        return makes.out_channels, Layout(_RANKS[type(makes)])
+    takes = next((found for user in node.users if (found := transposed_at(flat, user)) is not None), None)
+    return None if takes is None else (takes.in_channels, Layout(_RANKS[type(takes)]))
+
+
+def is_scaling(conv: ConvMap) -> bool:
+    """Whether a map scales and shifts each channel and does nothing else."""
+    return conv.is_depthwise and conv.is_pointwise
+
 
 Expected: TypeAlias = tuple[int, Layout]
 Linear: TypeAlias = "Callable[[str], LinearModule | None]"
@@ -249,3 +342,47 @@ class Values:
                     heapq.heappush(waiting, (self.place[user], user))
         if errors:
             raise errors[0]
+
+
+_GUESS = (224, 224, 32)  # height, width and depth
+
+
+def depends_on_ranks(module: nn.Module) -> bool:
+    """Whether there is a batch norm in ``module`` that takes tensors of more than one rank."""
+    return any(isinstance(part, _BatchNorm) and not isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+
+def made_up(expected: Sequence[Expected | None]) -> tuple[Tensor, ...] | None:
+    """Tensors, without values, such as are expected; None where that is not known of one."""
+    if not expected or any(one is None or one[1].rank is None for one in expected):
+        return None
+    return tuple(torch.empty(2, *_shape(*one), device="meta") for one in expected if one is not None)
+
+
+def _shape(channels: int, layout: Layout) -> tuple[int, ...]:
+    sizes = _GUESS[: (layout.rank or 2) - 2]
+    return (*sizes, channels) if layout.rows else (channels, *sizes)
+
+
+def run_on_meta(flat: Flat, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    """The outcome of every node on ``inputs``, tensors without values; nodes that do not run on these have none."""
+    evaluator = Evaluator(flat, to_meta, keep_kernels=False, strict=False)
+    given = iter(inputs)
+    known: dict[fx.Node, Any] = {}
+    for node in flat.graph.nodes:
+        try:
+            if node.op == "placeholder":
+                value = next(given)
+                known[node] = to_meta(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            elif node.op == "get_attr":
+                known[node] = evaluator.constant(node)
+            elif node.op != "output":
+                known[node] = evaluator.run(node, known.__getitem__)
+        except Exception:  # a stranger's code, without values to work on
+            continue
+    return known
+
+
+def shapes_of(known: Mapping[fx.Node, Any]) -> Shapes:
+    """The shapes of those that are tensors."""
+    return {node: tuple(value.shape) for node, value in known.items() if isinstance(value, Tensor)}
