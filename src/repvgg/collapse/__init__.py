@@ -1,8 +1,8 @@
-"""Any model in, plain model out: capture, linear regions, what pays, rewrite, report."""
+"""Any model in, plain model out: capture, find linear regions, decide what pays, rewrite, verify, report."""
 
 from repvgg.collapse.api import ModelSummary, fold_batch_norms, is_plain, model_summary, reparameterize, unwrapped
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.report import Folded, LeftAlone, Part, Report
+from repvgg.collapse.report import Folded, LeftAlone, Part, Report, Skipped
 
 __all__ = [
     "Cost",
@@ -11,6 +11,7 @@ __all__ = [
     "ModelSummary",
     "Part",
     "Report",
+    "Skipped",
     "fold_batch_norms",
     "is_plain",
     "model_summary",

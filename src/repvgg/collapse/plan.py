@@ -1,400 +1,418 @@
-"""What is going to be replaced in a model, found without touching it and without computing with its weights."""
+"""Decide what to replace in a model, without modifying it and without computing with its weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, jit, nn
 
-from repvgg.algebra import ConvMap
-from repvgg.collapse.alias import Memory
-from repvgg.collapse.attribute_access import Captures, borrowed, only_called, parts_named_by
+from repvgg.collapse.alias import AliasAnalysis
+from repvgg.collapse.attribute_access import ModuleAnalysis, names_only_called, parts_read_by_forward
 from repvgg.collapse.capture import Capture, capture, has_hooks, is_leaf, join, unwrap
-from repvgg.collapse.cost import CHEAPER, Cost, Policy
-from repvgg.collapse.inline import Flat, flatten
-from repvgg.collapse.regions import Placing, Regions, Rules, find_regions
-from repvgg.collapse.report import LeftAlone
+from repvgg.collapse.cost import Cost, Policy
+from repvgg.collapse.inline import InlinedGraph, inline
+from repvgg.collapse.regions import InsertionPoint, Regions, SearchOptions, find_regions
+from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import (
-    Expected,
-    LinearModule,
+    ModuleMap,
     Shapes,
-    Values,
-    depends_on_ranks,
-    made_up,
+    SymbolicValues,
+    has_rank_agnostic_norm,
     run_on_meta,
     shapes_of,
+    synthetic_inputs,
 )
 from repvgg.errors import ReparamError, typed_line
-from repvgg.symbolic import Layout
+from repvgg.symbolic import InputSpec, Layout
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Whole:
-    """A module that is one convolution as a whole."""
-
-    path: str
-    module: nn.Module
-    conv: ConvMap
-    cost: Cost
-    layout: Layout
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Unit:
-    """A module whose own forward, and those written out in it, hold linear regions."""
-
-    path: str
-    module: nn.Module
-    flat: Flat
-    regions: Regions
-
-    def replaced(self) -> Iterator[nn.Module]:
-        """The submodules that become parts of convolutions."""
-        return (self.module.get_submodule(path) for path in self._called())
-
-    def _called(self) -> Iterator[str]:
-        for region, _ in (*self.regions.found, *self.regions.scaled):
-            yield from region.called
-        yield from (str(region.source.target) for region, _ in self.regions.scaled)
-
-    def inputs(self, path: str) -> tuple[Expected | None, ...]:
-        """What the module takes at ``path`` below the unit, None where nothing tells."""
-        inputs = (node for node in self.flat.captures[path].graph.nodes if node.op == "placeholder")
-        nodes = (self.flat.value[path, node] for node in inputs)
-        return tuple(self.regions.expected(n) if isinstance(n, fx.Node) else None for n in nodes)
-
-    def placings(self) -> list[Placing]:
-        """How the regions are replaced."""
-        return [placing for _, placing in (*self.regions.found, *self.regions.scaled)]
-
-    def rewritten(self) -> set[str]:
-        """The paths, below the unit, of modules that get a new forward."""
-        return {path for placing in self.placings() for path in placing.rewritten}
-
-    def changed(self) -> Iterator[str]:
-        """The paths, in the model, of everything that is replaced."""
-        inner = {*self._called(), *self.rewritten()}
-        return (join(self.path, path) for path in inner)
-
-
-@dataclass(repr=False)
-class Plan:
-    """Replacements, inner ones first; what is dropped; and for modules that stay, why.
-
-    ``captured`` are the modules whose own code keeps running over what is replaced in them, with their paths;
-    ``called`` is what these call.
-    """
-
-    wholes: list[Whole] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    untraced: list[LeftAlone] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    captured: dict[str, Capture] = field(default_factory=dict)
-    called: set[int] = field(default_factory=set)
-
-    def reason(self, module: nn.Module) -> str:
-        """Why a batch norm stays."""
-        if id(module) not in self.called:
-            return "no forward that was looked into calls it"
-        return self.reasons.get(id(module), "there is no convolution next to it in one linear region")
-
-    def hosts(self) -> Iterator[tuple[str, tuple[Expected | None, ...]]]:
-        """The paths of modules that get a new forward, with what it takes, outer ones first."""
-        for unit in reversed(self.units):
-            written_out = {path for placing in unit.placings() for path in placing.inlined}
-            for path in sorted(unit.rewritten() - written_out):
-                yield join(unit.path, path), unit.inputs(path)
-
-    def inputs(self) -> tuple[Expected | None, ...]:
-        """What the model takes, as far as that is known."""
-        return next((unit.inputs("") for unit in self.units if not unit.path), ())
-
-    @property
-    def may_leave_more(self) -> bool:
-        """Whether there may be something to replace in the outcome, too."""
-        return any(unit.regions.were_cut for unit in self.units)
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to replace."""
-        return not self.wholes and not self.units
-
+Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay as they are, and why
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def make_plan(
-    model: nn.Module,
-    merge_branches: bool,
-    policy: Policy = CHEAPER,
-    kept: dict[int, str] | None = None,
-    inputs: Sequence[Tensor] | None = None,
-) -> Plan:
-    """Look at ``model`` from its root and plan the replacement of every linear region that is worth it.
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        merge_branches: whether branches may merge, or only chains.
+        policy: whether a merge pays.
+        inputs: example inputs of the model; made up where shapes matter and none are given.
+    """
+
+    merge_branches: bool
+    policy: Policy
+    inputs: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearModule:
+    """A module that as a whole becomes one convolution."""
+
+    path: str
+    module: nn.Module
+    map: ModuleMap
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InlinedScope:
+    """A module with linear regions in its own forward, or in those that are inlined into it."""
+
+    path: str
+    module: nn.Module
+    inlined: InlinedGraph
+    regions: Regions
+
+    def replaced_modules(self) -> Iterator[nn.Module]:
+        """Yield the submodules that become parts of convolutions."""
+        return (self.module.get_submodule(path) for path in self._replaced_paths())
+
+    def _replaced_paths(self) -> Iterator[str]:
+        for found in self.regions.all:
+            yield from found.region.called_modules
+        yield from (str(found.region.source.target) for found in self.regions.scaled)
+
+    def input_specs(self, path: str) -> tuple[InputSpec | None, ...]:
+        """Return what the module at ``path`` below the scope takes; None where the graph does not determine it."""
+        inputs = (node for node in self.inlined.captures[path].graph.nodes if node.op == "placeholder")
+        nodes = (self.inlined.inlined[path, node] for node in inputs)
+        return tuple(self.regions.spec(n) if isinstance(n, fx.Node) else None for n in nodes)
+
+    def insertion_points(self) -> list[InsertionPoint]:
+        """Return where the merged convolutions go."""
+        return [found.insertion for found in self.regions.all]
+
+    def rewritten_paths(self) -> set[str]:
+        """Return the paths, below the scope, of modules that get a new forward."""
+        return {path for point in self.insertion_points() for path in point.rewritten}
+
+    def changed_paths(self) -> Iterator[str]:
+        """Yield the paths, in the model, of everything that is replaced or gets a new forward."""
+        return (join(self.path, path) for path in {*self._replaced_paths(), *self.rewritten_paths()})
+
+
+@dataclass(repr=False)
+class Plan:
+    """Replacements, inner ones first, and what was found out on the way.
+
+    Attributes:
+        linear_modules: modules that become one convolution each.
+        scopes: modules in whose graphs regions become convolutions.
+        dropped: paths of submodules that only a training forward calls.
+        untraced: modules whose forward cannot be traced; their children are planned one by one.
+        reasons: why a module stays.
+        captured: by path, the modules whose own code keeps running over what is replaced in them.
+        called: the model, and all that the captured forwards call.
+        conflicts: modules that were going to be replaced, and that other code turned out to use as well. If there are
+            any, the plan is not valid, and has to be made anew with these excluded.
+    """
+
+    linear_modules: list[LinearModule] = field(default_factory=list)
+    scopes: list[InlinedScope] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    untraced: list[Skipped] = field(default_factory=list)
+    reasons: Reasons = field(default_factory=dict)
+    captured: dict[str, Capture] = field(default_factory=dict)
+    called: set[nn.Module] = field(default_factory=set)
+    conflicts: Reasons = field(default_factory=dict)
+
+    def reason(self, module: nn.Module) -> str:
+        """Return why a batch norm stays."""
+        if module not in self.called:
+            return "no traced forward calls it"
+        return self.reasons.get(module, "there is no convolution next to it in one linear region")
+
+    def rewritten_hosts(self) -> Iterator[tuple[str, tuple[InputSpec | None, ...]]]:
+        """Yield the paths of modules that get a new forward, with their inputs, outer ones first."""
+        for scope in reversed(self.scopes):
+            inlined = {path for point in scope.insertion_points() for path in point.inlined}
+            for path in sorted(scope.rewritten_paths() - inlined):
+                yield join(scope.path, path), scope.input_specs(path)
+
+    def changed_paths(self) -> list[str]:
+        """Return the paths of all modules that are replaced, rewritten or dropped."""
+        paths = [linear.path for linear in self.linear_modules] + self.dropped
+        return paths + [path for scope in self.scopes for path in scope.changed_paths()]
+
+    def model_inputs(self) -> tuple[InputSpec | None, ...]:
+        """Return what the model takes, as far as its graph determines it."""
+        return next((scope.input_specs("") for scope in self.scopes if not scope.path), ())
+
+    @property
+    def may_leave_more(self) -> bool:
+        """Whether the plain model may contain further regions, because some were cut."""
+        return any(scope.regions.were_cut for scope in self.scopes)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to replace."""
+        return not self.linear_modules and not self.scopes
+
+
+def make_plan(model: nn.Module, options: Options, excluded: Reasons, analysis: ModuleAnalysis) -> Plan:
+    """Walk ``model`` from its root and plan the replacement of every linear region that is worth it.
 
     Args:
         model: any module.
-        merge_branches: whether branches may be merged, or only chains.
-        policy: whether a merged convolution pays.
-        kept: modules, by their identity, that have to stay as they are, and why.
-        inputs: what the model takes; made up where shapes matter and none are given.
+        options: what the user asked for.
+        excluded: modules that must stay as they are, and why.
+        analysis: the cache of what is known about the modules of this model.
+
+    Returns:
+        The plan. It may have ``conflicts``: which code uses a module is known only after the whole walk.
     """
-    kept = dict(kept or {}) | dict.fromkeys(borrowed(model), "another module holds it as well")
-    captures = Captures(merge_branches)
-    while True:
-        planner = _Planner(model, merge_branches, policy, dict(kept), captures, inputs)
-        planner.plan.called.add(id(model))
-        planner.visit(model, "")
-        conflicts = planner.conflicts()
-        if not conflicts:
-            planner.drop()
-            return planner.plan
-        kept |= conflicts
+    planner = _Planner(model, options, excluded, analysis)
+    planner.plan.called.add(model)
+    planner.visit(model, "")
+    planner.plan.conflicts = planner.find_conflicts()
+    if not planner.plan.conflicts:
+        planner.drop_training_only()
+    return planner.plan
 
 
 class _Planner:
-    """Walks down the modules that are really called, each once."""
+    """Visit the modules that are called, each once."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        merge_branches: bool,
-        policy: Policy,
-        kept: dict[int, str],
-        captures: Captures,
-        inputs: Sequence[Tensor] | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Options, excluded: Reasons, analysis: ModuleAnalysis) -> None:
         self.plan = Plan()
         self.model = model
-        self.merge_branches = merge_branches
-        self.policy = policy
-        self.visited: set[int] = set()
-        self.kept = kept
-        self.closed: dict[int, str] = {}
+        self.options = options
+        self.analysis = analysis
+        self.excluded = dict(excluded)
+        self.visited: set[nn.Module] = set()
+        self.boundary_reasons: Reasons = {}
         self.training_only: list[tuple[str, str]] = []
-        self.captures = captures
-        self.given = inputs is not None
-        self.inputs: dict[int, Sequence[Any] | None] = {id(model): inputs}
-        edges = (child for part in model.modules() for child in part._modules.values() if child is not None)
-        self.references = Counter(map(id, edges))
+        self.inputs: dict[nn.Module, Sequence[Any] | None] = {model: options.inputs}
+        # In how many places a module is registered; a shared one must not change for one caller alone.
+        self.references = Counter(
+            child for part in model.modules() for child in part._modules.values() if child is not None
+        )
 
     def visit(self, module: nn.Module, path: str) -> None:
-        """Plan for ``module`` as a whole, else for its own graph and for what it calls."""
+        """Plan for ``module`` as a whole, else for its graph and for what it calls."""
         module, path = unwrap(module, path)
-        if id(module) in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
+        if module in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
             return
-        self.visited.add(id(module))
-        whole = None if has_hooks(module) else self._whole(module)
-        if whole is not None and self._takes(module, whole.layout):
-            self.plan.wholes.append(Whole(path, module, whole.conv, whole.cost, whole.layout))
+        self.visited.add(module)
+        found = None if has_hooks(module) else self._profitable_map(module)
+        if found is not None and self._accepts(module, found.layout):
+            self.plan.linear_modules.append(LinearModule(path, module, found))
             return
         try:
-            captured = self.captures.of(module)
+            captured = self.analysis.capture(module)
         except Exception as error:
-            self.plan.untraced.append(LeftAlone(path, f"its forward cannot be traced ({_reason(error)})"))
-            self.kept |= dict.fromkeys(parts_named_by(module), f"the forward of {path or 'the model'} may reach for it")
-            self._visit_pieces(module, path)
+            self.plan.untraced.append(Skipped(path, f"its forward cannot be traced ({_first_line(error)})"))
+            reason = f"the forward of {path or 'the model'} may access it"
+            self.excluded |= dict.fromkeys(parts_read_by_forward(module), reason)
+            self._visit_children(module, path)
             return
-        self._visit_unit(module, path, captured)
+        self._visit_scope(module, path, captured)
 
-    def _takes(self, module: nn.Module, layout: Layout) -> bool:
-        """Whether the inputs of a module, where they are known, are of that layout: torch takes unbatched ones, too."""
-        ranks = [x.dim() for x in self.inputs.get(id(module)) or () if isinstance(x, Tensor)]
+    def _accepts(self, module: nn.Module, layout: Layout) -> bool:
+        # Where inputs are known: torch's layers also take single images without a batch axis, which have another rank.
+        ranks = [x.dim() for x in self.inputs.get(module) or () if isinstance(x, Tensor)]
         return layout.rank is None or all(rank == layout.rank for rank in ranks)
 
-    def _whole(self, module: nn.Module) -> LinearModule | None:
-        """The one convolution that ``module`` is, if it may be replaced by it and that pays."""
-        found = self.captures.linear(module)
-        if found is None or not found.is_worth_it or any(id(part) in self.kept for part in module.modules()):
+    def _profitable_map(self, module: nn.Module) -> ModuleMap | None:
+        """The convolution that ``module`` is equal to, if it may be replaced by it and that pays."""
+        found = self.analysis.linear_map(module)
+        if found is None or not found.is_mergeable or any(part in self.excluded for part in module.modules()):
             return None
-        return found if self.policy(found.cost, Cost.of_map(found.conv)) else None
+        return found if self.options.policy(found.cost, Cost.of_map(found.conv)) else None
 
     def _is_one_step(self, module: nn.Module) -> bool:
-        """Whether ``module`` is best taken as one step of a region: it is linear, and cannot be had for less."""
-        found = self.captures.linear(module)
-        return found is not None and (not found.is_worth_it or self._whole(module) is not None)
+        """Whether ``module`` is best taken as one step of a region: it is linear, and inlining it gains nothing."""
+        found = self.analysis.linear_map(module)
+        return found is not None and (not found.is_mergeable or self._profitable_map(module) is not None)
 
-    def _visit_pieces(self, module: nn.Module, path: str) -> None:
-        """Below a module whose flow is unknown: unless its code calls a container, it may take what is in it."""
-        called = only_called(module)
+    def _visit_children(self, module: nn.Module, path: str) -> None:
+        # The flow of this forward is unknown. Unless its code only calls a container, it may index into it.
+        called = names_only_called(module)
         for name, child in module.named_children():
             if isinstance(child, _CONTAINERS) and name not in called:
-                self._visit_pieces(child, join(path, name))
+                self._visit_children(child, join(path, name))
             else:
                 self.visit(child, join(path, name))
 
-    def _visit_unit(self, module: nn.Module, path: str, captured: Capture) -> None:
-        flat = flatten(module, captured, lambda *call: self._look_into(module, *call))
-        for inner, part in flat.captures.items():
-            self.visited.add(id(module.get_submodule(inner)))
-            self._note(module.get_submodule(inner), join(path, inner), part)
-        opaque = {target: why for node, target in flat.calls() if (why := self._opaque(flat, node))}
-        shapes = self._shapes(flat, opaque) if self.given or depends_on_ranks(module) else {}
-        rules = Rules(
-            opaque,
-            lambda inner: self._frozen(flat, inner),
-            self.merge_branches,
-            self.policy,
-            shapes,
-            lambda target: self.captures.known_linear(module.get_submodule(target)),
-            self.given,
+    def _visit_scope(self, module: nn.Module, path: str, captured: Capture) -> None:
+        inlined = inline(module, captured, lambda *call: self._capture_callee(module, *call))
+        for inner, part in inlined.captures.items():
+            submodule = module.get_submodule(inner)
+            self.visited.add(submodule)
+            self._register_capture(submodule, join(path, inner), part)
+        opaque = {target: why for node, target in inlined.calls() if (why := self._why_opaque(inlined, node))}
+        has_inputs = self.options.inputs is not None
+        shapes = self._find_shapes(inlined, opaque) if has_inputs or has_rank_agnostic_norm(module) else {}
+        options = SearchOptions(
+            opaque=opaque,
+            why_frozen=lambda inner: self._why_frozen(inlined, inner),
+            merge_branches=self.options.merge_branches,
+            policy=self.options.policy,
+            shapes=shapes,
+            known_maps=lambda target: self.analysis.known_linear_map(module.get_submodule(target)),
+            fixed_sizes=has_inputs,
         )
-        regions = find_regions(flat, lambda: self._memory(flat), rules)
-        self._keep_reasons(module, regions, opaque)
-        unit = Unit(path, module, flat, regions)
-        consumed = {id(part) for part in unit.replaced()}
-        for _, target in flat.calls():
+        regions = find_regions(inlined, lambda: self._analyse_aliasing(inlined), options)
+        self._record_reasons(module, regions, opaque)
+        scope = InlinedScope(path, module, inlined, regions)
+        replaced = set(scope.replaced_modules())
+        for _, target in inlined.calls():
             child = module.get_submodule(target)
-            if id(child) not in consumed:
+            if child not in replaced:
                 self.visit(child, join(path, target))
-        if regions.found or regions.scaled:
-            self.plan.units.append(unit)
+        if regions.all:  # after the children, so that inner replacements come first
+            self.plan.scopes.append(scope)
 
-    def _shapes(self, flat: Flat, opaque: dict[str, str]) -> Shapes:
-        """The shapes of the tensors in a flat graph, as far as a run without values tells."""
-        inputs = self.inputs.get(id(flat.module))
-        if inputs is None and flat.module is self.model:
-            values = Values(flat, Memory.of_values(), opaque, (), self.merge_branches, {})
-            inputs = made_up(values.inputs())
-        known = {} if inputs is None else run_on_meta(flat, inputs)
-        for node, target in flat.calls():
+    def _find_shapes(self, inlined: InlinedGraph, opaque: dict[str, str]) -> Shapes:
+        """Run the graph on meta tensors; also notes the inputs of the modules that it calls."""
+        inputs = self.inputs.get(inlined.module)
+        if inputs is None and inlined.module is self.model:
+            aliasing = AliasAnalysis.without_aliasing()
+            values = SymbolicValues(inlined, aliasing, opaque, (), self.options.merge_branches, {})
+            inputs = synthetic_inputs(values.input_specs())
+        known = {} if inputs is None else run_on_meta(inlined, inputs)
+        for node, target in inlined.calls():
             if all(n in known for n in node.all_input_nodes) and not node.kwargs:
                 arguments = fx.map_arg(node.args, known.__getitem__)
-                self.inputs.setdefault(id(flat.module.get_submodule(target)), arguments)
+                self.inputs.setdefault(inlined.module.get_submodule(target), arguments)
         return shapes_of(known)
 
-    def _look_into(self, unit: nn.Module, path: str, caller: Capture, target: str) -> Capture | None:
-        """The capture of a module that is called, if its forward may be written out in that of its caller."""
-        child = unit.get_submodule(join(path, target))
-        if is_leaf(child) or unwrap(child)[0] is not child or id(child) in self.visited or id(child) in self.kept:
+    def _capture_callee(self, scope: nn.Module, path: str, caller: Capture, target: str) -> Capture | None:
+        """Return the capture of a called module if its forward may be inlined into that of its caller."""
+        child = scope.get_submodule(join(path, target))
+        if is_leaf(child) or unwrap(child)[0] is not child or child in self.visited or child in self.excluded:
             return None
-        closed = self._closed(child, caller.calls[target])
-        if closed:
-            self.closed[id(child)] = f"and nothing goes across the border of {join(path, target)!r}: {closed}"
-        if closed or self._is_one_step(child):
+        why_closed = self._why_closed(child, caller.calls[target])
+        if why_closed:
+            boundary = f"and nothing merges across the boundary of {join(path, target)!r}: {why_closed}"
+            self.boundary_reasons[child] = boundary
+        if why_closed or self._is_one_step(child):
             return None
         try:
-            captured = self.captures.of(child)
-        except Exception:  # it is visited on its own, and the reason is given there
+            captured = self.analysis.capture(child)
+        except Exception:  # it is visited on its own, and the reason is recorded there
             return None
-        return None if captured.more and not captured.by_rank else captured
+        return None if captured.caveat and not captured.by_rank else captured
 
-    def _note(self, module: nn.Module, path: str, captured: Capture) -> None:
-        """Keep account of a forward that was captured."""
+    def _register_capture(self, module: nn.Module, path: str, captured: Capture) -> None:
         self.plan.captured[path] = captured
-        self.plan.called |= {id(module.get_submodule(target)) for target in captured.calls}
-        self._keep_reached_past(module, captured)
-        self.training_only += [(path, target) for target in _training_only(module, captured)]
+        self.plan.called |= {module.get_submodule(target) for target in captured.calls}
+        self._exclude_foreign_access(module, captured)
+        self.training_only += [(path, target) for target in _training_only_calls(module, captured)]
 
-    def _memory(self, flat: Flat) -> Memory:
-        return Memory(flat.graph, lambda path: self.captures.effects(flat.module.get_submodule(path)), flat.escaped)
-
-    def _frozen(self, flat: Flat, path: str) -> str | None:
-        """Why the forward of the module at ``path`` may not be rewritten, or None."""
-        captured = flat.captures[path]
-        more = captured.more or ("takes optional arguments" if captured.variants else None)
-        return self.kept.get(id(flat.module.get_submodule(path))) or (more and f"the forward around it {more}")
-
-    def _keep_reached_past(self, module: nn.Module, captured: Capture) -> None:
-        """What is reached past its owner, a submodule or a parameter inside a called submodule, must stay."""
+    def _exclude_foreign_access(self, module: nn.Module, captured: Capture) -> None:
+        """Exclude what a forward accesses past its owner: a part or a parameter inside a module that it also calls."""
         for inner in (*captured.calls, *(read.rpartition(".")[0] for read in captured.reads)):
-            owners = [outer for outer in captured.calls if inner == outer or inner.startswith(f"{outer}.")]
-            if (owners and owners != [inner]) or (inner in captured.calls and _is_read(captured, inner)):
-                self.kept[id(module.get_submodule(inner))] = "its parameters are read by something else"
+            owners = [outer for outer in captured.calls if _is_within(inner, outer)]
+            if (owners and owners != [inner]) or (inner in captured.calls and _reads_parameters_of(captured, inner)):
+                self.excluded[module.get_submodule(inner)] = "its parameters are read by something else"
 
-    def _closed(self, child: nn.Module, calls: int) -> str | None:
-        """Why nothing of a submodule must be merged with its neighbours, or None."""
-        if calls > 1 or self.references[id(child)] > 1:
+    def _analyse_aliasing(self, inlined: InlinedGraph) -> AliasAnalysis:
+        effects = self.analysis.effects
+        return AliasAnalysis(
+            inlined.graph, lambda path: effects(inlined.module.get_submodule(path)), inlined.escaped
+        )
+
+    def _why_frozen(self, inlined: InlinedGraph, path: str) -> str | None:
+        """Why the forward of the module at ``path`` cannot be rewritten, or None."""
+        captured = inlined.captures[path]
+        caveat = captured.caveat or ("takes optional arguments" if captured.variants else None)
+        excluded = self.excluded.get(inlined.module.get_submodule(path))
+        return excluded or (caveat and f"the forward around it {caveat}")
+
+    def _why_closed(self, child: nn.Module, calls: int) -> str | None:
+        """Why no part of a submodule may merge with its neighbours, or None."""
+        if calls > 1 or self.references[child] > 1:
             return "it is used more than once"
         if has_hooks(child):
             return "it has hooks"
         return "it is a compiled script" if isinstance(child, jit.ScriptModule) else None
 
-    def _opaque(self, flat: Flat, call: fx.Node) -> str | None:
-        """Why the submodule that is called must not be merged with its neighbours, or None."""
-        path, node = flat.place[call]
-        child = flat.module.get_submodule(str(call.target))
-        closed = self._closed(child, flat.captures[path].calls[str(node.target)])
-        return closed or next((self.kept[id(part)] for part in child.modules() if id(part) in self.kept), None)
+    def _why_opaque(self, inlined: InlinedGraph, call: fx.Node) -> str | None:
+        """Why the called submodule as a whole may not merge with its neighbours, or None."""
+        path, node = inlined.origin[call]
+        child = inlined.module.get_submodule(str(call.target))
+        closed = self._why_closed(child, inlined.captures[path].calls[str(node.target)])
+        return closed or next((self.excluded[part] for part in child.modules() if part in self.excluded), None)
 
-    def _keep_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
-        closed = self.closed.get(id(module))
+    def _record_reasons(self, module: nn.Module, regions: Regions, opaque: dict[str, str]) -> None:
+        boundary = self.boundary_reasons.get(module)
         for node, reason in regions.reasons.items():
             if node.op == "call_module":
-                text = f"{reason}; {closed}" if closed else reason
-                self.plan.reasons[id(module.get_submodule(str(node.target)))] = text
+                text = f"{reason}; {boundary}" if boundary else reason
+                self.plan.reasons[module.get_submodule(str(node.target))] = text
         for target, reason in opaque.items():
-            self.plan.reasons[id(module.get_submodule(target))] = reason
+            self.plan.reasons[module.get_submodule(target)] = reason
 
-    def conflicts(self) -> dict[int, str]:
-        """Modules that were going to be replaced, and that turned out to be reached by other code as well."""
-        found: dict[int, str] = {}
-        for whole in self.plan.wholes:
-            found |= {id(part): self.kept[id(part)] for part in whole.module.modules() if id(part) in self.kept}
-        users = self._users()
-        for unit in self.plan.units:
-            entered = [unit.module.get_submodule(path) for path in unit.flat.captures]
-            replaced = list(unit.replaced())
-            found |= {id(part): self.kept[id(part)] for part in entered[1:] if id(part) in self.kept}
-            if "" in unit.rewritten() and id(unit.module) in self.kept:
-                found[id(unit.module)] = self.kept[id(unit.module)]
+    def find_conflicts(self) -> Reasons:
+        """Return modules that were going to be replaced, and that turned out to be reached by other code as well."""
+        found: Reasons = {}
+        for linear in self.plan.linear_modules:
+            found |= self._excluded_in(linear.module)
+        users = self._count_users()
+        for scope in self.plan.scopes:
+            entered = [scope.module.get_submodule(path) for path in scope.inlined.captures]
+            replaced = list(scope.replaced_modules())
+            found |= {part: self.excluded[part] for part in entered[1:] if part in self.excluded}
+            if "" in scope.rewritten_paths() and scope.module in self.excluded:
+                found[scope.module] = self.excluded[scope.module]
             for part in (*entered[1:], *replaced):
-                if users[id(part)] > 1:
-                    found[id(part)] = "another forward uses it as well"
+                if users[part] > 1:
+                    found[part] = "another forward uses it as well"
             for part in replaced:
-                found |= {id(inner): self.kept[id(inner)] for inner in part.modules() if id(inner) in self.kept}
+                found |= self._excluded_in(part)
         return found
 
-    def _users(self) -> Counter[int]:
-        """How many captured forwards call each module, or read its tensors past it."""
-        users: Counter[int] = Counter()
+    def _excluded_in(self, module: nn.Module) -> Reasons:
+        return {part: self.excluded[part] for part in module.modules() if part in self.excluded}
+
+    def _count_users(self) -> Counter[nn.Module]:
+        """Count how many captured forwards call each module, or read its tensors directly."""
+        users: Counter[nn.Module] = Counter()
         for path, captured in self.plan.captured.items():
             owners = {read.rpartition(".")[0] for read in captured.reads} - {""}
-            users.update(id(self.model.get_submodule(join(path, name))) for name in {*captured.calls, *owners})
+            users.update(self.model.get_submodule(join(path, name)) for name in {*captured.calls, *owners})
         return users
 
-    def drop(self) -> None:
+    def drop_training_only(self) -> None:
         """Of the submodules that only a training forward calls, drop those that nothing else can reach."""
-        users = self._users()
+        users = self._count_users()
         for path, target in self.training_only:
             unused = self.model.get_submodule(join(path, target))
             parts = list(unused.modules())
-            inside = Counter(id(child) for part in parts for child in part._modules.values())
-            alone = all(self.references[id(part)] == inside[id(part)] + (part is unused) for part in parts)
-            if alone and not any(users[id(part)] or id(part) in self.kept for part in parts):
+            inside = Counter(child for part in parts for child in part._modules.values())
+            exclusive = all(self.references[part] == inside[part] + (part is unused) for part in parts)
+            if exclusive and not any(users[part] or part in self.excluded for part in parts):
                 self.plan.dropped.append(join(path, target))
 
 
-def _is_read(captured: Capture, target: str) -> bool:
+def _reads_parameters_of(captured: Capture, target: str) -> bool:
     return any(read.startswith(f"{target}.") for read in captured.reads)
 
 
-def _training_only(module: nn.Module, captured: Capture) -> Iterator[str]:
-    """Submodules with parameters that the forward calls in training mode and not in eval mode."""
+def _training_only_calls(module: nn.Module, captured: Capture) -> Iterator[str]:
+    """Yield submodules with parameters that the forward calls in training mode and not in eval mode."""
     used = (*captured.calls, *captured.reads)
-    if all(any(_nested(name, path) for path in used) for name, _ in module.named_parameters()):
+    # Without unused parameters there is nothing to find, and the second trace can be saved.
+    if all(any(_is_within(name, path) for path in used) for name, _ in module.named_parameters()):
         return
     try:
         training = capture(module, training=True)
-    except Exception:  # the flow of the training forward is nobody's business but its own
+    except Exception:  # a training forward that cannot be traced tells nothing
         return
     for target in training.calls:
-        related = any(_nested(target, other) or _nested(other, target) for other in captured.calls)
-        if (
-            not related
-            and not _is_read(captured, target)
-            and any(True for _ in module.get_submodule(target).parameters())
-        ):
+        related = any(_is_within(target, other) or _is_within(other, target) for other in captured.calls)
+        has_parameters = any(True for _ in module.get_submodule(target).parameters())
+        if not related and not _reads_parameters_of(captured, target) and has_parameters:
             yield target
 
 
-def _nested(inner: str, outer: str) -> bool:
+def _is_within(inner: str, outer: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}.")
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] if isinstance(error, ReparamError) else typed_line(error)

@@ -1,8 +1,9 @@
-"""Proofs: what was replaced is run before and after, side by side, where the borders count.
+"""Prove that a replacement is equal to the original, by running both on inputs that exercise the borders.
 
-A region is judged on its own in float64: the nodes as they were, against the one module that takes their place. All
-that may differ is one rounding of each weight to the dtype of the model, and that is bounded exactly. The model as a
-whole is judged as it will run, in its own dtype.
+A region is checked on its own in float64: the nodes as they were, against the one module that replaces them. Only the
+rounding of each weight to the dtype of the model may differ, and its effect is bounded exactly. The model as a whole is
+checked as it will run, in its own dtype. The code around a replacement is checked by tracing it again: it must not
+branch on what it calls.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.attribute_access import only_calls
-from repvgg.collapse.capture import Capture, capture, has_hooks, hooks_of, is_plain_sequence
-from repvgg.collapse.plan import Plan
-from repvgg.collapse.symbolic_eval import Expected
+from repvgg.collapse.attribute_access import only_calls_children
+from repvgg.collapse.capture import Capture, capture, has_hooks, hooks_of, is_plain_sequential
+from repvgg.collapse.plan import Plan, Reasons
 from repvgg.errors import UsageError, typed_line
-from repvgg.symbolic import Layout, algebra_device, first_float
+from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, judging, verify
 
 NOT_RUN = "not run on its own"
-_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # the larger ones for modules that shrink the first to nothing
-_DEPTH = 6
-_SENSITIVE = 64.0  # times what a rounding of the input does, which happens in each layer as well
-_CHAOTIC = 1e-2
-_FLOAT64 = 1e-11  # of the largest output: the algebra, and the region itself, in float64
+_IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # tried in turn: some networks shrink a small image to nothing
+_DEPTH = 6  # of synthetic volumes
+# Rounding happens in each layer and not only at the input, so a sensitive network is allowed this many times the
+# difference that rounding its input makes.
+_SENSITIVITY_FACTOR = 64.0
+_CHAOTIC = 1e-2  # relative; above it a comparison says nothing
+_FLOAT64_TOLERANCE = 1e-11  # relative to the largest output: rounding of the algebra and of the region itself
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of it.
+    """The result of a comparison.
 
     Attributes:
         failure: why the two are not equal, or None.
         text: how equal they are, or why they could not be run.
-        ran: whether they could.
+        ran: whether they could be run.
     """
 
     failure: str | None
@@ -51,121 +53,124 @@ class Proof:
 
 
 def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Module) -> Proof:
-    """Judge the module ``after`` against what it replaces.
+    """Compare the module ``after`` with what it replaces, in float64.
 
-    Every weight w of it may be off by the rounding to its dtype, u·|w|; so, with W its kernel and b its bias, the
-    outputs may differ by at most ``u · max(|W| * |x| + |b|)``, and by what float64 itself rounds.
+    Each weight w of it may be off by the rounding to its dtype, u·|w|; with kernel W and bias b, outputs may therefore
+    differ by at most ``u · max(|W| * |x| + |b|)``, and by the rounding of float64 itself.
 
     Args:
-        before: the region as it was, on float64.
-        image: what to run both on, in float64.
-        after: the module.
+        before: the original region, on float64.
+        image: the input for both, in float64.
+        after: the replacement.
     """
     exact = copy.deepcopy(after)
     exact = exact.to(algebra_device(first_float(exact))).double()  # not every device has float64
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcome = before(image)
-            tolerance = _FLOAT64 + _rounding(after, exact, image) / max(float(outcome.abs().max()), 1e-300)
-            evidence = verify(lambda _: outcome, exact, image, tolerance=tolerance)
-    except Exception as error:  # an operation that has no float64 on this device, or a stranger's code
+            expected = before(image)
+            bound = _rounding_bound(after, exact, image)
+            tolerance = _FLOAT64_TOLERANCE + bound / max(float(expected.abs().max()), 1e-300)
+            evidence = verify(lambda _: expected, exact, image, tolerance=tolerance)
+    except Exception as error:  # an operation without float64 on this device, or user code
         return Proof(f"it cannot be run on its own in float64 ({typed_line(error)})", "", ran=False)
     return _verdict(evidence)
 
 
+def _rounding_bound(after: nn.Module, exact: nn.Module, image: Tensor) -> float:
+    """``u · max(|W| * |x| + |b|)`` in absolute terms."""
+    dtype = next(after.parameters()).dtype
+    if dtype is torch.float64:
+        return 0.0
+    absolute = copy.deepcopy(exact)
+    for parameter in absolute.parameters():
+        # Below the smallest normal number the rounding error no longer shrinks with the weight.
+        parameter.copy_(parameter.abs_().clamp_min_(torch.finfo(dtype).smallest_normal))
+    return float(UNIT_ROUNDOFF[dtype] * absolute(image.abs().to(parameter.device)).max())
+
+
 def image_for(conv: ConvMap, layout: Layout) -> Tensor:
-    """One small input on which every tap, every phase of the strides and every border counts."""
+    """Return one small input on which every tap, every phase of the strides and every border counts."""
     if layout.rows:
         rows = border_inputs((4, conv.in_channels, 1, 1), batches=1, dtype=torch.float64)[0].flatten(1)
         return rows.view(*(1,) * ((layout.rank or 2) - 2), 4, conv.in_channels)
     sizes = [max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes]
-    sizes = [size + place for place, size in enumerate(sizes)]
+    sizes = [size + place for place, size in enumerate(sizes)]  # different sizes, so that swapped axes show
     flat = border_inputs((1, conv.in_channels * math.prod(sizes[:-2]), *([1, *sizes][-2:])), batches=1)[0]
     return flat.double().view(1, conv.in_channels, *sizes)
 
 
-def small_input(transposed: nn.Module) -> Tensor:
-    """One small input of a transposed convolution."""
+def image_for_transposed(transposed: nn.Module) -> Tensor:
+    """Return one small input of a transposed convolution."""
     weight: Any = transposed.weight
     sizes = [4 + place for place in range(weight.dim() - 2)]
     return image_for(ConvMap.identity(len(weight), spatial=len(sizes)), Layout(weight.dim())).reshape(1, -1, *sizes)
 
 
-def _rounding(after: nn.Module, exact: nn.Module, image: Tensor) -> float:
-    """The largest that one rounding of each weight may do to an output."""
-    dtype = next(after.parameters()).dtype
-    if dtype is torch.float64:
-        return 0.0
-    sizes = copy.deepcopy(exact)
-    for parameter in sizes.parameters():
-        parameter.copy_(parameter.abs_().clamp_min_(torch.finfo(dtype).smallest_normal))
-    return float(UNIT_ROUNDOFF[dtype] * sizes(image.abs().to(parameter.device)).max())
-
-
 def prove_module(
-    old: nn.Module, new: nn.Module, expected: Sequence[Expected | None], inputs: Sequence[Tensor] | None = None
+    old: nn.Module, new: nn.Module, specs: Sequence[InputSpec | None], inputs: Sequence[Tensor] | None = None
 ) -> Proof:
-    """Run both and judge the difference, as :func:`repvgg.verify.verify` does.
+    """Run both modules and compare their outputs as :func:`repvgg.verify.verify` does.
 
     Args:
-        old: the module as it was; it is left as it is.
-        new: what is to take its place; likewise.
-        expected: channels and layout of its inputs, in order; None where the forward does not tell. Inputs are made up.
-        inputs: what to run both on, in the place of these.
+        old: the original; it is left untouched.
+        new: its replacement; likewise.
+        specs: channels and layout of the inputs, in order, None where unknown; inputs are made up from these.
+        inputs: inputs to use instead.
     """
     like = first_float(old)
     dtype = torch.float32 if like is None else like.dtype
     if inputs is not None:
-        return _run(old, new, _Given(inputs), [torch.ones(1, 1, dtype=dtype)])
-    known = [one for one in expected if one is not None and one[1].rank is not None]
-    if not known or len(known) < len(expected):
+        return _compare(old, new, _GivenInputs(inputs), [torch.ones(1, 1, dtype=dtype)])
+    known = [spec for spec in specs if spec is not None and spec.layout.rank is not None]
+    if not known or len(known) < len(specs):
         return Proof(None, f"{NOT_RUN}: the forward does not tell what its inputs are", ran=False)
-    split = _Split(known)
+    split = _SplitInputs(known)
     first: Proof | None = None
-    for height, width in _SIZES:
-        proof = _run(old, new, split, border_inputs((2, split.channels, height, width), batches=1, dtype=dtype))
+    for height, width in _IMAGE_SIZES:
+        proof = _compare(old, new, split, border_inputs((2, split.channels, height, width), batches=1, dtype=dtype))
         if proof.ran:
             return proof
         first = first or proof
     return first or Proof(None, NOT_RUN, ran=False)
 
 
-def _run(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], x: list[Tensor]) -> Proof:
+def _compare(
+    old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], x: list[Tensor]
+) -> Proof:
     like = first_float(old)
     device = torch.device("cpu") if like is None else like.device
-    reference = _OneToOne(_without_hooks(old), arguments, device)
-    candidate = _OneToOne(_without_hooks(new), arguments, device)
+    reference = _SingleTensorModule(_without_hooks(old), arguments, device)
+    candidate = _SingleTensorModule(_without_hooks(new), arguments, device)
     with judging(candidate), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             evidence = verify(reference, lambda x: candidate(x.to(device)), x)
-            return _verdict(evidence) if evidence.passed else _weighed(evidence, reference, x)
-        except Exception as error:  # a stranger's code, on images of a size that it may not be made for
-            if _beside_itself(reference, x) is not None:
+            return _verdict(evidence) if evidence.passed else _excuse_sensitivity(evidence, reference, x)
+        except Exception as error:  # user code, on images of a size that it may not accept
+            if _self_consistency(reference, x) is not None:
                 return Proof(f"the new one does not run ({typed_line(error)})", "")
             return Proof(None, f"{NOT_RUN} ({typed_line(error)})", ran=False)
 
 
-def _weighed(evidence: Evidence, reference: _OneToOne, x: list[Tensor]) -> Proof:
-    """The verdict on two that differ: how much does the module itself, and how much where its input moves a little?"""
-    own = _beside_itself(reference, x)
+def _excuse_sensitivity(evidence: Evidence, reference: _SingleTensorModule, x: list[Tensor]) -> Proof:
+    """The verdict on two modules that differ: compare with how much rounding its input moves the original's output."""
+    own = _self_consistency(reference, x)
     if own is None or not own.passed:
         return Proof(None, f"{NOT_RUN}: its outputs are not the same twice, or not finite", ran=False)
-    moved = _beside_itself(reference, x, 1 + 2 * UNIT_ROUNDOFF[x[0].dtype])
-    allowed = 0.0 if moved is None else _SENSITIVE * moved.relative
+    perturbed = _self_consistency(reference, x, 1 + 2 * UNIT_ROUNDOFF[x[0].dtype])
+    allowed = 0.0 if perturbed is None else _SENSITIVITY_FACTOR * perturbed.relative
     if allowed > _CHAOTIC:
-        return Proof(
-            None, f"{NOT_RUN}: rounding its input moves its output by {moved and moved.relative:.1e}", ran=False
-        )
+        moves = f"rounding its input moves its output by {perturbed and perturbed.relative:.1e}"
+        return Proof(None, f"{NOT_RUN}: {moves}", ran=False)
     if evidence.relative <= allowed and not evidence.problems:
         more = "no more than it moves where its input moves by a rounding or two"
         return Proof(None, f"{_verdict(evidence).text}: {more}")
     return _verdict(evidence)
 
 
-def _beside_itself(reference: _OneToOne, x: list[Tensor], factor: float = 1.0) -> Evidence | None:
-    """The evidence on a module and a copy of it, whose input is multiplied by ``factor``; None if it does not run."""
+def _self_consistency(reference: _SingleTensorModule, x: list[Tensor], factor: float = 1.0) -> Evidence | None:
+    """Compare a module with its own copy, whose input is multiplied by ``factor``; None if it does not run."""
     try:
         own = copy.deepcopy(reference)
         return verify(reference, lambda x: own(x * factor if x.is_floating_point() else x), x)
@@ -179,7 +184,7 @@ def _verdict(evidence: Evidence) -> Proof:
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """Without hooks: what those of the user collect is not for us to add to."""
+    # What the user's hooks collect must not contain our test images.
     if not has_hooks(module):
         return module
     module = copy.deepcopy(module)
@@ -188,20 +193,20 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Split:
-    """The inputs of a module as parts of one batch of images."""
+class _SplitInputs:
+    """Make the inputs of a module from one batch of images: each takes some of the channels."""
 
-    def __init__(self, expected: Sequence[Expected]) -> None:
-        self.expected = [(count, layout, count * _DEPTH if layout.rank == 5 else count) for count, layout in expected]
-        self.channels = sum(taken for _, _, taken in self.expected)
+    def __init__(self, specs: Sequence[InputSpec]) -> None:
+        self.specs = specs
+        self.widths = [spec.channels * (_DEPTH if spec.layout.rank == 5 else 1) for spec in specs]
+        self.channels = sum(self.widths)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        parts = torch.split(x, [taken for _, _, taken in self.expected], 1)
-        return [_as(part, layout) for part, (_, layout, _) in zip(parts, self.expected, strict=True)]
+        parts = torch.split(x, self.widths, 1)
+        return [_to_layout(part, spec.layout) for part, spec in zip(parts, self.specs, strict=True)]
 
 
-def _as(x_NCHW: Tensor, layout: Layout) -> Tensor:
-    """Images as tensors of another layout."""
+def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:
     if layout.rank == 5 and not layout.rows:
         return x_NCHW.reshape(len(x_NCHW), -1, _DEPTH, *x_NCHW.shape[2:])
     if layout.rank == 2:
@@ -210,8 +215,8 @@ def _as(x_NCHW: Tensor, layout: Layout) -> Tensor:
     return x.movedim(1, -1) if layout.rows else x
 
 
-class _Given:
-    """Inputs that do not depend on the tensor of ones that a judge passes, but for its dtype and for a factor."""
+class _GivenInputs:
+    """Return the user's inputs. ``verify`` passes a tensor of ones, which sets their dtype and scales them."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = list(inputs)
@@ -220,8 +225,8 @@ class _Given:
         return [value.to(x.device, x.dtype) * x[0, 0] if value.is_floating_point() else value for value in self.inputs]
 
 
-class _OneToOne(nn.Module):
-    """A module as a function of one tensor that returns one: outputs are strung together."""
+class _SingleTensorModule(nn.Module):
+    """A module as a function from one tensor to one: inputs are made from it, outputs are concatenated."""
 
     def __init__(
         self, module: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], device: torch.device
@@ -233,65 +238,65 @@ class _OneToOne(nn.Module):
         self.training = module.training
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return all numbers that the module returns."""
-        leaves = list(_numbers(self.module(*self.arguments(x.to(self.device)))))
+        """Return all numbers that the module returns, as one vector."""
+        leaves = list(_float_leaves(self.module(*self.arguments(x.to(self.device)))))
         if not leaves:
             raise UsageError("it returns no floating-point tensor")
         return torch.cat(leaves)
 
 
-def _numbers(outcome: Any) -> Iterator[Tensor]:
-    return (leaf.flatten() for leaf in tree_leaves(outcome) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+def _float_leaves(output: Any) -> Iterator[Tensor]:
+    return (leaf.flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
-def depends_on_its_parts(model: nn.Module, plain: nn.Module, plan: Plan, kept: dict[int, str]) -> dict[int, str]:
-    """Modules that have to stay, because a forward around them looks at what they are, and not only calls them.
+def find_dependents(model: nn.Module, plain: nn.Module, plan: Plan, excluded: Reasons) -> Reasons:
+    """Return modules that must stay because a forward around them depends on what they are, not only on their output.
 
-    Such a forward asks for a class or an attribute of a part, and would take another way over the convolution in its
-    place. Its graph over the new parts then is another one, or there is none.
+    Such a forward reads the class or an attribute of a part, and would branch differently on a convolution in its
+    place. Its graph over the new parts is then another one, or it cannot be traced.
 
     Args:
         model: the original.
-        plain: what was made of it.
+        plain: the result.
         plan: what was replaced.
-        kept: modules that stay already.
+        excluded: modules that stay already.
     """
-    found: dict[int, str] = {}
-    replaced = [whole.path for whole in plan.wholes] + plan.dropped
-    replaced += [path for unit in plan.units for path in unit.changed()]
+    found: Reasons = {}
+    replaced = plan.changed_paths()
     for path, captured in plan.captured.items():
-        old, new = model.get_submodule(path), part_at(plain, path)
-        if new is None or type(new) is not type(old) or not any(_inside(inner, path) for inner in replaced):
+        old, new = model.get_submodule(path), submodule_or_none(plain, path)
+        if new is None or type(new) is not type(old) or not any(is_inside(inner, path) for inner in replaced):
             continue
-        if not is_plain_sequence(new) and not only_calls(new) and not _same(captured, new):
-            reason = f"the forward of {path or 'the model'} looks at what it is"
-            found |= {id(part): reason for part in old.modules() if part is not old and id(part) not in kept}
+        if not is_plain_sequential(new) and not only_calls_children(new) and not _has_same_graphs(captured, new):
+            reason = f"the forward of {path or 'the model'} depends on what it is"
+            found |= {part: reason for part in old.modules() if part is not old and part not in excluded}
     return found
 
 
-def part_at(plain: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at ``path``, or None where there is none any more."""
+def submodule_or_none(plain: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule at ``path``, or None if it is part of what was replaced."""
     try:
         return plain.get_submodule(path)
-    except AttributeError:  # it is part of what was replaced
+    except AttributeError:
         return None
 
 
-def _inside(inner: str, outer: str) -> bool:
+def is_inside(inner: str, outer: str) -> bool:
+    """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
     return inner == outer or not outer or inner.startswith(f"{outer}.")
 
 
-def _same(captured: Capture, new: nn.Module) -> bool:
+def _has_same_graphs(captured: Capture, new: nn.Module) -> bool:
     try:
         again = capture(new)
     except Exception:  # the code does not find what it looks for
         return False
     before = [captured.graph, *(variant.graph for variant in captured.variants)]
     after = [again.graph, *(variant.graph for variant in again.variants)]
-    return list(map(str, before)) == list(map(str, after)) and _same_constants(captured, again)
+    return list(map(str, before)) == list(map(str, after)) and _has_same_constants(captured, again)
 
 
-def _same_constants(before: Capture, after: Capture) -> bool:
+def _has_same_constants(before: Capture, after: Capture) -> bool:
     names = [str(n.target) for n in before.graph.nodes if n.op == "get_attr" and str(n.target).startswith("_tensor")]
     pairs = [(getattr(before.root, name), getattr(after.root, name)) for name in names]
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))

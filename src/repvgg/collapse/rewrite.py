@@ -1,4 +1,4 @@
-"""A plan carried out: a new model with the regions replaced, everything else copied, the original untouched."""
+"""Apply a plan: build a new model with the regions replaced and all else copied; the original stays untouched."""
 
 from __future__ import annotations
 
@@ -14,218 +14,260 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import join
 from repvgg.collapse.cost import emitted_map
-from repvgg.collapse.graph_rewriter import Graft, copied, copies_of_results, grafts_of
-from repvgg.collapse.plan import Plan, Unit, Whole
-from repvgg.collapse.proof import Proof, image_for, prove_region, small_input
-from repvgg.collapse.regions import Placing, Region
-from repvgg.collapse.report import Folded, Part, Replaced, describe_module, entry, part_of, parts_in, parts_of
+from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
+from repvgg.collapse.plan import InlinedScope, LinearModule, Plan, Reasons
+from repvgg.collapse.proof import Proof, image_for, image_for_transposed, prove_region
+from repvgg.collapse.regions import Region, Replacement
+from repvgg.collapse.report import (
+    Folded,
+    Part,
+    Replaced,
+    describe_module,
+    folded_entry,
+    part_of_step,
+    parts_of_module,
+    parts_of_region,
+)
 from repvgg.collapse.symbolic_eval import Evaluator
 from repvgg.errors import ReparamError, UsageError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
-_PLAIN = (bool, int, float, str, tuple, list, type(None))
+PlainConv: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_PLAIN_DATA = (bool, int, float, str, tuple, list, type(None))
+_NOT_PROVEN = Proof(None, "", ran=False)
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """A plan carried out.
+class Applied:
+    """The result of applying a plan.
 
     Attributes:
         plain: the new model.
         replaced: what was folded, in the order of the model.
-        refused: modules, by their identity, that cannot be replaced after all, and why: the plan has to do without.
+        failed: modules that cannot be replaced after all, and why.
     """
 
     plain: nn.Module
     replaced: tuple[Replaced, ...]
-    refused: dict[int, str]
+    failed: Reasons
 
 
-def carry_out(model: nn.Module, plan: Plan, *, prove: bool) -> Outcome:
-    """Build the plain model and say what was folded; if asked to ``prove``, judge each convolution as it is made.
-
-    Copying is one deep copy in which every replaced module is found already copied, as what replaces it.
+def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
+    """Build the plain model; with ``prove``, compare each convolution with what it replaces.
 
     Raises:
         ReparamError: something in the model cannot be copied; the text names it.
     """
-    builder = _Builder(model, prove)
-    builder.memo.update({id(model.get_submodule(path)): nn.Identity() for path in plan.dropped})
+    applier = _PlanApplier(model, prove)
+    for path in plan.dropped:
+        applier.substitute(model.get_submodule(path), nn.Identity())
     with torch.no_grad():
-        for whole in plan.wholes:
-            builder.replace_whole(whole)
-        for unit in plan.units:
-            builder.replace_unit(unit)
-        plain = copied(model, builder.memo, model)
+        for linear in plan.linear_modules:
+            applier.replace_module(linear)
+        for scope in plan.scopes:
+            applier.replace_regions(scope)
+        plain = deep_copy(model, applier.memo, model)
     for path in plan.dropped:
         _detach(plain, path)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
-    def place(done: Replaced) -> int:
-        name = done.row.name
+    def position(done: Replaced) -> int:
+        name = done.entry.name  # a convolution of a new name stands where its owner does
         return order.get(name, order.get(name.rpartition(".")[0], len(order)))
 
-    return Outcome(plain, tuple(sorted(builder.done, key=place)), builder.refused | builder.misplaced(plain))
+    replaced = tuple(sorted(applier.done, key=position))
+    return Applied(plain, replaced, applier.failed | applier.find_lost(plain))
 
 
-class _Builder:
-    """Fills the memo of the deep copy with convolutions, and keeps account of them.
+class _PlanApplier:
+    """Collect what replaces each module, and the report entries for it.
+
+    The model is then copied by one ``deepcopy`` whose memo contains the replacements as if they were copied already.
 
     Attributes:
-        memo: what stands in the copy for each module, by its identity.
+        memo: what stands for each object in the copy, by object id.
         done: what was replaced.
-        refused: see :class:`Outcome`.
+        failed: see :class:`Applied`.
     """
 
     def __init__(self, model: nn.Module, prove: bool) -> None:
         self.prove = prove
-        self.memo: dict[int, Any] = copies_of_results(model)
+        self.memo: dict[int, Any] = copies_of_computed_tensors(model)
         self.done: list[Replaced] = []
-        self.refused: dict[int, str] = {}
+        self.failed: Reasons = {}
 
-    def replace_whole(self, whole: Whole) -> None:
-        """Put one convolution in the place of a module."""
-        device = algebra_device(_like(whole.module))
-        symbol = run(whole.module, Source(), whole.conv.in_channels, device=device, layout=whole.layout)
-        conv = self._emit(symbol.map, symbol.layout, whole.module, [whole.module])
+    def substitute(self, old: nn.Module, new: nn.Module) -> None:
+        """Let ``new`` be the copy of ``old``."""
+        self.memo[id(old)] = new
+
+    def replace_module(self, linear: LinearModule) -> None:
+        """Replace a whole module by one convolution."""
+        module, found = linear.module, linear.map
+        device = algebra_device(_reference_tensor(module))
+        symbol = run(module, Source(), found.conv.in_channels, device=device, layout=found.layout)
+        conv = self._emit(symbol, module, [module])
         if conv is None:
             return
-        proof = self._prove(lambda: _module_in_float64(whole.module, device), symbol, conv)
+        proof = self._prove(lambda: _module_in_float64(module, device), symbol, conv)
         if proof.failure:
-            self._refuse([whole.module], proof)
+            self._fail([module], proof)
             return
-        self.memo[id(whole.module)] = _in_place_of(whole.module, conv)
-        row = entry(whole.path, parts_of(whole.module), symbol, whole.module, whole.cost, proof.text)
-        self.done.append(Replaced(row, conv, list(whole.module.modules())))
+        self.substitute(module, _with_attributes_of(module, conv))
+        entry = folded_entry(linear.path, parts_of_module(module), symbol, module, found.cost, proof.text)
+        self.done.append(Replaced(entry, conv, list(module.modules())))
 
-    def _prove(self, before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: Plain) -> Proof:
-        """Judge a convolution against what ``before`` makes; this makes it only if it is asked to prove."""
-        if not self.prove:
-            return Proof(None, "", ran=False)
-        return prove_region(before(), image_for(symbol.map, symbol.source.layout), after)
-
-    def _refuse(self, modules: list[nn.Module], proof: Proof) -> None:
-        reason = f"its merged form does not prove equal to it: {proof.failure}"
-        self.refused |= {id(part): reason for module in modules for part in module.modules()}
-
-    def replace_unit(self, unit: Unit) -> None:
-        """Replace the regions of one unit: paths in their own places, others by a call in a new forward."""
-        grafts = grafts_of(unit.flat, unit.placings())
-        distinct = list({id(graft): graft for graft in grafts.values()}.values())
-        for graft in distinct:
-            self.memo |= graft.copies()
-        gone: list[nn.Module] = []
-        for region, placing in unit.regions.found:
-            self._replace(unit, region, placing, grafts, gone)
-        for region, _ in unit.regions.scaled:
-            self._scale(unit, region, grafts)
-        self.memo |= {id(part): nn.Identity() for part in gone}
-        for graft in distinct:
-            graft.copy_state(self.memo, unit.path)
-            graft.finish()
-        for part in gone:
+    def replace_regions(self, scope: InlinedScope) -> None:
+        """Replace the regions of one scope, in place or by a call in a new forward."""
+        rewriters = rewriters_for(scope.inlined, scope.insertion_points())
+        distinct = list({id(rewriter): rewriter for rewriter in rewriters.values()}.values())
+        for rewriter in distinct:
+            for old, new in rewriter.copies().items():
+                self.substitute(old, new)
+        absorbed: list[nn.Module] = []
+        for found in scope.regions.merged:
+            self._replace_region(scope, found, rewriters, absorbed)
+        for found in scope.regions.scaled:
+            self._scale_transposed(scope, found.region, rewriters)
+        # While the rewriters copy their state, absorbed modules count as copied, or their weights would be copied.
+        # Afterwards the entries go: another owner of the same module needs a real copy.
+        for part in absorbed:
+            self.substitute(part, nn.Identity())
+        for rewriter in distinct:
+            rewriter.copy_state(self.memo, scope.path)
+            rewriter.finish()
+        for part in absorbed:
             del self.memo[id(part)]
 
-    def _replace(
-        self, unit: Unit, region: Region, placing: Placing, grafts: dict[str, Graft], gone: list[nn.Module]
+    def _replace_region(
+        self,
+        scope: InlinedScope,
+        found: Replacement,
+        rewriters: dict[str, ForwardRewriter],
+        absorbed: list[nn.Module],
     ) -> None:
-        """Replace one region; modules that its merged convolution leaves nothing of are added to ``gone``."""
-        symbol = solve(region)
-        merged = symbol.map
-        modules = [unit.module.get_submodule(path) for path in region.called]
-        host = unit.module.get_submodule(placing.host)
+        region, point = found.region, found.insertion
+        symbol = solve_region(region)
+        modules = [scope.module.get_submodule(path) for path in region.called_modules]
+        host = scope.module.get_submodule(point.host)
         owner = nn.ModuleList(modules) if modules else host
-        of_dtype = owner if any(True for _ in owner.parameters()) else host
-        conv = self._emit(merged, symbol.layout, of_dtype, modules or [host])
+        like = owner if any(True for _ in owner.parameters()) else host
+        conv = self._emit(symbol, like, modules or [host])
         if conv is None:
             return
-        proof = self._prove(lambda: _in_float64(region), symbol, conv)
+        proof = self._prove(lambda: _region_in_float64(region), symbol, conv)
         if proof.failure:
-            self._refuse(modules or [host], proof)
+            self._fail(modules or [host], proof)
             return
         conv.train(host.training)
-        if placing.in_place:
-            name = self._in_place(unit, region, conv, grafts)
+        if point.in_place:
+            name = self._insert_in_place(scope, region, conv, rewriters)
         else:
-            graft = grafts[placing.host]
-            name = graft.call(conv, region.source, region.exit)
+            rewriter = rewriters[point.host]
+            name = rewriter.insert_call(conv, region.source, region.exit)
             for step in reversed(region.steps[:-1]):
-                graft.take_out(step.node, region.source)
-            gone += modules
-        row = entry(join(unit.path, name), parts_in(unit.module, region), symbol, owner, region.value.cost, proof.text)
-        self.done.append(Replaced(row, conv, modules or [host]))
+                rewriter.remove(step.node, region.source)
+            absorbed += modules
+        parts = parts_of_region(scope.module, region)
+        entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
+        self.done.append(Replaced(entry, conv, modules or [host]))
 
-    def _scale(self, unit: Unit, region: Region, grafts: dict[str, Graft]) -> None:
+    def _scale_transposed(self, scope: InlinedScope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
         path = str(region.source.target)
-        old: Any = unit.module.get_submodule(path)
-        modules = [old, *map(unit.module.get_submodule, region.called)]
+        old: Any = scope.module.get_submodule(path)
+        modules = [old, *map(scope.module.get_submodule, region.called_modules)]
         try:
-            new: Any = scaled(old, solve(region).map)
+            new: Any = scale_transposed(old, solve_region(region).map)
         except ReparamError as error:
-            self.refused |= {id(module): str(error) for module in modules}
+            self.failed |= dict.fromkeys(modules, str(error))
             return
-        proof = Proof(None, "", ran=False)
+        proof = _NOT_PROVEN
         if self.prove:
-            first, then = _module_in_float64(old, algebra_device(old.weight)), _in_float64(region)
-            proof = prove_region(lambda x: then(first(x)), small_input(old), new)
+            transposed, scaling = _module_in_float64(old, algebra_device(old.weight)), _region_in_float64(region)
+            proof = prove_region(lambda x: scaling(transposed(x)), image_for_transposed(old), new)
         if proof.failure:
-            self._refuse(modules, proof)
+            self._fail(modules, proof)
             return
-        self._in_place(unit, region, new, grafts)
-        parts = [Part(path, describe_module(old)), *(part_of(unit.module, s) for s in region.steps if s.effective)]
+        self._insert_in_place(scope, region, new, rewriters)
+        steps = [part_of_step(scope.module, step) for step in region.steps if step.computes]
         before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
-        adds = float(old.weight.numel())
-        row = Folded(join(unit.path, path), tuple(parts), describe_module(new), before, after, adds, adds, proof.text)
-        self.done.append(Replaced(row, new, modules))
+        macs = float(old.weight.numel())
+        entry = Folded(
+            join(scope.path, path),
+            (Part(path, describe_module(old)), *steps),
+            describe_module(new),
+            parameters_before=before,
+            parameters_after=after,
+            multiply_adds_before=macs,
+            multiply_adds_after=macs,
+            proof=proof.text,
+        )
+        self.done.append(Replaced(entry, new, modules))
 
-    def _in_place(self, unit: Unit, region: Region, conv: nn.Module, grafts: dict[str, Graft]) -> str:
-        """Put the convolution where the first one was, and nothing where the others were; the outcome is its path."""
-        place, before, name = region.first_convolution, region.source, ""
-        nodes = [(step.node, step.effective) for step in region.steps]
-        for node, effective in [(place, True), *nodes] if place is before else nodes:
+    def _insert_in_place(
+        self, scope: InlinedScope, region: Region, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
+    ) -> str:
+        """Put the convolution where the first one was, and identities where the others were; return its path."""
+        target, before, name = region.first_convolution, region.source, ""
+        nodes = [(step.node, step.computes) for step in region.steps]
+        for node, computes in [(target, True), *nodes] if target is before else nodes:
             if node.op == "call_module":
-                module = unit.module.get_submodule(str(node.target))
-                self.memo[id(module)] = _in_place_of(module, conv if node is place else nn.Identity())
-                name = str(node.target) if node is place else name
-            elif effective:
-                graft = grafts[unit.flat.owner(node)]
-                if node is place:
-                    name = graft.call(conv, before, node)
+                module = scope.module.get_submodule(str(node.target))
+                self.substitute(module, _with_attributes_of(module, conv if node is target else nn.Identity()))
+                name = str(node.target) if node is target else name
+            elif computes:
+                rewriter = rewriters[scope.inlined.owner(node)]
+                if node is target:
+                    name = rewriter.insert_call(conv, before, node)
                 else:
-                    graft.take_out(node, before)
+                    rewriter.remove(node, before)
             before = node
         return name
 
-    def _emit(self, conv: ConvMap, layout: Layout, owner: nn.Module, replaced: list[nn.Module]) -> Plain | None:
-        """The convolution, trainable iff anything in its place was; None if its numbers do not fit the dtype."""
+    def _emit(self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module]) -> PlainConv | None:
+        """The convolution, trainable if anything that it replaces was; None if a weight overflows the dtype."""
         parameters = list(owner.parameters())
         trainable = not parameters or any(p.requires_grad for p in parameters)
         try:
-            return to_module(conv, _like(owner), layout, requires_grad=trainable)
+            return to_module(symbol.map, _reference_tensor(owner), symbol.layout, requires_grad=trainable)
         except ReparamError as error:
-            self.refused |= {id(module): str(error) for module in replaced}
+            self.failed |= dict.fromkeys(replaced, str(error))
             return None
 
-    def misplaced(self, plain: nn.Module) -> dict[int, str]:
-        """Modules whose convolution is not in the copy, because something copies itself in a way of its own."""
-        inside = {id(part) for part in plain.modules()}
-        lost = [done.modules for done in self.done if id(done.conv) not in inside]
-        return {id(part): "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
+    def _prove(
+        self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: PlainConv
+    ) -> Proof:
+        # ``make_before`` converts weights to float64, which is not done in vain.
+        if not self.prove:
+            return _NOT_PROVEN
+        return prove_region(make_before(), image_for(symbol.map, symbol.source.layout), after)
+
+    def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
+        reason = f"its merged form does not prove equal to it: {proof.failure}"
+        self.failed |= {part: reason for module in modules for part in module.modules()}
+
+    def find_lost(self, plain: nn.Module) -> Reasons:
+        """Return modules whose convolution is missing in the copy, because a ``__deepcopy__`` ignored the memo."""
+        inside = set(plain.modules())
+        lost = [done.modules for done in self.done if done.conv not in inside]
+        return {part: "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
 
 
-def _in_place_of(old: nn.Module, new: Module) -> Module:
-    """``new`` in the mode of ``old``, with the plain attributes of ``old`` that others may read."""
+def _with_attributes_of(old: nn.Module, new: Module) -> Module:
+    """Set ``new`` to the mode of ``old``, and copy plain attributes of ``old`` that other code may read."""
     for name, value in vars(old).items():
-        if isinstance(value, _PLAIN) and not name.startswith("_") and not hasattr(new, name):
+        if isinstance(value, _PLAIN_DATA) and not name.startswith("_") and not hasattr(new, name):
             setattr(new, name, copy.copy(value))
     new.training = old.training
     return new
 
 
-def _like(module: nn.Module) -> Tensor:
-    """The tensor that tells dtype, device and memory format: the largest kernel, else the first number."""
+def _reference_tensor(module: nn.Module) -> Tensor:
+    """The tensor that determines dtype, device and memory format: the largest kernel, else the first float tensor."""
     kernels = [p for p in module.parameters() if p.dim() == 4]
     like = max(kernels, key=Tensor.numel) if kernels else first_float(module)
     if like is None:
@@ -238,34 +280,116 @@ def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A module as it is, a function on float64."""
     shadow = shadow_of(module, _float64_on(device), training=False)
     return lambda x: shadow(x.to(device))
 
 
-def _in_float64(region: Region) -> Callable[[Tensor], Tensor]:
-    """The region as it is, a function on float64."""
-    device = algebra_device(first_float(region.flat.module))
-    evaluator = Evaluator(region.flat, _float64_on(device), keep_kernels=False)
-    return lambda x: evaluator.outcome(region.source, x.to(device), [step.node for step in region.steps])
+def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
+    device = algebra_device(first_float(region.inlined.module))
+    evaluator = Evaluator(region.inlined, _float64_on(device), keep_kernels=False)
+    return lambda x: evaluator.run_region(region.source, x.to(device), [step.node for step in region.steps])
 
 
-def solve(region: Region) -> SymbolicTensor:
-    """The region's convolution, with its values, in float64."""
-    device = algebra_device(first_float(region.flat.module))
-    evaluator = Evaluator(region.flat, _float64_on(device))
-    layout = region.value.symbol.source.layout
-    source = SymbolicTensor.of(Source(), region.value.symbol.map.in_channels, device=device, layout=layout)
-    source.source.sizes = region.value.symbol.source.sizes
-    outcome: SymbolicTensor = evaluator.outcome(region.source, source, [step.node for step in region.steps])
-    return outcome
+def solve_region(region: Region) -> SymbolicTensor:
+    """Return the region's convolution with its values, in float64."""
+    device = algebra_device(first_float(region.inlined.module))
+    evaluator = Evaluator(region.inlined, _float64_on(device))
+    planned = region.value.symbol
+    source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
+    source.source.sizes = planned.source.sizes
+    result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
+    return result
 
 
-def scaled(transposed: _ConvTransposeNd, scaling: ConvMap) -> _ConvTransposeNd:
-    """``scaling(transposed(x))`` as one transposed convolution.
+def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> PlainConv:
+    """Return the module that computes ``conv``, in the dtype, device and memory format of the kernel ``like``.
 
-    With kernel W (I, O / groups, *K), bias b and ``y ↦ a·y + c`` for each channel: kernel ``a·W``, the output channels
-    of each group being those of axis 1, and bias ``a·b + c``. Computed in float64 and cast once.
+    It is an ``nn.Linear`` for rows and vectors, else an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. The weights are
+    cast once, here. The random number generator is not used.
+
+    Args:
+        conv: what to compute.
+        like: a tensor that determines dtype, device and memory format.
+        layout: the shape of the input.
+        requires_grad: of the parameters.
+
+    Raises:
+        ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
+            computes ``conv``: a grouped linear map of rows.
+        UsageError: ``conv`` does not apply to tensors of that layout.
+    """
+    if conv.spatial != layout.spatial:
+        raise UsageError(f"A map over {conv.spatial} axes does not apply to tensors {layout}.")
+    conv = emitted_map(conv)
+    module = _empty_convolution(conv, like) if conv.spatial else _empty_linear(conv, like)
+    module.weight = nn.Parameter(_dense_weight(conv, like), requires_grad)
+    module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
+    return module
+
+
+def _empty_convolution(conv: ConvMap, like: Tensor) -> PlainConv:
+    before, after = conv.padding[::2], conv.padding[1::2]
+    module: PlainConv = _CONVOLUTIONS[conv.spatial](
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        before if before == after else "same",
+        conv.dilation,
+        conv.groups,
+        bias=True,
+        padding_mode=conv.border or "zeros",
+        device="meta",  # skips the random initialization
+        dtype=like.dtype,
+    )
+    return module
+
+
+def _empty_linear(conv: ConvMap, like: Tensor) -> nn.Linear:
+    if conv.groups > 1:
+        raise ReparamError(f"no nn.Linear computes a linear map of rows in {conv.groups} groups")
+    return nn.Linear(conv.in_channels, conv.out_channels, bias=True, device="meta", dtype=like.dtype)
+
+
+def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
+    last = _CHANNELS_LAST.get(dim)
+    # A tensor with one channel or one tap is contiguous in both ways; it then counts as contiguous.
+    if last is None or like.dim() != dim or like.is_contiguous() or not like.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _dense_weight(conv: ConvMap, like: Tensor) -> Tensor:
+    """The kernel, multiplied out chunk by chunk, so that its float64 form never exists as a whole, and cast once."""
+    shape = conv.kernel.shape
+    weight = torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like, len(shape))
+    )
+    for channels, sums in conv.kernel.chunks():
+        weight[channels].copy_(sums)
+    return _require_finite(weight)
+
+
+def cast(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` in the dtype and on the device of ``like``.
+
+    Raises:
+        ReparamError: a number overflows.
+    """
+    return _require_finite(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
+
+
+def _require_finite(cast: Tensor) -> Tensor:
+    if not cast.is_meta and cast.numel() and any(bool(torch.isinf(end)) for end in torch.aminmax(cast)):
+        raise ReparamError(f"the merged weights do not fit into {str(cast.dtype).removeprefix('torch.')}")
+    return cast
+
+
+def scale_transposed(transposed: _ConvTransposeNd, scaling: ConvMap) -> _ConvTransposeNd:
+    """Return ``scaling(transposed(x))`` as one transposed convolution.
+
+    With kernel W (I, O / groups, *K), bias b and ``y ↦ a·y + c`` per channel: the kernel is ``a·W``, where the output
+    channels of each group are those of axis 1, and the bias ``a·b + c``. Computed in float64 and cast once.
 
     Raises:
         ReparamError: a weight does not fit into the dtype.
@@ -278,18 +402,15 @@ def scaled(transposed: _ConvTransposeNd, scaling: ConvMap) -> _ConvTransposeNd:
     if transposed.bias is not None:
         offset_O = offset_O + factor_O * transposed.bias.detach().double()
     new = copy.copy(transposed)
-    new.__dict__ = {**vars(transposed), "_parameters": {}}
-    new.weight = _like_parameter(cast(kernel.view(weight_IOK.shape), weight_IOK), transposed)
-    new.bias = _like_parameter(cast(offset_O, weight_IOK), transposed)
+    new.__dict__ = {**vars(transposed), "_parameters": {}}  # copy.copy shares the dictionary of parameters
+    for name, value in {"weight": kernel.view(weight_IOK.shape), "bias": offset_O}.items():
+        own = cast(value, weight_IOK).clone(memory_format=torch.preserve_format)
+        setattr(new, name, nn.Parameter(own, transposed.weight.requires_grad))
     return new
 
 
-def _like_parameter(value: Tensor, transposed: _ConvTransposeNd) -> nn.Parameter:
-    return nn.Parameter(value.clone(memory_format=torch.preserve_format), transposed.weight.requires_grad)
-
-
 def _detach(plain: nn.Module, path: str) -> None:
-    """Take a dropped submodule out of the copy."""
+    """Remove a dropped submodule from the copy."""
     owner_path, _, name = path.rpartition(".")
     try:
         owner = plain.get_submodule(owner_path)
@@ -297,90 +418,5 @@ def _detach(plain: nn.Module, path: str) -> None:
         return
     if isinstance(owner, nn.ModuleDict):
         del owner[name]
-    elif not isinstance(owner, (nn.Sequential, nn.ModuleList)):
+    elif not isinstance(owner, (nn.Sequential, nn.ModuleList)):  # these would renumber what follows
         setattr(owner, name, None)
-
-
-Plain: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> Plain:
-    """The module that computes ``conv``, in dtype, device and memory format of the kernel ``like``.
-
-    It is an ``nn.Linear`` for rows and vectors, else an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. The weights are
-    cast once, here. The random number generator is not touched.
-
-    Args:
-        conv: what to compute.
-        like: a tensor that tells dtype, device and memory format.
-        layout: the shape of the input.
-        requires_grad: of the parameters.
-
-    Raises:
-        ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
-            computes ``conv``: a linear map of rows in groups.
-        UsageError: ``conv`` is no map of tensors of that layout.
-    """
-    if conv.spatial != layout.spatial:
-        raise UsageError(f"A map over {conv.spatial} axes is none of tensors {layout}.")
-    conv = emitted_map(conv)
-    module = _convolution(conv, like) if conv.spatial else _linear(conv, like)
-    module.weight = nn.Parameter(_written_out(conv, like), requires_grad)
-    module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
-    return module
-
-
-def _convolution(conv: ConvMap, like: Tensor) -> Plain:
-    before, after = conv.padding[::2], conv.padding[1::2]
-    module: Plain = _CONVOLUTIONS[conv.spatial](
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        before if before == after else "same",
-        conv.dilation,
-        conv.groups,
-        bias=True,
-        padding_mode=conv.border or "zeros",
-        device="meta",
-        dtype=like.dtype,
-    )
-    return module
-
-
-def _linear(conv: ConvMap, like: Tensor) -> nn.Linear:
-    if conv.groups > 1:
-        raise ReparamError(f"a linear map of rows in {conv.groups} groups is no nn.Linear")
-    return nn.Linear(conv.in_channels, conv.out_channels, bias=True, device="meta", dtype=like.dtype)
-
-
-def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
-    """That of ``like``, for a tensor of ``dim`` axes."""
-    last = _CHANNELS_LAST.get(dim)
-    if last is None or like.dim() != dim or like.is_contiguous() or not like.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
-
-def _written_out(conv: ConvMap, like: Tensor) -> Tensor:
-    """The kernel, multiplied out piece by piece and cast once."""
-    shape = conv.kernel.shape
-    order = _memory_format(like, len(shape))
-    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
-    for rows, sums in conv.kernel.chunks():
-        weight[rows].copy_(sums)
-    return _fits(weight)
-
-
-def cast(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``like``."""
-    return _fits(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
-
-
-def _fits(cast: Tensor) -> Tensor:
-    """``cast`` itself, if no number became infinite in its dtype."""
-    if not cast.is_meta and cast.numel() and any(bool(torch.isinf(end)) for end in torch.aminmax(cast)):
-        raise ReparamError(f"the merged weights do not fit into {str(cast.dtype).removeprefix('torch.')}")
-    return cast

@@ -3,7 +3,7 @@
 # Importing these two modules registers their handlers in HANDLERS.
 import repvgg.symbolic.handlers
 import repvgg.symbolic.slicing  # noqa: F401
-from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, channels_of, guarded
+from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, InputSpec, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import (
     HANDLERS,
@@ -39,6 +39,7 @@ __all__ = [
     "ChannelProbe",
     "ChannelsFound",
     "EquivalentConv",
+    "InputSpec",
     "Layout",
     "Source",
     "SymbolicTensor",

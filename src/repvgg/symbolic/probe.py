@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError
@@ -29,6 +29,13 @@ _MAY_BROADCAST = {
     HANDLERS[function] for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
 }
 _GUESSES = (IMAGES, SEQUENCES, VOLUMES, VECTORS)
+
+
+class InputSpec(NamedTuple):
+    """Number of channels and layout of an input."""
+
+    channels: int
+    layout: Layout
 
 
 class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
@@ -160,7 +167,7 @@ def channels_of(
     certain: bool = False,
     channels: int | None = None,
     layout: Layout | None = None,
-) -> tuple[int, Layout]:
+) -> InputSpec:
     """The number of input channels that ``forward`` expects, and the layout; if ``certain``, it would take no others.
 
     Args:
@@ -172,7 +179,7 @@ def channels_of(
     Raises:
         NotLinearError: nothing on its way tells, or it fails before.
     """
-    answers: list[tuple[int, Layout]] = []
+    answers: list[InputSpec] = []
     errors: list[ReparamError] = []
     normalizes = False
     for guess in (layout,) if layout else _GUESSES:
@@ -189,21 +196,21 @@ def channels_of(
     if answers or (normalizes and channels is None):
         raise NotLinearError("the shape of the input is not known, and a batch norm alone does not tell it")
     if channels is not None:
-        return channels, layout or IMAGES
+        return InputSpec(channels, layout or IMAGES)
     text = "the number of input channels cannot be told: there is no convolution and no batch norm"
     raise errors[0] if errors else NotLinearError(text)
 
 
 def _ask(
     forward: Callable[[Any], Any], probe: ChannelProbe, channels: int | None, errors: list[ReparamError]
-) -> tuple[int, Layout] | None:
+) -> InputSpec | None:
     """What ``forward`` tells a probe, if anything; what went wrong joins ``errors``."""
     try:
         guarded(forward, probe)
     except ChannelsFound as found:
-        return found.channels if channels is None else channels, found.layout
+        return InputSpec(found.channels if channels is None else channels, found.layout)
     except ReparamError as error:
         errors.append(error)
     count = channels if channels is not None and probe.known else probe.channels
     settled = (probe.known or probe.guessed) and not probe.refuted
-    return (count, probe.layout) if count is not None and settled else None
+    return InputSpec(count, probe.layout) if count is not None and settled else None
