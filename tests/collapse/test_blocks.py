@@ -179,7 +179,7 @@ def test_lazy_modules_before_and_after_their_first_image():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(model)
-    assert report.left[0].reason == "'0' in front of it stays: it has hooks"
+    assert report.left[0].reason == "its input '0' is not folded: it has hooks"
     model(image(dtype=torch.float32))
     _, report = check(trained(model), image())
     assert len(report.folded) == 1

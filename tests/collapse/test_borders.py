@@ -48,7 +48,7 @@ def kept_by_the_convolutions_module():
     ("make", "reason"),
     [
         (called_twice, "silu|relu"),
-        (convolution_called_twice, "'a' in front of it stays: it is used more than once"),
+        (convolution_called_twice, "its input 'a' is not folded: it is used more than once"),
         (hooked, "silu|relu"),
         (held_and_called, "silu|relu"),
         (held_by_a_stranger, "silu|relu"),
@@ -77,7 +77,7 @@ def test_a_norm_goes_into_the_convolution_of_the_module_behind(padding):
     plain, report = check(trained(nn.Sequential(first, second)), image())
     if padding:
         assert report.folded == ()
-        assert "'1.conv' behind it does not take it in: a bias in front of" in report.left[0].reason
+        assert "it cannot be folded into '1.conv': a bias in front of" in report.left[0].reason
     else:
         assert [row.name for row in report.folded] == ["1.conv"]
         assert isinstance(plain[0].bn, nn.Identity)
@@ -245,4 +245,4 @@ def test_an_activation_in_place_in_the_module_of_the_norm(inplace):
     assert [row.name for row in report.folded] == ["c"]
     both = trained(module(lambda self, x: (lambda y: self.n(y) + y)(self.c(x)), c=conv(), n=norm))
     _, report = check(both, image())
-    assert report.left[0].reason == "the outcome of what is in front of it is used elsewhere too"
+    assert report.left[0].reason == "its input is used elsewhere too"

@@ -213,7 +213,7 @@ def test_what_reads_a_transposed_convolution_beside_the_norm_keeps_it():
 def test_a_transposed_convolution_called_twice_is_left():
     model = module(lambda self, x: F.relu(self.bn(self.t(F.relu(self.t(x))))), t=nn.ConvTranspose2d(4, 4, 3))
     model.bn = nn.BatchNorm2d(4)
-    assert stays(model, given(2, 4, 7, 5)) == "'t' in front of it stays: it is used more than once"
+    assert stays(model, given(2, 4, 7, 5)) == "its input 't' is not folded: it is used more than once"
 
 
 def test_transposed_convolutions_between_others():

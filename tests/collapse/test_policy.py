@@ -11,7 +11,7 @@ from torch import nn
 import repvgg
 from repvgg.collapse import api, rewrite
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.graph_rewriter import Graft
+from repvgg.collapse.graph_rewriter import ForwardRewriter
 from repvgg.errors import EquivalenceError, NothingFoldedWarning, UsageError
 from tests.collapse.models import Branches, Linear2d, assert_same_outputs, conv, image, module, trained
 
@@ -104,7 +104,7 @@ def test_that_a_function_said_no_is_said():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UsageError, match="A policy is 'cheaper', 'always' or a function of two costs, not 'best'"):
+    with pytest.raises(UsageError, match="policy must be 'cheaper', 'always' or a function of two costs, got 'best'"):
         repvgg.reparameterize(trained(wide()), policy="best")
 
 
@@ -151,28 +151,28 @@ def test_models_that_amplify_roundings_are_not_held_against_the_collapse(make, l
     assert said in report.proof
 
 
-def raises_when_run(graft):
-    graph = graft.module.graph
+def raises_when_run(rewriter):
+    graph = rewriter.module.graph
     end = next(node for node in graph.nodes if node.op == "output")
     with graph.inserting_before(end):
         end.args = (graph.call_function(operator.getitem, (end.args[0], 10**6)),)
-    graft.module.recompile()
+    rewriter.module.recompile()
 
 
-def is_off(graft):
-    for conv_ in graft.new.values():
+def is_off(rewriter):
+    for conv_ in rewriter.new.values():
         conv_.bias.data += 1
 
 
 def spoil_forwards(monkeypatch, spoil):
     """Let every new forward come out wrong."""
-    finish = Graft.finish
+    finish = ForwardRewriter.finish
 
     def spoiled(self):
         finish(self)
         spoil(self)
 
-    monkeypatch.setattr(Graft, "finish", spoiled)
+    monkeypatch.setattr(ForwardRewriter, "finish", spoiled)
 
 
 @pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
@@ -199,13 +199,13 @@ def test_without_another_region_the_forward_stays_as_it_was(monkeypatch, spoil):
 
 
 def test_where_no_forward_is_to_blame_nothing_is_handed_out(monkeypatch):
-    in_place = rewrite._Builder._in_place
+    insert_in_place = rewrite._PlanApplier._insert_in_place
 
-    def spoiled(self, unit, region, conv_, grafts):
+    def spoiled(self, scope, region, conv_, rewriters):
         conv_.bias += 1
-        return in_place(self, unit, region, conv_, grafts)
+        return insert_in_place(self, scope, region, conv_, rewriters)
 
-    monkeypatch.setattr(rewrite._Builder, "_in_place", spoiled)
+    monkeypatch.setattr(rewrite._PlanApplier, "_insert_in_place", spoiled)
     with pytest.raises(EquivalenceError, match="though each of its regions is"):
         repvgg.reparameterize(trained(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())))
 

@@ -57,7 +57,7 @@ def test_what_a_forward_keeps_is_what_it_kept(forward):
     STORE.clear()
     assert model.store == {"seen": []}
     assert model.space.kept is None
-    assert report.left[0].reason == "'conv' in front of it stays: its outcome is kept for others to read"
+    assert report.left[0].reason == "its input 'conv' is not folded: its output is stored where other code can read it"
     assert_same_outputs(model, plain, image())
     kept = [model.store["seen"], plain.store["seen"]] if model.store["seen"] else [STORE[::2], STORE[1::2]]
     kept = kept if kept[0] else [[getattr(m, "kept", m.space.kept)] for m in (model, plain)]

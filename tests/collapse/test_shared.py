@@ -257,7 +257,7 @@ def test_code_that_looks_at_what_a_block_is_keeps_it(asked):
 
     model = trained(module(forward, block=Linear2d(), other=Block()))
     _, report = check(model, image())
-    assert ("block.bn", "looks at what it is") in [(row.name, row.reason[-19:]) for row in report.left]
+    assert ("block.bn", "depends on what it is") in [(row.name, row.reason[-21:]) for row in report.left]
 
 
 def test_plain_attributes_that_a_parent_reads_are_kept():

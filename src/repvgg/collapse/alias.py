@@ -124,6 +124,4 @@ def _returns_new_tensor(node: fx.Node) -> bool:
 def _is_in_place(node: fx.Node) -> bool:
     name = getattr(_function(node), "__name__", str(node.target))
     by_name = name.endswith("_") and not name.endswith("__")
-    return (
-        by_name or _function(node) in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-    )
+    return by_name or _function(node) in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs

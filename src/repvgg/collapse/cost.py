@@ -63,9 +63,7 @@ class Cost:
 
     def pays_for(self, before: Cost) -> bool:
         """Whether this needs no more multiply-adds and no more weights than ``before``."""
-        return (
-            self.multiply_adds <= before.multiply_adds * (1 + _RELATIVE_SLACK) and self.weights <= before.weights
-        )
+        return self.multiply_adds <= before.multiply_adds * (1 + _RELATIVE_SLACK) and self.weights <= before.weights
 
 
 @dataclass(frozen=True)

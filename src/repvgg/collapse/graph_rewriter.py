@@ -96,7 +96,9 @@ class ForwardRewriter:
         self.host = host
         self.old = inlined.module.get_submodule(host)
         inner = [
-            path for path in inlined.captures if path in inlined_paths and _host_of(inlined, path, inlined_paths) == host
+            path
+            for path in inlined.captures
+            if path in inlined_paths and _host_of(inlined, path, inlined_paths) == host
         ]
         # Inlined modules become plain containers: they keep their parameters and children, and have no forward.
         self.parts: dict[str, nn.Module] = {path: nn.Module() for path in inner}

@@ -312,9 +312,7 @@ class _Planner:
 
     def _analyse_aliasing(self, inlined: InlinedGraph) -> AliasAnalysis:
         effects = self.analysis.effects
-        return AliasAnalysis(
-            inlined.graph, lambda path: effects(inlined.module.get_submodule(path)), inlined.escaped
-        )
+        return AliasAnalysis(inlined.graph, lambda path: effects(inlined.module.get_submodule(path)), inlined.escaped)
 
     def _why_frozen(self, inlined: InlinedGraph, path: str) -> str | None:
         """Why the forward of the module at ``path`` cannot be rewritten, or None."""

@@ -135,9 +135,7 @@ def prove_module(
     return first or Proof(None, NOT_RUN, ran=False)
 
 
-def _compare(
-    old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], x: list[Tensor]
-) -> Proof:
+def _compare(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], x: list[Tensor]) -> Proof:
     like = first_float(old)
     device = torch.device("cpu") if like is None else like.device
     reference = _SingleTensorModule(_without_hooks(old), arguments, device)

@@ -362,9 +362,7 @@ def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
 def _dense_weight(conv: ConvMap, like: Tensor) -> Tensor:
     """The kernel, multiplied out chunk by chunk, so that its float64 form never exists as a whole, and cast once."""
     shape = conv.kernel.shape
-    weight = torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like, len(shape))
-    )
+    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like, len(shape)))
     for channels, sums in conv.kernel.chunks():
         weight[channels].copy_(sums)
     return _require_finite(weight)

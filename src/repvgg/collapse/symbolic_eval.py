@@ -249,9 +249,7 @@ class SymbolicValues:
 
     def _continue(self, node: fx.Node) -> None:
         """Extend the region that the arguments belong to."""
-        self._record(
-            node, lambda n: self.by_node[n] if n in self.by_node and n not in self._cuts else self._start(n)
-        )
+        self._record(node, lambda n: self.by_node[n] if n in self.by_node and n not in self._cuts else self._start(n))
 
     def _branch(self, node: fx.Node) -> None:
         """Use one argument as the source that the others are functions of, as in ``y + conv(y)``."""

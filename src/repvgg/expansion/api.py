@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvgg._contexts import eval_mode
 from repvgg.algebra import ConvMap
 from repvgg.blocks import ConvBN, Geometry, block_of
 from repvgg.errors import FreshWeightsWarning, NothingExpandedWarning, ReparamError, UsageError
@@ -17,7 +18,6 @@ from repvgg.expansion.fitting import MakeBlock, block_for, difference, fit, like
 from repvgg.expansion.report import Expanded, ExpandReport, Kept
 from repvgg.expansion.sites import Site, Where, copy_of, not_replaceable, owners_of, replaced, sites_of
 from repvgg.expansion.statistics import Data, Outputs, has_statistics, input_statistics, map_of, seen_behind, take_on
-from repvgg._contexts import eval_mode
 from repvgg.symbolic import trace
 from repvgg.verify import judging
 

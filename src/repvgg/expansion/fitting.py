@@ -24,7 +24,6 @@ from repvgg._contexts import eval_mode
 from repvgg.algebra import ConvMap
 from repvgg.blocks import BranchSum, Geometry, branches_of
 from repvgg.errors import EquivalenceError, NotLinearError, ReparamError, RepvggError
-from repvgg._contexts import eval_mode
 from repvgg.symbolic import algebra_device, trace
 from repvgg.verify import border_inputs, verify
 

@@ -304,9 +304,6 @@ for _function, _names in {
     handles(*_names)(_in_place(_function))
 
 
-_T = torch.Tensor
-
-
 @handles(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors: Sequence[Any], dim: int = 0) -> SymbolicTensor:
     """Concatenation along the channels of functions of one source."""
