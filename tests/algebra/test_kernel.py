@@ -17,30 +17,30 @@ def branches():
 
 
 @pytest.mark.parametrize("size", [1, 20, 40, 1 << 15])
-def test_chunks_are_the_dense_kernel(monkeypatch, size):
-    monkeypatch.setattr(kernel, "_LARGE", size)
+def test_chunks_equal_the_dense_kernel(monkeypatch, size):
+    monkeypatch.setattr(kernel, "_LARGE_CHUNK", size)
     conv = branches()
-    pieces = [(rows, sums.clone()) for rows, sums in conv.kernel.chunks()]
-    assert pieces[0][0].start == 0
-    assert pieces[-1][0].stop == 6
-    assert_close(torch.cat([sums for _, sums in pieces]), conv.weight, rtol=0, atol=0)
+    chunks = [(channels, sums.clone()) for channels, sums in conv.kernel.chunks()]
+    assert chunks[0][0].start == 0
+    assert chunks[-1][0].stop == 6
+    assert_close(torch.cat([sums for _, sums in chunks]), conv.weight, rtol=0, atol=0)
 
 
-def test_a_slow_piece_makes_the_next_ones_small(monkeypatch):
-    """Only their size changes: the numbers are the same."""
+def test_small_chunks_follow_a_slow_one(monkeypatch):
+    """Chunks change size; the numbers are the same."""
     clock = iter(range(0, 10000, 1))
-    monkeypatch.setattr(kernel, "_SMALL", 20)
-    monkeypatch.setattr(kernel, "_LARGE", 40)
-    monkeypatch.setattr(kernel, "_CALM", 1000.0)
-    monkeypatch.setattr(kernel, "_small_until", float("-inf"))
+    monkeypatch.setattr(kernel, "_SMALL_CHUNK", 20)
+    monkeypatch.setattr(kernel, "_LARGE_CHUNK", 40)
+    monkeypatch.setattr(kernel, "_SMALL_CHUNKS_FOR_SECONDS", 1000.0)
+    monkeypatch.setattr(kernel, "_small_chunks_until", float("-inf"))
     monkeypatch.setattr(kernel.time, "monotonic", lambda: next(clock))
     conv = branches()
-    pieces = [(rows, sums.clone()) for rows, sums in conv.kernel.chunks()]
-    assert [rows.stop - rows.start for rows, _ in pieces] == [2, 1, 1, 1, 1]
-    assert_close(torch.cat([sums for _, sums in pieces]), conv.weight, rtol=0, atol=0)
+    chunks = [(channels, sums.clone()) for channels, sums in conv.kernel.chunks()]
+    assert [channels.stop - channels.start for channels, _ in chunks] == [2, 1, 1, 1, 1]
+    assert_close(torch.cat([sums for _, sums in chunks]), conv.weight, rtol=0, atol=0)
 
 
-def test_sums_are_computed_in_float64_whatever_the_parts_are():
+def test_sums_are_in_float64_whatever_the_dtype_of_the_terms():
     conv = branches()
     assert {term.weight.dtype for term in conv.kernel.terms} == {torch.float32, torch.float64}
     assert conv.weight.dtype == conv.dtype == torch.float64

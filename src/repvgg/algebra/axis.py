@@ -1,7 +1,7 @@
 """One spatial axis of a convolution, and how two of them combine.
 
 Output pixel p of an axis reads the taps ``stride·p + dilation·i − before`` for i = 0 … kernel − 1, of an input that is
-continued by ``before`` pixels in front and ``after`` behind; negative numbers crop. The output has
+padded by ``before`` pixels at its start and ``after`` at its end; negative numbers crop. The output has
 ``(size + before + after − dilation·(kernel − 1) − 1) // stride + 1`` pixels.
 """
 
@@ -16,7 +16,7 @@ from repvgg.errors import BorderError, NotLinearError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the taps of a kernel land in a larger one: tap i at index ``start + step·i``."""
+    """Where the taps of a kernel are in a larger one: tap i at index ``start + step·i``."""
 
     start: int
     step: int
@@ -28,13 +28,13 @@ class Placement:
         return slice(self.start, self.start + self.step * (self.count - 1) + 1, self.step)
 
     def within(self, outer: Placement) -> Placement:
-        """The place in the largest kernel, where the one that this is a place in has the place ``outer``."""
+        """Return the placement in the outermost kernel, for a kernel in a kernel that is placed at ``outer``."""
         return Placement(outer.start + outer.step * self.start, outer.step * self.step, self.count)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Geometry of a convolution along one axis; see the module for the formula."""
+    """Geometry of a convolution along one axis; the module docstring has the formula."""
 
     kernel: int = 1
     stride: int = 1
@@ -48,7 +48,7 @@ class Axis:
         return self.dilation * (self.kernel - 1)
 
     def output_size(self, size: int) -> int:
-        """How many output pixels there are for ``size`` input pixels."""
+        """Return the number of output pixels for ``size`` input pixels."""
         return max(0, (size + self.before + self.after - self.reach - 1) // self.stride + 1)
 
     @property
@@ -62,22 +62,26 @@ class Axis:
         return self.before > 0 or self.after > 0
 
     def tap_step(self) -> int:
-        """Distance between neighbouring taps; 0 for a single tap, which has none."""
+        """Return the distance between neighbouring taps; 0 for a single tap."""
         return self.dilation if self.kernel > 1 else 0
 
     def stays_zero_outside(self, before: bool, after: bool) -> bool:
-        """Whether the output, continued past the border, is zero where only zeros lie beyond the input's border.
+        """Whether output pixels beyond the border would be zero if only zeros lie beyond the input's border.
 
-        True on a side iff no tap of an output pixel beyond that side reaches the input. Only the sides asked for are
-        looked at. At stride s > 1 the condition behind is the one that holds for every input size.
+        True on a side iff no tap of an output pixel beyond that side reaches the input.
+
+        Args:
+            before: check the start of the axis.
+            after: check its end.
         """
-        in_front = self.before >= self.reach - self.stride + 1
-        behind = self.after >= self.reach
-        return (in_front or not before) and (behind or not after)
+        at_start = self.before >= self.reach - self.stride + 1
+        at_end = self.after >= self.reach  # at stride > 1, the bound that holds for every input size
+        return (at_start or not before) and (at_end or not after)
 
 
 def compose_axes(inner: Axis, outer: Axis) -> Axis:
-    """The axis of ``outer ∘ inner``: strides multiply, reaches add, padding of the outer counts in inner strides."""
+    """Return the axis of ``outer ∘ inner``: strides multiply, reaches add, outer padding is in units of inner strides."""
+    # Taps lie at all sums of the two tap grids; the coarsest grid that contains them has the gcd as its step.
     step = gcd(inner.tap_step(), inner.stride * outer.tap_step()) or 1
     reach = inner.reach + inner.stride * outer.reach
     return Axis(
@@ -90,13 +94,13 @@ def compose_axes(inner: Axis, outer: Axis) -> Axis:
 
 
 def inner_placement(inner: Axis, outer: Axis, merged: Axis, outer_tap: int) -> Placement:
-    """Where the taps of ``inner`` land in the merged kernel when they are read by tap ``outer_tap`` of ``outer``."""
+    """Return where the taps of ``inner`` are in the merged kernel when tap ``outer_tap`` of ``outer`` reads them."""
     start = inner.stride * outer.dilation * outer_tap // merged.dilation
     return Placement(start, max(1, inner.tap_step() // merged.dilation), inner.kernel)
 
 
 def merge_axes(axes: Sequence[Axis]) -> Axis:
-    """The smallest axis that holds the taps of all ``axes`` at their places.
+    """Return the smallest axis that contains the taps of all ``axes`` at their positions.
 
     Raises:
         NotLinearError: the strides differ.
@@ -115,13 +119,13 @@ def merge_axes(axes: Sequence[Axis]) -> Axis:
 
 
 def placement_in(axis: Axis, merged: Axis) -> Placement:
-    """Where the taps of ``axis`` land in ``merged``, an outcome of :func:`merge_axes` over it."""
+    """Return where the taps of ``axis`` are in ``merged``, a result of :func:`merge_axes` over it."""
     start = (merged.before - axis.before) // merged.dilation
     return Placement(start, max(1, axis.tap_step() // merged.dilation), axis.kernel)
 
 
 def symmetric_axis(axis: Axis) -> Axis:
-    """The smallest enclosing axis whose padding is the same number, at least 0, on both sides."""
+    """Return the smallest enclosing axis with equal padding, at least 0, on both sides."""
     target = max(axis.before, axis.after, 0)
     extra = (target - axis.before, target - axis.after)
     step = gcd(axis.tap_step(), *extra) or 1

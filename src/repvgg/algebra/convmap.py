@@ -1,7 +1,7 @@
-"""A convolution over n axes as a value: what it computes, where it reads, and what it assumes beyond the border.
+"""A convolution over n axes as a value: what it computes, what it reads, and what it assumes beyond the border.
 
 n is 0 for a linear map on vectors (N, C), 1 for sequences (N, C, L), 2 for images (N, C, H, W), and 3 for volumes
-(N, C, D, H, W). Per-axis values stand in the order of the axes: depth, height, width.
+(N, C, D, H, W). Per-axis values are in the order of the axes: depth, height, width.
 
 Letters in names: O output channels, I input channels per group, K the n sizes of the kernel, X the n sizes of an input.
 """
@@ -35,16 +35,16 @@ class ConvMap:
     With n = 0 there is no p and no k: ``y[o] = b[o] + Σ_i W[o, i] · x[i]``.
 
     Attributes:
-        kernel: W as a sum not yet multiplied out; :attr:`weight` is it as a tensor.
+        kernel: W as a sum that is not yet multiplied out; :attr:`weight` is the tensor.
         bias: b, shape (O,), or None for no bias at all.
-        stride: one number an axis; 1 unless given.
-        padding: (before, after) axis by axis in pixels, as in (top, bottom, left, right); negative numbers crop; 0
-            unless given.
-        dilation: one number an axis; 1 unless given.
-        border: how the input goes on beyond its border; None iff nothing beyond it is ever read.
+        stride: one number per axis; default 1.
+        padding: (before, after) per axis in pixels, as in (top, bottom, left, right); negative numbers crop; default
+            0.
+        dilation: one number per axis; default 1.
+        border: how the input continues beyond its border; None iff nothing beyond it is ever read.
 
     Raises:
-        UsageError: the parts do not fit each other.
+        UsageError: the attributes contradict each other.
     """
 
     kernel: Kernel
@@ -59,25 +59,24 @@ class ConvMap:
         if not len(self.stride) == len(self.dilation) == n == len(self.padding) / 2:
             self._fill_in(n)
         if min(*self.stride, *self.dilation, 1, 1) < 1:
-            raise UsageError(f"Stride and dilation are at least 1, not {self.stride} and {self.dilation}.")
+            raise UsageError(f"Stride and dilation must be at least 1, got {self.stride} and {self.dilation}.")
         if self.groups < 1 or self.out_channels % self.groups:
             raise UsageError(f"{self.out_channels} output channels do not split into {self.groups} groups.")
         if self.bias is not None and self.bias.shape != (self.out_channels,):
             raise UsageError(f"A bias for {self.out_channels} channels cannot have shape {tuple(self.bias.shape)}.")
         pads = max(self.padding, default=0) > 0
         if pads and self.border not in BORDERS:
-            raise UsageError(f"A padded map needs a border from {BORDERS}, not {self.border!r}.")
+            raise UsageError(f"A padded map needs a border from {BORDERS}, got {self.border!r}.")
         if not pads:
             object.__setattr__(self, "border", None)
 
     def _fill_in(self, n: int) -> None:
-        """What was not given for the axes, as usual."""
-        for name, count, usual in (("stride", n, 1), ("dilation", n, 1), ("padding", 2 * n, 0)):
+        for name, count, default in (("stride", n, 1), ("dilation", n, 1), ("padding", 2 * n, 0)):
             numbers = getattr(self, name)
             if not numbers:
-                object.__setattr__(self, name, (usual,) * count)
+                object.__setattr__(self, name, (default,) * count)
             elif len(numbers) != count:
-                raise UsageError(f"A map over {n} axes has {count} numbers in its {name}, not {numbers}.")
+                raise UsageError(f"A map over {n} axes needs {count} numbers for its {name}, got {numbers}.")
 
     @classmethod
     def of(
@@ -90,9 +89,9 @@ class ConvMap:
         groups: int = 1,
         border: Border | None = None,
     ) -> ConvMap:
-        """A convolution with kernel ``weight`` (O, I, *K), computed in the dtype of the bias, else of the kernel."""
+        """Return a convolution with kernel ``weight`` (O, I, *K), computed in the dtype of the bias, else of the kernel."""
         if not 2 <= weight.dim() <= 5:
-            raise UsageError(f"A kernel has shape OI, OIW, OIHW or OIDHW, not {tuple(weight.shape)}.")
+            raise UsageError(f"A kernel must have shape OI, OIW, OIHW or OIDHW, got {tuple(weight.shape)}.")
         dtype = weight.dtype if bias is None else bias.dtype
         return cls(Kernel.of(weight, groups, dtype), bias, stride, padding, dilation, border)
 
@@ -104,13 +103,14 @@ class ConvMap:
         device: torch.device | str | None = None,
         spatial: int = 2,
     ) -> ConvMap:
-        """``y = x`` on ``channels`` channels and ``spatial`` axes; it is never multiplied out."""
+        """Return ``y = x`` on ``channels`` channels and ``spatial`` axes; it is never multiplied out."""
         ones = torch.ones((channels, 1, *(1,) * spatial), dtype=dtype, device=device)
         return cls(Kernel.of(ones, channels, unit=True))
 
     @classmethod
     def from_axes(cls, kernel: Kernel, bias: Tensor | None, axes: tuple[Axis, ...], border: Border | None) -> ConvMap:
-        """A map whose geometry is given axis by axis; the inverse of :attr:`axes`."""
+        """Return a map whose geometry is given per axis; the inverse of :attr:`axes`."""
+        # tuple([...]) rather than tuple(...): a list comprehension is faster than a generator, and this runs for every map.
         strides, dilations = tuple([axis.stride for axis in axes]), tuple([axis.dilation for axis in axes])
         sides = tuple([side for axis in axes for side in (axis.before, axis.after)])
         return cls(kernel, bias, strides, sides, dilations, border)
@@ -122,7 +122,7 @@ class ConvMap:
 
     @property
     def spatial(self) -> int:
-        """n, the number of axes that the kernel reaches along."""
+        """n, the number of axes of the kernel."""
         return len(self.kernel.shape) - 2
 
     @property
@@ -132,12 +132,12 @@ class ConvMap:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the map is computed in."""
+        """The dtype that the map is computed in."""
         return self.kernel.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the map is computed."""
+        """The device that the map is computed on."""
         return self.kernel.device
 
     @property
@@ -163,12 +163,12 @@ class ConvMap:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each output pixel is a function of the input pixel at its own place."""
+        """Whether each output pixel is a function of the input pixel at the same position."""
         return max(*self.kernel_size, *self.stride, 1, 1) == 1 and not any(self.padding)
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each output channel reads the input channel of its own number and no other."""
+        """Whether each output channel reads the input channel of the same index and no other."""
         return self.groups == self.in_channels == self.out_channels
 
     @property
@@ -177,19 +177,19 @@ class ConvMap:
         return self.kernel.numel() / math.prod(self.stride)
 
     def outputs_per_input(self, sizes: Ints | None = None) -> float:
-        """Output pixels for each input pixel: at the input ``sizes``, or where there are no borders."""
+        """Return output pixels per input pixel at the input ``sizes``, or borders aside."""
         if sizes is None:
             return 1 / math.prod(self.stride)
         return math.prod(axis.output_size(n) / n for axis, n in zip(self.axes, sizes, strict=True))
 
     def bias_or_zeros(self) -> Tensor:
-        """The bias, shape (O,), zeros where there is none."""
+        """Return the bias, shape (O,); zeros if there is none."""
         if self.bias is not None:
             return self.bias
         return torch.zeros(self.out_channels, dtype=self.dtype, device=self.device)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> ConvMap:
-        """The same map, computed in ``dtype`` on ``device``."""
+        """Return the same map, computed in ``dtype`` on ``device``."""
         bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
         return replace(self, kernel=self.kernel.to(device, dtype), bias=bias)
 
@@ -197,8 +197,10 @@ class ConvMap:
         """Evaluate the map on inputs (N, C, *X); with n = 0 on (..., C)."""
         if not self.spatial:
             return _linear(x_NCX, self.weight, self.bias, self.groups)
-        sides = [side for axis in reversed(self.axes) for side in (axis.before, axis.after)]  # torch's order
-        if self.border is not None:  # pad first, crop afterwards: what is cropped still counts as image
+        sides = [
+            side for axis in reversed(self.axes) for side in (axis.before, axis.after)
+        ]  # F.pad counts from the last axis
+        if self.border is not None:  # pad first, crop afterwards: reflections must still see what is cropped
             mode = "constant" if self.border == "zeros" else self.border
             x_NCX = F.pad(x_NCX, [max(side, 0) for side in sides], mode=mode)
         x_NCX = F.pad(x_NCX, [min(side, 0) for side in sides])
@@ -207,7 +209,7 @@ class ConvMap:
         return y_NCX
 
     def __repr__(self) -> str:
-        """One line: channels, kernel and whatever is not the default."""
+        """Return one line: channels, kernel, and what differs from the defaults."""
         parts = [f"{self.in_channels}→{self.out_channels}", "x".join(map(str, self.kernel_size)) or "linear"]
         parts += [f"stride={self.stride}"] if any(step > 1 for step in self.stride) else []
         parts += [f"padding={self.padding}"] if any(self.padding) else []

@@ -1,7 +1,7 @@
-"""The operations of the algebra. Each is exact, or raises and says why it would not be.
+"""The operations of the algebra. Each one is exact, or raises an error that says why it would not be.
 
-Shapes: weights are (O, I, *K) with I the input channels of one group and K the sizes along the axes of the map, as many
-for all maps in one operation; per-channel vectors are (O,).
+Shapes: weights are (O, I, *K) with I the input channels of one group and K the sizes along the axes of the map, whose
+number all maps of one operation share; per-channel vectors are (O,). M are the channels between two composed maps.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from repvgg.errors import BorderError, NotLinearError
 
 
 def scale(conv: ConvMap, factor_O: Tensor) -> ConvMap:
-    """``factor · conv(x)``, channel by channel: kernel and bias are multiplied, the geometry stays."""
+    """Return ``factor · conv(x)``, channel by channel: kernel and bias are multiplied, the geometry stays."""
     bias = None if conv.bias is None else conv.bias * factor_O
     return replace(conv, kernel=conv.kernel.scaled(factor_O), bias=bias)
 
 
 def shift(conv: ConvMap, offset_O: Tensor) -> ConvMap:
-    """``conv(x) + offset``, channel by channel."""
+    """Return ``conv(x) + offset``, channel by channel."""
     return replace(conv, bias=offset_O if conv.bias is None else _sum(conv.bias, offset_O))
 
 
 def add(*terms: ConvMap) -> ConvMap:
-    """``Σ_k term_k(x)``: kernels are laid over each other tap by tap, biases are summed.
+    """Return ``Σ_k term_k(x)``: kernels are aligned and added tap by tap, biases are added.
 
-    Groups stay as they are where all terms have the same, and are opened only as far as the terms differ.
+    Groups are kept if all terms have the same, and are otherwise opened only as far as the terms differ.
 
     Raises:
         NotLinearError: channels, strides or the number of axes differ.
-        BorderError: the outputs have different sizes, or the terms go on differently beyond the border.
+        BorderError: the outputs have different sizes, or the terms continue the input differently beyond the border.
     """
     if len(terms) == 1:
         return terms[0]
     _require_same_channels(terms)
     axes = _merged_axes(terms)
     groups = gcd(*(term.groups for term in terms))
-    kernel, *others = (_placed(term, axes, groups) for term in terms)
+    kernel, *others = (_embedded(term, axes, groups) for term in terms)
     for other in others:
         kernel = kernel.plus(other)
     biases = [term.bias for term in terms if term.bias is not None]
@@ -55,23 +55,24 @@ def add(*terms: ConvMap) -> ConvMap:
 
 
 def concatenate(parts: Sequence[ConvMap]) -> ConvMap:
-    """The outputs of all ``parts`` on the same input, one after another along the channels.
+    """Concatenate the outputs of all ``parts`` on the same input along the channels.
 
     Raises:
         NotLinearError: input channels, strides or the number of axes differ.
-        BorderError: the outputs have different sizes, or the parts go on differently beyond the border.
+        BorderError: the outputs have different sizes, or the parts continue the input differently beyond the border.
     """
     if len({part.in_channels for part in parts}) > 1:
         raise NotLinearError("maps of inputs with different channels cannot be concatenated into one convolution")
     axes = _merged_axes(parts)
-    weight_OIK = torch.cat([_placed(part, axes, 1).dense() for part in parts])
+    # Parts have different outputs, so no number of groups fits all of them in general.
+    weight_OIK = torch.cat([_embedded(part, axes, 1).dense() for part in parts])
     has_bias = any(part.bias is not None for part in parts)
     bias = torch.cat([part.bias_or_zeros() for part in parts]) if has_bias else None
     return ConvMap.from_axes(Kernel.of(weight_OIK, 1), bias, axes, common_border(parts))
 
 
 def select_channels(conv: ConvMap, channels: slice) -> ConvMap:
-    """The output channels ``channels`` of ``conv``; groups are opened unless all channels are kept."""
+    """Return the output channels ``channels`` of ``conv``; groups are opened unless all channels are kept."""
     if channels.indices(conv.out_channels) == (0, conv.out_channels, 1):
         return conv
     weight_OIK = open_groups(conv, 1).weight[channels]
@@ -80,27 +81,27 @@ def select_channels(conv: ConvMap, channels: slice) -> ConvMap:
 
 
 def open_groups(conv: ConvMap, groups: int) -> ConvMap:
-    """The same map written with fewer ``groups`` (a divisor), the kernels between groups being zero."""
+    """Return the same map written with fewer ``groups`` (a divisor); the kernels between groups are zero."""
     if conv.groups % groups:
         raise NotLinearError(f"a map of {conv.groups} groups cannot be written with {groups}")
-    return replace(conv, kernel=_placed(conv, conv.axes, groups))
+    return replace(conv, kernel=_embedded(conv, conv.axes, groups))
 
 
 def embed(conv: ConvMap, axes: tuple[Axis, ...]) -> ConvMap:
-    """The same map in a larger kernel: ``axes`` must hold its taps; new taps are zero."""
+    """Return the same map in a larger kernel: ``axes`` must contain its taps; new taps are zero."""
     if axes == conv.axes:
         return conv
-    # A kernel that never read past the border may be given room there: its new taps are zero, so zeros do.
-    return ConvMap.from_axes(_placed(conv, axes, conv.groups), conv.bias, axes, conv.border or "zeros")
+    # A kernel that never read past the border may be padded with anything: its new taps are zero.
+    return ConvMap.from_axes(_embedded(conv, axes, conv.groups), conv.bias, axes, conv.border or "zeros")
 
 
 def with_symmetric_padding(conv: ConvMap) -> ConvMap:
-    """The same map with equal padding, at least 0, on opposite sides, as ``nn.Conv2d`` wants it."""
+    """Return the same map with equal padding, at least 0, on opposite sides, as ``nn.Conv2d`` requires."""
     return embed(conv, tuple(map(symmetric_axis, conv.axes)))
 
 
 def common_border(parts: Sequence[ConvMap]) -> Border | None:
-    """What all ``parts`` assume beyond the border.
+    """Return what all ``parts`` assume beyond the border.
 
     Raises:
         BorderError: they assume different things.
@@ -111,9 +112,38 @@ def common_border(parts: Sequence[ConvMap]) -> Border | None:
     return borders[0] if borders else None
 
 
-def _sum(left_O: Tensor, right_O: Tensor) -> Tensor:
-    """The sum of two vectors; on the meta device, where there are no values and adding is slow, either of them."""
-    return left_O if left_O.is_meta and right_O.is_meta else left_O + right_O
+def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
+    """Return the one convolution that equals ``outer(inner(x))``, borders included.
+
+    ``W[o, i, s1·d2·k2 + d1·k1] = Σ_m W2[o, m, k2] · W1[m, i, k1]`` and ``b = b2 + Σ_{m,k2} W2[o, m, k2] · b1[m]``.
+
+    Raises:
+        NotLinearError: the channels or the number of axes do not fit.
+        BorderError: the outer map pads, and what it pads with is not what the inner map would compute there: a bias
+            that leaks into zero padding, an inner kernel that still sees the image from beyond its border, or paddings
+            of different kinds.
+    """
+    require_same_axes((inner, outer))
+    if inner.out_channels != outer.in_channels:
+        raise NotLinearError(f"{inner.out_channels} channels do not fit a map of {outer.in_channels}")
+    border = _composed_border(inner, outer)
+    axes = tuple(map(compose_axes, inner.axes, outer.axes))
+    # Identities are common (they start every symbolic trace) and must not cost a product.
+    if outer.kernel.unit:
+        return ConvMap.from_axes(inner.kernel, inner.bias, axes, border)
+    if inner.kernel.unit:
+        return ConvMap.from_axes(outer.kernel, outer.bias, axes, border)
+    return ConvMap.from_axes(_composed_kernel(inner, outer, axes), _composed_bias(inner, outer), axes, border)
+
+
+def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None) -> ConvMap:
+    """Pad, crop or subsample the output of ``conv``: ``axes`` have kernel size 1, one for each axis of the map.
+
+    Raises:
+        BorderError: see :func:`compose`.
+    """
+    unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device, conv.spatial)
+    return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))
 
 
 def require_same_axes(parts: Sequence[ConvMap]) -> None:
@@ -128,6 +158,11 @@ def require_same_axes(parts: Sequence[ConvMap]) -> None:
             raise NotLinearError(f"a map over {first} axes and one over {part.spatial} do not merge")
 
 
+def _sum(left_O: Tensor, right_O: Tensor) -> Tensor:
+    # Meta tensors have no values, and adding them is slow.
+    return left_O if left_O.is_meta and right_O.is_meta else left_O + right_O
+
+
 def _require_same_channels(terms: Sequence[ConvMap]) -> None:
     shapes = {(term.in_channels, term.out_channels) for term in terms}
     if len(shapes) > 1:
@@ -140,37 +175,14 @@ def _merged_axes(parts: Sequence[ConvMap]) -> tuple[Axis, ...]:
     return tuple(map(merge_axes, zip(*(part.axes for part in parts), strict=True)))
 
 
-def _placed(conv: ConvMap, axes: tuple[Axis, ...], groups: int) -> Kernel:
+def _embedded(conv: ConvMap, axes: tuple[Axis, ...], groups: int) -> Kernel:
     """The kernel of ``conv`` at its taps in a map with ``axes``, written with ``groups`` groups."""
     places = tuple(map(placement_in, conv.axes, axes))
-    return conv.kernel.placed(tuple([axis.kernel for axis in axes]), groups, places)
+    return conv.kernel.embedded(tuple([axis.kernel for axis in axes]), groups, places)
 
 
-def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
-    """The one convolution that equals ``outer(inner(x))``.
-
-    ``W[o, i, s1·d2·k2 + d1·k1] = Σ_m W2[o, m, k2] · W1[m, i, k1]`` and ``b = b2 + Σ_{m,k2} W2[o, m, k2] · b1[m]``.
-
-    Raises:
-        NotLinearError: the channels or the number of axes do not fit.
-        BorderError: the outer map pads, and what it pads is not what the inner map computes out there: a bias that
-            leaks into zero padding, an inner kernel that still sees the image from beyond it, or paddings of
-            different kinds.
-    """
-    require_same_axes((inner, outer))
-    if inner.out_channels != outer.in_channels:
-        raise NotLinearError(f"{inner.out_channels} channels do not fit a map of {outer.in_channels}")
-    border = _border(inner, outer)
-    axes = tuple(map(compose_axes, inner.axes, outer.axes))
-    if outer.kernel.unit:
-        return ConvMap.from_axes(inner.kernel, inner.bias, axes, border)
-    if inner.kernel.unit:
-        return ConvMap.from_axes(outer.kernel, outer.bias, axes, border)
-    return ConvMap.from_axes(_kernel(inner, outer, axes), _bias(inner, outer), axes, border)
-
-
-def _border(inner: ConvMap, outer: ConvMap) -> Border | None:
-    """What the composition assumes beyond the border, or a BorderError where no assumption makes it exact."""
+def _composed_border(inner: ConvMap, outer: ConvMap) -> Border | None:
+    """What the composition assumes beyond the border; raises BorderError if no assumption makes it exact."""
     if outer.border is None:
         return inner.border
     if outer.border == "zeros":
@@ -184,6 +196,7 @@ def _border(inner: ConvMap, outer: ConvMap) -> Border | None:
 
 
 def _require_zeros_outside(inner: ConvMap, outer: ConvMap) -> None:
+    """Check that the inner map, evaluated beyond the border, gives the zeros that the outer one pads with."""
     if inner.border not in (None, "zeros"):
         raise BorderError(f"a zero padding after a {inner.border} padding continues the image in two ways")
     for first, second in zip(inner.axes, outer.axes, strict=True):
@@ -192,21 +205,18 @@ def _require_zeros_outside(inner: ConvMap, outer: ConvMap) -> None:
                 "a padded convolution after one with a kernel larger than 1 pads with zeros where the inner "
                 "convolution would still see the image; move all padding to the first one"
             )
-    if inner.bias is not None and _may_be_nonzero(inner.bias):
+    # A meta bias has no values; assume the worst, so that a plan never relies on a zero.
+    if inner.bias is not None and (inner.bias.is_meta or bool(inner.bias.any())):
         raise BorderError(
             "a bias in front of a zero-padded convolution leaks into the padding: pad with the bias, or drop it"
         )
-
-
-def _may_be_nonzero(bias_O: Tensor) -> bool:
-    return bias_O.is_meta or bool(bias_O.any())
 
 
 def _keeps_size(conv: ConvMap) -> bool:
     return all(axis.stride == 1 and axis.growth == 0 for axis in conv.axes)
 
 
-def _bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
+def _composed_bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
     if inner.bias is None:
         return outer.bias
     over_taps = outer.weight.sum(tuple(range(2, 2 + outer.spatial))) if outer.spatial else outer.weight
@@ -215,9 +225,10 @@ def _bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
     return passed if outer.bias is None else passed + outer.bias
 
 
-def _kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, ...]) -> Kernel:
-    """The merged kernel, tap by tap of the outer one."""
+def _composed_kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, ...]) -> Kernel:
+    """The merged kernel, accumulated over the taps of the outer one."""
     groups = gcd(inner.groups, outer.groups)
+    # A depthwise map only scales channels, and needs no common number of groups.
     if not inner.is_depthwise and not outer.is_depthwise:
         inner, outer = open_groups(inner, groups), open_groups(outer, groups)
     first, second = inner.weight, outer.weight
@@ -237,7 +248,7 @@ def _at(taps: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _mix(inner: ConvMap, first_MIK: Tensor, outer: ConvMap, tap_OM: Tensor) -> Tensor:
-    """``Σ_m W2[o, m] · W1[m, i, ...]`` for one tap of W2, over the channels m in between; shape (O, I, *K1)."""
+    """``Σ_m W2[o, m] · W1[m, i, ...]`` for one tap of W2; shape (O, I, *K1)."""
     ones = (1,) * inner.spatial
     if outer.is_depthwise:
         return first_MIK * tap_OM.view(-1, 1, *ones)
@@ -248,13 +259,3 @@ def _mix(inner: ConvMap, first_MIK: Tensor, outer: ConvMap, tap_OM: Tensor) -> T
     else:
         kernel = torch.bmm(tap, first_MIK.reshape(groups, tap.shape[2], -1))  # (g, O/g, I/g · Π K1)
     return kernel.reshape(outer.out_channels, -1, *size)
-
-
-def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None) -> ConvMap:
-    """Pad, crop or skip pixels of the output of ``conv``: ``axes`` are of kernel size 1, one for each axis of it.
-
-    Raises:
-        BorderError: see :func:`compose`.
-    """
-    unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device, conv.spatial)
-    return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))
