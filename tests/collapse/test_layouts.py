@@ -171,7 +171,7 @@ def test_attention_alone_has_to_be_told():
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(Attention()))
     assert {row.reason for row in report.left} == {
-        "the shape of the input is not known, and a batch norm alone does not tell it"
+        "the shape of the input is not known, and a batch norm alone does not determine it"
     }
 
 

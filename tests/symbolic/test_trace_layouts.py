@@ -146,14 +146,14 @@ def test_timm_levit_linear_norm():
         (lambda m, x: m.linear(x).reshape(-1, 4), ROWS_OF_3, "reshape is not a linear"),
         (lambda m, x: m.bn(m.linear(x)), ROWS_OF_3, "they are the last"),
         (lambda m, x: F.batch_norm(m.linear(x), m.bn.running_mean, m.bn.running_var), ROWS, "not known"),
-        (lambda m, x: m.linear(x) * torch.ones(1, 1, 4), ROWS, "one number a channel"),
-        (lambda m, x: m.linear(x) * torch.ones(5, 1), ROWS_OF_3, "one number a channel"),
+        (lambda m, x: m.linear(x) * torch.ones(1, 1, 4), ROWS, "one number per channel"),
+        (lambda m, x: m.linear(x) * torch.ones(5, 1), ROWS_OF_3, "one number per channel"),
         (lambda m, x: torch.cat((m.linear(x), x), 1), ROWS_OF_3, "concatenation"),
         (lambda m, x: m.linear(x)[:, 1:], ROWS_OF_3, "slices"),
         (lambda m, x: m.linear(x)[:, :, 1:], ROWS, "slices"),
         (lambda m, x: F.pad(m.linear(x), (1, 1)), ROWS, "padding of channels"),
         (lambda m, x: m.linear(x), IMAGES, "does not take its channels"),
-        (lambda m, x: F.linear(x, torch.ones(6)), ROWS, "takes away an axis"),
+        (lambda m, x: F.linear(x, torch.ones(6)), ROWS, "removes an axis"),
         (lambda m, x: m.linear(x) + (x.shape[0] + 1), ROWS, "not known"),
         (lambda m, x: m.linear(x) if len(x.shape) == 3 else x, ROWS, "not known"),
         (lambda m, x: F.conv1d(x, torch.ones(4, 6, 1)), VECTORS, "does not take its channels"),
@@ -170,7 +170,7 @@ def test_refusals(forward, layout, reason):
 def test_an_operand_along_the_width_is_refused(layout):
     symbol = SymbolicTensor.of(Source(), 4, layout=layout)
     for operation in (torch.mul, torch.add):
-        with pytest.raises(NotLinearError, match="one number a channel"):
+        with pytest.raises(NotLinearError, match="one number per channel"):
             operation(symbol, torch.ones(4))
     fits = torch.ones(4, *(1,) * layout.spatial)
     assert (symbol * fits + fits).map.out_channels == 4

@@ -80,7 +80,7 @@ class Axis:
 
 
 def compose_axes(inner: Axis, outer: Axis) -> Axis:
-    """Return the axis of ``outer ∘ inner``: strides multiply, reaches add, outer padding is in units of inner strides."""
+    """Return the axis of ``outer ∘ inner``: strides multiply, reaches add, outer padding counts inner strides."""
     # Taps lie at all sums of the two tap grids; the coarsest grid that contains them has the gcd as its step.
     step = gcd(inner.tap_step(), inner.stride * outer.tap_step()) or 1
     reach = inner.reach + inner.stride * outer.reach

@@ -89,7 +89,7 @@ class ConvMap:
         groups: int = 1,
         border: Border | None = None,
     ) -> ConvMap:
-        """Return a convolution with kernel ``weight`` (O, I, *K), computed in the dtype of the bias, else of the kernel."""
+        """Return a convolution with kernel ``weight`` (O, I, *K), in the dtype of the bias, else of the kernel."""
         if not 2 <= weight.dim() <= 5:
             raise UsageError(f"A kernel must have shape OI, OIW, OIHW or OIDHW, got {tuple(weight.shape)}.")
         dtype = weight.dtype if bias is None else bias.dtype
@@ -110,7 +110,7 @@ class ConvMap:
     @classmethod
     def from_axes(cls, kernel: Kernel, bias: Tensor | None, axes: tuple[Axis, ...], border: Border | None) -> ConvMap:
         """Return a map whose geometry is given per axis; the inverse of :attr:`axes`."""
-        # tuple([...]) rather than tuple(...): a list comprehension is faster than a generator, and this runs for every map.
+        # tuple([...]) because a list comprehension is faster than a generator, and this runs for every map.
         strides, dilations = tuple([axis.stride for axis in axes]), tuple([axis.dilation for axis in axes])
         sides = tuple([side for axis in axes for side in (axis.before, axis.after)])
         return cls(kernel, bias, strides, sides, dilations, border)
@@ -200,7 +200,7 @@ class ConvMap:
         sides = [
             side for axis in reversed(self.axes) for side in (axis.before, axis.after)
         ]  # F.pad counts from the last axis
-        if self.border is not None:  # pad first, crop afterwards: reflections must still see what is cropped
+        if self.border is not None:  # pad before cropping: reflections still see what is cropped
             mode = "constant" if self.border == "zeros" else self.border
             x_NCX = F.pad(x_NCX, [max(side, 0) for side in sides], mode=mode)
         x_NCX = F.pad(x_NCX, [min(side, 0) for side in sides])

@@ -1,4 +1,4 @@
-"""The symbolic forward: torch functions as algebra, one short handler each, in one table."""
+"""The symbolic forward: torch functions as algebra, each implemented by one short handler."""
 
 # Importing these two modules registers their handlers in HANDLERS.
 import repvgg.symbolic.handlers

@@ -1,7 +1,7 @@
 """The layers of convolutional networks in eval mode, as algebra: one short handler for each torch function.
 
-A handler takes the arguments of the function that it speaks for, with a :class:`SymbolicTensor` among them, and
-returns the symbolic outcome or raises the reason why there is none.
+A handler takes the arguments of the function that it implements, with a :class:`SymbolicTensor` among them, and returns
+the symbolic result, or raises the reason why there is none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from repvgg.symbolic.tensor import RANK_UNKNOWN, VECTORS, Layout, SymbolicTensor
 
 
 def numbers(value: Any, count: int) -> tuple[int, ...]:
-    """``count`` whole numbers, where torch takes one for all as well."""
+    """Return ``count`` integers for an argument that torch takes as one number for all axes, or one per axis."""
     if isinstance(value, int):
         return (value,) * count
     given = tuple([int(number) for number in value])
@@ -30,49 +30,53 @@ def numbers(value: Any, count: int) -> tuple[int, ...]:
 
 
 def constant(value: Any, like: SymbolicTensor) -> Tensor:
-    """A number or a real tensor, brought to the dtype and device of the algebra."""
+    """Return a number or a real tensor in the dtype and on the device of the algebra."""
     if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
-        raise NotLinearError("complex numbers have no place in a convolution of real ones")
+        raise NotLinearError("a complex operand does not give a convolution of real numbers")
     return torch.as_tensor(value).to(device=like.device, dtype=like.dtype)
 
 
 def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
-    """A constant operand as a vector (O,).
+    """Return a constant operand as a vector (O,).
 
     Raises:
-        NotLinearError: it differs along another axis than the channels, or would change the channels or add an axis.
+        NotLinearError: it varies along another axis than the channels, or broadcasting would add channels or axes.
     """
     operand = constant(value, like)
     channels, rank = like.map.out_channels, like.layout.rank
     shape = tuple(operand.shape)
-    place = len(shape) + like.layout.axis  # negative where the operand does not reach to the channels
+    place = len(shape) + like.layout.axis  # negative if the operand has no channel axis
     elsewhere = shape[: max(place, 0)] + shape[place + 1 :]
     fits = place < 0 or shape[place] in (1, channels)
     if not fits or any(size != 1 for size in elsewhere) or len(shape) > (1 if rank is None else rank):
-        raise NotLinearError(f"an operand of shape {shape} is not one number a channel of {like.layout}")
+        raise NotLinearError(f"an operand of shape {shape} is not one number per channel of {like.layout}")
     return operand.reshape(-1).expand(channels)
 
 
 def same_source(symbols: Sequence[SymbolicTensor]) -> SymbolicTensor:
-    """The first of several functions of one source, which may be merged."""
+    """Check that ``symbols`` are functions of one source and may merge; return the first one.
+
+    Raises:
+        NotLinearError: they are not.
+    """
     first = symbols[0]
     if any(symbol.source is not first.source for symbol in symbols):
-        raise NotLinearError("functions of two different tensors meet here")
+        raise NotLinearError("it combines functions of two different tensors")
     if not first.source.merge_branches:
-        raise NotLinearError("branches are to stay apart")
+        raise NotLinearError("branches are not to be merged")
     if any(symbol.layout != first.layout for symbol in symbols):
-        raise NotLinearError("tensors of different shapes meet here")
+        raise NotLinearError("it combines tensors of different layouts")
     return first
 
 
 def require_spatial(symbol: SymbolicTensor, spatial: int, name: str) -> None:
-    """Check that a function over ``spatial`` axes, called ``name``, finds the channels of ``symbol`` in their place.
+    """Check that a function over ``spatial`` axes, called ``name``, takes the channel axis of ``symbol`` as channels.
 
     Raises:
-        NotLinearError: it would take other axes for them.
+        NotLinearError: it would take another axis.
     """
     if symbol.layout.spatial != spatial:
-        raise NotLinearError(f"{name} on a tensor {symbol.layout} does not take its channels for channels")
+        raise NotLinearError(f"{name} on a tensor {symbol.layout} takes another axis for the channels")
 
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -85,7 +89,7 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> SymbolicTensor:
-    """Convolution over one to three axes: composition with its kernel."""
+    """Compose with the kernel of a convolution over one to three axes."""
     _require_constant(input, weight, bias)
     spatial = weight.dim() - 2
     require_spatial(input, spatial, f"a convolution over {spatial} axes")
@@ -103,11 +107,11 @@ def convolution(
 
 @handles(F.linear)
 def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTensor:  # noqa: A002
-    """Linear layer over the last axis: composition with its matrix."""
+    """Compose with the matrix of a linear layer over the last axis."""
     _require_constant(input, weight, bias)
     require_spatial(input, 0, "a linear layer")
     if weight.dim() != 2:
-        raise NotLinearError("a linear layer with one output takes away an axis")
+        raise NotLinearError("a linear layer with a vector as its weight removes an axis")
     outer = ConvMap(_kernel(weight, 1, input), None if bias is None else constant(bias, input))
     return _after(input, outer)
 
@@ -124,13 +128,13 @@ def _require_constant(symbol: Any, weight: Any, bias: Any) -> None:
 
 
 def _kernel(weight: Tensor, groups: int, like: SymbolicTensor) -> Kernel:
-    return Kernel.of(weight.to(like.device), groups, like.dtype)  # it is converted when it is multiplied out
+    return Kernel.of(weight.to(like.device), groups, like.dtype)  # its dtype is converted when it is multiplied out
 
 
 def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]) -> tuple[int, ...]:
     if padding == "valid":
         return (0, 0) * len(dilation)
-    if padding == "same":  # an odd total leaves the larger half behind, as torch does
+    if padding == "same":  # torch pads an odd total with the larger half at the end
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         return tuple(side for total in totals for side in (total // 2, total - total // 2))
     return tuple([side for side in numbers(padding, len(dilation)) for _ in (0, 1)])
@@ -148,7 +152,7 @@ def batch_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> SymbolicTensor:
-    """Batch norm in eval mode, ``y = (x − μ)·γ/√(σ² + ε) + β``: a scale and a shift for each channel (Eq. 2)."""
+    """Scale and shift each channel: a batch norm in eval mode, ``y = (x − μ)·γ/√(σ² + ε) + β`` (paper, Eq. 2)."""
     if running_mean is None or running_var is None:
         raise MissingStatisticsError("a batch norm without running statistics normalizes with those of the batch")
     if training:
@@ -156,10 +160,10 @@ def batch_norm(
     if input.layout.rank is None:
         raise NotLinearError(RANK_UNKNOWN)
     if not input.layout.is_channel_axis(1):
-        raise NotLinearError(f"a batch norm counts its channels along axis 1, and in {input.layout} they are the last")
+        raise NotLinearError(f"a batch norm has its channels at axis 1, and those of {input.layout} are the last axis")
     if len(running_var) != input.map.out_channels:
         raise NotLinearError(f"a batch norm of {len(running_var)} channels follows {input.map.out_channels}")
-    if input.device.type == "meta":  # geometry only
+    if input.device.type == "meta":  # only geometry is needed: skip the arithmetic
         factor = offset = constant(running_var, input)
     else:
         factor = (constant(running_var, input) + eps).rsqrt()
@@ -171,19 +175,19 @@ def batch_norm(
 
 @handles(torch.avg_pool1d)
 def avg_pool1d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Average pooling of sequences."""
+    """Pool sequences."""
     return _average_pool(1, *args, **kwargs)
 
 
 @handles(F.avg_pool2d)
 def avg_pool2d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Average pooling of images."""
+    """Pool images."""
     return _average_pool(2, *args, **kwargs)
 
 
 @handles(F.avg_pool3d)
 def avg_pool3d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Average pooling of volumes."""
+    """Pool volumes."""
     return _average_pool(3, *args, **kwargs)
 
 
@@ -197,7 +201,7 @@ def _average_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> SymbolicTensor:
-    """A depthwise convolution with equal weights."""
+    """Compose with a depthwise convolution of equal weights."""
     require_spatial(input, spatial, f"an average pool over {spatial} axes")
     size, sides = numbers(kernel_size, spatial), _conv_padding(padding, (), (1,) * spatial)
     if ceil_mode:
@@ -222,7 +226,7 @@ def dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> SymbolicTensor:
-    """Dropout in eval mode: nothing."""
+    """Return the input: dropout in eval mode."""
     if training and p:
         raise TrainingModeError("a dropout is in training mode; call .eval() first")
     return input
@@ -232,15 +236,15 @@ _T = torch.Tensor
 
 
 def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., SymbolicTensor]:
-    """The in-place form of a handler: the first argument becomes the outcome, for all who hold it."""
+    """Return the in-place form of a handler: it updates its first argument, so that all aliases see the result."""
 
     def change(target: Any, *args: Any, **kwargs: Any) -> SymbolicTensor:
         if isinstance(target, Tensor):
-            raise NotLinearError("a constant is changed in place")
+            raise NotLinearError("a constant is modified in place")
         if not isinstance(target, SymbolicTensor):  # a number, as in ``total = 0; total += branch(x)``
             return function(target, *args, **kwargs)
         if target.is_source or target.is_view:
-            raise NotLinearError("the input, or a view of a tensor, is changed in place")
+            raise NotLinearError("the input, or a view of a tensor, is modified in place")
         target.map = function(target, *args, **kwargs).map
         return target
 
@@ -249,7 +253,7 @@ def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., Symbolic
 
 @handles(operator.add, torch.add, _T.add, _T.__add__, _T.__radd__)
 def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
-    """Sum of two functions of one source, or of one and a constant per channel."""
+    """Add two functions of one source, or a function and a constant per channel."""
     if alpha != 1:
         right = right * alpha
     if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
@@ -262,25 +266,25 @@ def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
 
 @handles(operator.neg, torch.neg, _T.neg, _T.__neg__)
 def negate(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
-    """``−x``."""
+    """Return ``−x``."""
     return multiply(input, -1)
 
 
 @handles(operator.sub, torch.sub, _T.sub, _T.__sub__)
 def subtract(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
-    """``left − alpha·right``."""
+    """Return ``left − alpha·right``."""
     return add(left, right * -alpha)
 
 
 @handles(_T.__rsub__, torch.rsub)
 def reflected_subtract(left: Any, right: Any) -> SymbolicTensor:
-    """``right − left``."""
+    """Return ``right − left``."""
     return subtract(right, left)
 
 
 @handles(operator.mul, torch.mul, _T.mul, _T.__mul__, _T.__rmul__)
 def multiply(left: Any, right: Any) -> SymbolicTensor:
-    """Product with a number or a constant per channel."""
+    """Multiply by a number or a constant per channel."""
     if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
         raise NotLinearError("a product of two functions of the image is not linear")
     symbol, other = (left, right) if isinstance(left, SymbolicTensor) else (right, left)
@@ -289,7 +293,7 @@ def multiply(left: Any, right: Any) -> SymbolicTensor:
 
 @handles(operator.truediv, torch.div, torch.true_divide, _T.div, _T.true_divide, _T.__truediv__)
 def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> SymbolicTensor:
-    """Quotient by a number or a constant per channel."""
+    """Divide by a number or a constant per channel."""
     if isinstance(right, SymbolicTensor) or rounding_mode is not None:
         raise NotLinearError("a division by the image, or a rounded one, is not linear")
     return multiply(left, 1 / constant(right, left))
@@ -306,7 +310,7 @@ for _function, _names in {
 
 @handles(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors: Sequence[Any], dim: int = 0) -> SymbolicTensor:
-    """Concatenation along the channels of functions of one source."""
+    """Concatenate functions of one source along the channels."""
     parts = [part for part in tensors if isinstance(part, SymbolicTensor)]
     if len(parts) < len(tensors) or not parts[0].layout.is_channel_axis(dim):
         raise NotLinearError("a concatenation along pixels or images, or with constants, is not a convolution")
@@ -320,7 +324,7 @@ def pad(
     mode: str = "constant",
     value: float | None = None,
 ) -> SymbolicTensor:
-    """Padding or cropping of the spatial axes, given from the last one on."""
+    """Pad or crop the spatial axes; ``pad`` starts with the last one."""
     spatial = input.layout.spatial
     sides = [int(side) for side in pad] + [0] * (2 * spatial - len(pad))
     if any(sides[2 * spatial :]):
@@ -336,13 +340,13 @@ def pad(
 
 @handles(_T.contiguous, _T.clone, torch.clone)
 def unchanged(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
-    """Functions that change the layout in memory and no value; the outcome may be the same tensor, or another one."""
+    """Return the same values: these functions change at most the memory layout, and may return their input."""
     return _view(input, input.layout)
 
 
 @handles(torch.flatten, _T.flatten)
 def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:  # noqa: A002
-    """Rows (N, L, C) as vectors (N·L, C): the same numbers in the same order."""
+    """View rows (N, L, C) as vectors (N·L, C): the same numbers in the same order."""
     if input.layout.rows and input.layout.rank is None:
         raise NotLinearError(RANK_UNKNOWN)
     if input.layout != Layout(3, rows=True) or start_dim not in (0, -3) or end_dim not in (1, -2):
@@ -352,7 +356,10 @@ def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> Sym
 
 @handles(_T.reshape_as, _T.view_as)
 def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
-    """Rows in the shape of other rows of the same source: as many, in the same order, for maps of rows keep both."""
+    """View rows in the shape of other rows of the same source.
+
+    Maps of rows keep their number and order, so the two have the same number of rows in the same order.
+    """
     if not isinstance(input, SymbolicTensor) or not isinstance(other, SymbolicTensor):
         raise NotLinearError("a reshape between a constant and the image is not a convolution")
     rows = input.source is other.source and input.layout.rows and other.layout.rows
@@ -362,6 +369,6 @@ def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
 
 
 def _view(symbol: SymbolicTensor, layout: Layout) -> SymbolicTensor:
-    """The same numbers, perhaps in the same memory: from here on neither may be changed in place."""
+    """The same numbers, perhaps in the same memory: neither may be modified in place from here on."""
     symbol.is_view = True
     return symbol.like(symbol.map, "identity", is_view=True, layout=layout)

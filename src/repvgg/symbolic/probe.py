@@ -1,4 +1,4 @@
-"""What a ``forward`` expects, channels and layout, found by asking the first function that needs to know."""
+"""Infer the channels and layout that a ``forward`` expects, from the first function that determines them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class InputSpec(NamedTuple):
 
 
 class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
-    """The answer: the input has ``channels`` channels, in a tensor of that ``layout``."""
+    """Raised with the answer: the input has ``channels`` channels and that ``layout``."""
 
     def __init__(self, channels: int, layout: Layout) -> None:
         super().__init__(channels, layout)
@@ -48,18 +48,18 @@ class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
 
 
 class ChannelProbe(SymbolicTensor):
-    """An input of which nothing is known; it raises :class:`ChannelsFound` at the first function that tells.
+    """An input of which nothing is known; it raises :class:`ChannelsFound` at the first function that determines it.
 
-    Functions that keep the number of channels pass it on; all others raise NotLinearError. Code that asks how many
-    axes there are, or that slices some of them, is answered by a guess, and runs again for each other one.
+    Functions that keep the number of channels return the probe; all others raise NotLinearError. Code that reads the
+    number of axes, or slices some of them, gets a guess, and is run again for every other guess.
 
     Attributes:
-        certain: whether arithmetic raises as well. It takes images of one channel where it gives many, and of integers
-            where it gives real numbers: what follows does not tell what the input is.
-        known: whether the layout was given, or told by a function.
-        guessed: whether the forward had to rely on a layout that was not known.
-        refuted: whether a function told of another layout.
-        channels: what a batch norm told.
+        certain: whether arithmetic raises as well. It may broadcast one channel to many, or integers to real numbers:
+            what follows then does not determine the input.
+        known: whether the layout was given, or determined by a function.
+        guessed: whether the forward relied on a layout that was not known.
+        refuted: whether a function contradicts the guess.
+        channels: the number of channels that a batch norm has.
     """
 
     def __init__(self, certain: bool = False, layout: Layout = IMAGES, *, known: bool = False) -> None:
@@ -95,29 +95,29 @@ class ChannelProbe(SymbolicTensor):
         name = getattr(func, "__name__", func)
         if handler is None and probe.certain:
             raise NotLinearError(f"{name} is not a linear, shift-invariant map")
-        raise NotLinearError(f"the number of input channels cannot be told in front of {name}")
+        raise NotLinearError(f"the number of input channels is not known before {name}")
 
     def meets_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
-        """A convolution or a linear layer tells everything."""
+        """Take channels and layout from the kernel of a convolution or a linear layer."""
         self.settle(ROWS if handler is handlers.linear else Layout(weight.dim()))
         raise ChannelsFound(weight.shape[1] * (groups or 1), self.layout)
 
     def meets_batch_norm(self, channels: int) -> ChannelProbe:
-        """A batch norm tells the number of channels; it takes tensors of any layout with channels at axis 1."""
+        """Take the number of channels from a batch norm, which accepts any layout with channels at axis 1."""
         if (self.known or self.guessed) and not self.layout.is_channel_axis(1):
-            raise NotLinearError(f"a batch norm does not take the last axis of {self.layout} for the channels")
+            raise NotLinearError(f"a batch norm does not take the last axis of {self.layout} as its channels")
         self.channels = channels
         if self.known or (self.guessed and self.layout == IMAGES):
             raise ChannelsFound(channels, self.layout)
-        return self  # what comes next may tell the layout
+        return self  # a later function may determine the layout
 
-    def settle(self, told: Layout) -> ChannelProbe:
-        """A function takes tensors of one layout only."""
-        if told != self.layout and not (self.known and told == ROWS and self.layout.rows):
+    def settle(self, found: Layout) -> ChannelProbe:
+        """Take the layout from a function that accepts only one."""
+        if found != self.layout and not (self.known and found == ROWS and self.layout.rows):
             if self.known or self.guessed:
                 self.refuted = True
-                raise NotLinearError(f"a function of tensors {told} meets one {self.layout}")
-            self.layout = told
+                raise NotLinearError(f"a function of tensors {found} is applied to one {self.layout}")
+            self.layout = found
         self.known = True
         return self
 
@@ -130,13 +130,13 @@ class ChannelProbe(SymbolicTensor):
         return False
 
     def assume(self) -> Layout:
-        """The layout, as far as it is known or guessed, for code that relies on it."""
+        """Return the layout, known or guessed, to code that relies on it."""
         self.guessed = self.guessed or not self.known
         return self.layout
 
     @property
     def shape(self) -> Any:
-        """All sizes are unknown."""
+        """A shape of unknown sizes, for the guessed number of axes."""
         rank = self.assume().rank
         return UnknownShape(UnknownSize()) if rank is None else (UnknownSize(),) * rank
 
@@ -152,7 +152,7 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
 
 
 def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``forward``; whatever a stranger's code raises on a symbolic input means that it is not linear."""
+    """Call ``forward``; any error that user code raises on a symbolic input means that it is not linear."""
     try:
         return forward(*args, **kwargs)
     except (ReparamError, ChannelsFound):
@@ -168,16 +168,16 @@ def channels_of(
     channels: int | None = None,
     layout: Layout | None = None,
 ) -> InputSpec:
-    """The number of input channels that ``forward`` expects, and the layout; if ``certain``, it would take no others.
+    """Return channels and layout of the input that ``forward`` expects; if ``certain``, the only possible ones.
 
     Args:
         forward: called with a probe, more than once where it depends on the number of axes.
         certain: see :class:`ChannelProbe`.
-        channels: if they are known; where nothing tells the layout, it is that of images then.
+        channels: if they are known; if then nothing determines the layout, it is that of images.
         layout: if it is known.
 
     Raises:
-        NotLinearError: nothing on its way tells, or it fails before.
+        NotLinearError: no function determines them, or one fails before.
     """
     answers: list[InputSpec] = []
     errors: list[ReparamError] = []
@@ -194,17 +194,17 @@ def channels_of(
     if len(answers) == 1:
         return answers[0]
     if answers or (normalizes and channels is None):
-        raise NotLinearError("the shape of the input is not known, and a batch norm alone does not tell it")
+        raise NotLinearError("the shape of the input is not known, and a batch norm alone does not determine it")
     if channels is not None:
         return InputSpec(channels, layout or IMAGES)
-    text = "the number of input channels cannot be told: there is no convolution and no batch norm"
+    text = "the number of input channels is not known: there is no convolution and no batch norm"
     raise errors[0] if errors else NotLinearError(text)
 
 
 def _ask(
     forward: Callable[[Any], Any], probe: ChannelProbe, channels: int | None, errors: list[ReparamError]
 ) -> InputSpec | None:
-    """What ``forward`` tells a probe, if anything; what went wrong joins ``errors``."""
+    """Return what ``forward`` determines about a probe, or None; errors are appended to ``errors``."""
     try:
         guarded(forward, probe)
     except ChannelsFound as found:

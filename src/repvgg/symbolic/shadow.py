@@ -1,4 +1,4 @@
-"""A shadow of a module: the same code and structure over converted tensors; the module itself is never touched."""
+"""A shadow of a module: the same code and structure over converted tensors; the module itself stays untouched."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 _STANDARD = frozenset(nn.Module().__dict__)
-_SETTLED = _STANDARD - {"_parameters", "_buffers", "_modules"}  # what no forward changes
+_CONSTANT = _STANDARD - {"_parameters", "_buffers", "_modules"}  # attributes that no forward changes
 
-# Of these it is known that they keep nothing in eval mode; they are also most of what a network is made of.
+# These store nothing in eval mode, and most of a network consists of them; skipping them makes fingerprints cheap.
 _STATELESS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -27,7 +27,7 @@ _FORWARDS = {kind.forward: kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn
 
 
 def _only_convolves(module: nn.Module) -> bool:
-    """Whether a module hands its parameters to a convolution or ``linear`` and does nothing else with them."""
+    """Whether a module passes its parameters to a convolution or ``linear`` and does nothing else with them."""
     kind: Any = type(module)
     standard: Any = _FORWARDS.get(kind.forward)
     return standard is nn.Linear or (standard is not None and kind._conv_forward is standard._conv_forward)
@@ -36,30 +36,30 @@ def _only_convolves(module: nn.Module) -> bool:
 def shadow_of(
     module: Module, convert: Callable[[Tensor], Tensor], *, keep_kernels: bool = False, training: bool | None = None
 ) -> Module:
-    """A module that runs the code of ``module`` with every parameter and buffer passed through ``convert``.
+    """Return a module that runs the code of ``module`` with every parameter and buffer passed through ``convert``.
 
-    Whatever that code does to itself it does to the shadow: attributes, containers in attributes, and tensors are the
-    shadow's own. Tied tensors and shared submodules stay tied and shared. Parameters that are converted become
-    ordinary tensors, so that gradients flow through ``convert`` to the originals.
+    Code that modifies its module modifies the shadow: attributes, containers in attributes, and tensors are copies.
+    Tied tensors and shared submodules stay tied and shared. Converted parameters become ordinary tensors, so that
+    gradients flow through ``convert`` to the originals.
 
     Args:
         module: any module.
         convert: from a tensor to the tensor in its place.
-        keep_kernels: leave the parameters of ``nn.Linear`` and of convolutions as they are: the algebra converts them
-            when it has to.
-        training: the mode of all shadows; that of the modules, unless given.
+        keep_kernels: leave the parameters of ``nn.Linear`` and of convolutions unconverted: the algebra converts them
+            when they are multiplied out.
+        training: the mode of all shadows; default: that of the modules.
     """
     return _Shadows(convert, keep_kernels, training).of(module)
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether something else stands in the place of the ``forward`` of a class than another method of the module."""
+    """Whether the instance has a ``forward`` of its own that is not one of the module's methods."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not module
 
 
 class _Shadows:
-    """Remembers what was converted already."""
+    """Shadows of modules that share tensors, submodules and containers as the originals do."""
 
     def __init__(self, convert: Callable[[Tensor], Tensor], keep_kernels: bool, training: bool | None) -> None:
         self.convert = convert
@@ -70,7 +70,7 @@ class _Shadows:
         self.containers: dict[int, Any] = {}
 
     def of(self, module: Module) -> Module:
-        if isinstance(module, torch.jit.ScriptModule):  # it has no code in Python
+        if isinstance(module, torch.jit.ScriptModule):  # its code is not in Python, and cannot be shadowed
             return module
         if id(module) not in self.modules:
             shadow: Any = object.__new__(type(module))
@@ -84,7 +84,7 @@ class _Shadows:
         as_is = self.keep_kernels and _only_convolves(module)
         tensors = module._parameters | module._buffers
         own = tensors if as_is else {k: self.tensor(v) for k, v in tensors.items()}
-        # What is still a parameter is found as one; an ordinary tensor is none, and a buffer need not be one.
+        # Converted parameters are ordinary tensors, which ``_parameters`` must not contain; ``_buffers`` may.
         state["_parameters"] = {k: v for k, v in own.items() if isinstance(v, nn.Parameter)}
         state["_buffers"] = {k: v for k, v in own.items() if k not in state["_parameters"]}
         state["_modules"] = {k: v if v is None else self.of(v) for k, v in module._modules.items()}
@@ -94,7 +94,7 @@ class _Shadows:
         return state
 
     def own(self, value: Any) -> Any:
-        """The shadow's own version of an attribute: what can be changed in place is not shared."""
+        """Return the shadow's version of an attribute: what can be modified in place is not shared."""
         if isinstance(value, nn.Module):
             return self.of(value)
         if isinstance(value, Tensor):
@@ -107,7 +107,9 @@ class _Shadows:
 
     def container(self, value: Any) -> Any:
         if id(value) not in self.containers:
-            own = self.containers[id(value)] = copy.copy(value)  # of the same kind, with the same settings
+            own = self.containers[id(value)] = copy.copy(
+                value
+            )  # keeps the class and settings, such as a deque's maxlen
             own.clear()
             if isinstance(value, dict):
                 own.update({k: self.own(v) for k, v in value.items()})
@@ -126,7 +128,7 @@ class _Shadows:
 
 
 def _copy_of_plain_object(value: Any) -> Any:
-    """A copy of an object that keeps its state in a ``__dict__`` and is no class, function or module of Python."""
+    """Copy an object that keeps its state in a ``__dict__``; classes, functions and builtins are shared."""
     if type(value).__module__ == "builtins" or isinstance(value, type) or not hasattr(value, "__dict__"):
         return value
     try:
@@ -140,7 +142,7 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 def things_in(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
-    """Everything that stands in ``values``: containers are looked into, and so are plain objects, ``depth`` deep."""
+    """Yield everything in ``values``, inside containers and attributes of plain objects up to ``depth`` levels."""
     for value in values:
         if isinstance(value, dict) and depth > 0:
             yield from things_in(value.values(), depth - 1)
@@ -153,19 +155,19 @@ def things_in(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
 
 
 def fingerprint(module: nn.Module, but: str | None = None) -> object:
-    """What stands in the attributes of all modules: it is another one after code that kept or changed something.
+    """Return the state of the attributes of all modules; it differs after code that stored or modified something.
 
     Args:
         module: usually a shadow.
-        but: attributes whose names start like this do not count.
+        but: ignore attributes whose names start with this.
     """
     parts = (part for part in module.modules() if type(part) not in _STATELESS)
-    items = ((name, value) for part in parts for name, value in vars(part).items() if name not in _SETTLED)
-    return [(name, _standing(value)) for name, value in items if not (but and name.startswith(but))]
+    items = ((name, value) for part in parts for name, value in vars(part).items() if name not in _CONSTANT)
+    return [(name, _state_of(value)) for name, value in items if not (but and name.startswith(but))]
 
 
-def _standing(value: Any, depth: int = 3) -> object:
-    """A value as far as containers go: which objects are in it, and in which state the tensors are."""
+def _state_of(value: Any, depth: int = 3) -> object:
+    """The state of a value: the identities of the objects in it, and the versions of its tensors."""
     if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -174,7 +176,7 @@ def _standing(value: Any, depth: int = 3) -> object:
     if isinstance(value, (nn.Module, type)) or not depth:
         return id(value)
     if isinstance(value, dict):
-        return [(k if isinstance(k, (int, str)) else id(k), _standing(v, depth - 1)) for k, v in value.items()]
+        return [(k if isinstance(k, (int, str)) else id(k), _state_of(v, depth - 1)) for k, v in value.items()]
     if isinstance(value, (list, tuple, set, deque)):
-        return [_standing(v, depth - 1) for v in value]
-    return id(value), _standing(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+        return [_state_of(v, depth - 1) for v in value]
+    return id(value), _state_of(vars(value), depth - 1) if hasattr(value, "__dict__") else None

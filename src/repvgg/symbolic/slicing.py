@@ -1,4 +1,4 @@
-"""Handlers for slices: of channels, and of every n-th pixel or all but a border."""
+"""Handlers for slices: of channels, every n-th pixel, or all pixels but a border."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ALL = slice(None)
 
 @handles(operator.getitem, _T.__getitem__)
 def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 - torch's own name
-    """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the outcome is a view."""
+    """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the result is a view."""
     channels, pixels = _slices(index, input.layout)
     conv = algebra.select_channels(input.map, channels)
     if any(part != _ALL for part in pixels):
         conv = algebra.resample(conv, tuple(map(_pixels, pixels)))
-    input.is_view = True  # from here on the two share memory: neither may be changed in place
+    input.is_view = True  # the two share memory: neither may be modified in place from here on
     return input.like(conv, "slice", is_view=True)
 
 
@@ -33,10 +33,10 @@ def keeps_channels(index: Any, layout: Layout) -> bool:
 
 
 def _slices(index: Any, layout: Layout) -> tuple[slice, list[slice]]:
-    """The slice of the channels, and those of the spatial axes."""
+    """Return the slice of the channels, and those of the spatial axes."""
     entries = list(index) if isinstance(index, tuple) else [index]
     rank = layout.rank
-    if rank is None:  # an Ellipsis stands for at least no axis; without one, at least another axis follows
+    if rank is None:  # an Ellipsis may be empty; without one, at least the channels must follow
         rank = len(entries) if Ellipsis in entries else len(entries) + 1
     if Ellipsis in entries:
         place = entries.index(Ellipsis)
@@ -53,7 +53,7 @@ def _slices(index: Any, layout: Layout) -> tuple[slice, list[slice]]:
 
 
 def _pixels(part: slice) -> Axis:
-    """Rows or columns ``start : -stop : step`` of an image of unknown size."""
+    """Return ``start : -stop : step`` along a spatial axis of unknown size as a padding and a stride."""
     start, stop, step = part.start or 0, part.stop, part.step or 1
     if start < 0 or step < 1 or (stop is not None and stop >= 0):
         raise NotLinearError("which pixels this slice keeps depends on the size of the image")
@@ -72,13 +72,13 @@ def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> Symbolic
 
 @handles(torch.chunk, _T.chunk)
 def chunk(input: SymbolicTensor, chunks: int, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
-    """The channels in ``chunks`` parts."""
+    """Split the channels into ``chunks`` parts."""
     return split(input, -(-input.map.out_channels // chunks), dim)
 
 
 @handles(torch.split, _T.split)
 def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
-    """The channels in parts of a given size, or of given sizes."""
+    """Split the channels into parts of one size, or of given sizes."""
     total, sizes = input.map.out_channels, split_size_or_sections
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]

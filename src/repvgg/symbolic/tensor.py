@@ -1,4 +1,7 @@
-"""The symbolic input: an object that goes through a ``forward`` in place of a tensor and comes out as a formula."""
+"""The symbolic tensor: it passes through a ``forward`` in place of a real one and records what is computed.
+
+Letters: N images, C channels, L length, D, H and W depth, height and width; ``...`` any number of axes.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ _SHAPES = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape (N, C, *X) with the channels at axis 1, or (..., C), rows, with the channels last.
+    """Which axes a tensor has: (N, C, *X) with the channels at axis 1, or *rows* (..., C) with the channels last.
 
     (N, C) is both at once: ``Layout(2) == Layout(2, rows=True)``.
 
     Attributes:
-        rank: the number of axes; None where it is not known, which only rows allow.
+        rank: the number of axes; None, which only rows allow, if it is not known.
         rows: whether the channels are the last axis.
 
     Raises:
@@ -36,13 +39,13 @@ class Layout:
         if self.rank == 2:
             object.__setattr__(self, "rows", True)
         if (self.rank is None or not 3 <= self.rank <= 5) and not self.rows:
-            raise UsageError(f"A tensor with channels at axis 1 has 2 to 5 axes, not {self.rank}.")
+            raise UsageError(f"A tensor with channels at axis 1 must have 2 to 5 axes, got {self.rank}.")
         if self.rank is not None and self.rank < 1:
-            raise UsageError(f"Rows have at least 1 axis, not {self.rank}.")
+            raise UsageError(f"Rows must have at least 1 axis, got {self.rank}.")
 
     @property
     def spatial(self) -> int:
-        """How many axes a convolution of such a tensor reaches along; 0 for rows."""
+        """The number of spatial axes, along which a convolution slides; 0 for rows."""
         return 0 if self.rows or self.rank is None else self.rank - 2
 
     @property
@@ -51,11 +54,11 @@ class Layout:
         return -1 - self.spatial
 
     def is_channel_axis(self, dim: int) -> bool:
-        """Whether ``dim``, from the front or from the end, is the axis of the channels."""
+        """Whether ``dim``, counted from the start or from the end, is the axis of the channels."""
         return dim == self.axis or (self.rank is not None and dim == self.axis + self.rank)
 
     def __str__(self) -> str:
-        """Such as (N, C, H, W)."""
+        """Return the shape, such as (N, C, H, W)."""
         if self.rows and self.rank not in (None, 2):
             return f"({'·, ' * ((self.rank or 1) - 1)}C)"
         return "(..., C)" if self.rank is None else _SHAPES[self.rank]
@@ -69,24 +72,24 @@ ROWS = Layout(None, rows=True)
 
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-HANDLERS: dict[Any, Callable[..., Any]] = {}
+HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; a function without an entry is not linear
 
 
 def handles(*functions: Any) -> Callable[[Handler], Handler]:
-    """Enter a handler in the table under each of the torch ``functions`` that it speaks for."""
+    """Register a handler in ``HANDLERS`` for each of the torch ``functions``."""
 
-    def enter(handler: Handler) -> Handler:
+    def register(handler: Handler) -> Handler:
         for function in functions:
             HANDLERS[function] = handler
         return handler
 
-    return enter
+    return register
 
 
 class UnknownSize:
-    """The height, width or batch size of a symbolic input: nothing linear depends on it, so nothing may ask."""
+    """The height, width or batch size of a symbolic input. A convolution does not depend on it, so every use raises."""
 
-    def __init__(self, reason: str = "the outcome depends on the size of the image") -> None:
+    def __init__(self, reason: str = "the result depends on the size of the image") -> None:
         self._reason = reason
 
     def _refuse(self, *_: object) -> NoReturn:
@@ -98,12 +101,12 @@ class UnknownSize:
 
 
 RANK_UNKNOWN = (
-    "the shape of the input is not known: a linear layer takes any number of axes, and what follows depends on how many"
+    "the shape of the input is not known: a linear layer takes any number of axes, and what follows depends on it"
 )
 
 
 class UnknownShape:
-    """The shape (..., C) of which only the last size is known."""
+    """The shape (..., C), of which only the last size is known."""
 
     def __init__(self, channels: Any) -> None:
         self.channels = channels
@@ -119,15 +122,15 @@ class UnknownShape:
 
 
 class Source:
-    """The real tensor that symbolic tensors are functions of, and a ledger of what was done to it on the way.
+    """The real tensor that symbolic tensors are functions of, with a ledger of the operations applied to it.
 
     Attributes:
         merge_branches: whether sums and concatenations of several functions of this source may become one map.
-        operations: the names of the operations so far; a convolution is called ``conv``.
-        sizes: height and width, or their like, of the source, where they are known.
-        multiply_adds: what they cost in all, per pixel of the source; borders aside, unless the sizes are known.
-        weights: how many numbers their kernels hold.
-        layout: that of the real tensor, once a symbol stands for it.
+        operations: names of the operations so far; a convolution is called ``conv``.
+        sizes: spatial sizes of the source, if they are known.
+        multiply_adds: their total cost per pixel of the source; borders are ignored unless the sizes are known.
+        weights: total size of their kernels.
+        layout: that of the real tensor, once a symbol represents it.
     """
 
     def __init__(self, merge_branches: bool = True) -> None:
@@ -138,31 +141,31 @@ class Source:
         self.weights = 0
         self.layout = IMAGES
 
-    def record(self, operation: str, outcome: ConvMap, kernel: ConvMap | None = None) -> None:
-        """Enter one operation, and the ``outcome`` as a map of the source; a convolution with its kernel."""
+    def record(self, operation: str, result: ConvMap, kernel: ConvMap | None = None) -> None:
+        """Record one operation with its ``result``, a map of the source; for a convolution also its kernel."""
         self.operations.append(operation)
         if kernel is not None:
-            self.multiply_adds += kernel.kernel.numel() * outcome.outputs_per_input(self.sizes)
+            self.multiply_adds += kernel.kernel.numel() * result.outputs_per_input(self.sizes)
             self.weights += kernel.kernel.numel()
 
     def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
-        """Enter operations that were done before, on another source, with all that they cost."""
+        """Record operations that were computed earlier on another source, with their total cost."""
         self.operations += operations
         self.multiply_adds += multiply_adds
         self.weights += weights
 
 
 class SymbolicTensor:
-    """A tensor of which only this is known: it is ``map(source)``, an algebraic function of one real tensor.
+    """A tensor that is known only as ``map(source)``, an affine function of one real tensor.
 
-    Torch functions called on it look themselves up in the table of handlers and act on the map. A function without a
-    handler ends the linear region: it raises NotLinearError. In-place functions change this object, as they would
-    change a tensor, so that aliases see it; where a view or the source itself would be changed, they raise.
+    Torch functions called on it are dispatched to their handlers, which act on the map. A function without a handler
+    is not linear and raises NotLinearError. In-place functions update this object, so that aliases see the result as
+    they would with a real tensor; if they would modify a view or the source itself, they raise.
 
     Attributes:
         source: the real tensor.
         map: the function.
-        layout: the shape of the tensor, which tells where ``map`` finds and leaves the channels.
+        layout: the axes of the tensor, which say where the channels are.
         is_view: whether it may share memory with another tensor.
         is_source: whether it is the source itself.
     """
@@ -183,21 +186,21 @@ class SymbolicTensor:
         device: torch.device | str | None = None,
         layout: Layout = IMAGES,
     ) -> SymbolicTensor:
-        """The source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
+        """Return the source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
         symbol = cls(source, ConvMap.identity(channels, dtype, device, layout.spatial), layout)
         symbol.is_source = True
         source.layout = layout
         return symbol
 
     def copy(self) -> SymbolicTensor:
-        """The same function as an object of its own: changing one in place leaves the other."""
+        """Return a copy, so that an in-place function on one leaves the other unchanged."""
         symbol = SymbolicTensor(self.source, self.map, self.layout)
         symbol.is_source = self.is_source
         return symbol
 
     @property
     def is_flattened(self) -> bool:
-        """Whether the tensor has another number of axes than the source: no module has it for an outcome."""
+        """Whether the tensor has another number of axes than the source; no convolution returns such a tensor."""
         return self.layout != self.source.layout
 
     def like(
@@ -209,7 +212,7 @@ class SymbolicTensor:
         is_view: bool = False,
         layout: Layout | None = None,
     ) -> SymbolicTensor:
-        """Another function of the same source, after one more ``operation``, a convolution with its ``kernel``."""
+        """Return another function of the same source after one more ``operation``; a convolution has a ``kernel``."""
         self.source.record(operation, conv, kernel)
         return SymbolicTensor(self.source, conv, layout or self.layout, is_view=is_view)
 
@@ -226,7 +229,7 @@ class SymbolicTensor:
 
     @property
     def shape(self) -> Any:
-        """As the layout says, such as (N, C, H, W); only C is known."""
+        """The shape by the layout, such as (N, C, H, W); only C is a known number."""
         rank = self.layout.rank
         if rank is None:
             return UnknownShape(self.map.out_channels)
@@ -235,7 +238,7 @@ class SymbolicTensor:
 
     @property
     def ndim(self) -> Any:
-        """The number of axes; where it is not known, something that refuses to be compared."""
+        """The number of axes; if it is not known, an object that raises when it is used."""
         return UnknownSize(RANK_UNKNOWN) if self.layout.rank is None else self.layout.rank
 
     @property
@@ -249,11 +252,11 @@ class SymbolicTensor:
         return self.map.device
 
     def dim(self) -> Any:
-        """The number of axes; see :attr:`ndim`."""
+        """Return the number of axes; see :attr:`ndim`."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        """The shape, or one entry of it."""
+        """Return the shape, or one entry of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def __getattr__(self, name: str) -> Any:
@@ -269,14 +272,14 @@ class SymbolicTensor:
         return self.__torch_function__(operator.getitem, (), (self, index))
 
     def __bool__(self) -> NoReturn:
-        raise NotLinearError("a decision depends on the values of the image")
+        raise NotLinearError("control flow depends on the values of the image")
 
     def __repr__(self) -> str:
         return f"SymbolicTensor({self.map})"
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Let the handler of ``func`` act on the arguments.
+    """Call the handler of ``func``.
 
     Raises:
         NotLinearError: there is no handler: the function is not known to be linear.

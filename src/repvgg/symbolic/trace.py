@@ -1,4 +1,4 @@
-"""The symbolic forward: run a module on a symbolic input, and read off the one convolution that it is equal to."""
+"""The symbolic forward: run a module on a symbolic input to obtain the one convolution that it is equal to."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from repvgg.symbolic.tensor import Layout, Source, SymbolicTensor
 
 
 class EquivalentConv(NamedTuple):
-    """Kernel (O, I / groups, *K) and bias (O,) of the convolution or linear layer that a module is equal to."""
+    """Kernel (O, I / groups, *K) and bias (O,) of the convolution or linear layer that equals a module."""
 
     weight: Tensor
     bias: Tensor
 
 
 def algebra_device(tensor: Tensor | None) -> torch.device:
-    """Where the float64 algebra on ``tensor`` runs: its own device, or the CPU where that has no float64."""
+    """Return the device for the float64 algebra on ``tensor``: its own, or the CPU if that has no float64."""
     if tensor is None or tensor.device.type == "mps":
         return torch.device("cpu")
     return tensor.device
 
 
 def first_float(module: nn.Module) -> Tensor | None:
-    """The first floating-point parameter or buffer: it tells dtype and device of a module."""
+    """Return the first floating-point parameter or buffer, whose dtype and device count as those of the module."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def refuse_training(module: nn.Module, name: str = "") -> None:
-    """Check that nothing in ``module`` behaves as in training.
+    """Check that nothing in ``module`` is in training mode.
 
     Raises:
         TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
@@ -50,12 +50,16 @@ def refuse_training(module: nn.Module, name: str = "") -> None:
 
 
 def unchanged_by_call(shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a shadow; one that changes or keeps something when it is called is more than a function of its input."""
+    """Call a shadow, and check that it does not modify its own state.
+
+    Raises:
+        NotLinearError: it does, and so is more than a function of its input.
+    """
     before = fingerprint(shadow)
-    outcome = guarded(shadow, *args, **kwargs)
+    result = guarded(shadow, *args, **kwargs)
     if fingerprint(shadow) != before:
-        raise NotLinearError("it keeps or changes something in its attributes when it is called")
-    return outcome
+        raise NotLinearError("it stores or modifies something in its attributes when it is called")
+    return result
 
 
 def trace(
@@ -65,29 +69,29 @@ def trace(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> ConvMap:
-    """The one convolution that ``module`` is equal to in eval mode, read off its own ``forward``.
+    """Return the one convolution that ``module`` is equal to in eval mode, derived from its own ``forward``.
 
-    Differentiable: gradients of the outcome reach the parameters of ``module``.
+    Differentiable: gradients of the result reach the parameters of ``module``.
 
     Args:
         module: any module on one tensor: images, sequences, volumes, vectors or rows.
-        in_channels: C; found out where a convolution, linear layer or batch norm tells it.
-        layout: the shape of the tensor; found out where a convolution, linear layer, pool or ``nn.BatchNorm2d`` tells
-            it. Where nothing does and ``in_channels`` are given, that of images.
-        dtype: the algebra runs in it.
+        in_channels: C; default: inferred from a convolution, linear layer or batch norm.
+        layout: the axes of the tensor; default: inferred from a convolution, linear layer, pool or ``nn.BatchNorm2d``.
+            If there is none and ``in_channels`` is given, that of images.
+        dtype: that of the algebra.
 
     Raises:
         TrainingModeError: a batch norm or dropout in it is in training mode.
-        MissingStatisticsError: a batch norm in it keeps no running statistics.
+        MissingStatisticsError: a batch norm in it has no running statistics.
         NotLinearError: it is not a linear, shift-invariant map.
-        BorderError: it is one inside the image, but no convolution equals it at the border.
+        BorderError: it is one in the interior of the image, but no convolution equals it at the border.
     """
     refuse_training(module)
     device = algebra_device(first_float(module))
-    outcome = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
-    if not isinstance(outcome, SymbolicTensor):
-        raise NotLinearError(f"the outcome is a {type(outcome).__name__}, not one tensor")
-    return outcome.map
+    result = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
+    if not isinstance(result, SymbolicTensor):
+        raise NotLinearError(f"the output is a {type(result).__name__}, not one tensor")
+    return result.map
 
 
 def run(
@@ -100,32 +104,33 @@ def run(
     strict: bool = False,
     layout: Layout | None = None,
 ) -> Any:
-    """The outcome of ``module`` in eval mode on ``source``, its tensors converted to ``dtype`` on ``device``.
+    """Return the output of ``module`` in eval mode on ``source``, its tensors converted to ``dtype`` on ``device``.
 
-    The number of channels and the layout are found out unless they are given. If ``strict``, only where they can be no
-    others, and the module must not keep or change anything. On the meta device the outcome has geometry and costs but
-    no values. See :func:`trace` for the errors.
+    The number of channels and the layout are inferred unless they are given. If ``strict``, they must be unambiguous,
+    and the module must not modify its own state. On the meta device the result has geometry and costs but no values.
+    See :func:`trace` for the errors.
     """
     shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
     if in_channels is None or layout is None:
         in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
     call = unchanged_by_call if strict else guarded
-    outcome = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
-    if isinstance(outcome, SymbolicTensor) and outcome.is_flattened:
-        raise NotLinearError("its outcome has another number of axes than its input")
-    return outcome
+    result = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
+    if isinstance(result, SymbolicTensor) and result.is_flattened:
+        raise NotLinearError("its output has another number of axes than its input")
+    return result
 
 
 def equivalent_conv(module: nn.Module, in_channels: int | None = None, layout: Layout | None = None) -> EquivalentConv:
-    """Kernel and bias of the convolution or linear layer that ``module`` is equal to, with gradients to its parameters.
+    """Return kernel and bias of the convolution or linear layer that equals ``module``.
 
-    Computed in float64 and cast once to the dtype and device of the module; for regularizers on the equivalent kernel
-    and for quantization-aware training. :func:`trace` gives stride, padding and the rest as well.
+    Computed in float64 and cast once to the dtype and device of the module; gradients reach its parameters. For
+    regularizers on the equivalent kernel and for quantization-aware training. :func:`trace` returns stride, padding
+    and the rest as well.
 
     Args:
         module: any module on one tensor, in eval mode.
         in_channels: C; see :func:`trace`.
-        layout: the shape of the tensor; see :func:`trace`.
+        layout: the axes of the tensor; see :func:`trace`.
 
     Raises:
         ReparamError: see :func:`trace`.
