@@ -141,7 +141,7 @@ def test_timm_levit_linear_norm():
         (lambda m, x: m.linear(x).flatten(0, 1), ROWS_OF_3, "another number of axes"),
         (lambda m, x: m.linear(x).flatten(1), ROWS_OF_3, r"flatten\(0, 1\)"),
         (lambda m, x: m.linear(x).flatten(0, 1), Layout(4, rows=True), r"flatten\(0, 1\)"),
-        (lambda m, x: m.linear(x).flatten(0, 1) + m.linear(x), ROWS_OF_3, "different shapes"),
+        (lambda m, x: m.linear(x).flatten(0, 1) + m.linear(x), ROWS_OF_3, "different layouts"),
         (lambda m, x: m.linear(x).reshape_as(x), ROWS_OF_3, "one width"),
         (lambda m, x: m.linear(x).reshape(-1, 4), ROWS_OF_3, "reshape is not a linear"),
         (lambda m, x: m.bn(m.linear(x)), ROWS_OF_3, "they are the last"),
