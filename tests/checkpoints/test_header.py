@@ -51,7 +51,7 @@ def test_headers_that_cannot_be_read(tmp_path, header):
     ],
 )
 def test_fields_that_make_no_sense(tmp_path, field, value):
-    with pytest.raises(CheckpointError, match=f"header whose '{field}' makes no sense: save it again") as caught:
+    with pytest.raises(CheckpointError, match=f"header with an invalid '{field}': save it again") as caught:
         read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))
     assert "\n" not in str(caught.value)
 

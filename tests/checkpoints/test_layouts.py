@@ -104,7 +104,7 @@ def through(layout, spec, plain, prefix=""):
     theirs = {prefix + name: shape for name, shape in rename_to(layout, ours, gate).items()}
     assert len(theirs) == len(ours)
     naming = recognize_names(theirs)
-    assert naming.strange == ()
+    assert naming.unrecognized == ()
     assert naming.prefix == prefix
     assert {naming.used[name]: shape for name, shape in theirs.items()} == ours
     assert all(naming.in_file(ours) == name for name, ours in naming.used.items())

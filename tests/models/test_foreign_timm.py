@@ -66,7 +66,7 @@ def test_rows_are_recognized_by_shapes(name, plain):
         theirs = timm.create_model(name)
         theirs = reparameterize_model(theirs) if plain else theirs
     naming = recognize_names(theirs.state_dict())
-    assert (naming.layout.name, naming.strange) == ("timm", ())
+    assert (naming.layout.name, naming.unrecognized) == ("timm", ())
     shapes = {naming.used[key]: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
     found = read_structure(shapes, naming.layout.gate)
     assert (found.spec, found.form) == (SPECS[name], "plain" if plain else "train")

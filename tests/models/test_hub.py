@@ -105,7 +105,7 @@ def test_what_is_known_of_them(online_cache):
     assert about.recipe == {"dataset": "ImageNet-1k", "interpolation": config.interpolation, "test_crop": 0.875}
     assert about.metrics == {"top1": pytest.approx(0.72426)}
     assert about.source == f"{REPOSITORY}@{SHA}"
-    assert about.senseless() is None
+    assert about.invalid_field() is None
     assert not loaded.model.training
     assert load_pretrained(SPECS["repvgg_a0"]).metadata == about
 

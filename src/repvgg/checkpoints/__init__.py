@@ -1,18 +1,24 @@
-"""Checkpoint files: those that describe themselves, and those of other libraries."""
+"""Checkpoint files of this library, which have a header, and of other libraries, which are recognized by their names."""
 
-from repvgg.checkpoints.files import Checkpoint, read_checkpoint, save_checkpoint, save_tensors, save_torch
+from repvgg.checkpoints.files import (
+    Checkpoint,
+    common_prefix,
+    read_checkpoint,
+    save_checkpoint,
+    save_tensors,
+    save_torch,
+)
 from repvgg.checkpoints.layouts import LAYOUTS, GatePlace, Layout
 from repvgg.checkpoints.metadata import Form, Metadata
 from repvgg.checkpoints.translation import (
     Account,
     Naming,
+    identity_naming,
     is_plain_form,
-    own_names,
     recognize_names,
     rename_to,
     translate,
 )
-from repvgg.checkpoints.wrappers import common_prefix
 
 __all__ = [
     "LAYOUTS",
@@ -24,8 +30,8 @@ __all__ = [
     "Metadata",
     "Naming",
     "common_prefix",
+    "identity_naming",
     "is_plain_form",
-    "own_names",
     "read_checkpoint",
     "recognize_names",
     "rename_to",

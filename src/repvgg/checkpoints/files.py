@@ -1,4 +1,7 @@
-"""Checkpoint files. Those of strangers are data: safetensors, or a torch archive read without running any of it."""
+"""Read and write checkpoint files. Foreign files are data: no code in them is ever run.
+
+safetensors files hold tensors only; torch archives are unpickled with ``weights_only``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pickletools
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,25 +22,29 @@ from torch import Tensor
 
 from repvgg._files import atomic_write
 from repvgg.checkpoints.metadata import KEY, Metadata
-from repvgg.checkpoints.wrappers import unwrap
 from repvgg.errors import CheckpointError, OutputError, UsageError, first_line, require
 
-_ZIP = b"PK\x03\x04"
-_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
-_FOREIGN_CLASS = ("GLOBAL ", "Can only create new object", "Can only build")  # what torch's reader says of one
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+# Texts of torch's weights_only unpickler (2.11 to 2.15) about a class or function that it does not allow.
+_FOREIGN_CLASS = ("GLOBAL ", "Can only create new object", "Can only build")
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in this order: averaged weights come first
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, a Lightning module
+_MAX_NESTING = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a file by name, and what it says about itself, if it does.
+    """The content of a checkpoint file.
 
     Attributes:
         path: of the file.
-        tensors: by name, without what wrappers put in front of every one.
-        metadata: its header; None if it has none of ours.
-        section: the entries of a torch file that were opened to get at the tensors, with dots between.
-        prefix: what was taken off the names.
-        passed_over: the reason for each entry of the file that was not taken.
+        tensors: by name, without the prefix that wrappers add to every name.
+        metadata: its header; None if it has none of this library.
+        section: the dictionaries of a torch file that hold the tensors, joined by dots, such as "state_dict_ema".
+        prefix: the prefix that was removed from the names.
+        skipped: entries of the file that were not read → reason.
     """
 
     path: Path
@@ -45,70 +52,71 @@ class Checkpoint:
     metadata: Metadata | None
     section: str = ""
     prefix: str = ""
-    passed_over: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def averaged(self) -> bool:
-        """Whether the tensors are of an entry for weights that were averaged in training."""
+        """Whether the tensors are a moving average of the training weights."""
         return self.section.endswith("ema")
 
 
 def save_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Metadata, *, overwrite: bool = False
 ) -> Path:
-    """Write a safetensors file with a header, wholly or not at all.
+    """Write a safetensors file with a header, atomically.
 
     Raises:
-        OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
-        OutputError: it cannot be written.
-        UsageError: a field of the header makes no sense.
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: the file cannot be written.
+        UsageError: a field of the header is invalid.
     """
-    if wrong := metadata.senseless():
-        raise UsageError(f"A header with the {wrong!r} {getattr(metadata, wrong)!r} makes no sense.")
+    if invalid := metadata.invalid_field():
+        raise UsageError(f"{getattr(metadata, invalid)!r} is not a valid {invalid!r} in the header of a checkpoint.")
     return save_tensors(path, tensors, metadata.to_header(), overwrite=overwrite)
 
 
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str], *, overwrite: bool = False
 ) -> Path:
-    """Write a safetensors file with any header, wholly or not at all.
+    """Write a safetensors file with an arbitrary header, atomically. The same content gives the same bytes.
 
     Raises:
-        OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
-        OutputError: it cannot be written.
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: the file cannot be written.
     """
     safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
     with atomic_write(path, overwrite=overwrite) as part:
         try:
-            save_file(_apart(tensors), part, header)
-            _in_one_order(Path(part))
-        except safetensors.SafetensorError as error:  # what it makes of an OSError, too
+            save_file(_contiguous_unshared(tensors), part, header)
+            _sort_header(Path(part))
+        except safetensors.SafetensorError as error:  # its Rust code turns an OSError into this
             raise OutputError(f"{str(path)!r} could not be written: {first_line(error)}.") from error
     return Path(path)
 
 
-def _in_one_order(file: Path) -> None:
-    """Sort the metadata of a safetensors file: its writer takes any order, and the same content gives other bytes."""
+def _contiguous_unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory: safetensors refuses all others."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        contiguous = tensor.detach().contiguous()
+        storage = contiguous.untyped_storage().data_ptr()
+        out[name] = contiguous.clone() if storage in seen else contiguous
+        seen.add(storage)
+    return out
+
+
+def _sort_header(file: Path) -> None:
+    """Sort the metadata of a safetensors file in place."""
+    # The writer iterates over a Rust HashMap, whose order differs from run to run.
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # as it is where that would not fit; spaces are what it is filled up with
+        if len(text) <= length:  # otherwise (other escapes) it stays unsorted; the tensors behind it cannot move
             stream.seek(8)
-            stream.write(text.ljust(length))
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the standard layout, those that share memory as copies: safetensors takes no others."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        out[name] = plain.clone() if storage in seen else plain
-        seen.add(storage)
-    return out
+            stream.write(text.ljust(length))  # the format pads with spaces
 
 
 def save_torch(
@@ -118,11 +126,11 @@ def save_torch(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a torch file of tensors, wholly or not at all: a bare state dict, or one beside a header.
+    """Write a torch file, atomically: a bare state dict, or with ``metadata`` a state dict next to a header.
 
     Raises:
-        OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
-        OutputError: it cannot be written.
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: the file cannot be written.
     """
     content: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
     if metadata is not None:
@@ -130,34 +138,34 @@ def save_torch(
     with atomic_write(path, overwrite=overwrite) as part:
         try:
             torch.save(content, part)
-        except RuntimeError as error:  # what its zip writer makes of an OSError
+        except RuntimeError as error:  # PyTorch's zip writer turns an OSError into this
             raise OutputError(f"{str(path)!r} could not be written: {first_line(error)}.") from error
     return Path(path)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a safetensors file, or a torch file with nothing but tensors and plain data in it.
+    """Read a safetensors file, or a torch file that holds only tensors and plain data.
 
-    Wrapping dictionaries (``state_dict``, ``model``, …) of a torch file are opened and wrapping prefixes (``module.``,
-    …) taken off. Averaged weights (``state_dict_ema``, ``model_ema``) are taken where there are any.
+    In a torch file, wrapping dictionaries (``state_dict``, ``model``, …) are opened and wrapping prefixes (``module.``,
+    …) removed. Averaged weights (``state_dict_ema``, ``model_ema``) take precedence.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, damaged, one that would have to run code to be read, or one
-            with weights that are not finite.
+        CheckpointError: the file does not exist, is not a checkpoint, is damaged, would have to run code to be read,
+            or has weights that are not finite.
     """
     file = Path(path)
-    start = _start_of(file)
-    checkpoint = _read_safetensors(file) if _is_safetensors(start) else _read_torch(file, start)
+    start = _first_bytes(file)
+    # A header length of 8 bytes, then JSON: no header is as long as 2**40 bytes.
+    is_safetensors = start[5:9] == b"\0\0\0{"
+    checkpoint = _read_safetensors(file) if is_safetensors else _read_torch(file, start)
     size = file.stat().st_size
     for name, tensor in checkpoint.tensors.items():
-        problem = _problem(tensor, size)
-        if problem:
+        if problem := _find_problem(tensor, size):
             raise CheckpointError(f"{str(file)!r} holds {problem}, in {name!r} first.")
     return checkpoint
 
 
-def _start_of(file: Path) -> bytes:
-    """The first bytes, by which files are told apart."""
+def _first_bytes(file: Path) -> bytes:
     try:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "no file"
@@ -168,20 +176,15 @@ def _start_of(file: Path) -> bytes:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
 
 
-def _is_safetensors(start: bytes) -> bool:
-    """A length of 8 bytes, then JSON; no header is as long as 2**40."""
-    return start[5:9] == b"\0\0\0{"
-
-
-def _problem(tensor: Tensor, size: int) -> str | None:
-    """Why a tensor in a file of ``size`` bytes is of no use, or None."""
+def _find_problem(tensor: Tensor, file_size: int) -> str | None:
+    """What makes a tensor of a file of ``file_size`` bytes unusable, or None."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return "weights that are not plain numbers"
-    if tensor.numel() * tensor.itemsize > size:  # one number, repeated by strides of 0
+    if tensor.numel() * tensor.itemsize > file_size:  # strides of 0 repeat one number: 4 bytes could become terabytes
         return "weights that are larger than the file"
     if not tensor.is_floating_point():
         return None
-    finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()
+    finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()  # float8 has no isfinite
     return None if bool(finite) else "values that are not finite"
 
 
@@ -189,38 +192,38 @@ def _read_safetensors(file: Path) -> Checkpoint:
     safetensors = require("safetensors")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dictionary
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
             header = opened.metadata()
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged: {first_line(error)}.") from error
-    except Exception as error:  # a type of number that its reader knows and torch does not, for one
+    except Exception as error:  # for example a number format that safetensors knows and torch does not
         raise CheckpointError(f"{str(file)!r} cannot be read: {first_line(error)}.") from error
     return Checkpoint(file, tensors, Metadata.from_header(header, str(file)))
 
 
 def _read_torch(file: Path, start: bytes) -> Checkpoint:
-    content = _torch_content(file, start)
+    content = _load_torch(file, start)
     found = unwrap(content)
     if not found.tensors:
-        raise CheckpointError(f"{str(file)!r} holds no weights by name: save a model's state_dict.")
+        raise CheckpointError(f"{str(file)!r} holds no named weights: save a model's state_dict.")
     header = content.get(KEY)
-    passed_over = {name: reason for name, reason in found.passed_over.items() if name != KEY}
+    skipped = {name: reason for name, reason in found.skipped.items() if name != KEY}
     metadata = Metadata.from_header({KEY: header}, str(file)) if isinstance(header, str) else None
-    return Checkpoint(file, found.tensors, metadata, found.section, found.prefix, passed_over)
+    return Checkpoint(file, found.tensors, metadata, found.section, found.prefix, skipped)
 
 
-def _torch_content(file: Path, start: bytes) -> Any:
-    """What a torch file holds, read as data: no class or function of it is looked up but those of tensors."""
-    if not start.startswith((_ZIP, *_PICKLES)):
+def _load_torch(file: Path, start: bytes) -> Any:
+    if not start.startswith((_ZIP_MAGIC, *_PICKLE_MAGIC)):
         raise CheckpointError(f"{str(file)!r} is not a checkpoint.")
-    if start.startswith(_ZIP):
-        _refuse_packed(file)
+    if start.startswith(_ZIP_MAGIC):
+        _refuse_compressed(file)
     try:
+        # timm stores its arguments as a Namespace, which is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-            warnings.simplefilter("ignore")  # about archives that are refused in any case
+            warnings.simplefilter("ignore")  # torch warns of TorchScript archives, which are refused anyway
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in _FOREIGN_CLASS) or _calls(file):
+        if any(text in str(error) for text in _FOREIGN_CLASS) or _names_a_global(file):
             reason = "would run code when it is read; save its state_dict alone, as safetensors"
         else:
             reason = "is not a checkpoint, or is damaged"
@@ -229,21 +232,77 @@ def _torch_content(file: Path, start: bytes) -> Any:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
 
 
-def _calls(file: Path) -> bool:
-    """Whether a file that is one pickle names a class or a function; its instructions are listed, not followed."""
+def _names_a_global(file: Path) -> bool:
+    """Whether a bare pickle refers to a class or function; its opcodes are listed, not executed."""
     try:
         with file.open("rb") as stream:
             return any(code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(stream))
-    except Exception:  # no pickle, or a damaged one
+    except Exception:  # not a pickle, or a damaged one
         return False
 
 
-def _refuse_packed(file: Path) -> None:
-    """torch.save stores; what is packed may be of any size once it is unpacked."""
+def _refuse_compressed(file: Path) -> None:
+    # torch.save never compresses, and a compressed entry may unpack to any size (a zip bomb).
     try:
         with zipfile.ZipFile(file) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
-    if packed:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a packed archive.")
+    if compressed:
+        raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a compressed archive.")
+
+
+@dataclass(frozen=True, eq=False)
+class Unwrapped:
+    """The tensors of a torch file: see the attributes of the same names of :class:`Checkpoint`."""
+
+    tensors: dict[str, Tensor]
+    section: str
+    prefix: str
+    skipped: dict[str, str]
+
+
+def unwrap(content: Any) -> Unwrapped:
+    """Open the dictionaries and remove the prefixes that training scripts wrap around a state dict."""
+    opened: list[str] = []
+    skipped: dict[str, str] = {}
+    while isinstance(content, dict) and len(opened) < _MAX_NESTING:  # a dictionary may contain itself
+        wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+        if wrapper is None:
+            break
+        for name, value in content.items():
+            if name != wrapper:
+                copy_of_weights = name in _WRAPPERS and isinstance(value, dict)
+                reason = (
+                    f"another copy of the weights; {wrapper} was taken"
+                    if copy_of_weights
+                    else "state of a training run, not of the model"
+                )
+                skipped[".".join((*opened, str(name)))] = reason
+        opened.append(wrapper)
+        content = content[wrapper]
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
+    skipped |= {str(name): "not a tensor" for name, _ in entries if name not in tensors}
+    prefix = common_prefix(tensors)
+    stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return Unwrapped(stripped, ".".join(opened), prefix, skipped)
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """Return the prefix, made of those that wrappers add, that all names have; empty if there is none."""
+    rest, prefix = list(names), ""
+    while more := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), None):
+        rest, prefix = [name.removeprefix(more) for name in rest], prefix + more
+    return prefix
+
+
+def candidate_prefixes(names: Iterable[str]) -> list[str]:
+    """Return every prefix that wrappers may have added to some of the names, the empty one first."""
+    found = {""}
+    for name in names:
+        prefix = ""
+        while more := next((p for p in _PREFIXES if name.startswith(p, len(prefix))), None):
+            prefix += more
+            found.add(prefix)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))

@@ -1,8 +1,8 @@
-"""The names that libraries give to the parts of a RepVGG: data, read in both directions.
+"""The parameter names that other libraries use for RepVGG, as tables that translate in both directions.
 
-A name is where a block stands, what of the block it is, and a leaf such as ``weight``. Each layout is a table of
-pairs (ours, theirs) of the first two; ``{i}`` and ``{j}`` count stages and blocks from 0, ``{i+1}`` counts from 1.
-Tensors are never reshaped on the way: a pair renames, in the train form and in the plain form alike.
+A name consists of the path of a block, the path of a part inside it, and a leaf such as ``weight``. Each layout is a
+table of pairs (ours, theirs) of the first two; ``{i}`` and ``{j}`` count stages and blocks from 0, ``{i+1}`` counts
+from 1. Tensors are renamed and never reshaped, in the train form and in the plain form alike.
 
 Sources: the repository of the paper's authors (``repvgg.py``, ``repvggplus.py``), timm's ``byobnet.py``, mmpretrain's
 ``backbones/repvgg.py``.
@@ -20,7 +20,7 @@ GatePlace: TypeAlias = Literal["before_relu", "after_relu"]
 
 _LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 _COUNTER = re.compile(r"\{([ij])(\+1)?\}")
-_NUMBER = r"(?:0|[1-9][0-9]{0,4})"
+_NUMBER = r"(?:0|[1-9][0-9]{0,4})"  # not \d, which matches digits of other scripts; no leading zeros
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Layout:
 
     Attributes:
         name: of the layout.
-        blocks: where blocks stand.
-        parts: what is in a block.
-        others: what is beside the blocks.
-        gate: where the squeeze-excite of a block stands under these names; None if they do not tell.
-        halves: indices of stages that are the second half of one, and so begin with stride 1.
+        blocks: paths of blocks.
+        parts: paths of parts inside a block.
+        others: paths of modules outside the blocks.
+        gate: position of the squeeze-excite in a block with these names; None if they do not determine it.
+        halves: indices of stages that continue the stage before them, and so begin with stride 1.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Layout:
     halves: tuple[int, ...] = ()
 
     def ours(self, name: str) -> str | None:
-        """What this library calls the tensor that is ``name`` here; None if that is no name of this layout."""
+        """Return our name for the tensor ``name`` of this layout; None if the layout has no such name."""
         return self._to_ours(name)
 
     def theirs(self, name: str) -> str | None:
-        """What this layout calls a tensor of ours; None if it has no name for it."""
+        """Return the name in this layout for our tensor ``name``; None if it has none."""
         return self._to_theirs(name)
 
     @cached_property
     def _to_ours(self) -> _Renaming:
-        back = [tuple((theirs, ours) for ours, theirs in pairs) for pairs in (self.blocks, self.parts, self.others)]
-        return _Renaming(*back)
+        inverse = [tuple((theirs, ours) for ours, theirs in pairs) for pairs in (self.blocks, self.parts, self.others)]
+        return _Renaming(*inverse)
 
     @cached_property
     def _to_theirs(self) -> _Renaming:
@@ -70,39 +70,39 @@ class _Renaming:
         self.parts = dict(parts)
 
     def __call__(self, name: str) -> str | None:
-        place, _, leaf = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         if leaf not in _LEAVES:
             return None
         for source, target in self.others:
-            if (found := source.match(place)) is not None:
-                return f"{target.filled(found[0])}.{leaf}"
+            if (found := source.match(path)) is not None:
+                return f"{target.fill(found[0])}.{leaf}"
         for source, target in self.blocks:
-            if (found := source.match(place)) is not None and found[1] in self.parts:
-                return f"{target.filled(found[0])}.{self.parts[found[1]]}.{leaf}"
+            if (found := source.match(path)) is not None and found[1] in self.parts:
+                return f"{target.fill(found[0])}.{self.parts[found[1]]}.{leaf}"
         return None
 
 
 class _Template:
-    """A text with counters in it; with ``rest``, what follows it behind a dot is read, too."""
+    """A path with counters in it, such as ``stages.{i}.{j}``; with ``rest`` it matches longer paths too."""
 
     def __init__(self, text: str, *, rest: bool = False) -> None:
         self.text = text
-        self.first = {match[1]: int(bool(match[2])) for match in _COUNTER.finditer(text)}
+        self.first = {match[1]: int(bool(match[2])) for match in _COUNTER.finditer(text)}  # 1 for {i+1}
         pieces = (re.escape(piece) for piece in _COUNTER.sub("\0", text).split("\0"))
         counters = iter([f"(?P<{name}>{_NUMBER})" for name in self.first])
         pattern = "".join(piece + next(counters, "") for piece in pieces)
         self.pattern = re.compile(pattern + (r"\.(?P<rest>.+)" if rest else ""))
 
     def match(self, name: str) -> tuple[dict[str, int], str] | None:
-        """The counters, from 0, and the rest."""
+        """Return the counters, from 0, and the rest of the path; None if ``name`` does not match."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
         counters = {key: int(found[key]) - first for key, first in self.first.items()}
         return None if min(counters.values(), default=0) < 0 else (counters, found.groupdict().get("rest", ""))
 
-    def filled(self, counters: dict[str, int]) -> str:
-        """The text with the counters in it."""
+    def fill(self, counters: dict[str, int]) -> str:
+        """Return the path with these counters."""
         return _COUNTER.sub(lambda match: str(counters[match[1]] + int(bool(match[2]))), self.text)
 
 
@@ -132,7 +132,7 @@ REPVGG = Layout(
         ("head", "head"),
         *((name, name) for name in (f"auxiliary.stage{{i}}.{part}" for part, _ in _AUXILIARY)),
     ),
-    gate=None,  # act.se stands before the ReLU or behind it
+    gate=None,  # act.se is the name in both positions
 )
 UPSTREAM = Layout(
     "upstream",
@@ -176,4 +176,4 @@ MMPRETRAIN = Layout(
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (REPVGG, UPSTREAM, UPSTREAM_PLUS, TIMM, MMPRETRAIN)
-}  # in this order where two fit equally well
+}  # the first one is taken where several match equally well

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: enough to rebuild the model, and to use it."""
+"""The header of a checkpoint: what is needed to rebuild the model and to use it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Metadata:
     """The header of a checkpoint.
 
     Attributes:
-        model: name of the row in the table of models.
+        model: name of the architecture.
         form: ``train`` (branches) or ``plain`` (one convolution a block).
         num_classes: number of logits.
         in_channels: channels of the input images.
-        input_size: height and width in pixels that it was trained at.
-        mean: of the pixels in [0, 1], one number a channel; the model takes ``(pixel - mean) / std``.
+        input_size: height and width in pixels of the training images.
+        mean: per channel, of pixels in [0, 1]; the model takes ``(pixel - mean) / std``.
         std: likewise.
         classes: names of the classes, in the order of the logits.
-        recipe: how it was trained, as plain data.
-        metrics: what it reached, by name.
-        version: of the library that wrote it.
-        ema: whether the weights are an average over training steps.
+        recipe: the training config, as plain data.
+        metrics: what the model reached, by name.
+        version: of the library that wrote the file.
+        ema: whether the weights are a moving average of the training weights.
         source: where the weights were taken from, if they were not trained where the file was written.
-        spec: the whole model as plain data, where ``model`` is no row of the table; see
+        spec: the whole architecture as plain data, if ``model`` is not a built-in one; see
             :func:`repvgg.models.spec_to_data`.
     """
 
@@ -52,18 +52,19 @@ class Metadata:
     spec: dict[str, Any] | None = None
 
     def to_header(self) -> dict[str, str]:
-        """The header as safetensors stores it."""
+        """Return the header as safetensors stores it: strings only, the fields as one JSON document."""
         return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
 
     @classmethod
     def from_header(cls, header: dict[str, str] | None, path: str) -> Metadata | None:
-        """Read a header; None if it holds nothing of ours.
+        """Parse a header; None if it has no entry of this library. Fields of later versions are ignored.
 
         Raises:
-            CheckpointError: it is ours and cannot be understood.
+            CheckpointError: the entry cannot be parsed, or a field is invalid.
         """
         if not header or KEY not in header:
             return None
+        # Not repvgg._serde: an unreadable header and an invalid field need different advice than a config file.
         try:
             data = json.loads(header[KEY])
             known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
@@ -72,16 +73,17 @@ class Metadata:
             metadata = cls(**known)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path!r} has a header that cannot be read ({error}): save it again.") from error
-        if wrong := metadata.senseless():
-            raise CheckpointError(f"{path!r} has a header whose {wrong!r} makes no sense: save it again.")
+        if invalid := metadata.invalid_field():
+            raise CheckpointError(f"{path!r} has a header with an invalid {invalid!r}: save it again.")
         return metadata
 
-    def senseless(self) -> str | None:
-        """The first field that makes no sense, or None."""
-        return next((name for name, sane in self._sanity() if not sane), None)
+    def invalid_field(self) -> str | None:
+        """Return the name of the first field with an invalid value, or None."""
+        return next((name for name, valid in self._validity() if not valid), None)
 
-    def _sanity(self) -> Iterator[tuple[str, bool]]:
+    def _validity(self) -> Iterator[tuple[str, bool]]:
         for name in ("num_classes", "in_channels", "input_size"):
+            # type() rather than isinstance: True is an int. The limit keeps a forged header from allocating memory.
             yield name, type(getattr(self, name)) is int and 0 < getattr(self, name) < _LARGEST_COUNT
         yield "model", isinstance(self.model, str)
         yield "form", self.form in ("train", "plain")

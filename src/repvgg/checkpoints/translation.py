@@ -1,4 +1,4 @@
-"""From the names in a file to ours and back, with an account of every tensor."""
+"""Translate the names of a checkpoint to ours and back, and report what became of every tensor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from repvgg.checkpoints.files import Checkpoint
+from repvgg.checkpoints.files import Checkpoint, candidate_prefixes
 from repvgg.checkpoints.layouts import LAYOUTS, REPVGG, UPSTREAM, UPSTREAM_PLUS, GatePlace, Layout
-from repvgg.checkpoints.wrappers import prefixes_of
 from repvgg.errors import UsageError
 
 _Value = TypeVar("_Value")
 
-_REASONS = (  # what tools leave among the weights
+# Buffers that tools leave in a state dict: torch's AveragedModel, and thop, a FLOP counter.
+_FOREIGN_BUFFERS = (
     (r"(?:.*\.)?n_averaged", "it counts the models in an average"),
     (r"(?:.*\.)?total_(?:ops|params)", "a FLOP counter left it there"),
 )
@@ -24,17 +24,17 @@ _REASONS = (  # what tools leave among the weights
 
 @dataclass(frozen=True)
 class Account:
-    """Where every tensor of a file went.
+    """What became of every tensor of a file.
 
     Attributes:
-        layout: whose names the file has; "repvgg" are ours.
+        layout: the library whose names the file has; "repvgg" for ours.
         section: the entry of the file that was read, such as "state_dict_ema"; empty if it had none.
-        prefix: what wrappers had put in front of the names.
-        used: the name here of each tensor that was used, by its name in the file.
-        dropped: the reason for each entry that was not, by its name in the file.
-        filled: names here that the file lacks and that inference does not need (training steps seen by a batch norm).
-        notes: what else had to be decided.
-        header: whether the file says of itself what it is.
+        prefix: the prefix that wrappers had added to the names.
+        used: name in the file → our name, for the tensors that were used.
+        dropped: name in the file → reason, for the entries that were not.
+        filled: our names that the file lacks and inference does not need (the batch counters of batch norms).
+        notes: other decisions that the reader should know.
+        header: whether the file has a header of this library.
     """
 
     layout: str
@@ -49,33 +49,33 @@ class Account:
 
 @dataclass(frozen=True)
 class Naming:
-    """Whose names those of a file are.
+    """The names of a file, recognized.
 
     Attributes:
-        layout: the table that most of them are in.
-        prefix: of wrappers, in front of them.
-        used: our name for each.
-        strange: those that are no names of the layout.
+        layout: the layout that most of the names belong to.
+        prefix: added to them by wrappers.
+        used: name in the file → our name.
+        unrecognized: names that the layout does not have.
     """
 
     layout: Layout
     prefix: str
     used: dict[str, str]
-    strange: tuple[str, ...]
+    unrecognized: tuple[str, ...]
 
     def in_file(self, name: str) -> str:
-        """What the file calls a tensor of ours."""
+        """Return the file's name for our tensor ``name``."""
         theirs = self.layout.theirs(name)
         return name if theirs is None else self.prefix + theirs
 
 
 def recognize_names(names: Iterable[str]) -> Naming | None:
-    """Find the layout and the prefix under which most of the names make sense; None if less than half do.
+    """Find the layout and prefix that recognize the most names; None if they recognize no more than half of them.
 
-    Nothing but the names is looked at: neither the file's name nor what it says of itself.
+    Only the names are considered, neither the file name nor a header.
     """
     given = list(names)
-    candidates = [_naming(given, prefix, layout) for layout in LAYOUTS.values() for prefix in prefixes_of(given)]
+    candidates = [_naming(given, prefix, layout) for layout in LAYOUTS.values() for prefix in candidate_prefixes(given)]
     best = max(candidates, key=lambda naming: len(naming.used))
     return best if 2 * len(best.used) > len(given) else None
 
@@ -90,12 +90,12 @@ def _naming(names: list[str], prefix: str, layout: Layout) -> Naming:
 
 
 def translate(checkpoint: Checkpoint, naming: Naming) -> tuple[dict[str, Tensor], Account]:
-    """The tensors of a file under our names, and the account.
+    """Return the tensors of a file under our names, and the account.
 
-    Auxiliary heads beside plain blocks are dropped, and what tools are known to leave there. Other names that are none
-    of the layout are in neither: it is for the caller to refuse them.
+    Auxiliary heads next to plain blocks are dropped, and buffers that tools are known to add. Other unrecognized names
+    are in neither: the caller decides whether to refuse them.
     """
-    dropped = dict(checkpoint.passed_over)
+    dropped = dict(checkpoint.skipped)
     tensors, used = {}, {}
     plain = is_plain_form(naming.used.values())
     for name, tensor in checkpoint.tensors.items():
@@ -109,37 +109,43 @@ def translate(checkpoint: Checkpoint, naming: Naming) -> tuple[dict[str, Tensor]
     return tensors, Account(naming.layout.name, checkpoint.section, prefix, used, dropped)
 
 
-def own_names(checkpoint: Checkpoint) -> Naming:
-    """The tensors of a file under the names that they have."""
+def identity_naming(checkpoint: Checkpoint) -> Naming:
+    """Return the naming that takes every name of a file as ours."""
     return Naming(REPVGG, "", {name: name for name in checkpoint.tensors}, ())
 
 
 def _reason_to_drop(name: str, ours: str | None, plain: bool) -> str | None:
     if ours is None:
-        return next((reason for pattern, reason in _REASONS if re.fullmatch(pattern, name)), None)
+        return next((reason for pattern, reason in _FOREIGN_BUFFERS if re.fullmatch(pattern, name)), None)
     return "an auxiliary head serves training only" if plain and ours.startswith("auxiliary.") else None
 
 
 def is_plain_form(names: Iterable[str]) -> bool:
-    """Whether names of ours are of the plain form: no block has branches."""
+    """Return whether our names are those of a plain form: no block has branches."""
     return not any(".conv.dense." in name for name in names)
 
 
 def rename_to(layout: str, tensors: Mapping[str, _Value], gate: GatePlace | None) -> dict[str, _Value]:
-    """Tensors of ours under the names of a layout.
+    """Return our tensors under the names of a layout.
 
     Args:
-        layout: "repvgg", "upstream", "timm" or "mmpretrain". RepVGGplus has names of its own at its authors'; they are
-            taken where gates stand behind the ReLU.
+        layout: "repvgg", "upstream", "timm" or "mmpretrain". Upstream uses other names for RepVGGplus; they are chosen
+            if squeeze-excite follows the ReLU, or if there are auxiliary heads.
         tensors: by our names.
-        gate: where the gates of the model stand; None if it has none.
+        gate: position of squeeze-excite in the blocks; None if there is none.
 
     Raises:
-        UsageError: no layout of that name, or one that has no such model.
+        UsageError: unknown layout, or one that has no such model.
     """
-    table = _table(layout, gate, any(name.startswith("auxiliary.") for name in tensors))
+    auxiliary = any(name.startswith("auxiliary.") for name in tensors)
+    if layout == UPSTREAM.name and (gate == UPSTREAM_PLUS.gate or auxiliary):
+        table = UPSTREAM_PLUS
+    elif layout in LAYOUTS:
+        table = LAYOUTS[layout]
+    else:
+        raise UsageError(f"There is no layout {layout!r}: choose repvgg, upstream, timm or mmpretrain.")
     if gate is not None and table.gate not in (gate, None):
-        raise UsageError(f"{layout} has no model with gates behind the ReLU: write it as upstream or repvgg.")
+        raise UsageError(f"{layout} has no model with squeeze-excite after the ReLU: write it as upstream or repvgg.")
     renamed = {}
     for name, tensor in tensors.items():
         theirs = table.theirs(name)
@@ -147,11 +153,3 @@ def rename_to(layout: str, tensors: Mapping[str, _Value], gate: GatePlace | None
             raise UsageError(f"{layout} has no name for {name!r}: write this model as repvgg.")
         renamed[theirs] = tensor
     return renamed
-
-
-def _table(layout: str, gate: GatePlace | None, auxiliary: bool) -> Layout:
-    if layout == UPSTREAM.name and (gate == UPSTREAM_PLUS.gate or auxiliary):
-        return UPSTREAM_PLUS
-    if layout not in LAYOUTS:
-        raise UsageError(f"There is no layout {layout!r}: take repvgg, upstream, timm or mmpretrain.")
-    return LAYOUTS[layout]

@@ -17,8 +17,8 @@ from repvgg.checkpoints import (
     Form,
     Metadata,
     Naming,
+    identity_naming,
     is_plain_form,
-    own_names,
     read_checkpoint,
     recognize_names,
     rename_to,
@@ -86,15 +86,15 @@ def save(
     Raises:
         OutputExistsError: something is at ``path`` and ``overwrite`` is not set.
         OutputError: it cannot be written.
-        UsageError: a field of the header makes no sense, or the layout has no such model.
+        UsageError: a field of the header is invalid, or the layout has no such model.
     """
     gate = model.spec.squeeze_excite
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
     tensors = rename_to(layout, ours, gate.place if gate else None)
     if Path(path).suffix not in _TORCH:
         save_checkpoint(path, tensors, metadata, overwrite=overwrite)
-    elif wrong := metadata.senseless():
-        raise UsageError(f"A header with the {wrong!r} {getattr(metadata, wrong)!r} makes no sense.")
+    elif invalid := metadata.invalid_field():
+        raise UsageError(f"{getattr(metadata, invalid)!r} is not a valid {invalid!r} in the header of a checkpoint.")
     else:
         save_torch(path, tensors, metadata if layout == "repvgg" else None, overwrite=overwrite)
 
@@ -148,7 +148,7 @@ def rebuilt(checkpoint: Checkpoint) -> Loaded:
     wanted = _shapes(model.state_dict())
     filled = tuple(name for name in wanted if name.endswith(COUNTER) and name not in tensors)
     tensors |= {name: torch.zeros((), dtype=torch.int64) for name in filled}
-    left = [name for name in naming.strange if name not in account.dropped]
+    left = [name for name in naming.unrecognized if name not in account.dropped]
     problem = _difference(wanted, _shapes(tensors), naming, left) or _mixture(model, tensors)
     if problem:
         row = f"{metadata.model} in the {metadata.form} form"
@@ -178,7 +178,7 @@ def translated(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Nami
         raise CheckpointError(
             f"{str(checkpoint.path)!r} holds no RepVGG: its names are not ours, nor upstream's, timm's or mmpretrain's."
         )
-    naming = naming or own_names(checkpoint)
+    naming = naming or identity_naming(checkpoint)
     return *translate(checkpoint, naming), naming
 
 
@@ -204,7 +204,7 @@ def _spec_of(metadata: Metadata, checkpoint: Checkpoint) -> ModelSpec:
     except UnknownModelError as error:
         raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that is not known here. {error}") from error
     except UsageError as error:
-        raise CheckpointError(f"{str(checkpoint.path)!r} has a header whose 'spec' makes no sense. {error}") from error
+        raise CheckpointError(f"{str(checkpoint.path)!r} has a header with an invalid 'spec': {error}") from error
     if sum(stage.depth for stage in spec.stages) > len(checkpoint.tensors):
         raise CheckpointError(f"{str(checkpoint.path)!r} has a header that names more blocks than it has tensors.")
     return spec

@@ -53,7 +53,7 @@ def _for_table(model: RepVGG, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
     """The tensors of a file under our names and in the form of the model, and the names that mean nothing here."""
     given, account, naming = translated(checkpoint)
     if is_plain_form(given) == (form_of(model) == "plain"):
-        return given, [key for key in naming.strange if key not in account.dropped]
+        return given, [key for key in naming.unrecognized if key not in account.dropped]
     if is_plain_form(given):
         raise CheckpointError(
             f"{str(checkpoint.path)!r} is in the plain form, whose branches are gone: load it into the plain form, "
