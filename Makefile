@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 
 # Numerical tests as on a processor without AVX-512: oneDNN and ATen choose other kernels, which add in another order.
 test-avx2: $(VENV)/.installed-dev
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) tests/models/test_family_parity.py tests/verify \
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) tests/models/test_collapse_all_models.py tests/verify \
 		tests/collapse tests/symbolic tests/algebra
 
 slow: $(VENV)/.installed-dev

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from repvgg import create_model, list_models
 from repvgg.checkpoints import LAYOUTS, recognize_names, rename_to
 from repvgg.models import SPECS, ModelSpec, SqueezeExciteSpec, Stage
-from repvgg.models.structure import read_structure
+from repvgg.models.infer_spec import infer_spec
 
 PAIRS = [  # ours, upstream, timm, mmpretrain: the part of the block, then the places
     ("conv.dense.conv.weight", "rbr_dense.conv.weight", "conv_kxk.conv.weight", "branch_3x3.conv.weight"),
@@ -120,7 +120,7 @@ def test_every_row_there_and_back(layout, name, plain):
     naming, ours = through(layout, SPECS[name], plain)
     wanted = "upstream_plus" if (layout, name) == ("upstream", "repvggplus_l2pse") else layout
     assert naming.layout.name == wanted
-    assert read_structure(ours, naming.layout.gate, naming.layout.halves).spec is SPECS[name]
+    assert infer_spec(ours, naming.layout.gate, naming.layout.halves).spec is SPECS[name]
 
 
 @st.composite
@@ -145,7 +145,7 @@ def specs(draw):
 def test_any_spec_is_read_off_its_names_and_shapes(spec, plain, layout, prefix):
     gate = spec.squeeze_excite
     naming, ours = through("upstream" if gate and gate.place == "after_relu" else layout, spec, plain, prefix)
-    found = read_structure(ours, naming.layout.gate)
+    found = infer_spec(ours, naming.layout.gate)
     assert (found.num_classes, found.in_channels, found.form) == (11, 4, "plain" if plain else "train")
     assert shapes(found.spec, plain) == ours  # groups that no layer has cannot be told, and do not matter
     assert [(s.depth, s.channels) for s in found.spec.stages] == [(s.depth, s.channels) for s in spec.stages]

@@ -59,7 +59,7 @@ def test_inspect_a_model_that_is_no_row(repvgg, tmp_path):
     model = create_model(ModelSpec("mine", Stage(1, 8), (Stage(2, 8, 1), Stage(1, 12)), squeeze_excite=gated), 3)
     save(tmp_path / "a.pth", model, describe_model(model, "train"), layout="timm")
     out = repvgg("checkpoint", "inspect", tmp_path / "a.pth").out
-    assert "note: no row of the table: the strides of stem, stages.1 are not in the file and taken to be 2" in out
+    assert "note: not a registered model: the strides of stem, stages.1 are not in the file and assumed to be 2" in out
     save(tmp_path / "a.safetensors", model, describe_model(model, "train"), layout="timm")
     out = repvgg("checkpoint", "inspect", tmp_path / "a.safetensors").out
     assert "note:" not in out

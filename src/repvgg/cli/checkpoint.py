@@ -13,7 +13,7 @@ from repvgg.cli.proving import in_words, proven
 
 if TYPE_CHECKING:
     from repvgg.checkpoints import Form
-    from repvgg.models import Loaded
+    from repvgg.models import LoadedModel
     from repvgg.verify import Evidence
 
 Target = Literal["repvgg", "upstream", "timm", "mmpretrain"]
@@ -92,7 +92,7 @@ def convert(
     write_line(f"wrote {out}: {about.model}, {about.form} form, names of {to} instead of {loaded.account.layout}")
 
 
-def _read(source: str, *, plain: bool | None = None) -> Loaded:
+def _read(source: str, *, plain: bool | None = None) -> LoadedModel:
     from repvgg.models import from_pretrained, load
 
     if source.startswith(_HUB):
@@ -111,19 +111,19 @@ def _check_output(file: str, out: Path, overwrite: bool) -> None:
         raise UsageError("The outcome would replace the file that it is made from: give another name.")
 
 
-def _in_form(loaded: Loaded, form: Form | None) -> tuple[Loaded, Evidence | None]:
+def _in_form(loaded: LoadedModel, form: Form | None) -> tuple[LoadedModel, Evidence | None]:
     """The model in the form that was asked for, and the proof where it had to be collapsed."""
     from repvgg.cli.terminal import busy
-    from repvgg.models import collapsed
+    from repvgg.models import collapse_loaded
 
     if form != "plain" or loaded.metadata.form == "plain":
         return loaded, None
     with busy("Collapsing"):
-        plain = collapsed(loaded)
+        plain = collapse_loaded(loaded)
     return plain, proven(loaded, plain.model)
 
 
-def _summary(file: str, loaded: Loaded) -> dict[str, Any]:
+def _summary(file: str, loaded: LoadedModel) -> dict[str, Any]:
     """What is known of a file, as plain data."""
     metadata, account = loaded.metadata, loaded.account
     parameters = list(loaded.model.parameters())

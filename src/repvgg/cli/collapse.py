@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from repvgg.collapse import Report
     from repvgg.deploy import Shipped
-    from repvgg.models import Sourced
+    from repvgg.models import ResolvedModel
     from repvgg.verify import Evidence
 
 
@@ -102,7 +102,7 @@ def _check_arguments(
         raise UsageError("Channels, height and width of an image are all at least 1.")
 
 
-def _warn(sourced: Sourced, weights: Path | None) -> None:
+def _warn(sourced: ResolvedModel, weights: Path | None) -> None:
     from repvgg.cli.terminal import write_warning
 
     if weights is None:
@@ -139,7 +139,7 @@ def _tell_equal(what: str, evidence: Evidence, images: list[Tensor]) -> None:
     write_line(f"{what} is equal: {error}, on images of {sizes}")
 
 
-def _notes(sourced: Sourced) -> dict[str, str]:
+def _notes(sourced: ResolvedModel) -> dict[str, str]:
     """What the file says about itself."""
     from repvgg import __version__
 
@@ -160,7 +160,7 @@ def _tell_written(shipped: Shipped, shape: tuple[int, int, int]) -> None:
 
 
 def _write_report(
-    path: Path, sourced: Sourced, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
+    path: Path, sourced: ResolvedModel, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
 ) -> None:
     import json
 

@@ -11,7 +11,7 @@ from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from repvgg.data import OpenedData
-    from repvgg.models import Loaded
+    from repvgg.models import LoadedModel
     from repvgg.training import Evaluation
 
 
@@ -68,7 +68,7 @@ def eval_(
         _tell(results, opened)
 
 
-def _check_classes(loaded: Loaded, data: OpenedData) -> None:
+def _check_classes(loaded: LoadedModel, data: OpenedData) -> None:
     ours, theirs = loaded.metadata.classes, data.classes
     if loaded.model.num_classes != len(theirs):
         raise UsageError(f"The model tells {loaded.model.num_classes} classes apart, but {data.uri} has {len(theirs)}.")
@@ -79,9 +79,9 @@ def _check_classes(loaded: Loaded, data: OpenedData) -> None:
         )
 
 
-def _judge(loaded: Loaded, data: OpenedData, form: str, batch: int) -> dict[str, Evaluation]:
+def _judge(loaded: LoadedModel, data: OpenedData, form: str, batch: int) -> dict[str, Evaluation]:
     from repvgg.cli.terminal import busy
-    from repvgg.models import collapsed
+    from repvgg.models import collapse_loaded
     from repvgg.training import evaluate
 
     have = loaded.metadata.form
@@ -92,7 +92,7 @@ def _judge(loaded: Loaded, data: OpenedData, form: str, batch: int) -> dict[str,
         if have == "train" and form in ("both", "train"):
             results["train form"] = evaluate(loaded.model, data.held_out_batches(batch), data.prepare)
         if form in ("both", "plain"):
-            plain = loaded if have == "plain" else collapsed(loaded)
+            plain = loaded if have == "plain" else collapse_loaded(loaded)
             results["plain form"] = evaluate(plain.model, data.held_out_batches(batch), data.prepare)
     return results
 

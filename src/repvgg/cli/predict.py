@@ -55,7 +55,7 @@ def predict(
     from repvgg.cli.terminal import write_json
     from repvgg.data import DataConfig
     from repvgg.data.pictures import image_files
-    from repvgg.models import collapsed, load
+    from repvgg.models import collapse_loaded, load
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
@@ -66,7 +66,7 @@ def predict(
     about = loaded.metadata
     config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
     size = input_size or about.input_size
-    model = (loaded if about.form == "plain" else collapsed(loaded)).model.float().eval()
+    model = (loaded if about.form == "plain" else collapse_loaded(loaded)).model.float().eval()
     shape = (min(_BATCH, len(files)), about.in_channels, size, size)
     with num_threads(threads):
         run, ran = _runner(model, shape, engine)

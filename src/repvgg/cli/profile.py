@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from repvgg.measure import Profile
-    from repvgg.models import Sourced
+    from repvgg.models import ResolvedModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["train", "plain", "both"]
@@ -133,14 +133,14 @@ def _profiles(
         return asked, _by_form(named_model(name), asked, form, tile)
 
 
-def _asked(sourced: Sourced, input_size: tuple[int, int] | None, batch: int, dtype: Dtype | None) -> Asked:
+def _asked(sourced: ResolvedModel, input_size: tuple[int, int] | None, batch: int, dtype: Dtype | None) -> Asked:
     channels, *size = sourced.input_shape
     own = next((p.dtype for p in sourced.model.parameters() if p.is_floating_point()), "float32")
     height, width = input_size or size
     return Asked(sourced.source, (height, width), channels, batch, dtype or str(own).removeprefix("torch."))
 
 
-def _by_form(sourced: Sourced, asked: Asked, form: Form, tile: int) -> dict[str, Profile]:
+def _by_form(sourced: ResolvedModel, asked: Asked, form: Form, tile: int) -> dict[str, Profile]:
     """A profile for "train", "plain" or both, as far as the model has them."""
     import torch
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from repvgg.models import Loaded, RepVGG
+    from repvgg.models import LoadedModel, RepVGG
     from repvgg.verify import Evidence
 
 
-def proven(train: Loaded, plain: RepVGG) -> Evidence:
+def proven(train: LoadedModel, plain: RepVGG) -> Evidence:
     """That both forms are equal, on images that make borders count, at the checkpoint's size and at two odd ones.
 
     Raises:

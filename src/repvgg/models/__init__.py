@@ -1,42 +1,50 @@
-"""The models: a table of frozen rows and one builder."""
+"""The models: a registry of architectures, a factory that builds them, and their checkpoints."""
 
-from repvgg.models.baselines import BASELINES, Baseline, baseline_of, create_baseline, list_baselines
-from repvgg.models.builder import RepVGG, TrainingOutput, create_model, list_models
-from repvgg.models.comparisons import (
-    COMPARISONS,
-    Comparison,
+from repvgg.models.checkpoint import LoadedModel, collapse_loaded, describe_model, form_of, load, load_weights, save
+from repvgg.models.factory import (
+    ResolvedModel,
+    create_baseline,
     create_comparison,
+    create_model,
     create_variant,
-    plain_net,
-    residual_reorg,
+    named_model,
+    resolve,
 )
-from repvgg.models.hub import from_pretrained, push_to_hub
-from repvgg.models.loading import Loaded, collapsed, describe_model, form_of, load, save
-from repvgg.models.named import named_model
-from repvgg.models.pretrained import PRETRAINED, Pretrained, load_pretrained
-from repvgg.models.sources import Sourced, resolve
-from repvgg.models.spec import SPECS, ModelSpec, SqueezeExciteSpec, Stage, spec_of
-from repvgg.models.spec_data import spec_from_data, spec_to_data
-from repvgg.models.starting_values import delta_orthogonal_, max_norm_
-from repvgg.models.weights import load_weights
+from repvgg.models.hub import PRETRAINED, Pretrained, from_pretrained, load_pretrained, push_to_hub
+from repvgg.models.registry import (
+    ARCHITECTURES,
+    BASELINES,
+    COMPARISONS,
+    SPECS,
+    Baseline,
+    Comparison,
+    baseline_of,
+    list_baselines,
+    list_models,
+    spec_of,
+)
+from repvgg.models.repvgg import RepVGG, TrainingOutput
+from repvgg.models.spec import ModelSpec, SqueezeExciteSpec, Stage, spec_from_data, spec_to_data
+from repvgg.models.variants import delta_orthogonal_, max_norm_, plain_net, residual_reorg
 
 __all__ = [
+    "ARCHITECTURES",
     "BASELINES",
     "COMPARISONS",
     "PRETRAINED",
     "SPECS",
     "Baseline",
     "Comparison",
-    "Loaded",
+    "LoadedModel",
     "ModelSpec",
     "Pretrained",
     "RepVGG",
-    "Sourced",
+    "ResolvedModel",
     "SqueezeExciteSpec",
     "Stage",
     "TrainingOutput",
     "baseline_of",
-    "collapsed",
+    "collapse_loaded",
     "create_baseline",
     "create_comparison",
     "create_model",

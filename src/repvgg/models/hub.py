@@ -1,9 +1,10 @@
-"""Models on the Hugging Face hub: files fetched and cached, models pushed with a card."""
+"""The Hugging Face hub: fetch and cache files, load published weights, push models with a card."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,25 +12,28 @@ from typing import Any
 
 from repvgg._files import write_text
 from repvgg.checkpoints import Metadata
-from repvgg.errors import OutputError, SourceError, UsageError, first_line, require
-from repvgg.models.builder import RepVGG
-from repvgg.models.card import model_card
-from repvgg.models.loading import Loaded, describe_model, form_of, load, save
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD
+from repvgg.errors import FreshWeightsWarning, OutputError, SourceError, UsageError, first_line, require
+from repvgg.models.checkpoint import LoadedModel, describe_model, form_of, load, save
+from repvgg.models.model_card import model_card
+from repvgg.models.registry import spec_of
+from repvgg.models.repvgg import RepVGG
+from repvgg.models.spec import ModelSpec
 
-WEIGHTS = "model.safetensors"
-_CARD = "README.md"
+WEIGHTS_FILE = "model.safetensors"
+_CARD_FILE = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_REVISION = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A file of a repository, in the cache.
+class FetchedFile:
+    """A file of a repository, in the local cache.
 
     Attributes:
         path: of the file.
         repository: OWNER/NAME.
-        revision: the commit that it is of, 40 hex digits; empty if the cache does not tell.
+        revision: its commit, 40 hex digits; empty if the cache does not record it.
     """
 
     path: Path
@@ -38,43 +42,45 @@ class Fetched:
 
     @property
     def source(self) -> str:
-        """The file in words, for a header."""
+        """Repository and commit, for a header."""
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 
 def fetch(
     repository: str,
-    file: str = WEIGHTS,
+    file: str = WEIGHTS_FILE,
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
-) -> Fetched:
-    """A file of a model repository, out of the cache where it is there and up to date.
+) -> FetchedFile:
+    """Download a file of a model repository, unless the cache has it and it is up to date.
 
     Args:
         repository: OWNER/NAME.
-        file: its path there.
-        revision: a commit, a branch or a tag; None takes the newest commit of the main branch. Only a commit pins.
-        cache_dir: where files are kept; None takes the cache of huggingface_hub (``HF_HOME``, ``HF_HUB_CACHE``).
-        token: for a private repository; None takes the one that the machine is logged in with.
+        file: its path in the repository.
+        revision: a commit, a branch or a tag; None selects the newest commit of the main branch. Only a commit is
+            reproducible.
+        cache_dir: where files are stored; None selects the cache of huggingface_hub (``HF_HOME``, ``HF_HUB_CACHE``).
+        token: for a private repository; None selects the one stored by ``hf auth login``.
 
     Raises:
-        SourceError: there is no such file, or it is not in the cache and the hub cannot be reached; the text names the
-            repository, the file and the cache.
+        SourceError: there is no such file, or it is not in the cache and the hub cannot be reached; the text names
+            repository, file and cache.
     """
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", "hub")
     try:
         path = Path(hub.hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, token=token))
-    except Exception as error:  # of its own, of its HTTP client, of the disk
+    except Exception as error:  # huggingface_hub also raises errors of its HTTP client and of the file system
         cache = str(cache_dir or hub.constants.HF_HUB_CACHE)
         at = f" at {revision}" if revision else ""
         raise SourceError(
             f"{file!r} of {repository}{at} is not in the cache {cache!r}, and could not be downloaded "
-            f"({first_line(error)}): go online once, or load a file that you have."
+            f"({first_line(error)}): connect to the network once, or load a local file."
         ) from error
+    # The cache stores files as snapshots/COMMIT/FILE.
     commit = path.parents[len(Path(file).parts) - 1].name
-    return Fetched(path, repository, commit if _REVISION.fullmatch(commit) else "")
+    return FetchedFile(path, repository, commit if _COMMIT.fullmatch(commit) else "")
 
 
 def from_pretrained(
@@ -84,23 +90,24 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Rebuild a model from a repository of the Hugging Face hub or from a local folder, in eval mode.
 
-    What is read is its ``model.safetensors``: one that :func:`push_to_hub` wrote, or timm's; see :func:`repvgg.load`.
+    It reads ``model.safetensors``, written by :func:`push_to_hub` or by timm; see :func:`repvgg.load`.
 
     Args:
-        source: OWNER/NAME, a folder, or a checkpoint.
-        plain: as :func:`repvgg.load` takes it.
-        revision: a commit, a branch or a tag of the repository; None takes the newest. The commit that it turned out to
-            be is in the metadata's ``source``.
-        cache_dir: where downloads are kept; None takes the cache of huggingface_hub.
-        token: for a private repository; None takes the one that the machine is logged in with.
+        source: OWNER/NAME, a folder, or a checkpoint file.
+        plain: see :func:`repvgg.load`.
+        revision: a commit, a branch or a tag of the repository; None selects the newest commit. The metadata's
+            ``source`` records the commit.
+        cache_dir: where downloads are stored; None selects the cache of huggingface_hub.
+        token: for a private repository; None selects the one stored by ``hf auth login``.
 
     Raises:
-        SourceError: no such folder or repository, or the hub cannot be reached and the file is not in the cache.
-        CheckpointError: the file is no checkpoint of a model; see :func:`repvgg.load`.
-        UsageError: a revision of a local folder.
+        SourceError: there is no such folder or repository, or the file is not in the cache and the hub cannot be
+            reached.
+        CheckpointError: the file is not a checkpoint of a model; see :func:`repvgg.load`.
+        UsageError: a revision of a local folder was requested.
     """
     path = Path(source)
     if not path.exists():
@@ -111,9 +118,132 @@ def from_pretrained(
         return replace(loaded, metadata=replace(loaded.metadata, source=found.source))
     if revision is not None:
         raise UsageError(f"{str(source)!r} is a local path, which has no revision {revision!r}.")
-    if path.is_dir() and not (path / WEIGHTS).exists():
-        raise SourceError(f"There is no {WEIGHTS!r} in {str(source)!r}.")
-    return load(path / WEIGHTS if path.is_dir() else path, plain=plain)
+    if path.is_dir() and not (path / WEIGHTS_FILE).exists():
+        raise SourceError(f"There is no {WEIGHTS_FILE!r} in {str(source)!r}.")
+    return load(path / WEIGHTS_FILE if path.is_dir() else path, plain=plain)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """ImageNet-1k weights of a registered model, published by timm in the train form.
+
+    Attributes:
+        model: name of the model.
+        repository: OWNER/NAME on the hub; the file is ``model.safetensors``.
+        top1: published accuracy on the ImageNet-1k validation images, in percent.
+        input_size: height and width in pixels for that accuracy.
+        crop: the centre crop, as a fraction of the shorter side.
+        licence: of the weights.
+        revision: the commit; None selects the newest.
+    """
+
+    model: str
+    repository: str
+    top1: float
+    input_size: int = 224
+    crop: float = 0.875
+    licence: str = "mit"
+    # None: the commits were not known when the table was written. The structure is verified tensor by tensor instead.
+    revision: str | None = None
+
+
+_TOP1 = {
+    "repvgg_a0": 72.426,
+    "repvgg_a1": 74.474,
+    "repvgg_a2": 76.488,
+    "repvgg_b0": 75.158,
+    "repvgg_b1": 78.370,
+    "repvgg_b1g4": 77.608,
+    "repvgg_b2": 78.788,
+    "repvgg_b2g4": 79.396,
+    "repvgg_b3": 80.528,
+    "repvgg_b3g4": 80.224,
+}
+#: Published weights by the name of the model.
+PRETRAINED: dict[str, Pretrained] = {
+    **{name: Pretrained(name, f"timm/{name}.rvgg_in1k", top1) for name, top1 in _TOP1.items()},
+    "repvgg_d2se": Pretrained("repvgg_d2se", "timm/repvgg_d2se.rvgg_in1k", 83.550, input_size=320, crop=1.0),
+}
+
+
+def load_pretrained(
+    name: str | ModelSpec,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    plain: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> LoadedModel:
+    """Load the published weights of a model, in eval mode, with the preprocessing that they need.
+
+    Args:
+        name: of a registered model, or its specification.
+        num_classes: number of logits, 1000 if None; for another number the classifier is newly initialized.
+        in_channels: channels of the images, 3 if None; for another number the first block is newly initialized.
+        plain: collapse the model and verify the result.
+        revision: the commit of the repository; None selects the one in the table, or else the newest.
+        cache_dir: where downloads are stored; None selects the cache of huggingface_hub.
+
+    Returns:
+        The model. Its metadata contain repository and commit (``source``), the normalization of pixels, the size and
+        crop of images, and the published top-1 accuracy if no weights are newly initialized.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        UsageError: there are no published weights of it, or a count is below 1.
+        SourceError: the file is not in the cache and the hub cannot be reached; the text names the cache.
+        CheckpointError: the file is of another model.
+
+    Warns:
+        FreshWeightsWarning: some weights are newly initialized; the text says which.
+    """
+    spec = name if isinstance(name, ModelSpec) else spec_of(name)
+    if spec.name not in PRETRAINED or spec != spec_of(spec.name):
+        known = ", ".join(PRETRAINED)
+        raise UsageError(f"There are no published weights of {spec.name!r} to load: there are of {known}.")
+    pretrained = PRETRAINED[spec.name]
+    found = fetch(pretrained.repository, revision=revision or pretrained.revision, cache_dir=cache_dir)
+    loaded = load(found.path, pretrained.model, plain=plain or None)
+    metadata = replace(
+        loaded.metadata,
+        input_size=pretrained.input_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        recipe={"dataset": "ImageNet-1k", "interpolation": "bilinear", "test_crop": pretrained.crop},
+        metrics={"top1": pretrained.top1 / 100},
+        source=found.source,
+    )
+    loaded = replace(loaded, metadata=metadata)
+    classes = metadata.num_classes if num_classes is None else num_classes
+    channels = metadata.in_channels if in_channels is None else in_channels
+    if (classes, channels) == (metadata.num_classes, metadata.in_channels):
+        return loaded
+    return _adapted(loaded, classes, channels, plain)
+
+
+def _adapted(loaded: LoadedModel, num_classes: int, in_channels: int, plain: bool) -> LoadedModel:
+    """Copy the weights into a model with other numbers of classes or channels; what does not fit stays initialized."""
+    about = loaded.metadata
+    model = RepVGG(loaded.model.spec, num_classes, in_channels, plain)
+    fresh = ["head"] * (num_classes != about.num_classes) + ["stem.conv"] * (in_channels != about.in_channels)
+    kept = {
+        name: tensor
+        for name, tensor in loaded.model.state_dict().items()
+        if not any(name.startswith(f"{module}.") for module in fresh)
+    }
+    model.load_state_dict({**model.state_dict(), **kept})
+    model = model.to(next(loaded.model.parameters()).dtype)
+    warnings.warn(
+        f"{' and '.join(map(repr, fresh))} of {about.model} have fresh weights, as the published ones are for "
+        f"{about.num_classes} classes and {about.in_channels} channels: train the model before you use it.",
+        FreshWeightsWarning,
+        stacklevel=4,  # the caller of create_model(pretrained=True)
+    )
+    about = replace(about, num_classes=num_classes, in_channels=in_channels, metrics={})
+    if in_channels != loaded.metadata.in_channels:
+        about = replace(about, mean=(), std=())  # published per channel
+    return replace(loaded, model=model.eval(), metadata=about)
 
 
 def push_to_hub(
@@ -126,23 +256,23 @@ def push_to_hub(
     message: str = "Upload a RepVGG model",
     token: str | None = None,
 ) -> str:
-    """Upload a model with its header and a card that is written from it; the repository is made if it is not there.
+    """Upload a model with its header and a model card generated from it; the repository is created if necessary.
 
     Args:
         model: in either form.
         repository: OWNER/NAME.
-        metadata: what the run knows of the model; None describes its structure alone.
-        licence: of the weights, an identifier of the hub such as "mit"; without it the card says that none is stated.
+        metadata: what is known about the model; None describes its structure only.
+        licence: of the weights, an identifier of the hub such as "mit"; None makes the card say that none is stated.
         private: make a new repository private.
         message: of the commit.
-        token: None takes the one that the machine is logged in with.
+        token: None selects the one stored by ``hf auth login``.
 
     Returns:
-        Where the hub says that the commit is.
+        The URL of the commit.
 
     Raises:
-        UsageError: no OWNER/NAME, or a header that makes no sense or is not of this model.
-        OutputError: the hub refused, or cannot be reached.
+        UsageError: the repository is not OWNER/NAME, or the header is invalid or describes another model.
+        OutputError: the hub refuses the upload or cannot be reached.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"A repository is named OWNER/NAME, not {repository!r}.")
@@ -150,25 +280,25 @@ def push_to_hub(
     _check_header(model, about)
     api = _api(token)
     with TemporaryDirectory(prefix="repvgg-") as folder:
-        save(Path(folder) / WEIGHTS, model, about)
-        write_text(Path(folder) / _CARD, model_card(model, about, repository, licence))
+        save(Path(folder) / WEIGHTS_FILE, model, about)
+        write_text(Path(folder) / _CARD_FILE, model_card(model, about, repository, licence))
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-        except Exception as error:  # of its own, of its HTTP client
+        except Exception as error:  # huggingface_hub also raises errors of its HTTP client
             raise OutputError(f"{repository} could not be pushed to: {first_line(error)}.") from error
     return str(commit)
 
 
 def _check_header(model: RepVGG, about: Metadata) -> None:
-    """A header of another model would be found out by whoever downloads it."""
+    # Loading would reject a header of another model, but only after the upload.
     own = describe_model(model, form_of(model))
     for name in ("model", "form", "num_classes", "in_channels"):
-        said, found = getattr(about, name), getattr(own, name)
-        if said != found:
-            raise UsageError(f"The metadata says that {name!r} is {said!r}, and the model's is {found!r}.")
+        stated, actual = getattr(about, name), getattr(own, name)
+        if stated != actual:
+            raise UsageError(f"The metadata says that {name!r} is {stated!r}, and the model's is {actual!r}.")
 
 
 def _api(token: str | None) -> Any:
-    """The client that writes; tests put another in its place."""
-    return require("huggingface_hub").HfApi(token=token, library_name="repvgg")
+    # A function, so that tests can replace the client.
+    return require("huggingface_hub", "hub").HfApi(token=token, library_name="repvgg")

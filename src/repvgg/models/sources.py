@@ -1,186 +1,189 @@
-"""Where a model comes from, in one string: a row of our table, timm, torchvision, or a Python file of the user's own.
-
-Nothing here downloads: models by name come with random weights, and trained ones come out of a file.
-"""
+"""Models from outside: timm, torchvision, and Python files of the user. Nothing here downloads: weights are random."""
 
 from __future__ import annotations
 
-import difflib
+import importlib.machinery
+import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from repvgg.errors import SourceError, UnknownModelError, UsageError, first_line, require
-from repvgg.models.builder import create_model, list_models
-from repvgg.models.spec import spec_of
-from repvgg.models.user_file import model_from_file
-from repvgg.models.weights import load_weights
+from repvgg.errors import SourceError, UnknownModelError, did_you_mean, first_line, require, typed_line
 
-Shape = tuple[int, int, int]
-_DEFAULT_SHAPE: Shape = (3, 224, 224)
-_NO_VALUES = "none: it has shapes alone"
-_FORMS = "timm:NAME, torchvision:NAME, repvgg:NAME or PATH.py:FACTORY"
+Shape = tuple[int, int, int]  # (C, H, W)
+DEFAULT_SHAPE: Shape = (3, 224, 224)
+
+# Prefix of the module names of imported files: a file called torch.py must not replace torch in sys.modules.
+_MODULE_PREFIX = "repvgg_source_"
 
 
-@dataclass(frozen=True, eq=False)
-class Sourced:
-    """A model that was built from a source, in eval mode.
+class Built(NamedTuple):
+    """A newly built model and the shape (C, H, W) of the images it is designed for."""
 
-    Attributes:
-        source: the string that it was asked for with.
-        model: it; nobody else has it.
-        input_shape: (C, H, W) of the image that it is made for, as far as it tells.
-        weights: where its weights come from, in words; "random" where nobody gave any.
-    """
-
-    source: str
     model: nn.Module
     input_shape: Shape
-    weights: str
 
 
-def resolve(
-    source: str,
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    num_classes: int | None = None,
-    in_channels: int | None = None,
-    values: bool = True,
-) -> Sourced:
-    """Build the model that ``source`` names, on the CPU and in eval mode.
-
-    Args:
-        source: ``timm:NAME`` (the extra ``timm``), ``torchvision:NAME``, ``repvgg:NAME``, or ``PATH.py:FACTORY``: the
-            file is imported, which runs it, and FACTORY is called without arguments.
-        weights: a file to load; see :func:`repvgg.models.load_weights`.
-        num_classes: logits of a model by name; None takes its own number.
-        in_channels: channels of the images for ``timm:`` and ``repvgg:``; None takes the model's own.
-        values: False builds it on the meta device, for counting: it has shapes and takes no memory. Where a
-            constructor computes with values, and out of a file, it is built with them first.
+def build_timm(name: str, num_classes: int | None, in_channels: int | None) -> Built:
+    """Build a model of timm by name.
 
     Raises:
-        SourceError: the string is none of these forms, the file or its factory fails, or the model cannot be used.
-        UnknownModelError: no model of that name; the text tells the nearest.
-        UsageError: ``num_classes`` below 1, or for a model that was not asked for by name; weights without values.
-        CheckpointError: the weights cannot be read, or do not fit.
         MissingDependencyError: timm is not installed.
+        UnknownModelError: timm has no such model.
+        SourceError: timm rejects the name's tag or an argument.
     """
-    if num_classes is not None and num_classes < 1:
-        raise UsageError(f"A model needs at least one class, not {num_classes}.")
-    if weights is not None and not values:
-        raise UsageError("A model on the meta device has no values: build it with them to load weights.")
-    model, shape, origin = (_built if values else _built_on_meta)(source, num_classes, in_channels)
-    if weights is not None:
-        load_weights(model, weights, source)
-        origin = f"from {Path(weights).name}"
-    return Sourced(source, model.eval(), (in_channels or shape[0], *shape[1:]), origin)
-
-
-def _built_on_meta(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
-    """As :func:`_built`, without values: of a model by name none are made, where its constructor can do without."""
-    zoo, _, name = source.partition(":")
-    if zoo in _ZOOS and name:
-        try:
-            with torch.device("meta"):
-                model, shape = _ZOOS[zoo](name, num_classes, in_channels)
-            return model.to("meta"), shape, _NO_VALUES
-        except SourceError:  # it may want values only; what else is wrong comes up again below
-            pass
-    model, shape, _ = _built(source, num_classes, in_channels)
-    return model.to("meta"), shape, _NO_VALUES
-
-
-def _built(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
-    """Model on the CPU, shape of an image, and what its weights are."""
-    model, shape, origin = _made_as_asked(source, num_classes, in_channels)
-    _check_materialized(model, source)
-    return model.cpu(), shape, origin
-
-
-def _made_as_asked(source: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape, str]:
-    zoo, _, name = source.partition(":")
-    if zoo in _ZOOS and name:
-        return *_ZOOS[zoo](name, num_classes, in_channels), "random"
-    path, _, factory = source.rpartition(":")
-    if not path or not factory.isidentifier():
-        raise SourceError(f"{source!r} does not say where the model comes from: {_FORMS}{_advice(source)}.")
-    if not path.endswith(".py"):
-        raise SourceError(f"{path!r} is neither a Python file nor a collection of models: {_FORMS}.")
-    if num_classes is not None:
-        raise UsageError(f"The number of classes is that of the model which {factory}() returns: it takes no other.")
-    return model_from_file(path, factory), _DEFAULT_SHAPE, f"those that {factory}() gave, random unless it loads some"
-
-
-def _advice(source: str) -> str:
-    if source.endswith(".py"):
-        return f"; name the function in the file, as in {source}:make_model"
-    return f"; did you mean repvgg:{source}?" if source in list_models() else ""
-
-
-def _repvgg(name: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape]:
-    from repvgg.models.comparisons import COMPARISONS, create_comparison  # here, as it needs this module
-
-    if name in COMPARISONS:
-        size = COMPARISONS[name].input_size
-        return create_comparison(name, num_classes or 1000, in_channels or 3), (3, size, size)
-    size = spec_of(name).input_size
-    return create_model(name, num_classes or 1000, in_channels or 3), (3, size, size)
-
-
-def _timm(name: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape]:
     timm = require("timm", "timm")
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown("timm", name, timm.list_models())
-    more = {"num_classes": num_classes, "in_chans": in_channels}
-    asked = {key: value for key, value in more.items() if value is not None}
-    model = _made(f"timm:{name}", timm.create_model, name, pretrained=False, **asked)
+    arguments = {"num_classes": num_classes, "in_chans": in_channels}
+    given = {key: value for key, value in arguments.items() if value is not None}
+    model = _build(f"timm:{name}", timm.create_model, name, pretrained=False, **given)
     config = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(config.get("input_size") or _DEFAULT_SHAPE)
-    return model, shape if len(shape) == 3 else _DEFAULT_SHAPE
+    shape = tuple(config.get("input_size") or DEFAULT_SHAPE)
+    return Built(model, shape if len(shape) == 3 else DEFAULT_SHAPE)
 
 
-def _torchvision(name: str, num_classes: int | None, in_channels: int | None) -> tuple[nn.Module, Shape]:
-    models = require("torchvision").models
+def build_torchvision(name: str, num_classes: int | None = None, in_channels: int | None = None) -> Built:
+    """Build a model of torchvision by name; it has no parameter for ``in_channels``, which is ignored.
+
+    Raises:
+        MissingDependencyError: torchvision is not installed.
+        UnknownModelError: torchvision has no such model.
+        SourceError: torchvision rejects an argument.
+    """
+    models = require("torchvision", "train").models
     if name not in (known := models.list_models()):
         raise _unknown("torchvision", name, known)
-    asked: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    given: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        asked["weights_backbone"] = None  # or it is downloaded
-    model = _made(f"torchvision:{name}", models.get_model, name, weights=None, **asked)
-    return model, _DEFAULT_SHAPE
+        given["weights_backbone"] = None  # the default of detection and segmentation models is a download
+    return Built(_build(f"torchvision:{name}", models.get_model, name, weights=None, **given), DEFAULT_SHAPE)
 
 
-_ZOOS: dict[str, Callable[[str, int | None, int | None], tuple[nn.Module, Shape]]] = {
-    "repvgg": _repvgg,
-    "timm": _timm,
-    "torchvision": _torchvision,
-}
-
-
-def _made(what: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
-    """A model of somebody else's collection; it may refuse an argument in any way."""
+def _build(what: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
     try:
         model = make(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # these libraries reject arguments with exceptions of any type
         raise SourceError(f"{what} cannot be built: {first_line(error)}.") from error
     assert isinstance(model, nn.Module)
     return model
 
 
-def _unknown(zoo: str, name: str, known: Iterable[str]) -> UnknownModelError:
-    close = difflib.get_close_matches(name.partition(".")[0], list(known), n=3)
-    advice = f"did you mean {' or '.join(close)}?" if close else f"its models are listed by {zoo}'s list_models()."
-    return UnknownModelError(f"{zoo} has no model {name!r}: {advice}")
+def _unknown(library: str, name: str, known: list[str]) -> UnknownModelError:
+    otherwise = f"its models are listed by {library}'s list_models()."
+    return UnknownModelError(
+        f"{library} has no model {name!r}: {did_you_mean(name.partition('.')[0], known, otherwise)}"
+    )
 
 
-def _check_materialized(model: nn.Module, source: str) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor) or tensor.is_meta:
-            raise SourceError(f"{source} has no values in {name!r} yet: run the model once where it is made.")
+def model_from_file(path: str | os.PathLike[str], factory: str) -> nn.Module:
+    """Import a Python file, which runs it, and call its ``factory`` without arguments.
+
+    During the import and the call the file's folder is first on ``sys.path``, so that the file can import its
+    neighbours, and no bytecode is written. If ``factory`` names an ``nn.Module``, that module itself is returned.
+
+    Raises:
+        SourceError: there is no such file or name, the import or the call fails, or the result is not an
+            ``nn.Module``. The text names file and line of a failure in the user's own code.
+    """
+    file = Path(path)
+    _check_file(file)
+    with _importable(file.resolve().parent):
+        with _errors_located(file, f"{str(file)!r} cannot be imported"):
+            module = _import(file)
+        make = _find_factory(module, factory, file)
+        if isinstance(make, nn.Module):
+            return make
+        with _errors_located(file, f"{factory}() of {str(file)!r} failed"):
+            model = make()
+    if not isinstance(model, nn.Module):
+        raise SourceError(
+            f"{factory}() of {str(file)!r} returned a value of type {type(model).__name__}, not an nn.Module."
+        )
+    return model
+
+
+def _check_file(file: Path) -> None:
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a name that is too long, for example
+        raise SourceError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
+    if not is_file:
+        what = "a folder" if file.is_dir() else "no file"
+        raise SourceError(f"There is {what} at {str(file)!r}: give the path of a Python file.")
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Put the folder first on ``sys.path``, and write no ``__pycache__`` to it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+        if str(folder) in sys.path:  # the user's code may have changed sys.path
+            sys.path.remove(str(folder))
+
+
+@contextmanager
+def _errors_located(file: Path, what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one sentence with file and line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # not KeyboardInterrupt: Ctrl-C stays Ctrl-C
+        place = _place(error, file.resolve().parent)
+        raise SourceError(f"{what}{f', at {place}' if place else ''}: {typed_line(error)}") from error
+
+
+def _import(file: Path) -> ModuleType:
+    name = f"{_MODULE_PREFIX}{file.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file.resolve()))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module there
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _find_factory(module: ModuleType, factory: str, file: Path) -> Callable[[], Any]:
+    make = getattr(module, factory, None)
+    if make is None:
+        # Suggest what the file defines, not what it imports.
+        defined = [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
+        ]
+        available = f"it defines {', '.join(defined[:3])}." if defined else "it defines no function and no class."
+        raise SourceError(f"{str(file)!r} has no {factory!r} in it: {did_you_mean(factory, defined, available)}")
+    if not callable(make):
+        raise SourceError(f"{factory!r} in {str(file)!r} is of type {type(make).__name__}, not a function or a class.")
+    return make  # type: ignore[no-any-return]
+
+
+def _place(error: BaseException, folder: Path) -> str:
+    """Return the innermost line of the user's own code in the traceback as FILE:LINE, or an empty string."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_users(Path(frame.filename), folder)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _is_users(file: Path, folder: Path) -> bool:
+    # A virtual environment inside the folder holds packages that are not the user's code.
+    return file.is_relative_to(folder) and "site-packages" not in file.relative_to(folder).parts

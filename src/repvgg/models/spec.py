@@ -1,16 +1,22 @@
-"""The table of models: one frozen row each (paper Tables 2 and 3, and the rows that came later)."""
+"""Specification of a RepVGG: depths, widths, strides, groups and gates, and its form as plain data for file headers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from repvgg.errors import UnknownModelError, UsageError, did_you_mean
+from repvgg._serde import from_plain, to_plain
+from repvgg.errors import UsageError
+
+# Bounds for data from files: a header must not be able to request absurd amounts of memory or time.
+_MAX_COUNT = 2**20
+_MAX_PIXELS = 2**31
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of blocks of one width; the first block carries the stride."""
+    """A sequence of blocks of one width; the first block carries the stride."""
 
     depth: int
     channels: int
@@ -23,7 +29,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class SqueezeExciteSpec:
-    """Where a block gates its channels, and how narrow the gate is (hidden width C // reduction)."""
+    """The position of the squeeze-and-excitation gate in a block, and its reduction (hidden width C // reduction)."""
 
     place: Literal["before_relu", "after_relu"]
     reduction: int
@@ -31,17 +37,17 @@ class SqueezeExciteSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One row of the table: everything that the builder needs to know.
+    """Everything that defines a RepVGG except its numbers of classes and input channels.
 
     Attributes:
-        name: what ``create_model`` calls it.
+        name: the key for ``create_model``.
         stem: the first layer, a stage of depth 1.
         stages: the stages after it.
-        groups: of every second layer, from the 3rd on (the stem is the 1st).
+        groups: of every second layer from the 3rd on, counting the stem as the 1st; all others have one group.
         squeeze_excite: the gate in every block, or None.
-        auxiliary: indices of the stages that carry an auxiliary head while training.
-        input_size: height and width in pixels that the row is made for; others work.
-        source: where the row comes from.
+        auxiliary: indices of the stages with an auxiliary head, which is used in training only.
+        input_size: height and width in pixels that the model is designed for; other sizes work.
+        source: where the specification is published.
     """
 
     name: str
@@ -55,108 +61,42 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.stem.depth != 1:
-            raise UsageError(f"The stem of {self.name} is one layer, not {self.stem.depth}.")
+            raise UsageError(f"The stem of {self.name} must be one layer, not {self.stem.depth}.")
         if any(not 0 <= index < len(self.stages) for index in self.auxiliary):
             raise UsageError(f"{self.name} has no stage for each auxiliary head in {self.auxiliary}.")
 
     @property
     def stride(self) -> int:
-        """Pixels of the input per pixel of the last feature map."""
+        """Input pixels per pixel of the last feature map."""
         total = self.stem.stride
         for stage in self.stages:
             total *= stage.stride
         return total
 
 
-def _family(
-    name: str,
-    depths: tuple[int, int, int, int],
-    widths: tuple[float, float, float, float],
-    groups: int = 1,
-    squeeze_excite: SqueezeExciteSpec | None = None,
-    source: str = ModelSpec.source,
-) -> ModelSpec:
-    """A row of the ImageNet family: widths multiply [64, 128, 256, 512], the stem is min(64, 64a)."""
-    channels = [int(base * width) for base, width in zip((64, 128, 256, 512), widths, strict=True)]
-    stages = tuple(Stage(depth, width) for depth, width in zip(depths, channels, strict=True))
-    return ModelSpec(name, Stage(1, min(64, channels[0])), stages, groups, squeeze_excite, source=source)
+def spec_to_data(spec: ModelSpec) -> dict[str, Any]:
+    """Return the specification as data that JSON can represent."""
+    data: dict[str, Any] = to_plain(spec)
+    return data
 
 
-def _plus_l2pse() -> ModelSpec:
-    """RepVGGplus-L2pse: the long stage is cut in two, with an auxiliary head at the cut."""
-    return ModelSpec(
-        "repvggplus_l2pse",
-        Stage(1, 64),
-        (Stage(8, 160), Stage(14, 320), Stage(12, 640), Stage(12, 640, stride=1), Stage(1, 2560)),
-        squeeze_excite=SqueezeExciteSpec("after_relu", 4),
-        auxiliary=(0, 1, 2),
-        source="the RepVGGplus release of the paper's authors",
-    )
-
-
-_A = (2, 4, 14, 1)
-_B = (4, 6, 16, 1)
-_D = (8, 14, 24, 1)
-_B1 = (2.0, 2.0, 2.0, 4.0)
-_B2 = (2.5, 2.5, 2.5, 5.0)
-_B3 = (3.0, 3.0, 3.0, 5.0)
-_SMALL = "made here for small images"
-
-_ROWS = (
-    _family("repvgg_a0", _A, (0.75, 0.75, 0.75, 2.5)),
-    _family("repvgg_a1", _A, (1.0, 1.0, 1.0, 2.5)),
-    _family("repvgg_a2", _A, (1.5, 1.5, 1.5, 2.75)),
-    _family("repvgg_b0", _B, (1.0, 1.0, 1.0, 2.5)),
-    _family("repvgg_b1", _B, _B1),
-    _family("repvgg_b1g2", _B, _B1, groups=2),
-    _family("repvgg_b1g4", _B, _B1, groups=4),
-    _family("repvgg_b2", _B, _B2),
-    _family("repvgg_b2g2", _B, _B2, groups=2),
-    _family("repvgg_b2g4", _B, _B2, groups=4),
-    _family("repvgg_b3", _B, _B3),
-    _family("repvgg_b3g2", _B, _B3, groups=2),
-    _family("repvgg_b3g4", _B, _B3, groups=4),
-    _family(
-        "repvgg_d2se",
-        _D,
-        _B2,
-        squeeze_excite=SqueezeExciteSpec("before_relu", 16),
-        source="the D2se release of the paper's authors",
-    ),
-    _plus_l2pse(),
-    ModelSpec(
-        "repvgg_t0",
-        Stage(1, 16, stride=1),
-        (Stage(2, 32), Stage(3, 64), Stage(1, 128)),
-        input_size=32,
-        source=_SMALL,
-    ),
-    ModelSpec(
-        "repvgg_t1",
-        Stage(1, 32, stride=1),
-        (Stage(2, 64), Stage(4, 128), Stage(1, 256)),
-        input_size=32,
-        source=_SMALL,
-    ),
-    ModelSpec(
-        "repvgg_t2",
-        Stage(1, 32, stride=1),
-        (Stage(2, 96), Stage(4, 192), Stage(2, 256)),
-        input_size=32,
-        source=_SMALL,
-    ),
-)
-
-SPECS: dict[str, ModelSpec] = {row.name: row for row in _ROWS}
-
-
-def spec_of(name: str) -> ModelSpec:
-    """The row called ``name``.
+def spec_from_data(data: Mapping[str, Any]) -> ModelSpec:
+    """Rebuild the specification that :func:`spec_to_data` wrote; unknown fields of later versions are ignored.
 
     Raises:
-        UnknownModelError: there is none; the text lists the names that are closest, or all of them.
+        UsageError: the data do not describe a model.
     """
-    if name in SPECS:
-        return SPECS[name]
-    known = did_you_mean(name, SPECS, f"known are {', '.join(SPECS)}.")
-    raise UnknownModelError(f"There is no model {name!r}: {known}")
+    try:
+        # The default source is the paper, which a specification from a file need not come from.
+        spec: ModelSpec = from_plain(ModelSpec, {"source": "", **data}, "spec", unknown="ignore")
+        gate = 1 if spec.squeeze_excite is None else spec.squeeze_excite.reduction
+        counts = [spec.groups, gate]
+        for stage in (spec.stem, *spec.stages):
+            counts += [stage.depth, stage.channels, stage.stride]
+        if not all(1 <= count < _MAX_COUNT for count in counts) or not 1 <= spec.input_size < _MAX_PIXELS:
+            raise UsageError("a size is out of range.")
+        if not spec.stages:
+            raise UsageError("it has no stage.")
+    except UsageError as error:
+        raise UsageError(f"This describes no model: {error}") from error
+    return spec

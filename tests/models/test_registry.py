@@ -9,8 +9,7 @@ from torch.testing import assert_close
 
 from repvgg.errors import MissingDependencyError, SourceError, UnknownModelError, UsageError
 from repvgg.measure import count
-from repvgg.models import BASELINES, SPECS, Baseline, create_baseline, list_baselines
-from repvgg.models.baselines import baseline_of
+from repvgg.models import BASELINES, SPECS, Baseline, baseline_of, create_baseline, list_baselines
 
 
 def test_names_are_unique_and_none_is_a_row_of_ours():

@@ -10,7 +10,7 @@ from repvgg import create_model, load, reparameterize
 from repvgg.checkpoints import save_checkpoint
 from repvgg.errors import CheckpointError, OutputExistsError, UnknownModelError
 from repvgg.models import SPECS, describe_model, save
-from repvgg.models.structure import read_structure
+from repvgg.models.infer_spec import infer_spec
 from tests.bn_statistics import trained_like
 
 FORMS = ["train", "plain"]
@@ -107,7 +107,7 @@ def shapes_of(spec, form):
 @pytest.mark.parametrize("name", SPECS)
 def test_every_row_is_told_by_its_shapes(name, form):
     """No two rows share all names and shapes."""
-    found = read_structure(shapes_of(name, form), None)
+    found = infer_spec(shapes_of(name, form), None)
     assert (found.spec, found.form, found.num_classes, found.in_channels) == (SPECS[name], form, 11, 4)
     assert found.notes == ()
 

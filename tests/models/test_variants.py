@@ -21,7 +21,7 @@ from repvgg.models import (
     resolve,
     spec_of,
 )
-from repvgg.models.comparisons import ResidualBlock
+from repvgg.models.variants import ResidualBlock
 from tests.bn_statistics import trained_like
 
 SMALL = ModelSpec("small", Stage(1, 4, stride=1), (Stage(2, 6), Stage(3, 8), Stage(1, 8)), input_size=32)

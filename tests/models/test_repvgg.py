@@ -223,7 +223,7 @@ def test_stages_check_themselves(field, value):
 
 def test_specs_check_themselves():
     stage = Stage(1, 8)
-    with pytest.raises(UsageError, match="one layer, not 2"):
+    with pytest.raises(UsageError, match="must be one layer, not 2"):
         ModelSpec("x", Stage(2, 8), (stage,))
     for index in (-1, 1):
         with pytest.raises(UsageError, match="no stage for each auxiliary head"):

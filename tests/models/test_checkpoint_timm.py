@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from repvgg import list_models, load
 from repvgg.checkpoints import recognize_names
 from repvgg.models import SPECS, save
-from repvgg.models.structure import read_structure
+from repvgg.models.infer_spec import infer_spec
 from tests.bn_statistics import trained_like
 
 timm = pytest.importorskip("timm")
@@ -68,5 +68,5 @@ def test_rows_are_recognized_by_shapes(name, plain):
     naming = recognize_names(theirs.state_dict())
     assert (naming.layout.name, naming.unrecognized) == ("timm", ())
     shapes = {naming.used[key]: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
-    found = read_structure(shapes, naming.layout.gate)
+    found = infer_spec(shapes, naming.layout.gate)
     assert (found.spec, found.form) == (SPECS[name], "plain" if plain else "train")

@@ -98,7 +98,7 @@ def test_a_class_and_a_module_in_a_file(file):
 @pytest.mark.parametrize(
     ("factory", "text"),
     [
-        ("make_nett", "has no 'make_nett' in it; there is make_net"),
+        ("make_nett", "has no 'make_nett' in it: did you mean make_net"),
         ("number", "'number' in .* is of type int, not a function or a class"),
         ("makes_nothing", r"makes_nothing\(\) of .* returned a value of type NoneType, not an nn.Module"),
         ("needs_more", r"needs_more\(\) of .* failed: TypeError: .*'depth'"),

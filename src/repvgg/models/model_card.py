@@ -1,4 +1,4 @@
-"""The card of a model on the hub, written from the header of its checkpoint."""
+"""The model card (README) on the Hugging Face hub, generated from the header of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 
 from repvgg.checkpoints import Metadata
 from repvgg.errors import require
-from repvgg.models.builder import RepVGG
+from repvgg.models.repvgg import RepVGG
 
 _FORMS = {"train": "train form, three branches a block", "plain": "plain form, one 3x3 convolution a block"}
-_MOST_CLASSES = 20
+_MAX_CLASSES = 20
 
 
 def model_card(model: RepVGG, about: Metadata, repository: str, licence: str | None) -> str:
-    """A README with the front matter that the hub reads; nothing in it that the header does not say.
+    """Return a README with the YAML front matter that the hub reads; it states nothing that the header does not.
 
     Args:
-        model: the weights are counted.
+        model: the model, whose parameters are counted.
         about: its header.
-        repository: OWNER/NAME, for the example.
-        licence: an identifier of the hub; None says that none is stated.
+        repository: OWNER/NAME, for the example code.
+        licence: an identifier of the hub; None makes the card say that none is stated.
+
+    Raises:
+        MissingDependencyError: huggingface_hub is not installed.
     """
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", "hub")
     data = hub.ModelCardData(
         license=licence,
         library_name="repvgg",
@@ -42,7 +45,7 @@ def _sections(model: RepVGG, about: Metadata, repository: str, licence: str | No
     yield _table(("", ""), _facts(model, about))
     if about.metrics:
         yield "## Metrics"
-        yield "As the run reported them."
+        yield "As reported by the training run."
         yield _table(("metric", "value"), [(name, f"{value:g}") for name, value in sorted(about.metrics.items())])
     if about.classes:
         yield "## Classes"
@@ -66,7 +69,7 @@ def _facts(model: RepVGG, about: Metadata) -> list[tuple[str, str]]:
         ("standard deviation", _numbers(about.std)),
         ("classes", str(about.num_classes)),
         ("averaged weights", "yes" if about.ema else "no"),
-        ("taken from", about.source),
+        ("source", about.source),
         ("written by", f"repvgg {about.version}" if about.version else ""),
     ]
     return [(name, value) for name, value in rows if value]
@@ -77,8 +80,8 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > _MOST_CLASSES else ""
-    return ", ".join(map(_cell, names[:_MOST_CLASSES])) + more
+    more = f", … ({len(names)} in all)" if len(names) > _MAX_CLASSES else ""
+    return ", ".join(map(_cell, names[:_MAX_CLASSES])) + more
 
 
 def _table(titles: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -87,14 +90,14 @@ def _table(titles: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _cell(text: Any) -> str:
-    """A text in which nothing is taken for Markdown."""
+    # Escape what Markdown would interpret: class names come from folders of the user's data set.
     return " ".join(str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _example(about: Metadata, repository: str) -> str:
     lines = ["import repvgg", "", f'loaded = repvgg.from_pretrained("{repository}")  # in eval mode']
     if about.form == "train":
-        lines.append(f'plain = repvgg.from_pretrained("{repository}", plain=True).model  # collapsed and proven equal')
+        lines.append(f'plain = repvgg.from_pretrained("{repository}", plain=True).model  # collapsed and verified')
     if about.mean:
         lines.append("logits = loaded.model((pixels - mean) / std)  # pixels in [0, 1]; see loaded.metadata")
     return "\n".join(["```python", *lines, "```"])

@@ -62,7 +62,7 @@ def test_a_name_wins_over_a_file_and_a_file_over_a_source(tmp_path, monkeypatch,
     [
         ("repvgg_a00", UnknownModelError, "did you mean repvgg_a0"),
         ("resnet19", UnknownModelError, "did you mean resnet1"),
-        ("xyzzy", UnknownModelError, "give a row of 'repvgg list'"),
+        ("xyzzy", UnknownModelError, "use a name from 'repvgg list'"),
         ("missing.safetensors", CheckpointError, "There is no file"),
         ("keras:vgg", SourceError, "neither a Python file nor a collection"),
     ],
@@ -91,5 +91,5 @@ def test_without_values_it_counts_the_same(name):
 
 def test_weights_want_values(tmp_path):
     torch.save({}, tmp_path / "run.pt")
-    with pytest.raises(UsageError, match="has no values: build it with them"):
+    with pytest.raises(UsageError, match="has no values: build it with values"):
         resolve("repvgg:repvgg_t0", weights=tmp_path / "run.pt", values=False)

@@ -12,7 +12,7 @@ from repvgg.checkpoints import read_checkpoint
 from repvgg.errors import CheckpointError, UsageError
 from repvgg.models import SPECS, ModelSpec, SqueezeExciteSpec, Stage, describe_model, load_weights, save
 from tests.bn_statistics import trained_like
-from tests.models import foreign_networks as nets
+from tests.models import other_libraries as nets
 from tests.models.helpers import TINY_PLUS
 
 FOREIGN = {
@@ -287,7 +287,9 @@ def test_heads_beside_plain_blocks_are_dropped(tmp_path):
 
 def test_gates_that_no_name_tells_the_place_of(tmp_path):
     model = create_model(TINY_PLUS, 5)
-    assert "which nothing tells: save it with a header" in refusal(written(tmp_path / "a.pth", model.state_dict()))
+    assert "which its names do not reveal: save it with a header" in refusal(
+        written(tmp_path / "a.pth", model.state_dict())
+    )
 
 
 def test_what_others_have_no_name_for(tmp_path):
@@ -316,7 +318,7 @@ def test_load_weights_takes_the_files_of_others(tmp_path):
     load_weights(plain, path)
     assert_close(plain.state_dict(), reparameterize(loaded.model)[0].state_dict(), rtol=0, atol=0)
     save(tmp_path / "plain.pth", plain, describe_model(plain, "plain"), layout="timm")
-    with pytest.raises(CheckpointError, match=r"branches are gone.*repvgg\.expand"):
+    with pytest.raises(CheckpointError, match=r"has no branches.*repvgg\.expand"):
         load_weights(model, tmp_path / "plain.pth")
     with pytest.raises(CheckpointError, match=r"1 key is unexpected \('extra'\)"):
         load_weights(model, written(tmp_path / "b.pth", tensors | {"extra": torch.zeros(1)}))

@@ -1,0 +1,327 @@
+"""Save models to checkpoints, rebuild models from checkpoints, and load weights into models built elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repvgg import __version__
+from repvgg.checkpoints import (
+    Account,
+    Checkpoint,
+    Form,
+    Metadata,
+    Naming,
+    common_prefix,
+    identity_naming,
+    is_plain_form,
+    read_checkpoint,
+    recognize_names,
+    rename_to,
+    save_checkpoint,
+    save_torch,
+    translate,
+)
+from repvgg.collapse import reparameterize
+from repvgg.errors import CheckpointError, UnknownModelError, UsageError
+from repvgg.models.infer_spec import Shape, infer_spec
+from repvgg.models.registry import SPECS, spec_of
+from repvgg.models.repvgg import RepVGG
+from repvgg.models.spec import ModelSpec, spec_from_data, spec_to_data
+
+_COUNTER = "num_batches_tracked"  # counts training steps; inference ignores it, and older files do not have it
+_TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+_MAX_LISTED = 2  # names in a message
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model rebuilt from a file.
+
+    Attributes:
+        model: in eval mode.
+        metadata: what is known about it.
+        account: what became of each tensor in the file.
+    """
+
+    model: RepVGG
+    metadata: Metadata
+    account: Account
+
+
+def describe_model(model: RepVGG, form: Form, **more: Any) -> Metadata:
+    """Return the header for a checkpoint of ``model``; ``more`` are further fields of :class:`Metadata`."""
+    return replace(_metadata(model.spec, form, model.num_classes, model.in_channels), **more)
+
+
+def _metadata(spec: ModelSpec, form: Form, num_classes: int, in_channels: int) -> Metadata:
+    # A registered model is identified by its name; any other one needs its specification in the header.
+    data = None if SPECS.get(spec.name) == spec else spec_to_data(spec)
+    return Metadata(spec.name, form, num_classes, in_channels, spec.input_size, version=__version__, spec=data)
+
+
+def form_of(model: RepVGG) -> Form:
+    """Return "train" if the blocks of a model have branches, "plain" if they have one convolution each."""
+    return "plain" if is_plain_form(model.state_dict()) else "train"
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: RepVGG,
+    metadata: Metadata,
+    *,
+    layout: str = "repvgg",
+    without: Collection[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the weights of ``model`` and its header atomically.
+
+    Args:
+        path: ends in .safetensors, or in .pth, .pt, .ckpt or .bin for a torch file. In another library's layout a torch
+            file is a bare state dict without a header.
+        model: in either form.
+        metadata: the header; see :func:`describe_model`.
+        layout: which names to give the tensors: "repvgg", "upstream", "timm" or "mmpretrain".
+        without: tensors to omit, by our names.
+        overwrite: replace an existing file.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: the file cannot be written.
+        UsageError: a field of the header is invalid, or the layout does not support the model.
+    """
+    gate = model.spec.squeeze_excite
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
+    tensors = rename_to(layout, ours, gate.place if gate else None)
+    if Path(path).suffix not in _TORCH_SUFFIXES:
+        save_checkpoint(path, tensors, metadata, overwrite=overwrite)
+    elif invalid := metadata.invalid_field():
+        raise UsageError(f"{getattr(metadata, invalid)!r} is not a valid {invalid!r} in the header of a checkpoint.")
+    else:
+        save_torch(path, tensors, metadata if layout == "repvgg" else None, overwrite=overwrite)
+
+
+def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool | None = None) -> LoadedModel:
+    """Rebuild the model in a checkpoint, in eval mode.
+
+    Supported are files of this library, of the paper's authors (RepVGGplus, too), of timm and of mmpretrain, in the
+    train form and in the plain form. The tensor names identify the library and the shapes identify the model. A header
+    provides more, and must agree. Prefixes and dictionaries that training scripts wrap around weights are removed; if
+    a file has two copies of the weights, the averaged one is used. Every tensor is either used, or listed in the
+    account with the reason.
+
+    Args:
+        path: a safetensors file, or a torch file of tensors, which is unpickled without running code.
+        model: the name of the model that the file must contain; None accepts any.
+        plain: True collapses a train-form model and verifies the result; False rejects a plain-form file; None keeps
+            the form of the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, contains another model or form, or its tensors do not form a model.
+        UnknownModelError: there is no model named ``model``.
+        EquivalenceError: the collapsed model is not equal to the one in the file.
+
+    Limits: shapes do not determine strides and image size. A file without a header whose model is not registered gets
+    strides of 2 and 224 pixels, and a note in its account.
+    """
+    if model is not None:
+        spec_of(model)
+    loaded = _rebuild(read_checkpoint(path))
+    metadata = loaded.metadata
+    if model is not None and (metadata.model != model or metadata.spec is not None):
+        raise CheckpointError(f"{str(path)!r} is a checkpoint of {metadata.model}, not of {model}.")
+    if plain is False and metadata.form == "plain":
+        raise CheckpointError(
+            f"{str(path)!r} is in the plain form, which has no branches: load it as it is, then create new branches "
+            "with repvgg.expand."
+        )
+    return collapse_loaded(loaded) if plain and metadata.form == "train" else loaded
+
+
+def collapse_loaded(loaded: LoadedModel) -> LoadedModel:
+    """Convert a loaded model from the train form to the plain form, and verify that both are equal.
+
+    Raises:
+        EquivalenceError: they are not.
+    """
+    plain, report = reparameterize(loaded.model)
+    assert isinstance(plain, RepVGG)
+    account = loaded.account
+    heads = {file: ours for file, ours in account.used.items() if ours.startswith("auxiliary.")}
+    account = replace(
+        account,
+        used={file: ours for file, ours in account.used.items() if file not in heads},
+        dropped={**account.dropped, **dict.fromkeys(heads, "an auxiliary head serves training only")},
+        notes=(*account.notes, f"collapsed from the train form: {len(report.folded)} blocks"),
+    )
+    return LoadedModel(plain, replace(loaded.metadata, form="plain"), account)
+
+
+def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
+    """Rebuild the model in a file, in the form of the file."""
+    path = str(checkpoint.path)
+    tensors, account, naming = _translate(checkpoint)
+    if checkpoint.metadata is not None:
+        metadata, claim = checkpoint.metadata, "says it is"
+        spec = _spec_in_header(metadata, checkpoint)
+    else:
+        try:
+            found = infer_spec(_shapes(tensors), naming.layout.gate, naming.layout.halves)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path!r} holds {error}.") from error
+        spec, account = found.spec, replace(account, notes=found.notes)
+        metadata = _metadata(spec, found.form, found.num_classes, found.in_channels)
+        metadata = replace(metadata, ema=checkpoint.averaged)
+        claim = "looks like" if naming.layout.name == "repvgg" else f"looks like, by the names of {naming.layout.name},"
+    try:
+        with torch.device("meta"):  # no memory for weights that the file replaces
+            model = RepVGG(spec, metadata.num_classes, metadata.in_channels, metadata.form == "plain")
+    except (UsageError, ValueError, RuntimeError) as error:  # groups that do not divide the channels, for example
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"{path!r} is of a model that cannot be built: {reason}.") from error
+    expected = _shapes(model.state_dict())
+    filled = tuple(name for name in expected if name.endswith(_COUNTER) and name not in tensors)
+    tensors |= {name: torch.zeros((), dtype=torch.int64) for name in filled}
+    leftover = [name for name in naming.unrecognized if name not in account.dropped]
+    problem = _shape_mismatch(expected, _shapes(tensors), naming, leftover) or _dtype_mismatch(model, tensors)
+    if problem:
+        raise CheckpointError(f"{path!r} {claim} {metadata.model} in the {metadata.form} form, but {problem}.")
+    model.load_state_dict(tensors, assign=True)
+    account = replace(account, filled=filled, header=checkpoint.metadata is not None)
+    return LoadedModel(model.eval(), metadata, account)
+
+
+def _translate(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Naming]:
+    """Return the tensors of a file by our names.
+
+    Raises:
+        CheckpointError: the names belong to no layout, and there is no header of ours.
+    """
+    naming = recognize_names(checkpoint.tensors)
+    if naming is None and checkpoint.metadata is None:
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r} holds no RepVGG: its names are not ours, nor upstream's, timm's or mmpretrain's."
+        )
+    naming = naming or identity_naming(checkpoint)
+    return *translate(checkpoint, naming), naming
+
+
+def _spec_in_header(metadata: Metadata, checkpoint: Checkpoint) -> ModelSpec:
+    """Return the registered specification that a header names, or the one that it contains."""
+    try:
+        if metadata.spec is None:
+            return spec_of(metadata.model)
+        spec = spec_from_data({**metadata.spec, "name": metadata.model})
+    except UnknownModelError as error:
+        raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that is not known here. {error}") from error
+    except UsageError as error:
+        raise CheckpointError(f"{str(checkpoint.path)!r} has a header with an invalid 'spec': {error}") from error
+    # Building a model takes time per block, even without weights: a header must not ask for more than the file has.
+    if sum(stage.depth for stage in spec.stages) > len(checkpoint.tensors):
+        raise CheckpointError(f"{str(checkpoint.path)!r} has a header that names more blocks than it has tensors.")
+    return spec
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _shape_mismatch(
+    expected: Mapping[str, Shape], given: Mapping[str, Shape], naming: Naming, leftover: Sequence[str]
+) -> str | None:
+    """Describe missing, unexpected and wrongly shaped tensors by their names in the file; None if all fit.
+
+    ``leftover`` are names in the file that the layout does not have.
+    """
+    missing = [naming.in_file(name) for name in sorted(expected.keys() - given.keys())]
+    unexpected = sorted([*leftover, *map(naming.in_file, given.keys() - expected.keys())])
+    misshapen = [name for name in expected if name in given and expected[name] != given[name]]
+    problems = [f"it lacks {_listed(missing)}"] if missing else []
+    problems += [f"it has {_listed(unexpected)} too many"] if unexpected else []
+    if misshapen:
+        name = misshapen[0]
+        problems.append(f"{naming.in_file(name)!r} has the shape {given[name]} instead of {expected[name]}")
+    return " and ".join(problems) or None
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MAX_LISTED]))
+    return shown if len(names) == 1 else f"{len(names)} tensors ({shown}{', …' if len(names) > _MAX_LISTED else ''})"
+
+
+def _dtype_mismatch(model: RepVGG, tensors: Mapping[str, Tensor]) -> str | None:
+    """Describe weights that are not of one floating-point dtype; None if they are."""
+    weights = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in weights})
+    if len(dtypes) > 1:
+        return f"its weights are of several types, {' and '.join(dtypes)}"
+    return None if tensors[weights[0]].is_floating_point() else f"its weights are of type {dtypes[0]}"
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "the model") -> None:
+    """Load the tensors of a file into ``model``, in place; all of them fit, or nothing is loaded.
+
+    Wrapping dictionaries are opened. Prefixes that wrappers put before every name (``module.``, ``_orig_mod.``,
+    ``model.``) may differ between file and model. A RepVGG accepts the files of other libraries as :func:`load` does;
+    if it is in the plain form and the file is not, the model in the file is collapsed first.
+
+    Args:
+        model: the model to change; it keeps its dtypes.
+        path: a safetensors file, or a torch file of tensors, which is unpickled without running code.
+        name: of the model, for messages.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a tensor is missing, unexpected, or of another shape; the text
+            counts each kind and names the first two. Or the file is plain and the model has branches.
+    """
+    checkpoint = read_checkpoint(path)
+    expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    leftover: list[str] = []
+    if isinstance(model, RepVGG):
+        given, leftover = _tensors_for(model, checkpoint)
+    else:
+        ours, theirs = common_prefix(expected), common_prefix(checkpoint.tensors)
+        given = {ours + key.removeprefix(theirs): tensor for key, tensor in checkpoint.tensors.items()}
+    missing = [key for key in expected if key not in given and not key.endswith(_COUNTER)]
+    unexpected = [*(key for key in given if key not in expected), *leftover]
+    misshapen = [
+        f"{key!r} {tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in given and given[key].shape != expected[key].shape
+    ]
+    problems = (
+        _counted(map(repr, missing), "is missing", "are missing"),
+        _counted(map(repr, unexpected), "is unexpected", "are unexpected"),
+        _counted(misshapen, "has another shape", "have other shapes"),
+    )
+    if problem := "; ".join(filter(None, problems)):
+        raise CheckpointError(f"The weights in {str(path)!r} do not fit {name}: {problem}.")
+    model.load_state_dict(given, strict=False)  # all that may still be missing are counters of batches
+
+
+def _tensors_for(model: RepVGG, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a file by our names in the form of ``model``, and the names that the layout lacks."""
+    given, account, naming = _translate(checkpoint)
+    if is_plain_form(given) == (form_of(model) == "plain"):
+        return given, [key for key in naming.unrecognized if key not in account.dropped]
+    if is_plain_form(given):
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r} is in the plain form, which has no branches: load it into the plain form, then "
+            "create new branches with repvgg.expand."
+        )
+    return collapse_loaded(_rebuild(checkpoint)).model.state_dict(), []
+
+
+def _counted(names: Iterable[str], one: str, many: str) -> str:
+    """Return the number of names and the first of them, or an empty string for none."""
+    listed = list(names)
+    if not listed:
+        return ""
+    shown = ", ".join(listed[:_MAX_LISTED]) + (", …" if len(listed) > _MAX_LISTED else "")
+    return f"{len(listed)} {f'key {one}' if len(listed) == 1 else f'keys {many}'} ({shown})"
