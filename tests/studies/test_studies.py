@@ -132,7 +132,7 @@ def test_a_study_leaves_whole_files_and_a_page(quick, tmp_path, monkeypatch):
     assert data["tables"]["table4"]["rows"][0]["model"] == "RepVGG-A0"
     page = (tmp_path / "t" / PAGE).read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
-    assert page.count('<img src="data:image/svg+xml;base64,') == 2
+    assert page.count('<figure class="plot study"') == 2
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
     assert "Interrupted" not in page
     text = (tmp_path / "t" / "table4.md").read_text(encoding="utf-8")

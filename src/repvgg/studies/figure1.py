@@ -22,7 +22,7 @@ from repvgg.studies.networks import (
     undominated,
 )
 from repvgg.studies.paper import FIGURE_1, TABLE_4, TABLE_5, FigurePoint
-from repvgg.studies.report.charts import Chart, draw_scatter
+from repvgg.studies.report.charts import Chart, add_panels, draw_scatter
 from repvgg.studies.speeds import Speeds
 from repvgg.studies.study import Outcome, Study
 from repvgg.studies.tables import Column, Table
@@ -84,8 +84,7 @@ def _draw(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None
         for epochs in _EPOCHS
     }
     shown = {epochs: panel for epochs, panel in panels.items() if len(panel) >= _FEWEST_SHOWN} or panels
-    for index, (epochs, panel) in enumerate(shown.items()):
-        axes = figure.add_subplot(1, len(shown), index + 1)
+    for axes, (epochs, panel) in zip(add_panels(figure, len(shown)), shown.items(), strict=True):
         draw_scatter(axes, f"Trained for {_EPOCHS[epochs]}", panel, "images per second here", "top-1 accuracy (%)")
 
 

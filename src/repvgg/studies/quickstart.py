@@ -279,7 +279,7 @@ def _report(
         data=page.Data(data.uri, data.num_train or 0, data.num_held_out or 0, data.classes),
         training=page.Training(len(history), result.seconds, history, result.accuracy, confusion),
         regions=_regions(forms, judged[0].evidence),
-        left=tuple(page.Left(row.name, row.reason) for row in (*forms.report.left, *forms.report.dropped)),
+        left=tuple(page.Unchanged(row.name, row.reason) for row in (*forms.report.left, *forms.report.dropped)),
         evidence=tuple(_judgement(one) for one in judged),
         timings=tuple(timings),
         samples=_samples(forms, data),
@@ -329,10 +329,10 @@ def _regions(forms: _Forms, evidence: Evidence) -> tuple[page.Region, ...]:
     return tuple(regions)
 
 
-def _judgement(judged: _Judged) -> page.Judgement:
+def _judgement(judged: _Judged) -> page.Check:
     evidence = judged.evidence
     agreement = evidence.agreement
-    return page.Judgement(
+    return page.Check(
         subject=judged.subject,
         inputs=judged.inputs,
         dtype=evidence.dtype,
@@ -380,7 +380,7 @@ def _write(folder: Path, report: page.Report) -> None:
     sizes = {file.name: file.bytes for file in report.files}
     for _ in range(5):
         report = replace(report, files=_files(sizes))
-        texts = {JSON_FILE: json.dumps(report.to_dict(), allow_nan=False), HTML_FILE: page.render(report)}
+        texts = {JSON_FILE: json.dumps(report.to_dict(), allow_nan=False), HTML_FILE: page.render_quickstart(report)}
         now = sizes | {name: len(text.encode()) for name, text in texts.items()}
         if now == sizes:
             break

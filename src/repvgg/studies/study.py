@@ -17,7 +17,7 @@ from repvgg._files import write_text
 from repvgg.measure import RunSettings, environment
 from repvgg.studies.cells import Cells, Header
 from repvgg.studies.report.charts import Chart, write_chart
-from repvgg.studies.report.study import render_study
+from repvgg.studies.report.render import render_study
 from repvgg.studies.tables import Table, as_csv, as_data, as_markdown
 
 FOLDER = Path("runs/studies")

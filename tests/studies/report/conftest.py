@@ -1,15 +1,14 @@
-"""A report as a quickstart would fill it, and one of 28 blocks."""
+"""A report as the quickstart fills it, and one of 28 blocks."""
 
 import math
 
 import pytest
 
 from repvgg.studies.report import (
+    Check,
     Data,
     Epoch,
     File,
-    Judgement,
-    Left,
     Model,
     NextCommand,
     Region,
@@ -17,6 +16,7 @@ from repvgg.studies.report import (
     Sample,
     Timing,
     Training,
+    Unchanged,
 )
 
 SMALL = ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2))
@@ -42,7 +42,7 @@ def make_region(index, in_channels, out_channels, stride):
     )
 
 
-def make_judgement(subject, inputs, **changes):
+def make_check(subject, inputs, **changes):
     values = {
         "dtype": "float32",
         "relative_error": 2.9e-7,
@@ -55,7 +55,7 @@ def make_judgement(subject, inputs, **changes):
         "agree": 20,
         "total": 20,
     }
-    return Judgement(subject, inputs, **{**values, **changes})
+    return Check(subject, inputs, **{**values, **changes})
 
 
 def make_timing(name, role, median, speedup):
@@ -81,11 +81,11 @@ def make_report(plan=SMALL):
             confusion=tuple(map(tuple, confusion)),
         ),
         regions=tuple(make_region(index, *row) for index, row in enumerate(plan)),
-        left=(Left("head", "a linear classifier"),),
+        left=(Unchanged("head", "a linear classifier"),),
         evidence=(
-            make_judgement("plain form", "20 held-out images"),
-            make_judgement("plain form", "16 border-sensitive random images", dtype="float64", relative_error=5.1e-16),
-            make_judgement("plain.onnx in ONNX Runtime", "20 held-out images", reference_error=None),
+            make_check("plain form", "20 validation images"),
+            make_check("plain form", "16 border-sensitive random images", dtype="float64", relative_error=5.1e-16),
+            make_check("plain.onnx in ONNX Runtime", "20 validation images", reference_error=None),
         ),
         timings=(
             make_timing("train form", "train", 9.62e-3, 1.0),

@@ -1,16 +1,15 @@
-"""``report.html``: one self-contained page, rendered from the same report that is saved as ``report.json``.
+"""Report pages: ``report.json`` and ``report.html`` of the quickstart, and the page and charts of a study.
 
-Needs the standard library only. ``schema`` says what a report holds, ``render`` draws it.
+:mod:`.schema` defines the content, :mod:`.charts` draws with Matplotlib, :mod:`.render` fills the Jinja2 templates.
 """
 
-from repvgg.studies.report.document import render
+from repvgg.studies.report.render import render_quickstart, render_study
 from repvgg.studies.report.schema import (
     SCHEMA_VERSION,
+    Check,
     Data,
     Epoch,
     File,
-    Judgement,
-    Left,
     Model,
     NextCommand,
     Region,
@@ -19,15 +18,15 @@ from repvgg.studies.report.schema import (
     Sample,
     Timing,
     Training,
+    Unchanged,
 )
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Check",
     "Data",
     "Epoch",
     "File",
-    "Judgement",
-    "Left",
     "Model",
     "NextCommand",
     "Region",
@@ -36,5 +35,7 @@ __all__ = [
     "Sample",
     "Timing",
     "Training",
-    "render",
+    "Unchanged",
+    "render_quickstart",
+    "render_study",
 ]

@@ -1,6 +1,6 @@
-"""What ``report.json`` holds and ``report.html`` shows: frozen values, numbers in SI units, nothing but JSON in them.
+"""The content of ``report.json``: frozen dataclasses that :mod:`.render` shows as ``report.html``.
 
-``Report.to_dict()`` is what gets saved; ``Report.from_dict()`` reads it back and checks every field.
+Field names are the keys of the file, so they cannot change within a schema version. All numbers are in SI units.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from repvgg._serde import from_plain, json_ready
 from repvgg.errors import UsageError
-from repvgg.studies.report.codec import decode, encode
 
 SCHEMA_VERSION = 1
 
+#: The form of the model that a timing belongs to: with branches, batch norms folded, plain, or in another runtime.
 Role = Literal["train", "folded", "plain", "runtime"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """The network, and what it costs before and after; MACs are of one image of ``input_size``."""
+    """The network and its cost before and after the collapse; MACs are for one image of ``input_size``."""
 
     name: str
     num_classes: int
@@ -32,7 +33,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """The images: how many taught the model, how many were held out, and what the classes are called."""
+    """The dataset: sizes of the training and validation splits, and the class names."""
 
     name: str
     train_count: int
@@ -42,7 +43,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One point of the learning curve: mean training loss, held-out accuracy in [0, 1]."""
+    """One point of the learning curves: mean training loss, and validation accuracy in [0, 1]."""
 
     epoch: int
     loss: float
@@ -51,7 +52,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Training:
-    """The outcome of training. ``confusion[true][predicted]`` counts held-out images."""
+    """The result of training. ``confusion[true][predicted]`` counts validation images."""
 
     epochs: int
     seconds: float
@@ -59,24 +60,34 @@ class Training:
     accuracy: float
     confusion: tuple[tuple[int, ...], ...]
 
+    @property
+    def num_evaluated(self) -> int:
+        """Number of validation images."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def num_correct(self) -> int:
+        """Number of validation images on the diagonal of the confusion matrix."""
+        return sum(row[index] for index, row in enumerate(self.confusion))
+
 
 @dataclass(frozen=True)
 class Region:
-    """Branches that became one convolution, in the order in which the network runs them.
+    """Branches that were merged into one convolution; regions are listed in execution order.
 
     Attributes:
-        name: where the region stands in the model, ``stages.0.1.conv``.
-        branches: one description a branch, ``3x3 conv + BN``; they are summed.
-        kernel: height and width of the resulting convolution.
+        name: path of the region in the model, ``stages.0.1.conv``.
+        branches: one description per branch, ``3x3 conv + BN``; the branches are summed.
+        kernel: height and width of the merged convolution.
         stride: vertical and horizontal.
-        groups: of the resulting convolution.
-        in_channels: of the resulting convolution.
-        out_channels: of the resulting convolution.
+        groups: of the merged convolution.
+        in_channels: of the merged convolution.
+        out_channels: of the merged convolution.
         params_before: parameters of all branches.
-        params_after: parameters of the convolution.
-        error_made: relative error of this convolution alone, given the reference's input; None where not measured.
-        error_arriving: relative error of its output when the whole plain network runs; None where not measured.
-        then: what follows in both forms, unchanged; drawn after the sum.
+        params_after: parameters of the merged convolution.
+        error_made: relative error of this convolution alone, given the reference's input; None if not measured.
+        error_arriving: relative error of its output when the whole plain network runs; None if not measured.
+        then: the layer after the sum, which is the same in both forms.
     """
 
     name: str
@@ -94,34 +105,34 @@ class Region:
 
     def __post_init__(self) -> None:
         if not self.branches or not self.kernel or not self.stride:
-            raise UsageError(f"The region {self.name} needs a branch, a kernel size and a stride at least.")
+            raise UsageError(f"The region {self.name} needs at least one branch, a kernel size and a stride.")
 
 
 @dataclass(frozen=True)
-class Left:
-    """A part that stayed as it was, and why."""
+class Unchanged:
+    """A module that was not collapsed, and why."""
 
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """One verdict of the judge, as figures.
+class Check:
+    """One comparison with the float64 reference.
 
     Attributes:
-        subject: what was judged, ``plain form``.
-        inputs: on what, ``360 held-out images``.
-        dtype: it ran in, ``float32``.
+        subject: what was checked, ``Plain form``.
+        inputs: the inputs it ran on, ``360 validation images``.
+        dtype: the dtype it ran in, ``float32``.
         relative_error: against the float64 reference.
-        absolute_error: largest, against the float64 reference.
+        absolute_error: largest absolute error against the float64 reference.
         tolerance: bound on the relative error.
-        tolerance_origin: where that bound comes from.
-        passed: the verdict.
-        reason: the verdict in words.
-        reference_error: relative error of the train form itself in that dtype; None where not measured.
-        agree: predictions that are the same; None where there is nothing to predict.
-        total: predictions compared.
+        tolerance_origin: how that bound was derived.
+        passed: whether the error is within the tolerance.
+        reason: the outcome in words.
+        reference_error: relative error of the train form itself in that dtype; None if not measured.
+        agree: number of equal predictions; None if there are no predictions.
+        total: number of predictions compared.
     """
 
     subject: str
@@ -140,7 +151,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Timing:
-    """One form on the stopwatch: seconds a batch, and how many times as fast as the train form (which has 1)."""
+    """The time of one form: seconds per batch, and the speed-up over the train form, whose own is 1."""
 
     name: str
     role: Role
@@ -156,9 +167,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out image as rows of gray values 0..255, and what the plain form says of it.
+    """A validation image as rows of gray values in [0, 255], and the prediction of the plain form.
 
-    ``truth`` and ``predicted`` are indices into the classes; ``confidence`` is the predicted one's, in [0, 1].
+    ``truth`` and ``predicted`` are class indices; ``confidence`` is the softmax of the predicted class.
     """
 
     pixels: tuple[tuple[int, ...], ...]
@@ -169,19 +180,19 @@ class Sample:
     def __post_init__(self) -> None:
         rows = self.pixels
         if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-            raise UsageError("The pixels of a sample are rows of one length, at least one pixel in all.")
+            raise UsageError("The pixels of a sample must be non-empty rows of equal length.")
         if any(not 0 <= value <= 255 for row in rows for value in row):
-            raise UsageError("The pixels of a sample are gray values from 0 to 255.")
+            raise UsageError("The pixels of a sample must be gray values from 0 to 255.")
 
     @property
-    def right(self) -> bool:
-        """Whether the prediction is the truth."""
+    def correct(self) -> bool:
+        """Whether the predicted class is the true one."""
         return self.truth == self.predicted
 
 
 @dataclass(frozen=True)
 class File:
-    """A file beside the report: its name relative to the folder, its size in bytes, and what it is for."""
+    """A file beside the report: its name, its size in bytes, and its purpose."""
 
     name: str
     bytes: int
@@ -190,7 +201,7 @@ class File:
 
 @dataclass(frozen=True)
 class NextCommand:
-    """A command worth trying next, and what it does."""
+    """A command to try next, and what it does."""
 
     command: str
     purpose: str
@@ -198,10 +209,14 @@ class NextCommand:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page shows. ``evidence`` and ``timings`` stand in the order in which they are shown.
+    """The content of ``report.json``. ``evidence`` and ``timings`` are shown in their order.
 
-    The first judgement is the headline figure; the verdict is that of all of them. ``created`` is an ISO 8601 time,
+    The first check supplies the headline figures; the verdict is that of all checks. ``created`` is an ISO 8601 time,
     ``command`` reproduces the run.
+
+    Raises:
+        UsageError: the schema version is another one, the confusion matrix is not square, or a sample has a class
+            index out of range.
     """
 
     created: str
@@ -211,8 +226,8 @@ class Report:
     data: Data
     training: Training
     regions: tuple[Region, ...]
-    left: tuple[Left, ...]
-    evidence: tuple[Judgement, ...]
+    left: tuple[Unchanged, ...]
+    evidence: tuple[Check, ...]
     timings: tuple[Timing, ...]
     samples: tuple[Sample, ...]
     files: tuple[File, ...]
@@ -224,32 +239,40 @@ class Report:
         count = len(self.data.classes)
         square = len(self.training.confusion) == count and all(len(row) == count for row in self.training.confusion)
         if self.schema_version != SCHEMA_VERSION:
-            raise UsageError(f"This is a report of version {self.schema_version}; known is {SCHEMA_VERSION}.")
+            raise UsageError(
+                f"The report has schema version {self.schema_version}, but only version {SCHEMA_VERSION} can be read: "
+                "use the version of repvgg that wrote it."
+            )
         if not square:
-            raise UsageError(f"The confusion matrix of {count} classes has {count} rows of {count} counts.")
+            raise UsageError(f"The confusion matrix of {count} classes must have {count} rows of {count} counts.")
         if any(not 0 <= index < count for sample in self.samples for index in (sample.truth, sample.predicted)):
-            raise UsageError(f"A sample names a class that is none of the {count}.")
+            raise UsageError(f"The class indices of a sample must be in [0, {count}).")
 
     @property
     def passed(self) -> bool:
-        """Whether something was judged, and all of it passed."""
-        return bool(self.evidence) and all(judgement.passed for judgement in self.evidence)
+        """Whether there was at least one check, and all of them passed."""
+        return bool(self.evidence) and all(check.passed for check in self.evidence)
+
+    @property
+    def num_failed(self) -> int:
+        """Number of failed checks."""
+        return sum(not check.passed for check in self.evidence)
 
     def timing(self, role: Role) -> Timing | None:
-        """The first timing of that role, or None."""
+        """Return the first timing of that role, or None."""
         return next((timing for timing in self.timings if timing.role == role), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists and scalars that ``json.dumps(..., allow_nan=False)`` takes."""
-        encoded: dict[str, Any] = encode(self)
-        return encoded
+        """Return plain data that ``json.dumps(..., allow_nan=False)`` accepts."""
+        data: dict[str, Any] = json_ready(self)
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """Read what :meth:`to_dict` gave.
+        """Build a report from the result of :meth:`to_dict`.
 
         Raises:
-            UsageError: an entry is missing, unknown or of the wrong type; the text says which.
+            UsageError: a key is missing, unknown or of the wrong type; the text says which.
         """
-        report: Report = decode(cls, data, "report")
+        report: Report = from_plain(cls, data, "report")
         return report
