@@ -240,7 +240,7 @@ def judge(args: argparse.Namespace) -> None:
         std=about.std or None,
     )
     opened = open_data(config)
-    batches = [opened.prepare(images) for images, _ in opened.held_out_batches(64)]
+    batches = [opened.prepare(images) for images, _ in opened.val_batches(64)]
     batches = [images for images in batches if len(images) == 64]
     shape = tuple(batches[0].shape)
     exact = torch.cat([deepcopy(model).double()(images.double()) for images in batches])

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repvgg.blocks import fused
-from repvgg.data import DataConfig, OpenedData, open_data
+from repvgg.data import DataConfig, ImageData, open_data
 from repvgg.measure import environment
 from repvgg.models import ModelSpec, create_model, spec_of
 from repvgg.training import TrainConfig, fit, recipe_of, seeded
@@ -208,7 +208,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, object]:
     return {"trials": found, "best": rows}
 
 
-def bare_epochs(config: TrainConfig, data: OpenedData, epochs: int) -> list[float]:
+def bare_epochs(config: TrainConfig, data: ImageData, epochs: int) -> list[float]:
     """Images per second of each epoch of a loop that a person would write by hand over the same model and data."""
     with seeded("model", config.seed):
         model = create_model(config.model, len(data.classes), data.input_shape[0]).train()

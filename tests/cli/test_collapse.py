@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from repvgg import is_plain, load, reparameterize
 from repvgg.deploy import OnnxRunner, ProgramRunner
 from repvgg.models import resolve
-from repvgg.verify import judging
+from repvgg.verify import isolated_eval
 from tests.bn_statistics import trained_like
 
 MODEL = """
@@ -96,7 +96,7 @@ def trained(source, tmp_path):
 
 
 def run(model, x):
-    with judging(model):
+    with isolated_eval(model):
         return model(x)
 
 

@@ -31,12 +31,12 @@ def test_good_images(repvgg, photos):
     outcome = repvgg("data", "check", f"imagefolder:{photos}")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines() == [
-        "class  train  held out",
-        "cat        3         1",
-        "dog        3         2",
-        "all        6         3",
+        "class  train  validation",
+        "cat        3           1",
+        "dog        3           2",
+        "all        6           3",
         "train: smallest 12 x 10, median 12 x 10, largest 12 x 10 pixels; 6 RGB",
-        "held out: smallest 12 x 10, median 12 x 10, largest 30 x 20 pixels; 3 RGB",
+        "validation: smallest 12 x 10, median 12 x 10, largest 30 x 20 pixels; 3 RGB",
         "9 images read, 0 bad",
     ]
 
@@ -72,7 +72,7 @@ def test_everything_that_is_wrong_is_listed(repvgg, spoiled, workers):
         "converted from mode CMYK: 1",
         f"  {train}/dog/print.jpg",
         "one pixel high or wide: 1",
-        "passed over: not the name of an image: 1",
+        "ignored: no image extension: 1",
         f"  {train}/dog/movie.gif",
         "trained on and held out alike: 1",
         f"  {train}/cat/1.png = {spoiled}/val/cat/copy.png",
@@ -81,7 +81,7 @@ def test_everything_that_is_wrong_is_listed(repvgg, spoiled, workers):
         "16 images read, 3 bad",
     ):
         assert expected in lines, expected
-    assert "cat        5         2" in lines
+    assert "cat        5           2" in lines
 
 
 def test_json_has_everything(repvgg, spoiled):
@@ -100,7 +100,7 @@ def test_a_class_that_cannot_be_judged_is_bad(repvgg, photos):
     outcome = repvgg("data", "check", f"imagefolder:{photos}")
     assert outcome.code == 1
     assert "bad: Class 'emu' of" in outcome.out
-    assert "emu        1         0" in outcome.out
+    assert "emu        1           0" in outcome.out
 
 
 def test_a_limit_spreads_over_the_classes(repvgg, photos):
@@ -113,27 +113,27 @@ def test_a_limit_spreads_over_the_classes(repvgg, photos):
 def test_the_other_part_from_elsewhere(repvgg, photos):
     outcome = repvgg("data", "check", f"imagefolder:{photos}/train", "--val", f"imagefolder:{photos}/val")
     assert outcome.code == 0
-    assert "all        6         3" in outcome.out
+    assert "all        6           3" in outcome.out
     outcome = repvgg("data", "check", f"imagefolder:{photos}/train")
     assert outcome.code == 0
     assert "note: " in outcome.out
 
 
 def test_ctrl_c_keeps_what_was_counted(repvgg, photos, monkeypatch):
-    from repvgg.data.parts import FilesPart
+    from repvgg.data.splits import FileSplit
 
-    whole = FilesPart.image
+    whole = FileSplit.image
 
-    def interrupted(part, index):
-        if "dog" in part.where(index):
+    def interrupted(split, index):
+        if "dog" in split.location(index):
             raise KeyboardInterrupt
-        return whole(part, index)
+        return whole(split, index)
 
-    monkeypatch.setattr(FilesPart, "image", interrupted)
+    monkeypatch.setattr(FileSplit, "image", interrupted)
     monkeypatch.setattr("repvgg.data.workers._CHUNK", 1)
     outcome = repvgg("data", "check", f"imagefolder:{photos}")
     assert outcome.code == 130
-    assert "cat        3         0" in outcome.out
+    assert "cat        3           0" in outcome.out
     assert "interrupted after 3 of 9 images" in outcome.out
 
 
@@ -150,7 +150,7 @@ def test_streams(repvgg, tmp_path):
     uri = f"webdataset:{tmp_path}/one.tar?classes=2"
     outcome = repvgg("data", "check", uri, "--val", uri)
     assert outcome.code == 1
-    assert f"  {tmp_path}/one.tar/0.png: is not an image of any known kind" in outcome.out
+    assert f"  {tmp_path}/one.tar/0.png: is not an image of any known format" in outcome.out
     assert "8 images read, 2 bad" in outcome.out
     assert "trained on and held out alike: 3" in outcome.out
 
@@ -158,7 +158,7 @@ def test_streams(repvgg, tmp_path):
 def test_what_cannot_be_opened(refused, tmp_path):
     assert "There is no folder" in refused("data", "check", f"imagefolder:{tmp_path / 'none'}")
     assert "imagefolder:PATH" in refused("data", "check", "photos")
-    assert "limit is 1 or more" in refused("data", "check", "fake:10x2", "--limit", 0)
+    assert "limit must be at least 1" in refused("data", "check", "fake:10x2", "--limit", 0)
 
 
 def test_progress_is_told(photos):

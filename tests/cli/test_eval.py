@@ -16,7 +16,7 @@ DATA = "digits:"
 def truth(files):
     """Predictions of the train form on the held-out digits at 16x16, and the labels."""
     data = open_data(DataConfig(uri=DATA, train_size=16, channels=1))
-    images, labels = data.held_out_images(range(360))
+    images, labels = data.val_images(range(360))
     with torch.no_grad():
         return files.model(images), labels
 
@@ -89,7 +89,7 @@ def test_classes_that_do_not_match(files, refused, tmp_path):
 
 def test_files_and_data_that_are_not_there(refused, files, tmp_path):
     assert "nowhere" in refused("eval", tmp_path / "nowhere.safetensors", "--data", DATA)
-    assert "'digit' is no data set" in refused("eval", files.train, "--data", "digit")
+    assert "'digit' is not a dataset" in refused("eval", files.train, "--data", "digit")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     assert "bad.safetensors" in refused("eval", tmp_path / "bad.safetensors", "--data", DATA)
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_timm(repvgg, tmp_path):
         model = trained_like(timm.create_model("repvgg_a0", num_classes=4))
     torch.save(model.state_dict(), tmp_path / "timm.pth")
     data = open_data(DataConfig(uri="fake:40x4", train_size=32))
-    images, labels = data.held_out_images(range(8))
+    images, labels = data.val_images(range(8))
     with torch.no_grad():
         right = int((model(images).argmax(1) == labels).sum())
     outcome = repvgg("eval", tmp_path / "timm.pth", "--data", "fake:40x4", "--input-size", "32", "--json")

@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     """Held-out digits as files, in no size of the model, and something that is no image."""
     folder = tmp_path_factory.mktemp("digits")
     data = open_data(DataConfig(uri="digits:", train_size=16, channels=1))
-    images, _ = data.held_out_images(range(5))
+    images, _ = data.val_images(range(5))
     for at, image in enumerate(data.to_pixels(images)):
         pixels = (255 * image[0]).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{at}.png")
@@ -106,7 +106,7 @@ def test_what_is_refused(refused, files, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("predict", files.plain, tmp_path / "empty")
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-40])
-    assert "is cut off" in refused("predict", files.plain, tmp_path / "cut.png")
+    assert "is truncated" in refused("predict", files.plain, tmp_path / "cut.png")
     assert "at least 1" in refused("predict", files.plain, image, "--top", 0)
     assert "Name the images" in refused("predict", files.plain)
     refused("predict", tmp_path / "no.safetensors", image)

@@ -9,9 +9,9 @@ import pytest
 
 from repvgg import is_plain, load
 from repvgg.cli import main
-from repvgg.data import OpenedData
-from repvgg.data.parts import ArrayPart
+from repvgg.data import ImageData
 from repvgg.data.sources import open_source
+from repvgg.data.splits import TensorSplit
 from repvgg.errors import OutputError
 from repvgg.measure import SpeedProtocol, compare
 from repvgg.studies import quickstart as study
@@ -26,8 +26,8 @@ STAGES = ["open_data", "_train", "_collapse", "_verify", "_save", "_export", "_j
 def few_digits(config, *, seed):
     """The first 100 images of both parts."""
     source = open_source(config)
-    few = [ArrayPart("few", p.pixels[:100], p.labels[:100], p.classes) for p in (source.train, source.held_out)]
-    return OpenedData(config, replace(source, train=few[0], held_out=few[1]), seed)
+    few = [TensorSplit("few", p.pixels[:100], p.labels[:100], p.classes) for p in (source.train, source.val)]
+    return ImageData(config, replace(source, train=few[0], val=few[1]), seed)
 
 
 def one_epoch(seed):

@@ -149,7 +149,7 @@ def test_where_a_run_goes(repvgg, planned, finished):
         (("repvgg_a0", "--recipe", "nope"), "There is no recipe 'nope': choose one of paper-simple"),
         (("repvgg_a0", "--recipe"), "Say how to train"),
         (("nope", "--recipe", "quickstart"), "There is no model 'nope'"),
-        (("--recipe", "quickstart", "--data", "nope:"), "'nope:' is no data set"),
+        (("--recipe", "quickstart", "--data", "nope:"), "'nope:' is not a dataset"),
         (("--recipe", "quickstart", "--data", "imagefolder:nowhere"), "nowhere"),
         (("--recipe", "quickstart", "--config", "a.yaml"), "give either --config or --recipe"),
         (("--config", "nowhere.yaml"), "The config 'nowhere.yaml' cannot be read"),

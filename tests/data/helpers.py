@@ -1,4 +1,4 @@
-"""Folders of small images, some of them broken."""
+"""Folders of small images, and helpers for batches."""
 
 import io
 
@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from repvgg.data.drawing import epoch_order
+from repvgg.data.counter_rng import epoch_order
 
 
 def noise(seed, size=(16, 16), channels=3):
-    """An image (width, height) of seeded noise, smooth enough for JPEG."""
+    """Return an image (width, height) of seeded noise, smooth enough for JPEG."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def write_class_folders(root, counts, size=(16, 16), suffix=".png", seed=0):
-    """Class folders below ``root``, each with so many images; returns the paths by class."""
+    """Write class folders with ``counts[name]`` images each; return the paths by class."""
     paths = {}
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
@@ -27,26 +27,26 @@ def write_class_folders(root, counts, size=(16, 16), suffix=".png", seed=0):
     return paths
 
 
-def write_split(root, train, val, **how):
-    write_class_folders(root / "train", train, **how)
-    write_class_folders(root / "val", val, seed=1, **how)
+def write_splits(root, train, val, **options):
+    write_class_folders(root / "train", train, **options)
+    write_class_folders(root / "val", val, seed=1, **options)
     return root
 
 
-def encoded(image, kind_of_file="PNG", **how):
+def encoded(image, file_format="PNG", **options):
     file = io.BytesIO()
-    image.save(file, kind_of_file, **how)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
-def truncated(path):
-    """Cut the second half of a file off."""
+def truncate(path):
+    """Cut off the second half of a file."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
 
 
 def run(loader, epoch=0, skip=0):
-    """The batches of an epoch."""
+    """Return the batches of an epoch."""
     loader.set_epoch(epoch)
     loader.skip(skip)
     return [(images.clone(), labels.clone()) for images, labels in loader]
@@ -63,5 +63,5 @@ def order_of(seed, epoch, length):
     return epoch_order(seed, epoch, length).tolist()
 
 
-def joined(lists):
-    return [one for some in lists for one in some]
+def flatten(lists):
+    return [item for items in lists for item in items]

@@ -5,12 +5,12 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from repvgg.data import Augment, DataConfig
-from repvgg.data.uri import parse_uri
+from repvgg.data.config import parse_uri
 from repvgg.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"crop": "centre"}, "'random-resized'"),
         ({"policy": "auto"}, "'trivialaugment'"),
@@ -22,42 +22,42 @@ from repvgg.errors import UsageError
         ({"erase": -0.1}, "probability"),
         ({"erase_size": 0.0}, "erase_size"),
         ({"randaugment_magnitude": 31}, "magnitude"),
-        ({"randaugment_ops": 0}, "1 or more"),
+        ({"randaugment_ops": 0}, "at least 1 operation"),
     ],
 )
-def test_augment_refuses(wrong, says):
-    with pytest.raises(UsageError, match=says):
+def test_augment_rejects_invalid_values(wrong, message):
+    with pytest.raises(UsageError, match=message):
         Augment(**wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"train_size": 0}, "train_size"),
         ({"test_size": -3}, "test_size"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
         ({"interpolation": "nearest"}, "'bicubic'"),
         ({"channels": 2}, "channels"),
-        ({"mean": (0.5, 0.5)}, "one number a channel"),
-        ({"channels": 3, "std": (1.0,)}, "one number a channel"),
+        ({"mean": (0.5, 0.5)}, "one number per channel"),
+        ({"channels": 3, "std": (1.0,)}, "one number per channel"),
         ({"std": (0.0,)}, "positive"),
         ({"workers": -1}, "workers"),
         ({"on_bad": "ignore"}, "'skip'"),
         ({"cache": "disk"}, "'memory'"),
     ],
 )
-def test_config_refuses(wrong, says):
-    with pytest.raises(UsageError, match=says):
+def test_config_rejects_invalid_values(wrong, message):
+    with pytest.raises(UsageError, match=message):
         DataConfig(**wrong)
 
 
-def test_configs_are_values():
+def test_configs_are_frozen_values():
     assert DataConfig() == DataConfig(augment=Augment())
     with pytest.raises(FrozenInstanceError):
         DataConfig().uri = "fake:"
 
 
-def test_importing_them_is_cheap():
+def test_importing_configs_does_not_import_torchvision():
     code = "import sys; from repvgg.data import Augment, DataConfig; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "repvgg.data.config" in modules
@@ -76,18 +76,18 @@ def test_importing_them_is_cheap():
         ("webdataset:x-?.tar?length=5", "webdataset", "x-?.tar", {"length": "5"}),
     ],
 )
-def test_uris(text, scheme, rest, options):
+def test_parse_uri(text, scheme, rest, options):
     uri = parse_uri(text)
     assert (uri.scheme, uri.rest, uri.options) == (scheme, rest, options)
 
 
 @pytest.mark.parametrize("text", ["", "digits", "ftp:x", "/data/photos"])
-def test_other_uris_are_refused(text):
+def test_parse_uri_rejects_unknown_schemes(text):
     with pytest.raises(UsageError, match="imagefolder:PATH"):
         parse_uri(text)
 
 
-def test_options_are_checked():
+def test_uri_options_are_checked():
     uri = parse_uri("hf:name?length=many&pages=3")
     with pytest.raises(UsageError, match="'pages'"):
         uri.check_options("length")

@@ -9,7 +9,7 @@ from repvgg.errors import ExportError, UsageError
 
 
 def write(path, inputs=("x",), kind=TensorProto.FLOAT, op="Relu"):
-    """A graph of one node on inputs of shape (N, 2)."""
+    """Write a graph of one node on inputs of shape (N, 2)."""
     values = [helper.make_tensor_value_info(name, kind, ["N", 2]) for name in inputs]
     out = helper.make_tensor_value_info("y", kind, ["N", 2])
     graph = helper.make_graph([helper.make_node(op, list(inputs), ["y"])], "graph", values, [out])
@@ -17,7 +17,7 @@ def write(path, inputs=("x",), kind=TensorProto.FLOAT, op="Relu"):
     return path
 
 
-def test_runs(tmp_path):
+def test_runner_equals_torch(tmp_path):
     runner = OnnxRunner(write(tmp_path / "relu.onnx"))
     x = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.5, -2.0]], requires_grad=True)
     assert_close(runner(x), x.detach().relu())
@@ -27,16 +27,16 @@ def test_runs(tmp_path):
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)])
-def test_other_inputs_are_refused(tmp_path, x):
+def test_inputs_of_other_shape_or_dtype_are_rejected(tmp_path, x):
     with pytest.raises(UsageError, match=r"torch.float32 of shape \(N, 2\)"):
         OnnxRunner(write(tmp_path / "relu.onnx"))(x)
 
 
-def test_files_that_are_no_networks(tmp_path, capfd):
+def test_invalid_files_are_rejected(tmp_path, capfd):
     (tmp_path / "text.onnx").write_text("not a network")
     (tmp_path / "empty.onnx").touch()
-    whole = write(tmp_path / "whole.onnx").read_bytes()
-    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    complete = write(tmp_path / "complete.onnx").read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(complete[: len(complete) // 2])
     for name in ("text", "empty", "cut"):
         with pytest.raises(ExportError, match=f"{name}.onnx' cannot be loaded"):
             OnnxRunner(tmp_path / f"{name}.onnx")
@@ -46,14 +46,14 @@ def test_files_that_are_no_networks(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_networks_of_another_kind(tmp_path):
+def test_networks_with_other_inputs_are_rejected(tmp_path):
     two = write(tmp_path / "two.onnx", inputs=("a", "b"), op="Add")
-    whole_numbers = write(tmp_path / "int.onnx", kind=TensorProto.INT32)
-    for path in (two, whole_numbers):
+    integers = write(tmp_path / "int.onnx", kind=TensorProto.INT32)
+    for path in (two, integers):
         with pytest.raises(ExportError, match="is not a network from one"):
             OnnxRunner(path)
 
 
-def test_threads(tmp_path):
-    with pytest.raises(UsageError, match="not 0"):
+def test_invalid_threads_are_rejected(tmp_path):
+    with pytest.raises(UsageError, match="threads must be at least 1, got 0"):
         OnnxRunner(write(tmp_path / "relu.onnx"), threads=0)

@@ -18,7 +18,7 @@ def small(seed=0):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_ships(tmp_path, suffix):
+def test_shipped_file_is_verified(tmp_path, suffix):
     shipped = ship(small(), small(), tmp_path / f"a{suffix}", SHAPE)
     assert os.listdir(tmp_path) == [f"a{suffix}"]
     if suffix == ".safetensors":
@@ -30,7 +30,7 @@ def test_ships(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_what_computes_something_else_is_not_shipped(tmp_path, suffix):
+def test_unequal_model_is_not_shipped(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_text("precious")
     with pytest.raises(EquivalenceError):
         ship(small(), small(1), tmp_path / f"a{suffix}", SHAPE, overwrite=True)
@@ -38,17 +38,17 @@ def test_what_computes_something_else_is_not_shipped(tmp_path, suffix):
     assert os.listdir(tmp_path) == [f"a{suffix}"]
 
 
-def test_a_file_that_does_not_run_is_not_shipped(tmp_path, monkeypatch):
+def test_file_that_does_not_run_is_not_shipped(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("nothing\nhere")
 
     monkeypatch.setattr("repvgg.deploy.shipping.ProgramRunner", lambda path: broken)
-    with pytest.raises(ExportError, match=r"does not run: nothing$"):
+    with pytest.raises(ExportError, match=r"does not run: nothing\.$"):
         ship(small(), small(), tmp_path / "a.pt2", SHAPE)
     assert os.listdir(tmp_path) == []
 
 
-def test_targets(tmp_path):
+def test_invalid_targets_are_rejected(tmp_path):
     with pytest.raises(UsageError, match=r"end '.*a\.bin' in one of"):
         ship(small(), small(), tmp_path / "a.bin", SHAPE)
     (tmp_path / "a.pt2").touch()
@@ -56,7 +56,7 @@ def test_targets(tmp_path):
         ship(small(), small(), tmp_path / "a.pt2", SHAPE)
 
 
-def test_images():
+def test_sizes_of_images_for():
     sizes = [tuple(batch.shape) for batch in images_for(small(), SHAPE)]
     assert sizes == [(2, 3, 9, 11), (2, 3, 11, 15), (2, 3, 13, 17)]
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 11, 2)).double()
@@ -76,7 +76,7 @@ class Classes(nn.Module):
 
 
 class Counting(nn.Module):
-    """Writes to a buffer in every call."""
+    """Increment a buffer in every call."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ class Counting(nn.Module):
         return x.flatten(1)
 
 
-def test_images_leave_the_model_as_it_was():
+def test_images_for_leaves_the_model_unchanged():
     model = Counting().train()
     before = copy.deepcopy(model.state_dict())
     images_for(model, SHAPE)
@@ -95,14 +95,14 @@ def test_images_leave_the_model_as_it_was():
     assert_close(dict(model.state_dict()), dict(before))
 
 
-def test_weights_that_share_memory(tmp_path):
+def test_shared_weights(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
     export_weights(model, tmp_path / "a.safetensors", SHAPE)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-class Odd(nn.Module):
+class ExtraState(nn.Module):
     def get_extra_state(self):
         return {"any": "thing"}
 
@@ -110,19 +110,19 @@ class Odd(nn.Module):
         pass
 
 
-def test_state_that_is_no_tensor(tmp_path):
-    with pytest.raises(ExportError, match="keeps state that is no tensor, '_extra_state'"):
-        export_weights(Odd(), tmp_path / "a.safetensors", SHAPE)
+def test_state_that_is_not_a_tensor_is_rejected(tmp_path):
+    with pytest.raises(ExportError, match="has state that is not a tensor, '_extra_state'"):
+        export_weights(ExtraState(), tmp_path / "a.safetensors", SHAPE)
 
 
-def test_what_reads_back_as_something_else(tmp_path, monkeypatch):
-    from repvgg.deploy import weights_file
+def test_file_that_reads_back_differently_is_rejected(tmp_path, monkeypatch):
+    from repvgg.deploy import safetensors_file
 
-    def flipped(path, tensors, header, **more):
+    def perturbed(path, tensors, header, **more):
         return save(path, {name: tensor + 1e-7 for name, tensor in tensors.items()}, header, **more)
 
-    save = weights_file.save_tensors
-    monkeypatch.setattr(weights_file, "save_tensors", flipped)
-    with pytest.raises(ExportError, match="reads back as something else, in 'weight' first"):
+    save = safetensors_file.save_tensors
+    monkeypatch.setattr(safetensors_file, "save_tensors", perturbed)
+    with pytest.raises(ExportError, match="does not read back as it was written: 'weight' differs"):
         export_weights(nn.Linear(2, 2, bias=False), tmp_path / "a.safetensors", SHAPE)
     assert os.listdir(tmp_path) == []

@@ -35,7 +35,7 @@ def preload():
 
 PRELOADED = (
     "matplotlib.backends.backend_agg",
-    "repvgg.data.sources.synthetic",
+    "repvgg.data.sources.local",
     "repvgg.training.run_folder",
     "safetensors.torch",
     "torch.utils.tensorboard",

@@ -57,7 +57,7 @@ def test_the_average_is_judged(monkeypatch):
     def judge(history, weights):
         other = tiny()
         other.load_state_dict(weights)
-        kept.append((history[-1].held_out_accuracy, evaluate(other, data.held_out_batches(8), data.prepare).accuracy))
+        kept.append((history[-1].held_out_accuracy, evaluate(other, data.val_batches(8), data.prepare).accuracy))
 
     result = fit(model, data, config, progress=False, on_epoch=judge)
     assert len(kept) == 2

@@ -91,7 +91,7 @@ def test_branches_that_come_back_compute_the_same(checkpoints, tmp_path):
     assert not is_plain(start.model)
     assert start.notes[1] == "expanded 7 convolutions into branches that compute the same"
     data = opened()
-    images = data.held_out_images(range(19))[0].double()
+    images = data.val_images(range(19))[0].double()
     with torch.no_grad():
         found, expected = start.model.double().eval()(images), plain.double().eval()(images)
     assert_close(found, expected, rtol=1e-5, atol=1e-5)  # weights were rounded to float32 on the way

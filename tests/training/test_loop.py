@@ -90,9 +90,9 @@ def test_learns_and_records_every_epoch():
     assert all(record.images_per_second > 0 for record in result.history)
     assert not any(module.training for module in model.modules())
     assert all(value.is_contiguous() for value in model.state_dict().values())
-    again = evaluate(model, data.held_out_batches(100), data.prepare)
+    again = evaluate(model, data.val_batches(100), data.prepare)
     assert_close(result.validation.logits, again.logits)
-    assert len(result.validation.labels) == data.num_held_out
+    assert len(result.validation.labels) == data.num_val
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -169,7 +169,7 @@ def python_hears_ctrl_c():
 
 
 @pytest.mark.usefixtures("python_hears_ctrl_c")
-@pytest.mark.parametrize("part", ["train_batches", "held_out_batches"])
+@pytest.mark.parametrize("part", ["train_batches", "val_batches"])
 def test_ctrl_c_is_ctrl_c(part):
     seen = []
 
@@ -353,7 +353,7 @@ def test_augmentation_is_a_matter_of_training_only():
     seen = []
     data = watched(lambda batch: seen.append(batch[0].clone()))
     fit(tiny(), data, CONFIG, progress=False)
-    held_out = [torch.cat([images for images, _ in opened().held_out_batches(8)]) for _ in range(2)]
+    held_out = [torch.cat([images for images, _ in opened().val_batches(8)]) for _ in range(2)]
     assert_close(held_out[0], held_out[1], rtol=0, atol=0)
     first, second = torch.cat(seen[:6]), torch.cat(seen[6:])
     whole = {tuple(image.flatten().tolist()) for image in first}

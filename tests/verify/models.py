@@ -1,4 +1,4 @@
-"""Small models with trained-like statistics, and their counterparts folded by hand."""
+"""Small models with the batch-norm statistics of trained ones, and copies folded by PyTorch."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def trained_like(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Statistics under which every term of a fold counts; the model is left in training mode."""
+    """Set statistics at which every term of a fold matters; the model stays in training mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -46,7 +46,7 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy in the same dtype, each batch norm folded into its convolution in float64 by PyTorch's own formula."""
+    """Return a copy in the same dtype, with each batch norm folded in float64 by PyTorch's own function."""
     out = copy.deepcopy(model).double().eval()
     for block in (out.first, out.second):
         block[0] = fuse_conv_bn_eval(block[0], block[1])

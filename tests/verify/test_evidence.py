@@ -24,12 +24,12 @@ GOOD = Evidence(
 )
 
 
-def test_it_is_frozen():
+def test_evidence_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GOOD.relative = 0.0
 
 
-def test_passing_is_a_matter_of_tolerance_and_problems():
+def test_passed_depends_on_tolerance_and_problems():
     assert GOOD.passed
     assert GOOD.reasons == ()
     assert GOOD.raise_if_failed() is GOOD
@@ -39,35 +39,35 @@ def test_passing_is_a_matter_of_tolerance_and_problems():
     assert not dataclasses.replace(GOOD, problems=("it is odd",)).passed
 
 
-def test_a_failure_is_one_sentence_that_says_where_to_look():
+def test_failure_is_one_sentence_with_the_origin_of_the_error():
     rounding = dataclasses.replace(GOOD, relative=1e-3)
     with pytest.raises(EquivalenceError, match=r"^The candidate .* so this is rounding in float32\.$") as caught:
         rounding.raise_if_failed()
     assert "\n" not in str(caught.value)
     conversion = dataclasses.replace(GOOD, relative=1e-3, fold_error=1e-3)
-    with pytest.raises(EquivalenceError, match=r"made in block7 \(7\.0e-07\)\.$"):
+    with pytest.raises(EquivalenceError, match=r"largest error of its own is block7 \(7\.0e-07\)\.$"):
         conversion.raise_if_failed()
     with pytest.raises(EquivalenceError, match=r"^The candidate is not equal to the reference: it is odd\.$"):
         dataclasses.replace(GOOD, problems=("it is odd",)).raise_if_failed()
 
 
-def test_the_worst_layers_come_first():
+def test_worst_layers_are_sorted_by_error():
     assert [layer.name for layer in GOOD.worst_layers(3)] == ["block7", "block6", "block5"]
     assert len(GOOD.worst_layers(100)) == 7
 
 
-def test_the_text_holds_every_figure():
+def test_text_contains_every_number():
     text = repr(GOOD)
     assert text == str(GOOD)
     lines = text.splitlines()
     assert lines[0] == "passed"
-    for figure in ("1.0e-06", "2.0e-06", "4.0e-06", "5.0e-07", "1.0e-08", "3/4", "block7", "something was skipped"):
-        assert figure in text
+    for expected in ("1.0e-06", "2.0e-06", "4.0e-06", "5.0e-07", "1.0e-08", "3/4", "block7", "something was skipped"):
+        assert expected in text
     assert "4 samples in 1 batch" in text
     assert repr(dataclasses.replace(GOOD, relative=1.0)).startswith("FAILED: ")
 
 
-def test_the_dict_is_json_even_where_figures_are_not_finite():
+def test_to_dict_is_json_even_if_numbers_are_not_finite():
     bad = dataclasses.replace(GOOD, absolute=math.inf, relative=math.inf, problems=("a NaN",))
     read = json.loads(json.dumps(bad.to_dict(), allow_nan=False))
     assert read["passed"] is False

@@ -11,23 +11,23 @@ from tests.verify.models import conv_bn_relu, folded, net, trained_like
 IMAGES = border_inputs((6, 3, 10, 10), batches=1)
 
 
-def rows(evidence):
+def by_name(evidence):
     return {layer.name: layer for layer in evidence.layers}
 
 
-def test_units_of_equal_models_are_the_leaves_with_parameters():
+def test_units_of_equal_models_are_leaves_with_parameters():
     model = net()
     assert matching_units(model, copy.deepcopy(model)) == ["first.0", "first.1", "second.0", "second.1", "head"]
 
 
-def test_a_folded_batch_norm_makes_its_parent_the_unit():
+def test_parent_of_a_folded_batch_norm_is_a_unit():
     model = net()
     candidate = copy.deepcopy(model)
     candidate.second = folded(model).second
     assert matching_units(model, candidate) == ["first.0", "first.1", "second", "head"]
 
 
-def test_branches_against_one_convolution_are_a_unit():
+def test_merged_branches_are_a_unit():
     def block(conv: nn.Module) -> nn.Module:
         return nn.Sequential(nn.Sequential(conv, nn.ReLU()), nn.Conv2d(4, 4, 1))
 
@@ -35,19 +35,19 @@ def test_branches_against_one_convolution_are_a_unit():
     assert matching_units(block(branches), block(nn.Conv2d(3, 4, 3))) == ["0.0", "1"]
 
 
-def test_a_root_that_differs_still_shows_its_containers():
+def test_containers_of_a_differing_root_are_walked():
     model, candidate = net(), net()
     model.auxiliary = nn.Linear(8, 2)
     assert matching_units(model, candidate) == ["first.0", "first.1", "second.0", "second.1"]
     assert matching_units(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)) == []
 
 
-def test_the_layer_that_errs_is_told_from_the_layers_behind_it():
+def test_own_error_is_separated_from_that_of_earlier_layers():
     model = net()
     candidate = copy.deepcopy(model)
     with torch.no_grad():
         candidate.second[0].weight.mul_(1.01)
-    table = rows(verify(model, candidate, IMAGES))
+    table = by_name(verify(model, candidate, IMAGES))
     assert list(table) == ["first.0", "first.1", "second.0", "second.1", "head"]
     assert table["second.0"].made_here == pytest.approx(0.01, rel=1e-3)
     assert table["second.0"].arriving == pytest.approx(0.01, rel=1e-3)
@@ -57,20 +57,20 @@ def test_the_layer_that_errs_is_told_from_the_layers_behind_it():
     assert min(table["second.1"].arriving, table["head"].arriving) > 1e-3
 
 
-def test_an_in_place_relu_does_not_reach_what_was_captured():
-    """Each batch norm here is followed by one; were its output overwritten, both rows would compare ReLUs."""
+def test_in_place_relu_does_not_change_captured_outputs():
+    """Both batch norms are followed by an in-place ReLU, which would overwrite an output that is not cloned."""
     model = net()
     candidate = copy.deepcopy(model)
     with torch.no_grad():
         candidate.first[1].bias.sub_(100.0)
         model.first[1].bias.sub_(50.0)
-    table = rows(verify(model, candidate, IMAGES))
+    table = by_name(verify(model, candidate, IMAGES))
     assert table["first.1"].made_here > 0.5
     assert table["first.1"].arriving > 0.5
     assert table["second.0"].made_here == 0.0, "all zeros on both sides"
 
 
-def test_an_input_that_is_written_over_later_is_kept_as_it_was():
+def test_captured_input_survives_a_later_in_place_add():
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -81,7 +81,7 @@ def test_an_input_that_is_written_over_later_is_kept_as_it_was():
             return x.add_(self.body(x))
 
     model = Residual()
-    assert rows(verify(model, copy.deepcopy(model), IMAGES))["body"].made_here < 1e-6
+    assert by_name(verify(model, copy.deepcopy(model), IMAGES))["body"].made_here < 1e-6
 
 
 class Pair(nn.Conv2d):
@@ -101,16 +101,16 @@ class Shared(nn.Module):
         return self.pair(self.once(self.twice(self.twice(x))))[0]
 
 
-def test_units_without_one_output_are_left_out_and_named():
+def test_units_without_a_single_output_are_left_out_and_named():
     model = Shared()
     evidence = verify(model, copy.deepcopy(model), IMAGES)
     assert evidence.passed
     assert [layer.name for layer in evidence.layers] == ["once"]
-    assert "no row for twice, never, pair" in evidence.notes[0]
+    assert "no errors of twice, never, pair" in evidence.notes[0]
 
 
 class Stateful(nn.Module):
-    """The second unit needs what its parent hands over by hand."""
+    """The second unit depends on state that its parent sets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,34 +136,39 @@ class Guarded(nn.Module):
         return x * self.weight * scale
 
 
-def test_a_unit_that_cannot_be_run_alone_has_no_error_of_its_own():
+def test_unit_that_cannot_run_alone_has_no_own_error():
     model = Stateful()
     evidence = verify(model, copy.deepcopy(model), IMAGES)
     assert evidence.passed
-    table = rows(evidence)
+    table = by_name(evidence)
     assert table["guarded"].made_here is None
     assert table["guarded"].arriving < 1e-6
     assert "guarded" not in [layer.name for layer in evidence.worst_layers()]
 
 
-def test_keyword_arguments_reach_a_unit_that_is_run_alone():
+def test_keyword_arguments_are_passed_to_a_unit_run_alone():
     model = Stateful()
     model.guarded.__dict__["open"] = True
     candidate = copy.deepcopy(model)
     candidate.guarded.register_forward_pre_hook(lambda module, args: module.__dict__.update(open=True))
-    assert rows(verify(model, candidate, IMAGES))["guarded"].made_here < 1e-6
+    assert by_name(verify(model, candidate, IMAGES))["guarded"].made_here < 1e-6
 
 
-def test_only_a_few_images_are_used():
+def test_only_four_images_are_used():
     seen = []
     model = nn.Sequential(conv_bn_relu(3, 4), nn.Flatten())
     candidate = copy.deepcopy(trained_like(model))
     candidate[0][0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     assert verify(model, candidate, IMAGES).layers
-    assert sorted(seen) == [4, 4, 6, 6]  # unit alone, few end to end; all as it is, all in float64
+    assert sorted(seen) == [
+        4,
+        4,
+        6,
+        6,
+    ]  # 4: the unit alone, and end to end; 6: both dtypes
 
 
-def test_hooks_are_gone_after_an_error_too():
+def test_hooks_are_removed_after_an_error():
     model = net()
 
     class Failing(nn.Sequential):

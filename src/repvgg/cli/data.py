@@ -75,35 +75,35 @@ def _print(report: CheckReport) -> None:
     _print_parts(report)
     for note in report.notes:
         write_line(f"note: {note}")
-    if report.disagreement is not None:
-        write_line(f"bad: {report.disagreement}")
-    kinds = Counter(bad.kind for bad in report.bad)
+    if report.mismatch is not None:
+        write_line(f"bad: {report.mismatch}")
+    kinds = Counter(bad.kind for bad in report.corrupt)
     for kind in kinds:
-        _print_list(f"bad, {kind}", [f"{bad.where}: {bad.why}" for bad in report.bad if bad.kind == kind])
+        _print_list(f"bad, {kind}", [f"{bad.location}: {bad.reason}" for bad in report.corrupt if bad.kind == kind])
     for remark, places in report.remarks.items():
         _print_list(remark, places)
     _print_list("trained on and held out alike", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
     _print_list("the same image in two classes", [f"{one} = {other}" for one, other in report.conflicts])
-    read = sum(part.images for part in report.parts)
+    read = sum(split.images for split in report.splits)
     if not report.complete:
         write_line(f"interrupted after {read} of {report.total or 'unknown'} images")
-    write_line(f"{read} images read, {len(report.bad)} bad")
+    write_line(f"{read} images read, {len(report.corrupt)} bad")
 
 
 def _print_parts(report: CheckReport) -> None:
     """A table of classes, and one of sizes and modes."""
     from repvgg.cli.terminal import write_line, write_table
 
-    train, held_out = report.parts
-    names = sorted({*train.classes, *held_out.classes}, key=_in_order)
-    rows = [(name, f"{train.classes[name]}", f"{held_out.classes[name]}") for name in names]
-    write_table([("class", train.name, held_out.name), *rows, ("all", f"{train.images}", f"{held_out.images}")])
-    for part in report.parts:
-        spread = part.spread()
+    train, val = report.splits
+    names = sorted({*train.classes, *val.classes}, key=_in_order)
+    rows = [(name, f"{train.classes[name]}", f"{val.classes[name]}") for name in names]
+    write_table([("class", train.name, val.name), *rows, ("all", f"{train.images}", f"{val.images}")])
+    for split in report.splits:
+        spread = split.size_range()
         if spread:
             smallest, median, largest = (f"{width} x {height}" for width, height in spread)
-            modes = ", ".join(f"{count} {mode}" for mode, count in part.modes.most_common())
-            write_line(f"{part.name}: smallest {smallest}, median {median}, largest {largest} pixels; {modes}")
+            modes = ", ".join(f"{count} {mode}" for mode, count in split.modes.most_common())
+            write_line(f"{split.name}: smallest {smallest}, median {median}, largest {largest} pixels; {modes}")
 
 
 def _in_order(name: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import tyro
 from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
-    from repvgg.data import OpenedData
+    from repvgg.data import ImageData
     from repvgg.models import LoadedModel
     from repvgg.training import Evaluation
 
@@ -68,7 +68,7 @@ def eval_(
         _tell(results, opened)
 
 
-def _check_classes(loaded: LoadedModel, data: OpenedData) -> None:
+def _check_classes(loaded: LoadedModel, data: ImageData) -> None:
     ours, theirs = loaded.metadata.classes, data.classes
     if loaded.model.num_classes != len(theirs):
         raise UsageError(f"The model tells {loaded.model.num_classes} classes apart, but {data.uri} has {len(theirs)}.")
@@ -79,7 +79,7 @@ def _check_classes(loaded: LoadedModel, data: OpenedData) -> None:
         )
 
 
-def _judge(loaded: LoadedModel, data: OpenedData, form: str, batch: int) -> dict[str, Evaluation]:
+def _judge(loaded: LoadedModel, data: ImageData, form: str, batch: int) -> dict[str, Evaluation]:
     from repvgg.cli.terminal import busy
     from repvgg.models import collapse_loaded
     from repvgg.training import evaluate
@@ -90,14 +90,14 @@ def _judge(loaded: LoadedModel, data: OpenedData, form: str, batch: int) -> dict
     results = {}
     with busy("judging"):
         if have == "train" and form in ("both", "train"):
-            results["train form"] = evaluate(loaded.model, data.held_out_batches(batch), data.prepare)
+            results["train form"] = evaluate(loaded.model, data.val_batches(batch), data.prepare)
         if form in ("both", "plain"):
             plain = loaded if have == "plain" else collapse_loaded(loaded)
-            results["plain form"] = evaluate(plain.model, data.held_out_batches(batch), data.prepare)
+            results["plain form"] = evaluate(plain.model, data.val_batches(batch), data.prepare)
     return results
 
 
-def _tell(results: dict[str, Evaluation], data: OpenedData) -> None:
+def _tell(results: dict[str, Evaluation], data: ImageData) -> None:
     from repvgg.cli.terminal import write_line, write_table
 
     rows = [["form", "top-1", "top-5", "mean of classes", "right", "images"]]
@@ -118,6 +118,6 @@ def _tell(results: dict[str, Evaluation], data: OpenedData) -> None:
         write_line(f"{int((one.predictions == other.predictions).sum()):,} of {len(one.labels):,} predictions agree")
 
 
-def _per_class(result: Evaluation, data: OpenedData) -> dict[str, Any]:
+def _per_class(result: Evaluation, data: ImageData) -> dict[str, Any]:
     shares = [None if value != value else value for value in result.per_class.tolist()]
     return {"per_class": dict(zip(data.classes, shares, strict=True))}

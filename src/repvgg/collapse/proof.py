@@ -25,7 +25,7 @@ from repvgg.collapse.capture import Capture, capture, has_hooks, hooks_of, is_pl
 from repvgg.collapse.plan import Plan, Reasons
 from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
-from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, judging, verify
+from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, isolated_eval, verify
 
 NOT_RUN = "not run on its own"
 _IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # tried in turn: some networks shrink a small image to nothing
@@ -140,7 +140,7 @@ def _compare(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Seque
     device = torch.device("cpu") if like is None else like.device
     reference = _SingleTensorModule(_without_hooks(old), arguments, device)
     candidate = _SingleTensorModule(_without_hooks(new), arguments, device)
-    with judging(candidate), warnings.catch_warnings():
+    with isolated_eval(candidate), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             evidence = verify(reference, lambda x: candidate(x.to(device)), x)

@@ -1,46 +1,60 @@
-"""Data: images by URI, what is drawn for them, and loaders that give the same batches however they are run.
+"""Datasets by URI, and loaders whose batches do not depend on the number of workers or ranks.
 
-Configs come at once; sources, loaders and transforms are loaded on first use, since PIL and torchvision take longer
-to import than all the rest.
+The configs are imported at once. Loaders and transforms are imported on first use: PIL and torchvision take longer to
+import than all of repvgg, and come with the extra ``train``.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from repvgg.data.augment import AffineJitter
-from repvgg.data.config import Augment, DataConfig
+from repvgg.data.config import AffineJitter, Augment, DataConfig
+from repvgg.errors import require
 
 if TYPE_CHECKING:
-    from repvgg.data.bad import BadImages
-    from repvgg.data.checking import CheckReport, check_data
-    from repvgg.data.loading import HeldOutLoader, TrainLoader
-    from repvgg.data.opening import OpenedData, open_data
+    from repvgg.data.check import CheckReport, check_data
+    from repvgg.data.dataset import ImageData, list_images, open_data, read_images
+    from repvgg.data.decode import CorruptImageLog
+    from repvgg.data.loaders import TrainLoader, ValLoader
 
-_ON_FIRST_USE = {
-    "BadImages": "bad",
-    "CheckReport": "checking",
-    "HeldOutLoader": "loading",
-    "OpenedData": "opening",
-    "TrainLoader": "loading",
-    "check_data": "checking",
-    "open_data": "opening",
+    BadImages = CorruptImageLog
+    HeldOutLoader = ValLoader
+    OpenedData = ImageData
+
+_LAZY = {
+    "CheckReport": "check",
+    "CorruptImageLog": "decode",
+    "ImageData": "dataset",
+    "TrainLoader": "loaders",
+    "ValLoader": "loaders",
+    "check_data": "check",
+    "list_images": "dataset",
+    "open_data": "dataset",
+    "read_images": "dataset",
 }
+_ALIASES = {"BadImages": "CorruptImageLog", "HeldOutLoader": "ValLoader", "OpenedData": "ImageData"}  # former names
 
 __all__ = [
     "AffineJitter",
     "Augment",
     "BadImages",
     "CheckReport",
+    "CorruptImageLog",
     "DataConfig",
     "HeldOutLoader",
+    "ImageData",
     "OpenedData",
     "TrainLoader",
+    "ValLoader",
     "check_data",
+    "list_images",
     "open_data",
+    "read_images",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return getattr(importlib.import_module(f"repvgg.data.{_ON_FIRST_USE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    target = _ALIASES.get(name, name)
+    if target not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("PIL", "train")  # the modules below import it at their top
+    return getattr(importlib.import_module(f"repvgg.data.{_LAZY[target]}"), target)

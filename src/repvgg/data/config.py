@@ -1,4 +1,7 @@
-"""Where images come from and what is done to them, as two values: part of a recipe, importable without torchvision."""
+"""Data configuration as plain values: where images come from and how they are transformed.
+
+Recipes import this module, so it needs neither PIL nor torchvision.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
-from repvgg.data.augment import AffineJitter
 from repvgg.errors import UsageError
 
 Crop = Literal["none", "random-resized", "pad"]
@@ -16,44 +18,68 @@ OnBad = Literal["raise", "skip"]
 Cache = Literal["auto", "memory", "none"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCHEMES = ("imagefolder", "torchvision", "hf", "webdataset", "digits", "fake")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
+        raise UsageError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def _range(name: str, values: tuple[float, float], highest: float) -> None:
+def _check_range(name: str, values: tuple[float, float], highest: float) -> None:
     if len(values) != 2 or not 0 < values[0] <= values[1] <= highest or math.isinf(values[1]):
         limit = "" if math.isinf(highest) else f" up to {highest:g}"
-        raise UsageError(f"{name} is a pair of positive numbers{limit}, the smaller first, not {values}.")
+        raise UsageError(f"{name} must be a pair of positive numbers{limit}, the smaller first, got {values}.")
+
+
+@final
+@dataclass(frozen=True)
+class AffineJitter:
+    """Ranges of a random affine transform; each amount is drawn uniformly.
+
+    Attributes:
+        degrees: rotation in −degrees … +degrees.
+        translate: shift by at most this fraction of height and width.
+        scale: zoom by 1 − scale … 1 + scale.
+
+    Raises:
+        UsageError: a value is negative or too large.
+    """
+
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.degrees <= 180 and 0 <= self.translate < 1 and 0 <= self.scale < 1):
+            raise UsageError(f"A jitter takes degrees in [0, 180] and translate and scale in [0, 1), got {self}.")
 
 
 @final
 @dataclass(frozen=True)
 class Augment:
-    """What is drawn anew for every training image, in this order: crop, jitter, pad-crop, flip, policy, erase.
+    """Random transforms of training images, applied in this order: crop, jitter, pad-crop, flip, policy, erase.
 
     Attributes:
-        crop: "random-resized": a random part, resized (Inception); "pad": a part of the image with a reflected border;
-            "none": the image as it is judged by.
-        crop_padding: of "pad", in pixels.
-        crop_scale: of "random-resized", the range of the part's area as a fraction of the image's.
-        crop_ratio: of "random-resized", the range of width / height of the part; drawn log-uniformly.
-        flip: probability that left and right change places.
-        policy: a series of colour and geometry changes: AutoAugment as found for ImageNet or for CIFAR-10, RandAugment,
-            TrivialAugment (wide).
-        randaugment_ops: changes an image of "randaugment".
-        randaugment_magnitude: their strength, 0 … 30.
-        erase: probability that a square is greyed out (cutout).
-        erase_size: side of the square as a fraction of the image's; its centre lies anywhere in the image.
-        jitter: turned, moved and resized.
+        crop: "random-resized": a random region, resized (Inception); "pad": a window of the image padded by
+            reflection; "none": the deterministic crop of validation images.
+        crop_padding: pixels of padding of "pad".
+        crop_scale: range of the region's area for "random-resized", as a fraction of the image's area.
+        crop_ratio: range of the region's width / height for "random-resized"; drawn log-uniformly.
+        flip: probability of a horizontal flip.
+        policy: a sequence of colour and geometry operations: the AutoAugment policies of ImageNet or CIFAR-10,
+            RandAugment, or TrivialAugment (wide).
+        randaugment_ops: operations per image of "randaugment".
+        randaugment_magnitude: their magnitude, 0 … 30.
+        erase: probability that a square is filled with grey (cutout).
+        erase_size: side of the square as a fraction of the image's; its centre may be any pixel.
+        jitter: rotation, shift and zoom.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of its range.
 
     Sources: C. Szegedy et al. 2015 (random-resized), T. DeVries and G. Taylor 2017 (cutout), E. Cubuk et al. 2018
-    (AutoAugment) and 2019 (RandAugment), S. Müller and F. Hutter 2021 (TrivialAugment); the policies are torchvision's.
+    (AutoAugment) and 2019 (RandAugment), S. Müller and F. Hutter 2021 (TrivialAugment). The policies are torchvision's.
     """
 
     crop: Crop = "none"
@@ -69,48 +95,50 @@ class Augment:
     jitter: AffineJitter = field(default_factory=AffineJitter)
 
     def __post_init__(self) -> None:
-        _one_of("crop", self.crop, get_args(Crop))
-        _one_of("policy", self.policy, get_args(Policy))
+        _check_choice("crop", self.crop, get_args(Crop))
+        _check_choice("policy", self.policy, get_args(Policy))
         for name, probability in (("flip", self.flip), ("erase", self.erase)):
             if not 0 <= probability <= 1:
-                raise UsageError(f"{name} is a probability in [0, 1], not {probability}.")
+                raise UsageError(f"{name} must be a probability in [0, 1], got {probability}.")
         if self.crop_padding < 0:
-            raise UsageError(f"crop_padding is a number of pixels from 0 on, not {self.crop_padding}.")
-        _range("crop_scale", self.crop_scale, highest=1.0)
-        _range("crop_ratio", self.crop_ratio, highest=math.inf)
+            raise UsageError(f"crop_padding must be at least 0 pixels, got {self.crop_padding}.")
+        _check_range("crop_scale", self.crop_scale, highest=1.0)
+        _check_range("crop_ratio", self.crop_ratio, highest=math.inf)
         if not 0 < self.erase_size <= 1:
-            raise UsageError(f"erase_size is a fraction of the image's side in (0, 1], not {self.erase_size}.")
+            raise UsageError(f"erase_size must be a fraction of the image's side in (0, 1], got {self.erase_size}.")
         if self.randaugment_ops < 1 or not 0 <= self.randaugment_magnitude <= 30:
             raise UsageError(
-                f"RandAugment takes 1 or more operations and a magnitude in 0 … 30, "
-                f"not {self.randaugment_ops} and {self.randaugment_magnitude}."
+                f"RandAugment takes at least 1 operation and a magnitude in 0 … 30, "
+                f"got {self.randaugment_ops} and {self.randaugment_magnitude}."
             )
 
 
 @final
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, at which size, and how they are loaded.
+    """A dataset, the size of its images, and how they are loaded.
 
     Attributes:
-        uri: where the images are, see ``repvgg.data.open_data``.
-        val: URI of the images to judge by, where ``uri`` holds only one part.
-        train_size: height and width of training images; None: the source's own (digits, CIFAR and fake 32, folders,
-            hubs and shards 224, other torchvision arrays as they are stored).
-        test_size: height and width of the images to judge by; None: ``train_size``.
-        crop_fraction: their short side is resized to ``test_size / crop_fraction`` and the centre cut out; images that
-            are of ``test_size`` already stay as they are. Training images without a random crop are cut the same way.
+        uri: the dataset, see :func:`repvgg.data.open_data`.
+        val: URI of the validation images, where ``uri`` holds a single split.
+        train_size: height and width of training images; None: the source's default (digits, CIFAR and fake 32,
+            folders, Hugging Face and WebDataset 224, other torchvision arrays their stored size).
+        test_size: height and width of validation images; None: ``train_size``.
+        crop_fraction: validation images are resized so that the short side is ``test_size / crop_fraction``, and
+            cropped at the centre; images that already have ``test_size`` are left unchanged. Training images without a
+            random crop are cropped the same way.
         interpolation: of every resize.
-        channels: 3, or 1 for grey; None: the source's own.
-        mean: subtracted after scaling to [0, 1], one number a channel; None: the source's own.
-        std: divided by after that.
-        augment: what is drawn for training images.
-        workers: loading processes a loader; 0: the process itself loads.
-        on_bad: "raise" on an image that cannot be read, or "skip" it and count.
-        cache: keep decoded images in memory; "auto": where all have one size of at most 128 pixels and fit 1 GiB.
+        channels: 3, or 1 for greyscale; None: the source's default.
+        mean: subtracted from pixels in [0, 1], one number per channel; None: the source's default.
+        std: divisor after that.
+        augment: random transforms of training images.
+        workers: worker processes per loader; 0 loads in the main process.
+        on_bad: "raise" at a corrupt image, or "skip" and count it.
+        cache: "memory" keeps decoded images in memory, "none" decodes them every epoch; "auto" caches where all images
+            have one size of at most 128 pixels and take at most 1 GiB.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of its range.
     """
 
     uri: str = "digits:"
@@ -128,22 +156,78 @@ class DataConfig:
     cache: Cache = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("interpolation", self.interpolation, get_args(Interpolation))
-        _one_of("on_bad", self.on_bad, get_args(OnBad))
-        _one_of("cache", self.cache, get_args(Cache))
-        _one_of("channels", self.channels, (None, 1, 3))
+        _check_choice("interpolation", self.interpolation, get_args(Interpolation))
+        _check_choice("on_bad", self.on_bad, get_args(OnBad))
+        _check_choice("cache", self.cache, get_args(Cache))
+        _check_choice("channels", self.channels, (None, 1, 3))
         for name, size in (("train_size", self.train_size), ("test_size", self.test_size)):
             if size is not None and size < 1:
-                raise UsageError(f"{name} is a number of pixels from 1 on, not {size}.")
+                raise UsageError(f"{name} must be at least 1 pixel, got {size}.")
         if not 0 < self.crop_fraction <= 1:
-            raise UsageError(f"crop_fraction is in (0, 1], not {self.crop_fraction}.")
+            raise UsageError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}.")
         if self.workers < 0:
-            raise UsageError(f"workers is a number of processes from 0 on, not {self.workers}.")
-        self._check_normalization()
-
-    def _check_normalization(self) -> None:
+            raise UsageError(f"workers must be at least 0 processes, got {self.workers}.")
         for name, values in (("mean", self.mean), ("std", self.std)):
+            # Where the source decides the channels, both counts are possible: ImageData checks the final one.
             if values is not None and len(values) not in ({1, 3} if self.channels is None else {self.channels}):
-                raise UsageError(f"{name} holds one number a channel, not {values}.")
+                raise UsageError(f"{name} must hold one number per channel, got {values}.")
         if self.std is not None and not min(self.std) > 0:
-            raise UsageError(f"std holds positive numbers, not {self.std}.")
+            raise UsageError(f"std must hold positive numbers, got {self.std}.")
+
+
+@final
+@dataclass(frozen=True)
+class DataUri:
+    """A parsed dataset URI, ``scheme:rest?option=value&flag``.
+
+    Attributes:
+        text: the complete URI.
+        scheme: one of ``SCHEMES``.
+        rest: the text after the colon, without options.
+        options: the options by name; a flag without a value maps to "".
+    """
+
+    text: str
+    scheme: str
+    rest: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    def check_options(self, *allowed: str) -> None:
+        """Raise UsageError for an option that the source does not take."""
+        for name in self.options:
+            if name not in allowed:
+                known = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+                raise UsageError(f"{self.text!r} has an unknown option {name!r}: {known}.")
+
+    def number(self, name: str) -> int | None:
+        """Return an option that is a positive integer, or None where it is absent.
+
+        Raises:
+            UsageError: the value is something else.
+        """
+        if name not in self.options:
+            return None
+        value = self.options[name]
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"Option {name!r} of {self.text!r} must be a positive integer, got {value!r}.")
+        return int(value)
+
+
+def parse_uri(text: str) -> DataUri:
+    """Split a URI into scheme, rest and options.
+
+    Raises:
+        UsageError: the scheme is missing or unknown.
+    """
+    scheme, colon, rest = text.partition(":")
+    if not colon or scheme not in SCHEMES:
+        known = ", ".join(f"{name}:" for name in SCHEMES)
+        raise UsageError(f"{text!r} is not a dataset: start the URI with one of {known}, as in imagefolder:PATH.")
+    if scheme == "imagefolder":  # takes no options, and a path may contain "?"
+        return DataUri(text, scheme, rest)
+    before, mark, query = rest.rpartition("?")
+    # A question mark may also be a wildcard in a file name: options have names that are identifiers.
+    if not mark or not all(part.partition("=")[0].isidentifier() for part in query.split("&")):
+        return DataUri(text, scheme, rest)
+    pairs = (part.partition("=") for part in query.split("&"))
+    return DataUri(text, scheme, before, {name: value for name, _, value in pairs})

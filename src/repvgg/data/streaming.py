@@ -1,7 +1,7 @@
-"""Batches of images that come one after the other.
+"""Loaders of iterable splits.
 
-The order depends on the number of processes, those that train and those that load: the same numbers give the same
-batches. Every example is read once an epoch, except for what is left when no batch can be filled any more.
+The order of the images depends on the number of ranks and of workers, which each read a shard of their own; equal
+numbers give equal batches. Every example is read once per epoch, except for the remainder that fills no batch.
 """
 
 from __future__ import annotations
@@ -9,171 +9,182 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from repvgg.data.bad import BadImages
-from repvgg.data.batch_ops import BatchOps
-from repvgg.data.batching import Loaded, failed
-from repvgg.data.decoding import Bad, decode
-from repvgg.data.loading import Batch, HeldOutLoader, Share, TrainLoader, batches_of, check_skip
-from repvgg.data.parts import Example, StreamPart
+from repvgg.data.decode import CorruptImage, CorruptImageLog, decode
+from repvgg.data.loaders import (
+    Batch,
+    LoadedBatch,
+    RankShard,
+    TrainLoader,
+    ValLoader,
+    check_skip,
+    delivered,
+    failed_batch,
+)
+from repvgg.data.splits import Example, IterableSplit
+from repvgg.data.transforms import BatchTransforms, Crop, PolicyTransform
 from repvgg.data.workers import data_loader
 from repvgg.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    from repvgg.data.image_ops import CentreCrop, PolicyOps, RandomCrop
-
-_PASS = 1 << 32  # a second pass of an epoch draws anew
+_PASS = 1 << 32  # added to the epoch for each further pass over the stream, so that it draws other numbers
 
 
 @final
 @dataclass(frozen=True)
-class StreamOps:
-    """What is done to the images of a stream.
+class StreamTransforms:
+    """What is applied to the images of a stream.
 
     Attributes:
-        crop: makes one size of them.
-        ops: augmentation of whole batches, or None to judge.
-        policy: augmentation image by image, or None.
-        on_bad: "raise", or "skip".
+        crop: brings them to one size.
+        batch: augmentation of batches; None for validation.
+        policy: augmentation of single images, or None.
+        on_bad: "raise" at a corrupt image, or "skip" it.
     """
 
-    crop: CentreCrop | RandomCrop
-    ops: BatchOps | None
-    policy: PolicyOps | None
+    crop: Crop
+    batch: BatchTransforms | None
+    policy: PolicyTransform | None
     on_bad: str
 
 
 @final
 @dataclass(frozen=True)
-class StreamImages(IterableDataset[Loaded]):
-    """One pass over the share of one process; full batches, then what is left. Goes to the loading processes.
+class StreamDataset(IterableDataset[LoadedBatch]):
+    """One pass over the shard of one worker: full batches, then the remainder. A copy of it lives in each worker.
 
     Attributes:
-        part: the stream.
-        todo: what is done to its images.
-        share: images a batch, and which process of those that train this is.
-        epoch: of the order and the augmentation, or None for the order in which examples are stored.
-        skipped: batches of all loading processes that nobody wants: they are not decoded, where that is certain.
+        split: the stream.
+        transforms: applied to its images.
+        shard: batch size and rank.
+        epoch: of order and augmentation, or None for the stored order.
+        skipped: batches, over all workers of this rank, that the caller drops. They are not decoded, unless corrupt
+            images are skipped: only decoding tells which images a batch holds then.
     """
 
-    part: StreamPart
-    todo: StreamOps
-    share: Share
+    split: IterableSplit
+    transforms: StreamTransforms
+    shard: RankShard
     epoch: int | None = None
     skipped: int = 0
 
-    def __iter__(self) -> Iterator[Loaded]:
-        here = get_worker_info()
-        worker, workers = (0, 1) if here is None else (here.id, here.num_workers)
-        shuffle = None if self.epoch is None or self.todo.ops is None else (self.todo.ops.seed, self.epoch)
-        examples = self.part.examples(shuffle, self.share.rank * workers + worker, self.share.world_size * workers)
-        unwanted = max(0, (self.skipped - worker + workers - 1) // workers)  # batch n of ours is n·workers + worker
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        batch_transforms = self.transforms.batch
+        shuffle = None if self.epoch is None or batch_transforms is None else (batch_transforms.seed, self.epoch)
+        examples = self.split.examples(shuffle, self.shard.rank * workers + worker, self.shard.world_size * workers)
+        # DataLoader takes a batch of each worker in turn: batch n of this worker is batch n·workers + worker.
+        to_drop = max(0, (self.skipped - worker + workers - 1) // workers)
         batch: list[tuple[Example, Tensor | None]] = []
-        bad: list[Bad] = []
+        corrupt: list[CorruptImage] = []
         for example in examples:
-            image = self._image(example, decoded=unwanted == 0 or self.todo.on_bad == "skip")
+            image = self._load(example, decoded=to_drop == 0 or self.transforms.on_bad == "skip")
             if isinstance(image, str):
-                yield failed(image, bad)
+                yield failed_batch(image, corrupt)
                 return
-            if isinstance(image, Bad):
-                bad.append(image)
+            if isinstance(image, CorruptImage):
+                corrupt.append(image)
                 continue
             assert isinstance(example, Example)
             batch.append((example, image))
-            if len(batch) == self.share.batch_size:
-                yield self._loaded(batch, bad)
-                batch, bad, unwanted = [], [], max(0, unwanted - 1)
-        if batch or bad:
-            yield self._last(batch, bad)
+            if len(batch) == self.shard.batch_size:
+                yield self._batch(batch, corrupt)
+                batch, corrupt, to_drop = [], [], max(0, to_drop - 1)
+        if batch or corrupt:
+            yield self._remainder(batch, corrupt)
 
-    def _image(self, example: Example | Bad, *, decoded: bool) -> Tensor | Bad | str | None:
-        """Pixels, None if they are not wanted, what is wrong with them, or a sentence that ends it all."""
-        image = example if isinstance(example, Bad) else self._pixels(example) if decoded else None
-        if isinstance(image, Bad):
-            return image if self.todo.on_bad == "skip" else image.advice
-        if isinstance(example, Example) and not 0 <= example.label < len(self.part.classes):
-            classes = len(self.part.classes)
-            return f"{example.where!r} has label {example.label}, but there are the classes 0 … {classes - 1}."
+    def _load(self, example: Example | CorruptImage, *, decoded: bool) -> Tensor | CorruptImage | str | None:
+        """Return the pixels, None if not ``decoded``, a corrupt image to skip, or an error message."""
+        image = example if isinstance(example, CorruptImage) else self._pixels(example) if decoded else None
+        if isinstance(image, CorruptImage):
+            return image if self.transforms.on_bad == "skip" else image.advice
+        if isinstance(example, Example) and not 0 <= example.label < len(self.split.classes):
+            highest = len(self.split.classes) - 1
+            return f"{example.location!r} has label {example.label}, but the classes are 0 … {highest}."
         return image
 
-    def _last(self, batch: list[tuple[Example, Tensor | None]], bad: list[Bad]) -> Loaded:
-        """A batch that is not full is always wanted: it may fill another one up."""
-        whole = []
+    def _remainder(self, batch: list[tuple[Example, Tensor | None]], corrupt: list[CorruptImage]) -> LoadedBatch:
+        # Always decoded, even among the skipped: it may be joined with another worker's remainder to a full batch.
+        complete = []
         for example, image in batch:
             pixels = self._pixels(example) if image is None else image
-            if isinstance(pixels, Bad):
-                return failed(pixels.advice, bad)
-            whole.append((example, pixels))
-        return self._loaded(whole, bad)
+            if isinstance(pixels, CorruptImage):
+                return failed_batch(pixels.advice, corrupt)
+            complete.append((example, pixels))
+        return self._batch(complete, corrupt)
 
-    def _pixels(self, example: Example) -> Tensor | Bad:
-        from repvgg.data.image_ops import CentreCrop
-
-        image = decode(example.data, example.where)
-        if isinstance(image, Bad):
+    def _pixels(self, example: Example) -> Tensor | CorruptImage:
+        image = decode(example.data, example.location)
+        if isinstance(image, CorruptImage):
             return image
-        if isinstance(self.todo.crop, CentreCrop):
-            return self.todo.crop(image, example.where)
-        return self.todo.crop(image, example.where, self.epoch or 0, _key(example))
+        key = 0 if self.transforms.batch is None else _content_key(example)  # validation crops draw nothing
+        return self.transforms.crop(image, example.location, self.epoch or 0, key)
 
-    def _loaded(self, batch: Sequence[tuple[Example, Tensor | None]], bad: list[Bad]) -> Loaded:
+    def _batch(self, batch: Sequence[tuple[Example, Tensor | None]], corrupt: list[CorruptImage]) -> LoadedBatch:
         labels = torch.tensor([example.label for example, _ in batch], dtype=torch.int64)
         pixels = [image for _, image in batch if image is not None]
-        if len(pixels) < len(batch) or not batch:  # nobody wants it: what counts is that it is one
-            return Loaded(torch.zeros(len(batch), 0), labels, tuple(bad))
-        images, epoch = torch.stack(pixels), self.epoch or 0
-        if self.todo.ops is not None:
-            keys = torch.tensor([_key(example) for example, _ in batch])
-            images = self.todo.ops.move(images, epoch, keys)
-            images = images if self.todo.policy is None else self.todo.policy(images, epoch, keys)
-            images = self.todo.ops.erase(images, epoch, keys)
-        return Loaded(images, labels, tuple(bad))
+        if len(pixels) < len(batch) or not batch:  # dropped by the caller: only its number of images matters
+            return LoadedBatch(torch.zeros(len(batch), 0), labels, tuple(corrupt))
+        images, epoch, transforms = torch.stack(pixels), self.epoch or 0, self.transforms
+        if transforms.batch is not None:
+            keys = torch.tensor([_content_key(example) for example, _ in batch])
+            images = transforms.batch.jitter_crop_flip(images, epoch, keys)
+            images = images if transforms.policy is None else transforms.policy(images, epoch, keys)
+            images = transforms.batch.erase(images, epoch, keys)
+        return LoadedBatch(images, labels, tuple(corrupt))
 
 
-def _key(example: Example) -> int:
-    """63 bits that stand for an image which has no number: a hash of its file."""
+def _content_key(example: Example) -> int:
+    """Return 63 bits that identify an image: a stream has no indices, so hash the content of its file."""
     return int.from_bytes(hashlib.blake2b(example.data, digest_size=8).digest(), "big") >> 1
 
 
 @final
 class StreamTrainLoader(TrainLoader):
-    """See :class:`TrainLoader`.
+    """The :class:`TrainLoader` of an iterable split.
 
-    If the length of the stream is known, an epoch has ``length // (batch_size · world_size)`` batches on every rank; a
-    rank whose share runs dry starts over in another order. If not, it has what is there, and there is one rank only.
+    If the length is known, an epoch has ``length // (batch_size · world_size)`` batches on every rank, and a rank whose
+    shard is exhausted starts over in another order. Otherwise an epoch is one pass, and only one rank is allowed:
+    ranks with different numbers of batches would wait for each other forever.
     """
 
-    def __init__(self, part: StreamPart, todo: StreamOps, share: Share, workers: int, bad: BadImages) -> None:
-        if part.length is None and share.world_size > 1:
-            raise UsageError("Several processes need to know how long the stream is: add ?length=N to its URI.")
-        self._batches = None if part.length is None else part.length // share.step
+    def __init__(
+        self,
+        split: IterableSplit,
+        transforms: StreamTransforms,
+        shard: RankShard,
+        workers: int,
+        log: CorruptImageLog,
+    ) -> None:
+        if split.length is None and shard.world_size > 1:
+            raise UsageError("Training on several ranks needs the length of the stream: add ?length=N to its URI.")
+        self._batches = None if split.length is None else split.length // shard.global_batch_size
         if self._batches == 0:
-            raise UsageError(f"{part.length} training images do not fill one batch of {share}.")
-        self._images = StreamImages(part, todo, share, epoch=0)
+            raise UsageError(f"{split.length} training images do not fill one batch of {shard}.")
+        self._dataset = StreamDataset(split, transforms, shard, epoch=0)
         self._workers = workers
-        self._bad = bad
+        self._log = log
         self._first = 0
 
     def __len__(self) -> int:
         if self._batches is None:
-            raise TypeError("Nobody says how long this stream is: add ?length=N to its URI.")
+            raise TypeError("The stream's length is unknown: add ?length=N to its URI.")
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first = self._first, 0
-        return self._run(replace(self._images, skipped=first), first)
+        return self._epoch(replace(self._dataset, skipped=first), first)
 
     def set_epoch(self, epoch: int) -> None:
-        """See :meth:`TrainLoader.set_epoch`."""
-        self._images = replace(self._images, epoch=epoch)
+        self._dataset = replace(self._dataset, epoch=epoch)
 
     def skip(self, batches: int) -> None:
-        """See :meth:`TrainLoader.skip`; what is skipped is read, but not decoded, unless bad images are skipped.
+        """See :meth:`TrainLoader.skip`; skipped examples are read, but not decoded unless corrupt ones are skipped.
 
         Raises:
             UsageError: a negative number, or more than an epoch is known to have.
@@ -181,15 +192,15 @@ class StreamTrainLoader(TrainLoader):
         check_skip(batches, self._batches)
         self._first = batches
 
-    def _run(self, images: StreamImages, first: int) -> Iterator[Batch]:
+    def _epoch(self, dataset: StreamDataset, first: int) -> Iterator[Batch]:
         done, passes = 0, 0
         rest: Batch | None = None
-        assert images.epoch is not None
+        assert dataset.epoch is not None
         while self._batches is None or done < self._batches:
             before = done, len(rest[1]) if rest else 0
-            loader = data_loader(replace(images, epoch=images.epoch + passes * _PASS), self._workers)
-            for batch in batches_of(iter(loader), self._bad, self._workers):
-                full, rest = _filled(rest, batch, images.share.batch_size, rest_first=passes > 0)
+            loader = data_loader(replace(dataset, epoch=dataset.epoch + passes * _PASS), self._workers)
+            for batch in delivered(iter(loader), self._log, self._workers):
+                full, rest = _fill(rest, batch, dataset.shard.batch_size, rest_first=passes > 0)
                 if full is not None:
                     done += 1
                     if done > first:
@@ -198,40 +209,48 @@ class StreamTrainLoader(TrainLoader):
                     return
             if self._batches is None:
                 return
-            if before == (done, len(rest[1]) if rest else 0):
-                raise DataError("The stream has no images that can be read.")
-            passes, images = passes + 1, replace(images, skipped=0)
+            if before == (done, len(rest[1]) if rest else 0):  # a pass without any image would repeat forever
+                raise DataError("The stream has no readable images.")
+            passes, dataset = passes + 1, replace(dataset, skipped=0)
 
 
 @final
-class StreamHeldOutLoader(HeldOutLoader):
-    """See :class:`HeldOutLoader`; in the order of the stream with at most one loading process."""
+class StreamValLoader(ValLoader):
+    """The :class:`ValLoader` of an iterable split; in the stored order with at most one worker."""
 
-    def __init__(self, part: StreamPart, todo: StreamOps, share: Share, workers: int, bad: BadImages) -> None:
-        self._images = StreamImages(part, todo, share)
-        self._batches = None if part.length is None or share.world_size > 1 else -(-part.length // share.batch_size)
+    def __init__(
+        self,
+        split: IterableSplit,
+        transforms: StreamTransforms,
+        shard: RankShard,
+        workers: int,
+        log: CorruptImageLog,
+    ) -> None:
+        self._dataset = StreamDataset(split, transforms, shard)
+        # Shards of several ranks are as long as their files: only the length of the complete stream is known.
+        self._batches = None if split.length is None or shard.world_size > 1 else -(-split.length // shard.batch_size)
         self._workers = workers
-        self._bad = bad
+        self._log = log
 
     def __len__(self) -> int:
         if self._batches is None:
-            raise TypeError("Nobody says how long this share of the stream is.")
+            raise TypeError("The length of this shard of the stream is unknown.")
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
         rest: Batch | None = None
-        for batch in batches_of(iter(data_loader(self._images, self._workers)), self._bad, self._workers):
-            full, rest = _filled(rest, batch, self._images.share.batch_size)
+        for batch in delivered(iter(data_loader(self._dataset, self._workers)), self._log, self._workers):
+            full, rest = _fill(rest, batch, self._dataset.shard.batch_size)
             if full is not None:
                 yield full
         if rest is not None:
             yield rest
 
 
-def _filled(
+def _fill(
     rest: Batch | None, batch: Batch, size: int, *, rest_first: bool = False
 ) -> tuple[Batch | None, Batch | None]:
-    """A full batch, if one can be made, and what is left; a full batch overtakes the rest unless ``rest_first``."""
+    """Return a full batch, if one can be formed, and the rest; a full batch goes first unless ``rest_first``."""
     if len(batch[1]) == size and (rest is None or not rest_first):
         return batch, rest
     if rest is not None:

@@ -1,10 +1,9 @@
-"""Getting a model out of PyTorch: files of several kinds, what runs them, and the way that ends in a judged file."""
+"""Export models to files, run them, and ship a file only after it has been verified."""
 
-from repvgg.deploy.onnx_export import OnnxExport, export_onnx
-from repvgg.deploy.onnx_runner import OnnxRunner
-from repvgg.deploy.program import ProgramExport, ProgramRunner, export_program
+from repvgg.deploy.onnx import OnnxExport, OnnxRunner, export_onnx
+from repvgg.deploy.safetensors_file import export_weights
 from repvgg.deploy.shipping import SUFFIXES, Shipped, check_target, images_for, ship
-from repvgg.deploy.weights_file import export_weights
+from repvgg.deploy.torch_export import ProgramExport, ProgramRunner, export_program
 
 __all__ = [
     "SUFFIXES",

@@ -19,7 +19,7 @@ from repvgg.expansion.report import Expanded, ExpandReport, Kept
 from repvgg.expansion.sites import Site, Where, copy_of, not_replaceable, owners_of, replaced, sites_of
 from repvgg.expansion.statistics import Data, Outputs, has_statistics, input_statistics, map_of, seen_behind, take_on
 from repvgg.symbolic import trace
-from repvgg.verify import judging
+from repvgg.verify import isolated_eval
 
 
 def expand(
@@ -65,7 +65,7 @@ def expand(
 
     Source: Ding et al., CVPR 2021, Eq. 3 and 4, solved for the kernel of the largest branch.
     """
-    with judging():
+    with isolated_eval():
         out = copy_of(model)
         work = Work(model, out)
         owners = owners_of(out)
@@ -107,7 +107,7 @@ def replace_convs(
     Limits: those of :func:`expand`. A batch norm that follows a convolution stays behind the block.
     """
     make = _of_the_table(block) if isinstance(block, str) else block
-    with judging():
+    with isolated_eval():
         out = copy_of(model)
         work = Work(model, out)
         owners = owners_of(out)
@@ -164,7 +164,7 @@ def insert_bn(model: nn.Module, data: Data, *, where: Where | None = None) -> tu
     Limits: a bias in front of a batch norm gets no gradient in training mode; β takes its part. Convolutions that a
     batch norm follows already are left alone. Hooks on the model run on ``data``.
     """
-    with judging():
+    with isolated_eval():
         out = copy_of(model)
         work = Work(model, out)
         seen = seen_behind(out, work.chosen(where or _any, _not_wanted(where)), data)

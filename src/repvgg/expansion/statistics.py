@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repvgg.errors import UsageError
 from repvgg.expansion.sites import Site
 from repvgg.symbolic import algebra_device, first_float
-from repvgg.verify import judging
+from repvgg.verify import isolated_eval
 
 Data = Tensor | Iterable[Any]
 
@@ -70,7 +70,7 @@ def run_on(model: nn.Module, data: Data) -> None:
     """
     like = first_float(model)
     empty = True
-    with judging(model):
+    with isolated_eval(model):
         for batch in [data] if isinstance(data, Tensor) else data:
             model(_prepared(batch, like))
             empty = False

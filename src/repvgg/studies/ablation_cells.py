@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from repvgg.data import DataConfig, OpenedData, open_data
+from repvgg.data import DataConfig, ImageData, open_data
 from repvgg.errors import TrainingError, UsageError
 from repvgg.measure import RunSettings
 from repvgg.models import ModelSpec
@@ -110,7 +110,7 @@ def _trained(work: Work, job: Job, folder: Path) -> Cell:
 
 
 @lru_cache(maxsize=1)
-def _opened(data: DataConfig, seed: int) -> OpenedData:
+def _opened(data: DataConfig, seed: int) -> ImageData:
     """The images of a seed; kept for the next cell, as those of one seed follow each other."""
     return open_data(data, seed=seed)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repvgg import collapse, measure, models
 from repvgg._files import write_text
-from repvgg.data import OpenedData, open_data
+from repvgg.data import ImageData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
 from repvgg.studies import report as page
@@ -145,8 +145,8 @@ def _exchange(folder: Path, target: Path) -> None:
     shutil.rmtree(before)
 
 
-def _train(data: OpenedData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
-    console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, judge by {data.num_held_out} others")
+def _train(data: ImageData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
+    console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, judge by {data.num_val} others")
     with seeded("model", config.seed):
         model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
     result = fit(model, data, config, console=console)
@@ -177,13 +177,13 @@ def _branches(region: collapse.Folded) -> list[str]:
     return branches
 
 
-def _held_out(data: OpenedData) -> tuple[str, list[Tensor]]:
+def _held_out(data: ImageData) -> tuple[str, list[Tensor]]:
     """The held-out images, in batches, and what to call them."""
-    batches = [data.prepare(images) for images, _ in data.held_out_batches(_BATCH)]
-    return f"{data.num_held_out} held-out images", batches
+    batches = [data.prepare(images) for images, _ in data.val_batches(_BATCH)]
+    return f"{data.num_val} held-out images", batches
 
 
-def _verify(forms: _Forms, data: OpenedData, console: Console) -> list[_Judged]:
+def _verify(forms: _Forms, data: ImageData, console: Console) -> list[_Judged]:
     console.print("[bold]Verify[/] against the trained model in float64")
     channels, height, width = data.input_shape
     border = "random images that make borders count", border_inputs((16, channels, height, width), batches=3)
@@ -214,7 +214,7 @@ def _judge(
     return _Judged(subject, inputs, evidence)
 
 
-def _save(folder: Path, forms: _Forms, data: OpenedData, result: FitResult) -> None:
+def _save(folder: Path, forms: _Forms, data: ImageData, result: FitResult) -> None:
     about = {
         "input_size": data.input_shape[1],
         "mean": data.mean,
@@ -227,7 +227,7 @@ def _save(folder: Path, forms: _Forms, data: OpenedData, result: FitResult) -> N
     models.save(folder / PLAIN_FILE, forms.plain, models.describe_model(forms.plain, "plain", **about))
 
 
-def _export(folder: Path, forms: _Forms, data: OpenedData, console: Console) -> OnnxRunner:
+def _export(folder: Path, forms: _Forms, data: ImageData, console: Console) -> OnnxRunner:
     console.print("[bold]Export[/] the plain form to ONNX")
     exported = export_onnx(forms.plain, folder / ONNX_FILE, data.input_shape)
     if exported.plain_violations():
@@ -237,9 +237,9 @@ def _export(folder: Path, forms: _Forms, data: OpenedData, console: Console) -> 
     return OnnxRunner(folder / ONNX_FILE, threads=torch.get_num_threads())
 
 
-def _time(forms: _Forms, onnx: OnnxRunner, data: OpenedData, console: Console) -> list[page.Timing]:
+def _time(forms: _Forms, onnx: OnnxRunner, data: ImageData, console: Console) -> list[page.Timing]:
     console.print(f"[bold]Time[/] the forms side by side, batches of {_BATCH}")
-    images, _ = data.held_out_images(range(_BATCH))
+    images, _ = data.val_images(range(_BATCH))
     roles: dict[str, tuple[page.Role, Callable[[Tensor], object]]] = {
         "Train form": ("train", forms.train),
         "Batch norms folded": ("folded", forms.folded),
@@ -263,7 +263,7 @@ def _report(
     target: Path,
     folder: Path,
     seed: int,
-    data: OpenedData,
+    data: ImageData,
     result: FitResult,
     forms: _Forms,
     judged: list[_Judged],
@@ -276,7 +276,7 @@ def _report(
         command=f"repvgg quickstart --seed {seed}",
         seed=seed,
         model=_model(forms, data),
-        data=page.Data(data.uri, data.num_train or 0, data.num_held_out or 0, data.classes),
+        data=page.Data(data.uri, data.num_train or 0, data.num_val or 0, data.classes),
         training=page.Training(len(history), result.seconds, history, result.accuracy, confusion),
         regions=_regions(forms, judged[0].evidence),
         left=tuple(page.Unchanged(row.name, row.reason) for row in (*forms.report.left, *forms.report.dropped)),
@@ -289,7 +289,7 @@ def _report(
     )
 
 
-def _model(forms: _Forms, data: OpenedData) -> page.Model:
+def _model(forms: _Forms, data: ImageData) -> page.Model:
     shape = (1, *data.input_shape)
     train, plain = measure.count(forms.train, shape), measure.count(forms.plain, shape)
     return page.Model(
@@ -348,9 +348,9 @@ def _judgement(judged: _Judged) -> page.Check:
     )
 
 
-def _samples(forms: _Forms, data: OpenedData) -> tuple[page.Sample, ...]:
+def _samples(forms: _Forms, data: ImageData) -> tuple[page.Sample, ...]:
     """All digits that the plain form reads wrongly, filled up with others."""
-    images, truth = data.held_out_images(range(data.num_held_out or 0))
+    images, truth = data.val_images(range(data.num_val or 0))
     labels = truth.tolist()
     with torch.inference_mode():
         confidence, predicted = forms.plain(images).softmax(1).max(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repvgg import __version__
 from repvgg.collapse import Report, reparameterize
-from repvgg.data import OpenedData
+from repvgg.data import ImageData
 from repvgg.errors import NothingFoldedWarning, OtherBlockWarning, OutputError
 from repvgg.measure import environment
 from repvgg.measure.memory import track_peak_memory
@@ -50,7 +50,7 @@ class Training:
     contender: Contender
     spec: ModelSpec
     config: TrainConfig
-    data: OpenedData
+    data: ImageData
 
 
 def train_cell(training: Training, folder: Path) -> Cell:
@@ -120,7 +120,7 @@ def _deployed(model: nn.Module, trained: Evaluation, training: Training) -> dict
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
     result = evaluate_validation(plain, training.data, training.config)
     same = int((result.predictions == trained.predictions).sum())
-    batches = islice(training.data.held_out_batches(_BATCH), _JUDGED)
+    batches = islice(training.data.val_batches(_BATCH), _JUDGED)
     images = [training.data.prepare(images) for images, _ in batches]
     evidence = verify(model, plain, images).raise_if_failed()
     return {

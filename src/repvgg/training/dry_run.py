@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from repvgg.collapse import is_plain, reparameterize
-from repvgg.data import OpenedData
+from repvgg.data import ImageData
 from repvgg.errors import EquivalenceError, TrainingError
 from repvgg.training.config import TrainConfig
 from repvgg.training.seeding import seeded
@@ -49,7 +49,7 @@ class DryRunResult:
         return f"{start}; collapses into {self.regions} convolutions, {error}"
 
 
-def perform_dry_run(model: nn.Module, data: OpenedData, config: TrainConfig) -> DryRunResult:
+def perform_dry_run(model: nn.Module, data: ImageData, config: TrainConfig) -> DryRunResult:
     """Take one step on a copy of ``model`` with a few training images, in float32 on the CPU, and collapse it.
 
     Raises:

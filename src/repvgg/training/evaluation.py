@@ -87,8 +87,8 @@ def evaluate(
 
     Args:
         model: the model to evaluate.
-        batches: images (n, C, H, W) and labels (n,), as ``OpenedData.held_out_batches`` yields them.
-        prepare: from those images to the input of the model (``OpenedData.prepare``); a module is copied to the device
+        batches: images (n, C, H, W) and labels (n,), as ``ImageData.val_batches`` yields them.
+        prepare: from those images to the input of the model (``ImageData.prepare``); a module is copied to the device
             of the model.
 
     Raises:

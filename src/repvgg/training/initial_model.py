@@ -8,7 +8,7 @@ from typing import final
 
 from torch import nn
 
-from repvgg.data import OpenedData
+from repvgg.data import ImageData
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
 from repvgg.models import RepVGG, create_model, load
@@ -30,7 +30,7 @@ class InitialModel:
     notes: tuple[str, ...] = field(default=())
 
 
-def build_initial_model(config: TrainConfig, data: OpenedData) -> InitialModel:
+def build_initial_model(config: TrainConfig, data: ImageData) -> InitialModel:
     """Build the model of ``config`` for the classes and channels of ``data``; random weights follow from the seed.
 
     The classifier of a checkpoint is replaced if its classes differ from those of ``data``.
@@ -67,7 +67,7 @@ def build_initial_model(config: TrainConfig, data: OpenedData) -> InitialModel:
     return InitialModel(model, tuple(notes))
 
 
-def _expand(plain: RepVGG, data: OpenedData, batch_size: int) -> tuple[RepVGG, str]:
+def _expand(plain: RepVGG, data: ImageData, batch_size: int) -> tuple[RepVGG, str]:
     # The new batch norms start with the statistics of real batches, so that the first training steps compute nearly
     # what eval mode does.
     batches = itertools.islice(data.train_batches(batch_size), _EXPANSION_BATCHES)

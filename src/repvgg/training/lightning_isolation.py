@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from repvgg.data import HeldOutLoader, TrainLoader
+from repvgg.data import TrainLoader, ValLoader
 
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -81,7 +81,7 @@ class DeferredLoader:
     pass over the data.
     """
 
-    def __init__(self, loader: TrainLoader | HeldOutLoader) -> None:
+    def __init__(self, loader: TrainLoader | ValLoader) -> None:
         self._loader = loader
 
     def __len__(self) -> int:

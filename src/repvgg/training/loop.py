@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode, num_threads
-from repvgg.data import HeldOutLoader, OpenedData, TrainLoader
+from repvgg.data import ImageData, TrainLoader, ValLoader
 from repvgg.errors import UsageError, first_line
 from repvgg.training.callbacks import EpochEvents, EpochRecord, History, MovingAverage, ProgressBar
 from repvgg.training.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, CheckpointSaver, read_position
@@ -69,7 +69,7 @@ class FitResult:
 
 def fit(
     model: nn.Module,
-    data: OpenedData,
+    data: ImageData,
     config: TrainConfig,
     *,
     folder: Path | None = None,
@@ -124,11 +124,11 @@ def fit(
     return FitResult(config, job.plan, tuple(history.records), evaluate_validation(model, data, config), seconds)
 
 
-def evaluate_validation(model: nn.Module, data: OpenedData, config: TrainConfig) -> Evaluation:
+def evaluate_validation(model: nn.Module, data: ImageData, config: TrainConfig) -> Evaluation:
     """Evaluate ``model`` on all validation images on the device of the run; it returns to the CPU."""
     device = "cpu" if runs_on_cpu(config) else torch.accelerator.current_accelerator()
     try:
-        return evaluate(model.to(device), data.held_out_batches(_VALIDATION_BATCH), data.prepare)
+        return evaluate(model.to(device), data.val_batches(_VALIDATION_BATCH), data.prepare)
     finally:
         model.cpu()
 
@@ -157,7 +157,7 @@ class TrainingJob:
     """
 
     model: nn.Module
-    data: OpenedData
+    data: ImageData
     config: TrainConfig
     layout: ProcessLayout
     folder: Path | None = None
@@ -207,10 +207,10 @@ class TrainingJob:
             loader.skip(position.batches)
         return loader
 
-    def validation_loader(self) -> HeldOutLoader:
+    def validation_loader(self) -> ValLoader:
         """Return the validation batches of this process."""
         size, layout = min(_VALIDATION_BATCH, self.plan.device_batch), self.layout
-        return self.data.held_out_batches(size, rank=layout.rank, world_size=layout.world_size)
+        return self.data.val_batches(size, rank=layout.rank, world_size=layout.world_size)
 
     def task(self) -> ClassificationTask:
         """Return the LightningModule."""
@@ -286,7 +286,7 @@ def _training_mode(model: nn.Module, channels_last: bool) -> Iterator[None]:
             model.to(memory_format=torch.contiguous_format)
 
 
-def _check_shapes(model: nn.Module, data: OpenedData) -> None:
+def _check_shapes(model: nn.Module, data: ImageData) -> None:
     """Run the model on one blank image, before hours of data loading show that it does not fit."""
     try:
         with eval_mode(model), torch.no_grad():

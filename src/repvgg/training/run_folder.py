@@ -22,7 +22,7 @@ from repvgg import models
 from repvgg._files import atomic_write, write_text
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
-from repvgg.data import OpenedData, open_data
+from repvgg.data import ImageData, open_data
 from repvgg.errors import OutputError, OutputExistsError, UsageError, require
 from repvgg.training.callbacks import EpochRecord
 from repvgg.training.checkpoint import LAST_CHECKPOINT
@@ -181,7 +181,7 @@ class RunFolder:
 
     path: Path
     config: TrainConfig
-    data: OpenedData
+    data: ImageData
     model: models.RepVGG
 
     def write_epoch(self, history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
@@ -214,7 +214,7 @@ class RunFolder:
             "plain_form": None if collapsed is None else collapsed[0].to_dict(),
             "seconds": result.seconds,
             "history": [asdict(record) for record in result.history],
-            "skipped_images": self.data.bad.count,
+            "skipped_images": self.data.corrupt.count,
         }
         write_text(self.path / REPORT_FILE, json.dumps(report, indent=1), overwrite=True)
         return collapsed
@@ -222,7 +222,7 @@ class RunFolder:
     def _collapse(self) -> tuple[Evaluation, Evidence]:
         plain, _ = reparameterize(self.model, torch.zeros(1, *self.data.test_shape))
         assert isinstance(plain, models.RepVGG)
-        batches = islice(self.data.held_out_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
+        batches = islice(self.data.val_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
         images = [self.data.prepare(images) for images, _ in batches]
         evidence = verify(self.model, plain, images).raise_if_failed()
         result = evaluate_validation(plain, self.data, self.config)
@@ -305,7 +305,7 @@ def _print_setup(job: TrainingJob, initial: InitialModel, printer: _Printer) -> 
     """Print everything that decides the outcome of the run."""
     data, config = job.data, job.config
     shape = "x".join(map(str, data.input_shape))
-    train, validation = ("a stream of" if n is None else f"{n:,}" for n in (data.num_train, data.num_held_out))
+    train, validation = ("a stream of" if n is None else f"{n:,}" for n in (data.num_train, data.num_val))
     printer(
         f"Train {initial.model.spec.name} on {data.uri}: {train} training images of {shape} in {len(data.classes)} "
         f"classes, {validation} validation images",
@@ -327,7 +327,7 @@ def _finish(run_folder: RunFolder, result: FitResult, printer: _Printer) -> RunR
     for name, one in forms.items():
         correct = f"{one.correct:,} of {len(one.labels):,} correct"
         printer(f"{name:10}  top-1 {one.accuracy:.2%}  top-5 {one.top(5):.2%}  {correct}")
-    bad = run_folder.data.bad
+    bad = run_folder.data.corrupt
     if bad.count:
         printer(f"skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
     printer(f"wrote {run_folder.path}")

@@ -1,9 +1,19 @@
-"""The one judge of the library: two callables and some inputs in, :class:`Evidence` out."""
+"""Check that two callables compute the same function: inputs in, :class:`Evidence` out."""
 
+from repvgg.verify.comparison import verify
 from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
-from repvgg.verify.inputs import border_inputs
-from repvgg.verify.judge import verify
+from repvgg.verify.execution import border_inputs, isolated_eval
 from repvgg.verify.precision import UNIT_ROUNDOFF
-from repvgg.verify.state import judging
 
-__all__ = ["UNIT_ROUNDOFF", "Agreement", "Evidence", "LayerEvidence", "border_inputs", "judging", "verify"]
+judging = isolated_eval  # former name
+
+__all__ = [
+    "UNIT_ROUNDOFF",
+    "Agreement",
+    "Evidence",
+    "LayerEvidence",
+    "border_inputs",
+    "isolated_eval",
+    "judging",
+    "verify",
+]

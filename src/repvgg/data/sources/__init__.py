@@ -1,5 +1,151 @@
-"""One file a kind of source; :func:`open_source` finds the one that a URI asks for."""
+"""Sources of datasets: :func:`open_source` opens a URI, and :func:`check_splits` checks that its splits fit together.
 
-from repvgg.data.sources.table import agree, open_source
+One module per kind of source. Each is imported when a URI asks for it, because it may need an optional package.
+"""
 
-__all__ = ["agree", "open_source"]
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from repvgg.data.config import DataConfig, DataUri, parse_uri
+from repvgg.data.counter_rng import epoch_order
+from repvgg.data.splits import MapSplit, Source, Split
+from repvgg.errors import DataError
+
+_VAL_FRACTION = 0.1
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the URIs of ``config``; the result has a training and a validation split.
+
+    Where a URI holds a single split and ``config.val`` is None, a tenth of each class becomes the validation split,
+    always the same images, and a note says so.
+
+    Raises:
+        UsageError: a URI is malformed.
+        MissingDependencyError: an extra is not installed.
+        DataError: the dataset does not exist, or cannot be split.
+    """
+    source = _open(parse_uri(config.uri), config)
+    if config.val is None:
+        return source if source.val is not None else _hold_out(source, config.uri)
+    other = _open(parse_uri(config.val), config)
+    notes = source.notes
+    if source.val is not None:
+        notes = (f"The validation split of {config.uri!r} is ignored: {config.val!r} is used.",)
+    # A URI that holds a single split is used completely.
+    return replace(source, val=other.train if other.val is None else other.val, notes=notes)
+
+
+def _open(uri: DataUri, config: DataConfig) -> Source:
+    match uri.scheme:
+        case "imagefolder":
+            from repvgg.data.sources.local import open_folder
+
+            return open_folder(uri)
+        case "digits":
+            from repvgg.data.sources.local import open_digits
+
+            return open_digits(uri, config.train_size, config.test_size)
+        case "fake":
+            from repvgg.data.sources.local import open_fake
+
+            return open_fake(uri, config.train_size)
+        case "torchvision":
+            from repvgg.data.sources.torchvision import open_torchvision
+
+            return open_torchvision(uri)
+        case "hf":
+            from repvgg.data.sources.hf import open_hf
+
+            return open_hf(uri)
+        case _:
+            from repvgg.data.sources.webdataset import open_webdataset
+
+            return open_webdataset(uri)
+
+
+def _hold_out(source: Source, uri: str) -> Source:
+    """Split the only split of a source in two, stratified by class."""
+    whole = source.train
+    if not isinstance(whole, MapSplit):
+        raise DataError(f"{uri!r} is a stream with a single split: pass the URI of the validation images as val.")
+    train, val = _stratified(whole, uri)
+    note = (
+        f"{uri!r} holds a single split: {len(val)} of its {len(whole)} images, always the same ones and stratified by "
+        f"class, are the validation images."
+    )
+    return replace(source, train=whole.select(train), val=whole.select(val), notes=(*source.notes, note))
+
+
+def _stratified(split: MapSplit, uri: str) -> tuple[Tensor, Tensor]:
+    """Return ascending indices of both parts: a tenth of each class, and at least one image, for validation."""
+    # Seed and epoch are fixed: runs with different seeds must be evaluated on the same images.
+    shuffled = epoch_order(0, 0, len(split))
+    labels = split.labels[shuffled]
+    held_out = torch.zeros(len(split), dtype=torch.bool)
+    for label, name in enumerate(split.classes):
+        members = shuffled[labels == label]
+        if len(members) == 1:
+            raise DataError(
+                f"Class {name!r} of {uri!r} has 1 image, which is too few for two splits: add images, or pass the URI "
+                f"of the validation images as val."
+            )
+        held_out[members[: max(1, round(_VAL_FRACTION * len(members))) if len(members) else 0]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def check_splits(source: Source, uri: str) -> None:
+    """Check that a classifier can be trained on one split and evaluated on the other.
+
+    Raises:
+        DataError: a split is empty, there are fewer than two classes, the classes of the splits differ, a class has no
+            images, or a label is out of range.
+    """
+    train, val = source.train, source.val
+    assert val is not None
+    _check_split(train, uri, "training")
+    _check_split(val, uri, "validation")
+    if len(train.classes) < 2:
+        raise DataError(f"{uri!r} has one class, {train.classes[0]!r}: a classifier needs at least two.")
+    missing = sorted(set(train.classes) - set(val.classes))
+    extra = sorted(set(val.classes) - set(train.classes))
+    if missing:
+        raise DataError(f"{_list(missing)} of {uri!r} has no validation images: add some, or remove the class.")
+    if extra:
+        raise DataError(f"{_list(extra)} of {uri!r} has validation images but no training images: add or remove some.")
+    if train.classes != val.classes:
+        raise DataError(f"The validation split of {uri!r} has the same classes in another order.")
+    _check_no_empty_class(train, uri, "training")
+    _check_no_empty_class(val, uri, "validation")
+
+
+def _check_split(split: Split, uri: str, name: str) -> None:
+    empty = len(split) == 0 if isinstance(split, MapSplit) else False
+    if empty or not split.classes:
+        raise DataError(f"{uri!r} has no {name} images.")
+    if not isinstance(split, MapSplit):  # labels of a stream are checked as they arrive
+        return
+    invalid = (split.labels < 0) | (split.labels >= len(split.classes))
+    if invalid.any():
+        index = int(invalid.nonzero()[0])
+        raise DataError(
+            f"{split.location(index)!r} has label {int(split.labels[index])}, but the classes of {uri!r} are "
+            f"0 … {len(split.classes) - 1}."
+        )
+
+
+def _check_no_empty_class(split: Split, uri: str, name: str) -> None:
+    if isinstance(split, MapSplit):
+        counts = torch.bincount(split.labels, minlength=len(split.classes))
+        empty = [label for label, count in zip(split.classes, counts.tolist(), strict=True) if count == 0]
+        if empty:
+            raise DataError(f"{_list(empty)} of {uri!r} has no {name} images: add some, or remove the class.")
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"Class {', '.join(map(repr, names[:3]))}{more}"

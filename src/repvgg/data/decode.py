@@ -1,0 +1,154 @@
+"""Decode one image file, or report why it cannot be used."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled"]
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def is_image_name(path: str) -> bool:
+    """Return whether a file name has an image extension, in any case, and is not hidden."""
+    name = os.path.basename(path)
+    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+@final
+@dataclass(frozen=True)
+class CorruptImage:
+    """An image that cannot be used.
+
+    Attributes:
+        location: path of the file, or of the archive and the entry in it.
+        kind: category of the problem; "huge" is a decompression bomb, "mode" a pixel format that cannot be converted.
+        reason: the problem as a clause, as in "is empty: it has 0 bytes".
+    """
+
+    location: str
+    kind: Problem
+    reason: str
+
+    @property
+    def advice(self) -> str:
+        """The problem and what to do about it, as one sentence."""
+        return f"{self}: fix or remove it, or set on_bad='skip' to skip corrupt images."
+
+    def __str__(self) -> str:
+        return f"{self.location!r} {self.reason}"
+
+
+@final
+class CorruptImageLog:
+    """The corrupt images that were skipped, each once, in the order in which they were found.
+
+    Workers send what they skipped along with each batch, so an image is counted when its batch is delivered.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, CorruptImage] = {}
+
+    @property
+    def count(self) -> int:
+        """Number of distinct images."""
+        return len(self._found)
+
+    def first(self, number: int) -> list[tuple[str, str]]:
+        """Return location and reason of the first ``number`` images."""
+        return [(image.location, image.reason) for image in list(self._found.values())[:number]]
+
+    def add(self, found: Iterable[CorruptImage]) -> None:
+        """Record images; those that are recorded already are ignored."""
+        for image in found:
+            self._found.setdefault(image.location, image)
+
+
+def decode(source: Path | bytes, location: str) -> Image.Image | CorruptImage:
+    """Decode all pixels of an image, in the mode in which it is stored.
+
+    Images of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels are corrupt, and so are truncated files (PIL's
+    ``LOAD_TRUNCATED_IMAGES`` stays off). Of an animation the first frame is used. The EXIF orientation is not applied,
+    as in torchvision's ``ImageFolder``.
+    """
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError as error:
+        return CorruptImage(location, "unreadable", f"cannot be read: {error.strerror or error}")
+    if not data:
+        return CorruptImage(location, "empty", "is empty: it has 0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # PIL only warns between one and two times MAX_IMAGE_PIXELS: treat that as an error, too.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()  # Image.open reads the header only
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise anything: SyntaxError, struct.error, KeyError, …
+        return _corrupt(error, location)
+    return image
+
+
+def _corrupt(error: Exception, location: str) -> CorruptImage:
+    text = " ".join(str(error).split()) or type(error).__name__
+    match error:
+        case Image.DecompressionBombWarning() | Image.DecompressionBombError():
+            return CorruptImage(
+                location, "huge", f"has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be a decompression bomb"
+            )
+        case UnidentifiedImageError():
+            return CorruptImage(location, "not an image", "is not an image of any known format")
+        case OSError() if "truncated" in text.lower() or "unrecognized data stream" in text:
+            return CorruptImage(location, "truncated", f"is truncated: {text}")
+        case EOFError():
+            return CorruptImage(location, "truncated", f"is truncated: {text}")
+        case _:
+            return CorruptImage(location, "broken", f"cannot be decoded: {text}")
+
+
+def to_channels(image: Image.Image, channels: int, location: str) -> Image.Image | CorruptImage:
+    """Convert an image of any mode to 8-bit RGB (3 channels) or greyscale (1 channel).
+
+    16-bit greyscale is divided by 257 (65535 maps to 255) and rounded. Transparent pixels are blended with white.
+    Palettes, CMYK and YCbCr become RGB; RGB becomes grey by ITU-R 601 luma. Floating-point images are corrupt, because
+    their range is not defined.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        return CorruptImage(location, "mode", "holds floating-point pixels of unknown range: convert it to 8 bits")
+    try:
+        return _opaque_8bit(image).convert(mode)
+    except (ValueError, OSError) as error:
+        return CorruptImage(location, "mode", f"has pixels of mode {image.mode}, which has no path to {mode}: {error}")
+
+
+def _opaque_8bit(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # PIL's own conversion to "L" clips at 255 instead of rescaling.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        # PIL's conversion to RGB drops alpha and shows whatever colour lies under transparent pixels.
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
+
+
+def to_pil(pixels_CHW: Tensor) -> Image.Image:
+    """Convert uint8 pixels of 3 channels or 1 to an RGB or greyscale image."""
+    array = pixels_CHW.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

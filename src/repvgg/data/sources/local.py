@@ -1,0 +1,230 @@
+"""Sources that need no download: ``imagefolder:PATH``, ``digits:`` and ``fake:[N][xCLASSES]``."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from repvgg.data.config import DataUri
+from repvgg.data.counter_rng import random_bits
+from repvgg.data.decode import CorruptImage, is_image_name, to_pil
+from repvgg.data.splits import FileSplit, MapSplit, Source, TensorSplit
+from repvgg.errors import DataError, UsageError, require
+
+# imagefolder:
+
+_TRAIN_FOLDER = "train"
+_VAL_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
+_NOT_CLASSES = ("__MACOSX", "__pycache__")  # left behind by archivers and Python
+
+
+def open_folder(uri: DataUri) -> Source:
+    """Open the images below ``PATH/train`` and ``PATH/val`` (or validation, valid, test), or below ``PATH`` itself.
+
+    Classes are the names of the folders, sorted. Names that start with a dot are ignored, and so are files with other
+    extensions than jpg, jpeg, png, bmp, webp, tif, tiff and ppm (in any case).
+
+    Raises:
+        DataError: the folder does not exist, or contains no class folders.
+    """
+    root = Path(os.path.expanduser(uri.rest))
+    if not uri.rest or not root.is_dir():
+        raise DataError(f"There is no folder {str(root) if uri.rest else ''!r}: give one as imagefolder:PATH.")
+    if not (root / _TRAIN_FOLDER).is_dir():
+        return Source(_read_folder(root), None)
+    present = [name for name in _VAL_FOLDERS if (root / name).is_dir()]
+    if not present:
+        return Source(_read_folder(root / _TRAIN_FOLDER), None)
+    notes = [f"{name}/ is ignored: the validation images are those of {present[0]}/." for name in present[1:]]
+    return Source(_read_folder(root / _TRAIN_FOLDER), _read_folder(root / present[0]), notes=tuple(notes))
+
+
+def _read_folder(folder: Path) -> FileSplit:
+    make_dataset = require("torchvision.datasets.folder", "train").make_dataset
+    try:
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_class_name(entry.name))
+        if not classes:
+            raise DataError(f"{str(folder)!r} contains no class folders: put the images of each class in a folder.")
+        indices = {name: index for index, name in enumerate(classes)}
+        found = make_dataset(str(folder), indices, is_valid_file=is_image_name, allow_empty=True)
+    except OSError as error:
+        raise DataError(f"{str(folder)!r} cannot be read: {error.strerror or error}.") from error
+    start = len(os.path.join(folder, ""))
+    labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+    return FileSplit(folder, [path[start:] for path, _ in found], labels, tuple(classes))
+
+
+def _is_class_name(name: str) -> bool:
+    return not name.startswith(".") and name not in _NOT_CLASSES
+
+
+def ignored_files(folder: Path) -> list[str]:
+    """Return the files in the class folders of ``folder`` that are not hidden and have no image extension."""
+    found = []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_class_name(entry.name)):
+        for below, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            paths = (os.path.join(below, file) for file in sorted(files) if _is_class_name(file))
+            found += [path for path in paths if not is_image_name(path)]
+    return found
+
+
+# digits:
+
+_DIGITS_SIZE = 32  # pixels
+_DIGITS_VAL_FRACTION = 0.2
+_DIGITS_SPLIT_STATE = 0  # fixed: the seed of a run must not move images between the splits
+
+
+@final
+@dataclass(frozen=True)
+class Digits:
+    """The digits before normalization.
+
+    Attributes:
+        pixels: (1797, 1, H, W) float32 in [0, 1].
+        labels: (1797,) int64.
+        train: ascending indices of the training images.
+        val: ascending indices of the validation images.
+        mean: of all training pixels.
+        std: of all training pixels.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    train: Tensor
+    val: Tensor
+    mean: float
+    std: float
+
+
+def load_digits(size: int) -> Digits:
+    """Load the 1797 digits of scikit-learn: 1437 to train and 360 to validate, stratified by class, always the same.
+
+    The scans are 8x8 with 17 grey levels. They are scaled to [0, 1] and resized bilinearly to ``size`` x ``size``, with
+    one channel in float32.
+
+    Args:
+        size: height and width in pixels, at least 8.
+
+    Raises:
+        UsageError: ``size`` is below 8.
+        MissingDependencyError: scikit-learn is not installed.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (its test part), doi 10.24432/C50P49.
+    """
+    if size < 8:
+        raise UsageError(f"The digits are scans of 8x8 pixels and are never downscaled: size {size} is below 8.")
+    scans = require("sklearn.datasets", "train").load_digits()
+    pixels_N1HW = torch.from_numpy(scans.images).float().div(16).unsqueeze(1)
+    pixels_N1HW = F.interpolate(pixels_N1HW, size=(size, size), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(scans.target).long()
+    parts = require("sklearn.model_selection", "train").train_test_split(
+        range(len(labels)),
+        test_size=_DIGITS_VAL_FRACTION,
+        stratify=labels.numpy(),
+        random_state=_DIGITS_SPLIT_STATE,
+    )
+    train, val = (torch.tensor(sorted(part)) for part in parts)
+    mean, std = float(pixels_N1HW[train].mean()), float(pixels_N1HW[train].std(correction=0))
+    return Digits(pixels_N1HW, labels, train, val, mean, std)
+
+
+def open_digits(uri: DataUri, train_size: int | None, test_size: int | None) -> Source:
+    """Open the digits, see :func:`load_digits`, normalized with the statistics of the training images.
+
+    Raises:
+        UsageError: the URI has text after the colon, or a size is below 8.
+        MissingDependencyError: scikit-learn is not installed.
+    """
+    if uri.rest or uri.options:
+        raise UsageError(f"'digits:' takes nothing after the colon, got {uri.rest!r}.")
+    size = train_size or _DIGITS_SIZE
+    digits = load_digits(size)
+    val_digits = digits if test_size in (None, size) else load_digits(test_size or size)
+    classes = tuple("0123456789")
+    train = TensorSplit("digits", digits.pixels[digits.train], digits.labels[digits.train], classes)
+    val = TensorSplit("digits", val_digits.pixels[val_digits.val], val_digits.labels[val_digits.val], classes)
+    return Source(train, val, 1, _DIGITS_SIZE, (digits.mean,), (digits.std,))
+
+
+# fake:
+
+_FAKE_SIZE = 32  # pixels
+_FAKE_IMAGES, _FAKE_CLASSES = 1000, 10
+_MAX_TENSOR_BYTES = 64 * 2**20  # larger splits are computed image by image
+_NOISE_STD = 40.0  # of 255
+
+
+def open_fake(uri: DataUri, size: int | None) -> Source:
+    """Open N synthetic training images (1000) of CLASSES classes (10), and a fifth as many for validation.
+
+    Each class has a colour and a plane wave of its own direction, frequency and phase; each image has a contrast of its
+    own, and noise. The images are always the same. Labels alternate: image i has class ``i mod CLASSES``.
+
+    Raises:
+        UsageError: the text after the colon is malformed, or there are too few classes or images.
+    """
+    uri.check_options()
+    match = re.fullmatch(r"(\d+)?(?:x(\d+))?", uri.rest)
+    if not match:
+        raise UsageError(f"{uri.text!r} is malformed: write fake:IMAGESxCLASSES, as in fake:1000x10.")
+    count, classes = int(match[1] or _FAKE_IMAGES), int(match[2] or _FAKE_CLASSES)
+    if classes < 2 or count < classes:
+        raise UsageError(f"{uri.text!r} needs at least two classes, and at least one image of each.")
+    # Validation images are numbered from the next multiple of CLASSES on, so that they start with class 0, too.
+    ranges = ((0, count), (math.ceil(count / classes) * classes, max(classes, count // 5)))
+    train, val = (FakeSplit(first, number, classes, size or _FAKE_SIZE).in_memory() for first, number in ranges)
+    return Source(train, val, 3, _FAKE_SIZE)
+
+
+@final
+class FakeSplit(MapSplit):
+    """Synthetic images, computed on access from their number alone."""
+
+    def __init__(self, first: int, count: int, classes: int, size: int) -> None:
+        self.classes = tuple(map(str, range(classes)))
+        self.labels = torch.arange(first, first + count) % classes
+        self._first = first
+        self._size = size
+
+    def location(self, index: int) -> str:
+        return f"fake image {self._first + index}"
+
+    def image(self, index: int) -> Image.Image | CorruptImage:
+        return to_pil(self.pixels(index))
+
+    def pixels(self, index: int) -> Tensor:
+        """Return the image (3, H, W) uint8 at ``index``."""
+        generator = torch.Generator().manual_seed(self._first + index)
+        clean = _class_image(int(self.labels[index]), self._size)
+        contrast = 0.5 + torch.rand((), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator) * _NOISE_STD
+        return (127.5 + contrast * clean + noise).round().clamp(0, 255).to(torch.uint8)
+
+    def in_memory(self) -> MapSplit:
+        """Return the split as one tensor if it is small, else the split itself."""
+        if len(self) * 3 * self._size**2 > _MAX_TENSOR_BYTES:
+            return self
+        images = torch.stack([self.pixels(index) for index in range(len(self))])
+        return TensorSplit("fake", images, self.labels, self.classes)
+
+
+def _class_image(label: int, size: int) -> Tensor:
+    """Return the noise-free image (3, H, W) of a class, centred at 0."""
+    bits = random_bits(0, 0, np.arange(6, dtype=np.uint64) + np.uint64(6) * np.uint64(label))
+    draws = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).float()
+    angle, phase, waves = draws[0] * math.pi, draws[1] * 2 * math.pi, 1 + 3 * draws[2]
+    colour_311 = (draws[3:] * 2 - 1).reshape(3, 1, 1)
+    y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
+    wave = torch.sin(2 * math.pi * waves * (x * angle.cos() + y * angle.sin()) + phase)
+    return 40 * colour_311 + 35 * wave

@@ -1,0 +1,210 @@
+"""Run models for a comparison: inputs that expose the border, an isolated state, and the error between outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repvgg._contexts import eval_mode
+from repvgg.errors import UsageError
+from repvgg.verify.precision import full_float32, name_of
+
+_BORDER_GAIN = 4.0
+
+
+def border_inputs(
+    shape: Sequence[int], *, batches: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Return random images on which an error at the border shows.
+
+    Every value is ``1 + n`` with n standard normal, so that a kernel with dropped or doubled taps changes the mean. The
+    outermost rows and columns are multiplied by 4, so that a tap there weighs more than one inside. The first batch has
+    the given size; batch k = 1, 2, … has the odd height ``(H + 2k - 1) | 1`` and the odd width ``(W + 2k + 1) | 1``,
+    at which a stride or a dilation meets the far border in another phase.
+
+    Args:
+        shape: (N, C, H, W) of the first batch, all at least 1.
+        batches: number of batches; 1 for a model that takes a single size.
+        seed: of a separate generator. PyTorch's global random state is neither read nor changed.
+        dtype: of the images, a floating-point type. They are drawn in float64 and rounded once.
+
+    Raises:
+        UsageError: the shape is not (N, C, H, W), ``batches`` is below 1, or the dtype is not a floating-point one.
+    """
+    if len(shape) != 4 or min(shape) < 1:
+        raise UsageError(f"shape must be (N, C, H, W) with each at least 1, got {tuple(shape)}.")
+    if batches < 1:
+        raise UsageError(f"batches must be at least 1, got {batches}.")
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating-point type, got {dtype}.")
+    generator = torch.Generator().manual_seed(seed)
+    n, c, h, w = shape
+    sizes = [(h, w)] + [((h + 2 * k - 1) | 1, (w + 2 * k + 1) | 1) for k in range(1, batches)]
+    return [_border_image((n, c, *size), generator).to(dtype) for size in sizes]
+
+
+def _border_image(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # device="cpu": a default device of the caller would not match the generator's.
+    x_NCHW = 1.0 + torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    inside = torch.zeros(shape[-2:], dtype=torch.bool, device="cpu")
+    inside[1:-1, 1:-1] = True
+    return torch.where(inside, x_NCHW, _BORDER_GAIN * x_NCHW)
+
+
+def as_batches(inputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Return one batch or several as a list of non-empty batches.
+
+    Raises:
+        UsageError: there is no input, an entry is not a tensor, or a batch is empty.
+    """
+    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not batches:
+        raise UsageError("There are no inputs to verify on: pass at least one batch.")
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise UsageError(f"Each batch of inputs must be a tensor, got a {type(batch).__name__}.")
+        if batch.dim() == 0 or batch.numel() == 0:
+            raise UsageError(f"A batch must hold at least one sample, got the shape {tuple(batch.shape)}.")
+    return batches
+
+
+def rounded(batches: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the batches in ``dtype``; integers are left unchanged.
+
+    Raises:
+        UsageError: a value is not finite after rounding.
+    """
+    out = [batch.to(dtype) if batch.is_floating_point() else batch for batch in batches]
+    if not all(bool(torch.isfinite(batch).all()) for batch in out):
+        raise UsageError(f"The inputs hold a NaN or an infinity when rounded to {name_of(dtype)}: pass finite ones.")
+    return out
+
+
+@contextmanager
+def isolated_eval(*models: object) -> Iterator[None]:
+    """Run models in eval mode and full precision, and restore all state afterwards, even after an error.
+
+    Inside: no gradients, no autocast, float32 products in full float32 (see
+    :func:`repvgg.verify.precision.full_float32`), and every module of ``models`` in eval mode. Restored afterwards: the
+    ``training`` flag of every module, the values of every buffer, the precision flags, and PyTorch's random states
+    (CPU, and CUDA if it is in use).
+
+    Args:
+        models: the models to run; objects that are no ``nn.Module`` are ignored.
+    """
+    # Only where CUDA runs already: asking for its random state would initialize it.
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if in_use else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_float32())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(*models))
+        for model in models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(_preserve_buffers(model))
+        yield
+
+
+@contextmanager
+def _preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to buffers, in place or by assignment."""
+    found = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in found:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                buffer.resize_(value.shape).copy_(value)
+
+
+def dtype_of(model: object, batches: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter, else of the first floating-point batch, else float32."""
+    parameters: Iterable[Tensor] = model.parameters() if isinstance(model, nn.Module) else ()
+    for tensor in (*parameters, *batches):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a deep copy in ``dtype``, in the mode of the model, on the CPU if its device has no float64 (MPS)."""
+    out = copy.deepcopy(model)
+    if dtype is torch.float64 and _device_of(model, torch.device("cpu")).type == "mps":
+        out = out.cpu()
+    return out.to(dtype)
+
+
+def outputs_of(model: Callable[..., object], batches: Iterable[Tensor], who: str) -> list[Tensor]:
+    """Return the model's output for each batch, on the CPU.
+
+    Raises:
+        UsageError: an output is not a floating-point tensor; the text names the model as ``who``.
+    """
+    # copy=True: the model may write to its input, which both sides share.
+    return [_checked(model(batch.to(_device_of(model, batch.device), copy=True)), who) for batch in batches]
+
+
+def _device_of(model: object, default: torch.device) -> torch.device:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return default if first is None else first.device
+
+
+def _checked(output: object, who: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"Only tensors can be compared, but {who} returned a {type(output).__name__}: wrap it in a function that "
+            "returns one tensor."
+        )
+    if not output.is_floating_point():
+        raise UsageError(f"Only floating-point outputs can be compared, but {who} returned {name_of(output.dtype)}.")
+    return output.detach().to("cpu", copy=True)  # copy: a later forward may write to the same memory
+
+
+class Deviation(NamedTuple):
+    """The largest difference between two lists of outputs, absolute and relative to the largest exact output."""
+
+    absolute: float
+    relative: float
+
+
+def deviation(exact: Sequence[Tensor], other: Sequence[Tensor]) -> Deviation:
+    """Return the error of ``other``, over all pairs of tensors.
+
+    ``absolute = max|y - y64|`` and ``relative = absolute / max|y64|``. Where ``max|y64|`` is 0, relative is 0 if the
+    absolute error is 0, and infinite if not. Different shapes and values that are not finite make both infinite.
+    """
+    infinite = Deviation(math.inf, math.inf)
+    if any(a.shape != b.shape for a, b in zip(exact, other, strict=True)):
+        return infinite  # before the subtraction, which would broadcast
+    absolute = max(_largest(b.double() - a.double()) for a, b in zip(exact, other, strict=True))
+    scale = max(_largest(a) for a in exact)
+    if not math.isfinite(absolute) or not math.isfinite(scale):
+        return infinite
+    if absolute == 0.0:
+        return Deviation(0.0, 0.0)
+    return Deviation(absolute, absolute / scale if scale else math.inf)
+
+
+def _largest(values: Tensor) -> float:
+    """Return ``max|v|``: infinite where a value is not finite, 0 for an empty tensor."""
+    if values.numel() == 0:
+        return 0.0
+    largest = float(values.abs().max())
+    return largest if math.isfinite(largest) else math.inf
