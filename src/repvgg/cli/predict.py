@@ -53,15 +53,14 @@ def predict(
     """
     from repvgg._contexts import num_threads
     from repvgg.cli.terminal import write_json
-    from repvgg.data import DataConfig
-    from repvgg.data.pictures import image_files
+    from repvgg.data import DataConfig, list_images
     from repvgg.models import collapse_loaded, load
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
     if not images:
         raise UsageError("Name the images, or folders of them, behind the checkpoint.")
-    files = image_files(images)
+    files = list_images(images)
     loaded = load(checkpoint)
     about = loaded.metadata
     config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
@@ -99,13 +98,13 @@ def _found(
     import torch
 
     from repvgg.cli.terminal import busy
-    from repvgg.data.pictures import read_pictures
+    from repvgg.data import read_images
 
     batch, channels, size, _ = shape
     found: list[Ranked] = []
     with busy("looking"), torch.inference_mode():
         for begin in range(0, len(files), batch):
-            logits = run(read_pictures(files[begin : begin + batch], config, size, channels))
+            logits = run(read_images(files[begin : begin + batch], config, size, channels))
             if not logits.isfinite().all():
                 raise CheckpointError("The model answers with numbers that are not finite: its weights are broken.")
             values, numbers = logits.double().softmax(1).topk(top)
