@@ -138,7 +138,7 @@ def test_what_cannot_be_copied_says_so():
 
 def test_what_gives_itself_for_a_copy_is_not_changed():
     kind = type("Own", (nn.Sequential,), {"__deepcopy__": lambda self, memo: self})
-    with pytest.raises(ReparamError, match="'1' gives itself for a copy"):
+    with pytest.raises(ReparamError, match="'1' returns itself as its copy"):
         repvgg.expand(nn.Sequential(conv(), kind(conv())))
 
 

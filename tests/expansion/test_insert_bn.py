@@ -114,7 +114,7 @@ def read():
 LEFT = {
     "read": (read, "read from outside"),
     "never called": (lambda: module(lambda self, x: x, a=nn.Conv2d(3, 4, 3)), "the data never reaches it"),
-    "no batch": (lambda: module(lambda self, x: self.a(x[0]), a=nn.Conv2d(3, 4, 3)), "does not put out images"),
+    "no batch": (lambda: module(lambda self, x: self.a(x[0]), a=nn.Conv2d(3, 4, 3)), "its output is not images"),
     "not asked for": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "where= leaves it out"),
 }
 

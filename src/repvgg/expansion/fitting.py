@@ -1,12 +1,12 @@
-"""Give a block the kernel and bias of a convolution, by solving its own forward for them.
+"""Make a block in the geometry of a convolution, and solve its own forward for the convolution's kernel and bias.
 
 In eval mode the kernel that a block is equal to is affine in the kernel W of a convolution inside it, ::
 
     K(W) = s ⊙ W + R        b(p) = t ⊙ p + c
 
-with R from the other branches, and its bias is affine in a parameter p that only shifts. Two traces tell R and s, two
-more c and t; ``W = (K − R) / s`` and ``p = (b − c) / t`` follow. Nothing is known about names or classes, and
-nothing is believed: the outcome is traced, and then run beside the convolution.
+with R from the other branches, and its bias is affine in a parameter p that only shifts. Two traces determine R and s,
+two more c and t; then ``W = (K − R) / s`` and ``p = (b − c) / t``. Nothing is assumed about names or classes, nor that
+the equations hold: the result is traced, and then run and compared with the convolution.
 
 Letters: O output channels, I input channels of one group, H and W the kernel's height and width.
 """
@@ -29,11 +29,14 @@ from repvgg.verify import border_inputs, verify
 
 MakeBlock = Callable[[nn.Conv2d], nn.Module | None]
 
+EXACT = 1e-12  # the largest relative error in float64
+_MIN_RELATIVE_SLOPE = 1e-6  # dividing by a slope smaller than this, relative to the largest one, is not accurate
+
 
 def rep_block(conv: nn.Conv2d) -> BranchSum:
-    """The branches of RepVGG around a convolution: kxk, 1x1 and, where the shapes match, the identity, each with a BN.
+    """Return the branches of RepVGG for a convolution: kxk, 1x1 and, if the shapes match, the identity, each with a BN.
 
-    Any odd kernel, stride, dilation, groups and padding mode; freshly initialized, and nothing of ``conv`` is copied.
+    Any odd kernel, stride, dilation, groups and padding mode; randomly initialized, and nothing of ``conv`` is copied.
     See :func:`repvgg.blocks.rep_conv` for the formula.
 
     Raises:
@@ -45,8 +48,8 @@ def rep_block(conv: nn.Conv2d) -> BranchSum:
     return branches
 
 
-def block_for(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
-    """What ``make`` returns for a copy of ``conv``.
+def make_block(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
+    """Return what ``make`` returns for a copy of ``conv``.
 
     Raises:
         ReparamError: there is no block for this convolution; the text says why.
@@ -62,7 +65,7 @@ def block_for(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
     return block
 
 
-def like_conv(block: nn.Module, conv: nn.Conv2d) -> nn.Module:
+def match_conv(block: nn.Module, conv: nn.Conv2d) -> nn.Module:
     """Set a module to the dtype, device, memory format and training mode of ``conv``, and freeze it if that is."""
     weight = next(iter(conv.parameters()))
     block.to(weight)
@@ -73,21 +76,17 @@ def like_conv(block: nn.Module, conv: nn.Conv2d) -> nn.Module:
     return block.train(conv.training)
 
 
-EXACT = 1e-12  # the largest relative error in float64
-_FLAT = 1e-6  # a slope this small beside the largest one cannot be divided by
-
-
-def fit(block: nn.Module, conv: nn.Conv2d) -> float:
+def solve_block(block: nn.Module, conv: nn.Conv2d) -> float:
     """Set parameters of ``block`` so that in eval mode it computes what ``conv`` does.
 
-    Solved in float64 and cast once to the dtype of the block. Needs to run without gradients.
+    Solved in float64 and cast once to the dtype of the block. Call it without gradients.
 
     Returns:
-        The largest difference in kernel or bias once it is cast, relative to the largest number in them.
+        The largest difference in kernel or bias after the cast, relative to the largest number in them.
 
     Raises:
-        NotLinearError: the block is not a convolution of that geometry, or nothing in it can carry kernel or bias.
-        EquivalenceError: solved, run, and not equal within 1e-12 in float64; or the numbers do not fit the dtype.
+        NotLinearError: the block is not a convolution of that geometry, or nothing in it can take kernel or bias.
+        EquivalenceError: the solution is not equal within 1e-12 in float64; or its numbers do not fit the dtype.
         ReparamError: the block cannot be traced; see :func:`repvgg.trace`.
     """
     target = trace(conv)
@@ -96,32 +95,31 @@ def fit(block: nn.Module, conv: nn.Conv2d) -> float:
         _Solver(exact, conv, target).solve()
         for own, solved in zip(block.parameters(), exact.parameters(), strict=True):
             own.copy_(solved)
-        error = difference(trace(block, conv.in_channels), target)
+        error = max_difference(trace(block, conv.in_channels), target)
     if not math.isfinite(error):
         raise EquivalenceError(f"the numbers that the block would need do not fit into {conv.weight.dtype}")
     return error
 
 
-def difference(found: ConvMap, target: ConvMap) -> float:
-    """``max |found − target|`` over kernel and bias, relative to the largest number of the target."""
+def max_difference(found: ConvMap, target: ConvMap) -> float:
+    """Return ``max |found − target|`` over kernel and bias, relative to the largest number of the target."""
     ours, theirs = (torch.cat([m.weight.flatten(), m.bias_or_zeros()]).double() for m in (found, target))
-    return _apart(ours, theirs)
+    return _relative_difference(ours, theirs)
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
-    """``max|found − wanted| / max|wanted|``, or without the quotient where nothing is wanted."""
-    return float((found - wanted).abs().max() / (wanted.abs().max() or 1.0))
+def _relative_difference(found: Tensor, target: Tensor) -> float:
+    """``max|found − target| / max|target|``; absolute if the target is zero."""
+    return float((found - target).abs().max() / (target.abs().max() or 1.0))
 
 
-def _same_geometry(a: ConvMap, b: ConvMap) -> bool:
+def _has_same_geometry(a: ConvMap, b: ConvMap) -> bool:
     sizes = ((m.in_channels, m.out_channels, m.groups, m.axes, m.border) for m in (a, b))
     return next(sizes) == next(sizes)
 
 
-def _usable(slope: Tensor) -> bool:
-    """Whether nothing is lost by dividing by ``slope``."""
+def _is_divisor(slope: Tensor) -> bool:
     size = slope.abs()
-    return bool(slope.isfinite().all()) and float(size.min()) > _FLAT * float(size.max())
+    return bool(slope.isfinite().all()) and float(size.min()) > _MIN_RELATIVE_SLOPE * float(size.max())
 
 
 class _Solver:
@@ -132,14 +130,14 @@ class _Solver:
         self.kernel_OIHW, self.bias_O = target.weight.clone(), target.bias_or_zeros().clone()
 
     def solve(self) -> None:
-        """Try the convolutions that could carry the kernel, in the order of the block; the first that works stays."""
+        """Try the convolutions that could take the kernel, in the order of the block, until one works."""
         reasons = []
         before = [parameter.clone() for parameter in self.block.parameters()]
-        for weight in self.candidates():
+        for weight in self._candidates():
             try:
-                self.solve_kernel(weight)
-                self.solve_bias()
-                return self.judge()
+                self._solve_kernel(weight)
+                self._solve_bias()
+                return self._check()
             except ReparamError as error:
                 reasons.append(error)
             for parameter, value in zip(self.block.parameters(), before, strict=True):
@@ -147,73 +145,72 @@ class _Solver:
         shape = "x".join(map(str, self.conv.weight.shape))
         raise reasons[0] if reasons else NotLinearError(f"no convolution in the block has a kernel of {shape}")
 
-    def candidates(self) -> Iterator[Tensor]:
-        """The kernels that have the shape of the one that is wanted."""
+    def _candidates(self) -> Iterator[Tensor]:
+        """Yield the kernels of the shape of the target."""
         for part in self.block.modules():
             weight = part._parameters.get("weight") if isinstance(part, nn.Conv2d) else None
             if weight is not None and weight.shape == self.conv.weight.shape and part.groups == self.conv.groups:
                 yield weight
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Kernel and bias of the block as it is."""
+    def _trace(self) -> tuple[Tensor, Tensor]:
+        """Return kernel and bias of the block with its current parameters."""
         found = trace(self.block, self.conv.in_channels)
-        if not _same_geometry(found, self.target):
+        if not _has_same_geometry(found, self.target):
             raise NotLinearError(f"the block is a {found}, and the convolution a {self.target}")
         return found.weight.clone(), found.bias_or_zeros().clone()
 
-    def solve_kernel(self, weight_OIHW: Tensor) -> None:
-        """``W = (K − R) / s``, and once more for what rounding left."""
-        rest_OIHW = self.read_at(weight_OIHW, 0.0)[0]
-        slope_OIHW = self.read_at(weight_OIHW, 1.0)[0] - rest_OIHW
-        if not _usable(slope_OIHW):
+    def _trace_with(self, parameter: Tensor, value: float) -> tuple[Tensor, Tensor]:
+        """Return kernel and bias after filling ``parameter`` with ``value``."""
+        parameter.fill_(value)
+        return self._trace()
+
+    def _solve_kernel(self, weight_OIHW: Tensor) -> None:
+        """Set ``W = (K − R) / s``."""
+        rest_OIHW = self._trace_with(weight_OIHW, 0.0)[0]
+        slope_OIHW = self._trace_with(weight_OIHW, 1.0)[0] - rest_OIHW
+        if not _is_divisor(slope_OIHW):
             raise NotLinearError("the block scales some channels of its dense convolution by zero, or nearly so")
         weight_OIHW.copy_((self.kernel_OIHW - rest_OIHW) / slope_OIHW)
-        weight_OIHW += (self.kernel_OIHW - self.read()[0]) / slope_OIHW
-        if not self.has_kernel(self.read()[0]):
+        weight_OIHW += (self.kernel_OIHW - self._trace()[0]) / slope_OIHW  # one step of iterative refinement
+        if not self._has_kernel(self._trace()[0]):
             raise NotLinearError("the kernel of the block is not that of its dense convolution, scaled and shifted")
 
-    def solve_bias(self) -> None:
-        """``p = (b − c) / t`` for the first parameter that shifts all channels and leaves the kernel as it is."""
-        if _apart(self.read()[1], self.bias_O) <= EXACT:
+    def _solve_bias(self) -> None:
+        """Set ``p = (b − c) / t`` for the first parameter that shifts all channels and leaves the kernel unchanged."""
+        if _relative_difference(self._trace()[1], self.bias_O) <= EXACT:
             return
         for parameter in self.block.parameters():
-            if parameter.numel() == len(self.bias_O) and self.shifted_by(parameter):
+            if parameter.numel() == len(self.bias_O) and self._try_shift(parameter):
                 return
         raise NotLinearError("nothing in the block can carry the bias: no parameter shifts each of its channels")
 
-    def shifted_by(self, parameter: Tensor) -> bool:
-        """Have one parameter carry the bias, or leave it as it was."""
+    def _try_shift(self, parameter: Tensor) -> bool:
+        """Solve for one parameter, or restore it and return False."""
         before = parameter.clone()
         try:
-            kernel_OIHW, rest_O = self.read_at(parameter, 0.0)
-            other_OIHW, shifted_O = self.read_at(parameter, 1.0)
+            kernel_OIHW, rest_O = self._trace_with(parameter, 0.0)
+            other_OIHW, shifted_O = self._trace_with(parameter, 1.0)
             slope_O = shifted_O - rest_O
-            if self.has_kernel(kernel_OIHW) and self.has_kernel(other_OIHW) and _usable(slope_O):
+            if self._has_kernel(kernel_OIHW) and self._has_kernel(other_OIHW) and _is_divisor(slope_O):
                 parameter.copy_(((self.bias_O - rest_O) / slope_O).view_as(parameter))
-                parameter += ((self.bias_O - self.read()[1]) / slope_O).view_as(parameter)
+                parameter += ((self.bias_O - self._trace()[1]) / slope_O).view_as(parameter)
                 return True
-        except ReparamError:  # a shift in front of a padded convolution, for one
+        except ReparamError:  # for example a shift before a padded convolution
             pass
         parameter.copy_(before)
         return False
 
-    def read_at(self, parameter: Tensor, value: float) -> tuple[Tensor, Tensor]:
-        """Kernel and bias where all of ``parameter`` is ``value``."""
-        parameter.fill_(value)
-        return self.read()
+    def _has_kernel(self, kernel_OIHW: Tensor) -> bool:
+        return _relative_difference(kernel_OIHW, self.kernel_OIHW) <= EXACT
 
-    def has_kernel(self, kernel_OIHW: Tensor) -> bool:
-        """Whether a kernel is the one that is wanted."""
-        return _apart(kernel_OIHW, self.kernel_OIHW) <= EXACT
-
-    def judge(self) -> None:
-        """Run both on images whose border counts."""
+    def _check(self) -> None:
+        """Run both on images whose borders count, and compare."""
         height, width = (axis.reach + 2 * axis.stride + 3 for axis in self.target.axes)
         images = border_inputs((1, self.conv.in_channels, height, width), dtype=torch.float64)
         exact = copy.deepcopy(self.conv).to(self.kernel_OIHW)
         try:
             evidence = verify(lambda x: exact(x.to(self.kernel_OIHW)), self.block, images, tolerance=EXACT)
-        except Exception as error:  # of a stranger's forward
+        except Exception as error:  # user code
             raise EquivalenceError(f"the block cannot be run in float64 ({type(error).__name__}: {error})") from error
         if not evidence.passed:
             raise EquivalenceError(f"the block differs from the convolution by {evidence.relative:.1e} in float64")

@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Expanded:
-    """A convolution that became a module with more to train.
+    """A convolution that became a module with more parameters.
 
     Attributes:
-        name: path of the convolution, and of what stands there now.
-        also: further paths of the same module, where it is shared.
-        convolution: what it was, in words.
+        name: path of the convolution, and now of the module that replaced it.
+        also: further paths of the same module, if it is shared.
+        convolution: a description of the convolution.
         parameters_before: number of parameters of the convolution.
-        parameters_after: number of parameters of what stands there now.
+        parameters_after: number of parameters of its replacement.
         error: largest difference in kernel or bias from the convolution, as stored in its dtype, relative to the
-            largest number in them. In float64 it was at most 1e-12; the rest is rounding. None where the block begins
-            afresh.
-        fresh: why the block keeps its fresh values, and computes another function; empty where it does not.
+            largest number in them. It was at most 1e-12 in float64; the rest is rounding. None if the block starts with
+            new values.
+        fresh: why the block starts with new values, and computes another function; empty if it does not.
     """
 
     name: str
@@ -33,11 +33,14 @@ class Expanded:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Skipped:
     """A convolution that stays as it was, with the reason."""
 
     name: str
     reason: str
+
+
+Kept = Skipped  # the former name, kept for code that imports it
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,20 @@ class ExpandReport:
     """
 
     expanded: tuple[Expanded, ...]
-    left: tuple[Kept, ...]
+    left: tuple[Skipped, ...]
 
     @property
     def parameters_added(self) -> int:
-        """How many parameters more there are to train."""
-        return sum(row.parameters_after - row.parameters_before for row in self.expanded)
+        """The number of additional parameters."""
+        return sum(entry.parameters_after - entry.parameters_before for entry in self.expanded)
 
     @property
     def is_exact(self) -> bool:
-        """Whether each block begins as the convolution in whose place it stands."""
-        return not any(row.fresh for row in self.expanded)
+        """Whether each block starts out equal to the convolution that it replaces."""
+        return not any(entry.fresh for entry in self.expanded)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -71,11 +74,11 @@ class ExpandReport:
 
     def _lines(self) -> Iterator[str]:
         yield f"{len(self.expanded)} convolutions expanded, {self.parameters_added:,} parameters added"
-        for row in self.expanded:
-            also = f" (also {', '.join(row.also)})" if row.also else ""
-            how = f"begins afresh: {row.fresh}" if row.error is None else f"error {row.error:.1e}"
-            yield f"  {row.name or '(root)'}{also}: {row.convolution}, {how}"
+        for entry in self.expanded:
+            also = f" (also {', '.join(entry.also)})" if entry.also else ""
+            how = f"begins afresh: {entry.fresh}" if entry.error is None else f"error {entry.error:.1e}"
+            yield f"  {entry.name or '(root)'}{also}: {entry.convolution}, {how}"
         if self.left:
             yield f"{len(self.left)} left alone"
-        for kept in self.left:
-            yield f"  {kept.name or '(root)'}: {kept.reason}"
+        for skipped in self.left:
+            yield f"  {skipped.name or '(root)'}: {skipped.reason}"

@@ -1,4 +1,4 @@
-"""The convolutions of a model, which of them may be replaced, and replacing them."""
+"""Find the convolutions of a model, decide which of them may be replaced, and replace them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from repvgg.symbolic import shadow_of, things_in
 Where = Callable[[str, nn.Conv2d], bool]
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
+# A block would not run the hooks that observe the convolution.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -28,7 +29,7 @@ class Site:
     """A convolution in a model.
 
     Attributes:
-        names: all its paths, the first one first.
+        names: all its paths, in the order of the model.
         conv: the convolution.
         refusal: why it cannot be replaced by something else, or None.
     """
@@ -38,38 +39,38 @@ class Site:
     refusal: str | None
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy.
+def deep_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy.
 
     Raises:
-        ReparamError: something in the model cannot be copied, or gives itself for a copy.
+        ReparamError: something in the model cannot be copied, or returns itself as its copy.
     """
     try:
         out = copy.deepcopy(model)
     except Exception as error:
         raise ReparamError(
-            f"The model cannot be copied ({type(error).__name__}: {error}): take off what cannot be copied, or give "
+            f"The model cannot be copied ({type(error).__name__}: {error}): remove what cannot be copied, or give "
             "its class a __deepcopy__."
         ) from error
     own = {id(part) for part in model.modules()}
     for name, part in out.named_modules():
         if id(part) in own:
-            raise ReparamError(f"The model cannot be copied: {name!r} gives itself for a copy.")
+            raise ReparamError(f"The model cannot be copied: {name!r} returns itself as its copy.")
     return out
 
 
-def sites_of(model: nn.Module) -> list[Site]:
-    """Every ``nn.Conv2d`` of a model once, in the order of the model."""
+def find_sites(model: nn.Module) -> list[Site]:
+    """Return every ``nn.Conv2d`` of a model once, in the order of the model."""
     names = defaultdict(list)
     for name, part in model.named_modules(remove_duplicate=False):
         if isinstance(part, nn.Conv2d):
             names[part].append(name)
-    surroundings = _Surroundings(model)
-    return [Site(tuple(paths), conv, surroundings.refusal(conv)) for conv, paths in names.items()]
+    references = _References(model)
+    return [Site(tuple(paths), conv, references.why_not_replaceable(conv)) for conv, paths in names.items()]
 
 
-def replaced(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """The model with other modules in the places of some, wherever these are registered."""
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace modules wherever they are registered, in place; return the model, or its replacement."""
     for part in list(model.modules()):
         for name, child in part._modules.items():
             if child is not None and child in new:
@@ -77,15 +78,15 @@ def replaced(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return new.get(model, model)
 
 
-class _Surroundings:
-    """Who else knows a convolution than the module that it is registered in."""
+class _References:
+    """References to modules and parameters from outside of the module that registers them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.held = set(_held(model))
         self.read = _read_from_outside(model)
 
-    def refusal(self, conv: nn.Conv2d) -> str | None:
-        """Why another module cannot stand in the place of ``conv``."""
+    def why_not_replaceable(self, conv: nn.Conv2d) -> str | None:
+        """Return why no other module can replace ``conv``, or None."""
         tensors = [tensor for tensor in conv._parameters.values() if tensor is not None]
         if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
             return "it has no kernel before its first image: run the model once"
@@ -97,7 +98,7 @@ class _Surroundings:
 
 
 def _held(model: nn.Module) -> Iterator[int]:
-    """Modules and tensors in attributes, lists and methods that no state dict shows, by id."""
+    """Yield the ids of modules and tensors in attributes, lists and bound methods that no state dict shows."""
     for part in model.modules():
         for thing in things_in(value for key, value in vars(part).items() if key not in _REGISTERED):
             yield id(thing)
@@ -105,7 +106,7 @@ def _held(model: nn.Module) -> Iterator[int]:
 
 
 def _read_from_outside(model: nn.Module) -> set[int]:
-    """Parameters that the forward of one module reads from another, by id, as far as torch.fx can follow."""
+    """Return the ids of parameters that one module's forward reads from another, as far as torch.fx can trace it."""
     found: set[int] = set()
     for part in model.modules():
         if part._modules and "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule):
@@ -115,16 +116,19 @@ def _read_from_outside(model: nn.Module) -> set[int]:
 
 
 def _reads(part: nn.Module) -> set[int]:
-    """The parameters that a forward asks for itself; a run on a shadow, submodules being leaves."""
+    """Return the ids of the tensors that a forward reads itself: trace it on a shadow, with submodules as leaves."""
     tracer = _Reader()
-    with warnings.catch_warnings(), suppress(Exception):  # where the flow depends on values, what was read counts
+    with (
+        warnings.catch_warnings(),
+        suppress(Exception),
+    ):  # control flow that depends on values ends the trace; reads up to there count
         warnings.simplefilter("ignore")
         tracer.trace(shadow_of(part, lambda tensor: tensor))
     return tracer.reads
 
 
 class _Reader(fx.Tracer):
-    """Notes the parameters that are asked for by name."""
+    """Record the tensors that are read as attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,12 +143,12 @@ class _Reader(fx.Tracer):
         return attr_val
 
 
-def not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
-    """Why ``conv`` is more, or less, than a convolution with a kernel and bias of its own.
+def why_not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
+    """Return why ``conv`` is not exactly a convolution with its own kernel and bias, or None.
 
     Args:
         conv: the convolution.
-        owners: how many modules register a parameter, by its id; see :func:`owners_of`.
+        owners: how many modules register a parameter, by its id; see :func:`count_owners`.
     """
     if parametrize.is_parametrized(conv):
         return "its kernel is computed by a parametrization"
@@ -161,8 +165,8 @@ def not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
     return None
 
 
-def owners_of(model: nn.Module) -> dict[int, int]:
-    """How many modules register each parameter, by its id."""
+def count_owners(model: nn.Module) -> dict[int, int]:
+    """Count how many modules register each parameter, by its id."""
     counts: dict[int, int] = defaultdict(int)
     for part in model.modules():
         for tensor in part._parameters.values():

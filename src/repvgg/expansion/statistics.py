@@ -1,4 +1,4 @@
-"""Statistics of channels over data, and batch norms that take them on without changing what they compute."""
+"""Channel statistics over data, and batch norms that take them over without changing what they compute."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Data = Tensor | Iterable[Any]
 
 
 class ChannelStatistics:
-    """Mean and variance of each channel over all pixels of all batches, each pixel counting once, in float64.
+    """Mean and variance of each channel over all pixels of all batches, with equal weights, in float64.
 
     Batches are merged by ``M2 = M2a + M2b + δ²·na·nb/n`` with δ the difference of their means (Chan, Golub and LeVeque,
-    1979); the variance is M2 / n, the one that a batch norm in training mode divides by.
+    1979); the variance is the biased one, M2 / n, by which a batch norm in training mode divides.
 
     Attributes:
-        batches: how often something was added.
+        batches: number of batches.
         count: number of pixels.
         mean_C: shape (C,).
     """
@@ -39,34 +39,34 @@ class ChannelStatistics:
 
     @property
     def variance(self) -> Tensor:
-        """Mean squared distance from the mean, shape (C,)."""
+        """The biased variance, shape (C,)."""
         return self.squares_C / self.count
 
     def add(self, x_NCHW: Tensor) -> None:
-        """Count the pixels of one batch."""
+        """Add the pixels of one batch."""
         number = x_NCHW.numel() // max(1, x_NCHW.shape[1])
         if not number:
             return
         x_NCHW = x_NCHW.to(algebra_device(x_NCHW)).double()
         var_C, mean_C = torch.var_mean(x_NCHW, (0, *range(2, x_NCHW.dim())), correction=0)
-        apart_C = mean_C - self.mean_C.to(mean_C)
+        delta_C = mean_C - self.mean_C.to(mean_C)
         total = self.count + number
-        between_C = apart_C.square() * (self.count * number / total)
+        between_C = delta_C.square() * (self.count * number / total)
         self.squares_C = self.squares_C.to(mean_C) + var_C * number + between_C
-        self.mean_C = self.mean_C.to(mean_C) + apart_C * (number / total)
+        self.mean_C = self.mean_C.to(mean_C) + delta_C * (number / total)
         self.batches, self.count = self.batches + 1, total
 
 
 def run_on(model: nn.Module, data: Data) -> None:
-    """Run a model in eval mode on every batch, and put it back as it was.
+    """Run a model in eval mode on every batch, and restore its modes.
 
     Args:
         model: takes one tensor.
         data: a batch (N, C, H, W), or an iterable of batches; of a batch that is a tuple or list, such as images and
-            labels, the first entry counts. Moved to the model's device, and images to its dtype.
+            labels, the first entry is used. Moved to the model's device, and images to its dtype.
 
     Raises:
-        UsageError: there is no batch, or one is no tensor.
+        UsageError: there is no batch, or one is not a tensor.
     """
     like = first_float(model)
     empty = True
@@ -75,24 +75,24 @@ def run_on(model: nn.Module, data: Data) -> None:
             model(_prepared(batch, like))
             empty = False
     if empty:
-        raise UsageError("There is no data to take statistics of: pass a batch of inputs, or several.")
+        raise UsageError("There is no data to compute statistics of: pass one or several batches of inputs.")
 
 
 def _prepared(batch: Any, like: Tensor | None) -> Tensor:
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
-        raise UsageError(f"Each batch of data is a tensor, or starts with one, not a {type(images).__name__}.")
+        raise UsageError(f"Each batch of data must be a tensor, or start with one, not a {type(images).__name__}.")
     if like is None:
         return images
     return images.to(device=like.device, dtype=like.dtype if images.is_floating_point() else images.dtype)
 
 
 @contextmanager
-def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Have ``look`` see each module with its input whenever it is called."""
+def observe_inputs(modules: Iterable[nn.Module], observe: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call ``observe`` with each of the modules and its input whenever it runs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        look(module, args[0] if args else next(iter(kwargs.values())))
+        observe(module, args[0] if args else next(iter(kwargs.values())))
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
@@ -103,44 +103,44 @@ def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], N
 
 
 def input_statistics(model: nn.Module, norms: Iterable[_BatchNorm], data: Data) -> dict[nn.Module, ChannelStatistics]:
-    """What comes into each batch norm while ``model`` runs in eval mode on ``data``; see :func:`run_on`."""
+    """Return statistics of the input of each batch norm while ``model`` runs in eval mode on ``data``."""
     found: dict[nn.Module, ChannelStatistics] = {norm: ChannelStatistics() for norm in norms}
-    with watching(found, lambda norm, x: found[norm].add(x)):
+    with observe_inputs(found, lambda norm, x: found[norm].add(x)):
         run_on(model, data)
     return found
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that can take on other statistics and stay the same map."""
+    """Whether a module is a batch norm that can take other statistics and still compute the same."""
     return isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
 
 
-def map_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of a batch norm in eval mode, in float64: ``y = scale · x + shift``."""
-    scale_C = _64(norm.weight) / (_64(norm.running_var) + norm.eps).sqrt()
-    return scale_C, _64(norm.bias) - _64(norm.running_mean) * scale_C
+def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (C,) of a batch norm in eval mode, in float64: ``y = scale · x + shift``."""
+    scale_C = _to_float64(norm.weight) / (_to_float64(norm.running_var) + norm.eps).sqrt()
+    return scale_C, _to_float64(norm.bias) - _to_float64(norm.running_mean) * scale_C
 
 
-def _64(tensor: Tensor | None) -> Tensor:
+def _to_float64(tensor: Tensor | None) -> Tensor:
     assert tensor is not None  # see has_statistics
     return tensor.to(algebra_device(tensor)).double()
 
 
-def take_on(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Tensor, shift_C: Tensor) -> bool:
-    """Give a batch norm the statistics that were seen, and have it compute ``scale · x + shift`` in eval mode.
+def set_statistics(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Tensor, shift_C: Tensor) -> bool:
+    """Set the statistics of a batch norm, and make it compute ``scale · x + shift`` in eval mode.
 
     ``μ`` and ``σ²`` become the running statistics, ``γ = scale · √(σ² + ε)`` and ``β = shift + scale · μ``. With scale
     1 and shift 0 it is the identity in eval mode, and in training mode too on a batch with these statistics.
 
     Returns:
-        Whether it did: not where nothing was seen, or where the numbers do not fit the dtype of the batch norm.
+        True; False, with the batch norm unchanged, if there are no statistics or the numbers do not fit its dtype.
     """
     if not statistics.count:
         return False
     mean_C, var_C = (value.to(norm.weight) for value in (statistics.mean_C, statistics.variance))
-    scale_C, shift_C = (_64(value.to(var_C.device)) for value in (scale_C, shift_C))
-    weight_C = (scale_C * (_64(var_C) + norm.eps).sqrt()).to(norm.weight)
-    bias_C = (shift_C + scale_C * _64(mean_C)).to(norm.weight)
+    scale_C, shift_C = (_to_float64(value.to(var_C.device)) for value in (scale_C, shift_C))
+    weight_C = (scale_C * (_to_float64(var_C) + norm.eps).sqrt()).to(norm.weight)
+    bias_C = (shift_C + scale_C * _to_float64(mean_C)).to(norm.weight)
     if not all(bool(value.isfinite().all()) for value in (mean_C, var_C, weight_C, bias_C)):
         return False
     values = {"running_mean": mean_C, "running_var": var_C, "weight": weight_C, "bias": bias_C}
@@ -151,51 +151,51 @@ def take_on(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Tensor, sh
     return True
 
 
-class Outputs:
-    """What one convolution puts out."""
+class OutputStatistics:
+    """Statistics of the output of one convolution, and whether a batch norm reads it."""
 
     def __init__(self) -> None:
         self.statistics = ChannelStatistics()
-        self.last: weakref.ref[Any] | None = None
+        self.last: weakref.ref[Any] | None = None  # weak, or every feature map would stay in memory
         self.followed = False
         self.is_image = True
 
     def add(self, y_NCHW: Any) -> None:
-        """Count one outcome."""
+        """Add one output."""
         self.is_image = self.is_image and isinstance(y_NCHW, Tensor) and y_NCHW.dim() == 4
         if self.is_image:
             self.statistics.add(y_NCHW)
             self.last = weakref.ref(y_NCHW)
 
-    def look(self, x: Any) -> None:
-        """Notice that what goes into a batch norm is the last outcome itself."""
+    def check_followed(self, x: Any) -> None:
+        """Note that ``x``, the input of a batch norm, is the last output itself."""
         self.followed = self.followed or (self.last is not None and self.last() is x)
 
     @property
     def refusal(self) -> str | None:
-        """Why no batch norm can follow."""
+        """Why no batch norm can be inserted, or None."""
         if self.followed:
             return "a batch norm follows it already"
         if not self.is_image:
-            return "it does not put out images (N, C, H, W)"
+            return "its output is not images (N, C, H, W)"
         return None if self.statistics.count else "the data never reaches it"
 
 
-def seen_behind(model: nn.Module, sites: Iterable[Site], data: Data) -> dict[Site, Outputs]:
-    """What the convolutions put out while ``model`` runs on ``data`` in eval mode."""
-    found = {site: Outputs() for site in sites}
+def output_statistics(model: nn.Module, sites: Iterable[Site], data: Data) -> dict[Site, OutputStatistics]:
+    """Return statistics of the outputs of convolutions while ``model`` runs on ``data`` in eval mode."""
+    found = {site: OutputStatistics() for site in sites}
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
 
-    def look(_: nn.Module, x: Tensor) -> None:
+    def check_all(_: nn.Module, x: Tensor) -> None:
         for outputs in found.values():
-            outputs.look(x)
+            outputs.check_followed(x)
 
     handles = [
         site.conv.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.add(y))
         for site, outputs in found.items()
     ]
     try:
-        with watching(norms, look):
+        with observe_inputs(norms, check_all):
             run_on(model, data)
     finally:
         for handle in handles:
