@@ -1,4 +1,4 @@
-"""One axis: where taps land, and what comes out of it, by counting pixels one by one."""
+"""One axis: tap positions and output sizes, checked by counting pixels one by one."""
 
 import itertools
 
@@ -14,16 +14,16 @@ AXES = [
 
 
 def taps(axis: Axis, size: int) -> list[list[int]]:
-    """The input pixels that each output pixel reads, beyond the border included."""
+    """Return the input pixels that each output pixel reads, including those beyond the border."""
     out = (size + axis.before + axis.after - axis.dilation * (axis.kernel - 1) - 1) // axis.stride + 1
     return [[axis.stride * p + axis.dilation * i - axis.before for i in range(axis.kernel)] for p in range(out)]
 
 
 @pytest.mark.parametrize("inner", AXES[::7])
-def test_composition_reads_what_both_read(inner):
+def test_composition_reads_the_same_pixels(inner):
     for outer, size in itertools.product(AXES[::5], (12, 17)):
         merged, second = compose_axes(inner, outer), taps(outer, len(taps(inner, size)))
-        # what the inner axis reads at any place p, inside or beyond the border of its output
+        # what the inner axis reads at any position p, inside or beyond the border of its output
         reads = {
             p: [inner.stride * p + inner.dilation * i - inner.before for i in range(inner.kernel)]
             for p in range(-9, 60)
@@ -46,14 +46,14 @@ def test_symmetric_axis_keeps_taps_and_sizes(axis):
             assert [reads[place.start + place.step * i] for i in range(axis.kernel)] == wanted
 
 
-def test_merge_finds_the_smallest_axis_that_holds_all():
+def test_merge_finds_the_smallest_enclosing_axis():
     # a 3-tap kernel of dilation 2, the pixel itself, and the pixel to the right
     axes = [Axis(3, 1, 2, 2, 2), Axis(1), Axis(1, before=-1, after=1)]
     assert merge_axes(axes) == Axis(5, 1, 1, 2, 2)
     assert merge_axes(axes[:2]) == Axis(3, 1, 2, 2, 2)
 
 
-def test_merge_refuses_what_never_has_one_size():
+def test_merge_refuses_axes_of_different_output_sizes():
     with pytest.raises(NotLinearError, match="strides"):
         merge_axes([Axis(3, 2, 1, 1, 1), Axis(1, 1)])
     with pytest.raises(BorderError, match="sizes"):

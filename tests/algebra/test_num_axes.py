@@ -54,7 +54,7 @@ def column(vector, n):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("padding", [0, 1, 2])
-def test_evaluation_is_that_of_torch(n, stride, dilation, groups, padding):
+def test_evaluation_equals_torch(n, stride, dilation, groups, padding):
     kernel = (3, 2, 1)[:n]
     sides, steps, taps = ((value,) * n for value in (padding, stride, dilation))
     base = conv(n, 4, 8, kernel, groups=groups, stride=steps, dilation=taps, padding=sides * 2, border="zeros")
@@ -138,7 +138,7 @@ def test_borders_that_are_refused(n):
     assert_close(compose(full, padded)(tensor(n)), padded(full(tensor(n))), **EXACT)
 
 
-def test_maps_over_different_numbers_of_axes_do_not_meet():
+def test_maps_over_different_numbers_of_axes_are_refused():
     for n, m in itertools.permutations(range(4), 2):
         for operation in (add, compose, lambda *both: concatenate(both)):
             with pytest.raises(NotLinearError, match="axes"):
@@ -176,7 +176,7 @@ def test_random_compositions_are_exact_or_refused(n, seed):
             continue
         try:
             wanted = outer(inner(tensor(n)))
-        except RuntimeError:  # the kernel is larger than what is left, or torch cannot reflect so far
+        except RuntimeError:  # the kernel is larger than the rest of the image, or torch cannot reflect that far
             continue
         assert_close(merged(tensor(n)), wanted, rtol=1e-11, atol=1e-11)
         compared += 1

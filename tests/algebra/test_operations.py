@@ -1,4 +1,4 @@
-"""Every operation of the algebra against the computation that it stands for, in float64."""
+"""Every operation of the algebra against the computation that it represents, in float64."""
 
 import itertools
 import random
@@ -83,7 +83,7 @@ def test_an_identity_is_never_multiplied_out():
 @pytest.mark.parametrize("outer_groups", [1, 2, 4])
 @pytest.mark.parametrize("outer_kernel", [1, (3, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_compose_without_padding_in_between(inner_groups, outer_groups, outer_kernel, stride):
+def test_compose_without_outer_padding(inner_groups, outer_groups, outer_kernel, stride):
     inner = conv(4, 8, 3, 1, groups=inner_groups, stride=(stride, 1), dilation=(1, 2), padding=(2, 1, 0, 3))
     outer = conv(8, 4, outer_kernel, 2, groups=outer_groups, dilation=(2, 1), stride=(1, stride))
     merged = compose(inner, outer)
@@ -101,7 +101,7 @@ def test_compose_with_depthwise(multiplier):
         assert_close(compose(pointwise, depthwise)(x), depthwise(pointwise(x)), **EXACT)
 
 
-def test_compose_over_the_border_where_it_is_exact():
+def test_compose_across_the_border_if_exact():
     padded = conv(8, 4, 3, 2, padding=(1, 1, 1, 1))
     pointwise = conv(4, 8, 1, 1, bias=False)
     strided = conv(4, 8, 1, 1, bias=False, stride=(2, 2))
@@ -132,8 +132,8 @@ def test_compose_refuses_what_would_differ_at_the_border(inner, outer, reason):
         compose(first, second)
 
 
-def test_a_refusal_is_no_whim():
-    """What is refused really differs: the kernel without its border condition gives other numbers at the border."""
+def test_refused_compositions_really_differ():
+    """The composed kernel without its border condition gives other numbers at the border."""
     inner, outer = conv(4, 4, 1, 1), conv(4, 4, 3, 2, padding=(1, 1, 1, 1))
     inside = compose(inner, ConvMap.of(outer.weight, outer.bias))
     x = IMAGES[0]
@@ -188,7 +188,7 @@ def test_resample_and_symmetric_padding(axes):
         assert_close(symmetric(x), wanted, **EXACT)
 
 
-def test_what_does_not_fit_says_so():
+def test_mismatches_raise():
     with pytest.raises(NotLinearError, match="4→4 and 4→8"):
         add(conv(4, 8), conv(4, 4))
     with pytest.raises(NotLinearError, match="8 channels do not fit"):

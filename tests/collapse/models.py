@@ -1,4 +1,4 @@
-"""What the tests of the collapse share: statistics as after training, and one check of everything that must hold."""
+"""Shared helpers: models with trained-looking statistics, and one check of every property of a collapse."""
 
 import copy
 import random
@@ -15,7 +15,7 @@ from repvgg.errors import NothingFoldedWarning
 
 
 def trained(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """The model in eval mode with parameters and statistics far from their initial values."""
+    """Return the model in eval mode with parameters and statistics far from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     for part in model.modules():
         if isinstance(part, _BatchNorm) and part.running_mean is not None:
@@ -31,7 +31,7 @@ def trained(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0)
 
 
 def module(forward, **parts) -> nn.Module:
-    """A module with these parts and this forward."""
+    """Return a module with the given parts and forward."""
     kind = type("Written", (nn.Module,), {"forward": forward})
     out = kind()
     for name, part in parts.items():
@@ -68,7 +68,7 @@ class Block(Linear2d):
 
 
 class Branches(nn.Module):
-    """ReLU of two branches, and things that its forward never uses."""
+    """ReLU of two branches, and attributes that its forward never uses."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def storages(model: nn.Module) -> set[int]:
 
 
 def state_of(model: nn.Module) -> tuple:
-    """Everything of a model that a collapse must not change, as values."""
+    """Return everything of a model that a collapse must not change, as values."""
     tensors = {k: (id(v), v._version, v.detach().clone()) for k, v in _tensors(model)}
     flags = [(n, m.training, type(m), sorted(m.__dict__), len(m._forward_hooks)) for n, m in model.named_modules()]
     plain = [{k: copy.copy(v) for k, v in m.__dict__.items() if _is_data(v)} for m in model.modules()]
@@ -122,7 +122,7 @@ def assert_same_state(before: tuple, after: tuple) -> None:
 
 
 def collapse(model: nn.Module) -> tuple[nn.Module, repvgg.Report]:
-    """``reparameterize``, with the checks that hold for every model; it may fold nothing."""
+    """Call ``reparameterize`` with the checks that hold for every model; it may fold nothing."""
     before = state_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)
@@ -134,17 +134,17 @@ def collapse(model: nn.Module) -> tuple[nn.Module, repvgg.Report]:
     assert second.folded == ()
     assert list(again.state_dict()) == list(plain.state_dict())
     paths = dict(plain.named_modules(remove_duplicate=False))
-    for row in report.folded:
-        assert isinstance(paths[row.name], nn.Conv2d), row.name
+    for entry in report.folded:
+        assert isinstance(paths[entry.name], nn.Conv2d), entry.name
     kept = {name for name, part in plain.named_modules() if isinstance(part, _BatchNorm)}
-    assert kept <= {row.name for row in report.left}
+    assert kept <= {entry.name for entry in report.left}
     return plain, report
 
 
 def assert_same_outputs(
     model: nn.Module, plain: nn.Module, *inputs: object, tolerance: float = 1e-11, **kwargs
 ) -> None:
-    """Both give the same on copies of the inputs, whatever they return, twice in a row."""
+    """Check that both return the same on copies of the inputs, twice in a row."""
     for _ in range(2):
         with torch.no_grad():
             expected = model(*copy.deepcopy(inputs), **kwargs)

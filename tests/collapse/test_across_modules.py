@@ -1,4 +1,4 @@
-"""Linear regions do not end where a module does: what stands in two modules, or more, is folded all the same."""
+"""Linear regions that span several modules are folded."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ class Second(nn.Module):
 
 
 class Inner(Second):
-    """A norm at the border, and a chain of its own."""
+    """A norm at the module boundary, and a chain inside."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Inner(Second):
 
 
 class Head(nn.Module):
-    """One branch of a region, and something else."""
+    """One branch of a region, and another operation."""
 
     pack = staticmethod(lambda a, b: (a, b))
 
@@ -109,10 +109,10 @@ def norms_left(plain):
     ],
     ids=["pair", "dict", "deep", "keywords", "list", "twice"],
 )
-def test_a_norm_goes_into_the_convolution_of_the_module_before(make, convolutions, norms):
+def test_norm_folds_into_the_convolution_of_the_previous_module(make, convolutions, norms):
     model = trained(make())
     plain, report = check(model, image())
-    assert [row.name for row in report.folded] == convolutions
+    assert [entry.name for entry in report.folded] == convolutions
     assert (report.left, norms_left(plain)) == ((), [])
     for name in norms:
         assert isinstance(plain.get_submodule(name), nn.Identity)
@@ -123,7 +123,7 @@ def test_a_norm_goes_into_the_convolution_of_the_module_before(make, convolution
     assert repvgg.is_plain(plain)
 
 
-def test_the_outcome_lives_on():
+def test_result_of_a_cross_module_merge_can_be_copied_and_trained():
     model, x = trained(nn.Sequential(First(), Second())), image()
     plain, _ = collapse(model)
     assert_same_outputs(plain, copy.deepcopy(plain), x, tolerance=0)
@@ -139,7 +139,7 @@ def test_the_outcome_lives_on():
 
 
 class NormAct(nn.BatchNorm2d):
-    """As in timm: a norm that runs an activation, too."""
+    """A norm that also runs an activation, as in timm."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -156,10 +156,10 @@ class NormThenAct(NormAct):
 
 
 @pytest.mark.parametrize("kind", [NormAct, timm.layers.BatchNormAct2d, NormThenAct])
-def test_a_norm_with_an_activation_keeps_the_activation(kind):
+def test_norm_with_an_activation_keeps_the_activation(kind):
     model = trained(nn.Sequential(conv(), kind(4), conv(groups=2), kind(4)))
     plain, report = check(model, image())
-    assert [row.name for row in report.folded] == ["0", "2"]
+    assert [entry.name for entry in report.folded] == ["0", "2"]
     assert report.left == ()
     assert type(plain[1].act) is type(model[1].act)
     assert set(plain.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -174,21 +174,21 @@ def heads(kind):
 
 
 @pytest.mark.parametrize("kind", [Head, ListHead, DictHead])
-def test_branches_that_meet_outside_of_their_modules(kind):
+def test_branches_joined_outside_their_modules(kind):
     inner = heads(kind)
     model = trained(module(lambda self, x: torch.stack(self.inner(self.stem(x))), stem=conv(), inner=inner))
     plain, report = check(model, image())
-    assert [row.name for row in report.folded] == ["inner.conv"]
+    assert [entry.name for entry in report.folded] == ["inner.conv"]
     assert type(plain) is type(model)
     names = ("stem", "inner.a.other", "inner.b.other", "inner.conv")
     assert plain.state_dict().keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     torch.testing.assert_close(plain.inner.a.other.weight, model.inner.a.other.weight, rtol=0, atol=0)
 
 
-def test_branches_that_meet_outside_of_their_modules_where_the_input_is_not_known():
+def test_branches_joined_outside_their_modules_with_unknown_input():
     model = trained(module(lambda self, x: torch.stack(self.inner(F.relu(x))), inner=heads(Head)))
     _, report = check(model, image())
-    assert [row.name for row in report.folded] == ["inner.conv"]
+    assert [entry.name for entry in report.folded] == ["inner.conv"]
 
 
 def test_branches_of_different_sources_are_not_merged():
@@ -208,10 +208,10 @@ class Scaled(Inner):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"scale": 2.0}])
-def test_optional_arguments_close_a_border_and_no_more(arguments):
+def test_optional_arguments_only_prevent_merging_across_their_module(arguments):
     model = trained(module(lambda self, x: self.n(self.c(x), **arguments), c=conv(), n=Scaled()))
     plain, report = check(model, image())
-    assert [row.name for row in report.folded] == ["n.block.conv"]
+    assert [entry.name for entry in report.folded] == ["n.block.conv"]
     assert norms_left(plain) == ["n.bn"]
     assert "no forward" not in report.left[0].reason
 
@@ -220,5 +220,5 @@ def test_keyword_arguments_in_another_order():
     n = module(lambda self, x, gate: self.block(F.relu(x * gate)), block=Block())
     model = module(lambda self, x: self.n(gate=torch.sigmoid(x), x=self.c(x)), c=conv(), n=n)
     plain, report = check(trained(model), image())
-    assert "n.block.conv" in [row.name for row in report.folded]
+    assert "n.block.conv" in [entry.name for entry in report.folded]
     assert norms_left(plain) == []

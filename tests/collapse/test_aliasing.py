@@ -1,4 +1,4 @@
-"""What changes a tensor in place, and what keeps a view of it, means the same after the collapse."""
+"""In-place writes and views have the same effect after the collapse."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("forward", CASES, ids=lambda f: f.__name__)
-def test_in_place(forward):
+def test_in_place_functions(forward):
     parts = {"conv": conv(), "bn": nn.BatchNorm2d(4), "other": conv(kernel=1), "act": nn.ReLU()}
     model = module(forward, **parts)
     model.register_buffer("count", torch.ones(4, 1, 1))
@@ -112,7 +112,7 @@ def test_in_place(forward):
     assert len(report.folded) == CASES[forward]
 
 
-def test_a_linear_module_that_counts_its_calls_keeps_counting():
+def test_linear_module_that_counts_its_calls_is_kept():
     model = module(average, conv=conv(), bn=nn.BatchNorm2d(4), other=conv(kernel=1), act=nn.Identity())
     model.register_buffer("count", torch.ones(4, 1, 1))
     outer = trained(nn.Sequential(model, nn.ReLU()))
@@ -126,7 +126,7 @@ def writes(self, x):
     return x.sigmoid()
 
 
-def test_a_submodule_that_changes_its_input_between_two_branches():
+def test_submodule_that_modifies_its_input_between_two_branches():
     def forward(self, x):
         x = F.relu(x)
         a = self.a(x)
@@ -135,11 +135,11 @@ def test_a_submodule_that_changes_its_input_between_two_branches():
 
     model = module(forward, gate=module(writes), a=Linear2d(), b=conv(kernel=1))
     _, report = check(trained(model), image())
-    assert [row.name for row in report.folded] == ["a"]
+    assert [entry.name for entry in report.folded] == ["a"]
 
 
-def test_a_block_that_changes_its_input_changes_it_still():
-    """As blocks with an in-place ReLU in front do."""
+def test_block_still_modifies_its_input():
+    """Like blocks that start with an in-place ReLU."""
 
     def forward(self, x):
         out = self.relu(x)

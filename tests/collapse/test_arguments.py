@@ -1,4 +1,4 @@
-"""Forwards with optional arguments, several inputs, several outputs, and flow that depends on things."""
+"""Forwards with optional arguments, several inputs or outputs, and data-dependent control flow."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def parts():
     return {"conv": conv(), "bn": nn.BatchNorm2d(4), "act": nn.ReLU(), "other": conv(kernel=1)}
 
 
-def test_an_optional_argument_that_takes_another_way():
+def test_optional_argument_that_selects_another_path():
     def forward(self, x, both=False):
         y = self.act(self.bn(self.conv(x)))
         return (y, self.act(self.conv(x))) if both else y
@@ -34,7 +34,7 @@ def test_an_optional_argument_that_takes_another_way():
     assert report.folded == ()
 
 
-def test_a_way_that_uses_the_outcome_in_between():
+def test_path_that_uses_an_intermediate_result():
     def forward(self, x, early=False):
         y = self.conv(x)
         return y if early else self.act(self.bn(y))
@@ -45,7 +45,7 @@ def test_a_way_that_uses_the_outcome_in_between():
     assert report.folded == ()
 
 
-def test_an_optional_argument_beside_a_chain_does_no_harm():
+def test_optional_argument_that_does_not_affect_a_chain():
     def forward(self, x, mask=None, *, scale=2.0):
         y = self.act(self.bn(self.conv(x))) * scale
         return y if mask is None else y * mask
@@ -56,7 +56,7 @@ def test_an_optional_argument_beside_a_chain_does_no_harm():
     assert len(report.folded) == 1
 
 
-def test_branches_are_not_merged_for_the_defaults_only():
+def test_branches_are_not_merged_for_the_defaults_alone():
     def forward(self, x, scale=2.0):
         return self.act(self.bn(self.conv(x)) * scale + self.other(x))
 
@@ -88,7 +88,7 @@ def exits(self, x):
     return {"a": y, "b": (z, self.act(z)), "c": self.act(z + self.other(x))}
 
 
-def unused_way(self, x):
+def unused_path(self, x):
     self.other(x)
     y = self.bn(self.conv(x))
     y + 1
@@ -128,7 +128,7 @@ def own_numbers(self, x):
         (two, (image(), image(seed=7))),
         (by_keyword, (image(),)),
         (exits, (image(),)),
-        (unused_way, (image(),)),
+        (unused_path, (image(),)),
         (checked, (image(),)),
         (on_size, (image(),)),
         (on_value, (image(),)),
@@ -137,34 +137,34 @@ def own_numbers(self, x):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_inputs_outputs_and_flow(forward, inputs):
+def test_inputs_outputs_and_control_flow(forward, inputs):
     model = trained(module(forward, **parts()))
     plain, report = check(model, *inputs)
     assert report.folded or report.left
     assert_same_outputs(model, plain, *inputs)
 
 
-def test_an_untraceable_root_says_so_and_its_blocks_are_folded():
+def test_untraceable_root_is_reported_and_its_blocks_are_folded():
     def forward(self, x):
         x = self.a(x)
         return self.b(x) if x.mean() > 0 else self.c(x)
 
     plain, report = check(trained(module(forward, a=Branches(), b=Block(), c=Linear2d())), image())
-    assert {row.name for row in report.folded} == {"a.conv", "b.conv", "c"}
+    assert {entry.name for entry in report.folded} == {"a.conv", "b.conv", "c"}
     assert report.left == ()
     assert not any(isinstance(part, nn.BatchNorm2d) for part in plain.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_images_of_integers_are_still_taken(dtype):
-    """``x / 255`` makes real numbers of them; a merged convolution could not."""
+def test_integer_images_are_still_accepted(dtype):
+    """``x / 255`` converts to floating point; a merged convolution would not."""
     model = trained(module(lambda self, x: F.relu(self.conv(x / 255) + self.other(x / 255)), **parts()), torch.float32)
     x = torch.arange(2 * 4 * 9 * 11).view(2, 4, 9, 11).remainder(251).to(dtype)
     plain, _ = collapse(model)
     assert_same_outputs(model, plain, x, tolerance=1e-5)
 
 
-def test_images_of_one_channel_are_still_spread_over_many():
+def test_one_channel_images_still_broadcast():
     model = module(lambda self, x: F.relu(self.conv((x - self.mean) / 2)), conv=conv(kernel=1))
     model.register_buffer("mean", torch.rand(1, 4, 1, 1))
     model = trained(model)
@@ -173,7 +173,7 @@ def test_images_of_one_channel_are_still_spread_over_many():
     assert_same_outputs(model, plain, image(4))
 
 
-def test_a_model_in_training_mode_without_norms_gives_its_eval_form():
+def test_model_without_norms_in_training_mode_gives_its_eval_form():
     def forward(self, x):
         return F.relu(self.conv(x)) if self.training else F.relu(self.conv(x) + self.other(x))
 

@@ -1,4 +1,4 @@
-"""Blocks as people write them: norms, computed kernels, paddings, pools, and what timm and torchvision are made of."""
+"""Common blocks: norms, computed kernels, paddings, pools, and the building blocks of timm and torchvision."""
 
 import pytest
 import timm.layers
@@ -133,7 +133,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_not_exact_is_left(name):
+def test_inexact_merges_are_skipped(name):
     make, reason = LEFT[name]
     model = make()
     if name == "two strides":
@@ -175,7 +175,7 @@ def test_geometry(mode, stride, dilation, groups):
     assert len(report.folded) == 1
 
 
-def test_lazy_modules_before_and_after_their_first_image():
+def test_lazy_modules_before_and_after_initialization():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(model)
@@ -185,7 +185,7 @@ def test_lazy_modules_before_and_after_their_first_image():
     assert len(report.folded) == 1
 
 
-def test_other_kinds_of_numbers_beside():
+def test_parameters_of_other_dtypes_elsewhere():
     model = trained(nn.Sequential(Branches(), Linear2d()))
     model.register_buffer("z", torch.full((2,), 1 + 2j))
     model.register_buffer("n", torch.arange(3))
@@ -194,7 +194,7 @@ def test_other_kinds_of_numbers_beside():
     assert torch.equal(plain.z, model.z)
 
 
-def test_complex_convolutions_are_left():
+def test_complex_convolutions_are_skipped():
     model = summed(conv(dtype=torch.complex64), conv(dtype=torch.complex64, kernel=1), act=nn.Identity()).eval()
     with pytest.warns(NothingFoldedWarning):
         plain, _ = repvgg.reparameterize(model)

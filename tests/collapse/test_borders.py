@@ -1,4 +1,4 @@
-"""Borders of modules that are closed to linear regions, and code in the middle of one."""
+"""Module boundaries that regions may not cross, and code inside a region."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ def held_and_called():
     return model
 
 
-def held_by_a_stranger():
+def held_by_another_module():
     model = module(lambda self, x: self.n(self.a(x)) + self.o(x), a=conv(), n=Inner())
     model.o = module(lambda self, x: F.relu(x), held=model.n)
     return model
 
 
-def kept_by_the_convolutions_module():
+def stored_by_the_convolutions_module():
     def forward(self, x):
         self.kept = self.conv(x)
         return self.kept
@@ -51,27 +51,27 @@ def kept_by_the_convolutions_module():
         (convolution_called_twice, "its input 'a' is not folded: it is used more than once"),
         (hooked, "silu|relu"),
         (held_and_called, "silu|relu"),
-        (held_by_a_stranger, "silu|relu"),
-        (kept_by_the_convolutions_module, "silu|relu"),
+        (held_by_another_module, "silu|relu"),
+        (stored_by_the_convolutions_module, "silu|relu"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_across_a_closed_border_nothing_is_folded_and_inside_it_is(make, reason):
+def test_closed_modules_are_folded_inside_and_not_across_their_boundary(make, reason):
     plain, report = check(trained(make()), image())
-    assert [row.name for row in report.folded] == ["n.block.conv"]
+    assert [entry.name for entry in report.folded] == ["n.block.conv"]
     assert norms_left(plain) == ["n.bn"]
-    assert [row.name for row in report.left] == ["n.bn"]
+    assert [entry.name for entry in report.left] == ["n.bn"]
     assert any(text in report.left[0].reason for text in reason.split("|"))
 
 
 @pytest.mark.parametrize("make", [called_twice, hooked])
-def test_a_closed_border_is_named(make):
+def test_closed_boundary_is_named(make):
     _, report = check(trained(make()), image())
     assert "used more than once" in report.left[0].reason or "hooks" in report.left[0].reason
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-def test_a_norm_goes_into_the_convolution_of_the_module_behind(padding):
+def test_norm_folds_into_the_convolution_of_the_next_module(padding):
     first = module(lambda self, x: self.bn(F.relu(x)), bn=nn.BatchNorm2d(4))
     second = module(lambda self, x: F.relu(self.conv(x)), conv=conv(padding=padding))
     plain, report = check(trained(nn.Sequential(first, second)), image())
@@ -79,19 +79,21 @@ def test_a_norm_goes_into_the_convolution_of_the_module_behind(padding):
         assert report.folded == ()
         assert "it cannot be folded into '1.conv': a bias in front of" in report.left[0].reason
     else:
-        assert [row.name for row in report.folded] == ["1.conv"]
+        assert [entry.name for entry in report.folded] == ["1.conv"]
         assert isinstance(plain[0].bn, nn.Identity)
 
 
-def dark(forward):
+def untraceable(forward):
     return lambda self, x: x if x.sum() > 1e9 else forward(self, x)
 
 
 def test_children_of_a_forward_that_cannot_be_traced():
-    model = module(dark(lambda self, x: self.n(self.c(self.b(self.a(x))))), a=pair(), b=Block(), c=conv(), n=Second())
+    model = module(
+        untraceable(lambda self, x: self.n(self.c(self.b(self.a(x))))), a=pair(), b=Block(), c=conv(), n=Second()
+    )
     _, report = check(trained(model), image())
-    assert [row.name for row in report.folded] == ["a.first.conv", "b.conv"]
-    assert [row.name for row in report.left] == ["n.bn", ""]
+    assert [entry.name for entry in report.folded] == ["a.first.conv", "b.conv"]
+    assert [entry.name for entry in report.left] == ["n.bn", ""]
     assert "its forward cannot be traced" in report.left[1].reason
 
 
@@ -120,37 +122,37 @@ def called_and_indexed(self, x):
 
 @pytest.mark.parametrize("kind", [Chain, nn.Sequential])
 @pytest.mark.parametrize("forward", [called, iterated, indexed, called_and_indexed])
-def test_a_sequence_in_the_dark_folds_if_it_is_only_called(kind, forward):
+def test_sequence_in_an_untraceable_forward_folds_if_it_is_only_called(kind, forward):
     block = kind(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
     plain, report = check(trained(module(forward, block=block)), image())
-    assert [row.name for row in report.folded] == (["block.0", "block.3"] if forward is called else [])
+    assert [entry.name for entry in report.folded] == (["block.0", "block.3"] if forward is called else [])
     assert type(plain.block) is kind
     assert (report.left == ()) is (forward is called)
 
 
-def asks(self, x):
+def reads_metadata(self, x):
     torch._assert(x.ndim == 4, f"an image has four dimensions, not {x.ndim}")
     torch._assert(x.dim() == 4, "as above")
     return F.relu(self.bn(x)).to(x.dtype).to(x.device)
 
 
-def test_questions_with_the_same_answer_at_both_ends_are_no_obstacle():
-    model = nn.Sequential(conv(), module(asks, bn=nn.BatchNorm2d(4)))
+def test_reading_invariant_metadata_does_not_prevent_merging():
+    model = nn.Sequential(conv(), module(reads_metadata, bn=nn.BatchNorm2d(4)))
     plain, report = check(trained(model), image())
-    assert [row.name for row in report.folded] == ["0"]
+    assert [entry.name for entry in report.folded] == ["0"]
     assert isinstance(plain[1].bn, nn.Identity)
     with pytest.raises(AssertionError):
         plain(image()[0])
 
 
-def test_decisions_on_the_rank_are_no_obstacle():
+def test_branching_on_the_rank_does_not_prevent_merging():
     def forward(self, x):
         if x.ndim != 4:
             raise ValueError(f"an image has four dimensions, not {x.ndim}")
         return F.relu(self.bn(x))
 
     _, report = check(trained(nn.Sequential(conv(), module(forward, bn=nn.BatchNorm2d(4)))), image())
-    assert [row.name for row in report.folded] == ["0"]
+    assert [entry.name for entry in report.folded] == ["0"]
 
 
 def flattens(self, x):
@@ -169,13 +171,13 @@ def flattens(self, x):
     ],
 )
 @pytest.mark.parametrize("first", [{"stride": 2}, {"padding": 0}])
-def test_shapes_asked_for_in_the_middle(forward, first):
+def test_shapes_read_inside_a_region(forward, first):
     model = trained(nn.Sequential(conv(**first), module(forward, bn=nn.BatchNorm2d(4))))
     plain, report = check(model, image())
     assert report.left or not norms_left(plain)
 
 
-def test_a_sum_with_the_outcome_of_another_region():
+def test_sum_with_the_result_of_another_region():
     def forward(self, x):
         y = self.first(x)
         return self.second(y + self.branch(y)) * torch.sigmoid(y)
@@ -190,7 +192,7 @@ def test_a_sum_with_the_outcome_of_another_region():
     assert repvgg.is_plain(plain)
 
 
-def test_a_chain_of_many_borders_is_one_convolution():
+def test_chain_over_many_modules_is_one_convolution():
     ends = [module(lambda self, x: self.part(x), part=conv(kernel=1, bias=False)) for _ in range(3)]
     plain, report = check(trained(chain(First(), *ends, Second())), image())
     assert len(report.folded) == 1
@@ -199,13 +201,13 @@ def test_a_chain_of_many_borders_is_one_convolution():
 
 
 class Passes(First):
-    """Hands on what it took, too."""
+    """Also returns its input."""
 
     def forward(self, x):
         return self.conv(x), x
 
 
-def test_what_was_handed_on_and_is_changed_in_place_is_not_the_source_any_more():
+def test_passed_on_tensor_modified_in_place_is_no_longer_the_source():
     def forward(self, x):
         y, z = self.first(torch.tanh(x))
         y = self.bn(y)
@@ -213,36 +215,36 @@ def test_what_was_handed_on_and_is_changed_in_place_is_not_the_source_any_more()
         return F.relu(y + z)
 
     plain, report = check(trained(module(forward, first=Passes(), bn=nn.BatchNorm2d(4))), image())
-    assert [row.name for row in report.folded] == ["first.conv"]
+    assert [entry.name for entry in report.folded] == ["first.conv"]
     assert norms_left(plain) == []
 
 
-def test_a_source_that_a_child_hands_on():
+def test_source_passed_on_by_a_child():
     def forward(self, x):
         y, z = self.first(torch.tanh(x))
         return F.relu(self.bn(y) + z)
 
     plain, report = check(trained(module(forward, first=Passes(), bn=nn.BatchNorm2d(4))), image())
-    assert [row.name for row in report.folded] == ["conv"]
+    assert [entry.name for entry in report.folded] == ["conv"]
     assert list(plain.state_dict()) == ["conv.weight", "conv.bias"]
 
 
-def test_names_that_are_taken():
+def test_new_names_avoid_existing_ones():
     def forward(self, x):
         (a, p), (b, q) = self.conv(x), self.merged_conv(x)
         return F.relu(a - b), p * q
 
     plain, report = check(trained(module(forward, conv=Head(), merged_conv=Head())), image())
-    assert [row.name for row in report.folded] == ["merged_conv2"]
+    assert [entry.name for entry in report.folded] == ["merged_conv2"]
     assert {"conv.other.weight", "merged_conv.other.weight"} < plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_an_activation_in_place_in_the_module_of_the_norm(inplace):
+def test_in_place_activation_in_the_module_of_the_norm(inplace):
     norm = module(lambda self, x: self.act(self.bn(x)), bn=nn.BatchNorm2d(4), act=nn.ReLU(inplace))
     model = trained(module(lambda self, x: self.n(self.c(x)), c=conv(), n=norm))
     _, report = check(model, image())
-    assert [row.name for row in report.folded] == ["c"]
+    assert [entry.name for entry in report.folded] == ["c"]
     both = trained(module(lambda self, x: (lambda y: self.n(y) + y)(self.c(x)), c=conv(), n=norm))
     _, report = check(both, image())
     assert report.left[0].reason == "its input is used elsewhere too"

@@ -1,4 +1,4 @@
-"""Other layouts than images: one axis, three, none, channels that come last; and transposed convolutions."""
+"""Layouts other than images: one, three or no spatial axes, channels last; and transposed convolutions."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def given(*shape, dtype=torch.float64):
 
 
 def same(model, x, inputs=None, dtype=torch.float64):
-    """Collapse, compare, and ask that nothing was left."""
+    """Collapse, compare, and check that nothing was skipped."""
     model, x = trained(model, dtype), x.to(dtype)
     plain, report = repvgg.reparameterize(model, inputs)
     _assert_same(model, plain, x)
@@ -35,7 +35,7 @@ def same(model, x, inputs=None, dtype=torch.float64):
 
 
 def stays(model, x, inputs=None):
-    """The reason why nothing was folded."""
+    """Return the reason why nothing was folded."""
     model = trained(model)
     with pytest.warns(NothingFoldedWarning):
         plain, report = repvgg.reparameterize(model, inputs)
@@ -55,13 +55,13 @@ def _assert_same(model, plain, x):
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("geometry", [{"padding": 1, "stride": 2}, {"groups": 2, "bias": False}, {"dilation": 2}])
-def test_a_norm_folds_into_the_convolution_in_front(rank, told, geometry, dtype):
+def test_norm_folds_into_the_previous_convolution(rank, told, geometry, dtype):
     if rank == 3 and "dilation" in geometry:
         geometry = {"dilation": (1, 2, 1), "padding": (0, 1, 2), "kernel_size": (3, 2, 4)}
     model = nn.Sequential(CONVS[rank](4, 6, **{"kernel_size": 3, **geometry}), NORMS[rank](6), nn.ReLU())
     x = given(2, 4, *SIZES[:rank], dtype=dtype)
     plain, report = same(model, x, x if told else None, dtype)
-    assert [row.name for row in report.folded] == ["0"]
+    assert [entry.name for entry in report.folded] == ["0"]
     assert type(plain[0]) is CONVS[rank]
     assert plain[0].groups == geometry.get("groups", 1)
 
@@ -73,7 +73,7 @@ def test_branches_of_other_ranks(rank, mode):
     small = nn.Sequential(CONVS[rank](4, 4, 1), NORMS[rank](4))
     model = module(lambda self, x: F.relu(self.a(x) + self.b(x) + self.n(x)), a=big, b=small, n=NORMS[rank](4))
     _, report = same(nn.Sequential(model, nn.Tanh()), given(2, 4, *SIZES[:rank]))
-    assert [row.name for row in report.folded] == ["0.conv"]
+    assert [entry.name for entry in report.folded] == ["0.conv"]
 
 
 def linear(features, norm=6):
@@ -85,34 +85,34 @@ def test_a_linear_layer_with_its_shape_given(dtype):
     x = given(5, 4, dtype=dtype)
     plain, report = same(linear(6), x, x, dtype)
     assert isinstance(plain[0], nn.Linear)
-    assert [row.name for row in report.folded] == ["0"]
+    assert [entry.name for entry in report.folded] == ["0"]
 
 
-def test_a_linear_layer_behind_what_tells_its_shape():
+def test_linear_layer_after_a_function_that_determines_its_shape():
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6))
     _, report = same(nn.Sequential(conv(), *head), given(2, 4, 9, 11))
-    assert [row.name for row in report.folded] == ["3"]
+    assert [entry.name for entry in report.folded] == ["3"]
 
 
-def test_a_linear_layer_of_unknown_shape_is_left():
+def test_linear_layer_of_unknown_shape_is_skipped():
     reason = stays(linear(6), given(5, 4))
     assert "the shape of the input is not known" in reason
 
 
 @pytest.mark.parametrize("length", [7, 6])
-def test_a_norm_over_another_axis_than_that_of_a_linear_layer_is_left(length):
+def test_norm_over_another_axis_than_a_linear_layer_is_skipped(length):
     x = given(5, length, 4)
     assert "along axis 1" in stays(linear(6, length), x, x)
     assert "is not known" in stays(linear(6, length), x)
 
 
-def test_a_norm_over_the_first_axis_of_maps_that_a_linear_layer_reads_is_left():
+def test_norm_over_the_first_axis_of_maps_read_by_a_linear_layer_is_skipped():
     layers = (nn.Conv1d(4, 6, 3, padding=1), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
     assert "along axis 1" in stays(nn.Sequential(*layers), given(2, 4, 6))
 
 
 @pytest.mark.parametrize("act", [[nn.ReLU()], pytest.param([])])
-def test_maps_without_a_batch_axis_are_left(act):
+def test_maps_without_a_batch_axis_are_skipped(act):
     x = given(4, 6)
     model = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), *act)
     stays(model, x, x)
@@ -165,12 +165,12 @@ def test_attention(told, dtype):
     _assert_same(model, plain, given(3, 3, 17, 26, dtype=dtype))
 
 
-def test_attention_alone_has_to_be_told():
+def test_attention_alone_needs_inputs():
     x = given(2, 9, 8)
     assert len(same(Attention(), x, x)[1].folded) == 4
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(Attention()))
-    assert {row.reason for row in report.left} == {
+    assert {entry.reason for entry in report.left} == {
         "the shape of the input is not known, and a batch norm alone does not determine it"
     }
 
@@ -185,10 +185,10 @@ def test_a_norm_folds_into_a_transposed_convolution(rank, bias, geometry, dtype)
     assert type(plain[0]) is type(first)
     assert isinstance(plain[1], nn.Identity)
     assert plain[0].output_padding == first.output_padding
-    assert [row.name for row in report.folded] == ["0"]
+    assert [entry.name for entry in report.folded] == ["0"]
 
 
-def test_a_scale_behind_goes_into_a_transposed_convolution_too():
+def test_scale_after_a_transposed_convolution_folds_too():
     parts = {"t": nn.ConvTranspose2d(4, 6, 3, stride=2), "bn": nn.BatchNorm2d(6)}
     model = module(lambda self, x: F.relu(self.bn(self.t(x)) * self.s), **parts, s=nn.Parameter(torch.rand(6, 1, 1)))
     plain, _ = same(model, given(2, 4, 7, 5))
@@ -199,24 +199,24 @@ def test_a_transposed_convolution_and_its_norm_in_two_modules():
     first = module(lambda self, x: self.t(F.relu(x)), t=nn.ConvTranspose2d(4, 4, 3, stride=2))
     second = module(lambda self, x: F.silu(self.bn(x)), bn=nn.BatchNorm2d(4))
     plain, report = same(nn.Sequential(first, second), given(2, 4, 7, 5))
-    assert [row.name for row in report.folded] == ["0.t"]
+    assert [entry.name for entry in report.folded] == ["0.t"]
     assert isinstance(plain[1].bn, nn.Identity)
 
 
-def test_what_reads_a_transposed_convolution_beside_the_norm_keeps_it():
+def test_transposed_convolution_with_another_reader_is_kept():
     model = module(
         lambda self, x: (lambda y: F.relu(self.bn(y)) + y)(self.t(x)), t=nn.ConvTranspose2d(4, 4, 3), bn=NORMS[2](4)
     )
     stays(model, given(2, 4, 7, 5))
 
 
-def test_a_transposed_convolution_called_twice_is_left():
+def test_transposed_convolution_called_twice_is_skipped():
     model = module(lambda self, x: F.relu(self.bn(self.t(F.relu(self.t(x))))), t=nn.ConvTranspose2d(4, 4, 3))
     model.bn = nn.BatchNorm2d(4)
     assert stays(model, given(2, 4, 7, 5)) == "its input 't' is not folded: it is used more than once"
 
 
-def test_transposed_convolutions_between_others():
+def test_transposed_convolutions_between_convolutions():
     layers = (Linear2d(), nn.ConvTranspose2d(4, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), Linear2d())
     _, report = same(nn.Sequential(*layers), given(2, 4, 7, 5))
-    assert [row.name for row in report.folded] == ["0", "1", "4"]
+    assert [entry.name for entry in report.folded] == ["0", "1", "4"]

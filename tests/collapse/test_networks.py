@@ -1,4 +1,4 @@
-"""Whole networks of torchvision and timm: no norm is left, and the function stays."""
+"""Whole networks of torchvision and timm: no norm is left, and outputs are the same."""
 
 import pytest
 import timm

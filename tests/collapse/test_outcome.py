@@ -1,4 +1,4 @@
-"""The plain model is an ordinary module: it is copied, stored, moved, exported and trained like any other."""
+"""The plain model can be copied, stored, moved, exported and trained like any other module."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ class Outer(nn.Module):
 
 
 def everything():
-    """A chain, a whole module, a new forward, and a new forward within a new forward within a new forward."""
+    """A chain, a whole module, a new forward, and new forwards nested three deep."""
     return nn.Sequential(Block(), Outer(), Branches(), Linear2d())
 
 
@@ -58,7 +58,7 @@ def stored(model):
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), stored, lambda m: copy.deepcopy(copy.deepcopy(m))],
     ids=["copy", "pickle", "file", "copy of a copy"],
 )
-def test_copies_are_the_same_and_their_own(pair, make):
+def test_copies_are_equal_and_independent(pair, make):
     model, plain = pair
     copied = make(plain)
     close(copied(image()), model(image()))
@@ -69,7 +69,7 @@ def test_copies_are_the_same_and_their_own(pair, make):
     assert copied[2].width == 4
 
 
-def test_it_is_plain_and_stays_so(pair):
+def test_result_is_plain_and_collapsing_again_changes_nothing(pair):
     model, plain = pair
     assert repvgg.is_plain(plain)
     assert repvgg.is_plain(copy.deepcopy(plain).train())
@@ -86,7 +86,7 @@ def test_other_parameters_are_identical_copies(pair):
     assert {"2.unused.weight", "2.temperature", "2.count"} <= ours.keys() & theirs.keys()
 
 
-def test_state_is_exchanged_between_outcomes(pair):
+def test_state_dicts_of_two_results_are_compatible(pair):
     _, plain = pair
     other = trained(everything(), seed=9)
     theirs, _ = repvgg.reparameterize(other)
@@ -95,7 +95,7 @@ def test_state_is_exchanged_between_outcomes(pair):
     close(copied(image()), other(image()))
 
 
-def test_it_can_be_trained_further(pair):
+def test_result_can_be_trained(pair):
     plain = copy.deepcopy(pair[1]).train()
     plain(image()).square().mean().backward()
     used = {name: p for name, p in plain.named_parameters() if "unused" not in name and "temperature" not in name}
@@ -105,8 +105,8 @@ def test_it_can_be_trained_further(pair):
     assert plain(image()).square().mean() < before
 
 
-def test_parameters_outside_the_regions_are_trained_further():
-    """A parameter that the forward computes with is no constant of its graph."""
+def test_parameters_outside_the_regions_can_be_trained():
+    """A parameter that the forward computes with stays a parameter of the new graph."""
     model = module(lambda self, x: self.act(self.a(x) + self.b(x)) * self.gain.exp(), a=Linear2d(), b=conv())
     model.act, model.gain = nn.ReLU(), nn.Parameter(torch.rand(4, 1, 1))
     plain, _ = collapse(trained(model))
@@ -115,13 +115,13 @@ def test_parameters_outside_the_regions_are_trained_further():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
-def test_it_moves_to_other_dtypes(pair, dtype, tolerance):
+def test_result_converts_to_other_dtypes(pair, dtype, tolerance):
     model, plain = pair
     moved = copy.deepcopy(plain).to(dtype)
     close(moved(image(dtype=dtype)).double(), model(image()), tolerance)
 
 
-def test_it_exports(pair):
+def test_result_exports(pair):
     model, plain = pair
     program = torch.export.export(plain, (image(),))
     close(program.module()(image()), model(image()))
@@ -162,17 +162,19 @@ def test_norms_of_another_dtype_than_their_convolutions():
     assert plain[0].conv.weight.dtype is plain[1].conv.weight.dtype is torch.bfloat16
 
 
-def test_weights_that_do_not_fit_are_left():
+def test_regions_whose_weights_overflow_are_skipped():
     model = trained(nn.Sequential(Branches(), Block()), torch.float16)
     model[1].conv.weight.data.fill_(3e4)
     model[1].bn.weight.data.fill_(100)
     plain, report = collapse(model)
-    assert [row.name for row in report.folded] == ["0.conv"]
-    assert [(row.name, row.reason) for row in report.left] == [("1.bn", "the merged weights do not fit into float16")]
+    assert [entry.name for entry in report.folded] == ["0.conv"]
+    assert [(entry.name, entry.reason) for entry in report.left] == [
+        ("1.bn", "the merged weights do not fit into float16")
+    ]
     assert torch.equal(plain[1].conv.weight, model[1].conv.weight)
 
 
-def test_what_cannot_be_copied_raises_what_users_can_catch():
+def test_uncopyable_attribute_raises_reparam_error():
     model = trained(nn.Sequential(Branches()))
     model.stream = (part for part in ())
     with pytest.raises(ReparamError, match="'stream' of the model"):

@@ -1,4 +1,4 @@
-"""What pays, and who decides it; and proofs: what they say, what they refuse, and where they hold back."""
+"""Policies, and proofs: their text, what they reject, and where they are inconclusive."""
 
 import json
 import operator
@@ -17,12 +17,12 @@ from tests.collapse.models import Branches, Linear2d, assert_same_outputs, conv,
 
 
 def wide():
-    """Dear inside: 10 240 weights, and 2 304 as one."""
+    """10 240 weights, and 2 304 when merged."""
     return nn.Sequential(nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 3), nn.ReLU())
 
 
 def narrow():
-    """Cheap inside: 5 120 weights, and 36 864 as one."""
+    """5 120 weights, and 36 864 when merged."""
     return nn.Sequential(nn.Conv2d(64, 8, 1), nn.Conv2d(8, 64, 3), nn.ReLU())
 
 
@@ -31,13 +31,13 @@ def separable():
 
 
 def joined(act=F.relu):
-    """144 weights, and 288 as one."""
+    """144 weights, and 288 when merged."""
     parts = {"conv": conv(), "bn": nn.BatchNorm2d(8)}
     return module(lambda self, x: act(self.bn(torch.cat([self.conv(x), x], 1))), **parts)
 
 
 def parts_of(report):
-    return [[part.name for part in row.parts] for row in report.folded]
+    return [[part.name for part in entry.parts] for entry in report.folded]
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_the_named_policies(make, channels, cheaper, always):
     assert parts_of(report) == cheaper
     assert_same_outputs(model, plain, x)
     assert repvgg.is_plain(plain) is (make is not joined)
-    for row in report.folded:
-        assert row.multiply_adds_after <= row.multiply_adds_before
-        assert row.parameters_after <= row.parameters_before
+    for entry in report.folded:
+        assert entry.multiply_adds_after <= entry.multiply_adds_before
+        assert entry.parameters_after <= entry.parameters_before
 
 
 @pytest.mark.parametrize("act", [lambda x: x, F.relu], ids=["end", "relu"])
-def test_a_norm_that_is_left_because_of_the_cost_has_it_said(act):
+def test_norm_skipped_for_its_cost_is_reported(act):
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(joined(act)))
     assert report.left[0].name == "bn"
@@ -82,7 +82,7 @@ def test_a_norm_that_is_left_because_of_the_cost_has_it_said(act):
     ids=["wide", "narrow"],
 )
 @pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
-def test_a_function_is_asked_and_obeyed(make, channels, before, after, answer):
+def test_policy_function_decides(make, channels, before, after, answer):
     asked = set()
 
     def policy(*costs):
@@ -96,19 +96,19 @@ def test_a_function_is_asked_and_obeyed(make, channels, before, after, answer):
     assert_same_outputs(model, plain, image(channels))
 
 
-def test_that_a_function_said_no_is_said():
+def test_refusal_by_a_policy_function_is_reported():
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(model), policy=lambda before, after: False)
     assert "merging it would cost" in report.left[0].reason
 
 
-def test_an_unknown_policy_is_refused():
+def test_unknown_policy_raises():
     with pytest.raises(UsageError, match="policy must be 'cheaper', 'always' or a function of two costs, got 'best'"):
         repvgg.reparameterize(trained(wide()), policy="best")
 
 
-def test_no_proofs_unless_asked_for(monkeypatch):
+def test_no_proofs_with_prove_false(monkeypatch):
     def never(*_, **__):
         raise AssertionError("nobody asked for a proof")
 
@@ -117,14 +117,14 @@ def test_no_proofs_unless_asked_for(monkeypatch):
     model = trained(nn.Sequential(Branches(), Linear2d(), nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4)))
     plain, report = repvgg.reparameterize(model, prove=False)
     assert len(report.folded) == 3
-    assert {row.proof for row in report.folded} == {report.proof} == {""}
+    assert {entry.proof for entry in report.folded} == {report.proof} == {""}
     assert_same_outputs(model, plain, image())
     with pytest.raises(AssertionError, match="nobody asked"):
         repvgg.reparameterize(model)
 
 
 class Gate(Linear2d):
-    """Multiplies by what a sigmoid that amplifies says."""
+    """Multiply by a steep sigmoid, which amplifies rounding errors."""
 
     def forward(self, x):
         y = super().forward(x)
@@ -143,7 +143,7 @@ def chaos():
         (chaos, 60, "not run on its own: rounding its input moves its output by"),
     ],
 )
-def test_models_that_amplify_roundings_are_not_held_against_the_collapse(make, layers, said):
+def test_rounding_sensitive_models_do_not_fail_the_proof(make, layers, said):
     model = trained(nn.Sequential(*(make() for _ in range(layers))))
     _, report = repvgg.reparameterize(model)
     assert len(report.folded) == layers
@@ -151,7 +151,7 @@ def test_models_that_amplify_roundings_are_not_held_against_the_collapse(make, l
     assert said in report.proof
 
 
-def raises_when_run(rewriter):
+def raise_when_run(rewriter):
     graph = rewriter.module.graph
     end = next(node for node in graph.nodes if node.op == "output")
     with graph.inserting_before(end):
@@ -159,38 +159,40 @@ def raises_when_run(rewriter):
     rewriter.module.recompile()
 
 
-def is_off(rewriter):
+def shift_output(rewriter):
     for conv_ in rewriter.new.values():
         conv_.bias.data += 1
 
 
-def spoil_forwards(monkeypatch, spoil):
-    """Let every new forward come out wrong."""
+def corrupt_forwards(monkeypatch, corrupt):
+    """Make every new forward wrong."""
     finish = ForwardRewriter.finish
 
-    def spoiled(self):
+    def corrupted(self):
         finish(self)
-        spoil(self)
+        corrupt(self)
 
-    monkeypatch.setattr(ForwardRewriter, "finish", spoiled)
+    monkeypatch.setattr(ForwardRewriter, "finish", corrupted)
 
 
-@pytest.mark.parametrize(("spoil", "said"), [(raises_when_run, "does not run (IndexError"), (is_off, "relative error")])
+@pytest.mark.parametrize(
+    ("corrupt", "said"), [(raise_when_run, "does not run (IndexError"), (shift_output, "relative error")]
+)
 @pytest.mark.parametrize("wrap", [False, True])
-def test_a_new_forward_that_is_not_as_it_was_is_not_handed_out(monkeypatch, spoil, said, wrap):
-    spoil_forwards(monkeypatch, spoil)
+def test_unequal_new_forward_is_not_returned(monkeypatch, corrupt, said, wrap):
+    corrupt_forwards(monkeypatch, corrupt)
     model = trained(nn.Sequential(Branches(), Linear2d()) if wrap else Branches())
     plain, report = repvgg.reparameterize(model)
     assert_same_outputs(model, plain, image())
-    assert [row.name for row in report.folded] == (["0.a", "1"] if wrap else ["a"])
-    reason = {row.name: row.reason for row in report.left}["0" if wrap else ""]
+    assert [entry.name for entry in report.folded] == (["0.a", "1"] if wrap else ["a"])
+    reason = {entry.name: entry.reason for entry in report.left}["0" if wrap else ""]
     assert "its new forward does not prove equal to the old one" in reason
     assert said in reason
 
 
-@pytest.mark.parametrize("spoil", [raises_when_run, is_off])
-def test_without_another_region_the_forward_stays_as_it_was(monkeypatch, spoil):
-    spoil_forwards(monkeypatch, spoil)
+@pytest.mark.parametrize("corrupt", [raise_when_run, shift_output])
+def test_forward_stays_if_its_only_region_fails(monkeypatch, corrupt):
+    corrupt_forwards(monkeypatch, corrupt)
     model = trained(module(lambda self, x: F.relu(self.a(x) + self.b(x)), a=conv(), b=conv(kernel=1)))
     with pytest.warns(NothingFoldedWarning):
         plain, report = repvgg.reparameterize(model)
@@ -198,14 +200,14 @@ def test_without_another_region_the_forward_stays_as_it_was(monkeypatch, spoil):
     assert "does not prove equal to the old one" in report.left[0].reason
 
 
-def test_where_no_forward_is_to_blame_nothing_is_handed_out(monkeypatch):
+def test_unequal_model_without_an_unequal_forward_raises(monkeypatch):
     insert_in_place = rewrite._PlanApplier._insert_in_place
 
-    def spoiled(self, scope, region, conv_, rewriters):
+    def corrupted(self, scope, region, conv_, rewriters):
         conv_.bias += 1
         return insert_in_place(self, scope, region, conv_, rewriters)
 
-    monkeypatch.setattr(rewrite._PlanApplier, "_insert_in_place", spoiled)
+    monkeypatch.setattr(rewrite._PlanApplier, "_insert_in_place", corrupted)
     with pytest.raises(EquivalenceError, match="though each of its regions is"):
         repvgg.reparameterize(trained(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())))
 
@@ -219,7 +221,7 @@ def test_the_report_is_data_and_text():
     assert "relative error" in report.proof
 
 
-def test_inputs_that_cannot_be_made_up():
+def test_inputs_that_cannot_be_synthesized():
     model = trained(nn.Sequential(nn.ReLU(), Linear2d()))
     _, report = repvgg.reparameterize(model)
     assert report.proof == "not run on its own: the forward does not tell what its inputs are"

@@ -1,4 +1,4 @@
-"""What a forward keeps, hooks, modes, random numbers: the plain model does as the model did, and the model stays."""
+"""Stored attributes, hooks, modes and random states are the same in the plain model and unchanged in the original."""
 
 import random
 import threading
@@ -50,7 +50,7 @@ def in_a_global(self, x):
 
 
 @pytest.mark.parametrize("forward", [in_an_attribute, in_a_nested_container, in_an_object, in_a_global])
-def test_what_a_forward_keeps_is_what_it_kept(forward):
+def test_attributes_stored_by_a_forward_are_the_same(forward):
     model = module(forward, conv=conv(), bn=nn.BatchNorm2d(4))
     model.store, model.space = {"seen": []}, SimpleNamespace(kept=None)
     plain, report = collapse(trained(model))
@@ -64,17 +64,17 @@ def test_what_a_forward_keeps_is_what_it_kept(forward):
     torch.testing.assert_close(*kept, rtol=1e-12, atol=1e-12)
 
 
-def test_branches_of_a_forward_that_keeps_something_are_not_given_a_new_one():
+def test_forward_that_stores_something_is_not_rewritten():
     def forward(self, x):
         self.kept = self.a(x) + self.b(x)
         return F.relu(self.kept)
 
     plain, report = check(trained(module(forward, a=Linear2d(), b=conv())), image())
-    assert [row.name for row in report.folded] == ["a"]
+    assert [entry.name for entry in report.folded] == ["a"]
     assert plain.kept is not None
 
 
-def test_a_linear_module_that_keeps_its_outcome_stays_one():
+def test_linear_module_that_stores_its_output_is_kept():
     def forward(self, x):
         self.last = self.bn(self.conv(x))
         return self.last
@@ -83,7 +83,7 @@ def test_a_linear_module_that_keeps_its_outcome_stays_one():
     plain, report = check(
         trained(module(lambda self, x: F.relu(self.inner(x)) + self.inner.last, inner=inner)), image()
     )
-    assert [row.name for row in report.folded] == ["inner.conv"]
+    assert [entry.name for entry in report.folded] == ["inner.conv"]
     assert plain.inner.last is not None
 
 
@@ -92,7 +92,7 @@ HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_ba
 
 @pytest.mark.parametrize("register", HOOKS)
 @pytest.mark.parametrize("path", ["1.conv", "1", "0", "0.act", "0.b", ""])
-def test_hooks_see_and_change_what_they_did(register, path):
+def test_hooks_observe_and_modify_the_same_tensors(register, path):
     seen = []
 
     def hook(owner, *values):
@@ -106,21 +106,21 @@ def test_hooks_see_and_change_what_they_did(register, path):
     model = trained(nn.Sequential(Branches(), Block(inplace=False)))
     getattr(model.get_submodule(path), register)(hook)
     plain, _ = collapse(model)
-    assert seen == []  # neither a trace nor a proof runs them
+    assert seen == []  # neither the trace nor the proof runs hooks
     for part in (model, plain):
         part(image().requires_grad_()).sum().backward()
     assert len(seen) == 2
     torch.testing.assert_close(*seen, rtol=1e-11, atol=1e-11)
 
 
-def test_random_numbers_are_neither_used_up_nor_frozen():
+def test_random_state_is_preserved_and_not_frozen():
     def forward(self, x):
         noise = torch.rand(4, 1, 1).to(x) + random.random()
         return F.relu(self.a(x) + self.b(x)) + noise
 
     model = trained(module(forward, a=Linear2d(), b=conv()))
-    plain, report = collapse(model)  # holds the states before against those after
-    assert [row.name for row in report.folded] == ["a"]  # its parts, and not its branches
+    plain, report = collapse(model)  # compares random states before and after
+    assert [entry.name for entry in report.folded] == ["a"]  # its chain is merged, but not its branches
     torch.manual_seed(3)
     random.seed(3)
     expected = model(image())
@@ -131,20 +131,20 @@ def test_random_numbers_are_neither_used_up_nor_frozen():
 
 def test_results_of_an_earlier_run_are_copied():
     model = trained(Branches())
-    model.features = [model.b.weight * 2]  # not a leaf: a deep copy alone refuses
+    model.features = [model.b.weight * 2]  # not a leaf tensor: deepcopy raises on it
     plain, report = check(model, image())
     assert len(report.folded) == 1
     torch.testing.assert_close(plain.features, [model.features[0].detach()], rtol=0, atol=0)
 
 
-def test_what_cannot_be_copied_is_named():
+def test_uncopyable_attribute_is_named():
     model = trained(nn.Sequential(Branches()))
     model[0].lock = threading.Lock()
     with pytest.raises(ReparamError, match="'lock' of 0 "):
         repvgg.reparameterize(model)
 
 
-def test_modules_that_copy_themselves_their_own_way_are_left():
+def test_modules_with_their_own_deepcopy_are_skipped():
     class Own(Block):
         def __deepcopy__(self, memo):
             new = Own()
@@ -162,7 +162,7 @@ def test_a_forward_replaced_on_the_instance_is_what_runs():
     class_forward = other.forward
     other.forward = lambda x: class_forward(x) * 2
     _, report = check(trained(nn.Sequential(block, other, Branches())), image())
-    assert [row.name for row in report.folded] == ["2.conv"]
+    assert [entry.name for entry in report.folded] == ["2.conv"]
 
 
 def test_autocast_and_no_grad_inside_a_forward_are_not_lost():
@@ -198,7 +198,7 @@ def test_training_only_parts_are_dropped_if_nothing_else_can_reach_them():
 
     model = trained(module(forward, body=Branches(), head=Block(), aux=Block()))
     plain, report = check(model, image())
-    assert [row.name for row in report.dropped] == ["aux"]
+    assert [entry.name for entry in report.dropped] == ["aux"]
     assert plain.aux is None
     assert model.aux is not None
 
@@ -212,7 +212,7 @@ def test_a_training_only_name_of_something_that_runs_is_not_dropped():
     assert report.dropped == ()
 
 
-def test_a_training_only_part_that_the_model_around_uses_is_not_dropped():
+def test_training_only_part_used_by_the_outer_model_is_not_dropped():
     def inner(self, x):
         return (self.head(x), self.aux(x)) if self.training else self.head(x)
 
@@ -221,7 +221,7 @@ def test_a_training_only_part_that_the_model_around_uses_is_not_dropped():
     assert report.dropped == ()
 
 
-def test_modes_of_modules_that_do_not_care_are_kept():
+def test_modes_of_mode_independent_modules_are_kept():
     model = trained(nn.Sequential(Branches(), Block()))
     model.training = model[0].act.training = True
     plain, _ = collapse(model)

@@ -1,4 +1,4 @@
-"""What is called twice, shared, tied, or reached past its owner is never folded into one of its callers."""
+"""Modules that are called twice, shared, tied, or accessed past their owner are not folded into one caller."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def only_past_the_owner():
     return blocked(Block(), lambda self, x: F.relu(self.block.conv(x)))
 
 
-def from_far_above():
+def called_from_the_root():
     inner = blocked(Block(), lambda self, x: self.block(x))
     return module(lambda self, x: self.inner(x) + F.relu(self.inner.block.conv(x)), inner=inner)
 
@@ -53,7 +53,7 @@ def by_a_sibling():
     return module(lambda self, x: self.p(x) + self.q(x), p=nn.Sequential(block), q=reaching)
 
 
-def by_a_stranger_in_a_list():
+def held_in_a_list_of_another_module():
     block = Block()
     reaching = module(lambda self, x: F.relu(self.held[0].conv(x)))
     reaching.held = [block]
@@ -65,7 +65,7 @@ def sequence_and_its_first():
     return module(lambda self, x: self.parts(x) + F.relu(self.parts[0](x)), parts=parts)
 
 
-def every_outcome_of_a_sequence():
+def every_output_of_a_sequence():
     def forward(self, x):
         outcomes = []
         for part in self.parts:
@@ -98,7 +98,7 @@ def untraced(forward):
     return decides
 
 
-def past_the_owner_in_the_dark():
+def past_the_owner_untraced():
     def forward(self, x):
         y = self.block(x)
         return F.relu(self.block.conv(y)) if x.sum() < 1e9 else y
@@ -106,7 +106,7 @@ def past_the_owner_in_the_dark():
     return blocked(Block(), forward)
 
 
-def weight_in_the_dark():
+def weight_read_untraced():
     def forward(self, x):
         if x.sum() > 1e9:
             return x
@@ -115,7 +115,7 @@ def weight_in_the_dark():
     return blocked(Block(), forward)
 
 
-def children_in_the_dark():
+def children_iterated_untraced():
     def forward(self, x):
         y = self.block(x)
         if x.sum() > 1e9:
@@ -127,7 +127,7 @@ def children_in_the_dark():
     return blocked(Block(), forward)
 
 
-def sequence_in_the_dark():
+def sequence_indexed_untraced():
     def forward(self, x):
         if x.sum() > 1e9:
             return x
@@ -145,22 +145,22 @@ NEVER = [
     weight_computed_with,
     past_the_owner,
     only_past_the_owner,
-    from_far_above,
+    called_from_the_root,
     by_a_sibling,
-    by_a_stranger_in_a_list,
+    held_in_a_list_of_another_module,
     sequence_and_its_first,
-    every_outcome_of_a_sequence,
+    every_output_of_a_sequence,
     shared_norm,
     tied_and_read,
-    past_the_owner_in_the_dark,
-    weight_in_the_dark,
-    children_in_the_dark,
-    sequence_in_the_dark,
+    past_the_owner_untraced,
+    weight_read_untraced,
+    children_iterated_untraced,
+    sequence_indexed_untraced,
 ]
 
 
 @pytest.mark.parametrize("make", NEVER, ids=lambda f: f.__name__)
-def test_it_stays_with_a_reason(make):
+def test_shared_module_stays_with_a_reason(make):
     _, report = check(trained(make()), image())
     assert report.folded == ()
     assert report.left
@@ -211,7 +211,7 @@ def child_that_knows_its_parent():
     return model
 
 
-def owner_in_the_dark():
+def owner_read_untraced():
     def forward(self, x):
         return x if x.sum() > 1e9 else self.b(self.a(x))
 
@@ -228,23 +228,23 @@ def owner_in_the_dark():
         (indexed_sequence, 1),
         (own_list, 1),
         (child_that_knows_its_parent, 2),
-        (owner_in_the_dark, 2),
+        (owner_read_untraced, 2),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_can_be_folded_is(make, folded):
+def test_unaffected_modules_are_folded(make, folded):
     plain, report = check(trained(make()), image())
     assert not any(isinstance(part, nn.BatchNorm2d) for part in plain.modules())
     assert len(report.folded) >= folded
 
 
-def test_a_block_shared_before_is_shared_afterwards():
+def test_shared_block_stays_shared():
     plain, _ = check(trained(two_names()), image())
     assert plain.a is plain.b
 
 
 @pytest.mark.parametrize("asked", ["stride", "class", "part"])
-def test_code_that_looks_at_what_a_block_is_keeps_it(asked):
+def test_block_whose_type_the_code_reads_is_kept(asked):
     def forward(self, x):
         y = self.block(x)
         if asked == "stride":
@@ -257,7 +257,7 @@ def test_code_that_looks_at_what_a_block_is_keeps_it(asked):
 
     model = trained(module(forward, block=Linear2d(), other=Block()))
     _, report = check(model, image())
-    assert ("block.bn", "depends on what it is") in [(row.name, row.reason[-21:]) for row in report.left]
+    assert ("block.bn", "depends on what it is") in [(entry.name, entry.reason[-21:]) for entry in report.left]
 
 
 def test_plain_attributes_that_a_parent_reads_are_kept():

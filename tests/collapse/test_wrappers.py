@@ -1,4 +1,4 @@
-"""Models that are, or hold, something else than ordinary modules; and what the report says of them."""
+"""Wrapped, scripted and compiled models, and what the report says about them."""
 
 import pytest
 import torch
@@ -36,14 +36,14 @@ MAKERS = {
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", MAKERS)
-def test_models_of_other_kinds(name):
+def test_other_kinds_of_models(name):
     make, folded = MAKERS[name]
     _, report = check(trained(make()), image())
     assert len(report.folded) == folded
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_a_script_is_left_whole():
+def test_script_module_is_kept():
     model = scripted()
     with pytest.warns(repvgg.errors.NothingFoldedWarning):
         plain, _ = repvgg.reparameterize(model)
@@ -54,22 +54,22 @@ def test_compiled_models_and_parts():
     model = trained(nn.Sequential(Branches(), Block()))
     plain, report = repvgg.reparameterize(torch.compile(model, backend="eager"))
     assert_same_outputs(model, plain, image())
-    assert [row.name for row in report.folded] == ["0.conv", "1.conv"]
+    assert [entry.name for entry in report.folded] == ["0.conv", "1.conv"]
     outer = trained(nn.Sequential(Branches(), torch.compile(Branches(), backend="eager")))
     plain, report = repvgg.reparameterize(outer)
     assert_same_outputs(outer, plain, image())
-    assert [row.name for row in report.folded] == ["0.conv", "1._orig_mod.conv"]
+    assert [entry.name for entry in report.folded] == ["0.conv", "1._orig_mod.conv"]
 
 
-def test_every_region_and_the_whole_are_proven():
+def test_every_region_and_the_model_are_proven():
     plain, report = check(trained(nn.Sequential(Branches(), Block())), image())
-    assert all(row.proof.startswith("relative error ") for row in report.folded)
+    assert all(entry.proof.startswith("relative error ") for entry in report.folded)
     assert report.proof.startswith("relative error ")
     assert report.proof in str(report)
     assert isinstance(plain[0], fx.GraphModule)
     assert not isinstance(plain[1], fx.GraphModule)
     _, report = repvgg.reparameterize(trained(nn.Sequential(Branches(), Block())), prove=False)
-    assert [row.proof for row in report.folded] == ["", ""]
+    assert [entry.proof for entry in report.folded] == ["", ""]
     assert report.proof == ""
 
 
@@ -77,29 +77,29 @@ def test_every_region_and_the_whole_are_proven():
 def test_a_region_that_fails_its_proof_stays_as_it_was(monkeypatch, mistake):
     real, calls = proof.verify, []
 
-    def judge(reference, candidate, images, **kwargs):
+    def compare(reference, candidate, images, **kwargs):
         calls.append(1)
         wrong = len(calls) == 1  # the first region
         return real(reference, (lambda x: candidate(x) * (1 + mistake)) if wrong else candidate, images, **kwargs)
 
-    monkeypatch.setattr(proof, "verify", judge)
+    monkeypatch.setattr(proof, "verify", compare)
     model = trained(nn.Sequential(Branches(), Block()))
     plain, report = check_quietly(model)
-    assert [row.name for row in report.folded] == ["1.conv"]
+    assert [entry.name for entry in report.folded] == ["1.conv"]
     assert type(plain[0]) is Branches
-    assert {row.name.split(".")[0] for row in report.left} == {"0"}
-    assert all("does not prove equal" in row.reason for row in report.left)
+    assert {entry.name.split(".")[0] for entry in report.left} == {"0"}
+    assert all("does not prove equal" in entry.reason for entry in report.left)
 
 
-def test_a_whole_that_fails_its_proof_is_not_handed_out(monkeypatch):
+def test_model_that_fails_its_proof_is_not_returned(monkeypatch):
     real, calls = proof.verify, []
 
-    def judge(reference, candidate, images, **kwargs):
+    def compare(reference, candidate, images, **kwargs):
         calls.append("region" if "tolerance" in kwargs else "whole")
-        wrong = calls.count("whole") == 1  # the next is the model beside itself
+        wrong = calls.count("whole") == 1  # the next call compares the model with itself
         return real(reference, (lambda x: candidate(x) * (1 + 1e-9)) if wrong else candidate, images, **kwargs)
 
-    monkeypatch.setattr(proof, "verify", judge)
+    monkeypatch.setattr(proof, "verify", compare)
     with pytest.raises(repvgg.errors.EquivalenceError, match="not equal to the model"):
         repvgg.reparameterize(trained(nn.Sequential(Block(), Block())))
 
@@ -110,13 +110,13 @@ def check_quietly(model):
     return plain, report
 
 
-def test_a_model_that_is_never_the_same_is_judged_region_by_region():
+def test_nondeterministic_model_is_proven_region_by_region():
     def forward(self, x):
         return F.dropout(self.act(self.a(x) + self.b(x)), 0.5, training=True)
 
     model = trained(module(forward, a=Linear2d(), b=conv(), act=nn.ReLU()))
     plain, report = repvgg.reparameterize(model)
-    assert [row.name for row in report.folded] == ["conv"]
+    assert [entry.name for entry in report.folded] == ["conv"]
     assert "not the same twice" in report.proof
     outcomes = []
     for part in (model, plain):
@@ -126,7 +126,7 @@ def test_a_model_that_is_never_the_same_is_judged_region_by_region():
 
 
 @pytest.mark.parametrize("why", ["channels", "size"])
-def test_a_model_that_cannot_be_run_says_so_and_runs_on_inputs_that_are_given(why):
+def test_model_that_needs_inputs_is_reported_and_proven_on_given_inputs(why):
     def forward(self, x, y):
         scores = y.sum() if why == "channels" else self.fixed(x.flatten(1)).sum()
         return self.act(self.a(x) + self.b(x)) * scores
@@ -141,7 +141,7 @@ def test_a_model_that_cannot_be_run_says_so_and_runs_on_inputs_that_are_given(wh
     assert report.proof.startswith("relative error ")
 
 
-def test_two_inputs_are_run_side_by_side():
+def test_proof_with_two_inputs():
     def forward(self, x, y):
         return {"a": self.act(self.a(x) + self.b(x)), "b": [self.act(self.c(y)), 3]}
 
@@ -150,7 +150,7 @@ def test_two_inputs_are_run_side_by_side():
     assert report.proof.startswith("relative error ")
 
 
-def test_models_that_shrink_small_images_to_nothing_are_proven_on_larger_ones():
+def test_proof_uses_larger_images_if_small_ones_shrink_to_nothing():
     def forward(self, x):
         return self.pool(self.act(self.a(x) + self.b(x)))
 
@@ -159,7 +159,7 @@ def test_models_that_shrink_small_images_to_nothing_are_proven_on_larger_ones():
     assert report.proof.startswith("relative error ")
 
 
-def test_every_surviving_norm_has_a_true_path_and_a_reason():
+def test_every_surviving_norm_has_a_valid_path_and_a_reason():
     model = nn.Sequential(
         Branches(),
         nn.Sequential(nn.BatchNorm2d(4), conv(), nn.ReLU()),
@@ -168,7 +168,7 @@ def test_every_surviving_norm_has_a_true_path_and_a_reason():
     )
     plain, report = repvgg.reparameterize(trained(model))
     assert_same_outputs(model, plain, image())
-    reasons = {row.name: row.reason for row in report.left}
+    reasons = {entry.name: entry.reason for entry in report.left}
     assert reasons.keys() == {"1.0", "2.1", "3.1"}
     assert "leaks into the padding" in reasons["1.0"]
     assert "linear" in reasons["2.1"]

@@ -1,4 +1,4 @@
-"""What the tests of the expansion share: models as after training, images, and the state that must not change."""
+"""Shared helpers: trained-looking models, images, and the state that must not change."""
 
 import copy
 import random
@@ -10,7 +10,7 @@ import repvgg
 
 
 def trained(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """The model in eval mode with parameters and statistics far from their initial values."""
+    """Return the model in eval mode with parameters and statistics far from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in model.modules():
@@ -27,7 +27,7 @@ def trained(model: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0)
 
 
 def vgg(channels: int = 8) -> nn.Sequential:
-    """A small plain network with everything that a VGG has."""
+    """Return a small plain network with every kind of layer of a VGG."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -43,7 +43,7 @@ def vgg(channels: int = 8) -> nn.Sequential:
 
 
 def module(forward, **parts) -> nn.Module:
-    """A module with these parts and this forward."""
+    """Return a module with the given parts and forward."""
     out = type("Written", (nn.Module,), {"forward": forward})()
     for name, part in parts.items():
         setattr(out, name, part)
@@ -58,7 +58,7 @@ def image(
 
 
 def state_of(model: nn.Module) -> tuple:
-    """Everything of a model that must not change, and the random states."""
+    """Return everything of a model that must not change, and the random states."""
     tensors = {k: (id(v), v._version, v.clone()) for k, v in model.state_dict(keep_vars=True).items()}
     modules = [(n, id(m), m.training, sorted(m.__dict__), len(m._forward_hooks)) for n, m in model.named_modules()]
     grads = [(n, p.requires_grad, p.grad is None) for n, p in model.named_parameters()]
@@ -79,7 +79,7 @@ def storages(model: nn.Module) -> set[int]:
 
 
 def untouched(transform, model: nn.Module, *args, **kwargs) -> tuple[nn.Module, repvgg.ExpandReport]:
-    """Apply ``expand`` or ``insert_bn``, and check that the input is as it was and shares nothing with the outcome."""
+    """Apply ``expand`` or ``insert_bn``, and check that the input is unchanged and shares nothing with the result."""
     before = state_of(model)
     out, report = transform(model, *args, **kwargs)
     assert_same_state(before, state_of(model))
@@ -89,7 +89,7 @@ def untouched(transform, model: nn.Module, *args, **kwargs) -> tuple[nn.Module, 
 
 
 def assert_same_outputs(model: nn.Module, other: nn.Module, *images: Tensor, tolerance: float = 1e-10) -> None:
-    """Equal in eval mode, beside the largest output."""
+    """Check equality in eval mode, relative to the largest output."""
     with torch.no_grad():
         for x in images:
             expected, found = copy.deepcopy(model).eval()(x), copy.deepcopy(other).eval()(x)

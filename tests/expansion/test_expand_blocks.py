@@ -1,4 +1,4 @@
-"""Blocks of other makers: nothing is known about their names, and nothing is believed."""
+"""User-defined blocks: nothing is assumed about their names or structure."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_blocks_that_fit(name, data):
     torch.manual_seed(0)
     model = trained(vgg())
     expanded, report = untouched(repvgg.expand, model, BLOCKS[name], data=data)
-    assert [row.name for row in report.expanded] == ["0", "2", "5"], report
+    assert [entry.name for entry in report.expanded] == ["0", "2", "5"], report
     assert_same_outputs(model, expanded, image(), image(3, 16, 11))
 
 
@@ -94,7 +94,7 @@ def failing(conv):
 
 
 def single(conv):
-    """Computes with a constant of float32, whatever its parameters are."""
+    """Computes with a float32 constant, whatever the dtype of its parameters."""
     ones = torch.ones(conv.out_channels, conv.in_channels // conv.groups, 1, 1)
     return module(lambda self, x: self.dense(x) + F.conv2d(x, ones, groups=conv.groups), dense=like(conv, bias=True))
 
@@ -142,7 +142,7 @@ def test_blocks_that_do_not_fit(name):
     torch.testing.assert_close(expanded(image(4)), model(image(4)), rtol=0, atol=0)
 
 
-def test_a_bias_is_no_need_where_the_convolution_has_none():
+def test_bias_is_not_needed_if_the_convolution_has_none():
     model = trained(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False)))
     expanded, report = repvgg.expand(model, lambda conv: summed(like(conv), like(conv, 1, 0)))
     assert len(report.expanded) == 1
@@ -153,12 +153,12 @@ def test_one_block_for_two_convolutions_is_refused():
     model = trained(nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))))
     block = ConvBN(nn.Conv2d(4, 4, 3, padding=1))
     expanded, report = untouched(repvgg.expand, model, lambda conv: block)
-    assert [row.name for row in report.expanded] == ["0"]
+    assert [entry.name for entry in report.expanded] == ["0"]
     assert "shares tensors" in report.left[0].reason
     assert_same_outputs(model, expanded, image(4))
 
 
-def test_a_block_that_holds_the_input_is_refused():
+def test_block_that_contains_its_convolution_is_refused():
     model = trained(vgg())
     with pytest.warns(NothingExpandedWarning, match="shares tensors"):
         untouched(repvgg.expand, model, lambda conv: nn.Sequential(model[0]))

@@ -1,4 +1,4 @@
-"""Statistics from data: eval mode stays what it was, and training mode starts beside it."""
+"""Statistics from data: eval mode is unchanged, and training mode starts close to it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.expansion.models import assert_same_outputs, image, module, trained, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_eval_mode_stays_and_training_mode_starts_close(dtype):
+def test_eval_mode_is_unchanged_and_training_mode_starts_close(dtype):
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
     model, x = trained(vgg(), dtype), image(batch=6, dtype=dtype)
     expanded, _ = untouched(repvgg.expand, model, data=x)
@@ -22,7 +22,7 @@ def test_eval_mode_stays_and_training_mode_starts_close(dtype):
     assert float((fresh.train()(x) - wanted).detach().abs().max()) > 0.05
 
 
-def test_statistics_are_those_of_all_batches_alike():
+def test_statistics_weight_all_batches_equally():
     model, x = trained(vgg()), image(batch=7)
     expanded, _ = repvgg.expand(model, data=[x[:1], (x[1:3], torch.arange(2)), x[3:]])
     block = expanded[0]
@@ -49,7 +49,7 @@ def test_a_batch_of_float32_for_a_model_of_another_dtype():
     assert_same_outputs(model, expanded, image(dtype=torch.bfloat16), tolerance=5e-2)
 
 
-def test_blocks_that_the_data_never_reaches_stay_fresh():
+def test_blocks_that_the_data_never_reaches_keep_their_statistics():
     parts = {"a": nn.Conv2d(3, 3, 3, padding=1), "aside": nn.Conv2d(3, 3, 3, padding=1)}
     model = trained(module(lambda self, x: self.a(x), **parts))
     expanded, report = untouched(repvgg.expand, model, data=image())
@@ -60,13 +60,13 @@ def test_blocks_that_the_data_never_reaches_stay_fresh():
     assert_same_outputs(model.aside, expanded.aside, image())
 
 
-def test_norms_of_the_model_itself_keep_their_statistics():
+def test_existing_norms_keep_their_statistics():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
     expanded, _ = untouched(repvgg.expand, model, data=image())
     torch.testing.assert_close(expanded[1].state_dict(), model[1].state_dict(), rtol=0, atol=0)
 
 
-def test_dead_channels_are_fine():
+def test_dead_channels():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)))
     with torch.no_grad():
         model[0].weight[1], model[0].bias[1] = 0, -1
@@ -79,7 +79,7 @@ def test_dead_channels_are_fine():
 
 
 @pytest.mark.parametrize("verb", [lambda model, data: repvgg.expand(model, data=data), repvgg.insert_bn])
-def test_data_that_is_none(verb):
+def test_invalid_data_raises(verb):
     with pytest.raises(UsageError, match="There is no data"):
         verb(trained(vgg()), [])
     with pytest.raises(UsageError, match="not a str"):

@@ -1,4 +1,4 @@
-"""The expanded model is the same function: over geometry, networks, dtypes; and a collapse leads back."""
+"""The expanded model computes the same: over geometry, networks, dtypes; and a collapse reverts it."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_geometry(name, dtype):
     if dtype is torch.float16 and GEOMETRIES[name].padding_mode == "replicate":
         pytest.skip("no such padding in half precision on a CPU")
     expanded, report = untouched(repvgg.expand, conv)
-    assert [row.name for row in report.expanded] == ["0"]
+    assert [entry.name for entry in report.expanded] == ["0"]
     assert report.left == ()
     assert report.expanded[0].error < TOLERANCE[dtype]
     assert isinstance(expanded[0], BranchSum)
@@ -55,7 +55,7 @@ def test_by_hand():
         conv[0].weight.copy_(torch.arange(1.0, 10.0).view(1, 1, 3, 3))
         conv[0].bias.fill_(0.5)
     expanded, _ = repvgg.expand(conv)
-    block, root = expanded[0], (1 + 1e-5) ** 0.5  # of a fresh batch norm
+    block, root = expanded[0], (1 + 1e-5) ** 0.5  # of a new batch norm
     wanted = torch.arange(1.0, 10.0, dtype=torch.float64).view(1, 1, 3, 3) * root
     wanted[0, 0, 1, 1] -= block["pointwise"].conv.weight.item() + 1
     torch.testing.assert_close(block["dense"].conv.weight.detach(), wanted, rtol=1e-13, atol=1e-13)
@@ -81,7 +81,7 @@ def test_networks(name, dtype):
     model = trained(model, dtype)
     expanded, report = untouched(repvgg.expand, model)
     assert len(report.expanded) + len(report.left) == count
-    assert all("1x1" in row.reason for row in report.left)
+    assert all("1x1" in entry.reason for entry in report.left)
     assert report.parameters_added == sum(p.numel() for p in expanded.parameters()) - sum(
         p.numel() for p in model.parameters()
     )
@@ -97,11 +97,11 @@ def test_torchvision_vgg():
     model.classifier = nn.Linear(16 * 49, 3)
     model = trained(model)
     expanded, report = untouched(repvgg.expand, model)
-    assert [row.name for row in report.expanded] == ["features.0", "features.3", "features.6", "features.8"]
+    assert [entry.name for entry in report.expanded] == ["features.0", "features.3", "features.6", "features.8"]
     assert_same_outputs(model, expanded, image(3, 32, 32), image(3, 41, 37))
 
 
-def test_there_and_back_gives_the_kernels():
+def test_expand_then_collapse_gives_the_kernels():
     model = trained(vgg())
     expanded, _ = repvgg.expand(model)
     plain, _ = repvgg.reparameterize(expanded)
@@ -121,7 +121,7 @@ def test_a_collapsed_model_is_expanded_and_collapsed_again():
     assert_same_outputs(plain, again, image(3, 32, 32))
 
 
-def test_training_moves_every_branch_and_still_collapses():
+def test_every_branch_trains_and_the_model_still_collapses():
     torch.manual_seed(0)
     expanded, _ = repvgg.expand(trained(vgg(), torch.float32), data=image(dtype=torch.float32))
     before = {key: value.detach().clone() for key, value in expanded.named_parameters()}
@@ -145,7 +145,7 @@ def test_a_shared_convolution_becomes_one_shared_block():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     model = trained(module(forward, a=conv, b=conv, more=nn.ModuleList([conv])))
     expanded, report = untouched(repvgg.expand, model)
-    assert [(row.name, row.also) for row in report.expanded] == [("a", ("b", "more.0"))]
+    assert [(entry.name, entry.also) for entry in report.expanded] == [("a", ("b", "more.0"))]
     assert expanded.a is expanded.b is expanded.more[0]
     assert "a (also b, more.0): Conv2d(4, 4" in str(report)
     assert_same_outputs(model, expanded, image(4))
@@ -172,7 +172,7 @@ def test_graphs_and_wrappers():
         assert_same_outputs(model, expanded, image())
 
 
-def test_hooks_and_attributes_come_along():
+def test_hooks_and_attributes_are_copied():
     calls = []
     model = trained(vgg())
     model.note = {"a": [1]}

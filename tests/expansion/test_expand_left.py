@@ -1,4 +1,4 @@
-"""What is not replaced, and the reason that the report gives."""
+"""Convolutions that are not replaced, and the reason in the report."""
 
 import re
 import threading
@@ -91,21 +91,21 @@ def zeroed(part):
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_left_with_a_reason(name):
+def test_skipped_with_a_reason(name):
     make, reason = LEFT[name]
     model = nn.Sequential(make(), trained(nn.Sequential(conv(dtype=torch.float32)), torch.float32)).eval()
     expanded, report = repvgg.expand(model)
-    assert [row.name for row in report.expanded] == ["1.0"]
+    assert [entry.name for entry in report.expanded] == ["1.0"]
     assert len(report.left) >= 1
-    for row in report.left:
-        assert re.search(reason, row.reason), row.reason
-        assert type(expanded.get_submodule(row.name)) is type(model.get_submodule(row.name))
+    for entry in report.left:
+        assert re.search(reason, entry.reason), entry.reason
+        assert type(expanded.get_submodule(entry.name)) is type(model.get_submodule(entry.name))
 
 
-def test_padded_convolutions_of_other_kinds_run_on():
+def test_convolutions_with_other_paddings_still_run():
     model = trained(nn.Sequential(conv(padding=0), nn.ReLU(), conv(padding=2), conv(), nn.ReLU()))
     expanded, report = untouched(repvgg.expand, model)
-    assert [row.name for row in report.left] == ["0", "2"]
+    assert [entry.name for entry in report.left] == ["0", "2"]
     assert_same_outputs(model, expanded, image(4))
 
 
@@ -117,26 +117,26 @@ def test_nothing_to_expand_warns(model):
     assert out is not model
 
 
-def test_where_is_asked_with_names_and_convolutions_of_the_input():
+def test_where_gets_names_and_convolutions_of_the_input():
     model = trained(nn.Sequential(*vgg()[:3], nn.Conv2d(8, 8, 1)))
     asked = {}
     expanded, report = untouched(
         repvgg.expand, model, where=lambda name, part: asked.setdefault(name, part) and name in "23"
     )
     assert asked == {"0": model[0], "2": model[2], "3": model[3]}
-    assert [row.name for row in report.expanded] == ["2", "3"]  # a 1x1 convolution too, when it is asked for
-    assert [(row.name, row.reason) for row in report.left] == [("0", "where= leaves it out")]
+    assert [entry.name for entry in report.expanded] == ["2", "3"]  # also a 1x1 convolution, if it is selected
+    assert [(entry.name, entry.reason) for entry in report.left] == [("0", "where= leaves it out")]
     assert_same_outputs(model, expanded, image())
 
 
-def test_what_cannot_be_copied_says_so():
+def test_uncopyable_model_raises():
     model = vgg()
     model.lock = threading.Lock()
     with pytest.raises(ReparamError, match="cannot be copied"):
         repvgg.expand(model)
 
 
-def test_what_gives_itself_for_a_copy_is_not_changed():
+def test_module_that_returns_itself_as_a_copy_raises():
     kind = type("Own", (nn.Sequential,), {"__deepcopy__": lambda self, memo: self})
     with pytest.raises(ReparamError, match="'1' returns itself as its copy"):
         repvgg.expand(nn.Sequential(conv(), kind(conv())))

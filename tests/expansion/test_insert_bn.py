@@ -1,4 +1,4 @@
-"""A batch norm behind each convolution, and nothing moves."""
+"""A batch norm after each convolution leaves outputs unchanged."""
 
 import pytest
 import torch
@@ -16,18 +16,18 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_nothing_moves_in_either_mode(dtype):
+def test_outputs_are_unchanged_in_both_modes(dtype):
     model, x = trained(vgg(), dtype), image(batch=6, dtype=dtype)
     normed, report = untouched(repvgg.insert_bn, model, x)
-    assert [row.name for row in report.expanded] == ["0", "2", "5"]
+    assert [entry.name for entry in report.expanded] == ["0", "2", "5"]
     assert report.parameters_added == 2 * (8 + 8 + 16)
-    assert all(row.error < TOLERANCE[dtype] for row in report.expanded)
+    assert all(entry.error < TOLERANCE[dtype] for entry in report.expanded)
     assert_same_outputs(model, normed, x, image(3, 16, 11, dtype=dtype), tolerance=TOLERANCE[dtype])
     scale = float(model(x).detach().abs().max())
     torch.testing.assert_close(normed.train()(x), model(x), rtol=0, atol=2 * TOLERANCE[dtype] * scale)
 
 
-def test_convolutions_keep_their_parameters_and_statistics_are_seen():
+def test_convolutions_keep_their_parameters_and_norms_get_statistics():
     model, x = trained(vgg()), image(batch=6)
     normed, _ = repvgg.insert_bn(model, [x[:2], x[2:]])
     assert isinstance(normed[2], ConvBN)
@@ -37,7 +37,7 @@ def test_convolutions_keep_their_parameters_and_statistics_are_seen():
     torch.testing.assert_close(normed[2].bn.running_var, seen.var((0, 2, 3), correction=0))
 
 
-def test_a_collapse_gives_the_convolutions_back():
+def test_collapse_restores_the_convolutions():
     model = trained(vgg())
     normed, _ = repvgg.insert_bn(model, image())
     plain, report = repvgg.reparameterize(normed)
@@ -49,7 +49,7 @@ def test_a_collapse_gives_the_convolutions_back():
     assert_same_outputs(model, plain, image())
 
 
-def test_a_collapsed_model_is_trained_on_and_collapsed_again():
+def test_collapsed_model_trains_and_collapses_again():
     torch.manual_seed(0)
     plain, _ = repvgg.reparameterize(trained(repvgg.create_model("repvgg_t0", num_classes=5), torch.float32))
     normed, report = untouched(repvgg.insert_bn, plain, image(3, 32, 32, batch=4, dtype=torch.float32))
@@ -65,7 +65,7 @@ def test_a_collapsed_model_is_trained_on_and_collapsed_again():
     assert_same_outputs(normed, again, image(3, 32, 32))
 
 
-def test_dead_channels_are_fine():
+def test_dead_channels():
     model = trained(vgg())
     with torch.no_grad():
         model[0].weight[1], model[0].bias[1] = 0, -1
@@ -74,7 +74,7 @@ def test_dead_channels_are_fine():
     assert_same_outputs(model, normed, image())
 
 
-def test_1x1_and_odd_geometries_too():
+def test_1x1_and_unusual_geometries():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 2, padding=0, groups=2)))
     normed, report = untouched(repvgg.insert_bn, model, image())
     assert len(report.expanded) == 2
@@ -90,21 +90,21 @@ def test_a_shared_convolution_gets_one_norm():
     assert_same_outputs(model, normed, image(4))
 
 
-def test_parametrized_and_hooked_convolutions_keep_what_they_have():
+def test_parametrizations_and_hooks_are_kept():
     calls = []
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(4, 4, 3))))
     model[0].register_forward_hook(lambda *_: calls.append(1))
     normed, report = untouched(repvgg.insert_bn, model, image())
     assert len(report.expanded) == 2
-    assert len(calls) == 1  # by the run on the data
+    assert len(calls) == 1  # from the run on the data
     assert_same_outputs(model, normed, image())
 
 
-def test_norms_that_are_there_are_enough():
+def test_convolutions_followed_by_a_norm_are_skipped():
     model = trained(torchvision.models.resnet18(num_classes=3))
     with pytest.warns(NothingExpandedWarning, match="a batch norm follows it already"):
         _, report = untouched(repvgg.insert_bn, model, image(3, 32, 32))
-    assert {row.reason for row in report.left} == {"a batch norm follows it already"}
+    assert {entry.reason for entry in report.left} == {"a batch norm follows it already"}
 
 
 def read():
@@ -120,7 +120,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_left_with_a_reason(name):
+def test_skipped_with_a_reason(name):
     make, reason = LEFT[name]
     where = (lambda *_: False) if name == "not asked for" else None
     with pytest.warns(NothingExpandedWarning):

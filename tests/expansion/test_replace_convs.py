@@ -1,4 +1,4 @@
-"""Blocks of the table in the place of convolutions: the same function where the block allows it, and said where not."""
+"""Blocks of the table replace convolutions: equal where the block allows it, else reported as fresh."""
 
 import json
 
@@ -31,37 +31,37 @@ def three(size=3):
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in FRESH | LARGE | {"repmixer"}])
-def test_blocks_that_begin_as_their_convolution(name):
+def test_blocks_that_start_equal_to_their_convolution(name):
     torch.manual_seed(0)
     model = three()
     out, report = untouched(repvgg.replace_convs, model, name)
     assert report.is_exact
-    assert [row.name for row in report.expanded] == ["0", "2", "4"]
-    assert all(row.error < 1e-10 and not row.fresh for row in report.expanded)
+    assert [entry.name for entry in report.expanded] == ["0", "2", "4"]
+    assert all(entry.error < 1e-10 and not entry.fresh for entry in report.expanded)
     assert_same_outputs(model, out, image(), image(3, 16, 11))
     plain, _ = repvgg.reparameterize(out)
     assert_same_outputs(model, plain, image())
 
 
 @pytest.mark.parametrize("name", sorted(FRESH))
-def test_blocks_that_cannot_begin_as_their_convolution(name):
+def test_blocks_that_cannot_start_equal_to_their_convolution(name):
     torch.manual_seed(0)
     model = three()
     with pytest.warns(FreshWeightsWarning, match=r"3 of 3 blocks begin with fresh values"):
         out, report = untouched(repvgg.replace_convs, model, name)
     assert not report.is_exact
-    assert all(row.error is None and row.fresh for row in report.expanded)
+    assert all(entry.error is None and entry.fresh for entry in report.expanded)
     assert "begins afresh" in str(report)
     assert "nan" not in json.dumps(report.to_dict())
     assert out(image()).shape == model(image()).shape
     assert all(tensor.isfinite().all() for tensor in out.parameters())
 
 
-def test_what_has_no_block_stays():
+def test_convolutions_without_a_block_stay():
     torch.manual_seed(0)
     model = three()
     out, report = repvgg.replace_convs(model, "repmixer")
-    assert [row.name for row in report.expanded] == ["2"]
+    assert [entry.name for entry in report.expanded] == ["2"]
     assert [(kept.name, "stride 1" in kept.reason) for kept in report.left] == [("0", True), ("4", True)]
     assert_same_outputs(model, out, image())
     with pytest.warns(NothingExpandedWarning, match="squares of 5, 7"):
@@ -87,17 +87,17 @@ def test_other_dtypes(name, dtype):
     assert report.is_exact
 
 
-def test_in_a_network_where_asked_for():
+def test_where_selects_convolutions_of_a_network():
     torch.manual_seed(0)
     model = trained(torchvision.models.resnet18(num_classes=7))
     out, report = repvgg.replace_convs(model, "dbb", where=lambda name, conv: name.startswith("layer1"))
-    assert [row.name for row in report.expanded] == [f"layer1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]
+    assert [entry.name for entry in report.expanded] == [f"layer1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]
     assert all(kept.reason == "where= leaves it out" for kept in report.left)
     assert_same_outputs(model, out, image(3, 40, 33))
 
 
-def test_statistics_of_data():
-    """Exact blocks stay exact; fresh ones stay, and are not undone."""
+def test_calibration_on_data():
+    """Exact blocks stay exact; fresh ones are kept."""
     torch.manual_seed(0)
     model, data = vgg().double().eval(), image(3, 16, 16, batch=4)
     out, report = repvgg.replace_convs(model, "acb", data=data)
@@ -108,13 +108,13 @@ def test_statistics_of_data():
     assert len(report.expanded) == 3
 
 
-def test_a_block_of_ones_own():
+def test_user_defined_block():
     model = three()
     out, report = repvgg.replace_convs(model, lambda conv: nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels)))
     assert report.is_exact
     assert_same_outputs(model, out, image())
 
 
-def test_no_such_block():
+def test_unknown_block_raises():
     with pytest.raises(UsageError, match="did you mean dbb"):
         repvgg.replace_convs(three(), "dbbb")

@@ -1,4 +1,4 @@
-"""What must hold for every program: the property that the fuzzer tests, and a way to replay one example."""
+"""The property that holds for every program, and a way to replay one example."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ TOLERANCE = 1e-10
 
 
 def check(program: Program) -> tuple[nn.Module, repvgg.Report]:
-    """Collapse the network of a program, once and once more; all that is promised is asserted."""
+    """Collapse the network of a program twice, and check every guarantee."""
     net = network(program)
     before = copy.deepcopy(net.state_dict())
     plain, report = collapse(net)
@@ -48,7 +48,7 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def assert_equal(net: nn.Module, plain: nn.Module, x: Tensor) -> None:
-    """Each output differs by at most 1e-10 of the largest number among all of them (of 1, where all are smaller)."""
+    """Check that outputs differ by at most 1e-10 of the largest number in any of them, or of 1 if that is larger."""
     with torch.no_grad():
         expected, found = tree_leaves(net(x.clone())), tree_leaves(plain(x.clone()))
     largest = max(1.0, *(float(y.abs().max()) for y in expected))
@@ -58,7 +58,7 @@ def assert_equal(net: nn.Module, plain: nn.Module, x: Tensor) -> None:
 
 
 def assert_no_dearer(net: nn.Module, plain: nn.Module, report: repvgg.Report) -> None:
-    """No more multiply-adds than before. A net with average pools, which the walk counts as nothing, is left out."""
+    """Check that multiply-adds do not increase. Skips nets with average pools, which the walk counts as zero."""
     if not any(isinstance(part, nn.AvgPool2d) for part in net.modules()):
         x = image(3, SIZES[0])
         assert walk(plain, x).macs <= walk(net, x).macs, report

@@ -1,4 +1,4 @@
-"""Which kernels, paddings, dilations and strides lead from one shape to another."""
+"""Kernels, paddings, dilations and strides that lead from one shape to another."""
 
 from itertools import product
 
@@ -9,7 +9,7 @@ USUAL = ((1, 0, 1), (3, 1, 1), (5, 2, 1))
 
 
 def axis_choices(sizes: tuple[int, ...], stride: int, outs: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
-    """(kernel, padding, dilation) along one axis; all that lead to ``outs``, or any that leave three pixels."""
+    """Return every (kernel, padding, dilation) along one axis that leads to ``outs``, or leaves three pixels."""
     found = []
     for k, d in product((1, 3, 2, 5), (1, 2)):
         for p in range(k + 1) if (k, d) != (1, 2) else ():
@@ -24,11 +24,11 @@ def large_enough(x: Shape | None) -> bool:
 
 
 def axes(x: Shape, to: Shape | None, stride: tuple[int, int]):
-    """For each axis: sizes, stride, and the sizes to get to."""
+    """Return for each axis: sizes, stride, and target sizes."""
     outs = zip(*to.sizes, strict=True) if to else (None, None)
     return zip(zip(*x.sizes, strict=True), stride, outs, strict=True)
 
 
 def strides_to(x: Shape, to: Shape | None) -> list[tuple[int, int]]:
-    """Strides with which some convolution leads to the target, or anywhere."""
+    """Return strides with which some convolution leads to the target, or to any shape."""
     return [stride for stride in STRIDES if all(axis_choices(*axis) for axis in axes(x, to, stride))]

@@ -1,4 +1,4 @@
-"""The interpreter: a program as an ``nn.Module`` with real submodules, weights and statistics as after training."""
+"""The interpreter: a program as an ``nn.Module`` with real submodules and trained-looking weights and statistics."""
 
 from functools import reduce
 from operator import add, iadd, isub, sub
@@ -121,7 +121,7 @@ def apply(op: Op, xs: list):
 
 
 def make(op: Op) -> nn.Module | None:
-    """The module of a step, or ``None`` where it has none of its own."""
+    """Return the module of a step, or ``None`` if it has none of its own."""
     match op:
         case Conv() as c:
             return nn.Conv2d(
@@ -151,7 +151,7 @@ def make(op: Op) -> nn.Module | None:
 
 
 def network(program: Program) -> nn.Module:
-    """The network of a program: float64, eval mode, tensors drawn from one seed in the order of its submodules."""
+    """Return a program's network: float64, eval mode, tensors drawn from one seed in the order of its submodules."""
     net = make(Block(program))
     generator = torch.Generator().manual_seed(0)
     for part in net.modules():

@@ -48,7 +48,7 @@ class Conv(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Tied(Printed):
-    """A convolution of its own with the weight of the one of an earlier step."""
+    """A new convolution with the weight of an earlier step's."""
 
     step: int
     conv: Conv
@@ -59,7 +59,7 @@ class Tied(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Norm(Printed):
-    """A batch norm: "batch", "sync", "frozen", or "untracked", which normalizes by the batch in eval mode too."""
+    """A batch norm: "batch", "sync", "frozen", or "untracked", which also normalizes by the batch in eval mode."""
 
     channels: int
     kind: str = "batch"
@@ -81,7 +81,7 @@ class Scale(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Times(Printed):
-    """A product with a number of Python."""
+    """A product with a Python number."""
 
     factor: float
 
@@ -116,7 +116,7 @@ class Pad(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Same(Printed):
-    """Something of one input that keeps its shape: "identity", "dropout", or a non-linearity."""
+    """An operation on one input that keeps its shape: "identity", "dropout", or a non-linearity."""
 
     name: str = "identity"
 
@@ -151,7 +151,7 @@ class Cat(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Again(Printed):
-    """The module of an earlier step, called once more."""
+    """Another call of the module of an earlier step."""
 
     step: int
 
@@ -176,7 +176,7 @@ class Block(Printed):
     program: "Program"
 
     def shape(self, *xs: Shape) -> Shape | None:
-        """The shape of its first value; ``None`` if it cannot be called with these."""
+        """Return the shape of its first value; ``None`` if it cannot be called with these."""
         out = shapes_of(self.program, *xs)
         return out[self.program.outputs[0]] if out else None
 
@@ -186,7 +186,7 @@ Op = Conv | Tied | Norm | Scale | Times | Pool | Pad | Same | Slice | Merge | Ca
 
 @dataclass(frozen=True)
 class Step:
-    """One call: what, and the numbers of the values that it reads."""
+    """One call: the operation, and the indices of the values that it reads."""
 
     op: Op
     reads: tuple[int, ...]
@@ -197,7 +197,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """A network: how many inputs it has, its steps, and the numbers of the values that it returns."""
+    """A network: its number of inputs, its steps, and the indices of the values that it returns."""
 
     inputs: int
     steps: tuple[Step, ...]
@@ -210,17 +210,17 @@ class Program:
 
 
 def module_step(steps: tuple[Step, ...], op: Op) -> Op:
-    """The op whose module ``op`` calls: its own, or that of an earlier step."""
+    """Return the op whose module ``op`` calls: itself, or that of an earlier step."""
     return steps[op.step].op if isinstance(op, Again) else op
 
 
 def returned(op: Op) -> int:
-    """How many values a step with this op makes."""
+    """Return how many values a step with this op produces."""
     return len(op.program.outputs) if isinstance(op, Block) else 1
 
 
 def shapes_of_step(steps: tuple[Step, ...], op: Op, xs: list[Shape]) -> list[Shape] | None:
-    """The shapes of what ``op`` returns, or ``None`` where it cannot be called with these inputs."""
+    """Return the shapes of the outputs of ``op``, or ``None`` if it cannot be called with these inputs."""
     op = module_step(steps, op)
     if not isinstance(op, Block):
         out = op.shape(*xs)
@@ -230,7 +230,7 @@ def shapes_of_step(steps: tuple[Step, ...], op: Op, xs: list[Shape]) -> list[Sha
 
 
 def shapes_of(program: Program, *inputs: Shape) -> list[Shape] | None:
-    """The shapes of all values of a program, or ``None`` if a step does not fit."""
+    """Return the shapes of all values of a program, or ``None`` if a step does not fit."""
     shapes = list(inputs)
     for step in program.steps:
         out = shapes_of_step(program.steps, step.op, [shapes[i] for i in step.reads])
@@ -241,7 +241,7 @@ def shapes_of(program: Program, *inputs: Shape) -> list[Shape] | None:
 
 
 def pads_fit(size: Pair, padding: Pair, mode: str) -> bool:
-    """Whether an image of this size can be padded so: a reflection needs a pixel more than it shows."""
+    """Whether an image of this size can be padded so: a reflection needs one pixel more than it adds."""
     spare = {"reflect": 1, "circular": 0}.get(mode)
     return spare is None or all(p + spare <= n for p, n in zip(padding, size, strict=True))
 

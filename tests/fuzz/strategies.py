@@ -1,4 +1,4 @@
-"""Strategies: random programs, made of gestures that real networks are made of, at shapes that always fit."""
+"""Hypothesis strategies: random programs of common network patterns, with shapes that always fit."""
 
 from itertools import product
 from math import gcd
@@ -35,7 +35,7 @@ IMAGE = Shape(3, SIZES)
 WIDTHS = (4, 6, 2, 3)
 MOST_CHANNELS = 12
 
-#: What is not drawn, because of a known defect: names of gestures, of ``Same``, kinds of norms, ways of merging.
+#: What is not drawn, because of a known defect: names of patterns, of ``Same``, kinds of norms, ways of merging.
 EXCLUDED: frozenset[str] = frozenset()
 
 NORMS = (*["batch"] * 10, "sync", "sync", "frozen", "frozen", "untracked")
@@ -48,8 +48,8 @@ def allowed(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if name not in EXCLUDED]
 
 
-class Writer:
-    """Writes a program, step by step; ``draw`` decides."""
+class Builder:
+    """Build a program step by step, with choices from ``draw``."""
 
     def __init__(self, draw, inputs: tuple[Shape, ...], depth: int):
         self.draw, self.inputs, self.depth = draw, inputs, depth
@@ -63,7 +63,7 @@ class Writer:
         return self.draw(st.booleans())
 
     def put(self, op: Op, *reads: int) -> int:
-        """Write a step; the number of its first value."""
+        """Append a step; return the index of its first value."""
         out = shapes_of_step(tuple(self.steps), op, [self.shapes[i] for i in reads])
         assert out, (op, reads)
         self.steps.append(Step(op, reads))
@@ -71,14 +71,14 @@ class Writer:
         return len(self.shapes) - len(out)
 
     def value(self) -> int:
-        """Some value; mostly the newest."""
+        """Pick a value, usually the newest."""
         last = len(self.shapes) - 1
         return self.pick([last, last, *range(last, -1, -1)])
 
     # layers
 
     def conv(self, x: Shape, to: Shape | None = None, channels: int | None = None) -> Conv | None:
-        """A convolution, to a shape if one is given; ``None`` if there is none."""
+        """Return a convolution, to a given shape if any; ``None`` if there is none."""
         outputs = to.channels if to else channels or self.pick((*WIDTHS, x.channels))
         strides = strides_to(x, to)
         if not strides:
@@ -97,7 +97,7 @@ class Writer:
         return Conv(x.channels, outputs, kernel, stride, padding, dilation, groups, self.maybe(), mode)
 
     def rows_and_columns(self, rows, columns):
-        """Kernel, padding and dilation down and across; the same for both, or not."""
+        """Pick kernel, padding and dilation for height and width; equal or not."""
         both = [choice for choice in rows if choice in columns]
         return [self.pick(both)] * 2 if both and self.maybe() else (self.pick(rows), self.pick(columns))
 
@@ -109,7 +109,7 @@ class Writer:
         return Same(self.pick(allowed(SAMES)))
 
     def layer(self, x: Shape) -> Op:
-        """Anything of one input."""
+        """Pick any operation on one input."""
         kinds = ("conv", "conv", "norm", "norm", "scale", "times", "pool", "pad", "same", "slice")
         match self.pick(allowed(kinds)):
             case "norm":
@@ -132,7 +132,7 @@ class Writer:
                 return Slice(start, self.pick(range(x.channels, start, -1)))
         return self.conv(x) or Same()
 
-    # gestures: each writes some steps, or none where it does not fit
+    # patterns: each appends some steps, or none if it does not fit
 
     def one(self) -> None:
         at = self.value()
@@ -167,7 +167,7 @@ class Writer:
             self.put(Chain(tuple(layers)), at)
 
     def branches(self) -> None:
-        """Two to four ways from one value to one shape, summed."""
+        """Two to four branches from one value to one shape, summed."""
         at = self.value()
         first = self.conv(self.shapes[at])
         if first:
@@ -181,7 +181,7 @@ class Writer:
         self.put(Merge(self.pick(allowed(MERGES))), *self.pick(((at, end), (end, at))))
 
     def join(self) -> None:
-        """Any two values of one shape."""
+        """Combine any two values of one shape."""
         pairs = [(a, b) for a, b in product(range(len(self.shapes)), repeat=2) if self.shapes[a] == self.shapes[b]]
         self.put(Merge(self.pick(allowed(MERGES))), *self.pick(pairs[::-1]))
 
@@ -193,7 +193,7 @@ class Writer:
             self.put(Cat(), *parts)
 
     def again(self) -> None:
-        """An earlier module, called once more; or a convolution with the weight of an earlier one."""
+        """Call an earlier module again, or a convolution that shares an earlier one's weight."""
         found = [
             (op, (at,))
             for i, step in enumerate(self.steps)
@@ -209,17 +209,17 @@ class Writer:
         """A submodule with a forward of its own, on one or two values."""
         if self.depth:
             reads = tuple(self.value() for _ in range(self.pick((1, 1, 2))))
-            inner = Writer(self.draw, tuple(self.shapes[i] for i in reads), self.depth - 1)
+            inner = Builder(self.draw, tuple(self.shapes[i] for i in reads), self.depth - 1)
             inner.write(self.pick((1, 2, 3)))
             self.put(Block(inner.program(self.pick((1, 1, 2)))), *reads)
 
     # a branch to a given shape
 
     def branch(self, at: int, target: Shape) -> int:
-        """Linear steps from one value to one of this shape, in a submodule or not; the number of the last value."""
+        """Append linear steps to a value of this shape, in a submodule or not; return the last value's index."""
         if not self.depth or self.pick((True, False, False)) is False:
             return self.bare_branch(at, target)
-        inner = Writer(self.draw, (self.shapes[at],), 0)
+        inner = Builder(self.draw, (self.shapes[at],), 0)
         end = inner.bare_branch(0, target)
         return self.put(Block(Program(1, tuple(inner.steps), (end,))), at) if end else at
 
@@ -249,7 +249,7 @@ class Writer:
         return self.finish(at, target)
 
     def with_sides(self, at: int, target: Shape) -> int:
-        """A padding on its own after which a convolution leads to the target."""
+        """A separate padding after which a convolution leads to the target."""
         x = self.shapes[at]
         pads = [pad for pad in map(Pad, SIDES) if large_enough(out := pad.shape(x)) and strides_to(out, target)]
         return self.put(self.pick(pads), at) if pads else at
@@ -261,19 +261,19 @@ class Writer:
         at = self.put(conv, at)
         return self.put(self.norm(target.channels), at) if self.maybe() else at
 
-    # the whole
+    # complete programs
 
-    GESTURES = (
+    PATTERNS = (
         "conv_norm", "one", "branches", "residual", "branches", "block", "block", "chain", "cat", "join", "branches",
         "norm_conv", "again",
     )  # fmt: skip
 
-    def write(self, gestures: int) -> None:
-        for _ in range(gestures):
-            getattr(self, self.pick(allowed(self.GESTURES)))()
+    def write(self, patterns: int) -> None:
+        for _ in range(patterns):
+            getattr(self, self.pick(allowed(self.PATTERNS)))()
 
     def program(self, most: int, flat: bool = False) -> Program:
-        """What was written; it returns what no step reads, and perhaps one value more."""
+        """Return the program; it returns the values that no step reads, and sometimes one more."""
         read = {i for step in self.steps for i in step.reads}
         last = len(self.shapes) - 1
         ends = [i for i in range(last, -1, -1) if i not in read] or [last]
@@ -282,7 +282,7 @@ class Writer:
 
 
 def repeats(index: int, op: Op) -> list[Op]:
-    """Ways to use the module of a step again."""
+    """Return ops that use the module of a step again."""
     if isinstance(op, Conv):
         return [Again(index), Tied(index, op)]
     return (
@@ -295,6 +295,6 @@ def repeats(index: int, op: Op) -> list[Op]:
 @st.composite
 def programs(draw) -> Program:
     """A network on an image of 3 channels."""
-    writer = Writer(draw, (IMAGE,), depth=2)
-    writer.write(draw(st.integers(1, 6)))
-    return writer.program(most=4, flat=writer.maybe())
+    builder = Builder(draw, (IMAGE,), depth=2)
+    builder.write(draw(st.integers(1, 6)))
+    return builder.program(most=4, flat=builder.maybe())

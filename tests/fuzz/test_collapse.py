@@ -1,4 +1,4 @@
-"""Random networks, collapsed: equal in float64 on two image sizes, no dearer, and plain at once.
+"""Random networks, collapsed: equal in float64 on two image sizes, no more expensive, and plain after one call.
 
 On failure hypothesis prints the smallest program that fails; ``check(<that program>)`` replays it.
 """
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from tests.fuzz.check import check
 from tests.fuzz.strategies import programs
 
-# an even kernel with a pixel more of padding behind is an ``nn.Conv2d`` with padding="same": torch says what that costs
+# an even kernel with one more pixel of padding at the end becomes padding="same", for which torch warns of a copy
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 COMMON = {"database": None, "suppress_health_check": list(HealthCheck)}
 

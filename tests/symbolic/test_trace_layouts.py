@@ -1,4 +1,4 @@
-"""Modules on vectors, rows, sequences and volumes: traced, or refused with the reason."""
+"""Modules on vectors, rows, sequences and volumes: traced, or refused with a reason."""
 
 import itertools
 
@@ -176,14 +176,14 @@ def test_an_operand_along_the_width_is_refused(layout):
     assert (symbol * fits + fits).map.out_channels == 4
 
 
-def test_a_constant_of_each_rank_that_fits_rows():
+def test_constants_of_each_rank_that_fits_rows():
     symbol = SymbolicTensor.of(Source(), 4, layout=ROWS_OF_3)
     x, vector = numbers(2, 3, 4), numbers(4)
     for constant in (vector, vector.view(1, 4), vector.view(1, 1, 4), torch.tensor(2.0)):
         assert_close((symbol * constant).map(x), x * constant, **EXACT)
 
 
-def test_shapes_as_far_as_they_are_known():
+def test_known_part_of_a_shape():
     for layout, rank, place in ((IMAGES, 4, 1), (SEQUENCES, 3, 1), (VOLUMES, 5, 1), (VECTORS, 2, 1), (ROWS_OF_3, 3, 2)):
         symbol = SymbolicTensor.of(Source(), 7, layout=layout)
         assert (symbol.dim(), symbol.ndim, len(symbol.shape), symbol.size(place)) == (rank, rank, rank, 7)
@@ -216,11 +216,11 @@ def test_shapes_as_far_as_they_are_known():
     ],
 )
 @pytest.mark.parametrize("certain", [True, False])
-def test_what_a_forward_tells_of_its_input(module, answer, certain):
+def test_inference_of_the_input_from_a_forward(module, answer, certain):
     assert channels_of(module.eval(), certain=certain) == answer
 
 
-def test_what_a_batch_norm_alone_does_not_tell():
+def test_batch_norm_alone_does_not_determine_the_layout():
     functional = function(lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var), bn=nn.BatchNorm2d(4))
     for module in (nn.BatchNorm1d(4).eval(), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).eval(), functional):
         with pytest.raises(NotLinearError, match="shape of the input is not known"):
@@ -232,7 +232,7 @@ def test_what_a_batch_norm_alone_does_not_tell():
     assert trace(nn.AvgPool3d(2), 5).spatial == 3
 
 
-def test_a_slice_in_front_of_a_convolution_of_any_rank():
+def test_slice_before_a_convolution_of_any_rank():
     for n in (1, 2, 3):
         index = (slice(None), slice(None), *(slice(None, None, 2),) * n)
         module = function(lambda m, x, index=index: m.conv(x[index]), conv=CONVS[n](4, 3, 1))
@@ -270,7 +270,7 @@ def test_gradients_of_the_equivalent_map(module, layout):
     assert torch.autograd.gradcheck(kernel_and_bias, tuple(p.detach().requires_grad_() for p in parameters.values()))
 
 
-def test_kernels_of_half_a_model_are_converted_once():
+def test_half_precision_kernels_are_converted_once():
     module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).half().eval()
     weight, bias = equivalent_conv(module)
     assert (weight.dtype, weight.shape, bias.shape) == (torch.float16, (2, 4), (2,))
@@ -298,7 +298,7 @@ def test_modules_and_their_descriptions(module, layout, text):
     assert_close(again.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
-def test_what_no_module_computes():
+def test_maps_without_a_module_raise():
     symbol = run(function(lambda m, x: x * m.gamma, gamma=nn.Parameter(numbers(4))), Source(), 4, layout=VECTORS)
     with pytest.raises(ReparamError, match="groups"):
         to_module(symbol.map, torch.zeros(1), VECTORS)

@@ -1,4 +1,4 @@
-"""What is not one convolution is refused with the reason, and tracing leaves no trace."""
+"""Modules that are not one convolution are refused with a reason; tracing does not modify anything."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from repvgg.symbolic import Source, SymbolicTensor
 
 
 def function(forward, **children):
-    """A module with the given forward and children."""
+    """Return a module with the given forward and children."""
 
     class Module(nn.Module):
         def forward(self, x):
@@ -89,7 +89,7 @@ def test_training_mode_is_named():
         trace(functional)
 
 
-def test_in_place_functions_change_what_aliases_see():
+def test_in_place_functions_are_visible_through_aliases():
     def forward(m, x):
         y = m.conv(x)
         alias = y
@@ -102,20 +102,20 @@ def test_in_place_functions_change_what_aliases_see():
     assert_close(trace(module)(x), module(x), rtol=1e-12, atol=1e-12)
 
 
-def test_two_inputs_are_not_one():
+def test_two_inputs_are_not_merged():
     a, b = (SymbolicTensor.of(Source(), 4) for _ in range(2))
     with pytest.raises(NotLinearError, match="two different tensors"):
         a + b
 
 
-def test_number_of_channels_may_be_given_and_must_fit():
+def test_given_number_of_channels_must_fit():
     pool = nn.AvgPool2d(2)
     assert trace(pool, in_channels=5).in_channels == 5
     with pytest.raises(NotLinearError, match="3 channels do not fit"):
         trace(nn.Conv2d(4, 4, 1), in_channels=3)
 
 
-def test_the_module_is_not_touched():
+def test_module_is_not_modified():
     class Caches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -173,7 +173,7 @@ class _Equivalent(nn.Module):
         return tuple(equivalent_conv(self.block))
 
 
-def test_outcome_is_a_map_with_one_line():
+def test_result_has_a_one_line_repr():
     conv = trace(nn.Conv2d(4, 6, 3, 2, 1, groups=2).eval())
     assert isinstance(conv, ConvMap)
     assert repr(conv) == "ConvMap(4→6, 3x3, stride=(2, 2), padding=(1, 1, 1, 1), groups=2, bias)"

@@ -1,4 +1,4 @@
-"""A module run on a symbolic input is the convolution that it computes: over geometry, dtype, layout and odd sizes."""
+"""The traced convolution equals the module: over geometry, dtype, memory format and odd sizes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, tor
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norms as after training: means, variances, scales and shifts far from 0 and 1."""
+    """Set batch norms as after training: means, variances, scales and shifts far from 0 and 1."""
     g = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -35,7 +35,7 @@ def images(channels, dtype=torch.float64, sizes=((13, 17), (16, 11))):
 
 
 def branched(groups, stride, dilation, mode):
-    """A 3x3, a 1x1 and, where shapes allow, an identity branch in the given geometry."""
+    """Return a 3x3, a 1x1 and, if shapes allow it, an identity branch in the given geometry."""
     three = nn.Conv2d(8, 8, 3, stride, dilation, dilation, groups, bias=False, padding_mode=mode)
     one = nn.Conv2d(8, 8, 1, stride, groups=groups, bias=False)
     branches = {"three": ConvBN(three), "one": ConvBN(one)}
@@ -75,7 +75,7 @@ def test_dtype_and_layout(dtype, layout, groups, stride):
 
 
 class Everything(nn.Module):
-    """Nearly every function that has a handler, on one way."""
+    """Nearly every function that has a handler, in one forward."""
 
     def __init__(self):
         super().__init__()
