@@ -107,6 +107,7 @@ class AliasAnalysis:
         """Whether an older name of what ``write`` modifies is read later, or from outside of the graph."""
         position = self._order[write]
         older = [n for n in self._order if self._order[n] < position and self._class(n) is self._class(write)]
+        # Callers hold inputs, modules hold parameters, and attributes hold what escaped.
         outside = any(node.op in ("placeholder", "get_attr") or node in self._escaped for node in older)
         return outside or any(self._order[user] > position for node in older for user in node.users)
 

@@ -152,7 +152,7 @@ class _Result:
 def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Module, Report]:
     """Plan, apply, verify; exclude what failed and repeat, until everything that was replaced is verified."""
     model = unwrapped(model)
-    refuse_training(model)
+    refuse_training(model)  # before anything is planned: the error names the module
     like = first_float(model)
     prove = prove and (like is None or not like.is_meta)  # a model without values cannot be run
     input_specs: tuple[InputSpec | None, ...] = ()
@@ -161,11 +161,13 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
         result: _Result | None = None
         while True:
             plan = current.plan(options)
+            # Only a complete walk shows who else uses a module, so the first plan may have to be discarded.
             if plan.conflicts:
                 current.conflicts |= plan.conflicts
                 continue
 
             applied = apply_plan(current.model, plan, prove=prove)
+            # A second trace is expensive, and useless for a result that is going to be discarded anyway.
             failed = applied.failed or find_dependents(current.model, applied.plain, plan, current.excluded)
             if current.exclude(failed):
                 continue
@@ -190,6 +192,7 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 whole = prove_module(model, result.plain, input_specs or specs, options.inputs)
             if not prove or not first.exclude(_find_unequal_hosts(model, result, whole, first.excluded)):
                 break
+            # A module of the original was excluded, so all later passes are invalid, too.
             current, result = first, None
 
     if not result.replaced:
@@ -223,6 +226,7 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
     if whole.ran and not whole.failure:
         return {}
     found: Reasons = {}
+    # Only new forwards can be wrong here: each region was compared with its convolution when it was made.
     for path, specs in result.plan.rewritten_hosts():
         old, new = model.get_submodule(path), submodule_or_none(result.plain, path)
         if new is None:
@@ -246,6 +250,7 @@ def _skipped(model: nn.Module, result: _Result, excluded: Reasons) -> tuple[Skip
     skipped = [*norms, *untraced]
     for name, part in model.named_modules():
         reason = excluded.get(part)
+        # One entry per cause: a failed region would otherwise be listed again for each module inside it.
         if reason and not any(is_inside(skip.name, name) or reason in skip.reason for skip in skipped):
             skipped.append(Skipped(name, reason))
     return tuple(skipped)
@@ -304,6 +309,7 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
     with preserved_random_state(), gc_paused():
         first = _Pass(model, {}, ModuleAnalysis(merge_branches=True))
         options = Options(True, CHEAPER, _as_sequence(inputs))
+        # The loop of _collapse without its later steps: a summary applies nothing, so nothing can fail.
         while (plan := first.plan(options)).conflicts:
             first.conflicts |= plan.conflicts
     kinds = Counter(_kind(part) for part in model.modules() if isinstance(part, (_ConvNd, nn.Linear)))

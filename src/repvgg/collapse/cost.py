@@ -37,7 +37,7 @@ class Cost:
     """
 
     multiply_adds: float = 0.0
-    weights: int = 0
+    weights: int = 0  # biases do not count: every merged convolution has one
 
     @classmethod
     def of_ledger(cls, source: Source) -> Cost:

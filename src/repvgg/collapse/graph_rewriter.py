@@ -48,6 +48,7 @@ def deep_copy(value: Copied, memo: dict[int, Any], module: nn.Module, path: str 
 
 
 def _find_culprit(module: nn.Module, path: str) -> str:
+    # Copied one attribute at a time: deepcopy itself does not say where it failed.
     memo = copies_of_computed_tensors(module)
     for inner, part in module.named_modules():
         for name, value in vars(part).items():
@@ -62,6 +63,7 @@ class RewrittenModule(fx.GraphModule):
     """A graph module whose copies, unlike those of its base class, keep what its graph does not mention."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        # torch copies only what the graph names, into a class of its own with a generic name.
         own: Any = super().__deepcopy__(memo)
         type(own).__name__ = type(self).__name__
         vars(own).update({name: copy.deepcopy(value, memo) for name, value in _module_state(vars(self))})
@@ -119,6 +121,7 @@ class ForwardRewriter:
         skip = len(self.host) + 1 if self.host else 0
         for (path, node), value in self.scope_graph.inlined.items():
             if path == self.host or path in self.parts:
+                # An argument of an inlined forward may be a structure in one graph and a single node in the other.
                 for theirs, own in _pairs(value, self.own_graph.inlined[path[skip:], node]):
                     found.setdefault(theirs, own)
         return found
@@ -159,12 +162,14 @@ class ForwardRewriter:
         self.graph.erase_node(node)
         if node.op in ("call_module", "get_attr"):
             self.removed.append(str(node.target))
+        # A folded scale or bias would otherwise stay behind as an unused parameter.
         for constant in inputs:
             if not constant.users and _is_constant(constant):
                 self._erase(constant)
 
     def finish(self) -> None:
         """Complete the new module."""
+        # Other nodes may still use what a removed node used.
         named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path in self.removed:
             if path not in named:

@@ -39,6 +39,7 @@ class InlinedGraph:
     @property
     def escaped(self) -> frozenset[fx.Node]:
         """Nodes whose tensors a forward stores where other code can read them."""
+        # A node that escapes in an inlined forward may be a structure there; its items are nodes of their own.
         found = (self.inlined.get((path, n)) for path, capture in self.captures.items() for n in capture.escaped)
         return frozenset(n for n in found if isinstance(n, fx.Node))
 
@@ -91,6 +92,7 @@ class _Inliner:
             value = next(values) if node.op == "placeholder" else self._copy_node(path, captured, node)
             self.out.inlined[path, node] = value
             if isinstance(value, fx.Node):
+                # setdefault: an argument that is passed on keeps the forward in which it was computed.
                 self.out.origin.setdefault(value, (path, node))
         return result
 

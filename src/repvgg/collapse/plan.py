@@ -194,9 +194,11 @@ class _Planner:
     def visit(self, module: nn.Module, path: str) -> None:
         """Plan for ``module`` as a whole, else for its graph and for what it calls."""
         module, path = unwrap(module, path)
+        # A module that is called from several places is planned once; _why_closed keeps it as it is.
         if module in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
             return
         self.visited.add(module)
+        # Hooks on a module, or in it, would no longer run if it became one convolution.
         found = None if has_hooks(module) else self._profitable_map(module)
         if found is not None and self._accepts(module, found.layout):
             self.plan.linear_modules.append(LinearModule(path, module, found))
@@ -206,6 +208,7 @@ class _Planner:
         except Exception as error:
             self.plan.untraced.append(Skipped(path, f"its forward cannot be traced ({_first_line(error)})"))
             reason = f"the forward of {path or 'the model'} may access it"
+            # Without a graph, the bytecode is all that tells what this forward may access.
             self.excluded |= dict.fromkeys(parts_read_by_forward(module), reason)
             self._visit_children(module, path)
             return
@@ -245,6 +248,7 @@ class _Planner:
             self._register_capture(submodule, join(path, inner), part)
         opaque = {target: why for node, target in inlined.calls() if (why := self._why_opaque(inlined, node))}
         has_inputs = self.options.inputs is not None
+        # A meta run costs as much as a trace; without such norms the functions determine all layouts.
         shapes = self._find_shapes(inlined, opaque) if has_inputs or has_rank_agnostic_norm(module) else {}
         options = SearchOptions(
             opaque=opaque,
@@ -268,6 +272,7 @@ class _Planner:
 
     def _find_shapes(self, inlined: InlinedGraph, opaque: dict[str, str]) -> Shapes:
         """Run the graph on meta tensors; also notes the inputs of the modules that it calls."""
+        # Inputs of inner scopes were noted when the calls around them were run.
         inputs = self.inputs.get(inlined.module)
         if inputs is None and inlined.module is self.model:
             aliasing = AliasAnalysis.without_aliasing()
@@ -282,6 +287,7 @@ class _Planner:
 
     def _capture_callee(self, scope: nn.Module, path: str, caller: Capture, target: str) -> Capture | None:
         """Return the capture of a called module if its forward may be inlined into that of its caller."""
+        # Torch's own leaf modules are single steps of a region; a wrapper's forward only dispatches.
         child = scope.get_submodule(join(path, target))
         if is_leaf(child) or unwrap(child)[0] is not child or child in self.visited or child in self.excluded:
             return None
@@ -289,6 +295,7 @@ class _Planner:
         if why_closed:
             boundary = f"and nothing merges across the boundary of {join(path, target)!r}: {why_closed}"
             self.boundary_reasons[child] = boundary
+        # A module that is linear as a whole keeps its call: the report then shows it as one part.
         if why_closed or self._is_one_step(child):
             return None
         try:
@@ -355,6 +362,7 @@ class _Planner:
             entered = [scope.module.get_submodule(path) for path in scope.inlined.captures]
             replaced = list(scope.replaced_modules())
             found |= {part: self.excluded[part] for part in entered[1:] if part in self.excluded}
+            # The scope's own forward may be rewritten, too; its entry in ``entered`` was skipped above.
             if "" in scope.rewritten_paths() and scope.module in self.excluded:
                 found[scope.module] = self.excluded[scope.module]
             for part in (*entered[1:], *replaced):
@@ -382,6 +390,7 @@ class _Planner:
             unused = self.model.get_submodule(join(path, target))
             parts = list(unused.modules())
             inside = Counter(child for part in parts for child in part._modules.values())
+            # Every registration of a part is inside the dropped submodule, which itself is registered once.
             exclusive = all(self.references[part] == inside[part] + (part is unused) for part in parts)
             if exclusive and not any(users[part] or part in self.excluded for part in parts):
                 self.plan.dropped.append(join(path, target))
@@ -402,6 +411,7 @@ def _training_only_calls(module: nn.Module, captured: Capture) -> Iterator[str]:
     except Exception:  # a training forward that cannot be traced tells nothing
         return
     for target in training.calls:
+        # A submodule that eval mode calls in parts, or as part of another, is in use.
         related = any(_is_within(target, other) or _is_within(other, target) for other in captured.calls)
         has_parameters = any(True for _ in module.get_submodule(target).parameters())
         if not related and not _reads_parameters_of(captured, target) and has_parameters:

@@ -56,6 +56,7 @@ class Region:
 
         Nodes that only pass a tensor on stay in the graph, and may read the shape of other nodes.
         """
+        # Constants are inputs of nodes as well, but not inside the region.
         inside = {self.source, *(step.node for step in self.steps)}
         previous = self.source
         for step in self.steps:
@@ -103,6 +104,7 @@ class Replacement:
 def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoint | str:
     """Return how to replace ``region``, or the reason why the code around it does not allow that."""
     point = _insert_along_chain(region) if region.is_chain else _insert_as_one_call(region)
+    # Sorted, so that the reason that a report gives does not depend on hashes.
     reasons = (why_frozen(path) for path in sorted(point.rewritten))
     return next((reason for reason in reasons if reason), None) or _conflicting_variant(region, point) or point
 
@@ -128,6 +130,7 @@ def _conflicting_variant(region: Region, point: InsertionPoint) -> str | None:
     owners = {region.inlined.owner(step.node) for step in region.steps}
     stacks = [region.inlined.call_stack(path) for path in owners]
     shared = set(stacks[0]).intersection(*stacks)
+    # The forwards between the region and the innermost one around all of it, that one included.
     touched = {path for stack in stacks for path in stack if path not in shared} | owners
     touched.add(next(path for path in stacks[0] if path in shared))
     for path in sorted(touched):
@@ -147,6 +150,7 @@ def _is_same_chain_in_variants(region: Region, captured: Capture) -> bool:
 
 def _is_chain_of(targets: Collection[object], graph: fx.Graph) -> bool:
     nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
+    # Modules that the variant calls elsewhere, or in another order, would see the merged convolution.
     linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
     return not nodes or ([node.target for node in nodes] == list(targets) and linked)
 
@@ -240,7 +244,7 @@ class _Search:
         self.cuts: set[fx.Node] = {*escaped, *aliasing.clobbered}
         self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
         self.reasons |= dict.fromkeys(escaped, "its output is stored where other code can read it")
-        self.were_cut = False
+        self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
         self._evaluate()
 
     def _evaluate(self) -> None:
@@ -265,6 +269,7 @@ class _Search:
 
     def _next_cuts(self, exits: list[fx.Node]) -> set[fx.Node]:
         """Where to cut the regions of one source, those that end at ``exits``, next."""
+        # Shared nodes first: until they are cut, costs of regions count them twice.
         for find in (self._cut_shared, self._cut_unprofitable, self._cut_overwritten, self._cut_not_insertable):
             more = find(exits)
             if more - self.cuts:
@@ -288,6 +293,7 @@ class _Search:
     def _scales_transposed(self, region: Region) -> bool:
         """Whether a region only scales and shifts the output of a transposed convolution that nothing else reads."""
         source, value = region.source, region.value
+        # In-place scaling would change what another reader of the transposed convolution sees.
         users = [user for user in source.users if not reads_invariant_metadata(user)]
         exclusive = source not in self.values.fixed and source not in self.cuts and users == [value.steps[0].node]
         return (
@@ -319,6 +325,7 @@ class _Search:
         shared = [node for node, number in count.items() if number > 1]
         if not shared:
             return set()
+        # The last one, so that as much as possible before it stays in one region.
         last = max(shared, key=self.values.order.__getitem__)
         for user in last.users:
             self.reasons[user] = "its input is used elsewhere too"
@@ -330,6 +337,7 @@ class _Search:
             value = self.values.by_node[end]
             if not self._is_worthwhile(value) or self._pays(value):
                 continue
+            # A step without an input inside the region is its first one, and there is nothing before it to separate.
             joining = [step for step in value.steps if self._inputs_in_region(step.node)]
             if not joining:
                 continue
@@ -369,6 +377,7 @@ class _Search:
             if not self._is_worthwhile(region.value) or not self._pays(region.value):
                 continue
             reason = find_insertion_point(region, self.options.why_frozen)
+            # A seam between two forwards is the best place: what remains on either side needs no rewritten code.
             inputs = set() if isinstance(reason, InsertionPoint) else self._seams(region)
             if inputs:
                 self.reasons |= {user: str(reason) for node in inputs for user in node.users}
@@ -435,6 +444,7 @@ def _has_adjacent_linear_nodes(inlined: InlinedGraph) -> bool:
     parts = {target: inlined.module.get_submodule(target) for _, target in inlined.calls()}
     if any(isinstance(part, _BatchNorm) or not is_leaf(part) for part in parts.values()):
         return True
+    # Functions and methods all count as linear: evaluating them is the search itself.
     calls = (node for node in inlined.graph.nodes if node.op.startswith("call"))
     linear = {node for node in calls if node.op != "call_module" or _may_be_linear(parts[str(node.target)])}
     return any(before in linear for node in linear for before in node.all_input_nodes)

@@ -129,6 +129,7 @@ class Replaced:
 
 def join_passes(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[Replaced]:
     """Combine two passes, the second over the result of the first, some of whose convolutions it folded further."""
+    # A convolution of the first pass that the second one folded has no entry of its own any more.
     absorbed: set[int] = set()
     joined: list[Replaced] = []
     for later in second:
@@ -141,6 +142,7 @@ def join_passes(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[R
 
 def _with_parts_of(entry: Folded, earlier: Sequence[Folded]) -> Folded:
     names = {done.name for done in earlier}
+    # What the first pass saved is added to the cost before, so that the entry covers both passes.
     saved_macs = sum(e.multiply_adds_before - e.multiply_adds_after for e in earlier)
     return replace(
         entry,

@@ -153,6 +153,7 @@ class _PlanApplier:
         symbol = solve_region(region)
         modules = [scope.module.get_submodule(path) for path in region.called_modules]
         host = scope.module.get_submodule(point.host)
+        # A region of functions only has no module of its own; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
         conv = self._emit(symbol, like, modules or [host])
@@ -162,12 +163,14 @@ class _PlanApplier:
         if proof.failure:
             self._fail(modules or [host], proof)
             return
+        # A convolution behaves alike in both modes, but code may read the flag.
         conv.train(host.training)
         if point.in_place:
             name = self._insert_in_place(scope, region, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
             name = rewriter.insert_call(conv, region.source, region.exit)
+            # From the end, because fx refuses to erase a node that still has users.
             for step in reversed(region.steps[:-1]):
                 rewriter.remove(step.node, region.source)
             absorbed += modules
@@ -195,6 +198,7 @@ class _PlanApplier:
         self._insert_in_place(scope, region, new, rewriters)
         steps = [part_of_step(scope.module, step) for step in region.steps if step.computes]
         before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
+        # Per input pixel, every weight of a transposed convolution is used once, whatever its stride.
         macs = float(old.weight.numel())
         entry = Folded(
             join(scope.path, path),
@@ -231,6 +235,7 @@ class _PlanApplier:
     def _emit(self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module]) -> PlainConv | None:
         """The convolution, trainable if anything that it replaces was; None if a weight overflows the dtype."""
         parameters = list(owner.parameters())
+        # Frozen only if everything that it replaces was frozen.
         trainable = not parameters or any(p.requires_grad for p in parameters)
         try:
             return to_module(symbol.map, _reference_tensor(owner), symbol.layout, requires_grad=trainable)
@@ -268,6 +273,7 @@ def _with_attributes_of(old: nn.Module, new: Module) -> Module:
 
 def _reference_tensor(module: nn.Module) -> Tensor:
     """The tensor that determines dtype, device and memory format: the largest kernel, else the first float tensor."""
+    # The largest: a 1x1 kernel is contiguous in every memory format, and tells nothing.
     kernels = [p for p in module.parameters() if p.dim() == 4]
     like = max(kernels, key=Tensor.numel) if kernels else first_float(module)
     if like is None:
@@ -296,6 +302,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     evaluator = Evaluator(region.inlined, _float64_on(device))
     planned = region.value.symbol
     source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
+    # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
     result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
     return result
@@ -322,6 +329,7 @@ def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: boo
         raise UsageError(f"A map over {conv.spatial} axes does not apply to tensors {layout}.")
     conv = emitted_map(conv)
     module = _empty_convolution(conv, like) if conv.spatial else _empty_linear(conv, like)
+    # Assigning to the meta module keeps its constructor arguments and costs no second copy.
     module.weight = nn.Parameter(_dense_weight(conv, like), requires_grad)
     module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
     return module

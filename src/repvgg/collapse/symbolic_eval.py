@@ -113,7 +113,7 @@ class Evaluator:
         self.inlined = inlined
         self.convert = convert
         self.keep_kernels = keep_kernels
-        self._shadows: dict[str, nn.Module] = {}
+        self._shadows: dict[str, nn.Module] = {}  # converting all weights of a module once per call would dominate
 
     def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         """Return the result of ``node`` applied to the values of its arguments.
@@ -233,6 +233,7 @@ class SymbolicValues:
             return
         if all(argument in self._constants for argument in node.all_input_nodes):
             self._try(node, self._fold_constant)
+        # In this order: the longest region first, then ever shorter ones.
         elif not self._try(node, self._continue) and any(n in self.by_node for n in node.all_input_nodes):
             self._try(node, self._branch) or self._try(node, self._restart)
 
@@ -266,6 +267,7 @@ class SymbolicValues:
 
     def _record(self, node: fx.Node, value_of: Callable[[fx.Node], Value]) -> None:
         inputs = {n: value_of(n) for n in node.all_input_nodes if n not in self._constants}
+        # All inputs share one source, or evaluation raises; its ledger records what this node costs.
         first = next(iter(inputs.values()))
         ledger = first.symbol.source
         count, before = len(ledger.operations), Cost.of_ledger(ledger)
@@ -276,6 +278,7 @@ class SymbolicValues:
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
         step = Step(node, tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before)
+        # A dictionary, because branches share their first steps.
         earlier = {step.node: step for value in inputs.values() for step in value.steps}
         self.by_node[node] = Value(first.source, result, (*earlier.values(), step))
 
@@ -297,6 +300,7 @@ class SymbolicValues:
             source = Source(self._merge_branches)
             channels, layout = self._find_spec(node)
             symbol = SymbolicTensor.of(source, channels, device="meta", layout=layout)
+            # Rows have no borders, so their cost per row is exact without sizes.
             if self._fixed_sizes and node in self._shapes and not layout.rows:
                 source.sizes = tuple(self._shapes[node][2:])
             self._starts[node] = Value(node, symbol)
@@ -324,6 +328,7 @@ class SymbolicValues:
         if shape is None:
             yield None
             return
+        # Channels at axis 1 are by far the more common, so they are tried first.
         if 3 <= len(shape) <= 5:
             yield Layout(len(shape))
         if shape:
@@ -333,6 +338,7 @@ class SymbolicValues:
         """Run the nodes that the probe reaches, in execution order, until one of them determines the channels."""
         known: dict[fx.Node, Any] = {start: probe}
         errors: list[ReparamError] = []
+        # A heap by execution order, because a node may be reached over paths of different lengths.
         waiting = [(self.order[user], user) for user in start.users]
         heapq.heapify(waiting)
         seen: set[fx.Node] = set()
@@ -349,6 +355,7 @@ class SymbolicValues:
                 errors.append(error)
             except KeyError:  # it also needs a tensor that does not depend on the probe
                 continue
+            # Functions that keep the channels return the probe itself: go on with their users.
             if known.get(node) is probe:
                 for user in node.users:
                     heapq.heappush(waiting, (self.order[user], user))
