@@ -197,5 +197,5 @@ def test_rep_conv_in_other_geometries_is_one_convolution():
     block = trained(rep_conv(4, 4, kernel_size=(5, 3), dilation=(1, 2), groups=2, padding_mode="reflect"))
     conv = repvgg.trace(block)
     assert (conv.kernel_size, conv.dilation, conv.padding, conv.border) == ((5, 3), (1, 2), (2, 2, 2, 2), "reflect")
-    with pytest.raises(repvgg.errors.UsageError, match="4x4 has no centre"):
+    with pytest.raises(repvgg.errors.UsageError, match="4x4 kernel has no centre"):
         rep_conv(4, 4, kernel_size=4)

@@ -64,7 +64,7 @@ def test_convolutions_without_a_block_stay():
     assert [entry.name for entry in report.expanded] == ["2"]
     assert [(kept.name, "stride 1" in kept.reason) for kept in report.left] == [("0", True), ("4", True)]
     assert_same_outputs(model, out, image())
-    with pytest.warns(NothingExpandedWarning, match="squares of 5, 7"):
+    with pytest.warns(NothingExpandedWarning, match="square kernels of 5, 7"):
         repvgg.replace_convs(model, "unireplk")
 
 
