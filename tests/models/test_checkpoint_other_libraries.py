@@ -296,7 +296,7 @@ def test_what_others_have_no_name_for(tmp_path):
     model = create_model(TINY_PLUS, 5)
     about = describe_model(model, "train")
     for layout in ("timm", "mmpretrain"):
-        with pytest.raises(UsageError, match=f"{layout} has no model with gates behind the ReLU"):
+        with pytest.raises(UsageError, match=f"{layout} has no model with squeeze-excite after the ReLU"):
             save(tmp_path / "a.pth", model, about, layout=layout)
     heads = create_model(ModelSpec("heads", Stage(1, 4), (Stage(1, 8), Stage(1, 8)), auxiliary=(0,)), 3)
     with pytest.raises(UsageError, match=r"timm has no name for 'auxiliary\.stage0"):
@@ -332,5 +332,5 @@ def test_a_torch_file_of_ours_has_a_header(tmp_path):
     save(tmp_path / "a.pth", model, about)
     assert load(tmp_path / "a.pth").metadata == about
     assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"state_dict", "repvgg"}
-    assert read_checkpoint(tmp_path / "a.pth").passed_over == {}
+    assert read_checkpoint(tmp_path / "a.pth").skipped == {}
     assert asdict(about)["spec"] is None

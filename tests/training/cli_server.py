@@ -1,15 +1,19 @@
-"""Forks a process that has imported everything for each job: a line of JSON on standard input.
+"""Run jobs in processes forked from one that has imported everything; a job is a line of JSON on standard input.
 
     {"argv": [...], "log": FILE, "stop": [EVENT, COUNT, SIGNAL] or null}
+    {"ranks": 2, "log": FILE, "out": FILE}
 
-runs ``repvgg`` with ``argv``, and sends itself the signal as the event happens for the COUNTth time. Answers with a
-line for the exit code.
+The first kind runs ``repvgg`` with ``argv``, and sends the process the signal when the event happens for the COUNTth
+time. The second runs ``ddp_script.both`` in as many processes, with the environment that torchrun would give them.
+Answers with one line: the exit code of the first process that failed, or 0.
 """
 
 import importlib
 import json
 import os
+import pkgutil
 import signal
+import socket
 import sys
 import traceback
 
@@ -18,19 +22,19 @@ def main():
     preload()
     for line in sys.stdin:
         job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
-            run(**job)
-        _, status = os.waitpid(pid, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.write(f"{run_job(job)}\n")
         sys.stdout.flush()
 
 
-def preload():
-    for name in PRELOADED:
-        importlib.import_module(name)
-    importlib.import_module("repvgg.cli")._verbs()
+def run_job(job):
+    """Return the exit code of the first process that failed, or 0."""
+    if "argv" in job:
+        pids = [fork(job["log"], lambda: run_command(job["argv"], job["stop"]))]
+    else:
+        ranks, port = job["ranks"], free_port()
+        pids = [fork(job["log"], lambda rank=rank: run_rank(rank, ranks, port, job["out"])) for rank in range(ranks)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return next((code for code in codes if code), 0)
 
 
 PRELOADED = (
@@ -38,23 +42,32 @@ PRELOADED = (
     "repvgg.data.sources.local",
     "repvgg.training.run_folder",
     "safetensors.torch",
+    "tests.training.ddp_script",
     "torch.utils.tensorboard",
     "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
 )
 
 
-def run(argv, log, stop):
+def preload():
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for module in pkgutil.iter_modules(importlib.import_module("repvgg.cli").__path__, "repvgg.cli."):
+        importlib.import_module(module.name)
+
+
+def fork(log, work):
+    """Start a process that does ``work``, writes its output to ``log`` and exits with what ``work`` returns."""
+    pid = os.fork()
+    if pid:
+        return pid
     code = 70
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        if stop is not None:
-            arm(*stop)
-        from repvgg.cli import main as command_line
-
-        code = command_line(argv)
+        code = work()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -63,8 +76,38 @@ def run(argv, log, stop):
         os._exit(code)
 
 
+def run_command(argv, stop):
+    if stop is not None:
+        arm(*stop)
+    from repvgg.cli import main as command_line
+
+    return command_line(argv)
+
+
+def run_rank(rank, ranks, port, out):
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "tests",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from tests.training import ddp_script
+
+    ddp_script.both(out)
+    return 0
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def arm(event, count, number):
-    """Send this process the signal ``number`` as ``event`` happens for the ``count``th time."""
+    """Send this process the signal ``number`` when ``event`` happens for the ``count``th time."""
     import torch
 
     from repvgg.training import run_folder, task
@@ -77,25 +120,25 @@ def arm(event, count, number):
         if left == 0:
             os.kill(os.getpid(), number)
 
-    def before(owner, name, hit=strike):
+    def strike_before(owner, name):
         original = getattr(owner, name)
 
         def call(*arguments, **keywords):
-            hit()
+            strike()
             return original(*arguments, **keywords)
 
         setattr(owner, name, call)
 
     if event == "step":
-        before(task.ClassificationTask, "training_step")
-    elif event == "judging":
-        before(task.ClassificationTask, "validation_step")
-    elif event == "epoch kept":
-        before(run_folder.RunFolder, "write_epoch")
-    elif event == "epoch saved":
-        before(torch, "save")
+        strike_before(task.ClassificationTask, "training_step")
+    elif event == "validation":
+        strike_before(task.ClassificationTask, "validation_step")
+    elif event == "epoch written":
+        strike_before(run_folder.RunFolder, "write_epoch")
+    elif event == "checkpoint saved":
+        strike_before(torch, "save")
     elif event == "end":
-        before(run_folder.RunFolder, "finish")
+        strike_before(run_folder.RunFolder, "finish")
     elif event == "half a file":
         original = torch.save
 

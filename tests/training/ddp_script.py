@@ -1,4 +1,7 @@
-"""What the tests of several processes run under torchrun: ``ddp_script.py WHAT ARGUMENTS``."""
+"""The work of one process in the tests of data parallelism.
+
+``cli_server.py`` calls :func:`both`; under torchrun, ``ddp_script.py EVENT ARGUMENTS`` runs ``repvgg`` with ARGUMENTS.
+"""
 
 import os
 import signal
@@ -16,8 +19,7 @@ from repvgg.training import OptimConfig, fit
 from repvgg.training.distributed import synchronized_batch_norm
 from tests.training.helpers import CONFIG, opened, tiny
 
-RANK = int(os.environ.get("RANK", "0"))
-# 85 images leave 17 to judge by: one process has 8 of them in one batch, and the other 9 in two
+# 85 images give 17 validation images: rank 0 has 8 of them in one batch, rank 1 has 9 in two.
 PLAIN = replace(
     CONFIG,
     epochs=10,
@@ -28,17 +30,21 @@ PLAIN = replace(
 )
 
 
-def watched_fit():
-    """The global mean loss of every step, the weights that came out, and the records."""
-    seen = []
+def rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def observed_fit():
+    """Train, and return the global mean loss of every step, the final weights and the records."""
+    losses = []
     original = tasks.ClassificationTask.training_step
 
     def step(self, batch, index):
         loss = original(self, batch, index)
-        seen.append(loss.detach().clone())
+        losses.append(loss.detach().clone())
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen[-1])
-            seen[-1] /= torch.distributed.get_world_size()
+            torch.distributed.all_reduce(losses[-1])
+            losses[-1] /= torch.distributed.get_world_size()
         return loss
 
     tasks.ClassificationTask.training_step = step
@@ -48,11 +54,11 @@ def watched_fit():
     finally:
         tasks.ClassificationTask.training_step = original
     history = [(record.loss, record.held_out_accuracy) for record in result.history]
-    return {"losses": torch.stack(seen), "weights": model.state_dict(), "history": history}
+    return {"losses": torch.stack(losses), "weights": model.state_dict(), "history": history}
 
 
 def norms():
-    """A net of batch norms of all kinds, float64, with the global batch of 6 images and its targets."""
+    """Return a float64 net with batch norms of all kinds, the global batch of 6 images, and its targets."""
     torch.manual_seed(0)
     shared = nn.BatchNorm2d(3, momentum=0.3)
     net = nn.Sequential(
@@ -64,19 +70,15 @@ def norms():
         nn.BatchNorm2d(3, momentum=None),
         nn.BatchNorm2d(3, track_running_stats=False),
     )
-    return trained_like_norms(net).double(), torch.randn(6, 3, 5, 4).double(), torch.randn(6, 3, 3, 2).double()
-
-
-def trained_like_norms(net):
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.uniform_(-1, 1)
-    return net
+    return net.double(), torch.randn(6, 3, 5, 4).double(), torch.randn(6, 3, 3, 2).double()
 
 
 def step(net, x, target):
-    """Outputs, gradients of a mean over the batch, and statistics, after two passes."""
+    """Return outputs, gradients of a mean over the batch, and running statistics, after two forward passes."""
     x = x.clone().requires_grad_()
     net(x.detach() + 1)
     out = net(x)
@@ -86,11 +88,11 @@ def step(net, x, target):
 
 
 def synchronized_step():
-    """The same on the share of this process; gradients are averaged over all, as DDP does."""
+    """Return the same for this rank's images; parameter gradients are averaged over both ranks, as DDP does."""
     net, x, target = norms()
-    share = slice(0, 2) if RANK == 0 else slice(2, 6)  # not the same number of images
+    images = slice(0, 2) if rank() == 0 else slice(2, 6)  # different numbers of images
     with synchronized_batch_norm(net):
-        found = step(net, x[share], target[share] * len(x[share]) / 6 * 2)
+        found = step(net, x[images], target[images] * len(x[images]) / 6 * 2)
     for gradient in found["gradients"].values():
         torch.distributed.all_reduce(gradient)
         gradient /= 2
@@ -98,25 +100,25 @@ def synchronized_step():
 
 
 def both(out):
-    found = watched_fit()
-    torch.save({"fit": found, "norms": synchronized_step()}, f"{out}.{RANK}")
+    found = observed_fit()  # Lightning initializes the process group
+    torch.save({"fit": found, "norms": synchronized_step()}, f"{out}.{rank()}")
 
 
 def command(event, *arguments):
-    """``repvgg`` with ``arguments``; in the 4th step something happens on one process."""
+    """Run ``repvgg`` with ``arguments``; in the 4th training step, ``event`` happens on one rank."""
     left, original = 4, tasks.ClassificationTask.training_step
 
     def step(self, batch, index):
         nonlocal left
         left -= 1
-        if left == 0 and RANK == 1:
-            sys.stderr.write(f"falls at {time.time()}\n")
+        if left == 0 and rank() == 1:
+            sys.stderr.write(f"fails at {time.time()}\n")
             sys.stderr.flush()
-        if left == 0 and event == "raise" and RANK == 1:
-            raise RuntimeError("this worker fell")
-        if left == 0 and event == "exit" and RANK == 1:
+        if left == 0 and event == "raise" and rank() == 1:
+            raise RuntimeError("this rank failed")
+        if left == 0 and event == "exit" and rank() == 1:
             os._exit(7)
-        if left == 0 and event == "terminate" and RANK == 0:
+        if left == 0 and event == "terminate" and rank() == 0:
             os.kill(os.getppid(), signal.SIGTERM)
         return original(self, batch, index)
 
@@ -125,4 +127,4 @@ def command(event, *arguments):
 
 
 if __name__ == "__main__":
-    {"both": both, "command": command}[sys.argv[1]](*sys.argv[2:])
+    command(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny data set, a tiny network, and processes that can be killed."""
+"""Shared by the tests of training: a tiny data set, a tiny network, and processes that can be killed."""
 
 import hashlib
 import json
@@ -40,24 +40,20 @@ def tiny(seed=0, num_classes=4, in_channels=3, spec=SPEC):
 
 
 def fingerprint(model):
-    return digest(model.state_dict())
-
-
-def digest(tensors):
-    """One for the bits of all tensors with their names."""
-    parts = [name.encode() + value.contiguous().numpy().tobytes() for name, value in sorted(tensors.items())]
+    """A hash of the bits of all parameters and buffers with their names."""
+    parts = [name.encode() + value.contiguous().numpy().tobytes() for name, value in sorted(model.state_dict().items())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def outcome(folder):
-    """All that a run leaves that has to be the same however often it was killed; times may differ."""
+    """Everything in a run folder that must not depend on interruptions; times may differ."""
     last = torch.load(folder / "last.ckpt", weights_only=True)
     (history,) = (state["records"] for name, state in last["callbacks"].items() if "History" in name)
     timeless = [{name: record[name] for name in record if name not in _TIMES} for record in history]
-    left = {f"{name}.safetensors": load_file(folder / f"{name}.safetensors") for name in ("train", "plain", "best")}
-    rows = (folder / "log.csv").read_text().splitlines()
-    left |= {"history": timeless, "rows": [row.split(",")[:5] for row in rows]}
-    return left | {name: last[name] for name in _SAVED if name in last}
+    result = {f"{name}.safetensors": load_file(folder / f"{name}.safetensors") for name in ("train", "plain", "best")}
+    lines = (folder / "log.csv").read_text().splitlines()
+    result |= {"history": timeless, "log": [line.split(",")[:5] for line in lines]}
+    return result | {name: last[name] for name in _SAVED if name in last}
 
 
 _TIMES = ("seconds", "images_per_second")
@@ -65,7 +61,7 @@ _SAVED = ("state_dict", "current_model_state", "averaging_state", "optimizer_sta
 
 
 class Server:
-    """Runs ``repvgg`` in processes forked from one that has everything imported."""
+    """Runs ``repvgg`` in processes forked from one that has everything imported; see ``cli_server.py``."""
 
     def __init__(self, log):
         self.log = Path(log)
@@ -77,10 +73,16 @@ class Server:
         )
 
     def __call__(self, *argv, stop=None):
-        """The exit code of ``repvgg`` (minus the signal that ended it), and what it wrote."""
+        """Return the exit code of ``repvgg`` (minus the number of the signal that ended it), and its output."""
+        return self._job(argv=[str(argument) for argument in argv], stop=stop)
+
+    def ranks(self, number, out):
+        """Run ``ddp_script.both`` in ``number`` processes; likewise."""
+        return self._job(ranks=number, out=str(out))
+
+    def _job(self, **job):
         start = self.log.stat().st_size if self.log.exists() else 0
-        job = {"argv": [str(argument) for argument in argv], "log": str(self.log), "stop": stop}
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.write(json.dumps(job | {"log": str(self.log)}) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
         return code, self.log.read_bytes()[start:].decode()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, and nothing in them runs."""
+"""Checkpoints of a run are written atomically, and no code in them runs."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from repvgg.training.checkpoint import RunPosition, read_position
 from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 STEPWISE = replace(CONFIG, save_steps=1)
-STEPS = 6  # of an epoch
+STEPS = 6  # per epoch
 
 
 def saved_run(folder, config=STEPWISE, model=None, **more):
@@ -26,7 +26,7 @@ def saved_run(folder, config=STEPWISE, model=None, **more):
 
 
 def failing(at, monkeypatch, error):
-    """Let the ``at``-th save stop in the middle of its file, as a full disk does."""
+    """Let the ``at``-th save fail in the middle of its file, as on a full disk."""
     left, original = at, torch.save
 
     def save(content, path):
@@ -40,14 +40,19 @@ def failing(at, monkeypatch, error):
     monkeypatch.setattr(torch, "save", save)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The fingerprint of a run without checkpoints."""
+    return saved_run(None, CONFIG)
+
+
 FULL = [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:595] . file write")]
 
 
 @pytest.mark.parametrize("error", FULL, ids=["written", "streamed"])
 @pytest.mark.parametrize("at", [4, STEPS, STEPS + 3])
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, error, at):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    whole.mkdir()
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, uninterrupted, error, at):
+    folder = tmp_path / "run"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         failing(at, patch, error)
@@ -58,7 +63,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, error, at):
     done = divmod(at - 1, STEPS)
     assert read_position(folder / "last.ckpt") == (*done, 1)
     assert [path.name for path in folder.iterdir() if path.name != "tensorboard"] == ["last.ckpt"]
-    assert saved_run(folder, resume=True) == saved_run(whole, CONFIG)
+    assert saved_run(folder, resume=True) == uninterrupted
 
 
 @pytest.fixture
@@ -69,17 +74,17 @@ def small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=260k", "none", disk]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"mounting takes rights that are missing here: {done.stderr.strip()}")
+        pytest.skip(f"mounting needs privileges: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk, tmp_path):
+def test_a_file_system_that_is_full(small_disk, uninterrupted):
     config = replace(STEPWISE, epochs=2)
     left = iter(range(3))
 
     def fill(history, weights):
-        """After the first epoch, leave less than one checkpoint takes."""
+        """After the first epoch, leave less space than a checkpoint needs."""
         if next(left) == 0:
             taken = sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file())
             (small_disk / "other").write_bytes(bytes(260 * 1024 - taken - 40_000))
@@ -88,8 +93,7 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path):
         saved_run(small_disk, config, on_epoch=fill)
     assert read_position(small_disk / "last.ckpt") == (0, STEPS - 1, 1)
     (small_disk / "other").unlink()
-    (tmp_path / "whole").mkdir()
-    assert saved_run(small_disk, config, resume=True) == saved_run(tmp_path / "whole", config)
+    assert saved_run(small_disk, config, resume=True) == uninterrupted
 
 
 class Trap:
@@ -97,7 +101,7 @@ class Trap:
         return (open, (str(self.path), "w"))
 
 
-def test_nothing_in_a_checkpoint_runs(tmp_path):
+def test_no_code_in_a_checkpoint_runs(tmp_path):
     trap = Trap()
     trap.path = tmp_path / "sprung"
     saved_run(tmp_path)
@@ -126,7 +130,7 @@ def test_foreign(tmp_path):
 
 
 def stopped(folder, at):
-    """A run that ends as the ``at``-th batch comes."""
+    """Run until the ``at``-th batch."""
     left, original = at, tasks.ClassificationTask.training_step
 
     def step(self, batch, index):
@@ -142,7 +146,7 @@ def stopped(folder, at):
             saved_run(folder)
 
 
-def test_other_rounds_in_the_middle_of_an_epoch_are_refused(tmp_path):
+def test_another_accumulation_in_the_middle_of_an_epoch_is_refused(tmp_path):
     stopped(tmp_path, 5)
     assert read_position(tmp_path / "last.ckpt") == RunPosition(0, 4, 1)
     with pytest.raises(
@@ -151,7 +155,7 @@ def test_other_rounds_in_the_middle_of_an_epoch_are_refused(tmp_path):
         saved_run(tmp_path, replace(STEPWISE, device_batch=8), resume=True)
 
 
-def test_other_rounds_after_an_epoch_are_fine(tmp_path):
+def test_another_accumulation_after_an_epoch_is_fine(tmp_path):
     stopped(tmp_path, STEPS + 1)
     assert read_position(tmp_path / "last.ckpt") == RunPosition(1, 0, 1)
     seen = []
@@ -167,7 +171,7 @@ def test_other_rounds_after_an_epoch_are_fine(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2 * STEPS
 
 
-def test_weights_behind_an_infinite_loss_are_not_saved(tmp_path, monkeypatch):
+def test_weights_with_a_non_finite_loss_are_not_saved(tmp_path, monkeypatch):
     original, left = tasks.classification_loss, iter(range(100))
 
     def loss(*arguments):

@@ -1,4 +1,4 @@
-"""A config as YAML and back, and what is said about one that is wrong."""
+"""Configs: valid ranges, YAML and back, and the messages about invalid files."""
 
 from dataclasses import asdict, replace
 
@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from repvgg._serde import from_plain
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.errors import UsageError
-from repvgg.training import RECIPES, OptimConfig, TrainConfig, read_config, recipe_of, to_yaml, write_config
+from repvgg.training import (
+    RECIPES,
+    OptimConfig,
+    TrainConfig,
+    quickstart,
+    read_config,
+    recipe_of,
+    to_yaml,
+    write_config,
+)
 from repvgg.training.config import differences
 from tests.training.helpers import CONFIG
 
@@ -89,33 +98,33 @@ CONFIGS = st.builds(
 )
 
 
-def back(text):
+def parse(text):
     return from_plain(TrainConfig, yaml.safe_load(text), "the config")
 
 
 @given(config=CONFIGS)
-@example(config=TrainConfig(init="a\x85b", model="\x85", recipe="\u2028 \n"))  # YAML folds what breaks lines
-def test_every_field_comes_back(config):
-    assert back(to_yaml(config)) == config
-    assert differences(config, back(to_yaml(config))) == {}
+@example(config=TrainConfig(init="a\x85b", model="\x85", recipe="\u2028 \n"))  # YAML folds line breaks
+def test_every_field_survives_yaml(config):
+    assert parse(to_yaml(config)) == config
+    assert differences(config, parse(to_yaml(config))) == {}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_come_back(tmp_path, name):
+def test_recipes_survive_a_file(tmp_path, name):
     config = recipe_of(name)
     assert config.recipe == name
     path = write_config(tmp_path / "config.yaml", config)
     assert read_config(path) == config
-    assert list(yaml.safe_load(path.read_text())) == list(asdict(config))  # complete, and in its own order
+    assert list(yaml.safe_load(path.read_text())) == list(asdict(config))  # complete, in declaration order
 
 
-def test_what_is_left_out_takes_its_default(tmp_path):
+def test_missing_fields_take_their_defaults(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: repvgg_a0\nepochs: 3\noptim: {lr: 1}\n")
     assert read_config(tmp_path / "mine.yaml") == TrainConfig(model="repvgg_a0", epochs=3, optim=OptimConfig(lr=1.0))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("epoch: 3", "has no field 'epoch': there are accelerator, auxiliary_weight"),
         ("optim: {rate: 1}", ": optim has no field 'rate': there are clip, custom_l2, decay, lr, lr_batch"),
@@ -139,11 +148,11 @@ def test_what_is_left_out_takes_its_default(tmp_path):
         ("1: 2", "has no field 1: there are"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path, text, said):
+def test_invalid_files_are_refused_in_one_sentence(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         read_config(tmp_path / "mine.yaml")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
 
@@ -164,3 +173,50 @@ def test_differences_by_dotted_name():
 def test_unknown_recipe():
     with pytest.raises(UsageError, match="'simple': choose one of paper-simple, paper-heavy, plus"):
         recipe_of("simple")
+
+
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        {"lr": 0},
+        {"momentum": 1},
+        {"weight_decay": -1},
+        {"warmup_epochs": -1},
+        {"nesterov": True, "momentum": 0.0},
+        {"clip": 0.0},
+        {"lr_batch": 0},
+        {"norm_bias_lr": 0.0},
+    ],
+)
+def test_optim_config_refuses(invalid):
+    with pytest.raises(UsageError):
+        OptimConfig(**invalid)
+
+
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        {"epochs": 0},
+        {"threads": 0},
+        {"batch_size": 1},
+        {"label_smoothing": 1.0},
+        {"auxiliary_weight": -0.1},
+        {"mixup": -0.1},
+        {"cutmix": -1.0},
+        {"ema": 1.0},
+        {"device_batch": 0},
+        {"devices": 0},
+        {"nodes": 0},
+        {"save_steps": -1},
+        {"expand": True},
+        {"epochs": 3, "optim": OptimConfig(warmup_epochs=3)},
+    ],
+)
+def test_train_config_refuses(invalid):
+    with pytest.raises(UsageError):
+        TrainConfig(**({"epochs": 5, "batch_size": 8} | invalid))
+
+
+def test_quickstart_takes_a_seed():
+    assert quickstart(seed=3).seed == 3
+    assert quickstart() == quickstart(seed=0)

@@ -1,4 +1,4 @@
-"""The dry run finds what would come out only after hours."""
+"""The dry run finds problems before the first epoch."""
 
 from dataclasses import replace
 
@@ -14,27 +14,29 @@ from tests.bn_statistics import trained_like
 from tests.training.helpers import CONFIG, fingerprint, opened, tiny
 
 
-def test_says_what_it_found():
+def test_reports_the_outcome():
     model = trained_like(tiny())
     before, state = fingerprint(model), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    trial = perform_dry_run(model, opened(), CONFIG)
-    assert trial.regions == 4
-    assert trial.evidence.passed
-    assert trial.evidence.relative > 0
-    assert str(trial).startswith(f"dry run: loss {trial.loss:.3f}, all gradients finite; collapses into 4 convolutions")
+    result = perform_dry_run(model, opened(), CONFIG)
+    assert result.regions == 4
+    assert result.evidence.passed
+    assert result.evidence.relative > 0
+    assert str(result).startswith(
+        f"dry run: loss {result.loss:.3f}, all gradients finite; collapses into 4 convolutions"
+    )
     assert fingerprint(model) == before
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert perform_dry_run(model, opened(), CONFIG).loss == trial.loss
+    assert perform_dry_run(model, opened(), CONFIG).loss == result.loss
 
 
-def test_a_plain_model_has_nothing_to_collapse():
+def test_a_plain_model_is_not_collapsed():
     plain, _ = reparameterize(trained_like(tiny()).eval())
-    trial = perform_dry_run(plain, opened(), CONFIG)
-    assert (trial.regions, trial.evidence) == (0, None)
-    assert str(trial).endswith("the model is plain already")
+    result = perform_dry_run(plain, opened(), CONFIG)
+    assert (result.regions, result.evidence) == (0, None)
+    assert str(result).endswith("the model is plain already")
 
 
 def test_a_parameter_without_gradient():
@@ -54,7 +56,7 @@ def test_an_infinite_loss():
 
 
 class Steep(nn.Module):
-    """A net behind a parameter whose gradient is infinite at its first value."""
+    """A net after a parameter whose gradient is infinite at its initial value."""
 
     def __init__(self):
         super().__init__()
@@ -90,17 +92,17 @@ def test_a_collapse_that_is_not_equal(monkeypatch):
         perform_dry_run(trained_like(tiny()), opened(), CONFIG)
 
 
-def test_before_the_first_step_and_not_on_the_way(monkeypatch, tmp_path):
-    tried = []
-    monkeypatch.setattr("repvgg.training.run_folder.perform_dry_run", lambda *_: tried.append(1) or "dry run")
+def test_only_before_a_new_run(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr("repvgg.training.run_folder.perform_dry_run", lambda *_: runs.append(1) or "dry run")
     config = replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, warmup_epochs=0), dry_run=True)
     run(config, tmp_path / "run")
     run(config, tmp_path / "run", resume=True)
     run(replace(config, dry_run=False), tmp_path / "other")
-    assert tried == [1]
+    assert runs == [1]
 
 
-def test_nothing_is_trained_where_it_fails(monkeypatch, tmp_path):
+def test_nothing_is_trained_if_it_fails(monkeypatch, tmp_path):
     break_the_collapse(monkeypatch)
     monkeypatch.setattr("repvgg.training.run_folder.fit", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(EquivalenceError):

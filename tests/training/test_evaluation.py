@@ -12,7 +12,7 @@ PREDICTED = torch.tensor([0, 1, 1, 2, 0])
 
 
 def batches(size=2):
-    """Each image says on its pixels what a lookup will predict."""
+    """The pixel of each image is the class that ``look_up`` predicts."""
     images = PREDICTED.float().reshape(-1, 1, 1, 1)
     return list(zip(images.split(size), LABELS.split(size), strict=True))
 
@@ -31,7 +31,7 @@ def test_by_hand(batch_size):
     assert result.correct == 3
     assert result.accuracy == pytest.approx(0.6)
     assert result.per_class[:3].tolist() == [0.5, 1.0, 0.5]
-    assert math.isnan(result.per_class[3])  # there is no image of that class
+    assert math.isnan(result.per_class[3])  # no image of that class
     assert result.macro_accuracy == pytest.approx(2 / 3)
     assert repr(result) == "Evaluation(3 of 5 correct, 60.00%)"
 
@@ -42,7 +42,7 @@ def test_top_k_by_hand():
     assert [result.top(k) for k in (1, 2, 3, 4, 5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_images_are_prepared_on_the_way():
+def test_images_are_prepared():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -56,7 +56,7 @@ def test_images_are_prepared_on_the_way():
         assert_close(evaluate(look_up, halves, prepare).predictions, PREDICTED)
 
 
-def test_a_module_is_judged_in_eval_mode_and_put_back():
+def test_a_module_is_evaluated_in_eval_mode_and_restored():
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), nn.Dropout(0.9)).train()
     model[1].eval()
     result = evaluate(model, batches())
@@ -65,7 +65,7 @@ def test_a_module_is_judged_in_eval_mode_and_put_back():
     assert not result.logits.requires_grad
 
 
-def test_modes_are_put_back_after_an_error():
+def test_modes_are_restored_after_an_error():
     model = nn.Linear(7, 3)
     with pytest.raises(RuntimeError):
         evaluate(model, batches())

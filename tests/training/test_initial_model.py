@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def started(checkpoints, name, **changes):
+def initial(checkpoints, name, **changes):
     config = replace(CONFIG, model="", init=str(checkpoints / f"{name}.safetensors"), **changes)
     return build_initial_model(config, opened(config)), load(config.init).model
 
@@ -40,7 +40,7 @@ def backbone(model):
     return {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
 
 
-def test_a_fresh_model_is_seeded_and_fits_the_data():
+def test_a_new_model_is_seeded_and_fits_the_data():
     torch.manual_seed(3)
     first = build_initial_model(CONFIG, opened()).model
     torch.manual_seed(4)
@@ -51,7 +51,7 @@ def test_a_fresh_model_is_seeded_and_fits_the_data():
     assert fingerprint(build_initial_model(replace(CONFIG, seed=1), opened()).model) != fingerprint(first)
 
 
-def test_nothing_to_train():
+def test_no_model_or_an_unknown_one():
     with pytest.raises(UsageError, match="no model to train: name one of 'repvgg list', or give a checkpoint as init"):
         build_initial_model(replace(CONFIG, model=""), opened())
     with pytest.raises(UnknownModelError):
@@ -60,41 +60,41 @@ def test_nothing_to_train():
         build_initial_model(replace(CONFIG, init="nowhere.safetensors"), opened())
 
 
-def test_the_same_classes_keep_the_classifier(checkpoints):
-    start, source = started(checkpoints, "same-train")
+def test_the_classifier_stays_if_the_classes_agree(checkpoints):
+    start, source = initial(checkpoints, "same-train")
     assert_close(dict(start.model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
     assert len(start.notes) == 1
     assert start.notes[0].endswith("same-train.safetensors, repvgg_t0 in the train form")
 
 
 @pytest.mark.parametrize("name", ["renamed-train", "more-train"])
-def test_other_classes_get_a_new_one(checkpoints, name):
-    start, source = started(checkpoints, name)
+def test_the_classifier_is_replaced_if_the_classes_differ(checkpoints, name):
+    start, source = initial(checkpoints, name)
     assert_close(backbone(start.model), backbone(source), rtol=0, atol=0)
     assert start.model.head.weight.shape == (4, 128)
     assert start.model.num_classes == 4
     assert (start.model.head.weight[:4] - source.head.weight[:4]).abs().max() > 1e-3
     assert start.notes[1] == f"new classifier for 4 classes in place of {source.num_classes}"
-    assert fingerprint(start.model) == fingerprint(started(checkpoints, name)[0].model)
-    assert fingerprint(start.model) != fingerprint(started(checkpoints, name, seed=1)[0].model)
+    assert fingerprint(start.model) == fingerprint(initial(checkpoints, name)[0].model)
+    assert fingerprint(start.model) != fingerprint(initial(checkpoints, name, seed=1)[0].model)
 
 
 def test_a_plain_checkpoint_warns(checkpoints):
-    start, source = started(checkpoints, "same-plain")
+    start, source = initial(checkpoints, "same-plain")
     assert is_plain(start.model)
     assert_close(dict(start.model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
     assert start.notes[1].startswith("warning: trains a plain model, without branches")
 
 
-def test_branches_that_come_back_compute_the_same(checkpoints, tmp_path):
-    start, plain = started(checkpoints, "same-plain", expand=True)
+def test_an_expanded_model_computes_the_same(checkpoints, tmp_path):
+    start, plain = initial(checkpoints, "same-plain", expand=True)
     assert not is_plain(start.model)
     assert start.notes[1] == "expanded 7 convolutions into branches that compute the same"
     data = opened()
     images = data.val_images(range(19))[0].double()
     with torch.no_grad():
         found, expected = start.model.double().eval()(images), plain.double().eval()(images)
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)  # weights were rounded to float32 on the way
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the weights of the file are rounded to float32
     fit(start.model.float(), data, replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, lr=1e-3)), progress=False)
     save(tmp_path / "trained.safetensors", start.model, describe_model(start.model, "train"))
     again = load(tmp_path / "trained.safetensors")
@@ -107,7 +107,7 @@ def test_branches_that_come_back_compute_the_same(checkpoints, tmp_path):
 
 def test_refusals(checkpoints):
     with pytest.raises(UsageError, match="has its branches already: leave out expand"):
-        started(checkpoints, "same-train", expand=True)
+        initial(checkpoints, "same-train", expand=True)
     grey = replace(CONFIG, init=str(checkpoints / "same-train.safetensors"), data=replace(CONFIG.data, channels=1))
     with pytest.raises(
         UsageError, match=r"takes images of 3 channels, but fake:96x4 has 1: set data\.channels to 3\.$"

@@ -1,3 +1,5 @@
+"""``fit`` on tiny models: what it learns, records, refuses, restores and repeats."""
+
 import io
 import os
 import signal
@@ -35,30 +37,30 @@ def run(config=CONFIG, seed=0, **more):
     return model, fit(model, opened(config), config, progress=False, **more)
 
 
-def steps(monkeypatch, see):
-    """Call ``see(task, batch, loss)`` after every training step."""
+def observe_steps(monkeypatch, observe):
+    """Call ``observe(task, batch, loss)`` after every training step."""
     original = tasks.ClassificationTask.training_step
 
     def step(self, batch, index):
         loss = original(self, batch, index)
-        see(self, batch, loss)
+        observe(self, batch, loss)
         return loss
 
     monkeypatch.setattr(tasks.ClassificationTask, "training_step", step)
 
 
-class Watched(TrainLoader):
-    """The batches of another loader, each handed to a function first."""
+class ObservedLoader(TrainLoader):
+    """Yields the batches of another loader, and calls a function with each first."""
 
-    def __init__(self, loader, see):
-        self.loader, self.see = loader, see
+    def __init__(self, loader, observe):
+        self.loader, self.observe = loader, observe
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
         for batch in self.loader:
-            self.see(batch)
+            self.observe(batch)
             yield batch
 
     def set_epoch(self, epoch):
@@ -68,10 +70,10 @@ class Watched(TrainLoader):
         self.loader.skip(batches)
 
 
-def watched(see, part="train_batches", config=CONFIG):
+def observed(observe, part="train_batches", config=CONFIG):
     data = opened(config)
     original = getattr(data, part)
-    setattr(data, part, lambda *size, **share: Watched(original(*size, **share), see))
+    setattr(data, part, lambda *size, **ranks: ObservedLoader(original(*size, **ranks), observe))
     return data
 
 
@@ -95,7 +97,7 @@ def test_learns_and_records_every_epoch():
     assert len(result.validation.labels) == data.num_val
 
 
-def test_the_same_seed_gives_the_same_bits():
+def test_equal_seeds_give_equal_bits():
     torch.manual_seed(1)
     first, _ = run()
     torch.manual_seed(2)
@@ -106,7 +108,7 @@ def test_the_same_seed_gives_the_same_bits():
     assert fingerprint(run(seed=1)[0]) != fingerprint(first)
 
 
-def test_leaves_the_world_as_it_was(tmp_path, monkeypatch, capfd):
+def test_global_state_is_restored(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     state, environment, threads = torch.get_rng_state(), dict(os.environ), torch.get_num_threads()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -125,14 +127,32 @@ def fresh_process(code):
     return done.stdout, done.stderr
 
 
-def test_importing_the_room_is_cheap():
-    code = "import repvgg.training, sys; print({'lightning', 'torchvision', 'torchmetrics', 'rich'} & set(sys.modules))"
-    assert fresh_process(code) == ("set()\n", "")
+def test_configs_and_recipes_do_without_the_extra():
+    """In one process: nothing of the extra is imported, and where it is missing, ``fit`` says how to install it."""
+    code = """
+import sys, repvgg.training
+from repvgg.errors import MissingDependencyError
+extra = {'lightning', 'torchvision', 'torchmetrics', 'matplotlib', 'tensorboard'}
+print((extra | {'rich'}) & {name.partition('.')[0] for name in sys.modules})
+sys.modules |= dict.fromkeys(extra)  # importing them fails from here on
+print(repvgg.training.recipe_of('cifar').epochs)
+try:
+    repvgg.training.fit
+except MissingDependencyError as error:
+    print(error)
+"""
+    out, err = fresh_process(code)
+    assert out.splitlines() == [
+        "set()",
+        "20",
+        "This needs 'lightning', which is not installed: pip install 'repvgg[train]'.",
+    ]
+    assert err == ""
 
 
 @pytest.mark.slow
-def test_says_nothing_in_a_fresh_process():
-    """Warnings that are shown once a process, and lines that Lightning logs, would be seen here."""
+def test_prints_nothing_in_a_fresh_process():
+    """Warnings that are shown once per process, and Lightning's log lines, would appear here."""
     code = (
         "from repvgg.training import TrainConfig, fit; from repvgg.data import DataConfig, open_data\n"
         "from torch import nn\n"
@@ -153,24 +173,24 @@ def test_shows_one_line():
     assert "took" in shown
 
 
-def test_runs_on_as_many_threads_as_asked():
+def test_runs_on_the_configured_number_of_threads():
     seen, before = set(), torch.get_num_threads()
-    data = watched(lambda batch: seen.add(torch.get_num_threads()))
+    data = observed(lambda batch: seen.add(torch.get_num_threads()))
     fit(tiny(), data, replace(CONFIG, threads=before + 2), progress=False)
     assert seen == {before + 2}
 
 
 @pytest.fixture
-def python_hears_ctrl_c():
-    """Python's own handler, which it does not install where a shell started it in the background."""
+def default_sigint_handler():
+    """Python does not install its handler where a shell started it in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("python_hears_ctrl_c")
+@pytest.mark.usefixtures("default_sigint_handler")
 @pytest.mark.parametrize("part", ["train_batches", "val_batches"])
-def test_ctrl_c_is_ctrl_c(part):
+def test_ctrl_c_raises_keyboard_interrupt(part):
     seen = []
 
     def interrupt(batch):
@@ -180,19 +200,19 @@ def test_ctrl_c_is_ctrl_c(part):
 
     handler, model = signal.getsignal(signal.SIGINT), tiny()
     with pytest.raises(KeyboardInterrupt):
-        fit(model, watched(interrupt, part), CONFIG, console=Console(file=io.StringIO()))
-    assert len(seen) == 2  # at once
+        fit(model, observed(interrupt, part), CONFIG, console=Console(file=io.StringIO()))
+    assert len(seen) == 2  # immediately
     assert signal.getsignal(signal.SIGINT) is handler
     assert not torch.are_deterministic_algorithms_enabled()
     assert not model.training
 
 
-def test_other_errors_come_through_as_they_are():
-    def tear(batch):
-        raise DataError("image 3 is torn")
+def test_errors_of_the_data_are_raised_unchanged():
+    def fail(batch):
+        raise DataError("image 3 is corrupt")
 
-    with pytest.raises(DataError, match="image 3 is torn"):
-        fit(tiny(), watched(tear), CONFIG, progress=False)
+    with pytest.raises(DataError, match="image 3 is corrupt"):
+        fit(tiny(), observed(fail), CONFIG, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +225,7 @@ def test_other_errors_come_through_as_they_are():
         (tiny, {"precision": "fp16"}, "Training in fp16 is not supported on a CPU: take bf16"),
     ],
 )
-def test_refuses_what_does_not_fit(model, change, text):
+def test_refusals(model, change, text):
     model = model()
     before = fingerprint(model)
     with pytest.raises(UsageError, match=text):
@@ -214,8 +234,8 @@ def test_refuses_what_does_not_fit(model, change, text):
     assert model.training
 
 
-def test_a_loss_that_is_no_number_ends_the_run(monkeypatch):
-    steps(monkeypatch, lambda task, batch, loss: None)
+def test_a_non_finite_loss_ends_the_run(monkeypatch):
+    observe_steps(monkeypatch, lambda task, batch, loss: None)
     monkeypatch.setattr(tasks, "classification_loss", lambda output, *_: output.logits.sum() * float("inf"))
     with pytest.raises(TrainingError, match=r"The loss of epoch 1 is (nan|inf): take a lower learning rate"):
         run()
@@ -246,8 +266,8 @@ def test_auxiliary_heads_are_trained():
 
 
 @pytest.mark.parametrize("change", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-def test_mixed_images_and_labels_reach_the_loss(monkeypatch, change):
-    """The targets are two classes of each image, and the images are a mixture of two as well."""
+def test_mixed_labels_reach_the_loss(monkeypatch, change):
+    """Each target is a mixture of two classes."""
     seen = []
     original = tasks.classification_loss
 
@@ -259,9 +279,9 @@ def test_mixed_images_and_labels_reach_the_loss(monkeypatch, change):
     mixed, _ = run(replace(CONFIG, **change))
     assert {tuple(targets.shape) for targets in seen} == {(16, 4)}
     assert_close(torch.cat(seen).sum(1), torch.ones(12 * 16))
-    shares = torch.stack([targets.amax(1).min() for targets in seen])
-    assert shares.min() < 0.95
-    assert len(set(shares.tolist())) > 5  # drawn anew for every batch
+    weights = torch.stack([targets.amax(1).min() for targets in seen])
+    assert weights.min() < 0.95
+    assert len(set(weights.tolist())) > 5  # drawn anew for every batch
     assert fingerprint(mixed) != fingerprint(run()[0])
     assert fingerprint(mixed) == fingerprint(run(replace(CONFIG, **change))[0])
 
@@ -288,8 +308,8 @@ def test_gradients_are_clipped(monkeypatch, device_batch, precision):
     assert max(norms) > 0.0999
 
 
-def test_rounds_add_up_to_one_batch():
-    """Without batch norm's statistics in the way, accumulated gradients are those of the whole batch."""
+def test_accumulated_gradients_are_those_of_the_batch():
+    """Without batch norm, whose statistics depend on the batch size."""
     weights = []
     for device_batch in (None, 4):
         with seeded("linear"):
@@ -299,9 +319,9 @@ def test_rounds_add_up_to_one_batch():
     assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_rate_follows_the_batch(monkeypatch):
+def test_the_learning_rate_scales_with_the_batch(monkeypatch):
     rates = []
-    steps(monkeypatch, lambda task, *_: rates.append(task.optimizers().param_groups[0]["lr"]))
+    observe_steps(monkeypatch, lambda task, *_: rates.append(task.optimizers().param_groups[0]["lr"]))
     config = replace(CONFIG, epochs=1, optim=OptimConfig(lr=0.32, lr_batch=64, warmup_epochs=0.0))
     _, result = run(config)
     assert rates[0] == pytest.approx(0.08)
@@ -311,25 +331,25 @@ def test_the_rate_follows_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"channels_last": True}, {"sync_bn": True}])
-def test_switches_compute_nearly_the_same(change):
-    _, plain = run(replace(CONFIG, epochs=1))
-    model, switched = run(replace(CONFIG, epochs=1, **change))
-    loose = 0.05 if "precision" in change else 1e-4
-    assert switched.history[0].loss == pytest.approx(plain.history[0].loss, rel=loose)
+def test_options_of_the_arithmetic_change_little(change):
+    _, reference = run(replace(CONFIG, epochs=1))
+    model, changed = run(replace(CONFIG, epochs=1, **change))
+    tolerance = 0.05 if "precision" in change else 1e-4
+    assert changed.history[0].loss == pytest.approx(reference.history[0].loss, rel=tolerance)
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32, torch.int64}
     assert all(value.is_contiguous() for value in model.state_dict().values())
 
 
 def test_bf16_computes_in_bf16(monkeypatch):
     kinds = set()
-    steps(monkeypatch, lambda task, *_: None)
+    observe_steps(monkeypatch, lambda task, *_: None)
     model = tiny()
     model.stem.conv.dense.conv.register_forward_hook(
         lambda module, inputs, out: kinds.add((module.training, out.dtype))
     )
     fit(model, opened(), replace(CONFIG, epochs=1, precision="bf16"), progress=False)
     assert (True, torch.bfloat16) in kinds
-    assert (False, torch.float32) in kinds  # what is judged in the end
+    assert (False, torch.float32) in kinds  # the final evaluation
 
 
 @pytest.mark.slow
@@ -349,16 +369,16 @@ def test_compiled(monkeypatch, tmp_path):
     assert fingerprint(again) == fingerprint(model)
 
 
-def test_augmentation_is_a_matter_of_training_only():
+def test_only_training_images_are_augmented():
     seen = []
-    data = watched(lambda batch: seen.append(batch[0].clone()))
+    data = observed(lambda batch: seen.append(batch[0].clone()))
     fit(tiny(), data, CONFIG, progress=False)
-    held_out = [torch.cat([images for images, _ in opened().val_batches(8)]) for _ in range(2)]
-    assert_close(held_out[0], held_out[1], rtol=0, atol=0)
+    validation = [torch.cat([images for images, _ in opened().val_batches(8)]) for _ in range(2)]
+    assert_close(validation[0], validation[1], rtol=0, atol=0)
     first, second = torch.cat(seen[:6]), torch.cat(seen[6:])
     whole = {tuple(image.flatten().tolist()) for image in first}
     again = {tuple(image.flatten().tolist()) for image in second}
-    assert 0.2 * 96 < len(whole & again) < 0.8 * 96  # about half are flipped as they were in the first epoch
+    assert 0.2 * 96 < len(whole & again) < 0.8 * 96  # as in the first epoch: one half
 
 
 @pytest.mark.slow
@@ -372,7 +392,7 @@ def test_quickstart_reaches_99_percent(seed):
 
 
 @pytest.mark.slow
-def test_quickstart_repeats_itself():
+def test_quickstart_is_reproducible():
     config = replace(quickstart(3), epochs=3)
     prints = []
     for _ in range(2):

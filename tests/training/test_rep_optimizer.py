@@ -1,4 +1,4 @@
-"""Plain kernels with scaled gradients go the way of branches with constant scales."""
+"""Plain kernels with scaled gradients follow the trajectory of branches with constant scales."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.bn_statistics import trained_like
 
 
 def branched():
-    """Two blocks with scales of their own, one of them with an identity, in training mode."""
+    """Return a model with two blocks of different scales, one of them with an identity, in training mode."""
     torch.manual_seed(0)
     scales = torch.rand(4, generator=torch.Generator().manual_seed(1)) + 0.5
     model = nn.Sequential(
@@ -48,7 +48,7 @@ def backward(model, batch):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_plain_model_goes_the_way_of_the_branches(nesterov):
+def test_the_plain_model_follows_the_branches(nesterov):
     model = branched()
     plain, multipliers = merge_constant_scale_branches(model)
     assert not any(isinstance(part, ConstantScaleSum) for part in plain.modules())
@@ -66,7 +66,7 @@ def test_the_plain_model_goes_the_way_of_the_branches(nesterov):
     assert_close(plain(images), model(images), rtol=1e-9, atol=1e-12)
 
 
-def test_without_multipliers_it_goes_another_way():
+def test_without_multipliers_it_deviates():
     model = branched()
     plain, _ = merge_constant_scale_branches(model)
     for network in (model, plain):
@@ -85,8 +85,8 @@ def test_multipliers_by_hand():
     assert ConstantScaleSum(Geometry.square(2, 2, 2), 2.0, 3.0).multiplier()[0, 0, 1, 1] == 13
 
 
-def test_a_closure_and_gradients_that_stay():
-    """What Lightning calls; and a second step on the same gradients scales them once each."""
+def test_closures_work_and_gradients_are_restored():
+    """Lightning passes closures; a second step on the same gradients scales them once."""
     steps = []
     for with_closure in (False, True):
         plain, multipliers = merge_constant_scale_branches(branched())
@@ -104,7 +104,7 @@ def test_a_closure_and_gradients_that_stay():
     assert_close(*steps, rtol=1e-12, atol=1e-12)
 
 
-def test_removed_it_leaves_the_optimizer_alone():
+def test_a_removed_hook_has_no_effect():
     plain, multipliers = merge_constant_scale_branches(branched())
     other, _ = merge_constant_scale_branches(branched())
     wrapped, bare = RepOptimizer(sgd(plain), multipliers), sgd(other)
@@ -115,7 +115,7 @@ def test_removed_it_leaves_the_optimizer_alone():
     assert_close(plain[0].weight, other[0].weight, rtol=0, atol=0)
 
 
-def test_the_block_of_the_table():
+def test_the_registered_block():
     model = nn.Sequential(BLOCKS["constant_scale"].make(Geometry.square(3, 3)), nn.ReLU()).double()
     plain, multipliers = merge_constant_scale_branches(model)
     x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_the_block_of_the_table():
     assert [tuple(p.shape) for p in multipliers] == [(3, 3, 3, 3)]
 
 
-def test_what_does_not_fit():
+def test_refusals():
     plain, multipliers = merge_constant_scale_branches(branched())
     with pytest.raises(UsageError, match="The model has no block of constant scales"):
         merge_constant_scale_branches(plain)
@@ -131,5 +131,5 @@ def test_what_does_not_fit():
         RepOptimizer(sgd(branched()), multipliers)
     with pytest.raises(UsageError, match="that shape"):
         RepOptimizer(sgd(plain), {plain[0].weight: torch.ones(1)})
-    with pytest.raises(UsageError, match="one scale or as many"):
+    with pytest.raises(UsageError, match=r"A branch of 4 channels needs 1 or 4 scales, got 3"):
         ConstantScaleSum(Geometry.square(3, 4), dense=torch.ones(3))

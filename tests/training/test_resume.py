@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with the same bits as one that was left alone."""
+"""A run that is killed at any moment and resumed ends with the same bits as an uninterrupted one."""
 
 import random
 import shutil
@@ -24,25 +24,25 @@ def configured(folder, config):
 
 
 def start(server, folder, config, stop=None):
-    """Begin a run, or go on with it."""
+    """Start a run, or resume it."""
     file = configured(folder.parent, config)
     return server("train", "--config", file, "--out", folder, "--resume", stop=stop)
 
 
-def left_alone(server, folder, config):
+def uninterrupted(server, folder, config):
     code, text = start(server, folder, config)
     assert code == 0, text
     return flat(outcome(folder))
 
 
 @pytest.fixture(scope="module")
-def whole_folder(tmp_path_factory):
+def reference_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("whole") / "run"
 
 
 @pytest.fixture(scope="module")
-def expected(server, whole_folder):
-    return left_alone(server, whole_folder, EVERYTHING)
+def expected(server, reference_folder):
+    return uninterrupted(server, reference_folder, EVERYTHING)
 
 
 def assert_same(folder, expected):
@@ -56,17 +56,17 @@ def assert_same(folder, expected):
 
 
 def flat(value, name=""):
-    """Leaves by the way to them."""
+    """Flatten nested containers: path → leaf."""
     if not isinstance(value, (dict, list, tuple)):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {leaf: one for key, part in items for leaf, one in flat(part, f"{name}/{key}").items()}
 
 
-# Where a run is killed, one process after the other; each goes on from what the one before saved.
+# Where a run is killed, one process after the other; each resumes from the checkpoint of the one before.
 SERIES = {
-    "within epochs": [("step", 5), ("half a file", 2), ("judging", 2)],
-    "at their ends": [("epoch saved", 4), ("epoch kept", 2), ("end", 1)],
+    "within epochs": [("step", 5), ("half a file", 2), ("validation", 2)],
+    "at their ends": [("checkpoint saved", 4), ("epoch written", 2), ("end", 1)],
 }
 
 
@@ -86,7 +86,8 @@ def test_killed(server, expected, tmp_path, series):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_often_and_anywhere(server, tmp_path, seed, workers):
-    """One seed takes another accumulation, layout, optimizer and rhythm of saving; bits are compared to its own run."""
+    """Each seed draws an accumulation, memory format, optimizer and save interval; its own uninterrupted run is the
+    reference."""
     draw = random.Random(f"{seed} {workers}")
     config = replace(
         with_workers(EVERYTHING, workers),
@@ -99,7 +100,7 @@ def test_killed_often_and_anywhere(server, tmp_path, seed, workers):
         precision=draw.choice(["float32", "bf16"]),
         optim=replace(EVERYTHING.optim, custom_l2=draw.random() < 0.5, clip=draw.choice([None, 0.5])),
     )
-    whole = left_alone(server, tmp_path / "whole", config)
+    reference = uninterrupted(server, tmp_path / "whole", config)
     kills = 0
     for attempt in range(60):
         event, most = draw.choice(EVENTS) if attempt else ("step", 20)
@@ -110,25 +111,25 @@ def test_killed_often_and_anywhere(server, tmp_path, seed, workers):
         kills += 1
     assert code == 0
     assert kills > 0
-    assert_same(tmp_path / "run", whole)
+    assert_same(tmp_path / "run", reference)
 
 
-# With how many of them a run has at most; the weights of a run are made by its steps.
+# Each with the highest count that occurs in a run; steps are drawn more often, since they make the weights.
 EVENTS = [
     *(4 * [("step", 20)]),
-    ("judging", 6),
-    ("epoch kept", 2),
-    ("epoch saved", 10),
+    ("validation", 6),
+    ("epoch written", 2),
+    ("checkpoint saved", 10),
     ("half a file", 10),
     ("end", 1),
 ]
 
 
 @pytest.mark.slow
-def test_killed_with_loading_processes(server, expected, tmp_path):
-    """Batches, and with them all bits, are those of a run that loads by itself."""
+def test_killed_with_data_workers(server, expected, tmp_path):
+    """Batches, and so all bits, are those of a run without workers."""
     config = with_workers(EVERYTHING, 2)
-    for event, count in [("step", 7), ("judging", 2), ("step", 5)]:
+    for event, count in [("step", 7), ("validation", 2), ("step", 5)]:
         code, text = start(server, tmp_path / "run", config, (event, count, KILL))
         assert code == -KILL, text
     code, text = start(server, tmp_path / "run", config)
@@ -138,19 +139,19 @@ def test_killed_with_loading_processes(server, expected, tmp_path):
 
 @pytest.mark.parametrize("step", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (STEPS, 2 * STEPS + 1))])
 def test_sigterm_saves_first(server, expected, tmp_path, step):
-    """In the middle of an epoch, at its last batch, and behind one that was saved."""
+    """In the middle of an epoch, at its last batch, and right after one that was saved."""
     code, text = start(server, tmp_path / "run", EVERYTHING, ("step", step, TERM))
     assert code == 143
-    said = f"warning: terminated; go on with: repvgg train --config {tmp_path / 'run' / 'config.yaml'} --resume"
-    assert text.splitlines()[-1] == said
+    warning = f"warning: terminated; go on with: repvgg train --config {tmp_path / 'run' / 'config.yaml'} --resume"
+    assert text.splitlines()[-1] == warning
     code, text = server("train", "--config", tmp_path / "run" / "config.yaml", "--resume")
     assert code == 0, text
     assert_same(tmp_path / "run", expected)
 
 
 @pytest.mark.slow
-def test_sigterm_while_judging_waits_for_the_epoch(server, expected, tmp_path):
-    code, text = start(server, tmp_path / "run", EVERYTHING, ("judging", 1, TERM))
+def test_sigterm_during_validation_waits_for_the_epoch(server, expected, tmp_path):
+    code, text = start(server, tmp_path / "run", EVERYTHING, ("validation", 1, TERM))
     assert code == 143, text
     assert read_position(tmp_path / "run" / "last.ckpt") == (1, 0, 3)
     assert start(server, tmp_path / "run", EVERYTHING)[0] == 0
@@ -158,13 +159,13 @@ def test_sigterm_while_judging_waits_for_the_epoch(server, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_last_epoch_comes_too_late(server, expected, tmp_path):
+def test_sigterm_in_the_last_step_lets_the_run_finish(server, expected, tmp_path):
     code, text = start(server, tmp_path / "run", EVERYTHING, ("step", 3 * STEPS, TERM))
     assert code == 0, text
     assert_same(tmp_path / "run", expected)
 
 
-def test_ctrl_c_ends_at_once(server, expected, tmp_path):
+def test_ctrl_c_ends_immediately(server, expected, tmp_path):
     code, text = start(server, tmp_path / "run", EVERYTHING, ("step", STEPS + 4, INT))
     assert code == 130
     assert text.endswith("interrupted\n")
@@ -174,8 +175,8 @@ def test_ctrl_c_ends_at_once(server, expected, tmp_path):
     assert_same(tmp_path / "run", expected)
 
 
-def test_a_finished_run_ends_as_it_did(server, expected, tmp_path, whole_folder):
-    shutil.copytree(whole_folder, tmp_path / "run")
+def test_a_finished_run_can_be_resumed(server, expected, tmp_path, reference_folder):
+    shutil.copytree(reference_folder, tmp_path / "run")
     for name in ("train", "plain"):
         (tmp_path / "run" / f"{name}.safetensors").unlink()
     code, text = start(server, tmp_path / "run", EVERYTHING)

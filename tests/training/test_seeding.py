@@ -10,13 +10,13 @@ def draw(*keys):
         return torch.rand(4)
 
 
-def test_the_same_keys_draw_the_same():
+def test_equal_keys_draw_equal_numbers():
     assert_close(draw("step", 1, 2), draw("step", 1, 2), rtol=0, atol=0)
     others = [draw("step", 1, 3), draw("step", 2, 2), draw("fit", 1, 2), draw("step", 12)]
     assert all((draw("step", 1, 2) - other).abs().max() > 1e-3 for other in others)
 
 
-def test_the_world_outside_goes_on_undisturbed():
+def test_the_state_outside_is_restored():
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)

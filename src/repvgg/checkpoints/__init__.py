@@ -1,4 +1,4 @@
-"""Checkpoint files of this library, which have a header, and of other libraries, which are recognized by their names."""
+"""Checkpoint files: of this library, with a header, and of others, recognized by their names."""
 
 from repvgg.checkpoints.files import (
     Checkpoint,

@@ -61,3 +61,33 @@ def test_fields_that_make_no_sense(tmp_path, field, value):
 def test_lists_that_are_none(tmp_path, field, value):
     with pytest.raises(CheckpointError, match="header that cannot be read"):
         read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))
+
+
+OLD_HEADER = (  # of version 0.1.0, with every field
+    '{"classes": ["cat", "dog"], "ema": true, "form": "train", "in_channels": 3, "input_size": 8, '
+    '"mean": [0.485, 0.456, 0.406], "metrics": {"held_out_accuracy": 0.75, "held_out_top5": 1.0}, '
+    '"model": "tiny", "num_classes": 2, "recipe": {"epochs": 2, "data": {"uri": "fake:96x4", "mean": null}, '
+    '"optim": {"lr": 0.05, "clip": null}}, "source": "timm", "spec": {"name": "tiny"}, "std": [0.229, 0.224, 0.225], '
+    '"version": "0.1.0"}'
+)
+
+
+def test_a_header_of_version_0_1_0(tmp_path):
+    found = read_checkpoint(write(tmp_path / "a.safetensors", OLD_HEADER)).metadata
+    assert found == Metadata(
+        "tiny",
+        "train",
+        num_classes=2,
+        in_channels=3,
+        input_size=8,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        classes=("cat", "dog"),
+        recipe={"epochs": 2, "data": {"uri": "fake:96x4", "mean": None}, "optim": {"lr": 0.05, "clip": None}},
+        metrics={"held_out_accuracy": 0.75, "held_out_top5": 1.0},
+        version="0.1.0",
+        ema=True,
+        source="timm",
+        spec={"name": "tiny"},
+    )
+    assert found.to_header() == {"format": "pt", "repvgg": OLD_HEADER}
