@@ -57,9 +57,7 @@ def test_the_average_is_validated():
     def evaluate_again(history, weights):
         other = tiny()
         other.load_state_dict(weights)
-        accuracies.append(
-            (history[-1].held_out_accuracy, evaluate(other, data.val_batches(8), data.prepare).accuracy)
-        )
+        accuracies.append((history[-1].held_out_accuracy, evaluate(other, data.val_batches(8), data.prepare).accuracy))
 
     result = fit(model, data, config, progress=False, on_epoch=evaluate_again)
     assert len(accuracies) == 2
