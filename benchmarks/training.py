@@ -1,16 +1,17 @@
-"""Training steps a second of a RepVGG row, beside timm's and beside the same net without branches.
+"""Training steps per second of a RepVGG architecture, compared with timm's and with the same net without branches.
 
     python benchmarks/training.py [--model repvgg_a0 --size 160 --batch 16 --rounds 30 --threads 2]
                                   [--settings channels_last:bf16:eager ...] [--sections speed lightning]
                                   [--json training.json]
 
-A step is forward, backward and SGD with momentum, in the same loop for all. Each contestant is first tried alone, in
-a process of its own, at every setting of layout, AMP and torch.compile: that gives its best setting and the peak of the
-process (Linux), and survives crashes: timm's RepVGG in channels_last dies on x86 CPUs of oneDNN's strided 1x1 weight
-gradient, and compiled it takes that path in any layout. A setting that corrupts memory, as glibc's checker sees it, is
-out even where the process lives on. The best of each then run round by round in one process; ratios are taken within a
-round. The section ``lightning`` sets ``repvgg.training.fit`` beside a loop by hand over the same model and data. Other
-work on the machine spoils the numbers, more so with two threads. Needs the extra ``timm``.
+A step is forward, backward and SGD with momentum, in the same loop for all models. Each model first runs alone, in its
+own process, at every setting of memory format, AMP and torch.compile: that finds its best setting and the peak memory
+of the process (Linux), and survives crashes. timm's RepVGG in channels_last crashes on x86 CPUs in oneDNN's weight
+gradient of strided 1x1 convolutions, and compiled it takes that path in any format. A setting that corrupts memory,
+according to glibc's checker, is excluded even if the process survives. The best settings then run round by round in one
+process; ratios are taken within a round. The section ``lightning`` compares ``repvgg.training.fit`` with a hand-written
+loop over the same model and data. Other load on the machine distorts the numbers, more so with two threads. Needs the
+extra ``timm``.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ from repvgg.models import ModelSpec, create_model, spec_of
 from repvgg.training import TrainConfig, fit, recipe_of, seeded
 from repvgg.training.optim import build_optimizer
 
-CONTESTANTS = ("repvgg", "timm", "no branches")
+MODELS = ("repvgg", "timm", "no branches")
 SETTINGS = [
     ":".join(parts)
     for parts in itertools.product(("contiguous", "channels_last"), ("float32", "bf16"), ("eager", "compile"))
 ]
-OVER_TIMM, OF_NO_BRANCHES, WITH_LIGHTNING = 1.15, 0.9, 0.95
+# Required ratios of throughput: over timm, of the net without branches, of the hand-written loop.
+OVER_TIMM, OF_NO_BRANCHES, OF_PLAIN_LOOP = 1.15, 0.9, 0.95
 SECTIONS = ("speed", "lightning")
-CLASSES, TRIAL_STEPS, TRIAL_SECONDS = 1000, 12, 600
+CLASSES, TRIAL_STEPS, TRIAL_LIMIT_SECONDS = 1000, 12, 600
 
 
 def without_branches(spec: ModelSpec) -> nn.Sequential:
-    """Conv3x3, BN and ReLU in the place of every block."""
+    """Build the architecture with conv3x3, BN and ReLU in place of every block."""
     channels, layers = 3, nn.Sequential()
     for stage in (spec.stem, *spec.stages):
         for position in range(stage.depth):
@@ -62,8 +64,8 @@ def without_branches(spec: ModelSpec) -> nn.Sequential:
     return layers.extend((nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)))
 
 
-def timms(spec: ModelSpec) -> nn.Module:
-    """The row out of timm; for a row that timm does not have, its class with the stages of ours."""
+def timm_model(spec: ModelSpec) -> nn.Module:
+    """Build timm's model of that name, or its class with our stages if it has none."""
     import timm
     from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 
@@ -76,17 +78,17 @@ def timms(spec: ModelSpec) -> nn.Module:
     return net
 
 
-def stepper(contestant: str, setting: str, spec: ModelSpec, size: int, batch: int) -> Callable[[], object]:
-    """One training step on fixed random images, without arguments."""
+def make_step(name: str, setting: str, spec: ModelSpec, size: int, batch: int) -> Callable[[], object]:
+    """Return a function that takes one training step on fixed random images."""
     torch.manual_seed(0)
     layout, amp, mode = setting.split(":")
     makers = {
         "repvgg": lambda: create_model(spec),
-        "timm": lambda: timms(spec),
+        "timm": lambda: timm_model(spec),
         "no branches": lambda: without_branches(spec),
     }
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = makers[contestant]().to(memory_format=memory_format).train()
+    model = makers[name]().to(memory_format=memory_format).train()
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
     labels = torch.randint(0, CLASSES, (batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
@@ -102,58 +104,58 @@ def stepper(contestant: str, setting: str, spec: ModelSpec, size: int, batch: in
     return step
 
 
-def seconds(step: Callable[[], object], times: int = 2) -> float:
+def seconds_per_step(step: Callable[[], object], times: int = 2) -> float:
     start = time.perf_counter()
     for _ in range(times):
         step()
     return (time.perf_counter() - start) / times
 
 
-def trial(contestant: str, setting: str, spec: ModelSpec, size: int, batch: int) -> dict[str, float]:
-    """Seconds a step (the median) and peak memory, of this process."""
-    step = stepper(contestant, setting, spec, size, batch)
+def trial(name: str, setting: str, spec: ModelSpec, size: int, batch: int) -> dict[str, float]:
+    """Measure the median seconds per step and the peak memory in this process."""
+    step = make_step(name, setting, spec, size, batch)
     step()
     step()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which includes the imports
     before = resident_mebibytes("VmRSS")
-    times = [seconds(step, 1) for _ in range(TRIAL_STEPS)]
+    times = [seconds_per_step(step, 1) for _ in range(TRIAL_STEPS)]
     return {"seconds": statistics.median(times), "peak": resident_mebibytes("VmHWM"), "resident": before}
 
 
 def resident_mebibytes(which: str) -> float:
-    """The resident set of this process on Linux, now ("VmRSS") or at its largest ("VmHWM")."""
+    """Return the resident set of this process on Linux: now ("VmRSS") or its peak ("VmHWM")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) / 1024
 
 
 def trials(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float] | None]]:
-    """Every contestant at every setting; None where the process died."""
-    found: dict[str, dict[str, dict[str, float] | None]] = {name: {} for name in CONTESTANTS}
+    """Run every model at every setting in its own process; None where it crashed."""
+    found: dict[str, dict[str, dict[str, float] | None]] = {name: {} for name in MODELS}
     print(f"{'alone':14}{'setting':30}{'img/s':>8}{'peak MiB':>10}")
-    for name, setting in itertools.product(CONTESTANTS, arguments.settings):
+    for name, setting in itertools.product(MODELS, arguments.settings):
         own = [sys.executable, __file__, "--trial", name, setting, *common(arguments)]
         try:
-            run = subprocess.run(own, capture_output=True, text=True, check=False, timeout=TRIAL_SECONDS)
+            run = subprocess.run(own, capture_output=True, text=True, check=False, timeout=TRIAL_LIMIT_SECONDS)
             outcome = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else None
-            why = f"died ({run.returncode})"
+            failure = f"crashed ({run.returncode})"
             if outcome and not heap_is_sound(own):
-                outcome, why = None, "corrupts memory, though it did not die"
+                outcome, failure = None, "corrupts memory, without crashing"
         except subprocess.TimeoutExpired:
-            outcome, why = None, f"no end within {TRIAL_SECONDS} s"
+            outcome, failure = None, f"not finished within {TRIAL_LIMIT_SECONDS} s"
         found[name][setting] = outcome
-        told = f"{arguments.batch / outcome['seconds']:8.1f}{outcome['peak']:10.0f}" if outcome else why.rjust(8)
-        print(f"{name:14}{setting:30}{told}", flush=True)
+        shown = f"{arguments.batch / outcome['seconds']:8.1f}{outcome['peak']:10.0f}" if outcome else failure.rjust(8)
+        print(f"{name:14}{setting:30}{shown}", flush=True)
     return found
 
 
 def heap_is_sound(command: list[str]) -> bool:
-    """Whether the same process ends well where glibc checks each block of memory; taken for granted elsewhere."""
+    """Return whether the same process succeeds while glibc checks each heap block; True where there is no checker."""
     checker = next(Path("/").glob("usr/lib*/**/libc_malloc_debug.so.0"), None)
     if checker is None:
         return True
     environment = {**os.environ, "LD_PRELOAD": str(checker), "MALLOC_CHECK_": "3"}
-    run = subprocess.run(command, capture_output=True, check=False, env=environment, timeout=TRIAL_SECONDS)
+    run = subprocess.run(command, capture_output=True, check=False, env=environment, timeout=TRIAL_LIMIT_SECONDS)
     return run.returncode == 0
 
 
@@ -163,18 +165,19 @@ def common(arguments: argparse.Namespace) -> list[str]:
 
 
 def duel(best: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step of each at its best setting, round by round; each round starts with the next one."""
+    """Measure seconds per step of each model at its best setting, round by round."""
     spec = spec_of(arguments.model)
-    steps = {name: stepper(name, setting, spec, arguments.size, arguments.batch) for name, setting in best.items()}
+    steps = {name: make_step(name, setting, spec, arguments.size, arguments.batch) for name, setting in best.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        seconds(step, 3)
+        seconds_per_step(step, 3)
     gc.collect()
-    gc.disable()
+    gc.disable()  # a collection would count for the model that happens to run
     names = list(steps)
     for index in range(arguments.rounds):
+        # Rotated, so that the order does not favour one of them.
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            times[name].append(seconds(steps[name]))
+            times[name].append(seconds_per_step(steps[name]))
     gc.enable()
     return times
 
@@ -185,7 +188,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, object]:
-    """The first section: speed and memory of the three, and the verdicts."""
+    """Run the section ``speed``: throughput and memory of the models, and whether the required ratios are met."""
     found = trials(arguments)
     best = {
         name: min((setting for setting in tried if tried[setting]), key=lambda s: tried[s]["seconds"])
@@ -194,7 +197,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, object]:
     }
     times = duel(best, arguments)
     rows = {}
-    print(f"\n{'side by side':14}{'setting':30}{'img/s (quartiles)':26}{'repvgg is faster by'}")
+    print(f"\n{'side by side':14}{'setting':30}{'img/s (quartiles)':26}{'speed-up of repvgg'}")
     for name, setting in best.items():
         low, middle, high = (arguments.batch / value for value in reversed(quartiles(times[name])))
         ratios = quartiles([other / own for own, other in zip(times["repvgg"], times[name], strict=True)])
@@ -208,8 +211,8 @@ def speed(arguments: argparse.Namespace) -> dict[str, object]:
     return {"trials": found, "best": rows}
 
 
-def bare_epochs(config: TrainConfig, data: ImageData, epochs: int) -> list[float]:
-    """Images per second of each epoch of a loop that a person would write by hand over the same model and data."""
+def plain_loop_epochs(config: TrainConfig, data: ImageData, epochs: int) -> list[float]:
+    """Return images per second of each epoch of a hand-written training loop over the same model and data."""
     with seeded("model", config.seed):
         model = create_model(config.model, len(data.classes), data.input_shape[0]).train()
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -236,7 +239,7 @@ def bare_epochs(config: TrainConfig, data: ImageData, epochs: int) -> list[float
 
 
 def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
-    """``fit`` beside the loop by hand, a run of two epochs each in turn; the first epoch of a run warms up."""
+    """Compare ``fit`` with the hand-written loop: runs of two epochs in turn, of which the first warms up."""
     recipe = recipe_of("cifar")
     config = replace(
         recipe,
@@ -254,12 +257,12 @@ def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
         with seeded("model", config.seed):
             model = create_model(config.model, len(data.classes), data.input_shape[0])
         ours.append(fit(model, data, config, progress=False).history[-1].images_per_second)
-        theirs.append(bare_epochs(config, data, 2)[-1])
+        theirs.append(plain_loop_epochs(config, data, 2)[-1])
         ratios.append(ours[-1] / theirs[-1])
     q1, median, q3 = statistics.quantiles(ratios, n=4)
     print(
-        f"\nLightning     fit {statistics.median(ours):.0f} img/s, by hand {statistics.median(theirs):.0f} img/s, "
-        f"ratio {median:.3f} ({q1:.3f} to {q3:.3f}), at least {WITH_LIGHTNING} wanted"
+        f"\nLightning     fit {statistics.median(ours):.0f} img/s, hand-written {statistics.median(theirs):.0f} img/s, "
+        f"ratio {median:.3f} ({q1:.3f} to {q3:.3f}), at least {OF_PLAIN_LOOP} wanted"
     )
     return {
         "fit": statistics.median(ours),
