@@ -1,4 +1,4 @@
-"""Context managers that change global or module state and restore it: eval mode, threads, precision, GC.
+"""Context managers that change global or module state and restore it: eval mode, threads, precision, GC, seed.
 
 PyTorch keeps the precision of float32 products in a tree: ``generic.all`` above ``cuda.all`` and ``mkldnn.all``, each
 above ``matmul``, ``conv`` and ``rnn``. A node without a value of its own inherits that of its parent.
@@ -7,6 +7,7 @@ above ``matmul``, ``conv`` and ``rnn``. A node without a value of its own inheri
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -89,3 +90,25 @@ def set_precision(node: PrecisionNode, value: str) -> None:
     """Give a node a value of its own; ``"none"`` makes it inherit."""
     # Not the public torch.backends.mkldnn.fp32_precision: assigning it writes generic.all (seen in PyTorch 2.15).
     torch._C._set_fp32_precision_setter(*node, value)
+
+
+@contextmanager
+def seeded(*keys: int | str) -> Iterator[None]:
+    """Seed torch's CPU generator from ``keys`` inside the context, and restore its state afterwards.
+
+    Keys that name a position, such as ``seeded("step", seed, step)``, make random numbers a function of that position:
+    a step of a resumed run draws what the same step of an uninterrupted run draws, without saved generator state. Use
+    it around the creation of a model too, which draws the initial weights::
+
+        with seeded("model", 0):
+            model = create_model("repvgg_t0", num_classes=10, in_channels=1)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(*keys))
+        yield
+
+
+def derived_seed(*keys: int | str) -> int:
+    """Hash ``keys`` into a seed of 63 bits, the same on every machine and for every PYTHONHASHSEED."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch takes int64 seeds

@@ -7,6 +7,7 @@ is imported on first use: they take seconds, and a help text needs neither.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from repvgg._contexts import seeded
 from repvgg.errors import require
 from repvgg.training.config import (
     DecayPolicy,
@@ -22,7 +23,6 @@ from repvgg.training.evaluation import Evaluation, evaluate
 from repvgg.training.optim import equivalent_l2, learning_rate_factor, parameter_groups
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
 from repvgg.training.rep_optimizer import RepOptimizer, merge_constant_scale_branches
-from repvgg.training.seeding import seeded
 
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord

@@ -14,11 +14,11 @@ from typing import final
 import torch
 from torch import nn
 
+from repvgg._contexts import seeded
 from repvgg.collapse import is_plain, reparameterize
 from repvgg.data import ImageData
 from repvgg.errors import EquivalenceError, TrainingError
 from repvgg.training.config import TrainConfig
-from repvgg.training.seeding import seeded
 from repvgg.training.task import classification_loss
 from repvgg.verify import Evidence, verify
 

@@ -8,12 +8,12 @@ from typing import final
 
 from torch import nn
 
+from repvgg._contexts import seeded
 from repvgg.data import ImageData
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
 from repvgg.models import RepVGG, create_model, load
 from repvgg.training.config import TrainConfig
-from repvgg.training.seeding import seeded
 
 _EXPANSION_BATCHES = 4
 _PLAIN_WARNING = (

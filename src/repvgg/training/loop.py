@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from repvgg._contexts import eval_mode, num_threads
+from repvgg._contexts import eval_mode, num_threads, seeded
 from repvgg.data import ImageData, TrainLoader, ValLoader
 from repvgg.errors import UsageError, first_line
 from repvgg.training.callbacks import EpochEvents, EpochRecord, History, MovingAverage, ProgressBar
@@ -31,7 +31,6 @@ from repvgg.training.distributed import (
 )
 from repvgg.training.evaluation import Evaluation, device_of, evaluate
 from repvgg.training.lightning_isolation import DeferredLoader, isolate_lightning
-from repvgg.training.seeding import seeded
 from repvgg.training.task import ClassificationTask
 
 TENSORBOARD_FOLDER = "tensorboard"  # inside the folder of the run

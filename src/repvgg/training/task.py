@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from repvgg._contexts import seeded
 from repvgg.errors import TrainingError
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan, plan_batches
 from repvgg.training.optim import build_optimizer, equivalent_l2
-from repvgg.training.seeding import seeded
 
 _LOSS_KEY = "repvgg_losses"  # in last.ckpt; checkpoints in the field have it
 

@@ -1,8 +1,7 @@
 import torch
 from torch.testing import assert_close
 
-from repvgg.training import seeded
-from repvgg.training.seeding import derived_seed
+from repvgg._contexts import derived_seed, seeded
 
 
 def draw(*keys):
