@@ -1,15 +1,15 @@
-"""Collapse the zoo: models of timm and torchvision, beside timm's own function and torch's, in one run.
+"""Collapse models of timm and torchvision, compared with timm's own function and torch's.
 
     python benchmarks/collapse_zoo.py [--models PATTERN …] [--json OUT] [--markdown] [--threads 1]
 
 Each model has random weights, batch norms with statistics of images (seeded) and float64; it is collapsed by
 ``repvgg.reparameterize``, by timm's ``reparameterize_model`` (timm models) and by torch's
-``torch.fx.experimental.optimization.fuse`` where that can trace it. A cell shows parameters, multiply-adds for one
-image, batch norms that are left (modules or executed ones, whichever are more: torch's outcome may call functions), the
-largest difference relative to the largest output, and seconds (one run). What must hold: ours errs by 1e-10 at most,
-and has no more parameters, multiply-adds or batch norms than the model as it is, and than a peer that errs by less
-than 1e-4 (timm's rounds some weights to float32). Exit code 1 if that does not hold for a row, or a row failed. A peer
-that fails fails no row. Needs the extra ``timm``.
+``torch.fx.experimental.optimization.fuse`` if that can trace it. A cell shows parameters, multiply-adds for one
+image, batch norms that are left (modules or executed ones, whichever are more: torch's result may call functions), the
+largest difference relative to the largest output, and seconds (one run). Required: our error is at most 1e-10, and our
+model has no more parameters, multiply-adds or batch norms than the original, and than a peer that errs by less than
+1e-4 (timm's rounds some weights to float32). Exit code 1 if that does not hold for a model, or a model failed. A
+failing peer is not an error. Needs the extra ``timm``.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ TORCHVISION = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo: how it is made, and the size of the image that it takes."""
+    """A model: how to create it, and the size of its input image."""
 
     name: str
     maker: str
     size: tuple[int, int] = SIZE
-    told: bool = False  # the size, when it is made: its attention is made for one size
+    img_size: bool = False  # whether the size is passed on creation, because attention is built for one size
 
     @property
     def label(self) -> str:
-        """The size of the image, and whether the model was made for it."""
-        fixed = " (img_size=)" if self.told else " (the only one)" if self.size != SIZE else ""
+        """The size of the image, and whether the model was created for it."""
+        fixed = " (img_size=)" if self.img_size else " (the only one)" if self.size != SIZE else ""
         return f"{self.size[0]}x{self.size[1]}{fixed}"
 
     def make(self) -> nn.Module:
-        """The model with random weights, as after training, in float64 and eval mode."""
+        """Return the model with trained-looking random weights, in float64 and eval mode."""
         torch.manual_seed(0)
         if self.maker == "timm":
             import timm
 
-            told: dict[str, Any] = {"img_size": self.size} if self.told else {}
-            model: nn.Module = timm.create_model(self.name, **told)
+            options: dict[str, Any] = {"img_size": self.size} if self.img_size else {}
+            model: nn.Module = timm.create_model(self.name, **options)
         else:
             more = {"init_weights": False} if self.name in ("googlenet", "inception_v3") else {}
             model = torchvision.models.get_model(self.name, weights=None, **more)
@@ -80,15 +80,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contender made of a model.
+    """The result of one variant on a model.
 
     Attributes:
         params: number of parameters.
         macs: multiply-adds for one image.
         norms: number of batch norms that are left.
         error: largest difference to the model as it is, relative to its largest output.
-        seconds: what it took.
-        failure: why there is no outcome; the numbers are 0 then.
+        seconds: duration.
+        failure: why there is no result; all numbers are then 0.
     """
 
     params: int = 0
@@ -103,18 +103,18 @@ class Outcome:
 
     @property
     def cell(self) -> str:
-        """With error and seconds, for what is not the model itself."""
+        """The same with error and seconds, for everything but the original model."""
         return self.failure or f"{self}, {self.error:.0e}, {self.seconds:.1f}s"
 
     @property
     def comparable(self) -> bool:
-        """Whether it computes, at least roughly, what the model computes."""
+        """Whether it computes approximately what the model computes."""
         return not self.failure and self.error <= PEERS_TOLERANCE
 
 
 @dataclass(frozen=True)
-class Row:
-    """All contenders on one model, by name; "as it is" is the model itself."""
+class Comparison:
+    """All variants of one model, by name; "as it is" is the model itself."""
 
     entry: Entry
     outcomes: dict[str, Outcome]
@@ -122,12 +122,12 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What does not hold, or "holds"."""
+        """The failed requirements, or "holds"."""
         return self.failure or "; ".join(self._broken()) or "holds"
 
     @property
     def holds(self) -> bool:
-        """Whether all holds that must."""
+        """Whether all requirements hold."""
         return self.verdict == "holds"
 
     def _broken(self) -> Iterator[str]:
@@ -144,12 +144,12 @@ class Row:
                     yield f"more {field} than {name} ({mine:,} > {theirs:,})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data, for JSON."""
+        """Return the comparison as plain data, for JSON."""
         return {**asdict(self), "verdict": self.verdict, "holds": self.holds}
 
 
 def trained(model: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """Factors as after training, and statistics of images, nearly: every fold shows, and no number explodes."""
+    """Set trained-looking factors and near-true statistics, so that every fold matters and activations stay bounded."""
     generator = torch.Generator().manual_seed(0)
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_var is not None]
     for part in norms:
@@ -185,7 +185,7 @@ def fused_by_torch(model: nn.Module) -> nn.Module:
     return fuse(model)
 
 
-def contenders(entry: Entry, image: Tensor) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def variants(entry: Entry, image: Tensor) -> dict[str, Callable[[nn.Module], nn.Module]]:
     timms = {"timm": collapsed_by_timm} if entry.maker == "timm" else {}
     return {"ours": lambda model: collapsed_by_repvgg(model, image), **timms, "torch.fx": fused_by_torch}
 
@@ -204,7 +204,7 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def batch_norms(model: nn.Module, done: Walk) -> int:
-    """How many modules are batch norms, by whatever class, or how many were executed, if these are more."""
+    """Return the number of batch norm modules of any class, or of executed batch norms if that is larger."""
     frozen = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
     modules = sum(isinstance(part, _BatchNorm) or type(part).__name__ in frozen for part in model.modules())
     return max(modules, sum("batch_norm" in op.name for op in done.ops))
@@ -220,7 +220,7 @@ def measured(model: nn.Module, image: Tensor, expected: Sequence[Tensor], second
 def outcome(
     collapse: Callable[[nn.Module], nn.Module], model: nn.Module, image: Tensor, expected: list[Tensor]
 ) -> Outcome:
-    """One contender on one model. What it makes is released on return."""
+    """Run one variant on one model; its result is released on return."""
     start = time.perf_counter()
     try:
         collapsed = collapse(model)
@@ -231,19 +231,19 @@ def outcome(
         return Outcome(failure="cannot trace" if cannot_trace else one_line(error))
 
 
-def row(entry: Entry) -> Row:
-    """All contenders on one model, one after another; an error is part of the row."""
+def compare(entry: Entry) -> Comparison:
+    """Run all variants on one model; an error becomes part of the comparison."""
     try:
         model = entry.make()
         image = torch.randn(1, 3, *entry.size, dtype=torch.float64)
         expected = outputs_of(model, image)
         found = {"as it is": measured(model, image, expected, 0.0)}
-        for name, collapse in contenders(entry, image).items():
+        for name, collapse in variants(entry, image).items():
             found[name] = outcome(collapse, model, image, expected)
             gc.collect()
     except Exception as error:
-        return Row(entry, {}, one_line(error))
-    return Row(entry, found)
+        return Comparison(entry, {}, one_line(error))
+    return Comparison(entry, found)
 
 
 def one_line(error: Exception) -> str:
@@ -259,15 +259,15 @@ def entries() -> list[Entry]:
 
 def timm_entry(name: str) -> Entry:
     if fnmatch(name, "levit*") or fnmatch(name, "efficientformerv2_*"):
-        return Entry(name, "timm", told=True)
+        return Entry(name, "timm", img_size=True)
     return Entry(name, "timm", size=(224, 224)) if fnmatch(name, "efficientformer_*") else Entry(name, "timm")
 
 
-def table(rows: Sequence[Row], markdown: bool) -> str:
-    """One line a model."""
+def table(comparisons: Sequence[Comparison], markdown: bool) -> str:
+    """Format one line per model."""
     columns = ("as it is", "ours", "timm", "torch.fx")
     lines = [["model", "input", *columns, "verdict"]]
-    for line in rows:
+    for line in comparisons:
         first, *others = (line.outcomes.get(name, Outcome(failure="–")) for name in columns)
         lines.append([line.entry.name, line.entry.label, str(first), *(o.cell for o in others), line.verdict])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -282,26 +282,26 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"], help="names, * and ? as in a shell")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers there")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
+    parser.add_argument("--threads", type=int, default=1, help="more threads wait for each other on a busy machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = [entry for entry in entries() if any(fnmatch(entry.name, pattern) for pattern in arguments.models)]
     if not chosen:
         parser.error(f"no model is named {' or '.join(arguments.models)}")
     warnings.simplefilter("ignore")
-    rows: list[Row] = []
+    comparisons: list[Comparison] = []
     for index, entry in enumerate(chosen, 1):
         start = time.perf_counter()
-        rows.append(row(entry))
+        comparisons.append(compare(entry))
         gc.collect()
         took = f"{time.perf_counter() - start:.1f}s"
-        print(f"{index}/{len(chosen)} {entry.name}: {rows[-1].verdict} ({took})", file=sys.stderr, flush=True)
+        print(f"{index}/{len(chosen)} {entry.name}: {comparisons[-1].verdict} ({took})", file=sys.stderr, flush=True)
     if arguments.json:
-        written = {"environment": environment(), "rows": [line.to_dict() for line in rows]}
+        written = {"environment": environment(), "rows": [line.to_dict() for line in comparisons]}
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")
-    print(table(rows, arguments.markdown))
-    print(f"\n{sum(line.holds for line in rows)} of {len(rows)} hold")
-    return 0 if all(line.holds for line in rows) else 1
+    print(table(comparisons, arguments.markdown))
+    print(f"\n{sum(line.holds for line in comparisons)} of {len(comparisons)} hold")
+    return 0 if all(line.holds for line in comparisons) else 1
 
 
 if __name__ == "__main__":

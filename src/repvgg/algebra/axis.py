@@ -112,6 +112,7 @@ def merge_axes(axes: Sequence[Axis]) -> Axis:
         raise NotLinearError(f"branches with strides {strides} do not merge into one convolution")
     if any(axis.growth != first.growth for axis in axes):
         raise BorderError("branches whose padding gives outputs of different sizes do not merge into one convolution")
+    # Positions relative to the output pixel: the first and last tap of any of the kernels.
     low = min(-axis.before for axis in axes)
     high = max(axis.reach - axis.before for axis in axes)
     step = gcd(*(axis.tap_step() for axis in axes), *(-axis.before - low for axis in axes)) or 1
@@ -126,6 +127,7 @@ def placement_in(axis: Axis, merged: Axis) -> Placement:
 
 def symmetric_axis(axis: Axis) -> Axis:
     """Return the smallest enclosing axis with equal padding, at least 0, on both sides."""
+    # The kernel grows by zero taps on the side that has less padding.
     target = max(axis.before, axis.after, 0)
     extra = (target - axis.before, target - axis.after)
     step = gcd(axis.tap_step(), *extra) or 1

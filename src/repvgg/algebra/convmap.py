@@ -67,6 +67,7 @@ class ConvMap:
         pads = max(self.padding, default=0) > 0
         if pads and self.border not in BORDERS:
             raise UsageError(f"A padded map needs a border from {BORDERS}, got {self.border!r}.")
+        # Without padding nothing beyond the border matters, and any kind of padding may follow.
         if not pads:
             object.__setattr__(self, "border", None)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from repvgg.collapse import Report
-    from repvgg.collapse.report import Folded, LeftAlone
+    from repvgg.collapse.report import Folded, Skipped
 
 _TITLES = ("region", "before", "after", "parameters", "multiply-adds")
 _NUMBERS = 2
@@ -53,7 +53,7 @@ def _cells(region: Folded) -> tuple[Text, ...]:
     return tuple(map(Text, (region.name or "(root)", before, region.convolution, parameters, macs)))
 
 
-def _by_reason(what: str, rows: Iterable[LeftAlone]) -> list[str]:
+def _by_reason(what: str, rows: Iterable[Skipped]) -> list[str]:
     """A line a reason, with the first few names."""
     names: dict[str, list[str]] = {}
     for row in rows:

@@ -95,6 +95,7 @@ class AliasAnalysis:
     def _may_share_with(self, node: fx.Node) -> list[fx.Node]:
         """The arguments that the output of a node may share memory with."""
         if node.op == "call_module":
+            # A module that writes to its input usually returns it, as nn.ReLU(inplace=True) does.
             effects = self._effects_of(str(node.target))
             return node.all_input_nodes if effects.shares or effects.writes else []
         if not node.op.startswith("call"):
@@ -124,5 +125,6 @@ def _returns_new_tensor(node: fx.Node) -> bool:
 
 def _is_in_place(node: fx.Node) -> bool:
     name = getattr(_function(node), "__name__", str(node.target))
+    # torch's naming convention; dunder names are not in place.
     by_name = name.endswith("_") and not name.endswith("__")
     return by_name or _function(node) in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs

@@ -128,5 +128,6 @@ def _is_getitem(node: fx.Node) -> bool:
 def binds_inputs(captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call binds exactly the inputs of a captured forward, in order, and no optional argument."""
     names = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
+    # Inputs by keyword in another order, or values for optional arguments, need another graph.
     given = [*names[: len(args)], *kwargs]
     return len(args) <= len(names) and given == names and not any(name.startswith("*") for name in names)

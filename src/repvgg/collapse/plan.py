@@ -194,7 +194,7 @@ class _Planner:
     def visit(self, module: nn.Module, path: str) -> None:
         """Plan for ``module`` as a whole, else for its graph and for what it calls."""
         module, path = unwrap(module, path)
-        # A module that is called from several places is planned once; _why_closed keeps it as it is.
+        # A module that is called from several places is planned once; _why_closed prevents merges across its boundary.
         if module in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
             return
         self.visited.add(module)
@@ -248,7 +248,7 @@ class _Planner:
             self._register_capture(submodule, join(path, inner), part)
         opaque = {target: why for node, target in inlined.calls() if (why := self._why_opaque(inlined, node))}
         has_inputs = self.options.inputs is not None
-        # A meta run costs as much as a trace; without such norms the functions determine all layouts.
+        # Without such a norm, the functions determine all layouts, and the run on meta tensors can be saved.
         shapes = self._find_shapes(inlined, opaque) if has_inputs or has_rank_agnostic_norm(module) else {}
         options = SearchOptions(
             opaque=opaque,
@@ -389,6 +389,7 @@ class _Planner:
         for path, target in self.training_only:
             unused = self.model.get_submodule(join(path, target))
             parts = list(unused.modules())
+            # References among the parts themselves do not keep them alive.
             inside = Counter(child for part in parts for child in part._modules.values())
             # Every registration of a part is inside the dropped submodule, which itself is registered once.
             exclusive = all(self.references[part] == inside[part] + (part is unused) for part in parts)

@@ -293,7 +293,7 @@ class _Search:
     def _scales_transposed(self, region: Region) -> bool:
         """Whether a region only scales and shifts the output of a transposed convolution that nothing else reads."""
         source, value = region.source, region.value
-        # In-place scaling would change what another reader of the transposed convolution sees.
+        # Any other reader would see the scaled output.
         users = [user for user in source.users if not reads_invariant_metadata(user)]
         exclusive = source not in self.values.fixed and source not in self.cuts and users == [value.steps[0].node]
         return (

@@ -141,6 +141,7 @@ def join_passes(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[R
 
 
 def _with_parts_of(entry: Folded, earlier: Sequence[Folded]) -> Folded:
+    # The convolution of the earlier entry is replaced in the list by what it was made of.
     names = {done.name for done in earlier}
     # What the first pass saved is added to the cost before, so that the entry covers both passes.
     saved_macs = sum(e.multiply_adds_before - e.multiply_adds_after for e in earlier)

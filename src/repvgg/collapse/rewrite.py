@@ -170,7 +170,7 @@ class _PlanApplier:
         else:
             rewriter = rewriters[point.host]
             name = rewriter.insert_call(conv, region.source, region.exit)
-            # From the end, because fx refuses to erase a node that still has users.
+            # From the end, so that only readers of metadata still use a node when it is removed.
             for step in reversed(region.steps[:-1]):
                 rewriter.remove(step.node, region.source)
             absorbed += modules

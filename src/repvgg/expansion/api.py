@@ -114,6 +114,7 @@ def replace_convs(
 
     Limits: those of :func:`expand`. A batch norm that follows a convolution stays after the block.
     """
+    # Resolved before any work, so that a wrong name fails at once.
     make = _block_by_name(block) if isinstance(block, str) else block
     out, report = _replace_with_blocks(model, make, where, data, allow_fresh=True)
     fresh = [entry for entry in report.expanded if entry.fresh]
@@ -256,6 +257,7 @@ class _Expansion:
             ReparamError: it shares one with the model, or with the block of another convolution.
         """
         block = make_block(conv, make)
+        # solve_block writes into the block's parameters, which nothing else may see.
         taken = {id(tensor) for other in (*self.models, *self.made.values()) for tensor in _tensors(other)}
         if any(id(tensor) in taken for tensor in _tensors(block)):
             raise ReparamError("its block shares tensors with the model, or with the block of another convolution")
@@ -263,6 +265,7 @@ class _Expansion:
 
     def calibrate(self, out: nn.Module, data: Data) -> nn.Module:
         """Set the statistics in all blocks to those of ``data``, and solve once more for what that rounds."""
+        # Only those of new blocks: existing batch norms keep the statistics they were trained with.
         norms = [part for block in self.made.values() for part in block.modules() if has_statistics(part)]
         seen = input_statistics(out, cast("list[_BatchNorm]", norms), data)
         for norm, statistics in seen.items():
@@ -282,6 +285,7 @@ class _Expansion:
         """Wrap one convolution with the batch norm that leaves its outputs unchanged."""
         norm = nn.BatchNorm2d(site.conv.out_channels)
         match_conv(norm, site.conv)
+        # float64: the statistics are, and γ and β are rounded once.
         one_C = torch.ones(norm.num_features, dtype=torch.float64)
         if outputs.refusal:
             self.reasons[site.conv] = outputs.refusal
@@ -291,6 +295,7 @@ class _Expansion:
             with eval_mode(norm):
                 error = max_difference(trace(norm), ConvMap.identity(norm.num_features))
             wrapped = ConvBN(site.conv, norm)
+            # ConvBN starts in training mode, like every new module.
             wrapped.training = site.conv.training
             self.made[site.conv], self.errors[site.conv] = wrapped, error
 

@@ -55,6 +55,7 @@ def make_block(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
         ReparamError: there is no block for this convolution; the text says why.
     """
     try:
+        # A copy, because make may keep or modify what it gets.
         block = make(copy.deepcopy(conv))
     except RepvggError as error:
         raise ReparamError(str(error).rstrip(".")) from error
@@ -91,6 +92,7 @@ def solve_block(block: nn.Module, conv: nn.Conv2d) -> float:
     """
     target = trace(conv)
     with eval_mode(block):
+        # Solving in float64 makes the check strict: whatever is left is not rounding but a wrong solution.
         exact = copy.deepcopy(block).to(device=algebra_device(conv.weight), dtype=torch.float64)
         _Solver(exact, conv, target).solve()
         for own, solved in zip(block.parameters(), exact.parameters(), strict=True):
@@ -133,6 +135,7 @@ class _Solver:
         """Try the convolutions that could take the kernel, in the order of the block, until one works."""
         reasons = []
         before = [parameter.clone() for parameter in self.block.parameters()]
+        # A block may contain several kernels of that size, of which some feed a ReLU or another convolution.
         for weight in self._candidates():
             try:
                 self._solve_kernel(weight)
@@ -180,6 +183,7 @@ class _Solver:
         if _relative_difference(self._trace()[1], self.bias_O) <= EXACT:
             return
         for parameter in self.block.parameters():
+            # Try every parameter of that size: the block's own code decides whether it is a shift.
             if parameter.numel() == len(self.bias_O) and self._try_shift(parameter):
                 return
         raise NotLinearError("nothing in the block can carry the bias: no parameter shifts each of its channels")

@@ -52,6 +52,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
             f"The model cannot be copied ({type(error).__name__}: {error}): remove what cannot be copied, or give "
             "its class a __deepcopy__."
         ) from error
+    # A __deepcopy__ that returns self would make the result share modules with the input.
     own = {id(part) for part in model.modules()}
     for name, part in out.named_modules():
         if id(part) in own:
@@ -138,6 +139,7 @@ class _Reader(fx.Tracer):
         return True
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Return the value itself instead of a proxy: only the access matters.
         if isinstance(attr_val, Tensor):
             self.reads.add(id(attr_val))
         return attr_val
@@ -150,6 +152,7 @@ def why_not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | Non
         conv: the convolution.
         owners: how many modules register a parameter, by its id; see :func:`count_owners`.
     """
+    # The kernel that forward uses is then not the parameter that a block would be solved for.
     if parametrize.is_parametrized(conv):
         return "its kernel is computed by a parametrization"
     if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
@@ -160,6 +163,7 @@ def why_not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | Non
         return "it has hooks"
     if not conv.weight.is_floating_point() or conv.weight.is_meta:
         return f"its kernel has no real numbers ({conv.weight.dtype} on {conv.weight.device})"
+    # A tied weight would be trained by one module and no longer by the other.
     if any(owners[id(tensor)] > 1 for tensor in conv.parameters()):
         return "it shares a parameter with another module"
     return None

@@ -47,6 +47,7 @@ class ChannelStatistics:
         number = x_NCHW.numel() // max(1, x_NCHW.shape[1])
         if not number:
             return
+        # In float32 the sums over millions of pixels would lose digits.
         x_NCHW = x_NCHW.to(algebra_device(x_NCHW)).double()
         var_C, mean_C = torch.var_mean(x_NCHW, (0, *range(2, x_NCHW.dim())), correction=0)
         delta_C = mean_C - self.mean_C.to(mean_C)
@@ -137,6 +138,7 @@ def set_statistics(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Ten
     """
     if not statistics.count:
         return False
+    # Rounded first, so that γ and β compensate the statistics as they are stored.
     mean_C, var_C = (value.to(norm.weight) for value in (statistics.mean_C, statistics.variance))
     scale_C, shift_C = (_to_float64(value.to(var_C.device)) for value in (scale_C, shift_C))
     weight_C = (scale_C * (_to_float64(var_C) + norm.eps).sqrt()).to(norm.weight)
@@ -146,6 +148,7 @@ def set_statistics(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Ten
     values = {"running_mean": mean_C, "running_var": var_C, "weight": weight_C, "bias": bias_C}
     for name, value in values.items():
         getattr(norm, name).copy_(value)
+    # With momentum=None, the counter is the weight of these statistics in the next update.
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked += statistics.batches
     return True
@@ -169,6 +172,7 @@ class OutputStatistics:
 
     def check_followed(self, x: Any) -> None:
         """Note that ``x``, the input of a batch norm, is the last output itself."""
+        # By identity: a batch norm that reads a sum or an activation does not follow the convolution.
         self.followed = self.followed or (self.last is not None and self.last() is x)
 
     @property

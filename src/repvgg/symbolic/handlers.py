@@ -42,6 +42,7 @@ def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
     Raises:
         NotLinearError: it varies along another axis than the channels, or broadcasting would add channels or axes.
     """
+    # Broadcasting aligns trailing axes, so the channel axis is counted from the end.
     operand = constant(value, like)
     channels, rank = like.map.out_channels, like.layout.rank
     shape = tuple(operand.shape)
@@ -62,6 +63,7 @@ def same_source(symbols: Sequence[SymbolicTensor]) -> SymbolicTensor:
     first = symbols[0]
     if any(symbol.source is not first.source for symbol in symbols):
         raise NotLinearError("it combines functions of two different tensors")
+    # fold_batch_norms merges chains only; the sum then ends the region.
     if not first.source.merge_branches:
         raise NotLinearError("branches are not to be merged")
     if any(symbol.layout != first.layout for symbol in symbols):
@@ -204,6 +206,7 @@ def _average_pool(
     """Compose with a depthwise convolution of equal weights."""
     require_spatial(input, spatial, f"an average pool over {spatial} axes")
     size, sides = numbers(kernel_size, spatial), _conv_padding(padding, (), (1,) * spatial)
+    # Windows that overhang the border divide by the number of pixels inside, so the map is not shift-invariant.
     if ceil_mode:
         raise BorderError("an average pool in ceil mode divides by fewer pixels at the border")
     if any(sides) and not count_include_pad:
@@ -227,6 +230,7 @@ def dropout(
     inplace: bool = False,
 ) -> SymbolicTensor:
     """Return the input: dropout in eval mode."""
+    # Dropout with probability 0 is the identity in training mode, too.
     if training and p:
         raise TrainingModeError("a dropout is in training mode; call .eval() first")
     return input
@@ -243,6 +247,7 @@ def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., Symbolic
             raise NotLinearError("a constant is modified in place")
         if not isinstance(target, SymbolicTensor):  # a number, as in ``total = 0; total += branch(x)``
             return function(target, *args, **kwargs)
+        # Another tensor would change with it, which this object alone cannot represent.
         if target.is_source or target.is_view:
             raise NotLinearError("the input, or a view of a tensor, is modified in place")
         target.map = function(target, *args, **kwargs).map
@@ -254,11 +259,13 @@ def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., Symbolic
 @handles(operator.add, torch.add, _T.add, _T.__add__, _T.__radd__)
 def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
     """Add two functions of one source, or a function and a constant per channel."""
+    # torch.add(x, y, alpha=a) is x + a·y.
     if alpha != 1:
         right = right * alpha
     if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
         return same_source((left, right)).like(algebra.add(left.map, right.map), "add")
     symbol, other = (left, right) if isinstance(left, SymbolicTensor) else (right, left)
+    # sum(branches) starts with 0; a zero bias would needlessly prevent padding after it.
     if isinstance(other, (int, float)) and other == 0:
         return symbol.like(symbol.map, "identity")
     return symbol.like(algebra.shift(symbol.map, per_channel(other, symbol)), "shift")
@@ -331,9 +338,11 @@ def pad(
         raise NotLinearError("a padding of channels or images is not a convolution")
     if mode == "constant" and value not in (None, 0):
         raise BorderError(f"the image is padded with {value}, and a convolution pads with 0")
+    # The order of padding and cropping matters for a reflection.
     if mode != "constant" and min(sides, default=0) < 0 < max(sides):
         raise BorderError(f"a {mode} padding that crops as well is not a convolution")
     border: Any = "zeros" if mode == "constant" else mode
+    # A padding is a convolution with a 1x1 identity kernel, so composition checks that it is exact.
     axes = [algebra.Axis(before=sides[2 * i], after=sides[2 * i + 1]) for i in range(spatial)]
     return input.like(algebra.resample(input.map, tuple(reversed(axes)), border), "pad")
 
@@ -370,5 +379,6 @@ def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
 
 def _view(symbol: SymbolicTensor, layout: Layout) -> SymbolicTensor:
     """The same numbers, perhaps in the same memory: neither may be modified in place from here on."""
+    # Both are marked: a later write to either would have to show in the other.
     symbol.is_view = True
     return symbol.like(symbol.map, "identity", is_view=True, layout=layout)

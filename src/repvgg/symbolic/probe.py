@@ -80,6 +80,7 @@ class ChannelProbe(SymbolicTensor):
         """Called by torch for any of its functions with a probe among the arguments."""
         kwargs = kwargs or {}
         found = [value for value in (*args, *kwargs.values()) if isinstance(value, ChannelProbe)]
+        # torch calls this class method also if the probe is nested in a list, as in torch.cat([x, y]).
         probe = found[0] if found else cls()
         handler = HANDLERS.get(func)
         if handler in (handlers.convolution, handlers.linear):
@@ -90,6 +91,7 @@ class ChannelProbe(SymbolicTensor):
             return probe.settle(_POOLS[handler])
         if handler in _KEEP_ALL or probe.keeps_channels(handler, args, kwargs):
             return probe
+        # Assume no broadcasting; a wrong number of channels fails at the convolution, with an error.
         if handler in _MAY_BROADCAST and not probe.certain:
             return probe
         name = getattr(func, "__name__", func)
@@ -131,6 +133,7 @@ class ChannelProbe(SymbolicTensor):
 
     def assume(self) -> Layout:
         """Return the layout, known or guessed, to code that relies on it."""
+        # From here on the run is only valid for this layout.
         self.guessed = self.guessed or not self.known
         return self.layout
 
@@ -182,15 +185,18 @@ def channels_of(
     answers: list[InputSpec] = []
     errors: list[ReparamError] = []
     normalizes = False
+    # One run is enough unless the forward branches on the rank; images come first, as by far the most common.
     for guess in (layout,) if layout else _GUESSES:
         probe = ChannelProbe(certain, guess, known=layout is not None)
         answer = _ask(forward, probe, channels, errors)
+        # A forward for several ranks is taken to be for images.
         if answer and (guess == IMAGES or not probe.guessed):
             return answer
         answers += [answer] if answer else []
         normalizes = normalizes or probe.channels is not None
         if not probe.guessed:
             break
+    # Every other guess was refuted.
     if len(answers) == 1:
         return answers[0]
     if answers or (normalizes and channels is None):

@@ -73,6 +73,7 @@ class _Shadows:
         if isinstance(module, torch.jit.ScriptModule):  # its code is not in Python, and cannot be shadowed
             return module
         if id(module) not in self.modules:
+            # Without __init__, which may need arguments. Registered before its state, because modules may form cycles.
             shadow: Any = object.__new__(type(module))
             self.modules[id(module)] = shadow
             shadow.__dict__.update(self._state(module))
@@ -80,6 +81,7 @@ class _Shadows:
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         state = {k: v if k in _STANDARD else self.own(v) for k, v in module.__dict__.items()}
+        # module.compile() stores a compiled call there, which would run on the original's tensors.
         state.pop("_compiled_call_impl", None)
         as_is = self.keep_kernels and _only_convolves(module)
         tensors = module._parameters | module._buffers
@@ -107,9 +109,9 @@ class _Shadows:
 
     def container(self, value: Any) -> Any:
         if id(value) not in self.containers:
-            own = self.containers[id(value)] = copy.copy(
-                value
-            )  # keeps the class and settings, such as a deque's maxlen
+            # copy.copy keeps the class and its settings, such as the maxlen of a deque. Registered before its items are
+            # copied, for containers that contain themselves.
+            own = self.containers[id(value)] = copy.copy(value)
             own.clear()
             if isinstance(value, dict):
                 own.update({k: self.own(v) for k, v in value.items()})
@@ -122,6 +124,7 @@ class _Shadows:
             return value
         if id(value) not in self.tensors:
             converted = self.convert(value) if value.is_floating_point() else value
+            # A buffer that convert returned unchanged must be copied, or in-place updates would reach the original.
             shared = converted is value and not isinstance(value, nn.Parameter)
             self.tensors[id(value)] = converted.clone() if shared else converted
         return self.tensors[id(value)]
@@ -171,6 +174,7 @@ def _state_of(value: Any, depth: int = 3) -> object:
     if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Tensor):
+        # Lazy parameters and inference tensors have no version counter.
         versioned = not nn.parameter.is_lazy(value) and not value.is_inference()
         return id(value), value._version if versioned else None
     if isinstance(value, (nn.Module, type)) or not depth:

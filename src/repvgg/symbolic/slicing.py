@@ -55,6 +55,7 @@ def _slices(index: Any, layout: Layout) -> tuple[slice, list[slice]]:
 def _pixels(part: slice) -> Axis:
     """Return ``start : -stop : step`` along a spatial axis of unknown size as a padding and a stride."""
     start, stop, step = part.start or 0, part.stop, part.step or 1
+    # A start from the front and a stop from the end are the only bounds that hold for every size.
     if start < 0 or step < 1 or (stop is not None and stop >= 0):
         raise NotLinearError("which pixels this slice keeps depends on the size of the image")
     return Axis(stride=step, before=-start, after=stop or 0)

@@ -36,6 +36,7 @@ class Layout:
     rows: bool = False
 
     def __post_init__(self) -> None:
+        # Equal layouts must compare as equal, and (N, C) can be described in both ways.
         if self.rank == 2:
             object.__setattr__(self, "rows", True)
         if (self.rank is None or not 3 <= self.rank <= 5) and not self.rows:
@@ -95,9 +96,10 @@ class UnknownSize:
     def _refuse(self, *_: object) -> NoReturn:
         raise NotLinearError(self._reason)
 
+    # Passing a size on is fine; every operator that would use its value raises.
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __mod__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __index__ = __neg__ = _refuse
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # defining __eq__ removes it
 
 
 RANK_UNKNOWN = (
@@ -144,6 +146,7 @@ class Source:
     def record(self, operation: str, result: ConvMap, kernel: ConvMap | None = None) -> None:
         """Record one operation with its ``result``, a map of the source; for a convolution also its kernel."""
         self.operations.append(operation)
+        # Batch norms, sums and identities count as free.
         if kernel is not None:
             self.multiply_adds += kernel.kernel.numel() * result.outputs_per_input(self.sizes)
             self.weights += kernel.kernel.numel()
@@ -194,6 +197,7 @@ class SymbolicTensor:
 
     def copy(self) -> SymbolicTensor:
         """Return a copy, so that an in-place function on one leaves the other unchanged."""
+        # The copy is no view: an in-place function may change it without affecting anything else.
         symbol = SymbolicTensor(self.source, self.map, self.layout)
         symbol.is_source = self.is_source
         return symbol
@@ -260,7 +264,9 @@ class SymbolicTensor:
         return self.shape if dim is None else self.shape[dim]
 
     def __getattr__(self, name: str) -> Any:
+        # Methods without a definition here, such as x.flatten, go through the same table as functions.
         method = getattr(torch.Tensor, name, None)
+        # Dunder lookups come from Python itself (copy, pickle), which must see an ordinary object.
         if name.startswith("__") or not callable(method):
             raise AttributeError(f"a symbolic tensor has no attribute {name!r}")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
@@ -298,6 +304,7 @@ def _reflected(function: Callable[..., Any]) -> Callable[[SymbolicTensor, Any], 
     return lambda self, other: self.__torch_function__(function, (), (other, self))
 
 
+# In-place operators map to operator.iadd etc., whose handlers update the symbol, as torch updates the tensor.
 for _name in ("add", "sub", "mul", "truediv"):
     setattr(SymbolicTensor, f"__{_name}__", _binary(getattr(operator, _name)))
     setattr(SymbolicTensor, f"__r{_name}__", _reflected(getattr(operator, _name)))

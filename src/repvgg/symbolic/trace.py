@@ -26,6 +26,7 @@ class EquivalentConv(NamedTuple):
 
 def algebra_device(tensor: Tensor | None) -> torch.device:
     """Return the device for the float64 algebra on ``tensor``: its own, or the CPU if that has no float64."""
+    # Metal has no float64.
     if tensor is None or tensor.device.type == "mps":
         return torch.device("cpu")
     return tensor.device
@@ -44,6 +45,7 @@ def refuse_training(module: nn.Module, name: str = "") -> None:
         TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
     """
     for inner, part in module.named_modules():
+        # Only modules that behave differently in training mode: the flag of all others is harmless.
         if part.training and isinstance(part, (_BatchNorm, _DropoutNd)):
             path = ".".join(filter(None, (name, inner))) or type(part).__name__
             raise TrainingModeError(f"{path!r} ({type(part).__name__}) is in training mode: call .eval() on the model.")
@@ -110,11 +112,14 @@ def run(
     and the module must not modify its own state. On the meta device the result has geometry and costs but no values.
     See :func:`trace` for the errors.
     """
+    # Kernels stay as they are here; the algebra converts them once they are multiplied out.
     shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
+    # Even if one of them is given, the other must be inferred in agreement with it.
     if in_channels is None or layout is None:
         in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
     call = unchanged_by_call if strict else guarded
     result = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
+    # A convolution returns as many axes as it takes.
     if isinstance(result, SymbolicTensor) and result.is_flattened:
         raise NotLinearError("its output has another number of axes than its input")
     return result
