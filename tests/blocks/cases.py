@@ -1,4 +1,4 @@
-"""Every block of the table in every geometry that it has a form in, and what tests of them share."""
+"""Every block in every geometry that it supports, and helpers of the tests that iterate over them."""
 
 import itertools
 
@@ -11,9 +11,9 @@ from repvgg.blocks import BLOCKS, Geometry, create_block
 from tests.blocks.published_formulas import randomized
 
 EXACT = 1e-10
-HALF = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 LINEAR = [name for name, row in BLOCKS.items() if row.is_linear]
-LEAST = {"unireplk": 5, "expand_ck": 5}  # below that it has no form, or only the convolution itself
+MIN_KERNEL_SIZE = {"unireplk": 5, "expand_ck": 5}  # smaller kernels are unsupported, or a single convolution
 
 GEOMETRIES = {
     "square": {},
@@ -36,18 +36,18 @@ GEOMETRIES = {
 
 
 def geometry_of(name, **changes):
-    setting = {"in_channels": 4, "out_channels": 4, "kernel_size": LEAST.get(name, 3), **changes}
-    setting["kernel_size"] = max(setting["kernel_size"], LEAST.get(name, 3))
+    setting = {"in_channels": 4, "out_channels": 4, "kernel_size": MIN_KERNEL_SIZE.get(name, 3), **changes}
+    setting["kernel_size"] = max(setting["kernel_size"], MIN_KERNEL_SIZE.get(name, 3))
     return Geometry.square(**setting)
 
 
-def made(name, geometry, dtype=torch.float64):
+def build_block(name, geometry, dtype=torch.float64):
     torch.manual_seed(0)
     return randomized(create_block(name, geometry).to(dtype))
 
 
-def possible(name, geometry):
-    """RepMixer adds its input; all others take any geometry with a centre."""
+def is_supported(name, geometry):
+    """RepMixer adds its input; all other blocks support any geometry with a centre."""
     return name != "repmixer" or geometry.keeps_shape
 
 
@@ -58,12 +58,12 @@ def images(geometry, sizes=((19, 14), (16, 23)), dtype=torch.float64):
         yield (x + 1).to(dtype)
 
 
-def relative(found, wanted):
+def relative_error(found, wanted):
     return float((found.double() - wanted.double()).detach().abs().max() / wanted.detach().abs().max())
 
 
-def plain_of(name, geometry, dtype=torch.float64):
-    block = made(name, geometry, dtype)
+def collapse_block(name, geometry, dtype=torch.float64):
+    block = build_block(name, geometry, dtype)
     plain, report = repvgg.reparameterize(nn.Sequential(block, nn.ReLU()))
     return block, plain, report
 
@@ -72,5 +72,5 @@ def cases(keys):
     return [
         pytest.param(name, key, id=f"{name}-{key}")
         for name, key in itertools.product(LINEAR, keys)
-        if possible(name, geometry_of(name, **GEOMETRIES[key]))
+        if is_supported(name, geometry_of(name, **GEOMETRIES[key]))
     ]

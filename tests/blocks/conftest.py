@@ -1,4 +1,4 @@
-"""What the tests of blocks share."""
+"""Fixtures of the block tests."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from repvgg.blocks._cpu.build import build
 
 @pytest.fixture
 def compiled():
-    """For tests that need the compiled passes: skips where there is no C++ compiler."""
+    """Skip a test that needs the compiled passes where there is no C++ compiler."""
     if build().function is None:
         pytest.skip(build().report)

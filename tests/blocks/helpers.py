@@ -1,4 +1,4 @@
-"""What the tests of the blocks share: statistics that are not trivial, and one training step, seen from outside."""
+"""Helpers of the block tests: non-trivial statistics, and the observable results of one training step."""
 
 import copy
 
@@ -8,8 +8,8 @@ from torch import nn
 from repvgg.blocks import training_kernels
 
 
-def stirred(module, seed=0):
-    """Batch norms in the middle of a training; the module stays in training mode."""
+def randomize_norms(module, seed=0):
+    """Set batch norms to values as in the middle of a training run; the module is left in training mode."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -24,14 +24,14 @@ def stirred(module, seed=0):
 
 
 def images(channels, size=(9, 7), count=2, dtype=torch.float64, layout=torch.contiguous_format, seed=1):
-    """Images whose mean is far from 0."""
+    """Return images whose mean is far from 0."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, channels, *size, generator=generator, dtype=torch.float64) * 2 + 3
     return x.to(dtype).contiguous(memory_format=layout)
 
 
-def step(module, x, kernels="compiled", amp=False):
-    """Outcome, gradients of the input and of all parameters, and buffers after one step of a copy of ``module``."""
+def training_step(module, x, kernels="compiled", amp=False):
+    """Return output, gradients of input and parameters, and buffers after one step of a copy of ``module``."""
     module, x = copy.deepcopy(module), x.clone().requires_grad_()
     with training_kernels(kernels), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         out = module(x)
@@ -43,5 +43,5 @@ def step(module, x, kernels="compiled", amp=False):
 
 
 def is_fused(out):
-    """Whether the compiled passes computed it."""
+    """Return whether the compiled passes computed ``out``."""
     return type(out.grad_fn).__name__ == "_FusedBnSumBackward"

@@ -1,6 +1,6 @@
-"""The second derivation: the formula of each block as its paper has it, written out on the block's parameters.
+"""A second derivation of each block's kernel: the published formula, written out on the block's parameters.
 
-Each function returns kernel (O, I, K, K) and bias (O,) with dense channels, groups opened. Nothing here traces.
+Each function returns kernel (O, I, K, K) and bias (O,) as of a convolution without groups. Nothing here is traced.
 """
 
 import math
@@ -16,13 +16,13 @@ def factor(norm):
 
 
 def norm_of(norm, kernel, bias=0.0):
-    """A batch norm behind a convolution (RepVGG, Eq. 3)."""
+    """Fold a batch norm into the convolution before it (RepVGG, Eq. 3)."""
     t = factor(norm)
     return kernel * t.view(-1, 1, 1, 1), (bias - norm.running_mean) * t + norm.bias
 
 
-def opened(weight, groups):
-    """A grouped kernel (O, I/g, K, K) as a dense one (O, I, K, K)."""
+def ungrouped(weight, groups):
+    """Write a grouped kernel (O, I/g, K, K) as one without groups (O, I, K, K)."""
     outputs = weight.shape[0] // groups
     blocks = weight.split(outputs)
     dense = weight.new_zeros(weight.shape[0], weight.shape[1] * groups, *weight.shape[2:])
@@ -32,13 +32,13 @@ def opened(weight, groups):
 
 
 def padded(kernel, size):
-    """A small kernel in the middle of a larger one."""
+    """Centre a small kernel in a larger one."""
     y, x = ((large - small) // 2 for large, small in zip(size, kernel.shape[2:], strict=True))
     return F.pad(kernel, (x, x, y, y))
 
 
-def spread(kernel, rate):
-    """rate − 1 zeros between taps."""
+def dilated(kernel, rate):
+    """Insert rate − 1 zeros between taps."""
     size = [rate * (side - 1) + 1 for side in kernel.shape[2:]]
     out = kernel.new_zeros(*kernel.shape[:2], *size)
     out[:, :, ::rate, ::rate] = kernel
@@ -53,7 +53,7 @@ def eye(channels, size):
 
 
 def dirac(geometry):
-    """Dense; output o of a group has input o of it."""
+    """Return the identity kernel without groups: output o of each group copies its input o."""
     inputs, outputs = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
     out = torch.zeros(geometry.out_channels, geometry.in_channels, *geometry.kernel_size, dtype=torch.float64)
     for group in range(geometry.groups):
@@ -63,15 +63,15 @@ def dirac(geometry):
 
 
 def conv(module, geometry):
-    return padded(opened(module.weight, geometry.groups), geometry.kernel_size)
+    return padded(ungrouped(module.weight, geometry.groups), geometry.kernel_size)
 
 
 def conv_bn(block, geometry):
     return norm_of(block.bn, conv(block.conv, geometry))
 
 
-def chosen(*, normed=("dense", "pointwise", "identity"), mean=False, after=False):
-    """RepVGG and its relatives: Σ_j BN(W_j) + BN(W1) + BN(I), each norm where it stands, and one behind the sum."""
+def sum_of_branches(*, normed=("dense", "pointwise", "identity"), mean=False, after=False):
+    """RepVGG and its variants: Σ_j BN(W_j) + BN(W1) + BN(I), each norm where configured, and one after the sum."""
 
     def published(block, geometry):
         branches = dict((block.sum if after else block).named_children())
@@ -104,14 +104,14 @@ def dirac_net(block, geometry):
     for o, weight in enumerate(layer.weight):
         filters.append(layer.beta[o] * weight / weight.square().sum().sqrt())
     identity = layer.alpha.view(-1, 1, 1, 1) * dirac(geometry)
-    return norm_of(norm, identity + opened(torch.stack(filters), geometry.groups))
+    return norm_of(norm, identity + ungrouped(torch.stack(filters), geometry.groups))
 
 
 def trivial(block, geometry):
-    return norm_of(block[1], dirac(geometry) + opened(block[0].weight, geometry.groups))
+    return norm_of(block[1], dirac(geometry) + ungrouped(block[0].weight, geometry.groups))
 
 
-def in_a_chain(first, bias, second):
+def compose_1x1_then_kxk(first, bias, second):
     """1x1 then kxk (DBB, Transform III): K[o, i] = Σ_d K2[o, d]·K1[d, i], b[o] = Σ_d b1[d]·ΣK2[o, d]."""
     kernel = torch.einsum("odyx,di->oiyx", second, first[:, :, 0, 0])
     return kernel, second.sum((2, 3)) @ bias
@@ -124,9 +124,9 @@ def dbb(block, geometry):
         kernel, bias = kernel + k, bias + b
     first, inner, second, outer = block["expanded"]
     depthwise = geometry.groups == geometry.in_channels
-    weight = opened(first.weight, geometry.groups)
+    weight = ungrouped(first.weight, geometry.groups)
     weight = weight if depthwise else weight + eye(geometry.in_channels, (1, 1))
-    k, b = in_a_chain(*norm_of(inner, weight), opened(second.weight, geometry.groups))
+    k, b = compose_1x1_then_kxk(*norm_of(inner, weight), ungrouped(second.weight, geometry.groups))
     k, b = norm_of(outer, k, b)
     kernel, bias = kernel + k, bias + b
     mean = eye(geometry.out_channels, (1, 1)).expand(-1, -1, *geometry.kernel_size) / geometry.taps
@@ -134,13 +134,13 @@ def dbb(block, geometry):
         k, b = norm_of(block["mean"][1], mean)
     else:
         first, inner, _, outer = block["mean"]
-        k, b = in_a_chain(*norm_of(inner, opened(first.weight, geometry.groups)), mean)
+        k, b = compose_1x1_then_kxk(*norm_of(inner, ungrouped(first.weight, geometry.groups)), mean)
         k, b = norm_of(outer, k, b)
     return kernel + k, bias + b
 
 
 def doconv(block, geometry):
-    """Every number of the kernel by itself."""
+    """Compute every kernel element separately."""
     layer, norm = block
     flat = layer.weight.flatten(2)
     kernel = torch.zeros_like(flat)
@@ -149,21 +149,21 @@ def doconv(block, geometry):
         for i in range(inputs):
             mixing = torch.eye(geometry.taps, dtype=torch.float64) + layer.depthwise[o // outputs * inputs + i]
             kernel[o, i] = mixing @ flat[o, i]
-    return norm_of(norm, opened(kernel.view_as(layer.weight), geometry.groups))
+    return norm_of(norm, ungrouped(kernel.view_as(layer.weight), geometry.groups))
 
 
 def expand_layers(block, geometry):
     (first, middle, last), norm = block
-    f, m, n = (opened(part.weight, geometry.groups) for part in (first, middle, last))
+    f, m, n = (ungrouped(part.weight, geometry.groups) for part in (first, middle, last))
     return norm_of(norm, torch.einsum("on,nmyx,mi->oiyx", n[:, :, 0, 0], m, f[:, :, 0, 0]))
 
 
 def expand_kernel(block, geometry):
-    """Kernels in a chain convolve: a polynomial in two variables times another."""
+    """Kernels of consecutive layers convolve, like the coefficients of polynomials in two variables."""
     layers, norm = block
     kernel = None
     for layer in layers:
-        weight = opened(layer.weight, geometry.groups)
+        weight = ungrouped(layer.weight, geometry.groups)
         if kernel is None:
             kernel = weight
         else:
@@ -179,7 +179,7 @@ def unireplk(block, geometry):
     kernel, bias = conv_bn(block["dense"], geometry)
     for name, branch in block.items():
         if name != "dense":
-            weight = spread(opened(branch.conv.weight, geometry.groups), int(name.split("_")[2]))
+            weight = dilated(ungrouped(branch.conv.weight, geometry.groups), int(name.split("_")[2]))
             k, b = norm_of(branch.bn, padded(weight, geometry.kernel_size))
             kernel, bias = kernel + k, bias + b
     return kernel, bias
@@ -187,7 +187,7 @@ def unireplk(block, geometry):
 
 def repmixer(block, geometry):
     unit = eye(geometry.in_channels, geometry.kernel_size)
-    kernel, bias = chosen()(block.mixer, geometry)
+    kernel, bias = sum_of_branches()(block.mixer, geometry)
     normed, shift = norm_of(block.norm, unit)
     scale = block.scale.view(-1)
     return unit + scale.view(-1, 1, 1, 1) * (kernel - normed), scale * (bias - shift)
@@ -217,7 +217,7 @@ def orepa(block, geometry):
                         + v[4, o] * composed[y, x]
                         + v[5, o] * separable[y, x]
                     )
-    return norm_of(norm, opened(kernel, geometry.groups))
+    return norm_of(norm, ungrouped(kernel, geometry.groups))
 
 
 def constant_scale(block, geometry):
@@ -230,7 +230,7 @@ def constant_scale(block, geometry):
 
 
 def randomized(block, seed=0):
-    """Every parameter as training could have left it; the block is in eval mode."""
+    """Randomize every parameter and statistic; the block is left in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -245,15 +245,15 @@ def randomized(block, seed=0):
 
 _CONV_NORMS = ("dense", "pointwise")
 
-#: The formula of each row of the table; a row that is no convolution has none.
+#: The formula of each block that equals a convolution.
 PUBLISHED = {
     "conv_bn": conv_bn,
-    "repvgg": chosen(),
-    "repvgg_no_identity": chosen(),
-    "repvgg_no_pointwise": chosen(),
-    "repvgg_dense2": chosen(),
-    "repvgg_identity_without_bn": chosen(normed=_CONV_NORMS),
-    "repvgg_post_bn": chosen(normed=(), after=True),
+    "repvgg": sum_of_branches(),
+    "repvgg_no_identity": sum_of_branches(),
+    "repvgg_no_pointwise": sum_of_branches(),
+    "repvgg_dense2": sum_of_branches(),
+    "repvgg_identity_without_bn": sum_of_branches(normed=_CONV_NORMS),
+    "repvgg_post_bn": sum_of_branches(normed=(), after=True),
     "dirac": dirac_net,
     "trivial": trivial,
     "acb": sum_of_conv_bn,
@@ -261,11 +261,11 @@ PUBLISHED = {
     "doconv": doconv,
     "expand_cl": expand_layers,
     "expand_ck": expand_kernel,
-    "mobileone": chosen(),
-    "qarepvgg_s2": chosen(normed=_CONV_NORMS),
-    "qarepvgg_s3": chosen(normed=("dense",)),
-    "qarepvgg": chosen(normed=("dense",), after=True),
-    "qarepvgg_v2": chosen(normed=("dense",), after=True, mean=True),
+    "mobileone": sum_of_branches(),
+    "qarepvgg_s2": sum_of_branches(normed=_CONV_NORMS),
+    "qarepvgg_s3": sum_of_branches(normed=("dense",)),
+    "qarepvgg": sum_of_branches(normed=("dense",), after=True),
+    "qarepvgg_v2": sum_of_branches(normed=("dense",), after=True, mean=True),
     "replk": replk,
     "unireplk": unireplk,
     "repmixer": repmixer,

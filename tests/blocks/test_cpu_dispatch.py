@@ -1,4 +1,4 @@
-"""Where somebody may look at what happens inside a block, it runs as it is written; and the switch."""
+"""Blocks run as written wherever the steps inside them can be observed; and the switch for the compiled passes."""
 
 import copy
 import logging
@@ -15,18 +15,18 @@ from repvgg import create_model, is_plain, reparameterize
 from repvgg.blocks import BranchSum, RepVGGBlock, fused, rep_conv, training_kernels
 from repvgg.blocks._cpu.build import build
 from repvgg.errors import MissingDependencyError, UsageError
-from tests.blocks.helpers import images, is_fused, step, stirred
+from tests.blocks.helpers import images, is_fused, randomize_norms, training_step
 
 X = images(6, dtype=torch.float32)
 
 
 def block():
     torch.manual_seed(0)
-    return stirred(RepVGGBlock(rep_conv(6, 6), nn.ReLU()))
+    return randomize_norms(RepVGGBlock(rep_conv(6, 6), nn.ReLU()))
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_block_in_training_is_fused():
+def test_block_in_training_mode_is_fused():
     assert is_fused(block()(X))
     assert "are those in" in fused.status()
 
@@ -34,20 +34,20 @@ def test_a_block_in_training_is_fused():
 @pytest.mark.parametrize(
     "path", ["conv.dense", "conv.dense.bn", "conv.identity", "act", "conv", "conv.pointwise.conv", "conv.dense.conv"]
 )
-def test_hooks_fire_and_see_what_they_would_see(path):
-    def seen(module, kernels):
+def test_hooks_see_the_same_outputs(path):
+    def hook_outputs(module, kernels):
         outputs = []
         module.get_submodule(path).register_forward_hook(lambda _, inputs, out: outputs.append(out.detach()))
         with training_kernels(kernels):
             module(X)
         return outputs
 
-    for got, wanted in zip(seen(block(), "auto"), seen(block(), "eager"), strict=True):
+    for got, wanted in zip(hook_outputs(block(), "auto"), hook_outputs(block(), "eager"), strict=True):
         assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    assert len(seen(block(), "auto")) == 1
+    assert len(hook_outputs(block(), "auto")) == 1
 
 
-def test_global_hooks_fire():
+def test_global_hooks_are_called():
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
     try:
@@ -58,7 +58,7 @@ def test_global_hooks_fire():
     assert nn.ReLU in called
 
 
-def test_strangers_among_the_branches_run_as_they_are():
+def test_unsupported_branches_run_as_written():
     class Norm(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x) * 2
@@ -69,7 +69,7 @@ def test_strangers_among_the_branches_run_as_they_are():
         assert_close(module(X), module["a"](X) + norm(X))
 
 
-def test_synchronized_norms_run_as_they_are():
+def test_synchronized_norms_run_as_written():
     module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
     assert isinstance(module.conv["identity"], nn.SyncBatchNorm)
     assert_close(module(X), block()(X), rtol=1e-4, atol=1e-4)
@@ -81,13 +81,13 @@ def test_parametrized_kernels_get_their_gradients():
     module = block().double()
     parametrizations.weight_norm(module.conv["dense"].conv)
     x = X.double()
-    fused, plain = step(module, x), step(module, x, "eager")
+    fused, plain = training_step(module, x), training_step(module, x, "eager")
     assert any("original0" in name for name in fused)
     for name, value in plain.items():
         assert_close(fused[name], value, rtol=1e-9, atol=1e-10)
 
 
-def test_eval_mode_and_a_collapse_know_nothing_of_it():
+def test_eval_mode_and_collapse_are_unaffected():
     module = block()
     module(X)
     out = module.eval()(X)
@@ -97,8 +97,10 @@ def test_eval_mode_and_a_collapse_know_nothing_of_it():
     assert_close(plain(X), out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, in dual numbers
-def test_tracers_and_transforms_see_the_definition():
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:FutureWarning"
+)  # raised inside torch's forward-mode AD
+def test_tracers_and_function_transforms_see_the_definition():
     module = block()
     graph = fx.symbolic_trace(module.train())
     assert_close(graph(X), copy.deepcopy(module)(X), rtol=1e-5, atol=1e-5)
@@ -123,27 +125,27 @@ def test_tracers_and_transforms_see_the_definition():
     assert_close(tangent.detach(), (module(x + moved) - out).detach() / 1e-6, rtol=1e-2, atol=1e-4)
 
 
-def test_float16_and_mixed_types_run_as_they_are_written():
-    assert not is_fused(stirred(RepVGGBlock(rep_conv(6, 6), nn.ReLU())).half()(X.half()))
+def test_float16_and_mixed_dtypes_run_as_written():
+    assert not is_fused(randomize_norms(RepVGGBlock(rep_conv(6, 6), nn.ReLU())).half()(X.half()))
     module = block()
     with torch.autocast("cpu", torch.bfloat16):
-        out = module(X)  # the identity is in float32, the convolutions are not
+        out = module(X)  # float32 identity, bfloat16 convolutions
     assert not is_fused(out)
     assert out.dtype == torch.float32
 
 
-def test_one_value_a_channel_is_refused_as_ever():
+def test_one_value_per_channel_raises_the_usual_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         block()(torch.randn(1, 6, 1, 1))
 
 
-def test_wrong_channels_are_refused_as_ever():
+def test_wrong_channels_raise_the_usual_error():
     with pytest.raises(RuntimeError, match="channels"):
         block()(torch.randn(2, 5, 4, 4))
 
 
 @pytest.mark.usefixtures("compiled")
-def test_checkpointing_gives_the_same_gradients():
+def test_activation_checkpointing_gives_the_same_gradients():
     module = block().double()
     module.conv["identity"].momentum = 0.0
     x = X.double().requires_grad_()
@@ -153,20 +155,20 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.usefixtures("compiled")
-def test_copies_and_pickles_train_on():
+def test_copies_and_pickles_train_equally():
     module = block()
-    wanted = step(module, X)
+    wanted = training_step(module, X)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        for name, value in step(other, X).items():
+        for name, value in training_step(other, X).items():
             assert_close(value, wanted[name], rtol=0, atol=0)
-    assert list(module.state_dict()) == list(create_like().state_dict())
+    assert list(module.state_dict()) == list(new_block().state_dict())
 
 
-def create_like():
+def new_block():
     return RepVGGBlock(rep_conv(6, 6), nn.ReLU())
 
 
-def test_the_switch():
+def test_training_kernels_switch():
     with training_kernels("eager"):
         assert not is_fused(block()(X))
     with pytest.raises(UsageError, match="auto, eager, compiled, not 'fast'"), training_kernels("fast"):
@@ -174,7 +176,7 @@ def test_the_switch():
 
 
 def test_without_a_compiler(monkeypatch, tmp_path, caplog):
-    """PyTorch's own functions are used, and a line of the log says so, once."""
+    """PyTorch's own functions are used, and one log message says so."""
     monkeypatch.setenv("REPVGG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     build.cache_clear()
@@ -195,7 +197,7 @@ def test_without_a_compiler(monkeypatch, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_torch_compile_trains_the_same():
-    model = stirred(create_model("repvgg_t0", num_classes=5))
+    model = randomize_norms(create_model("repvgg_t0", num_classes=5))
     other = copy.deepcopy(model)
     x = images(3, (32, 32), count=4, dtype=torch.float32)
     torch.compile(model)(x).square().sum().backward()

@@ -1,4 +1,4 @@
-"""The compiled passes against the definition: outcome, gradients, running statistics and counters."""
+"""The compiled passes compared with the definition: output, gradients, running statistics and counters."""
 
 import copy
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg.blocks import BranchSum, ConvBN, RepVGGBlock, rep_conv, training_kernels
-from tests.blocks.helpers import images, is_fused, step, stirred
+from tests.blocks.helpers import images, is_fused, randomize_norms, training_step
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def agree(fused, plain, rtol, atol):
+def assert_equal_results(fused, plain, rtol, atol):
     assert fused.keys() == plain.keys()
     for name, value in plain.items():
         assert_close(fused[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
@@ -32,11 +32,11 @@ def block(in_channels, out_channels, stride=1, groups=1, act=True, **options):
 @pytest.mark.parametrize("stride", [1, 2, (2, 1)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"kernel_size": 1}, {"kernel_size": (5, 3)}])
-def test_geometry(layout, stride, groups, options):
-    module = stirred(block(6, 6, stride, groups, **options)).double()
+def test_geometries(layout, stride, groups, options):
+    module = randomize_norms(block(6, 6, stride, groups, **options)).double()
     x = images(6, layout=LAYOUTS[layout])
     assert is_fused(module(x))
-    agree(step(module, x), step(module, x, "eager"), 1e-9, 1e-10)
+    assert_equal_results(training_step(module, x), training_step(module, x, "eager"), 1e-9, 1e-10)
 
 
 @settings(max_examples=40)
@@ -51,24 +51,24 @@ def test_geometry(layout, stride, groups, options):
     act=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_every_batch_norm(channels, size, layout, mode, momentum, affine, tracked, act, seed):
+def test_every_batch_norm_setting(channels, size, layout, mode, momentum, affine, tracked, act, seed):
     module = block(*channels, act=act, padding_mode=mode)
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.BatchNorm2d):
                 options = {"momentum": momentum, "affine": affine, "track_running_stats": tracked, "eps": 1e-3}
                 setattr(parent, name, nn.BatchNorm2d(part.num_features, **options))
-    module = stirred(module, seed).double()
+    module = randomize_norms(module, seed).double()
     x = images(channels[0], size, count=3, layout=LAYOUTS[layout], seed=seed)
-    agree(step(module, x), step(module, x, "eager"), 1e-9, 1e-9)
+    assert_equal_results(training_step(module, x), training_step(module, x, "eager"), 1e-9, 1e-9)
 
 
-def test_layout_and_dtype_are_those_of_the_definition():
+def test_layout_and_dtype_match_the_definition():
     for layout in LAYOUTS.values():
         for amp in (False, True):
-            module = stirred(block(5, 5))
+            module = randomize_norms(block(5, 5))
             x = images(5, dtype=torch.bfloat16 if amp else torch.float32, layout=layout)
-            fused, plain = step(module, x, amp=amp), step(module, x, "eager", amp=amp)
+            fused, plain = training_step(module, x, amp=amp), training_step(module, x, "eager", amp=amp)
             for name, value in plain.items():
                 assert fused[name].dtype == value.dtype, name
                 assert fused[name].stride() == value.stride() or name not in ("out", "x"), name
@@ -77,19 +77,19 @@ def test_layout_and_dtype_are_those_of_the_definition():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_rounding_is_no_worse_than_that_of_the_definition(layout, amp, stride):
-    """Of the outcome, all gradients and all statistics: the root mean square over several blocks."""
+def test_rounding_error_is_no_larger_than_the_definitions(layout, amp, stride):
+    """Compare the RMS error of output, gradients and statistics over several blocks."""
     errors = []
     for seed in range(6):
         torch.manual_seed(seed)
-        module = stirred(block(24, 24, stride), seed)
+        module = randomize_norms(block(24, 24, stride), seed)
         dtype = torch.bfloat16 if amp else torch.float32
         x = images(24, (13, 11), count=8, dtype=dtype, layout=LAYOUTS[layout], seed=seed)
-        exact = step(module.double(), x.double(), "eager")
+        exact = training_step(module.double(), x.double(), "eager")
         module.float()
         values = {name: value for name, value in exact.items() if "tracked" not in name}
         for kernels in ("compiled", "eager"):
-            found = step(module, x, kernels, amp=amp)
+            found = training_step(module, x, kernels, amp=amp)
             parts = [(found[name].double() - value).norm() / value.norm() for name, value in values.items()]
             errors.append(torch.stack(parts))
     fused, plain = (torch.stack(errors[k::2]).square().mean(0).sqrt() for k in (0, 1))
@@ -97,16 +97,18 @@ def test_rounding_is_no_worse_than_that_of_the_definition(layout, amp, stride):
     assert float((fused / plain).max()) < 1.5
 
 
-def test_means_far_from_zero_cost_no_digits():
-    module = stirred(BranchSum({"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3)}))
+def test_large_means_lose_no_precision():
+    module = randomize_norms(BranchSum({"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3)}))
     x = images(3, count=64) * 1e-2 + 1e3
-    exact = step(module.double(), x, "eager")["out"]
-    found = step(module.float(), x.float())["out"]
-    assert_close(found.double(), step(module.double(), x.float().double(), "eager")["out"], rtol=1e-2, atol=1e-2)
+    exact = training_step(module.double(), x, "eager")["out"]
+    found = training_step(module.float(), x.float())["out"]
+    assert_close(
+        found.double(), training_step(module.double(), x.float().double(), "eager")["out"], rtol=1e-2, atol=1e-2
+    )
     assert exact.std() > 0.3
 
 
-def test_by_hand():
+def test_hand_computed_example():
     """One channel, four values 1, 2, 3, 6 (mean 3, variance 3.5), twice: 2 (y - 3) / sqrt(3.5 + eps) + 1."""
     one, two = nn.BatchNorm2d(1, eps=0.5), nn.BatchNorm2d(1, eps=0.5)
     one.bias.data.fill_(1.0)
@@ -118,22 +120,22 @@ def test_by_hand():
     assert int(one.num_batches_tracked) == 1
 
 
-def test_not_a_number_is_not_hidden():
-    module = stirred(block(4, 4))
+def test_nan_propagates():
+    module = randomize_norms(block(4, 4))
     x = images(4, dtype=torch.float32)
     x[0, 1, 2, 3] = float("nan")
     assert module(x).isnan().any()
-    assert step(module, x)["conv.identity.running_mean"].isnan().tolist() == [False, True, False, False]
+    assert training_step(module, x)["conv.identity.running_mean"].isnan().tolist() == [False, True, False, False]
 
 
 def test_gradients_of_gradients():
-    module = stirred(block(4, 4, groups=2)).double()
+    module = randomize_norms(block(4, 4, groups=2)).double()
     x = images(4, (3, 4)).requires_grad_()
     assert torch.autograd.gradgradcheck(module, x)
 
 
-def test_backward_twice_gives_the_same_gradients():
-    module = stirred(block(6, 6)).double()
+def test_second_backward_gives_the_same_gradients():
+    module = randomize_norms(block(6, 6)).double()
     x = images(6).requires_grad_()
     out = module(x)
     first = torch.autograd.grad(out.square().sum(), [x, *module.parameters()], retain_graph=True)
@@ -142,13 +144,13 @@ def test_backward_twice_gives_the_same_gradients():
         assert_close(a, b, rtol=0, atol=0)
 
 
-def test_frozen_parameters_get_no_gradient_and_change_no_other():
-    module = stirred(block(6, 6)).double()
-    whole = step(module, images(6))
+def test_frozen_parameters_get_no_gradient_and_affect_no_other():
+    module = randomize_norms(block(6, 6)).double()
+    whole = training_step(module, images(6))
     for name in ("conv.dense.conv.weight", "conv.pointwise.bn.weight", "conv.identity.bias"):
         module.get_parameter(name).requires_grad_(False)
     assert is_fused(copy.deepcopy(module)(images(6)))
-    some = step(module, images(6))
+    some = training_step(module, images(6))
     assert {name for name in whole if some[name] is None} == {
         "conv.dense.conv.weight",
         "conv.pointwise.bn.weight",
@@ -159,32 +161,32 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other():
             assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
 
 
-def test_models_in_bfloat16_keep_their_types():
-    module = stirred(block(8, 8)).bfloat16()
+def test_bfloat16_models_keep_their_dtypes():
+    module = randomize_norms(block(8, 8)).bfloat16()
     x = images(8, dtype=torch.bfloat16)
     assert is_fused(module(x))
-    fused, plain = step(module, x), step(module, x, "eager")
+    fused, plain = training_step(module, x), training_step(module, x, "eager")
     assert {name: value.dtype for name, value in fused.items()} == {name: value.dtype for name, value in plain.items()}
     assert_close(fused["conv.identity.running_var"], plain["conv.identity.running_var"], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_equal_bits_twice(layout, threads):
-    module = stirred(block(32, 32))
+def test_results_are_deterministic(layout, threads):
+    module = randomize_norms(block(32, 32))
     x = images(32, (40, 41), count=4, dtype=torch.float32, layout=LAYOUTS[layout])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first, second = step(module, x), step(module, x)
+        first, second = training_step(module, x), training_step(module, x)
     finally:
         torch.set_num_threads(before)
-    agree(first, second, 0, 0)
+    assert_equal_results(first, second, 0, 0)
 
 
-def test_no_gradient_mode_moves_statistics():
-    module = stirred(block(6, 6)).double()
-    wanted = step(module, images(6), "eager")
+def test_no_grad_mode_updates_statistics():
+    module = randomize_norms(block(6, 6)).double()
+    wanted = training_step(module, images(6), "eager")
     with torch.no_grad(), training_kernels("compiled"):
         out = module(images(6))
     assert_close(out, wanted["out"])
@@ -192,7 +194,9 @@ def test_no_gradient_mode_moves_statistics():
 
 
 def test_convolutions_with_bias():
-    module = stirred(BranchSum({"a": ConvBN(nn.Conv2d(3, 4, 3, bias=True)), "b": ConvBN(nn.Conv2d(3, 4, 3))})).double()
+    module = randomize_norms(
+        BranchSum({"a": ConvBN(nn.Conv2d(3, 4, 3, bias=True)), "b": ConvBN(nn.Conv2d(3, 4, 3))})
+    ).double()
     x = images(3)
     assert is_fused(module(x))
-    agree(step(module, x), step(module, x, "eager"), 1e-9, 1e-9)
+    assert_equal_results(training_step(module, x), training_step(module, x, "eager"), 1e-9, 1e-9)

@@ -1,4 +1,4 @@
-"""What one block does and others do not: refusals, first values, borders, memory, strides."""
+"""Properties of single blocks: rejected geometries, initial values, borders, memory, strides."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from torch.testing import assert_close
 import repvgg
 from repvgg.blocks import BLOCKS, BranchSum, Geometry, PaddedNorm, block_of, create_block
 from repvgg.errors import BorderError, NotLinearError, UsageError
-from tests.blocks.cases import EXACT, geometry_of, images, made, relative
+from tests.blocks.cases import EXACT, build_block, geometry_of, images, relative_error
 from tests.blocks.published_formulas import PUBLISHED, randomized
 
 
-def test_relu_in_the_branches_refuses_to_collapse():
-    block = made("repvgg_relu", geometry_of("repvgg_relu"))
+def test_relu_in_branches_prevents_collapse():
+    block = build_block("repvgg_relu", geometry_of("repvgg_relu"))
     with pytest.raises(NotLinearError, match="relu is not a linear"):
         repvgg.trace(block)
     plain, report = repvgg.reparameterize(block)
@@ -24,34 +24,34 @@ def test_relu_in_the_branches_refuses_to_collapse():
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("conv_bn", "trivial", "dirac", "doconv")])
-def test_a_padding_without_a_centre_is_refused(name):
+def test_uncentred_padding_is_rejected(name):
     geometry = geometry_of(name, padding=0)
     if name.startswith("expand"):
-        block = made(name, geometry)
+        block = build_block(name, geometry)
         x = next(images(geometry))
-        assert relative(repvgg.trace(block)(x), block(x)) <= EXACT
+        assert relative_error(repvgg.trace(block)(x), block(x)) <= EXACT
         return
     with pytest.raises(BorderError, match="its padding is"):
         create_block(name, geometry)
 
 
 @pytest.mark.parametrize("name", ["repvgg", "acb", "dbb", "replk", "repmixer", "orepa", "mobileone", "expand_ck"])
-def test_an_even_kernel_is_refused(name):
+def test_even_kernel_is_rejected(name):
     with pytest.raises(UsageError, match="odd"):
         create_block(name, Geometry.square(4, 4, kernel_size=4))
 
 
 @pytest.mark.parametrize("name", ["conv_bn", "doconv", "expand_cl"])
-def test_an_even_kernel_is_taken_where_nothing_needs_a_centre(name):
+def test_even_kernel_is_supported_by_blocks_without_centre(name):
     geometry = Geometry.square(4, 6, kernel_size=(4, 2), padding=(1, 0), stride=2)
-    block = made(name, geometry)
+    block = build_block(name, geometry)
     x = next(images(geometry))
-    assert relative(repvgg.trace(block)(x), block(x)) <= EXACT
+    assert relative_error(repvgg.trace(block)(x), block(x)) <= EXACT
     kernel, bias = PUBLISHED[name](block, geometry)
-    assert relative(F.conv2d(x, kernel, bias, 2, (1, 0)), block(x)) <= EXACT
+    assert relative_error(F.conv2d(x, kernel, bias, 2, (1, 0)), block(x)) <= EXACT
 
 
-def test_names_that_are_not_there():
+def test_unknown_names_and_unsupported_geometries():
     with pytest.raises(UsageError, match="did you mean repvgg"):
         block_of("repvg")
     with pytest.raises(UsageError, match="known are conv_bn"):
@@ -66,7 +66,7 @@ def test_names_that_are_not_there():
         Geometry.square(4, 0)
 
 
-def test_the_geometry_of_a_convolution():
+def test_geometry_of_convolution():
     conv = nn.Conv2d(4, 6, (3, 5), (1, 1), "same", (2, 1), 2, padding_mode="circular")
     geometry = Geometry.of(conv)
     assert geometry.padding == (2, 2)
@@ -76,8 +76,8 @@ def test_the_geometry_of_a_convolution():
         Geometry.of(nn.Conv2d(4, 6, 2, padding="same"))
 
 
-def test_padded_norm_is_the_padding_in_front_of_it():
-    """In eval mode: 1x1, batch norm and padded mean see the image as if it had been padded first."""
+def test_padded_norm_equals_padding_before_norm_in_eval_mode():
+    """In eval mode, padding with the norm of zero after the norm equals zero padding before it."""
     norm = randomized(PaddedNorm(4, (2, 1)).double())
     inner = nn.BatchNorm2d(4).double().eval()
     inner.load_state_dict(norm.state_dict())
@@ -85,7 +85,7 @@ def test_padded_norm_is_the_padding_in_front_of_it():
     assert_close(norm(x), inner(F.pad(x, (1, 1, 2, 2))), rtol=1e-13, atol=1e-13)
 
 
-def test_padded_norm_in_training_mode_normalizes_with_the_batch_and_pads_with_running_statistics():
+def test_padded_norm_in_training_mode_uses_batch_statistics_inside_and_running_statistics_at_border():
     norm = randomized(PaddedNorm(4, (1, 1)).double()).train()
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
@@ -98,8 +98,8 @@ def test_padded_norm_in_training_mode_normalizes_with_the_batch_and_pads_with_ru
     assert_close(out[:, :, 0, 0], border.expand(3, 4), rtol=1e-12, atol=1e-12)
 
 
-def kept_for_backward(module, x):
-    """Bytes of the tensors that a training step keeps, each memory counted once; kernels aside."""
+def bytes_saved_for_backward(module, x):
+    """Return the bytes of tensors that a training step stores for backward, each storage once, without parameters."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters(), *module.buffers())}
     seen = {}
 
@@ -115,11 +115,13 @@ def kept_for_backward(module, x):
     return sum(size for size, _ in seen.values())
 
 
-def test_a_training_step_of_orepa_keeps_less_than_that_of_repvgg():
+def test_orepa_stores_less_for_backward_than_repvgg():
     geometry = Geometry.square(8, 8)
     x = torch.randn(4, 8, 32, 32)
     with repvgg.blocks.training_kernels("eager"):
-        kept = {name: kept_for_backward(create_block(name, geometry), x) for name in ("orepa", "repvgg", "conv_bn")}
+        kept = {
+            name: bytes_saved_for_backward(create_block(name, geometry), x) for name in ("orepa", "repvgg", "conv_bn")
+        }
     image = x.numel() * x.element_size()
     assert image <= kept["conv_bn"] < kept["orepa"] < 1.5 * image
     assert kept["repvgg"] >= 2 * image
@@ -127,7 +129,7 @@ def test_a_training_step_of_orepa_keeps_less_than_that_of_repvgg():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_begins_as_its_paper_says(name):
+def test_initial_values_are_as_published(name):
     torch.manual_seed(0)
     geometry = geometry_of(name)
     block = create_block(name, geometry).double().eval()
@@ -139,7 +141,7 @@ def test_a_block_begins_as_its_paper_says(name):
         assert_close(block[0](x), F.conv2d(x, block[0].weight, None, 1, 1), rtol=1e-12, atol=1e-12)
     elif name == "repmixer":
         x = next(images(geometry))
-        assert relative(block(x), x) < 1e-3
+        assert relative_error(block(x), x) < 1e-3
     elif name == "dbb":
         assert not block["expanded"][0].weight.any()
     elif name == "mobileone":
@@ -152,10 +154,10 @@ def test_a_block_begins_as_its_paper_says(name):
 
 
 @pytest.mark.parametrize("name", ["dirac", "trivial", "doconv", "orepa"])
-def test_a_strided_1x1_kernel_skips_pixels_first(name):
-    """The same function, without a strided 1x1 convolution, whose gradient is not to be trusted everywhere."""
+def test_strided_1x1_kernel_subsamples_input(name):
+    """The function of a strided 1x1 convolution without calling one: oneDNN's gradient of it is faulty."""
     geometry = Geometry.square(4, 6, 2, kernel_size=1)
-    layer = made(name, geometry)[0]
+    layer = build_block(name, geometry)[0]
     for x in images(geometry):
         x.requires_grad_()
         wanted = F.conv2d(x, layer.kernel(), None, 2)

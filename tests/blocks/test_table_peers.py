@@ -1,4 +1,4 @@
-"""Blocks of the table against the same blocks in timm, which has its own code for each and its own way to fold them."""
+"""Blocks compared with timm's, which has its own implementation of each block and of its fold."""
 
 import pytest
 import torch
@@ -18,19 +18,19 @@ def images(channels):
     return torch.randn(2, channels, 11, 14, generator=generator, dtype=torch.float64) + 1
 
 
-def take_on(ours, theirs):
-    """The tensors of a module; both have them in the same order, whatever they are called."""
+def copy_tensors(ours, theirs):
+    """Copy the tensors of a module; both have them in the same order under different names."""
     values = [value.clone() for value in theirs.state_dict().values()]
     ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
 
 
-def mobileone_of(peer, ours):
-    """Our branches with the tensors of timm's."""
+def copy_mobileone(peer, ours):
+    """Copy the tensors of timm's branches into ours."""
     for copy, branch in enumerate(peer.conv_kxk):
-        take_on(ours[f"dense{copy or ''}"], branch)
-    take_on(ours["pointwise"], peer.conv_scale)
+        copy_tensors(ours[f"dense{copy or ''}"], branch)
+    copy_tensors(ours["pointwise"], peer.conv_scale)
     if peer.identity is not None:
-        take_on(ours["identity"], peer.identity)
+        copy_tensors(ours["identity"], peer.identity)
 
 
 @pytest.mark.parametrize(("outputs", "stride", "group_size"), [(4, 1, None), (8, 1, None), (4, 2, None), (4, 1, 1)])
@@ -38,10 +38,10 @@ def test_mobileone(outputs, stride, group_size):
     peer = MobileOneBlock(4, outputs, 3, stride, group_size=group_size, num_conv_branches=4)
     randomized(peer.double())
     ours = create_block("mobileone", Geometry.square(4, outputs, stride, 4 if group_size else 1)).double().eval()
-    mobileone_of(peer, ours)
+    copy_mobileone(peer, ours)
     x = images(4)
     expected = peer(x)
-    assert_close(ours(x).relu(), expected, **EXACT)  # the peer's ends with it
+    assert_close(ours(x).relu(), expected, **EXACT)  # timm's block includes the ReLU
     peer.reparameterize()
     kernel, bias = repvgg.equivalent_conv(ours)
     assert_close(kernel, peer.reparam_conv.weight, **EXACT)
@@ -52,10 +52,10 @@ def test_repmixer():
     peer = randomized(TimmRepMixer(4, layer_scale_init_value=0.5).double())
     ours = RepMixer(Geometry.square(4, 4, groups=4)).double().eval()
     mixer, norm = peer.mixer, peer.norm
-    take_on(ours.mixer["dense"], mixer.conv_kxk[0])
-    take_on(ours.mixer["pointwise"], mixer.conv_scale)
-    take_on(ours.mixer["identity"], mixer.identity)
-    take_on(ours.norm, norm.identity)
+    copy_tensors(ours.mixer["dense"], mixer.conv_kxk[0])
+    copy_tensors(ours.mixer["pointwise"], mixer.conv_scale)
+    copy_tensors(ours.mixer["identity"], mixer.identity)
+    copy_tensors(ours.norm, norm.identity)
     with torch.no_grad():
         ours.scale.copy_(peer.layer_scale.gamma.view(-1, 1, 1))
     x = images(4)
