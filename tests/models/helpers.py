@@ -1,4 +1,4 @@
-"""What the tests of the models share."""
+"""Helpers of the model tests."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage
 
 TINY = ModelSpec("tiny", Stage(1, 4), (Stage(2, 8), Stage(3, 8, stride=1)), groups=2, input_size=16)
 
-# Of the kind of repvggplus_l2pse, small: gates behind the ReLU, a stage cut in two, auxiliary heads.
+# A small repvggplus_l2pse: gates after the ReLU, a stage split in two, auxiliary heads.
 TINY_PLUS = ModelSpec(
     "tiny_plus",
     Stage(1, 4),
@@ -17,7 +17,7 @@ TINY_PLUS = ModelSpec(
 
 
 def convolutions(model):
-    """Geometry of every convolution of 3x3 or 1x1, by name."""
+    """Return the geometry of every convolution by name."""
     return {
         name: (m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
         for name, m in model.named_modules()

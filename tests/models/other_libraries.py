@@ -1,6 +1,6 @@
-"""RepVGG as its authors and mmpretrain wrote it: names, tensors and forward, restated here from their descriptions.
+"""RepVGG of its authors and of mmpretrain: names, tensors and forward, re-implemented from their descriptions.
 
-Nothing of the library is used: what it makes of these files is held against this.
+Independent of the library: its reading of these files is compared with this.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Net:
-    """Depths and widths of the stages, strides of their first blocks, and what stands in a block."""
+    """Depths and widths of the stages, strides of their first blocks, and the contents of a block."""
 
     depths: tuple
     widths: tuple
@@ -72,7 +72,7 @@ MMPRETRAIN_NAMES = Names(
 
 
 def blocks(net):
-    """(stage, block, inputs, outputs, stride, groups) of each block, the stem first."""
+    """Yield (stage, block, inputs, outputs, stride, groups) of each block, stem first."""
     inputs, layer = net.channels, 0
     for stage, (depth, width) in enumerate(zip((1, *net.depths), (net.stem, *net.widths), strict=True)):
         for block in range(depth):
@@ -83,7 +83,7 @@ def blocks(net):
 
 
 class Tensors(dict):
-    """A state dict that fills itself."""
+    """A state dict with methods that add random tensors."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def state_dict(net, names, plain=False):
 
 
 def logits(net, names, tensors, x):
-    """The forward of the train form or of the plain form, whichever the tensors are of."""
+    """Return the logits of the train form or of the plain form, depending on the tensors."""
 
     def norm(name, y):
         mean, var, weight, bias = (

@@ -16,12 +16,12 @@ from tests.bn_statistics import trained_like
 FORMS = ["train", "plain"]
 
 
-def made(name="repvgg_t0", form="train", classes=10, channels=1):
+def build(name="repvgg_t0", form="train", classes=10, channels=1):
     torch.manual_seed(0)
     return trained_like(create_model(name, classes, channels, plain=form == "plain"))
 
 
-def written(path, model, form, **about):
+def saved(path, model, form, **about):
     save(path, model, describe_model(model, form, **about))
     return path
 
@@ -31,8 +31,8 @@ def without_header(path, tensors):
     return path
 
 
-def refusal(path, model=None):
-    """The one sentence with which a file is refused; it names the file."""
+def rejection(path, model=None):
+    """Return the message with which a file is rejected: one sentence that names the file."""
     with pytest.raises(CheckpointError) as caught:
         load(path, model)
     text = str(caught.value)
@@ -45,8 +45,8 @@ def refusal(path, model=None):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_round_trip(tmp_path, name, form, dtype):
-    model = made(name, form).to(dtype)
-    path = written(tmp_path / "a.safetensors", model, form, classes=tuple("0123456789"), metrics={"top1": 0.5})
+    model = build(name, form).to(dtype)
+    path = saved(tmp_path / "a.safetensors", model, form, classes=tuple("0123456789"), metrics={"top1": 0.5})
     loaded = load(path, name)
     assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert list(loaded.model.state_dict()) == list(model.state_dict())
@@ -56,29 +56,29 @@ def test_round_trip(tmp_path, name, form, dtype):
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-def test_the_same_function_comes_back(tmp_path):
-    model = made()
-    loaded = load(written(tmp_path / "a.safetensors", model, "train")).model
+def test_loaded_model_is_the_same_function(tmp_path):
+    model = build()
+    loaded = load(saved(tmp_path / "a.safetensors", model, "train")).model
     images = torch.randn(2, 1, 17, 15)
     with torch.no_grad():
         assert_close(loaded(images), model(images), rtol=0, atol=0)
 
 
-def test_the_header_describes_the_model(tmp_path):
-    about = load(written(tmp_path / "a.safetensors", made(classes=3, channels=2), "train")).metadata
+def test_header_describes_the_model(tmp_path):
+    about = load(saved(tmp_path / "a.safetensors", build(classes=3, channels=2), "train")).metadata
     assert (about.num_classes, about.in_channels, about.input_size) == (3, 2, 32)
 
 
-@pytest.mark.parametrize("shuffle", [lambda m: m.to(memory_format=torch.channels_last), nn.Module.train])
-def test_layout_and_mode_do_not_matter(tmp_path, shuffle):
-    model = made()
+@pytest.mark.parametrize("change", [lambda m: m.to(memory_format=torch.channels_last), nn.Module.train])
+def test_memory_format_and_mode_do_not_matter(tmp_path, change):
+    model = build()
     before = copy.deepcopy(model.state_dict())
-    path = written(tmp_path / "a.safetensors", shuffle(model), "train")
+    path = saved(tmp_path / "a.safetensors", change(model), "train")
     assert_close(load(path).model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_loaded_model_can_be_trained_and_collapsed(tmp_path):
-    model = load(written(tmp_path / "a.safetensors", made(), "train")).model
+def test_loaded_model_can_be_trained_and_collapsed(tmp_path):
+    model = load(saved(tmp_path / "a.safetensors", build(), "train")).model
     plain, _ = reparameterize(model)
     images = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_a_loaded_model_can_be_trained_and_collapsed(tmp_path):
 @pytest.mark.parametrize(("classes", "channels"), [(10, 1), (3, 3), (1000, 3)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["repvgg_t0", "repvgg_t1"])
-def test_a_file_without_a_header_is_recognized(tmp_path, name, form, classes, channels):
-    model = made(name, form, classes, channels)
+def test_file_without_header_is_recognized(tmp_path, name, form, classes, channels):
+    model = build(name, form, classes, channels)
     loaded = load(without_header(tmp_path / "run.pt", model.state_dict()))
     assert loaded.metadata == describe_model(model, form)
     assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -105,14 +105,14 @@ def shapes_of(spec, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SPECS)
-def test_every_row_is_told_by_its_shapes(name, form):
-    """No two rows share all names and shapes."""
+def test_every_model_is_identified_by_its_shapes(name, form):
+    """No two registered models share all names and shapes."""
     found = infer_spec(shapes_of(name, form), None)
     assert (found.spec, found.form, found.num_classes, found.in_channels) == (SPECS[name], form, 11, 4)
     assert found.notes == ()
 
 
-def change(tensors, name, value):
+def set_tensor(tensors, name, value):
     return {**tensors, name: value}
 
 
@@ -125,22 +125,22 @@ def drop(tensors, *names):
     [
         (lambda t: drop(t, "head.bias"), "but it lacks 'head.bias'."),
         (lambda t: drop(t, "head.bias", "head.weight"), "but it lacks 2 tensors ('head.bias', 'head.weight')."),
-        (lambda t: change(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
         (
-            lambda t: change(t, "head.bias", torch.zeros(9)),
+            lambda t: set_tensor(t, "head.bias", torch.zeros(9)),
             "but 'head.bias' has the shape (9,) instead of (10,).",
         ),
-        (lambda t: drop(change(t, "extra", torch.zeros(1)), "head.bias"), "'head.bias' and it has 'extra'"),
-        (lambda t: change(t, "head.bias", torch.zeros(10).half()), "of several types, float16 and float32."),
+        (lambda t: drop(set_tensor(t, "extra", torch.zeros(1)), "head.bias"), "'head.bias' and it has 'extra'"),
+        (lambda t: set_tensor(t, "head.bias", torch.zeros(10).half()), "of several types, float16 and float32."),
         (lambda t: {name: tensor.int() for name, tensor in t.items()}, "of type int32."),
         (lambda t: {}, "but it lacks"),
     ],
 )
 def test_tensors_that_do_not_fit_the_header(tmp_path, edit, text):
-    model = made()
+    model = build()
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, edit(model.state_dict()), describe_model(model, "train"))
-    found = refusal(path)
+    found = rejection(path)
     assert "says it is repvgg_t0 in the train form" in found
     assert text in found
 
@@ -157,42 +157,42 @@ def test_tensors_that_do_not_fit_the_header(tmp_path, edit, text):
     ],
 )
 def test_headers_that_do_not_fit_the_tensors(tmp_path, about, text):
-    model = made()
+    model = build()
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, model.state_dict(), replace(describe_model(model, "train"), **about))
-    assert text in refusal(path)
+    assert text in rejection(path)
 
 
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
         (lambda t: drop(t, "head.bias"), "looks like repvgg_t0 in the train form, but it lacks 'head.bias'."),
-        (lambda t: change(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
         (
             lambda t: t | {f"extra{number}.weight": torch.zeros(1) for number in range(3)},
             "but it has 3 tensors ('extra0.weight', 'extra1.weight', …) too many.",
         ),
         (lambda t: drop(t, "head.weight"), "holds no RepVGG"),
-        (lambda t: change(t, "head.weight", torch.zeros(())), "holds no RepVGG"),
-        (lambda t: change(t, "head.weight", torch.zeros(0, 128)), "holds no RepVGG"),
+        (lambda t: set_tensor(t, "head.weight", torch.zeros(())), "holds no RepVGG"),
+        (lambda t: set_tensor(t, "head.weight", torch.zeros(0, 128)), "holds no RepVGG"),
         (lambda t: {f"net.{name}": tensor for name, tensor in t.items()}, "holds no RepVGG"),
         (lambda t: {name: tensor.long() for name, tensor in t.items()}, "of type int64"),
     ],
 )
-def test_a_file_without_a_header_that_is_no_model_of_ours(tmp_path, edit, text):
-    assert text in refusal(without_header(tmp_path / "run.pt", edit(made().state_dict())))
+def test_file_without_header_that_is_no_model(tmp_path, edit, text):
+    assert text in rejection(without_header(tmp_path / "run.pt", edit(build().state_dict())))
 
 
-def test_the_model_that_was_asked_for(tmp_path):
-    path = written(tmp_path / "a.safetensors", made(), "train")
-    assert "is a checkpoint of repvgg_t0, not of repvgg_t1" in refusal(path, "repvgg_t1")
-    assert "not of repvgg_t1" in refusal(without_header(tmp_path / "run.pt", made().state_dict()), "repvgg_t1")
+def test_requested_model_name(tmp_path):
+    path = saved(tmp_path / "a.safetensors", build(), "train")
+    assert "is a checkpoint of repvgg_t0, not of repvgg_t1" in rejection(path, "repvgg_t1")
+    assert "not of repvgg_t1" in rejection(without_header(tmp_path / "run.pt", build().state_dict()), "repvgg_t1")
     with pytest.raises(UnknownModelError, match="repvgg_t0"):
         load(tmp_path / "missing", "repvgg_t00")
 
 
-def test_save_replaces_only_on_request(tmp_path):
-    path, model = written(tmp_path / "a.safetensors", made(), "train"), made(classes=3)
+def test_save_overwrites_only_on_request(tmp_path):
+    path, model = saved(tmp_path / "a.safetensors", build(), "train"), build(classes=3)
     with pytest.raises(OutputExistsError):
         save(path, model, describe_model(model, "train"))
     assert load(path).metadata.num_classes == 10

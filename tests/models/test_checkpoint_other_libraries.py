@@ -1,4 +1,4 @@
-"""Checkpoints of others: recognized by structure, read to the last tensor, written back bit for bit."""
+"""Checkpoints of other libraries: recognized by structure, read completely, written back bit for bit."""
 
 from dataclasses import asdict, replace
 
@@ -15,14 +15,14 @@ from tests.bn_statistics import trained_like
 from tests.models import other_libraries as nets
 from tests.models.helpers import TINY_PLUS
 
-FOREIGN = {
+NETWORKS = {
     "upstream": (nets.SMALL, nets.UPSTREAM_NAMES),
     "upstream gated": (nets.GATED, nets.UPSTREAM_NAMES),
     "upstream_plus": (nets.PLUS, nets.PLUS_NAMES),
     "mmpretrain": (nets.SMALL, nets.MMPRETRAIN_NAMES),
     "mmpretrain gated": (nets.GATED, nets.MMPRETRAIN_NAMES),
 }
-CASES = [(name, plain) for name in FOREIGN for plain in (False, True)]
+CASES = [(name, plain) for name in NETWORKS for plain in (False, True)]
 
 
 def written(path, tensors):
@@ -30,8 +30,8 @@ def written(path, tensors):
     return path
 
 
-def foreign(name, plain=False):
-    net, names = FOREIGN[name]
+def network(name, plain=False):
+    net, names = NETWORKS[name]
     return net, names, nets.state_dict(net, names, plain)
 
 
@@ -40,8 +40,8 @@ def images(channels=3, size=(37, 33)):
 
 
 @pytest.mark.parametrize(("name", "plain"), CASES)
-def test_the_same_function_comes_out(tmp_path, name, plain):
-    net, names, tensors = foreign(name, plain)
+def test_loaded_model_is_the_same_function(tmp_path, name, plain):
+    net, names, tensors = network(name, plain)
     loaded = load(written(tmp_path / "a.pth", tensors))
     assert loaded.metadata.form == ("plain" if plain else "train")
     assert loaded.account.layout == name.partition(" ")[0]
@@ -55,9 +55,9 @@ def test_the_same_function_comes_out(tmp_path, name, plain):
         assert_close(loaded.model(images()), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_spec_is_read_off_the_shapes(tmp_path, name):
-    net, names, tensors = foreign(name)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_spec_is_inferred_from_shapes(tmp_path, name):
+    net, names, tensors = network(name)
     spec = load(written(tmp_path / "a.pth", tensors)).model.spec
     assert [(stage.depth, stage.channels) for stage in spec.stages] == list(zip(net.depths, net.widths, strict=True))
     assert (spec.stem.channels, spec.groups) == (net.stem, net.groups)
@@ -96,8 +96,8 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_wrappings_are_taken_off_and_named(tmp_path, wrapping):
-    _, _, tensors = foreign("upstream")
+def test_wrappers_are_removed_and_reported(tmp_path, wrapping):
+    _, _, tensors = network("upstream")
     loaded = load(written(tmp_path / "a.pth", WRAPPINGS[wrapping](tensors)))
     state = loaded.model.state_dict()
     assert_close(
@@ -116,7 +116,7 @@ def test_wrappings_are_taken_off_and_named(tmp_path, wrapping):
     assert loaded.account.prefix == prefixes.get(wrapping, "")
 
 
-def refusal(path, *arguments, **keywords):
+def rejection(path, *arguments, **keywords):
     with pytest.raises(CheckpointError) as caught:
         load(path, *arguments, **keywords)
     assert "\n" not in str(caught.value)
@@ -127,7 +127,7 @@ def without(tensors, *parts):
     return {name: tensor for name, tensor in tensors.items() if not any(part in name for part in parts)}
 
 
-SPOILT = {
+INVALID = {
     "leftover": (lambda t: t | {"extra.weight": torch.zeros(1)}, "but it has 'extra.weight' too many"),
     "leftovers": (
         lambda t: t | {f"extra.{n}": torch.zeros(1) for n in range(5)},
@@ -158,22 +158,22 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_files_that_do_not_add_up(tmp_path, case):
-    spoil, text = SPOILT[case]
-    path = written(tmp_path / "a.pth", spoil(nets.state_dict(nets.SMALL, nets.UPSTREAM_NAMES)))
-    found = refusal(path)
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_files(tmp_path, case):
+    change, text = INVALID[case]
+    path = written(tmp_path / "a.pth", change(nets.state_dict(nets.SMALL, nets.UPSTREAM_NAMES)))
+    found = rejection(path)
     assert text in found
     assert repr(str(path)) in found
 
 
 def test_gates_in_some_blocks_only(tmp_path):
     tensors = nets.state_dict(nets.GATED, nets.UPSTREAM_NAMES)
-    assert "same gate" in refusal(written(tmp_path / "a.pth", without(tensors, "stage2.0.se")))
+    assert "same gate" in rejection(written(tmp_path / "a.pth", without(tensors, "stage2.0.se")))
 
 
-def test_counters_may_be_missing_and_stay_missing(tmp_path):
-    _, _, tensors = foreign("upstream")
+def test_missing_counters_stay_missing(tmp_path):
+    _, _, tensors = network("upstream")
     old = without(tensors, "num_batches_tracked")
     loaded = load(written(tmp_path / "a.pth", old))
     assert len(loaded.account.filled) == len(tensors) - len(old) > 0
@@ -187,8 +187,8 @@ def test_counters_may_be_missing_and_stay_missing(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(("name", "plain"), CASES)
-def test_there_and_back_is_bit_exact(tmp_path, name, plain, suffix):
-    _, _, tensors = foreign(name, plain)
+def test_round_trip_is_bit_exact(tmp_path, name, plain, suffix):
+    _, _, tensors = network(name, plain)
     source, ours, back = (tmp_path / f"{part}{suffix}" for part in ("source", "ours", "back"))
     loaded = load(written(source, tensors))
     save(ours, loaded.model, loaded.metadata)
@@ -203,8 +203,8 @@ def test_there_and_back_is_bit_exact(tmp_path, name, plain, suffix):
 
 @pytest.mark.parametrize("layout", ["upstream", "timm", "mmpretrain", "repvgg"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_header_goes_along_under_any_names(tmp_path, layout, plain):
-    """Ours, theirs, ours: the header of a safetensors file says what names cannot, as strides."""
+def test_header_is_kept_in_every_layout(tmp_path, layout, plain):
+    """The header of a safetensors file stores what names and shapes do not determine, such as strides."""
     torch.manual_seed(0)
     spec = ModelSpec("mine", Stage(1, 8, stride=1), (Stage(2, 8, stride=1), Stage(1, 12, stride=3)), input_size=20)
     model = trained_like(create_model(spec, 5, 2, plain))
@@ -219,15 +219,15 @@ def test_a_header_goes_along_under_any_names(tmp_path, layout, plain):
     assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
     with torch.no_grad():
         assert_close(loaded.model(images(2)), model(images(2)), rtol=0, atol=0)
-    assert "of mine, not of repvgg_t0" in refusal(tmp_path / "a.safetensors", "repvgg_t0")
+    assert "of mine, not of repvgg_t0" in rejection(tmp_path / "a.safetensors", "repvgg_t0")
 
 
-def test_a_custom_spec_under_the_name_of_a_row(tmp_path):
+def test_custom_spec_with_a_registered_name(tmp_path):
     spec = ModelSpec("repvgg_t0", Stage(1, 4), (Stage(1, 8),))
     model = create_model(spec, 3)
     save(tmp_path / "a.safetensors", model, describe_model(model, "train"))
     assert load(tmp_path / "a.safetensors").model.spec == spec
-    assert "not of repvgg_t0" in refusal(tmp_path / "a.safetensors", "repvgg_t0")
+    assert "not of repvgg_t0" in rejection(tmp_path / "a.safetensors", "repvgg_t0")
 
 
 @pytest.mark.parametrize(
@@ -246,16 +246,16 @@ def test_a_custom_spec_under_the_name_of_a_row(tmp_path):
         ({"groups": 3}, "groups"),
     ],
 )
-def test_specs_in_headers_that_make_no_sense(tmp_path, change, text):
+def test_invalid_specs_in_headers(tmp_path, change, text):
     spec = ModelSpec("mine", Stage(1, 8), (Stage(2, 8), Stage(1, 12)))
     model = create_model(spec, 3)
     about = describe_model(model, "train")
     save(tmp_path / "a.safetensors", model, replace(about, spec={**about.spec, **change}))
-    assert text in refusal(tmp_path / "a.safetensors")
+    assert text in rejection(tmp_path / "a.safetensors")
 
 
-def test_plain_from_a_train_form_file(tmp_path):
-    net, names, tensors = foreign("upstream_plus")
+def test_plain_form_from_train_form_file(tmp_path):
+    net, names, tensors = network("upstream_plus")
     path = written(tmp_path / "a.pth", tensors)
     loaded = load(path, plain=True)
     assert loaded.metadata.form == "plain"
@@ -268,31 +268,31 @@ def test_plain_from_a_train_form_file(tmp_path):
     assert "collapsed" in loaded.account.notes[-1]
 
 
-def test_branches_do_not_come_back(tmp_path):
-    path = written(tmp_path / "a.pth", foreign("upstream", plain=True)[2])
-    assert "repvgg.expand" in refusal(path, plain=False)
+def test_plain_file_cannot_be_loaded_in_train_form(tmp_path):
+    path = written(tmp_path / "a.pth", network("upstream", plain=True)[2])
+    assert "repvgg.expand" in rejection(path, plain=False)
     assert load(path, plain=True).metadata.form == "plain"
-    train = written(tmp_path / "b.pth", foreign("upstream")[2])
+    train = written(tmp_path / "b.pth", network("upstream")[2])
     assert load(train, plain=False).metadata.form == "train"
 
 
-def test_heads_beside_plain_blocks_are_dropped(tmp_path):
-    """switch_to_deploy of single blocks leaves them."""
-    _, _, plain = foreign("upstream_plus", plain=True)
-    heads = {name: tensor for name, tensor in foreign("upstream_plus")[2].items() if "_aux." in name}
+def test_auxiliary_heads_of_plain_files_are_dropped(tmp_path):
+    """The authors' switch_to_deploy of single blocks leaves them in the file."""
+    _, _, plain = network("upstream_plus", plain=True)
+    heads = {name: tensor for name, tensor in network("upstream_plus")[2].items() if "_aux." in name}
     loaded = load(written(tmp_path / "a.pth", plain | heads))
     assert set(loaded.account.dropped) == set(heads)
     assert set(loaded.account.used) == set(plain)
 
 
-def test_gates_that_no_name_tells_the_place_of(tmp_path):
+def test_unknown_gate_position(tmp_path):
     model = create_model(TINY_PLUS, 5)
-    assert "which its names do not reveal: save it with a header" in refusal(
+    assert "which its names do not reveal: save it with a header" in rejection(
         written(tmp_path / "a.pth", model.state_dict())
     )
 
 
-def test_what_others_have_no_name_for(tmp_path):
+def test_models_that_other_layouts_do_not_support(tmp_path):
     model = create_model(TINY_PLUS, 5)
     about = describe_model(model, "train")
     for layout in ("timm", "mmpretrain"):
@@ -306,8 +306,8 @@ def test_what_others_have_no_name_for(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_load_weights_takes_the_files_of_others(tmp_path):
-    _, _, tensors = foreign("mmpretrain")
+def test_load_weights_reads_other_layouts(tmp_path):
+    _, _, tensors = network("mmpretrain")
     path = written(tmp_path / "a.pth", tensors)
     loaded = load(path)
     spec = loaded.model.spec
@@ -326,7 +326,7 @@ def test_load_weights_takes_the_files_of_others(tmp_path):
         load_weights(create_model(spec, 9), path)
 
 
-def test_a_torch_file_of_ours_has_a_header(tmp_path):
+def test_torch_file_has_a_header(tmp_path):
     model = trained_like(create_model("repvgg_t0", 10, 1))
     about = describe_model(model, "train", recipe={"epochs": 3}, classes=tuple("0123456789"))
     save(tmp_path / "a.pth", model, about)

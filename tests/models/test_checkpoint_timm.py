@@ -1,4 +1,4 @@
-"""Files of timm's own models, every row that both have: the same tensors, the same logits."""
+"""Files of timm's RepVGG models: the same tensors and the same logits for every model that both libraries have."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ from timm.utils.model import reparameterize_model  # noqa: E402
 
 BOTH = [name for name in list_models() if name in timm.list_models("repvgg*")]
 SMALL = ("repvgg_a0", "repvgg_b0")
-ROWS = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in BOTH]
+MODELS = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in BOTH]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def test_there_are_rows():
+def test_number_of_common_models():
     assert len(BOTH) == 11
 
 
 def assert_same(theirs, path, name, form):
-    """What is read from the file of ``theirs`` is it, bit for bit in the tensors; written back, so is the file."""
+    """Reading the file of ``theirs`` and writing it back keeps every bit; the logits agree."""
     state = theirs.state_dict()
     torch.save(state, path)
     loaded = load(path, name)
@@ -41,7 +41,7 @@ def assert_same(theirs, path, name, form):
     assert_close(back, dict(state), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_and_tensors(tmp_path, name):
     torch.manual_seed(0)
     assert_same(trained_like(timm.create_model(name, num_classes=17)).double(), tmp_path / "a.pth", name, "train")
@@ -52,7 +52,7 @@ def test_logits_in_float32(tmp_path):
     assert_same(trained_like(timm.create_model("repvgg_a0")), tmp_path / "a.pth", "repvgg_a0", "train")
 
 
-def test_their_plain_form(tmp_path):
+def test_plain_form_of_timm(tmp_path):
     torch.manual_seed(0)
     theirs = reparameterize_model(trained_like(timm.create_model("repvgg_a0", num_classes=17)).double()).eval()
     assert_same(theirs, tmp_path / "a.pth", "repvgg_a0", "plain")
@@ -60,8 +60,8 @@ def test_their_plain_form(tmp_path):
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", BOTH)
-def test_rows_are_recognized_by_shapes(name, plain):
-    """Every row in both forms without its weights."""
+def test_models_are_recognized_by_shapes(name, plain):
+    """Every model in both forms, on the meta device."""
     with torch.device("meta"):
         theirs = timm.create_model(name)
         theirs = reparameterize_model(theirs) if plain else theirs

@@ -12,11 +12,11 @@ from repvgg.verify import border_inputs, verify
 from tests.rounding import predicted_float32_error
 
 FAST = ["repvgg_a0", "repvgg_t0", "repvgg_t1"]
-ROWS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in list_models()]
+MODELS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in list_models()]
 
 
 def trained_like(name: str) -> nn.Module:
-    """A model with batch norms as after training, seeded by its row."""
+    """Return a model with batch norms as after training; its index is the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(list_models().index(name))
         model = create_model(name)
@@ -29,8 +29,8 @@ def trained_like(name: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_row(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name):
     train = trained_like(name)
     images = border_inputs((2, 3, 64, 64), batches=2)
     assert_float32_rounds_once(train, reparameterize(train)[0])
@@ -70,7 +70,7 @@ def assert_float32_rounds_once(train: nn.Module, plain: nn.Module) -> None:
 
 
 def assert_skeleton(name: str, plain: nn.Module) -> None:
-    """``plain=True`` has the very keys, shapes and geometry that the collapse gave."""
+    """Check that ``plain=True`` has the keys, shapes and geometry of the collapsed model."""
     with torch.device("meta"):
         skeleton = create_model(name, plain=True)
     shapes = {key: value.shape for key, value in plain.state_dict().items()}
@@ -81,7 +81,7 @@ def assert_skeleton(name: str, plain: nn.Module) -> None:
             assert repr(ours) == repr(wanted), path
 
 
-def test_everything_outside_the_regions_is_bit_identical():
+def test_weights_outside_folded_regions_keep_their_bits():
     train = trained_like("repvgg_t0")
     before = copy.deepcopy(train.state_dict())
     plain, _ = reparameterize(train)
@@ -92,7 +92,7 @@ def test_everything_outside_the_regions_is_bit_identical():
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
-def test_timm_through_its_own_forward(name):
+def test_timm_models(name):
     timm = pytest.importorskip("timm")
     with torch.random.fork_rng():
         torch.manual_seed(0)

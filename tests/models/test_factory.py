@@ -1,4 +1,4 @@
-"""A model by whatever a person calls it."""
+"""Models from any kind of name: registered architectures, source strings, checkpoints."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_names_and_sources(name, shape, values):
 
 
 @pytest.mark.parametrize("values", [True, False])
-def test_a_checkpoint(checkpoint, values):
+def test_checkpoint(checkpoint, values):
     for name in (checkpoint, str(checkpoint)):
         sourced = named_model(name, values=values)
         assert (sourced.input_shape, sourced.weights) == ((1, 28, 28), "from net.safetensors")
@@ -42,14 +42,14 @@ def test_a_checkpoint(checkpoint, values):
         assert next(sourced.model.parameters()).is_meta is not values
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_python_file(tmp_path):
     (tmp_path / "net.py").write_text("from torch import nn\ndef make():\n    return nn.Conv2d(3, 4, 3)\n")
     sourced = named_model(f"{tmp_path}/net.py:make", values=False)
     assert isinstance(sourced.model, nn.Conv2d)
     assert sourced.model.weight.is_meta
 
 
-def test_a_name_wins_over_a_file_and_a_file_over_a_source(tmp_path, monkeypatch, checkpoint):
+def test_registered_name_precedes_file_and_file_precedes_source(tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "repvgg_t0").write_text("no checkpoint")
     assert named_model("repvgg_t0").weights == "random"
@@ -67,14 +67,14 @@ def test_a_name_wins_over_a_file_and_a_file_over_a_source(tmp_path, monkeypatch,
         ("keras:vgg", SourceError, "neither a Python file nor a collection"),
     ],
 )
-def test_what_is_no_model(name, error, text):
+def test_names_of_no_model(name, error, text):
     for values in (True, False):
         with pytest.raises(error, match=text):
             named_model(name, values=values)
 
 
-def test_a_constructor_that_computes_with_values_still_comes_without_them():
-    """torchvision's RegNets read their widths off tensors."""
+def test_constructor_that_computes_with_values_on_meta():
+    """torchvision's RegNets compute their widths with tensors."""
     model = resolve("torchvision:regnet_x_400mf", values=False).model
     assert all(p.is_meta for p in model.parameters())
     with_values = resolve("torchvision:regnet_x_400mf").model
@@ -84,12 +84,12 @@ def test_a_constructor_that_computes_with_values_still_comes_without_them():
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobilenet_v3_large", "repvgg_a0"])
-def test_without_values_it_counts_the_same(name):
+def test_counts_are_equal_on_meta(name):
     shape = (1, 3, 64, 64)
     assert count(named_model(name, values=False).model, shape) == count(named_model(name).model, shape)
 
 
-def test_weights_want_values(tmp_path):
+def test_weights_need_values(tmp_path):
     torch.save({}, tmp_path / "run.pt")
     with pytest.raises(UsageError, match="has no values: build it with values"):
         resolve("repvgg:repvgg_t0", weights=tmp_path / "run.pt", values=False)

@@ -1,4 +1,4 @@
-"""The hub without a network: its cache is laid out on the disk as huggingface_hub lays it out, and its code runs."""
+"""The hub without a network: huggingface_hub runs on a cache that is laid out as a download leaves it."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ REPOSITORY = "timm/repvgg_a0.rvgg_in1k"
 
 
 def cached(cache, repository, sha, write, *, main_branch=True):
-    """A repository in the cache, as a download leaves it."""
+    """Write a repository into the cache, as a download leaves it."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / sha
     snapshot.mkdir(parents=True)
@@ -51,7 +51,7 @@ def full_cache(tmp_path_factory, theirs):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """No network, and an empty cache."""
+    """Disable the network, with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -59,7 +59,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture
 def online_cache(monkeypatch, offline, full_cache):
-    """No network, and the cache that a download has left."""
+    """Disable the network, with the cache that a download has left."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(full_cache))
     return full_cache
 
@@ -73,11 +73,11 @@ def logits(model, channels=3):
         return model.eval()(images(channels))
 
 
-def assert_near(found, wanted):
+def assert_logits_close(found, wanted):
     assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_the_table():
+def test_table_agrees_with_timm():
     assert sorted(PRETRAINED) == sorted(name for name in SPECS if name in timm.list_models(pretrained=False))
     for name, row in PRETRAINED.items():
         config = timm.get_pretrained_cfg(name)
@@ -91,13 +91,13 @@ def test_pretrained_weights(online_cache, theirs):
     model = create_model("repvgg_a0", pretrained=True)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_near(logits(model), logits(theirs))
+    assert_logits_close(logits(model), logits(theirs))
     plain = create_model("repvgg_a0", plain=True, pretrained=True)
     assert repvgg.is_plain(plain)
-    assert_near(logits(plain), logits(theirs))
+    assert_logits_close(logits(plain), logits(theirs))
 
 
-def test_what_is_known_of_them(online_cache):
+def test_metadata_of_pretrained_weights(online_cache):
     loaded = load_pretrained("repvgg_a0")
     about = loaded.metadata
     config = timm.get_pretrained_cfg("repvgg_a0")
@@ -110,7 +110,7 @@ def test_what_is_known_of_them(online_cache):
     assert load_pretrained(SPECS["repvgg_a0"]).metadata == about
 
 
-def test_a_revision_is_pinned(tmp_path, offline, theirs):
+def test_pinned_revision(tmp_path, offline, theirs):
     state = theirs.state_dict()
     state["head.fc.bias"] = state["head.fc.bias"] + 1
     cached(offline, REPOSITORY, OLD, lambda path: save_file(state, path), main_branch=False)
@@ -150,13 +150,13 @@ def test_other_channels(online_cache):
     assert logits(loaded.model, 1).isfinite().all()
 
 
-def test_nothing_is_said_where_nothing_is_fresh(online_cache):
+def test_no_warning_without_fresh_weights(online_cache):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_pretrained("repvgg_a0", num_classes=1000, in_channels=3)
 
 
-def test_rows_without_weights(offline):
+def test_models_without_published_weights(offline):
     for name in ("repvgg_b1g2", "repvgg_t0", "repvggplus_l2pse", ModelSpec("repvgg_a0", Stage(1, 4), (Stage(1, 8),))):
         with pytest.raises(UsageError, match=r"no published weights of .* there are of repvgg_a0, "):
             create_model(name, pretrained=True)
@@ -166,7 +166,7 @@ def test_rows_without_weights(offline):
         create_model("repvgg_a0", 0, pretrained=True)
 
 
-def test_offline_it_says_where_it_looked(offline):
+def test_offline_error_names_file_and_cache(offline):
     with pytest.raises(SourceError) as caught:
         create_model("repvgg_a0", pretrained=True)
     text = str(caught.value)
@@ -174,16 +174,16 @@ def test_offline_it_says_where_it_looked(offline):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("verb", ["inspect", "convert"])
-def test_offline_the_command_line_ends_with_2(offline, tmp_path, capsys, verb):
-    out = [str(tmp_path / "a.safetensors")] if verb == "convert" else []
-    assert main(["checkpoint", verb, f"hub:{REPOSITORY}", *out]) == 2
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_offline_command_exits_with_2(offline, tmp_path, capsys, command):
+    out = [str(tmp_path / "a.safetensors")] if command == "convert" else []
+    assert main(["checkpoint", command, f"hub:{REPOSITORY}", *out]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: 'model.safetensors' of {REPOSITORY} is not in the cache")
     assert error.count("\n") == 1
 
 
-def test_the_command_line_reads_the_hub(online_cache, tmp_path, capsys, theirs):
+def test_commands_read_the_hub(online_cache, tmp_path, capsys, theirs):
     assert main(["checkpoint", "inspect", f"hub:{REPOSITORY}", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["names"], about["model"], about["used"]) == ("timm", "repvgg_a0", len(theirs.state_dict()))
@@ -191,7 +191,7 @@ def test_the_command_line_reads_the_hub(online_cache, tmp_path, capsys, theirs):
     assert load(tmp_path / "a.safetensors").metadata.source == f"{REPOSITORY}@{SHA}"
 
 
-def test_a_file_of_another_row_is_refused(offline):
+def test_file_of_another_model_is_rejected(offline):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in timm.create_model("repvgg_a1").state_dict().items()}
     cached(offline, REPOSITORY, SHA, lambda path: save_file({n: torch.zeros(s) for n, s in shapes.items()}, path))
@@ -199,15 +199,15 @@ def test_a_file_of_another_row_is_refused(offline):
         create_model("repvgg_a0", pretrained=True)
 
 
-def test_from_pretrained_takes_timms_repositories(online_cache, theirs):
+def test_from_pretrained_reads_timm_repositories(online_cache, theirs):
     loaded = from_pretrained(REPOSITORY, plain=True)
     assert loaded.metadata.form == "plain"
     assert loaded.metadata.source == f"{REPOSITORY}@{SHA}"
-    assert_near(logits(loaded.model), logits(theirs))
+    assert_logits_close(logits(loaded.model), logits(theirs))
 
 
 class FakeHub:
-    """Keeps what is pushed to it, as a cache has it after a download."""
+    """Stores what is pushed to it in the cache, as after a download."""
 
     def __init__(self, cache):
         self.cache, self.calls, self.failure = cache, [], None
@@ -237,7 +237,7 @@ def small():
     return trained_like(create_model("repvgg_t0", 10, 1))
 
 
-def test_push_and_take_back(fake):
+def test_push_and_load_again(fake):
     model = small()
     about = describe_model(
         model,
@@ -273,7 +273,7 @@ def test_push_and_take_back(fake):
         assert text in card.text
 
 
-def test_a_card_says_no_more_than_is_known(fake):
+def test_card_omits_what_is_unknown(fake):
     plain = reparameterize(small())[0]
     push_to_hub(plain, "me/plain")
     card = huggingface_hub.ModelCard(fake.card)
@@ -284,7 +284,7 @@ def test_a_card_says_no_more_than_is_known(fake):
     assert from_pretrained("me/plain").metadata.form == "plain"
 
 
-def test_a_card_with_odd_classes(fake):
+def test_card_escapes_class_names(fake):
     model = trained_like(create_model("repvgg_t0", 30, 1))
     names = ("a|b", "<script>", "back\\slash", *(f"class {number}" for number in range(27)))
     push_to_hub(model, "me/odd", describe_model(model, "train", classes=names))
@@ -293,7 +293,7 @@ def test_a_card_with_odd_classes(fake):
     assert "class 26" not in fake.card
 
 
-def test_pushes_that_are_refused(fake):
+def test_rejected_pushes(fake):
     model = small()
     with pytest.raises(UsageError, match="OWNER/NAME, not 'digits'"):
         push_to_hub(model, "digits")
@@ -307,8 +307,8 @@ def test_pushes_that_are_refused(fake):
         push_to_hub(model, "me/digits")
 
 
-def test_the_real_client_takes_these_calls():
-    """The fake above has the signatures of huggingface_hub's own."""
+def test_fake_hub_has_the_signatures_of_the_client():
+    """The calls recorded by FakeHub are valid for huggingface_hub."""
     api = hub._api(None)
     inspect.signature(api.create_repo).bind("me/digits", private=True, exist_ok=True)
     inspect.signature(api.upload_folder).bind(repo_id="me/digits", folder_path=".", commit_message="text")
@@ -332,7 +332,7 @@ def test_local_folders_and_files(tmp_path, offline):
         from_pretrained("nobody/nothing")
 
 
-def test_the_cache_may_be_elsewhere(offline, full_cache, theirs):
+def test_cache_dir(offline, full_cache, theirs):
     assert_close(
         load_pretrained("repvgg_a0", cache_dir=full_cache).model.head.bias.detach(),
         load_file(next(full_cache.rglob("model.safetensors")))["head.fc.bias"],

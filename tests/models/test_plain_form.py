@@ -14,8 +14,8 @@ def shapes(model):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_of_every_row(name):
-    """On the meta device: nothing is computed, and no memory is used."""
+def test_every_model(name):
+    """On the meta device: nothing is computed, and no memory is needed."""
     with torch.device("meta"):
         train, skeleton = create_model(name).eval(), create_model(name, plain=True).eval()
     collapsed, report = reparameterize(train)
@@ -29,7 +29,7 @@ def test_of_every_row(name):
 
 @pytest.mark.parametrize("spec", [TINY, TINY_PLUS, "repvgg_t0"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_takes_the_weights_of_the_collapsed_model(spec, channels):
+def test_loads_the_weights_of_the_collapsed_model(spec, channels):
     torch.manual_seed(0)
     train = trained_like(create_model(spec, 5, channels)).double()
     collapsed, _ = reparameterize(train)
@@ -41,7 +41,7 @@ def test_takes_the_weights_of_the_collapsed_model(spec, channels):
         assert_close(skeleton(images), train(images), rtol=1e-11, atol=1e-11)
 
 
-def test_plain_rows_are_plain():
+def test_is_plain():
     for name in ("repvgg_t0", "repvgg_a0"):
         with torch.device("meta"):
             assert is_plain(create_model(name, plain=True))

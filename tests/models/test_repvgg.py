@@ -1,3 +1,5 @@
+"""The network class: widths, strides, groups, gates, feature maps, auxiliary heads."""
+
 from functools import cache
 
 import pytest
@@ -27,17 +29,17 @@ WIDTHS = {
 
 @cache
 def on_meta(name, **more):
-    """A model without memory, to look at; nobody changes it."""
+    """Return a shared model on the meta device; tests do not change it."""
     with torch.device("meta"):
         return create_model(name, **more)
 
 
 def blocks(model):
-    """All blocks in the order of execution."""
+    """Return all blocks in the order of execution."""
     return [model.stem, *(block for stage in model.stages for block in stage)]
 
 
-def test_the_table():
+def test_registered_models():
     assert list_models() == list(SPECS)
     assert all(spec.name == name for name, spec in SPECS.items())
     assert len(IMAGENET) == 15
@@ -65,7 +67,7 @@ def test_strides_halve_five_times(name):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_groups_fall_on_every_second_layer_from_the_third(name):
+def test_every_second_layer_from_the_third_is_grouped(name):
     groups = spec_of(name).groups
     assert groups == (int(name[-1]) if name[-2] == "g" else 1)
     for layer, block in enumerate(blocks(on_meta(name))):
@@ -117,7 +119,7 @@ def test_any_classes_channels_and_sizes(plain, classes, channels, size):
 
 
 @pytest.mark.parametrize("height", range(32, 65, 11))
-def test_features_of_an_imagenet_row(height):
+def test_feature_maps_of_imagenet_model(height):
     model, images = on_meta("repvgg_a0"), torch.empty(2, 3, height, 70, device="meta")
     maps = model.features(images)
     assert [tuple(each.shape) for each in maps] == [
@@ -126,7 +128,7 @@ def test_features_of_an_imagenet_row(height):
     ]
 
 
-def test_features_end_in_what_the_head_reads():
+def test_last_feature_map_is_the_input_of_the_head():
     torch.manual_seed(0)
     model = trained_like(create_model(TINY, 5))
     images = torch.randn(2, 3, 21, 21)
@@ -136,7 +138,7 @@ def test_features_end_in_what_the_head_reads():
         assert_close(model.head(maps[-1].mean((2, 3))), model(images))
 
 
-def test_features_survive_the_collapse():
+def test_features_of_collapsed_model():
     torch.manual_seed(0)
     train = trained_like(create_model(TINY, 5)).double()
     plain, _ = reparameterize(train)
@@ -145,7 +147,7 @@ def test_features_survive_the_collapse():
         assert_close(plain.features(images), train.features(images))
 
 
-def test_auxiliary_heads_speak_in_training_mode_only():
+def test_auxiliary_heads_run_in_training_mode_only():
     torch.manual_seed(0)
     model = create_model(TINY_PLUS, 7)
     images = torch.randn(2, 3, 64, 64)
@@ -159,7 +161,7 @@ def test_auxiliary_heads_speak_in_training_mode_only():
     assert isinstance(create_model(TINY, 7).train()(images), torch.Tensor)
 
 
-def test_auxiliary_heads_read_their_stages():
+def test_auxiliary_heads_read_the_output_of_their_stage():
     torch.manual_seed(0)
     model = trained_like(create_model(TINY_PLUS, 7)).train()
     for module in model.modules():
@@ -176,14 +178,14 @@ def test_auxiliary_heads_read_their_stages():
 
 
 @pytest.mark.parametrize("name", ["repvggplus_l2pse"])
-def test_the_real_row_has_heads_after_its_first_three_stages(name):
+def test_repvggplus_has_heads_after_its_first_three_stages(name):
     model = on_meta(name)
     assert list(model.auxiliary) == ["stage0", "stage1", "stage2"]
     assert [head.conv.in_channels for head in model.auxiliary.values()] == [160, 320, 640]
     assert list(on_meta(name, plain=True).auxiliary) == []
 
 
-def test_fresh_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_on_the_seed_only():
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -201,7 +203,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
         ("", "known are"),
     ],
 )
-def test_unknown_names_get_a_hint(name, text):
+def test_unknown_names_get_a_suggestion(name, text):
     with pytest.raises(UnknownModelError, match=text) as caught:
         create_model(name)
     assert repr(name) in str(caught.value)
@@ -216,12 +218,12 @@ def test_counts_below_one(classes, channels):
 
 @pytest.mark.parametrize("field", ["depth", "channels", "stride"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_stages_check_themselves(field, value):
+def test_invalid_stages(field, value):
     with pytest.raises(UsageError, match="positive depth, width and stride"):
         Stage(**{"depth": 1, "channels": 8, "stride": 2, field: value})
 
 
-def test_specs_check_themselves():
+def test_invalid_specs():
     stage = Stage(1, 8)
     with pytest.raises(UsageError, match="must be one layer, not 2"):
         ModelSpec("x", Stage(2, 8), (stage,))
@@ -238,7 +240,7 @@ def test_specs_are_values():
         spec.groups = 2
 
 
-def test_plain_and_train_form_share_their_geometry():
+def test_plain_and_train_form_have_equal_geometry():
     dense = {
         name.replace(".dense.conv", ""): geometry
         for name, geometry in convolutions(on_meta("repvgg_b1g4")).items()

@@ -1,4 +1,4 @@
-"""timm's RepVGG is the oracle: with the same weights, the same logits."""
+"""Compare with timm's RepVGG: the same weights give the same logits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.bn_statistics import trained_like
 timm = pytest.importorskip("timm")
 byobnet = pytest.importorskip("timm.models.byobnet")
 
-NAMES = (  # ours: timm's
+NAMES = (  # ours, timm's
     ("conv.dense.", "conv_kxk."),
     ("conv.pointwise.", "conv_1x1."),
     ("conv.identity.", "identity."),
@@ -28,7 +28,7 @@ def timm_name(name):
 
 
 def with_weights_of(theirs, name):
-    """Our model with the weights of timm's: every tensor is used, and used once."""
+    """Return our model with the weights of timm's; every tensor is used exactly once."""
     given = theirs.state_dict()
     ours = create_model(name, theirs.num_classes).to(next(theirs.parameters()))
     renamed = {name: given.pop(timm_name(name)) for name in ours.state_dict()}
@@ -52,7 +52,7 @@ def test_logits(name, size):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_logits_with_groups_or_gates(gated):
-    """b1g4 and d2se in small: the same builder on both sides, fewer and narrower blocks."""
+    """Small versions of b1g4 and d2se, with fewer and narrower blocks."""
     torch.manual_seed(0)
     stages, groups = ((2, 16), (4, 24), (2, 32), (1, 40)), 1 if gated else 4
     layers = {"attn_layer": "se", "attn_kwargs": {"rd_ratio": 0.25, "rd_divisor": 1}} if gated else {}
@@ -77,7 +77,7 @@ def test_logits_with_groups_or_gates(gated):
 
 
 def group_size(channels, groups):
-    """timm's way to say it: channels a group, at every second layer of each stage; its stages have even depths."""
+    """Return timm's group size, in channels per group, for every second layer of a stage; stages have even depths."""
     return (lambda _, layer: channels // groups if (layer + 1) % 2 == 0 else 0) if groups > 1 else 0
 
 

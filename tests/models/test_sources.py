@@ -1,4 +1,4 @@
-"""A model out of one string: what it builds, and one clear sentence for each way in which it cannot."""
+"""Models from source strings: what they build, and the message of each failure."""
 
 import sys
 
@@ -69,7 +69,7 @@ def wrapped():
 
 @pytest.fixture
 def file(tmp_path):
-    """A file with a neighbour, and nothing of both left behind."""
+    """Write a file and a neighbour that it imports; afterwards check that the import left nothing behind."""
     (tmp_path / "neighbour_of_net.py").write_text("WIDTH = 4\n")
     path = tmp_path / "net.py"
     path.write_text(FILE)
@@ -80,7 +80,7 @@ def file(tmp_path):
     sys.modules.pop("neighbour_of_net", None)
 
 
-def test_a_function_in_a_file(file):
+def test_function_in_file(file):
     sourced = resolve(f"{file}:make_net")
     assert isinstance(sourced.model[0], nn.Conv2d)
     assert sourced.model[0].out_channels == 4
@@ -90,7 +90,7 @@ def test_a_function_in_a_file(file):
     assert resolve(f"{file}:make_net", in_channels=1).input_shape == (1, 224, 224)
 
 
-def test_a_class_and_a_module_in_a_file(file):
+def test_class_and_module_in_file(file):
     assert resolve(f"{file}:Head").model.out_features == 3
     assert isinstance(resolve(f"{file}:ready").model, nn.ReLU)
 
@@ -130,7 +130,7 @@ def test_files_that_cannot_be_imported(tmp_path, content, text):
     assert "repvgg_source_broken" not in sys.modules
 
 
-def test_ctrl_c_in_a_file_is_ctrl_c(tmp_path):
+def test_keyboard_interrupt_passes_through(tmp_path):
     (tmp_path / "long.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         resolve(f"{tmp_path}/long.py:make")
@@ -150,18 +150,18 @@ def test_ctrl_c_in_a_file_is_ctrl_c(tmp_path):
         (f"{'x' * 300}.py:make", "x" * 300),
     ],
 )
-def test_strings_that_are_no_source(source, text):
+def test_invalid_source_strings(source, text):
     with pytest.raises(SourceError, match=text):
         resolve(source)
 
 
-def test_a_folder_is_no_source(tmp_path):
+def test_folder_is_no_source(tmp_path):
     (tmp_path / "net.py").mkdir()
     with pytest.raises(SourceError, match="There is a folder at"):
         resolve(f"{tmp_path}/net.py:make")
 
 
-def test_our_table():
+def test_repvgg():
     sourced = resolve("repvgg:repvgg_t0", num_classes=7, in_channels=1)
     assert (sourced.model.num_classes, sourced.input_shape, sourced.weights) == (7, (1, 32, 32), "random")
     with pytest.raises(UnknownModelError, match="did you mean repvgg_t0"):
@@ -179,7 +179,7 @@ def test_torchvision():
 
 
 def test_nothing_is_downloaded(monkeypatch):
-    """The backbone of a segmentation model has published weights by default."""
+    """The backbone of a segmentation model downloads weights by default."""
 
     def refuse(*_, **__):
         raise AssertionError("a download")
@@ -207,7 +207,7 @@ def test_timm_is_an_extra(monkeypatch):
         resolve("timm:resnet18")
 
 
-def test_classes_that_make_no_sense(file):
+def test_invalid_number_of_classes(file):
     with pytest.raises(UsageError, match="at least one class"):
         resolve("repvgg:repvgg_t0", num_classes=0)
     with pytest.raises(UsageError, match=r"which make_net\(\) returns"):
@@ -237,8 +237,8 @@ def test_weights(file, tmp_path, wrapping, factory):
     assert sourced.weights == "from run.pt"
 
 
-def test_a_model_whose_own_names_look_wrapped(tmp_path):
-    """All of its names begin with ``model.``, and none of that is a wrapper's."""
+def test_model_whose_names_look_like_a_wrapper(tmp_path):
+    """All of its names begin with ``model.``, which is not the prefix of a wrapper here."""
     model = nn.Sequential()
     model.add_module("model", trained_like(create_model("repvgg_t0")))
     torch.save(model.state_dict(), tmp_path / "run.pt")

@@ -1,4 +1,4 @@
-"""The networks of §4.2: their layers, their counts, and what they collapse to."""
+"""The comparison networks of §4.2: layers, counts and collapse."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def parameters(model):
 
 @pytest.mark.filterwarnings("ignore::repvgg.errors.OtherBlockWarning")
 @pytest.mark.parametrize("block", [name for name, row in BLOCKS.items() if row.is_linear and name != "unireplk"])
-def test_variants_collapse_to_the_plain_form_of_their_row(block):
+def test_variants_collapse_to_the_plain_form_of_their_model(block):
     torch.manual_seed(0)
     model = trained_like(create_variant(SMALL, block, num_classes=5).double())
     plain, _ = repvgg.reparameterize(model)
@@ -49,7 +49,7 @@ def test_variants_collapse_to_the_plain_form_of_their_row(block):
     assert_close(out, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
-def test_relu_in_the_branches_keeps_them():
+def test_relu_in_branches_prevents_collapse():
     model = create_variant(SMALL, "repvgg_relu", num_classes=5).eval()
     with pytest.raises(NotLinearError, match="relu"):
         repvgg.trace(model.stem.conv)
@@ -57,7 +57,7 @@ def test_relu_in_the_branches_keeps_them():
     assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == 14
 
 
-def test_variants_that_cannot_be():
+def test_unsupported_variants():
     with pytest.raises(UsageError, match="No layer of small"):
         create_variant(SMALL, "unireplk")
     with pytest.raises(UsageError, match="did you mean dbb"):
@@ -66,15 +66,15 @@ def test_variants_that_cannot_be():
         create_variant(SMALL, "acb", 0)
 
 
-def test_layers_of_another_block_are_told():
-    """RepMixer keeps shapes: three of the seven layers of this row do."""
+def test_fallback_block_is_reported():
+    """RepMixer supports layers that keep their shape: three of the seven here."""
     with pytest.warns(OtherBlockWarning, match="4 of 7 layers are 'conv_bn' in place of 'repmixer': "):
         model = create_variant(SMALL, "repmixer")
     kinds = [type(part).__name__ for part in model.modules()]
     assert kinds.count("RepMixer") == 3
 
 
-def test_residual_reorg_of_b0_has_the_papers_blocks():
+def test_residual_reorg_of_b0_has_the_published_blocks():
     with torch.device("meta"):
         model = create_comparison("residual_reorg_b0")
     blocks = [sum(isinstance(part, ResidualBlock) for part in stage) for stage in model.stages]
@@ -116,12 +116,12 @@ def test_dirac_nets_are_resnets_without_shortcuts(name, depths):
 
 @pytest.mark.parametrize(("name", "published"), [("diracnet18", 11_511_784), ("diracnet34", 21_616_232)])
 def test_dirac_nets_collapse_to_the_size_of_the_published_weights(name, published):
-    """Its authors publish folded weights; model zoos (imgclsmob) count their parameters."""
+    """The authors publish folded weights; a model zoo (imgclsmob) counts their parameters."""
     plain, _ = repvgg.reparameterize(create_comparison(name).eval(), torch.zeros(1, 3, 64, 64), prove=False)
     assert parameters(plain) == published
 
 
-def test_delta_orthogonal_keeps_lengths():
+def test_delta_orthogonal_scales_norms_by_gain():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
     delta_orthogonal_(conv.weight, gain=2.0)
@@ -132,7 +132,7 @@ def test_delta_orthogonal_keeps_lengths():
     assert not off_centre.any()
 
 
-def test_a_plain_net_of_orthogonal_kernels_passes_signals_on():
+def test_delta_orthogonal_plain_net_preserves_signals():
     torch.manual_seed(0)
     deep = ModelSpec("deep", Stage(1, 8, stride=1), (Stage(60, 8, stride=1),))
     x = image() * 1e-3  # where tanh is the identity
@@ -163,7 +163,7 @@ def test_resnet50_of_repvgg_blocks():
     model = create_comparison("resnet50_repvgg", 7)
     blocks = [part for part in model.modules() if isinstance(part, BranchSum)]
     assert len(blocks) == 16
-    assert all("identity" in part for part in blocks), "the stride is in the 1x1 in front, as in the baseline"
+    assert all("identity" in part for part in blocks), "the first 1x1 has the stride, as in the baseline"
     model = trained_like(model)
     plain, report = repvgg.reparameterize(model, prove=False)
     assert report.left == ()
@@ -171,14 +171,14 @@ def test_resnet50_of_repvgg_blocks():
     with torch.device("meta"):
         resnet = torchvision.models.resnet50(num_classes=7)
     biases = sum(part.num_features for part in resnet.modules() if isinstance(part, nn.BatchNorm2d))
-    assert parameters(plain) == parameters(resnet) - biases  # of γ and β one is left for each channel
+    assert parameters(plain) == parameters(resnet) - biases  # one bias replaces γ and β
     with torch.no_grad():
         x = image((64, 57)).float()
         assert_close(plain(x), model(x), rtol=0, atol=1e-4 * float(model(x).abs().max()))
 
 
 @pytest.mark.parametrize("name", [name for name in COMPARISONS if name != "resnet50_repvgg"])
-def test_every_row_builds_and_runs(name):
+def test_every_comparison_builds_and_runs(name):
     with torch.device("meta"):
         model = create_comparison(name, 7)
     row = COMPARISONS[name]
@@ -187,7 +187,7 @@ def test_every_row_builds_and_runs(name):
     assert model(torch.empty(2, 3, row.input_size, row.input_size, device="meta")).shape == (2, 7)
 
 
-def test_a_source_string_finds_them():
+def test_source_strings():
     sourced = resolve("repvgg:diracnet18", num_classes=7, values=False)
     assert sourced.input_shape == (3, 224, 224)
     assert sourced.model.head.out_features == 7
@@ -197,7 +197,7 @@ def test_a_source_string_finds_them():
         resolve("repvgg:resnet50_repvgg", in_channels=1)
 
 
-def test_names_that_are_not_there():
+def test_unknown_names():
     with pytest.raises(UnknownModelError, match="did you mean diracnet"):
         create_comparison("diracnet")
     with pytest.raises(UsageError, match="at least one class"):
