@@ -67,6 +67,7 @@ class ComputedConv2d(nn.Conv2d):
         if self.subsamples:
             step_h, step_w = self.stride
             return F.conv2d(input[:, :, ::step_h, ::step_w], self.kernel(), self.bias, groups=self.groups)
+        # _conv_forward pads with the padding mode, which F.conv2d does not know.
         out: Tensor = self._conv_forward(input, self.kernel(), self.bias)
         return out
 
@@ -87,6 +88,7 @@ class MeanFilter(nn.Module):
         self.kernel_size, self.stride, self.dilation = geometry.kernel_size, geometry.stride, geometry.dilation
         self.padding = geometry.padding if padding is None else padding
         self.padding_mode = geometry.padding_mode
+        # Not persistent: it is determined by the geometry, and checkpoints of other code do not have it.
         self.register_buffer("one", torch.ones(self.channels, 1, *self.kernel_size), persistent=False)
         self.one: Tensor
 
@@ -94,6 +96,7 @@ class MeanFilter(nn.Module):
         """Return the means, (N, C, H', W')."""
         padding = self.padding
         if self.padding_mode != "zeros" and any(padding):
+            # avg_pool2d and conv2d pad with zeros only.
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), self.padding_mode)
             padding = (0, 0)
         if self.dilation == (1, 1):
@@ -123,7 +126,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated input, in the shape of ``x``."""
-        mean = x.mean((2, 3), keepdim=True)
+        mean = x.mean((2, 3), keepdim=True)  # keepdim: down and up are 1x1 convolutions
         gate = self.up(self.down(mean).relu()).sigmoid()
         out: Tensor = x * gate
         return out

@@ -38,6 +38,7 @@ class ConstantScaleSum(nn.Module):
         self.geometry = geometry
         self.dense, self.pointwise = geometry.conv(), geometry.around(1)
         self.identity = nn.Parameter(torch.ones(geometry.in_channels, 1, 1)) if geometry.keeps_shape else None
+        # Persistent buffers: the scales are part of the function, but no optimizer may change them.
         self.register_buffer("dense_scale", _per_channel(dense, geometry))
         self.register_buffer("pointwise_scale", _per_channel(pointwise, geometry))
         self.dense_scale: Tensor
@@ -55,6 +56,7 @@ class ConstantScaleSum(nn.Module):
             A tensor in the shape of K, (O, I, kH, kW).
         """
         kernel = self.dense.weight
+        # d K/d W3 = s3 enters twice: once in the gradient of W3, once in the change of K that it causes.
         factor = self.dense_scale[:, None].square().expand_as(kernel).clone()
         height, width = self.geometry.kernel_size
         factor[:, :, height // 2, width // 2] += self.pointwise_scale[:, :, 0].square()

@@ -42,11 +42,13 @@ class DiracConv2d(ComputedConv2d):
         super().__init__(geometry, bias=bias)
         self.register_buffer("unit", _identity_kernel(self.weight, geometry.groups), persistent=False)
         self.unit: Tensor
+        # Initial values of the authors' code.
         self.alpha = nn.Parameter(torch.ones(geometry.out_channels))
         self.beta = nn.Parameter(torch.full((geometry.out_channels,), 0.1))
 
     def kernel(self) -> Tensor:
         """Return ``diag(α)·I + diag(β)·W/‖W‖₂``."""
+        # β/‖W‖ is one number per filter: multiply it in before it meets the large tensor.
         norms = self.weight.flatten(1).norm(dim=1).clamp_min(_MIN_FILTER_NORM)
         out: Tensor = self.alpha.view(-1, 1, 1, 1) * self.unit + (self.beta / norms).view(-1, 1, 1, 1) * self.weight
         return out

@@ -28,6 +28,7 @@ class DOConv2d(ComputedConv2d):
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
         super().__init__(geometry, bias=bias)
+        # D holds the difference to the identity, so that zero, and weight decay towards it, is the plain convolution.
         self.depthwise = nn.Parameter(torch.zeros(geometry.in_channels, geometry.taps, geometry.taps))
         self.register_buffer("unit", torch.eye(geometry.taps), persistent=False)
         self.taps = geometry.taps
@@ -89,6 +90,7 @@ def expand_ck(geometry: Geometry, rate: int = 4) -> nn.Sequential:
             out_channels=geometry.out_channels if is_last else inner,
             kernel_size=(3, 3),
             stride=geometry.stride if is_last else (1, 1),
+            # All padding comes first: padding between layers would differ from the merged kernel at the border.
             padding=geometry.padding if is_first else (0, 0),
         )
         layers.append(layer.conv())

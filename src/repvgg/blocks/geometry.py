@@ -114,6 +114,7 @@ class Geometry:
             UsageError: "same" padding of an even kernel, which is asymmetric.
         """
         kernel, steps = _as_pair(conv.kernel_size), _as_pair(conv.dilation)
+        # PyTorch pads "same" with one more pixel at the end if the total is odd; Geometry has one number per side pair.
         if conv.padding == "same" and any(step * (size - 1) % 2 for size, step in zip(kernel, steps, strict=True)):
             raise UsageError("'same' padding of an even kernel is asymmetric: set the padding to a number.")
         named = {"same": _same_padding(kernel, steps), "valid": (0, 0)}
@@ -156,6 +157,7 @@ class Geometry:
             raise UsageError(
                 f"A {height}x{width} kernel has no centre to align the other branches with: use odd sizes."
             )
+        # With any other padding, the pixel under the centre of the kernel is not the one that an identity copies.
         centred = _same_padding(self.kernel_size, self.dilation)
         if self.padding != centred:
             raise BorderError(
@@ -166,6 +168,7 @@ class Geometry:
     def conv(self) -> nn.Conv2d:
         """Create a convolution of this geometry, without a bias."""
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            # Subsampling before a padded 1x1 would read other pixels, so only unpadded ones qualify.
             return PointwiseConv2d(self.in_channels, self.out_channels, self.stride, self.groups, bias=False)
         return nn.Conv2d(
             self.in_channels,

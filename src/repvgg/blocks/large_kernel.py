@@ -71,6 +71,7 @@ def unireplk(geometry: Geometry) -> BranchSum:
         raise UsageError(f"UniRepLK has branches for square kernels of {known}, not for {height}x{width}.")
     branches = BranchSum({"dense": ConvBN(geometry.conv())})
     for size, rate in _DILATED_BRANCHES[height]:
+        # A dilated large kernel is a sparse one: its small kernels must hit the same taps.
         dilation = (rate * geometry.dilation[0], rate * geometry.dilation[1])
         branches[f"small_{size}_{rate}"] = ConvBN(geometry.around(size, dilation))
     return branches

@@ -60,6 +60,7 @@ class OnlineConv2d(ComputedConv2d):
         self.mix = _kaiming_parameter(geometry.out_channels, inputs)
         # 1/√6 keeps the variance of the sum of six independent kernels at that of one.
         self.scales = nn.Parameter(torch.full((_NUM_BRANCHES, geometry.out_channels), _NUM_BRANCHES**-0.5))
+        # Not persistent: constants, recomputed by _apply in the dtype of the module.
         self.register_buffer("cosines", cosine_basis(geometry.out_channels, *size).to(self.weight), persistent=False)
         self.register_buffer("unit", torch.eye(inputs), persistent=False)
         self.cosines: Tensor
@@ -77,6 +78,7 @@ class OnlineConv2d(ComputedConv2d):
         shape = (self.groups, self.out_channels // self.groups, self.in_channels // self.groups)
         to_centre = (width // 2, width // 2, height // 2, height // 2)
         outer = self.outer.view(*shape, height, width)
+        # 1x1 then kxk merge over the m inner channels of each group g.
         composed = torch.einsum("gmi,gomyx->goiyx", self.unit + self.inner, outer)
         channel = self.channel.view(self.groups, 1, shape[2], height, width)
         separable = self.mix.view(*shape, 1, 1) * channel
@@ -97,6 +99,7 @@ def cosine_basis(count: int, height: int, width: int) -> Tensor:
     Returns:
         A float64 tensor (count, 1, height, width).
     """
+    # float64: the error of float32 arguments would exceed float64's rounding in exactness tests.
     frequency = torch.arange(count, dtype=torch.float64) % (height * width)
     rows = _cosines(frequency.div(width, rounding_mode="floor"), height)
     columns = _cosines(frequency % width, width)

@@ -33,6 +33,7 @@ class RepMixer(nn.Module):
             raise UsageError("A RepMixer adds its input to its output: use equal channels and stride 1.")
         self.mixer = branches_of(geometry)
         self.norm = nn.BatchNorm2d(geometry.in_channels)
+        # (C, 1, 1) broadcasts over N, H and W. A small λ makes the block start as the identity.
         self.scale = nn.Parameter(torch.full((geometry.in_channels, 1, 1), scale))
 
     def forward(self, x: Tensor) -> Tensor:

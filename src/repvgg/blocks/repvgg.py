@@ -14,6 +14,7 @@ from repvgg.blocks.basic import ConvBN, MeanFilter
 from repvgg.blocks.geometry import Geometry, PaddingMode, Size
 
 Branch: TypeAlias = Literal["dense", "pointwise", "identity"]
+# The mean branch has no parameters and never a batch norm of its own.
 _ALL_BRANCHES: frozenset[Branch] = frozenset({"dense", "pointwise", "identity"})
 
 
@@ -22,7 +23,7 @@ class BranchSum(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of all branches on ``x``."""
-        fused = fused_forward(self, x)
+        fused = fused_forward(self, x)  # None in eval mode, under tracers, and off the CPU
         out: Tensor = reduce(add, (branch(x) for branch in self.values())) if fused is None else fused
         return out
 
@@ -73,6 +74,7 @@ def branches_of(geometry: Geometry, config: BranchConfig = REPVGG) -> nn.Module:
     def with_norm(conv: nn.Conv2d, branch: Branch) -> nn.Module:
         return ConvBN(conv) if branch in config.norms else conv
 
+    # The names are part of checkpoints: "dense" without a number is the name that RepVGG's own files have.
     branches: dict[str, nn.Module] = {}
     for copy in range(config.dense):
         branches[f"dense{copy or ''}"] = with_norm(geometry.conv(), "dense")
@@ -84,6 +86,7 @@ def branches_of(geometry: Geometry, config: BranchConfig = REPVGG) -> nn.Module:
     if config.mean and geometry.keeps_shape:
         branches["mean"] = MeanFilter(geometry)
     if config.relu:
+        # "+ReLU in branches" of Table 7, a control experiment.
         branches = {name: nn.Sequential(branch, nn.ReLU()) for name, branch in branches.items()}
     return sum_then_norm(BranchSum(branches), geometry) if config.norm_after else BranchSum(branches)
 
@@ -153,6 +156,7 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``act(conv(x))``."""
+        # The activation is fused too: one write of the output instead of two passes over it.
         fused = fused_forward(self.conv, x, self.act)
         out: Tensor = self.act(self.conv(x)) if fused is None else fused
         return out

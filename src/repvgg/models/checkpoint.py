@@ -96,7 +96,7 @@ def save(
         OutputError: the file cannot be written.
         UsageError: a field of the header is invalid, or the layout does not support the model.
     """
-    gate = model.spec.squeeze_excite
+    gate = model.spec.squeeze_excite  # the authors name the gates of RepVGGplus differently
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
     tensors = rename_to(layout, ours, gate.place if gate else None)
     if Path(path).suffix not in _TORCH_SUFFIXES:
@@ -131,9 +131,10 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
     strides of 2 and 224 pixels, and a note in its account.
     """
     if model is not None:
-        spec_of(model)
+        spec_of(model)  # reject a misspelled name before reading the file
     loaded = _rebuild(read_checkpoint(path))
     metadata = loaded.metadata
+    # A specification in the header means a model that differs from the registered one of the same name.
     if model is not None and (metadata.model != model or metadata.spec is not None):
         raise CheckpointError(f"{str(path)!r} is a checkpoint of {metadata.model}, not of {model}.")
     if plain is False and metadata.form == "plain":
@@ -153,6 +154,7 @@ def collapse_loaded(loaded: LoadedModel) -> LoadedModel:
     plain, report = reparameterize(loaded.model)
     assert isinstance(plain, RepVGG)
     account = loaded.account
+    # The collapse removes auxiliary heads, which eval mode never calls: say so instead of losing them silently.
     heads = {file: ours for file, ours in account.used.items() if ours.startswith("auxiliary.")}
     account = replace(
         account,
@@ -186,13 +188,15 @@ def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
         reason = str(error).rstrip(".")
         raise CheckpointError(f"{path!r} is of a model that cannot be built: {reason}.") from error
     expected = _shapes(model.state_dict())
+    # Older files lack the counters of batch norms; everything else must be in the file.
     filled = tuple(name for name in expected if name.endswith(_COUNTER) and name not in tensors)
     tensors |= {name: torch.zeros((), dtype=torch.int64) for name in filled}
+    # Nothing is ignored silently: a name outside the layout is either a known extra (dropped) or an error.
     leftover = [name for name in naming.unrecognized if name not in account.dropped]
     problem = _shape_mismatch(expected, _shapes(tensors), naming, leftover) or _dtype_mismatch(model, tensors)
     if problem:
         raise CheckpointError(f"{path!r} {claim} {metadata.model} in the {metadata.form} form, but {problem}.")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(tensors, assign=True)  # meta parameters have no storage to copy into
     account = replace(account, filled=filled, header=checkpoint.metadata is not None)
     return LoadedModel(model.eval(), metadata, account)
 
@@ -281,11 +285,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "th
             counts each kind and names the first two. Or the file is plain and the model has branches.
     """
     checkpoint = read_checkpoint(path)
+    # get_extra_state() may put objects other than tensors into a state dict.
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     leftover: list[str] = []
     if isinstance(model, RepVGG):
         given, leftover = _tensors_for(model, checkpoint)
     else:
+        # Replace the wrappers of the file by those of the model: DataParallel, torch.compile, Lightning, …
         ours, theirs = common_prefix(expected), common_prefix(checkpoint.tensors)
         given = {ours + key.removeprefix(theirs): tensor for key, tensor in checkpoint.tensors.items()}
     missing = [key for key in expected if key not in given and not key.endswith(_COUNTER)]

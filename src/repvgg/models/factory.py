@@ -75,7 +75,7 @@ def create_model(
     Warns:
         FreshWeightsWarning: some weights are newly initialized because of other classes or channels.
     """
-    require_counts(num_classes, in_channels)
+    require_counts(num_classes, in_channels)  # before a download
     if pretrained:
         loaded = load_pretrained(name, num_classes=num_classes, in_channels=in_channels, plain=plain)
         return loaded.model.train()
@@ -117,12 +117,13 @@ def create_variant(
     wanted, fallback = block_of(block), block_of(otherwise)
     model = RepVGG(spec if isinstance(spec, ModelSpec) else spec_of(spec), num_classes, in_channels, plain=False)
     reasons = []
+    # A list: the loop replaces submodules of what it iterates over.
     layers = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
     for layer in layers:
         assert isinstance(layer.conv, BranchSum)  # the train form
         dense = layer.conv["dense"]
         assert isinstance(dense, ConvBN)
-        geometry = Geometry.of(dense.conv)
+        geometry = Geometry.of(dense.conv)  # the kxk branch has the geometry of the merged convolution
         try:
             layer.conv = wanted.make(geometry)
         except (UsageError, BorderError) as error:
@@ -225,6 +226,7 @@ def _resolve_on_meta(source: str, num_classes: int | None, in_channels: int | No
         try:
             with torch.device("meta"):
                 model, shape = _COLLECTIONS[collection](name, num_classes, in_channels)
+            # .to(): some constructors name the CPU for a buffer.
             return ResolvedModel(source, model.to("meta"), shape, origin)
         except SourceError:
             pass  # its constructor may need values; any other error recurs below
@@ -234,7 +236,7 @@ def _resolve_on_meta(source: str, num_classes: int | None, in_channels: int | No
 
 def _resolve(source: str, num_classes: int | None, in_channels: int | None) -> ResolvedModel:
     collection, _, name = source.partition(":")
-    path, _, factory = source.rpartition(":")
+    path, _, factory = source.rpartition(":")  # the path itself may contain colons
     if collection in _COLLECTIONS and name:
         built, origin = _COLLECTIONS[collection](name, num_classes, in_channels), "random"
     elif not path or not factory.isidentifier():
@@ -248,9 +250,11 @@ def _resolve(source: str, num_classes: int | None, in_channels: int | None) -> R
     else:
         built = Built(model_from_file(path, factory), DEFAULT_SHAPE)
         origin = f"those that {factory}() gave, random unless it loads some"
+    # Lazy modules and meta tensors would fail later, in the middle of a trace.
     for tensor_name, tensor in (*built.model.named_parameters(), *built.model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             raise SourceError(f"{source} has no values in {tensor_name!r} yet: run the model once in its factory.")
+    # A factory in a file may return a model on an accelerator.
     return ResolvedModel(source, built.model.cpu(), built.input_shape, origin)
 
 

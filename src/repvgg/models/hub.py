@@ -203,6 +203,7 @@ def load_pretrained(
         known = ", ".join(PRETRAINED)
         raise UsageError(f"There are no published weights of {spec.name!r} to load: there are of {known}.")
     pretrained = PRETRAINED[spec.name]
+    # load() compares the file with the registered model tensor by tensor: a changed repository cannot go unnoticed.
     found = fetch(pretrained.repository, revision=revision or pretrained.revision, cache_dir=cache_dir)
     loaded = load(found.path, pretrained.model, plain=plain or None)
     metadata = replace(
@@ -233,6 +234,7 @@ def _adapted(loaded: LoadedModel, num_classes: int, in_channels: int, plain: boo
         if not any(name.startswith(f"{module}.") for module in fresh)
     }
     model.load_state_dict({**model.state_dict(), **kept})
+    # Published files may be in half precision; the new layers follow them.
     model = model.to(next(loaded.model.parameters()).dtype)
     warnings.warn(
         f"{' and '.join(map(repr, fresh))} of {about.model} have fresh weights, as the published ones are for "
@@ -279,6 +281,7 @@ def push_to_hub(
     about = metadata or describe_model(model, form_of(model))
     _check_header(model, about)
     api = _api(token)
+    # One folder, one commit: weights and card can never disagree.
     with TemporaryDirectory(prefix="repvgg-") as folder:
         save(Path(folder) / WEIGHTS_FILE, model, about)
         write_text(Path(folder) / _CARD_FILE, model_card(model, about, repository, licence))

@@ -20,6 +20,7 @@ from repvgg.models.spec import ModelSpec, SqueezeExciteSpec, Stage
 Shape: TypeAlias = tuple[int, ...]
 
 CUSTOM = "custom"  # name of a model that is not registered
+# [0-9], not \d, which also matches digits of other scripts.
 _KERNEL = re.compile(r"(?:stem|stages\.([0-9]+)\.([0-9]+))\.conv(\.dense\.conv)?\.weight")
 _AUXILIARY = re.compile(r"auxiliary\.stage(\d+)\..+")
 
@@ -52,6 +53,7 @@ def infer_spec(
     head = shapes.get("head.weight", ())
     if len(head) != 2 or not all(head):
         raise CheckpointError("no RepVGG: its classifier is missing, or is not a matrix")
+    # Registered models are unique by names and shapes (a test checks it), so the first match is the only one.
     spec = next((spec for spec in SPECS.values() if observed.matches(spec)), None)
     if spec is not None:
         return InferredSpec(spec, observed.form, head[0], observed.stem.in_channels)
@@ -173,6 +175,7 @@ class _Observed:
 
     def _groups(self) -> int:
         """Return the groups of every second layer from the 3rd on; check that all others have one group."""
+        # A kernel's second dimension is channels per group; the channels themselves are the previous block's outputs.
         inputs = [self.stem.in_channels, *(block.out_channels for block in self.blocks)]
         ratios = [total // block.in_channels for total, block in zip(inputs, self.blocks, strict=False)]
         groups = ratios[2] if len(ratios) > 2 else 1

@@ -53,7 +53,7 @@ _D = (8, 14, 24, 1)
 _B1 = (2.0, 2.0, 2.0, 4.0)
 _B2 = (2.5, 2.5, 2.5, 5.0)
 _B3 = (3.0, 3.0, 3.0, 5.0)
-_SMALL = "designed in this project for small images"
+_SMALL = "made here for small images"
 
 _SPECS = (
     _family("repvgg_a0", _A, (0.75, 0.75, 0.75, 2.5)),

@@ -39,12 +39,13 @@ class RepVGG(nn.Module):
     def __init__(self, spec: ModelSpec, num_classes: int, in_channels: int, plain: bool) -> None:
         super().__init__()
         require_counts(num_classes, in_channels)
+        # An iterator consumed in order: layer numbers for groups, and random numbers for a seed, follow the depth.
         blocks = _build_blocks(spec, in_channels, plain)
         self.spec = spec
         self.in_channels = in_channels
         self.stem = next(blocks)
         self.stages = nn.ModuleList(nn.Sequential(*(next(blocks) for _ in range(stage.depth))) for stage in spec.stages)
-        self.auxiliary = nn.ModuleDict()
+        self.auxiliary = nn.ModuleDict()  # empty in the plain form, which therefore has no keys for it
         if not plain:
             for index in spec.auxiliary:
                 self.auxiliary[f"stage{index}"] = _auxiliary_head(spec.stages[index].channels, num_classes)

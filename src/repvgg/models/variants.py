@@ -75,6 +75,7 @@ def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 
         has_single, num_blocks = stage.depth % 2, stage.depth // 2
         layers: list[nn.Module] = [_conv_bn_relu(in_width, width, stage.stride)] if has_single else []
         for index in range(num_blocks):
+            # The first layer of a stage carries its stride and changes the width, alone or in a residual block.
             is_first = index == 0 and not has_single
             layers.append(ResidualBlock(in_width if is_first else width, width, stage.stride if is_first else 1))
         stages.append(nn.Sequential(*layers))
@@ -168,6 +169,7 @@ def resnet50_repvgg(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
         conv = dict(module.named_children()).get("conv2")
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
             module.register_module("conv2", BLOCKS["repvgg"].make(Geometry.of(conv)))
+            # The branches have their own batch norms; the attribute stays because Bottleneck.forward calls it.
             module.register_module("bn2", nn.Identity())
     return model
 
@@ -241,6 +243,7 @@ def max_norm_(model: nn.Module, limit: float) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
+            # tiny: an all-zero filter stays zero instead of becoming NaN.
             norms = module.weight.flatten(1).norm(dim=1).clamp_min(torch.finfo(module.weight.dtype).tiny)
             module.weight.mul_((limit / norms).clamp_max(1).view(-1, 1, 1, 1))
     return model

@@ -55,6 +55,7 @@ def build() -> Build:
         )
         _LOG.warning(report)
         return Build(None, report)
+    # ctypes would pass Python integers as 32-bit ints by default: element counts need 64.
     function.restype = ctypes.c_int
     size, number = ctypes.c_int64, ctypes.c_int
     function.argtypes = [number, number, number, number, size, size, size, number, ctypes.c_void_p, ctypes.c_void_p]
@@ -74,6 +75,7 @@ def _library() -> Path:
     key = "\n".join((_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()))
     path = _folder() / f"fused_bn_sum-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if not path.exists():
+        # In the same folder: os.replace cannot cross file systems.
         handle, name = tempfile.mkstemp(".so", "building-", path.parent)
         os.close(handle)
         try:

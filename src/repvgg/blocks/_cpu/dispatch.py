@@ -27,6 +27,7 @@ from repvgg.errors import MissingDependencyError, UsageError
 
 Kernels: TypeAlias = Literal["auto", "eager", "compiled"]
 
+# A context variable, not a global: threads choose independently of each other.
 _KERNELS: ContextVar[Kernels] = ContextVar("repvgg_training_kernels", default="auto")
 
 
@@ -83,12 +84,14 @@ def fused_forward(branches: nn.Module, x: Tensor, act: nn.Module | None = None) 
         return None
     norms = [part.norm for part in parts]
     convs = [part.conv for part in parts]
+    # One convolution with a hook, a bias or a parametrization runs all of them as modules.
     joint = all(conv is None or (_calls_only_forward(conv) and is_supported(conv)) for conv in convs)
     images = joint_convs(convs, x) if joint else [x if conv is None else conv(x) for conv in convs]
     terms = list(zip(norms, images, strict=True))
     if _are_fusable(images, norms):
         # Outputs of joint_convs are referenced by nothing else, so their memory may be reused for their gradients.
         return fused_bn_sum(terms, act is not None, [joint and conv is not None for conv in convs])
+    # Mixed dtypes under autocast, for example: the norms run as PyTorch's, with the convolutions done above.
     out: Tensor = reduce(add, (norm(image) for norm, image in terms))
     return out if act is None else out.relu()
 
@@ -101,6 +104,7 @@ def _matched_branches(branches: nn.Module, act: nn.Module | None) -> list[_Branc
         norm: nn.Module = branch
         if type(branch) is ConvBN and _calls_only_forward(branch):
             conv, norm = branch.conv, branch.bn
+        # type, not isinstance: subclasses such as SyncBatchNorm compute something else.
         if type(norm) is not nn.BatchNorm2d or not norm.training or not _calls_only_forward(norm):
             return None
         parts.append(_Branch(conv, norm))
@@ -112,6 +116,7 @@ def _matched_branches(branches: nn.Module, act: nn.Module | None) -> list[_Branc
 
 def _calls_only_forward(module: nn.Module) -> bool:
     """Return whether calling the module runs the ``forward`` of its class and no hooks."""
+    # torch.nn.Module.__call__ skips straight to forward under the same conditions.
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)
 

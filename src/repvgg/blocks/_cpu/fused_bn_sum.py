@@ -50,6 +50,7 @@ def fused_bn_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own
     momentum = [_count_batch(norm) for norm in norms]
     gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
     settings = _Settings(relu, channels_last, running, momentum, [norm.eps for norm in norms], tuple(owned))
+    # Gammas and betas are separate inputs so that autograd sees which of them need gradients.
     out: Tensor = _FusedBnSum.apply(settings, *inputs, *gammas, *betas)
     for norm, (mean, variance) in zip(norms, running, strict=True):
         _copy_back(norm.running_mean, mean)
@@ -80,6 +81,7 @@ class _FusedBnSum(torch.autograd.Function):
             (*settings.momentum, *settings.eps),
             first,
         )
+        # The output, not its mask: it exists anyway, and its sign is the mask of the ReLU.
         ctx.save_for_backward(*y, *gammas, saved, out if settings.relu else None)
         ctx.channels_last, ctx.eps, ctx.owned = settings.channels_last, settings.eps, settings.owned
         ctx.beta_dtypes = [None if beta is None else beta.dtype for beta in betas]

@@ -15,6 +15,7 @@ from repvgg.blocks.geometry import PointwiseConv2d
 def is_supported(conv: nn.Conv2d) -> bool:
     """Return whether :func:`joint_convs` supports a convolution: zero padding given as numbers, and no bias."""
     simple = type(conv) in (nn.Conv2d, PointwiseConv2d) and conv.padding_mode == "zeros" and conv.bias is None
+    # A parametrized weight (weight_norm) is a plain tensor that is computed at each access.
     return simple and type(conv.weight) is nn.Parameter and not isinstance(conv.padding, str)
 
 
@@ -68,6 +69,7 @@ class _JointConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: tuple[Any, ...], x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+        # Convert kernels here, once: a convolution would convert a kernel in another layout than its input's itself.
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         layout = torch.channels_last if is_channels_last else torch.preserve_format
         kernels = [None if w is None else w.to(x.dtype, memory_format=layout) for w in weights]
@@ -108,6 +110,7 @@ class _JointConv(torch.autograd.Function):
             )
             total.add(dx, subsampling, owned=True)
             if dk is not None:
+                # One write converts both dtype and layout to those of the weight, as .grad needs.
                 dw[k] = torch.empty_like(weight).copy_(dk)
         return (None, total.value, *dw)
 
@@ -167,7 +170,7 @@ def _differentiable_backward(
         if gradient is not None:
             given.append(gradient)
             if setting is None or weight is None:
-                outputs.append(x.view_as(x))
+                outputs.append(x.view_as(x))  # a new node: autograd.grad rejects an output that is an input
             else:
                 outputs.append(_convolve(x, weight.to(x.dtype), setting))
     sources = [tensor for tensor in (x, *weights) if tensor is not None and tensor.requires_grad]
