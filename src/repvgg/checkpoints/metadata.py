@@ -10,7 +10,7 @@ from typing import Any, Literal
 from repvgg.errors import CheckpointError
 
 KEY = "repvgg"
-_LARGEST_COUNT = 2**31
+_LARGEST_COUNT = 2**31  # exclusive; sizes beyond it are errors or attacks, not models
 Form = Literal["train", "plain"]
 
 
@@ -53,6 +53,7 @@ class Metadata:
 
     def to_header(self) -> dict[str, str]:
         """Return the header as safetensors stores it: strings only, the fields as one JSON document."""
+        # "format" is what safetensors' loaders of other libraries (transformers) ask for.
         return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
 
     @classmethod

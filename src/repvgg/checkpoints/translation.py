@@ -77,6 +77,7 @@ def recognize_names(names: Iterable[str]) -> Naming | None:
     given = list(names)
     candidates = [_naming(given, prefix, layout) for layout in LAYOUTS.values() for prefix in candidate_prefixes(given)]
     best = max(candidates, key=lambda naming: len(naming.used))
+    # Most, not all: a mixed file is reported with the names that do not fit, rather than as unknown.
     return best if 2 * len(best.used) > len(given) else None
 
 

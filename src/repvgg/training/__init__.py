@@ -99,9 +99,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _FORMER_NAMES:
-        return getattr(importlib.import_module(__name__), _FORMER_NAMES[name])
+        return getattr(importlib.import_module(__name__), _FORMER_NAMES[name])  # may be a lazy name itself
     if name not in _LIGHTNING_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Before the module is imported: its own import statements would raise a bare ImportError.
     for package in ("lightning", "torchmetrics"):
         require(package, "train")
     return getattr(importlib.import_module(f"repvgg.training.{_LIGHTNING_MODULES[name]}"), name)

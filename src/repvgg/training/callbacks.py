@@ -82,6 +82,7 @@ class History(L.Callback):
         assert isinstance(pl_module, ClassificationTask)
         loss = pl_module.mean_loss()
         top1, top5 = float(pl_module.top1.compute()), float(pl_module.top5.compute())
+        # Lightning resets only metrics that are logged as objects.
         for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5):
             metric.reset()
         now = time.perf_counter()
@@ -90,6 +91,7 @@ class History(L.Callback):
         epoch = trainer.current_epoch + 1
         self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._epoch_start, speed))
         if trainer.loggers:
+            # The tags of version 0.1.0, so that TensorBoard overlays older and newer runs.
             pl_module.log_dict(
                 {"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr}
             )
@@ -118,7 +120,7 @@ class MovingAverage(WeightAveraging):
         n = int(steps)
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         if averages[0].is_floating_point():  # PyTorch groups the tensors by dtype, so one stands for all
-            torch._foreach_lerp_(averages, weights, weight)
+            torch._foreach_lerp_(averages, weights, weight)  # one kernel for all tensors, as torch's optimizers do
         else:
             torch._foreach_copy_(averages, weights)  # batch counters
 
@@ -126,7 +128,8 @@ class MovingAverage(WeightAveraging):
         return step_idx is not None
 
     def copy_into(self, task: L.LightningModule) -> None:
-        """Copy the averages into ``task``. Lightning omits this where a resumed run had finished its last epoch."""
+        """Copy the averages into ``task``."""
+        # Lightning does so at the end of training, but not where a resumed run had finished its last epoch.
         self._copy_average_to_current(task)
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
@@ -190,6 +193,7 @@ class ProgressBar(L.Callback):
         if time.perf_counter() - self._last_update < _REFRESH_SECONDS:
             return
         self._last_update = time.perf_counter()
+        # Lightning has divided the loss by the number of accumulated batches.
         self._loss = f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.3f}"
         self._show(trainer, len(batch[1]) * trainer.accumulate_grad_batches * trainer.world_size)
 

@@ -42,9 +42,10 @@ def read_position(path: str | os.PathLike[str]) -> RunPosition:
         CheckpointError: the file is damaged, or not the checkpoint of a run.
     """
     try:
+        # mmap: the tensors of the model, perhaps gigabytes, are not read.
         position = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[_POSITION_KEY]
         return RunPosition(**{name: int(position[name]) for name in RunPosition._fields})
-    except Exception as error:
+    except Exception as error:  # damaged files make torch.load raise errors of many types
         raise CheckpointError(
             f"{str(path)!r} is damaged or not the checkpoint of a run: "
             "remove it to start again, or choose another folder."
@@ -112,7 +113,7 @@ class CheckpointSaver(Checkpoint):
         """
         stop = self._should_stop(trainer)  # before any return: it is a collective operation
         if trainer.is_last_batch:
-            return
+            return  # on_train_epoch_end saves after the validation
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # accumulated gradients are not part of a checkpoint
         step = trainer.global_step
@@ -127,6 +128,7 @@ class CheckpointSaver(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning runs checkpoint callbacks last, so the epoch's validation and record are in the file.
         self._save(trainer, trainer.current_epoch + 1, 0)
+        # After the last epoch only the collapse is left, which takes seconds: the run finishes.
         if self._should_stop(trainer) and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             raise Terminated
 

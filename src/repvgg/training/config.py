@@ -40,6 +40,7 @@ class OptimConfig:
         UsageError: a number is out of range.
     """
 
+    # The defaults are the paper's simple schedule (§4.1).
     lr: float = 0.1
     lr_batch: int | None = 256
     momentum: float = 0.9
@@ -56,6 +57,7 @@ class OptimConfig:
             raise UsageError(
                 f"SGD needs lr > 0, momentum in [0, 1), weight_decay >= 0 and warmup_epochs >= 0, got {self}."
             )
+        # PyTorch refuses this too, but only when the optimizer is built, after the data set is loaded.
         if self.nesterov and self.momentum == 0:
             raise UsageError("Nesterov momentum needs a momentum above 0.")
         if not self.norm_bias_lr > 0:
@@ -132,7 +134,7 @@ class TrainConfig:
     nodes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2:
+        if self.epochs < 1 or self.batch_size < 2:  # batch norm has no variance over a single image
             raise UsageError(
                 f"Training needs at least 1 epoch and 2 images per batch, got {self.epochs} and {self.batch_size}."
             )
@@ -149,7 +151,7 @@ class TrainConfig:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
         if self.save_steps < 0:
             raise UsageError(f"save_steps must be at least 0, got {self.save_steps}.")
-        if self.optim.warmup_epochs >= self.epochs:
+        if self.optim.warmup_epochs >= self.epochs:  # the cosine needs at least one step
             raise UsageError(
                 f"The warm-up must be shorter than the run, got {self.optim.warmup_epochs} of {self.epochs} epochs."
             )

@@ -64,7 +64,7 @@ def _from_torchrun() -> ProcessLayout | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     rank, world_size, local_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return ProcessLayout(rank, local_size, world_size // local_size)
+    return ProcessLayout(rank, local_size, world_size // local_size)  # Lightning needs equal numbers on all machines
 
 
 def _from_slurm() -> ProcessLayout | None:
@@ -132,6 +132,7 @@ def plan_batches(config: TrainConfig, world_size: int = 1) -> BatchPlan:
             f"The {per_device} images of each device are not a multiple of {device_batch} at a time: "
             "choose a device_batch that divides them."
         )
+    # By the global batch, so the split over devices and accumulation does not change the optimization.
     scale = 1.0 if config.optim.lr_batch is None else config.batch_size / config.optim.lr_batch
     return BatchPlan(device_batch, per_device // device_batch, world_size, config.optim.lr * scale, scale)
 

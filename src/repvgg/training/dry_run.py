@@ -56,6 +56,7 @@ def perform_dry_run(model: nn.Module, data: ImageData, config: TrainConfig) -> D
         TrainingError: the loss or a gradient is not finite, or a trainable parameter receives no gradient.
         EquivalenceError: the plain form is not equal to the train form.
     """
+    # On the CPU in float32 whatever the run uses: this is about the model, and a reproducible result.
     model = copy.deepcopy(model).cpu().float().train()
     with seeded("trial", config.seed):
         count = _IMAGES if data.num_train is None else min(_IMAGES, data.num_train)

@@ -53,7 +53,7 @@ class Evaluation:
     @property
     def per_class(self) -> Tensor:
         """(K,) float64, accuracy on the images of each class; NaN for a class without images."""
-        return self.confusion.diagonal().double() / self.confusion.sum(1)
+        return self.confusion.diagonal().double() / self.confusion.sum(1)  # 0/0 is NaN
 
     def top(self, k: int) -> float:
         """Top-k accuracy in [0, 1]; ``k`` is limited to the number of classes."""
@@ -102,6 +102,7 @@ def evaluate(
     with eval_mode(model), torch.no_grad():
         for images, label_N in batches:
             x_NCHW = images.to(device)
+            # Off the device batch by batch: the logits of ImageNet's validation images take 200 MB.
             logits.append(model(x_NCHW if prepare is None else prepare(x_NCHW)).float().cpu())
             labels.append(label_N.cpu())
     logits_NK, labels_N = torch.cat(logits), torch.cat(labels)

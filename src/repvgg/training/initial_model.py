@@ -63,6 +63,7 @@ def build_initial_model(config: TrainConfig, data: ImageData) -> InitialModel:
             notes.append(_PLAIN_WARNING)
         if model.num_classes != len(data.classes) or metadata.classes != data.classes:
             notes.append(f"new classifier for {len(data.classes)} classes in place of {model.num_classes}")
+            # Inside the seeded context: its weights are drawn here.
             model.head = nn.Linear(model.head.in_features, len(data.classes))
     return InitialModel(model, tuple(notes))
 

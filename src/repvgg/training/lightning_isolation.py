@@ -30,6 +30,7 @@ def isolate_lightning() -> Iterator[None]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Suppress Lightning's tips and device lines, and its warnings about settings that are deliberate here."""
+    # By level rather than by handler: handlers of the root logger would still print.
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -109,6 +109,7 @@ def fit(
     start, history = time.perf_counter(), History()
     visible = progress and job.layout.rank == 0
     with ExitStack() as stack:
+        # Left in reverse order: the synchronized norms are gone before the model moves back to the CPU.
         for context in (
             num_threads(config.threads),
             _training_mode(model, config.channels_last),
@@ -129,7 +130,7 @@ def evaluate_validation(model: nn.Module, data: ImageData, config: TrainConfig) 
     try:
         return evaluate(model.to(device), data.val_batches(_VALIDATION_BATCH), data.prepare)
     finally:
-        model.cpu()
+        model.cpu()  # frees the memory of the accelerator
 
 
 def runs_on_cpu(config: TrainConfig) -> bool:
@@ -169,7 +170,7 @@ class TrainingJob:
         if plan.device_batch < 2:
             # A 1x1 feature map of a single image has one value per channel, which has no variance.
             raise UsageError("Batch norm needs at least 2 images at a time on each device: take a larger batch.")
-        if images is not None and images < plan.global_batch:
+        if images is not None and images < plan.global_batch:  # the incomplete batch would be dropped: no step at all
             raise UsageError(
                 f"{images} training images do not fill one batch of {plan.global_batch}: take a smaller batch_size."
             )
@@ -202,6 +203,7 @@ class TrainingJob:
                     f"{position.accumulation}, not {self.plan.accumulation}: resume it with the same number of devices "
                     "and the same device_batch."
                 )
+            # Lightning counts the batches of a resumed epoch from where it stopped, but does not skip their data.
             loader.set_epoch(position.epoch)
             loader.skip(position.batches)
         return loader
@@ -252,6 +254,7 @@ def _run_trainer(job: TrainingJob, history: History, bar: ProgressBar | None, on
     average = MovingAverage(job.config.ema) if job.config.ema else None
 
     def report_epoch() -> None:
+        # The average is one of the whole task, in which the names of the model start with "model.".
         if on_epoch is not None and job.layout.rank == 0:
             on_epoch(tuple(history.records), job.model.state_dict() if average is None else average.weights("model."))
 

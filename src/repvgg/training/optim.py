@@ -94,7 +94,7 @@ def parameter_groups(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
-                continue
+                continue  # a tensor, not its name, is the unit: tied weights occur in several modules
             seen.add(id(parameter))
             chosen = decays(module, name, parameter, id(module) in identities) and id(parameter) not in penalized
             (decaying if chosen else rest).append(parameter)
@@ -113,7 +113,7 @@ def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     norm_biases: set[int] = set()
     if config.norm_bias_lr != 1:
         norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-        norm_biases = {id(norm.bias) for norm in norms}
+        norm_biases = {id(norm.bias) for norm in norms}  # id(None) of norms without affine matches no parameter
     # No policy lets the bias of a batch norm decay, so all of them are in the second group.
     faster = [parameter for parameter in rest["params"] if id(parameter) in norm_biases]
     others = [parameter for parameter in rest["params"] if id(parameter) not in norm_biases]

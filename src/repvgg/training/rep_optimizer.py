@@ -31,6 +31,7 @@ def merge_constant_scale_branches(model: nn.Module) -> tuple[nn.Module, dict[nn.
     Raises:
         UsageError: the model has no such block.
     """
+    # Copied first: the multipliers are keyed by the parameters of the model that is trained.
     plain = copy.deepcopy(model)
     multipliers: dict[nn.Parameter, Tensor] = {}
     convs: dict[ConstantScaleSum, nn.Conv2d] = {}
@@ -74,6 +75,7 @@ class RepOptimizer:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, multipliers: Mapping[nn.Parameter, Tensor]) -> None:
+        # By id: == compares tensors element by element.
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter, multiplier in multipliers.items():
             if id(parameter) not in known or parameter.shape != multiplier.shape:

@@ -89,6 +89,7 @@ def run(
     layout = process_layout(config)
     is_writer = layout.rank == 0
     printer = _Printer(console or Console(), quiet=not is_writer)
+    # Refused before the data set is opened, which may take minutes.
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
     data = open_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
@@ -99,6 +100,7 @@ def run(
     elif config.dry_run:
         printer(str(perform_dry_run(initial.model, data, config)))
     if is_writer:
+        # Only now: a run that is refused, or fails its dry run, leaves the folder as it was.
         prepare_folder(folder, config, resuming=resuming)
     run_folder = RunFolder(folder, config, data, initial.model)
     result = fit(
@@ -133,7 +135,7 @@ def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: 
     """
     if resume and overwrite:
         raise UsageError("A run is either resumed or started again: set only one of resume and overwrite.")
-    if resume and (folder / CONFIG_FILE).exists():
+    if resume and (folder / CONFIG_FILE).exists():  # the first file of a run; a checkpoint may not exist yet
         for name, (before, now) in differences(read_config(folder / CONFIG_FILE), config).items():
             if name not in _CHANGEABLE:
                 raise UsageError(
@@ -164,6 +166,7 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resuming: bool) -> None
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
     if not resuming:
+        # The first file: a folder with a config is a run that can be resumed, from the beginning if need be.
         write_config(folder / CONFIG_FILE, config, overwrite=True)
 
 
@@ -189,7 +192,9 @@ class RunFolder:
         write_log(self.path, history)
         draw_curve(self.path, history, f"{self.model.spec.name}, {self.config.recipe}, {self.data.uri}")
         last = history[-1]
+        # Strictly greater: of equally accurate epochs the first one stays.
         if all(last.held_out_accuracy > record.held_out_accuracy for record in history[:-1]):
+            # The metric names of version 0.1.0: programs read them from checkpoint headers.
             metrics = {"held_out_accuracy": last.held_out_accuracy, "epoch": float(last.epoch)}
             save_checkpoint(self.path / BEST_FILE, weights, self._metadata(self.model, metrics), overwrite=True)
 
@@ -205,6 +210,7 @@ class RunFolder:
         """
         self._save(self.model, result.validation)
         collapsed = None if models.form_of(self.model) == "plain" else self._collapse()
+        # Last of all: a folder with a report is complete.
         report = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(sys.argv),
@@ -251,6 +257,7 @@ class RunFolder:
 def write_log(folder: Path, history: Sequence[EpochRecord]) -> Path:
     """Write ``log.csv`` atomically, one line per epoch."""
     text = io.StringIO()
+    # csv ends lines with \r\n by default, which shows as ^M in a terminal.
     writer = csv.DictWriter(text, [field.name for field in fields(EpochRecord)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(record) for record in history)
