@@ -20,11 +20,22 @@ from repvgg.training import quickstart as recipe
 from tests.cli.helpers import contents
 
 FILES = {"train.safetensors", "plain.safetensors", "plain.onnx", "report.json", "report.html"}
-STAGES = ["open_data", "_train", "_collapse", "_verify", "_save", "_export", "_judge", "_time", "_report", "_write"]
+STAGES = [
+    "open_data",
+    "_train",
+    "_collapse",
+    "_verify",
+    "_save",
+    "_export",
+    "_check",
+    "_time",
+    "_build_report",
+    "_write_report",
+]
 
 
 def few_digits(config, *, seed):
-    """The first 100 images of both parts."""
+    """Open the first 100 images of each split."""
     source = open_source(config)
     few = [TensorSplit("few", p.pixels[:100], p.labels[:100], p.classes) for p in (source.train, source.val)]
     return ImageData(config, replace(source, train=few[0], val=few[1]), seed)
@@ -41,7 +52,7 @@ def quick_compare(calls):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The whole way once, with few images, one epoch and hasty timing; and what each stage returned."""
+    """Run once with few images, one epoch and three timing rounds; return the folder and the result of each stage."""
     home, returned = tmp_path_factory.mktemp("quickstart"), {}
 
     def recording(name, stage):
@@ -56,7 +67,7 @@ def finished(tmp_path_factory):
         patch.setattr(study, "open_data", few_digits)
         patch.setattr(study, "quickstart", one_epoch)
         patch.setattr(study.measure, "compare", quick_compare)
-        for name in ("_train", "_collapse", "_verify", "_export", "_judge", "_time"):
+        for name in ("_train", "_collapse", "_verify", "_export", "_check", "_time"):
             patch.setattr(study, name, recording(name, getattr(study, name)))
         assert main(["quickstart", "--seed", "3"]) == 0
     return home, returned
@@ -64,7 +75,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def replayed(finished, tmp_path, monkeypatch):
-    """An empty folder to work in, and stages that return at once what they returned before."""
+    """Work in an empty folder with stages that return their earlier results at once."""
     home, returned = finished
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "open_data", few_digits)
@@ -79,7 +90,7 @@ def replayed(finished, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_leaves_whole_files(finished):
+def test_files_are_complete(finished):
     home, _ = finished
     folder = home / "runs" / "quickstart"
     assert [path.name for path in (home / "runs").iterdir()] == ["quickstart"]
@@ -94,13 +105,13 @@ def test_leaves_whole_files(finished):
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_report_says_what_happened(finished):
+def test_report_describes_the_run(finished):
     home, _ = finished
     report = page.Report.from_dict(json.loads((home / "runs/quickstart/report.json").read_text(encoding="utf-8")))
     assert report.passed
     assert report.seed == 3
     assert len(report.regions) == 7
-    assert all(judgement.agree == judgement.total for judgement in report.evidence)
+    assert all(check.agree == check.total for check in report.evidence)
     assert {timing.role for timing in report.timings} == {"train", "folded", "plain", "runtime"}
     metadata = load(home / "runs/quickstart/train.safetensors").metadata
     assert metadata.metrics == {"held_out_accuracy": report.training.accuracy}
@@ -116,7 +127,7 @@ def test_next_commands_work(finished, repvgg, monkeypatch):
     assert load(convert[-1]).metadata.form == "plain"
 
 
-def test_prints_the_way(replayed, repvgg):
+def test_prints_progress_and_the_files(replayed, repvgg):
     outcome = repvgg("quickstart", "--out", "here")
     assert (outcome.code, outcome.err) == (0, "")
     assert "Try next:" in outcome.out
@@ -126,24 +137,26 @@ def test_prints_the_way(replayed, repvgg):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OutputError("The disk is full."), OSError(28, "No space left")])
-def test_a_run_that_ends_early_leaves_nothing(replayed, repvgg, monkeypatch, stage, error):
+def test_a_failed_run_leaves_nothing(replayed, repvgg, monkeypatch, stage, error):
     def stop(*arguments, **keywords):
         raise error
 
     monkeypatch.setattr(study, stage, stop)
     outcome = repvgg("quickstart")
     assert outcome.code == (130 if error is KeyboardInterrupt else 2)
-    said = {
+    messages = {
         KeyboardInterrupt: "interrupted\n",
         OSError: "error: 'runs/quickstart' could not be written: No space left.\n",
     }
-    assert outcome.err == said.get(error if error is KeyboardInterrupt else type(error), "error: The disk is full.\n")
+    assert outcome.err == messages.get(
+        error if error is KeyboardInterrupt else type(error), "error: The disk is full.\n"
+    )
     left = {path for path in replayed.rglob("*") if path != replayed / "runs"}
     assert left == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupted_run_does_not_harm_the_one_before(replayed, repvgg, monkeypatch, stage):
+def test_an_interrupted_run_keeps_the_previous_folder(replayed, repvgg, monkeypatch, stage):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
@@ -156,7 +169,7 @@ def test_an_interrupted_run_does_not_harm_the_one_before(replayed, repvgg, monke
     assert contents(replayed) == before
 
 
-def test_a_folder_that_exists_is_left_alone(replayed, repvgg):
+def test_an_existing_folder_is_not_touched(replayed, repvgg):
     for name in ("quickstart", "quickstart-2", "quickstart-3"):
         before = contents(replayed)
         assert repvgg("quickstart").code == 0
@@ -177,4 +190,4 @@ def test_out_is_replaced_only_on_request(replayed, repvgg, refused):
 def test_out_that_is_a_file(replayed, refused):
     (replayed / "here").write_text("precious")
     assert "exists" in refused("quickstart", "--out", "here", "--overwrite")
-    assert "cannot be made" in refused("quickstart", "--out", "here/below")
+    assert "cannot be created" in refused("quickstart", "--out", "here/below")

@@ -1,4 +1,4 @@
-"""``repvgg quickstart``."""
+"""The command ``repvgg quickstart``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def quickstart(
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Go the whole way once, on handwritten digits: train, collapse, verify, time, export, report.
+    """Train a small network on handwritten digits, collapse, verify, export and time it, and write a report.
 
-    Takes a minute or two on 2 CPU cores and leaves a folder with both forms of the model, an ONNX file and a report
-    to look at. Nothing is downloaded. Interrupted, it leaves nothing.
+    Takes a minute or two on 2 CPU cores. Writes a folder with both forms of the model, an ONNX file and a report to
+    open in a browser. Nothing is downloaded. An interrupted run leaves nothing.
 
     Args:
-        out: folder to write; without it runs/quickstart, or the next free name beside it.
-        seed: of everything random; the same seed gives the same weights bit for bit.
+        out: folder to write; default: runs/quickstart, or the next unused name beside it.
+        seed: of all random numbers; the same seed gives the same weights bit for bit.
         overwrite: replace the folder if it exists.
     """
     from repvgg.studies.quickstart import run

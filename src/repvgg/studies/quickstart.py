@@ -1,18 +1,18 @@
-"""The whole way once, on real scans: train, collapse, verify, time, export, report.
+"""Train, collapse, verify, export and time a small network on scanned digits, and write a report.
 
     repvgg quickstart
 
-Expected: at least 99.0% on the 360 held-out digits, every judgement passed, within 2 minutes on 2 cores.
+Expected: at least 99.0 % of the 360 validation digits, every check passed, within 2 minutes on 2 cores.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from repvgg import collapse, measure, models
 from repvgg._files import write_text
+from repvgg._serde import to_json
 from repvgg.data import ImageData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
@@ -38,8 +39,8 @@ _BATCH = 64
 _SAMPLES = 24
 _PURPOSES = {
     TRAIN_FILE: "the trained model with its branches: train it further, or convert it again",
-    PLAIN_FILE: "the plain model, one convolution a block: ship this one",
-    ONNX_FILE: "the plain model for ONNX Runtime and everything else that reads ONNX",
+    PLAIN_FILE: "the plain model, one convolution per block: deploy this one",
+    ONNX_FILE: "the plain model for ONNX Runtime and other tools that read ONNX",
     JSON_FILE: "every number of this page, for programs",
     HTML_FILE: "this page",
 }
@@ -47,7 +48,7 @@ _PURPOSES = {
 
 @dataclass(frozen=True, eq=False)
 class _Forms:
-    """The three forms of the trained network."""
+    """The trained network in its three forms, and the report of the collapse."""
 
     train: models.RepVGG
     folded: nn.Module
@@ -56,8 +57,16 @@ class _Forms:
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """What was judged, on what, and what came out."""
+class _Inputs:
+    """Batches to verify on, and what to call them."""
+
+    name: str
+    batches: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _CheckResult:
+    """A comparison with the train form in float64."""
 
     subject: str
     inputs: str
@@ -65,15 +74,15 @@ class _Judged:
 
 
 def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Go the whole way and leave a folder with the models and a report.
+    """Run all steps, and write a folder with the models and a report.
 
-    The folder appears when everything in it is whole; interrupted, the run leaves nothing.
+    The folder is created atomically: an interrupted run leaves nothing.
 
     Args:
-        out: the folder; None takes ``runs/quickstart``, or the next free name beside it.
-        seed: of the first weights, the order of the images and their augmentation.
+        out: the folder; default: ``runs/quickstart``, or ``runs/quickstart-2``, … if it exists.
+        seed: of the initial weights, the order of the images and their augmentation.
         overwrite: replace ``out`` if it exists.
-        console: where to tell what happens; standard output if None.
+        console: shows the progress; default: standard output.
 
     Returns:
         The folder.
@@ -83,25 +92,25 @@ def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, cons
         EquivalenceError: a converted model is not equal to the trained one.
     """
     console = console or Console()
-    target = _free(FOLDER) if out is None else out
-    with _whole_folder(target, overwrite) as folder:
+    target = _unused_name(FOLDER) if out is None else out
+    with _atomic_folder(target, overwrite) as folder:
         config = quickstart(seed)
         data = open_data(config.data, seed=seed)
         trained, result = _train(data, config, console)
         forms = _collapse(trained, console)
-        judged = _verify(forms, data, console)
+        checks = _verify(forms, data, console)
         _save(folder, forms, data, result)
         onnx = _export(folder, forms, data, console)
-        judged += [_judge("Plain form, ONNX Runtime", *_held_out(data), forms.train, onnx, console)]
+        checks += [_check("Plain form, ONNX Runtime", _validation_inputs(data), forms.train, onnx, console)]
         timings = _time(forms, onnx, data, console)
-        report = _report(target, folder, seed, data, result, forms, judged, timings)
-        _write(folder, report)
-    _summary(target, report, console)
+        report = _build_report(target, folder, seed, data, result, forms, checks, timings)
+        _write_report(folder, report)
+    _print_summary(target, report, console)
     return target
 
 
-def _free(folder: Path) -> Path:
-    """``folder``, or the first of ``folder-2``, ``folder-3``, … that does not exist."""
+def _unused_name(folder: Path) -> Path:
+    """Return ``folder``, or the first of ``folder-2``, ``folder-3``, … that does not exist."""
     candidate, number = folder, 1
     while candidate.exists():
         number += 1
@@ -110,47 +119,48 @@ def _free(folder: Path) -> Path:
 
 
 @contextmanager
-def _whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its name when all is done, and is removed otherwise."""
+def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``, renamed to it on success and removed on failure."""
     if target.exists() and not (overwrite and target.is_dir()):
         raise OutputExistsError(f"{str(target)!r} exists: choose another folder, or ask to overwrite it.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise OutputError(f"{str(target)!r} cannot be made: {error.strerror or error}.") from error
+        raise OutputError(f"{str(target)!r} cannot be created: {error.strerror or error}.") from error
     try:
         yield folder
-        mode = target.parent.stat().st_mode & 0o777  # a temporary folder is nobody else's to read; this one is
-        folder.chmod(mode)
-        _exchange(folder, target)
+        # mkdtemp makes a folder that only its owner can read; this one gets the permissions of its parent.
+        folder.chmod(target.parent.stat().st_mode & 0o777)
+        _replace_folder(folder, target)
     except OSError as error:
         raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _exchange(folder: Path, target: Path) -> None:
-    """Give ``folder`` the name ``target``; what had it is kept until that is done."""
+def _replace_folder(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``, and remove the folder that was there."""
     if not target.exists():
         folder.replace(target)
         return
-    before = folder.with_name(f"{folder.name}-before")
-    target.replace(before)
+    # A rename cannot replace a folder that is not empty: move the old one aside, and back if the second rename fails.
+    previous = folder.with_name(f"{folder.name}-previous")
+    target.replace(previous)
     try:
         folder.replace(target)
     except BaseException:
-        before.replace(target)
+        previous.replace(target)
         raise
-    shutil.rmtree(before)
+    shutil.rmtree(previous)
 
 
 def _train(data: ImageData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
-    console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, judge by {data.num_val} others")
+    console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, validate on {data.num_val} others")
     with seeded("model", config.seed):
         model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
     result = fit(model, data, config, console=console)
-    console.print(f"  {result.accuracy:.2%} of the held-out digits are right, after {result.seconds:.0f} s")
+    console.print(f"  {result.accuracy:.2%} of the validation digits are correct, after {result.seconds:.0f} s")
     return model, result
 
 
@@ -160,58 +170,58 @@ def _collapse(model: models.RepVGG, console: Console) -> _Forms:
     assert isinstance(plain, models.RepVGG)
     console.print("[bold]Collapse[/] every block into one convolution")
     for region in report.folded:
-        branches = ", ".join(_branches(region))
+        branches = ", ".join(_describe_branches(region))
         console.print(f"  {region.name:16} {branches} → {region.convolution}", highlight=False, soft_wrap=True)
     return _Forms(model, folded, plain, report)
 
 
-def _branches(region: collapse.Folded) -> list[str]:
-    """A description for each branch, such as ``3x3 conv + BN``."""
-    words = (("PointwiseConv2d", "conv"), ("Conv2d", "conv"), ("BatchNorm2d", "BN"))
-    branches = []
-    for part in region.parts:
-        text = part.description
-        for name, word in words:
+def _describe_branches(region: collapse.Folded) -> list[str]:
+    """Return a description of each branch, such as ``3x3 conv + BN``."""
+    short = {"PointwiseConv2d": "conv", "Conv2d": "conv", "BatchNorm2d": "BN"}
+    descriptions = []
+    for branch in region.parts:
+        text = branch.description
+        for name, word in short.items():
             text = text.replace(name, word)
-        branches.append(text if "conv" in text else f"identity + {text}")
-    return branches
+        descriptions.append(text if "conv" in text else f"identity + {text}")
+    return descriptions
 
 
-def _held_out(data: ImageData) -> tuple[str, list[Tensor]]:
-    """The held-out images, in batches, and what to call them."""
+def _validation_inputs(data: ImageData) -> _Inputs:
     batches = [data.prepare(images) for images, _ in data.val_batches(_BATCH)]
-    return f"{data.num_val} held-out images", batches
+    return _Inputs(f"{data.num_val} validation images", batches)
 
 
-def _verify(forms: _Forms, data: ImageData, console: Console) -> list[_Judged]:
+def _verify(forms: _Forms, data: ImageData, console: Console) -> list[_CheckResult]:
     console.print("[bold]Verify[/] against the trained model in float64")
     channels, height, width = data.input_shape
-    border = "random images that make borders count", border_inputs((16, channels, height, width), batches=3)
+    validation = _validation_inputs(data)
+    border = _Inputs("random images that emphasize the border", border_inputs((16, channels, height, width), batches=3))
     return [
-        _judge("Plain form", *_held_out(data), forms.train, forms.plain, console),
-        _judge("Plain form", *border, forms.train, forms.plain, console),
-        _judge("Batch norms folded", *_held_out(data), forms.train, forms.folded, console),
+        _check("Plain form", validation, forms.train, forms.plain, console),
+        _check("Plain form", border, forms.train, forms.plain, console),
+        _check("Batch norms folded", validation, forms.train, forms.folded, console),
     ]
 
 
-def _judge(
-    subject: str,
-    inputs: str,
-    batches: list[Tensor],
-    reference: nn.Module,
-    candidate: Callable[[Tensor], Tensor],
-    console: Console,
-) -> _Judged:
-    evidence = verify(reference, candidate, batches).raise_if_failed()
+def _check(
+    subject: str, inputs: _Inputs, reference: nn.Module, candidate: Callable[[Tensor], Tensor], console: Console
+) -> _CheckResult:
+    """Compare ``candidate`` with ``reference``.
+
+    Raises:
+        EquivalenceError: the error is above the tolerance, or a prediction differs.
+    """
+    evidence = verify(reference, candidate, inputs.batches).raise_if_failed()
     agreement = evidence.agreement
     same = f", {agreement.agreed}/{agreement.total} predictions agree" if agreement else ""
     error = f"relative error {evidence.relative:.1e}, tolerance {evidence.tolerance:.1e}"
-    console.print(f"  {subject}, {inputs}: {error}{same}", highlight=False, soft_wrap=True)
+    console.print(f"  {subject}, {inputs.name}: {error}{same}", highlight=False, soft_wrap=True)
+    # verify() accepts other predictions within the tolerance, as of ties; a showcase should have none.
     if agreement and agreement.agreed != agreement.total:
-        raise EquivalenceError(
-            f"The {subject} predicts {agreement.total - agreement.agreed} of the {inputs} differently."
-        )
-    return _Judged(subject, inputs, evidence)
+        different = agreement.total - agreement.agreed
+        raise EquivalenceError(f"{subject}: {different} predictions differ on {inputs.name}.")
+    return _CheckResult(subject, inputs.name, evidence)
 
 
 def _save(folder: Path, forms: _Forms, data: ImageData, result: FitResult) -> None:
@@ -240,67 +250,80 @@ def _export(folder: Path, forms: _Forms, data: ImageData, console: Console) -> O
 def _time(forms: _Forms, onnx: OnnxRunner, data: ImageData, console: Console) -> list[page.Timing]:
     console.print(f"[bold]Time[/] the forms side by side, batches of {_BATCH}")
     images, _ = data.val_images(range(_BATCH))
-    roles: dict[str, tuple[page.Role, Callable[[Tensor], object]]] = {
+    candidates: dict[str, tuple[page.Role, Callable[[Tensor], object]]] = {
         "Train form": ("train", forms.train),
         "Batch norms folded": ("folded", forms.folded),
         "Plain form": ("plain", forms.plain),
         "Plain form, ONNX Runtime": ("runtime", onnx),
     }
-    calls = {name: _call(model, images) for name, (_, model) in roles.items()}
     timings = []
-    for t in measure.compare(calls):
-        times, ratios = (t.median_seconds, t.q1, t.q3), (t.ratio_to_baseline, t.ratio_q1, t.ratio_q3)
-        timings.append(page.Timing(t.name, roles[t.name][0], *times, *ratios, batch=_BATCH, rounds=t.rounds))
-        console.print(f"  {t}", highlight=False, soft_wrap=True)
+    for timing in measure.compare({name: partial(model, images) for name, (_, model) in candidates.items()}):
+        timings.append(
+            page.Timing(
+                name=timing.name,
+                role=candidates[timing.name][0],
+                median_seconds=timing.median_seconds,
+                q1_seconds=timing.q1,
+                q3_seconds=timing.q3,
+                speedup=timing.ratio_to_baseline,
+                speedup_q1=timing.ratio_q1,
+                speedup_q3=timing.ratio_q3,
+                batch=_BATCH,
+                rounds=timing.rounds,
+            )
+        )
+        console.print(f"  {timing}", highlight=False, soft_wrap=True)
     return timings
 
 
-def _call(model: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
-    return lambda: model(images)
-
-
-def _report(
+def _build_report(
     target: Path,
     folder: Path,
     seed: int,
     data: ImageData,
     result: FitResult,
     forms: _Forms,
-    judged: list[_Judged],
+    checks: list[_CheckResult],
     timings: list[page.Timing],
 ) -> page.Report:
-    confusion = tuple(tuple(row) for row in result.validation.confusion.tolist())
+    shape = (1, *data.input_shape)
+    cost_train, cost_plain = measure.count(forms.train, shape), measure.count(forms.plain, shape)
     history = tuple(page.Epoch(e.epoch, e.loss, e.held_out_accuracy) for e in result.history)
+    train, plain = target / TRAIN_FILE, target / PLAIN_FILE
     return page.Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=f"repvgg quickstart --seed {seed}",
         seed=seed,
-        model=_model(forms, data),
+        model=page.Model(
+            name=MODEL,
+            num_classes=len(data.classes),
+            in_channels=data.input_shape[0],
+            input_size=data.input_shape[1],
+            params_train=cost_train.params,
+            params_plain=cost_plain.params,
+            macs_train=cost_train.macs,
+            macs_plain=cost_plain.macs,
+        ),
         data=page.Data(data.uri, data.num_train or 0, data.num_val or 0, data.classes),
-        training=page.Training(len(history), result.seconds, history, result.accuracy, confusion),
-        regions=_regions(forms, judged[0].evidence),
+        training=page.Training(
+            epochs=len(history),
+            seconds=result.seconds,
+            history=history,
+            accuracy=result.accuracy,
+            confusion=tuple(tuple(row) for row in result.validation.confusion.tolist()),
+        ),
+        regions=_regions(forms, checks[0].evidence),
         left=tuple(page.Unchanged(row.name, row.reason) for row in (*forms.report.left, *forms.report.dropped)),
-        evidence=tuple(_judgement(one) for one in judged),
+        evidence=tuple(map(_check_entry, checks)),
         timings=tuple(timings),
         samples=_samples(forms, data),
         files=_files({path.name: path.stat().st_size for path in folder.iterdir()}),
-        next_commands=_next_commands(target),
+        next_commands=(
+            page.NextCommand(f"repvgg verify {train} {plain}", "verify the two forms again, layer by layer"),
+            page.NextCommand(f"repvgg convert {train} my-plain.safetensors", "convert the trained model yourself"),
+            page.NextCommand("repvgg bench repvgg_a0", "time an ImageNet model on this machine, in its three forms"),
+        ),
         environment=measure.environment(),
-    )
-
-
-def _model(forms: _Forms, data: ImageData) -> page.Model:
-    shape = (1, *data.input_shape)
-    train, plain = measure.count(forms.train, shape), measure.count(forms.plain, shape)
-    return page.Model(
-        name=MODEL,
-        num_classes=len(data.classes),
-        in_channels=data.input_shape[0],
-        input_size=data.input_shape[1],
-        params_train=train.params,
-        params_plain=plain.params,
-        macs_train=train.macs,
-        macs_plain=plain.macs,
     )
 
 
@@ -314,7 +337,7 @@ def _regions(forms: _Forms, evidence: Evidence) -> tuple[page.Region, ...]:
         regions.append(
             page.Region(
                 name=folded.name,
-                branches=tuple(_branches(folded)),
+                branches=tuple(_describe_branches(folded)),
                 kernel=tuple(conv.kernel_size),
                 stride=tuple(conv.stride),
                 groups=conv.groups,
@@ -329,12 +352,12 @@ def _regions(forms: _Forms, evidence: Evidence) -> tuple[page.Region, ...]:
     return tuple(regions)
 
 
-def _judgement(judged: _Judged) -> page.Check:
-    evidence = judged.evidence
+def _check_entry(check: _CheckResult) -> page.Check:
+    evidence = check.evidence
     agreement = evidence.agreement
     return page.Check(
-        subject=judged.subject,
-        inputs=judged.inputs,
+        subject=check.subject,
+        inputs=check.inputs,
         dtype=evidence.dtype,
         relative_error=evidence.relative,
         absolute_error=evidence.absolute,
@@ -349,7 +372,7 @@ def _judgement(judged: _Judged) -> page.Check:
 
 
 def _samples(forms: _Forms, data: ImageData) -> tuple[page.Sample, ...]:
-    """All digits that the plain form reads wrongly, filled up with others."""
+    """Return 24 validation digits, those that the plain form misclassifies first."""
     images, truth = data.val_images(range(data.num_val or 0))
     labels = truth.tolist()
     with torch.inference_mode():
@@ -366,38 +389,29 @@ def _files(sizes: dict[str, int]) -> tuple[page.File, ...]:
     return tuple(page.File(name, sizes.get(name, 0), purpose) for name, purpose in _PURPOSES.items())
 
 
-def _next_commands(target: Path) -> tuple[page.NextCommand, ...]:
-    train, plain = target / TRAIN_FILE, target / PLAIN_FILE
-    return (
-        page.NextCommand(f"repvgg verify {train} {plain}", "judge the two forms again, layer by layer"),
-        page.NextCommand(f"repvgg convert {train} my-plain.safetensors", "convert the trained model once more"),
-        page.NextCommand("repvgg bench repvgg_a0", "time an ImageNet model on this machine, in its three forms"),
-    )
-
-
-def _write(folder: Path, report: page.Report) -> None:
-    """Write the report and its page, which name their own sizes: a few rounds until those are right."""
+def _write_report(folder: Path, report: page.Report) -> None:
+    """Write ``report.json`` and ``report.html``, which list their own sizes."""
     sizes = {file.name: file.bytes for file in report.files}
-    for _ in range(5):
+    for _ in range(5):  # a size may get another digit, which changes the size again; two rounds are enough in practice
         report = replace(report, files=_files(sizes))
-        texts = {JSON_FILE: json.dumps(report.to_dict(), allow_nan=False), HTML_FILE: page.render_quickstart(report)}
-        now = sizes | {name: len(text.encode()) for name, text in texts.items()}
-        if now == sizes:
+        texts = {JSON_FILE: to_json(report, indent=None), HTML_FILE: page.render_quickstart(report)}
+        new_sizes = sizes | {name: len(text.encode()) for name, text in texts.items()}
+        if new_sizes == sizes:
             break
-        sizes = now
+        sizes = new_sizes
     for name, text in texts.items():
         write_text(folder / name, text)
 
 
-def _summary(target: Path, report: page.Report, console: Console) -> None:
+def _print_summary(target: Path, report: page.Report, console: Console) -> None:
     plain = report.timing("plain")
     assert plain is not None
-    worst = max(report.evidence, key=lambda judgement: judgement.relative_error / judgement.tolerance)
+    worst = max(report.evidence, key=lambda check: check.relative_error / check.tolerance)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    faster = f"{plain.speedup:.2f} times as fast as the train form"
-    table.add_row("held-out accuracy", f"{report.training.accuracy:.2%}")
-    table.add_row("equal", f"yes: {worst.relative_error:.1e} at most, {worst.tolerance:.1e} allowed")
-    table.add_row("plain form", faster if plain.speedup > 1 else f"NOT faster here: {faster}")
+    speedup = f"{plain.speedup:.2f} times as fast as the train form"
+    table.add_row("validation accuracy", f"{report.training.accuracy:.2%}")
+    table.add_row("equal", f"yes: error at most {worst.relative_error:.1e}, tolerance {worst.tolerance:.1e}")
+    table.add_row("plain form", speedup if plain.speedup > 1 else f"NOT faster here: {speedup}")
     table.add_row("parameters", f"{report.model.params_train:,} → {report.model.params_plain:,}")
     table.add_row("report", str(target / HTML_FILE))
     console.print()

@@ -1,6 +1,7 @@
 """Report pages: ``report.json`` and ``report.html`` of the quickstart, and the page and charts of a study.
 
-:mod:`.schema` defines the content, :mod:`.charts` draws with Matplotlib, :mod:`.render` fills the Jinja2 templates.
+:mod:`.schema` defines the content of ``report.json``, :mod:`.render` fills the Jinja2 templates, :mod:`.charts` and
+:mod:`.page_charts` draw with Matplotlib.
 """
 
 from repvgg.studies.report.render import render_quickstart, render_study
