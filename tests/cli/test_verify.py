@@ -91,7 +91,7 @@ def test_other_classes_or_channels(refused, files, tmp_path, classes, channels):
     ("arguments", "text"),
     [
         (("--batch", "0"), "at least 1"),
-        (("--batches", "0"), "at least one batch"),
+        (("--batches", "0"), "batches must be at least 1, got 0"),
         (("--input-size", "0"), "at least 1"),
         (("--input-size", "-3"), "at least 1"),
         (("--tolerance", "-1"), "tolerance"),
