@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.deploy import export_onnx
-from repvgg.engine.planner.algorithms import LOSSES
+from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import environment
 from repvgg.measure.timing import quartiles
@@ -181,7 +181,7 @@ def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, 
     return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
 
 
-def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.Network:
+def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.CompiledModel:
     """The library's engine at its best setting."""
     return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=True)
 
@@ -198,8 +198,8 @@ def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
     whole = sum(map(sum, kinds.values()))
     for name, seconds in kinds.items():
         print(f"  {name:20s} {len(seconds):3d} steps {1e3 * sum(seconds):8.2f} ms {sum(seconds) / whole:6.1%}")
-    muls = sum(step.muls for step in network.profile(images, 1))
-    bytes_read = sum(values.nbytes for values in network._runners[-1]._weights)
+    muls = sum(step.num_multiplies for step in network.profile(images, 1))
+    bytes_read = sum(values.nbytes for values in network._executables[-1]._weights)
     peak, bandwidth = peak_flops(threads), bandwidth_read(bytes_read)
     print(f"  all steps {1e3 * whole:.2f} ms; {2e-9 * muls:.2f} GFLOP after Winograd over {1e-9 * peak:.0f} GFLOP/s")
     print(f"  measured: {1e3 * 2 * muls / peak:.2f} ms; {1e-6 * bytes_read:.0f} MB of weights over", end=" ")
@@ -211,7 +211,12 @@ def peak_flops(threads: int) -> float:
     layers = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)]
     network = repvgg.engine.compile(nn.Sequential(*layers).eval(), (1, 64, 56, 56), threads, precision="highest")
     images = torch.randn(1, 64, 56, 56)
-    return max(2 * step.muls / step.seconds for _ in range(20) for step in network.profile(images, 5) if step.muls)
+    return max(
+        2 * step.num_multiplies / step.seconds
+        for _ in range(20)
+        for step in network.profile(images, 5)
+        if step.num_multiplies
+    )
 
 
 def bandwidth_read(size: int) -> float:
@@ -314,7 +319,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
     parser.add_argument("--json", type=Path, help="a new file for all readings")
-    parser.add_argument("--precision", default="high", choices=tuple(LOSSES), help="of the engine")
+    parser.add_argument("--precision", default="high", choices=tuple(ERROR_GROWTH_LIMITS), help="of the engine")
     parser.add_argument("--checkpoint")
     parser.add_argument("--data")
     for name, default in (("threads", 2), ("rounds", 15), ("size", 224)):

@@ -17,7 +17,7 @@ import torch
 import repvgg.engine
 from repvgg.engine import api, compiled_model
 from repvgg.engine.codegen.jit import GENERIC, host_isa
-from repvgg.engine.compiled_model import SIZES, Network
+from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena
 from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
@@ -82,8 +82,8 @@ def test_maps_of_one_channel_are_not_overwritten_by_the_next_call():
 # Other sizes
 
 
-def sizes_of(network: Network) -> list[tuple[int, ...]]:
-    return [(one.shape[0], *one.shape[2:]) for one in network._runners]
+def sizes_of(compiled: CompiledModel) -> list[tuple[int, ...]]:
+    return [(one.shape[0], *one.shape[2:]) for one in compiled._executables]
 
 
 def test_other_sizes_are_compiled_when_they_come(fast, model):
@@ -96,8 +96,8 @@ def test_other_sizes_are_compiled_when_they_come(fast, model):
 @pytest.mark.parametrize("threads", [1, pytest.param(3, marks=threaded)])
 def test_the_size_that_ran_last_goes_last(model, threads):
     fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
-    others = [(20 + at, 20) for at in range(SIZES)]
-    first = weakref.ref(fast._runners[0])
+    others = [(20 + at, 20) for at in range(MAX_INPUT_SIZES)]
+    first = weakref.ref(fast._executables[0])
     for size in others:
         assert_equal(fast, model, batch(1, size))
     assert sizes_of(fast) == [(1, *size) for size in others]
@@ -108,9 +108,9 @@ def test_the_size_that_ran_last_goes_last(model, threads):
 
 def test_weights_that_are_packed_alike_are_held_once(model):
     fast = repvgg.engine.compile(model, (1, 3, 32, 32))
-    before = {values.ctypes.data for values in fast._runners[0]._weights}
+    before = {values.ctypes.data for values in fast._executables[0]._weights}
     fast(batch(2, (64, 32)))
-    both = before & {values.ctypes.data for values in fast._runners[1]._weights}
+    both = before & {values.ctypes.data for values in fast._executables[1]._weights}
     assert len(both) > len(before) / 2
     assert_equal(fast, model, batch(1))
     assert_equal(fast, model, batch(2, (64, 32)))
@@ -119,21 +119,23 @@ def test_weights_that_are_packed_alike_are_held_once(model):
 def test_images_that_are_too_small_change_nothing():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5)).eval()
     fast = repvgg.engine.compile(model, (1, 3, 8, 8))
-    with pytest.raises(UnsupportedError, match="'0' has nothing to compute on images of 4x8"):
+    with pytest.raises(UnsupportedError, match="'0' has no output for feature maps of 4x8: pass larger images"):
         fast(batch(1, (4, 8)))
     assert_equal(fast, model, batch(1, (8, 8)))
 
 
 def test_a_profile_of_another_size(fast):
     steps = fast.profile(batch(1, (48, 48)), repeats=1)
-    assert sum(step.muls for step in steps) > sum(step.muls for step in fast.profile(batch(1), repeats=1))
+    assert sum(step.num_multiplies for step in steps) > sum(
+        step.num_multiplies for step in fast.profile(batch(1), repeats=1)
+    )
 
 
 @threaded
 def test_threads_across_sizes_without_a_rest(model):
     """Those that are late must take nothing of a table that ran before, nor look at one that is gone."""
     fast = repvgg.engine.compile(model, (1, 3, 32, 32), threads=3)
-    inputs = [batch(1 + at % 2, (20 + 4 * (at % (SIZES + 1)), 24)) for at in range(10)]
+    inputs = [batch(1 + at % 2, (20 + 4 * (at % (MAX_INPUT_SIZES + 1)), 24)) for at in range(10)]
     wanted = [repvgg.engine.compile(model, tuple(x.shape), threads=1)(x) for x in inputs]
     for call in range(300):
         at = call % 10 if call % 30 == 0 else call % 4
@@ -155,7 +157,7 @@ def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch
     text = pickle.dumps(fast)
     monkeypatch.setattr(compiled_model, "host_isa", lambda: GENERIC["sse2"])
     if host_isa().name in ("sse2", "avx2", "avx512"):
-        assert pickle.loads(text)._machine.isa == GENERIC["sse2"]
+        assert pickle.loads(text)._target.isa == GENERIC["sse2"]
 
 
 # Threads and forks
@@ -183,7 +185,7 @@ def test_a_second_caller_is_refused_while_the_first_computes():
     for caller in callers:
         caller.join()
     assert said
-    assert set(said) == {"This network is running in another thread: compile one for each thread."}
+    assert set(said) == {"This model is running in another thread: compile one model for each thread."}
     torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
 
 
@@ -329,7 +331,7 @@ def test_pytorch_takes_over_from_a_failed_compilation(model, monkeypatch, error)
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(api, "Network", fail)
+    monkeypatch.setattr(api, "CompiledModel", fail)
     with pytest.raises(type(error)):
         repvgg.engine.compile(model, (1, 3, 32, 32))
     with pytest.warns(FallbackWarning, match=r"LLVM does not know this\.$|No llvmlite\.$"):
@@ -346,11 +348,11 @@ def test_what_is_not_installed_is_named(model, monkeypatch, package):
 
 
 def test_bad_arguments_are_refused_with_a_fallback_too(model):
-    with pytest.raises(UsageError, match="four positive"):
+    with pytest.raises(UsageError, match="four positive integers"):
         repvgg.engine.compile(model, (1, 32, 32), fallback=True)
     with pytest.raises(UsageError, match="at least one thread"):
         repvgg.engine.compile(model, (1, 3, 32, 32), threads=0, fallback=True)
 
 
 def test_no_warning_where_the_engine_runs(model):
-    assert isinstance(repvgg.engine.compile(model, (1, 3, 32, 32), fallback=True), Network)
+    assert isinstance(repvgg.engine.compile(model, (1, 3, 32, 32), fallback=True), CompiledModel)

@@ -9,9 +9,8 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import ModelSpec, create_model
-from repvgg.engine.compiled_model import Network
+from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
-from repvgg.engine.graph import Conv, ConvGeometry, Pool
 from repvgg.engine.planner import memory_plan
 from repvgg.errors import UnsupportedError, UsageError
 from repvgg.measure import walk
@@ -49,7 +48,7 @@ def assert_equal(network, model: nn.Module, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_small_rows(name, isa):
     model = plain(ROWS[name])
-    network = Network(read(model), (3, 3, 37, 29), isa)
+    network = CompiledModel(read(model), (3, 3, 37, 29), isa)
     assert_equal(network, model, torch.randn(3, 3, 37, 29))
 
 
@@ -64,8 +63,8 @@ def test_smaller_batches_one_after_the_other():
 @pytest.fixture
 def in_parts(monkeypatch):
     """Maps of more than a thousand numbers are large, and twenty thousand fill the cache."""
-    monkeypatch.setattr(memory_plan, "_LARGE", 1000)
-    monkeypatch.setattr(memory_plan, "_HELD", 20_000)
+    monkeypatch.setattr(memory_plan, "_MIN_CHUNKED_FLOATS", 1000)
+    monkeypatch.setattr(memory_plan, "_L3_FLOATS", 20_000)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -73,11 +72,11 @@ def test_early_layers_on_parts_of_a_batch(name, in_parts):
     """For any number of images up to the batch, of any strides; and one after the other, with what lay there before."""
     model = plain(ROWS[name])
     network = repvgg.engine.compile(model, (12, 3, 37, 29), 2)
-    firsts = [step.first for step in network.plan.steps]
+    firsts = [step.first_image for step in network.plan.steps]
     assert sorted(set(firsts)) == [0, 3, 6, 9]
     assert firsts[-1] == 0  # the last layers take all images at once
     once = {(step.name, step.kernel) for step in network.plan.steps}
-    assert len(network._runners[0]._weights) <= 2 * len(once)  # weights and biases, whatever comes again
+    assert len(network._executables[0]._weights) <= 2 * len(once)  # weights and biases, whatever comes again
     for batch in (12, 1, 5, 8, 12):
         x = torch.randn(batch, 3, 37, 29)
         assert_equal(network, model, x.contiguous(memory_format=torch.channels_last) if batch == 8 else x)
@@ -85,39 +84,44 @@ def test_early_layers_on_parts_of_a_batch(name, in_parts):
 
 def test_a_profile_adds_the_parts_of_a_batch(in_parts):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
-    network = Network(read(model), (6, 3, 24, 24), isas()[-1])
+    network = CompiledModel(read(model), (6, 3, 24, 24), isas()[-1])
     assert len(network.plan.steps) > 3
     for batch in (6, 5):
         x = torch.randn(batch, 3, 24, 24)
         steps = network.profile(x, repeats=2)
         assert [step.name for step in steps] == ["input", "0", "2"]
-        assert sum(step.muls for step in steps) == walk(model, x).macs
+        assert sum(step.num_multiplies for step in steps) == walk(model, x).macs
 
 
-@pytest.mark.parametrize(
-    ("shape", "found"),
-    [
-        ((1, 3, 224, 224), (0, 1)),
-        ((16, 3, 224, 224), (2, 4)),
-        ((64, 3, 224, 224), (2, 4)),
-        ((17, 3, 224, 224), (2, 1)),
-        ((2, 3, 224, 224), (0, 2)),
-        ((64, 3, 32, 32), (0, 64)),
-        ((4, 3, 713, 713), (7, 1)),
-    ],
-    ids=str,
-)
-def test_which_layers_and_how_many_images(shape, found):
-    """Of A0: its stem and the layer behind it, whose maps of 16 images do not stay in the cache; and equal parts."""
-    with torch.device("meta"):
-        model = create_model("repvgg_a0", plain=True)
-    layers = [
-        Conv(name, np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Conv2d)
-    ]
-    assert memory_plan.early_layers(layers, shape) == found
-    assert memory_plan.early_layers([Pool("pool"), *layers], shape) == (0, shape[0])
+def test_each_precision_meets_its_error_budget():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(4, 16, 15, 15)
+    wanted = model.double()(x.double()).detach()
+    model.float()
+    for precision, limit in (("highest", 2e-6), ("high", 4e-6), ("medium", 1e-4)):
+        network = repvgg.engine.compile(model, x.shape, 1, precision=precision)
+        torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=limit)
+    with pytest.raises(UsageError, match="precision must be one of 'highest', 'high', 'medium', not 'low'"):
+        repvgg.engine.compile(model, x.shape, precision="low")
+
+
+def test_a_profile_names_each_step_and_counts_multiplications():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    network = CompiledModel(read(model), (2, 3, 16, 16), isas()[-1])
+    x = torch.randn(2, 3, 16, 16)
+    steps = network.profile(x, repeats=2)
+    assert [step.name for step in steps] == ["input", "0", "2"]
+    assert sum(step.num_multiplies for step in steps) == sum(step.muls for step in steps) == walk(model, x).macs
+    torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
+    lines = str(steps).splitlines()
+    assert lines[0].split() == ["layer", "kernel", "us", "share", "GFLOP/s"]
+    assert [line.split()[0] for line in lines[1:]] == ["input", "0", "2", "all"]
+    assert "direct, tiles of" in lines[2]
+
+
+def test_the_former_names_are_aliases():
+    assert repvgg.engine.Network is repvgg.engine.CompiledModel
+    assert repvgg.engine.InTorch is repvgg.engine.TorchFallback
 
 
 def test_any_strides_without_a_change():
@@ -183,11 +187,11 @@ def test_wrong_inputs_are_refused(x, words):
 
 
 def test_what_does_not_fit_is_named_before_anything_is_compiled():
-    with pytest.raises(UnsupportedError, match=r"'stem.conv' takes 3 channels, and 4 come"):
+    with pytest.raises(UnsupportedError, match=r"'stem.conv' expects 3 channels but receives 4: pass an input_shape"):
         repvgg.engine.compile(plain(), (1, 4, 32, 32))
-    with pytest.raises(UnsupportedError, match=r"'1' has nothing to compute on images of 1x1"):
+    with pytest.raises(UnsupportedError, match=r"'1' has no output for feature maps of 1x1: pass larger images"):
         repvgg.engine.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), (1, 3, 3, 3))
-    with pytest.raises(UsageError, match="four positive numbers"):
+    with pytest.raises(UsageError, match="four positive integers"):
         repvgg.engine.compile(plain(), (1, 3, 0, 32))
 
 
@@ -211,7 +215,7 @@ def test_a_second_thread_is_refused():
 
 def test_memory_goes_with_the_network():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
-    code = [weakref.ref(network._runners[0]._code), weakref.ref(network._pool._code)]
+    code = [weakref.ref(network._executables[0]._code), weakref.ref(network._pool._code)]
     del network
     gc.collect()
     assert [one() for one in code] == [None, None]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from repvgg.engine import executable
 from repvgg.engine.codegen.jit import SCALAR, Isa, host_isa
-from repvgg.engine.compiled_model import Network
+from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
 from tests.engine.helpers import inside, isas, random_conv
 
@@ -96,12 +96,12 @@ def wide(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).double()
 
 
-def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: Isa) -> Network:
+def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: Isa) -> CompiledModel:
     """With other threads and another precision from one to the next."""
-    return Network(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
+    return CompiledModel(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
 
 
-def assert_right(network: Network, layers: list[Layer], x: torch.Tensor) -> None:
+def assert_right(network: CompiledModel, layers: list[Layer], x: torch.Tensor) -> None:
     wanted = computed(layers, x.double())
     scale = max(1.0, wanted.abs().max().item())
     torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=1e-4 * scale)  # F(5x5) among them
@@ -136,9 +136,9 @@ class Zones:
         assert all((zone == NAN).all() for zone in self.zones)
 
 
-def poison(network: Network) -> None:
+def poison(network: CompiledModel) -> None:
     """NaN wherever a call has to write; what has to stay zero stays as it is."""
-    for one in network._runners:
+    for one in network._executables:
         for buffer in one.plan.buffers:
             inside(buffer.images, one._memory[buffer.number])[...] = np.nan
 
@@ -153,7 +153,7 @@ def check_zones(monkeypatch, seed: int, isa: Isa) -> None:
         poison(network)
         assert_right(network, layers, torch.randn(batch, *shape[1:]))
         zones.assert_whole()
-    assert len(network._runners) == 1
+    assert len(network._executables) == 1
 
 
 @pytest.mark.parametrize("isa", WIDTHS, ids=lambda isa: isa.name)

@@ -34,13 +34,13 @@ def fresh():
 @pytest.fixture
 def compiled(monkeypatch):
     """Input shapes of all networks that the engine compiled."""
-    shapes, network = [], torch_backend.Network
+    shapes, network = [], torch_backend.CompiledModel
 
     def noted(layers, shape, *more):
         shapes.append(shape)
         return network(layers, shape, *more)
 
-    monkeypatch.setattr(torch_backend, "Network", noted)
+    monkeypatch.setattr(torch_backend, "CompiledModel", noted)
     return shapes
 
 
@@ -77,7 +77,10 @@ def test_options(compiled):
     with torch.inference_mode():
         assert_same(fast_of(model, options={"threads": 2}), model, x)
         assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= thread_pool.has_workers()
-        for options, words in (({"thread": 2}, "only option is 'threads'"), ({"threads": 0}, "at least one thread")):
+        for options, words in (
+            ({"thread": 2}, "only option of the engine is 'threads'"),
+            ({"threads": 0}, "at least one thread"),
+        ):
             torch.compiler.reset()
             with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
                 fast_of(model, options=options)(x)
@@ -140,8 +143,8 @@ REFUSED = {
     "gradients": (plain(), {}, "computes no gradients: call the model under torch.inference_mode"),
     "a batch norm": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), {}, "batch_norm"),
     "float64": (nn.Sequential(nn.Conv2d(3, 4, 3)).double(), {"dtype": torch.float64}, "float32"),
-    "a residual": (Twice(), {}, "goes two ways"),
-    "two outputs": (Pair(), {}, "goes two ways"),
+    "a residual": (Twice(), {}, "has two users"),
+    "two outputs": (Pair(), {}, "has two users"),
 }
 
 

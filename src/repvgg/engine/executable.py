@@ -1,10 +1,10 @@
-"""A network made for images of one size: its code, buffers and weights."""
+"""A plan made executable: machine code, buffers, packed weights, and the table of steps that the thread pool runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,115 +12,105 @@ from numpy.typing import NDArray
 from repvgg.engine.codegen.disk_cache import cached_object_code
 from repvgg.engine.codegen.ir_builder import Function, module
 from repvgg.engine.codegen.jit import Code
-from repvgg.engine.graph import Floats, Layer
+from repvgg.engine.graph import Floats
 from repvgg.engine.kernels.base import Kernel
-from repvgg.engine.planner.algorithms import Machine
-from repvgg.engine.planner.plan import BY_TABLE, NOTHING, Buffer, Plan, Step, Ways, plan
+from repvgg.engine.planner.memory_plan import Buffer
+from repvgg.engine.planner.plan import NO_WEIGHTS, Plan, Step
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena, Input
 
-Shape: TypeAlias = tuple[int, int, int, int]
+_FLOAT_BYTES = 4
 
 
 @final
-class Runner:
-    """The code of a network for images of one size, and the memory that it works in.
+class Executable:
+    """The code of a plan, and the memory that it works in.
 
     Args:
-        layers: see :func:`repvgg.engine.frontend.read`.
-        shape: the largest batch, channels, height and width.
-        machine: what computes.
-        others: the same network for other sizes; weights that are packed alike are held once.
-        ways: how the plan decides.
+        plan: what to compile.
+        others: executables of the same network for other input sizes; identical packed weights are shared with them.
 
     Attributes:
-        shape: as given.
-        plan: the kernels and buffers, without the weights.
-        rows: addresses of what :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run` takes, a row for each step.
+        shape: the largest input (N, C, H, W).
+        plan: as given, without the packed weights.
+        step_addresses: of the entries of the step table, for :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run`.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        shape: Shape,
-        machine: Machine,
-        others: Sequence[Runner] = (),
-        ways: Ways = BY_TABLE,
-    ) -> None:
-        whole, isa = plan(layers, shape, machine, ways), machine.isa
-        names, functions = _functions(whole)
-        self.shape = shape
-        self._code = Code([cached_object_code(module(functions), isa)], isa)
-        strides = np.zeros(4, np.int64)
+    def __init__(self, plan: Plan, others: Sequence[Executable] = ()) -> None:
+        names, functions = kernel_functions(plan)
+        self.shape = plan.input_shape
+        self._code = Code([cached_object_code(module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
-        self._memory = [self._arena.zeros(buffer.floats) for buffer in whole.buffers]
+        self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
+        # Those of others first, so that a match is found there; _fill_table then drops the ones that are not used here.
         self._weights: list[Floats] = [values for other in others for values in other._weights]
-        table, self._weights = self._filled_table(whole, names)
-        loads = [number for number, step in enumerate(whole.steps) if step.source is None]
-        table["weights"][loads] = strides.ctypes.data
-        self._loads = [(number, whole.steps[number].first) for number in loads]
-        self.rows = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
+        table, self._weights = self._fill_table(plan, names)
+        strides = np.zeros(4, np.int64)
+        loads = [number for number, step in enumerate(plan.steps) if step.source is None]
+        table["weights"][loads] = strides.ctypes.data  # the reorder kernel reads the strides of its input there
+        self._loads = [(number, plan.steps[number].first_image) for number in loads]
+        self.step_addresses = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
         self._sources, self._strides = table["source"], strides.data
-        self.plan = _without_weights(whole)
+        # Without the weights, which would otherwise be in memory twice.
+        steps = tuple(replace(step, weights=NO_WEIGHTS, bias=NO_WEIGHTS) for step in plan.steps)
+        self.plan = replace(plan, steps=steps)
 
-    def take(self, x: Input) -> None:
-        """Have the first step read from ``x``."""
+    def set_input(self, x: Input) -> None:
+        """Make the first step read from ``x``, which must stay alive until the steps have run."""
         for axis, stride in enumerate(x.strides):
             self._strides[axis] = stride
-        for place, first in self._loads:
-            self._sources[place] = x.address + 4 * first * x.strides[0]
+        for number, first_image in self._loads:
+            self._sources[number] = x.address + _FLOAT_BYTES * first_image * x.strides[0]
 
     def output(self, count: int) -> Floats:
-        """A copy of what came of ``count`` images: (n, O) behind a pool, and else (n, O, H, W)."""
+        """Copy the output for ``count`` images: (n, O) behind a global pool, else (n, O, H, W)."""
         buffer = self.plan.output
-        images, numbers = buffer.images, self._memory[buffer.number]
+        layout, values = buffer.images, self._memory[buffer.number]
         if self.plan.flat:
-            return numbers.reshape(-1, images.pitch)[:count, : images.channels].copy()
-        maps = numbers.reshape(buffer.count, *images.size, images.pitch)[:count, :, :, : images.channels]
+            return values.reshape(-1, layout.pitch)[:count, : layout.channels].copy()
+        maps = values.reshape(buffer.count, *layout.size, layout.pitch)[:count, :, :, : layout.channels]
         return maps.transpose(0, 3, 1, 2).copy()
 
-    def _filled_table(self, whole: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
-        """The table of steps, and the packed weights that it points to."""
-        table = thread_pool.step_table(len(whole.steps))[:-1]
-        held: dict[int, Floats] = {}  # of steps that come again for each part of a batch, too
-        for row, step in zip(table, whole.steps, strict=True):
-            source, target = self._address(step.source, step), self._address(step.target, step)
+    def _fill_table(self, plan: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
+        """Fill the step table, and return it with the packed weights that it points to."""
+        table = thread_pool.step_table(len(plan.steps))[:-1]
+        packed: dict[int, Floats] = {}  # by identity: steps of all chunks of a batch share their weights
+        for row, step in zip(table, plan.steps, strict=True):
             for values in (step.weights, step.bias):
-                if not isinstance(values, Buffer) and id(values) not in held:
-                    held[id(values)] = self._held(values)
-            weights, bias = step.weights, held[id(step.bias)]
-            at = self._address(weights, step) if isinstance(weights, Buffer) else held[id(weights)].ctypes.data
-            code = self._code.address(names[step.kernel])
-            row["function"], row["source"], row["target"] = code, source, target
-            row["weights"], row["bias"] = at, bias.ctypes.data
-            row["units_per_block"], row["items_per_block"] = step.kernel.units_of_image, step.block
-            row["items_per_image"], row["first_image"] = step.parts, step.first
-            row["max_images"] = self.shape[0] if step.limit is None else step.limit
-        return table, list(held.values())
+                if not isinstance(values, Buffer) and id(values) not in packed:
+                    packed[id(values)] = self._shared_copy(values)
+            if isinstance(step.weights, Buffer):
+                row["weights"] = self._address(step.weights, step)
+            else:
+                row["weights"] = packed[id(step.weights)].ctypes.data
+            row["bias"] = packed[id(step.bias)].ctypes.data
+            row["function"] = self._code.address(names[step.kernel])
+            row["source"] = 0 if step.source is None else self._address(step.source, step)
+            row["target"] = self._address(step.target, step)
+            row["units_per_block"] = step.kernel.units_of_image
+            row["items_per_block"], row["items_per_image"] = step.items_per_block, step.items_per_image
+            row["first_image"] = step.first_image
+            row["max_images"] = self.shape[0] if step.max_images is None else step.max_images
+        return table, list(packed.values())
 
-    def _held(self, values: Floats) -> Floats:
-        """An aligned copy, or one that is there already."""
-        same = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
-        found = next(same, None)
+    def _shared_copy(self, values: Floats) -> Floats:
+        """Find equal weights of another executable, or make an aligned copy."""
+        equal = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
+        found = next(equal, None)
         return self._arena.aligned(values) if found is None else found
 
-    def _address(self, buffer: Buffer | None, step: Step) -> int:
-        """Of the first image that a step reads or writes; buffers that hold a part of the batch hold the step's."""
-        if buffer is None:
-            return 0
-        ahead = step.first if step.limit is not None and buffer.count > step.limit else 0
-        return self._memory[buffer.number].ctypes.data + 4 * ahead * buffer.images.image
+    def _address(self, buffer: Buffer, step: Step) -> int:
+        """The address of the first image that a step reads or writes."""
+        # A buffer that holds one chunk of the batch begins with the step's own first image.
+        holds_batch = step.max_images is not None and buffer.count > step.max_images
+        first_image = step.first_image if holds_batch else 0
+        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.images.image
 
 
-def _functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
-    """A name for each different kernel, and all functions of the network."""
+def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
+    """Generate the code of each distinct kernel; return the names of kernels and all functions."""
     names: dict[Kernel, str] = {}
     for step in plan.steps:
         names.setdefault(step.kernel, f"kernel{len(names)}")
-    written = [function for kernel, name in names.items() for function in kernel.functions(name)]
-    return names, written
-
-
-def _without_weights(whole: Plan) -> Plan:
-    """The same, so that the packed weights are not held twice."""
-    return replace(whole, steps=tuple(replace(step, weights=NOTHING, bias=NOTHING) for step in whole.steps))
+    functions = [function for kernel, name in names.items() for function in kernel.functions(name)]
+    return names, functions

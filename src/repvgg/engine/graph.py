@@ -1,15 +1,22 @@
-"""What a plain network is to the engine: a chain of five kinds of layers, as frozen values. No ``nn.Module`` here."""
+"""The graph that the frontend produces and the planner consumes: a chain of layers, and the shapes between them.
+
+Layers are frozen values that hold NumPy arrays: nothing in here refers to an ``nn.Module`` or to a kernel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg.errors import UnsupportedError
+
 Floats: TypeAlias = NDArray[np.float32]
 Pair: TypeAlias = tuple[int, int]
+Shape: TypeAlias = tuple[int, int, int, int]  # (N, C, H, W)
 
 
 @final
@@ -24,7 +31,7 @@ class ConvGeometry:
     groups: int = 1
 
     def output_size(self, size: Pair) -> Pair:
-        """Height and width of what comes out of an image of ``size``; below 1 where nothing does."""
+        """Compute the height and width of the output for an input of ``size``; below 1 if there is no output."""
         axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((length + 2 * pad - step * (k - 1) - 1) // stride + 1 for length, k, stride, pad, step in axes)
         return height, width
@@ -33,13 +40,13 @@ class ConvGeometry:
 @final
 @dataclass(frozen=True, eq=False)
 class Conv:
-    """``y = conv(x) + bias``, and a ReLU if asked; zeros lie beyond the border.
+    """``y = conv(x) + bias`` with zero padding, and an optional fused ReLU.
 
     Attributes:
         name: of the layer in the model, for messages.
-        weight: the kernel (O, I, height, width), I being the channels of one group.
+        weight: OIHW, where I counts the channels of one group.
         bias: (O,).
-        geometry: where it reads.
+        geometry: kernel size, stride, padding, dilation and groups.
         relu: whether a ReLU follows.
     """
 
@@ -53,10 +60,10 @@ class Conv:
 @final
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Squeeze-and-excitation: ``y = x · sigmoid(up · ReLU(down · mean_HW(x) + b_down) + b_up)``, then a ReLU if asked.
+    """Squeeze-and-excitation: ``y = x · sigmoid(up · ReLU(down · mean_HW(x) + b_down) + b_up)``, optional fused ReLU.
 
     Attributes:
-        name: of its first convolution in the model.
+        name: of the first convolution of the gate in the model, for messages.
         down: matrix (hidden, C).
         down_bias: (hidden,).
         up: matrix (C, hidden).
@@ -75,7 +82,7 @@ class Gate:
 @final
 @dataclass(frozen=True)
 class Pool:
-    """The mean over all pixels of each channel: (N, C, H, W) to (N, C)."""
+    """Global average pooling: (N, C, H, W) to (N, C)."""
 
     name: str
 
@@ -83,7 +90,7 @@ class Pool:
 @final
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """``y = weight · x + bias`` on (N, C), and a ReLU if asked; ``weight`` is (O, C)."""
+    """``y = weight · x + bias`` on (N, C), and an optional fused ReLU; ``weight`` is (O, C)."""
 
     name: str
     weight: Floats
@@ -92,3 +99,58 @@ class Linear:
 
 
 Layer: TypeAlias = Conv | Gate | Pool | Linear
+
+
+@final
+@dataclass(frozen=True)
+class FeatureShape:
+    """The shape of a value between two layers, without the batch; vectors have the size (1, 1)."""
+
+    channels: int
+    size: Pair
+
+
+def infer_shapes(layers: Sequence[Layer], input_shape: Shape) -> tuple[FeatureShape, ...]:
+    """Compute the input shape of every layer, followed by the output shape of the network.
+
+    Raises:
+        UnsupportedError: the channels of a layer do not match its input, or a convolution has no output; the message
+            names the layer.
+    """
+    shape = FeatureShape(input_shape[1], input_shape[2:])
+    shapes = [shape]
+    for layer in layers:
+        shape = _output_shape(layer, shape)
+        shapes.append(shape)
+    return tuple(shapes)
+
+
+def _output_shape(layer: Layer, shape: FeatureShape) -> FeatureShape:
+    match layer:
+        case Conv():
+            geometry = layer.geometry
+            _check_channels(layer.name, layer.weight.shape[1] * geometry.groups, shape)
+            size = geometry.output_size(shape.size)
+            if min(size) < 1:
+                height, width = shape.size
+                raise UnsupportedError(
+                    f"{layer.name!r} has no output for feature maps of {height}x{width}: pass larger images."
+                )
+            return FeatureShape(layer.weight.shape[0], size)
+        case Gate():
+            _check_channels(layer.name, layer.down.shape[1], shape)
+            _check_channels(layer.name, layer.up.shape[0], shape)
+            return shape
+        case Linear():
+            _check_channels(layer.name, layer.weight.shape[1], shape)
+            return FeatureShape(layer.weight.shape[0], (1, 1))
+        case Pool():
+            return FeatureShape(shape.channels, (1, 1))
+
+
+def _check_channels(name: str, channels: int, shape: FeatureShape) -> None:
+    if channels != shape.channels:
+        raise UnsupportedError(
+            f"{name!r} expects {channels} channels but receives {shape.channels}: "
+            "pass an input_shape (N, C, H, W) whose C is that of the network."
+        )

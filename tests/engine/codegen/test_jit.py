@@ -10,9 +10,9 @@ import pytest
 from repvgg.engine.codegen import jit
 from repvgg.engine.codegen.ir_builder import module
 from repvgg.engine.codegen.jit import GENERIC, SCALAR, assembly, host_isa
-from repvgg.engine.executable import _functions
+from repvgg.engine.executable import kernel_functions
 from repvgg.engine.graph import ConvGeometry
-from repvgg.engine.planner.algorithms import Machine
+from repvgg.engine.planner.algorithms import Target
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime import thread_pool
 from repvgg.errors import UsageError
@@ -49,7 +49,7 @@ def test_no_product_spills(name):
         ConvGeometry((1, 1)),
     ]
     layers = [random_conv(3 if at == 0 else 96, 96, one) for at, one in enumerate([geometries[1], *geometries])]
-    text = assembly(module(_functions(plan(layers, (2, 3, 56, 56), Machine(isa)))[1]), isa)
+    text = assembly(module(kernel_functions(plan(layers, (2, 3, 56, 56), Target(isa)))[1]), isa)
     products = [loop for loop in inner_loops(text) if any(word in loop for word in _FMA)]
     assert len(products) >= len(geometries)
     for loop in products:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 
@@ -8,46 +9,48 @@ from torch import nn
 
 import repvgg.engine
 from repvgg.engine.codegen import disk_cache
-from repvgg.engine.codegen.jit import host_isa
-from repvgg.engine.compiled_model import Network
-from repvgg.engine.executable import Runner
+from repvgg.engine.codegen.jit import GENERIC, host_isa
+from repvgg.engine.compiled_model import CompiledModel
+from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
-from repvgg.engine.graph import Conv, ConvGeometry
-from repvgg.engine.kernels.base import any_weights, packed
-from repvgg.engine.kernels.direct_conv import pack
+from repvgg.engine.graph import Conv, ConvGeometry, infer_shapes
+from repvgg.engine.kernels.base import any_weights, pack, packed
 from repvgg.engine.planner import autotune, memory_plan
-from repvgg.engine.planner.algorithms import LOSSES, Machine, Size
-from repvgg.engine.planner.cost_model import choose, every_choice
-from repvgg.engine.planner.plan import Ways
+from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, ConvProblem, Target
+from repvgg.engine.planner.cost_model import candidate_algorithms, select_algorithm
+from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime.thread_pool import ThreadPool
 from repvgg.engine.winograd.filters import winograd
 from tests.engine.helpers import isas
 
-HOST = Machine(isas()[-1], 2)
+HOST = Target(isas()[-1], 2)
 PADDED = ConvGeometry((3, 3), padding=(1, 1))
 STRIDED = ConvGeometry((3, 3), (2, 2), (1, 1))
-SIZE = Size(16, 32, (9, 10), 2)
+
+
+def problem_of(geometry=PADDED, in_channels=16, out_channels=32, output_size=(9, 10), batch=2) -> ConvProblem:
+    return ConvProblem(geometry, in_channels, out_channels, output_size, batch)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(autotune, "_WAYS", 3)  # fewer are looked into, so that it takes less time
-    monkeypatch.setattr(autotune, "_COVERS", 2)
+    monkeypatch.setattr(autotune, "_MAX_CANDIDATES", 3)  # fewer measurements, so that tests are fast
+    monkeypatch.setattr(autotune, "_MAX_PARTITIONS", 2)
     return tmp_path / "engine"
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was really measured."""
-    found, real = [], autotune._fastest_choice
+    """The problems that are measured, and not read from the cache."""
+    problems, real = [], autotune._fastest_algorithm
 
-    def noted(geometry, size, machine, pool):
-        found.append((geometry, size))
-        return real(geometry, size, machine, pool)
+    def noted(problem, target, pool):
+        problems.append(problem)
+        return real(problem, target, pool)
 
-    monkeypatch.setattr(autotune, "_fastest_choice", noted)
-    return found
+    monkeypatch.setattr(autotune, "_fastest_algorithm", noted)
+    return problems
 
 
 def plain():
@@ -57,73 +60,73 @@ def plain():
 
 
 @torch.no_grad()
-def test_measured_once_for_each_kind_and_right(measured):
+def test_each_problem_is_measured_once_and_the_output_is_right(measured):
     model, x = plain(), torch.randn(3, 16, 19, 14)
     for _ in range(2):
-        network = repvgg.engine.compile(model, x.shape, 2, search=True)
-        torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
-    kinds = [(STRIDED, Size(16, 32, (10, 7), 3)), (PADDED, Size(32, 32, (10, 7), 3))]
-    assert measured == kinds
-    for geometry, size in kinds:
-        assert autotune.recall(geometry, size, Machine(host_isa(), 2)) is not None
+        compiled = repvgg.engine.compile(model, x.shape, 2, search=True)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    problems = [ConvProblem(STRIDED, 16, 32, (10, 7), 3), ConvProblem(PADDED, 32, 32, (10, 7), 3)]
+    assert measured == problems
+    for problem in problems:
+        assert autotune.read_cached(problem, Target(host_isa(), 2)) is not None
 
 
 @torch.no_grad()
-def test_other_sizes_are_not_measured_while_somebody_waits(measured):
+def test_other_input_sizes_are_not_measured_during_a_call(measured):
     model = plain()
-    network = repvgg.engine.compile(model, (1, 16, 12, 12), 1, search=True)
+    compiled = repvgg.engine.compile(model, (1, 16, 12, 12), 1, search=True)
     number, x = len(measured), torch.randn(2, 16, 21, 9)
-    torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     assert len(measured) == number == 2
 
 
 @torch.no_grad()
-def test_a_copy_takes_what_was_found(measured):
+def test_a_copy_uses_the_cached_results(measured):
     model, x = plain(), torch.randn(1, 16, 12, 12)
-    network = repvgg.engine.compile(model, x.shape, 1, search=True)
+    compiled = repvgg.engine.compile(model, x.shape, 1, search=True)
     number = len(measured)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(network))(x), network(x), rtol=0, atol=0)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(compiled))(x), compiled(x), rtol=0, atol=0)
     assert len(measured) == number
 
 
-def test_without_a_cache_it_is_measured_each_time(measured, monkeypatch):
+def test_without_a_cache_each_compilation_measures(measured, monkeypatch):
     monkeypatch.setenv(disk_cache.VARIABLE, "off")
     for _ in range(2):
         repvgg.engine.compile(plain(), (1, 16, 12, 12), 1, search=True)
     assert len(measured) == 4
 
 
-def test_nothing_to_search_for(measured):
+def test_nothing_is_measured_where_the_direct_kernel_is_the_only_candidate(measured):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 8, 1)).eval()
     repvgg.engine.compile(model, (1, 3, 16, 16), 1, search=True)
     repvgg.engine.compile(plain(), (1, 16, 12, 12), 1, precision="highest", search=True)
     assert measured == []
 
 
-def test_what_falls_behind_drops_out(monkeypatch):
-    """Four ways that take 4, 1.2, 1 and 1.05 ms, and whose clock stands still for all else."""
+class NoPool:
+    """A thread pool that is never asked to run anything."""
+
+    def quiesce(self):
+        pass
+
+
+def test_slow_candidates_drop_out(monkeypatch):
+    """Four candidates that take 4, 1.2, 1 and 1.05 ms."""
     seconds = {0: 4e-3, 1: 1.2e-3, 2: 1e-3, 3: 1.05e-3}
     turns = []
 
     class Trial:
-        def __init__(self, choice):
-            self.choice, self.score = choice, seconds[choice]
+        def __init__(self, algorithm):
+            self.algorithm, self.score = algorithm, seconds[algorithm]
 
         def turn(self, pool):
-            turns.append(self.choice)
+            turns.append(self.algorithm)
 
-    field = autotune._Field(PADDED, SIZE, HOST, NoPool())
-    monkeypatch.setattr(autotune._Field, "_trial", lambda self, choice: Trial(choice))
-    assert field.best([0, 1, 2, 3], ((2, 1.3), (3, 1.1), (6, 1.0))) == 2
-    assert [turns.count(choice) for choice in range(4)] == [2, 5, 11, 11]
+    bench = autotune._Bench(problem_of(), HOST, NoPool())
+    monkeypatch.setattr(autotune._Bench, "_trial", lambda self, algorithm: Trial(algorithm))
+    assert bench.fastest([0, 1, 2, 3], ((2, 1.3), (3, 1.1), (6, 1.0))) == 2
+    assert [turns.count(candidate) for candidate in range(4)] == [2, 5, 11, 11]
     assert turns[:8] == [0, 1, 2, 3] * 2
-
-
-class NoPool:
-    """A pool that does nothing."""
-
-    def quiesce(self):
-        pass
 
 
 def test_a_score_is_the_mean_of_the_faster_half():
@@ -133,94 +136,151 @@ def test_a_score_is_the_mean_of_the_faster_half():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("on_the_fly", [False, True])
 @pytest.mark.parametrize("form", [None, winograd(4), winograd(2, 3, 2)], ids=str)
-@pytest.mark.parametrize("vectors", [1, 2, 3])
-def test_weights_that_stand_for_others_are_as_many(vectors, form, late, groups):
+@pytest.mark.parametrize("nr", [1, 2, 3])
+def test_placeholder_weights_have_the_size_of_packed_ones(nr, form, on_the_fly, groups):
     weight = np.ones((64, 24 // groups, 3, 3), np.float32)
     conv = Conv("conv", weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
-    found, wanted = (make(conv, 16, vectors, form, late) for make in (any_weights, packed))
+    found, wanted = (make(conv, 16, nr, form, on_the_fly) for make in (any_weights, packed))
     assert [array.shape for array in found] == [array.shape for array in wanted]
-    assert not np.array_equal(found[0], any_weights(conv, 16, vectors, form, late)[0])
-    assert packed(conv, 16, vectors, None, False)[0].tolist() == pack(conv, 16, vectors)[0].tolist()
+    assert not np.array_equal(found[0], any_weights(conv, 16, nr, form, on_the_fly)[0])
+    assert packed(conv, 16, nr, None, False)[0].tolist() == pack(conv, 16, nr)[0].tolist()
+
+
+# The cache on disk
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_each_choice_is_remembered_as_it_is(stride, monkeypatch):
-    geometry = ConvGeometry((3, 3), (stride, stride), (1, 1))
-    assert autotune.recall(geometry, SIZE, HOST) is None
-    for choice in [*every_choice(SIZE, stride, HOST), None]:
-        autotune.remember(geometry, SIZE, HOST, choice)
-        assert autotune.recall(geometry, SIZE, HOST) == (choice,)
-    assert autotune.recall(geometry, SIZE, Machine(HOST.isa, 1)) is None
-    monkeypatch.setitem(LOSSES, HOST.precision, 1.01 * LOSSES[HOST.precision])  # other tiles may be faster then
-    assert autotune.recall(geometry, SIZE, HOST) is None
+def test_every_algorithm_survives_the_cache(stride, monkeypatch):
+    problem = problem_of(ConvGeometry((3, 3), (stride, stride), (1, 1)))
+    assert autotune.read_cached(problem, HOST) is None
+    for algorithm in [*candidate_algorithms(problem, HOST), None]:
+        autotune.write_cached(problem, HOST, algorithm)
+        assert autotune.read_cached(problem, HOST) == (algorithm,)
+    assert autotune.read_cached(problem, Target(HOST.isa, 1)) is None
+    # With another error budget, other tiles may be faster.
+    monkeypatch.setitem(ERROR_GROWTH_LIMITS, HOST.precision, 1.01 * ERROR_GROWTH_LIMITS[HOST.precision])
+    assert autotune.read_cached(problem, HOST) is None
 
 
-BAD = {
-    "no JSON": b"{",
-    "another thing": b"7",
-    "other parts": b"[]",
-    "no lists": b"[1, 2]",
-    "no such tile": None,
-    "no such piece": None,
-    "another cover": None,
+# As the first version wrote them: its key for the problem, and a region for each entry: rows, columns, schedule,
+# on the fly, splits, register tile, tiles per block. Its name of the staged schedule was "product".
+OLD_KEY = (
+    "((3, 3), (1, 1), (1, 1), (1, 1), 1)",
+    "(64, 64, (14, 14), 4, 1)",
+    "(('avx512', 16, 32, 'x86-64-v4', '', ''), 2, 'high')",
+    "1.15",
+)
+OLD_FILES = {
+    "staged": [[[0, 4, 4, 0], [0, 4, 4, 0], "product", False, 1, 3, 4, 33]],
+    "fused, split, on the fly": [[[0, 2, 7, 0], [0, 4, 4, 0], "fused", True, 2, 15, 1, 30]],
+    "four regions": [
+        [[0, 4, 3, 0], [0, 4, 3, 0], "fused", False, 1, 6, 4, 36],
+        [[0, 4, 3, 0], [12, 2, 1, 0], "fused", False, 1, 6, 4, 12],
+        [[12, 2, 1, 0], [0, 4, 3, 0], "fused", False, 1, 6, 4, 6],
+        [[12, 2, 1, 0], [12, 2, 1, 0], "fused", False, 1, 4, 4, 4],
+    ],
+    "edge tiles": [[[0, 4, 4, 2], [0, 3, 5, 2], "product", False, 1, 15, 1, 80]],
+    "direct": "direct",
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_file_that_makes_no_sense_chooses_nothing(name):
-    """Even if it is whole, and about this convolution: sizes of pieces and tiles are never taken from a file."""
-    choice = choose(PADDED, Size(64, 64, (12, 12), 1), HOST)
-    size = Size(64, 64, (12, 12), 1)
-    autotune.remember(PADDED, size, HOST, choice)
-    path, key = autotune._place(PADDED, size, HOST)
-    said = json.loads(disk_cache.read_kept(path, key))
-    if name == "no such tile":
-        said[0][4] = 99
-    if name == "no such piece":
-        said[0][-1] = 10**6
-    if name == "another cover":
-        said[0][0][2] += 5
-    disk_cache.keep(path, key, BAD[name] or json.dumps(said).encode())
-    assert autotune.recall(PADDED, size, HOST) is None
+@pytest.mark.parametrize("name", OLD_FILES)
+def test_files_of_the_first_version_are_read(name, folder):
+    digest = hashlib.sha256()
+    for part in (repvgg.__version__, *OLD_KEY):
+        digest.update(f"{len(part)} {part}".encode())
+    content = json.dumps(OLD_FILES[name]).encode()
+    folder.mkdir(parents=True)
+    head = b"repvgg engine 1\n" + digest.digest() + hashlib.sha256(content).digest()
+    (folder / f"{digest.hexdigest()}.choice").write_bytes(head + content)
+
+    problem, target = ConvProblem(PADDED, 64, 64, (14, 14), 4), Target(GENERIC["avx512"], 2)
+    cached = autotune.read_cached(problem, target)
+    assert cached is not None
+    (algorithm,) = cached
+    if name == "direct":
+        assert algorithm is None
+        return
+    assert [list(map(list, region.tiles)) for region in algorithm.regions] == [one[:2] for one in OLD_FILES[name]]
+    assert [[region.schedule, region.on_the_fly, region.out_channel_splits] for region in algorithm.regions] == [
+        [one[2].replace("product", "staged"), *one[3:5]] for one in OLD_FILES[name]
+    ]
+    autotune.write_cached(problem, target, algorithm)
+    (path,) = folder.iterdir()  # the same name and bytes are written now
+    assert path.read_bytes() == head + content
 
 
-def test_cleared_with_the_code(folder):
-    autotune.remember(PADDED, SIZE, HOST, None)
+MALFORMED = {
+    "not JSON": b"{",
+    "another type": b"7",
+    "no regions": b"[]",
+    "regions that are no lists": b"[1, 2]",
+    "an unknown register tile": None,
+    "an unknown block size": None,
+    "an unknown partition": None,
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_ignored(name):
+    """Even with a valid checksum and key: block and tile sizes are never taken from a file."""
+    problem = ConvProblem(PADDED, 64, 64, (12, 12), 1)
+    algorithm = select_algorithm(problem, HOST)
+    autotune.write_cached(problem, HOST, algorithm)
+    path, key = autotune._cache_entry(problem, HOST)
+    regions = json.loads(disk_cache.read_kept(path, key))
+    if name == "an unknown register tile":
+        regions[0][4] = 99
+    if name == "an unknown block size":
+        regions[0][-1] = 10**6
+    if name == "an unknown partition":
+        regions[0][0][2] += 5
+    disk_cache.keep(path, key, MALFORMED[name] or json.dumps(regions).encode())
+    assert autotune.read_cached(problem, HOST) is None
+
+
+def test_clear_cache_removes_tuning_results(folder):
+    autotune.write_cached(problem_of(), HOST, None)
     assert [path.suffix for path in folder.iterdir()] == [".choice"]
     repvgg.engine.clear_cache()
     assert not list(folder.iterdir())
 
 
-def test_images_of_the_search_are_those_of_the_layer():
-    """Odd and even sizes, paddings and strides: the output that is asked for comes out."""
+# Measuring
+
+
+def test_images_produce_the_output_size_of_the_problem():
+    """For odd and even sizes, with and without padding, for both strides."""
     for geometry in (PADDED, STRIDED, ConvGeometry((3, 3)), ConvGeometry((3, 3), (2, 2))):
         for image in ((1, 1), (7, 4), (14, 13)):
-            field = autotune._Field(geometry, Size(16, 16, image, 1), HOST, NoPool())
-            assert geometry.output_size(field._images.shape[2:]) == image
+            bench = autotune._Bench(ConvProblem(geometry, 16, 16, image, 1), HOST, NoPool())
+            assert geometry.output_size(bench._images.shape[2:]) == image
 
 
-def test_a_layer_is_measured_on_whole_batches(monkeypatch):
-    """A way is made for a number of images: on parts of them it would write behind the last."""
-    monkeypatch.setattr(memory_plan, "_LARGE", 10)
-    monkeypatch.setattr(memory_plan, "_HELD", 3000)
-    field = autotune._Field(PADDED, SIZE, HOST, ThreadPool(HOST.isa, 2))
-    assert memory_plan.early_layers([field._layer], field._images.shape) == (1, 1)
-    for choice in [*every_choice(SIZE, 1, HOST)][:4]:
-        steps = field._trial(choice)._runner.plan.steps
-        assert {(step.first, step.limit) for step in steps} == {(0, None)}
+def test_a_layer_is_measured_without_chunking_its_batch(monkeypatch):
+    """A candidate is made for a batch size: on chunks of it, it would write beyond the last image."""
+    monkeypatch.setattr(memory_plan, "_MIN_CHUNKED_FLOATS", 10)
+    monkeypatch.setattr(memory_plan, "_L3_FLOATS", 3000)
+    bench = autotune._Bench(problem_of(), HOST, ThreadPool(HOST.isa, 2))
+    layers, shape = [bench._layer], bench._images.shape
+    chunks = memory_plan.chunk_batch(layers, infer_shapes(layers, shape), shape[0])
+    assert chunks == memory_plan.BatchChunks(1, 1)
+    for algorithm in [*candidate_algorithms(problem_of(), HOST)][:4]:
+        steps = bench._trial(algorithm)._executable.plan.steps
+        assert {(step.first_image, step.max_images) for step in steps} == {(0, None)}
 
 
-def test_the_slowest_way_gives_the_same():
-    """Whatever a search finds is right: here what the table likes least."""
+def test_the_slowest_candidates_compute_the_same():
+    """Whatever a measurement selects is right: here the candidates with the highest estimates."""
     model, x = plain(), torch.randn(2, 16, 19, 14)
     layers = read(model)
-    network = Network(layers, tuple(x.shape), HOST.isa, 2)
+    compiled = CompiledModel(layers, tuple(x.shape), HOST.isa, 2)
 
-    def slow(geometry, size, machine):
-        return max(every_choice(size, geometry.stride[0], machine), key=lambda choice: choice.cycles)
+    def slowest(problem, target):
+        return max(candidate_algorithms(problem, target), key=lambda algorithm: algorithm.estimated_cycles)
 
-    network._runners = [Runner(layers, tuple(x.shape), HOST, (), Ways(slow))]
+    compiled._executables = [Executable(plan(layers, tuple(x.shape), HOST, slowest))]
     with torch.no_grad():
-        torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

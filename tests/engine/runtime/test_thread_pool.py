@@ -13,7 +13,7 @@ import torch
 
 import repvgg.engine
 from repvgg.engine.codegen.jit import GENERIC, assembly
-from repvgg.engine.compiled_model import Network
+from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.thread_pool import thread_count
@@ -37,7 +37,7 @@ def helpers() -> list[threading.Thread]:
 def test_threads_compute_the_same_bits_each_time(name, threads):
     """Whoever took which unit; another number of threads may have other kernels, and rounds otherwise."""
     model = plain(ROWS[name])
-    network = Network(read(model), (3, 3, 37, 29), isas()[-1], threads)
+    network = CompiledModel(read(model), (3, 3, 37, 29), isas()[-1], threads)
     for batch in (3, 1, 2):
         x = torch.randn(batch, 3, 37, 29)
         first = network(x)

@@ -7,7 +7,7 @@ import torch
 
 from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import Tile, packed
-from repvgg.engine.planner.algorithms import Part
+from repvgg.engine.planner.algorithms import WinogradRegion
 from repvgg.engine.runtime.memory import Images, round_up
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
 from repvgg.engine.winograd.filters import POINTS, minimal_filter, tail, winograd
@@ -74,7 +74,7 @@ def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False, spl
     """The same, each image in several parts."""
     after = conv.geometry.output_size(size)
     inputs = conv.weight.shape[1] * conv.geometry.groups
-    parts_of = [Part("product", form, tiling, tile, late) for form, tiling in pairs]
+    parts_of = [WinogradRegion("staged", form, tiling, tile, late) for form, tiling in pairs]
     ends = [max(part.end[axis] for part in parts_of) for axis in (0, 1)]
     more = [max(0, end - length) * step for end, length, step in zip(ends, after, conv.geometry.stride, strict=True)]
     come = Images(inputs, size, conv.geometry.padding, round_up(inputs, isa.width), (more[0], more[1]))

@@ -1,9 +1,13 @@
-"""Which way a convolution is computed: directly or by Winograd, and with which tiles.
+"""The search space of a 3x3 convolution: the ways to tile its output for Winograd, and to run each tiling.
 
-Two ways lead through Winograd's domain:
+The alternative to all of them is the direct kernel, for which ``None`` stands. A Winograd region runs by one of two
+schedules:
 
-* in two kernels, all tiles and then panel after panel: weights are fetched once (``kernels/winograd.py``);
-* in one, tiles piece by piece: transformed tiles stay in the cache (``kernels/fused.py``).
+* ``staged``: one kernel transforms all input tiles, a second one multiplies panel by panel: each weight is read once;
+* ``fused``: one kernel takes block after block of tiles through all three steps, so transformed tiles stay in L2.
+
+Nothing in here says which candidate is fast: :mod:`repvgg.engine.planner.cost_model` estimates that, and
+:mod:`repvgg.engine.planner.autotune` measures it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, NamedTuple, TypeAlias, final
 
 from repvgg.engine.codegen.jit import Isa
 from repvgg.engine.graph import ConvGeometry, Pair
@@ -22,55 +26,36 @@ from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.filters import Form, winograd
 from repvgg.engine.winograd.tiling import Tiling
 
-Run: TypeAlias = tuple[int, int, int, int]  # first row or column, m, tiles, and outputs of the last one, or 0 for m
-Rectangle: TypeAlias = tuple[Run, Run]  # rows and columns of tiles of one form
-Way: TypeAlias = Literal["product", "fused"]
+Schedule: TypeAlias = Literal["staged", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 
+#: The m of F(m, 3) that have interpolation points, by stride.
+TILE_OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
 
-@final
-@dataclass(frozen=True)
-class Size:
-    """What a convolution works on.
+#: Error budget of each precision: the largest ``error_growth / √C`` of a tile, where C counts the channels of a group.
+#: Measured here, an error growth of 1 is an RMS error of 1.2e-7, and OpenVINO's fp32 layers have 3.7e-8·√C: "high"
+#: stays below 4x that error for 17 channels or more, "medium" below 9x.
+ERROR_GROWTH_LIMITS: dict[str, float] = {"highest": 0.0, "high": 1.15, "medium": 2.6}
+_MIN_ERROR_GROWTH_LIMIT = 4.8  # F(4x4) is allowed with any number of channels
 
-    Attributes:
-        inputs: channels of all groups.
-        outputs: channels of all groups.
-        image: height and width of what comes out.
-        batch: images at once.
-        groups: of the convolution.
-    """
+# Fused kernels keep transformed tiles and products on the stack, staged ones the products. Linux gives a thread 2 MiB
+# or more, macOS 512 KiB.
+_FUSED_STACK_BYTES = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17
+_STAGED_STACK_BYTES = 2**19 if sys.platform == "linux" else 3 * 2**16
 
-    inputs: int
-    outputs: int
-    image: Pair
-    batch: int
-    groups: int = 1
-
-    @property
-    def channels(self) -> int:
-        """Input channels of a group."""
-        return self.inputs // self.groups
-
-    @property
-    def kernels(self) -> int:
-        """One for each output channel and each input channel of its group."""
-        return self.channels * self.outputs
-
-    def vectors(self, width: int) -> int:
-        """Vectors of output channels of a group."""
-        return -(-self.outputs // self.groups // width)
+_MAX_PANEL_VECTORS = 4  # the weights of wider panels crowd the inputs out of L1
+_MAX_FUSED_REGISTER_TILES = 8  # per block: beyond, weights are reused often enough, and tiles fall out of L2
 
 
 @final
 @dataclass(frozen=True)
-class Machine:
-    """What computes.
+class Target:
+    """What a plan is made for.
 
     Attributes:
-        isa: the vectors.
+        isa: the vector instructions.
         threads: that share the work.
-        precision: how far rounding errors may go; see :data:`repvgg.engine.planner.algorithms.LOSSES`.
+        precision: the error budget; see :data:`ERROR_GROWTH_LIMITS`.
     """
 
     isa: Isa
@@ -80,180 +65,239 @@ class Machine:
 
 @final
 @dataclass(frozen=True)
-class Part:
-    """Winograd for a part of each image.
+class ConvProblem:
+    """A convolution and the size of its output: all that the choice of an algorithm depends on, beside the target.
 
     Attributes:
-        way: which kernels.
-        form: F(m x n, 3x3).
-        tiling: how the tiles of a batch are cut.
-        tile: registers of the products.
-        late: whether kernels are transformed across while they are used.
-        splits: units that take the same tiles, each by a part of the panels.
-        cycles: about how long it takes, if that is known.
+        geometry: kernel size, stride, padding, dilation and groups.
+        in_channels: of all groups.
+        out_channels: of all groups.
+        output_size: height and width.
+        batch: images processed at once.
     """
 
-    way: Way
-    form: Form
-    tiling: Tiling
-    tile: Tile
-    late: bool
-    splits: int = 1
-    cycles: float = 0.0
+    geometry: ConvGeometry
+    in_channels: int
+    out_channels: int
+    output_size: Pair
+    batch: int
 
     @property
-    def rectangle(self) -> Rectangle:
-        """Which tiles it covers."""
-        (top, left), (high, wide) = self.tiling.corner, self.tiling.grid
-        (down, across), (low, narrow) = self.form.outputs, self.form.tails
-        return (top, down, high, low), (left, across, wide, narrow)
-
-    def room(self, registers: int) -> int:
-        """Vectors of so many that products leave free for kernels that come next.
-
-        None where a panel has an odd number of vectors, for two columns share them, or where a place takes more than
-        one tile of registers, for only the first of those would do it.
-        """
-        whole = self.tiling.piece <= self.tile.pixels and self.tile.vectors % 2 == 0
-        return registers - self.tile.registers if whole else 0
+    def groups(self) -> int:
+        return self.geometry.groups
 
     @property
-    def end(self) -> Pair:
-        """One behind the last row and column that the tiles cover; it may lie outside of the image."""
-        down, across = (run[0] + run[1] * run[2] - missing(run) for run in self.rectangle)
-        return down, across
+    def stride(self) -> int:
+        """The stride of both axes, for those that Winograd computes."""
+        return self.geometry.stride[0]
+
+    @property
+    def group_in_channels(self) -> int:
+        return self.in_channels // self.groups
+
+    @property
+    def num_filters(self) -> int:
+        """3x3 filters: one for each output channel and input channel of its group."""
+        return self.group_in_channels * self.out_channels
+
+    def group_out_vectors(self, width: int) -> int:
+        """Vectors of ``width`` floats that hold the output channels of a group."""
+        return -(-self.out_channels // self.groups // width)
 
 
-def missing(run: Run) -> int:
-    """Outputs that the last tile has less than the others."""
-    _, outputs, _, last = run
-    return outputs - last if last else 0
+class TileSpan(NamedTuple):
+    """Tiles of one size in a row along an axis.
+
+    Attributes:
+        start: first output row or column.
+        outputs: the m of F(m, 3).
+        count: tiles.
+        last: outputs of the last tile if it uses a subset of the interpolation points, else 0.
+    """
+
+    start: int
+    outputs: int
+    count: int
+    last: int
+
+    @property
+    def missing(self) -> int:
+        """Outputs that the last tile has fewer than the others."""
+        return self.outputs - self.last if self.last else 0
+
+    @property
+    def end(self) -> int:
+        """One past the last output that the tiles cover, which may lie outside of the image."""
+        return self.start + self.outputs * self.count - self.missing
 
 
-def form_of(rectangle: Rectangle, stride: int) -> Form:
-    """What computes some tiles."""
-    (_, down, _, low), (_, across, _, narrow) = rectangle
-    return winograd(down, across, stride, (low, narrow))
+class TileRegion(NamedTuple):
+    """A rectangle of tiles of one size: the product of a span of rows and a span of columns."""
 
+    rows: TileSpan
+    columns: TileSpan
 
-#: The m of F(m x n, 3x3), by the stride.
-OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
-#: How much larger than a direct sum's the error of a layer may be, as :attr:`Form.loss` over the
-#: square root of the channels that are summed. A loss of 1 is an error of 1.2e-7 here, and OpenVINO's direct sums of C
-#: channels have 3.7e-8 √C: "high" stays below four times that from 17 channels on, "medium" below nine times.
-LOSSES: dict[str, float] = {"highest": 0.0, "high": 1.15, "medium": 2.6}
-_LEAST = 4.8  # loss that is allowed with few channels, too: F(4x4)
-
-_STACK = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17  # bytes that a unit keeps on the stack
-_PRODUCTS = 2**19 if sys.platform == "linux" else 3 * 2**16  # bytes of products that a unit keeps on the stack
+    def winograd(self, stride: int) -> Form:
+        """The F(m x n, 3x3) that computes these tiles."""
+        return winograd(self.rows.outputs, self.columns.outputs, stride, (self.rows.last, self.columns.last))
 
 
 @final
 @dataclass(frozen=True)
-class Choice:
-    """Winograd, in one part or several that cover the image."""
+class WinogradRegion:
+    """One way to compute a rectangle of tiles by Winograd.
 
-    parts: tuple[Part, ...]
+    Attributes:
+        schedule: see the module.
+        winograd: F(m x n, 3x3).
+        tiling: the tiles of the batch, and how they are cut into blocks.
+        tile: the register tile of the GEMMs; a row of it is a Winograd tile, a column a vector of output channels.
+        on_the_fly: whether weights are stored as ``G·g`` and transformed by ``·Gᵀ`` while they are used.
+        out_channel_splits: work units that share the input tiles of a block, each with a part of the panels.
+        estimated_cycles: by the cost model; 0 if unknown.
+    """
+
+    schedule: Schedule
+    winograd: Form
+    tiling: Tiling
+    tile: Tile
+    on_the_fly: bool
+    out_channel_splits: int = 1
+    estimated_cycles: float = 0.0
 
     @property
-    def cycles(self) -> float:
-        """About how long all of it takes."""
-        return sum(part.cycles for part in self.parts)
+    def tiles(self) -> TileRegion:
+        """The tiles that it covers."""
+        (top, left), (rows, columns) = self.tiling.corner, self.tiling.grid
+        (down, across), (last_row, last_column) = self.winograd.outputs, self.winograd.tails
+        return TileRegion(TileSpan(top, down, rows, last_row), TileSpan(left, across, columns, last_column))
 
     @property
     def end(self) -> Pair:
-        """One behind the last row and column that any tile covers."""
-        return max(part.end[0] for part in self.parts), max(part.end[1] for part in self.parts)
+        """One past the last output row and column that the tiles cover."""
+        rows, columns = self.tiles
+        return rows.end, columns.end
+
+    def free_vector_registers(self, registers: int) -> int:
+        """Count the registers that the GEMMs leave free for transforming the next weights meanwhile.
+
+        It is 0 for panels of an odd number of vectors, because two columns of filters share a vector pair; and for
+        blocks that take more than one register tile for each tile element, because only the first could do the work.
+        """
+        interleaves = self.tiling.piece <= self.tile.pixels and self.tile.vectors % 2 == 0
+        return registers - self.tile.registers if interleaves else 0
 
 
-def may_use_winograd(geometry: ConvGeometry, size: Size, machine: Machine) -> bool:
-    """Whether there is any other way than the direct one."""
-    whole = geometry.groups == 1 or size.outputs // geometry.groups % machine.isa.width == 0
+@final
+@dataclass(frozen=True)
+class ConvAlgorithm:
+    """Winograd in one region, or in several that cover the output image together."""
+
+    regions: tuple[WinogradRegion, ...]
+
+    @property
+    def estimated_cycles(self) -> float:
+        return sum(region.estimated_cycles for region in self.regions)
+
+    @property
+    def end(self) -> Pair:
+        """One past the last output row and column that any tile covers."""
+        ends = [region.end for region in self.regions]
+        return max(row for row, _ in ends), max(column for _, column in ends)
+
+
+#: Selects the algorithm of a convolution; None is the direct kernel.
+Selector: TypeAlias = Callable[[ConvProblem, Target], ConvAlgorithm | None]
+
+
+def supports_winograd(problem: ConvProblem, target: Target) -> bool:
+    """Whether a convolution has any other candidate than the direct kernel."""
+    geometry, width = problem.geometry, target.isa.width
     if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
         return False
-    return size.inputs >= machine.isa.width and whole and machine.precision != "highest"
+    # The GEMMs of a group write whole vectors, so a narrower group would overwrite the channels of the next one.
+    whole_vectors = problem.groups == 1 or problem.out_channels // problem.groups % width == 0
+    return problem.in_channels >= width and whole_vectors and target.precision != "highest"
 
 
-def every_cover(size: Size, stride: int, machine: Machine) -> Iterator[tuple[Rectangle, ...]]:
-    """Rectangles of tiles that cover the image, for each two ways to cover rows and columns."""
-    most = max(LOSSES[machine.precision] * math.sqrt(size.channels), _LEAST)
-    down, across = (list(_covers(length, stride)) for length in size.image)
-    for rows, columns in itertools.product(down, across):
-        rectangles = tuple(itertools.product(rows, columns))
-        if all(form_of(rectangle, stride).loss <= most for rectangle in rectangles):
-            yield rectangles
+def image_partitions(problem: ConvProblem, target: Target) -> Iterator[tuple[TileRegion, ...]]:
+    """Yield the sets of regions that cover the output within the error budget.
 
-
-def _covers(length: int, stride: int) -> Iterator[tuple[Run, ...]]:
-    """Ways to cover rows or columns with tiles of one size.
-
-    The last tile may stick out, be a tail, or be a smaller one with weights of its own.
+    Rows and columns are partitioned independently, because large tiles along one axis and small ones along the other
+    have fewer weights than tiles that are large along both.
     """
-    for large in OUTPUTS[stride]:
-        yield ((0, large, -(-length // large), 0),)
-        whole, rest = divmod(length, large)
-        if not (whole and rest):
+    limit = ERROR_GROWTH_LIMITS[target.precision] * math.sqrt(problem.group_in_channels)
+    limit = max(limit, _MIN_ERROR_GROWTH_LIMIT)
+    rows, columns = (list(_axis_partitions(length, problem.stride)) for length in problem.output_size)
+    for row_spans, column_spans in itertools.product(rows, columns):
+        regions = tuple(TileRegion(down, across) for down, across in itertools.product(row_spans, column_spans))
+        if all(region.winograd(problem.stride).loss <= limit for region in regions):
+            yield regions
+
+
+def _axis_partitions(length: int, stride: int) -> Iterator[tuple[TileSpan, ...]]:
+    """Yield the ways to cover an axis of ``length`` outputs.
+
+    The last tile may overhang the image, use a subset of the interpolation points, or be a smaller one with weights
+    of its own.
+    """
+    for outputs in TILE_OUTPUTS[stride]:
+        yield (TileSpan(0, outputs, -(-length // outputs), 0),)
+        count, rest = divmod(length, outputs)
+        if not (count and rest):
             continue
-        yield ((0, large, whole + 1, rest),)
-        small = min((m for m in OUTPUTS[stride] if rest <= m < large), default=0)
-        if small:
-            yield ((0, large, whole, 0), (whole * large, small, 1, 0))
+        yield (TileSpan(0, outputs, count + 1, rest),)
+        smaller = min((m for m in TILE_OUTPUTS[stride] if rest <= m < outputs), default=0)
+        if smaller:
+            yield (TileSpan(0, outputs, count, 0), TileSpan(count * outputs, smaller, 1, 0))
 
 
-def every_part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
-    """All ways to cut and to compute some tiles."""
-    (top, _, high, _), (left, _, wide, _) = rectangle
-    form, grid, corner = form_of(rectangle, stride), (high, wide), (top, left)
-    for tile in _tiles(machine.isa, size.vectors(machine.isa.width), size.batch * high * wide):
-        for way, pieces in _WAYS.items():
-            for piece in pieces(form, (size.batch, high * wide), tile, size, machine):
-                tiling = Tiling(grid, piece, size.batch, corner)
-                for late, splits in itertools.product((False, True), _splits(way, tile, size, machine)):
-                    how = way, form, tiling, tile, late, splits
-                    yield Part(*how)
+def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
+    """Yield every schedule, register tile, block size and split for some tiles, without cost estimates."""
+    winograd, width = region.winograd(problem.stride), target.isa.width
+    grid, corner = (region.rows.count, region.columns.count), (region.rows.start, region.columns.start)
+    num_tiles, vectors = problem.batch * grid[0] * grid[1], problem.group_out_vectors(width)
+    for tile in _register_tiles(target.isa, vectors, num_tiles):
+        blocks: list[tuple[Schedule, int]] = [
+            *(("staged", block) for block in _staged_blocks(winograd, num_tiles, tile, width)),
+            *(("fused", block) for block in _fused_blocks(winograd, num_tiles, tile, problem, width)),
+        ]
+        for schedule, tiles_per_block in blocks:
+            tiling = Tiling(grid, tiles_per_block, problem.batch, corner)
+            splits = {1}
+            if schedule == "fused" and target.threads <= -(-vectors // tile.vectors):
+                splits.add(target.threads)  # one block keeps all threads busy if each has a panel of its own
+            for on_the_fly, split in itertools.product((False, True), splits):
+                yield WinogradRegion(schedule, winograd, tiling, tile, on_the_fly, split)
 
 
-def _splits(way: Way, tile: Tile, size: Size, machine: Machine) -> set[int]:
-    """Into how many units a piece may be split: as many as threads, if there are as many panels."""
-    panels = -(-size.vectors(machine.isa.width) // tile.vectors)
-    return {1, machine.threads} if way == "fused" and machine.threads <= panels else {1}
+def _register_tiles(isa: Isa, vectors: int, num_tiles: int) -> Iterator[Tile]:
+    """Yield the register tiles that use at least half of the register file; ``num_tiles`` are to be computed."""
+    for nr in range(1, min(vectors, _MAX_PANEL_VECTORS) + 1):
+        most = min(num_tiles, (isa.registers - nr - 1) // nr)  # nr registers hold weights, one an input
+        yield from (Tile(mr, nr) for mr in range(max(1, most // 2), most + 1))
 
 
-def _tiles(isa: Isa, vectors: int, tiles: int) -> Iterator[Tile]:
-    """Register tiles that leave no register unused for nothing; ``tiles`` is how many there are to be computed."""
-    for count in range(1, min(vectors, 4) + 1):
-        most = min(tiles, (isa.registers - count - 1) // count)
-        yield from (Tile(pixels, count) for pixels in range(max(1, most // 2), most + 1))
-
-
-def _of_products(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
-    """Tiles of a piece whose products fit the cache and the stack, as equal as can be."""
-    of_tile = 4 * form.places * tile.vectors * machine.isa.width
-    images, of_image = tiles
-    if any(form.tails):
-        if images * of_image * of_tile <= _PRODUCTS:
-            yield images * of_image
+def _staged_blocks(winograd: Form, num_tiles: int, tile: Tile, width: int) -> Iterator[int]:
+    """Yield the number of tiles per block whose products fit on the stack: one, with the fewest padding tiles."""
+    bytes_per_tile = 4 * winograd.places * tile.vectors * width
+    if any(winograd.tails):  # edge tiles have other elements than the rest, so all tiles form one block
+        if num_tiles * bytes_per_tile <= _STAGED_STACK_BYTES:
+            yield num_tiles
         return
-    every = -(-images * of_image // tile.pixels)
-    most = _PRODUCTS // (of_tile * tile.pixels)  # register tiles of a piece
+    most = min(_STAGED_STACK_BYTES // (bytes_per_tile * tile.pixels), -(-num_tiles // tile.pixels))
     if most:
-        yield _piece(images * of_image, tile.pixels, min(most, every))
+        sizes = [count * tile.pixels for count in range(max(1, most // 2), most + 1)]
+        yield min(sizes, key=lambda size: (round_up(num_tiles, size), -size))
 
 
-def _of_fused(form: Form, tiles: Pair, tile: Tile, size: Size, machine: Machine) -> Iterator[int]:
-    """Tiles of a piece whose transformed tiles and products fit the cache and the stack."""
-    pitch = round_up(size.inputs, machine.isa.width) + tile.vectors * machine.isa.width
-    images, of_image = tiles
-    each, every = (images * of_image, 1) if any(form.tails) else (tile.pixels, -(-images * of_image // tile.pixels))
-    for most in range(1, min(8, every) + 1):
-        if 4 * form.places * (most * each * pitch + 32) <= _STACK:
-            yield most * each
-
-
-_WAYS: dict[Way, Callable[..., Iterator[int]]] = {"product": _of_products, "fused": _of_fused}
-
-
-def _piece(tiles: int, pixels: int, most: int) -> int:
-    """The length of pieces of at most ``most`` register tiles that leaves the fewest tiles for nothing."""
-    lengths = [steps * pixels for steps in range(max(1, most // 2), most + 1)]
-    return min(lengths, key=lambda length: (round_up(tiles, length), -length))
+def _fused_blocks(winograd: Form, num_tiles: int, tile: Tile, problem: ConvProblem, width: int) -> Iterator[int]:
+    """Yield the numbers of tiles per block whose transformed tiles and products fit on the stack."""
+    floats_per_element = round_up(problem.in_channels, width) + tile.vectors * width
+    step, most = tile.pixels, -(-num_tiles // tile.pixels)
+    if any(winograd.tails):  # as above
+        step, most = num_tiles, 1
+    for count in range(1, min(_MAX_FUSED_REGISTER_TILES, most) + 1):
+        # 32 floats: a cache line of padding for each element of the transformed tiles and of the products
+        if 4 * winograd.places * (count * step * floats_per_element + 32) <= _FUSED_STACK_BYTES:
+            yield count * step

@@ -1,8 +1,11 @@
-"""Which way a convolution is computed, found by measuring: the table's best few in turn, on this very machine.
+"""Autotuning: measure the cost model's best candidates for each convolution on this machine, and cache the fastest.
 
-A layer is measured alone, on memory like that of the network: first the ways to compute each part of its image, then
-the best covers of the whole image, beside the direct kernel. All that are compared run in turns, and what falls behind
-drops out, so that a machine whose speed swings does no way an injustice.
+A convolution is measured alone, on buffers like those of the network: first the candidates for each region of the
+image, then the best partitions of the whole image and the direct kernel. All candidates that are compared run in
+turns, and slow ones drop out early, so a transient slowdown of the machine affects all of them equally.
+
+The result is cached on disk beside the machine code, one file for each convolution. A file is only looked up among the
+current candidates: one written by another version, or by somebody else, can at worst select a slow candidate.
 """
 
 from __future__ import annotations
@@ -11,244 +14,255 @@ import heapq
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import numpy as np
 
 from repvgg.engine.codegen.disk_cache import CHOICE, cache_folder, digest, keep, read_kept
-from repvgg.engine.executable import Runner, Shape
-from repvgg.engine.graph import Conv, ConvGeometry, Layer
+from repvgg.engine.executable import Executable
+from repvgg.engine.graph import Conv, Layer, Shape, infer_shapes
 from repvgg.engine.kernels.base import any_weights
 from repvgg.engine.planner.algorithms import (
-    LOSSES,
-    Choice,
-    Machine,
-    Part,
-    Rectangle,
-    Size,
-    every_cover,
-    may_use_winograd,
+    ERROR_GROWTH_LIMITS,
+    ConvAlgorithm,
+    ConvProblem,
+    Schedule,
+    Selector,
+    Target,
+    TileRegion,
+    WinogradRegion,
+    image_partitions,
+    supports_winograd,
 )
-from repvgg.engine.planner.cost_model import choose, costed_parts, every_choice
-from repvgg.engine.planner.memory_plan import at_once
-from repvgg.engine.planner.plan import Ways, plan
+from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, select_algorithm
+from repvgg.engine.planner.memory_plan import BatchChunks, chunk_batch
+from repvgg.engine.planner.plan import conv_problems, lower
 from repvgg.engine.runtime.memory import read_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 
-Question: TypeAlias = tuple[ConvGeometry, Size]
-
-_COVERS = 4  # that are looked into
-_WAYS = 6  # for each part of an image
-_MOST = 2**26  # floats of the weights of one way; several ways are in memory at a time
-_SMALL = 0.1  # of a cover's time: parts that are as the table says
-_FLUSH = 2**23  # floats that are read between two turns of a batch that is small
-_COPIES = 2  # of a layer that is measured
-_FEW = 4  # images of such a batch
-_ROUNDS = ((2, 1.3), (3, 1.1), (6, 1.0))  # turns, and how far behind the best one may then be
-_FINAL = ((4, 1.1), (8, 1.0))
-
-
-@final
-class Searched:
-    """A chooser: as measured, or by the table where nothing was.
-
-    Args:
-        found: what was measured.
-    """
-
-    def __init__(self, found: dict[Question, Choice | None]) -> None:
-        self._found = found
-
-    def __call__(self, geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-        """See :func:`repvgg.engine.planner.algorithms.choose`."""
-        question = (geometry, size)
-        return self._found[question] if question in self._found else choose(geometry, size, machine)
+_MAX_PARTITIONS = 4  # of the image
+_MAX_CANDIDATES = 6  # for each region
+_MAX_WEIGHT_FLOATS = 2**26  # of one candidate; all that are compared are in memory together
+_MIN_REGION_SHARE = 0.1  # of an algorithm's estimate; the cost model decides on smaller regions
+# Each layer runs this often in a turn, each time with weights of its own; only the last run counts. The first leaves
+# the caches as the preceding layer of a network does, and the threads awake.
+_REPEATS = 2
+_SMALL_BATCH = 4  # images; at such batches other layers evict all weights of a layer between two calls
+_EVICTION_FLOATS = 2**23  # read between two turns for that reason: 32 MiB
+# Rounds of (turns, limit): candidates that take more than ``limit`` times as long as the fastest drop out afterwards.
+_REGION_ROUNDS = ((2, 1.3), (3, 1.1), (6, 1.0))
+_FINAL_ROUNDS = ((4, 1.1), (8, 1.0))
 
 
-def search(layers: Sequence[Layer], shape: Shape, machine: Machine, pool: ThreadPool) -> Searched:
-    """Measure all convolutions of a network that more than one way computes.
+def autotune(layers: Sequence[Layer], shape: Shape, target: Target, pool: ThreadPool) -> Selector:
+    """Measure the convolutions of a network that have several candidates, and return a selector that knows the results.
 
-    What was measured before is read from the disk, and what is measured now is kept there; see
-    :mod:`repvgg.engine.planner.autotune`.
+    The selector falls back to the cost model for convolutions that were not measured.
 
     Args:
         layers: see :func:`repvgg.engine.frontend.read`.
         shape: the largest batch, channels, height and width.
-        machine: what computes.
-        pool: the threads that do.
+        target: what to plan for.
+        pool: the threads to measure with.
     """
-    found: dict[Question, Choice | None] = {}
-    for geometry, size in _questions(layers, shape, machine):
-        known = recall(geometry, size, machine)
-        if known is None:
-            known = (_fastest_choice(geometry, size, machine, pool),)
-            remember(geometry, size, machine, known[0])
-        found[geometry, size] = known[0]
-    return Searched(found)
+    shapes = infer_shapes(layers, shape)
+    problems = conv_problems(layers, shapes, chunk_batch(layers, shapes, shape[0]), shape[0])
+    found: dict[ConvProblem, ConvAlgorithm | None] = {}
+    for problem in dict.fromkeys(problems):  # equal layers once
+        if problem is None or not supports_winograd(problem, target):
+            continue
+        cached = read_cached(problem, target)
+        if cached is None:
+            cached = (_fastest_algorithm(problem, target, pool),)
+            write_cached(problem, target, cached[0])
+        found[problem] = cached[0]
+
+    def select(problem: ConvProblem, target: Target) -> ConvAlgorithm | None:
+        return found[problem] if problem in found else select_algorithm(problem, target)
+
+    return select
 
 
-def _questions(layers: Sequence[Layer], shape: Shape, machine: Machine) -> list[Question]:
-    """The convolutions of a network, each kind once."""
-    asked: dict[Question, None] = {}
+def _fastest_algorithm(problem: ConvProblem, target: Target, pool: ThreadPool) -> ConvAlgorithm | None:
+    """Find the fastest algorithm by measuring; None is the direct kernel."""
+    bench = _Bench(problem, target, pool)
+    candidates = [one for one in candidate_algorithms(problem, target) if _fits_memory(one, problem)]
+    shortlist = heapq.nsmallest(_MAX_PARTITIONS, candidates, key=lambda algorithm: algorithm.estimated_cycles)
+    regions = {
+        region.tiles
+        for algorithm in shortlist
+        for region in algorithm.regions
+        if region.estimated_cycles > _MIN_REGION_SHARE * algorithm.estimated_cycles
+    }
+    fastest = {tiles: bench.fastest_region(tiles) for tiles in sorted(regions)}
+    tuned = [
+        ConvAlgorithm(tuple(fastest.get(region.tiles, region) for region in algorithm.regions))
+        for algorithm in shortlist
+    ]
+    return bench.fastest([*dict.fromkeys([*tuned, *shortlist[:1]]), None], _FINAL_ROUNDS)
 
-    def note(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-        if may_use_winograd(geometry, size, machine):
-            asked[geometry, size] = None
-        return None
 
-    plan(layers, shape, machine, Ways(note, any_weights))
-    return list(asked)
-
-
-def _fastest_choice(geometry: ConvGeometry, size: Size, machine: Machine, pool: ThreadPool) -> Choice | None:
-    """The best of the table's best covers, with the best way for each of their parts, or None for the direct kernel."""
-    field = _Field(geometry, size, machine, pool)
-    every = [one for one in every_choice(size, geometry.stride[0], machine) if _floats(one, size) <= _MOST]
-    table = heapq.nsmallest(_COVERS, every, key=lambda choice: choice.cycles)
-    large = {part.rectangle for choice in table for part in choice.parts if part.cycles > _SMALL * choice.cycles}
-    found = {rectangle: field.best_part(rectangle) for rectangle in sorted(large)}
-    improved = [Choice(tuple(found.get(part.rectangle, part) for part in choice.parts)) for choice in table]
-    return field.best([*dict.fromkeys([*improved, *table[:1]]), None], _FINAL)
+def _fits_memory(algorithm: ConvAlgorithm, problem: ConvProblem) -> bool:
+    elements = sum(region.winograd.sets(late=region.on_the_fly) for region in algorithm.regions)
+    return elements * problem.num_filters <= _MAX_WEIGHT_FLOATS
 
 
 @final
 class _Trial:
-    """One way to compute a layer, and how long its turns took."""
+    """One candidate and the durations of its turns."""
 
-    def __init__(self, choice: Choice | None, runner: Runner, batch: int) -> None:
-        self.choice, self._runner, self._batch = choice, runner, batch
+    def __init__(self, algorithm: ConvAlgorithm | None, executable: Executable, batch: int) -> None:
+        self.algorithm, self._executable, self._batch = algorithm, executable, batch
         self._seconds: list[float] = []
 
     @property
     def score(self) -> float:
-        """The mean of the faster half of its turns, in seconds."""
+        """The mean of the faster half of its turns, in seconds: a busy machine only ever adds to a duration."""
         fast = sorted(self._seconds)[: -(-len(self._seconds) // 2)]
         return sum(fast) / len(fast)
 
     def turn(self, pool: ThreadPool) -> None:
-        """Compute the layer once, after a copy of it with other weights.
-
-        That one leaves in the caches what the layer before does in a network, and the other threads awake.
-        """
-        rows = self._runner.rows
-        copy = 1 + len(rows) // _COPIES
-        pool.run(rows.start, copy, self._batch)
+        """Run the layer once, after a repeat of it that is not timed; see :data:`_REPEATS`."""
+        steps = self._executable.step_addresses
+        first_timed = 1 + len(steps) // _REPEATS  # the load step comes first, and only once
+        pool.run(steps.start, first_timed, self._batch)
         start = time.perf_counter()
-        pool.run(rows[copy], len(rows) - copy, self._batch)
+        pool.run(steps[first_timed], len(steps) - first_timed, self._batch)
         self._seconds.append(time.perf_counter() - start)
 
 
 @final
-class _Field:
-    """Where the ways to compute one layer are measured."""
+class _Bench:
+    """Measures candidates for one convolution."""
 
-    def __init__(self, geometry: ConvGeometry, size: Size, machine: Machine, pool: ThreadPool) -> None:
-        self._size, self._stride, self._machine, self._pool = size, geometry.stride[0], machine, pool
-        weight = np.broadcast_to(np.float32(0), (size.outputs, size.channels, *geometry.kernel))
-        self._layer = Conv("layer", weight, np.zeros(size.outputs, np.float32), geometry, relu=True)
-        axes = zip(size.image, geometry.stride, geometry.kernel, geometry.padding, strict=True)
+    def __init__(self, problem: ConvProblem, target: Target, pool: ThreadPool) -> None:
+        self._problem, self._target, self._pool = problem, target, pool
+        geometry = problem.geometry
+        weight_shape = (problem.out_channels, problem.group_in_channels, *geometry.kernel)
+        weight = np.broadcast_to(np.float32(0), weight_shape)  # placeholders are packed in its place
+        self._layer = Conv("layer", weight, np.zeros(problem.out_channels, np.float32), geometry, relu=True)
+        axes = zip(problem.output_size, geometry.stride, geometry.kernel, geometry.padding, strict=True)
         height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
-        image = np.random.default_rng(0).standard_normal((1, size.inputs, height, width), np.float32)
-        self._images = np.broadcast_to(image, (size.batch, *image.shape[1:]))
-        self._others = np.ones(_FLUSH, np.float32) if size.batch <= _FEW else None
+        image = np.random.default_rng(0).standard_normal((1, problem.in_channels, height, width), np.float32)
+        self._images = np.broadcast_to(image, (problem.batch, *image.shape[1:]))
+        # Written, not just allocated: pages that were never written are one page of zeros, which evicts nothing.
+        self._evicting = np.ones(_EVICTION_FLOATS, np.float32) if problem.batch <= _SMALL_BATCH else None
 
-    def best_part(self, rectangle: Rectangle) -> Part:
-        """The best way for some tiles, of the table's best few of each kind."""
-        every = list(costed_parts(rectangle, self._size, self._stride, self._machine))
-        ways = {part.way for part in every}
-        few = [
-            heapq.nsmallest(_WAYS // len(ways) + 1, (part for part in every if part.way == way), key=_cycles)
-            for way in sorted(ways)
-        ]
-        best = self.best([Choice((part,)) for part in heapq.nsmallest(_WAYS, itertools.chain(*few), key=_cycles)])
-        assert best is not None  # it is one of those
-        return best.parts[0]
+    def fastest_region(self, tiles: TileRegion) -> WinogradRegion:
+        """Measure the best estimates of each schedule for some tiles, since the model compares schedules least well."""
+        by_schedule: dict[str, list[WinogradRegion]] = {}
+        for region in costed_regions(tiles, self._problem, self._target):
+            by_schedule.setdefault(region.schedule, []).append(region)
+        per_schedule = _MAX_CANDIDATES // len(by_schedule) + 1
+        best = [heapq.nsmallest(per_schedule, regions, key=_estimate) for _, regions in sorted(by_schedule.items())]
+        shortlist = heapq.nsmallest(_MAX_CANDIDATES, itertools.chain(*best), key=_estimate)
+        fastest = self.fastest([ConvAlgorithm((region,)) for region in shortlist])
+        assert fastest is not None  # the direct kernel was not among them
+        return fastest.regions[0]
 
-    def best(self, choices: Sequence[Choice | None], rounds: Sequence[tuple[int, float]] = _ROUNDS) -> Choice | None:
-        """The fastest of some ways, in turns, of which those that fall behind drop out."""
-        trials = [self._trial(choice) for choice in choices]
+    def fastest(
+        self, algorithms: Sequence[ConvAlgorithm | None], rounds: Sequence[tuple[int, float]] = _REGION_ROUNDS
+    ) -> ConvAlgorithm | None:
+        """Measure algorithms in turns; those that fall behind drop out after each round."""
+        trials = [self._trial(algorithm) for algorithm in algorithms]
         for turns, limit in rounds:
             for trial in trials * turns:
-                if self._others is not None:  # as if the rest of a network came in between
-                    self._others.sum()
+                if self._evicting is not None:
+                    self._evicting.sum()
                 trial.turn(self._pool)
             fastest = min(trial.score for trial in trials)
+            self._pool.quiesce()  # a late worker may still look at a step table, which goes with its trial
             trials = [trial for trial in trials if trial.score <= limit * fastest]
-            self._pool.quiesce()
-        return min(trials, key=lambda trial: trial.score).choice
+        return min(trials, key=lambda trial: trial.score).algorithm
 
-    def _trial(self, choice: Choice | None) -> _Trial:
-        def this(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-            return choice
+    def _trial(self, algorithm: ConvAlgorithm | None) -> _Trial:
+        shape = self._images.shape
+        plan = lower(
+            [self._layer],
+            shape,
+            infer_shapes([self._layer], shape),
+            BatchChunks(0, shape[0]),  # the problem's batch is what a chunk holds
+            [algorithm],
+            self._target.isa,
+            any_weights,
+            _REPEATS,
+        )
+        executable = Executable(plan)
+        executable.set_input(read_input(self._images, self._problem.in_channels))
+        steps = executable.step_addresses
+        self._pool.run(steps.start, len(steps), self._problem.batch)
+        return _Trial(algorithm, executable, self._problem.batch)
 
-        runner = Runner([self._layer], self._images.shape, self._machine, (), Ways(this, any_weights, at_once, _COPIES))
-        runner.take(read_input(self._images, self._size.inputs))
-        self._pool.run(runner.rows.start, len(runner.rows), self._size.batch)
-        return _Trial(choice, runner, self._size.batch)
+
+def _estimate(region: WinogradRegion) -> float:
+    return region.estimated_cycles
 
 
-def _floats(choice: Choice, size: Size) -> int:
-    """Of all weights, about."""
-    return sum(part.form.sets(late=part.late) for part in choice.parts) * size.kernels
-
-
-def _cycles(part: Part) -> float:
-    return part.cycles
-
+# The tuning cache. A file holds JSON: "direct", or a list with one entry for each region.
 
 _DIRECT = "direct"
+# Files name the staged schedule "product", as the versions did that wrote the first of them.
+_SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
 
 
-def recall(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Choice | None] | None:
-    """How a convolution is computed the fastest, in a tuple; None where that was not measured."""
-    place = _place(geometry, size, machine)
-    kept = read_kept(*place) if place else None
+def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
+    """Look up the fastest algorithm of a convolution, as a tuple of one; None if it was not measured."""
+    entry = _cache_entry(problem, target)
+    content = read_kept(*entry) if entry else None
     try:
-        said: Any = None if kept is None else json.loads(kept)
+        found: Any = None if content is None else json.loads(content)
     except ValueError:
         return None
-    if said == _DIRECT:
+    if found == _DIRECT:
         return (None,)
-    stride = geometry.stride[0]
-    for rectangles in every_cover(size, stride, machine) if isinstance(said, list) else ():
-        if len(said) == len(rectangles):
-            pairs = zip(rectangles, said, strict=True)
-            parts = [_found(rectangle, entry, size, stride, machine) for rectangle, entry in pairs]
-            if all(parts):
-                return (Choice(tuple(part for part in parts if part)),)
+    if not isinstance(found, list):
+        return None
+    for partition in image_partitions(problem, target):
+        if len(found) == len(partition):
+            regions = list(_matches(partition, found, problem, target))
+            if len(regions) == len(partition):
+                return (ConvAlgorithm(tuple(regions)),)
     return None
 
 
-def remember(geometry: ConvGeometry, size: Size, machine: Machine, choice: Choice | None) -> None:
-    """Keep how a convolution is computed the fastest, for :func:`recall`."""
-    place = _place(geometry, size, machine)
-    if place:
-        said = _DIRECT if choice is None else [_entry(part.rectangle, part) for part in choice.parts]
-        keep(*place, json.dumps(said).encode())
+def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm | None) -> None:
+    """Cache the fastest algorithm of a convolution for :func:`read_cached`."""
+    entry = _cache_entry(problem, target)
+    if entry:
+        content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
+        keep(*entry, json.dumps(content).encode())
 
 
-def _place(geometry: ConvGeometry, size: Size, machine: Machine) -> tuple[Path, bytes] | None:
-    """The file, and what it begins with."""
+def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | None:
+    """The file of a convolution, and the key that it begins with."""
     folder = cache_folder()
     if folder is None:
         return None
-    asked = astuple(geometry), astuple(size), astuple(machine), LOSSES[machine.precision]
-    key = digest(*map(str, asked))
+    size = problem.in_channels, problem.out_channels, problem.output_size, problem.batch, problem.groups
+    # The error budget is part of the key, because a larger one admits tiles that were never measured.
+    limit = ERROR_GROWTH_LIMITS[target.precision]
+    key = digest(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
     return folder / f"{key.hex()}{CHOICE}", key
 
 
-def _found(rectangle: Rectangle, entry: Any, size: Size, stride: int, machine: Machine) -> Part | None:
-    """The way for some tiles that an entry stands for."""
-    if not isinstance(entry, list) or entry[:2] != [list(run) for run in rectangle]:
-        return None
-    every = costed_parts(rectangle, size, stride, machine)
-    return next((part for part in every if _entry(rectangle, part) == entry), None)
+def _matches(
+    partition: Sequence[TileRegion], found: Sequence[Any], problem: ConvProblem, target: Target
+) -> Iterator[WinogradRegion]:
+    """Yield the candidates that the entries of a file stand for, up to the first that stands for none."""
+    for tiles, encoded in zip(partition, found, strict=True):
+        if not isinstance(encoded, list) or encoded[:2] != [list(span) for span in tiles]:
+            return
+        match = next((one for one in costed_regions(tiles, problem, target) if _encode(one) == encoded), None)
+        if match is None:
+            return
+        yield match
 
 
-def _entry(rectangle: Rectangle, part: Part) -> list[Any]:
-    """A way for some tiles, as JSON has it."""
-    runs, tile = (list(run) for run in rectangle), part.tile
-    return [*runs, part.way, part.late, part.splits, tile.pixels, tile.vectors, part.tiling.piece]
+def _encode(region: WinogradRegion) -> list[Any]:
+    rows, columns = (list(span) for span in region.tiles)
+    schedule, tile = _SCHEDULE_NAMES[region.schedule], region.tile
+    splits, tiles_per_block = region.out_channel_splits, region.tiling.piece
+    return [rows, columns, schedule, region.on_the_fly, splits, tile.pixels, tile.vectors, tiles_per_block]

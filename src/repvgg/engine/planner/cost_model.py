@@ -1,193 +1,230 @@
-"""A table of costs, in cycles: about how long a convolution takes that is computed in this way or that.
+"""An analytical cost model for convolutions, and the selection of algorithms by it.
 
-The costs are those of one core that does two multiply-adds, two loads and a store a cycle, with a second cache of a
-megabyte; only their order matters.
+Costs are cycles of one core that issues two fused multiply-adds, two loads and one store a cycle, with 1 MiB of L2.
+The constants come from timing RepVGG layers (48 to 384 channels, 14x14 to 56x56, batches 1 and 16) with one and two
+threads on a server with AVX-512; ``LOG.md`` has the experiments. Only the order of the candidates matters. Where it is
+wrong on a machine, ``compile(search=True)`` measures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeAlias
 
-from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import Tile, equal_tiles
 from repvgg.engine.kernels.direct_conv import choose_tile, row_cycles
 from repvgg.engine.planner.algorithms import (
-    Choice,
-    Machine,
-    Part,
-    Rectangle,
-    Size,
-    every_cover,
-    every_part,
-    form_of,
-    may_use_winograd,
-    missing,
+    ConvAlgorithm,
+    ConvProblem,
+    Target,
+    TileRegion,
+    WinogradRegion,
+    candidate_regions,
+    image_partitions,
+    supports_winograd,
 )
 from repvgg.engine.winograd.gemm import late_run, run_length
 from repvgg.engine.winograd.tiling import kinds, place_tiles, shares
 
-_CACHE = 7 * 2**17  # bytes of the second cache that a unit may fill
-_IN, _OUT = 11.0, 7.0  # cycles for each vector of a place of a tile, going in and coming out
-_SPILLED = 1.25  # times that, where tiles and weights do not fit the second cache together
-_STORED = 0.45  # cycles for each vector of a product that is stored, and loaded and stored
-_EXPANDED, _MIXED = 2.7, 2.2  # cycles for each vector of a kernel that is transformed late, apart or within products
-_STARTED = 4.0  # cycles for each run of channels
-_DIRECT = 1.15  # steps of the direct kernel, which has more rests, to those of others
-_PIXEL = 40.0  # cycles for each pixel and panel of the direct kernel, beside its steps
-_FETCHED = 22.0  # bytes of weights that come in a cycle to all threads, ahead of their use
-_AGAIN = 48.0  # that come from the third cache, where they were before
-_NEAR = 100.0  # that come from the second cache of each thread
-_STAY = 2**23  # bytes of weights that stay in the third cache beside all else
-_FULL = 2**24  # bytes of feature maps that do
-_MOVED = 6.5  # bytes of transformed tiles that are written there in a cycle
-_CROSSED, _CROSSED_AHEAD = 1.5, 4.0  # that come from another processor, and do ahead of their use
-_READ, _READ_FAR = 34.0, 9.7  # bytes that are read from there in a cycle, and from memory
-_UNIT = 300.0  # cycles to claim a unit and to begin with it
+# Capacities. What a kernel works on shares the caches with code, stacks and the other threads.
+_L2_BUDGET_BYTES = 7 * 2**17  # of 1 MiB
+_L3_WEIGHTS_BYTES = 2**23  # weights that stay in L3 beside the feature maps
+_L3_TILES_BYTES = 2**24  # transformed tiles that stay in L3
+
+# Winograd transforms, for each vector of a tile element.
+_INPUT_TRANSFORM_CYCLES = 11.0
+_OUTPUT_TRANSFORM_CYCLES = 7.0
+_L2_MISS_FACTOR = 1.25  # of both, where the working set of a fused block exceeds L2
+_ON_THE_FLY_CYCLES = 2.7  # for each vector of a filter that is transformed into a scratch buffer before its GEMM
+_INTERLEAVED_CYCLES = 2.2  # likewise between the multiply-adds of the GEMM before
+
+# GEMMs: what a block of channels (kc) costs beside its multiply-adds.
+_K_BLOCK_CYCLES = 4.0
+_ACCUMULATE_CYCLES = 0.45  # to load and store a vector of products
+
+# The direct kernel.
+_DIRECT_FACTOR = 1.15  # its register tiles do not divide rows of the image as evenly as a GEMM's
+_DIRECT_CYCLES_PER_PIXEL = 40.0  # for each panel
+
+_WORK_UNIT_CYCLES = 300.0  # to claim a work unit and to fill the pipeline
+
+# Weights, in all threads together: prefetched from memory, or read again from a cache.
+_MEMORY_BYTES_PER_CYCLE = 22.0
+_L3_REREAD_BYTES_PER_CYCLE = 48.0
+_L2_REREAD_BYTES_PER_CYCLE = 100.0
+
+# Transformed tiles of the staged schedule, from the input transform to the GEMM.
+_TILES_WRITE_BYTES_PER_CYCLE = 6.5  # within a core, beyond L2
+_TILES_SHARED_BYTES_PER_CYCLE = 1.5  # from the L2 of another core, on demand
+_TILES_PREFETCHED_BYTES_PER_CYCLE = 4.0  # likewise, prefetched because there are many
+_TILES_L3_READ_BYTES_PER_CYCLE = 34.0  # again for each panel
+_TILES_MEMORY_READ_BYTES_PER_CYCLE = 9.7
 
 
-def direct_cycles(size: Size, machine: Machine) -> float:
-    """About how long the direct kernel takes for 3x3."""
-    vectors = size.vectors(machine.isa.width)
-    tile = choose_tile(machine.isa, size.image[1], vectors)
-    panels = -(-vectors // tile.vectors)
-    steps = 9 * size.channels
-    rows = size.batch * size.image[0] * size.groups
-    of_row = _DIRECT * steps * row_cycles(tile, size.image[1], vectors) + panels * (_UNIT + _PIXEL * size.image[1])
-    return rows * of_row / machine.threads + 4 * steps * size.outputs / _FETCHED
-
-
-def least_cycles(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> float:
-    """What the multiplications of some tiles take at least, and to fetch their weights once."""
-    form = form_of(rectangle, stride)
-    down, across = (
-        run[2] * whole.inputs - missing(run) * stride
-        for whole, run in zip((form.rows, form.columns), rectangle, strict=True)
-    )
-    muls = size.batch * down * across * size.kernels
-    weights = 4 * form.sets(late=True) * size.kernels
-    return muls / (2 * machine.isa.width * machine.threads) + weights / _FETCHED
-
-
-def cycles(part: Part, size: Size, machine: Machine) -> float:
-    """About how long one of the threads is busy with a part of the image."""
-    form, tiling, tile, late = part.form, part.tiling, part.tile, part.late
-    width, vectors = machine.isa.width, size.vectors(machine.isa.width)
-    panels = -(-vectors // tile.vectors)
-    length, mixes = run_length(size.channels, cold=part.way == "product"), False
-    if late:
-        length, mixes = late_run(size.channels, form, tile.vectors * width, part.room(machine.isa.registers))
-    work = size.groups * _multiplied(part, size, width, length)
-    if late:
-        expanded = form.rows.inputs * len(form.columns.moved)
-        each = _MIXED if mixes else _EXPANDED
-        work += each * tiling.pieces * size.groups * size.channels * vectors * expanded
-    spilled = _SPILLED if part.way == "fused" and not _fits(part, size, machine) else 1.0
-    moved = sum(kind.form.places * kind.tiling.real for kind in kinds(form, tiling))
-    work += spilled * _OUT * moved * size.groups * vectors
-    into = spilled * _IN * moved * -(-size.inputs // width) * part.splits
-    units = tiling.pieces * part.splits
-    if part.way == "product":
-        shared = 4 * tiling.pieces * place_tiles(form, tiling) * size.inputs
-        units *= size.groups * panels
-        if shared > _CACHE:
-            work += shared * panels / (_READ if shared < _FULL else _READ_FAR)
-        into += _UNIT * tiling.batch * tiling.grid[0] + shared / _moved_rate(shared, machine)
-    of_unit = work / units + _UNIT
-    rounds = -(-units // machine.threads)
-    return rounds * of_unit + into / machine.threads + _fetched(part, size, machine)
-
-
-def _moved_rate(moved: int, machine: Machine) -> float:
-    """Bytes of so many of transformed tiles that go from one kernel to the other in a cycle."""
-    if machine.threads > 1:
-        return _CROSSED_AHEAD if moved > _CACHE else _CROSSED
-    return _MOVED if moved > _CACHE / 2 else math.inf
-
-
-def _multiplied(part: Part, size: Size, width: int, length: int) -> float:
-    """Products of all panels of a group, in runs of so many channels."""
-    whole, rest = divmod(size.vectors(width), part.tile.vectors)
-    counts = [(whole, part.tile.vectors), (1, rest)]
-    places = sum(
-        many * len(share.rows) * len(share.columns) * number * _of_tile(size.channels, tile, vectors, length)
-        for many, vectors in counts
-        if many * vectors
-        for of_row in shares(part.form, part.tiling)
-        for share in of_row
-        for number, tile in equal_tiles(share.count, part.tile)
-    )
-    return part.tiling.pieces * places
-
-
-def _of_tile(channels: int, tile: Tile, vectors: int, length: int) -> float:
-    """Products of all channels of some tiles in a place by a panel of so many vectors."""
-    sums = _STARTED + _STORED * tile.pixels * vectors
-    return channels * Tile(tile.pixels, vectors).cycles + -(-channels // length) * sums
-
-
-def _fetched(part: Part, size: Size, machine: Machine) -> float:
-    """To fetch all weights once, and again for each piece that finds other things where they were."""
-    of_channel = 4 * part.form.sets(late=part.late) * size.channels
-    weights = of_channel * size.outputs
-    if part.way == "product":
-        near, passes = of_channel * part.tile.vectors * machine.isa.width <= _CACHE // 2, part.tiling.pieces
-    else:  # threads of the same split pass through them at the same time
-        near = _fits(part, size, machine)
-        passes = -(-part.tiling.pieces * part.splits // machine.threads)
-    rate = _NEAR if near else _AGAIN if weights < _STAY else _FETCHED
-    return weights / _FETCHED + (passes - 1) * weights / rate
-
-
-def _fits(part: Part, size: Size, machine: Machine) -> bool:
-    """Whether a unit's weights, transformed tiles and products fit the second cache together."""
-    weights = part.form.sets(late=part.late) * size.kernels // part.splits
-    tiles = place_tiles(part.form, part.tiling) * (size.inputs + part.tile.vectors * machine.isa.width)
-    return 4 * (weights + tiles) <= _CACHE
-
-
-#: Says how a convolution is computed: by the Winograd that comes back, or directly where None does.
-Chooser: TypeAlias = Callable[[ConvGeometry, Size, Machine], Choice | None]
-
-
-@lru_cache(maxsize=1024)  # equal layers come again, and each is asked about twice
-def choose(geometry: ConvGeometry, size: Size, machine: Machine) -> Choice | None:
-    """The fastest way by the table: Winograd with the tiles that come back, or None for the direct kernel."""
-    if not may_use_winograd(geometry, size, machine):
+@lru_cache(maxsize=1024)  # most layers of a network repeat the problem of another
+def select_algorithm(problem: ConvProblem, target: Target) -> ConvAlgorithm | None:
+    """Select the candidate with the lowest estimate; None is the direct kernel."""
+    if not supports_winograd(problem, target):
         return None
-    every = every_choice(size, geometry.stride[0], machine)
-    best = min(every, key=lambda choice: choice.cycles, default=None)
-    return best if best and best.cycles < direct_cycles(size, machine) else None
+    candidates = candidate_algorithms(problem, target)
+    best = min(candidates, key=lambda algorithm: algorithm.estimated_cycles, default=None)
+    return best if best and best.estimated_cycles < estimate_direct_cycles(problem, target) else None
 
 
-def every_choice(size: Size, stride: int, machine: Machine) -> Iterator[Choice]:
-    """All covers of the image, each part in its fastest way, but for those that surely are slow.
+def candidate_algorithms(problem: ConvProblem, target: Target) -> Iterator[ConvAlgorithm]:
+    """Yield the partitions of the image with the cheapest candidate for each region, in the order of a lower bound.
 
-    Smaller tiles one way and larger ones the other have fewer weights than large ones both ways.
+    The enumeration ends at the first partition whose bound exceeds the best estimate so far.
     """
-    covers = list(every_cover(size, stride, machine))
-    bounds = {pieces: sum(least_cycles(piece, size, stride, machine) for piece in pieces) for pieces in covers}
+    partitions = list(image_partitions(problem, target))
+    bounds = {regions: sum(least_cycles(region, problem, target) for region in regions) for regions in partitions}
     best = float("inf")
-    for pieces in sorted(covers, key=lambda pieces: bounds[pieces]):
-        if bounds[pieces] > best:
+    for regions in sorted(partitions, key=lambda regions: bounds[regions]):
+        if bounds[regions] > best:
             break
-        parts = [_part(piece, size, stride, machine) for piece in pieces]
-        if all(parts):
-            choice = Choice(tuple(part for part in parts if part))
-            best = min(best, choice.cycles)
-            yield choice
+        cheapest = [_cheapest_region(region, problem, target) for region in regions]
+        if all(cheapest):  # else the tiles of a region fit neither the registers nor the stack
+            algorithm = ConvAlgorithm(tuple(region for region in cheapest if region))
+            best = min(best, algorithm.estimated_cycles)
+            yield algorithm
 
 
-@lru_cache(maxsize=4096)  # covers share parts
-def _part(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Part | None:
-    """The fastest way for some rows and columns of tiles; None if nothing fits."""
-    return min(costed_parts(rectangle, size, stride, machine), key=lambda part: part.cycles, default=None)
+@lru_cache(maxsize=4096)  # partitions have regions in common
+def _cheapest_region(region: TileRegion, problem: ConvProblem, target: Target) -> WinogradRegion | None:
+    candidates = costed_regions(region, problem, target)
+    return min(candidates, key=lambda candidate: candidate.estimated_cycles, default=None)
 
 
-def costed_parts(rectangle: Rectangle, size: Size, stride: int, machine: Machine) -> Iterator[Part]:
-    """All ways to cut and to compute some tiles, with what they cost."""
-    for part in every_part(rectangle, size, stride, machine):
-        yield replace(part, cycles=cycles(part, size, machine))
+def costed_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
+    """Yield every candidate for some tiles with its estimate."""
+    for candidate in candidate_regions(region, problem, target):
+        yield replace(candidate, estimated_cycles=estimate_cycles(candidate, problem, target))
+
+
+def estimate_direct_cycles(problem: ConvProblem, target: Target) -> float:
+    """Estimate the cycles of the direct kernel for a 3x3 convolution."""
+    (rows, columns), vectors = problem.output_size, problem.group_out_vectors(target.isa.width)
+    tile = choose_tile(target.isa, columns, vectors)
+    num_panels = -(-vectors // tile.vectors)
+    multiply_adds = 9 * problem.group_in_channels  # for each output
+    cycles_per_row = _DIRECT_FACTOR * multiply_adds * row_cycles(tile, columns, vectors)
+    cycles_per_row += num_panels * (_WORK_UNIT_CYCLES + _DIRECT_CYCLES_PER_PIXEL * columns)
+    num_rows = problem.batch * rows * problem.groups
+    weight_bytes = 4 * multiply_adds * problem.out_channels
+    return num_rows * cycles_per_row / target.threads + weight_bytes / _MEMORY_BYTES_PER_CYCLE
+
+
+def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> float:
+    """Compute a lower bound of the estimates for some tiles: their multiplications, and reading the weights once."""
+    winograd, stride = region.winograd(problem.stride), problem.stride
+    rows, columns = (
+        span.count * filters.inputs - span.missing * stride
+        for filters, span in zip((winograd.rows, winograd.columns), region, strict=True)
+    )
+    multiplications = problem.batch * rows * columns * problem.num_filters
+    weight_bytes = 4 * winograd.sets(late=True) * problem.num_filters
+    return multiplications / (2 * target.isa.width * target.threads) + weight_bytes / _MEMORY_BYTES_PER_CYCLE
+
+
+def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
+    """Estimate for how many cycles each thread is busy with a region."""
+    winograd, tiling, tile = region.winograd, region.tiling, region.tile
+    vectors = problem.group_out_vectors(target.isa.width)
+    num_panels = -(-vectors // tile.vectors)
+    num_units = tiling.pieces * region.out_channel_splits
+
+    # Work that is divided into units: GEMMs, filter transforms, output transforms.
+    work = _gemm_cycles(region, problem, target) + _filter_transform_cycles(region, problem, target)
+    misses_l2 = region.schedule == "fused" and not _fits_l2(region, problem, target)
+    miss_factor = _L2_MISS_FACTOR if misses_l2 else 1.0
+    elements = sum(kind.form.places * kind.tiling.real for kind in kinds(winograd, tiling))
+    work += miss_factor * _OUTPUT_TRANSFORM_CYCLES * elements * problem.groups * vectors
+
+    # Work that all threads share evenly: input transforms, which each split of a fused block repeats.
+    in_vectors = -(-problem.in_channels // target.isa.width)
+    shared = miss_factor * _INPUT_TRANSFORM_CYCLES * elements * in_vectors * region.out_channel_splits
+    if region.schedule == "staged":
+        tile_bytes = 4 * tiling.pieces * place_tiles(winograd, tiling) * problem.in_channels
+        num_units *= problem.groups * num_panels
+        if tile_bytes > _L2_BUDGET_BYTES:
+            in_l3 = tile_bytes < _L3_TILES_BYTES
+            read_rate = _TILES_L3_READ_BYTES_PER_CYCLE if in_l3 else _TILES_MEMORY_READ_BYTES_PER_CYCLE
+            work += tile_bytes * num_panels / read_rate
+        num_rows = tiling.batch * tiling.grid[0]  # a unit of the input transform is a row of tiles
+        shared += _WORK_UNIT_CYCLES * num_rows + tile_bytes / _tiles_write_rate(tile_bytes, target)
+
+    cycles_per_unit = work / num_units + _WORK_UNIT_CYCLES
+    rounds = -(-num_units // target.threads)  # the last round may leave threads idle
+    return rounds * cycles_per_unit + shared / target.threads + _weight_read_cycles(region, problem, target)
+
+
+def _filter_transform_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
+    """Estimate the on-the-fly transforms of filters, which every block repeats."""
+    if not region.on_the_fly:
+        return 0.0
+    _, interleaved = _on_the_fly_run(region, problem, target)
+    cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
+    elements = region.winograd.rows.inputs * len(region.winograd.columns.moved)
+    vectors = problem.group_out_vectors(target.isa.width)
+    return cycles * region.tiling.pieces * problem.groups * problem.group_in_channels * vectors * elements
+
+
+def _on_the_fly_run(region: WinogradRegion, problem: ConvProblem, target: Target) -> tuple[int, bool]:
+    free = region.free_vector_registers(target.isa.registers)
+    return late_run(problem.group_in_channels, region.winograd, region.tile.vectors * target.isa.width, free)
+
+
+def _gemm_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
+    """Estimate the GEMMs of all tile elements, groups and panels."""
+    channels = problem.group_in_channels
+    if region.on_the_fly:
+        kc, _ = _on_the_fly_run(region, problem, target)
+    else:
+        kc = run_length(channels, cold=region.schedule == "staged")
+    num_k_blocks = -(-channels // kc)
+    full_panels, rest = divmod(problem.group_out_vectors(target.isa.width), region.tile.vectors)
+    cycles = 0.0
+    for num_panels, nr in ((full_panels, region.tile.vectors), (1, rest)):
+        if num_panels * nr == 0:
+            continue
+        for row in shares(region.winograd, region.tiling):
+            for share in row:
+                for count, tile in equal_tiles(share.count, region.tile):
+                    k_block = _K_BLOCK_CYCLES + _ACCUMULATE_CYCLES * tile.pixels * nr
+                    of_tile = channels * Tile(tile.pixels, nr).cycles + num_k_blocks * k_block
+                    cycles += num_panels * len(share.rows) * len(share.columns) * count * of_tile
+    return problem.groups * (region.tiling.pieces * cycles)
+
+
+def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
+    """The bytes per cycle at which transformed tiles reach the GEMM."""
+    if target.threads > 1:  # most tiles were transformed by another core
+        many = tile_bytes > _L2_BUDGET_BYTES
+        return _TILES_PREFETCHED_BYTES_PER_CYCLE if many else _TILES_SHARED_BYTES_PER_CYCLE
+    return _TILES_WRITE_BYTES_PER_CYCLE if tile_bytes > _L2_BUDGET_BYTES / 2 else math.inf
+
+
+def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
+    """Estimate reading all weights once from memory, and again for each later block from the cache that holds them."""
+    bytes_per_channel = 4 * region.winograd.sets(late=region.on_the_fly) * problem.group_in_channels
+    weight_bytes = bytes_per_channel * problem.out_channels
+    if region.schedule == "staged":
+        panel_bytes = bytes_per_channel * region.tile.vectors * target.isa.width
+        in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.pieces
+    else:  # threads with the same split read the same weights at the same time
+        in_l2 = _fits_l2(region, problem, target)
+        passes = -(-region.tiling.pieces * region.out_channel_splits // target.threads)
+    if in_l2:
+        rate = _L2_REREAD_BYTES_PER_CYCLE
+    else:
+        rate = _L3_REREAD_BYTES_PER_CYCLE if weight_bytes < _L3_WEIGHTS_BYTES else _MEMORY_BYTES_PER_CYCLE
+    return weight_bytes / _MEMORY_BYTES_PER_CYCLE + (passes - 1) * weight_bytes / rate
+
+
+def _fits_l2(region: WinogradRegion, problem: ConvProblem, target: Target) -> bool:
+    """Whether the weights, transformed tiles and products of a fused work unit fit L2 together."""
+    weights = region.winograd.sets(late=region.on_the_fly) * problem.num_filters // region.out_channel_splits
+    channels = problem.in_channels + region.tile.vectors * target.isa.width
+    return 4 * (weights + place_tiles(region.winograd, region.tiling) * channels) <= _L2_BUDGET_BYTES

@@ -1,4 +1,4 @@
-"""From layers and the size of an input to kernels, buffers and packed weights."""
+"""The planner's passes in their order, and the last of them: lowering layers to steps, each a kernel on its buffers."""
 
 from __future__ import annotations
 
@@ -9,41 +9,26 @@ from typing import final
 import numpy as np
 
 from repvgg.engine.codegen.jit import Isa
-from repvgg.engine.graph import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
+from repvgg.engine.graph import Conv, ConvGeometry, FeatureShape, Floats, Gate, Layer, Linear, Pool, Shape, infer_shapes
 from repvgg.engine.kernels.base import Kernel, Packing, packed
 from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile
 from repvgg.engine.kernels.memory_bound import LoadKernel, PoolKernel, ScaleKernel, SigmoidKernel
-from repvgg.engine.planner.algorithms import Choice, Machine, Part, Size
-from repvgg.engine.planner.cost_model import Chooser, choose
-from repvgg.engine.planner.memory_plan import Parts, early_layers
+from repvgg.engine.planner.algorithms import ConvAlgorithm, ConvProblem, Selector, Target, WinogradRegion
+from repvgg.engine.planner.cost_model import select_algorithm
+from repvgg.engine.planner.memory_plan import (
+    BatchChunks,
+    Buffer,
+    BufferAccess,
+    chunk_batch,
+    plan_layouts,
+    share_buffers,
+)
 from repvgg.engine.runtime.memory import Images, round_up
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
-from repvgg.engine.winograd.tiling import Tiling, place_floats
-from repvgg.errors import UnsupportedError
+from repvgg.engine.winograd.tiling import place_floats
 
-_ROWS = 8  # of a matrix product at once: images of a linear layer
-NOTHING = np.zeros(0, np.float32)
-
-
-@final
-@dataclass(frozen=True)
-class Buffer:
-    """Feature maps of a whole batch.
-
-    Attributes:
-        number: which one it is; layers that are never needed at the same time share one.
-        images: how each of its images lies.
-        count: of images.
-    """
-
-    number: int
-    images: Images
-    count: int
-
-    @property
-    def floats(self) -> int:
-        """Its length."""
-        return self.count * self.images.image
+_LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer
+NO_WEIGHTS = np.zeros(0, np.float32)
 
 
 @final
@@ -51,52 +36,56 @@ class Buffer:
 class Step:
     """One kernel on its buffers.
 
+    The kernel works on blocks. A block holds ``items_per_block`` items; an item is an image, or a tile of an image.
+
     Attributes:
         name: of the layer.
         kernel: what it computes.
         source: what it reads; None is the input of the network.
         target: what it writes.
-        weights: as the kernel reads them, or a buffer.
-        bias: as the kernel reads it.
-        block: images that are one image to the kernel, or such parts of images.
-        parts: of an image, where a block is not made of images.
-        first: image of the batch that it begins with.
-        limit: images at most; None for all that follow.
+        weights: packed for the kernel, or a buffer.
+        bias: packed for the kernel.
+        items_per_block: see above.
+        items_per_image: 1, or the tiles of an image.
+        first_image: index of the first image of the batch that it processes.
+        max_images: of the batch that it processes; None for all from the first.
     """
 
     name: str
     kernel: Kernel
     source: Buffer | None
     target: Buffer
-    weights: Floats | Buffer = field(default_factory=lambda: NOTHING)
-    bias: Floats = field(default_factory=lambda: NOTHING)
-    block: int = 1
-    parts: int = 1
-    first: int = 0
-    limit: int | None = None
+    weights: Floats | Buffer = field(default_factory=lambda: NO_WEIGHTS)
+    bias: Floats = field(default_factory=lambda: NO_WEIGHTS)
+    items_per_block: int = 1
+    items_per_image: int = 1
+    first_image: int = 0
+    max_images: int | None = None
 
-    def images(self, batch: int) -> int:
-        """How many of a batch it computes."""
-        left = max(0, batch - self.first)
-        return left if self.limit is None else min(left, self.limit)
+    def num_images(self, batch: int) -> int:
+        """Count the images of a batch that it processes."""
+        left = max(0, batch - self.first_image)
+        return left if self.max_images is None else min(left, self.max_images)
 
-    def muls(self, batch: int) -> int:
-        """Multiplications on a batch, in whole blocks."""
-        return self.kernel.muls * -(-self.images(batch) * self.parts // self.block)
+    def num_multiplies(self, batch: int) -> int:
+        """Count its multiplications on a batch, in whole blocks."""
+        return self.kernel.muls * -(-self.num_images(batch) * self.items_per_image // self.items_per_block)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All steps of a network on inputs of one size.
+    """All steps of a network for inputs of one size.
 
     Attributes:
-        steps: in their order.
+        input_shape: the largest batch, channels, height and width.
+        steps: in the order in which they run.
         buffers: all that they read and write, by number.
-        isa: the vectors that the kernels are made for.
+        isa: the vector instructions that the kernels are written for.
         flat: whether the output is (N, C) and not (N, C, H, W).
     """
 
+    input_shape: Shape
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     isa: Isa
@@ -104,219 +93,228 @@ class Plan:
 
     @property
     def output(self) -> Buffer:
-        """What the last step writes."""
+        """The buffer that holds the output of the network."""
         return self.steps[-1].target
 
 
-@final
-@dataclass(frozen=True)
-class Ways:
-    """How a plan decides.
-
-    Attributes:
-        chooser: says how a convolution is computed.
-        packing: makes weights and biases as kernels read them.
-        parts: says which layers take a batch in parts.
-        copies: of the steps of each convolution, one after the other, with weights of their own; 1 but to measure.
-    """
-
-    chooser: Chooser = choose
-    packing: Packing = packed
-    parts: Parts = early_layers
-    copies: int = 1
-
-
-BY_TABLE = Ways()
-
-
-def plan(
-    layers: Sequence[Layer], input_shape: tuple[int, int, int, int], machine: Machine, ways: Ways = BY_TABLE
-) -> Plan:
-    """Choose a kernel for each layer, and where its images lie.
+def plan(layers: Sequence[Layer], input_shape: Shape, target: Target, select: Selector = select_algorithm) -> Plan:
+    """Run the planner: shape inference, algorithm selection, layouts, lowering, buffer sharing.
 
     Args:
         layers: see :func:`repvgg.engine.frontend.read`.
         input_shape: the largest batch, channels, height and width.
-        machine: the vectors to use, and how many threads.
-        ways: how to decide.
+        target: the instruction set, threads and precision to plan for.
+        select: selects the algorithm of each convolution.
 
     Raises:
-        UnsupportedError: a layer does not fit what comes to it; the text names it.
+        UnsupportedError: a layer does not fit its input; the message names it.
     """
-    planner = _Planner(layers, input_shape, machine, ways)
-    for number, layer in enumerate(layers):
-        planner.take(number, layer)
-    return Plan(tuple(planner.steps), tuple(planner.buffers), machine.isa, isinstance(layers[-1], (Pool, Linear)))
+    shapes = infer_shapes(layers, input_shape)
+    chunks = chunk_batch(layers, shapes, input_shape[0])
+    problems = conv_problems(layers, shapes, chunks, input_shape[0])
+    algorithms = [select(problem, target) if problem else None for problem in problems]
+    return lower(layers, input_shape, shapes, chunks, algorithms, target.isa)
+
+
+def conv_problems(
+    layers: Sequence[Layer], shapes: Sequence[FeatureShape], chunks: BatchChunks, batch: int
+) -> list[ConvProblem | None]:
+    """Describe each convolution to the selector; None stands for the other layers."""
+    return [
+        ConvProblem(layer.geometry, source.channels, target.channels, target.size, chunks.images_at(index, batch))
+        if isinstance(layer, Conv)
+        else None
+        for index, (layer, source, target) in enumerate(zip(layers, shapes[:-1], shapes[1:], strict=True))
+    ]
+
+
+def lower(
+    layers: Sequence[Layer],
+    input_shape: Shape,
+    shapes: Sequence[FeatureShape],
+    chunks: BatchChunks,
+    algorithms: Sequence[ConvAlgorithm | None],
+    isa: Isa,
+    pack: Packing = packed,
+    repeats: int = 1,
+) -> Plan:
+    """Lower layers to steps on shared buffers.
+
+    Args:
+        layers: of the network.
+        input_shape: the largest batch, channels, height and width.
+        shapes: see :func:`repvgg.engine.graph.infer_shapes`.
+        chunks: see :func:`repvgg.engine.planner.memory_plan.chunk_batch`.
+        algorithms: of each layer; None for the direct kernel, and for layers that are no convolutions.
+        isa: the vector instructions.
+        pack: makes weights and biases as kernels read them.
+        repeats: times that the steps of each convolution are repeated, each time with weights of their own. More than
+            1 is for measuring alone.
+    """
+    batch = input_shape[0]
+    block = min(batch, _LINEAR_BLOCK_IMAGES)
+    layouts = plan_layouts(layers, shapes, algorithms, isa, block)
+    lowering, num_chunked = _Lowering(isa, pack, batch), 0
+    value = lowering.load(layouts[0], chunks.images_at(0, batch))
+    for index, layer in enumerate(layers):
+        layout, following = layouts[index + 1], index + 1
+        match layer:
+            case Conv():
+                target = lowering.buffer(layout, chunks.images_at(following, batch))
+                for _ in range(repeats):
+                    lowering.conv(layer, algorithms[index], value, target)
+                value = target
+            case Gate():
+                lowering.gate(layer, value, block)
+            case Pool():
+                value = lowering.pool(layer.name, value, block)
+            case Linear():
+                value = lowering.linear(layer, value)
+        if following == chunks.num_layers:
+            num_chunked = len(lowering.steps)
+    # Buffers are shared before steps are repeated, because every value of a chunk is dead when the next chunk begins.
+    steps, buffers = _share_buffers(lowering.steps)
+    chunked = [
+        replace(step, first_image=start, max_images=chunks.images)
+        for start in range(0, batch, chunks.images)
+        for step in steps[:num_chunked]
+    ]
+    return Plan(input_shape, (*chunked, *steps[num_chunked:]), buffers, isa, isinstance(layers[-1], (Pool, Linear)))
 
 
 @final
-class _Planner:
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        input_shape: tuple[int, int, int, int],
-        machine: Machine,
-        ways: Ways,
-    ) -> None:
-        self._layers, self._machine, self._batch = layers, machine, input_shape[0]
-        self._ways = ways
-        self._early, self._few = ways.parts(layers, input_shape)
-        self._isa = isa = machine.isa
+class _Lowering:
+    """Appends the steps of layers. Every value has a virtual buffer of its own.
+
+    Attributes:
+        steps: so far.
+    """
+
+    def __init__(self, isa: Isa, pack: Packing, batch: int) -> None:
+        self._isa, self._pack, self._batch = isa, pack, batch
+        self._num_buffers = 0
         self.steps: list[Step] = []
-        self.buffers: list[Buffer] = []
-        channels, size = input_shape[1], input_shape[2:]
-        images = self._images(-1, channels, size, round_up(channels, isa.width))
-        if isinstance(layers[0], Conv) and channels < isa.width:  # its taps and channels are few, too
-            images = replace(images, pitch=1, planar=True)
-        self._now = self._buffer(images, self._count(0))
-        self.steps.append(Step("input", LoadKernel(self._now.images, isa.width), None, self._now))
 
-    def take(self, number: int, layer: Layer) -> None:
-        """Add the steps of a layer."""
-        if isinstance(layer, Conv):
-            self._conv(number, layer)
-        elif isinstance(layer, Gate):
-            self._gate(layer)
-        elif isinstance(layer, Pool):
-            self._now = self._pooled(layer.name)
-        else:
-            self._now = self._linear(layer, self._now)
+    def buffer(self, layout: Images, count: int) -> Buffer:
+        self._num_buffers += 1
+        return Buffer(self._num_buffers, layout, count)
 
-    def _conv(self, number: int, layer: Conv) -> None:
-        source, geometry = self._now, layer.geometry
-        outputs = layer.weight.shape[0]
-        self._expect(layer.name, layer.weight.shape[1] * geometry.groups)
-        size = geometry.output_size(source.images.size)
-        if min(size) < 1:
-            raise UnsupportedError(
-                f"{layer.name!r} has nothing to compute on images of {source.images.size[0]}x{source.images.size[1]}: "
-                "give larger ones."
-            )
-        pitch = round_up(outputs, self._isa.width)
-        target = self._buffer(self._images(number, outputs, size, pitch), self._count(number + 1))
-        choice = self._choice(number, layer, size)
-        for _ in range(self._ways.copies):
-            if choice is None:
-                self._direct(layer, source, target)
-            for part in choice.parts if choice else ():
-                if part.way == "fused":
-                    self._fused(layer, part, source, target)
-                else:
-                    self._products(layer, part, source, target)
-        self._now = target
-        if number == self._early - 1:
-            firsts = range(0, self._batch, self._few)
-            self.steps = [replace(step, first=first, limit=self._few) for first in firsts for step in self.steps]
+    def load(self, layout: Images, count: int) -> Buffer:
+        target = self.buffer(layout, count)
+        self.steps.append(Step("input", LoadKernel(layout, self._isa.width), None, target))
+        return target
 
-    def _count(self, number: int) -> int:
-        """Images that come to a layer at once."""
-        return self._few if number < self._early else self._batch
+    def conv(self, layer: Conv, algorithm: ConvAlgorithm | None, source: Buffer, target: Buffer) -> None:
+        if algorithm is None:
+            self._direct_conv(layer, source, target)
+            return
+        for region in algorithm.regions:
+            weights = self._pack(layer, self._isa.width, region.tile.vectors, region.winograd, region.on_the_fly)
+            if region.schedule == "fused":
+                self._fused(layer, region, source, target, weights)
+            else:
+                self._staged(layer, region, source, target, weights)
 
-    def _products(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
-        """Input tiles, and then their products."""
-        form, tiling, tile, width = part.form, part.tiling, part.tile, self._isa.width
-        images, groups = source.images, layer.geometry.groups
-        moved = self._buffer(Images(1, (form.places, place_floats(tiling.tiles, images.pitch)), (0, 0), 1), 1)
-        transform = WinogradInput(form, images, layer.geometry.padding, tiling, width)
-        self.steps.append(Step(layer.name, transform, source, moved))
-        channels = images.channels, images.pitch
-        how = part.late, part.room(self._isa.registers), layer.relu, width
-        kernel = WinogradProduct(form, groups, *channels, target.images, tiling, tile, *how)
-        self.steps.append(Step(layer.name, kernel, moved, target, *self._packed(layer, part), *_cut(tiling)))
+    def _fused(
+        self, layer: Conv, region: WinogradRegion, source: Buffer, target: Buffer, weights: tuple[Floats, Floats]
+    ) -> None:
+        kernel = WinogradFused(
+            region.winograd,
+            layer.geometry.groups,
+            source.images,
+            layer.geometry.padding,
+            target.images,
+            region.tiling,
+            region.tile,
+            region.out_channel_splits,
+            region.on_the_fly,
+            region.free_vector_registers(self._isa.registers),
+            layer.relu,
+            self._isa.width,
+        )
+        items = region.tiling.piece, region.tiling.of_image
+        self.steps.append(Step(layer.name, kernel, source, target, *weights, *items))
 
-    def _fused(self, layer: Conv, part: Part, source: Buffer, target: Buffer) -> None:
-        geometry, room = layer.geometry, part.room(self._isa.registers)
-        where = geometry.groups, source.images, geometry.padding, target.images
-        cut = part.tiling, part.tile, part.splits, part.late
-        kernel = WinogradFused(part.form, *where, *cut, room, layer.relu, self._isa.width)
-        weights = self._packed(layer, part)
-        self.steps.append(Step(layer.name, kernel, source, target, *weights, *_cut(part.tiling)))
+    def _staged(
+        self, layer: Conv, region: WinogradRegion, source: Buffer, target: Buffer, weights: tuple[Floats, Floats]
+    ) -> None:
+        winograd, tiling, channel_stride = region.winograd, region.tiling, source.images.pitch
+        # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
+        size = (winograd.places, place_floats(tiling.tiles, channel_stride))
+        transformed = self.buffer(Images(1, size, (0, 0), 1), 1)
+        transform = WinogradInput(winograd, source.images, layer.geometry.padding, tiling, self._isa.width)
+        gemm = WinogradProduct(
+            winograd,
+            layer.geometry.groups,
+            source.images.channels,
+            channel_stride,
+            target.images,
+            tiling,
+            region.tile,
+            region.on_the_fly,
+            region.free_vector_registers(self._isa.registers),
+            layer.relu,
+            self._isa.width,
+        )
+        items = tiling.piece, tiling.of_image
+        self.steps.append(Step(layer.name, transform, source, transformed))
+        self.steps.append(Step(layer.name, gemm, transformed, target, *weights, *items))
 
-    def _packed(self, layer: Conv, part: Part) -> tuple[Floats, Floats]:
-        """Weights in Winograd's domain, and biases."""
-        return self._ways.packing(layer, self._isa.width, part.tile.vectors, part.form, part.late)
-
-    def _choice(self, number: int, layer: Conv, size: Pair) -> Choice | None:
-        """How a layer of this number is computed whose output has this height and width."""
-        groups, outputs = layer.geometry.groups, layer.weight.shape[0]
-        inputs = layer.weight.shape[1] * groups
-        asked = Size(inputs, outputs, size, self._count(number), groups)
-        return self._ways.chooser(layer.geometry, asked, self._machine)
-
-    def _direct(self, layer: Conv, source: Buffer, target: Buffer, block: int = 1) -> None:
+    def _direct_conv(self, layer: Conv, source: Buffer, target: Buffer, items_per_block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
         vectors = -(-target.images.channels // geometry.groups // isa.width)
         tile = choose_tile(isa, target.images.size[1], vectors)
         kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
-        weights = self._ways.packing(layer, isa.width, tile.vectors, None, False)
-        self.steps.append(Step(layer.name, kernel, source, target, *weights, block))
+        weights = self._pack(layer, isa.width, tile.vectors, None, False)
+        self.steps.append(Step(layer.name, kernel, source, target, *weights, items_per_block))
 
-    def _pooled(self, name: str) -> Buffer:
-        """The means of each channel, in blocks of images as a matrix product takes them."""
-        images = self._now.images
-        block = min(self._batch, _ROWS)
-        means = self._buffer(Images(images.channels, (1, block), (0, 0), images.pitch), -(-self._batch // block))
-        self.steps.append(Step(name, PoolKernel(images, self._isa.width), self._now, means))
+    def pool(self, name: str, source: Buffer, block: int) -> Buffer:
+        """Write the mean of each channel, in blocks of images: the rows of the GEMM of a linear layer."""
+        layout = Images(source.images.channels, (1, block), (0, 0), source.images.pitch)
+        means = self.buffer(layout, -(-self._batch // block))
+        self.steps.append(Step(name, PoolKernel(source.images, self._isa.width), source, means))
         return means
 
-    def _linear(self, layer: Linear, source: Buffer) -> Buffer:
-        """A matrix product as a 1x1 convolution of images of one row: the images of a block are its pixels."""
-        outputs, inputs = layer.weight.shape
-        if source.images.channels != inputs:
-            raise UnsupportedError(f"{layer.name!r} takes {inputs} channels, and {source.images.channels} come to it.")
-        pitch, block = round_up(outputs, self._isa.width), source.images.size[1]
-        target = self._buffer(Images(outputs, (1, block), (0, 0), pitch), source.count, other_than=source)
+    def linear(self, layer: Linear, source: Buffer) -> Buffer:
+        """Run a GEMM as a 1x1 convolution of images of one row: the images of a block are its pixels."""
+        out_channels, block = layer.weight.shape[0], source.images.size[1]
+        layout = Images(out_channels, (1, block), (0, 0), round_up(out_channels, self._isa.width))
+        target = self.buffer(layout, source.count)
         conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)), layer.relu)
-        self._direct(conv, source, target, block)
+        self._direct_conv(conv, source, target, items_per_block=block)
         return target
 
-    def _gate(self, layer: Gate) -> None:
-        width, images = self._isa.width, self._now.images
-        means = self._pooled(layer.name)
-        hidden = self._linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means)
-        factors = self._linear(Linear(layer.name, layer.up, layer.up_bias), hidden)
-        self._expect(layer.name, factors.images.channels)
+    def gate(self, layer: Gate, maps: Buffer, block: int) -> None:
+        """Scale ``maps`` in place."""
+        width = self._isa.width
+        means = self.pool(layer.name, maps, block)
+        hidden = self.linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means)
+        factors = self.linear(Linear(layer.name, layer.up, layer.up_bias), hidden)
         self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pitch, width), factors, factors))
-        self.steps.append(Step(layer.name, ScaleKernel(images, layer.relu, width), self._now, self._now, factors))
-
-    def _expect(self, name: str, channels: int) -> None:
-        if channels != self._now.images.channels:
-            raise UnsupportedError(
-                f"{name!r} takes {channels} channels, and {self._now.images.channels} come to it: "
-                "give an input_shape of (N, C, H, W) with the C of the network."
-            )
-
-    def _images(self, number: int, channels: int, size: Pair, pitch: int) -> Images:
-        """The images that a layer makes, with the zeros around them that the next convolution wants.
-
-        Gates in between keep them.
-        """
-        later = enumerate(self._layers[number + 1 :], number + 1)
-        after_this, following = next(((at, layer) for at, layer in later if not isinstance(layer, Gate)), (0, None))
-        if not isinstance(following, Conv):
-            return Images(channels, size, (0, 0), pitch)
-        border, after = following.geometry.padding, following.geometry.output_size(size)
-        choice = self._choice(after_this, following, after) if min(after) > 0 else None
-        if choice is None:
-            return Images(channels, size, border, pitch)
-        axes = zip(choice.end, after, following.geometry.stride, strict=True)
-        more = [max(0, end - length) * stride for end, length, stride in axes]
-        return Images(channels, size, border, pitch, (more[0], more[1]))
-
-    def _buffer(self, images: Images, count: int | None = None, other_than: Buffer | None = None) -> Buffer:
-        """A buffer of that very layout that nothing needs any more, or a new one; so borders stay zeros."""
-        count = self._batch if count is None else count
-        needed = {buffer.number for buffer in (other_than, self._current()) if buffer}
-        for buffer in self.buffers:
-            if (buffer.images, buffer.count) == (images, count) and buffer.number not in needed:
-                return buffer
-        self.buffers.append(Buffer(len(self.buffers), images, count))
-        return self.buffers[-1]
-
-    def _current(self) -> Buffer | None:
-        return self._now if self.steps else None
+        self.steps.append(Step(layer.name, ScaleKernel(maps.images, layer.relu, width), maps, maps, factors))
 
 
-def _cut(tiling: Tiling) -> tuple[int, int]:
-    """Tiles of a block, and of an image."""
-    return tiling.piece, tiling.of_image
+def _share_buffers(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Buffer, ...]]:
+    """Replace the virtual buffers of steps by shared ones."""
+    accesses = []
+    inputs: dict[Buffer, Buffer] = {}  # the feature maps that are transformed, by the transformed tiles
+    for step in steps:
+        reads = [buffer for buffer in (step.source, step.weights) if isinstance(buffer, Buffer)]
+        if step.source in inputs:
+            # A layer never overwrites its own input, although a staged one could once all tiles are transformed: so
+            # both schedules need the same buffers.
+            reads.append(inputs[step.source])
+        if isinstance(step.kernel, WinogradInput) and step.source is not None:
+            inputs[step.target] = step.source
+        accesses.append(BufferAccess(tuple(reads), step.target))
+    shared = share_buffers(accesses)
+    replaced = tuple(
+        replace(
+            step,
+            source=step.source and shared[step.source],
+            target=shared[step.target],
+            weights=shared[step.weights] if isinstance(step.weights, Buffer) else step.weights,
+        )
+        for step in steps
+    )
+    return replaced, tuple(dict.fromkeys(shared.values()))

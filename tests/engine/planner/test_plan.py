@@ -1,0 +1,110 @@
+"""Plans of whole networks: every layer is there, the batch is chunked, and buffers are shared."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from repvgg import create_model
+from repvgg.engine.codegen.jit import GENERIC
+from repvgg.engine.frontend import read
+from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool, infer_shapes
+from repvgg.engine.kernels.direct_conv import ConvKernel
+from repvgg.engine.planner.algorithms import Target
+from repvgg.engine.planner.memory_plan import BatchChunks, Buffer, BufferAccess, chunk_batch, share_buffers
+from repvgg.engine.planner.plan import plan
+from repvgg.engine.runtime.memory import Images
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradProduct
+from repvgg.errors import UnsupportedError
+from tests.engine.helpers import isas, random_conv
+
+PADDED = ConvGeometry((3, 3), padding=(1, 1))
+
+
+@pytest.mark.parametrize("name", ["repvgg_t0", "repvgg_t1", "repvgg_t2", "repvgg_a0"])
+def test_every_convolution_of_an_architecture_has_a_kernel(name):
+    """With weights of zeros, which take no time to make."""
+    with torch.device("meta"):
+        model = create_model(name, plain=True)
+    small = model.spec.input_size if model.spec.input_size < 64 else 64
+    steps = plan(read(_zeros(model)), (2, 3, small, small), Target(isas()[-1])).steps
+    convs = {step.name for step in steps if isinstance(step.kernel, (ConvKernel, WinogradFused, WinogradProduct))}
+    assert {name for name, module in model.named_modules() if type(module) is nn.Conv2d and ".se" not in name} <= convs
+
+
+def _zeros(model: nn.Module) -> nn.Module:
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((1, 3, 224, 224), (0, 1)),
+        ((16, 3, 224, 224), (2, 4)),
+        ((64, 3, 224, 224), (2, 4)),
+        ((17, 3, 224, 224), (2, 1)),
+        ((2, 3, 224, 224), (0, 2)),
+        ((64, 3, 32, 32), (0, 64)),
+        ((4, 3, 713, 713), (7, 1)),
+    ],
+    ids=str,
+)
+def test_which_layers_are_chunked_by_how_many_images(shape, found):
+    """Of A0: its stem and the next layer, whose feature maps of 16 images exceed L3; the chunks are equal."""
+    with torch.device("meta"):
+        model = create_model("repvgg_a0", plain=True)
+    layers: list[Layer] = [
+        Conv(name, np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d)
+    ]
+    assert chunk_batch(layers, infer_shapes(layers, shape), shape[0]) == BatchChunks(*found)
+    behind_pool: list[Layer] = [Pool("pool"), *layers]
+    assert chunk_batch(behind_pool, infer_shapes(behind_pool, shape), shape[0]) == BatchChunks(0, shape[0])
+
+
+def test_shapes_between_layers():
+    gate = Gate("gate", *(np.zeros(shape, np.float32) for shape in ((2, 8), (2,), (8, 2), (8,))))
+    linear = Linear("linear", np.zeros((5, 8), np.float32), np.zeros(5, np.float32))
+    strided = random_conv(3, 8, ConvGeometry((3, 3), (2, 2), (1, 1)))
+    shapes = infer_shapes([strided, gate, Pool("pool"), linear], (4, 3, 9, 10))
+    assert [(shape.channels, shape.size) for shape in shapes] == [
+        (3, (9, 10)), (8, (5, 5)), (8, (5, 5)), (8, (1, 1)), (5, (1, 1)),
+    ]  # fmt: skip
+    with pytest.raises(UnsupportedError, match="'linear' expects 8 channels but receives 3: pass an input_shape"):
+        infer_shapes([Pool("pool"), linear], (4, 3, 9, 10))
+    with pytest.raises(UnsupportedError, match="'gate' expects 8 channels but receives 3"):
+        infer_shapes([gate], (4, 3, 9, 10))
+
+
+def test_equal_layers_alternate_between_two_buffers():
+    layers = [random_conv(32, 32, PADDED) for _ in range(5)]
+    result = plan(layers, (2, 32, 20, 20), Target(GENERIC["avx2"]))
+    maps = [buffer for buffer in result.buffers if buffer.images.size == (20, 20)]
+    # The first reads with a border and an overhang, the output has neither; whatever lies between alternates.
+    assert len(maps) <= 3
+    assert all(step.source != step.target for step in result.steps)
+
+
+def test_buffers_are_shared_once_their_value_is_dead():
+    layout, wider = Images(4, (3, 3), (0, 0), 4), Images(8, (3, 3), (0, 0), 8)
+    a, b, c, d, e = (Buffer(number, layout, 2) for number in range(5))
+    other, longer = Buffer(5, wider, 2), Buffer(6, layout, 3)
+    shared = share_buffers(
+        [
+            BufferAccess((), a),
+            BufferAccess((a,), b),
+            BufferAccess((b,), c),  # a is dead
+            BufferAccess((b,), c),  # another region of the same value
+            BufferAccess((c, b), d),  # b is still read here
+            BufferAccess((d,), other),
+            BufferAccess((d,), d),  # in place
+            BufferAccess((d,), e),
+            BufferAccess((e,), longer),
+        ]
+    )
+    numbers = {value.number: buffer.number for value, buffer in shared.items()}
+    assert numbers == {0: 0, 1: 1, 2: 0, 3: 2, 5: 3, 4: 0, 6: 4}
