@@ -44,7 +44,7 @@ def summed(*branches, act=None):
 def layer_scale():
     model = module(lambda self, x: self.act(self.a(x) * self.scale + self.b(x) / self.scale.exp() - x / 3))
     model.a, model.b, model.act = Linear2d(), conv(), nn.ReLU()
-    model.scale, model.kept = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(3))
+    model.scale, model.unused = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(3))
     return model
 
 
@@ -120,7 +120,7 @@ LEFT = {
     "pool in ceil mode": (lambda: summed(Linear2d(), nn.AvgPool2d(3, 1, 1, ceil_mode=True)), None),
     "paddings of two kinds": (lambda: summed(Linear2d(), conv(padding_mode="circular")), None),
     "two strides": (lambda: module(lambda self, x: self.a(x)[:, :, :4, :4] + self.b(x)[:, :, :4, :4]), None),
-    "norm in front of a padded convolution": (lambda: nn.Sequential(nn.BatchNorm2d(4), conv(), nn.ReLU()), "bias"),
+    "norm before a padded convolution": (lambda: nn.Sequential(nn.BatchNorm2d(4), conv(), nn.ReLU()), "bias"),
     "norm after an activation": (
         lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()),
         "relu is not a linear",

@@ -52,15 +52,15 @@ def _assert_same(model, plain, x):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("with_inputs", [True, False])
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("geometry", [{"padding": 1, "stride": 2}, {"groups": 2, "bias": False}, {"dilation": 2}])
-def test_norm_folds_into_the_previous_convolution(rank, told, geometry, dtype):
+def test_norm_folds_into_the_previous_convolution(rank, with_inputs, geometry, dtype):
     if rank == 3 and "dilation" in geometry:
         geometry = {"dilation": (1, 2, 1), "padding": (0, 1, 2), "kernel_size": (3, 2, 4)}
     model = nn.Sequential(CONVS[rank](4, 6, **{"kernel_size": 3, **geometry}), NORMS[rank](6), nn.ReLU())
     x = given(2, 4, *SIZES[:rank], dtype=dtype)
-    plain, report = same(model, x, x if told else None, dtype)
+    plain, report = same(model, x, x if with_inputs else None, dtype)
     assert [entry.name for entry in report.folded] == ["0"]
     assert type(plain[0]) is CONVS[rank]
     assert plain[0].groups == geometry.get("groups", 1)
@@ -156,10 +156,10 @@ def levit():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("told", [True, False])
-def test_attention(told, dtype):
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_attention(with_inputs, dtype):
     model, x = levit(), given(2, 3, 31, 22, dtype=dtype)
-    plain, report = same(model, x, x if told else None, dtype)
+    plain, report = same(model, x, x if with_inputs else None, dtype)
     assert len(report.folded) == 10
     assert type(plain.blocks[0]) is Attention
     _assert_same(model, plain, given(3, 3, 17, 26, dtype=dtype))

@@ -136,19 +136,19 @@ def chaos():
 
 
 @pytest.mark.parametrize(
-    ("make", "layers", "said"),
+    ("make", "layers", "text"),
     [
         (Gate, 60, "relative error"),
         (chaos, 10, "no more than it moves where its input moves by a rounding or two"),
         (chaos, 60, "not run on its own: rounding its input moves its output by"),
     ],
 )
-def test_rounding_sensitive_models_do_not_fail_the_proof(make, layers, said):
+def test_rounding_sensitive_models_do_not_fail_the_proof(make, layers, text):
     model = trained(nn.Sequential(*(make() for _ in range(layers))))
     _, report = repvgg.reparameterize(model)
     assert len(report.folded) == layers
     assert report.left == ()
-    assert said in report.proof
+    assert text in report.proof
 
 
 def raise_when_run(rewriter):
@@ -176,10 +176,10 @@ def corrupt_forwards(monkeypatch, corrupt):
 
 
 @pytest.mark.parametrize(
-    ("corrupt", "said"), [(raise_when_run, "does not run (IndexError"), (shift_output, "relative error")]
+    ("corrupt", "text"), [(raise_when_run, "does not run (IndexError"), (shift_output, "relative error")]
 )
 @pytest.mark.parametrize("wrap", [False, True])
-def test_unequal_new_forward_is_not_returned(monkeypatch, corrupt, said, wrap):
+def test_unequal_new_forward_is_not_returned(monkeypatch, corrupt, text, wrap):
     corrupt_forwards(monkeypatch, corrupt)
     model = trained(nn.Sequential(Branches(), Linear2d()) if wrap else Branches())
     plain, report = repvgg.reparameterize(model)
@@ -187,7 +187,7 @@ def test_unequal_new_forward_is_not_returned(monkeypatch, corrupt, said, wrap):
     assert [entry.name for entry in report.folded] == (["0.a", "1"] if wrap else ["a"])
     reason = {entry.name: entry.reason for entry in report.left}["0" if wrap else ""]
     assert "its new forward does not prove equal to the old one" in reason
-    assert said in reason
+    assert text in reason
 
 
 @pytest.mark.parametrize("corrupt", [raise_when_run, shift_output])

@@ -28,8 +28,8 @@ STORE = []
 
 
 def in_an_attribute(self, x):
-    self.kept = self.conv(x)
-    return F.relu(self.bn(self.kept))
+    self.stored = self.conv(x)
+    return F.relu(self.bn(self.stored))
 
 
 def in_a_nested_container(self, x):
@@ -39,8 +39,8 @@ def in_a_nested_container(self, x):
 
 
 def in_an_object(self, x):
-    self.space.kept = self.conv(x)
-    return F.relu(self.bn(self.space.kept))
+    self.space.stored = self.conv(x)
+    return F.relu(self.bn(self.space.stored))
 
 
 def in_a_global(self, x):
@@ -52,26 +52,26 @@ def in_a_global(self, x):
 @pytest.mark.parametrize("forward", [in_an_attribute, in_a_nested_container, in_an_object, in_a_global])
 def test_attributes_stored_by_a_forward_are_the_same(forward):
     model = module(forward, conv=conv(), bn=nn.BatchNorm2d(4))
-    model.store, model.space = {"seen": []}, SimpleNamespace(kept=None)
+    model.store, model.space = {"seen": []}, SimpleNamespace(stored=None)
     plain, report = collapse(trained(model))
     STORE.clear()
     assert model.store == {"seen": []}
-    assert model.space.kept is None
+    assert model.space.stored is None
     assert report.left[0].reason == "its input 'conv' is not folded: its output is stored where other code can read it"
     assert_same_outputs(model, plain, image())
-    kept = [model.store["seen"], plain.store["seen"]] if model.store["seen"] else [STORE[::2], STORE[1::2]]
-    kept = kept if kept[0] else [[getattr(m, "kept", m.space.kept)] for m in (model, plain)]
-    torch.testing.assert_close(*kept, rtol=1e-12, atol=1e-12)
+    stored = [model.store["seen"], plain.store["seen"]] if model.store["seen"] else [STORE[::2], STORE[1::2]]
+    stored = stored if stored[0] else [[getattr(m, "stored", m.space.stored)] for m in (model, plain)]
+    torch.testing.assert_close(*stored, rtol=1e-12, atol=1e-12)
 
 
 def test_forward_that_stores_something_is_not_rewritten():
     def forward(self, x):
-        self.kept = self.a(x) + self.b(x)
-        return F.relu(self.kept)
+        self.stored = self.a(x) + self.b(x)
+        return F.relu(self.stored)
 
     plain, report = check(trained(module(forward, a=Linear2d(), b=conv())), image())
     assert [entry.name for entry in report.folded] == ["a"]
-    assert plain.kept is not None
+    assert plain.stored is not None
 
 
 def test_linear_module_that_stores_its_output_is_kept():

@@ -38,8 +38,8 @@ def held_by_another_module():
 
 def stored_by_the_convolutions_module():
     def forward(self, x):
-        self.kept = self.conv(x)
-        return self.kept
+        self.stored = self.conv(x)
+        return self.stored
 
     return module(lambda self, x: self.n(self.k(x)), k=module(forward, conv=conv()), n=Inner())
 
