@@ -184,6 +184,9 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 current = _Pass(applied.plain, excluded, ModuleAnalysis(options.merge_branches))
                 continue
 
+            # Release the copies of the model that later passes made: the proof needs the memory for copies of its own.
+            current = first
+            del applied
             whole = _NOT_PROVEN
             if prove and not result.plan.is_empty:
                 specs = result.plan.model_inputs()
@@ -192,8 +195,8 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 whole = prove_module(model, result.plain, input_specs or specs, options.inputs)
             if not prove or not first.exclude(_find_unequal_hosts(model, result, whole, first.excluded)):
                 break
-            # A module of the original was excluded, so all later passes are invalid, too.
-            current, result = first, None
+            # A module of the original was excluded, so the results of all passes are invalid.
+            result = None
 
     if not result.replaced:
         warnings.warn(
