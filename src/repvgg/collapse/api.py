@@ -236,7 +236,7 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
             continue
         proof = whole if old is model else prove_module(old, new, specs)
         if proof.failure:
-            found[old] = f"its new forward does not prove equal to the old one: {proof.failure}"
+            found[old] = f"its new forward is not equal to the old one: {proof.failure}"
     if whole.failure and not found.keys() - excluded.keys():
         raise EquivalenceError(
             f"The plain model is not equal to the model ({whole.failure}), though each of its regions is: please "

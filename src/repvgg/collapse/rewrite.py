@@ -252,14 +252,14 @@ class _PlanApplier:
         return prove_region(make_before(), image_for(symbol.map, symbol.source.layout), after)
 
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
-        reason = f"its merged form does not prove equal to it: {proof.failure}"
+        reason = f"its merged form is not equal to it: {proof.failure}"
         self.failed |= {part: reason for module in modules for part in module.modules()}
 
     def find_lost(self, plain: nn.Module) -> Reasons:
         """Return modules whose convolution is missing in the copy, because a ``__deepcopy__`` ignored the memo."""
         inside = set(plain.modules())
         lost = [done.modules for done in self.done if done.conv not in inside]
-        return {part: "what it is in has a __deepcopy__ of its own" for modules in lost for part in modules}
+        return {part: "the module around it has its own __deepcopy__" for modules in lost for part in modules}
 
 
 def _with_attributes_of(old: nn.Module, new: Module) -> Module:
