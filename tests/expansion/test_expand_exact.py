@@ -68,14 +68,14 @@ def networks():
     plain = repvgg.create_model("repvgg_t0", num_classes=10, plain=True)
     return {
         "vgg": (vgg(), 3),
-        "resnet18": (torchvision.models.resnet18(num_classes=7), 20),
+        "resnet10": (torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=7), 12),
         "repvgg": (plain, len([part for part in plain.modules() if isinstance(part, nn.Conv2d)])),
         "a convolution alone": (nn.Conv2d(3, 3, 3, padding=1), 1),
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["vgg", "resnet18", "repvgg", "a convolution alone"])
+@pytest.mark.parametrize("name", ["vgg", "resnet10", "repvgg", "a convolution alone"])
 def test_networks(name, dtype):
     model, count = networks()[name]
     model = trained(model, dtype)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 COMMON = {"database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=50, **COMMON)
+@settings(max_examples=30, **COMMON)
 @given(programs())
 def test_random_networks(program):
     check(program)
@@ -23,7 +23,7 @@ def test_random_networks(program):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @seed(20)
-@settings(max_examples=500, **COMMON)
+@settings(max_examples=300, **COMMON)
 @given(programs())
 def test_many_random_networks(program):
     check(program)
