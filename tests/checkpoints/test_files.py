@@ -50,13 +50,13 @@ def test_round_trip(tmp_path, dtype):
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):
-    files = [tmp_path / f"{number}.safetensors" for number in range(8)]  # a set of keys has 8 orders easily
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]  # a hash map would give different orders
     for file in files:
         save_checkpoint(file, tensors(), ABOUT)
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_other_layouts_and_shared_memory(tmp_path):
+def test_strided_and_shared_tensors(tmp_path):
     base = torch.randn(4, 3, 5, 5)
     given = {
         "channels_last": base.to(memory_format=torch.channels_last),
@@ -75,21 +75,21 @@ def test_other_layouts_and_shared_memory(tmp_path):
     assert {name: tensor.stride() for name, tensor in given.items()} == before
 
 
-def test_others_may_read_what_they_may_read(tmp_path):
-    """safetensors makes files that are for their owner only."""
+def test_files_get_the_usual_permissions(tmp_path):
+    """safetensors itself writes files that only their owner may read."""
     path, new = tmp_path / "model.safetensors", tmp_path / "new"
     new.touch()
     save_checkpoint(path, tensors(), ABOUT)
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(new.stat().st_mode)
 
 
-def test_any_program_can_read_it(tmp_path):
+def test_safetensors_can_read_it(tmp_path):
     save_checkpoint(tmp_path / "model.safetensors", tensors(), ABOUT)
     assert_close(load_file(tmp_path / "model.safetensors"), tensors())
 
 
-def test_a_file_of_strangers_has_no_metadata(tmp_path):
-    save_file(tensors(), tmp_path / "model.safetensors", {"format": "pt", "author": "somebody"})
+def test_a_foreign_file_has_no_metadata(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors", {"format": "pt", "author": "someone"})
     assert read_checkpoint(tmp_path / "model.safetensors").metadata is None
 
 
@@ -106,7 +106,7 @@ RUST_FULL = safetensors.SafetensorError("Error while serializing: I/O error: No 
     ],
 )
 @pytest.mark.parametrize("old", [True, False])
-def test_a_failure_to_write_leaves_everything_as_it_was(tmp_path, monkeypatch, place, failure, old):
+def test_a_failed_write_leaves_the_folder_unchanged(tmp_path, monkeypatch, place, failure, old):
     def fail(*arguments, **keywords):
         raise failure
 
@@ -120,8 +120,8 @@ def test_a_failure_to_write_leaves_everything_as_it_was(tmp_path, monkeypatch, p
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({path.name: "precious"} if old else {})
 
 
-def test_a_full_disk_for_real(tmp_path):
-    """A limit on the size of files stands in for the disk; the kernel refuses, nothing is simulated."""
+def test_a_write_refused_by_the_kernel(tmp_path):
+    """A limit on the size of files has the effect of a full disk, without patching anything."""
     resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, tensors(), ABOUT)
@@ -138,7 +138,7 @@ def test_a_full_disk_for_real(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_replaces_only_on_request(tmp_path):
+def test_overwrites_only_on_request(tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, tensors(), ABOUT)
     before = path.read_bytes()
@@ -158,7 +158,7 @@ def test_invalid_fields_are_not_written(tmp_path, invalid):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torch_file_of_odd_tensors(tmp_path):
+def test_sparse_and_meta_tensors_are_refused(tmp_path):
     sparse = torch.sparse_coo_tensor([[0]], [1.0], (2,), check_invariants=True)
     for odd in (sparse, torch.zeros(2, device="meta")):
         torch.save({"weight": odd}, tmp_path / "odd.pt")
@@ -166,7 +166,7 @@ def test_a_torch_file_of_odd_tensors(tmp_path):
             read_checkpoint(tmp_path / "odd.pt")
 
 
-def test_wrappers_within_wrappers_end(tmp_path):
+def test_nested_wrappers(tmp_path):
     endless = {"epoch": 3}
     endless["state_dict"] = endless
     torch.save(endless, tmp_path / "endless.pt")
@@ -176,7 +176,7 @@ def test_wrappers_within_wrappers_end(tmp_path):
     assert_close(read_checkpoint(tmp_path / "deep.pt").tensors, {"a": torch.ones(1)})
 
 
-def test_a_prefix_that_not_all_names_have_stays(tmp_path):
+def test_a_prefix_of_some_names_only_stays(tmp_path):
     given = {"module.a": torch.ones(1), "b": torch.ones(1)}
     torch.save(given, tmp_path / "run.pt")
     assert_close(read_checkpoint(tmp_path / "run.pt").tensors, given)

@@ -1,4 +1,4 @@
-"""Files that are damaged, that lie, or that would run code: refused in one sentence, and nothing runs."""
+"""Damaged, forged and malicious files are refused in one sentence, and no code in them runs."""
 
 import io
 import json
@@ -51,18 +51,18 @@ KINDS = ["safetensors", "torch", "legacy"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_files_are_read(tmp_path, originals, kind):
-    (tmp_path / "whole").write_bytes(originals[kind])
-    assert load(tmp_path / "whole").metadata.form == "train"
+def test_intact_files_are_read(tmp_path, originals, kind):
+    (tmp_path / "intact").write_bytes(originals[kind])
+    assert load(tmp_path / "intact").metadata.form == "train"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @FUZZ
 def test_truncated_files(tmp_path, originals, kind, data):
-    whole = originals[kind]
+    content = originals[kind]
     path = tmp_path / "cut"
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     refused(path)
 
 
@@ -70,12 +70,12 @@ def test_truncated_files(tmp_path, originals, kind, data):
 @given(data=st.data())
 @FUZZ
 def test_flipped_bits(tmp_path, originals, kind, data):
-    """In the header, where all that is not a weight is: it is refused, or what comes out is a model."""
-    whole = bytearray(originals[kind])
-    last = 8 + int.from_bytes(whole[:8], "little") if kind == "safetensors" else len(whole)
-    whole[data.draw(st.integers(0, last - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    """A file with one flipped bit is refused or gives a model; of safetensors, only the header is flipped."""
+    content = bytearray(originals[kind])
+    end = 8 + int.from_bytes(content[:8], "little") if kind == "safetensors" else len(content)
+    content[data.draw(st.integers(0, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path = tmp_path / "flipped"
-    path.write_bytes(whole)
+    path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -89,7 +89,7 @@ def test_flipped_bits(tmp_path, originals, kind, data):
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.binary(min_size=1, max_size=200))
 @FUZZ
-def test_noise_behind_a_true_beginning(tmp_path, originals, kind, data):
+def test_noise_after_a_valid_beginning(tmp_path, originals, kind, data):
     path = tmp_path / "noise"
     path.write_bytes(originals[kind][:12] + data)
     refused(path)
@@ -104,7 +104,7 @@ def test_noise(tmp_path, data):
 
 
 class Evil:
-    """Unpickled, it calls something."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -115,7 +115,7 @@ class Evil:
 
 @pytest.mark.parametrize("wrap", ["bare", "torch", "legacy", "among weights"])
 @pytest.mark.parametrize("function", ["system", "eval", "touch", "getattr"])
-def test_pickles_that_call_something(tmp_path, wrap, function):
+def test_pickles_with_code(tmp_path, wrap, function):
     effect = tmp_path / "effect"
     evil = {
         "system": Evil(os.system, f"touch {effect}"),
@@ -140,15 +140,15 @@ def test_pickles_that_call_something(tmp_path, wrap, function):
         *(b"cos\nsystem\n(S'touch effect'\ntR.", b"(dp0\n.", b"\x89PNG\r\n\x1a\n" + bytes(20), b"GIF89a", bytes(100)),
     ],
 )
-def test_other_files_are_called_what_they_are(tmp_path, text):
-    """A README is no checkpoint; a pickle of the oldest protocols is text, and is not even opened."""
+def test_other_files_are_no_checkpoints(tmp_path, text):
+    """Pickles of protocols 0 and 1 are text, and are not opened."""
     path = tmp_path / "README.md"
     path.write_bytes(text)
     assert refused(path).endswith("is not a checkpoint.")
 
 
 def test_namespaces_of_training_scripts_are_data(tmp_path):
-    """timm keeps its arguments in its checkpoints."""
+    """timm stores its arguments in its checkpoints."""
     model = create_model(SPEC, 3)
     arguments = Namespace(lr=0.1, model="repvgg_a0")
     torch.save({"state_dict": model.state_dict(), "args": arguments}, tmp_path / "run.pth.tar")
@@ -158,7 +158,7 @@ def test_namespaces_of_training_scripts_are_data(tmp_path):
 
 
 @pytest.mark.parametrize("length", [2**63 - 1, 2**64 - 1, 2**39, 2**31, 10**8 + 1, 10**6])
-def test_a_header_that_says_it_is_huge(tmp_path, length):
+def test_a_forged_header_length(tmp_path, length):
     path = tmp_path / "huge.safetensors"
     path.write_bytes(struct.pack("<Q", length) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4))
     refused(path)
@@ -175,21 +175,21 @@ def test_a_header_that_says_it_is_huge(tmp_path, length):
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
     ],
 )
-def test_headers_that_lie(tmp_path, entry):
+def test_forged_header_entries(tmp_path, entry):
     header = json.dumps({"head.weight": entry}).encode()
     path = tmp_path / "lie.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     assert "is damaged" in refused(path)
 
 
-def test_a_number_repeated_is_not_a_large_tensor(tmp_path):
-    """Four bytes on the disk, 4 TiB once they are looked at."""
+def test_tensors_with_zero_strides_are_refused(tmp_path):
+    """Four bytes on disk, 4 TiB when used."""
     torch.save({"head.weight": torch.ones(1).expand(2**20, 2**20)}, tmp_path / "bomb.pth")
     assert "larger than the file, in 'head.weight' first" in refused(tmp_path / "bomb.pth")
 
 
 def test_compressed_archives_are_refused(tmp_path):
-    """torch.save never packs; a few bytes may be gigabytes once they are unpacked."""
+    """torch.save never compresses, and a few bytes may unpack to gigabytes."""
     plain = io.BytesIO()
     torch.save({"a": torch.zeros(1000)}, plain)
     with (
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite(tmp_path, value, dtype):
     assert "values that are not finite, in 'head.bias' first" in refused(tmp_path / "nan.pth")
 
 
-def test_save_torch_whole_or_nothing(tmp_path, monkeypatch):
+def test_save_torch_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     save_torch(path, {"a": torch.ones(2, requires_grad=True)})
     assert_close(read_checkpoint(path).tensors, {"a": torch.ones(2)})

@@ -8,7 +8,7 @@ from repvgg.checkpoints import LAYOUTS, recognize_names, rename_to
 from repvgg.models import SPECS, ModelSpec, SqueezeExciteSpec, Stage
 from repvgg.models.infer_spec import infer_spec
 
-PAIRS = [  # ours, upstream, timm, mmpretrain: the part of the block, then the places
+PARTS = [  # paths inside a block: ours, upstream, timm, mmpretrain
     ("conv.dense.conv.weight", "rbr_dense.conv.weight", "conv_kxk.conv.weight", "branch_3x3.conv.weight"),
     (
         "conv.dense.bn.running_mean",
@@ -23,7 +23,7 @@ PAIRS = [  # ours, upstream, timm, mmpretrain: the part of the block, then the p
     ("act.se.down.bias", "se.down.bias", "attn.fc1.bias", "se_layer.conv1.conv.bias"),
     ("act.se.up.weight", "se.up.weight", "attn.fc2.weight", "se_layer.conv2.conv.weight"),
 ]
-PLACES = [
+BLOCKS = [  # paths of blocks: likewise
     ("stem", "stage0", "stem", "backbone.stem"),
     ("stages.0.1", "stage1.1", "stages.0.1", "backbone.stage_1.1"),
     ("stages.3.13", "stage4.13", "stages.3.13", "backbone.stage_4.13"),
@@ -41,10 +41,10 @@ PLUS = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("part", PAIRS)
-def test_names_both_ways(place, part):
-    ours, *theirs = (f"{at}.{name}" for at, name in zip(place, part, strict=True))
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("part", PARTS)
+def test_names_in_both_directions(block, part):
+    ours, *theirs = (f"{at}.{name}" for at, name in zip(block, part, strict=True))
     for layout, name in zip(("repvgg", "upstream", "timm", "mmpretrain"), (ours, *theirs), strict=True):
         assert LAYOUTS[layout].theirs(ours) == name
         assert LAYOUTS[layout].ours(name) == ours
@@ -56,7 +56,7 @@ def test_names_of_the_classifier():
 
 
 @pytest.mark.parametrize(("ours", "plus"), PLUS)
-def test_names_of_plus_both_ways(ours, plus):
+def test_names_of_plus_in_both_directions(ours, plus):
     assert LAYOUTS["upstream_plus"].theirs(ours) == plus
     assert LAYOUTS["upstream_plus"].ours(plus) == ours
 
@@ -82,7 +82,7 @@ def test_names_of_plus_both_ways(ours, plus):
         "stage1.1\u0661.rbr_dense.conv.weight",
     ],
 )
-def test_what_is_no_name(name):
+def test_names_that_are_not_recognized(name):
     assert LAYOUTS["upstream"].ours(name) is None
 
 
@@ -97,8 +97,8 @@ def shapes(spec, plain):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def through(layout, spec, plain, prefix=""):
-    """Our names and shapes, written in a layout and recognized again."""
+def round_trip(layout, spec, plain, prefix=""):
+    """Write our names in a layout and recognize them again; return the naming, and our names with shapes."""
     ours = shapes(spec, plain)
     gate = spec.squeeze_excite.place if spec.squeeze_excite else None
     theirs = {prefix + name: shape for name, shape in rename_to(layout, ours, gate).items()}
@@ -114,10 +114,10 @@ def through(layout, spec, plain, prefix=""):
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("layout", ["repvgg", "upstream", "timm", "mmpretrain"])
-def test_every_row_there_and_back(layout, name, plain):
+def test_every_architecture_there_and_back(layout, name, plain):
     if name == "repvggplus_l2pse" and layout in ("timm", "mmpretrain"):
         pytest.skip("they have no such model")
-    naming, ours = through(layout, SPECS[name], plain)
+    naming, ours = round_trip(layout, SPECS[name], plain)
     wanted = "upstream_plus" if (layout, name) == ("upstream", "repvggplus_l2pse") else layout
     assert naming.layout.name == wanted
     assert infer_spec(ours, naming.layout.gate, naming.layout.halves).spec is SPECS[name]
@@ -142,12 +142,12 @@ def specs(draw):
     layout=st.sampled_from(["upstream", "timm", "mmpretrain"]),
     prefix=st.sampled_from(["", "module.", "module._orig_mod.", "_orig_mod.model."]),
 )
-def test_any_spec_is_read_off_its_names_and_shapes(spec, plain, layout, prefix):
+def test_any_spec_follows_from_names_and_shapes(spec, plain, layout, prefix):
     gate = spec.squeeze_excite
-    naming, ours = through("upstream" if gate and gate.place == "after_relu" else layout, spec, plain, prefix)
+    naming, ours = round_trip("upstream" if gate and gate.place == "after_relu" else layout, spec, plain, prefix)
     found = infer_spec(ours, naming.layout.gate)
     assert (found.num_classes, found.in_channels, found.form) == (11, 4, "plain" if plain else "train")
-    assert shapes(found.spec, plain) == ours  # groups that no layer has cannot be told, and do not matter
+    assert shapes(found.spec, plain) == ours  # groups that no layer uses are not recoverable, and have no effect
     assert [(s.depth, s.channels) for s in found.spec.stages] == [(s.depth, s.channels) for s in spec.stages]
     if gate:
         assert found.spec.squeeze_excite.place == gate.place

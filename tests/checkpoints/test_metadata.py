@@ -15,12 +15,12 @@ def write(path, header):
     return path
 
 
-def test_the_smallest_header(tmp_path):
+def test_required_fields_only(tmp_path):
     found = read_checkpoint(write(tmp_path / "a.safetensors", GOOD)).metadata
     assert found == Metadata("repvgg_t0", "plain", 2, 3, 32)
 
 
-def test_fields_of_later_versions_are_passed_over(tmp_path):
+def test_fields_of_later_versions_are_ignored(tmp_path):
     found = read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, "colour": "red"})).metadata
     assert found == Metadata("repvgg_t0", "plain", 2, 3, 32)
 
@@ -28,7 +28,7 @@ def test_fields_of_later_versions_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     "header", ["", "{", "no json", "5", "null", "[]", "[1]", "{}", '"text"', "[" * 100_000, '{"model": "repvgg_t0"}']
 )
-def test_headers_that_cannot_be_read(tmp_path, header):
+def test_unreadable_headers(tmp_path, header):
     with pytest.raises(CheckpointError, match=r"header that cannot be read \(.+\): save it again\.$"):
         read_checkpoint(write(tmp_path / "a.safetensors", header))
 
@@ -50,7 +50,7 @@ def test_headers_that_cannot_be_read(tmp_path, header):
         ("version", 3),
     ],
 )
-def test_fields_that_make_no_sense(tmp_path, field, value):
+def test_invalid_fields(tmp_path, field, value):
     with pytest.raises(CheckpointError, match=f"header with an invalid '{field}': save it again") as caught:
         read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))
     assert "\n" not in str(caught.value)
@@ -58,7 +58,7 @@ def test_fields_that_make_no_sense(tmp_path, field, value):
 
 @pytest.mark.parametrize("field", ["mean", "std", "classes"])
 @pytest.mark.parametrize("value", [5, None])
-def test_lists_that_are_none(tmp_path, field, value):
+def test_fields_that_should_be_lists(tmp_path, field, value):
     with pytest.raises(CheckpointError, match="header that cannot be read"):
         read_checkpoint(write(tmp_path / "a.safetensors", {**GOOD, field: value}))
 

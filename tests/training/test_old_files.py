@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch.testing import assert_close
 
+import repvgg.training
 from repvgg.data import AffineJitter, Augment, DataConfig
 from repvgg.models import ModelSpec, Stage
 from repvgg.training import EpochRecord, OptimConfig, TrainConfig, fit, read_config, run, to_yaml
@@ -260,6 +261,13 @@ epoch,loss,held_out_accuracy,held_out_top5,lr,seconds,images_per_second
 1,1.3021024465560913,0.6842105388641357,1.0,0.037500000000000006,1.1606567899998481,86.88232588546381
 2,0.8219950199127197,1.0,1.0,0.0,1.688088031999996,58.515613156024735
 """
+
+
+@pytest.mark.parametrize("name", ["Layout", "Trial", "layout_of", "try_out", "without_branches"])
+def test_former_names(name):
+    new = getattr(repvgg.training, name)
+    assert new.__name__ in repvgg.training.__all__
+    assert getattr(repvgg.training, new.__name__) is new
 
 
 def test_config_with_every_field(tmp_path):

@@ -14,7 +14,7 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from repvgg._contexts import seeded
-from repvgg.errors import TrainingError
+from repvgg.errors import TrainingError, require
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan, plan_batches
@@ -155,8 +155,7 @@ def _mixing(config: TrainConfig, num_classes: int) -> nn.Module:
     """Mixup or CutMix; with both, one of them is drawn for each batch."""
     if not (config.mixup or config.cutmix):
         return _NoMixing()
-    from torchvision.transforms import v2
-
+    v2 = require("torchvision.transforms.v2", "train")
     choices = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
     choices += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
     mix: nn.Module = choices[0] if len(choices) == 1 else v2.RandomChoice(choices)
