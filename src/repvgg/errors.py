@@ -166,7 +166,7 @@ def require(package: str, extra: str | None = None) -> ModuleType:
     """Import an optional package.
 
     Args:
-        package: name of the module to import.
+        package: the module to import, perhaps one inside the package.
         extra: the extra of repvgg that installs it, or None if the default installation includes it.
 
     Raises:
@@ -175,7 +175,5 @@ def require(package: str, extra: str | None = None) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        wanted = f"repvgg[{extra}]" if extra else "repvgg"
-        raise MissingDependencyError(
-            f"This needs {package!r}, which is not installed: pip install '{wanted}'."
-        ) from error
+        wanted, name = f"repvgg[{extra}]" if extra else "repvgg", package.partition(".")[0]
+        raise MissingDependencyError(f"This needs {name!r}, which is not installed: pip install '{wanted}'.") from error

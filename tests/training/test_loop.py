@@ -136,16 +136,18 @@ extra = {'lightning', 'torchvision', 'torchmetrics', 'matplotlib', 'tensorboard'
 print((extra | {'rich'}) & {name.partition('.')[0] for name in sys.modules})
 sys.modules |= dict.fromkeys(extra)  # importing them fails from here on
 print(repvgg.training.recipe_of('cifar').epochs)
-try:
-    repvgg.training.fit
-except MissingDependencyError as error:
-    print(error)
+for use in (lambda: repvgg.training.fit, lambda: repvgg.training.evaluate(len, [])):
+    try:
+        use()
+    except MissingDependencyError as error:
+        print(error)
 """
     out, err = fresh_process(code)
     assert out.splitlines() == [
         "set()",
         "20",
         "This needs 'lightning', which is not installed: pip install 'repvgg[train]'.",
+        "This needs 'torchmetrics', which is not installed: pip install 'repvgg[train]'.",
     ]
     assert err == ""
 
