@@ -34,10 +34,9 @@ def train(arguments: list[str]) -> int:
     Args:
         arguments: what stands behind ``repvgg train``.
     """
-    from repvgg.training import Terminated, run
+    parsed = _parse(_spelled_out(arguments))
+    from repvgg.training import Terminated, run  # after parsing: the help text needs neither Lightning nor its seconds
 
-    given = _spelled_out(arguments)
-    parsed = _parse(given)
     config, folder = parsed.settings, _folder(parsed)
     try:
         run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
