@@ -1,4 +1,4 @@
-"""Plain networks on this CPU: the library's engine beside what else people run, in one process.
+"""Plain networks on this CPU: the library's engine compared with other inference engines, in one process.
 
     python benchmarks/engine.py                                    all pairs of the paper's Table 4, batches 1 and 16
     python benchmarks/engine.py --pairs repvgg_a0:resnet18 --batches 1 --rounds 15
@@ -6,19 +6,19 @@
     python benchmarks/engine.py --busy --pairs repvgg_a0: --batches 1
     python benchmarks/engine.py --checkpoint runs/c10/plain.safetensors --data torchvision:CIFAR10:PATH
 
-A pair is a row of the model table and a baseline. First, each other engine looks for its best setting: PyTorch as it
-is and compiled, each with either layout; ONNX Runtime with threads that spin or sleep; OpenVINO in float32 with the
-hints for latency and for throughput, pinned or not; the library's engine searches for its fastest ways to compute each
-convolution. Then rounds alternate between the engines; each reading rests a moment, runs once untimed, and times calls
-for about a tenth of a second. Shown are medians of images per second with quartiles, the largest error of the logits
-against float64 relative to the largest logit, and ratios within rounds: to the fastest other engine on the same
-network, and to the baseline in OpenVINO.
+A pair is an architecture and a baseline. First, the best settings of each other engine are found: PyTorch eager and
+compiled, in either memory format; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the
+hints for latency and for throughput, pinned or not. The library's engine measures its algorithms (``search=True``).
+Then rounds alternate between the engines. Each reading pauses, runs once untimed, and times calls for 0.1 s. The output
+has medians of images per second with quartiles, the largest error of the logits against float64 relative to the largest
+logit, and ratios within rounds: to the fastest other engine on the same network, and to the baseline in OpenVINO.
 
-``--idle`` times single calls after so many milliseconds of rest. ``--busy`` has another process work all the while.
-``--checkpoint`` judges all engines by float64 on real images in the place of timing them. ``--floor`` tells where the
-time of the engine goes, and what the machine's peaks alone would take. ``--precision medium`` lets it round more.
+``--idle`` times single calls after so many milliseconds of rest. ``--busy`` keeps one core busy with another process.
+``--checkpoint`` evaluates all engines against float64 on a validation split instead of timing them. ``--floor`` shows
+where the time of the engine goes, and what the peaks of the machine alone would take. ``--precision medium`` allows
+larger rounding errors.
 
-An engine that is not installed is left out, and named. Weights are random but for a checkpoint.
+An engine that is not installed is skipped, with a message. Weights are random, except those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ from repvgg.measure.timing import quartiles
 from repvgg.models import load
 from repvgg.studies.candidates import deployed
 
-READING = 0.1  # seconds
-REST = 0.02  # seconds before a reading, in which threads of other engines go to sleep
-# Table 4, and B1. Bottlenecks with the strides whose FLOPs the paper counts, and torchvision's ResNet-50 as well.
+READING_SECONDS = 0.1
+REST_SECONDS = 0.02  # before a reading, so that the spinning threads of other engines go to sleep
+# Table 4, and B1. The bottlenecks have the strides whose FLOPs the paper counts; torchvision's ResNet-50 is added.
 PAIRS = "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50+resnet50_v1_5,repvgg_b1g4:resnet101,repvgg_b1:"
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int, int]
 
 
 def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
-    """As it is and compiled, with channels one after the other or side by side."""
+    """Yield eager and compiled PyTorch, in NCHW and channels_last."""
     for layout in (torch.contiguous_format, torch.channels_last):
-        words = "channels_last" if layout is torch.channels_last else "NCHW"
+        name_of_layout = "channels_last" if layout is torch.channels_last else "NCHW"
         moved = deepcopy(model).to(memory_format=layout)
         compiled = torch.compile(deepcopy(model).to(memory_format=layout))
         for name, run in (("eager", moved), ("compiled", compiled)):
-            yield f"{name}, {words}", lambda x, run=run, layout=layout: run(x.contiguous(memory_format=layout))
+            yield f"{name}, {name_of_layout}", lambda x, run=run, layout=layout: run(x.contiguous(memory_format=layout))
 
 
 def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
-    """With threads that look for work all the time, or sleep."""
+    """Yield ONNX Runtime with spinning and with sleeping threads."""
     runtime = require("onnxruntime")
     with _exported(model, shape) as path:
         for spin in ("1", "0"):
@@ -80,7 +80,7 @@ def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tup
 
 
 def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
-    """In float32, with each hint, threads pinned to cores or not."""
+    """Yield OpenVINO in float32 for each performance hint, with and without CPU pinning."""
     core = require("openvino", "openvino").Core()
     with _exported(model, shape) as path:
         graph = core.read_model(path)
@@ -89,7 +89,7 @@ def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[
             settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": pinned}
             settings["INFERENCE_NUM_THREADS"] = threads
             if hint == "THROUGHPUT":
-                settings["NUM_STREAMS"] = "1"  # one caller: all threads work on its images
+                settings["NUM_STREAMS"] = "1"  # there is one caller, so all threads work on its images
             request = core.compile_model(graph, "CPU", settings).create_infer_request()
             words = f"{hint.lower()}{', pinned' if pinned else ''}"
             yield words, lambda x, run=request.infer: torch.from_numpy(run([x.numpy()], share_inputs=True)[0])
@@ -107,24 +107,24 @@ def _exported(model: nn.Module, shape: Shape) -> Iterator[Path]:
 
 
 def reading(run: Run, images: Tensor) -> float:
-    """Images per second."""
-    time.sleep(REST)
+    """Measure images per second."""
+    time.sleep(REST_SECONDS)
     run(images)
     start, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < READING:
+    while (passed := time.perf_counter() - start) < READING_SECONDS:
         run(images)
         calls += 1
     return calls * len(images) / passed
 
 
 def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequence[str]) -> dict[str, Run]:
-    """Each other engine at the setting that was fastest in five readings in turn."""
+    """Return each other engine with the setting of the highest median of five readings."""
     found: dict[str, Run] = {}
     for name in names:
         try:
             settings = dict(OTHERS[name](model, tuple(images.shape), threads))
         except MissingDependencyError as error:
-            print(f"{name} is left out: {error}")
+            print(f"{name} is skipped: {error}")
             continue
         speeds = {words: [reading(run, images) for _ in range(5)] for words, run in settings.items()}
         best = max(speeds, key=lambda words: float(np.median(speeds[words])))
@@ -134,7 +134,7 @@ def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequenc
 
 
 def alternate(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Readings of all, in turn."""
+    """Take readings of all engines in turns."""
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -143,7 +143,7 @@ def alternate(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, li
 
 
 def after_rest(runs: dict[str, Run], images: Tensor, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Images per second of single calls, each after so long a rest of the whole process."""
+    """Measure images per second of single calls, each after the whole process has slept."""
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -161,12 +161,12 @@ def show(name: str, values: Sequence[float], words: str = "") -> None:
 
 
 def ratios(speeds: dict[str, list[float]], ours: str, other: str) -> list[float]:
-    """Within rounds."""
+    """Divide readings of the same round."""
     return [one / two for one, two in zip(speeds[ours], speeds[other], strict=True)]
 
 
 def compare(speeds: dict[str, list[float]], ours: str, baselines: Sequence[str]) -> None:
-    """Show all, and the ratios."""
+    """Print the ratios to the fastest other engine and to the baselines."""
     rivals = [name for name in speeds if name not in (ours, *baselines)]
     if rivals:
         best = max(rivals, key=lambda name: float(np.median(speeds[name])))
@@ -176,38 +176,40 @@ def compare(speeds: dict[str, list[float]], ours: str, baselines: Sequence[str])
 
 
 def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, float]:
-    """The largest error of the logits against float64, relative to the largest logit."""
+    """Compute the largest error of the logits against float64, relative to the largest logit."""
     wanted = deepcopy(model).double()(images.double())
     return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
 
 
 def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.CompiledModel:
-    """The library's engine at its best setting."""
+    """Compile with autotuning."""
     return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=True)
 
 
 def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
-    """Where the engine's time goes, and the peaks of this machine."""
+    """Print where the engine's time goes, and the peaks of this machine."""
     threads = args.threads
     network = ours(model, shape, args)
     images = torch.randn(shape)
     network(images)
-    kinds: dict[str, list[float]] = {}
+    by_kernel: dict[str, list[float]] = {}
     for step in network.profile(images, 30):
-        kinds.setdefault(type(step.kernel).__name__, []).append(step.seconds)
-    whole = sum(map(sum, kinds.values()))
-    for name, seconds in kinds.items():
-        print(f"  {name:20s} {len(seconds):3d} steps {1e3 * sum(seconds):8.2f} ms {sum(seconds) / whole:6.1%}")
-    muls = sum(step.num_multiplies for step in network.profile(images, 1))
+        by_kernel.setdefault(type(step.kernel).__name__, []).append(step.seconds)
+    total = sum(map(sum, by_kernel.values()))
+    for name, seconds in by_kernel.items():
+        print(f"  {name:20s} {len(seconds):3d} steps {1e3 * sum(seconds):8.2f} ms {sum(seconds) / total:6.1%}")
+    multiplies = sum(step.num_multiplies for step in network.profile(images, 1))
     bytes_read = sum(values.nbytes for values in network._executables[-1]._weights)
     peak, bandwidth = peak_flops(threads), bandwidth_read(bytes_read)
-    print(f"  all steps {1e3 * whole:.2f} ms; {2e-9 * muls:.2f} GFLOP after Winograd over {1e-9 * peak:.0f} GFLOP/s")
-    print(f"  measured: {1e3 * 2 * muls / peak:.2f} ms; {1e-6 * bytes_read:.0f} MB of weights over", end=" ")
+    print(
+        f"  all steps {1e3 * total:.2f} ms; {2e-9 * multiplies:.2f} GFLOP after Winograd over {1e-9 * peak:.0f} GFLOP/s"
+    )
+    print(f"  measured: {1e3 * 2 * multiplies / peak:.2f} ms; {1e-6 * bytes_read:.0f} MB of weights over", end=" ")
     print(f"{1e-9 * bandwidth:.0f} GB/s measured: {1e3 * bytes_read / bandwidth:.2f} ms")
 
 
 def peak_flops(threads: int) -> float:
-    """Of the engine's direct kernel on layers that stay in the cache, the best of many: nothing was faster here."""
+    """Measure the engine's direct kernel on layers that stay in L2, the best of many: nothing was faster here."""
     layers = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)]
     network = repvgg.engine.compile(nn.Sequential(*layers).eval(), (1, 64, 56, 56), threads, precision="highest")
     images = torch.randn(1, 64, 56, 56)
@@ -220,7 +222,7 @@ def peak_flops(threads: int) -> float:
 
 
 def bandwidth_read(size: int) -> float:
-    """Bytes per second of a sum over so many bytes, the best of many."""
+    """Measure bytes per second of a sum over ``size`` bytes, the best of many."""
     values = torch.ones(max(size // 4, 1))
     return size / min(_timed(values.sum) for _ in range(20))
 
@@ -231,8 +233,8 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def judge(args: argparse.Namespace) -> None:
-    """All engines on the held-out images of a data set, beside float64."""
+def evaluate(args: argparse.Namespace) -> None:
+    """Compare all engines with float64 on a validation split."""
     from repvgg.data import DataConfig, open_data
 
     loaded = load(args.checkpoint)
@@ -265,8 +267,8 @@ def _work() -> None:
 
 
 @contextmanager
-def another(busy: bool) -> Iterator[None]:
-    """A process that works all the while, if asked for."""
+def background_load(busy: bool) -> Iterator[None]:
+    """Keep another process busy in the background."""
     process = multiprocessing.get_context("spawn").Process(target=_work, daemon=True)
     if busy:
         process.start()
@@ -276,25 +278,25 @@ def another(busy: bool) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
-    """One pair at one batch."""
+def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
+    """Measure one pair at one batch size."""
     torch.manual_seed(0)
-    model = deployed(row)
+    model = deployed(architecture)
     images = torch.randn(batch, 3, args.size, args.size)
-    print(f"{row}, batch {batch}")
+    print(f"{architecture}, batch {batch}")
     start = time.perf_counter()
     runs: dict[str, Run] = {"repvgg": ours(model, tuple(images.shape), args)}
-    print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with the search for the fastest ways")
+    print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with autotuning")
     runs |= best_settings(model, images, args.threads, args.engines)
-    far = errors(runs, model, images)
+    max_errors = errors(runs, model, images)
     rivals = []
     for name in filter(None, baseline.split("+")):
         print(f"  {name}:")
         found = best_settings(deployed(name), images, args.threads, ["OpenVINO f32"])
         rivals += [f"{name} in {engine}" for engine in found]
         runs |= {f"{name} in {engine}": run for engine, run in found.items()}
-    results: dict[str, object] = {"model": row, "baseline": baseline, "batch": batch, "errors": far}
-    with another(args.busy):
+    results: dict[str, object] = {"model": architecture, "baseline": baseline, "batch": batch, "errors": max_errors}
+    with background_load(args.busy):
         for rest in args.idle or [None]:
             if rest is None:
                 speeds = alternate(runs, images, args.rounds)
@@ -302,7 +304,7 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
                 print(f"  after {rest:g} ms of rest:")
                 speeds = after_rest(runs, images, rest / 1e3, args.rounds)
             for name, values in speeds.items():
-                show(name, values, f"img/s{f', error {far[name]:.1e}' if name in far else ''}")
+                show(name, values, f"img/s{f', error {max_errors[name]:.1e}' if name in max_errors else ''}")
             compare(speeds, "repvgg", rivals)
             results["speeds" if rest is None else f"speeds after {rest:g} ms"] = speeds
     if args.floor:
@@ -312,13 +314,15 @@ def measure(row: str, baseline: str, batch: int, args: argparse.Namespace) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", default=PAIRS, help="rows, each with baselines behind a colon, as a+b, or nothing")
+    parser.add_argument(
+        "--pairs", default=PAIRS, help="architectures, each followed by a colon and its baselines, joined by +"
+    )
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--engines", default=",".join(OTHERS))
-    parser.add_argument("--idle", default="", help="milliseconds, with commas between")
+    parser.add_argument("--idle", default="", help="milliseconds, separated by commas")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
-    parser.add_argument("--json", type=Path, help="a new file for all readings")
+    parser.add_argument("--json", type=Path, help="write all readings to this file")
     parser.add_argument("--precision", default="high", choices=tuple(ERROR_GROWTH_LIMITS), help="of the engine")
     parser.add_argument("--checkpoint")
     parser.add_argument("--data")
@@ -330,12 +334,12 @@ def main() -> None:
     print(environment(), flush=True)
     if args.checkpoint:
         with torch.inference_mode():
-            judge(args)
+            evaluate(args)
         return
     results = []
     for pair, batch in itertools.product(args.pairs.split(","), map(int, args.batches.split(","))):
-        row, _, baseline = pair.partition(":")
-        results.append(measure(row, baseline, batch, args))
+        architecture, _, baseline = pair.partition(":")
+        results.append(measure(architecture, baseline, batch, args))
         torch.compiler.reset()
         if args.json:
             args.json.write_text(json.dumps({"environment": environment(), "results": results}))

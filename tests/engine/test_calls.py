@@ -1,4 +1,4 @@
-"""The callable from outside: what goes in, other sizes, copies, forks, and how it ends."""
+"""The compiled model in use: inputs, other sizes, copies, threads, forks, process exit, and the fallback to PyTorch."""
 
 import copy
 import gc
@@ -44,17 +44,17 @@ def batch(count: int = 2, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
 # Arrays
 
 ARRAYS = {
-    "as they come": lambda x: x,
+    "contiguous": lambda x: x,
     "channels last": lambda x: np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
-    "turned around": lambda x: x[:, :, ::-1, ::-1].copy()[:, :, ::-1, ::-1],
+    "negative strides": lambda x: x[:, :, ::-1, ::-1].copy()[:, :, ::-1, ::-1],
     "every second": lambda x: np.repeat(x, 2, axis=3)[:, :, :, ::2],
-    "the same again and again": lambda x: np.broadcast_to(x[:1], x.shape),
-    "not aligned": lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "unaligned": lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
 }
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_of_all_kinds(fast, name):
+def test_arrays_of_any_layout(fast, name):
     x = ARRAYS[name](batch().numpy())
     x.flags.writeable = False
     out = fast(x)
@@ -63,20 +63,20 @@ def test_arrays_of_all_kinds(fast, name):
     torch.testing.assert_close(torch.from_numpy(out), fast(torch.from_numpy(x.copy())), rtol=0, atol=0)
 
 
-def test_tensors_that_are_negated_when_they_are_read(fast):
+def test_tensors_with_the_negative_bit(fast):
     numbers = torch.complex(batch(), batch())
     x = numbers.conj().imag
     assert x.is_neg()
     torch.testing.assert_close(fast(x), fast(-numbers.imag), rtol=0, atol=0)
 
 
-def test_maps_of_one_channel_are_not_overwritten_by_the_next_call():
-    """Then the output already lies as it is returned, and must be copied nevertheless."""
+def test_outputs_of_one_pixel_are_not_overwritten_by_the_next_call():
+    """The buffer then has the layout of the output already, but must be copied nevertheless."""
     network = repvgg.engine.compile(torch.nn.Sequential(torch.nn.Conv2d(16, 16, 1)), (1, 16, 1, 1))
     first = network(torch.zeros(1, 16, 1, 1))
-    kept = first.clone()
+    copied = first.clone()
     network(torch.ones(1, 16, 1, 1))
-    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+    torch.testing.assert_close(first, copied, rtol=0, atol=0)
 
 
 # Other sizes
@@ -86,7 +86,7 @@ def sizes_of(compiled: CompiledModel) -> list[tuple[int, ...]]:
     return [(one.shape[0], *one.shape[2:]) for one in compiled._executables]
 
 
-def test_other_sizes_are_compiled_when_they_come(fast, model):
+def test_other_sizes_are_compiled_on_first_use(fast, model):
     for count, size in [(3, (32, 32)), (1, (40, 33)), (2, (32, 32)), (1, (40, 33)), (1, (32, 32))]:
         assert_equal(fast, model, batch(count, size))
     assert sizes_of(fast) == [(3, 32, 32), (1, 40, 33), (2, 32, 32)]
@@ -94,7 +94,7 @@ def test_other_sizes_are_compiled_when_they_come(fast, model):
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(3, marks=threaded)])
-def test_the_size_that_ran_last_goes_last(model, threads):
+def test_the_least_recently_used_size_is_dropped(model, threads):
     fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
     others = [(20 + at, 20) for at in range(MAX_INPUT_SIZES)]
     first = weakref.ref(fast._executables[0])
@@ -106,7 +106,7 @@ def test_the_size_that_ran_last_goes_last(model, threads):
     assert_equal(fast, model, batch())
 
 
-def test_weights_that_are_packed_alike_are_held_once(model):
+def test_sizes_share_equal_packed_weights(model):
     fast = repvgg.engine.compile(model, (1, 3, 32, 32))
     before = {values.ctypes.data for values in fast._executables[0]._weights}
     fast(batch(2, (64, 32)))
@@ -116,7 +116,7 @@ def test_weights_that_are_packed_alike_are_held_once(model):
     assert_equal(fast, model, batch(2, (64, 32)))
 
 
-def test_images_that_are_too_small_change_nothing():
+def test_images_that_are_too_small_leave_the_model_usable():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5)).eval()
     fast = repvgg.engine.compile(model, (1, 3, 8, 8))
     with pytest.raises(UnsupportedError, match="'0' has no output for feature maps of 4x8: pass larger images"):
@@ -132,8 +132,8 @@ def test_a_profile_of_another_size(fast):
 
 
 @threaded
-def test_threads_across_sizes_without_a_rest(model):
-    """Those that are late must take nothing of a table that ran before, nor look at one that is gone."""
+def test_threads_across_sizes_without_a_pause(model):
+    """A late worker must neither claim work of a table that ran before, nor read one that was freed."""
     fast = repvgg.engine.compile(model, (1, 3, 32, 32), threads=3)
     inputs = [batch(1 + at % 2, (20 + 4 * (at % (MAX_INPUT_SIZES + 1)), 24)) for at in range(10)]
     wanted = [repvgg.engine.compile(model, tuple(x.shape), threads=1)(x) for x in inputs]
@@ -153,7 +153,7 @@ def test_copies_are_compiled_again(fast, again):
     assert repr(other) == repr(fast)
 
 
-def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch):
+def test_a_pickle_is_compiled_for_the_processor_that_reads_it(model, fast, monkeypatch):
     text = pickle.dumps(fast)
     monkeypatch.setattr(compiled_model, "host_isa", lambda: GENERIC["sse2"])
     if host_isa().name in ("sse2", "avx2", "avx512"):
@@ -163,18 +163,18 @@ def test_a_pickle_is_for_the_processor_where_it_is_read(model, fast, monkeypatch
 # Threads and forks
 
 
-def test_a_second_caller_is_refused_while_the_first_computes():
-    """Until it happened; a call that is not refused is right."""
+def test_a_concurrent_call_is_refused():
+    """Calls until one is refused; those that are not are right."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, padding=1)).eval()
     fast, x = repvgg.engine.compile(model, (1, 3, 128, 128), threads=1), batch(1, (128, 128))
-    wanted, said, over = fast(x), [], threading.Event()
+    wanted, messages, over = fast(x), [], threading.Event()
 
     def call() -> None:
         while not over.is_set():
             try:
                 torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
             except UsageError as error:
-                said.append(str(error))
+                messages.append(str(error))
                 over.set()
 
     callers = [threading.Thread(target=call, daemon=True) for _ in range(2)]
@@ -184,19 +184,19 @@ def test_a_second_caller_is_refused_while_the_first_computes():
     over.set()
     for caller in callers:
         caller.join()
-    assert said
-    assert set(said) == {"This model is running in another thread: compile one model for each thread."}
+    assert messages
+    assert set(messages) == {"This model is running in another thread: compile one model for each thread."}
     torch.testing.assert_close(fast(x), wanted, rtol=0, atol=0)
 
 
 def tasks() -> int:
-    """Threads of this process, as the system counts them."""
+    """Count the threads of this process as the system does."""
     return len(os.listdir("/proc/self/task"))
 
 
 @threaded
-def test_the_system_has_its_threads_and_memory_back():
-    """Memory: of a network that takes far more than what else may come and go."""
+def test_threads_and_memory_are_returned_to_the_system():
+    """With a model that takes far more memory than anything else that may come and go."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, padding=1)).eval()
     repvgg.engine.compile(model, (1, 3, 32, 32))(batch(1))
     before, held = tasks(), resident()
@@ -212,7 +212,7 @@ def test_the_system_has_its_threads_and_memory_back():
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the resident memory of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -220,7 +220,7 @@ def resident() -> int:
 @threaded
 @forking
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_forked_child_has_threads_of_its_own(model, threads):
+def test_a_forked_child_starts_its_own_threads(model, threads):
     fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
     x = batch()
     wanted = fast(x)
@@ -237,8 +237,8 @@ def test_a_forked_child_has_threads_of_its_own(model, threads):
 
 
 @forking
-def test_a_forked_child_writes_into_memory_of_its_own():
-    """What it computes meanwhile does not show in what its parent computes."""
+def test_a_forked_child_writes_to_its_own_memory():
+    """Nothing that it computes appears in the buffers of its parent."""
     numbers = Arena().zeros(2**20)
     child = os.fork()
     if child == 0:
@@ -250,7 +250,7 @@ def test_a_forked_child_writes_into_memory_of_its_own():
 
 @threaded
 @forking
-def test_a_child_is_not_refused_for_a_caller_of_its_parent(model):
+def test_a_call_in_the_parent_does_not_block_a_forked_child(model):
     fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=2)
     with fast._lock:
         child = os.fork()
@@ -261,8 +261,8 @@ def test_a_child_is_not_refused_for_a_caller_of_its_parent(model):
 
 @threaded
 @forking
-def test_in_processes_as_loaders_fork_them(model):
-    """They end in the usual way, with the network alive."""
+def test_in_forked_worker_processes(model):
+    """They exit normally while the model is alive."""
     fast = repvgg.engine.compile(model, (1, 3, 32, 32), threads=2)
     inputs = [batch(1) for _ in range(4)]
     wanted = [fast(x).numpy() for x in inputs]
@@ -283,32 +283,32 @@ def test_in_processes_as_loaders_fork_them(model):
         np.testing.assert_array_equal(found[at], out)
 
 
-ENDS = {
+EXITS = {
     "in a global": "",
-    "in a thread that goes on": (  # on arrays: PyTorch aborts when one of its own calls is cut off by the end
+    "in a running thread": (  # on arrays: PyTorch aborts when the exit interrupts one of its own calls
         "import threading\ndef again():\n    while True:\n        fast(x)\n"
         "threading.Thread(target=again, daemon=True).start()\n"
     ),
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_a_process_ends_with_the_network_alive(name):
+@pytest.mark.parametrize("name", EXITS)
+def test_a_process_exits_while_the_model_is_alive(name):
     code = (
         "import torch, repvgg.engine\n"
         "net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))\n"
         "x = torch.zeros(1, 3, 32, 32).numpy()\n"
         "fast = repvgg.engine.compile(net, (1, 3, 32, 32), threads=3)\n"
         "fast(x)\n"
-    ) + ENDS[name]
+    ) + EXITS[name]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert (run.returncode, run.stderr) == (0, "")
 
 
-# In the place of the engine
+# The fallback to PyTorch
 
 
-def test_pytorch_takes_over_if_asked():
+def test_fallback_runs_an_unsupported_model():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).train()
     with pytest.raises(UnsupportedError):
         repvgg.engine.compile(model, (1, 3, 8, 8))
@@ -327,7 +327,7 @@ def test_pytorch_takes_over_if_asked():
 @pytest.mark.parametrize(
     "error", [RuntimeError("LLVM does not know this.\nmore"), MissingDependencyError("No llvmlite.")]
 )
-def test_pytorch_takes_over_from_a_failed_compilation(model, monkeypatch, error):
+def test_fallback_after_a_failed_compilation(model, monkeypatch, error):
     def fail(*arguments):
         raise error
 
@@ -340,19 +340,19 @@ def test_pytorch_takes_over_from_a_failed_compilation(model, monkeypatch, error)
 
 
 @pytest.mark.parametrize("package", ["llvmlite.binding", "platformdirs"])
-def test_what_is_not_installed_is_named(model, monkeypatch, package):
+def test_a_missing_package_is_named(model, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delenv("REPVGG_CACHE_DIR")
     with pytest.raises(MissingDependencyError, match=rf"needs '{package}'.*pip install 'repvgg\[engine\]'"):
         repvgg.engine.compile(model, (1, 3, 32, 32))
 
 
-def test_bad_arguments_are_refused_with_a_fallback_too(model):
+def test_invalid_arguments_raise_with_a_fallback_too(model):
     with pytest.raises(UsageError, match="four positive integers"):
         repvgg.engine.compile(model, (1, 32, 32), fallback=True)
     with pytest.raises(UsageError, match="at least one thread"):
         repvgg.engine.compile(model, (1, 3, 32, 32), threads=0, fallback=True)
 
 
-def test_no_warning_where_the_engine_runs(model):
+def test_no_warning_without_a_fallback(model):
     assert isinstance(repvgg.engine.compile(model, (1, 3, 32, 32), fallback=True), CompiledModel)

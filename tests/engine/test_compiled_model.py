@@ -18,16 +18,16 @@ from repvgg.models.spec import SqueezeExciteSpec, Stage
 from tests.engine.helpers import isas
 
 
-def row(groups: int = 1, gate=None) -> ModelSpec:
-    """A small row with odd widths, on which every second layer has groups."""
+def small_spec(groups: int = 1, gate=None) -> ModelSpec:
+    """A small architecture with odd widths, in which every second layer has groups."""
     return ModelSpec("small", Stage(1, 12), (Stage(3, 20), Stage(2, 36, stride=1)), groups, gate)
 
 
-ROWS = {
-    "plain": row(),
-    "groups": row(groups=4),
-    "gate before the ReLU": row(gate=SqueezeExciteSpec("before_relu", 4)),
-    "gate behind the ReLU": row(gate=SqueezeExciteSpec("after_relu", 2)),
+SPECS = {
+    "plain": small_spec(),
+    "groups": small_spec(groups=4),
+    "gate before the ReLU": small_spec(gate=SqueezeExciteSpec("before_relu", 4)),
+    "gate after the ReLU": small_spec(gate=SqueezeExciteSpec("after_relu", 2)),
 }
 
 
@@ -45,15 +45,15 @@ def assert_equal(network, model: nn.Module, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
-@pytest.mark.parametrize("name", ROWS)
-def test_small_rows(name, isa):
-    model = plain(ROWS[name])
+@pytest.mark.parametrize("name", SPECS)
+def test_small_architectures(name, isa):
+    model = plain(SPECS[name])
     network = CompiledModel(read(model), (3, 3, 37, 29), isa)
     assert_equal(network, model, torch.randn(3, 3, 37, 29))
 
 
-def test_smaller_batches_one_after_the_other():
-    """Each call must find the borders as zeros, whatever ran before."""
+def test_batches_of_all_sizes_in_turn():
+    """Each call needs zero borders, whatever ran before."""
     model = plain()
     network = repvgg.engine.compile(model, (19, 3, 32, 32))
     for batch in (19, 1, 8, 9, 19):
@@ -61,28 +61,28 @@ def test_smaller_batches_one_after_the_other():
 
 
 @pytest.fixture
-def in_parts(monkeypatch):
-    """Maps of more than a thousand numbers are large, and twenty thousand fill the cache."""
+def small_l3(monkeypatch):
+    """Feature maps of more than a thousand values are chunked, and twenty thousand fill L3."""
     monkeypatch.setattr(memory_plan, "_MIN_CHUNKED_FLOATS", 1000)
     monkeypatch.setattr(memory_plan, "_L3_FLOATS", 20_000)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_early_layers_on_parts_of_a_batch(name, in_parts):
-    """For any number of images up to the batch, of any strides; and one after the other, with what lay there before."""
-    model = plain(ROWS[name])
+@pytest.mark.parametrize("name", SPECS)
+def test_early_layers_in_chunks_of_the_batch(name, small_l3):
+    """For all batches up to the largest, of any strides, on buffers that hold the values of earlier calls."""
+    model = plain(SPECS[name])
     network = repvgg.engine.compile(model, (12, 3, 37, 29), 2)
     firsts = [step.first_image for step in network.plan.steps]
     assert sorted(set(firsts)) == [0, 3, 6, 9]
-    assert firsts[-1] == 0  # the last layers take all images at once
-    once = {(step.name, step.kernel) for step in network.plan.steps}
-    assert len(network._executables[0]._weights) <= 2 * len(once)  # weights and biases, whatever comes again
+    assert firsts[-1] == 0  # the last layers process all images at once
+    distinct = {(step.name, step.kernel) for step in network.plan.steps}
+    assert len(network._executables[0]._weights) <= 2 * len(distinct)  # weights and biases: chunks share them
     for batch in (12, 1, 5, 8, 12):
         x = torch.randn(batch, 3, 37, 29)
         assert_equal(network, model, x.contiguous(memory_format=torch.channels_last) if batch == 8 else x)
 
 
-def test_a_profile_adds_the_parts_of_a_batch(in_parts):
+def test_a_profile_adds_up_the_chunks_of_a_batch(small_l3):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
     network = CompiledModel(read(model), (6, 3, 24, 24), isas()[-1])
     assert len(network.plan.steps) > 3
@@ -124,7 +124,7 @@ def test_the_former_names_are_aliases():
     assert repvgg.engine.InTorch is repvgg.engine.TorchFallback
 
 
-def test_any_strides_without_a_change():
+def test_inputs_of_any_strides_give_the_same_output():
     model = plain()
     network = repvgg.engine.compile(model, (4, 3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
@@ -138,9 +138,9 @@ def test_any_strides_without_a_change():
 def test_outputs_are_not_overwritten_by_the_next_call():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
     first = network(torch.zeros(1, 3, 32, 32))
-    kept = first.clone()
+    copy = first.clone()
     network(torch.randn(1, 3, 32, 32))
-    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+    torch.testing.assert_close(first, copy, rtol=0, atol=0)
 
 
 def test_feature_maps_as_output():
@@ -186,7 +186,7 @@ def test_wrong_inputs_are_refused(x, words):
         network(x)
 
 
-def test_what_does_not_fit_is_named_before_anything_is_compiled():
+def test_layers_that_do_not_fit_the_input_are_named():
     with pytest.raises(UnsupportedError, match=r"'stem.conv' expects 3 channels but receives 4: pass an input_shape"):
         repvgg.engine.compile(plain(), (1, 4, 32, 32))
     with pytest.raises(UnsupportedError, match=r"'1' has no output for feature maps of 1x1: pass larger images"):
@@ -195,25 +195,25 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled():
         repvgg.engine.compile(plain(), (1, 3, 0, 32))
 
 
-def test_a_second_thread_is_refused():
+def test_a_call_from_a_second_thread_is_refused():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
-    said = []
+    messages = []
 
     def second() -> None:
         try:
             network(torch.zeros(1, 3, 32, 32))
         except UsageError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     with network._lock:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert "another thread" in said[0]
+    assert "another thread" in messages[0]
     network(torch.zeros(1, 3, 32, 32))
 
 
-def test_memory_goes_with_the_network():
+def test_code_is_freed_with_the_model():
     network = repvgg.engine.compile(plain(), (1, 3, 32, 32))
     code = [weakref.ref(network._executables[0]._code), weakref.ref(network._pool._code)]
     del network
@@ -223,6 +223,6 @@ def test_memory_goes_with_the_network():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b0", "repvgg_b1g4", "repvgg_d2se"])
-def test_rows_of_the_table(name):
+def test_published_architectures(name):
     model = plain(name, classes=1000)
     assert_equal(repvgg.engine.compile(model, (1, 3, 224, 224)), model, torch.randn(1, 3, 224, 224))

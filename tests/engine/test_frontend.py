@@ -26,7 +26,7 @@ def conv(inputs: int = 4, outputs: int = 4, kernel: int = 3, **more) -> nn.Conv2
     return nn.Conv2d(inputs, outputs, kernel, **more)
 
 
-def test_a_plain_row_is_a_chain():
+def test_a_plain_architecture_is_a_chain():
     layers = read(create_model("repvgg_t0", plain=True))
     assert [type(layer) for layer in layers] == [Conv] * 7 + [Pool, Linear]
     assert [layer.name for layer in layers[:2]] == ["stem.conv", "stages.0.0.conv"]
@@ -47,7 +47,7 @@ def test_gates(name, gate_has_relu):
 
 
 class Functional(nn.Module):
-    """As people write it who hold their weights themselves."""
+    """A model that holds its weights itself and calls functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Functional(nn.Module):
         return F.linear(x.mean((2, 3)), self.matrix)
 
 
-def test_functions_with_weights_of_the_model():
+def test_functions_with_parameters_of_the_model():
     model = Functional()
     convolution, pool, linear = read(model.train())
     assert convolution.geometry == ConvGeometry((3, 3), (2, 2), groups=2)
@@ -71,7 +71,7 @@ def test_functions_with_weights_of_the_model():
     assert not linear.bias.any()
 
 
-def test_weights_are_copies_and_the_mode_stays():
+def test_weights_are_copied_and_the_mode_is_restored():
     model = nn.Sequential(conv(bias=False), nn.Dropout(), nn.Identity()).train()
     (layer,) = read(model)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_weights_are_copies_and_the_mode_stays():
     assert model[1].training
 
 
-WAYS_TO_SAY_IT = {
+SPELLINGS = {
     "modules": lambda net, x: net.head(torch.flatten(net.pool(net.relu(net.conv(x))), 1)),
     "functions": lambda net, x: net.head(torch.flatten(F.adaptive_avg_pool2d(F.relu(net.conv(x)), 1), 1)),
     "methods": lambda net, x: net.head(net.conv(x).relu().mean((2, 3))),
@@ -90,16 +90,16 @@ WAYS_TO_SAY_IT = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS_TO_SAY_IT)
-def test_ways_to_say_the_same(way):
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_modules_functions_and_methods_read_alike(spelling):
     layers = read(
-        Net(WAYS_TO_SAY_IT[way], conv=conv(), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(4, 2))
+        Net(SPELLINGS[spelling], conv=conv(), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(4, 2))
     )
     assert [type(layer) for layer in layers] == [Conv, Pool, Linear]
     assert layers[0].relu
 
 
-def test_padding_in_words():
+def test_padding_given_as_a_string():
     assert read(conv(kernel=5, padding="same", dilation=2))[0].geometry.padding == (4, 4)
     assert read(conv(padding="valid"))[0].geometry.padding == (0, 0)
 
@@ -122,7 +122,7 @@ REFUSED = {
     "a residual": (Net(lambda net, x: x + net.conv(x), conv=conv()), "has two users"),
     "a subclass": (nn.Sequential(OwnConv(4, 4, 3)), "engine"),
     "hooks": (hooked(), "'0' has forward hooks"),
-    "flow by values": (Net(lambda net, x: x if x.sum() > 0 else -x), "cannot be traced"),
+    "control flow by values": (Net(lambda net, x: x if x.sum() > 0 else -x), "cannot be traced"),
     "reflected padding": (conv(padding=1, padding_mode="reflect"), "'reflect'"),
     "uneven padding": (conv(kernel=2, padding="same"), "one side"),
     "float64": (conv().double(), "float32"),
@@ -132,7 +132,7 @@ REFUSED = {
     "a pool that is not flattened": (nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1)), "flatten"),
     "a linear layer on columns": (nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Linear(1, 2)), "flatten"),
     "a flatten of maps": (nn.Sequential(conv(), nn.Flatten()), r"is not a flatten\(1\)"),
-    "a convolution behind the pool": (
+    "a convolution after the pool": (
         nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), conv(kernel=1)),
         "follows the global pool",
     ),
@@ -140,12 +140,13 @@ REFUSED = {
     "a ReLU of the input": (nn.Sequential(nn.ReLU(), conv()), "'0'"),
     "a dropout that drops": (Net(lambda net, x: F.dropout(net.conv(x)), conv=conv()), "at random"),
     "a computed kernel": (Net(lambda net, x: F.conv2d(x, net.conv.weight * 2), conv=conv()), "float32 tensors"),
-    "a number": (Net(lambda net, x: net.conv(x) * 2, conv=conv()), "mul"),
+    "a product with a number": (Net(lambda net, x: net.conv(x) * 2, conv=conv()), "mul"),
+    "a product first": (Net(lambda net, x: net.conv(x * 2), conv=conv()), "mul"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_named(name):
+def test_the_message_names_what_is_unsupported(name):
     model, words = REFUSED[name]
     with pytest.raises(UnsupportedError, match=words):
         read(model)

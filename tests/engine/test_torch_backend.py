@@ -1,4 +1,4 @@
-"""With the real torch.compile."""
+"""Through the real torch.compile."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from repvgg.engine import torch_backend
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.torch_backend import repvgg_backend
 from repvgg.errors import FallbackWarning
-from tests.engine.test_compiled_model import ROWS, plain
+from tests.engine.test_compiled_model import SPECS, plain
 
 GROUP = "torch_dynamo_backends"
 PROJECT = pathlib.Path(__file__).parents[2] / "pyproject.toml"
@@ -33,18 +33,18 @@ def fresh():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Input shapes of all networks that the engine compiled."""
-    shapes, network = [], torch_backend.CompiledModel
+    """The input shapes of all models that the engine compiles."""
+    shapes, real = [], torch_backend.CompiledModel
 
     def noted(layers, shape, *more):
         shapes.append(shape)
-        return network(layers, shape, *more)
+        return real(layers, shape, *more)
 
     monkeypatch.setattr(torch_backend, "CompiledModel", noted)
     return shapes
 
 
-def fast_of(model: nn.Module, **more) -> nn.Module:
+def compiled_by_engine(model: nn.Module, **more) -> nn.Module:
     return torch.compile(model, backend=repvgg_backend, **more)
 
 
@@ -54,28 +54,30 @@ def assert_same(fast, model: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("plain", torch.no_grad), *((name, torch.inference_mode) for name in ROWS)])
-def test_plain_rows_run_in_the_engine(compiled, name, mode):
-    model = plain(ROWS[name])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("plain", torch.no_grad), *((name, torch.inference_mode) for name in SPECS)]
+)
+def test_plain_architectures_run_in_the_engine(compiled, name, mode):
+    model = plain(SPECS[name])
     with mode():
-        assert_same(fast_of(model), model, torch.randn(2, 3, 37, 29))
+        assert_same(compiled_by_engine(model), model, torch.randn(2, 3, 37, 29))
     assert compiled == [(2, 3, 37, 29)]
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_other_batches(compiled, dynamic):
     model = plain()
-    fast = fast_of(model, dynamic=dynamic)
+    fast = compiled_by_engine(model, dynamic=dynamic)
     with torch.inference_mode():
         for batch in (2, 4, 3, 1):
             assert_same(fast, model, torch.randn(batch, 3, 32, 32))
-    assert len(compiled) == {None: 3, True: 2, False: 4}[dynamic]  # PyTorch's graphs; 1 always has one of its own
+    assert len(compiled) == {None: 3, True: 2, False: 4}[dynamic]  # PyTorch's graphs: batch 1 always has one of its own
 
 
 def test_options(compiled):
     model, x = plain(), torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
-        assert_same(fast_of(model, options={"threads": 2}), model, x)
+        assert_same(compiled_by_engine(model, options={"threads": 2}), model, x)
         assert [thread.name for thread in threading.enumerate()].count("repvgg-engine") >= thread_pool.has_workers()
         for options, words in (
             ({"thread": 2}, "only option of the engine is 'threads'"),
@@ -83,12 +85,12 @@ def test_options(compiled):
         ):
             torch.compiler.reset()
             with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
-                fast_of(model, options=options)(x)
+                compiled_by_engine(model, options=options)(x)
 
 
-def test_weights_that_change_are_read_again(compiled):
+def test_changed_weights_are_read_again(compiled):
     model = plain()
-    fast, x = fast_of(model), torch.randn(2, 3, 32, 32)
+    fast, x = compiled_by_engine(model), torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert_same(fast, model, x)
         assert_same(fast, model, x)
@@ -111,7 +113,7 @@ class Tuple(nn.Module):
         return (self.model(x),)
 
 
-def test_weights_inside_of_the_graph(compiled):
+def test_weights_that_the_graph_holds(compiled):
     model, x = plain(), torch.randn(2, 3, 32, 32)
     run = repvgg_backend(torch.fx.symbolic_trace(Tuple(model)), [x])
     with torch.inference_mode():
@@ -149,11 +151,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pytorch_runs_the_rest_and_one_warning_says_why(compiled, name):
+def test_pytorch_runs_the_rest_with_one_warning_that_gives_the_reason(compiled, name):
     model, kinds, words = REFUSED[name]
     x = torch.randn(1, 3, 32, 32, **kinds)
     inference = torch.inference_mode(name != "gradients")
-    fast = fast_of(model)
+    fast = compiled_by_engine(model)
     with inference, pytest.warns(FallbackWarning, match=words):
         assert_same(fast, model, x)
     with inference, warnings.catch_warnings():
@@ -162,9 +164,9 @@ def test_pytorch_runs_the_rest_and_one_warning_says_why(compiled, name):
     assert compiled == []
 
 
-def test_gradients_are_right_and_inference_goes_on_in_the_engine(compiled):
+def test_gradients_are_right_and_inference_stays_in_the_engine(compiled):
     model, x = plain(), torch.randn(1, 3, 32, 32)
-    fast = fast_of(model)
+    fast = compiled_by_engine(model)
     with torch.inference_mode():
         fast(x)
     with pytest.warns(FallbackWarning, match="gradients"):
@@ -178,18 +180,18 @@ def test_gradients_are_right_and_inference_goes_on_in_the_engine(compiled):
 def test_autocast(compiled):
     model, x = plain(), torch.randn(1, 3, 32, 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), pytest.warns(FallbackWarning, match="autocast"):
-        assert fast_of(model)(x).dtype == torch.bfloat16
+        assert compiled_by_engine(model)(x).dtype == torch.bfloat16
     assert compiled == []
 
 
-def test_the_entry_point_leads_to_the_backend():
+def test_the_entry_point_loads_the_backend():
     declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][GROUP]
     assert list(declared) == ["repvgg"]
     assert EntryPoint("repvgg", declared["repvgg"], GROUP).load() is repvgg_backend
 
 
 @pytest.mark.slow
-def test_by_name_without_importing(tmp_path):
+def test_by_name_without_an_import(tmp_path):
     """PyTorch finds the entry point of an installed package."""
     declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][GROUP]["repvgg"]
     about = tmp_path / "as_installed-1.dist-info"

@@ -21,7 +21,7 @@ from repvgg.errors import FallbackWarning, UsageError
 from tests.engine.helpers import isas
 from tests.engine.runtime import generate_thread_pool
 from tests.engine.runtime.generate_thread_pool import CLANG, FOLDER, SOURCE
-from tests.engine.test_compiled_model import ROWS, assert_equal, plain
+from tests.engine.test_compiled_model import SPECS, assert_equal, plain
 
 pytestmark = pytest.mark.skipif(
     not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone"
@@ -33,10 +33,10 @@ def helpers() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("threads", [3])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SPECS)
 def test_threads_compute_the_same_bits_each_time(name, threads):
     """Whoever took which unit; another number of threads may have other kernels, and rounds otherwise."""
-    model = plain(ROWS[name])
+    model = plain(SPECS[name])
     network = CompiledModel(read(model), (3, 3, 37, 29), isas()[-1], threads)
     for batch in (3, 1, 2):
         x = torch.randn(batch, 3, 37, 29)
