@@ -36,7 +36,7 @@ FOLDER = Path("runs/quickstart")
 TRAIN_FILE, PLAIN_FILE, ONNX_FILE = "train.safetensors", "plain.safetensors", "plain.onnx"
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 _BATCH = 64
-_SAMPLES = 24
+_SAMPLES = 24  # fills whole rows of the page's grid on a desktop (8) and on a phone (4)
 _PURPOSES = {
     TRAIN_FILE: "the trained model with its branches: train it further, or convert it again",
     PLAIN_FILE: "the plain model, one convolution per block: deploy this one",
@@ -157,7 +157,7 @@ def _replace_folder(folder: Path, target: Path) -> None:
 
 def _train(data: ImageData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
     console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, validate on {data.num_val} others")
-    with seeded("model", config.seed):
+    with seeded("model", config.seed):  # the same weights whatever was drawn before
         model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
     result = fit(model, data, config, console=console)
     console.print(f"  {result.accuracy:.2%} of the validation digits are correct, after {result.seconds:.0f} s")
@@ -231,7 +231,7 @@ def _save(folder: Path, forms: _Forms, data: ImageData, result: FitResult) -> No
         "std": data.std,
         "classes": data.classes,
         "recipe": asdict(result.config),
-        "metrics": {"held_out_accuracy": result.accuracy},
+        "metrics": {"held_out_accuracy": result.accuracy},  # the key that readers of checkpoints know
     }
     models.save(folder / TRAIN_FILE, forms.train, models.describe_model(forms.train, "train", **about))
     models.save(folder / PLAIN_FILE, forms.plain, models.describe_model(forms.plain, "plain", **about))
@@ -244,6 +244,7 @@ def _export(folder: Path, forms: _Forms, data: ImageData, console: Console) -> O
         raise ExportError(f"The exported file is not plain: {exported.plain_violations()[0]}.")
     nodes = ", ".join(f"{count} {name}" for name, count in exported.operators.items())
     console.print(f"  opset {exported.opset}: {nodes}", highlight=False)
+    # As many threads as PyTorch uses, or the timings would not compare.
     return OnnxRunner(folder / ONNX_FILE, threads=torch.get_num_threads())
 
 
@@ -378,6 +379,7 @@ def _samples(forms: _Forms, data: ImageData) -> tuple[page.Sample, ...]:
     with torch.inference_mode():
         confidence, predicted = forms.plain(images).softmax(1).max(1)
     order = sorted(range(len(labels)), key=lambda i: (int(predicted[i]) == labels[i], i))
+    # The page shows gray values: the first channel of images that are gray already.
     gray = (data.to_pixels(images)[:, 0] * 255).round().int()
     return tuple(
         page.Sample(tuple(tuple(row) for row in gray[i].tolist()), labels[i], int(predicted[i]), float(confidence[i]))
@@ -418,4 +420,5 @@ def _print_summary(target: Path, report: page.Report, console: Console) -> None:
     console.print(table)
     console.print("\nTry next:")
     for command in report.next_commands:
+        # Soft wrapping: rich must not break a command that somebody copies.
         console.print(f"  {command.command:72} # {command.purpose}", highlight=False, soft_wrap=True)

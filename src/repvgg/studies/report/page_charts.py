@@ -249,7 +249,7 @@ def error_chart(checks: Sequence[Check]) -> str:
 
     def draw(figure: Figure, narrow: bool) -> None:
         labels = [(check.subject, check.inputs) for check in checks]
-        axes = _labelled_rows(figure, labels, narrow, right=12, scale=True)
+        axes, bar = _labelled_rows(figure, labels, narrow, right=12, scale=True)
         axes.set_xscale("log", subs=[])
         axes.set_xlim(left, right)
         exponents = scale.ticks(4 if narrow else 8)
@@ -257,14 +257,8 @@ def error_chart(checks: Sequence[Check]) -> str:
         axes.grid(axis="x", color=RULE, linewidth=1)
         for row, check in enumerate(checks):
             bound, error = scale.clip(check.tolerance), scale.clip(check.relative_error)
-            axes.barh(row, bound - left, left=left, height=_BAR_HEIGHT, color=GOOD, alpha=0.16, linewidth=0)
-            axes.plot(
-                [bound, bound],
-                [row - _BAR_HEIGHT * 0.7, row + _BAR_HEIGHT * 0.7],
-                color=GOOD,
-                linewidth=2,
-                clip_on=False,
-            )
+            axes.barh(row, bound - left, left=left, height=bar, color=GOOD, alpha=0.16, linewidth=0)
+            axes.plot([bound] * 2, [row - 0.7 * bar, row + 0.7 * bar], color=GOOD, linewidth=2, clip_on=False)
             if check.reference_error is not None:
                 own = f"rounding error of the train form: {scientific(check.reference_error)}"
                 axes.plot(
@@ -303,13 +297,14 @@ def timing_chart(timings: Sequence[Timing]) -> str:
     longest = max(max(timing.q3_seconds, timing.median_seconds) for timing in timings)
 
     def draw(figure: Figure, narrow: bool) -> None:
-        axes = _labelled_rows(figure, [(timing.name, "") for timing in timings], narrow, right=0 if narrow else 160)
+        labels = [(timing.name, "") for timing in timings]
+        axes, bar = _labelled_rows(figure, labels, narrow, right=0 if narrow else 160)
         axes.set_xlim(0, 1.02 * longest)
         axes.xaxis.set_visible(False)
         for row, timing in enumerate(timings):
             color, opacity = _ROLE_COLORS[timing.role]
             median = timing.median_seconds
-            axes.barh(row, median, height=_BAR_HEIGHT, color=color, alpha=opacity, linewidth=0)
+            axes.barh(row, median, height=bar, color=color, alpha=opacity, linewidth=0)
             # Quartiles on the wrong side of the median, from an edited file, would be lengths that Matplotlib refuses.
             whiskers = [[max(0.0, median - timing.q1_seconds)], [max(0.0, timing.q3_seconds - median)]]
             axes.errorbar(median, row, xerr=whiskers, color=INK, linewidth=1.3, capsize=4)
@@ -325,11 +320,11 @@ def timing_chart(timings: Sequence[Timing]) -> str:
         f"Time per batch. {'; '.join(words)}",
         draw,
         wide=(_WIDE_PX, 42 * len(timings)),
-        narrow=(NARROW_PX, 58 * len(timings)),
+        narrow=(NARROW_PX, 54 * len(timings)),
     )
 
 
-_BAR_HEIGHT = 0.42  # in rows
+_BAR_PX = 18.0  # thickness of a bar
 _LABELS_PX = 300.0  # width of the column of labels in a wide chart
 _SCALE_PX = 28.0  # height of the labels of the x axis
 _NAME: dict[str, Any] = {"weight": "bold", "size": 14}
@@ -338,13 +333,13 @@ _NOTE: dict[str, Any] = {"color": SOFT, "size": 13}
 
 def _labelled_rows(
     figure: Figure, labels: Sequence[tuple[str, str]], narrow: bool, *, right: float, scale: bool = False
-) -> Axes:
-    """Return axes with a row for each (name, note), the first on top; the labels are left of the bars, or above them.
+) -> tuple[Axes, float]:
+    """Return axes with a labelled row for each (name, note), the first on top, and the thickness of a bar in rows.
 
     Args:
         figure: an empty one.
         labels: of the rows.
-        narrow: put the labels above the bars.
+        narrow: put the labels above the bars instead of to their left.
         right: space to the right of the axes, in pixels.
         scale: leave space for the labels of the x axis.
     """
@@ -354,14 +349,15 @@ def _labelled_rows(
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - bottom) / height), frameon=False
     )
-    axes.set_ylim((len(labels) - 0.7, -0.7) if narrow else (len(labels) - 0.5, -0.5))
+    below = 0.3 if narrow else 0.5  # the share of a row below the middle of its bar
+    axes.set_ylim(len(labels) - 1 + below, below - 1)
     axes.yaxis.set_visible(False)
     axes.tick_params(length=0, labelcolor=SOFT, pad=8)
     for row, (name, note) in enumerate(labels):
         line = 9 if note else 0  # half the distance of two lines
         _write(axes, row, name, right=-left, up=2 * line if narrow else line, above=narrow, ha="left", **_NAME)
         _write(axes, row, note, right=-left, up=0 if narrow else -line, above=narrow, ha="left", **_NOTE)
-    return axes
+    return axes, _BAR_PX * len(labels) / (height - bottom)
 
 
 def _write(
@@ -378,7 +374,7 @@ def _write(
 ) -> None:
     """Write text in a row or above its bar, ``right`` and ``up`` pixels from ``x`` in [0, 1] of the axes."""
     if above:
-        row, up = row - _BAR_HEIGHT / 2, up + 11
+        up += _BAR_PX / 2 + 11
     axes.annotate(
         printable(text),
         (x, row),

@@ -209,6 +209,7 @@ def png_data_uri(pixels: Sequence[Sequence[int]]) -> str:
     from PIL import Image
 
     buffer = BytesIO()
+    # Gray images of 32x32 pixels compress to about 600 bytes each.
     Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 

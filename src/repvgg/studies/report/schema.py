@@ -37,7 +37,7 @@ class Data:
 
     name: str
     train_count: int
-    held_out_count: int
+    held_out_count: int  # of the validation split
     classes: tuple[str, ...]
 
 
@@ -226,11 +226,11 @@ class Report:
     data: Data
     training: Training
     regions: tuple[Region, ...]
-    left: tuple[Unchanged, ...]
+    left: tuple[Unchanged, ...]  # modules that were left unchanged
     evidence: tuple[Check, ...]
     timings: tuple[Timing, ...]
     samples: tuple[Sample, ...]
-    files: tuple[File, ...]
+    files: tuple[File, ...]  # includes report.json and report.html themselves
     next_commands: tuple[NextCommand, ...]
     environment: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
