@@ -7,27 +7,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from repvgg.engine.codegen.ir_builder import module
-from repvgg.engine.codegen.jit import GENERIC, Code, Isa, host_isa, object_code
+from repvgg.engine.codegen.ir_builder import build_module
+from repvgg.engine.codegen.jit import GENERIC_ISAS, MachineCode, VectorIsa, compile_to_object, host_isa
 from repvgg.engine.graph import Conv, ConvGeometry
-from repvgg.engine.runtime.memory import Images, zeros
+from repvgg.engine.runtime.memory import FeatureMapLayout, aligned_zeros
 
 CANARY = np.float32(-12345.678)
 GUARD = 4096  # floats
 _X86 = ("sse2", "avx2", "avx512")
 
 
-def isas() -> list[Isa]:
+def isas() -> list[VectorIsa]:
     """All vectors that this processor can run code for."""
     host = host_isa()
-    return [GENERIC[name] for name in _X86[: _X86.index(host.name) + 1]] if host.name in _X86 else [host]
+    return [GENERIC_ISAS[name] for name in _X86[: _X86.index(host.name) + 1]] if host.name in _X86 else [host]
 
 
 class Guarded:
     """Memory between canaries: whatever is written beyond either end is seen."""
 
     def __init__(self, floats: int, fill: float = 0.0) -> None:
-        self.whole = zeros(floats + 2 * GUARD)
+        self.whole = aligned_zeros(floats + 2 * GUARD)
         self.whole[:] = CANARY
         self.inside = self.whole[GUARD : GUARD + floats]
         self.inside[:] = fill
@@ -37,25 +37,27 @@ class Guarded:
         assert (self.whole[GUARD + self.inside.size :] == CANARY).all()
 
 
-def maps(images: Images, numbers: np.ndarray) -> np.ndarray:
+def maps(images: FeatureMapLayout, numbers: np.ndarray) -> np.ndarray:
     """The numbers of a buffer by (image, row, column, channel), borders and padding among them."""
-    axes = zip(images.size, images.border, images.more, strict=True)
+    axes = zip(images.size, images.border, images.overhang, strict=True)
     height, width = (size + 2 * border + more for size, border, more in axes)
-    return numbers.reshape(-1, height, width, images.pitch)
+    return numbers.reshape(-1, height, width, images.pixel_stride)
 
 
-def inside(images: Images, numbers: np.ndarray) -> np.ndarray:
+def inside(images: FeatureMapLayout, numbers: np.ndarray) -> np.ndarray:
     """The same without borders and padding."""
     (height, width), (above, left) = images.size, images.border
     return maps(images, numbers)[:, above : above + height, left : left + width, : images.channels]
 
 
-def run(kernel, source: np.ndarray, target: np.ndarray, weights, bias, batch: int, isa: Isa, parts: int = 1) -> None:
+def run(
+    kernel, source: np.ndarray, target: np.ndarray, weights, bias, batch: int, isa: VectorIsa, parts: int = 1
+) -> None:
     """Compile a kernel and run all of its units, in so many parts, the last one first."""
-    code = Code([object_code(module(kernel.functions("kernel")), isa)], isa)
+    code = MachineCode([compile_to_object(build_module(kernel.emit("kernel")), isa)], isa)
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)(code.address("kernel"))
     pointers = [array.ctypes.data for array in (source, target, weights, bias)]
-    units = batch * kernel.units_of_image
+    units = batch * kernel.units_per_block
     cuts = [units * part // parts for part in range(parts + 1)]
     for begin, end in reversed(list(itertools.pairwise(cuts))):
         function(*pointers, batch, begin, end)

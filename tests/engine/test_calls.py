@@ -16,7 +16,7 @@ import torch
 
 import repvgg.engine
 from repvgg.engine import api, compiled_model
-from repvgg.engine.codegen.jit import GENERIC, host_isa
+from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
 from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena
@@ -155,9 +155,9 @@ def test_copies_are_compiled_again(fast, again):
 
 def test_a_pickle_is_compiled_for_the_processor_that_reads_it(model, fast, monkeypatch):
     text = pickle.dumps(fast)
-    monkeypatch.setattr(compiled_model, "host_isa", lambda: GENERIC["sse2"])
+    monkeypatch.setattr(compiled_model, "host_isa", lambda: GENERIC_ISAS["sse2"])
     if host_isa().name in ("sse2", "avx2", "avx512"):
-        assert pickle.loads(text)._target.isa == GENERIC["sse2"]
+        assert pickle.loads(text)._target.isa == GENERIC_ISAS["sse2"]
 
 
 # Threads and forks

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from repvgg.engine import executable
-from repvgg.engine.codegen.jit import SCALAR, Isa, host_isa
+from repvgg.engine.codegen.jit import SCALAR_ISA, VectorIsa, host_isa
 from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
 from tests.engine.helpers import inside, isas, random_conv
 
 BATCH = 5
 FAST, ALL = range(5), range(60)  # numbers of networks
-WIDTHS = [*isas(), replace(SCALAR, cpu=host_isa().cpu, features=host_isa().features)]
+WIDTHS = [*isas(), replace(SCALAR_ISA, cpu=host_isa().cpu, features=host_isa().features)]
 GUARD = 1024  # bytes of canaries
 NAN = 0x7FC0BEEF
 
@@ -96,7 +96,7 @@ def wide(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).double()
 
 
-def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: Isa) -> CompiledModel:
+def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: VectorIsa) -> CompiledModel:
     """With other threads and another precision from one to the next."""
     return CompiledModel(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
 
@@ -126,7 +126,7 @@ class Zones:
         out[:] = 0
         return out
 
-    def aligned(self, values: np.ndarray) -> np.ndarray:
+    def aligned_copy(self, values: np.ndarray) -> np.ndarray:
         out = self.zeros(values.size)
         out[:] = values
         return out
@@ -143,7 +143,7 @@ def poison(network: CompiledModel) -> None:
             inside(buffer.images, one._memory[buffer.number])[...] = np.nan
 
 
-def check_zones(monkeypatch, seed: int, isa: Isa) -> None:
+def check_zones(monkeypatch, seed: int, isa: VectorIsa) -> None:
     zones = Zones()
     monkeypatch.setattr(executable, "Arena", lambda: zones)
     layers, shape = draw(seed)
@@ -205,7 +205,7 @@ class Fences:
         begin = page + (room - -(-size // 64) * 64 if self._behind else 0)
         return raw[begin : begin + size].view(np.float32)
 
-    def aligned(self, values: np.ndarray) -> np.ndarray:
+    def aligned_copy(self, values: np.ndarray) -> np.ndarray:
         out = self.zeros(values.size)
         out[:] = values
         return out
@@ -231,14 +231,14 @@ fenced = [
 ]
 
 
-def run_fenced(seed: int, isa: Isa, behind: bool) -> None:
+def run_fenced(seed: int, isa: VectorIsa, behind: bool) -> None:
     fences = Fences(behind)
     executable.Arena = lambda: fences  # in a child: nobody puts them back
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     for batch in (BATCH, 1, 3):
         x = np.random.default_rng(seed).standard_normal((batch, *shape[1:])).astype(np.float32)
-        given = fences.aligned(x.ravel()).reshape(x.shape)
+        given = fences.aligned_copy(x.ravel()).reshape(x.shape)
         assert_right(network, layers, torch.from_numpy(given))
 
 

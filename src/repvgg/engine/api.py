@@ -15,7 +15,7 @@ from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Floats, Shape
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision
-from repvgg.engine.runtime.memory import Given, read_input
+from repvgg.engine.runtime.memory import Images, view_input
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line
 
@@ -39,9 +39,9 @@ class TorchFallback:
     def __call__(self, x: Tensor) -> Tensor: ...
     @overload
     def __call__(self, x: Floats) -> Floats: ...
-    def __call__(self, x: Given) -> Given:
+    def __call__(self, x: Images) -> Images:
         """See :meth:`repvgg.engine.CompiledModel.__call__`."""
-        read_input(x, self._channels)
+        view_input(x, self._channels)
         images = x if isinstance(x, Tensor) else torch.from_numpy(x.copy())
         with torch.no_grad(), eval_mode(self.model):
             output: Tensor = self.model(images)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repvgg.engine.codegen.jit import Isa, host_isa
+from repvgg.engine.codegen.jit import VectorIsa, host_isa
 from repvgg.engine.executable import Executable
 from repvgg.engine.graph import Floats, Layer, Shape
 from repvgg.engine.kernels.base import Kernel
@@ -21,7 +21,7 @@ from repvgg.engine.planner.algorithms import Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
 from repvgg.engine.planner.cost_model import select_algorithm
 from repvgg.engine.planner.plan import Plan, plan
-from repvgg.engine.runtime.memory import Given, Input, read_input
+from repvgg.engine.runtime.memory import Images, InputView, view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool, thread_count
 from repvgg.errors import UsageError
 
@@ -72,7 +72,7 @@ class Profile(tuple[StepTime, ...]):
         for step in self:
             share = f"{step.seconds / self.seconds:.1%}"
             speed = f"{step.gflops:.0f}" if step.num_multiplies else ""
-            rows.append((step.name, step.kernel.words, f"{1e6 * step.seconds:.0f}", share, speed))
+            rows.append((step.name, step.kernel.describe(), f"{1e6 * step.seconds:.0f}", share, speed))
         rows.append(("all", "", f"{1e6 * self.seconds:.0f}", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
@@ -111,7 +111,7 @@ class CompiledModel:
         self,
         layers: Sequence[Layer],
         input_shape: Shape,
-        isa: Isa | None,
+        isa: VectorIsa | None,
         threads: int | None = 1,
         precision: Precision = "high",
         search: bool = False,
@@ -133,7 +133,7 @@ class CompiledModel:
     def __call__(self, x: Tensor) -> Tensor: ...
     @overload
     def __call__(self, x: Floats) -> Floats: ...
-    def __call__(self, x: Given) -> Given:
+    def __call__(self, x: Images) -> Images:
         """Compute the output for float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
 
         Images of any strides are read in place, channels_last among them. The output is new memory: (n, O) behind a
@@ -143,7 +143,7 @@ class CompiledModel:
             UsageError: the images have another shape, dtype or device, or another thread is running this model.
             UnsupportedError: they are too small for the network.
         """
-        images = read_input(x, self.input_shape[1])
+        images = view_input(x, self.input_shape[1])
         count = images.shape[0]
         executable = self._enter(images)
         try:
@@ -153,12 +153,12 @@ class CompiledModel:
             self._lock.release()
         return torch.from_numpy(output) if isinstance(x, Tensor) else output
 
-    def profile(self, x: Given, repeats: int = 20) -> Profile:
+    def profile(self, x: Images, repeats: int = 20) -> Profile:
         """Measure each step: the median of ``repeats`` runs on ``x``, with a call of the thread pool for each step.
 
         See :meth:`__call__` for the errors.
         """
-        images = read_input(x, self.input_shape[1])
+        images = view_input(x, self.input_shape[1])
         count = images.shape[0]
         executable = self._enter(images)
         try:
@@ -192,7 +192,7 @@ class CompiledModel:
         arguments = self._layers, self.input_shape, isa, self._requested_threads, target.precision, self._search
         return CompiledModel, arguments
 
-    def _enter(self, x: Input) -> Executable:
+    def _enter(self, x: InputView) -> Executable:
         """Find the executable for a checked input, and have it read from there. On return, the lock is held."""
         if self._process != os.getpid():
             self._restart_after_fork()

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg.engine.codegen.disk_cache import cached_object_code
-from repvgg.engine.codegen.ir_builder import Function, module
-from repvgg.engine.codegen.jit import Code
+from repvgg.engine.codegen.ir_builder import IRBuilder, build_module
+from repvgg.engine.codegen.jit import MachineCode
 from repvgg.engine.graph import Floats
 from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.planner.memory_plan import Buffer
 from repvgg.engine.planner.plan import NO_WEIGHTS, Plan, Step
 from repvgg.engine.runtime import thread_pool
-from repvgg.engine.runtime.memory import Arena, Input
+from repvgg.engine.runtime.memory import Arena, InputView
 
 _FLOAT_BYTES = 4
 
@@ -39,7 +39,7 @@ class Executable:
     def __init__(self, plan: Plan, others: Sequence[Executable] = ()) -> None:
         names, functions = kernel_functions(plan)
         self.shape = plan.input_shape
-        self._code = Code([cached_object_code(module(functions), plan.isa)], plan.isa)
+        self._code = MachineCode([cached_object_code(build_module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
         self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
         # Those of others first, so that a match is found there; _fill_table then drops the ones that are not used here.
@@ -55,7 +55,7 @@ class Executable:
         steps = tuple(replace(step, weights=NO_WEIGHTS, bias=NO_WEIGHTS) for step in plan.steps)
         self.plan = replace(plan, steps=steps)
 
-    def set_input(self, x: Input) -> None:
+    def set_input(self, x: InputView) -> None:
         """Make the first step read from ``x``, which must stay alive until the steps have run."""
         for axis, stride in enumerate(x.strides):
             self._strides[axis] = stride
@@ -67,8 +67,8 @@ class Executable:
         buffer = self.plan.output
         layout, values = buffer.images, self._memory[buffer.number]
         if self.plan.flat:
-            return values.reshape(-1, layout.pitch)[:count, : layout.channels].copy()
-        maps = values.reshape(buffer.count, *layout.size, layout.pitch)[:count, :, :, : layout.channels]
+            return values.reshape(-1, layout.pixel_stride)[:count, : layout.channels].copy()
+        maps = values.reshape(buffer.count, *layout.size, layout.pixel_stride)[:count, :, :, : layout.channels]
         return maps.transpose(0, 3, 1, 2).copy()
 
     def _fill_table(self, plan: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
@@ -87,7 +87,7 @@ class Executable:
             row["function"] = self._code.address(names[step.kernel])
             row["source"] = 0 if step.source is None else self._address(step.source, step)
             row["target"] = self._address(step.target, step)
-            row["units_per_block"] = step.kernel.units_of_image
+            row["units_per_block"] = step.kernel.units_per_block
             row["items_per_block"], row["items_per_image"] = step.items_per_block, step.items_per_image
             row["first_image"] = step.first_image
             row["max_images"] = self.shape[0] if step.max_images is None else step.max_images
@@ -97,20 +97,20 @@ class Executable:
         """Find equal weights of another executable, or make an aligned copy."""
         equal = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
         found = next(equal, None)
-        return self._arena.aligned(values) if found is None else found
+        return self._arena.aligned_copy(values) if found is None else found
 
     def _address(self, buffer: Buffer, step: Step) -> int:
         """The address of the first image that a step reads or writes."""
         # A buffer that holds one chunk of the batch begins with the step's own first image.
         holds_batch = step.max_images is not None and buffer.count > step.max_images
         first_image = step.first_image if holds_batch else 0
-        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.images.image
+        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.images.image_stride
 
 
-def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[Function]]:
+def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[IRBuilder]]:
     """Generate the code of each distinct kernel; return the names of kernels and all functions."""
     names: dict[Kernel, str] = {}
     for step in plan.steps:
         names.setdefault(step.kernel, f"kernel{len(names)}")
-    functions = [function for kernel, name in names.items() for function in kernel.functions(name)]
+    functions = [function for kernel, name in names.items() for function in kernel.emit(name)]
     return names, functions

@@ -8,7 +8,7 @@ import torch
 import repvgg.engine
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.disk_cache import cache_folder, cached_object_code, clear_cache
-from repvgg.engine.codegen.jit import object_code
+from repvgg.engine.codegen.jit import compile_to_object
 from repvgg.errors import CacheWarning
 from tests.engine.helpers import isas
 
@@ -20,7 +20,7 @@ ISA = isas()[-1]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
-    disk_cache._say_once.cache_clear()
+    disk_cache._warn_once.cache_clear()
     return tmp_path / "engine"
 
 
@@ -31,7 +31,7 @@ def compiled(monkeypatch):
 
     def counted(ir, isa):
         done.append(ir)
-        return object_code(ir, isa)
+        return compile_to_object(ir, isa)
 
     monkeypatch.setattr(disk_cache, "object_code", counted)
     return done
@@ -39,7 +39,7 @@ def compiled(monkeypatch):
 
 def test_compiled_once(compiled, folder):
     first, second = cached_object_code(IR, ISA), cached_object_code(IR, ISA)
-    assert first == second == object_code(IR, ISA)
+    assert first == second == compile_to_object(IR, ISA)
     assert compiled == [IR]
     assert len(list(folder.iterdir())) == 1
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_kept_is_said_once(compiled, folder):
         cached_object_code(IR, ISA)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cached_object_code(OTHER, ISA) == object_code(OTHER, ISA)
+        assert cached_object_code(OTHER, ISA) == compile_to_object(OTHER, ISA)
     assert compiled == [IR, OTHER]
 
 
@@ -135,7 +135,7 @@ def test_the_oldest_go_when_there_is_too_much(folder, monkeypatch):
     cached_object_code(texts[0], ISA)  # the oldest was just used
     cached_object_code(texts[3], ISA)
     kept = {path.name for path in folder.iterdir()}
-    assert kept == {f"{disk_cache._key(texts[at], ISA).hex()}.o" for at in (0, 2, 3)}
+    assert kept == {f"{disk_cache._object_key(texts[at], ISA).hex()}.o" for at in (0, 2, 3)}
 
 
 def test_cleared(folder, compiled):
@@ -152,7 +152,7 @@ def test_cleared(folder, compiled):
 def test_several_processes_at_once(folder):
     """All compile the same into an empty folder, again and again, and find nothing but what is right."""
     texts = [IR.replace("nothing", f"number{at}") for at in range(20)]
-    wanted = [object_code(text, ISA) for text in texts]
+    wanted = [compile_to_object(text, ISA) for text in texts]
     children = []
     for number in range(4):
         child = os.fork()
@@ -163,7 +163,7 @@ def test_several_processes_at_once(folder):
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        f"{disk_cache._key(text, ISA).hex()}.o" for text in texts
+        f"{disk_cache._object_key(text, ISA).hex()}.o" for text in texts
     )
 
 

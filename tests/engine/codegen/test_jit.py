@@ -8,8 +8,8 @@ import llvmlite.binding
 import pytest
 
 from repvgg.engine.codegen import jit
-from repvgg.engine.codegen.ir_builder import module
-from repvgg.engine.codegen.jit import GENERIC, SCALAR, assembly, host_isa
+from repvgg.engine.codegen.ir_builder import build_module
+from repvgg.engine.codegen.jit import GENERIC_ISAS, SCALAR_ISA, compile_to_assembly, host_isa
 from repvgg.engine.executable import kernel_functions
 from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.planner.algorithms import Target
@@ -38,10 +38,10 @@ def inner_loops(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize("name", GENERIC_ISAS)
 def test_no_product_spills(name):
     """In no inner loop that multiplies: direct, of stride 2, 1x1, in groups, and of Winograd. Nothing is run."""
-    isa = GENERIC[name]
+    isa = GENERIC_ISAS[name]
     geometries = [
         ConvGeometry((3, 3), padding=(1, 1)),
         ConvGeometry((3, 3), (2, 2), (1, 1)),
@@ -49,7 +49,7 @@ def test_no_product_spills(name):
         ConvGeometry((1, 1)),
     ]
     layers = [random_conv(3 if at == 0 else 96, 96, one) for at, one in enumerate([geometries[1], *geometries])]
-    text = assembly(module(kernel_functions(plan(layers, (2, 3, 56, 56), Target(isa)))[1]), isa)
+    text = compile_to_assembly(build_module(kernel_functions(plan(layers, (2, 3, 56, 56), Target(isa)))[1]), isa)
     products = [loop for loop in inner_loops(text) if any(word in loop for word in _FMA)]
     assert len(products) >= len(geometries)
     for loop in products:
@@ -84,7 +84,7 @@ def test_processors(monkeypatch, triple, features, name):
     monkeypatch.setattr(llvmlite.binding, "get_default_triple", lambda: triple)
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: Features.fromkeys(features, True))
     found = host_isa()
-    wanted = GENERIC.get(name, SCALAR)
+    wanted = GENERIC_ISAS.get(name, SCALAR_ISA)
     assert (found.name, found.width, found.registers) == (name, wanted.width, wanted.registers)
     assert found.features == "+some"
 
@@ -100,6 +100,6 @@ def test_no_threads_without_a_futex(monkeypatch, system, machine):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert not thread_pool.has_workers()
-    text = assembly(thread_pool.thread_pool_ir(GENERIC["neon"]), GENERIC["neon"])
+    text = compile_to_assembly(thread_pool.thread_pool_ir(GENERIC_ISAS["neon"]), GENERIC_ISAS["neon"])
     assert "syscall" not in text
     assert "futex" not in text

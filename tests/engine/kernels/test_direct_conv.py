@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from repvgg.engine.codegen.ir_builder import module
-from repvgg.engine.codegen.jit import GENERIC, assembly
+from repvgg.engine.codegen.ir_builder import build_module
+from repvgg.engine.codegen.jit import GENERIC_ISAS, compile_to_assembly
 from repvgg.engine.graph import ConvGeometry
-from repvgg.engine.kernels.base import Tile
-from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile, pack
-from repvgg.engine.runtime.memory import Images, round_up
+from repvgg.engine.kernels.base import RegisterTile, pack_panels
+from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
 
 # (input channels, output channels, image, geometry)
@@ -33,23 +33,23 @@ CASES = {
 }
 
 
-def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> ConvKernel:
+def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> DirectConvKernel:
     outputs, inputs = conv.weight.shape[0], conv.weight.shape[1] * conv.geometry.groups
-    source = Images(inputs, size, conv.geometry.padding, pitch or round_up(inputs, isa.width))
-    target = Images(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
+    source = FeatureMapLayout(inputs, size, conv.geometry.padding, pitch or round_up(inputs, isa.width))
+    target = FeatureMapLayout(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
     vectors = -(-outputs // conv.geometry.groups // isa.width)
-    tile = tile or choose_tile(isa, target.size[1], vectors)
-    return ConvKernel(conv.geometry, source, target, tile, conv.relu, isa.width)
+    tile = tile or select_register_tile(isa, target.size[1], vectors)
+    return DirectConvKernel(conv.geometry, source, target, tile, conv.relu, isa.width)
 
 
 def check(conv, kernel, isa, batch=2, parts=1, seed=0) -> None:
     """The kernel against float64; canaries around both buffers, zeros left in the border and behind the channels."""
-    source, target = Guarded(batch * kernel.source.image), Guarded(batch * kernel.target.image)
+    source, target = Guarded(batch * kernel.source.image_stride), Guarded(batch * kernel.target.image_stride)
     x = inside(kernel.source, source.inside)
     x[...] = np.random.default_rng(seed).standard_normal(x.shape)
     out = inside(kernel.target, target.inside)
     out[...] = np.nan
-    weights, bias = pack(conv, isa.width, kernel.tile.vectors)
+    weights, bias = pack_panels(conv, isa.width, kernel.tile.nr)
     run(kernel, source.inside, target.inside, weights, bias, batch, isa, parts)
     torch.testing.assert_close(torch.from_numpy(out).double(), expected(conv, x), rtol=2e-6, atol=4e-6)
     source.assert_whole()
@@ -66,7 +66,11 @@ def test_every_geometry_against_float64(name, isa):
     check(conv, kernel_of(conv, size, isa), isa)
 
 
-@pytest.mark.parametrize("tile", [Tile(1, 1), Tile(3, 2), Tile(7, 3), Tile(4, 5), Tile(16, 1)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [RegisterTile(1, 1), RegisterTile(3, 2), RegisterTile(7, 3), RegisterTile(4, 5), RegisterTile(16, 1)],
+    ids=str,
+)
 def test_every_tile_gives_the_same(tile):
     isa = isas()[-1]
     conv = random_conv(7, 7 * isa.width - 3, ConvGeometry((3, 3), padding=(1, 1)))
@@ -90,16 +94,16 @@ def test_nan_goes_through_the_relu():
     isa = isas()[-1]
     conv = random_conv(1, 4, ConvGeometry((1, 1)))
     kernel = kernel_of(conv, (1, 1), isa, border=(0, 0))
-    source, target = Guarded(kernel.source.image, np.nan), Guarded(kernel.target.image)
-    run(kernel, source.inside, target.inside, *pack(conv, isa.width, kernel.tile.vectors), 1, isa)
+    source, target = Guarded(kernel.source.image_stride, np.nan), Guarded(kernel.target.image_stride)
+    run(kernel, source.inside, target.inside, *pack_panels(conv, isa.width, kernel.tile.nr), 1, isa)
     assert np.isnan(target.inside[:4]).all()
 
 
-@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize("name", GENERIC_ISAS)
 def test_the_chosen_tiles_fit_the_registers(name):
     """A spill would show as a vector that is stored to the stack; also where no such processor is at hand."""
-    isa = GENERIC[name]
+    isa = GENERIC_ISAS[name]
     conv = random_conv(48, 6 * isa.width, ConvGeometry((3, 3), padding=(1, 1)))
-    text = assembly(module(kernel_of(conv, (28, 28), isa).functions("kernel")), isa)
+    text = compile_to_assembly(build_module(kernel_of(conv, (28, 28), isa).emit("kernel")), isa)
     assert any(word in text for word in ("vfmadd", "fmla", "mulps"))
     assert "Spill" not in text

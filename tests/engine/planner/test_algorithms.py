@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from repvgg.engine.codegen.jit import GENERIC
+from repvgg.engine.codegen.jit import GENERIC_ISAS
 from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.planner.algorithms import ConvProblem, Target, image_partitions
 from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, least_cycles, select_algorithm
 
 PADDED = ConvGeometry((3, 3), padding=(1, 1))
-AVX512 = GENERIC["avx512"]
+AVX512 = GENERIC_ISAS["avx512"]
 STACK_BYTES = 2**21  # that every thread has on Linux
 
 
@@ -17,20 +17,20 @@ def strided(stride: int) -> ConvGeometry:
     return ConvGeometry((3, 3), (stride, stride), (1, 1))
 
 
-@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize("name", GENERIC_ISAS)
 @pytest.mark.parametrize("batch", [1, 7, 16])
 @pytest.mark.parametrize(("channels", "image"), [(48, (56, 56)), (96, (28, 28)), (192, (14, 14)), (640, (45, 45))])
 def test_large_layers_use_winograd_within_registers_and_stack(channels, image, batch, name):
-    isa = GENERIC[name]
+    isa = GENERIC_ISAS[name]
     algorithm = select_algorithm(ConvProblem(PADDED, channels, channels, image, batch), Target(isa, 2))
     assert algorithm is not None
     for region in algorithm.regions:
         tiling, tile = region.tiling, region.tile
         assert tile.registers <= isa.registers
-        assert tiling.piece % tile.pixels == 0 or (any(region.winograd.tails) and tiling.pieces == 1)
-        assert tiling.tiles >= tiling.real == batch * tiling.of_image
-        floats = tile.vectors * isa.width + (channels if region.schedule == "fused" else 0)
-        assert 4 * region.winograd.places * (tiling.piece * floats + 32) <= STACK_BYTES
+        assert tiling.tiles_per_block % tile.mr == 0 or (any(region.winograd.edge_tile) and tiling.num_blocks == 1)
+        assert tiling.num_padded_tiles >= tiling.num_tiles == batch * tiling.tiles_per_image
+        floats = tile.nr * isa.width + (channels if region.schedule == "fused" else 0)
+        assert 4 * region.winograd.tile_elements * (tiling.tiles_per_block * floats + 32) <= STACK_BYTES
 
 
 def end_of(span):
@@ -76,7 +76,7 @@ def test_pruning_keeps_the_cheapest_partition(stride, image):
 @pytest.mark.parametrize(("precision", "channels", "most"), [("high", 16, 4.8), ("high", 400, 23), ("medium", 100, 26)])
 def test_error_growth_is_limited_by_the_square_root_of_the_channels(precision, channels, most):
     problem, target = ConvProblem(PADDED, channels, 64, (28, 28), 4), Target(AVX512, 2, precision)
-    growths = {tiles.winograd(1).loss for partition in image_partitions(problem, target) for tiles in partition}
+    growths = {tiles.winograd(1).error_growth for partition in image_partitions(problem, target) for tiles in partition}
     assert 0.7 * most < max(growths) <= most
 
 

@@ -9,18 +9,18 @@ from torch import nn
 
 import repvgg.engine
 from repvgg.engine.codegen import disk_cache
-from repvgg.engine.codegen.jit import GENERIC, host_isa
+from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
 from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, infer_shapes
-from repvgg.engine.kernels.base import any_weights, pack, packed
+from repvgg.engine.kernels.base import pack_panels, pack_weights, placeholder_weights
 from repvgg.engine.planner import autotune, memory_plan
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, ConvProblem, Target
 from repvgg.engine.planner.cost_model import candidate_algorithms, select_algorithm
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime.thread_pool import ThreadPool
-from repvgg.engine.winograd.filters import winograd
+from repvgg.engine.winograd.filters import winograd2d
 from tests.engine.helpers import isas
 
 HOST = Target(isas()[-1], 2)
@@ -137,15 +137,15 @@ def test_a_score_is_the_mean_of_the_faster_half():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("on_the_fly", [False, True])
-@pytest.mark.parametrize("form", [None, winograd(4), winograd(2, 3, 2)], ids=str)
+@pytest.mark.parametrize("form", [None, winograd2d(4), winograd2d(2, 3, 2)], ids=str)
 @pytest.mark.parametrize("nr", [1, 2, 3])
 def test_placeholder_weights_have_the_size_of_packed_ones(nr, form, on_the_fly, groups):
     weight = np.ones((64, 24 // groups, 3, 3), np.float32)
     conv = Conv("conv", weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
-    found, wanted = (make(conv, 16, nr, form, on_the_fly) for make in (any_weights, packed))
+    found, wanted = (make(conv, 16, nr, form, on_the_fly) for make in (placeholder_weights, pack_weights))
     assert [array.shape for array in found] == [array.shape for array in wanted]
-    assert not np.array_equal(found[0], any_weights(conv, 16, nr, form, on_the_fly)[0])
-    assert packed(conv, 16, nr, None, False)[0].tolist() == pack(conv, 16, nr)[0].tolist()
+    assert not np.array_equal(found[0], placeholder_weights(conv, 16, nr, form, on_the_fly)[0])
+    assert pack_weights(conv, 16, nr, None, False)[0].tolist() == pack_panels(conv, 16, nr)[0].tolist()
 
 
 # The cache on disk
@@ -196,7 +196,7 @@ def test_files_of_the_first_version_are_read(name, folder):
     head = b"repvgg engine 1\n" + digest.digest() + hashlib.sha256(content).digest()
     (folder / f"{digest.hexdigest()}.choice").write_bytes(head + content)
 
-    problem, target = ConvProblem(PADDED, 64, 64, (14, 14), 4), Target(GENERIC["avx512"], 2)
+    problem, target = ConvProblem(PADDED, 64, 64, (14, 14), 4), Target(GENERIC_ISAS["avx512"], 2)
     cached = autotune.read_cached(problem, target)
     assert cached is not None
     (algorithm,) = cached
@@ -230,14 +230,14 @@ def test_a_malformed_file_is_ignored(name):
     algorithm = select_algorithm(problem, HOST)
     autotune.write_cached(problem, HOST, algorithm)
     path, key = autotune._cache_entry(problem, HOST)
-    regions = json.loads(disk_cache.read_kept(path, key))
+    regions = json.loads(disk_cache.read_entry(path, key))
     if name == "an unknown register tile":
         regions[0][4] = 99
     if name == "an unknown block size":
         regions[0][-1] = 10**6
     if name == "an unknown partition":
         regions[0][0][2] += 5
-    disk_cache.keep(path, key, MALFORMED[name] or json.dumps(regions).encode())
+    disk_cache.write_entry(path, key, MALFORMED[name] or json.dumps(regions).encode())
     assert autotune.read_cached(problem, HOST) is None
 
 

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from repvgg import create_model
-from repvgg.engine.codegen.jit import GENERIC
+from repvgg.engine.codegen.jit import GENERIC_ISAS
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool, infer_shapes
-from repvgg.engine.kernels.direct_conv import ConvKernel
+from repvgg.engine.kernels.direct_conv import DirectConvKernel
 from repvgg.engine.planner.algorithms import Target
 from repvgg.engine.planner.memory_plan import BatchChunks, Buffer, BufferAccess, chunk_batch, share_buffers
 from repvgg.engine.planner.plan import plan
-from repvgg.engine.runtime.memory import Images
-from repvgg.engine.winograd.convolution import WinogradFused, WinogradProduct
+from repvgg.engine.runtime.memory import FeatureMapLayout
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradStagedGemm
 from repvgg.errors import UnsupportedError
 from tests.engine.helpers import isas, random_conv
 
@@ -28,7 +28,9 @@ def test_every_convolution_of_an_architecture_has_a_kernel(name):
         model = create_model(name, plain=True)
     small = model.spec.input_size if model.spec.input_size < 64 else 64
     steps = plan(read(_zeros(model)), (2, 3, small, small), Target(isas()[-1])).steps
-    convs = {step.name for step in steps if isinstance(step.kernel, (ConvKernel, WinogradFused, WinogradProduct))}
+    convs = {
+        step.name for step in steps if isinstance(step.kernel, (DirectConvKernel, WinogradFused, WinogradStagedGemm))
+    }
     assert {name for name, module in model.named_modules() if type(module) is nn.Conv2d and ".se" not in name} <= convs
 
 
@@ -82,7 +84,7 @@ def test_shapes_between_layers():
 
 def test_equal_layers_alternate_between_two_buffers():
     layers = [random_conv(32, 32, PADDED) for _ in range(5)]
-    result = plan(layers, (2, 32, 20, 20), Target(GENERIC["avx2"]))
+    result = plan(layers, (2, 32, 20, 20), Target(GENERIC_ISAS["avx2"]))
     maps = [buffer for buffer in result.buffers if buffer.images.size == (20, 20)]
     # The first reads with a border and an overhang, the output has neither; whatever lies between alternates.
     assert len(maps) <= 3
@@ -90,7 +92,7 @@ def test_equal_layers_alternate_between_two_buffers():
 
 
 def test_buffers_are_shared_once_their_value_is_dead():
-    layout, wider = Images(4, (3, 3), (0, 0), 4), Images(8, (3, 3), (0, 0), 8)
+    layout, wider = FeatureMapLayout(4, (3, 3), (0, 0), 4), FeatureMapLayout(8, (3, 3), (0, 0), 8)
     a, b, c, d, e = (Buffer(number, layout, 2) for number in range(5))
     other, longer = Buffer(5, wider, 2), Buffer(6, layout, 3)
     shared = share_buffers(

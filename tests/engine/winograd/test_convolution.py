@@ -6,34 +6,34 @@ import pytest
 import torch
 
 from repvgg.engine.graph import ConvGeometry
-from repvgg.engine.kernels.base import Tile, packed
+from repvgg.engine.kernels.base import RegisterTile, pack_weights
 from repvgg.engine.planner.algorithms import WinogradRegion
-from repvgg.engine.runtime.memory import Images, round_up
-from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
-from repvgg.engine.winograd.filters import POINTS, minimal_filter, tail, winograd
-from repvgg.engine.winograd.tiling import Tiling, place_floats
-from repvgg.engine.winograd.transforms import transform, transform_rectangle
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradInputTransform, WinogradStagedGemm
+from repvgg.engine.winograd.filters import POINTS, edge_filter, winograd1d, winograd2d
+from repvgg.engine.winograd.tiling import Tiling, element_stride
+from repvgg.engine.winograd.transforms import multiply, multiply_both_sides
 from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
 
 
 @pytest.mark.parametrize("pair", POINTS, ids=str)
 def test_the_matrices_are_exact(pair):
     stride, outputs = pair
-    whole = minimal_filter(outputs, stride)
+    whole = winograd1d(outputs, stride)
     assert_exact(whole)
     for few in range(1, outputs):
-        short, places = tail(few, whole)
+        short, places = edge_filter(few, whole)
         assert_exact(short)
-        assert short.kernel_matrix == tuple(whole.kernel_matrix[place] for place in places)
-        assert stride == 2 or short.loss <= whole.loss + 1e-9
+        assert short.filter_matrix == tuple(whole.filter_matrix[place] for place in places)
+        assert stride == 2 or short.error_growth <= whole.error_growth + 1e-9
 
 
 def assert_exact(form):
     """In fractions: m outputs of a filter of 3, for unit vectors in the place of the inputs and of the kernel."""
-    assert form.inputs == len(form.input_matrix) == len(form.kernel_matrix)
+    assert form.inputs == len(form.input_matrix) == len(form.filter_matrix)
     for tap in range(3):
         for place in range(form.inputs):
-            kernel = [row[tap] for row in form.kernel_matrix]
+            kernel = [row[tap] for row in form.filter_matrix]
             inputs = [row[place] for row in form.input_matrix]
             products = [a * b for a, b in zip(kernel, inputs, strict=True)]
             for at, row in enumerate(form.output_matrix):
@@ -56,16 +56,16 @@ CASES = {
 
 
 def error(form):
-    return ERROR * max(1.0, form.loss / winograd(4).loss)
+    return ERROR * max(1.0, form.error_growth / winograd2d(4).error_growth)
 
 
 def computed(conv, size, form, isa, way="product", batch=2, tile=None, piece=None, parts=1, late=False, splits=1):
     """(out, x) of a whole convolution, with canaries around all buffers and zeros left in the border."""
-    tile = tile or Tile(3, 2)
+    tile = tile or RegisterTile(3, 2)
     after = conv.geometry.output_size(size)
     grid = -(-after[0] // form.outputs[0]), -(-after[1] // form.outputs[1])
     if piece is None:
-        piece = batch * grid[0] * grid[1] if any(form.tails) else 2 * tile.pixels
+        piece = batch * grid[0] * grid[1] if any(form.edge_tile) else 2 * tile.mr
     tiling = Tiling(grid, piece, batch)
     return run_parts(conv, size, [(form, tiling)], isa, way, batch, tile, parts, late, splits)
 
@@ -77,27 +77,27 @@ def run_parts(conv, size, pairs, isa, way, batch, tile, parts=1, late=False, spl
     parts_of = [WinogradRegion("staged", form, tiling, tile, late) for form, tiling in pairs]
     ends = [max(part.end[axis] for part in parts_of) for axis in (0, 1)]
     more = [max(0, end - length) * step for end, length, step in zip(ends, after, conv.geometry.stride, strict=True)]
-    come = Images(inputs, size, conv.geometry.padding, round_up(inputs, isa.width), (more[0], more[1]))
-    go = Images(conv.weight.shape[0], after, (1, 2), round_up(conv.weight.shape[0], isa.width), (1, 0))
-    source, target = Guarded(batch * come.image), Guarded(batch * go.image)
+    come = FeatureMapLayout(inputs, size, conv.geometry.padding, round_up(inputs, isa.width), (more[0], more[1]))
+    go = FeatureMapLayout(conv.weight.shape[0], after, (1, 2), round_up(conv.weight.shape[0], isa.width), (1, 0))
+    source, target = Guarded(batch * come.image_stride), Guarded(batch * go.image_stride)
     x, out = inside(come, source.inside), inside(go, target.inside)
     x[...] = np.random.default_rng(0).standard_normal(x.shape)
     out[...] = np.nan
     for form, tiling in pairs:
-        weights, bias = packed(conv, isa.width, tile.vectors, form, late)
+        weights, bias = pack_weights(conv, isa.width, tile.nr, form, late)
         how = tiling, tile, late, isa.registers - tile.registers, conv.relu, isa.width
         if way == "fused":
             kernel = WinogradFused(
                 form, conv.geometry.groups, come, conv.geometry.padding, go, tiling, tile, splits, *how[2:]
             )
-            run(kernel, source.inside, target.inside, weights, bias, tiling.pieces, isa, parts)
+            run(kernel, source.inside, target.inside, weights, bias, tiling.num_blocks, isa, parts)
             continue
-        moved = Guarded(form.places * place_floats(tiling.tiles, come.pitch), np.nan)
+        moved = Guarded(form.tile_elements * element_stride(tiling.num_padded_tiles, come.pixel_stride), np.nan)
         nothing = np.zeros(1, np.float32)
-        first = WinogradInput(form, come, conv.geometry.padding, tiling, isa.width)
+        first = WinogradInputTransform(form, come, conv.geometry.padding, tiling, isa.width)
         run(first, source.inside, moved.inside, nothing, nothing, batch, isa, parts)
-        second = WinogradProduct(form, conv.geometry.groups, inputs, come.pitch, go, *how)
-        run(second, moved.inside, target.inside, weights, bias, tiling.pieces, isa, parts)
+        second = WinogradStagedGemm(form, conv.geometry.groups, inputs, come.pixel_stride, go, *how)
+        run(second, moved.inside, target.inside, weights, bias, tiling.num_blocks, isa, parts)
         moved.assert_whole()
     for memory in (source, target):
         memory.assert_whole()
@@ -121,22 +121,24 @@ def test_against_float64(name, stride, outputs, way, isa):
     vectors, channels, size, groups, padding = CASES[name]
     geometry = ConvGeometry((3, 3), (stride, stride), (padding, padding), groups=groups)
     conv = random_conv(vectors * isa.width, channels, geometry)
-    form = winograd(outputs, stride=stride)
+    form = winograd2d(outputs, stride=stride)
     out, x = computed(conv, size, form, isa, way)
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 
 
 @pytest.mark.parametrize("isa", [isas()[0], isas()[-1]], ids=lambda isa: isa.name)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", [winograd(2, 7), winograd(5, 4), winograd(4, 1, 2), winograd(1, 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "form", [winograd2d(2, 7), winograd2d(5, 4), winograd2d(4, 1, 2), winograd2d(1, 3, 2)], ids=str
+)
 @pytest.mark.parametrize(
     ("inputs", "channels", "groups", "tile"),
     [
-        (127, 37, 1, Tile(3, 2)),
-        (128, 64, 2, Tile(7, 3)),
-        (16, 16, 1, Tile(2, 1)),
-        (19, 80, 1, Tile(2, 3)),
-        (96, 80, 1, Tile(4, 3)),
+        (127, 37, 1, RegisterTile(3, 2)),
+        (128, 64, 2, RegisterTile(7, 3)),
+        (16, 16, 1, RegisterTile(2, 1)),
+        (19, 80, 1, RegisterTile(2, 3)),
+        (96, 80, 1, RegisterTile(4, 3)),
     ],
 )
 def test_kernels_that_are_transformed_while_they_are_used(inputs, channels, groups, tile, form, way, isa):
@@ -151,11 +153,13 @@ def test_kernels_that_are_transformed_while_they_are_used(inputs, channels, grou
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("piece", "tile", "parts"), [(3, Tile(1, 1), 5), (14, Tile(7, 3), 1), (24, Tile(4, 2), 3)])
+@pytest.mark.parametrize(
+    ("piece", "tile", "parts"), [(3, RegisterTile(1, 1), 5), (14, RegisterTile(7, 3), 1), (24, RegisterTile(4, 2), 3)]
+)
 def test_pieces_across_images_and_units_in_any_order(piece, tile, parts, way):
     isa = isas()[-1]
     conv = random_conv(isa.width, 4 * isa.width - 1, ConvGeometry((3, 3), padding=(1, 1)), relu=False)
-    out, x = computed(conv, (9, 6), winograd(4), isa, way, batch=4, tile=tile, piece=piece, parts=parts)
+    out, x = computed(conv, (9, 6), winograd2d(4), isa, way, batch=4, tile=tile, piece=piece, parts=parts)
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=2e-5)
 
 
@@ -165,10 +169,10 @@ def test_parts_of_an_image_with_stride_2(way, isa):
     """15 and 14 inputs to 8 and 7 outputs: rows as 4 + 4, columns as 2 · 3 + 1, each part with its own transform."""
     conv = random_conv(2 * isa.width, 3 * isa.width, ConvGeometry((3, 3), (2, 2), (1, 1)))
     pairs = [
-        (winograd(4, 3, 2), Tiling((2, 2), 6, 3)),
-        (winograd(4, 1, 2), Tiling((2, 1), 3, 3, (0, 6))),
+        (winograd2d(4, 3, 2), Tiling((2, 2), 6, 3)),
+        (winograd2d(4, 1, 2), Tiling((2, 1), 3, 3, (0, 6))),
     ]
-    out, x = run_parts(conv, (15, 14), pairs, isa, way, 3, Tile(3, 2))
+    out, x = run_parts(conv, (15, 14), pairs, isa, way, 3, RegisterTile(3, 2))
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ERROR)
 
 
@@ -179,11 +183,11 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
     conv = random_conv(2 * isa.width, 3 * isa.width, ConvGeometry((3, 3), padding=(1, 1)))
     rows, columns = ((0, 4, 3), (12, 2, 1)), ((0, 4, 2), (8, 2, 1))
     pairs = [
-        (winograd(down, across), Tiling((high, wide), 6, 4, (top, left)))
+        (winograd2d(down, across), Tiling((high, wide), 6, 4, (top, left)))
         for top, down, high in rows
         for left, across, wide in columns
     ]
-    out, x = run_parts(conv, (14, 9), pairs, isa, way, 4, Tile(3, 2))
+    out, x = run_parts(conv, (14, 9), pairs, isa, way, 4, RegisterTile(3, 2))
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=2e-5)
 
 
@@ -193,12 +197,12 @@ def test_parts_of_an_image_with_tiles_of_other_sizes(way, isa):
 @pytest.mark.parametrize(
     ("form", "size", "groups", "batch"),
     [
-        (winograd(3, 7, tails=(2, 0)), (8, 14), 1, 3),
-        (winograd(4, 5, tails=(2, 4)), (6, 14), 1, 3),
-        (winograd(5, 4, tails=(1, 3)), (11, 7), 2, 2),
-        (winograd(2, 6, tails=(0, 3)), (4, 9), 1, 1),
-        (winograd(4, 2, 2, tails=(3, 1)), (14, 9), 1, 3),
-        (winograd(1, 3, 2, tails=(0, 1)), (3, 7), 1, 2),
+        (winograd2d(3, 7, edge_tile=(2, 0)), (8, 14), 1, 3),
+        (winograd2d(4, 5, edge_tile=(2, 4)), (6, 14), 1, 3),
+        (winograd2d(5, 4, edge_tile=(1, 3)), (11, 7), 2, 2),
+        (winograd2d(2, 6, edge_tile=(0, 3)), (4, 9), 1, 1),
+        (winograd2d(4, 2, 2, edge_tile=(3, 1)), (14, 9), 1, 3),
+        (winograd2d(1, 3, 2, edge_tile=(0, 1)), (3, 7), 1, 2),
     ],
     ids=str,
 )
@@ -206,7 +210,7 @@ def test_tails(form, size, groups, batch, late, way, isa):
     """Tiles of up to four sizes with the same kernels, and more of them than registers take at once."""
     stride = form.rows.stride
     conv = random_conv(96 + 4 * batch, 64, ConvGeometry((3, 3), (stride, stride), (1, 1), groups=groups))
-    out, x = computed(conv, size, form, isa, way, batch=batch, tile=Tile(5, 3), late=late)
+    out, x = computed(conv, size, form, isa, way, batch=batch, tile=RegisterTile(5, 3), late=late)
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=error(form))
 
 
@@ -217,11 +221,11 @@ def test_pieces_that_several_units_take(outputs, groups, late, parts, isa):
     channels = groups * (2 * outputs + 1) * isa.width
     conv = random_conv(2 * isa.width * groups, channels, ConvGeometry((3, 3), padding=(1, 1), groups=groups))
     for splits in (2, 3):
-        out, x = computed(conv, (9, 7), winograd(4), isa, "fused", late=late, splits=splits, parts=parts)
+        out, x = computed(conv, (9, 7), winograd2d(4), isa, "fused", late=late, splits=splits, parts=parts)
         torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ERROR)
 
 
-FORMS = [winograd(rows, columns, stride) for stride, rows in POINTS for other, columns in POINTS if other == stride]
+FORMS = [winograd2d(rows, columns, stride) for stride, rows in POINTS for other, columns in POINTS if other == stride]
 
 
 SOME = [form for form in FORMS if form.rows == form.columns or form.outputs in ((2, 7), (5, 4), (4, 1))]
@@ -236,24 +240,26 @@ def test_the_loss_says_how_large_the_error_is(form, late):
     out, x = computed(conv, (14, 14), form, isa, batch=1, late=late)
     wanted = expected(conv, x)
     found = ((out - wanted).square().mean() / wanted.square().mean()).sqrt()
-    assert 0.6e-7 * form.loss < found < 2.4e-7 * form.loss
+    assert 0.6e-7 * form.error_growth < found < 2.4e-7 * form.error_growth
 
 
 def test_losses():
     """Of direct sums 1, and of F(4x4) half of what 0, ±1, ±2 have, which is 10.8."""
-    assert winograd(1, stride=2).loss == 1
-    found = [winograd(outputs).loss for outputs in (2, 3, 4, 5, 6, 7)]
+    assert winograd2d(1, stride=2).error_growth == 1
+    found = [winograd2d(outputs).error_growth for outputs in (2, 3, 4, 5, 6, 7)]
     assert found == pytest.approx([1.67, 2.62, 4.78, 9.69, 20.6, 49.2], rel=0.01)
-    assert winograd(2, 7).loss == pytest.approx(math.sqrt(winograd(2).loss * winograd(7).loss))
+    assert winograd2d(2, 7).error_growth == pytest.approx(
+        math.sqrt(winograd2d(2).error_growth * winograd2d(7).error_growth)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_transforms_are_the_products_with_their_matrices(form):
     """All three, as they are written with few operations, on integers, for which floats of 64 bits are nearly exact."""
-    for name in ("input_matrix", "kernel_matrix", "output_matrix"):
+    for name in ("input_matrix", "filter_matrix", "output_matrix"):
         rows, columns = getattr(form.rows, name), getattr(form.columns, name)
         values = np.random.default_rng(0).integers(-9, 9, (len(rows[0]), len(columns[0]))).astype(np.float64)
-        found = transform_rectangle(Interpreter(), rows, columns, list(values.ravel()))
+        found = multiply_both_sides(Interpreter(), rows, columns, list(values.ravel()))
         exact = np.array(rows, np.float64) @ values @ np.array(columns, np.float64).T
         np.testing.assert_allclose(found, exact.ravel(), rtol=1e-5, atol=1e-4)
 
@@ -273,29 +279,29 @@ class Interpreter:
 
 def test_mirrored_points_save_operations():
     """F(4x4): 12 operations for each of 12 columns and rows of an input, and 13 for each of 10 of an output."""
-    form = winograd(4)
+    form = winograd2d(4)
     for name, most in (("input_matrix", 144), ("output_matrix", 130)):
         assert operations(form, name) <= most
 
 
 def test_a_pair_of_points_costs_a_kernel_three_operations():
     counter = Counter()
-    transform(counter, winograd(7).columns.kernel_matrix, [0] * 3)
+    multiply(counter, winograd2d(7).columns.filter_matrix, [0] * 3)
     assert counter.count == 4 * 3
 
 
 def test_with_stride_2_only_the_outer_taps_cost_operations():
     """F(4x4): 4 for each pair of points and 2 for infinity, for each of 9 columns and rows of 9 inputs."""
-    assert operations(winograd(4, stride=2), "input_matrix") <= 9 * 10 + 9 * 10
-    assert operations(winograd(3, stride=2), "input_matrix") <= 7 * 4 + 7 * 4
-    assert operations(winograd(1, stride=2), "input_matrix") == 0
+    assert operations(winograd2d(4, stride=2), "input_matrix") <= 9 * 10 + 9 * 10
+    assert operations(winograd2d(3, stride=2), "input_matrix") <= 7 * 4 + 7 * 4
+    assert operations(winograd2d(1, stride=2), "input_matrix") == 0
 
 
 def operations(form, name):
     """Additions and the like that a transform takes."""
     counter = Counter()
     values = [0] * len(getattr(form.rows, name)[0]) * len(getattr(form.columns, name)[0])
-    transform_rectangle(counter, getattr(form.rows, name), getattr(form.columns, name), values)
+    multiply_both_sides(counter, getattr(form.rows, name), getattr(form.columns, name), values)
     return counter.count
 
 

@@ -1,12 +1,12 @@
-"""Files on the disk, so that a network is compiled, and its choices measured, once on a machine.
+"""Cache on the disk, so that a model is compiled, and its convolutions are tuned, once on a machine.
 
-A file is named by everything that its content depends on. For machine code those are the IR, the processor with its
-features, and the versions of repvgg, llvmlite and LLVM. It begins with that name and a checksum, and what does not fit
-either is made again and replaced, never used. Files are written whole or not at all, so processes do not disturb each
-other.
+A file is named by the SHA-256 of everything that its content depends on. For machine code that is the IR, the
+instruction set with the processor and its features, and the versions of repvgg, llvmlite and LLVM. Format of a file::
 
-``REPVGG_CACHE_DIR`` moves the folder, which is the user's cache folder otherwise; ``REPVGG_CACHE_DIR=off`` turns the
-cache off.
+    magic (16 bytes) | key: SHA-256 of what the content depends on (32) | SHA-256 of the content (32) | content
+
+A file that does not match its key or checksum, or belongs to another user, counts as a miss and is replaced. Files are
+written atomically, so that processes may share the folder.
 """
 
 from __future__ import annotations
@@ -21,50 +21,43 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from repvgg import _cache_folder
 from repvgg._files import atomic_write
-from repvgg.engine.codegen.jit import Isa, object_code
+from repvgg.engine.codegen.jit import VectorIsa, compile_to_object
 from repvgg.errors import CacheWarning, OutputError, first_line, require
 
-VARIABLE = "REPVGG_CACHE_DIR"
-MOST_BYTES = 2**26  # of all files; one network takes about 2**16
+OBJECT_SUFFIX, TUNING_SUFFIX = ".o", ".choice"
+MAX_BYTES = 2**26  # of all object files; a model takes about 2**16
 
 _MAGIC = b"repvgg engine 1\n"
-_DIGEST = 32  # bytes of a SHA-256
-_CODE, CHOICE = ".o", ".choice"  # how the names of files end
-
-
-def cached_object_code(ir: str, isa: Isa) -> bytes:
-    """Machine code of a module of IR, from the disk if it was compiled before.
-
-    A folder that cannot be written costs the keeping alone, and a warning once in a process. See
-    :func:`repvgg.engine.codegen.jit.object_code` for the errors.
-    """
-    folder = cache_folder()
-    if folder is None:
-        return object_code(ir, isa)
-    key = _key(ir, isa)
-    path = folder / f"{key.hex()}{_CODE}"
-    code = read_kept(path, key)
-    if code is None:
-        code = object_code(ir, isa)
-        keep(path, key, code)
-    return code
+_DIGEST_BYTES = 32
 
 
 def cache_folder() -> Path | None:
-    """Where machine code is kept; None if it is not kept.
+    """Return the engine's folder for cached files, or None if caching is off; see :mod:`repvgg._cache_folder`."""
+    return _cache_folder.cache_folder("engine")
 
-    Raises:
-        MissingDependencyError: platformdirs is not installed.
+
+def cached_object_code(ir: str, isa: VectorIsa) -> bytes:
+    """Return the object file of a module of IR, from the disk if it was compiled before.
+
+    A folder that cannot be written to gives a warning, once in a process. Raises as
+    :func:`repvgg.engine.codegen.jit.compile_to_object`.
     """
-    told = os.environ.get(VARIABLE)
-    if told:
-        return None if told == "off" else Path(told).expanduser() / "engine"
-    return Path(require("platformdirs", "engine").user_cache_path("repvgg")) / "engine"
+    folder = cache_folder()
+    if folder is None:
+        return compile_to_object(ir, isa)
+    key = _object_key(ir, isa)
+    path = folder / f"{key.hex()}{OBJECT_SUFFIX}"
+    code = read_entry(path, key)
+    if code is None:
+        code = compile_to_object(ir, isa)
+        write_entry(path, key, code)
+    return code
 
 
 def clear_cache() -> None:
-    """Remove all machine code, and all that was measured, from the disk. Networks that are compiled already go on.
+    """Remove cached machine code and tuning results from the disk. Models that are compiled already are not affected.
 
     Raises:
         OutputError: a file cannot be removed.
@@ -73,8 +66,8 @@ def clear_cache() -> None:
     if folder is None or not folder.is_dir():
         return
     try:
-        kept = [path for suffix in (_CODE, CHOICE) for path in folder.glob(f"*{suffix}")]
-        for path in [*kept, *folder.glob(".repvgg-*")]:  # the latter of processes that were killed
+        entries = [path for suffix in (OBJECT_SUFFIX, TUNING_SUFFIX) for path in folder.glob(f"*{suffix}")]
+        for path in [*entries, *folder.glob(".repvgg-*")]:  # temporary files of processes that were killed
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -83,65 +76,67 @@ def clear_cache() -> None:
         raise OutputError(f"{str(folder)!r} cannot be cleared: {first_line(error)}.") from error
 
 
-def _key(ir: str, isa: Isa) -> bytes:
-    return digest(*_versions(), *map(str, astuple(isa)), ir)
-
-
-def digest(*parts: str) -> bytes:
-    """The name of what depends on these and on this version of the library."""
-    whole = hashlib.sha256()
+def entry_key(*parts: str) -> bytes:
+    """Return the SHA-256 of strings and of the version of this library."""
+    digest = hashlib.sha256()
     for part in (import_module("repvgg").__version__, *parts):
-        whole.update(f"{len(part)} {part}".encode())
-    return whole.digest()
+        digest.update(f"{len(part)} {part}".encode())  # with the lengths, no two lists of strings run together alike
+    return digest.digest()
+
+
+def _object_key(ir: str, isa: VectorIsa) -> bytes:
+    return entry_key(*_compiler_versions(), *map(str, astuple(isa)), ir)
 
 
 @cache
-def _versions() -> tuple[str, str]:
-    """Of llvmlite and of LLVM."""
+def _compiler_versions() -> tuple[str, str]:
+    """Return the versions of llvmlite and LLVM."""
     binding = require("llvmlite.binding", "engine")
     return require("llvmlite", "engine").__version__, ".".join(map(str, binding.llvm_version_info))
 
 
-def read_kept(path: Path, key: bytes) -> bytes | None:
-    """What a file holds that is whole, this user's own, and about nothing else; None if there is none."""
-    head = len(_MAGIC) + 2 * _DIGEST
+def read_entry(path: Path, key: bytes) -> bytes | None:
+    """Return the content of a file if it is intact, has this key and belongs to this user; else None."""
+    head = len(_MAGIC) + 2 * _DIGEST_BYTES
     try:
         with path.open("rb") as file:
+            # Machine code is executed: in a shared folder, another user must not be able to provide it.
             if os.fstat(file.fileno()).st_uid != os.geteuid():
                 return None
-            content = file.read()
-        os.utime(path)  # the oldest go first
+            data = file.read()
+        os.utime(path)  # eviction removes the least recently used
     except OSError:
         return None
-    kept = content[head:]
-    return kept if content[:head] == _MAGIC + key + hashlib.sha256(kept).digest() and kept else None
+    content = data[head:]
+    return content if data[:head] == _MAGIC + key + hashlib.sha256(content).digest() and content else None
 
 
-def keep(path: Path, key: bytes, content: bytes) -> None:
-    """Write a file for :func:`read_kept`; a folder that cannot be written gets a warning, once in a process."""
+def write_entry(path: Path, key: bytes, content: bytes) -> None:
+    """Write a file for :func:`read_entry`; warn, once for each folder, if it cannot be written."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_write(path, overwrite=True) as part:
             part.write_bytes(_MAGIC + key + hashlib.sha256(content).digest() + content)
-        _shrink(path.parent)
+        _evict(path.parent)
     except (OSError, OutputError) as error:
-        _say_once(str(path.parent), first_line(error))
+        _warn_once(str(path.parent), first_line(error))
 
 
-def _shrink(folder: Path) -> None:
-    """Remove the files that were used the longest ago, while there is too much."""
+def _evict(folder: Path) -> None:
+    """Remove the least recently used object files beyond :data:`MAX_BYTES`."""
     found = []
-    for path in folder.glob(f"*{_CODE}"):
+    for path in folder.glob(f"*{OBJECT_SUFFIX}"):
         with suppress(FileNotFoundError):  # another process removed it
             found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = 0
     for _, size, path in sorted(found, reverse=True):
         total += size
-        if total > MOST_BYTES:
+        if total > MAX_BYTES:
             path.unlink(missing_ok=True)
 
 
 @cache
-def _say_once(folder: str, why: str) -> None:
-    text = f"Nothing can be kept in {folder!r} ({why}): each process compiles anew."
-    warnings.warn(f"{text} {VARIABLE} names another folder.", CacheWarning, stacklevel=2)
+def _warn_once(folder: str, reason: str) -> None:
+    text = f"The cache folder {folder!r} cannot be written to ({reason}), so each process compiles again."
+    hint = f"{_cache_folder.VARIABLE} names another folder."
+    warnings.warn(f"{text} {hint}", CacheWarning, stacklevel=2)

@@ -1,7 +1,8 @@
-"""Writing LLVM IR as text: values, loops and vectors of single floats. It knows no kernel.
+"""Builder of LLVM IR as text: integer arithmetic, float vectors, loops. It knows nothing about convolutions.
 
-A function is written line by line; a value is the name that IR gives it. Loops are tested at their end, and carry
-their accumulators in phi nodes, so that what is written is what runs: nothing is left to an auto-vectorizer.
+Each instruction is appended as a line; a value is its SSA name. Loops are tested at the bottom and carry their vector
+accumulators in phi nodes, so the IR states the register blocking and nothing is left to the auto-vectorizer.
+Text needs no llvmlite, and is what the cache on the disk is keyed by.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
-Value: TypeAlias = str
-Index: TypeAlias = "str | int"  # an i64: computed, or known while the IR is written
+Value: TypeAlias = str  # SSA name or constant
+Index: TypeAlias = "str | int"  # an i64: an SSA name, or known when the IR is built
 
 _FLOAT_BYTES = 4
+_L2_HINT, _L1_HINT = 2, 3  # locality operand of llvm.prefetch
 
 
 @final
 @dataclass(eq=False)
 class Loop:
-    """A loop that is being written.
+    """A loop whose body is being built.
 
     Attributes:
-        index: the value of the counter.
-        carried: what is carried, as the body finds it.
-        next: what the next round finds; the body sets it if anything is carried.
-        results: what is carried, behind the loop.
+        index: the induction variable.
+        carried: loop-carried vectors at the start of an iteration.
+        next: the same at its end; the body assigns them.
     """
 
     index: Value
@@ -36,19 +37,19 @@ class Loop:
 
     @property
     def results(self) -> list[Value]:
-        """What is carried, behind the loop."""
-        return self.next
+        """The loop-carried vectors after the loop."""
+        return self.next  # the loop is tested at its end: the last iteration's values dominate what follows
 
 
 @final
-class Function:
-    """One function of IR on vectors of ``width`` floats, being written.
+class IRBuilder:
+    """Builds one function without a result.
 
     Args:
-        name: its name.
-        parameters: types and names, as in ``("ptr", "source")``.
+        name: of the function.
+        parameters: (type, name) of each, such as ``("ptr", "source")``.
         width: floats in a vector.
-        internal: whether nobody outside of the module calls it.
+        internal: whether it is called from the same module only.
     """
 
     def __init__(self, name: str, parameters: Sequence[tuple[str, str]], width: int, *, internal: bool = False) -> None:
@@ -57,150 +58,153 @@ class Function:
         self._internal = internal
         self._parameters = ", ".join(f"{kind} %{name}" for kind, name in parameters)
         self._lines: list[str] = []
-        self._values = 0
-        self._labels = 0
+        self._num_values = 0
+        self._num_labels = 0
         self._block = "entry"
         self._declared: set[str] = set()
 
     def text(self) -> str:
-        """The whole function, which returns nothing."""
+        """Return the IR of the function."""
         linkage = "internal " if self._internal else ""
         bits = 32 * self.width
+        # Without these, LLVM splits 512-bit vectors in two on processors that it prefers 256 bits for.
         vectors = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
         head = f"define {linkage}void @{self.name}({self._parameters}) nounwind {vectors} {{\nentry:"
         return "\n".join([head, *self._lines, "  ret void", "}"]) + "\n"
 
     def declarations(self) -> set[str]:
-        """What the function calls that is defined nowhere in the module."""
+        """Return the declarations of external functions that the function calls."""
         return set(self._declared)
 
     def declare(self, text: str) -> None:
-        """Say what a function looks like that is called and defined elsewhere."""
+        """Declare an external function."""
         self._declared.add(f"{text}\n")
 
-    # Values
+    # Instructions
 
-    def line(self, text: str) -> None:
-        """An instruction without a value."""
+    def emit(self, text: str) -> None:
+        """Append an instruction without a result."""
         self._lines.append(f"  {text}")
 
-    def value(self, text: str) -> Value:
-        """An instruction with a value, whose name is returned."""
-        self._values += 1
-        name = f"%v{self._values}"
-        self.line(f"{name} = {text}")
+    def assign(self, text: str) -> Value:
+        """Append an instruction and return the name of its result."""
+        self._num_values += 1
+        name = f"%v{self._num_values}"
+        self.emit(f"{name} = {text}")
         return name
 
+    # Integers and addresses; constants are folded, so that kernels need not distinguish them
+
     def add(self, left: Index, right: Index) -> Index:
-        """Sum of two i64; known numbers are added while writing."""
+        """Return the sum of two i64."""
         if isinstance(left, int) and isinstance(right, int):
             return left + right
         if 0 in (left, right):
             return right if left == 0 else left
-        return self.value(f"add i64 {left}, {right}")
+        return self.assign(f"add i64 {left}, {right}")
 
     def mul(self, left: Index, right: Index) -> Index:
-        """Product of two i64; known numbers are multiplied while writing."""
+        """Return the product of two i64."""
         if isinstance(left, int) and isinstance(right, int):
             return left * right
         if 0 in (left, right):
             return 0
         if 1 in (left, right):
             return right if left == 1 else left
-        return self.value(f"mul i64 {left}, {right}")
+        return self.assign(f"mul i64 {left}, {right}")
 
-    def divide(self, left: Index, right: Index) -> tuple[Value, Value]:
-        """Quotient and rest of two i64 that are not negative."""
-        return self.value(f"udiv i64 {left}, {right}"), self.value(f"urem i64 {left}, {right}")
+    def divmod(self, left: Index, right: Index) -> tuple[Value, Value]:
+        """Return quotient and remainder of two unsigned i64."""
+        return self.assign(f"udiv i64 {left}, {right}"), self.assign(f"urem i64 {left}, {right}")
 
-    def at(self, pointer: Value, offset: Index) -> Value:
-        """The address of a float so many floats behind ``pointer``."""
-        return pointer if offset == 0 else self.value(f"getelementptr inbounds float, ptr {pointer}, i64 {offset}")
+    def offset(self, pointer: Value, floats: Index) -> Value:
+        """Return the address ``floats`` floats after ``pointer``."""
+        return pointer if floats == 0 else self.assign(f"getelementptr inbounds float, ptr {pointer}, i64 {floats}")
+
+    def select_pointer(self, condition: Value, pointer: Value, other: Value) -> Value:
+        """Return one of two addresses, without a branch."""
+        return self.assign(f"select i1 {condition}, ptr {pointer}, ptr {other}")
+
+    def scratch(self, floats: int) -> Value:
+        """Return stack memory that begins at a cache line. Only in the entry block: elsewhere it grows at each pass."""
+        return self.assign(f"alloca [{floats} x float], align 64")
 
     # Vectors
 
     def load(self, pointer: Value, offset: Index = 0) -> Value:
-        """A vector, wherever it lies."""
-        return self.value(f"load {self.vector}, ptr {self.at(pointer, offset)}, align {_FLOAT_BYTES}")
+        """Load a vector; it need not be aligned."""
+        return self.assign(f"load {self.vector}, ptr {self.offset(pointer, offset)}, align {_FLOAT_BYTES}")
 
     def store(self, vector: Value, pointer: Value, offset: Index = 0, count: int | None = None) -> None:
-        """Store a vector, or its first ``count`` numbers only."""
-        address = self.at(pointer, offset)
+        """Store a vector, or its first ``count`` floats."""
+        address = self.offset(pointer, offset)
         if count is None or count == self.width:
-            self.line(f"store {self.vector} {vector}, ptr {address}, align {_FLOAT_BYTES}")
+            self.emit(f"store {self.vector} {vector}, ptr {address}, align {_FLOAT_BYTES}")
             return
         name = f"@llvm.masked.store.v{self.width}f32.p0"
         self.declare(f"declare void {name}({self.vector}, ptr, i32 immarg, <{self.width} x i1>)")
         mask = ", ".join(f"i1 {str(lane < count).lower()}" for lane in range(self.width))
-        self.line(
+        self.emit(
             f"call void {name}({self.vector} {vector}, ptr {address}, i32 {_FLOAT_BYTES}, <{self.width} x i1> <{mask}>)"
         )
 
-    def store_number(self, number: float, pointer: Value, offset: int = 0) -> None:
+    def store_float(self, number: float, pointer: Value, offset: int = 0) -> None:
         """Store a known float."""
-        self.line(f"store float {float_text(number)}, ptr {self.at(pointer, offset)}, align {_FLOAT_BYTES}")
+        self.emit(f"store float {float_text(number)}, ptr {self.offset(pointer, offset)}, align {_FLOAT_BYTES}")
 
     def broadcast(self, pointer: Value, offset: Index = 0) -> Value:
-        """A float from memory, in all places of a vector."""
-        return self.splat(self.value(f"load float, ptr {self.at(pointer, offset)}, align {_FLOAT_BYTES}"))
+        """Load a float into all lanes of a vector."""
+        return self.splat(self.assign(f"load float, ptr {self.offset(pointer, offset)}, align {_FLOAT_BYTES}"))
 
     def splat(self, scalar: Value) -> Value:
-        """A float, in all places of a vector."""
-        first = self.value(f"insertelement {self.vector} poison, float {scalar}, i64 0")
+        """Copy a float into all lanes of a vector."""
+        first = self.assign(f"insertelement {self.vector} poison, float {scalar}, i64 0")
         zeros = f"<{self.width} x i32> zeroinitializer"
-        return self.value(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
+        return self.assign(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
 
     def constant(self, number: str) -> Value:
-        """A vector of one number, as IR spells it."""
+        """Return a vector with a known float, as :func:`float_text` spells it, in all lanes."""
         return f"<{', '.join([f'float {number}'] * self.width)}>"
 
     def fma(self, left: Value, right: Value, addend: Value) -> Value:
-        """``left · right + addend``, rounded once where the processor can."""
+        """Return ``left · right + addend``, with one rounding where the processor has an FMA, else with two."""
         name = f"@llvm.fmuladd.v{self.width}f32"
         self.declare(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})")
-        return self.value(
+        return self.assign(
             f"call {self.vector} {name}({self.vector} {left}, {self.vector} {right}, {self.vector} {addend})"
         )
 
     def relu(self, vector: Value) -> Value:
-        """Zero in the place of negative numbers; NaN stays NaN, as in PyTorch."""
-        negative = self.value(f"fcmp olt {self.vector} {vector}, zeroinitializer")
-        return self.value(
+        """Replace negative lanes by zero."""
+        # Not maxnum, which would return 0 for NaN: PyTorch's ReLU passes NaN on.
+        negative = self.assign(f"fcmp olt {self.vector} {vector}, zeroinitializer")
+        return self.assign(
             f"select <{self.width} x i1> {negative}, {self.vector} zeroinitializer, {self.vector} {vector}"
         )
 
     def binary(self, operation: str, left: Value, right: Value) -> Value:
-        """``fadd``, ``fsub`` or ``fmul`` of two vectors."""
-        return self.value(f"{operation} {self.vector} {left}, {right}")
+        """Apply ``fadd``, ``fsub`` or ``fmul`` to two vectors."""
+        return self.assign(f"{operation} {self.vector} {left}, {right}")
 
-    def prefetch(self, pointer: Value, offset: Index = 0, *, near: bool = False, write: bool = False) -> None:
-        """Have the line of an address brought close; an address of nothing does no harm.
-
-        It comes to the second cache; ``near`` to the first; to ``write``, as a line that nobody else has.
-        """
+    def prefetch(self, pointer: Value, offset: Index = 0, *, l1: bool = False, write: bool = False) -> None:
+        """Prefetch a cache line to L2, to L1, or to L1 in exclusive state for writing. Any address is allowed."""
         self.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        at = self.at(pointer, offset)
-        self.line(f"call void @llvm.prefetch.p0(ptr {at}, i32 {write:d}, i32 {3 if near or write else 2}, i32 1)")
+        address, locality = self.offset(pointer, offset), _L1_HINT if l1 or write else _L2_HINT
+        self.emit(f"call void @llvm.prefetch.p0(ptr {address}, i32 {write:d}, i32 {locality}, i32 1)")
 
-    def choose(self, condition: Value, pointer: Value, other: Value) -> Value:
-        """One of two addresses, without a branch."""
-        return self.value(f"select i1 {condition}, ptr {pointer}, ptr {other}")
-
-    def scratch(self, floats: int) -> Value:
-        """Memory of this call, aligned to cache lines; only in the first lines of a function."""
-        return self.value(f"alloca [{floats} x float], align 64")
+    # Control flow
 
     def call(self, name: str, arguments: Sequence[tuple[str, Index]]) -> None:
-        """Call a function of the module that returns nothing."""
-        self.line(f"call void @{name}({', '.join(f'{kind} {value}' for kind, value in arguments)})")
-
-    # Flow
+        """Call a function of the same module that has no result."""
+        self.emit(f"call void @{name}({', '.join(f'{kind} {value}' for kind, value in arguments)})")
 
     @contextmanager
     def loop(self, begin: Index, end: Index, step: int = 1, carried: Sequence[Value] = ()) -> Iterator[Loop]:
-        """Write the body of ``for (index = begin; index < end; index += step)``.
+        """Build the body of ``for (index = begin; index < end; index += step)`` inside of the ``with`` block.
 
-        Only a loop whose bounds are known, and that runs at least once, can carry vectors.
+        Raises:
+            ValueError: known bounds leave no iteration, or vectors are carried through a loop with unknown bounds,
+                which may have none (there would be no value after it).
         """
         known = isinstance(begin, int) and isinstance(end, int)
         if (known and int(begin) >= int(end)) or (carried and not known):
@@ -213,49 +217,51 @@ class Function:
         loop = Loop(f"%i{number}", names, list(names))
         marker = len(self._lines)
         yield loop
-        step_to = self.value(f"add nuw nsw i64 {loop.index}, {step}")
-        again = self.value(f"icmp ult i64 {step_to}, {end}")
-        phis = [f"  {loop.index} = phi i64 [{begin}, %{before}], [{step_to}, %{self._block}]"]
-        for name, first, following in zip(names, carried, loop.next, strict=True):
-            phis.append(f"  {name} = phi {self.vector} [{first}, %{before}], [{following}, %{self._block}]")
+        following = self.assign(f"add nuw nsw i64 {loop.index}, {step}")
+        again = self.assign(f"icmp ult i64 {following}, {end}")
+        # Phi nodes come first in the block, but name values that are known at its end only: insert them now.
+        phis = [f"  {loop.index} = phi i64 [{begin}, %{before}], [{following}, %{self._block}]"]
+        for name, first, value in zip(names, carried, loop.next, strict=True):
+            phis.append(f"  {name} = phi {self.vector} [{first}, %{before}], [{value}, %{self._block}]")
         self._lines[marker:marker] = phis
-        self.line(f"br i1 {again}, label %{head}, label %after{number}")
+        self.emit(f"br i1 {again}, label %{head}, label %after{number}")
         self._begin(f"after{number}", jump=False)
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """Write what happens only where an i1 is true."""
+        """Build what runs only if an i1 is true inside of the ``with`` block."""
         number = self._new_label()
-        self.line(f"br i1 {condition}, label %then{number}, label %after{number}")
+        self.emit(f"br i1 {condition}, label %then{number}, label %after{number}")
         self._begin(f"then{number}", jump=False)
         yield
         self._begin(f"after{number}")
 
     def _guard(self, begin: Index, end: Index, number: int) -> None:
-        """Skip a loop that would not run at all."""
-        some = self.value(f"icmp ult i64 {begin}, {end}")
-        self.line(f"br i1 {some}, label %some{number}, label %after{number}")
+        """Skip a loop without iterations."""
+        some = self.assign(f"icmp ult i64 {begin}, {end}")
+        self.emit(f"br i1 {some}, label %some{number}, label %after{number}")
         self._begin(f"some{number}", jump=False)
 
     def _new_label(self) -> int:
-        self._labels += 1
-        return self._labels
+        self._num_labels += 1
+        return self._num_labels
 
     def _begin(self, label: str, *, jump: bool = True) -> str:
+        """Begin a basic block, by a jump from the one before or as the target of a branch."""
         if jump:
-            self.line(f"br label %{label}")
+            self.emit(f"br label %{label}")
         self._lines.append(f"{label}:")
         self._block = label
         return label
 
 
 def float_text(number: float) -> str:
-    """A number as IR spells it, rounded to a float."""
+    """Spell a number, rounded to float32, as IR does: the bits of the float64 of the same value."""
     bits = struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<f", number))[0]))[0]
     return f"0x{bits:016X}"
 
 
-def module(functions: Sequence[Function]) -> str:
-    """The text of a module of functions, with the declarations that they need."""
+def build_module(functions: Sequence[IRBuilder]) -> str:
+    """Return the IR of a module of functions, with the declarations that they need."""
     declared = set[str]().union(*(function.declarations() for function in functions))
     return "\n".join(["".join(sorted(declared)), *(function.text() for function in functions)])

@@ -1,7 +1,4 @@
-"""From IR to machine code in this process, by llvmlite.
-
-Which vectors a processor has: the widths and register counts that the kernels are written for.
-"""
+"""Just-in-time compiler: LLVM IR to machine code in this process, by llvmlite; and the instruction sets it targets."""
 
 from __future__ import annotations
 
@@ -13,96 +10,22 @@ from typing import Any, final
 
 from repvgg.errors import UsageError, require
 
-_OPTIMIZE = 2
-
-
-def object_code(ir: str, isa: Isa) -> bytes:
-    """Machine code of a module of IR, as an object file.
-
-    Loops are neither vectorized nor unrolled: the kernels say themselves what they want.
-
-    Raises:
-        MissingDependencyError: llvmlite is not installed.
-        RuntimeError: the IR is malformed, or LLVM has no such processor.
-    """
-    machine, module = _optimized(ir, isa)
-    code: bytes = machine.emit_object(module)
-    return code
-
-
-def assembly(ir: str, isa: Isa) -> str:
-    """The same as text, for those who look for spills. See :func:`object_code` for the errors."""
-    machine, module = _optimized(ir, isa)
-    text: str = machine.emit_assembly(module)
-    return text
-
-
-def _optimized(ir: str, isa: Isa) -> tuple[Any, Any]:
-    machine, binding = _machine(isa), require("llvmlite.binding", "engine")
-    module = binding.parse_assembly(ir)
-    module.triple, module.data_layout = machine.triple, str(machine.target_data)
-    module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=_OPTIMIZE)
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(module, passes)
-    return machine, module
-
-
-def _machine(isa: Isa) -> Any:
-    binding = require("llvmlite.binding", "engine")
-    if isa.triple:
-        binding.initialize_all_targets()
-        binding.initialize_all_asmprinters()
-    else:
-        binding.initialize_native_target()
-        binding.initialize_native_asmprinter()
-    target = binding.Target.from_triple(isa.triple or binding.get_process_triple())
-    return target.create_target_machine(cpu=isa.cpu, features=isa.features, opt=3, jit=True)
-
-
-@final
-class Code:
-    """Machine code that is ready to be called; its memory goes when the last reference to it does.
-
-    Args:
-        objects: object files made by :func:`object_code` for this processor.
-        isa: what they were made for.
-    """
-
-    def __init__(self, objects: Iterable[bytes], isa: Isa) -> None:
-        binding = require("llvmlite.binding", "engine")
-        empty = binding.parse_assembly("")
-        self._engine = binding.create_mcjit_compiler(empty, _machine(isa))
-        for code in objects:
-            self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        weakref.finalize(self, self._engine.close).atexit = False  # a daemon thread may be inside until the very end
-
-    def address(self, name: str) -> int:
-        """Where a function begins.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
-        address: int = self._engine.get_function_address(name)
-        if not address:
-            raise KeyError(name)
-        return address
+_IR_OPT_LEVEL, _CODEGEN_OPT_LEVEL = 2, 3  # as of `opt` and `llc`
+_AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw")
 
 
 @final
 @dataclass(frozen=True)
-class Isa:
-    """The vectors of a processor, and the processor that machine code is made for.
+class VectorIsa:
+    """A vector instruction set, and the processor that LLVM generates code for.
 
     Attributes:
-        name: of the set of instructions.
-        width: floats in a vector.
-        registers: vectors that the processor can hold.
-        cpu: as LLVM calls the processor.
-        features: as LLVM lists what it can do, "+fma,-avx512f"; "" for all that ``cpu`` stands for.
-        triple: as LLVM calls the platform; "" for this one.
+        name: "avx512", "avx2", "sse2", "neon" or "scalar".
+        width: floats in a vector register.
+        registers: architectural vector registers.
+        cpu: LLVM's name of the processor.
+        features: LLVM's feature string, such as "+fma,-avx512f"; "" for the defaults of ``cpu``.
+        triple: LLVM's name of the platform; "" for this one.
     """
 
     name: str
@@ -113,41 +36,113 @@ class Isa:
     triple: str = ""
 
 
-#: What code can be made for anywhere, whatever processor makes it.
-GENERIC: dict[str, Isa] = {
-    "avx512": Isa("avx512", 16, 32, "x86-64-v4"),
-    "avx2": Isa("avx2", 8, 16, "x86-64-v3"),
-    "sse2": Isa("sse2", 4, 16, "x86-64"),
-    "neon": Isa("neon", 4, 32, "cortex-a76", triple="aarch64-unknown-linux-gnu"),
+#: Baseline processors, for code that is compiled on any machine: tests look at their assembly.
+GENERIC_ISAS: dict[str, VectorIsa] = {
+    "avx512": VectorIsa("avx512", 16, 32, "x86-64-v4"),
+    "avx2": VectorIsa("avx2", 8, 16, "x86-64-v3"),
+    "sse2": VectorIsa("sse2", 4, 16, "x86-64"),
+    "neon": VectorIsa("neon", 4, 32, "cortex-a76", triple="aarch64-unknown-linux-gnu"),
 }
-#: For processors that nobody has written widths for: float by float.
-SCALAR = Isa("scalar", 1, 16, "")
-_AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw")
+#: For architectures other than x86-64 and ARM64: one float at a time.
+SCALAR_ISA = VectorIsa("scalar", 1, 16, "")
 
 
-def host_isa() -> Isa:
-    """The vectors of this processor; single floats where it is neither an x86-64 nor an ARM64.
+def host_isa() -> VectorIsa:
+    """Return the widest vector instruction set of this processor.
 
     Raises:
-        UsageError: the system is none of Linux and macOS.
+        UsageError: the system is neither Linux nor macOS.
         MissingDependencyError: llvmlite is not installed.
     """
     if sys.platform not in ("linux", "darwin"):
         raise UsageError(f"The engine runs on Linux and macOS, not on {sys.platform}: use PyTorch here.")
     binding = require("llvmlite.binding", "engine")
-    machine = binding.get_default_triple().partition("-")[0]
-    cpu, able = binding.get_host_cpu_name(), binding.get_host_cpu_features()
-    features = able.flatten()
-    if machine in ("aarch64", "arm64"):
-        return Isa("neon", 4, 32, cpu, features)
-    if machine != "x86_64":
-        return replace(SCALAR, cpu=cpu, features=features)
-    kind = (
-        "avx512"
-        if all(able.get(name) for name in _AVX512)
-        else "avx2"
-        if able.get("avx2") and able.get("fma")
-        else "sse2"
-    )
-    generic = GENERIC[kind]
-    return Isa(kind, generic.width, generic.registers, cpu, features)
+    architecture = binding.get_default_triple().partition("-")[0]
+    cpu, available = binding.get_host_cpu_name(), binding.get_host_cpu_features()
+    features = available.flatten()
+    if architecture in ("aarch64", "arm64"):
+        return VectorIsa("neon", 4, 32, cpu, features)
+    if architecture != "x86_64":
+        return replace(SCALAR_ISA, cpu=cpu, features=features)
+    if all(available.get(name) for name in _AVX512):
+        name = "avx512"
+    else:
+        name = "avx2" if available.get("avx2") and available.get("fma") else "sse2"
+    generic = GENERIC_ISAS[name]
+    return VectorIsa(name, generic.width, generic.registers, cpu, features)
+
+
+def compile_to_object(ir: str, isa: VectorIsa) -> bytes:
+    """Compile a module of IR to an object file.
+
+    Raises:
+        MissingDependencyError: llvmlite is not installed.
+        RuntimeError: the IR is malformed, or LLVM has no such processor.
+    """
+    machine, module = _optimize(ir, isa)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def compile_to_assembly(ir: str, isa: VectorIsa) -> str:
+    """Compile a module of IR to assembly, to look for register spills. Raises as :func:`compile_to_object`."""
+    machine, module = _optimize(ir, isa)
+    text: str = machine.emit_assembly(module)
+    return text
+
+
+def _optimize(ir: str, isa: VectorIsa) -> tuple[Any, Any]:
+    """Parse and optimize IR; return the target machine and the module."""
+    machine, binding = _target_machine(isa), require("llvmlite.binding", "engine")
+    module = binding.parse_assembly(ir)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=_IR_OPT_LEVEL)
+    # The kernels are vectorized and unrolled to fill the register file exactly: more of either would spill.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return machine, module
+
+
+def _target_machine(isa: VectorIsa) -> Any:
+    binding = require("llvmlite.binding", "engine")
+    if isa.triple:
+        binding.initialize_all_targets()
+        binding.initialize_all_asmprinters()
+    else:
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+    target = binding.Target.from_triple(isa.triple or binding.get_process_triple())
+    return target.create_target_machine(cpu=isa.cpu, features=isa.features, opt=_CODEGEN_OPT_LEVEL, jit=True)
+
+
+@final
+class MachineCode:
+    """Object files loaded into executable memory, which is freed with this object.
+
+    Args:
+        objects: object files by :func:`compile_to_object` for this processor.
+        isa: what they were compiled for.
+    """
+
+    def __init__(self, objects: Iterable[bytes], isa: VectorIsa) -> None:
+        binding = require("llvmlite.binding", "engine")
+        empty = binding.parse_assembly("")
+        self._engine = binding.create_mcjit_compiler(empty, _target_machine(isa))
+        for code in objects:
+            self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        # Not at exit: a daemon thread of the pool may run this code until the process ends.
+        weakref.finalize(self, self._engine.close).atexit = False
+
+    def address(self, name: str) -> int:
+        """Return the address of a function.
+
+        Raises:
+            KeyError: there is no function of that name.
+        """
+        address: int = self._engine.get_function_address(name)
+        if not address:
+            raise KeyError(name)
+        return address

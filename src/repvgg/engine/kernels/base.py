@@ -1,8 +1,8 @@
-"""What every kernel is to the planner, and the signature of the function that it becomes.
+"""What all kernels share: their interface and signature, the register tile and its micro-kernel, packed weights.
 
-The inner loop of every product: a tile of sums in registers, fed by vectors of weights and broadcast inputs.
-
-Weights and biases as the kernels read them.
+A matrix kernel is organised as in BLIS and XNNPACK: a register tile of ``mr`` rows (pixels, or Winograd tiles) by
+``nr`` vectors of output channels is accumulated over the input channels, by a rank-1 update for each of them. Weights
+are packed into panels of ``nr`` vectors, in the order in which they are read.
 """
 
 from __future__ import annotations
@@ -14,153 +14,175 @@ from typing import Protocol, TypeAlias, final
 
 import numpy as np
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Conv, Floats
 from repvgg.engine.runtime.memory import round_up
-from repvgg.engine.winograd.filters import TAPS, Form
+from repvgg.engine.winograd.filters import TAPS, Winograd2d
 
-POINTERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
+LINE_FLOATS = 16  # of a cache line
 
-#: A kernel's function computes units [begin, end) of the work on a batch; whoever calls it counts the units.
-UNITS = (*POINTERS, ("i64", "batch"), ("i64", "begin"), ("i64", "end"))
+POINTER_PARAMETERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
+
+#: Parameters of a kernel's function, which computes units [begin, end) of the work on ``batch`` blocks. The caller
+#: knows how many units there are: ``batch * units_per_block``. ``kernel_function`` in ``runtime/thread_pool.c`` is the
+#: same.
+KERNEL_PARAMETERS = (*POINTER_PARAMETERS, ("i64", "batch"), ("i64", "begin"), ("i64", "end"))
 
 
 class Kernel(Protocol):
-    """Everything that the code of one kind of layer depends on: a frozen value, so that equal layers share code."""
+    """Everything that the code of a layer depends on, as a frozen value: equal kernels share their code."""
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
+    def describe(self) -> str:
+        """Return what it computes and how, for a profile."""
         ...
 
     @property
-    def units_of_image(self) -> int:
-        """Pieces of work for each image of a batch, or for each block of a :class:`repvgg.engine.planner.plan.Step`."""
+    def units_per_block(self) -> int:
+        """Units of work for each block: an image, or Winograd tiles (see :class:`repvgg.engine.planner.plan.Step`)."""
         ...
 
     @property
-    def muls(self) -> int:
-        """Multiplications for each of those."""
+    def num_multiplies(self) -> int:
+        """Float multiplications for each block; 0 for kernels that are bound by memory."""
         ...
 
-    def functions(self, name: str) -> list[Function]:
-        """The function called ``name``, which takes :data:`UNITS`, after those that it calls."""
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Return the function called ``name``, with :data:`KERNEL_PARAMETERS`, after the functions that it calls."""
         ...
 
 
-def call_panel(
-    write: Function, part: Index, panels: int, functions: Sequence[Function], arguments: Sequence[tuple[str, Index]]
-) -> None:
-    """Call the second of two functions for the last panel of a group, which may be narrower, else the first."""
-    is_last = write.value(f"icmp eq i64 {part}, {panels - 1}")
-    is_other = write.value(f"xor i1 {is_last}, true")
-    for condition, function in ((is_other, functions[0]), (is_last, functions[1])):
-        with write.when(condition):
-            write.call(function.name, arguments)
+# Micro-kernel
 
 
 @final
 @dataclass(frozen=True)
-class Tile:
-    """What is summed in registers at once: so many pixels times so many vectors of output channels."""
+class RegisterTile:
+    """Accumulators that are kept in registers.
 
-    pixels: int
-    vectors: int
+    Attributes:
+        mr: pixels, or Winograd tiles.
+        nr: vectors of output channels.
+    """
+
+    mr: int
+    nr: int
 
     def __str__(self) -> str:
-        return f"{self.pixels}x{self.vectors} registers"
+        return f"{self.mr}x{self.nr} registers"
 
     @property
     def registers(self) -> int:
-        """Vectors that it takes: the sums, a step of weights, and an input."""
-        return self.pixels * self.vectors + self.vectors + 1
+        """Vector registers in use: accumulators, the weights of an input channel, and a broadcast input."""
+        return self.mr * self.nr + self.nr + 1
 
     @property
     def cycles(self) -> float:
-        """About how long one step takes.
+        """Estimated cycles of a rank-1 update, on a core with two FMAs and two loads a cycle and an FMA latency of 4.
 
-        A processor does two multiply-adds and two loads a cycle, and the next addition to a sum waits four cycles.
-        Weights are loaded twice, those to come ahead of their use; wide panels crowd the first cache.
+        The largest of: FMA throughput, load throughput, FMA latency.
         """
-        return max(self.pixels * self.vectors / 2, (self.pixels + 2 * self.vectors) / 2, 4.0) + 0.02 * self.vectors**2
+        # Weights count as loaded twice, once for the prefetch. The quadratic term is fitted: the streams of wide panels
+        # evict inputs from L1.
+        return max(self.mr * self.nr / 2, (self.mr + 2 * self.nr) / 2, 4.0) + 0.02 * self.nr**2
 
 
-def multiply_add(
-    write: Function, inputs: Value, pitch: int, weights: Value, sums: Sequence[Value], vectors: int
+def rank_1_update(
+    b: IRBuilder, inputs: Value, input_stride: int, weights: Value, accumulators: Sequence[Value], nr: int
 ) -> list[Value]:
-    """Add one input channel to all sums of a tile, which lie as (pixel, vector).
+    """Add one input channel to a register tile: ``acc[m, n] += input[m] · weight[n]``.
 
     Args:
-        write: the function.
+        b: the function.
         inputs: address of the channel of the first pixel.
-        pitch: floats from there to that of the next pixel.
-        weights: address of the weights of the channel.
-        sums: as they are.
-        vectors: of the tile.
+        input_stride: floats from there to the same channel of the next pixel.
+        weights: address of the ``nr`` vectors of weights of the channel.
+        accumulators: (mr, nr) vectors, as a flat list.
+        nr: vectors of the tile.
     """
-    lanes = [write.load(weights, vector * write.width) for vector in range(vectors)]
+    loaded = [b.load(weights, vector * b.width) for vector in range(nr)]
     out: list[Value] = []
-    for pixel in range(len(sums) // vectors):
-        value = write.broadcast(inputs, pixel * pitch)
-        out += [write.fma(value, lane, sums[pixel * vectors + at]) for at, lane in enumerate(lanes)]
+    for pixel in range(len(accumulators) // nr):
+        value = b.broadcast(inputs, pixel * input_stride)
+        out += [b.fma(value, weight, accumulators[pixel * nr + at]) for at, weight in enumerate(loaded)]
     return out
 
 
-def equal_tiles(count: int, tile: Tile) -> list[tuple[int, Tile]]:
-    """So many pixels as tiles that are about equal, and at most as large: how many, and of which size."""
-    number = -(-count // tile.pixels)
+def balanced_tiles(count: int, tile: RegisterTile) -> list[tuple[int, RegisterTile]]:
+    """Divide ``count`` pixels into the fewest tiles of at most ``tile.mr``, of about equal size: (number, tile).
+
+    13 pixels in tiles of at most 6 are 5 + 4 + 4: a remainder of 1 would leave most multipliers idle.
+    """
+    number = -(-count // tile.mr)
     size, more = divmod(count, number)
     pairs = (more, size + 1), (number - more, size)
-    return [(many, Tile(pixels, tile.vectors)) for many, pixels in pairs if many]
+    return [(many, RegisterTile(mr, tile.nr)) for many, mr in pairs if many]
 
 
-#: From a convolution, floats in a vector, vectors of a panel, a form of Winograd or None, and whether kernels are
-#: transformed late, to weights and biases.
-Packing: TypeAlias = Callable[[Conv, int, int, Form | None, bool], tuple[Floats, Floats]]
+def call_for_panel(
+    b: IRBuilder, panel: Index, num_panels: int, functions: Sequence[IRBuilder], arguments: Sequence[tuple[str, Index]]
+) -> None:
+    """Call ``functions[1]`` for the last panel of a group, which may be narrower, and ``functions[0]`` for others."""
+    is_last = b.assign(f"icmp eq i64 {panel}, {num_panels - 1}")
+    is_other = b.assign(f"xor i1 {is_last}, true")
+    for condition, function in ((is_other, functions[0]), (is_last, functions[1])):
+        with b.when(condition):
+            b.call(function.name, arguments)
 
-_NUMBERS = itertools.count()
+
+# Packed weights
+
+#: ``(conv, width, nr, winograd or None, on_the_fly) -> (weights, bias)``: see :func:`pack_weights`.
+PackWeights: TypeAlias = Callable[[Conv, int, int, Winograd2d | None, bool], tuple[Floats, Floats]]
+
+_PLACEHOLDER_NUMBERS = itertools.count()
 
 
-def pack(conv: Conv, width: int, vectors: int, together: int = 1) -> tuple[Floats, Floats]:
-    """Weights and biases in the order that the kernel reads them, with zeros for channels beyond the last.
+def pack_panels(conv: Conv, width: int, nr: int, adjacent_taps: int = 1) -> tuple[Floats, Floats]:
+    """Pack the weights (O, I, taps) of a convolution into panels, and pad its biases.
 
     Args:
-        conv: the convolution.
+        conv: the convolution; each group's output channels are padded by zeros to whole vectors.
         width: floats in a vector.
-        vectors: of a panel.
-        together: taps that lie side by side for each input channel.
+        nr: vectors of a panel; the last panel of a group may have fewer.
+        adjacent_taps: t taps that lie next to each other for each input channel.
 
     Returns:
-        Two arrays of one axis; both have whole vectors for each group.
+        Weights (group, panel, tap / t, input channel, t, output channel of the panel) and biases (group, output
+        channel), both flat.
     """
     groups = conv.geometry.groups
     outputs = conv.weight.shape[0] // groups
-    wide = round_up(outputs, width)
-    kernel = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, together).transpose(0, 3, 2, 4, 1)
-    kernel = np.pad(kernel, (*((0, 0),) * 4, (0, wide - outputs)))  # group, taps, input, tap, output
-    step = vectors * width
-    panels = [kernel[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, wide, step)]
-    bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, wide - outputs)))
+    padded = round_up(outputs, width)
+    weights = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, adjacent_taps).transpose(0, 3, 2, 4, 1)
+    weights = np.pad(weights, (*((0, 0),) * 4, (0, padded - outputs)))
+    step = nr * width
+    panels = [weights[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, padded, step)]
+    bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, padded - outputs)))
     return np.concatenate(panels), bias.ravel()
 
 
-def packed(layer: Conv, width: int, vectors: int, form: Form | None, late: bool) -> tuple[Floats, Floats]:
-    """Weights, in Winograd's domain if there is a form, and biases, in the order that kernels read them."""
-    if form is None:
-        return pack(layer, width, vectors)
-    moved = replace(layer, weight=form.transformed(layer.weight, late=late))
-    return pack(moved, width, vectors, together=TAPS if late else 1)
+def pack_weights(
+    layer: Conv, width: int, nr: int, winograd: Winograd2d | None, on_the_fly: bool
+) -> tuple[Floats, Floats]:
+    """Pack the weights of a direct convolution, or the transformed filters of Winograd, and the biases.
 
-
-def any_weights(layer: Conv, width: int, vectors: int, form: Form | None, late: bool) -> tuple[Floats, Floats]:
-    """As many numbers as :func:`packed` would make, without the work: for those who only look at the time.
-
-    No two arrays are equal, so that none is taken for another.
+    With an on-the-fly transform, the three columns of ``G g`` of an input channel are adjacent.
     """
+    if winograd is None:
+        return pack_panels(layer, width, nr)
+    transformed = replace(layer, weight=winograd.transform_filters(layer.weight, on_the_fly=on_the_fly))
+    return pack_panels(transformed, width, nr, adjacent_taps=TAPS if on_the_fly else 1)
+
+
+def placeholder_weights(
+    layer: Conv, width: int, nr: int, winograd: Winograd2d | None, on_the_fly: bool
+) -> tuple[Floats, Floats]:
+    """Return arrays of the size that :func:`pack_weights` returns, without its work, to measure time with."""
     outputs, inputs = layer.weight.shape[:2]
     groups = layer.geometry.groups
-    wide = groups * round_up(outputs // groups, width)
-    places = form.sets(late=late) if form else layer.geometry.kernel[0] * layer.geometry.kernel[1]
-    weights = np.full(places * inputs * wide, 0.01, np.float32)
-    weights[0] = next(_NUMBERS)
-    return weights, np.zeros(wide, np.float32)
+    padded = groups * round_up(outputs // groups, width)
+    taps = layer.geometry.kernel[0] * layer.geometry.kernel[1]
+    elements = winograd.filter_elements(on_the_fly=on_the_fly) if winograd else taps
+    weights = np.full(elements * inputs * padded, 0.01, np.float32)
+    weights[0] = next(_PLACEHOLDER_NUMBERS)  # equal arrays would be stored once, and be in the cache too early
+    return weights, np.zeros(padded, np.float32)

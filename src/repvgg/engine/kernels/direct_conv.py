@@ -1,303 +1,321 @@
-"""Convolution of any geometry as an implicit GEMM: rows of pixels times panels of output channels.
+"""Direct convolution of any geometry as an implicit GEMM: rows of pixels times panels of output channels.
 
-For each output row, and each panel of ``vectors`` vectors of output channels, tiles of ``pixels`` neighbouring pixels
-are summed in registers over all taps and input channels: one load of a vector of weights serves all pixels of the
-tile, one broadcast of an input serves all vectors. Nothing is gathered first; the border is zeros in memory. Each row
-of taps, and each run of channels, is summed by itself: the sums of sums round less than one long sum.
+A unit of work is one output row by one panel. The row is divided into register tiles of ``mr`` neighbouring pixels,
+each of which is accumulated over all taps and input channels. There is no im2col: inputs are read in place, and the
+border is zeros in memory (:class:`repvgg.engine.runtime.memory.FeatureMapLayout`).
 
-Weights lie as (group, panel, tap, input channel, output channel of the panel), so that each panel is one stream.
+Each row of taps, and each block of about 144 channels, is summed separately, and then the sums: a value passes through
+fewer roundings than in one long sum.
+
+Weights are (group, panel, tap, input channel, output channel of the panel), so that each panel is one stream.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value
-from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
+from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import ConvGeometry
-from repvgg.engine.kernels.base import POINTERS, UNITS, Tile, call_panel, multiply_add
-from repvgg.engine.runtime.memory import Images
-from repvgg.engine.winograd.tiling import LINE, equal_runs
+from repvgg.engine.kernels.base import (
+    KERNEL_PARAMETERS,
+    LINE_FLOATS,
+    POINTER_PARAMETERS,
+    RegisterTile,
+    call_for_panel,
+    rank_1_update,
+)
+from repvgg.engine.runtime.memory import FeatureMapLayout
 
-_COLD = 2**15  # floats of a panel that is fetched ahead
-_KEPT = 180_000  # floats of weights that stay in the second cache beside some rows of inputs
-_NEAR = 48  # channels whose weights are fetched to the first cache ahead of their use
-_ALONE = 96  # channels that are worth a sum of their own
-_SUMMED = 144  # channels that are summed in one go, and a few more
-_MOST_RUNS = 8  # that are written out
+_PREFETCH_PANEL_FLOATS = 2**15  # a panel of this size (128 KiB) does not come to L2 in time by itself
+_L2_WEIGHT_FLOATS = 180_000  # 720 KB: weights that stay in an L2 of 1 MiB beside some rows of inputs
+_L1_PREFETCH_CHANNELS = 48  # ahead of their use, about the latency of L2
+_SEPARATE_SUM_CHANNELS = 96  # a shorter block is not worth accumulators of its own, which cost an addition each
+_BLOCK_CHANNELS = 144  # of an innermost sum, at least
+_MAX_BLOCKS = 8  # each of them is a loop of its own in the code
 
 
 @final
 @dataclass(frozen=True)
-class ConvKernel:
-    """One convolution on images of one size: everything that its code depends on.
+class DirectConvKernel:
+    """A convolution with bias and optional ReLU, between feature maps of one size.
 
     Attributes:
-        geometry: where it reads; its padding is not beyond the border of ``source``.
-        source: the images that it reads.
-        target: the images that it writes.
-        tile: the registers that it uses.
+        geometry: taps, stride, padding, dilation, groups. The padding is at most the border of ``source``.
+        source: layout of the input.
+        target: layout of the output.
+        tile: register tile.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
 
     geometry: ConvGeometry
-    source: Images
-    target: Images
-    tile: Tile
+    source: FeatureMapLayout
+    target: FeatureMapLayout
+    tile: RegisterTile
     relu: bool
     width: int
 
     @property
-    def inputs(self) -> int:
+    def in_channels(self) -> int:
         """Input channels of a group."""
         return self.source.channels // self.geometry.groups
 
     @property
-    def outputs(self) -> int:
+    def out_channels(self) -> int:
         """Output channels of a group."""
         return self.target.channels // self.geometry.groups
 
     @property
     def taps(self) -> int:
-        """Places of the kernel."""
+        """Elements of a filter for one input channel."""
         return self.geometry.kernel[0] * self.geometry.kernel[1]
 
     @property
     def group_vectors(self) -> int:
-        """Vectors of output channels of a group, the last one perhaps not full."""
-        return -(-self.outputs // self.width)
+        """Vectors of output channels of a group; the last one may be partly used."""
+        return -(-self.out_channels // self.width)
 
     @property
-    def panels(self) -> int:
-        """Panels of a group; the last one may have fewer vectors than the others."""
-        return -(-self.group_vectors // self.tile.vectors)
+    def num_panels(self) -> int:
+        """Panels of a group; the last one may have fewer vectors."""
+        return -(-self.group_vectors // self.tile.nr)
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether all weights stay in the second cache."""
-        return self.taps * self.inputs * self.groups_and_panels * self.tile.vectors * self.width <= _KEPT
-
-    @property
-    def groups_and_panels(self) -> int:
+    def all_panels(self) -> int:
         """Panels of all groups."""
-        return self.geometry.groups * self.panels
+        return self.geometry.groups * self.num_panels
 
     @property
-    def words(self) -> str:
-        """What it does, for a profile."""
+    def weights_fit_l2(self) -> bool:
+        """Whether all weights stay in L2, so that the order of units follows the inputs instead."""
+        return self.taps * self.in_channels * self.all_panels * self.tile.nr * self.width <= _L2_WEIGHT_FLOATS
+
+    def describe(self) -> str:
+        """Return the register tile, for a profile."""
         return f"direct, tiles of {self.tile}"
 
     @property
-    def units_of_image(self) -> int:
-        """Pieces of work in one image: the output rows of each panel of each group."""
-        return self.groups_and_panels * self.target.size[0]
+    def units_per_block(self) -> int:
+        """Output rows of an image, by each panel of each group."""
+        return self.all_panels * self.target.size[0]
 
     @property
-    def muls(self) -> int:
-        """Multiply-adds for one image, those with the zeros of the border among them."""
-        return self.taps * self.inputs * self.target.channels * self.target.size[0] * self.target.size[1]
+    def num_multiplies(self) -> int:
+        """Multiplications for one image, including those by the zeros of the border."""
+        return self.taps * self.in_channels * self.target.channels * self.target.size[0] * self.target.size[1]
 
-    def functions(self, name: str) -> list[Function]:
-        """The function ``name``, and one each for a row of the last panel of a group, and of another.
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel: one function for a row of a full panel, one for a row of the last panel, and the driver.
 
-        Neighbouring units read the same weights, unit ``(panel · batch + image) · rows + row``; but where all of them
-        stay in the second cache, the same inputs, unit ``(image · rows + row) · panels + panel``.
+        Consecutive units reuse what is expensive to load: the weights, with unit ``(panel · batch + image) · rows +
+        row``; or, if all weights stay in L2, the inputs, with unit ``(image · rows + row) · panels + panel``.
         """
-        rows = [_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
-        return [*rows, _units(name, self, rows)]
+        rows = [_emit_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
+        return [*rows, _emit_driver(name, self, rows)]
 
 
-def _units(name: str, kernel: ConvKernel, rows: list[Function]) -> Function:
-    write = Function(name, UNITS, kernel.width)
+def _emit_driver(name: str, kernel: DirectConvKernel, rows: list[IRBuilder]) -> IRBuilder:
+    b = IRBuilder(name, KERNEL_PARAMETERS, kernel.width)
     geometry, source, target = kernel.geometry, kernel.source, kernel.target
-    with write.loop("%begin", "%end") as units:
-        if kernel.keeps_weights:
-            place, panel = write.divide(units.index, kernel.groups_and_panels)
+    with b.loop("%begin", "%end") as units:
+        if kernel.weights_fit_l2:
+            place, panel = b.divmod(units.index, kernel.all_panels)
         else:
-            panel, place = write.divide(units.index, write.mul("%batch", target.size[0]))
-        image, row = write.divide(place, target.size[0])
-        group, part = write.divide(panel, kernel.panels)
-        channel = write.mul(part, kernel.tile.vectors * kernel.width)
-        lanes = write.add(write.mul(group, kernel.group_vectors * kernel.width), channel)
-        channels = write.mul(group, kernel.inputs * source.channel)
-        read = write.add(_place(write, image, row, source, geometry.stride[0]), channels)
-        corner = source.inside - geometry.padding[0] * source.row - geometry.padding[1] * source.pitch
-        wrote = write.add(_place(write, image, row, target, 1), write.add(write.mul(group, kernel.outputs), channel))
+            panel, place = b.divmod(units.index, b.mul("%batch", target.size[0]))
+        image, row = b.divmod(place, target.size[0])
+        group, panel_of_group = b.divmod(panel, kernel.num_panels)
+        channel = b.mul(panel_of_group, kernel.tile.nr * kernel.width)
+        padded_channel = b.add(b.mul(group, kernel.group_vectors * kernel.width), channel)
+        in_channel = b.mul(group, kernel.in_channels * source.channel_stride)
+        read = b.add(_row_offset(b, image, row, source, geometry.stride[0]), in_channel)
+        padding = geometry.padding[0] * source.row_stride + geometry.padding[1] * source.pixel_stride
+        to_row = _row_offset(b, image, row, target, 1)
+        written = b.add(to_row, b.add(b.mul(group, kernel.out_channels), channel))
         arguments = (
-            ("ptr", write.at("%source", write.add(read, corner))),
-            ("ptr", write.at("%target", write.add(wrote, target.inside))),
-            ("ptr", write.at("%weights", write.mul(lanes, kernel.taps * kernel.inputs))),
-            ("ptr", write.at("%bias", lanes)),
+            ("ptr", b.offset("%source", b.add(read, source.interior_offset - padding))),
+            ("ptr", b.offset("%target", b.add(written, target.interior_offset))),
+            ("ptr", b.offset("%weights", b.mul(padded_channel, kernel.taps * kernel.in_channels))),
+            ("ptr", b.offset("%bias", padded_channel)),
             ("i64", place),
         )
-        call_panel(write, part, kernel.panels, rows, arguments)
-    return write
+        call_for_panel(b, panel_of_group, kernel.num_panels, rows, arguments)
+    return b
 
 
-def _place(write: Function, image: Index, row: Index, images: Images, stride: int) -> Index:
-    """Floats to the first pixel of a row."""
-    return write.add(write.mul(image, images.image), write.mul(row, stride * images.row))
+def _row_offset(b: IRBuilder, image: Index, row: Index, layout: FeatureMapLayout, stride: int) -> Index:
+    return b.add(b.mul(image, layout.image_stride), b.mul(row, stride * layout.row_stride))
 
 
-def _row(name: str, kernel: ConvKernel, *, last: bool) -> Function:
-    """One output row of one panel, the last of its group or another."""
-    write = Function(name, (*POINTERS, ("i64", "place")), kernel.width, internal=True)
-    vectors = kernel.tile.vectors
+def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
+    """Build one output row of a panel: the last panel of its group, or any other."""
+    b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "place")), kernel.width, internal=True)
+    nr = kernel.tile.nr
     if last:
-        vectors = kernel.group_vectors - (kernel.panels - 1) * vectors
-    counts = tuple(_counts(kernel, vectors)) if last else (kernel.width,) * vectors
-    row = _Row(write, kernel, counts, _ahead(write, kernel, vectors))
-    columns, pixels = kernel.target.size[1], min(kernel.tile.pixels, kernel.target.size[1])
-    whole = columns // pixels * pixels
-    if whole > pixels:
-        with write.loop(0, whole, pixels) as tiles:
-            row.tile(tiles.index, pixels)
+        nr = kernel.group_vectors - (kernel.num_panels - 1) * nr
+    stored_lanes = tuple(_stored_lanes(kernel, nr)) if last else (kernel.width,) * nr
+    row = _RowBuilder(b, kernel, stored_lanes, _next_panel(b, kernel, nr))
+    columns, mr = kernel.target.size[1], min(kernel.tile.mr, kernel.target.size[1])
+    whole = columns // mr * mr
+    if whole > mr:
+        with b.loop(0, whole, mr) as tiles:
+            row.emit_tile(tiles.index, mr)
     else:
-        row.tile(0, pixels)
+        row.emit_tile(0, mr)
     if columns > whole:
-        row.tile(whole, columns - whole)
-    return write
+        row.emit_tile(whole, columns - whole)
+    return b
 
 
-def _counts(kernel: ConvKernel, vectors: int) -> Iterator[int]:
-    """How many numbers of each vector of the last panel are stored: what lies behind them may be another group's."""
-    spare = kernel.group_vectors * kernel.width - kernel.outputs
-    free = kernel.geometry.groups == 1 and kernel.target.pitch >= kernel.group_vectors * kernel.width
-    for vector in range(vectors):
-        yield kernel.width - spare if vector == vectors - 1 and not free else kernel.width
+def _stored_lanes(kernel: DirectConvKernel, nr: int) -> Iterator[int]:
+    """Yield how many lanes of each vector of the last panel are stored."""
+    unused = kernel.group_vectors * kernel.width - kernel.out_channels
+    # With one group, the padding of a pixel takes the unused lanes; with several, the next group's channels lie there.
+    padded = kernel.geometry.groups == 1 and kernel.target.pixel_stride >= kernel.group_vectors * kernel.width
+    for vector in range(nr):
+        yield kernel.width - unused if vector == nr - 1 and not padded else kernel.width
 
 
-def _ahead(write: Function, kernel: ConvKernel, vectors: int) -> Value | None:
-    """Where a row fetches ahead: a share of the next panel, if panels are large. The first rows fetch all of it."""
-    step, count = vectors * kernel.width, kernel.taps * kernel.inputs
-    if kernel.keeps_weights or step * count < _COLD:
+def _next_panel(b: IRBuilder, kernel: DirectConvKernel, nr: int) -> Value | None:
+    """Return where a row prefetches the next panel from, or None if panels are small.
+
+    A row prefetches a line for each channel of each tap; the first rows of an image together prefetch the whole panel.
+    """
+    step, count = nr * kernel.width, kernel.taps * kernel.in_channels
+    if kernel.weights_fit_l2 or step * count < _PREFETCH_PANEL_FLOATS:
         return None
-    rows = -(-step // LINE)
-    late = write.value(f"icmp ugt i64 %place, {rows - 1}")
-    share = write.value(f"select i1 {late}, i64 {rows - 1}, i64 %place")
-    return write.at("%weights", write.add(write.mul(share, count * LINE), count * step))
+    rows = -(-step // LINE_FLOATS)
+    done = b.assign(f"icmp ugt i64 %place, {rows - 1}")
+    part = b.assign(f"select i1 {done}, i64 {rows - 1}, i64 %place")
+    return b.offset("%weights", b.add(b.mul(part, count * LINE_FLOATS), count * step))
 
 
 @final
 @dataclass(frozen=True)
-class _Row:
-    """A row that is being written.
+class _RowBuilder:
+    """Builder of an output row.
 
     Attributes:
-        write: the function.
-        kernel: of which convolution.
-        counts: how many numbers of each vector of the panel are stored.
-        ahead: where weights are fetched ahead.
+        b: the function.
+        kernel: the kernel.
+        stored_lanes: of each vector of the panel.
+        prefetched: address in the next panel, or None.
     """
 
-    write: Function
-    kernel: ConvKernel
-    counts: tuple[int, ...]
-    ahead: Value | None
+    b: IRBuilder
+    kernel: DirectConvKernel
+    stored_lanes: tuple[int, ...]
+    prefetched: Value | None
+
+    @property
+    def nr(self) -> int:
+        """Vectors of the panel."""
+        return len(self.stored_lanes)
 
     @property
     def step(self) -> int:
         """Floats of the weights of one channel of one tap."""
-        return len(self.counts) * self.kernel.width
+        return self.nr * self.kernel.width
 
-    def tile(self, column: Index, pixels: int) -> None:
-        """One tile, from its biases to its stores; ``column`` is its first pixel in the row."""
-        write, kernel, vectors = self.write, self.kernel, len(self.counts)
-        biases = [write.load("%bias", vector * kernel.width) for vector in range(vectors)]
-        source = write.at("%source", write.mul(column, kernel.geometry.stride[1] * kernel.source.pitch))
-        first = [biases[vector] for _ in range(pixels) for vector in range(vectors)]
-        sums = self._planes(source, first) if kernel.source.planar else self._sum(source, first)
-        target = write.at("%target", write.mul(column, kernel.target.pitch))
+    def emit_tile(self, column: Index, mr: int) -> None:
+        """Build one register tile, from biases to stores, that begins at ``column`` of the row."""
+        b, kernel, nr = self.b, self.kernel, self.nr
+        biases = [b.load("%bias", vector * kernel.width) for vector in range(nr)]
+        source = b.offset("%source", b.mul(column, kernel.geometry.stride[1] * kernel.source.pixel_stride))
+        first = [biases[vector] for _ in range(mr) for vector in range(nr)]
+        sums = self._sum_planar(source, first) if kernel.source.planar else self._sum(source, first)
+        target = b.offset("%target", b.mul(column, kernel.target.pixel_stride))
         for place, value in enumerate(sums):
-            pixel, vector = divmod(place, vectors)
-            value = write.relu(value) if kernel.relu else value
-            write.store(value, target, pixel * kernel.target.pitch + vector * kernel.width, self.counts[vector])
+            pixel, vector = divmod(place, nr)
+            value = b.relu(value) if kernel.relu else value
+            offset = pixel * kernel.target.pixel_stride + vector * kernel.width
+            b.store(value, target, offset, self.stored_lanes[vector])
 
-    def _planes(self, source: Value, sums: list[Value]) -> list[Value]:
-        """Add all taps and channels, which are few: loops over rows of taps, channels and taps.
-
-        Written out, neighbouring pixels would share their inputs, which then would not fit into the registers.
-        """
-        write, geometry, images = self.write, self.kernel.geometry, self.kernel.source
-        pitch, inputs = geometry.stride[1] * images.pitch, self.kernel.inputs
-        with write.loop(0, geometry.kernel[0], carried=sums) as rows:
-            row = write.mul(rows.index, geometry.dilation[0] * images.row)
-            with write.loop(0, inputs, carried=rows.carried) as channels:
-                read = write.at(source, write.add(row, write.mul(channels.index, images.channel)))
-                with write.loop(0, geometry.kernel[1], carried=channels.carried) as taps:
-                    pixel = write.at(read, write.mul(taps.index, geometry.dilation[1] * images.pitch))
-                    tap = write.add(write.mul(rows.index, geometry.kernel[1]), taps.index)
-                    number = write.add(write.mul(tap, inputs), channels.index)
-                    lanes = write.at("%weights", write.mul(number, self.step))
-                    taps.next = multiply_add(write, pixel, pitch, lanes, taps.carried, len(self.counts))
+    def _sum_planar(self, source: Value, sums: list[Value]) -> list[Value]:
+        """Accumulate NCHW inputs, which have few channels: loops over rows of taps, channels and taps."""
+        # The taps are a loop, not unrolled: LLVM would share the inputs of neighbouring pixels, and run out of
+        # registers.
+        b, geometry, layout = self.b, self.kernel.geometry, self.kernel.source
+        stride, in_channels = geometry.stride[1] * layout.pixel_stride, self.kernel.in_channels
+        with b.loop(0, geometry.kernel[0], carried=sums) as rows:
+            row = b.mul(rows.index, geometry.dilation[0] * layout.row_stride)
+            with b.loop(0, in_channels, carried=rows.carried) as channels:
+                read = b.offset(source, b.add(row, b.mul(channels.index, layout.channel_stride)))
+                with b.loop(0, geometry.kernel[1], carried=channels.carried) as taps:
+                    pixel = b.offset(read, b.mul(taps.index, geometry.dilation[1] * layout.pixel_stride))
+                    tap = b.add(b.mul(rows.index, geometry.kernel[1]), taps.index)
+                    number = b.add(b.mul(tap, in_channels), channels.index)
+                    weights = b.offset("%weights", b.mul(number, self.step))
+                    taps.next = rank_1_update(b, pixel, stride, weights, taps.carried, self.nr)
                 channels.next = taps.results
             rows.next = channels.results
         return rows.results
 
     def _sum(self, source: Value, sums: list[Value]) -> list[Value]:
-        """Add all taps and channels to the sums of a tile: loops over rows of taps, taps and channels.
-
-        Where the channels of neighbouring taps lie side by side, a row of taps is one loop.
-        """
-        write, geometry, images = self.write, self.kernel.geometry, self.kernel.source
-        taps, length = geometry.kernel[1], self.kernel.inputs
-        if geometry.dilation[1] == 1 and length == images.pitch:
+        """Accumulate NHWC inputs: loops over rows of taps, taps and channels."""
+        b, geometry, layout = self.b, self.kernel.geometry, self.kernel.source
+        taps, length = geometry.kernel[1], self.kernel.in_channels
+        if geometry.dilation[1] == 1 and length == layout.pixel_stride:
+            # The channels of the taps of a row are contiguous in inputs and weights: one longer loop.
             taps, length = 1, taps * length
-        with write.loop(0, geometry.kernel[0], carried=sums) as tap_rows:
-            read = write.mul(tap_rows.index, geometry.dilation[0] * images.row)
-            with write.loop(0, taps, carried=tap_rows.carried) as row:
-                tap = write.at(source, write.add(read, write.mul(row.index, geometry.dilation[1] * images.pitch)))
-                first = write.mul(write.add(write.mul(tap_rows.index, taps), row.index), length)
-                for begin, end in _runs(length):
-                    row.next = self._run(tap, first, begin, end, row.next)
+        with b.loop(0, geometry.kernel[0], carried=sums) as tap_rows:
+            read = b.mul(tap_rows.index, geometry.dilation[0] * layout.row_stride)
+            with b.loop(0, taps, carried=tap_rows.carried) as row:
+                offset = b.add(read, b.mul(row.index, geometry.dilation[1] * layout.pixel_stride))
+                tap = b.offset(source, offset)
+                first = b.mul(b.add(b.mul(tap_rows.index, taps), row.index), length)
+                for begin, end in _channel_blocks(length):
+                    row.next = self._sum_block(tap, first, begin, end, row.next)
             tap_rows.next = row.results
         return tap_rows.results
 
-    def _run(self, source: Value, first: Index, begin: int, end: int, sums: list[Value]) -> list[Value]:
-        """Add some channels of a tap, or of a row of taps, whose weights are number ``first`` and those behind it."""
-        write, kernel = self.write, self.kernel
-        alone = end - begin >= _ALONE
-        with write.loop(begin, end, carried=["zeroinitializer"] * len(sums) if alone else sums) as channels:
-            number = write.add(first, channels.index)
-            if self.ahead:
-                write.prefetch(self.ahead, write.mul(number, LINE))
-            lanes = write.at("%weights", write.mul(number, self.step))
-            pitch = kernel.geometry.stride[1] * kernel.source.pitch
-            for line in range(0, self.step, LINE):
-                write.prefetch(lanes, _NEAR * self.step + line, near=True)
-            inputs = write.at(source, channels.index)
-            channels.next = multiply_add(write, inputs, pitch, lanes, channels.carried, len(self.counts))
-        if not alone:
+    def _sum_block(self, source: Value, first: Index, begin: int, end: int, sums: list[Value]) -> list[Value]:
+        """Accumulate channels [begin, end) of a tap, or of a row of taps; ``first`` is the number of channel 0."""
+        b, kernel = self.b, self.kernel
+        separate = end - begin >= _SEPARATE_SUM_CHANNELS
+        with b.loop(begin, end, carried=["zeroinitializer"] * len(sums) if separate else sums) as channels:
+            number = b.add(first, channels.index)
+            if self.prefetched:
+                b.prefetch(self.prefetched, b.mul(number, LINE_FLOATS))
+            weights = b.offset("%weights", b.mul(number, self.step))
+            stride = kernel.geometry.stride[1] * kernel.source.pixel_stride
+            for line in range(0, self.step, LINE_FLOATS):
+                b.prefetch(weights, _L1_PREFETCH_CHANNELS * self.step + line, l1=True)
+            inputs = b.offset(source, channels.index)
+            channels.next = rank_1_update(b, inputs, stride, weights, channels.carried, self.nr)
+        if not separate:
             return channels.results
-        return [write.binary("fadd", total, value) for total, value in zip(sums, channels.results, strict=True)]
+        return [b.binary("fadd", total, value) for total, value in zip(sums, channels.results, strict=True)]
 
 
-def _runs(channels: int) -> list[tuple[int, int]]:
-    """(begin, end) of the channels that are summed in one go."""
-    return equal_runs(channels, min(max(1, channels // _SUMMED), _MOST_RUNS))
+def _channel_blocks(channels: int) -> list[tuple[int, int]]:
+    """Divide the channels into blocks (begin, end) of about equal length."""
+    count = min(max(1, channels // _BLOCK_CHANNELS), _MAX_BLOCKS)
+    return list(itertools.pairwise(channels * block // count for block in range(count + 1)))
 
 
-def choose_tile(isa: Isa, columns: int, vectors: int) -> Tile:
-    """The tile that keeps the multipliers busiest, for rows of ``columns`` pixels and ``vectors`` vectors of channels.
+def select_register_tile(isa: VectorIsa, columns: int, vectors: int) -> RegisterTile:
+    """Return the tile with the fewest estimated cycles that fits the register file.
 
-    By :attr:`Tile.cycles` in the place of a search.
+    Args:
+        isa: the instruction set.
+        columns: pixels of an output row.
+        vectors: vectors of output channels of a group.
     """
-    counts, widths = range(1, min(vectors, 8) + 1), range(1, min(columns, 16) + 1)
-    every = (Tile(pixels, count) for count in counts for pixels in widths)
+    every = (RegisterTile(mr, nr) for nr in range(1, min(vectors, 8) + 1) for mr in range(1, min(columns, 16) + 1))
     fitting = (tile for tile in every if tile.registers <= isa.registers)
-    return min(fitting, key=lambda tile: (row_cycles(tile, columns, vectors), -tile.pixels * tile.vectors))
+    return min(fitting, key=lambda tile: (estimate_row_cycles(tile, columns, vectors), -tile.mr * tile.nr))
 
 
-def row_cycles(tile: Tile, columns: int, vectors: int) -> float:
-    """About how long one channel of one tap takes for a whole row and all panels."""
-    widths = _pieces(columns, tile.pixels)
-    heights = _pieces(vectors, tile.vectors)
-    return sum(Tile(p, v).cycles * many * times for p, many in widths for v, times in heights)
+def estimate_row_cycles(tile: RegisterTile, columns: int, vectors: int) -> float:
+    """Return the estimated cycles of one channel of one tap, for a row of ``columns`` pixels and all panels."""
+    rows, panels = _full_and_rest(columns, tile.mr), _full_and_rest(vectors, tile.nr)
+    return sum(RegisterTile(mr, nr).cycles * many * times for mr, many in rows for nr, times in panels)
 
 
-def _pieces(length: int, piece: int) -> list[tuple[int, int]]:
-    """A length cut into equal pieces and a rest: (length, how many)."""
-    return [(size, many) for size, many in ((piece, length // piece), (length % piece, 1)) if size and many]
+def _full_and_rest(length: int, size: int) -> list[tuple[int, int]]:
+    """Divide a length into parts of ``size`` and a rest: (size, how many) of both."""
+    return [(part, many) for part, many in ((size, length // size), (length % size, 1)) if part and many]

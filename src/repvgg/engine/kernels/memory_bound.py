@@ -1,239 +1,234 @@
-"""The input as the caller has it, in any order of axes, into images as the kernels want them.
-
-The mean over all pixels of each channel.
-
-What is left of a squeeze-excite gate beside its pool and its two matrices: a sigmoid, and the scaling of images.
-"""
+"""Kernels that are bound by memory: input reorder, global average pooling, elementwise steps of squeeze-excite."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import final
 
-from repvgg.engine.codegen.ir_builder import Function, Value
-from repvgg.engine.kernels.base import UNITS
-from repvgg.engine.runtime.memory import Images
+from repvgg.engine.codegen.ir_builder import IRBuilder, Value
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS
+from repvgg.engine.runtime.memory import FeatureMapLayout
+
+_MAX_POOL_VECTORS = 8  # accumulators; twice as many, for a row and for all rows, fit 16 registers
 
 
 @final
 @dataclass(frozen=True)
-class LoadKernel:
-    """Copies images of any strides. Its ``weights`` are four i64: floats between neighbours along N, C, H and W.
+class ReorderKernel:
+    """Copy of the caller's images, of any strides, to the layout of the first layer.
+
+    Its ``weights`` are four i64: the strides along N, C, H and W in floats.
 
     Attributes:
-        target: the images that it writes.
+        target: layout of the copy.
         width: floats in a vector.
     """
 
-    target: Images
+    target: FeatureMapLayout
     width: int
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
-        return "images as they come, into rows with borders"
+    def describe(self) -> str:
+        """Return what it does, for a profile."""
+        return "input reorder"
 
     @property
-    def units_of_image(self) -> int:
-        """The rows."""
+    def units_per_block(self) -> int:
+        """Rows of an image."""
         return self.target.size[0]
 
     @property
-    def muls(self) -> int:
+    def num_multiplies(self) -> int:
         """None."""
         return 0
 
-    def functions(self, name: str) -> list[Function]:
-        """One function."""
-        write, target = Function(name, UNITS, self.width), self.target
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel, a unit for each row."""
+        b, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.target
         strides = [
-            write.value(f"load i64, ptr {write.value(f'getelementptr i64, ptr %weights, i64 {axis}')}")
-            for axis in range(4)
+            b.assign(f"load i64, ptr {b.assign(f'getelementptr i64, ptr %weights, i64 {axis}')}") for axis in range(4)
         ]
-        with write.loop("%begin", "%end") as units:
-            image, row = write.divide(units.index, target.size[0])
-            read = write.at("%source", write.add(write.mul(image, strides[0]), write.mul(row, strides[2])))
-            place = write.add(write.mul(image, target.image), write.mul(row, target.row))
-            wrote = write.at("%target", write.add(place, target.inside))
+        with b.loop("%begin", "%end") as units:
+            image, row = b.divmod(units.index, target.size[0])
+            read = b.offset("%source", b.add(b.mul(image, strides[0]), b.mul(row, strides[2])))
+            offset = b.add(b.mul(image, target.image_stride), b.mul(row, target.row_stride))
+            written = b.offset("%target", b.add(offset, target.interior_offset))
             if target.planar:
-                _planes(write, target, read, wrote, strides)
+                _copy_planes(b, target, read, written, strides)
             else:
-                _pixels(write, target, read, wrote, strides, 0)
-        return [write]
+                _copy_pixels(b, target, read, written, strides, 0)
+        return [b]
 
 
-def _planes(write: Function, target: Images, read: Value, wrote: Value, strides: list[Value]) -> None:
-    """A row of each channel, by vectors where its numbers are neighbours."""
-    whole = target.size[1] // write.width * write.width
-    near = write.value(f"icmp eq i64 {strides[3]}, 1")
-    with write.when(near):
+def _copy_planes(b: IRBuilder, target: FeatureMapLayout, read: Value, written: Value, strides: list[Value]) -> None:
+    """Copy a row of each channel to NCHW, by vectors if its pixels are contiguous in the source."""
+    whole = target.size[1] // b.width * b.width
+    contiguous = b.assign(f"icmp eq i64 {strides[3]}, 1")
+    with b.when(contiguous):
         if whole:
-            with write.loop(0, target.channels) as channels:
-                begin = write.at(read, write.mul(channels.index, strides[1]))
-                end = write.at(wrote, write.mul(channels.index, target.channel))
-                with write.loop(0, whole, write.width) as columns:
-                    write.store(write.load(begin, columns.index), end, columns.index)
+            with b.loop(0, target.channels) as channels:
+                begin = b.offset(read, b.mul(channels.index, strides[1]))
+                end = b.offset(written, b.mul(channels.index, target.channel_stride))
+                with b.loop(0, whole, b.width) as columns:
+                    b.store(b.load(begin, columns.index), end, columns.index)
         if whole < target.size[1]:
-            _pixels(write, target, read, wrote, strides, whole)
-    with write.when(write.value(f"xor i1 {near}, true")):
-        _pixels(write, target, read, wrote, strides, 0)
+            _copy_pixels(b, target, read, written, strides, whole)
+    with b.when(b.assign(f"xor i1 {contiguous}, true")):
+        _copy_pixels(b, target, read, written, strides, 0)
 
 
-def _pixels(write: Function, target: Images, read: Value, wrote: Value, strides: list[Value], first: int) -> None:
-    """A row from column ``first`` on, float after float."""
-    with write.loop(first, target.size[1]) as columns, write.loop(0, target.channels) as channels:
-        offset = write.add(write.mul(columns.index, strides[3]), write.mul(channels.index, strides[1]))
-        number = write.value(f"load float, ptr {write.at(read, offset)}")
-        place = write.add(write.mul(columns.index, target.pitch), write.mul(channels.index, target.channel))
-        write.line(f"store float {number}, ptr {write.at(wrote, place)}")
-
-
-_MOST_VECTORS = 8
+def _copy_pixels(
+    b: IRBuilder, target: FeatureMapLayout, read: Value, written: Value, strides: list[Value], first: int
+) -> None:
+    """Copy a row from column ``first`` on, float by float."""
+    with b.loop(first, target.size[1]) as columns, b.loop(0, target.channels) as channels:
+        offset = b.add(b.mul(columns.index, strides[3]), b.mul(channels.index, strides[1]))
+        number = b.assign(f"load float, ptr {b.offset(read, offset)}")
+        place = b.add(b.mul(columns.index, target.pixel_stride), b.mul(channels.index, target.channel_stride))
+        b.emit(f"store float {number}, ptr {b.offset(written, place)}")
 
 
 @final
 @dataclass(frozen=True)
-class PoolKernel:
-    """Global average pooling, to one row of ``source.pitch`` floats an image, a multiple of ``width``.
-
-    Each row is summed by itself, and then the sums of rows: that rounds less than one long sum.
+class GlobalPoolKernel:
+    """Mean over all pixels of each channel, to a row of ``source.pixel_stride`` floats for each image.
 
     Attributes:
-        source: the images that it reads.
+        source: layout of the input; ``pixel_stride`` is a multiple of ``width``.
         width: floats in a vector.
     """
 
-    source: Images
+    source: FeatureMapLayout
     width: int
 
     @property
     def vectors(self) -> int:
-        """Vectors that are summed at once: a divisor of all, so that no rest is left."""
-        whole = self.source.pitch // self.width
-        return max(count for count in range(1, _MOST_VECTORS + 1) if whole % count == 0)
+        """Vectors of channels of a unit: a divisor of all, so that there is no remainder."""
+        whole = self.source.pixel_stride // self.width
+        return max(count for count in range(1, _MAX_POOL_VECTORS + 1) if whole % count == 0)
+
+    def describe(self) -> str:
+        """Return what it does, for a profile."""
+        return "global average pool"
 
     @property
-    def words(self) -> str:
-        """What it does, for a profile."""
-        return "mean over all pixels"
+    def units_per_block(self) -> int:
+        """Groups of ``vectors`` vectors of channels."""
+        return self.source.pixel_stride // self.width // self.vectors
 
     @property
-    def units_of_image(self) -> int:
-        """Runs of ``vectors`` vectors of channels."""
-        return self.source.pitch // self.width // self.vectors
-
-    @property
-    def muls(self) -> int:
-        """None that count."""
+    def num_multiplies(self) -> int:
+        """One for each channel, which is not worth counting."""
         return 0
 
-    def functions(self, name: str) -> list[Function]:
-        """One function."""
-        write, source = Function(name, UNITS, self.width), self.source
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel, a unit for some channels of an image."""
+        b, source = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.source
         lanes = self.vectors * self.width
-        scale = write.splat(write.value(f"fdiv float 1.0, {source.size[0] * source.size[1]}.0"))
-        with write.loop("%begin", "%end") as units:
-            image, part = write.divide(units.index, self.units_of_image)
-            channel = write.mul(part, lanes)
-            read = write.add(write.add(write.mul(image, source.image), channel), source.inside)
-            target = write.at("%target", write.add(write.mul(image, source.pitch), channel))
-            for vector, total in enumerate(self._sum(write, write.at("%source", read))):
-                write.store(write.binary("fmul", total, scale), target, vector * self.width)
-        return [write]
+        scale = b.splat(b.assign(f"fdiv float 1.0, {source.size[0] * source.size[1]}.0"))
+        with b.loop("%begin", "%end") as units:
+            image, part = b.divmod(units.index, self.units_per_block)
+            channel = b.mul(part, lanes)
+            read = b.add(b.add(b.mul(image, source.image_stride), channel), source.interior_offset)
+            target = b.offset("%target", b.add(b.mul(image, source.pixel_stride), channel))
+            for vector, total in enumerate(self._sum(b, b.offset("%source", read))):
+                b.store(b.binary("fmul", total, scale), target, vector * self.width)
+        return [b]
 
-    def _sum(self, write: Function, corner: Value) -> list[Value]:
+    def _sum(self, b: IRBuilder, first_pixel: Value) -> list[Value]:
         zeros = ["zeroinitializer"] * self.vectors
-        with write.loop(0, self.source.size[0], carried=zeros) as rows:
-            begin = write.at(corner, write.mul(rows.index, self.source.row))
-            with write.loop(0, self.source.size[1], carried=zeros) as columns:
-                pixel = write.at(begin, write.mul(columns.index, self.source.pitch))
+        # Each row is summed separately, and then the sums: they round less than one long sum.
+        with b.loop(0, self.source.size[0], carried=zeros) as rows:
+            begin = b.offset(first_pixel, b.mul(rows.index, self.source.row_stride))
+            with b.loop(0, self.source.size[1], carried=zeros) as columns:
+                pixel = b.offset(begin, b.mul(columns.index, self.source.pixel_stride))
                 columns.next = [
-                    write.binary("fadd", total, write.load(pixel, vector * self.width))
+                    b.binary("fadd", total, b.load(pixel, vector * self.width))
                     for vector, total in enumerate(columns.carried)
                 ]
             pairs = zip(rows.carried, columns.results, strict=True)
-            rows.next = [write.binary("fadd", total, row) for total, row in pairs]
+            rows.next = [b.binary("fadd", total, row) for total, row in pairs]
         return rows.results
 
 
 @final
 @dataclass(frozen=True)
 class SigmoidKernel:
-    """``1 / (1 + exp(-x))`` of rows of ``length`` floats, one row an image, where they lie."""
+    """In-place ``1 / (1 + exp(-x))`` of a row of ``length`` floats for each image: the gate of squeeze-excite."""
 
     length: int
     width: int
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
+    def describe(self) -> str:
+        """Return what it does, for a profile."""
         return "sigmoid"
 
     @property
-    def units_of_image(self) -> int:
+    def units_per_block(self) -> int:
         """The row."""
         return 1
 
     @property
-    def muls(self) -> int:
-        """None that count."""
+    def num_multiplies(self) -> int:
+        """None."""
         return 0
 
-    def functions(self, name: str) -> list[Function]:
-        """One function, float after float, by the exponential of the C library."""
-        write = Function(name, UNITS, self.width)
-        write.declare("declare float @llvm.exp.f32(float)")
-        begin, end = write.mul("%begin", self.length), write.mul("%end", self.length)
-        with write.loop(begin, end) as floats:
-            number = write.value(f"load float, ptr {write.at('%source', floats.index)}")
-            power = write.value(f"call float @llvm.exp.f32(float {write.value(f'fneg float {number}')})")
-            gate = write.value(f"fdiv float 1.0, {write.value(f'fadd float 1.0, {power}')}")
-            write.line(f"store float {gate}, ptr {write.at('%target', floats.index)}")
-        return [write]
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel, a unit for each row."""
+        b = IRBuilder(name, KERNEL_PARAMETERS, self.width)
+        # Float by float: llvm.exp of a vector calls expf of the C library for each lane anyway.
+        b.declare("declare float @llvm.exp.f32(float)")
+        begin, end = b.mul("%begin", self.length), b.mul("%end", self.length)
+        with b.loop(begin, end) as floats:
+            number = b.assign(f"load float, ptr {b.offset('%source', floats.index)}")
+            power = b.assign(f"call float @llvm.exp.f32(float {b.assign(f'fneg float {number}')})")
+            gate = b.assign(f"fdiv float 1.0, {b.assign(f'fadd float 1.0, {power}')}")
+            b.emit(f"store float {gate}, ptr {b.offset('%target', floats.index)}")
+        return [b]
 
 
 @final
 @dataclass(frozen=True)
 class ScaleKernel:
-    """Images times a factor a channel, where they lie, and a ReLU if asked. Its ``weights`` are the factors.
+    """In-place product of a feature map and a factor for each channel, with optional ReLU.
+
+    Its ``weights`` are the factors, a row of ``layout.pixel_stride`` floats for each image.
 
     Attributes:
-        images: the images; ``images.pitch`` is a multiple of ``width``, and the factors are rows of as many floats.
+        layout: of the feature map; ``pixel_stride`` is a multiple of ``width``.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
 
-    images: Images
+    layout: FeatureMapLayout
     relu: bool
     width: int
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
+    def describe(self) -> str:
+        """Return what it does, for a profile."""
         return "scale by channel"
 
     @property
-    def units_of_image(self) -> int:
-        """The rows."""
-        return self.images.size[0]
+    def units_per_block(self) -> int:
+        """Rows of an image."""
+        return self.layout.size[0]
 
     @property
-    def muls(self) -> int:
-        """None that count."""
+    def num_multiplies(self) -> int:
+        """One for each float, which is not worth counting."""
         return 0
 
-    def functions(self, name: str) -> list[Function]:
-        """One function."""
-        write, images = Function(name, UNITS, self.width), self.images
-        with write.loop("%begin", "%end") as units:
-            image, row = write.divide(units.index, images.size[0])
-            place = write.add(write.mul(image, images.image), write.mul(row, images.row))
-            corner = write.at("%target", write.add(place, images.inside))
-            factors = write.at("%weights", write.mul(image, images.pitch))
-            with write.loop(0, images.pitch, self.width) as channels:
-                factor, column = write.load(factors, channels.index), write.at(corner, channels.index)
-                with write.loop(0, images.size[1]) as columns:
-                    pixel = write.at(column, write.mul(columns.index, images.pitch))
-                    scaled = write.binary("fmul", write.load(pixel), factor)
-                    write.store(write.relu(scaled) if self.relu else scaled, pixel)
-        return [write]
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel, a unit for each row."""
+        b, layout = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.layout
+        with b.loop("%begin", "%end") as units:
+            image, row = b.divmod(units.index, layout.size[0])
+            offset = b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride))
+            first_pixel = b.offset("%target", b.add(offset, layout.interior_offset))
+            factors = b.offset("%weights", b.mul(image, layout.pixel_stride))
+            with b.loop(0, layout.pixel_stride, self.width) as channels:
+                factor, column = b.load(factors, channels.index), b.offset(first_pixel, channels.index)
+                with b.loop(0, layout.size[1]) as columns:
+                    pixel = b.offset(column, b.mul(columns.index, layout.pixel_stride))
+                    scaled = b.binary("fmul", b.load(pixel), factor)
+                    b.store(b.relu(scaled) if self.relu else scaled, pixel)
+        return [b]

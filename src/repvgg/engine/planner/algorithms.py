@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, final
 
-from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import ConvGeometry, Pair
-from repvgg.engine.kernels.base import Tile
+from repvgg.engine.kernels.base import RegisterTile
 from repvgg.engine.runtime.memory import round_up
-from repvgg.engine.winograd.filters import Form, winograd
+from repvgg.engine.winograd.filters import Winograd2d, winograd2d
 from repvgg.engine.winograd.tiling import Tiling
 
 Schedule: TypeAlias = Literal["staged", "fused"]
@@ -58,7 +58,7 @@ class Target:
         precision: the error budget; see :data:`ERROR_GROWTH_LIMITS`.
     """
 
-    isa: Isa
+    isa: VectorIsa
     threads: int = 1
     precision: Precision = "high"
 
@@ -137,9 +137,9 @@ class TileRegion(NamedTuple):
     rows: TileSpan
     columns: TileSpan
 
-    def winograd(self, stride: int) -> Form:
+    def winograd(self, stride: int) -> Winograd2d:
         """The F(m x n, 3x3) that computes these tiles."""
-        return winograd(self.rows.outputs, self.columns.outputs, stride, (self.rows.last, self.columns.last))
+        return winograd2d(self.rows.outputs, self.columns.outputs, stride, (self.rows.last, self.columns.last))
 
 
 @final
@@ -158,9 +158,9 @@ class WinogradRegion:
     """
 
     schedule: Schedule
-    winograd: Form
+    winograd: Winograd2d
     tiling: Tiling
-    tile: Tile
+    tile: RegisterTile
     on_the_fly: bool
     out_channel_splits: int = 1
     estimated_cycles: float = 0.0
@@ -169,7 +169,7 @@ class WinogradRegion:
     def tiles(self) -> TileRegion:
         """The tiles that it covers."""
         (top, left), (rows, columns) = self.tiling.corner, self.tiling.grid
-        (down, across), (last_row, last_column) = self.winograd.outputs, self.winograd.tails
+        (down, across), (last_row, last_column) = self.winograd.outputs, self.winograd.edge_tile
         return TileRegion(TileSpan(top, down, rows, last_row), TileSpan(left, across, columns, last_column))
 
     @property
@@ -184,7 +184,7 @@ class WinogradRegion:
         It is 0 for panels of an odd number of vectors, because two columns of filters share a vector pair; and for
         blocks that take more than one register tile for each tile element, because only the first could do the work.
         """
-        interleaves = self.tiling.piece <= self.tile.pixels and self.tile.vectors % 2 == 0
+        interleaves = self.tiling.tiles_per_block <= self.tile.mr and self.tile.nr % 2 == 0
         return registers - self.tile.registers if interleaves else 0
 
 
@@ -231,7 +231,7 @@ def image_partitions(problem: ConvProblem, target: Target) -> Iterator[tuple[Til
     rows, columns = (list(_axis_partitions(length, problem.stride)) for length in problem.output_size)
     for row_spans, column_spans in itertools.product(rows, columns):
         regions = tuple(TileRegion(down, across) for down, across in itertools.product(row_spans, column_spans))
-        if all(region.winograd(problem.stride).loss <= limit for region in regions):
+        if all(region.winograd(problem.stride).error_growth <= limit for region in regions):
             yield regions
 
 
@@ -265,39 +265,41 @@ def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) 
         for schedule, tiles_per_block in blocks:
             tiling = Tiling(grid, tiles_per_block, problem.batch, corner)
             splits = {1}
-            if schedule == "fused" and target.threads <= -(-vectors // tile.vectors):
+            if schedule == "fused" and target.threads <= -(-vectors // tile.nr):
                 splits.add(target.threads)  # one block keeps all threads busy if each has a panel of its own
             for on_the_fly, split in itertools.product((False, True), splits):
                 yield WinogradRegion(schedule, winograd, tiling, tile, on_the_fly, split)
 
 
-def _register_tiles(isa: Isa, vectors: int, num_tiles: int) -> Iterator[Tile]:
+def _register_tiles(isa: VectorIsa, vectors: int, num_tiles: int) -> Iterator[RegisterTile]:
     """Yield the register tiles that use at least half of the register file; ``num_tiles`` are to be computed."""
     for nr in range(1, min(vectors, _MAX_PANEL_VECTORS) + 1):
         most = min(num_tiles, (isa.registers - nr - 1) // nr)  # nr registers hold weights, one an input
-        yield from (Tile(mr, nr) for mr in range(max(1, most // 2), most + 1))
+        yield from (RegisterTile(mr, nr) for mr in range(max(1, most // 2), most + 1))
 
 
-def _staged_blocks(winograd: Form, num_tiles: int, tile: Tile, width: int) -> Iterator[int]:
+def _staged_blocks(winograd: Winograd2d, num_tiles: int, tile: RegisterTile, width: int) -> Iterator[int]:
     """Yield the number of tiles per block whose products fit on the stack: one, with the fewest padding tiles."""
-    bytes_per_tile = 4 * winograd.places * tile.vectors * width
-    if any(winograd.tails):  # edge tiles have other elements than the rest, so all tiles form one block
+    bytes_per_tile = 4 * winograd.tile_elements * tile.nr * width
+    if any(winograd.edge_tile):  # edge tiles have other elements than the rest, so all tiles form one block
         if num_tiles * bytes_per_tile <= _STAGED_STACK_BYTES:
             yield num_tiles
         return
-    most = min(_STAGED_STACK_BYTES // (bytes_per_tile * tile.pixels), -(-num_tiles // tile.pixels))
+    most = min(_STAGED_STACK_BYTES // (bytes_per_tile * tile.mr), -(-num_tiles // tile.mr))
     if most:
-        sizes = [count * tile.pixels for count in range(max(1, most // 2), most + 1)]
+        sizes = [count * tile.mr for count in range(max(1, most // 2), most + 1)]
         yield min(sizes, key=lambda size: (round_up(num_tiles, size), -size))
 
 
-def _fused_blocks(winograd: Form, num_tiles: int, tile: Tile, problem: ConvProblem, width: int) -> Iterator[int]:
+def _fused_blocks(
+    winograd: Winograd2d, num_tiles: int, tile: RegisterTile, problem: ConvProblem, width: int
+) -> Iterator[int]:
     """Yield the numbers of tiles per block whose transformed tiles and products fit on the stack."""
-    floats_per_element = round_up(problem.in_channels, width) + tile.vectors * width
-    step, most = tile.pixels, -(-num_tiles // tile.pixels)
-    if any(winograd.tails):  # as above
+    floats_per_element = round_up(problem.in_channels, width) + tile.nr * width
+    step, most = tile.mr, -(-num_tiles // tile.mr)
+    if any(winograd.edge_tile):  # as above
         step, most = num_tiles, 1
     for count in range(1, min(_MAX_FUSED_REGISTER_TILES, most) + 1):
         # 32 floats: a cache line of padding for each element of the transformed tiles and of the products
-        if 4 * winograd.places * (count * step * floats_per_element + 32) <= _FUSED_STACK_BYTES:
+        if 4 * winograd.tile_elements * (count * step * floats_per_element + 32) <= _FUSED_STACK_BYTES:
             yield count * step

@@ -21,10 +21,10 @@ from typing import Any, final
 
 import numpy as np
 
-from repvgg.engine.codegen.disk_cache import CHOICE, cache_folder, digest, keep, read_kept
+from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, cache_folder, entry_key, read_entry, write_entry
 from repvgg.engine.executable import Executable
 from repvgg.engine.graph import Conv, Layer, Shape, infer_shapes
-from repvgg.engine.kernels.base import any_weights
+from repvgg.engine.kernels.base import placeholder_weights
 from repvgg.engine.planner.algorithms import (
     ERROR_GROWTH_LIMITS,
     ConvAlgorithm,
@@ -40,7 +40,7 @@ from repvgg.engine.planner.algorithms import (
 from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, select_algorithm
 from repvgg.engine.planner.memory_plan import BatchChunks, chunk_batch
 from repvgg.engine.planner.plan import conv_problems, lower
-from repvgg.engine.runtime.memory import read_input
+from repvgg.engine.runtime.memory import view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 
 _MAX_PARTITIONS = 4  # of the image
@@ -106,7 +106,7 @@ def _fastest_algorithm(problem: ConvProblem, target: Target, pool: ThreadPool) -
 
 
 def _fits_memory(algorithm: ConvAlgorithm, problem: ConvProblem) -> bool:
-    elements = sum(region.winograd.sets(late=region.on_the_fly) for region in algorithm.regions)
+    elements = sum(region.winograd.filter_elements(on_the_fly=region.on_the_fly) for region in algorithm.regions)
     return elements * problem.num_filters <= _MAX_WEIGHT_FLOATS
 
 
@@ -187,11 +187,11 @@ class _Bench:
             BatchChunks(0, shape[0]),  # the problem's batch is what a chunk holds
             [algorithm],
             self._target.isa,
-            any_weights,
+            placeholder_weights,
             _REPEATS,
         )
         executable = Executable(plan)
-        executable.set_input(read_input(self._images, self._problem.in_channels))
+        executable.set_input(view_input(self._images, self._problem.in_channels))
         steps = executable.step_addresses
         self._pool.run(steps.start, len(steps), self._problem.batch)
         return _Trial(algorithm, executable, self._problem.batch)
@@ -211,7 +211,7 @@ _SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
 def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
     """Look up the fastest algorithm of a convolution, as a tuple of one; None if it was not measured."""
     entry = _cache_entry(problem, target)
-    content = read_kept(*entry) if entry else None
+    content = read_entry(*entry) if entry else None
     try:
         found: Any = None if content is None else json.loads(content)
     except ValueError:
@@ -233,7 +233,7 @@ def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm 
     entry = _cache_entry(problem, target)
     if entry:
         content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
-        keep(*entry, json.dumps(content).encode())
+        write_entry(*entry, json.dumps(content).encode())
 
 
 def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | None:
@@ -244,8 +244,8 @@ def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | N
     size = problem.in_channels, problem.out_channels, problem.output_size, problem.batch, problem.groups
     # The error budget is part of the key, because a larger one admits tiles that were never measured.
     limit = ERROR_GROWTH_LIMITS[target.precision]
-    key = digest(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
-    return folder / f"{key.hex()}{CHOICE}", key
+    key = entry_key(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
+    return folder / f"{key.hex()}{TUNING_SUFFIX}", key
 
 
 def _matches(
@@ -264,5 +264,5 @@ def _matches(
 def _encode(region: WinogradRegion) -> list[Any]:
     rows, columns = (list(span) for span in region.tiles)
     schedule, tile = _SCHEDULE_NAMES[region.schedule], region.tile
-    splits, tiles_per_block = region.out_channel_splits, region.tiling.piece
-    return [rows, columns, schedule, region.on_the_fly, splits, tile.pixels, tile.vectors, tiles_per_block]
+    splits, tiles_per_block = region.out_channel_splits, region.tiling.tiles_per_block
+    return [rows, columns, schedule, region.on_the_fly, splits, tile.mr, tile.nr, tiles_per_block]

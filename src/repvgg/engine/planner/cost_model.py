@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from repvgg.engine.kernels.base import Tile, equal_tiles
-from repvgg.engine.kernels.direct_conv import choose_tile, row_cycles
+from repvgg.engine.kernels.base import RegisterTile, balanced_tiles
+from repvgg.engine.kernels.direct_conv import estimate_row_cycles, select_register_tile
 from repvgg.engine.planner.algorithms import (
     ConvAlgorithm,
     ConvProblem,
@@ -25,8 +25,8 @@ from repvgg.engine.planner.algorithms import (
     image_partitions,
     supports_winograd,
 )
-from repvgg.engine.winograd.gemm import late_run, run_length
-from repvgg.engine.winograd.tiling import kinds, place_tiles, shares
+from repvgg.engine.winograd.gemm import channel_block, on_the_fly_channel_block
+from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_subsets
 
 # Capacities. What a kernel works on shares the caches with code, stacks and the other threads.
 _L2_BUDGET_BYTES = 7 * 2**17  # of 1 MiB
@@ -106,10 +106,10 @@ def costed_regions(region: TileRegion, problem: ConvProblem, target: Target) -> 
 def estimate_direct_cycles(problem: ConvProblem, target: Target) -> float:
     """Estimate the cycles of the direct kernel for a 3x3 convolution."""
     (rows, columns), vectors = problem.output_size, problem.group_out_vectors(target.isa.width)
-    tile = choose_tile(target.isa, columns, vectors)
-    num_panels = -(-vectors // tile.vectors)
+    tile = select_register_tile(target.isa, columns, vectors)
+    num_panels = -(-vectors // tile.nr)
     multiply_adds = 9 * problem.group_in_channels  # for each output
-    cycles_per_row = _DIRECT_FACTOR * multiply_adds * row_cycles(tile, columns, vectors)
+    cycles_per_row = _DIRECT_FACTOR * multiply_adds * estimate_row_cycles(tile, columns, vectors)
     cycles_per_row += num_panels * (_WORK_UNIT_CYCLES + _DIRECT_CYCLES_PER_PIXEL * columns)
     num_rows = problem.batch * rows * problem.groups
     weight_bytes = 4 * multiply_adds * problem.out_channels
@@ -124,7 +124,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> fl
         for filters, span in zip((winograd.rows, winograd.columns), region, strict=True)
     )
     multiplications = problem.batch * rows * columns * problem.num_filters
-    weight_bytes = 4 * winograd.sets(late=True) * problem.num_filters
+    weight_bytes = 4 * winograd.filter_elements(on_the_fly=True) * problem.num_filters
     return multiplications / (2 * target.isa.width * target.threads) + weight_bytes / _MEMORY_BYTES_PER_CYCLE
 
 
@@ -132,21 +132,21 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
     """Estimate for how many cycles each thread is busy with a region."""
     winograd, tiling, tile = region.winograd, region.tiling, region.tile
     vectors = problem.group_out_vectors(target.isa.width)
-    num_panels = -(-vectors // tile.vectors)
-    num_units = tiling.pieces * region.out_channel_splits
+    num_panels = -(-vectors // tile.nr)
+    num_units = tiling.num_blocks * region.out_channel_splits
 
     # Work that is divided into units: GEMMs, filter transforms, output transforms.
     work = _gemm_cycles(region, problem, target) + _filter_transform_cycles(region, problem, target)
     misses_l2 = region.schedule == "fused" and not _fits_l2(region, problem, target)
     miss_factor = _L2_MISS_FACTOR if misses_l2 else 1.0
-    elements = sum(kind.form.places * kind.tiling.real for kind in kinds(winograd, tiling))
+    elements = sum(kind.winograd.tile_elements * kind.tiling.num_tiles for kind in tile_groups(winograd, tiling))
     work += miss_factor * _OUTPUT_TRANSFORM_CYCLES * elements * problem.groups * vectors
 
     # Work that all threads share evenly: input transforms, which each split of a fused block repeats.
     in_vectors = -(-problem.in_channels // target.isa.width)
     shared = miss_factor * _INPUT_TRANSFORM_CYCLES * elements * in_vectors * region.out_channel_splits
     if region.schedule == "staged":
-        tile_bytes = 4 * tiling.pieces * place_tiles(winograd, tiling) * problem.in_channels
+        tile_bytes = 4 * tiling.num_blocks * num_tile_elements(winograd, tiling) * problem.in_channels
         num_units *= problem.groups * num_panels
         if tile_bytes > _L2_BUDGET_BYTES:
             in_l3 = tile_bytes < _L3_TILES_BYTES
@@ -166,14 +166,14 @@ def _filter_transform_cycles(region: WinogradRegion, problem: ConvProblem, targe
         return 0.0
     _, interleaved = _on_the_fly_run(region, problem, target)
     cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
-    elements = region.winograd.rows.inputs * len(region.winograd.columns.moved)
+    elements = region.winograd.rows.inputs * len(region.winograd.columns.transformed)
     vectors = problem.group_out_vectors(target.isa.width)
-    return cycles * region.tiling.pieces * problem.groups * problem.group_in_channels * vectors * elements
+    return cycles * region.tiling.num_blocks * problem.groups * problem.group_in_channels * vectors * elements
 
 
 def _on_the_fly_run(region: WinogradRegion, problem: ConvProblem, target: Target) -> tuple[int, bool]:
     free = region.free_vector_registers(target.isa.registers)
-    return late_run(problem.group_in_channels, region.winograd, region.tile.vectors * target.isa.width, free)
+    return on_the_fly_channel_block(problem.group_in_channels, region.winograd, region.tile.nr * target.isa.width, free)
 
 
 def _gemm_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
@@ -182,20 +182,20 @@ def _gemm_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -
     if region.on_the_fly:
         kc, _ = _on_the_fly_run(region, problem, target)
     else:
-        kc = run_length(channels, cold=region.schedule == "staged")
+        kc = channel_block(channels, prefetch_tiles=region.schedule == "staged")
     num_k_blocks = -(-channels // kc)
-    full_panels, rest = divmod(problem.group_out_vectors(target.isa.width), region.tile.vectors)
+    full_panels, rest = divmod(problem.group_out_vectors(target.isa.width), region.tile.nr)
     cycles = 0.0
-    for num_panels, nr in ((full_panels, region.tile.vectors), (1, rest)):
+    for num_panels, nr in ((full_panels, region.tile.nr), (1, rest)):
         if num_panels * nr == 0:
             continue
-        for row in shares(region.winograd, region.tiling):
+        for row in tile_subsets(region.winograd, region.tiling):
             for share in row:
-                for count, tile in equal_tiles(share.count, region.tile):
-                    k_block = _K_BLOCK_CYCLES + _ACCUMULATE_CYCLES * tile.pixels * nr
-                    of_tile = channels * Tile(tile.pixels, nr).cycles + num_k_blocks * k_block
+                for count, tile in balanced_tiles(share.count, region.tile):
+                    k_block = _K_BLOCK_CYCLES + _ACCUMULATE_CYCLES * tile.mr * nr
+                    of_tile = channels * RegisterTile(tile.mr, nr).cycles + num_k_blocks * k_block
                     cycles += num_panels * len(share.rows) * len(share.columns) * count * of_tile
-    return problem.groups * (region.tiling.pieces * cycles)
+    return problem.groups * (region.tiling.num_blocks * cycles)
 
 
 def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
@@ -208,14 +208,14 @@ def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
 
 def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
     """Estimate reading all weights once from memory, and again for each later block from the cache that holds them."""
-    bytes_per_channel = 4 * region.winograd.sets(late=region.on_the_fly) * problem.group_in_channels
+    bytes_per_channel = 4 * region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.group_in_channels
     weight_bytes = bytes_per_channel * problem.out_channels
     if region.schedule == "staged":
-        panel_bytes = bytes_per_channel * region.tile.vectors * target.isa.width
-        in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.pieces
+        panel_bytes = bytes_per_channel * region.tile.nr * target.isa.width
+        in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.num_blocks
     else:  # threads with the same split read the same weights at the same time
         in_l2 = _fits_l2(region, problem, target)
-        passes = -(-region.tiling.pieces * region.out_channel_splits // target.threads)
+        passes = -(-region.tiling.num_blocks * region.out_channel_splits // target.threads)
     if in_l2:
         rate = _L2_REREAD_BYTES_PER_CYCLE
     else:
@@ -225,6 +225,8 @@ def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Ta
 
 def _fits_l2(region: WinogradRegion, problem: ConvProblem, target: Target) -> bool:
     """Whether the weights, transformed tiles and products of a fused work unit fit L2 together."""
-    weights = region.winograd.sets(late=region.on_the_fly) * problem.num_filters // region.out_channel_splits
-    channels = problem.in_channels + region.tile.vectors * target.isa.width
-    return 4 * (weights + place_tiles(region.winograd, region.tiling) * channels) <= _L2_BUDGET_BYTES
+    weights = (
+        region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.num_filters // region.out_channel_splits
+    )
+    channels = problem.in_channels + region.tile.nr * target.isa.width
+    return 4 * (weights + num_tile_elements(region.winograd, region.tiling) * channels) <= _L2_BUDGET_BYTES

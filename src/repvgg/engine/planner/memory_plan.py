@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import Conv, FeatureShape, Gate, Layer
 from repvgg.engine.planner.algorithms import ConvAlgorithm
-from repvgg.engine.runtime.memory import Images, round_up
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 
 # Chunking pays where the feature maps of an image are large, and all of the batch together exceed the L3 cache. It
 # costs reading the weights once more for each chunk.
@@ -58,9 +58,9 @@ def plan_layouts(
     layers: Sequence[Layer],
     shapes: Sequence[FeatureShape],
     algorithms: Sequence[ConvAlgorithm | None],
-    isa: Isa,
+    isa: VectorIsa,
     images_per_block: int,
-) -> tuple[Images, ...]:
+) -> tuple[FeatureMapLayout, ...]:
     """Choose the layout of the input of every layer, and of the output of the network.
 
     Feature maps are NHWC with whole vectors of channels, and with the zero border and the overhang of tiles that the
@@ -73,20 +73,22 @@ def plan_layouts(
         pixel_stride = round_up(shape.channels, isa.width)
         flat = flat or (index > 0 and not isinstance(layers[index - 1], (Conv, Gate)))
         if flat:
-            layouts.append(Images(shape.channels, (1, images_per_block), (0, 0), pixel_stride))
+            layouts.append(FeatureMapLayout(shape.channels, (1, images_per_block), (0, 0), pixel_stride))
             continue
-        layout = Images(shape.channels, shape.size, (0, 0), pixel_stride)
+        layout = FeatureMapLayout(shape.channels, shape.size, (0, 0), pixel_stride)
         reader = next((at for at in range(index, len(layers)) if not isinstance(layers[at], Gate)), None)
         if reader is not None:
             layout = _layout_for(layout, layers[reader], shapes[reader + 1], algorithms[reader])
         layouts.append(layout)
     if isinstance(layers[0], Conv) and shapes[0].channels < isa.width:
         # NCHW: with few channels, vectors of the first convolution hold taps and channels together.
-        layouts[0] = replace(layouts[0], pitch=1, planar=True)
+        layouts[0] = replace(layouts[0], pixel_stride=1, planar=True)
     return tuple(layouts)
 
 
-def _layout_for(layout: Images, layer: Layer, output: FeatureShape, algorithm: ConvAlgorithm | None) -> Images:
+def _layout_for(
+    layout: FeatureMapLayout, layer: Layer, output: FeatureShape, algorithm: ConvAlgorithm | None
+) -> FeatureMapLayout:
     """Add what ``layer`` reads around the feature maps."""
     if not isinstance(layer, Conv):
         return layout
@@ -110,13 +112,13 @@ class Buffer:
     """
 
     number: int
-    images: Images
+    images: FeatureMapLayout
     count: int
 
     @property
     def floats(self) -> int:
         """Its length."""
-        return self.count * self.images.image
+        return self.count * self.images.image_stride
 
 
 @final

@@ -8,11 +8,11 @@ from typing import final
 
 import numpy as np
 
-from repvgg.engine.codegen.jit import Isa
+from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import Conv, ConvGeometry, FeatureShape, Floats, Gate, Layer, Linear, Pool, Shape, infer_shapes
-from repvgg.engine.kernels.base import Kernel, Packing, packed
-from repvgg.engine.kernels.direct_conv import ConvKernel, choose_tile
-from repvgg.engine.kernels.memory_bound import LoadKernel, PoolKernel, ScaleKernel, SigmoidKernel
+from repvgg.engine.kernels.base import Kernel, PackWeights, pack_weights
+from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
+from repvgg.engine.kernels.memory_bound import GlobalPoolKernel, ReorderKernel, ScaleKernel, SigmoidKernel
 from repvgg.engine.planner.algorithms import ConvAlgorithm, ConvProblem, Selector, Target, WinogradRegion
 from repvgg.engine.planner.cost_model import select_algorithm
 from repvgg.engine.planner.memory_plan import (
@@ -23,9 +23,9 @@ from repvgg.engine.planner.memory_plan import (
     plan_layouts,
     share_buffers,
 )
-from repvgg.engine.runtime.memory import Images, round_up
-from repvgg.engine.winograd.convolution import WinogradFused, WinogradInput, WinogradProduct
-from repvgg.engine.winograd.tiling import place_floats
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradInputTransform, WinogradStagedGemm
+from repvgg.engine.winograd.tiling import element_stride
 
 _LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer
 NO_WEIGHTS = np.zeros(0, np.float32)
@@ -69,7 +69,7 @@ class Step:
 
     def num_multiplies(self, batch: int) -> int:
         """Count its multiplications on a batch, in whole blocks."""
-        return self.kernel.muls * -(-self.num_images(batch) * self.items_per_image // self.items_per_block)
+        return self.kernel.num_multiplies * -(-self.num_images(batch) * self.items_per_image // self.items_per_block)
 
 
 @final
@@ -88,7 +88,7 @@ class Plan:
     input_shape: Shape
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
-    isa: Isa
+    isa: VectorIsa
     flat: bool
 
     @property
@@ -134,8 +134,8 @@ def lower(
     shapes: Sequence[FeatureShape],
     chunks: BatchChunks,
     algorithms: Sequence[ConvAlgorithm | None],
-    isa: Isa,
-    pack: Packing = packed,
+    isa: VectorIsa,
+    pack: PackWeights = pack_weights,
     repeats: int = 1,
 ) -> Plan:
     """Lower layers to steps on shared buffers.
@@ -190,18 +190,18 @@ class _Lowering:
         steps: so far.
     """
 
-    def __init__(self, isa: Isa, pack: Packing, batch: int) -> None:
+    def __init__(self, isa: VectorIsa, pack: PackWeights, batch: int) -> None:
         self._isa, self._pack, self._batch = isa, pack, batch
         self._num_buffers = 0
         self.steps: list[Step] = []
 
-    def buffer(self, layout: Images, count: int) -> Buffer:
+    def buffer(self, layout: FeatureMapLayout, count: int) -> Buffer:
         self._num_buffers += 1
         return Buffer(self._num_buffers, layout, count)
 
-    def load(self, layout: Images, count: int) -> Buffer:
+    def load(self, layout: FeatureMapLayout, count: int) -> Buffer:
         target = self.buffer(layout, count)
-        self.steps.append(Step("input", LoadKernel(layout, self._isa.width), None, target))
+        self.steps.append(Step("input", ReorderKernel(layout, self._isa.width), None, target))
         return target
 
     def conv(self, layer: Conv, algorithm: ConvAlgorithm | None, source: Buffer, target: Buffer) -> None:
@@ -209,7 +209,7 @@ class _Lowering:
             self._direct_conv(layer, source, target)
             return
         for region in algorithm.regions:
-            weights = self._pack(layer, self._isa.width, region.tile.vectors, region.winograd, region.on_the_fly)
+            weights = self._pack(layer, self._isa.width, region.tile.nr, region.winograd, region.on_the_fly)
             if region.schedule == "fused":
                 self._fused(layer, region, source, target, weights)
             else:
@@ -232,18 +232,18 @@ class _Lowering:
             layer.relu,
             self._isa.width,
         )
-        items = region.tiling.piece, region.tiling.of_image
+        items = region.tiling.tiles_per_block, region.tiling.tiles_per_image
         self.steps.append(Step(layer.name, kernel, source, target, *weights, *items))
 
     def _staged(
         self, layer: Conv, region: WinogradRegion, source: Buffer, target: Buffer, weights: tuple[Floats, Floats]
     ) -> None:
-        winograd, tiling, channel_stride = region.winograd, region.tiling, source.images.pitch
+        winograd, tiling, channel_stride = region.winograd, region.tiling, source.images.pixel_stride
         # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
-        size = (winograd.places, place_floats(tiling.tiles, channel_stride))
-        transformed = self.buffer(Images(1, size, (0, 0), 1), 1)
-        transform = WinogradInput(winograd, source.images, layer.geometry.padding, tiling, self._isa.width)
-        gemm = WinogradProduct(
+        size = (winograd.tile_elements, element_stride(tiling.num_padded_tiles, channel_stride))
+        transformed = self.buffer(FeatureMapLayout(1, size, (0, 0), 1), 1)
+        transform = WinogradInputTransform(winograd, source.images, layer.geometry.padding, tiling, self._isa.width)
+        gemm = WinogradStagedGemm(
             winograd,
             layer.geometry.groups,
             source.images.channels,
@@ -256,29 +256,29 @@ class _Lowering:
             layer.relu,
             self._isa.width,
         )
-        items = tiling.piece, tiling.of_image
+        items = tiling.tiles_per_block, tiling.tiles_per_image
         self.steps.append(Step(layer.name, transform, source, transformed))
         self.steps.append(Step(layer.name, gemm, transformed, target, *weights, *items))
 
     def _direct_conv(self, layer: Conv, source: Buffer, target: Buffer, items_per_block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
         vectors = -(-target.images.channels // geometry.groups // isa.width)
-        tile = choose_tile(isa, target.images.size[1], vectors)
-        kernel = ConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
-        weights = self._pack(layer, isa.width, tile.vectors, None, False)
+        tile = select_register_tile(isa, target.images.size[1], vectors)
+        kernel = DirectConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
+        weights = self._pack(layer, isa.width, tile.nr, None, False)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, items_per_block))
 
     def pool(self, name: str, source: Buffer, block: int) -> Buffer:
         """Write the mean of each channel, in blocks of images: the rows of the GEMM of a linear layer."""
-        layout = Images(source.images.channels, (1, block), (0, 0), source.images.pitch)
+        layout = FeatureMapLayout(source.images.channels, (1, block), (0, 0), source.images.pixel_stride)
         means = self.buffer(layout, -(-self._batch // block))
-        self.steps.append(Step(name, PoolKernel(source.images, self._isa.width), source, means))
+        self.steps.append(Step(name, GlobalPoolKernel(source.images, self._isa.width), source, means))
         return means
 
     def linear(self, layer: Linear, source: Buffer) -> Buffer:
         """Run a GEMM as a 1x1 convolution of images of one row: the images of a block are its pixels."""
         out_channels, block = layer.weight.shape[0], source.images.size[1]
-        layout = Images(out_channels, (1, block), (0, 0), round_up(out_channels, self._isa.width))
+        layout = FeatureMapLayout(out_channels, (1, block), (0, 0), round_up(out_channels, self._isa.width))
         target = self.buffer(layout, source.count)
         conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)), layer.relu)
         self._direct_conv(conv, source, target, items_per_block=block)
@@ -290,7 +290,7 @@ class _Lowering:
         means = self.pool(layer.name, maps, block)
         hidden = self.linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means)
         factors = self.linear(Linear(layer.name, layer.up, layer.up_bias), hidden)
-        self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pitch, width), factors, factors))
+        self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pixel_stride, width), factors, factors))
         self.steps.append(Step(layer.name, ScaleKernel(maps.images, layer.relu, width), maps, maps, factors))
 
 
@@ -304,7 +304,7 @@ def _share_buffers(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Buffe
             # A layer never overwrites its own input, although a staged one could once all tiles are transformed: so
             # both schedules need the same buffers.
             reads.append(inputs[step.source])
-        if isinstance(step.kernel, WinogradInput) and step.source is not None:
+        if isinstance(step.kernel, WinogradInputTransform) and step.source is not None:
             inputs[step.target] = step.source
         accesses.append(BufferAccess(tuple(reads), step.target))
     shared = share_buffers(accesses)

@@ -1,8 +1,6 @@
-"""Memory for weights and feature maps: zeros, aligned to cache lines, in large pages where the system has them.
+"""Memory of compiled models: the layout of feature maps, aligned arenas, and views of the caller's images.
 
-How feature maps lie in memory: NHWC with channels rounded up to whole vectors, or NCHW; with a border of zeros.
-
-What a caller hands over, a tensor or an array, as the engine reads it: where it lies.
+All sizes, strides and offsets of layouts are in floats (4 bytes).
 """
 
 from __future__ import annotations
@@ -21,163 +19,175 @@ from torch import Tensor
 from repvgg.engine.graph import Floats, Pair
 from repvgg.errors import UsageError
 
-ALIGNMENT = 64
-_PAGE = 2**21  # bytes of a large page
-_CHUNK = 2**24  # bytes that are asked for at once; what is not touched costs nothing
+ALIGNMENT = 64  # bytes: a cache line, and a vector of AVX-512
+FLOAT_BYTES = 4
+
+_HUGE_PAGE = 2**21  # bytes
+_CHUNK = 2**24  # bytes mapped at once; pages that are not touched cost nothing
 
 
-def zeros(floats: int) -> Floats:
-    """So many zeros, the first at the beginning of a cache line."""
-    raw = np.zeros(4 * floats + ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % ALIGNMENT
-    return raw[begin : begin + 4 * floats].view(np.float32)
-
-
-@final
-class Arena:
-    """The memory of one network, which goes when the last of its arrays does.
-
-    Its arrays lie one behind the other. Small pages would lie anywhere, and how they fall together in the second cache
-    changes the speed of a whole process by a tenth.
-    """
-
-    def __init__(self) -> None:
-        self._rest = np.zeros(0, np.uint8)
-
-    def zeros(self, floats: int) -> Floats:
-        """So many zeros, the first at the beginning of a cache line."""
-        size = -(-4 * floats // ALIGNMENT) * ALIGNMENT
-        if size > len(self._rest):
-            self._rest = _pages(max(size, _CHUNK))
-        found, self._rest = self._rest[: 4 * floats], self._rest[size:]
-        return found.view(np.float32)
-
-    def aligned(self, values: Floats) -> Floats:
-        """A copy of an array of one axis that begins at the beginning of a cache line."""
-        out = self.zeros(values.size)
-        out[:] = values
-        return out
-
-
-def _pages(size: int) -> NDArray[np.uint8]:
-    """At least so many zeros, in large pages if the system likes."""
-    size = -(-size // _PAGE) * _PAGE
-    raw = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
-    if sys.platform == "linux":
-        with suppress(OSError):  # a system without large pages
-            raw.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(raw, np.uint8)
-    begin = -whole.ctypes.data % _PAGE
-    return whole[begin : begin + size]
+# Layouts
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``number``."""
+    """Return the smallest multiple of ``multiple`` that is at least ``number``."""
     return -(-number // multiple) * multiple
 
 
 @final
 @dataclass(frozen=True)
-class Images:
-    """The layout of feature maps of one size.
+class FeatureMapLayout:
+    """Layout of one image of a feature map: NHWC with padded channels, or NCHW, with a border of zeros.
 
-    Channels beyond the last are zeros, and so is the border; kernels write neither, or write zeros again.
+    The border is the padding of the convolution that reads the map, so that its kernel needs no bounds checks. Border,
+    overhang and channels from ``channels`` up to ``pixel_stride`` are zeros; kernels do not write them, or write zeros.
 
     Attributes:
-        channels: that mean something.
-        size: height and width, without the border.
-        border: pixels of zeros above and below, and to the left and the right.
-        pitch: floats from one pixel to the next, at least ``channels``.
-        more: pixels of zeros below and to the right, beyond the border, for tiles that stick out.
-        planar: whether one channel lies after the other (NCHW), and the pitch is 1.
+        channels: logical channels.
+        size: (height, width) without border.
+        border: pixels of zeros (above and below, left and right).
+        pixel_stride: from one pixel to the next, at least ``channels``; 1 if ``planar``.
+        overhang: more pixels of zeros (below, right) after the border, where Winograd tiles extend over the image.
+        planar: NCHW rather than NHWC.
     """
 
     channels: int
     size: Pair
     border: Pair
-    pitch: int
-    more: Pair = (0, 0)
+    pixel_stride: int
+    overhang: Pair = (0, 0)
     planar: bool = False
 
     @property
-    def row(self) -> int:
+    def row_stride(self) -> int:
         """Floats from one row to the next."""
-        return (self.size[1] + 2 * self.border[1] + self.more[1]) * self.pitch
+        return (self.size[1] + 2 * self.border[1] + self.overhang[1]) * self.pixel_stride
 
     @property
-    def plane(self) -> int:
-        """Floats of all rows."""
-        return (self.size[0] + 2 * self.border[0] + self.more[0]) * self.row
+    def plane_size(self) -> int:
+        """Floats of all rows, with border and overhang."""
+        return (self.size[0] + 2 * self.border[0] + self.overhang[0]) * self.row_stride
 
     @property
-    def channel(self) -> int:
+    def channel_stride(self) -> int:
         """Floats from one channel of a pixel to the next."""
-        return self.plane if self.planar else 1
+        return self.plane_size if self.planar else 1
 
     @property
-    def image(self) -> int:
+    def image_stride(self) -> int:
         """Floats from one image to the next."""
-        return self.channels * self.plane if self.planar else self.plane
+        return self.channels * self.plane_size if self.planar else self.plane_size
 
     @property
-    def inside(self) -> int:
+    def interior_offset(self) -> int:
         """Floats from the corner of the border to the first pixel."""
-        return self.border[0] * self.row + self.border[1] * self.pitch
+        return self.border[0] * self.row_stride + self.border[1] * self.pixel_stride
 
 
-Given: TypeAlias = "Tensor | Floats"
-_FLOAT_BYTES = 4
+# Aligned memory
 
 
-class Input(NamedTuple):
-    """Images in memory.
+def aligned_zeros(floats: int) -> Floats:
+    """Return zeros that begin at a cache line."""
+    raw = np.zeros(FLOAT_BYTES * floats + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    return raw[begin : begin + FLOAT_BYTES * floats].view(np.float32)
+
+
+@final
+class Arena:
+    """Memory of one compiled model, in huge pages where the system has them.
+
+    Arrays lie one after the other in few large mappings, which are freed with the last array. The physical addresses of
+    4 KiB pages are arbitrary: which of them share sets of the L2 cache changes the speed of a process by up to 10 %.
+    """
+
+    def __init__(self) -> None:
+        self._free = np.zeros(0, np.uint8)
+
+    def zeros(self, floats: int) -> Floats:
+        """Return zeros that begin at a cache line."""
+        size = round_up(FLOAT_BYTES * floats, ALIGNMENT)
+        if size > len(self._free):
+            self._free = _map_pages(max(size, _CHUNK))
+        found, self._free = self._free[: FLOAT_BYTES * floats], self._free[size:]
+        return found.view(np.float32)
+
+    def aligned_copy(self, values: Floats) -> Floats:
+        """Return a copy of a 1-d array that begins at a cache line."""
+        out = self.zeros(values.size)
+        out[:] = values
+        return out
+
+
+def _map_pages(size: int) -> NDArray[np.uint8]:
+    """Map at least ``size`` bytes of zeros, aligned to huge pages."""
+    size = round_up(size, _HUGE_PAGE)
+    # Private: Linux backs shared anonymous mappings by tmpfs, which has small pages unless it is configured otherwise.
+    raw = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # the kernel is built without transparent huge pages
+            raw.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(raw, np.uint8)
+    begin = -whole.ctypes.data % _HUGE_PAGE
+    return whole[begin : begin + size]
+
+
+# The caller's images
+
+Images: TypeAlias = "Tensor | Floats"
+
+
+class InputView(NamedTuple):
+    """The caller's images, in memory that the engine reads in place.
 
     Attributes:
-        address: of the first number.
+        address: of the first float.
         shape: (n, C, H, W).
-        strides: floats from one to the next along each axis.
+        strides: floats from one element to the next along each axis.
         owner: keeps the memory alive.
     """
 
     address: int
     shape: tuple[int, int, int, int]
     strides: tuple[int, ...]
-    owner: Given
+    owner: Images
 
 
-def read_input(x: Given, channels: int) -> Input:
-    """Check images, and say where they lie. Only arrays that are not aligned to floats are copied.
+def view_input(x: Images, channels: int) -> InputView:
+    """Check images and return where they lie. They are copied only if they are not aligned to floats.
 
     Raises:
-        UsageError: they are no float32 numbers on the CPU, or of no shape (n, C, H, W).
+        UsageError: ``x`` is not float32 of shape (n, channels, H, W) on the CPU, or is empty.
     """
     if isinstance(x, Tensor):
-        fits = x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided
+        valid = x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided
     else:
-        fits = isinstance(x, np.ndarray) and x.dtype == np.float32
-    if not fits or x.ndim != 4 or 0 in x.shape or x.shape[1] != channels:
+        valid = isinstance(x, np.ndarray) and x.dtype == np.float32
+    if not valid or x.ndim != 4 or 0 in x.shape or x.shape[1] != channels:
         raise UsageError(
-            f"This network takes float32 images of shape (n, {channels}, H, W) on the CPU, not {_told(x)}."
+            f"This model takes float32 images of shape (n, {channels}, H, W) on the CPU, got {_describe(x)}."
         )
-    return _of_tensor(x) if isinstance(x, Tensor) else _of_array(x)
+    return _view_tensor(x) if isinstance(x, Tensor) else _view_array(x)
 
 
-def _of_tensor(x: Tensor) -> Input:
-    if x.is_neg():  # such as the imaginary part of a conjugate
+def _view_tensor(x: Tensor) -> InputView:
+    if x.is_neg():  # a lazy negation, such as the imaginary part of a conjugate: memory holds the opposite sign
         x = x.resolve_neg()
     batch, channels, height, width = x.shape
-    return Input(x.data_ptr(), (batch, channels, height, width), x.stride(), x)
+    return InputView(x.data_ptr(), (batch, channels, height, width), x.stride(), x)
 
 
-def _of_array(x: Floats) -> Input:
-    if not x.flags.aligned or any(step % _FLOAT_BYTES for step in x.strides):
+def _view_array(x: Floats) -> InputView:
+    # NumPy's strides are bytes, and need not be multiples of 4: a field of a packed structured array, for example.
+    if not x.flags.aligned or any(step % FLOAT_BYTES for step in x.strides):
         x = np.ascontiguousarray(x)
     batch, channels, height, width = x.shape
-    strides = tuple(step // _FLOAT_BYTES for step in x.strides)
-    return Input(x.ctypes.data, (batch, channels, height, width), strides, x)
+    strides = tuple(step // FLOAT_BYTES for step in x.strides)
+    return InputView(x.ctypes.data, (batch, channels, height, width), strides, x)
 
 
-def _told(x: object) -> str:
+def _describe(x: object) -> str:
     if isinstance(x, Tensor):
         kind = "" if x.layout == torch.strided else f"{x.layout} "
         return f"{kind}{x.dtype} of shape {tuple(x.shape)} on {x.device.type}"

@@ -24,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from repvgg.engine.codegen.disk_cache import cached_object_code
-from repvgg.engine.codegen.jit import Code, Isa
-from repvgg.engine.runtime.memory import zeros
+from repvgg.engine.codegen.jit import MachineCode, VectorIsa
+from repvgg.engine.graph import Floats
+from repvgg.engine.runtime.memory import FLOAT_BYTES, aligned_zeros
 from repvgg.errors import FallbackWarning, UsageError
 
 RUN, WORKER, QUIESCE, SHUTDOWN = "pool_run", "pool_worker", "pool_quiesce", "pool_shutdown"
@@ -112,7 +113,7 @@ def has_workers() -> bool:
     return sys.platform == "linux" and platform.machine() in _ARCHITECTURES
 
 
-def thread_pool_ir(isa: Isa) -> str:
+def thread_pool_ir(isa: VectorIsa) -> str:
     """Return the LLVM IR of the pool for a processor.
 
     It defines ``pool_run``, ``pool_quiesce`` and ``pool_shutdown``, and ``pool_worker`` where there are workers.
@@ -132,7 +133,7 @@ def step_table(steps: int) -> NDArray[np.void]:
 
     The sentinel lets :meth:`ThreadPool.run` be given any row as the first one; its claim word is never this call's.
     """
-    rows = zeros((steps + 1) * STEP.itemsize // 4).view(STEP)
+    rows: NDArray[np.void] = aligned_zeros((steps + 1) * STEP.itemsize // FLOAT_BYTES).view(STEP)
     rows["items_per_block"] = 1  # a worker that was left behind divides by it before it looks at the claim word
     return rows
 
@@ -142,9 +143,9 @@ def _processors() -> Collection[int]:
     return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
-def _shared_state(threads: int, processors: Iterable[int]) -> NDArray[np.float32]:
+def _shared_state(threads: int, processors: Iterable[int]) -> Floats:
     """Memory of :data:`POOL` and ids of workers."""
-    memory = zeros((POOL.itemsize + 8 * threads) // 4)
+    memory = aligned_zeros((POOL.itemsize + 8 * threads) // FLOAT_BYTES)
     pool = _as_pool(memory)
     pool["num_threads"], pool["avoided_cpu"] = threads, -1
     for processor in processors:
@@ -153,8 +154,8 @@ def _shared_state(threads: int, processors: Iterable[int]) -> NDArray[np.float32
     return memory
 
 
-def _as_pool(memory: NDArray[np.float32]) -> Any:
-    return memory[: POOL.itemsize // 4].view(POOL)[0]
+def _as_pool(memory: Floats) -> Any:
+    return memory[: POOL.itemsize // FLOAT_BYTES].view(POOL)[0]
 
 
 @final
@@ -168,7 +169,7 @@ class ThreadPool:
         threads: all of them together.
     """
 
-    def __init__(self, isa: Isa, threads: int) -> None:
+    def __init__(self, isa: VectorIsa, threads: int) -> None:
         self._code, self._threads = _compile(isa), threads
         kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
         self._run = ctypes.CFUNCTYPE(None, *kinds)(self._code.address(RUN))
@@ -195,7 +196,7 @@ class ThreadPool:
         # Tables hold claim words of past calls: the numbers of calls go on, so that none of those looks current.
         self._shared = self._start(int(_as_pool(self._shared)["call"]))
 
-    def _start(self, call: int) -> NDArray[np.float32]:
+    def _start(self, call: int) -> Floats:
         """Start workers that wait for the call after number ``call``; return what they share."""
         shared = _shared_state(self._threads, _processors())
         pool = _as_pool(shared)
@@ -208,15 +209,15 @@ class ThreadPool:
         return shared
 
 
-def _compile(isa: Isa) -> Code:
-    return Code([cached_object_code(thread_pool_ir(isa), isa)], isa)
+def _compile(isa: VectorIsa) -> MachineCode:
+    return MachineCode([cached_object_code(thread_pool_ir(isa), isa)], isa)
 
 
-def _function(code: Code, name: str) -> Any:
+def _function(code: MachineCode, name: str) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address(name))
 
 
-def _start_worker(code: Code, shared: NDArray[np.float32], owners: object) -> threading.Thread:
+def _start_worker(code: MachineCode, shared: Floats, owners: object) -> threading.Thread:
     enter = _function(code, WORKER)
 
     def work(owners: object = owners) -> None:  # holds what the worker reads until it returns
@@ -231,7 +232,7 @@ def _start_worker(code: Code, shared: NDArray[np.float32], owners: object) -> th
     return thread
 
 
-def _shutdown(code: Code, shared: NDArray[np.float32], workers: list[threading.Thread], process: int) -> None:
+def _shutdown(code: MachineCode, shared: Floats, workers: list[threading.Thread], process: int) -> None:
     if os.getpid() != process:  # a forked child, where they never ran
         return
     _function(code, SHUTDOWN)(shared.ctypes.data)

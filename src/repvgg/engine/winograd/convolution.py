@@ -1,16 +1,17 @@
-"""Winograd convolution in two kernels: input tiles into the transformed domain, then products and output tiles.
+"""Winograd convolution kernels in two schedules: staged (two kernels) and fused (one).
 
-A unit of the second kernel multiplies some tiles by one panel of weights, a product for each place of a tile, into
-memory of its own that stays in the cache, and transforms what came out, with bias and ReLU.
+*Staged*: :class:`WinogradInputTransform` transforms all tiles of the batch, (tile element, tile, channel). Then each
+unit of :class:`WinogradStagedGemm` multiplies a block of tiles by one panel of filters, for all tile elements, into
+products that stay in its L2, and applies the output transform with bias and ReLU. Filters are read once for each block,
+which is large: suited to layers with many channels and small images, where they come from memory.
 
-Transformed inputs lie as (place, tile, channel), weights as (group, panel, place, input channel, output channel).
+*Fused*: a unit of :class:`WinogradFused` takes a block of tiles through input transform, GEMMs with all panels (or a
+part of them) and output transform; neither transformed inputs nor products leave its L2. Suited to large images. Where
+several units take the same block by different panels (``out_channel_splits``), each transforms the tiles for itself:
+reading lines that another core wrote costs more on many machines, on some as much as a thousand FMAs for a line.
 
-Winograd convolution in one kernel, whose transformed tiles never leave the second cache of a processor.
-
-A unit takes a piece of tiles all the way: into the transformed domain, through the products with all panels of weights
-or with a part of them, and back. Where several units take the same piece, each transforms it for itself: on many
-machines that is faster than to read what another processor wrote, and there are machines where a line that comes from
-another processor costs as much as a thousand multiply-adds. Weights lie as those of :class:`WinogradProduct` do.
+Filters are packed as (group, panel, tile element, input channel, output channel of the panel), or as
+:class:`repvgg.engine.winograd.gemm.OnTheFlyGemm` reads them.
 """
 
 from __future__ import annotations
@@ -20,116 +21,135 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Pair
-from repvgg.engine.kernels.base import POINTERS, UNITS, Tile, call_panel
-from repvgg.engine.runtime.memory import Images
-from repvgg.engine.winograd.filters import Form
-from repvgg.engine.winograd.gemm import Panel, Products
-from repvgg.engine.winograd.tiling import Kind, Operand, Tiling, kinds, place_floats, place_tiles
-from repvgg.engine.winograd.transforms import Outputs, PieceOfImages, input_corner, input_tile, tiles_of_piece
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, POINTER_PARAMETERS, RegisterTile, call_for_panel
+from repvgg.engine.runtime.memory import FeatureMapLayout
+from repvgg.engine.winograd.filters import Winograd2d
+from repvgg.engine.winograd.gemm import BatchedGemm, PanelGemm
+from repvgg.engine.winograd.tiling import (
+    TileGroup,
+    Tiling,
+    TransformedTiles,
+    element_stride,
+    num_tile_elements,
+    tile_groups,
+)
+from repvgg.engine.winograd.transforms import (
+    OutputBlock,
+    OutputTransform,
+    emit_input_transform,
+    first_input_offset,
+    tiles_of_block,
+)
+
+_L2_TILE_FLOATS = 2**18  # 1 MiB: transformed tiles of one panel's pass that stay in L2
+
+
+# Staged
 
 
 @final
 @dataclass(frozen=True)
-class WinogradInput:
+class WinogradInputTransform:
     """``Bᵀ d B`` of all input tiles.
 
     Attributes:
-        form: F(m x n, 3x3).
-        source: the images; ``border`` and ``more`` hold whatever tiles stick out.
+        winograd: F(m x n, 3x3).
+        source: layout of the input; its border and overhang contain all tiles.
         padding: of the convolution.
         tiling: the tiles.
         width: floats in a vector.
     """
 
-    form: Form
-    source: Images
+    winograd: Winograd2d
+    source: FeatureMapLayout
     padding: Pair
     tiling: Tiling
     width: int
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
-        return f"{self.form}, input tiles"
+    def describe(self) -> str:
+        """Return what it does, for a profile."""
+        return f"{self.winograd}, input transform"
 
     @property
-    def units_of_image(self) -> int:
-        """Rows of tiles."""
+    def units_per_block(self) -> int:
+        """Rows of tiles of an image."""
         return self.tiling.grid[0]
 
     @property
-    def muls(self) -> int:
-        """None that count."""
+    def num_multiplies(self) -> int:
+        """Few, which are not counted."""
         return 0
 
-    def functions(self, name: str) -> list[Function]:
-        """One function."""
-        write, tiling = Function(name, UNITS, self.width), self.tiling
-        with write.loop("%begin", "%end") as units:
-            image, row = write.divide(units.index, tiling.grid[0])
-            every = kinds(self.form, tiling)
-            for top, some in itertools.groupby(every, key=lambda kind: kind.top):
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel, a unit for each row of tiles."""
+        b, tiling = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.tiling
+        with b.loop("%begin", "%end") as units:
+            image, row = b.divmod(units.index, tiling.grid[0])
+            groups = tile_groups(self.winograd, tiling)
+            for first_row, some in itertools.groupby(groups, key=lambda group: group.first_row):
                 of_row = list(some)
                 if of_row[0].tiling.grid[0] == tiling.grid[0]:
-                    self._row(write, of_row, image, row)
+                    self._emit_row(b, of_row, image, row)
                     continue
-                with write.when(write.value(f"icmp {'eq' if top else 'ult'} i64 {row}, {tiling.grid[0] - 1}")):
-                    self._row(write, of_row, image, 0 if top else row)
-        return [write]
+                # The last row of tiles has an edge transform: one of two bodies runs.
+                with b.when(b.assign(f"icmp {'eq' if first_row else 'ult'} i64 {row}, {tiling.grid[0] - 1}")):
+                    self._emit_row(b, of_row, image, 0 if first_row else row)
+        return [b]
 
-    def _row(self, write: Function, of_row: Sequence[Kind], image: Value, row: Index) -> None:
-        """The tiles of a row of an image."""
+    def _emit_row(self, b: IRBuilder, groups: Sequence[TileGroup], image: Value, row: Index) -> None:
+        """Build the transform of a row of tiles; ``row`` is its number in its group."""
         source, tiling = self.source, self.tiling
-        target = Operand.of("%target", tiling.tiles, source.pitch)
-        for kind in of_row:
-            form, alone = kind.form, kind.tiling
-            within = write.add(write.mul(image, alone.of_image), write.mul(row, alone.grid[1]))
-            first = write.add(within, kind.before)
-            down, right = form.steps[0] * source.row, form.steps[1] * source.pitch
-            read = write.add(write.mul(image, source.image), write.mul(row, down))
-            begin = write.at("%source", write.add(read, input_corner(form, source, alone, self.padding)))
-            with write.loop(0, alone.grid[1]) as across:
-                pixel = write.at(begin, write.mul(across.index, right))
-                wrote = write.mul(write.add(first, across.index), source.pitch)
-                following = write.at(pixel, right)
-                input_tile(write, kind, source, pixel, target, wrote, following)
+        target = TransformedTiles.allocate("%target", tiling.num_padded_tiles, source.pixel_stride)
+        for group in groups:
+            winograd, own = group.winograd, group.tiling
+            within = b.add(b.mul(image, own.tiles_per_image), b.mul(row, own.grid[1]))
+            first = b.add(within, group.first_tile)
+            down = winograd.tile_strides[0] * source.row_stride
+            right = winograd.tile_strides[1] * source.pixel_stride
+            read = b.add(b.mul(image, source.image_stride), b.mul(row, down))
+            begin = b.offset("%source", b.add(read, first_input_offset(winograd, source, own, self.padding)))
+            with b.loop(0, own.grid[1]) as across:
+                pixel = b.offset(begin, b.mul(across.index, right))
+                written = b.mul(b.add(first, across.index), source.pixel_stride)
+                next_tile = b.offset(pixel, right)
+                emit_input_transform(b, group, source, pixel, target, written, next_tile)
 
 
 @final
 @dataclass(frozen=True)
-class WinogradProduct:
-    """Products in the transformed domain, and ``Aᵀ · A`` of them with bias and ReLU.
+class WinogradStagedGemm:
+    """GEMMs in the transformed domain, and ``Aᵀ M A`` of the products with bias and optional ReLU.
 
     Attributes:
-        form: F(m x n, 3x3).
-        groups: of the convolution; the output channels of each are whole vectors, or there is one.
-        channels: of the input.
-        pitch: floats from one transformed tile to the next.
-        target: the images that it writes.
+        winograd: F(m x n, 3x3).
+        groups: of the convolution; if there are several, the output channels of each are whole vectors.
+        channels: input channels of all groups.
+        pixel_stride: floats from one transformed tile to the next.
+        target: layout of the output.
         tiling: the tiles.
-        tile: the registers that it uses; its pixels are tiles here.
-        late: whether kernels are transformed across while they are used.
-        room: vectors that are free for the kernels that come next.
+        tile: register tile; ``mr`` counts Winograd tiles.
+        on_the_fly: whether filters are stored as ``G g``.
+        free_vector_registers: that the register tile leaves to an interleaved filter transform.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
 
-    form: Form
+    winograd: Winograd2d
     groups: int
     channels: int
-    pitch: int
-    target: Images
+    pixel_stride: int
+    target: FeatureMapLayout
     tiling: Tiling
-    tile: Tile
-    late: bool
-    room: int
+    tile: RegisterTile
+    on_the_fly: bool
+    free_vector_registers: int
     relu: bool
     width: int
 
     @property
-    def inputs(self) -> int:
+    def in_channels(self) -> int:
         """Input channels of a group."""
         return self.channels // self.groups
 
@@ -139,109 +159,109 @@ class WinogradProduct:
         return -(-self.target.channels // self.groups // self.width)
 
     @property
-    def panels(self) -> int:
-        """Panels of a group; the last one may have fewer vectors than the others."""
-        return -(-self.group_vectors // self.tile.vectors)
+    def num_panels(self) -> int:
+        """Panels of a group; the last one may have fewer vectors."""
+        return -(-self.group_vectors // self.tile.nr)
+
+    def describe(self) -> str:
+        """Return transform and register tile, for a profile."""
+        return f"{self.winograd}, GEMM, tiles of {self.tile}"
 
     @property
-    def words(self) -> str:
-        """What it does, for a profile."""
-        return f"{self.form}, products, tiles of {self.tile}"
+    def units_per_block(self) -> int:
+        """Panels of all groups."""
+        return self.groups * self.num_panels
 
     @property
-    def units_of_image(self) -> int:
-        """A piece of tiles by each panel."""
-        return self.groups * self.panels
+    def num_multiplies(self) -> int:
+        """Multiplications of a block of tiles."""
+        return num_tile_elements(self.winograd, self.tiling) * self.in_channels * self.target.channels
 
-    @property
-    def muls(self) -> int:
-        """Multiplications of a piece."""
-        return place_tiles(self.form, self.tiling) * self.inputs * self.target.channels
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel: one function for a block by a full panel, one by the last panel, and the driver.
 
-    def functions(self, name: str) -> list[Function]:
-        """The function ``name``, and one each for a piece by the last panel of a group, and by another.
-
-        Unit ``panel · pieces + piece``: neighbouring units read the same weights.
+        Unit ``panel · blocks + block``: consecutive units read the same filters.
         """
-        last = self.group_vectors - (self.panels - 1) * self.tile.vectors
-        parts = [_piece(f"{name}_piece{at}", self, count) for at, count in enumerate((self.tile.vectors, last))]
-        return [*parts, _units(name, self, parts)]
+        last = self.group_vectors - (self.num_panels - 1) * self.tile.nr
+        blocks = [_emit_staged_block(f"{name}_block{at}", self, nr) for at, nr in enumerate((self.tile.nr, last))]
+        return [*blocks, _emit_staged_driver(name, self, blocks)]
 
 
-_NEAR = 2**18  # floats of transformed tiles that stay in the second cache
-_PIECE = (*POINTERS, ("i64", "piece"))
-
-
-def _units(name: str, kernel: WinogradProduct, parts: Sequence[Function]) -> Function:
-    write, tiling = Function(name, UNITS, kernel.width), kernel.tiling
-    with write.loop("%begin", "%end") as units:
-        panel, piece = write.divide(units.index, "%batch")
-        group, part = write.divide(panel, kernel.panels)
-        vectors = write.add(write.mul(group, kernel.group_vectors), write.mul(part, kernel.tile.vectors))
-        lanes = write.mul(vectors, kernel.width)
-        read = write.add(write.mul(piece, tiling.piece * kernel.pitch), write.mul(group, kernel.inputs))
+def _emit_staged_driver(name: str, kernel: WinogradStagedGemm, blocks: Sequence[IRBuilder]) -> IRBuilder:
+    b, tiling = IRBuilder(name, KERNEL_PARAMETERS, kernel.width), kernel.tiling
+    with b.loop("%begin", "%end") as units:
+        panel, block = b.divmod(units.index, "%batch")
+        group, panel_of_group = b.divmod(panel, kernel.num_panels)
+        vector = b.add(b.mul(group, kernel.group_vectors), b.mul(panel_of_group, kernel.tile.nr))
+        channel = b.mul(vector, kernel.width)
+        read = b.add(b.mul(block, tiling.tiles_per_block * kernel.pixel_stride), b.mul(group, kernel.in_channels))
+        filter_floats = kernel.winograd.filter_elements(on_the_fly=kernel.on_the_fly) * kernel.in_channels
         arguments = (
-            ("ptr", write.at("%source", read)),
-            ("ptr", write.at("%target", lanes)),
-            ("ptr", write.at("%weights", write.mul(lanes, kernel.form.sets(late=kernel.late) * kernel.inputs))),
-            ("ptr", write.at("%bias", lanes)),
-            ("i64", piece),
+            ("ptr", b.offset("%source", read)),
+            ("ptr", b.offset("%target", channel)),
+            ("ptr", b.offset("%weights", b.mul(channel, filter_floats))),
+            ("ptr", b.offset("%bias", channel)),
+            ("i64", block),
         )
-        call_panel(write, part, kernel.panels, parts, arguments)
-    return write
+        call_for_panel(b, panel_of_group, kernel.num_panels, blocks, arguments)
+    return b
 
 
-def _piece(name: str, kernel: WinogradProduct, vectors: int) -> Function:
-    """A piece of tiles by a panel of so many vectors."""
-    write, tiling = Function(name, _PIECE, kernel.width, internal=True), kernel.tiling
-    step = vectors * kernel.width
-    inputs = Operand.of("%source", tiling.tiles, kernel.pitch)
-    products = Operand.of(write.scratch(kernel.form.places * place_floats(tiling.piece, step)), tiling.piece, step)
-    beyond, images = write.scratch(kernel.width), PieceOfImages("%target", "%bias", "%piece")
-    cold = kernel.form.places * inputs.place > _NEAR
-    panel = Panel(kernel.form, kernel.tile, vectors, tiling, kernel.inputs, cold, kernel.room)
-    product = Products(panel, kernel.late)
-    product.write(write, inputs, "%weights", products, write.scratch(product.scratch(write.width)))
-    for kind in kinds(kernel.form, tiling):
-        Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)
-    return write
+def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuilder:
+    """Build a block of tiles by a panel of ``nr`` vectors."""
+    b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "block")), kernel.width, internal=True)
+    tiling, winograd, step = kernel.tiling, kernel.winograd, nr * kernel.width
+    inputs = TransformedTiles.allocate("%source", tiling.num_padded_tiles, kernel.pixel_stride)
+    memory = b.scratch(winograd.tile_elements * element_stride(tiling.tiles_per_block, step))
+    products = TransformedTiles.allocate(memory, tiling.tiles_per_block, step)
+    discarded, output = b.scratch(kernel.width), OutputBlock("%target", "%bias", "%block")
+    prefetch_tiles = winograd.tile_elements * inputs.element_stride > _L2_TILE_FLOATS
+    channels, free = kernel.in_channels, kernel.free_vector_registers
+    gemm = BatchedGemm(PanelGemm(winograd, kernel.tile, nr, tiling, channels, prefetch_tiles, free), kernel.on_the_fly)
+    gemm.emit(b, inputs, "%weights", products, b.scratch(gemm.scratch_floats(b.width)))
+    for group in tile_groups(winograd, tiling):
+        OutputTransform(group, kernel.target, kernel.relu, nr).emit(b, products, output, discarded)
+    return b
+
+
+# Fused
 
 
 @final
 @dataclass(frozen=True)
 class WinogradFused:
-    """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and ReLU.
+    """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and optional ReLU.
 
     Attributes:
-        form: F(m x n, 3x3).
-        groups: of the convolution; the output channels of each are whole vectors, or there is one.
-        source: the images that it reads; ``border`` and ``more`` hold whatever tiles stick out.
+        winograd: F(m x n, 3x3).
+        groups: of the convolution; if there are several, the output channels of each are whole vectors.
+        source: layout of the input; its border and overhang contain all tiles.
         padding: of the convolution.
-        target: the images that it writes.
+        target: layout of the output.
         tiling: the tiles.
-        tile: the registers that it uses; its pixels are tiles here.
-        splits: parts of the panels of each group, each of which is a unit's.
-        late: whether kernels are transformed across while they are used.
-        room: vectors that are free for the kernels that come next.
+        tile: register tile; ``mr`` counts Winograd tiles.
+        out_channel_splits: parts of the panels of each group, a unit for each.
+        on_the_fly: whether filters are stored as ``G g``.
+        free_vector_registers: that the register tile leaves to an interleaved filter transform.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
 
-    form: Form
+    winograd: Winograd2d
     groups: int
-    source: Images
+    source: FeatureMapLayout
     padding: Pair
-    target: Images
+    target: FeatureMapLayout
     tiling: Tiling
-    tile: Tile
-    splits: int
-    late: bool
-    room: int
+    tile: RegisterTile
+    out_channel_splits: int
+    on_the_fly: bool
+    free_vector_registers: int
     relu: bool
     width: int
 
     @property
-    def inputs(self) -> int:
+    def in_channels(self) -> int:
         """Input channels of a group."""
         return self.source.channels // self.groups
 
@@ -250,110 +270,125 @@ class WinogradFused:
         """Vectors of output channels of a group."""
         return -(-self.target.channels // self.groups // self.width)
 
-    @property
-    def words(self) -> str:
-        """What it does, for a profile."""
-        part = f" by 1/{self.splits} of the panels" if self.splits > 1 else ""
-        return f"{self.form}, {self.tiling.piece} tiles at a time{part}, tiles of {self.tile}"
+    def describe(self) -> str:
+        """Return transform, block, part of the panels and register tile, for a profile."""
+        part = f" by 1/{self.out_channel_splits} of the panels" if self.out_channel_splits > 1 else ""
+        return f"{self.winograd}, blocks of {self.tiling.tiles_per_block} tiles{part}, tiles of {self.tile}"
 
     @property
-    def units_of_image(self) -> int:
-        """A piece of tiles by each part of the panels."""
-        return self.splits
+    def units_per_block(self) -> int:
+        """Parts of the panels."""
+        return self.out_channel_splits
 
     @property
-    def muls(self) -> int:
-        """Multiplications of a piece."""
-        return place_tiles(self.form, self.tiling) * self.inputs * self.target.channels
+    def num_multiplies(self) -> int:
+        """Multiplications of a block of tiles."""
+        return num_tile_elements(self.winograd, self.tiling) * self.in_channels * self.target.channels
 
-    def functions(self, name: str) -> list[Function]:
-        """The function ``name``, and one for a piece by a part of the panels.
+    def emit(self, name: str) -> list[IRBuilder]:
+        """Build the kernel: a function for a block by a part of the panels, and the driver.
 
-        Unit ``split · pieces + piece``: neighbouring units read the same weights.
+        Unit ``split · blocks + block``: consecutive units read the same filters.
         """
-        piece = _fused_piece(f"{name}_piece", self)
-        write = Function(name, UNITS, self.width)
-        with write.loop("%begin", "%end") as units:
-            split, at = write.divide(units.index, "%batch")
-            pointers = ((kind, f"%{pointer}") for kind, pointer in POINTERS)
-            write.call(piece.name, [*pointers, ("i64", at), ("i64", split)])
-        return [piece, write]
+        function = _emit_fused_block(f"{name}_block", self)
+        b = IRBuilder(name, KERNEL_PARAMETERS, self.width)
+        with b.loop("%begin", "%end") as units:
+            split, block = b.divmod(units.index, "%batch")
+            pointers = ((kind, f"%{pointer}") for kind, pointer in POINTER_PARAMETERS)
+            b.call(function.name, [*pointers, ("i64", block), ("i64", split)])
+        return [function, b]
+
+    def gemm(self, nr: int) -> BatchedGemm:
+        """Return the GEMMs of a block and a panel of ``nr`` vectors."""
+        panel = PanelGemm(
+            self.winograd,
+            self.tile,
+            nr,
+            self.tiling,
+            self.in_channels,
+            prefetch_tiles=False,  # this unit has just written them
+            free_vector_registers=self.free_vector_registers,
+        )
+        return BatchedGemm(panel, self.on_the_fly)
 
 
-def _fused_piece(name: str, kernel: WinogradFused) -> Function:
-    write = Function(name, (*POINTERS, ("i64", "piece"), ("i64", "split")), kernel.width, internal=True)
-    tiling, pitch, most = kernel.tiling, kernel.source.pitch, min(kernel.tile.vectors, kernel.group_vectors)
-    places = kernel.form.places
-    moved = Operand.of(write.scratch(places * place_floats(tiling.piece, pitch)), tiling.piece, pitch)
-    products = write.scratch(places * place_floats(tiling.piece, most * kernel.width))
-    whole, rest = divmod(kernel.group_vectors, most)
-    expanded = max(_products(kernel, vectors).scratch(write.width) for vectors in (most, rest or most))
-    scratch = write.scratch(expanded), products, write.scratch(kernel.width)
-    _inputs(write, kernel, moved)
-    begin, end, last = _panels(write, kernel, whole, rest)
-    with write.loop(0, kernel.groups) as groups:
-        read = Operand(write.at(moved.at, write.mul(groups.index, kernel.inputs)), moved.place, moved.tile)
-        first = write.mul(groups.index, kernel.group_vectors)
-        with write.loop(begin, end) as panels:
-            _panel(write, kernel, read, write.add(first, write.mul(panels.index, most)), most, scratch)
+@final
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory of a unit: transformed filters, products, and a vector for discarded outputs."""
+
+    filters: Value
+    products: Value
+    discarded: Value
+
+
+def _emit_fused_block(name: str, kernel: WinogradFused) -> IRBuilder:
+    b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "block"), ("i64", "split")), kernel.width, internal=True)
+    tiles, channels = kernel.tiling.tiles_per_block, kernel.source.pixel_stride
+    nr, elements = min(kernel.tile.nr, kernel.group_vectors), kernel.winograd.tile_elements
+    memory = b.scratch(elements * element_stride(tiles, channels))
+    transformed = TransformedTiles.allocate(memory, tiles, channels)
+    products = b.scratch(elements * element_stride(tiles, nr * kernel.width))
+    full_panels, rest = divmod(kernel.group_vectors, nr)
+    filter_floats = max(kernel.gemm(vectors).scratch_floats(b.width) for vectors in (nr, rest or nr))
+    scratch = _Scratch(b.scratch(filter_floats), products, b.scratch(kernel.width))
+    _emit_fused_inputs(b, kernel, transformed)
+    begin, end, has_rest = _panels_of_split(b, kernel, full_panels, rest)
+    with b.loop(0, kernel.groups) as groups:
+        address = b.offset(transformed.address, b.mul(groups.index, kernel.in_channels))
+        read = TransformedTiles(address, transformed.element_stride, transformed.tile_stride)
+        first = b.mul(groups.index, kernel.group_vectors)
+        with b.loop(begin, end) as panels:
+            _emit_fused_panel(b, kernel, read, b.add(first, b.mul(panels.index, nr)), nr, scratch)
         if rest:
-            with write.when(last):
-                _panel(write, kernel, read, write.add(first, whole * most), rest, scratch)
-    return write
+            with b.when(has_rest):
+                _emit_fused_panel(b, kernel, read, b.add(first, full_panels * nr), rest, scratch)
+    return b
 
 
-def _panels(write: Function, kernel: WinogradFused, whole: int, rest: int) -> tuple[Index, Index, Value]:
-    """The first whole panel of a split, one behind its last, and whether the rest behind all of those is its own."""
-    count, splits = whole + bool(rest), kernel.splits
+def _panels_of_split(b: IRBuilder, kernel: WinogradFused, full_panels: int, rest: int) -> tuple[Index, Index, Value]:
+    """Return the first full panel of a split, one after its last, and whether it takes the narrower last panel."""
+    count, splits = full_panels + bool(rest), kernel.out_channel_splits
     if splits == 1:
-        return 0, whole, "true"
-    following = write.add("%split", 1)
-    begin, end = (write.divide(write.mul(at, count), splits)[0] for at in ("%split", following))
-    last = write.value(f"icmp eq i64 {following}, {splits}")
-    return begin, write.value(f"select i1 {last}, i64 {whole}, i64 {end}"), last
+        return 0, full_panels, "true"
+    following = b.add("%split", 1)
+    begin, end = (b.divmod(b.mul(at, count), splits)[0] for at in ("%split", following))
+    last = b.assign(f"icmp eq i64 {following}, {splits}")
+    return begin, b.assign(f"select i1 {last}, i64 {full_panels}, i64 {end}"), last
 
 
-def _inputs(write: Function, kernel: WinogradFused, moved: Operand) -> None:
+def _emit_fused_inputs(b: IRBuilder, kernel: WinogradFused, transformed: TransformedTiles) -> None:
+    """Build the input transform of a block."""
     source = kernel.source
-    for kind in kinds(kernel.form, kernel.tiling):
-        first, count = tiles_of_piece(write, kind.tiling, "%piece")
-        corner = write.at("%source", input_corner(kind.form, source, kind.tiling, kernel.padding))
-        with write.loop(0, count) as tiles:
-            tile = write.add(first, tiles.index)
-            read, following = (_tile(write, source, kind, at) for at in (tile, write.add(tile, 1)))
-            wrote = write.mul(write.add(tiles.index, kind.before), moved.tile)
-            input_tile(write, kind, source, write.at(corner, read), moved, wrote, write.at(corner, following))
+    for group in tile_groups(kernel.winograd, kernel.tiling):
+        first, count = tiles_of_block(b, group.tiling, "%block")
+        corner = b.offset("%source", first_input_offset(group.winograd, source, group.tiling, kernel.padding))
+        with b.loop(0, count) as tiles:
+            tile = b.add(first, tiles.index)
+            read, following = (_tile_offset(b, source, group, at) for at in (tile, b.add(tile, 1)))
+            written = b.mul(b.add(tiles.index, group.first_tile), transformed.tile_stride)
+            pixel = b.offset(corner, read)
+            emit_input_transform(b, group, source, pixel, transformed, written, b.offset(corner, following))
 
 
-def _tile(write: Function, source: Images, kind: Kind, tile: Index) -> Index:
-    """Floats from the first tile of a kind to another."""
-    steps = kind.form.steps
-    image, place = write.divide(tile, kind.tiling.of_image)
-    down, across = write.divide(place, kind.tiling.grid[1])
-    row, column = write.mul(down, steps[0] * source.row), write.mul(across, steps[1] * source.pitch)
-    return write.add(write.mul(image, source.image), write.add(row, column))
+def _tile_offset(b: IRBuilder, source: FeatureMapLayout, group: TileGroup, tile: Index) -> Index:
+    """Return the floats from the first tile of a group to another."""
+    strides = group.winograd.tile_strides
+    image, place = b.divmod(tile, group.tiling.tiles_per_image)
+    down, across = b.divmod(place, group.tiling.grid[1])
+    row, column = b.mul(down, strides[0] * source.row_stride), b.mul(across, strides[1] * source.pixel_stride)
+    return b.add(b.mul(image, source.image_stride), b.add(row, column))
 
 
-def _products(kernel: WinogradFused, vectors: int) -> Products:
-    """Those of a piece by a panel of so many vectors."""
-    how = kernel.form, kernel.tile, vectors, kernel.tiling, kernel.inputs
-    return Products(Panel(*how, cold=False, room=kernel.room), kernel.late)
-
-
-def _panel(
-    write: Function,
-    kernel: WinogradFused,
-    read: Operand,
-    vector: Index,
-    vectors: int,
-    scratch: tuple[Value, Value, Value],
+def _emit_fused_panel(
+    b: IRBuilder, kernel: WinogradFused, read: TransformedTiles, vector: Index, nr: int, scratch: _Scratch
 ) -> None:
-    """All products of the piece by a panel of so many vectors that begins at ``vector``, and what comes of them."""
-    tiling, (kernels, sums, beyond) = kernel.tiling, scratch
-    lanes = write.mul(vector, kernel.width)
-    panel = write.at("%weights", write.mul(lanes, kernel.form.sets(late=kernel.late) * kernel.inputs))
-    products = Operand.of(sums, tiling.piece, vectors * kernel.width)
-    _products(kernel, vectors).write(write, read, panel, products, kernels)
-    images = PieceOfImages(write.at("%target", lanes), write.at("%bias", lanes), "%piece")
-    for kind in kinds(kernel.form, tiling):
-        Outputs(kind, kernel.target, kernel.relu, vectors).write(write, products, images, beyond)
+    """Build GEMMs and output transform of a block, for a panel of ``nr`` vectors that begins at ``vector``."""
+    tiling, channel = kernel.tiling, b.mul(vector, kernel.width)
+    filter_floats = kernel.winograd.filter_elements(on_the_fly=kernel.on_the_fly) * kernel.in_channels
+    panel = b.offset("%weights", b.mul(channel, filter_floats))
+    products = TransformedTiles.allocate(scratch.products, tiling.tiles_per_block, nr * kernel.width)
+    kernel.gemm(nr).emit(b, read, panel, products, scratch.filters)
+    output = OutputBlock(b.offset("%target", channel), b.offset("%bias", channel), "%block")
+    for group in tile_groups(kernel.winograd, tiling):
+        OutputTransform(group, kernel.target, kernel.relu, nr).emit(b, products, output, scratch.discarded)

@@ -1,22 +1,24 @@
-"""Winograd's minimal filtering as matrices: ``y = Aᵀ[(G g) ⊙ (Bᵀ d)]`` for m outputs of a kernel of 3.
+"""Winograd's minimal filtering as exact matrices: ``y = Aᵀ[(G g) ⊙ (Bᵀ d)]`` for m outputs of a filter of 3 taps.
 
-Cook-Toom: the product of two polynomials is found from its values at some points and at infinity; turned around
-(transposition), that gives m outputs of a filter of r taps from m + r - 1 inputs by as many multiplications, in the
-place of r·m. In two dimensions it is applied to rows and columns (Lavin and Gray, CVPR 2016, §4.1), which need not
-have the same m.
+F(m, r) computes m outputs of a filter of r taps from m + r - 1 inputs with as many multiplications, in place of r·m. It
+is the transpose of the Cook-Toom algorithm, which finds the product of two polynomials from its values at m + r - 2
+points and at infinity. F(m x n, 3x3) applies it to columns and rows, ``Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A`` (Lavin and Gray,
+CVPR 2016, section 4.1); m and n need not be equal. The element-wise product is the *transformed domain*, its elements
+the *tile elements*: one batched GEMM over channels for each of them.
 
-Where m does not divide a row of outputs, the last tile of it is a tail of fewer outputs. It needs fewer values, and may
-take them from the points of the others: then its products have the same transformed kernels, and stand beside those of
-the other tiles. 14 = 3·4 + 2 rows take 3·6 + 4 multiplications that way, where four tiles of F(4, 3) would take 24.
+Edge tiles. Where m does not divide the outputs, the last tile has fewer of them. It needs fewer tile elements, and can
+use a subset of the interpolation points of the full tiles: then their transformed filters are the same, and its GEMMs
+join those of the full tiles. 14 = 3·4 + 2 rows take 3·6 + 4 multiplications that way; four tiles of F(4, 3) take 24.
 
-With stride 2, a filter of three taps is one of two taps, the outer ones, over the inputs 0, 2, 4, … and one tap over
-the inputs 1, 3, 5, …: F(m, 2) and m single products, 2m + 1 multiplications in the place of 3m.
+Stride 2. A filter of three taps splits into its outer two taps on inputs 0, 2, 4, … and its inner tap on inputs 1, 3,
+5, …: F(m, 2) and m plain products, 2m + 1 multiplications in place of 3m.
 
-The points decide the error, and pairs ±a decide the cost. For inputs and kernels of independent numbers the error of
-the products, which is most of it, grows by a factor that the matrices alone give (:attr:`Filter.loss`). With stride 1,
-the points here have the least of it among pairs of eighths, and 0 where m is even: for F(5x5) 9.7, where 0, ±3/4, ±3/2,
-1 have 66; for F(4x4) 4.8, where the common 0, ±1, ±2 have 10.8. What divides by differences of points is in Aᵀ: so each
-pair of points costs a kernel three operations.
+Choice of points. They decide the rounding error, and pairs ±p decide the cost. For inputs and filters of independent
+numbers the error of the element-wise products, which dominates, grows by a factor that follows from the matrices
+(:attr:`Winograd1d.error_growth`). For stride 1, the points below have the least growth among pairs of multiples of 1/8,
+and 0 where m is even: 9.7 for F(5x5), where 0, ±3/4, ±3/2, 1 have 66; 4.8 for F(4x4), where the usual 0, ±1, ±2 have
+10.8. The denominators, products of differences of points, are in Aᵀ, so that a pair of points costs the filter
+transform three operations.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ TAPS = 3
 
 
 def _pairs(*points: Fraction | int) -> tuple[Fraction, ...]:
-    """Each point and its negative."""
+    """Return each point and its negative."""
     return tuple(Fraction(sign * point) for point in points for sign in (1, -1))
 
 
-#: The finite points for each stride and m; none for m = 1, which goes without a transform. The first r + 1 of them, or
-#: r with stride 2, are the points of a tail of r outputs; see :func:`tail`.
+#: Finite points for (stride, m); none for (2, 1), which needs no transform. The order matters: an edge tile of k
+#: outputs uses the first k + 1 of them (stride 1) or k (stride 2); see :func:`edge_filter`.
 POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
     (1, 2): (*_pairs(1), Fraction(0)),
     (1, 3): _pairs(Fraction(5, 4), Fraction(3, 8)),
@@ -60,168 +62,167 @@ POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
 
 @final
 @dataclass(frozen=True, eq=False)
-class Filter:
-    """m outputs of a filter of 3, exactly; n is the number of inputs of a tile and of multiplications.
+class Winograd1d:
+    """F(m, 3) of one stride, in exact fractions; n tile elements.
 
-    There is one of each kind, which :func:`minimal_filter` and :func:`tail` return: others are not equal to it.
+    Instances come from :func:`winograd1d` and :func:`edge_filter`, one for each kind, and compare by identity.
 
     Attributes:
-        stride: of the filter.
+        stride: of the convolution.
         outputs: m.
         input_matrix: Bᵀ, (n, n).
-        kernel_matrix: G, (n, 3).
+        filter_matrix: G, (n, 3).
         output_matrix: Aᵀ, (m, n).
     """
 
     stride: int
     outputs: int
     input_matrix: Matrix
-    kernel_matrix: Matrix
+    filter_matrix: Matrix
     output_matrix: Matrix
 
     @cached_property
-    def loss(self) -> float:
-        """How much rounding errors of the products grow in the outputs, relative to those of direct sums.
+    def error_growth(self) -> float:
+        """RMS rounding error of the products in the outputs, relative to that of direct sums.
 
-        ``√(mean over k of Σᵢ (A_ki ‖B_i‖ ‖G_i‖)² / 3)`` for inputs and kernels of independent numbers.
+        ``√(mean over k of Σᵢ (A_ki ‖B_i‖ ‖G_i‖)² / 3)``, for inputs and filters of independent numbers.
         """
-        down, kernel, output = (
-            np.array(matrix, np.float64) for matrix in (self.input_matrix, self.kernel_matrix, self.output_matrix)
+        inputs, filters, outputs = (
+            np.array(matrix, np.float64) for matrix in (self.input_matrix, self.filter_matrix, self.output_matrix)
         )
-        sizes = np.linalg.norm(down, axis=1) * np.linalg.norm(kernel, axis=1)
-        return float(np.sqrt(((output * sizes) ** 2).sum(axis=1).mean() / TAPS))
+        norms = np.linalg.norm(inputs, axis=1) * np.linalg.norm(filters, axis=1)
+        return float(np.sqrt(((outputs * norms) ** 2).sum(axis=1).mean() / TAPS))
 
     @cached_property
-    def moved(self) -> range:
-        """Multiplications whose factor from the kernel is not just one of its three numbers."""
-        places = [place for place, row in enumerate(self.kernel_matrix) if sorted(row) != [0, 0, 1]]
-        return range(places[0], places[-1] + 1) if places else range(0)
+    def transformed(self) -> range:
+        """Tile elements whose filter value has to be computed, because it is not simply one of the three taps."""
+        elements = [element for element, row in enumerate(self.filter_matrix) if sorted(row) != [0, 0, 1]]
+        return range(elements[0], elements[-1] + 1) if elements else range(0)
 
     @cached_property
     def inputs(self) -> int:
-        """Inputs of a tile: m + 2 with stride 1, 2m + 1 with stride 2."""
+        """Inputs of a tile, and tile elements: n = m + 2 for stride 1, 2m + 1 for stride 2."""
         return (self.outputs - 1) * self.stride + TAPS
 
 
 @final
 @dataclass(frozen=True)
-class Form:
-    """F(m x n, 3x3): a filter down and one across.
+class Winograd2d:
+    """F(m x n, 3x3). Pairs are (down, across).
 
     Attributes:
-        rows: the one down.
-        columns: the one across.
-        tails: outputs of the last tile down and across where they are fewer; else 0.
+        rows: F(m, 3), applied to columns of a tile.
+        columns: F(n, 3), applied to its rows.
+        edge_tile: outputs of the last tile down and across if they are fewer, else 0.
     """
 
-    rows: Filter
-    columns: Filter
-    tails: Pair = (0, 0)
+    rows: Winograd1d
+    columns: Winograd1d
+    edge_tile: Pair = (0, 0)
 
     def __str__(self) -> str:
         stride = "" if self.rows.stride == 1 else f" of stride {self.rows.stride}"
-        down, across = (f"{m}+{tail}" if tail else str(m) for m, tail in zip(self.outputs, self.tails, strict=True))
+        down, across = (f"{m}+{edge}" if edge else str(m) for m, edge in zip(self.outputs, self.edge_tile, strict=True))
         return f"F({down}x{across}){stride}"
 
     @cached_property
-    def loss(self) -> float:
-        """How much larger rounding errors are than those of direct sums, in the tiles that lose most.
-
-        See :attr:`Filter.loss`.
-        """
-        pairs = zip((self.rows, self.columns), self.tails, strict=True)
-        return math.prod(max(part.loss, tail(short, part)[0].loss if short else 0.0) for part, short in pairs)
+    def error_growth(self) -> float:
+        """Error relative to direct sums in the tiles where it is largest; see :attr:`Winograd1d.error_growth`."""
+        pairs = zip((self.rows, self.columns), self.edge_tile, strict=True)
+        return math.prod(
+            max(full.error_growth, edge_filter(m, full)[0].error_growth if m else 0.0) for full, m in pairs
+        )
 
     @property
     def outputs(self) -> Pair:
-        """Rows and columns of what comes out of a tile."""
+        """Size of an output tile, (m, n)."""
         return self.rows.outputs, self.columns.outputs
 
     @property
     def inputs(self) -> Pair:
-        """Rows and columns of an input tile."""
+        """Size of an input tile, and of its transform."""
         return self.rows.inputs, self.columns.inputs
 
     @property
     def strides(self) -> Pair:
-        """Inputs from one output to the next."""
+        """Strides of the convolution."""
         return self.rows.stride, self.columns.stride
 
     @property
-    def steps(self) -> Pair:
-        """Rows and columns of inputs from one tile to the next."""
+    def tile_strides(self) -> Pair:
+        """Inputs from one tile to the next; tiles overlap by the rest."""
         return self.rows.outputs * self.rows.stride, self.columns.outputs * self.columns.stride
 
     @property
-    def places(self) -> int:
-        """Multiplications for each tile and channel."""
+    def tile_elements(self) -> int:
+        """Elements of a transformed tile: multiplications for each tile and pair of channels."""
         return self.rows.inputs * self.columns.inputs
 
-    def transformed(self, weight: Floats, *, late: bool) -> Floats:
-        """``G g Gᵀ`` of each kernel, computed in float64: (O, I, 3, 3) to (O, I, rows, columns) of a tile.
+    def transform_filters(self, weight: Floats, *, on_the_fly: bool) -> Floats:
+        """Transform filters (O, I, 3, 3) in float64: ``G g Gᵀ``, (O, I, rows, columns) of a tile.
 
-        ``late``: ``G g`` alone, (O, I, rows, 3).
+        ``on_the_fly``: only ``G g``, (O, I, rows, 3); the kernel multiplies by Gᵀ.
         """
-        down, across = (np.array(part.kernel_matrix, np.float64) for part in (self.rows, self.columns))
-        moved = down @ weight.astype(np.float64)
-        out: Floats = (moved if late else moved @ across.T).astype(np.float32)
+        down, across = (np.array(part.filter_matrix, np.float64) for part in (self.rows, self.columns))
+        half = down @ weight.astype(np.float64)
+        out: Floats = (half if on_the_fly else half @ across.T).astype(np.float32)
         return out
 
-    def sets(self, *, late: bool) -> int:
-        """Numbers that are kept for each kernel; see :meth:`transformed`."""
-        return self.rows.inputs * (TAPS if late else self.columns.inputs)
+    def filter_elements(self, *, on_the_fly: bool) -> int:
+        """Floats that :meth:`transform_filters` returns for each filter of 9."""
+        return self.rows.inputs * (TAPS if on_the_fly else self.columns.inputs)
 
 
 @cache
-def winograd(rows: int, columns: int | None = None, stride: int = 1, tails: Pair = (0, 0)) -> Form:
-    """F(rows x columns, 3x3) for the points of :data:`POINTS`; a square without ``columns``."""
-    return Form(minimal_filter(rows, stride), minimal_filter(rows if columns is None else columns, stride), tails)
+def winograd2d(rows: int, columns: int | None = None, stride: int = 1, edge_tile: Pair = (0, 0)) -> Winograd2d:
+    """Return F(rows x columns, 3x3) for the points of :data:`POINTS`; ``columns`` defaults to ``rows``."""
+    return Winograd2d(winograd1d(rows, stride), winograd1d(rows if columns is None else columns, stride), edge_tile)
 
 
 @cache
-def minimal_filter(outputs: int, stride: int = 1) -> Filter:
-    """The filter of m outputs for the points of :data:`POINTS`."""
+def winograd1d(outputs: int, stride: int = 1) -> Winograd1d:
+    """Return F(outputs, 3) for the points of :data:`POINTS`."""
     if (stride, outputs) == (2, 1):
-        return Filter(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
-    return _of_points(POINTS[stride, outputs], outputs, stride)
+        return Winograd1d(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
+    return _from_points(POINTS[stride, outputs], outputs, stride)
 
 
 @cache
-def tail(outputs: int, whole: Filter) -> tuple[Filter, tuple[int, ...]]:
-    """The filter of fewer outputs whose multiplications are some of those of another, and which ones.
+def edge_filter(outputs: int, full: Winograd1d) -> tuple[Winograd1d, tuple[int, ...]]:
+    """Return F(outputs, 3) on a subset of the points of ``full``, and which of its tile elements it has.
 
-    What they take from the kernel is the same; what they take from the inputs is not.
+    Rows of G are the same for these elements, so both use the same transformed filters; rows of Bᵀ differ.
     """
-    stride, points = whole.stride, POINTS[whole.stride, whole.outputs]
-    found = _of_points(points[: outputs + (TAPS - 2) * (stride == 1)], outputs, stride)
+    stride, points = full.stride, POINTS[full.stride, full.outputs]
+    found = _from_points(points[: outputs + (TAPS - 2) * (stride == 1)], outputs, stride)
     if stride == 1:
         return found, tuple(range(found.inputs))
-    outer, inner = outputs + 1, whole.outputs + 1
+    outer, inner = outputs + 1, full.outputs + 1  # elements of F(m, 2) come first, then those of the inner tap
     return found, (*range(outer), *range(inner, inner + outputs))
 
 
-def _of_points(points: Sequence[Fraction], outputs: int, stride: int) -> Filter:
-    """The filter of so many outputs for infinity and these points."""
+def _from_points(points: Sequence[Fraction], outputs: int, stride: int) -> Winograd1d:
+    """Return F(outputs, 3) for infinity and these points."""
     if stride == 1:
-        return Filter(stride, outputs, *_cook_toom(points, outputs, TAPS))
+        return Winograd1d(stride, outputs, *_cook_toom(points, outputs, TAPS))
     outer = _cook_toom(points, outputs, 2)
     inner = _identity(outputs), ((Fraction(1),),) * outputs, _identity(outputs)
     output = tuple((*first, *second) for first, second in zip(outer[2], inner[2], strict=True))
-    return Filter(stride, outputs, _in_turns(outer[0], inner[0]), _in_turns(outer[1], inner[1]), output)
+    return Winograd1d(stride, outputs, _interleave(outer[0], inner[0]), _interleave(outer[1], inner[1]), output)
 
 
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
-    """Bᵀ, G and Aᵀ of F(outputs, taps) for infinity and these points."""
-    kernel = [tuple(point**power for power in range(taps)) for point in points]
-    columns = [[point**power / _others(points, point) for power in range(outputs)] for point in points]
+    """Return Bᵀ, G and Aᵀ of F(outputs, taps) for infinity and these points."""
+    filters = [tuple(point**power for power in range(taps)) for point in points]
+    columns = [[point**power / _denominator(points, point) for power in range(outputs)] for point in points]
     largest = [Fraction(power == outputs - 1) for power in range(outputs)]
-    rows = [(*_roots([other for other in points if other != point]), Fraction(0)) for point in points]
+    rows = [(*_from_roots([other for other in points if other != point]), Fraction(0)) for point in points]
     infinity = (*(Fraction(0),) * (taps - 1), Fraction(1))
-    return (_roots(points), *rows), (infinity, *kernel), tuple(zip(largest, *columns, strict=True))
+    return (_from_roots(points), *rows), (infinity, *filters), tuple(zip(largest, *columns, strict=True))
 
 
-def _in_turns(outer: Matrix, inner: Matrix) -> Matrix:
-    """The rows of two matrices; columns 0, 2, 4, … are those of the first, and 1, 3, 5, … those of the second."""
+def _interleave(outer: Matrix, inner: Matrix) -> Matrix:
+    """Return the rows of two matrices, with the columns of the first at 0, 2, 4 … and of the second at 1, 3, 5 …."""
     first = [(*itertools.chain(*((number, Fraction(0)) for number in row[:-1])), row[-1]) for row in outer]
     second = [(*itertools.chain(*((Fraction(0), number) for number in row)), Fraction(0)) for row in inner]
     return (*first, *second)
@@ -231,16 +232,13 @@ def _identity(size: int) -> Matrix:
     return tuple(tuple(Fraction(row == column) for column in range(size)) for row in range(size))
 
 
-def _others(points: Sequence[Fraction], point: Fraction) -> Fraction:
-    """The product of the differences to all other points."""
-    product = Fraction(1)
-    for other in points:
-        product *= point - other if other != point else 1
-    return product
+def _denominator(points: Sequence[Fraction], point: Fraction) -> Fraction:
+    """Return the product of the differences to all other points."""
+    return math.prod((point - other for other in points if other != point), start=Fraction(1))
 
 
-def _roots(points: Sequence[Fraction]) -> tuple[Fraction, ...]:
-    """Coefficients of the polynomial with these roots, lowest power first."""
+def _from_roots(points: Sequence[Fraction]) -> tuple[Fraction, ...]:
+    """Return the coefficients of the monic polynomial with these roots, lowest power first."""
     out = [Fraction(1)]
     for point in points:
         shifted, scaled = [Fraction(0), *out], [*(-point * value for value in out), Fraction(0)]

@@ -1,18 +1,16 @@
-"""A panel of weights and the tiles that it is multiplied with: what all ways to go through it have in common.
+"""Batched GEMMs in the transformed domain: for each tile element, (tile, input channel) by (input, output channel).
 
-How many channels are summed in one go.
+Blocking, from the inside out:
 
-Products with kernels that are transformed across while they are used.
+* a register tile of ``mr`` tiles by ``nr`` vectors of output channels;
+* a block of ``kc`` input channels, whose weights for one panel (``kc · nr`` vectors) stay in L1 while all tiles of the
+  block pass. Products of several blocks are added in memory: such a two-level sum passes through fewer roundings;
+* one panel of ``nr`` vectors, all tile elements after each other.
 
-Kernels lie as (row, input channel, column of 3, output channel): a third to a half of the bytes come from afar. Each
-run of channels is transformed across into memory that stays in the first cache. Columns that are one of the three are
-used as they lie.
-
-Where registers are free, products transform kernels beside their own work, for that has to store them, which products
-do not: while a pair of columns ±p is used, the next pair is made, and while the first column is used that is one of the
-three, the first pair of the next run.
-
-Products in Winograd's domain, place by place.
+Filters are stored either fully transformed, ``G g Gᵀ`` as (tile element, input channel, output channel), or as ``G g``,
+(row of elements, input channel, 3 columns, output channel): half to two thirds of the bytes, at the cost of the
+transform ``· Gᵀ`` for each block of channels into an L1 scratch buffer (:class:`OnTheFlyGemm`). That pays where weights
+come from memory, and few tiles use them.
 """
 
 from __future__ import annotations
@@ -24,23 +22,69 @@ from fractions import Fraction
 from functools import partial
 from typing import TypeAlias, final
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value
-from repvgg.engine.kernels.base import Tile, equal_tiles, multiply_add
-from repvgg.engine.winograd.filters import TAPS, Form
-from repvgg.engine.winograd.tiling import LINE, Operand, Share, Tiling, shares
-from repvgg.engine.winograd.transforms import transform
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
+from repvgg.engine.kernels.base import LINE_FLOATS, RegisterTile, balanced_tiles, rank_1_update
+from repvgg.engine.winograd.filters import TAPS, Winograd2d
+from repvgg.engine.winograd.tiling import TileSubset, Tiling, TransformedTiles, tile_subsets
+from repvgg.engine.winograd.transforms import multiply
+
+# Channel blocks (kc). Long blocks save stores of partial sums; short ones round less and leave L1 to the tiles.
+_KC, _KC_PREFETCHED_TILES = 64, 48  # the second if tiles are prefetched: their lines share L1 with the weights
+_SCRATCH_FLOATS = 2**13  # 32 KiB, an L1: filters of a block that is transformed on the fly
+_INTERLEAVED_FLOATS = 5 * 2**11  # 40 KiB: filters of an interleaved block, stored and transformed ones together
+_INTERLEAVED_REGISTERS = 5  # that the interleaved filter transform needs: p², p, and three columns
+_RING_COLUMNS = 4  # transformed columns that are there at a time then: the pair in use, and the next one
+
+
+def channel_block(channels: int, *, prefetch_tiles: bool) -> int:
+    """Return kc, the length of a channel block; the last block may be shorter."""
+    return _divide_evenly(channels, _KC_PREFETCHED_TILES if prefetch_tiles else _KC)
+
+
+def on_the_fly_channel_block(
+    channels: int, winograd: Winograd2d, panel_floats: int, free_vector_registers: int
+) -> tuple[int, bool]:
+    """Return kc for filters that are transformed on the fly, and whether the transform is interleaved with the GEMM.
+
+    It is where enough registers are free, and where all blocks have the same length.
+
+    Args:
+        channels: input channels of a group.
+        winograd: the transform.
+        panel_floats: output channels of a panel.
+        free_vector_registers: that the register tile leaves.
+    """
+    if winograd.columns.transformed and free_vector_registers >= _INTERLEAVED_REGISTERS:
+        # Of each channel: G g of this block and of the next one, and the ring of transformed columns.
+        kc = _divide_evenly(
+            channels, min(_KC, max(1, _INTERLEAVED_FLOATS // ((2 * TAPS + _RING_COLUMNS) * panel_floats)))
+        )
+        if channels % kc == 0:
+            return kc, True
+    most = max(1, _SCRATCH_FLOATS // (winograd.columns.inputs * panel_floats))
+    return _divide_evenly(channels, min(_KC, most)), False
+
+
+def _divide_evenly(length: int, most: int) -> int:
+    """Return a part of at most ``most`` that divides ``length``, if up to a quarter more parts allow it."""
+    fewest = -(-length // most)
+    counts = range(fewest, fewest + fewest // 4 + 1)
+    return -(-length // next((count for count in counts if length % count == 0), fewest))
+
+
+# A panel by all tiles of a block
 
 
 @final
 @dataclass(frozen=True)
-class Run:
-    """Channels that are summed in one go.
+class ChannelBlock:
+    """Input channels that are summed in registers.
 
     Attributes:
         begin: the first.
-        end: one behind the last.
+        end: one after the last.
         length: how many.
-        first: whether there are no sums before them.
+        first: whether it is the first block, so that there are no partial sums to add.
     """
 
     begin: Index
@@ -51,396 +95,394 @@ class Run:
 
 @final
 @dataclass(frozen=True)
-class Lanes:
-    """Weights of a run of channels.
+class WeightStream:
+    """Weights of a channel block, and the addresses that are prefetched to L1 meanwhile.
 
     Attributes:
-        at: address of the first.
-        step: floats from one channel to the next.
-        later: address of those that are fetched meanwhile.
-        fetched: floats of them for each channel.
+        address: of the first vector.
+        stride: floats from one channel to the next.
+        prefetched: address of the first float to prefetch.
+        prefetched_floats: to prefetch for each channel; 0 for none.
     """
 
-    at: Value
-    step: int
-    later: Value
-    fetched: int
+    address: Value
+    stride: int
+    prefetched: Value
+    prefetched_floats: int
 
 
-#: Writes what else happens while a channel, of this number in its run, is added.
-Meanwhile: TypeAlias = Callable[[Value], None]
+#: Builds work that is interleaved with a rank-1 update, given the number of the channel in its block.
+InterleavedWork: TypeAlias = Callable[[Value], None]
 
 
 @final
 @dataclass(frozen=True)
-class Panel:
-    """Some vectors of output channels.
+class PanelGemm:
+    """GEMM of one panel of output channels and the tiles of a block.
 
     Attributes:
-        form: F(m x n, 3x3).
-        tile: registers; its pixels are tiles here.
-        vectors: of output channels.
-        tiling: the tiles; all those of a piece are multiplied.
-        channels: of the input.
-        cold: whether the tiles come from the third cache: then the next ones are fetched to the second.
-        room: vectors that are free for the kernels that come next.
+        winograd: F(m x n, 3x3).
+        tile: register tile; ``mr`` counts Winograd tiles.
+        nr: vectors of this panel; the last panel of a group may have fewer than ``tile.nr``.
+        tiling: the tiles.
+        channels: input channels of a group.
+        prefetch_tiles: whether transformed tiles come from L3, so that the next ones are prefetched to L2.
+        free_vector_registers: that the register tile leaves to interleaved work.
     """
 
-    form: Form
-    tile: Tile
-    vectors: int
+    winograd: Winograd2d
+    tile: RegisterTile
+    nr: int
     tiling: Tiling
     channels: int
-    cold: bool
-    room: int
+    prefetch_tiles: bool
+    free_vector_registers: int
 
     @property
-    def shares(self) -> tuple[tuple[Share, ...], ...]:
-        """The places by rows and columns, and which tiles have them."""
-        return shares(self.form, self.tiling)
+    def subsets(self) -> tuple[tuple[TileSubset, ...], ...]:
+        """The tile elements by rows and columns, with the tiles that have them."""
+        return tile_subsets(self.winograd, self.tiling)
 
-    def runs(self, write: Function, length: int) -> Iterator[Run]:
-        """All runs of so many channels; those between the first and a shorter last one are written once, in a loop."""
-        whole, rest = divmod(self.channels, length)
-        yield Run(0, length, length, first=True)
+    def channel_blocks(self, b: IRBuilder, kc: int) -> Iterator[ChannelBlock]:
+        """Yield the blocks of ``kc`` channels; those between the first and a shorter last one are a loop."""
+        whole, rest = divmod(self.channels, kc)
+        yield ChannelBlock(0, kc, kc, first=True)
         if whole > 1:
-            with write.loop(1, whole) as runs:
-                begin = write.mul(runs.index, length)
-                yield Run(begin, write.add(begin, length), length, first=False)
+            with b.loop(1, whole) as blocks:
+                begin = b.mul(blocks.index, kc)
+                yield ChannelBlock(begin, b.add(begin, kc), kc, first=False)
         if rest:
-            yield Run(whole * length, self.channels, rest, first=False)
+            yield ChannelBlock(whole * kc, self.channels, rest, first=False)
 
-    def add(
+    def accumulate(
         self,
-        write: Function,
-        run: Run,
-        share: Share,
-        tiles: tuple[Operand, Operand],
-        lanes: Lanes,
-        ahead: Index,
-        meanwhile: Meanwhile | None = None,
+        b: IRBuilder,
+        block: ChannelBlock,
+        subset: TileSubset,
+        inputs: TransformedTiles,
+        products: TransformedTiles,
+        weights: WeightStream,
+        prefetched_channel: Index,
+        interleaved: InterleavedWork | None = None,
     ) -> None:
-        """Add a run of channels to the sums of all tiles of a place: inputs and products of the place.
+        """Add a channel block to the products of one tile element.
 
-        As many channels are fetched of each tile, from ``ahead`` on. What happens meanwhile happens for each tile of
-        registers.
+        Args:
+            b: the function.
+            block: the channels.
+            subset: the tiles.
+            inputs: transformed inputs of the tile element.
+            products: products of the tile element.
+            weights: of the block.
+            prefetched_channel: offset of the inputs to prefetch, if :attr:`prefetch_tiles`.
+            interleaved: other work, for each channel of each register tile.
         """
-        inputs, products = tiles
-        begin = share.first
-        for count, tile in equal_tiles(share.count, self.tile):
-            end = begin + count * tile.pixels
-            with write.loop(begin, end, tile.pixels) as at:
-                source = write.at(inputs.at, write.mul(at.index, inputs.tile))
-                target = write.at(products.at, write.mul(at.index, self.vectors * write.width))
-                if self.cold:
-                    for pixel in range(tile.pixels):
-                        for line in range(0, run.length, LINE):
-                            write.prefetch(source, write.add(ahead, pixel * inputs.tile + line))
-                read = replace(inputs, at=write.at(source, run.begin))
-                sums = self._sums(write, tile.pixels, read, run.length, lanes, meanwhile)
+        begin = subset.first
+        for count, tile in balanced_tiles(subset.count, self.tile):
+            end = begin + count * tile.mr
+            with b.loop(begin, end, tile.mr) as at:
+                source = b.offset(inputs.address, b.mul(at.index, inputs.tile_stride))
+                target = b.offset(products.address, b.mul(at.index, self.nr * b.width))
+                if self.prefetch_tiles:
+                    for row in range(tile.mr):
+                        for line in range(0, block.length, LINE_FLOATS):
+                            b.prefetch(source, b.add(prefetched_channel, row * inputs.tile_stride + line))
+                read = replace(inputs, address=b.offset(source, block.begin))
+                sums = self._sum_block(b, tile.mr, read, block.length, weights, interleaved)
                 for place, value in enumerate(sums):
-                    lane = place * write.width
-                    total = write.binary("fadd", value, write.load(target, lane)) if not run.first else value
-                    write.store(total, target, lane)
+                    lane = place * b.width
+                    total = value if block.first else b.binary("fadd", value, b.load(target, lane))
+                    b.store(total, target, lane)
             begin = end
 
-    def _sums(
+    def _sum_block(
         self,
-        write: Function,
-        pixels: int,
-        read: Operand,
-        count: int,
-        lanes: Lanes,
-        meanwhile: Meanwhile | None,
+        b: IRBuilder,
+        mr: int,
+        read: TransformedTiles,
+        length: int,
+        weights: WeightStream,
+        interleaved: InterleavedWork | None,
     ) -> list[Value]:
-        """Those of so many channels of some tiles."""
-        with write.loop(0, count, carried=["zeroinitializer"] * (pixels * self.vectors)) as channels:
-            weights = write.at(lanes.at, write.mul(channels.index, lanes.step))
-            for line in range(0, lanes.fetched, LINE):
-                ahead = write.add(write.mul(channels.index, lanes.fetched), line)
-                write.prefetch(write.at(lanes.later, ahead), near=True)
-            source = write.at(read.at, channels.index)
-            channels.next = multiply_add(write, source, read.tile, weights, channels.carried, self.vectors)
-            if meanwhile:
-                meanwhile(channels.index)
+        """Build the loop over the channels of a block, for one register tile."""
+        with b.loop(0, length, carried=["zeroinitializer"] * (mr * self.nr)) as channels:
+            address = b.offset(weights.address, b.mul(channels.index, weights.stride))
+            for line in range(0, weights.prefetched_floats, LINE_FLOATS):
+                ahead = b.add(b.mul(channels.index, weights.prefetched_floats), line)
+                b.prefetch(b.offset(weights.prefetched, ahead), l1=True)
+            source = b.offset(read.address, channels.index)
+            channels.next = rank_1_update(b, source, read.tile_stride, address, channels.carried, self.nr)
+            if interleaved:
+                interleaved(channels.index)
         return channels.results
 
 
-_SUMMED, _SUMMED_COLD = 64, 48  # channels that are summed in one go; the sums of sums round less than one long sum
-_EXPANDED = 2**13  # floats of kernels that are transformed across at a time
-_MIXED = 5 * 2**11  # floats of kernels, as they lie and transformed, of a run whose products transform the next ones
-_ROOM = 5  # vectors that this takes
-PAIRS = 4  # columns that are there at a time then: those that are used, and the next ones
-
-
-def run_length(channels: int, *, cold: bool) -> int:
-    """Channels that are summed in one go; the last run may have fewer."""
-    return _equal_parts(channels, _SUMMED_COLD if cold else _SUMMED)
-
-
-def late_run(channels: int, form: Form, lanes: int, room: int) -> tuple[int, bool]:
-    """The same for kernels that are transformed late, so many output channels of them at a time.
-
-    And whether products transform the kernels that come next: where there is so much room that they can.
-    """
-    if form.columns.moved and room >= _ROOM:
-        length = _equal_parts(channels, min(_SUMMED, max(1, _MIXED // ((2 * TAPS + PAIRS) * lanes))))
-        if channels % length == 0:
-            return length, True
-    return _equal_parts(channels, min(_SUMMED, max(1, _EXPANDED // (form.columns.inputs * lanes)))), False
-
-
-def _equal_parts(length: int, most: int) -> int:
-    """A part of a length, of at most ``most``, that divides it if some part of about that size does."""
-    fewest = -(-length // most)
-    counts = range(fewest, fewest + fewest // 4 + 1)
-    return -(-length // next((count for count in counts if length % count == 0), fewest))
+# All tile elements
 
 
 @final
 @dataclass(frozen=True)
-class _Group:
-    """Columns of places that are computed alike.
+class BatchedGemm:
+    """The GEMMs of all tile elements, for one panel and the tiles of a block.
 
     Attributes:
-        columns: which ones.
-        share: the tiles that have them.
-        tap: the column of the three that their kernels are, or None where they are transformed.
-        before: how many columns are computed before these.
-        fetches: whether weights are fetched meanwhile.
-        mixes: whether kernels are transformed meanwhile.
+        panel: the panel and the tiles.
+        on_the_fly: whether filters are stored as ``G g``.
+    """
+
+    panel: PanelGemm
+    on_the_fly: bool
+
+    def scratch_floats(self, width: int) -> int:
+        """Return the floats of scratch memory that :meth:`emit` needs, at least 1."""
+        return OnTheFlyGemm(self.panel, width).scratch_floats if self.on_the_fly else 1
+
+    def emit(
+        self, b: IRBuilder, inputs: TransformedTiles, weights: Value, products: TransformedTiles, scratch: Value
+    ) -> None:
+        """Build them. Weights are prefetched to L1 during the channel block before."""
+        if self.on_the_fly:
+            OnTheFlyGemm(self.panel, b.width).emit(b, inputs, weights, products, scratch)
+            return
+        panel, across = self.panel, self.panel.winograd.inputs[1]
+        element_floats = panel.channels * panel.nr * b.width
+        for row_subsets in panel.subsets:
+            with b.loop(row_subsets[0].rows.start, row_subsets[0].rows.stop) as rows:
+                first = b.mul(rows.index, across)
+                for subset in row_subsets:
+                    with b.loop(subset.columns.start, subset.columns.stop) as columns:
+                        element = b.add(first, columns.index)
+                        read, written = inputs.at_element(b, element), products.at_element(b, element)
+                        self._emit_element(b, subset, read, written, b.offset(weights, b.mul(element, element_floats)))
+
+    def _emit_element(
+        self, b: IRBuilder, subset: TileSubset, inputs: TransformedTiles, products: TransformedTiles, weights: Value
+    ) -> None:
+        panel, step = self.panel, self.panel.nr * b.width
+        for block in panel.channel_blocks(b, channel_block(panel.channels, prefetch_tiles=panel.prefetch_tiles)):
+            address = b.offset(weights, b.mul(block.begin, step))
+            stream = WeightStream(address, step, b.offset(address, block.length * step), step)
+            ahead = self._next_channel(b, block.end, inputs.element_stride)
+            panel.accumulate(b, block, subset, inputs, products, stream, ahead)
+
+    def _next_channel(self, b: IRBuilder, channel: Index, element_stride: int) -> Index:
+        """Return the offset of a channel, or after the last channel of the next tile element's first."""
+        if isinstance(channel, int):
+            return element_stride if channel == self.panel.channels else channel
+        last = b.assign(f"icmp eq i64 {channel}, {self.panel.channels}")
+        return b.assign(f"select i1 {last}, i64 {element_stride}, i64 {channel}")
+
+
+# Filters transformed on the fly
+
+
+@final
+@dataclass(frozen=True)
+class _ColumnGroup:
+    """Columns of tile elements with the same code.
+
+    Attributes:
+        columns: of the tile elements.
+        subset: the tiles that have them.
+        tap: the tap that the filters of this column are equal to, or None if they are transformed.
+        before: number of columns that are computed before these.
+        prefetches: whether weights are prefetched meanwhile.
+        interleaves: whether filters are transformed meanwhile.
     """
 
     columns: range
-    share: Share
+    subset: TileSubset
     tap: int | None
     before: int
-    fetches: bool
-    mixes: bool
+    prefetches: bool
+    interleaves: bool
 
 
 @final
 @dataclass(frozen=True)
-class _Kernels:
-    """Where the kernels of a run lie that are transformed late.
+class _BlockFilters:
+    """Addresses of the filters of a channel block.
 
     Attributes:
-        lie: address as they lie.
-        moved: address of those that are transformed, column by column.
-        following: address of those of the next run, as they lie, or of any.
-        points: address of p² and p of each pair of columns ±p.
+        stored: ``G g``, (input channel, 3, output channel).
+        transformed: ``G g Gᵀ``, (column, input channel, output channel).
+        next_stored: of the next block to be transformed; of any block after the last one.
+        points: p² and p of each pair of columns ±p.
     """
 
-    lie: Value
-    moved: Value
-    following: Value
+    stored: Value
+    transformed: Value
+    next_stored: Value
     points: Value
 
 
 @final
-class LateProducts:
-    """Products of a panel.
+class OnTheFlyGemm:
+    """GEMMs with filters stored as ``G g``: each channel block is multiplied by Gᵀ into L1 scratch just before its use.
+
+    Tile elements whose column of ``G g Gᵀ`` is one of the three stored columns use it in place.
+
+    Where the register tile leaves registers free, the transform is interleaved with the GEMMs, whose inner loop has
+    unused store slots: while a pair of columns ±p is multiplied, the next pair is computed; and while the first column
+    is multiplied that is used in place, so is the first pair of the next block. Four columns of scratch are enough
+    then.
 
     Args:
-        panel: the panel.
+        panel: the panel and the tiles.
         width: floats in a vector.
     """
 
-    def __init__(self, panel: Panel, width: int) -> None:
-        self._panel, self._step = panel, panel.vectors * width
-        self._length, self._mixes = late_run(panel.channels, panel.form, self._step, panel.room)
-        self._columns, self._moved = panel.form.columns, panel.form.columns.moved
+    def __init__(self, panel: PanelGemm, width: int) -> None:
+        self._panel, self._step = panel, panel.nr * width
+        self._kc, self._interleaves = on_the_fly_channel_block(
+            panel.channels, panel.winograd, self._step, panel.free_vector_registers
+        )
+        self._columns, self._transformed = panel.winograd.columns, panel.winograd.columns.transformed
 
     @property
-    def floats(self) -> int:
-        """Of memory for kernels and points."""
-        return self._kept + LINE
+    def scratch_floats(self) -> int:
+        """Floats of scratch memory: transformed filters and points."""
+        return self._filter_floats + LINE_FLOATS
 
     @property
-    def _kept(self) -> int:
-        """Floats of kernels that are transformed at a time."""
-        return (min(len(self._moved), PAIRS) if self._mixes else len(self._moved)) * self._length * self._step
+    def _filter_floats(self) -> int:
+        count = len(self._transformed)
+        return (min(count, _RING_COLUMNS) if self._interleaves else count) * self._kc * self._step
 
-    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
-        """Write it, with so much memory; weights come to the first cache during the run of channels before."""
-        lines = -(-TAPS * self._step // LINE)  # of each input channel, which are fetched during the first columns
-        each = -(-lines // self._columns.inputs)
-        points = write.at(scratch, self._kept)
-        if self._mixes:
-            self._store_points(write, points)
-            self._expand(write, weights, scratch, self._length)
-        for of_row in self._panel.shares:
-            groups = list(self._groups(of_row, -(-lines // each)))
-            with write.loop(of_row[0].rows.start, of_row[0].rows.stop) as rows:
-                first = write.mul(rows.index, self._columns.inputs)
-                tiles = inputs.from_place(write, first), products.from_place(write, first)
-                row = write.at(weights, write.mul(rows.index, TAPS * self._panel.channels * self._step))
-                for run in self._panel.runs(write, self._length):
-                    kernels = self._prepared(write, run, row, weights, scratch, points)
+    def emit(
+        self, b: IRBuilder, inputs: TransformedTiles, weights: Value, products: TransformedTiles, scratch: Value
+    ) -> None:
+        """Build the GEMMs of all tile elements. Weights are prefetched to L1 during the channel block before."""
+        # The lines of an input channel of the next block are spread over the first columns of this one.
+        lines = -(-TAPS * self._step // LINE_FLOATS)
+        lines_per_column = -(-lines // self._columns.inputs)
+        points = b.offset(scratch, self._filter_floats)
+        if self._interleaves:
+            self._store_points(b, points)
+            self._transform_block(b, weights, scratch, self._kc)
+        for row_subsets in self._panel.subsets:
+            groups = list(self._column_groups(row_subsets, -(-lines // lines_per_column)))
+            with b.loop(row_subsets[0].rows.start, row_subsets[0].rows.stop) as rows:
+                first = b.mul(rows.index, self._columns.inputs)
+                read, written = inputs.at_element(b, first), products.at_element(b, first)
+                row = b.offset(weights, b.mul(rows.index, TAPS * self._panel.channels * self._step))
+                for block in self._panel.channel_blocks(b, self._kc):
+                    filters = self._prepare_block(b, block, row, weights, scratch, points)
                     for group in groups:
-                        self._group(write, run, group, tiles, kernels, each * LINE)
+                        self._emit_group(b, block, group, read, written, filters, lines_per_column * LINE_FLOATS)
 
-    def _prepared(
-        self, write: Function, run: Run, row: Value, weights: Value, scratch: Value, points: Value
-    ) -> _Kernels:
-        """The kernels of a run, transformed if the run before has not done it; ``weights`` are those of the panel."""
-        lie = write.at(row, write.mul(run.begin, TAPS * self._step))
-        following = write.at(lie, run.length * TAPS * self._step)
-        if self._mixes:  # behind the last run of all, any kernels do
-            end = write.at(weights, self._panel.form.inputs[0] * TAPS * self._panel.channels * self._step)
-            following = write.choose(write.value(f"icmp eq ptr {following}, {end}"), weights, following)
-        elif self._moved:
-            self._expand(write, lie, scratch, run.length)
-        return _Kernels(lie, scratch, following, points)
+    def _prepare_block(
+        self, b: IRBuilder, block: ChannelBlock, row: Value, weights: Value, scratch: Value, points: Value
+    ) -> _BlockFilters:
+        """Return the filters of a block, transformed unless the block before has done it."""
+        stored = b.offset(row, b.mul(block.begin, TAPS * self._step))
+        next_stored = b.offset(stored, block.length * TAPS * self._step)
+        if self._interleaves:
+            # The last block of the last row transforms the first ones again, to stay within the weights of the panel.
+            end = b.offset(weights, self._panel.winograd.inputs[0] * TAPS * self._panel.channels * self._step)
+            next_stored = b.select_pointer(b.assign(f"icmp eq ptr {next_stored}, {end}"), weights, next_stored)
+        elif self._transformed:
+            self._transform_block(b, stored, scratch, block.length)
+        return _BlockFilters(stored, scratch, next_stored, points)
 
-    def _groups(self, of_row: Sequence[Share], fetching: int) -> Iterator[_Group]:
-        """All columns, those whose kernels are transformed first; the first ``fetching`` of them are apart."""
-        matrix, moved, before = self._columns.kernel_matrix, self._moved, 0
-        others = [column for column in range(len(matrix)) if column not in moved]
-        for columns in (moved, *(range(column, column + 1) for column in others)):
-            edges = {columns.start + fetching - before, *(share.columns.stop for share in of_row)}
-            edges |= {columns.stop - 2} if self._mixes else set()
+    def _column_groups(self, row_subsets: Sequence[TileSubset], prefetching: int) -> Iterator[_ColumnGroup]:
+        """Yield all columns, transformed ones first; the first ``prefetching`` of them prefetch weights."""
+        matrix, transformed, before = self._columns.filter_matrix, self._transformed, 0
+        in_place = [column for column in range(len(matrix)) if column not in transformed]
+        for columns in (transformed, *(range(column, column + 1) for column in in_place)):
+            edges = {columns.start + prefetching - before, *(subset.columns.stop for subset in row_subsets)}
+            edges |= {columns.stop - 2} if self._interleaves else set()
             cuts = sorted({columns.start, columns.stop, *(edge for edge in edges if edge in columns)})
             for begin, end in itertools.pairwise(cuts):
-                share = next(share for share in of_row if begin in share.columns)
-                tap = None if columns is moved else matrix[begin].index(1)
-                mixes = self._mixes and (before < len(moved) - 2 or before == len(moved))
-                yield _Group(range(begin, end), share, tap, before, before < fetching, mixes)
+                subset = next(subset for subset in row_subsets if begin in subset.columns)
+                tap = None if columns is transformed else matrix[begin].index(1)
+                # All pairs but the last compute the next pair; the first column in place computes the next block's.
+                interleaves = self._interleaves and (before < len(transformed) - 2 or before == len(transformed))
+                yield _ColumnGroup(range(begin, end), subset, tap, before, before < prefetching, interleaves)
                 before += end - begin
 
-    def _group(
+    def _emit_group(
         self,
-        write: Function,
-        run: Run,
-        group: _Group,
-        row: tuple[Operand, Operand],
-        kernels: _Kernels,
-        fetched: int,
+        b: IRBuilder,
+        block: ChannelBlock,
+        group: _ColumnGroup,
+        inputs: TransformedTiles,
+        products: TransformedTiles,
+        filters: _BlockFilters,
+        prefetched_floats: int,
     ) -> None:
-        """Some places of a row of them: inputs and products of the row."""
-        step, length, fetched = self._step, self._length, fetched * group.fetches
-        with write.loop(group.columns.start, group.columns.stop) as columns:
-            number = write.add(columns.index, group.before - group.columns.start)
-            ahead = write.add(run.length * TAPS * step, write.mul(number, run.length * fetched))
-            later = write.at(kernels.lie, ahead)
+        """Build the GEMMs of some columns; ``inputs`` and ``products`` are those of the row of tile elements."""
+        step, kc, prefetched_floats = self._step, self._kc, prefetched_floats * group.prefetches
+        with b.loop(group.columns.start, group.columns.stop) as columns:
+            number = b.add(columns.index, group.before - group.columns.start)
+            ahead = b.add(block.length * TAPS * step, b.mul(number, block.length * prefetched_floats))
+            prefetched = b.offset(filters.stored, ahead)
             if group.tap is None:
-                place = write.value(f"and i64 {number}, {PAIRS - 1}") if self._mixes else number
-                lanes = Lanes(write.at(kernels.moved, write.mul(place, length * step)), step, later, fetched)
+                slot = b.assign(f"and i64 {number}, {_RING_COLUMNS - 1}") if self._interleaves else number
+                address = b.offset(filters.transformed, b.mul(slot, kc * step))
+                stream = WeightStream(address, step, prefetched, prefetched_floats)
             else:
-                lanes = Lanes(write.at(kernels.lie, group.tap * step), TAPS * step, later, fetched)
-            meanwhile = self._mix(write, group, number, kernels) if group.mixes else None
-            inputs, products = (operand.from_place(write, columns.index) for operand in row)
-            following = write.add(run.begin, inputs.place)
-            self._panel.add(write, run, group.share, (inputs, products), lanes, following, meanwhile)
+                address = b.offset(filters.stored, group.tap * step)
+                stream = WeightStream(address, TAPS * step, prefetched, prefetched_floats)
+            interleaved = self._next_pair(b, group, number, filters) if group.interleaves else None
+            read, written = inputs.at_element(b, columns.index), products.at_element(b, columns.index)
+            next_element = b.add(block.begin, inputs.element_stride)
+            self._panel.accumulate(b, block, group.subset, read, written, stream, next_element, interleaved)
 
-    def _mix(self, write: Function, group: _Group, number: Index, kernels: _Kernels) -> Meanwhile:
-        """Make the next pair of columns, half of the vectors in each of a pair; at the end the next run's first one."""
-        vectors, step = self._panel.vectors, self._step
-        if group.tap is not None:
-            points = self._points(write, kernels, 0)
-            return partial(self._pair, write, kernels.following, kernels.moved, vectors, points)
-        some = -(-vectors // 2)
-        before, half = write.divide(number, 2)
-        vector, pair = write.mul(half, (vectors - some) * write.width), write.add(before, 1)
-        place = write.mul(write.value(f"and i64 {pair}, 1"), 2 * self._length * step)
-        points = self._points(write, kernels, write.mul(pair, 2))
-        wrote = write.at(kernels.moved, write.add(place, vector))
-        return partial(self._pair, write, write.at(kernels.lie, vector), wrote, some, points)
+    def _next_pair(self, b: IRBuilder, group: _ColumnGroup, number: Index, filters: _BlockFilters) -> InterleavedWork:
+        """Return the work that computes the next pair of columns.
 
-    def _points(self, write: Function, kernels: _Kernels, place: Index) -> list[Value]:
-        """Vectors of p² and p."""
-        at = write.at(kernels.points, place)
-        return [write.broadcast(at, number) for number in (0, 1)]
-
-    def _pair(
-        self, write: Function, read: Value, wrote: Value, vectors: int, points: Sequence[Value], channel: Value
-    ) -> None:
-        """Some vectors of the kernels of an input channel in two columns.
-
-        g0 + p² g2 ± p g1, or with stride 2 g0 ± p g2.
+        Each column of a pair computes half of the vectors. The first column in place computes the next block's first
+        pair alone.
         """
-        square, point = points
-        read = write.at(read, write.mul(channel, TAPS * self._step))
-        wrote = write.at(wrote, write.mul(channel, self._step))
-        for vector in range(0, vectors * write.width, write.width):
-            outer, inner, last = (write.load(read, tap * self._step + vector) for tap in range(TAPS))
-            shared, turned = outer, last
-            if self._columns.stride == 1:
-                shared, turned = write.fma(last, square, outer), inner
-            for column, value in enumerate((turned, write.value(f"fneg {write.vector} {turned}"))):
-                write.store(write.fma(value, point, shared), wrote, column * self._length * self._step + vector)
+        nr, step = self._panel.nr, self._step
+        if group.tap is not None:
+            points = self._load_points(b, filters, 0)
+            return partial(self._emit_pair, b, filters.next_stored, filters.transformed, nr, points)
+        half = -(-nr // 2)
+        before, second = b.divmod(number, 2)
+        vector, pair = b.mul(second, (nr - half) * b.width), b.add(before, 1)
+        slot = b.mul(b.assign(f"and i64 {pair}, 1"), 2 * self._kc * step)
+        points = self._load_points(b, filters, b.mul(pair, 2))
+        written = b.offset(filters.transformed, b.add(slot, vector))
+        return partial(self._emit_pair, b, b.offset(filters.stored, vector), written, half, points)
 
-    def _store_points(self, write: Function, points: Value) -> None:
-        """p² and p of each pair of columns."""
-        for place in self._moved[::2]:
-            _, inner, last = self._columns.kernel_matrix[place]
+    def _load_points(self, b: IRBuilder, filters: _BlockFilters, place: Index) -> list[Value]:
+        """Return vectors of p² and p."""
+        address = b.offset(filters.points, place)
+        return [b.broadcast(address, number) for number in (0, 1)]
+
+    def _emit_pair(
+        self, b: IRBuilder, read: Value, written: Value, vectors: int, points: Sequence[Value], channel: Value
+    ) -> None:
+        """Compute some vectors of an input channel in columns ±p: g0 + p² g2 ± p g1, or for stride 2 g0 ± p g2."""
+        square, point = points
+        read = b.offset(read, b.mul(channel, TAPS * self._step))
+        written = b.offset(written, b.mul(channel, self._step))
+        for vector in range(0, vectors * b.width, b.width):
+            outer, inner, last = (b.load(read, tap * self._step + vector) for tap in range(TAPS))
+            shared, negated = outer, last
+            if self._columns.stride == 1:
+                shared, negated = b.fma(last, square, outer), inner
+            for column, value in enumerate((negated, b.assign(f"fneg {b.vector} {negated}"))):
+                b.store(b.fma(value, point, shared), written, column * self._kc * self._step + vector)
+
+    def _store_points(self, b: IRBuilder, points: Value) -> None:
+        """Store p² and p of each pair of columns; the loop over columns then needs no code of its own for each."""
+        for column in self._transformed[::2]:
+            _, inner, last = self._columns.filter_matrix[column]
             square, point = (last, inner) if self._columns.stride == 1 else (Fraction(0), last)
             for at, number in enumerate((square, point)):
-                write.store_number(float(number), points, place - self._moved.start + at)
+                b.store_float(float(number), points, column - self._transformed.start + at)
 
-    def _expand(self, write: Function, kernels: Value, scratch: Value, count: int) -> None:
-        """``· Gᵀ`` of the kernels of a run of so many channels: to (column, input channel, output channel).
-
-        If products do that, the first pair of columns alone.
-        """
-        moved = self._moved[:2] if self._mixes else self._moved
-        matrix, column = self._columns.kernel_matrix[moved.start : moved.stop], self._length * self._step
-        with write.loop(0, count) as channels:
-            read = write.at(kernels, write.mul(channels.index, TAPS * self._step))
-            wrote = write.at(scratch, write.mul(channels.index, self._step))
-            for vector in range(0, self._step, write.width):
-                values = [write.load(read, tap * self._step + vector) for tap in range(TAPS)]
-                for place, value in enumerate(transform(write, matrix, values)):
-                    write.store(value, wrote, place * column + vector)
-
-
-@final
-@dataclass(frozen=True)
-class Products:
-    """(tile, input channel) by (input channel, output channel), place by place.
-
-    Kernels lie as (place, input channel, output channel), or if they are transformed late as
-    :class:`repvgg.engine.winograd.gemm.LateProducts` reads them.
-
-    Attributes:
-        panel: of weights, and the tiles.
-        late: whether kernels are transformed across while they are used.
-    """
-
-    panel: Panel
-    late: bool
-
-    def scratch(self, width: int) -> int:
-        """Floats of memory that it needs, at least 1."""
-        return LateProducts(self.panel, width).floats if self.late else 1
-
-    def write(self, write: Function, inputs: Operand, weights: Value, products: Operand, scratch: Value) -> None:
-        """Write it, with so much memory; weights come to the first cache during the run of channels before."""
-        if self.late:
-            LateProducts(self.panel, write.width).write(write, inputs, weights, products, scratch)
-            return
-        panel, across = self.panel, self.panel.form.inputs[1]
-        floats = panel.channels * panel.vectors * write.width
-        for of_row in panel.shares:
-            with write.loop(of_row[0].rows.start, of_row[0].rows.stop) as rows:
-                first = write.mul(rows.index, across)
-                for share in of_row:
-                    with write.loop(share.columns.start, share.columns.stop) as columns:
-                        place = write.add(first, columns.index)
-                        tiles = inputs.from_place(write, place), products.from_place(write, place)
-                        self._place(write, share, tiles, write.at(weights, write.mul(place, floats)))
-
-    def _place(self, write: Function, share: Share, tiles: tuple[Operand, Operand], weights: Value) -> None:
-        """All products of a place, whose weights are at ``weights``."""
-        panel, step = self.panel, self.panel.vectors * write.width
-        for run in panel.runs(write, run_length(panel.channels, cold=panel.cold)):
-            at = write.at(weights, write.mul(run.begin, step))
-            lanes = Lanes(at, step, write.at(at, run.length * step), step)
-            panel.add(write, run, share, tiles, lanes, self._or_next(write, run.end, tiles[0].place))
-
-    def _or_next(self, write: Function, channel: Index, place: int) -> Index:
-        """A channel, or the first one of the next place where it would be behind the last."""
-        if isinstance(channel, int):
-            return place if channel == self.panel.channels else channel
-        last = write.value(f"icmp eq i64 {channel}, {self.panel.channels}")
-        return write.value(f"select i1 {last}, i64 {place}, i64 {channel}")
+    def _transform_block(self, b: IRBuilder, stored: Value, scratch: Value, count: int) -> None:
+        """Multiply the filters of ``count`` channels by Gᵀ; only the first pair of columns if interleaved."""
+        columns = self._transformed[:2] if self._interleaves else self._transformed
+        matrix, column_floats = self._columns.filter_matrix[columns.start : columns.stop], self._kc * self._step
+        with b.loop(0, count) as channels:
+            read = b.offset(stored, b.mul(channels.index, TAPS * self._step))
+            written = b.offset(scratch, b.mul(channels.index, self._step))
+            for vector in range(0, self._step, b.width):
+                values = [b.load(read, tap * self._step + vector) for tap in range(TAPS)]
+                for column, value in enumerate(multiply(b, matrix, values)):
+                    b.store(value, written, column * column_floats + vector)

@@ -1,4 +1,8 @@
-"""How the tiles of Winograd's images are cut into pieces of work."""
+"""Tiling of feature maps for Winograd: blocks of tiles, edge tiles, and the layout of transformed tiles in memory.
+
+Terms. A *tile element* is one of the n x n' positions of a transformed tile. A *block* is the tiles that a unit of work
+takes at once; blocks divide the tiles of a whole batch, so they may begin and end within an image.
+"""
 
 from __future__ import annotations
 
@@ -8,84 +12,83 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import final
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Pair
-from repvgg.engine.winograd.filters import Filter, Form, tail
-
-LINE = 16  # floats of a line of the cache
+from repvgg.engine.kernels.base import LINE_FLOATS
+from repvgg.engine.winograd.filters import Winograd1d, Winograd2d, edge_filter
 
 
 @final
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a part of each image of a batch, in pieces, which may begin and end within an image.
+    """The tiles of a region of each image of a batch, divided into blocks. Pairs are (down, across).
 
-    All pieces have the same length, so the last one may have tiles that stand for nothing. With tails
-    (:attr:`repvgg.engine.winograd.filters.Form.tails`) there is one piece.
+    All blocks have the same length: the last one may contain padding tiles, which are not stored. With edge tiles
+    (:attr:`repvgg.engine.winograd.filters.Winograd2d.edge_tile`) all tiles are one block.
 
     Attributes:
-        grid: tiles of an image, down and across, tails among them.
-        piece: tiles of a piece.
+        grid: tiles of an image, including edge tiles.
+        tiles_per_block: length of a block.
         batch: images of the largest batch.
         corner: row and column of the first output of the first tile.
     """
 
     grid: Pair
-    piece: int
+    tiles_per_block: int
     batch: int
     corner: Pair = (0, 0)
 
     @property
-    def of_image(self) -> int:
+    def tiles_per_image(self) -> int:
         """Tiles of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def real(self) -> int:
-        """Tiles that stand for something."""
-        return self.batch * self.of_image
+    def num_tiles(self) -> int:
+        """Tiles of the largest batch, without padding tiles."""
+        return self.batch * self.tiles_per_image
 
     @property
-    def pieces(self) -> int:
-        """Pieces of the largest batch."""
-        return -(-self.real // self.piece)
+    def num_blocks(self) -> int:
+        """Blocks of the largest batch."""
+        return -(-self.num_tiles // self.tiles_per_block)
 
     @property
-    def tiles(self) -> int:
-        """Tiles of the largest batch, those that stand for nothing among them."""
-        return self.pieces * self.piece
+    def num_padded_tiles(self) -> int:
+        """Tiles of the largest batch, with padding tiles."""
+        return self.num_blocks * self.tiles_per_block
 
 
 @final
 @dataclass(frozen=True)
-class Kind:
-    """Tiles of one size among those of a piece.
+class TileGroup:
+    """Tiles of one size among those of a block: full tiles, or those of the last row, the last column or the corner.
 
     Attributes:
-        form: theirs, without tails.
-        tiling: they alone.
-        places: theirs among those of the whole form.
-        top: their first row of tiles.
-        before: tiles of a piece that lie before them.
+        winograd: their transform, without edge tiles.
+        tiling: of these tiles alone.
+        elements: their tile elements, as numbers of the full transform's.
+        first_row: their first row of tiles.
+        first_tile: tiles of a block that precede them.
     """
 
-    form: Form
+    winograd: Winograd2d
     tiling: Tiling
-    places: tuple[int, ...]
-    top: int
-    before: int
+    elements: tuple[int, ...]
+    first_row: int
+    first_tile: int
 
 
 @final
 @dataclass(frozen=True)
-class Share:
-    """Places that the same tiles of a piece have, which lie one after the other.
+class TileSubset:
+    """A rectangle of tile elements, and the contiguous tiles of a block that have them.
 
     Attributes:
-        rows: of the places.
-        columns: of the places.
+        rows: of the tile elements.
+        columns: of the tile elements.
         first: the first tile.
-        count: how many.
+        count: number of tiles.
     """
 
     rows: range
@@ -96,113 +99,109 @@ class Share:
 
 @final
 @dataclass(frozen=True)
-class _Run:
-    """Tiles down or across that have one size.
+class _AxisTiles:
+    """Tiles of one size along an axis.
 
     Attributes:
-        part: their filter.
-        places: theirs among those of all.
-        top: the first one.
-        count: how many.
+        winograd: their transform.
+        elements: their elements along the axis, as numbers of the full tile's.
+        first: the first tile.
+        count: number of tiles.
         corner: the first output.
     """
 
-    part: Filter
-    places: tuple[int, ...]
-    top: int
+    winograd: Winograd1d
+    elements: tuple[int, ...]
+    first: int
     count: int
     corner: int
 
 
 @lru_cache(maxsize=1024)
-def kinds(form: Form, tiling: Tiling) -> tuple[Kind, ...]:
-    """The tiles of a piece, in their order: those that have a place in common lie side by side.
+def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
+    """Return the groups of tiles of a block, in memory order.
 
-    (whole, tail), (whole, whole), (tail, whole), (tail, tail), as (down, across).
+    As (down, across): (full, edge), (full, full), (edge, full), (edge, edge). In this order the tiles that have any
+    given tile element are contiguous, so that each element is one GEMM.
     """
-    down, across = _runs(form, tiling, 0), _runs(form, tiling, 1)
-    pairs = [*((down[0], run) for run in reversed(across)), *((run, other) for run in down[1:] for other in across)]
-    out: list[Kind] = []
-    before = 0
+    down, across = _axis_tiles(winograd, tiling, 0), _axis_tiles(winograd, tiling, 1)
+    pairs = [
+        *((down[0], tiles) for tiles in reversed(across)),
+        *((tiles, other) for tiles in down[1:] for other in across),
+    ]
+    out: list[TileGroup] = []
+    first = 0
     for rows, columns in pairs:
-        piece = tiling.batch * rows.count * columns.count if any(form.tails) else tiling.piece
-        alone = Tiling((rows.count, columns.count), piece, tiling.batch, (rows.corner, columns.corner))
-        places = tuple(at * form.columns.inputs + other for at in rows.places for other in columns.places)
-        out.append(Kind(Form(rows.part, columns.part), alone, places, rows.top, before))
-        before += piece
+        length = tiling.batch * rows.count * columns.count if any(winograd.edge_tile) else tiling.tiles_per_block
+        own = Tiling((rows.count, columns.count), length, tiling.batch, (rows.corner, columns.corner))
+        elements = tuple(row * winograd.columns.inputs + column for row in rows.elements for column in columns.elements)
+        out.append(TileGroup(Winograd2d(rows.winograd, columns.winograd), own, elements, rows.first, first))
+        first += length
     return tuple(out)
 
 
 @lru_cache(maxsize=1024)
-def shares(form: Form, tiling: Tiling) -> tuple[tuple[Share, ...], ...]:
-    """All places, by rows and then by columns, and which tiles of a piece have them."""
-    every = kinds(form, tiling)
-    down, across = (_alike(form, tiling, axis) for axis in (0, 1))
-    return tuple(tuple(_share(form, every, rows, columns) for columns in across) for rows in down)
+def tile_subsets(winograd: Winograd2d, tiling: Tiling) -> tuple[tuple[TileSubset, ...], ...]:
+    """Return all tile elements, by rows and then by columns, with the tiles of a block that have them."""
+    groups = tile_groups(winograd, tiling)
+    down, across = (_element_ranges(winograd, tiling, axis) for axis in (0, 1))
+    return tuple(tuple(_tile_subset(winograd, groups, rows, columns) for columns in across) for rows in down)
 
 
-def place_tiles(form: Form, tiling: Tiling) -> int:
-    """Places of the tiles of a piece, of all of them together."""
-    return sum(kind.form.places * kind.tiling.piece for kind in kinds(form, tiling))
+def num_tile_elements(winograd: Winograd2d, tiling: Tiling) -> int:
+    """Return the number of tile elements of all tiles of a block."""
+    return sum(group.winograd.tile_elements * group.tiling.tiles_per_block for group in tile_groups(winograd, tiling))
 
 
-def _share(form: Form, every: Sequence[Kind], rows: range, columns: range) -> Share:
-    place = rows.start * form.columns.inputs + columns.start
-    some = [kind for kind in every if place in kind.places]
-    return Share(rows, columns, some[0].before, sum(kind.tiling.piece for kind in some))
+def _tile_subset(winograd: Winograd2d, groups: Sequence[TileGroup], rows: range, columns: range) -> TileSubset:
+    element = rows.start * winograd.columns.inputs + columns.start
+    found = [group for group in groups if element in group.elements]
+    return TileSubset(rows, columns, found[0].first_tile, sum(group.tiling.tiles_per_block for group in found))
 
 
-def _alike(form: Form, tiling: Tiling, axis: int) -> list[range]:
-    """Rows or columns of places, one behind the other, that a tail has as well, or that it has not."""
-    every, last = range(form.inputs[axis]), _runs(form, tiling, axis)[-1].places
-    groups = [list(group) for _, group in itertools.groupby(every, key=lambda place: place in last)]
+def _element_ranges(winograd: Winograd2d, tiling: Tiling, axis: int) -> list[range]:
+    """Divide the rows or columns of tile elements into ranges that the edge tile has, or has not."""
+    every, edge = range(winograd.inputs[axis]), _axis_tiles(winograd, tiling, axis)[-1].elements
+    groups = [list(group) for _, group in itertools.groupby(every, key=lambda element: element in edge)]
     return [range(group[0], group[-1] + 1) for group in groups]
 
 
-def _runs(form: Form, tiling: Tiling, axis: int) -> list[_Run]:
-    """The tiles down or across; a tail comes last."""
-    whole, short = (form.rows, form.columns)[axis], form.tails[axis]
-    count, corner, places = tiling.grid[axis], tiling.corner[axis], tuple(range(whole.inputs))
-    if not short:
-        return [_Run(whole, places, 0, count, corner)]
-    last = _Run(*tail(short, whole), count - 1, 1, corner + (count - 1) * whole.outputs)
-    return [_Run(whole, places, 0, count - 1, corner), last]
+def _axis_tiles(winograd: Winograd2d, tiling: Tiling, axis: int) -> list[_AxisTiles]:
+    """Return the tiles along an axis: full ones, and then the edge tile if there is one."""
+    full, edge = (winograd.rows, winograd.columns)[axis], winograd.edge_tile[axis]
+    count, corner, elements = tiling.grid[axis], tiling.corner[axis], tuple(range(full.inputs))
+    if not edge:
+        return [_AxisTiles(full, elements, 0, count, corner)]
+    last = _AxisTiles(*edge_filter(edge, full), count - 1, 1, corner + (count - 1) * full.outputs)
+    return [_AxisTiles(full, elements, 0, count - 1, corner), last]
 
 
-def equal_runs(length: int, count: int) -> list[tuple[int, int]]:
-    """(begin, end) of so many parts of a length, about equally long each."""
-    cuts = [length * part // count for part in range(count + 1)]
-    return list(itertools.pairwise(cuts))
-
-
-def place_floats(tiles: int, floats: int) -> int:
-    """Floats from one place of so many tiles of so many floats each to the next.
-
-    A line more than they need: places that lie whole pages apart would all fall into one set of the cache.
-    """
-    return tiles * floats + LINE
+def element_stride(tiles: int, channels: int) -> int:
+    """Return the floats from one tile element of ``tiles`` tiles of ``channels`` floats to the next."""
+    # One line of padding: elements whole pages apart would map to the same sets of L1 and L2 and evict each other.
+    return tiles * channels + LINE_FLOATS
 
 
 @final
 @dataclass(frozen=True)
-class Operand:
-    """Transformed tiles or products in memory: places, tiles, channels.
+class TransformedTiles:
+    """A matrix for each tile element, (tile element, tile, channel): transformed inputs, or products.
 
     Attributes:
-        at: address of the first.
-        place: floats from one place to the next.
-        tile: floats from one tile to the next.
+        address: of the first float.
+        element_stride: floats from one tile element to the next.
+        tile_stride: floats from one tile to the next.
     """
 
-    at: Value
-    place: int
-    tile: int
+    address: Value
+    element_stride: int
+    tile_stride: int
 
     @classmethod
-    def of(cls, at: Value, tiles: int, floats: int) -> Operand:
-        """So many tiles of so many floats each."""
-        return cls(at, place_floats(tiles, floats), floats)
+    def allocate(cls, address: Value, tiles: int, channels: int) -> TransformedTiles:
+        """Return the layout of ``tiles`` tiles of ``channels`` floats at an address."""
+        return cls(address, element_stride(tiles, channels), channels)
 
-    def from_place(self, write: Function, place: Index) -> Operand:
-        """Those from a place on."""
-        return replace(self, at=write.at(self.at, write.mul(place, self.place)))
+    def at_element(self, b: IRBuilder, element: Index) -> TransformedTiles:
+        """Return the same from a tile element on."""
+        return replace(self, address=b.offset(self.address, b.mul(element, self.element_stride)))

@@ -1,7 +1,4 @@
-"""A small constant matrix times vectors in registers, with as few operations as its symmetries allow.
-
-Input tiles into Winograd's domain, and output tiles out of it.
-"""
+"""Input and output transforms of Winograd tiles, and the multiplication by constant matrices they are made of."""
 
 from __future__ import annotations
 
@@ -10,45 +7,47 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import final
 
-from repvgg.engine.codegen.ir_builder import Function, Index, Value, float_text
+from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
 from repvgg.engine.graph import Pair
-from repvgg.engine.runtime.memory import Images
-from repvgg.engine.winograd.filters import Form, Matrix
-from repvgg.engine.winograd.tiling import Kind, Operand, Tiling
+from repvgg.engine.runtime.memory import FeatureMapLayout
+from repvgg.engine.winograd.filters import Matrix, Winograd2d
+from repvgg.engine.winograd.tiling import TileGroup, Tiling, TransformedTiles
+
+# Multiplication by constant matrices
 
 
-def transform(write: Function, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
-    """``matrix · values``, each value being a vector.
+def multiply(b: IRBuilder, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
+    """Build ``matrix · values`` for vectors ``values``, with few operations.
 
-    The points a and -a of Winograd's matrices leave two symmetries. Two columns that differ in signs alone: the sum
-    and the difference of their values are computed once. Two rows that differ in signs alone: so are the part that they
-    share and the part that one of them negates.
+    The points p and -p of Winograd's matrices leave two symmetries. Columns that differ in signs only: their sum and
+    difference are computed once. Rows that differ in signs only: so are the terms they share, and those that are
+    negated.
     """
-    matrix, values = _folded(write, matrix, list(values))
+    matrix, values = _fold_columns(b, matrix, list(values))
     out: list[Value] = []
     while len(out) < len(matrix):
         row, rest = matrix[len(out)], matrix[len(out) + 1 :]
-        halves = _mirrored(row, rest[0]) if rest else None
-        out += _both(write, *halves, values) if halves else [_sum(write, row, values)]
+        halves = _mirrored_rows(row, rest[0]) if rest else None
+        out += _sum_and_difference(b, *halves, values) if halves else [_dot(b, row, values)]
     return out
 
 
-def transform_rectangle(write: Function, rows: Matrix, columns: Matrix, values: Sequence[Value]) -> list[Value]:
-    """``rows · values · columnsᵀ`` for a rectangle of values, row by row; what comes out is one as well."""
+def multiply_both_sides(b: IRBuilder, rows: Matrix, columns: Matrix, values: Sequence[Value]) -> list[Value]:
+    """Build ``rows · values · columnsᵀ`` for a matrix of vectors, row-major, as is the result."""
     width = len(columns[0])
-    done = [transform(write, rows, values[column::width]) for column in range(width)]
-    return [value for row in zip(*done, strict=True) for value in transform(write, columns, row)]
+    done = [multiply(b, rows, values[column::width]) for column in range(width)]
+    return [value for row in zip(*done, strict=True) for value in multiply(b, columns, row)]
 
 
-def _folded(write: Function, matrix: Matrix, values: list[Value]) -> tuple[Matrix, list[Value]]:
-    """The same product, with sums and differences in the place of values whose columns differ in signs alone."""
+def _fold_columns(b: IRBuilder, matrix: Matrix, values: list[Value]) -> tuple[Matrix, list[Value]]:
+    """Replace the values of neighbouring columns that differ in signs only by their sum and difference."""
     rows = [list(row) for row in matrix]
     for left in range(len(values) - 1):
         right = left + 1
         signs = {row[left] == row[right] for row in rows if row[left] or row[right]}
         if all(abs(row[left]) == abs(row[right]) for row in rows) and signs == {True, False}:
             first, second = values[left], values[right]
-            values[left : right + 1] = [write.binary(name, first, second) for name in ("fadd", "fsub")]
+            values[left : right + 1] = [b.binary(name, first, second) for name in ("fadd", "fsub")]
             for row in rows:
                 row[left : right + 1] = (
                     [row[left], Fraction(0)] if row[left] == row[right] else [Fraction(0), row[left]]
@@ -56,188 +55,216 @@ def _folded(write: Function, matrix: Matrix, values: list[Value]) -> tuple[Matri
     return tuple(map(tuple, rows)), values
 
 
-def _mirrored(row: Sequence[Fraction], other: Sequence[Fraction]) -> tuple[list[Fraction], list[Fraction]] | None:
-    """What two rows share, and what one has negated; None if that is not all, or one of the two is nothing."""
+def _mirrored_rows(row: Sequence[Fraction], other: Sequence[Fraction]) -> tuple[list[Fraction], list[Fraction]] | None:
+    """Split a row into the terms it shares with another one and those the other negates; None if that is not all."""
     pairs = list(zip(row, other, strict=True))
     shared = [left if left == right else Fraction(0) for left, right in pairs]
-    turned = [left if left == -right else Fraction(0) for left, right in pairs]
-    whole = all(abs(left) == abs(right) for left, right in pairs)
-    return (shared, turned) if whole and any(shared) and any(turned) else None
+    negated = [left if left == -right else Fraction(0) for left, right in pairs]
+    complete = all(abs(left) == abs(right) for left, right in pairs)
+    return (shared, negated) if complete and any(shared) and any(negated) else None
 
 
-def _both(
-    write: Function, shared: Sequence[Fraction], turned: Sequence[Fraction], values: Sequence[Value]
+def _sum_and_difference(
+    b: IRBuilder, shared: Sequence[Fraction], negated: Sequence[Fraction], values: Sequence[Value]
 ) -> list[Value]:
-    """``s + f · t`` and ``s - f · t``, with a factor that leaves a 1 in ``t``."""
-    factor = turned[max(place for place, value in enumerate(turned) if value)]
-    first = _sum(write, shared, values)
-    second = _sum(write, [value / factor for value in turned], values)
+    """Build ``s + f · t`` and ``s - f · t``, with a factor f that leaves one coefficient of t at 1."""
+    factor = negated[max(place for place, value in enumerate(negated) if value)]
+    first = _dot(b, shared, values)
+    second = _dot(b, [value / factor for value in negated], values)
     if abs(factor) == 1:
         names = ("fadd", "fsub") if factor > 0 else ("fsub", "fadd")
-        return [write.binary(name, first, second) for name in names]
-    return [write.fma(second, _constant(write, by), first) for by in (factor, -factor)]
+        return [b.binary(name, first, second) for name in names]
+    return [b.fma(second, _constant(b, by), first) for by in (factor, -factor)]
 
 
-def _sum(write: Function, row: Sequence[Fraction], values: Sequence[Value]) -> Value:
-    """The products of a row, ones first, so that they cost an addition at most."""
-    terms = sorted(((factor, value) for factor, value in zip(row, values, strict=True) if factor), key=_cost)
+def _dot(b: IRBuilder, row: Sequence[Fraction], values: Sequence[Value]) -> Value:
+    """Build the dot product of a row; terms with a factor of 1 come first, so that they cost at most an addition."""
+    terms = sorted(((factor, value) for factor, value in zip(row, values, strict=True) if factor), key=_term_cost)
     (factor, total), *others = terms
     if factor != 1:
-        total = write.binary("fmul", total, _constant(write, factor))
+        total = b.binary("fmul", total, _constant(b, factor))
     for factor, value in others:
         if abs(factor) == 1:
-            total = write.binary("fadd" if factor > 0 else "fsub", total, value)
+            total = b.binary("fadd" if factor > 0 else "fsub", total, value)
         else:
-            total = write.fma(value, _constant(write, factor), total)
+            total = b.fma(value, _constant(b, factor), total)
     return total
 
 
-def _cost(term: tuple[Fraction, Value]) -> int:
+def _term_cost(term: tuple[Fraction, Value]) -> int:
     return 0 if term[0] == 1 else 1 if term[0] == -1 else 2
 
 
-def _constant(write: Function, number: Fraction) -> Value:
-    """A vector of one known number, rounded to a float."""
-    return write.constant(float_text(float(number)))
+def _constant(b: IRBuilder, number: Fraction) -> Value:
+    return b.constant(float_text(float(number)))
 
 
-def input_corner(form: Form, source: Images, tiling: Tiling, padding: Pair) -> int:
-    """Floats from the beginning of an image to the first input of its first tile."""
-    axes = zip(tiling.corner, form.strides, padding, strict=True)
+# Input transform
+
+
+def first_input_offset(winograd: Winograd2d, source: FeatureMapLayout, tiling: Tiling, padding: Pair) -> int:
+    """Return the floats from the beginning of an image to the first input of its first tile."""
+    axes = zip(tiling.corner, winograd.strides, padding, strict=True)
     row, column = (first * stride - pad for first, stride, pad in axes)
-    return source.inside + row * source.row + column * source.pitch
+    return source.interior_offset + row * source.row_stride + column * source.pixel_stride
 
 
-def input_tile(
-    write: Function, kind: Kind, source: Images, read: Value, target: Operand, wrote: Index, following: Value
+def emit_input_transform(
+    b: IRBuilder,
+    group: TileGroup,
+    source: FeatureMapLayout,
+    read: Value,
+    target: TransformedTiles,
+    written: Index,
+    next_tile: Value,
 ) -> None:
-    """``Bᵀ d B`` of one input tile whose first pixel is at ``read``, for all channels, to ``wrote`` in each place.
+    """Build ``Bᵀ d B`` of one input tile, for all channels.
 
-    What the tile at ``following`` reads is fetched meanwhile.
+    Args:
+        b: the function.
+        group: of the tile.
+        source: layout of the input.
+        read: address of the first pixel of the tile.
+        target: transformed tiles.
+        written: floats to the tile in each tile element of ``target``.
+        next_tile: address of the next tile, which is prefetched.
     """
-    form, (down, across) = kind.form, kind.form.inputs
-    with write.loop(0, source.pitch, write.width) as channels:
-        pixel, ahead = write.at(read, channels.index), write.at(following, channels.index)
-        for row in range(down):
-            for column in range(across - form.steps[1], across):
-                write.prefetch(ahead, row * source.row + column * source.pitch, near=True)
+    winograd, (height, width) = group.winograd, group.winograd.inputs
+    with b.loop(0, source.pixel_stride, b.width) as channels:
+        pixel, ahead = b.offset(read, channels.index), b.offset(next_tile, channels.index)
+        for row in range(height):
+            # Only the columns that this tile does not overlap: the others are in L1.
+            for column in range(width - winograd.tile_strides[1], width):
+                b.prefetch(ahead, row * source.row_stride + column * source.pixel_stride, l1=True)
         values = [
-            write.load(pixel, row * source.row + column * source.pitch)
-            for row in range(down)
-            for column in range(across)
+            b.load(pixel, row * source.row_stride + column * source.pixel_stride)
+            for row in range(height)
+            for column in range(width)
         ]
-        out = write.at(target.at, write.add(wrote, channels.index))
-        moved = transform_rectangle(write, form.rows.input_matrix, form.columns.input_matrix, values)
-        for place, value in zip(kind.places, moved, strict=True):
-            write.store(value, out, place * target.place)
+        out = b.offset(target.address, b.add(written, channels.index))
+        transformed = multiply_both_sides(b, winograd.rows.input_matrix, winograd.columns.input_matrix, values)
+        for element, value in zip(group.elements, transformed, strict=True):
+            b.store(value, out, element * target.element_stride)
+
+
+# Output transform
 
 
 @final
 @dataclass(frozen=True)
-class PieceOfImages:
-    """Where outputs go.
+class OutputBlock:
+    """Where the outputs of a block go.
 
     Attributes:
-        at: address of the first image, at the first channel.
-        bias: address of that of the first channel.
-        piece: which one.
+        address: of the first image, at the first channel.
+        bias: address of the bias of the first channel.
+        block: number of the block.
     """
 
-    at: Value
+    address: Value
     bias: Value
-    piece: Index
+    block: Index
 
 
-def tiles_of_piece(write: Function, tiling: Tiling, piece: Index) -> tuple[Index, Index]:
-    """The first tile of a piece, and how many there are that stand for something."""
-    first = write.mul(piece, tiling.piece)
-    if tiling.tiles == tiling.real:
-        return first, tiling.piece
-    left = write.value(f"sub i64 {tiling.real}, {first}")
-    few = write.value(f"icmp ult i64 {left}, {tiling.piece}")
-    return first, write.value(f"select i1 {few}, i64 {left}, i64 {tiling.piece}")
+def tiles_of_block(b: IRBuilder, tiling: Tiling, block: Index) -> tuple[Index, Index]:
+    """Return the first tile of a block, and the number of its tiles that are not padding."""
+    first = b.mul(block, tiling.tiles_per_block)
+    if tiling.num_padded_tiles == tiling.num_tiles:
+        return first, tiling.tiles_per_block
+    left = b.assign(f"sub i64 {tiling.num_tiles}, {first}")
+    fewer = b.assign(f"icmp ult i64 {left}, {tiling.tiles_per_block}")
+    return first, b.assign(f"select i1 {fewer}, i64 {left}, i64 {tiling.tiles_per_block}")
 
 
 @final
 @dataclass(frozen=True)
-class Outputs:
-    """``Aᵀ · A`` of the products of a piece of tiles, with bias and ReLU, into images.
+class OutputTransform:
+    """``Aᵀ M A`` of the products M of a block's tiles, with bias and optional ReLU.
 
     Attributes:
-        kind: which of the tiles.
-        target: the images.
+        group: the tiles.
+        target: layout of the output.
         relu: whether a ReLU follows.
         vectors: of output channels.
     """
 
-    kind: Kind
-    target: Images
+    group: TileGroup
+    target: FeatureMapLayout
     relu: bool
     vectors: int
 
-    def write(self, write: Function, products: Operand, images: PieceOfImages, beyond: Value) -> None:
-        """Write it for a piece; ``beyond`` is a vector of memory that nobody reads.
+    def emit(self, b: IRBuilder, products: TransformedTiles, output: OutputBlock, discarded: Value) -> None:
+        """Build it for a block. Outputs beyond the image are stored to ``discarded``, memory of a vector."""
+        winograd = self.group.winograd
+        first, count = tiles_of_block(b, self.group.tiling, output.block)
+        begin = b.offset(products.address, self.group.first_tile * products.tile_stride)
+        with b.loop(0, count) as tiles:
+            read = b.offset(begin, b.mul(tiles.index, products.tile_stride))
+            corner, inside = self._locate(b, output.address, b.add(first, tiles.index))
+            next_corner = self._locate(b, output.address, b.add(first, b.add(tiles.index, 1)))[0]
+            with b.loop(0, self.vectors * b.width, b.width) as lanes:
+                ahead = b.offset(next_corner, lanes.index)
+                # The lines that the next tile will store to: a store miss would first read them from memory.
+                for row in range(winograd.outputs[0]):
+                    for column in range(winograd.outputs[1]):
+                        b.prefetch(ahead, row * self.target.row_stride + column * self.target.pixel_stride, write=True)
+                values = [
+                    b.load(read, b.add(lanes.index, element * products.element_stride))
+                    for element in self.group.elements
+                ]
+                pixel, bias = b.offset(corner, lanes.index), b.load(output.bias, lanes.index)
+                self._store(b, values, pixel, bias, inside, discarded)
 
-        The lines of the next tile are fetched meanwhile.
-        """
-        target, bias, form = images.at, images.bias, self.kind.form
-        first, count = tiles_of_piece(write, self.kind.tiling, images.piece)
-        begin = write.at(products.at, self.kind.before * products.tile)
-        with write.loop(0, count) as tiles:
-            read = write.at(begin, write.mul(tiles.index, products.tile))
-            corner, inside = self._corner(write, target, write.add(first, tiles.index))
-            following = self._corner(write, target, write.add(first, write.add(tiles.index, 1)))[0]
-            with write.loop(0, self.vectors * write.width, write.width) as lanes:
-                ahead = write.at(following, lanes.index)
-                for row in range(form.outputs[0]):
-                    for column in range(form.outputs[1]):
-                        write.prefetch(ahead, row * self.target.row + column * self.target.pitch, write=True)
-                values = [write.load(read, write.add(lanes.index, at * products.place)) for at in self.kind.places]
-                pixel, offset = write.at(corner, lanes.index), write.load(bias, lanes.index)
-                self._pixels(write, values, pixel, offset, inside, beyond)
-
-    def _corner(self, write: Function, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
-        """Where the first pixel of a tile lies, and which of its rows and columns are inside the image."""
-        tiling, images, outputs = self.kind.tiling, self.target, self.kind.form.outputs
-        part, place = write.divide(tile, tiling.of_image)
-        places = write.divide(place, tiling.grid[1])
+    def _locate(self, b: IRBuilder, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
+        """Return the address of the first pixel of a tile, and which of its rows and columns are inside the image."""
+        tiling, layout, outputs = self.group.tiling, self.target, self.group.winograd.outputs
+        image, place = b.divmod(tile, tiling.tiles_per_image)
+        places = b.divmod(place, tiling.grid[1])
         down, across = (
-            write.add(write.mul(at, size), corner)
-            for at, size, corner in zip(places, outputs, tiling.corner, strict=True)
+            b.add(b.mul(at, size), corner) for at, size, corner in zip(places, outputs, tiling.corner, strict=True)
         )
-        offset = write.add(write.mul(down, images.row), write.mul(across, images.pitch))
-        address = write.add(write.mul(part, images.image), write.add(offset, images.inside))
+        offset = b.add(b.mul(down, layout.row_stride), b.mul(across, layout.pixel_stride))
+        address = b.add(b.mul(image, layout.image_stride), b.add(offset, layout.interior_offset))
         ends = (first + size * count for first, size, count in zip(tiling.corner, outputs, tiling.grid, strict=True))
         inside = [
-            _inside(write, at, size, length, end)
-            for at, size, length, end in zip((down, across), outputs, images.size, ends, strict=True)
+            _inside(b, at, size, length, end)
+            for at, size, length, end in zip((down, across), outputs, layout.size, ends, strict=True)
         ]
-        return write.at(target, address), inside
+        return b.offset(target, address), inside
 
-    def _pixels(
+    def _store(
         self,
-        write: Function,
+        b: IRBuilder,
         values: list[Value],
         pixel: Value,
         bias: Value,
         inside: list[list[Value | None]],
-        beyond: Value,
+        discarded: Value,
     ) -> None:
-        """Store one vector of channels of a tile; what is outside of the image goes to memory that nobody reads."""
-        form = self.kind.form
-        matrices = form.rows.output_matrix, form.columns.output_matrix
-        for at, value in enumerate(transform_rectangle(write, *matrices, values)):
-            row, column = divmod(at, form.outputs[1])
-            value = write.binary("fadd", value, bias)
-            address = write.at(pixel, row * self.target.row + column * self.target.pitch)
+        """Transform and store one vector of channels of a tile."""
+        winograd = self.group.winograd
+        matrices = winograd.rows.output_matrix, winograd.columns.output_matrix
+        for at, value in enumerate(multiply_both_sides(b, *matrices, values)):
+            row, column = divmod(at, winograd.outputs[1])
+            value = b.binary("fadd", value, bias)
+            address = b.offset(pixel, row * self.target.row_stride + column * self.target.pixel_stride)
+            # Selecting the address costs less than a branch around each store.
             for is_inside in filter(None, (inside[0][row], inside[1][column])):
-                address = write.choose(is_inside, address, beyond)
-            write.store(write.relu(value) if self.relu else value, address)
+                address = b.select_pointer(is_inside, address, discarded)
+            b.store(b.relu(value) if self.relu else value, address)
 
 
-def _inside(write: Function, first: Index, size: int, length: int, end: int) -> list[Value | None]:
-    """For each row or column of a tile whether it is inside the image; None where it always is."""
-    out = end - length
+def _inside(b: IRBuilder, first: Index, size: int, length: int, end: int) -> list[Value | None]:
+    """Return for each row or column of a tile whether it is inside the image; None if it always is.
+
+    Args:
+        b: the function.
+        first: row or column of the first output of the tile.
+        size: outputs of the tile along the axis.
+        length: of the image.
+        end: of all tiles.
+    """
+    overhang = end - length
     return [
-        None if at < size - out else write.value(f"icmp ult i64 {write.add(first, at)}, {length}") for at in range(size)
+        None if at < size - overhang else b.assign(f"icmp ult i64 {b.add(first, at)}, {length}") for at in range(size)
     ]
