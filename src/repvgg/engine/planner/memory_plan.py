@@ -97,7 +97,7 @@ def _layout_for(
         axes = zip(algorithm.end, output.size, layer.geometry.stride, strict=True)
         below, right = (max(0, end - length) * stride for end, length, stride in axes)
         overhang = (below, right)
-    return replace(layout, border=layer.geometry.padding, more=overhang)
+    return replace(layout, border=layer.geometry.padding, overhang=overhang)
 
 
 @final
