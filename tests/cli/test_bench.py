@@ -8,7 +8,7 @@ from torch import nn
 
 from repvgg.measure import PROTOCOLS, WallClock
 from repvgg.models import create_model, describe_model, save
-from repvgg.studies import candidates, sweep
+from repvgg.studies import candidates, timing
 
 FORMS = ["train form", "batch norms folded", "plain form"]
 
@@ -151,7 +151,7 @@ def test_a_model_without_memory_is_told_of_and_the_rest_goes_on(repvgg, monkeypa
 
 def test_what_the_memory_of_a_cpu_surely_cannot_hold_is_not_tried(repvgg, refused, monkeypatch):
     """For 32 images of 32x32 the train form holds 7.7 MB of activations at its peak, the plain form 5.6."""
-    monkeypatch.setattr(sweep, "available_memory", lambda device: 6.5e6)
+    monkeypatch.setattr(timing, "available_memory", lambda device: 6.5e6)
     outcome = repvgg("bench", "repvgg_t0", "--batch", "1,32", "--json")
     assert outcome.code == 0
     result = json.loads(outcome.out)
@@ -160,7 +160,7 @@ def test_what_the_memory_of_a_cpu_surely_cannot_hold_is_not_tried(repvgg, refuse
     assert "plain form" not in lost
     assert lost["train form"].endswith("0.0 GB are free")
     assert {row["name"] for row in result["timings"] if row["batch"] == 1} == set(FORMS)
-    monkeypatch.setattr(sweep, "available_memory", lambda device: 0)
+    monkeypatch.setattr(timing, "available_memory", lambda device: 0)
     assert "not enough memory for any of these" in refused("bench", "repvgg_t0", "--batch", 2)
 
 
@@ -172,7 +172,7 @@ class Hungry(nn.Module):
 @pytest.mark.parametrize(("after", "code", "kept"), [(2, 130, 0), (4, 130, 4), (8, 130, 5)])
 def test_ctrl_c_keeps_what_was_measured(repvgg, monkeypatch, after, code, kept):
     """Five rounds of each of two batch sizes; the second has had 3 rounds when the eighth reading comes."""
-    monkeypatch.setattr(sweep, "take_samples", interrupted_after(after, sweep.take_samples))
+    monkeypatch.setattr(timing, "take_samples", interrupted_after(after, timing.take_samples))
     outcome = repvgg("bench", "repvgg_t0", "--input-size", 8, "--batch", "1,2", "--rounds", 5, "--json")
     assert outcome.code == code
     if not kept:
@@ -219,7 +219,7 @@ def test_models_that_cannot_be_timed(refused, files, tmp_path):
     assert "did you mean repvgg_a0" in refused("bench", "repvgg_a00")
     assert "did you mean resnet18" in refused("bench", "repvgg_t0", "resnet81")
     assert "each once" in refused("bench", "repvgg_t0", "repvgg_t0")
-    assert "did you mean 'repvgg_t0'" in refused("bench", "repvgg_t0", "--baseline", "repvgg_t1")
+    assert "did you mean repvgg_t0" in refused("bench", "repvgg_t0", "--baseline", "repvgg_t1")
 
 
 def test_images_that_a_network_does_not_take(refused, net):
@@ -262,14 +262,14 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
     """A bar that a thread draws would take its time from what is being timed."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
     seen = []
-    take = sweep.take_samples
+    take = timing.take_samples
 
     def taking(*arguments, **more):
         seen.append({thread.name for thread in threading.enumerate()})
         return take(*arguments, **more)
 
     before = {thread.name for thread in threading.enumerate()}
-    monkeypatch.setattr(sweep, "take_samples", taking)
+    monkeypatch.setattr(timing, "take_samples", taking)
     outcome = repvgg("bench", files.train, "--rounds", 2)
     assert outcome.code == 0
     assert "rounds" in outcome.err
@@ -307,7 +307,7 @@ def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("onnx", "There is no engine 'onnx': there are torch, repvgg, repvgg-searched, onnxruntime, openvino."),
+        ("onnx", "There is no engine 'onnx': choose one of torch, repvgg, repvgg-searched, onnxruntime, openvino."),
         ("torch,torch", "Name the engines, each once."),
     ],
 )
@@ -320,7 +320,7 @@ def test_an_engine_that_can_run_nothing(repvgg, net):
     outcome = repvgg("bench", net, "--engine", "repvgg", "--input-size", 9)
     assert outcome.code == 2
     assert outcome.err.startswith(
-        "error: The engine can run none of these, not 'train form' for one: '1' (BatchNorm2d)"
+        "error: The engine supports none of these models, for example 'train form': '1' (BatchNorm2d)"
     )
     outcome = repvgg("bench", "repvgg_t0", "--engine", "repvgg", "--dtype", "bfloat16")
     assert (outcome.code, "computes in float32 on the CPU" in outcome.err) == (2, True)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from repvgg.measure import RunSettings
-from repvgg.studies import network_tables, networks
-from repvgg.studies.registry import STUDIES
+from repvgg.studies import STUDY_MODULES, find_study, network_speed
 from tests.cli.helpers import contents
 
 TINY = ("--input-size", 8, "--rounds", 3, "--max-gmacs", 1.9, "--batch", 2)
@@ -18,8 +17,8 @@ TINY = ("--input-size", 8, "--rounds", 3, "--max-gmacs", 1.9, "--batch", 2)
 def quick(monkeypatch, tmp_path):
     """Networks of one multiplication, and a stopwatch that gives a second; returns how to interrupt it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks, "deployed", lambda name: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    monkeypatch.setattr(network_tables, "counted", lambda table, models: {})
+    monkeypatch.setattr(network_speed, "deployed", lambda name: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    monkeypatch.setattr(network_speed, "count_cell", lambda table, models: {})
 
     def after(reads):
         left = [reads]
@@ -41,15 +40,15 @@ def test_without_a_name_they_are_listed(repvgg):
     outcome = repvgg("study")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines[1 : 1 + len(STUDIES)]] == list(STUDIES)
+    assert [line.split()[0] for line in lines[1 : 1 + len(STUDY_MODULES)]] == list(STUDY_MODULES)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", STUDY_MODULES)
 def test_help_of_each(repvgg, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     outcome = repvgg("study", name, "--help")
     assert (outcome.code, outcome.err) == (0, "")
-    assert STUDIES[name].title in outcome.out
+    assert find_study(name).title in outcome.out
     assert {"--out", "--overwrite", "--device", "--threads", "--batch"} <= set(outcome.out.split())
     assert max(map(len, outcome.out.splitlines()[1:])) <= 80
 
@@ -81,7 +80,7 @@ def test_ctrl_c_at_once(repvgg, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network_tables, "counted", interrupt)
+    monkeypatch.setattr(network_speed, "count_cell", interrupt)
     outcome = repvgg("study", "table4", *TINY)
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
     assert not list(tmp_path.iterdir())
@@ -90,10 +89,10 @@ def test_ctrl_c_at_once(repvgg, monkeypatch, tmp_path):
 def test_a_finished_study_is_replaced_only_on_request(repvgg, refused, tmp_path):
     assert repvgg("study", "table4", *TINY).code == 0
     assert "finished study" in refused("study", "table4", *TINY)
-    assert "batch 2, and now it is 3" in refused("study", "table4", *TINY[:-1], 3)
+    assert "batch 2, not 3" in refused("study", "table4", *TINY[:-1], 3)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("precious")
-    assert "something else" in refused("study", "table4", "--out", "notes", "--overwrite")
+    assert "holds no study" in refused("study", "table4", "--out", "notes", "--overwrite")
     before = contents(tmp_path / "runs")
     assert repvgg("study", "table4", *TINY, "--overwrite").code == 0
     assert contents(tmp_path / "runs").keys() == before.keys()
@@ -101,9 +100,9 @@ def test_a_finished_study_is_replaced_only_on_request(repvgg, refused, tmp_path)
 
 def test_what_is_refused(refused):
     assert "did you mean table4" in refused("study", "tabel4")
-    assert "max_gmacs above 0" in refused("study", "table4", "--max-gmacs", -1)
-    assert "batch of at least 1" in refused("study", "figure3", "--batch", 0)
-    assert "take --device cuda" in refused("study", "table1", "--dtype", "tf32")
+    assert "max_gmacs must be above 0" in refused("study", "table4", "--max-gmacs", -1)
+    assert "batch must be at least 1" in refused("study", "figure3", "--batch", 0)
+    assert "use --device cuda" in refused("study", "table1", "--dtype", "tf32")
 
 
 def test_flags_that_it_does_not_have(repvgg):
@@ -116,7 +115,7 @@ def test_trainings_are_shared_out(repvgg, refused, tmp_path):
     """Half of the trainings by one call, the others and the cost by the next; and a share that there is not."""
     small = ("--model", "repvgg_t0", "--data", "fake:32x4", "--input-size", 8, "--epochs", 1, "--batch", 16)
     chosen = (*small, "--seeds", 1, "--rounds", 1, "--threads", 1, "--device", "cpu", "--rows", "conv_bn", "repvgg")
-    assert "no share 3 of 2" in refused("study", "table6", *chosen, "--cells", "3/2")
+    assert "no share 3/2" in refused("study", "table6", *chosen, "--cells", "3/2")
     assert "did you mean conv_bn" in refused("study", "table6", *chosen[:-2], "conv_b")
     assert not list(tmp_path.iterdir())
     half = repvgg("study", "table6", *chosen, "--cells", "1/2")

@@ -1,8 +1,8 @@
-"""A clock that the candidates move by hand: no test asserts a time of this machine."""
+"""A fake clock that candidates advance: no test asserts a time of this machine."""
 
 
 class Clock:
-    """Seconds that pass only where a candidate says so."""
+    """A clock that only candidates advance."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -12,7 +12,7 @@ class Clock:
         return self.now
 
     def candidate(self, name, seconds):
-        """A call that takes ``seconds``, or ``seconds(n)`` the n-th time, counted from 0."""
+        """Return a call that takes ``seconds``, or ``seconds(n)`` the n-th time, from 0."""
         calls = 0
 
         def call() -> None:
@@ -25,7 +25,7 @@ class Clock:
 
 
 class Interrupting:
-    """Raises Ctrl-C at one call."""
+    """Raises Ctrl-C after ``at`` calls."""
 
     def __init__(self, call, at: int) -> None:
         self.call, self.left = call, at

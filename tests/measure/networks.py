@@ -1,4 +1,4 @@
-"""Small networks of random geometry, and what they cost by formulas that know nothing of the walk."""
+"""Small convolutions of random geometry, with closed formulas of their cost."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 class Call(nn.Module):
-    """A function as a module."""
+    """Wrap a function as a module."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Call(nn.Module):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution: all that its cost depends on."""
+    """Everything that the cost of a convolution depends on."""
 
     size: tuple[int, ...]
     batch: int
@@ -44,12 +44,12 @@ class Geometry:
 
     @property
     def out_size(self) -> tuple[int, ...]:
-        reach = [self.dilation * (k - 1) for k in self.kernel]
+        extent = [self.dilation * (k - 1) for k in self.kernel]
         if self.transposed:
             return tuple(
-                (n - 1) * self.stride - 2 * self.padding + r + 1 for n, r in zip(self.size, reach, strict=True)
+                (n - 1) * self.stride - 2 * self.padding + r + 1 for n, r in zip(self.size, extent, strict=True)
             )
-        return tuple((n + 2 * self.padding - r - 1) // self.stride + 1 for n, r in zip(self.size, reach, strict=True))
+        return tuple((n + 2 * self.padding - r - 1) // self.stride + 1 for n, r in zip(self.size, extent, strict=True))
 
     @property
     def params(self) -> int:
@@ -59,11 +59,11 @@ class Geometry:
 
     @property
     def macs(self) -> int:
-        places = math.prod(self.size if self.transposed else self.out_size)
-        return self.batch * places * self.in_channels * self.out_channels // self.groups * math.prod(self.kernel)
+        positions = math.prod(self.size if self.transposed else self.out_size)
+        return self.batch * positions * self.in_channels * self.out_channels // self.groups * math.prod(self.kernel)
 
     @property
-    def fast(self) -> bool:
+    def winograd(self) -> bool:
         return self.kernel == (3, 3) and self.stride == self.dilation == 1 and not self.transposed
 
     @property

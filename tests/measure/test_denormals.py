@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_border_of_each_dtype(dtype):
+def test_smallest_normal_number_of_each_dtype(dtype):
     tiny, least = torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal
     assert tiny == least
     values = torch.tensor([0.0, -0.0, 1.0, tiny, -tiny, torch.inf, -torch.inf, torch.nan], dtype=dtype)
@@ -19,14 +19,14 @@ def test_the_border_of_each_dtype(dtype):
     assert denormals_in(torch.nextafter(values[:1].float(), values[2:3].float()).to(dtype)) == (dtype is torch.float32)
 
 
-def test_of_any_layout_and_none_among_integers():
+def test_any_memory_layout_and_integers():
     tiny = torch.full((2, 3, 4, 5), 1e-40)
     assert denormals_in(tiny.to(memory_format=torch.channels_last)) == denormals_in(tiny.permute(3, 1, 0, 2)) == 120
     assert denormals_in(torch.zeros(3, dtype=torch.int32)) == 0
 
 
 def test_weights_and_activations_by_hand():
-    """Three weights, one denormal; the images make 3 x 4 products, all denormal, and the ReLU hands on the positive."""
+    """One of three weights is denormal. 8 of 12 products are denormal, 4 of 12 outputs of the ReLU."""
     model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU()).train()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([1e-30, -1e-30, 1e-39]).view(3, 1, 1, 1))
@@ -41,26 +41,26 @@ def test_weights_and_activations_by_hand():
     assert "1 of 3 weights" in str(found)
 
 
-def test_flushed_and_then_as_before():
+def test_flushing_is_undone_on_exit():
     tiny = torch.full((8,), 1e-30)
     with flushed_denormals():
         assert not (tiny * 1e-9).view(torch.int32).any()
         with flushed_denormals():
             pass
-        assert not (tiny * 1e-9).view(torch.int32).any(), "they were flushed before"
+        assert not (tiny * 1e-9).view(torch.int32).any(), "the inner context restores the outer one"
     assert denormals_in(tiny * 1e-9) == 8
     with flushed_denormals(False):
         assert denormals_in(tiny * 1e-9) == 8
 
 
-def test_a_processor_that_cannot(monkeypatch):
+def test_cpu_without_flushing_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "set_flush_denormal", lambda wanted: False)
     with pytest.raises(UsageError, match="cannot flush"), flushed_denormals():
         pass
 
 
-def test_threads_that_were_at_work_before():
-    """Threads take the flag from the one that starts them: those that are there already keep denormals."""
+def test_running_threads_are_refused():
+    """Threads inherit the flag when they start: running ones keep denormals."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

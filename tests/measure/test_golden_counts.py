@@ -1,4 +1,4 @@
-"""The counts of every row of the table, at 224x224 and 1000 classes."""
+"""Counts of every architecture at 224x224 and 1000 classes."""
 
 import pytest
 import torch

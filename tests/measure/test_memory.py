@@ -5,8 +5,8 @@ import torch
 from repvgg.measure import held_memory, memory
 
 
-def test_what_is_held_by_hand():
-    """Two tensors at a time, then one: 4 MB, 8 MB, 4 MB, 0."""
+def test_held_memory_by_hand():
+    """Two tensors at once, then one: 4 MB, 8 MB, 4 MB, 0."""
 
     def call() -> None:
         a = torch.zeros(1_000_000)
@@ -19,14 +19,14 @@ def test_what_is_held_by_hand():
     assert sizes == [(4_000_000, 4_000_000), (4_000_000, 8_000_000), (-4_000_000, 4_000_000), (-4_000_000, 0)]
 
 
-def test_the_profiler_greets_nobody(capfd, monkeypatch):
+def test_profiler_logs_nothing(capfd, monkeypatch):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "3")
     held_memory(lambda: torch.zeros(3))
     assert capfd.readouterr().err == ""
     assert os.environ["KINETO_LOG_LEVEL"] == "3"
 
 
-def test_what_there_is_to_have(tmp_path, monkeypatch):
+def test_available_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     assert memory.available_memory("cpu") is None
@@ -39,7 +39,7 @@ def test_what_there_is_to_have(tmp_path, monkeypatch):
     assert memory.available_memory("cpu") == 4000
 
 
-def test_the_peak_of_a_process_is_that_of_the_time_it_was_watched(tmp_path, monkeypatch):
+def test_peak_starts_anew_with_each_context(tmp_path, monkeypatch):
     with memory.track_peak_memory() as peak:
         before = peak()
         held = torch.zeros(40_000_000)
@@ -48,14 +48,14 @@ def test_the_peak_of_a_process_is_that_of_the_time_it_was_watched(tmp_path, monk
         after = again()
     if before is not None and after is not None:  # Linux
         assert peak() is not None
-        assert after - before < 100_000_000, "forgotten"
+        assert after - before < 100_000_000, "the peak was reset"
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "none")
     with memory.track_peak_memory() as peak:
         assert peak() is None
 
 
-def test_the_highest_resident_memory_is_read_off(tmp_path, monkeypatch):
+def test_peak_resident_memory_is_read_from_proc(tmp_path, monkeypatch):
     (tmp_path / "status").write_text("Name: x\nVmHWM:\t    1234 kB\nVmRSS: 1000 kB\n")
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "clear")

@@ -1,4 +1,4 @@
-"""A walk in tables: every op and every parameter is in one row, and the rows sum up."""
+"""Profile tables: every op and parameter is in exactly one row, and the rows sum up to the total."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def assert_sums(done: Profile) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_d2se", "repvggplus_l2pse"])
-def test_rows_of_ours_sum_up(name, plain):
+def test_rows_of_architectures_sum_up(name, plain):
     model, x = on_meta(name, plain)
     done = profile(model, x)
     assert_sums(done)
     stages = 6 if name == "repvggplus_l2pse" else 5
-    own = [row.name for row in done.stages]
-    assert own[:stages] == ["stem", *(f"stages.{index}" for index in range(stages - 1))]
+    names = [row.name for row in done.stages]
+    assert names[:stages] == ["stem", *(f"stages.{index}" for index in range(stages - 1))]
     assert done.total.params == sum(p.numel() for p in model.parameters())
     assert done.total.macs == walk(model, x).macs
     assert done.weight_bytes == 4 * done.total.params + sum(b.numel() * b.element_size() for b in model.buffers())
@@ -55,13 +55,13 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stages(name):
+def test_stage_paths(name):
     model = create_baseline(name, values=False)
     assert [row.name for row in profile(model, torch.empty(1, 3, 64, 64, device="meta")).stages] == STAGES[name]
 
 
 class Odd(nn.Module):
-    """A module called twice, one not called at all, a weight of its own, and a shared one."""
+    """A module called twice, one never called, a parameter of its own, and a shared one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class Odd(nn.Module):
         return self.tied(self.twice(self.twice(x))) * self.scale
 
 
-def test_modules_that_are_shared_called_twice_or_never():
+def test_shared_repeated_and_unreached_modules():
     done = profile(Odd(), torch.ones(2, 4))
     rows = {row.name: row for row in done.layers}
-    assert list(rows) == ["twice", "tied", "", "never"]  # the order of execution; what is not reached comes last
+    assert list(rows) == ["twice", "tied", "", "never"]  # order of execution; unreached modules come last
     assert (rows["twice"].params, rows["twice"].macs) == (20, 2 * 2 * 16)
     assert (rows["tied"].params, rows["tied"].macs) == (0, 2 * 16)
     assert (rows["never"].params, rows["never"].ops, rows["never"].macs) == (20, 0, 0)
@@ -87,14 +87,14 @@ def test_modules_that_are_shared_called_twice_or_never():
     assert done.weight_bytes == 4 * (20 + 20 + 4)
 
 
-def test_intensity_is_multiply_adds_for_each_byte():
+def test_intensity_is_multiply_adds_per_byte():
     total = profile(nn.Linear(8, 8, bias=False), torch.ones(2, 8)).total
     assert total.intensity == pytest.approx(2 * 64 / (4 * (16 + 64 + 16)))
     assert profile(nn.Flatten(), torch.ones(2, 2, 2)).total.intensity is None, "a view moves nothing"
     assert profile(Call(lambda x: torch.cdist(x, x) @ x), torch.ones(3, 3)).total.intensity is None
 
 
-def test_unknown_ops_are_named_where_they_run():
+def test_unknown_ops_are_named_in_their_row():
     model = nn.Sequential(nn.Linear(3, 3), Call(lambda x: torch.cdist(x, x)))
     done = profile(model, torch.ones(3, 3))
     assert [(row.name, row.unknown, row.unknown_traffic) for row in done.layers] == [
@@ -105,7 +105,7 @@ def test_unknown_ops_are_named_where_they_run():
     assert done.total.to_dict()["macs_per_byte"] is None
 
 
-def test_a_row_is_plain_data():
+def test_row_as_json():
     row = Row("a", "Linear", 1, 2, 30, 40, 5, 1, 6, ("aten.x",))
     assert row.to_dict() == {
         "name": "a",
@@ -124,12 +124,12 @@ def test_a_row_is_plain_data():
     }
 
 
-def test_a_model_without_ops_and_without_parameters():
+def test_model_without_ops_and_parameters():
     done = profile(nn.Identity(), torch.ones(3))
     assert (done.total.ops, done.total.params, done.layers, done.stages) == (0, 0, (), ())
 
 
-def test_no_hook_is_left_behind_after_an_error_too():
+def test_hooks_are_removed_after_an_error():
     hooks = torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
     before = [len(group) for group in hooks]
 
@@ -141,7 +141,7 @@ def test_no_hook_is_left_behind_after_an_error_too():
     assert [len(group) for group in hooks] == before
 
 
-def test_an_error_that_the_model_catches_does_not_lose_the_place():
+def test_path_is_right_after_an_error_that_the_model_catches():
     class Trying(nn.Module):
         def __init__(self):
             super().__init__()
@@ -156,6 +156,6 @@ def test_an_error_that_the_model_catches_does_not_lose_the_place():
     assert [op.path for op in walk(Trying(), torch.ones(2, 3)).ops if op.name != "aten.t"] == ["works", ""]
 
 
-def test_tiles_that_nobody_counts():
+def test_unsupported_tile():
     with pytest.raises(UsageError, match="tiles of 2 or 4 outputs, not 3"):
         profile(nn.ReLU(), torch.ones(1), tile=3)

@@ -1,4 +1,4 @@
-"""Bytes: by hand for each kind of op, and listed where nobody knows them."""
+"""Memory traffic: by hand for each kind of op, and listed if unknown."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.measure.networks import Call
 X = (2, 4, 6, 6)
 N = 2 * 4 * 6 * 6  # values of X
 
-# name: (what is called, shapes, bytes read, bytes written), in float32
+# name: (function, input shapes, bytes read, bytes written), in float32
 TRAFFIC = {
     "views": (lambda x: x.view(2, -1).t()[1:].unsqueeze(0).expand(3, -1, -1), [X], 0, 0),
     "relu": (torch.relu, [X], 4 * N, 4 * N),
@@ -24,13 +24,13 @@ TRAFFIC = {
     "cat": (lambda x, y: torch.cat([x, y], 1), [X, X], 8 * N, 8 * N),
     "a copy": (lambda x: x.clone(), [X], 4 * N, 4 * N),
     "another dtype": (lambda x: x.double(), [X], 4 * N, 8 * N),
-    "contiguous, and it is": (lambda x: x.contiguous(), [X], 0, 0),
-    "contiguous, and it was not": (lambda x: x.transpose(1, 2).contiguous(), [X], 4 * N, 4 * N),
+    "contiguous already": (lambda x: x.contiguous(), [X], 0, 0),
+    "contiguous of a transposed tensor": (lambda x: x.transpose(1, 2).contiguous(), [X], 4 * N, 4 * N),
     "zeros": (torch.zeros_like, [X], 0, 4 * N),
     "empty": (torch.empty_like, [X], 0, 0),
     "fill": (lambda x: x.fill_(1.0), [X], 0, 4 * N),
     "copy into": (lambda x, y: x.copy_(y), [X, (1, 1, 6, 6)], 4 * 36, 4 * N),
-    "an output that is given": (lambda x, y: torch.add(x, 1.0, out=y), [X, X], 4 * N, 4 * N),
+    "out argument": (lambda x, y: torch.add(x, 1.0, out=y), [X, X], 4 * N, 4 * N),
     "mean": (lambda x: x.mean((2, 3)), [X], 4 * N, 4 * 8),
     "average pool": (lambda x: F.avg_pool2d(x, 2), [X], 4 * N, N),
     "max pool, with its indices": (lambda x: F.max_pool2d(x, 2), [X], 4 * N, N + 2 * N),
@@ -43,7 +43,7 @@ TRAFFIC = {
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", TRAFFIC)
-def test_by_hand(name, device):
+def test_traffic_by_hand(name, device):
     function, shapes, read, written = TRAFFIC[name]
     total = profile(Call(function), [torch.ones(shape, device=device) for shape in shapes]).total
     assert total.unknown_traffic == ()
@@ -70,7 +70,7 @@ def test_bytes_follow_the_dtype(dtype, size):
     assert total.peak_bytes == 2 * size * N
 
 
-def test_an_op_whose_bytes_are_unknown_is_listed_in_that_column_alone():
+def test_op_with_data_dependent_traffic_is_unknown_in_traffic_only():
     def scattered(x):
         x = x.clone()
         x[torch.tensor([0, 1])] = torch.ones(4)
@@ -85,17 +85,17 @@ def test_an_op_whose_bytes_are_unknown_is_listed_in_that_column_alone():
     assert total.intensity is None
 
 
-def test_an_op_that_no_rule_knows_is_listed_in_both_columns():
+def test_op_without_a_rule_is_unknown_in_both():
     done = walk(Call(lambda x: torch.cdist(x, x)), torch.ones(3, 3))
     assert done.unknown == done.unknown_traffic == ("aten._cdist_forward",)
 
 
-def test_a_sparse_tensor_has_no_known_traffic():
+def test_traffic_of_sparse_tensors_is_unknown():
     done = walk(Call(lambda x: x.to_sparse() * 2), torch.eye(3))
     assert done.unknown_traffic
 
 
-def test_the_rules_name_ops_that_exist_and_each_in_one_list():
+def test_lists_are_disjoint_and_name_existing_ops():
     lists = [
         traffic._MOVES_NOTHING,
         traffic._WRITES_ONLY,

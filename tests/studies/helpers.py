@@ -1,23 +1,39 @@
-"""Studies in no time: tiny networks, and a stopwatch that takes the seconds that each network says."""
+"""Tiny networks and a stopwatch with given seconds, so that a study of speed runs at once."""
+
+import csv
 
 import torch
+from rich.console import Console
 from torch import nn
 
+from repvgg.studies import find_study
+from repvgg.studies.base import run_study
 from repvgg.studies.paper import TABLE_4, TABLE_5
 
-#: The seconds that a call of each network takes: ten thousand times as slow as in the paper, whatever the batch.
+#: Seconds of a call of each network: ten thousand times as slow as in the paper, at every batch size.
 SECONDS = {row.model: 10_000.0 / row.images_per_second for row in (*TABLE_4, *TABLE_5)}
 
 
-def counted(table, models):
-    """Counts that come to nobody's mind, and one that is not as printed."""
-    row = {"params": 1_500_000, "macs": 2_500_000_000, "winograd_muls": 3_500_000_000, "differences": []}
-    odd = {"differences": [{"column": "params", "reason": "cut in the paper", "explained": True}]}
-    return {name: row | (odd if name == "resnet18" else {}) for name in models}
+def run(name, folder, **chosen):
+    study = find_study(name)
+    settings = study.settings(**chosen)
+    return run_study(study, settings, folder, command=f"repvgg study {name}", console=Console(quiet=True))
+
+
+def read_rows(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def fake_counts(table, models):
+    """Counts of no real network, one of them not as printed."""
+    counts = {"params": 1_500_000, "macs": 2_500_000_000, "winograd_muls": 3_500_000_000, "differences": []}
+    different = {"differences": [{"column": "params", "reason": "cut in the paper", "explained": True}]}
+    return {name: counts | (different if name == "resnet18" else {}) for name in models}
 
 
 class Tiny(nn.Module):
-    """Takes images of any size, and says how long it took."""
+    """Accepts images of any size; ``seconds`` is what :class:`FakeStopwatch` reads, None runs out of memory."""
 
     def __init__(self, seconds, name=""):
         super().__init__()
@@ -33,8 +49,8 @@ class Tiny(nn.Module):
         return x.mean() * self.weight
 
 
-class Stopwatch:
-    """Reads the seconds off the network; Ctrl-C, or another error, after so many reads."""
+class FakeStopwatch:
+    """Reads the seconds off the network; raises Ctrl-C, or another error, after that many reads."""
 
     def __init__(self, reads=None, error=KeyboardInterrupt, seconds=lambda model: model.seconds):
         self.left, self.error, self.seconds = reads, error, seconds

@@ -1,6 +1,5 @@
-"""Studies that train, with trainings of a second: shared, interrupted, taken up again, and never mixed."""
+"""Ablations with trainings of a second: shared between processes, interrupted, continued, never mixed."""
 
-import csv
 import json
 import os
 import signal
@@ -15,13 +14,13 @@ from rich.console import Console
 
 from repvgg.errors import DataError, OutputExistsError, TrainingError, UnknownModelError, UsageError
 from repvgg.models import ModelSpec, Stage
-from repvgg.studies import ablation, ablation_cells, study, training_cell
+from repvgg.studies import ablation, base, find_study, variants
 from repvgg.studies.ablation import AblationSettings
-from repvgg.studies.ablation_summary import Results, Spread
-from repvgg.studies.contenders import BRANCHES
-from repvgg.studies.registry import STUDIES
+from repvgg.studies.ablation_tables import Results, Spread
+from repvgg.studies.base import run_study
 from repvgg.studies.report.charts import draw_accuracies
-from repvgg.studies.study import run_study
+from repvgg.studies.variants import TABLE_6_VARIANTS
+from tests.studies.helpers import read_rows
 
 TINY = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8),))
 QUICK = AblationSettings(
@@ -32,38 +31,36 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from repvgg.models import ModelSpec, Stage
-from repvgg.studies import ablation
+from repvgg.studies import ablation, find_study
 from repvgg.studies.ablation import AblationSettings
-from repvgg.studies.registry import STUDIES
-from repvgg.studies.study import run_study
-ablation.network_row = lambda name: ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8),))
+from repvgg.studies.base import run_study
+ablation.base_architecture = lambda name: ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8),))
 """
 
 
 class Lines(Console):
-    """A console that keeps what it is told."""
+    """A console that records what is printed."""
 
     def __init__(self):
         super().__init__(quiet=True)
-        self.told = []
+        self.printed = []
 
     def print(self, *parts, **how):
-        self.told += parts
+        self.printed += parts
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(ablation, "network_row", lambda name: TINY)
-    monkeypatch.setattr(study, "write_chart", lambda folder, picture: "<svg/>")
+    monkeypatch.setattr(ablation, "base_architecture", lambda name: TINY)
+    monkeypatch.setattr(base, "write_chart", lambda folder, chart: "<svg/>")
 
 
 def run(folder, name="table6", console=None, **changes):
-    return run_study(STUDIES[name], replace(QUICK, **changes), folder, command="again", console=console or Lines())
+    return run_study(find_study(name), replace(QUICK, **changes), folder, command="again", console=console or Lines())
 
 
-def rows_of(path):
-    with path.open(encoding="utf-8") as file:
-        return {row["row"]: row for row in csv.DictReader(file)}
+def rows_by_title(path):
+    return {row["row"]: row for row in read_rows(path)}
 
 
 def cell_of(folder, key):
@@ -71,7 +68,7 @@ def cell_of(folder, key):
 
 
 def timeless(folder, key):
-    """What has to be the same however often a cell was interrupted."""
+    """The part of a cell that does not depend on interruptions."""
     cell = cell_of(folder, key)
     return {name: cell[name] for name in ("row", "seed", "trained", "deployed", "loss", "epochs", "parameters")}
 
@@ -80,16 +77,16 @@ def timeless(folder, key):
 def whole(tmp_path_factory):
     """Table 6, trained and its cost measured in one call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "network_row", lambda name: TINY)
+        patch.setattr(ablation, "base_architecture", lambda name: TINY)
         folder = tmp_path_factory.mktemp("studies") / "whole"
         done = run(folder, part="all")
     return folder, done
 
 
-def test_a_table_beside_the_papers(whole):
+def test_table6_has_the_paper_columns_beside_ours(whole):
     folder, done = whole
     assert done.complete
-    rows = rows_of(folder / "table6.csv")
+    rows = rows_by_title(folder / "table6.csv")
     assert [row["paper_top1_percent"] for row in rows.values()] == ["72.39", "74.79", "73.15", "75.14"]
     for name, row in zip(
         ("conv_bn", "repvgg_no_pointwise", "repvgg_no_identity", "repvgg"), rows.values(), strict=True
@@ -103,9 +100,9 @@ def test_a_table_beside_the_papers(whole):
     assert "in the paper −1.99" in done.outcome.lead
 
 
-def test_collapsed_answers_are_the_same(whole):
+def test_collapsed_networks_give_the_same_answers(whole):
     folder, _ = whole
-    for row in rows_of(folder / "table6.csv").values():
+    for row in rows_by_title(folder / "table6.csv").values():
         assert row["deployed_top1_percent"] == row["top1_percent"]
         same, of, images = row["same_answers"].split()
         assert (same, of) == (images, "of")
@@ -116,19 +113,19 @@ def test_collapsed_answers_are_the_same(whole):
         assert deployed["parameters"] < cell_of(folder, f"repvgg-seed{seed}")["parameters"]
 
 
-def test_the_cost_stands_beside_it(whole):
+def test_cost_of_a_training_step_is_in_a_table(whole):
     folder, _ = whole
-    rows = rows_of(folder / "table6-cost.csv")
+    rows = rows_by_title(folder / "table6-cost.csv")
     assert all(float(row["images_per_second"]) > 0 and float(row["step_megabytes"]) > 0 for row in rows.values())
     assert float(rows["RepVGG"]["step_megabytes"]) > float(rows["conv-BN"]["step_megabytes"])
     assert float(rows["RepVGG"]["speed_up"]) == 1
 
 
-def test_another_study_takes_the_trainings_that_are_the_same(whole, tmp_path):
+def test_equal_trainings_are_copied_from_another_study(whole, tmp_path):
     folder, _ = whole
     lines = Lines()
     run(tmp_path / "t", "table7", console=lines, rows=("repvgg",), reuse=folder)
-    assert lines.told == [f"2 trainings are those of {folder}"]
+    assert lines.printed == [f"copied 2 trainings from {folder}"]
     assert cell_of(tmp_path / "t", "repvgg-seed1") == cell_of(folder, "repvgg-seed1")
     with pytest.raises(UsageError, match="has epochs 2, not 3"):
         run(tmp_path / "u", "table7", rows=("repvgg",), reuse=folder, epochs=3)
@@ -136,22 +133,22 @@ def test_another_study_takes_the_trainings_that_are_the_same(whole, tmp_path):
         run(tmp_path / "v", "table7", rows=("repvgg",), reuse=tmp_path)
 
 
-def test_what_is_no_single_convolution_says_why(tmp_path):
+def test_variant_that_does_not_collapse_has_a_reason(tmp_path):
     done = run(tmp_path / "t", "table7", rows=("repvgg_relu", "repvgg"), seeds=1)
-    rows = rows_of(tmp_path / "t" / "table7.csv")
+    rows = rows_by_title(tmp_path / "t" / "table7.csv")
     assert rows["+ReLU in branch"]["is_plain"] == "False"
     assert rows["+ReLU in branch"]["same_answers"] == rows["Full-featured reparam"]["same_answers"]
     (note,) = (note for note in done.outcome.tables[0].notes if "+ReLU" in note)
     assert "relu is not a linear" in note
 
 
-def test_layers_of_another_block_are_told(tmp_path):
+def test_layers_with_another_block_are_noted(tmp_path):
     done = run(tmp_path / "t", "blocks", rows=("repmixer", "orepa", "expand_cl"), seeds=1)
     notes = [note for note in done.outcome.tables[0].notes if "RepMixer" in note]
     assert [note.split(":")[:2] for note in notes] == [
         ["RepMixer", " 2 of 3 layers are 'conv_bn' in place of 'repmixer'"]
     ]
-    for row in rows_of(tmp_path / "t" / "blocks.csv").values():
+    for row in rows_by_title(tmp_path / "t" / "blocks.csv").values():
         assert row["same_answers"].split()[0] == row["same_answers"].split()[2]
         assert row["is_plain"] == "True"
         assert row["paper_top1_percent"] == ""
@@ -159,13 +156,13 @@ def test_layers_of_another_block_are_told(tmp_path):
 
 def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
-    real = training_cell.train_cell
+    real = variants.train_cell
 
     def count(training, folder):
-        trained.append((training.contender.name, training.config.seed))
+        trained.append((training.variant.name, training.config.seed))
         return real(training, folder)
 
-    monkeypatch.setattr(ablation_cells, "train_cell", count)
+    monkeypatch.setattr(ablation, "train_cell", count)
     first = run(tmp_path / "t", cells="1/2", rows=("conv_bn", "repvgg"))
     assert trained == [("conv_bn", 0), ("conv_bn", 1)]
     assert not first.complete
@@ -181,38 +178,38 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
         run(tmp_path / "t", rows=("conv_bn", "repvgg"))
 
 
-def test_there_are_no_tables_of_nothing(tmp_path):
+def test_tables_of_a_missing_study_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"There is no study in .* yet"):
         run(tmp_path / "t", part="tables")
     assert not (tmp_path / "t").exists()
 
 
-def test_a_cell_that_was_interrupted_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    """Ctrl-C after the first epoch; then the same command again, and one that was never interrupted."""
+def test_interrupted_training_continues_bit_for_bit(tmp_path, monkeypatch):
+    """Ctrl-C after the first epoch, then the same command again; compared with an uninterrupted training."""
     one = {"rows": ("repvgg",), "seeds": 1}
-    real = training_cell.write_log
+    real = variants.write_log
 
     def interrupt(folder, history):
         real(folder, history)
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_cell, "write_log", interrupt)
+    monkeypatch.setattr(variants, "write_log", interrupt)
     interrupted = run(tmp_path / "t", **one)
     assert (interrupted.complete, interrupted.missing) == (False, "")
     assert interrupted.outcome.lead == "The full block is not trained yet."
     assert (tmp_path / "t" / "runs" / "repvgg-seed0" / "last.ckpt").is_file()
     assert not list((tmp_path / "t" / "runs").glob("*.lock"))
     seen = []
-    monkeypatch.setattr(training_cell, "write_log", lambda folder, history: seen.append(len(history)))
+    monkeypatch.setattr(variants, "write_log", lambda folder, history: seen.append(len(history)))
     run(tmp_path / "t", **one)
-    assert seen == [2], "the first epoch was there already"
+    assert seen == [2], "the first epoch comes from the checkpoint"
     assert not (tmp_path / "t" / "runs" / "repvgg-seed0" / "last.ckpt").exists()
     run(tmp_path / "u", **one)
     assert timeless(tmp_path / "t", "repvgg-seed0") == timeless(tmp_path / "u", "repvgg-seed0")
 
 
-def test_a_cell_at_work_elsewhere_is_left_to_whoever_has_it(tmp_path):
+def test_cell_locked_by_another_process_is_skipped(tmp_path):
     runs = tmp_path / "t" / "runs"
     with pytest.raises(UsageError):
         run(tmp_path / "t", rows=("repvgg",), cells="2/1")
@@ -220,12 +217,12 @@ def test_a_cell_at_work_elsewhere_is_left_to_whoever_has_it(tmp_path):
     (runs / "repvgg-seed0.lock").write_text("7\nanother-machine\n")
     lines = Lines()
     done = run(tmp_path / "t", rows=("conv_bn", "repvgg"), seeds=1, console=lines)
-    assert lines.told == ["repvgg-seed0: left to process 7 on another-machine"]
+    assert lines.printed == ["repvgg-seed0: left to process 7 on another-machine"]
     assert done.missing == "1 of 2 trainings are missing; at work: repvgg-seed0 by process 7 on another-machine."
     assert not done.complete
 
 
-def test_what_a_dead_process_had_is_taken_over_and_told(tmp_path):
+def test_cell_of_a_dead_process_is_taken_over(tmp_path):
     run(tmp_path / "t", rows=("conv_bn", "repvgg"), seeds=1, cells="1/2")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -234,15 +231,15 @@ def test_what_a_dead_process_had_is_taken_over_and_told(tmp_path):
     os.utime(lock, (0, 0))
     lines = Lines()
     run(tmp_path / "t", rows=("conv_bn", "repvgg"), seeds=1, console=lines)
-    assert f"repvgg-seed0: taken over from process {ended.pid}" in lines.told[0]
-    assert lines.told[1].startswith("repvgg-seed0: ")
+    assert f"repvgg-seed0: taken over from process {ended.pid}" in lines.printed[0]
+    assert lines.printed[1].startswith("repvgg-seed0: ")
     assert not lock.exists()
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_folder_and_one_is_killed(tmp_path):
     folder = tmp_path / "t"
-    call = f"run_study(STUDIES['table6'], {replace(QUICK, epochs=4)!r}, Path({str(folder)!r}))"
+    call = f"run_study(find_study('table6'), {replace(QUICK, epochs=4)!r}, Path({str(folder)!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", RUN + call], stderr=subprocess.PIPE) for _ in range(2)]
     while not (folder / "runs").is_dir() or not list((folder / "runs").glob("*/last.ckpt")):
         time.sleep(0.05)
@@ -252,14 +249,14 @@ def test_two_processes_share_a_folder_and_one_is_killed(tmp_path):
     assert processes[1].returncode == 0
     run(folder, epochs=4)
     run(tmp_path / "u", epochs=4, jobs=2)
-    for key in (f"{row.name}-seed{seed}" for row in BRANCHES for seed in (0, 1)):
+    for key in (f"{row.name}-seed{seed}" for row in TABLE_6_VARIANTS for seed in (0, 1)):
         assert timeless(folder, key) == timeless(tmp_path / "u", key)
 
 
-def test_other_settings_are_refused_other_machines_are_not(tmp_path, monkeypatch):
+def test_other_settings_are_refused_and_other_machines_accepted(tmp_path, monkeypatch):
     one = {"rows": ("repvgg",), "seeds": 2}
     run(tmp_path / "t", cells="1/2", **one)
-    with pytest.raises(UsageError, match="epochs 2, and now it is 3"):
+    with pytest.raises(UsageError, match="epochs 2, not 3"):
         run(tmp_path / "t", epochs=3, **one)
     header = json.loads((tmp_path / "t" / "study.json").read_text())
     header["environment"]["cpu"] = "another processor"
@@ -272,29 +269,29 @@ def test_other_settings_are_refused_other_machines_are_not(tmp_path, monkeypatch
         run(tmp_path / "t", part="cost", **one)
 
 
-def test_the_cost_is_measured_by_one_process(tmp_path):
+def test_cost_is_measured_by_one_process_at_a_time(tmp_path):
     one = {"rows": ("repvgg",), "seeds": 1}
     run(tmp_path / "t", **one)
     lock = tmp_path / "t" / "runs" / "cost.lock"
     lock.write_text("7\nanother-machine\n")
     lines = Lines()
     done = run(tmp_path / "t", part="all", console=lines, **one)
-    assert lines.told == ["cost of a step: left to process 7 on another-machine"]
+    assert lines.printed == ["cost of a step: left to process 7 on another-machine"]
     assert "The cost of a training step is not measured" in done.missing
     lock.unlink()
     assert run(tmp_path / "t", part="all", **one).complete
     assert not lock.exists()
 
 
-def test_a_loss_without_end_is_an_outcome(tmp_path, monkeypatch):
+def test_diverged_loss_is_a_result(tmp_path, monkeypatch):
     def fail(training, folder):
         raise TrainingError("The loss of epoch 1 is nan: take a lower learning rate, or clip gradients.")
 
-    monkeypatch.setattr(ablation_cells, "train_cell", fail)
+    monkeypatch.setattr(ablation, "train_cell", fail)
     done = run(tmp_path / "t", rows=("repvgg",), seeds=1)
     assert "RepVGG, seed 0: The loss of epoch 1 is nan" in " ".join(done.outcome.tables[0].notes)
     assert done.outcome.lead == "The full block is not trained yet."
-    assert rows_of(tmp_path / "t" / "table6.csv")["RepVGG"]["seeds"] == "0"
+    assert rows_by_title(tmp_path / "t" / "table6.csv")["RepVGG"]["seeds"] == "0"
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch", "input_size", "seeds", "threads", "rounds", "jobs"])
@@ -303,26 +300,26 @@ def test_counts_below_one_are_refused(name):
         AblationSettings(**{name: 0})
 
 
-def test_names_are_looked_up_before_anything_is_trained(monkeypatch):
+def test_names_are_checked_before_training(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="no row 'repvg'"):
-        STUDIES["table7"].resolve(AblationSettings(rows=("repvg",)))
+        find_study("table7").resolve(AblationSettings(rows=("repvg",)))
     with pytest.raises(UnknownModelError):
-        STUDIES["table7"].resolve(AblationSettings(model="vgg"))
+        find_study("table7").resolve(AblationSettings(model="vgg"))
     with pytest.raises(UsageError, match="no recipe"):
-        STUDIES["table7"].resolve(AblationSettings(recipe="xyzzy"))
+        find_study("table7").resolve(AblationSettings(recipe="xyzzy"))
 
 
-def test_the_recipe_fills_in_what_nobody_chose():
-    chosen = STUDIES["blocks"].resolve(AblationSettings(device="cpu", epochs=3, lr=0.5))
+def test_recipe_provides_the_defaults():
+    chosen = find_study("blocks").resolve(AblationSettings(device="cpu", epochs=3, lr=0.5))
     assert (chosen.batch, chosen.input_size, chosen.data) == (128, 32, "torchvision:CIFAR10:cifar10")
     config = chosen.config
     assert (config.optim.lr, config.optim.lr_batch) == (0.5, None)
     assert config.optim.warmup_epochs == pytest.approx(0.6), "a fifth of the epochs"
-    assert (chosen.setting.dtype, chosen.setting.channels_last) == ("bfloat16", True)
+    assert (chosen.run.dtype, chosen.run.channels_last) == ("bfloat16", True)
 
 
-def test_a_picture_of_whatever_there_is():
+def test_chart_of_incomplete_results():
     rows = [("one", [50.0, 52.0], 70.0), ("two", [], 71.0), ("three", [51.0], None)]
     figure = Figure()
     draw_accuracies(figure, rows)
@@ -337,16 +334,16 @@ def test_a_picture_of_whatever_there_is():
     assert len(alone.axes) == 1, "no panel for a paper that prints nothing"
 
 
-def test_spreads_by_hand():
+def test_spread_by_hand():
     ours, full = Spread({0: 70.0, 1: 72.0, 2: 74.0}), Spread({0: 71.0, 1: 74.0})
     assert (ours.mean, ours.deviation) == (72.0, 2.0)
-    assert ours.less(full).values == {0: -1.0, 1: -2.0}
+    assert ours.minus(full).values == {0: -1.0, 1: -2.0}
     assert str(ours) == "72.00 ± 2.00"
     assert str(Spread({0: 1.0})) == "1.00"
     assert (Spread({}).mean, Spread({}).deviation, str(Spread({}))) == (None, None, "nothing")
 
 
-def test_rows_with_like_names_are_not_taken_for_each_other():
+def test_variants_with_a_common_prefix_are_told_apart():
     cell = {"seed": 0, "trained": {"top1_percent": 50.0}}
-    results = Results(BRANCHES, {"repvgg-seed0": cell, "repvgg_no_identity-seed0": cell}, 1)
-    assert [len(results.trained(row.name)) for row in BRANCHES] == [0, 0, 1, 1]
+    results = Results(TABLE_6_VARIANTS, {"repvgg-seed0": cell, "repvgg_no_identity-seed0": cell}, 1)
+    assert [len(results.trained(row.name)) for row in TABLE_6_VARIANTS] == [0, 0, 1, 1]

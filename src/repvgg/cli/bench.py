@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from repvgg.measure import SpeedProtocol, Timing
     from repvgg.studies.candidates import Candidate
-    from repvgg.studies.sweep import BatchResult, SweepResult
+    from repvgg.studies.timing import BatchResult, SweepResult
 
 _INTERRUPTED = 130
 
@@ -74,9 +74,8 @@ def bench(
     """
     from repvgg.cli.terminal import write_json, write_line
     from repvgg.measure import environment
-    from repvgg.studies.candidates import baseline_among, candidates_of, runnable
-    from repvgg.studies.engines import check_engines
-    from repvgg.studies.sweep import sweep
+    from repvgg.studies.candidates import baseline_among, candidates_of, check_engines, runnable
+    from repvgg.studies.timing import sweep
 
     plan, batches = _plan(protocol, rounds, batch, input_size)
     engines = engine.split(",")

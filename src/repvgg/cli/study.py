@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from repvgg.studies.study import Finished, Study
+    from repvgg.studies.base import Study, StudyResult
 
 _INTERRUPTED = 130
 _NAME = "the study; without it all of them are listed. 'repvgg study NAME --help' tells what may be chosen."
@@ -35,14 +35,14 @@ def study(arguments: list[str]) -> int:
         arguments: what stands behind ``repvgg study``.
     """
     from repvgg.cli import description, in_help
-    from repvgg.studies.registry import study_of
+    from repvgg.studies import find_study
 
     if not arguments:
         return _list()
     if arguments[0].startswith("-"):
         _parse(arguments, [("name", _positional(_NAME, "NAME"), tyro.MISSING)], description(study), "repvgg study")
         return 0
-    chosen = study_of(arguments[0])
+    chosen = find_study(arguments[0])
     settings = ("settings", Annotated[chosen.settings, tyro.conf.arg(name="")], chosen.settings())
     about = in_help([chosen.title, *chosen.about.split("\n\n")])
     parsed = _parse(arguments[1:], [settings], about, f"repvgg study {chosen.name}")
@@ -51,9 +51,10 @@ def study(arguments: list[str]) -> int:
 
 def _list() -> int:
     from repvgg.cli.terminal import write_line, write_table
-    from repvgg.studies.registry import STUDIES
+    from repvgg.studies import all_studies
 
-    write_table([("study", "what it shows"), *((name, one.title) for name, one in STUDIES.items())], numbers=False)
+    titles = [(name, one.title) for name, one in all_studies().items()]
+    write_table([("study", "what it shows"), *titles], numbers=False)
     write_line("\n'repvgg study NAME --help' tells what may be chosen.")
     return 0
 
@@ -90,7 +91,7 @@ def _positional(text: str, metavar: str) -> Any:
 
 def _run(chosen: Study, parsed: Any, command: str) -> int:
     from repvgg.cli.terminal import write_warning
-    from repvgg.studies.study import run_study
+    from repvgg.studies.base import run_study
 
     done = run_study(chosen, parsed.settings, parsed.out, overwrite=parsed.overwrite, command=command)
     _print(done)
@@ -103,9 +104,9 @@ def _run(chosen: Study, parsed: Any, command: str) -> int:
     return _INTERRUPTED
 
 
-def _print(done: Finished) -> None:
+def _print(done: StudyResult) -> None:
     from repvgg.cli.terminal import write_line, write_table
-    from repvgg.studies.study import PAGE
+    from repvgg.studies.base import PAGE
 
     for table in done.outcome.tables:
         write_line(table.title)

@@ -1,72 +1,97 @@
-"""Studies that train: a table of contenders times seeds, each cell a training of its own, shared by any processes."""
+"""Ablations: Tables 6 and 7 of the paper and all blocks, trained small; any number of processes share the trainings.
+
+    repvgg study table6     which branches matter
+    repvgg study table7     variants of the block, other re-parameterizations, real shortcuts
+    repvgg study blocks     every block of this library in the same network
+
+A cell is one training of one variant with one seed. Processes that share the folder take cells by lock files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
+from rich.console import Console
 
-from repvgg.data import open_data
-from repvgg.errors import DataError
-from repvgg.measure import RunSettings, environment
-from repvgg.measure.environment import IDENTITY
+from repvgg.data import DataConfig, ImageData, open_data
+from repvgg.errors import DataError, TrainingError, UsageError
+from repvgg.measure import IDENTITY, RunSettings, environment
 from repvgg.measure.settings import Device, Dtype
-from repvgg.studies.ablation_cells import (
-    RUNS,
-    Work,
-    missing_in_words,
-    missing_jobs,
-    take_over,
-    work_off,
-    work_off_together,
+from repvgg.models import ModelSpec
+from repvgg.studies.ablation_tables import Lead, Results, ablation_outcome, lead_branches, lead_extremes
+from repvgg.studies.base import OnProgress, Outcome, ProgressReporter, Study, check_positive
+from repvgg.studies.store import (
+    CELLS,
+    HEADER,
+    Cell,
+    CellShare,
+    CellStore,
+    Header,
+    as_stored,
+    lock_holder,
+    read_cell,
+    read_header,
+    try_lock,
 )
-from repvgg.studies.ablation_summary import Lead, Results, outcome_of
-from repvgg.studies.cells import HEADER, Cell, Cells
-from repvgg.studies.claims import Share, claimed
-from repvgg.studies.contenders import SMALL_B0, Contender, chosen, network_row
-from repvgg.studies.networks import check_counts
-from repvgg.studies.study import Outcome, Study, Told
-from repvgg.studies.training_cost import Cost, cost_is_known, measure_cost
-from repvgg.training import TrainConfig, recipe_of
+from repvgg.studies.variants import (
+    SMALL_B0,
+    TABLE_6_VARIANTS,
+    TABLE_7_VARIANTS,
+    StepCost,
+    Training,
+    Variant,
+    base_architecture,
+    block_variants,
+    cost_is_complete,
+    measure_cost,
+    select_variants,
+    train_cell,
+)
+from repvgg.training import Terminated, TrainConfig, recipe_of
 
 Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
-Rows: TypeAlias = Callable[[], tuple[Contender, ...]]
+Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
 
-_FREE = frozenset({"jobs", "cells", "part", "reuse"})
+RUNS = "runs"  # folder of checkpoints, logs and locks
+_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})
+_NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # settings in which a study may differ and share trainings
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_WARMUP = 0.2  # of all epochs, at most
+_MAX_WARMUP = 0.2  # of all epochs: the recipe's warm-up may be longer than a short run
 
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """What may be chosen.
+    """Settings of an ablation.
 
     Attributes:
-        model: the row of models that all networks are built on: b0-small, or one of 'repvgg list'.
-        recipe: how they are trained; what is not chosen below comes from it.
+        model: the architecture that all networks are built on: b0-small, or one of 'repvgg list'.
+        recipe: training recipe; the settings below override it.
         data: URI of the images.
         epochs: passes over the training images; a warm-up takes a fifth of them at most.
-        batch: images of a step.
-        lr: the highest learning rate, whatever the batch.
+        batch: images in a step.
+        lr: peak learning rate, not scaled with the batch.
         input_size: height and width of the training images.
         seeds: trainings of each row, with seeds 0, 1, 2, …
-        rows: names of the rows to train; without it all of them.
-        device: cpu or cuda; without it cuda where there is one.
-        threads: CPU threads of a process; without it what PyTorch takes.
+        rows: names of the rows to train; default: all.
+        device: cpu or cuda; default: cuda if there is one.
+        threads: CPU threads of a process; default: PyTorch's.
         rounds: how often the training step of each network is timed.
         jobs: processes that train at a time on this machine.
-        cells: the share of the trainings that this call looks at, such as 1/4. Several calls may also share all of
-            them: whoever comes first takes a cell.
-        part: trainings, or the cost of their steps, for which the machine should be quiet; all does both, in turn;
-            tables does neither, and writes what there is so far.
-        reuse: folder of another study, whose trainings are taken where they are the same.
+        cells: the share of the trainings that this call takes, such as 1/4. Several calls may also share all
+            trainings: each takes the next free one.
+        part: trainings, or the cost of their steps, for which the machine should be idle; all does both, in turn;
+            tables does neither, and writes the tables of the cells there are.
+        reuse: folder of another study, from which equal trainings are copied.
 
     Raises:
-        UsageError: a number out of its range, or a share that there is not.
+        UsageError: a number is out of its range, or there is no such share.
     """
 
     model: str = SMALL_B0.name
@@ -87,7 +112,7 @@ class AblationSettings:
     reuse: Path | None = None
 
     def __post_init__(self) -> None:
-        check_counts(
+        check_positive(
             epochs=self.epochs,
             batch=self.batch,
             input_size=self.input_size,
@@ -96,11 +121,11 @@ class AblationSettings:
             rounds=self.rounds,
             jobs=self.jobs,
         )
-        Share.read(self.cells)
+        CellShare.parse(self.cells)
 
     @property
     def config(self) -> TrainConfig:
-        """Of every training, but for the seed."""
+        """Configuration of every training, except for the seed."""
         recipe = recipe_of(self.recipe)
         epochs, optim = self.epochs or recipe.epochs, recipe.optim
         if self.lr is not None:
@@ -112,30 +137,67 @@ class AblationSettings:
             epochs=epochs,
             batch_size=self.batch or recipe.batch_size,
             data=replace(recipe.data, uri=self.data or recipe.data.uri, train_size=size),
-            optim=replace(optim, warmup_epochs=min(optim.warmup_epochs, _WARMUP * epochs)),
+            optim=replace(optim, warmup_epochs=min(optim.warmup_epochs, _MAX_WARMUP * epochs)),
             threads=self.threads,
             accelerator="cpu" if self.device == "cpu" else "auto",
             dry_run=False,
         )
 
     @property
-    def setting(self) -> RunSettings:
-        """Device, numbers, layout and threads."""
+    def run(self) -> RunSettings:
+        """Device, dtype, memory format and threads."""
         config = self.config
         return RunSettings(
             self.device or "cpu", _DTYPES[config.precision], config.channels_last, self.threads, config.compile
         )
 
 
-def resolved(rows: Rows, settings: AblationSettings) -> AblationSettings:
-    """Fill in what nobody chose, out of the recipe and for the device; and see whether all of it exists.
+@dataclass(frozen=True)
+class Job:
+    """One training: a cell that the finished study has."""
 
-    Raises:
-        UsageError: there is no such row of the study.
-        UnknownModelError: there is no such row of models.
+    variant: Variant
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Key of the cell."""
+        return f"{self.variant.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """All trainings of a study, and the share of this process.
+
+    Attributes:
+        variants: rows of the table.
+        seeds: trainings of each variant, with seeds 0, 1, 2, …
+        spec: the architecture that they are built on.
+        config: of all trainings, except for the seed.
+        run: device, dtype, memory format and threads.
+        share: of the trainings that this process takes.
     """
-    network_row(settings.model)
-    chosen(rows(), settings.rows)
+
+    variants: tuple[Variant, ...]
+    seeds: int
+    spec: ModelSpec
+    config: TrainConfig
+    run: RunSettings
+    share: CellShare = field(default_factory=CellShare)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All trainings, seed by seed, so that a table with one seed is complete as early as possible."""
+        return [Job(variant, seed) for seed in range(self.seeds) for variant in self.variants]
+
+    def missing(self, store: CellStore) -> list[Job]:
+        """Return the jobs of all shares without a cell."""
+        return [job for job in self.jobs if not store.refresh(job.key)]
+
+
+def _resolve(variants: Variants, settings: AblationSettings) -> AblationSettings:
+    base_architecture(settings.model)
+    select_variants(variants(), settings.rows)
     config = settings.config
     return replace(
         settings,
@@ -147,100 +209,211 @@ def resolved(rows: Rows, settings: AblationSettings) -> AblationSettings:
     )
 
 
-def ablation(name: str, title: str, about: str, rows: Rows, lead: Lead) -> Study:
-    """A study that trains.
-
-    Args:
-        name: what 'repvgg study' calls it.
-        title: what it shows.
-        about: what is special about it, in a paragraph.
-        rows: who takes part.
-        lead: what came out, in a sentence.
-    """
-    return Study(
-        name=name,
-        title=title,
-        about=f"{about}\n\n{_HOW}",
-        settings=AblationSettings,
-        resolve=partial(resolved, rows),
-        measure=partial(_measure, rows),
-        outcome=partial(_outcome, name, title, rows, lead),
-        missing=partial(_missing, rows),
-        free=_FREE,
-        anywhere=True,
-    )
-
-
-_HOW = (
-    "Every row is trained in the same way with each seed, which decides first weights, order and augmentation; the "
-    "weights of the last epoch count, or their average if the recipe asks for it. Each is then collapsed as far as it "
-    "goes and judged again on all held-out images. The spread is the standard deviation over seeds.\n\n"
-    "The cost is that of whole training steps (forward, loss, backward, optimizer) on images that lie ready, timed "
-    "in rounds that take each network once; memory is what a step takes at most beyond weights and what the optimizer "
-    "keeps."
-)
-
-
-def _work(rows: Rows, settings: AblationSettings) -> Work:
+def _work(variants: Variants, settings: AblationSettings) -> Work:
     return Work(
-        chosen(rows(), settings.rows),
+        select_variants(variants(), settings.rows),
         settings.seeds,
-        network_row(settings.model),
+        base_architecture(settings.model),
         settings.config,
-        settings.setting,
-        Share.read(settings.cells),
+        settings.run,
+        CellShare.parse(settings.cells),
     )
 
 
-def _measure(rows: Rows, settings: AblationSettings, cells: Cells, told: Told) -> None:
-    """The trainings that nobody has done, then the cost, unless only one of both is asked for."""
-    work = _work(rows, settings)
+def _measure(variants: Variants, settings: AblationSettings, store: CellStore, reporter: ProgressReporter) -> None:
+    work = _work(variants, settings)
     if settings.part == "tables":
-        if not (cells.folder / HEADER).exists():
-            raise DataError(f"There is no study in {str(cells.folder)!r} yet: start its trainings first.")
+        if not (store.folder / HEADER).exists():
+            raise DataError(f"There is no study in {str(store.folder)!r} yet: start its trainings first.")
         return
-    cells.begin()
+    store.create()
     if settings.reuse is not None:
-        told.say(f"{take_over(work, cells, settings.reuse)} trainings are those of {settings.reuse}")
+        reporter.message(f"copied {copy_cells(work, store, settings.reuse)} trainings from {settings.reuse}")
     if settings.part != "cost":
-        _train(work, settings.jobs, cells, told)
-    if settings.part == "cost" or (settings.part == "all" and not missing_jobs(work, cells)):
-        _measure_cost(work, settings, cells, told)
+        if settings.jobs > 1:
+            _train_in_processes(work, store, settings.jobs)
+        else:
+            _train_missing(work, store, reporter.message, reporter)
+    # With "all", the process that finishes the last training measures the cost.
+    if settings.part == "cost" or (settings.part == "all" and not work.missing(store)):
+        _measure_cost(work, settings, store, reporter)
 
 
-def _train(work: Work, processes: int, cells: Cells, told: Told) -> None:
-    if processes > 1:
-        work_off_together(work, cells, processes)
-    else:
-        work_off(work, cells, told.say, told)
+def copy_cells(work: Work, store: CellStore, other: Path) -> int:
+    """Copy the cells that another study has, if it trained in the same way; return how many.
+
+    Raises:
+        DataError: there is no study in that folder, or a cell cannot be read.
+        UsageError: it trained in another way; the text says what differs.
+    """
+    theirs, ours = read_header(other).settings, store.header.settings
+    for name in sorted((theirs.keys() | ours.keys()) - _NOT_OF_A_TRAINING):
+        if as_stored(theirs.get(name)) != as_stored(ours.get(name)):
+            raise UsageError(
+                f"The study in {str(other)!r} has {name} {theirs.get(name)!r}, not {ours.get(name)!r}: its trainings "
+                "do not compare with these."
+            )
+    found = [job for job in work.missing(store) if (other / CELLS / f"{job.key}.json").is_file()]
+    for job in found:
+        store.put(job.key, read_cell(other / CELLS / f"{job.key}.json"))
+    return len(found)
 
 
-def _measure_cost(work: Work, settings: AblationSettings, cells: Cells, told: Told) -> None:
-    """By one process at a time; the others leave it to that one."""
-    with claimed(cells.folder / RUNS / "cost.lock") as claim:
-        cells.look_at_all()
-        if not claim.ours:
-            told.say(f"cost of a step: left to {claim.other}")
-        elif not cost_is_known(cells, settings.rounds):
+def _train_in_processes(work: Work, store: CellStore, processes: int) -> None:
+    # spawn: forked children of a process whose OpenMP threads run already would hang.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(_train_in_process, work, store.folder, store.header) for _ in range(processes)]:
+            future.result()
+    store.refresh_all()
+
+
+def _train_in_process(work: Work, folder: Path, header: Header) -> None:
+    console = Console(stderr=True)
+    with work.run.applied():
+        store = CellStore.open(folder, header, mix_machines=True)
+        message = partial(console.print, highlight=False, soft_wrap=True)
+        _train_missing(work, store, message, lambda done, total: None)
+
+
+def _train_missing(work: Work, store: CellStore, message: Callable[[str], None], on_progress: OnProgress) -> None:
+    """Train the jobs of the share that have no cell and that no other process works on.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, or SIGTERM; the training continues from its last checkpoint next time.
+        RepvggError: see :func:`repvgg.studies.variants.train_cell`.
+    """
+    for index, job in enumerate(work.jobs):
+        if not work.share.holds(index):
+            continue
+        if not store.refresh(job.key):
+            with try_lock(_lock_path(store.folder, job)) as lock:
+                if not lock.acquired:
+                    message(f"{job.key}: left to {lock.holder}")
+                elif not store.refresh(job.key):  # another process may have finished it before we got the lock
+                    if lock.holder is not None:
+                        message(f"{job.key}: taken over from {lock.holder}, which has ended")
+                    cell = _train(work, job, store.folder)
+                    store.put(job.key, cell)
+                    message(f"{job.key}: {_summary(cell)}")
+        on_progress(len(work.jobs) - len(work.missing(store)), len(work.jobs))
+
+
+def _train(work: Work, job: Job, folder: Path) -> Cell:
+    config = replace(work.config, seed=job.seed)
+    training = Training(job.variant, work.spec, config, _open_data(config.data, job.seed))
+    try:
+        return train_cell(training, folder / RUNS / job.key)
+    except TrainingError as error:  # a diverged loss is a result, too
+        return {"row": job.variant.name, "seed": job.seed, "failed": str(error)}
+    except Terminated:
+        raise KeyboardInterrupt from None
+
+
+@lru_cache(maxsize=1)  # jobs with the same seed follow each other
+def _open_data(data: DataConfig, seed: int) -> ImageData:
+    return open_data(data, seed=seed)
+
+
+def _summary(cell: Mapping[str, Any]) -> str:
+    if "failed" in cell:
+        return str(cell["failed"])
+    trained, deployed = cell["trained"], cell["deployed"]
+    same = f"{deployed['same_answers']:,} of {deployed['images']:,} answers the same collapsed"
+    return f"{trained['top1_percent']:.2f} %, {same}, {cell['seconds']:.0f} s"
+
+
+def _lock_path(folder: Path, job: Job) -> Path:
+    return folder / RUNS / f"{job.key}.lock"
+
+
+def _measure_cost(work: Work, settings: AblationSettings, store: CellStore, reporter: ProgressReporter) -> None:
+    with try_lock(store.folder / RUNS / "cost.lock") as lock:
+        store.refresh_all()
+        if not lock.acquired:
+            reporter.message(f"cost of a step: left to {lock.holder}")
+        elif not cost_is_complete(store, settings.rounds):
             machine = {name: value for name, value in environment().items() if name in IDENTITY}
-            measure_cost(_cost(work, settings), cells, machine, told)
+            data = open_data(work.config.data)
+            cost = StepCost(
+                variants=work.variants,
+                spec=work.spec,
+                config=work.config,
+                image=data.input_shape,
+                num_classes=len(data.classes),
+                run=settings.run,
+                rounds=settings.rounds,
+            )
+            measure_cost(cost, store, machine, reporter)
 
 
-def _cost(work: Work, settings: AblationSettings) -> Cost:
-    data = open_data(work.config.data)
-    shape, classes = data.input_shape, len(data.classes)
-    return Cost(work.contenders, work.spec, work.config, shape, classes, settings.setting, settings.rounds)
-
-
-def _missing(rows: Rows, settings: AblationSettings, cells: Cells) -> str:
-    trainings = missing_in_words(_work(rows, settings), cells)
-    if trainings or cost_is_known(cells, settings.rounds):
-        return trainings
+def _missing(variants: Variants, settings: AblationSettings, store: CellStore) -> str:
+    work = _work(variants, settings)
+    if missing := work.missing(store):
+        holders = [(job, lock_holder(_lock_path(store.folder, job))) for job in missing]
+        at_work = ", ".join(f"{job.key} by {holder}" for job, holder in holders if holder is not None)
+        return f"{len(missing)} of {len(work.jobs)} trainings are missing" + (
+            f"; at work: {at_work}." if at_work else "."
+        )
+    if cost_is_complete(store, settings.rounds):
+        return ""
     return "The cost of a training step is not measured: the same command with --part cost does it."
 
 
 def _outcome(
-    name: str, title: str, rows: Rows, lead: Lead, settings: AblationSettings, values: Mapping[str, Cell]
+    name: str, title: str, variants: Variants, lead: Lead, settings: AblationSettings, values: Mapping[str, Cell]
 ) -> Outcome:
-    results = Results(chosen(rows(), settings.rows), values, settings.batch or 1)
-    return outcome_of(name, title, results, lead)
+    results = Results(select_variants(variants(), settings.rows), values, settings.batch or 1)
+    return ablation_outcome(name, title, results, lead)
+
+
+_METHOD = (
+    "Every row is trained in the same way with each seed, which decides initial weights, order and augmentation; the "
+    "weights of the last epoch count, or their average if the recipe asks for it. Each network is then collapsed and "
+    "evaluated again on all validation images. The spread is the standard deviation over seeds.\n\n"
+    "The cost is that of whole training steps (forward, loss, backward, optimizer) on images in memory, timed in "
+    "rounds that take each network once; memory is the peak of a step beyond weights and the state of the optimizer."
+)
+
+
+def _ablation(name: str, title: str, about: str, variants: Variants, lead: Lead) -> Study:
+    return Study(
+        name=name,
+        title=title,
+        about=f"{about}\n\n{_METHOD}",
+        settings=AblationSettings,
+        resolve=partial(_resolve, variants),
+        measure=partial(_measure, variants),
+        outcome=partial(_outcome, name, title, variants, lead),
+        missing=partial(_missing, variants),
+        free_settings=_FREE_SETTINGS,
+        mix_machines=True,
+    )
+
+
+STUDIES = (
+    _ablation(
+        "table6",
+        "Table 6: which branches matter",
+        "RepVGG with and without its identity branch and its 1×1 branch, in every block.",
+        lambda: TABLE_6_VARIANTS,
+        lead_branches,
+    ),
+    _ablation(
+        "table7",
+        "Table 7: variants of the block, and alternatives",
+        "All rows have the layers of the same RepVGG; only what replaces each 3×3 convolution differs, and in Residual "
+        "Reorg the shortcuts, which stay.",
+        lambda: TABLE_7_VARIANTS,
+        lead_extremes,
+    ),
+    _ablation(
+        "blocks",
+        "Every block of the table, in the same network",
+        "Each block replaces every 3×3 convolution of the same RepVGG. Left out are UniRepLK, which has no such "
+        "kernels, and blocks that equal another row with them: RepLK (RepVGG w/o identity), ExpandNet-CK (conv-BN) and "
+        "QARepVGG S2 (Identity w/o BN). Where a block does not exist for the geometry of some layer, as RepMixer does "
+        "not where the shape changes, that layer is a convolution with its batch norm, and the table says so.",
+        block_variants,
+        lead_extremes,
+    ),
+)

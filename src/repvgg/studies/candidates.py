@@ -1,34 +1,50 @@
-"""From names of models to networks that can be timed side by side, each in the forms that are worth comparing."""
+"""Networks to time side by side: the forms of a model worth comparing, and the engines that run them."""
 
 from __future__ import annotations
 
-import difflib
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+import repvgg.engine
 from repvgg.collapse import fold_batch_norms, reparameterize
-from repvgg.errors import CheckpointError, NothingFoldedWarning, UnsupportedError, UsageError, first_line
+from repvgg.deploy import OnnxRunner, export_onnx
+from repvgg.engine.frontend import read
+from repvgg.errors import (
+    CheckpointError,
+    NothingFoldedWarning,
+    UnsupportedError,
+    UsageError,
+    did_you_mean,
+    first_line,
+    require,
+)
+from repvgg.measure import RunSettings
 from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form_of, list_models, named_model
-from repvgg.studies.engines import ENGINES, Shape
 
 TRAIN, FOLDED, PLAIN = FORMS = ("train form", "batch norms folded", "plain form")
+
+Shape: TypeAlias = tuple[int, int, int]  # (C, H, W)
+Run: TypeAlias = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A network that takes part.
+    """A network to time.
 
     Attributes:
         name: in tables.
-        model: what it was asked for with; its other forms share it.
-        form: of :data:`FORMS`.
-        make: gives the network, in eval mode on the CPU; it is asked once.
-        image: (C, H, W) of what it takes.
-        engine: what runs it, of :data:`repvgg.studies.engines.ENGINES`.
+        model: the name it was requested by; its other forms share it.
+        form: one of :data:`FORMS`.
+        make: returns the network, in eval mode on the CPU; called once.
+        image: (C, H, W) of its input.
+        engine: that runs it, a key of :data:`ENGINES`.
     """
 
     name: str
@@ -42,27 +58,27 @@ class Candidate:
 def candidates_of(
     models: Sequence[str], input_size: int | None = None, engines: Sequence[str] = ("torch",)
 ) -> list[Candidate]:
-    """All forms of each model of ours, and others as they would be deployed: batch norms and branches folded.
+    """Return every form of each RepVGG, and other models as they would be deployed: batch norms and branches folded.
 
-    A model that comes alone, of whomever, is taken in its three forms. A checkpoint in the plain form has no other.
-    Each takes part once for each engine, and has its name behind its own if there are several.
+    A single model is compared in its three forms, whatever it is. A checkpoint in the plain form has no other form.
+    With several engines, each form takes part once an engine, with the engine in its name.
 
     Args:
         models: names as :func:`repvgg.models.named_model` reads them.
-        input_size: height and width of the images; None takes what each model is made for.
-        engines: names of :data:`repvgg.studies.engines.ENGINES`.
+        input_size: height and width of the images; None takes each model's own.
+        engines: keys of :data:`ENGINES`.
 
     Raises:
         UsageError: a model is named twice, or none is named.
-        UnknownModelError: there is no such model.
+        UnknownModelError: a model does not exist.
         CheckpointError: the only model is in the plain form already, and PyTorch the only engine.
     """
     if not models or len(set(models)) < len(models):
         raise UsageError("Name the models to time, each once.")
-    several = len(engines) > 1
     found = [candidate for name in models for candidate in _forms(name, len(models) == 1, [*engines] == ["torch"])]
     if input_size is not None:
         found = [replace(candidate, image=(candidate.image[0], input_size, input_size)) for candidate in found]
+    several = len(engines) > 1
     return [
         replace(candidate, engine=engine, name=f"{candidate.name}, {engine}" if several else candidate.name)
         for candidate in found
@@ -70,82 +86,76 @@ def candidates_of(
     ]
 
 
+def _forms(name: str, single: bool, only_torch: bool) -> list[Candidate]:
+    named = named_model(name)
+    model = named.model
+
+    def candidate(label: str, form: str, network: nn.Module) -> Candidate:
+        return Candidate(label, name, form, lambda: network, named.input_shape)
+
+    if isinstance(model, RepVGG) and form_of(model) == "plain":
+        if single and only_torch:
+            raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
+        return [candidate(name, PLAIN, model)]
+    prove = named.weights != "random"  # trained weights are worth a proof; random ones are about speed only
+    with warnings.catch_warnings():
+        # A model without anything to fold has three equal forms: the times show it.
+        warnings.simplefilter("ignore", NothingFoldedWarning)
+        plain = reparameterize(model, prove=prove)[0]
+        if not (single or isinstance(model, RepVGG)):
+            return [candidate(name, PLAIN, plain)]
+        folded = fold_batch_norms(model, prove=prove)[0]
+    forms = zip(FORMS, (model, folded, plain), strict=True)
+    return [candidate(form if single else f"{name}, {form}", form, network) for form, network in forms]
+
+
 def runnable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """Those that their engine can run, and why the others are left out, by name.
+    """Return the candidates that their engine can run, and the reason for each of the others, by name.
 
     Raises:
-        UsageError: there is none left.
+        UsageError: none is left.
     """
-    kept, left_out = [], {}
+    supported, unsupported = [], {}
     for candidate in candidates:
         try:
             ENGINES[candidate.engine].check(candidate.make())
-            kept.append(candidate)
+            supported.append(candidate)
         except UnsupportedError as error:
-            left_out[candidate.name] = first_line(error)
-    if not kept:
-        name, why = next(iter(left_out.items()))
-        raise UsageError(f"The engine can run none of these, not {name!r} for one: {why}.")
-    return kept, left_out
-
-
-def _forms(name: str, alone: bool, torch_alone: bool) -> list[Candidate]:
-    """The forms of one model. Those with weights that somebody trained are proven equal on the way."""
-    sourced = named_model(name)
-    model, proven = sourced.model, sourced.weights != "random"
-    ours = isinstance(model, RepVGG)
-    if isinstance(model, RepVGG) and form_of(model) == "plain":
-        if alone and torch_alone:
-            raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
-        return [_candidate(name, name, PLAIN, model, sourced.input_shape)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # then its forms are the same, and the times show it
-        plain = reparameterize(model, prove=proven)[0]
-        if not (ours or alone):
-            return [_candidate(name, name, PLAIN, plain, sourced.input_shape)]
-        folded = fold_batch_norms(model, prove=proven)[0]
-    forms = dict(zip(FORMS, (model, folded, plain), strict=True))
-    return [
-        _candidate(form if alone else f"{name}, {form}", name, form, network, sourced.input_shape)
-        for form, network in forms.items()
-    ]
-
-
-def _candidate(name: str, model: str, form: str, network: nn.Module, image: Shape) -> Candidate:
-    return Candidate(name, model, form, lambda: network, image)
+            unsupported[candidate.name] = first_line(error)
+    if not supported:
+        name, reason = next(iter(unsupported.items()))
+        raise UsageError(f"The engine supports none of these models, for example {name!r}: {reason}.")
+    return supported, unsupported
 
 
 def baseline_among(candidates: Sequence[Candidate], wanted: str | None) -> str:
-    """The name of the candidate that a person means; of a model in several forms the one that would be deployed.
+    """Return the name of the candidate that ``wanted`` means; of a model in several forms the plain one.
 
     Args:
         candidates: all of them; the first is the baseline if ``wanted`` is None.
-        wanted: a candidate's name, its model's, or that without what stands in front of a colon or in front of a file.
+        wanted: name of a candidate or of its model; a prefix up to a colon and the folder of a file may be left out.
 
     Raises:
-        UsageError: there is none of that name; the text tells the nearest.
+        UsageError: there is none of that name; the text names the closest.
     """
     if wanted is None:
         return candidates[0].name
-    by_name = {alias: candidate.name for candidate in candidates for alias in _aliases(candidate)}
-    if wanted in by_name:
-        return by_name[wanted]
-    close = difflib.get_close_matches(wanted, by_name, n=3)
-    others = f"name it as one of them, or take one of {', '.join(map(repr, by_name))}."
-    known = f"did you mean {' or '.join(map(repr, close))}?" if close else others
-    raise UsageError(f"The baseline {wanted!r} is not among the models: {known}")
-
-
-def _aliases(candidate: Candidate) -> tuple[str, ...]:
-    """The plain form comes last of a model's forms, so that it is what the model's name means."""
-    model = candidate.model
-    return candidate.name, model, model.rpartition(":")[2], Path(model).name
+    # The plain form is the last of a model's forms, so that it is what the name of the model ends up meaning.
+    by_alias = {
+        alias: one.name
+        for one in candidates
+        for alias in (one.name, one.model, one.model.rpartition(":")[2], Path(one.model).name)
+    }
+    if wanted not in by_alias:
+        advice = did_you_mean(wanted, by_alias, f"choose one of {', '.join(by_alias)}.")
+        raise UsageError(f"The baseline {wanted!r} is not among the models: {advice}")
+    return by_alias[wanted]
 
 
 def deployed(name: str) -> nn.Module:
-    """A row of the tables with random weights as it would be deployed: one of ours plain, a baseline collapsed.
+    """Return an architecture with random weights as it would be deployed: a RepVGG plain, a baseline collapsed.
 
-    The paper folds the batch norms of its baselines (§4.1). The collapse does that, and merges branches that MobileOne
+    The paper folds the batch norms of its baselines (§4.1). Collapsing does that, and merges branches, which MobileOne
     has and the paper's baselines do not.
     """
     if name in list_models():
@@ -155,10 +165,108 @@ def deployed(name: str) -> nn.Module:
 
 
 def plain_form(model: nn.Module, image: Tensor | None = None) -> nn.Module:
-    """A network collapsed, for counting and timing: nothing is proven, as of its weights nobody asks which.
+    """Return a collapsed copy of a network, for counting and timing; the conversion is not proven.
 
-    Where there is nothing to fold, as in VGG-16 without batch norms, that is a copy: counts and times show it.
+    If there is nothing to fold, as in VGG-16 without batch norms, the copy is unchanged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)
         return reparameterize(model, image, prove=False)[0]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that runs a network.
+
+    Attributes:
+        prepare: takes (model, settings, (C, H, W)) and returns a function of images (N, C, H, W).
+        check: raises UnsupportedError, with the reason, for a model that it cannot run; cheap.
+        any_device: runs on any device and in any dtype; otherwise in float32 on the CPU.
+    """
+
+    prepare: Callable[[nn.Module, RunSettings, Shape], Run]
+    check: Callable[[nn.Module], object]
+    any_device: bool = False
+
+
+def _supports_all(model: nn.Module) -> None:
+    pass
+
+
+def _prepare_torch(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    return settings.place(model)
+
+
+def _prepare_repvgg(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    network = repvgg.engine.compile(model.eval(), (1, *image))
+    return lambda x: network(x)  # compiles for another batch size when it sees one
+
+
+def _prepare_repvgg_searched(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    return _per_batch_size(lambda x: repvgg.engine.compile(model.eval(), x.shape, search=True))
+
+
+def _prepare_onnxruntime(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model.eval(), path, image)
+        return OnnxRunner(path, torch.get_num_threads())
+
+
+def _prepare_openvino(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    core = require("openvino", "openvino").Core()
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model.eval(), path, image)
+        content = path.read_bytes()
+
+    def prepare(images: Tensor) -> Run:
+        # Static shapes are faster than a dynamic batch: one compiled model a batch size.
+        graph = core.read_model(content, b"")
+        graph.reshape(list(images.shape))
+        request = core.compile_model(graph, "CPU", hints).create_infer_request()
+        return lambda x: request.infer([x.contiguous().numpy()], share_inputs=True)[0]
+
+    return _per_batch_size(prepare)
+
+
+def _per_batch_size(prepare: Callable[[Tensor], Run]) -> Run:
+    """Prepare anew for each batch size, when its first images arrive."""
+    runs: dict[int, Run] = {}
+
+    def run(x: Tensor) -> object:
+        if len(x) not in runs:
+            runs[len(x)] = prepare(x)
+        return runs[len(x)](x)
+
+    return run
+
+
+#: The engines by name. ``repvgg-searched`` tunes each convolution on this machine first.
+ENGINES: dict[str, Engine] = {
+    "torch": Engine(_prepare_torch, _supports_all, any_device=True),
+    "repvgg": Engine(_prepare_repvgg, read),
+    "repvgg-searched": Engine(_prepare_repvgg_searched, read),
+    "onnxruntime": Engine(_prepare_onnxruntime, _supports_all),
+    "openvino": Engine(_prepare_openvino, _supports_all),
+}
+
+
+def check_engines(names: Sequence[str], settings: RunSettings) -> None:
+    """Refuse unknown engines, and settings that one of the engines does not support.
+
+    Raises:
+        UsageError: the text names the engine.
+    """
+    for name in names:
+        if name not in ENGINES:
+            raise UsageError(f"There is no engine {name!r}: choose one of {', '.join(ENGINES)}.")
+        if not ENGINES[name].any_device and (settings.device, settings.dtype) != ("cpu", "float32"):
+            raise UsageError(f"The engine {name!r} computes in float32 on the CPU: leave out --device and --dtype.")
+    if not names or len(set(names)) < len(names):
+        raise UsageError("Name the engines, each once.")

@@ -1,13 +1,13 @@
-"""Parameters, FLOPs and Winograd multiplications of every row of Tables 4 and 5, beside what the paper printed.
+"""Parameters, FLOPs and Winograd multiplications of every row of Tables 4 and 5, beside the printed numbers.
 
-A number that does not round to the printed one comes with another way to count, which is computed, and gives it.
+For a count that does not round to the printed number, another counting rule is evaluated, and reported if it gives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,29 +17,35 @@ from repvgg.errors import UsageError
 from repvgg.measure import Op, Walk, walk
 from repvgg.models import BASELINES, SPECS, create_baseline, create_model
 from repvgg.studies.paper import TABLE_4, TABLE_5, PrintedModel
+from repvgg.studies.store import Cell
+from repvgg.studies.tables import Column, Table, Value
 
-Table = Literal["table4", "table5"]
-Column = Literal["params", "macs", "winograd_muls"]
+PaperTable = Literal["table4", "table5"]
+Quantity = Literal["params", "macs", "winograd_muls"]
 
 TABLES: dict[str, tuple[PrintedModel, ...]] = {"table4": TABLE_4, "table5": TABLE_5}
 
-#: What one printed unit stands for, and how many digits are printed behind the point.
-PRINTED_AS: dict[Column, tuple[int, int]] = {"params": (10**6, 2), "macs": (10**9, 1), "winograd_muls": (10**9, 1)}
+#: Unit of the printed numbers, and their decimal places.
+PRINTED_AS: dict[Quantity, tuple[int, int]] = {"params": (10**6, 2), "macs": (10**9, 1), "winograd_muls": (10**9, 1)}
+
+_TITLES: dict[Quantity, str] = {"params": "Params", "macs": "Theo FLOPs", "winograd_muls": "Wino MULs"}
+
+COUNTS = "counts"  # key of the cell
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A count that does not round to what the paper printed, and another way to count.
+    """A count that does not round to the printed number, and another counting rule.
 
     Attributes:
         column: which count.
-        reason: what is counted otherwise, or written otherwise; empty where nobody knows.
-        recounted: the count of that other way; None where nobody knows one.
+        reason: how the paper counts or rounds; empty if unknown.
+        recounted: the count by that rule; None if no rule is known.
         written: the recount as the paper would print it; None for a dash.
-        explained: whether that is what it printed.
+        explained: whether ``written`` is the printed number.
     """
 
-    column: Column
+    column: Quantity
     reason: str = ""
     recounted: int | None = None
     written: str | None = None
@@ -48,17 +54,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class CountRow:
-    """One model: what we count, and what is printed.
+    """Our counts of one model, and the printed ones.
 
     Attributes:
-        model: name of a row of ours, or of a baseline.
+        model: name of an architecture of ours, or of a baseline.
         title: as the paper prints it.
-        input_size: height and width in pixels that it is counted at.
-        params_train: parameters in the form that it is trained in.
-        params: parameters of the plain form: branches merged, batch norms folded, as the paper counts (§4.1, Eq. 3).
+        input_size: height and width of the image in pixels.
+        params_train: parameters in the train form.
+        params: parameters in the plain form, branches merged and batch norms folded, as the paper counts (§4.1, Eq. 3).
         macs: multiply-adds of the plain form for one image, which the paper prints as FLOPs (§2.4).
         winograd_muls: multiplications of the plain form with 4/9 for every stride-1 3x3 convolution (§2.4).
-        paper: the row of the paper.
+        paper: the printed row.
         differences: one for each count that does not round to the printed number.
     """
 
@@ -72,31 +78,31 @@ class CountRow:
     paper: PrintedModel
     differences: tuple[Difference, ...]
 
-    def count(self, column: Column) -> int:
-        """What we count for a column of the paper."""
+    def count(self, column: Quantity) -> int:
+        """Return our count for a column of the paper."""
         return {"params": self.params, "macs": self.macs, "winograd_muls": self.winograd_muls}[column]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON knows them."""
+        """Return all fields as JSON types."""
         return {**asdict(self), "differences": [asdict(difference) for difference in self.differences]}
 
 
 @dataclass(frozen=True)
 class Recount:
-    """Another way to count Winograd multiplications.
+    """Another rule for counting Winograd multiplications.
 
     Attributes:
         reason: in words.
-        spared: whether an op counts 4/9, of those that could.
+        reduced: whether an op that a Winograd algorithm could compute counts 4/9.
     """
 
     reason: str
-    spared: Callable[[Op], bool]
+    reduced: Callable[[Op], bool]
 
 
-_CUT = "cut, not rounded, in the paper"
+_TRUNCATED = "cut, not rounded, in the paper"
 
-_LARGE = Recount(
+_LARGE_ONLY = Recount(
     "4/9 for the 3x3 convolutions on 28x28 pixels and above only. Which ones its library computed so the paper tested, "
     "and does not list (§2.4, footnote 3). It prints ResNeXt-50 with 4/9 for all of them: 4.1, and 4.2 by this rule",
     lambda op: op.outputs[0][-1] >= 28,
@@ -104,27 +110,27 @@ _LARGE = Recount(
 _NOT_DEPTHWISE = Recount(
     "4/9 for no depthwise convolution, and no other 3x3 has stride 1. The paper found that none of them is computed so "
     "(§4.1), and prints a dash",
-    lambda op: op.inputs[1][1] > 1,
+    lambda op: op.inputs[1][1] > 1,  # input channels of a group, from the weight (O, I/groups, kH, kW)
 )
 
 RECOUNTS = {
-    "regnetx_3_2gf": _LARGE,
-    "regnetx_12gf": _LARGE,
-    "resnext101_32x4d": _LARGE,
+    "regnetx_3_2gf": _LARGE_ONLY,
+    "regnetx_12gf": _LARGE_ONLY,
+    "resnext101_32x4d": _LARGE_ONLY,
     "efficientnet_b0": _NOT_DEPTHWISE,
     "efficientnet_b3": _NOT_DEPTHWISE,
 }
 
 
-def count_rows(table: Table, models: Collection[str] | None = None) -> list[CountRow]:
-    """Count every model of Table 4 or Table 5, on the meta device: nothing is computed, and no memory is used.
+def count_rows(table: PaperTable, models: Collection[str] | None = None) -> list[CountRow]:
+    """Count every model of Table 4 or 5 on the meta device, where nothing is computed and no memory is used.
 
-    Baselines are built as :func:`repvgg.models.create_baseline` says, and their batch norms are folded by
+    Baselines are built by :func:`repvgg.models.create_baseline`, and their batch norms folded by
     :func:`repvgg.fold_batch_norms`.
 
     Args:
         table: "table4" or "table5".
-        models: names of the rows to count; None takes all of them.
+        models: names of the rows to count; None counts all.
 
     Returns:
         One row a model, in the order of the table.
@@ -135,23 +141,23 @@ def count_rows(table: Table, models: Collection[str] | None = None) -> list[Coun
     """
     if table not in TABLES:
         raise UsageError(f"There is no table {table!r}: choose {' or '.join(TABLES)}.")
-    return [_counted(printed) for printed in TABLES[table] if models is None or printed.model in models]
+    return [_count_row(printed) for printed in TABLES[table] if models is None or printed.model in models]
 
 
-def rounded(column: Column, count: int) -> str:
-    """A count with as many digits as the paper prints, rounded."""
+def rounded(column: Quantity, count: int) -> str:
+    """Return a count rounded to as many digits as the paper prints."""
     unit, digits = PRINTED_AS[column]
     return f"{count / unit:.{digits}f}"
 
 
-def cut(column: Column, count: int) -> str:
-    """A count with as many digits as the paper prints; those behind them are left off."""
+def truncated(column: Quantity, count: int) -> str:
+    """Return a count truncated to as many digits as the paper prints."""
     unit, digits = PRINTED_AS[column]
     return rounded(column, count - count % (unit // 10**digits))
 
 
-def printed_text(column: Column, paper: PrintedModel) -> str | None:
-    """What the paper printed; None for a dash."""
+def printed_text(column: Quantity, paper: PrintedModel) -> str | None:
+    """Return the printed number; None for a dash."""
     value = {
         "params": paper.params_millions,
         "macs": paper.flops_billions,
@@ -160,21 +166,29 @@ def printed_text(column: Column, paper: PrintedModel) -> str | None:
     return None if value is None else f"{value:.{PRINTED_AS[column][1]}f}"
 
 
-def _counted(paper: PrintedModel) -> CountRow:
-    name, size = paper.model, _input_size(paper.model)
+def title_of(name: str) -> str:
+    """Return the name as papers print it: "RepVGG-A0", "ResNet-18"."""
+    if name in BASELINES:
+        return BASELINES[name].title
+    return "RepVGG-" + name.removeprefix("repvgg_").upper().replace("G", "g")
+
+
+def _count_row(paper: PrintedModel) -> CountRow:
+    name = paper.model
+    size = (SPECS[name] if name in SPECS else BASELINES[name]).input_size
     image = torch.empty(1, 3, size, size, device="meta")
-    train, plain = _forms(name, image)
+    train, plain = _train_and_plain(name, image)
     done = walk(plain, image)
     params = sum(parameter.numel() for parameter in plain.parameters())
-    counts: dict[Column, int] = {"params": params, "macs": done.macs, "winograd_muls": done.winograd_muls}
+    counts: dict[Quantity, int] = {"params": params, "macs": done.macs, "winograd_muls": done.winograd_muls}
     return CountRow(
         model=name,
-        title=_title(name),
+        title=title_of(name),
         input_size=size,
         params_train=sum(parameter.numel() for parameter in train.parameters()),
         paper=paper,
         differences=tuple(
-            _difference(column, count, paper, done)
+            _explain(column, count, paper, done)
             for column, count in counts.items()
             if rounded(column, count) != printed_text(column, paper)
         ),
@@ -182,16 +196,7 @@ def _counted(paper: PrintedModel) -> CountRow:
     )
 
 
-def _input_size(name: str) -> int:
-    return (SPECS[name] if name in SPECS else BASELINES[name]).input_size
-
-
-def _title(name: str) -> str:
-    return BASELINES[name].title if name in BASELINES else f"RepVGG-{name.removeprefix('repvgg_').capitalize()}"
-
-
-def _forms(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Module]:
-    """The form that is trained and the plain one, without values and in eval mode."""
+def _train_and_plain(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Module]:
     if name in SPECS:
         with torch.device("meta"):
             return create_model(name).eval(), create_model(name, plain=True).eval()
@@ -199,14 +204,77 @@ def _forms(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Module]:
     return model, fold_batch_norms(model, image)[0]
 
 
-def _difference(column: Column, count: int, paper: PrintedModel, done: Walk) -> Difference:
-    """Why a count does not round to the printed number, as far as another way to count gives it."""
+def _explain(column: Quantity, count: int, paper: PrintedModel, done: Walk) -> Difference:
     printed = printed_text(column, paper)
-    if cut(column, count) == printed:
-        return Difference(column, _CUT, count, printed, explained=True)
+    if truncated(column, count) == printed:
+        return Difference(column, _TRUNCATED, count, printed, explained=True)
     if column != "winograd_muls" or paper.model not in RECOUNTS:
         return Difference(column)
-    recount = RECOUNTS[paper.model]
-    again = sum(op.macs if op.muls() < op.macs and not recount.spared(op) else op.muls() for op in done.ops)
+    rule = RECOUNTS[paper.model]
+    again = sum(op.macs if op.muls() < op.macs and not rule.reduced(op) else op.muls() for op in done.ops)
+    # If the rule reduces nothing, the column would repeat the FLOPs, and the paper prints a dash.
     written = None if again == done.macs else rounded(column, again)
-    return Difference(column, recount.reason, again, written, explained=written == printed)
+    return Difference(column, rule.reason, again, written, explained=written == printed)
+
+
+def count_cell(table: str, models: Sequence[str]) -> Cell:
+    """Count these rows of "table4" or "table5", by model, as JSON types.
+
+    Raises:
+        MissingDependencyError: the library that builds one of the models is not installed.
+    """
+    rows = count_rows(cast("PaperTable", table), models)
+    return {
+        row.model: {
+            **{column: row.count(column) for column in PRINTED_AS},
+            "differences": [
+                {"column": one.column, "reason": one.reason, "explained": one.explained} for one in row.differences
+            ],
+        }
+        for row in rows
+    }
+
+
+def counts_of(model: str, cell: Cell) -> tuple[Value, ...]:
+    """Return parameters in 10⁶, multiply-adds and Winograd multiplications in 10⁹; None if they were not counted."""
+    found = cell.get(model)
+    return tuple(found[column] / unit if found else None for column, (unit, _) in PRINTED_AS.items())
+
+
+def count_table(name: str, rows: Sequence[PrintedModel], cell: Cell) -> Table:
+    """Return the printed counts beside ours, with the reasons for the differences as notes."""
+    columns = (
+        Column("model", "Model"),
+        Column("paper_params_millions", "Params, paper (M)", 2),
+        Column("params_millions", "Params here (M)", 3),
+        Column("paper_flops_billions", "Theo FLOPs, paper (B)", 1),
+        Column("flops_billions", "Theo FLOPs here (B)", 3),
+        Column("paper_winograd_muls_billions", "Wino MULs, paper (B)", 1),
+        Column("winograd_muls_billions", "Wino MULs here (B)", 3),
+        Column("differences", "Not as printed"),
+    )
+    body: list[tuple[Value, ...]] = []
+    models_by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        params, flops, muls = counts_of(row.model, cell)
+        differences = cell.get(row.model, {}).get("differences", ())
+        for one in differences:
+            reason = one["reason"] if one["explained"] else "not explained"
+            models_by_reason.setdefault(reason, []).append(f"{title_of(row.model)} ({_TITLES[one['column']]})")
+        body.append(
+            (
+                title_of(row.model),
+                row.params_millions,
+                params,
+                row.flops_billions,
+                flops,
+                row.winograd_muls_billions,
+                muls,
+                ", ".join(_TITLES[one["column"]] for one in differences),
+            )
+        )
+    notes = (
+        "Counted in the plain form for one image of the size that the paper takes; a multiply-add is one FLOP (§2.4).",
+        *(f"{', '.join(models)}: {reason}." for reason, models in models_by_reason.items()),
+    )
+    return Table(f"{name}-counts", "Parameters and arithmetic", columns, tuple(body), notes)

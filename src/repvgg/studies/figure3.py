@@ -1,10 +1,10 @@
-"""Figure 3 of the paper: the feature maps that a residual block and a plain one hold at their peak.
+"""Figure 3 of the paper: peak memory of the feature maps of a residual block and of a plain one.
 
     repvgg study figure3
 
-While a layer runs, its input and its output are there: in a plain chain nothing else. A residual block keeps its input
-until the addition, so that while its second layer runs there are three maps. Beside the map that is being written that
-is 1 and 2 times the input, which is what the paper draws.
+While a layer runs, its input and its output are live; in a plain chain nothing else is. A residual block keeps its
+input until the addition, so that three maps are live while its second layer runs. Beside the map being written that is
+1 and 2 times the input, which is what the paper draws.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from repvgg.blocks import rep_conv
 from repvgg.errors import first_line
 from repvgg.measure import RunSettings, catch_out_of_memory, held_memory
 from repvgg.measure.memory import gpu_peak_bytes
+from repvgg.studies.base import OnProgress, Outcome, Study, check_positive
 from repvgg.studies.candidates import deployed
-from repvgg.studies.cells import Cell, Cells
-from repvgg.studies.networks import check_counts, title_of
+from repvgg.studies.counts import title_of
 from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.report.formatting import quantity
-from repvgg.studies.speeds import OUT_OF_MEMORY
-from repvgg.studies.study import OnProgress, Outcome, Study
+from repvgg.studies.store import Cell, CellStore
 from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.timing import OUT_OF_MEMORY
 
 _BATCH = {"cpu": 8, "cuda": 128}
 _LAYOUTS = ("channels_last", "contiguous")
@@ -36,38 +36,43 @@ _NETWORKS = ("repvgg_a0", "resnet18", "repvgg_a2", "resnet50")
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What may be chosen.
+    """Settings of Figure 3.
 
     Attributes:
-        setting: where, and in which numbers.
-        batch: images; without it 8 on a CPU and 128 on a GPU.
+        run: device, dtype, memory format and threads.
+        batch: images; default: 8 on a CPU and 128 on a GPU.
         channels: of the feature maps of a block.
-        size: height and width of these.
+        size: height and width of the feature maps.
         input_size: height and width of the images of whole networks.
 
     Raises:
-        UsageError: a number below 1.
+        UsageError: a number is below 1.
     """
 
-    setting: RunSettings = field(default_factory=RunSettings)
+    run: RunSettings = field(default_factory=RunSettings)
     batch: int | None = None
     channels: int = 64
     size: int = 56
     input_size: int = 224
 
     def __post_init__(self) -> None:
-        check_counts(batch=self.batch, channels=self.channels, size=self.size, input_size=self.input_size)
+        check_positive(batch=self.batch, channels=self.channels, size=self.size, input_size=self.input_size)
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory of one feature map, N · C · H · W values."""
+        return (self.batch or 1) * self.channels * self.size**2 * self.run.torch_dtype.itemsize
 
 
 class _Chain(nn.Module):
-    """Layers one after the other, each input let go of as soon as the layer is done with it."""
+    """Layers one after the other; makes its own input, so that no caller keeps it alive."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, shape: torch.Size, like: Tensor, layout: torch.memory_format) -> Tensor:
-        x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).fill_(1.0)
+    def forward(self, shape: torch.Size, like: Tensor, memory_format: torch.memory_format) -> Tensor:
+        x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format).fill_(1.0)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -90,21 +95,9 @@ def _conv(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, padding=1)
 
 
-def _plain(channels: int) -> nn.Module:
-    return _Chain(_conv(channels), nn.ReLU(inplace=True), _conv(channels))
-
-
-def _residual(channels: int) -> nn.Module:
-    return _Chain(_Residual(channels))
-
-
-def _train_form(channels: int) -> nn.Module:
-    return _Chain(rep_conv(channels, channels))
-
-
 @dataclass(frozen=True)
 class _Block:
-    """A row: how it is built, and how many maps like its input it holds beside the one that is being written."""
+    """A row: a name, how to build it for C channels, and the paper's maps beside the one being written."""
 
     name: str
     title: str
@@ -113,23 +106,33 @@ class _Block:
 
 
 _BLOCKS = (
-    _Block("residual", "residual block", _residual, 2),
-    _Block("plain", "plain chain of two", _plain, 1),
-    _Block("train-form", "RepVGG block, train form", _train_form, None),
+    _Block("residual", "residual block", lambda c: _Chain(_Residual(c)), 2),
+    _Block("plain", "plain chain of two", lambda c: _Chain(_conv(c), nn.ReLU(inplace=True), _conv(c)), 1),
+    _Block("train-form", "RepVGG block, train form", lambda c: _Chain(rep_conv(c, c)), None),
 )
 
 
 def _resolve(settings: MemorySettings) -> MemorySettings:
-    return replace(settings, batch=settings.batch or _BATCH[settings.setting.device])
+    return replace(settings, batch=settings.batch or _BATCH[settings.run.device])
 
 
-def _measure(settings: MemorySettings, cells: Cells, on_progress: OnProgress) -> None:
-    blocks = [(block, layout) for block in _BLOCKS for layout in _LAYOUTS]
-    jobs = {_key(block, layout): partial(_peak_of_block, block, layout, settings) for block, layout in blocks}
+def _measure(settings: MemorySettings, store: CellStore, on_progress: OnProgress) -> None:
+    jobs: dict[str, Callable[[], int]] = {
+        _key(block, layout): partial(_peak_of_block, block, layout, settings)
+        for block in _BLOCKS
+        for layout in _LAYOUTS
+    }
     jobs |= {f"network-{name}": partial(_peak_of_network, name, settings) for name in _NETWORKS}
     for index, (key, job) in enumerate(jobs.items(), start=1):
-        if key not in cells:
-            cells.put(key, _peak(job))
+        if key not in store:
+            cell: dict[str, int | str] = {}
+
+            def record_failure(_: str, error: Exception, cell: dict[str, int | str] = cell) -> None:
+                cell["reason"] = first_line(error)
+
+            with catch_out_of_memory(key, record_failure):
+                cell["bytes"] = job()
+            store.put(key, cell)
         on_progress(index, len(jobs))
 
 
@@ -137,58 +140,45 @@ def _key(block: _Block, layout: str) -> str:
     return f"block-{block.name}-{layout}"
 
 
-def _peak(job: Callable[[], int]) -> Cell:
-    cell: dict[str, int | str] = {}
-    with catch_out_of_memory("", lambda _, error: cell.update(reason=first_line(error))):
-        cell["bytes"] = job()
-    return cell
-
-
 def _peak_of_block(block: _Block, layout: str, settings: MemorySettings) -> int:
-    setting = replace(settings.setting, channels_last=layout == "channels_last")
-    model = setting.place(block.build(settings.channels))
+    run = replace(settings.run, channels_last=layout == "channels_last")
+    model = run.place(block.build(settings.channels))
     shape = torch.Size((settings.batch or 1, settings.channels, settings.size, settings.size))
-    return _peak_of(partial(model, shape, next(model.parameters()), setting.memory_format), settings)
+    return _peak_bytes(partial(model, shape, next(model.parameters()), run.memory_format), settings)
 
 
 def _peak_of_network(name: str, settings: MemorySettings) -> int:
-    setting = settings.setting
-    images = setting.images(settings.batch or 1, (3, settings.input_size, settings.input_size))
-    return _peak_of(partial(setting.place(deployed(name)), images), settings)
+    images = settings.run.images(settings.batch or 1, (3, settings.input_size, settings.input_size))
+    return _peak_bytes(partial(settings.run.place(deployed(name)), images), settings)
 
 
-def _peak_of(call: Callable[[], object], settings: MemorySettings) -> int:
+def _peak_bytes(call: Callable[[], object], settings: MemorySettings) -> int:
     with torch.inference_mode():
-        call()
-    if settings.setting.device == "cuda":
+        call()  # first, so that one-time allocations are not counted
+    if settings.run.device == "cuda":
         return gpu_peak_bytes(call)
     return max((step.held for step in held_memory(call)), default=0)
 
 
-def _map_bytes(settings: MemorySettings) -> int:
-    batch = settings.batch or 1
-    return batch * settings.channels * settings.size**2 * settings.setting.torch_dtype.itemsize
-
-
 def _outcome(settings: MemorySettings, values: Mapping[str, Cell]) -> Outcome:
-    tables = (_block_table(settings, values), _network_table(settings, values))
-    return Outcome(_lead(settings, values), tables, (_picture(settings, values),))
-
-
-def _lead(settings: MemorySettings, values: Mapping[str, Cell]) -> str:
-    residual, plain = (_extra(block, "channels_last", settings, values) for block in _BLOCKS[:2])
-    if residual is None or plain is None:
-        return "The two blocks were not both measured."
-    return (
-        f"Beside the map that it writes, a residual block held {residual:.2f} times its input here (channels_last), "
-        f"and a plain chain {plain:.2f} times; the paper draws 2 and 1."
+    residual, plain = (_extra_maps(block, "channels_last", settings, values) for block in _BLOCKS[:2])
+    lead = (
+        "The two blocks were not both measured."
+        if residual is None or plain is None
+        else f"Beside the map that it writes, a residual block held {residual:.2f} times its input here "
+        f"(channels_last), and a plain chain {plain:.2f} times; the paper draws 2 and 1."
     )
+    bars = [Bar(block.title, _extra_maps(block, "channels_last", settings, values), block.extra) for block in _BLOCKS]
+    title = "Memory beside the map being written"
+    draw = partial(draw_bars, title=title, unit="times the input of the block", bars=bars)
+    chart = Chart("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
+    return Outcome(lead, (_block_table(settings, values), _network_table(settings, values)), (chart,))
 
 
-def _extra(block: _Block, layout: str, settings: MemorySettings, values: Mapping[str, Cell]) -> float | None:
-    """Maps beside the one that is being written, in multiples of the input."""
+def _extra_maps(block: _Block, layout: str, settings: MemorySettings, values: Mapping[str, Cell]) -> float | None:
+    """Return the maps beside the one being written, in multiples of the input."""
     cell = values.get(_key(block, layout), {})
-    return cell["bytes"] / _map_bytes(settings) - 1 if "bytes" in cell else None
+    return cell["bytes"] / settings.map_bytes - 1 if "bytes" in cell else None
 
 
 def _megabytes(cell: Cell) -> Value:
@@ -207,17 +197,17 @@ def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
         (
             block.title,
             block.extra,
-            *(_extra(block, layout, settings, values) for layout in _LAYOUTS),
+            *(_extra_maps(block, layout, settings, values) for layout in _LAYOUTS),
             *(_megabytes(values.get(_key(block, layout), {})) for layout in _LAYOUTS),
-            _map_bytes(settings) / 1e6,
+            settings.map_bytes / 1e6,
         )
         for block in _BLOCKS
     )
     shape = f"{settings.batch} x {settings.channels} x {settings.size} x {settings.size}"
     notes = (
-        f"Input {shape}. Convolutions 3x3, ReLU and addition in place. The peak is what PyTorch's allocator held: the "
-        "weights in another order and, where maps are contiguous on a CPU, the input in another layout, which the "
-        "library makes for itself, are in it; the paper leaves them out.",
+        f"Input {shape}. Convolutions 3x3, ReLU and addition in place. The peak is that of PyTorch's allocator. It "
+        "includes reordered weights and, where maps are contiguous on a CPU, a copy of the input in the library's own "
+        "layout; the paper leaves them out.",
     )
     return Table("figure3", "Blocks", columns, rows, notes)
 
@@ -230,24 +220,19 @@ def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Tabl
     return Table("figure3-networks", "Whole networks", columns, rows, notes)
 
 
-def _picture(settings: MemorySettings, values: Mapping[str, Cell]) -> Chart:
-    bars = [Bar(block.title, _extra(block, "channels_last", settings, values), block.extra) for block in _BLOCKS]
-    title = "Memory beside the map being written"
-    draw = partial(draw_bars, title=title, unit="times the input of the block", bars=bars)
-    return Chart("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
-
-
-STUDY = Study(
-    name="figure3",
-    title="Figure 3: peak memory of residual and plain blocks",
-    about=(
-        "Each block runs once to warm up and once under PyTorch's memory profiler (CPU) or with the statistics of "
-        "CUDA's allocator; the highest sum of what was allocated and not yet given back is its peak. While a layer "
-        "runs, its input and output are there; a residual block keeps its input as well, until the addition. Blocks "
-        "run in both layouts, whole networks in that of the setting."
+STUDIES = (
+    Study(
+        name="figure3",
+        title="Figure 3: peak memory of residual and plain blocks",
+        about=(
+            "Each block runs once to warm up and once under PyTorch's memory profiler (CPU) or with the statistics of "
+            "CUDA's allocator; the highest sum of allocated and not yet released memory is its peak. While a layer "
+            "runs, its input and output are live; a residual block keeps its input as well, until the addition. Blocks "
+            "run in both memory formats, whole networks in that of the settings."
+        ),
+        settings=MemorySettings,
+        resolve=_resolve,
+        measure=_measure,
+        outcome=_outcome,
     ),
-    settings=MemorySettings,
-    resolve=_resolve,
-    measure=_measure,
-    outcome=_outcome,
 )

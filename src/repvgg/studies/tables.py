@@ -1,4 +1,4 @@
-"""Tables of a study, and how they are written: for people, for spreadsheets, for programs."""
+"""Tables of a study as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Column:
 
     Attributes:
         key: its name in CSV and JSON, with the unit: ``images_per_second``.
-        title: over the column, for people.
-        digits: behind the point, for people; None leaves a number as it is.
+        title: heading for readers.
+        digits: decimal places for readers; None formats a number as it is.
     """
 
     key: str
     title: str
     digits: int | None = None
 
-    def cell(self, value: Value) -> str:
-        """The value as people read it; a dash where there is none."""
+    def format(self, value: Value) -> str:
+        """Format a value for readers: None as a dash, True as a check mark, False as nothing."""
         if value is None:
             return "–"
         if isinstance(value, bool):
@@ -38,14 +38,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of values, one for each column; None is what was not measured or not printed.
+    """Rows with one value a column; None is what was not measured or not printed.
 
     Attributes:
         name: of its file, without the suffix.
-        title: above it.
+        title: heading.
         columns: the first one names the row.
         rows: the values.
-        notes: what a reader has to know, below it.
+        notes: paragraphs below the table.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Table:
 
     @property
     def cells(self) -> list[list[str]]:
-        """All rows as people read them, the titles first."""
-        rows = [[column.cell(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
+        """All rows formatted for readers, the titles first."""
+        rows = [[column.format(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
         return [[column.title for column in self.columns], *rows]
 
     def to_dicts(self) -> list[dict[str, Value]]:
-        """A dictionary for each row, by the keys of the columns."""
+        """Return a dictionary for each row, by the keys of the columns."""
         return [dict(zip((column.key for column in self.columns), row, strict=True)) for row in self.rows]
 
 
 def as_markdown(table: Table) -> str:
-    """The table under a heading, numbers flush right, and its notes."""
+    """Return the table under a heading, numbers aligned right, with its notes."""
     titles, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table.cells)
     rule = ["---", *("---:" for _ in titles[1:])]
     lines = (f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
@@ -78,7 +78,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """The values with the keys above them; empty where there is none."""
+    """Return the unrounded values under the column keys; None is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(column.key for column in table.columns)
@@ -87,5 +87,5 @@ def as_csv(table: Table) -> str:
 
 
 def as_data(table: Table) -> Mapping[str, Any]:
-    """The table for JSON."""
+    """Return the table as JSON types."""
     return {"title": table.title, "rows": table.to_dicts(), "notes": list(table.notes)}

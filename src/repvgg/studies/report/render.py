@@ -16,11 +16,11 @@ from urllib.parse import quote
 import numpy as np
 
 from repvgg.errors import require
-from repvgg.studies.cells import Header
 from repvgg.studies.report import formatting
 from repvgg.studies.report.charts import Chart
 from repvgg.studies.report.page_charts import LogScale, accuracy_chart, error_chart, loss_chart, timing_chart
 from repvgg.studies.report.schema import Check, Epoch, Region, Report, Timing
+from repvgg.studies.store import Header
 from repvgg.studies.tables import Table
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The logic of the measurement, on a clock that the candidates move by hand; no test asserts a time of this machine."""
+"""Sampling and summary on a fake clock; no test asserts a time of this machine."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ def timed(clock, candidates, *, protocol=SHORT, on_progress=None, baseline=None,
     )
 
 
-def test_medians_and_speed_ups():
+def test_medians_and_speedups():
     slow, fast = timed(Clock(), {"slow": 8.0, "fast": 2.0})
     assert (slow.name, slow.median_seconds, slow.ratio_to_baseline) == ("slow", 8.0, 1.0)
     assert (fast.name, fast.median_seconds, fast.ratio_to_baseline) == ("fast", 2.0, 4.0)
@@ -43,28 +43,30 @@ def test_quartiles_by_hand():
     assert (timing.q1, timing.median_seconds, timing.q3, timing.rounds) == (7.0, 7.0, 7.0, 1)
 
 
-def test_ratios_are_taken_within_a_round_so_that_a_drift_cancels():
-    """Each round is ten times as slow as the one before; ratios of medians would depend on which round is whose."""
+def test_drift_cancels_in_ratios_within_a_round():
+    """Each round is ten times as slow as the one before, which a ratio of medians would not cancel."""
     drift = {"a": lambda n: 2.0 * 10.0 ** max(0, n - 2), "b": lambda n: 1.0 * 10.0 ** max(0, n - 2)}
     _, b = timed(Clock(), drift, rounds=6)
     assert (b.ratio_q1, b.ratio_to_baseline, b.ratio_q3) == (2.0, 2.0, 2.0)
     assert b.q3 > 10 * b.q1
 
 
-def test_candidates_take_turns_and_the_order_rotates():
+def test_candidates_alternate_and_the_order_rotates():
     clock = Clock()
     timed(clock, {"a": 1.0, "b": 1.0, "c": 1.0}, rounds=4)
     assert "".join(clock.log) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
 
 
-def test_short_calls_are_repeated_and_divided_out():
+def test_short_calls_are_repeated_and_averaged():
     clock = Clock()
     long, short = timed(clock, {"long": 2.0, "short": 0.25}, rounds=2)
     assert (long.median_seconds, short.median_seconds, short.ratio_to_baseline) == (2.0, 0.25, 8.0)
-    assert clock.log[-10:] == ["long", *["short"] * 4, *["short"] * 4, "long"], "two rounds, the second the other way"
+    assert clock.log[-10:] == ["long", *["short"] * 4, *["short"] * 4, "long"], (
+        "two rounds, the second in reverse order"
+    )
 
 
-def test_warming_up_lasts_and_the_first_call_does_not_count():
+def test_warm_up_has_a_duration_and_ignores_the_first_call():
     clock = Clock()
     (timing,) = timed(clock, {"a": lambda n: 50.0 if n == 0 else 1.0}, rounds=3, warmup_seconds=5.0)
     assert timing.median_seconds == 1.0
@@ -81,7 +83,7 @@ def test_ctrl_c_keeps_complete_rounds(complete):
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
-def test_ctrl_c_with_too_few_rounds_is_passed_on(calls):
+def test_ctrl_c_with_too_few_rounds_is_raised(calls):
     clock = Clock()
     a = Interrupting(clock.candidate("a", 1.0), at=calls)
     with pytest.raises(KeyboardInterrupt):
@@ -90,13 +92,13 @@ def test_ctrl_c_with_too_few_rounds_is_passed_on(calls):
     assert not torch.is_inference_mode_enabled()
 
 
-def test_progress_is_told_after_each_round():
+def test_progress_is_reported_after_each_round():
     seen = []
     timed(Clock(), {"a": 1.0, "b": 1.0}, rounds=3, on_progress=lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_candidates_run_in_inference_mode_without_the_collector():
+def test_candidates_run_in_inference_mode_without_garbage_collection():
     clock, seen = Clock(), set()
 
     def call() -> None:
@@ -109,7 +111,7 @@ def test_candidates_run_in_inference_mode_without_the_collector():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_the_real_clock_works_too():
+def test_real_clock():
     protocol = SpeedProtocol(rounds=3, warmup_seconds=0.0)
     first, second = compare({"a": lambda: sum(range(200)), "b": lambda: None}, protocol)
     assert first.median_seconds > 0.0
@@ -126,36 +128,36 @@ def test_the_real_clock_works_too():
         ({"a": 1.0}, {"min_round_seconds": 0.0}),
     ],
 )
-def test_arguments_that_make_no_sense(candidates, options):
+def test_invalid_arguments_are_refused(candidates, options):
     with pytest.raises(UsageError):
         timed(Clock(), candidates, **options)
 
 
-def test_a_timing_reads_well_and_is_json():
+def test_timing_as_text_and_json():
     _, fast = timed(Clock(), {"slow": 3.0, "fast": 2.0})
     assert "2000.000" in str(fast)
     assert "x1.50" in str(fast)
     assert json.loads(json.dumps(fast.to_dict(), allow_nan=False))["ratio_to_baseline"] == 1.5
 
 
-def test_the_papers_protocol_takes_one_after_the_other():
+def test_paper_protocol_times_one_candidate_after_the_other():
     clock = Clock()
     few = replace(PAPER, rounds=3, warmup_calls=4)
     a, b = timed(clock, {"a": 4.0, "b": lambda n: [1.0, 2.0, 3.0][n % 3]}, protocol=few)
-    assert "".join(clock.log) == "a" * 7 + "b" * 7, "4 calls to warm up, 3 that are timed"
+    assert "".join(clock.log) == "a" * 7 + "b" * 7, "4 calls to warm up, 3 timed ones"
     assert (a.mean_seconds, b.mean_seconds, b.rounds) == (4.0, 2.0, 3)
     assert b.ratio_to_baseline == 2.0, "the ratio of the means"
-    assert (b.ratio_q1, b.ratio_q3) == (4.0 / 2.5, 4.0 / 1.5), "nothing cancels: the spreads of both"
+    assert (b.ratio_q1, b.ratio_q3) == (4.0 / 2.5, 4.0 / 1.5), "nothing cancels: the spreads of both add"
 
 
-def test_the_papers_protocol_is_that_of_section_4_1():
+def test_paper_protocol_follows_section_4_1():
     assert (PAPER.warmup_calls, PAPER.rounds, PAPER.batch, PAPER.interleaved) == (50, 50, 128, False)
     clock = Clock()
     timed(clock, {"a": 0.5}, protocol=PAPER)
     assert len(clock.log) == 100
 
 
-def test_ctrl_c_in_the_papers_protocol_keeps_those_that_are_measured():
+def test_ctrl_c_in_the_paper_protocol_keeps_measured_candidates():
     clock = Clock()
     few = replace(PAPER, rounds=3, warmup_calls=2)
     b = Interrupting(clock.candidate("b", 1.0), at=2 + 2)
@@ -164,7 +166,7 @@ def test_ctrl_c_in_the_papers_protocol_keeps_those_that_are_measured():
 
 
 class Greedy:
-    """Runs out of memory at one call, as PyTorch says it."""
+    """Runs out of memory after ``at`` calls, with PyTorch's message."""
 
     def __init__(self, call, at: int) -> None:
         self.call, self.left = call, at
@@ -178,20 +180,20 @@ class Greedy:
 
 @pytest.mark.parametrize("protocol", [SHORT, replace(PAPER, rounds=4, warmup_calls=2)])
 @pytest.mark.parametrize("calls", [0, 1, 3])
-def test_a_candidate_without_memory_is_told_of_and_the_others_go_on(protocol, calls):
-    clock, told = Clock(), {}
+def test_candidate_out_of_memory_is_reported_and_the_others_continue(protocol, calls):
+    clock, failures = Clock(), {}
     candidates = {"a": 1.0, "b": 1.0, "c": 2.0}
     made = {name: clock.candidate(name, seconds) for name, seconds in candidates.items()}
     made["b"] = Greedy(made["b"], at=calls)
-    timings = compare(made, protocol, stopwatch=WallClock(clock), on_failure=told.__setitem__)
+    timings = compare(made, protocol, stopwatch=WallClock(clock), on_failure=failures.__setitem__)
     assert [(timing.name, timing.rounds) for timing in timings] == [("a", 4), ("c", 4)]
     assert timings[1].ratio_to_baseline == 0.5
-    assert list(told) == ["b"]
+    assert list(failures) == ["b"]
     with pytest.raises(RuntimeError, match="can't allocate"):
         compare({"b": Greedy(made["b"].call, at=calls)}, protocol, stopwatch=WallClock(clock))
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_raised():
     def broken() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -199,7 +201,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         compare({"a": broken}, SHORT, on_failure=lambda *_: None)
 
 
-def test_where_the_baseline_has_no_memory_the_first_that_has_takes_its_place():
+def test_first_measured_candidate_replaces_a_failed_baseline():
     clock = Clock()
     made = {"a": Greedy(lambda: None, at=0), "b": clock.candidate("b", 2.0), "c": clock.candidate("c", 1.0)}
     b, c = compare(made, SHORT, stopwatch=WallClock(clock), on_failure=lambda *_: None)
@@ -207,8 +209,8 @@ def test_where_the_baseline_has_no_memory_the_first_that_has_takes_its_place():
     assert compare({"a": made["a"]}, SHORT, on_failure=lambda *_: None) == []
 
 
-def test_ratios_of_any_two():
-    readings = [{"a": 4.0, "b": 2.0, "c": 1.0}, {"a": 9.0, "b": 3.0}]
-    assert ratio(readings, "b", "a").median == 2.5
-    assert ratio(readings, "c", "b").median == 2.0
-    assert ratio(readings, "a", "a").median == 1.0
+def test_ratio_of_any_two_candidates():
+    samples = [{"a": 4.0, "b": 2.0, "c": 1.0}, {"a": 9.0, "b": 3.0}]
+    assert ratio(samples, "b", "a").median == 2.5
+    assert ratio(samples, "c", "b").median == 2.0
+    assert ratio(samples, "a", "a").median == 1.0

@@ -15,7 +15,7 @@ TABLE = Table(
 )
 
 
-def test_markdown():
+def test_markdown_formats_values():
     assert as_markdown(TABLE).splitlines() == [
         "## Speed",
         "",
@@ -29,20 +29,20 @@ def test_markdown():
     ]
 
 
-def test_csv_holds_values_as_they_are():
+def test_csv_has_unrounded_values():
     rows = list(csv.DictReader(io.StringIO(as_csv(TABLE))))
     assert rows[0] == {"model": "A|B", "speed": "1234.56", "best": "True", "rounds": "30"}
     assert rows[1]["model"] == "C, D"
     assert rows[1]["speed"] == ""
 
 
-def test_json_holds_rows_by_keys():
+def test_json_has_rows_by_column_key():
     data = json.loads(json.dumps(as_data(TABLE), allow_nan=False))
     assert data["rows"][0]["speed"] == 1234.56
     assert data["rows"][1]["speed"] is None
     assert data["notes"] == ["A note."]
 
 
-def test_rows_have_a_value_for_each_column():
+def test_row_of_the_wrong_length_is_refused():
     with pytest.raises(AssertionError):
         Table("t", "T", TABLE.columns, (("one", 2.0),))

@@ -1,0 +1,257 @@
+"""Tables and chart of the ablations: accuracy over seeds beside the paper's, and the cost of a training step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+from repvgg.studies.base import Outcome
+from repvgg.studies.report.charts import Chart, draw_accuracies
+from repvgg.studies.report.formatting import quantity
+from repvgg.studies.store import Cell
+from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.timing import Speeds
+from repvgg.studies.variants import FULL, MEMORY, Variant
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity over seeds.
+
+    Attributes:
+        values: by seed.
+    """
+
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None without any."""
+        return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation; None for fewer than two seeds."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    def minus(self, other: Spread) -> Spread:
+        """Return the differences seed by seed, for the seeds of both."""
+        return Spread({seed: self.values[seed] - other.values[seed] for seed in self.values if seed in other.values})
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "nothing"
+        spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread}".replace("-", "−")
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """All cells of an ablation, complete or not.
+
+    Attributes:
+        variants: rows of the table.
+        values: the cells by their keys.
+        batch: images in a training step.
+    """
+
+    variants: tuple[Variant, ...]
+    values: Mapping[str, Cell]
+    batch: int
+
+    def trained(self, name: str) -> list[Cell]:
+        """Return the cells of a variant that were trained to the end, by seed."""
+        return sorted((cell for cell in self._cells(name) if "failed" not in cell), key=lambda cell: int(cell["seed"]))
+
+    def failed(self, name: str) -> list[Cell]:
+        """Return the cells of a variant whose loss diverged."""
+        return [cell for cell in self._cells(name) if "failed" in cell]
+
+    def _cells(self, name: str) -> list[Cell]:
+        # With the "-seed": "repvgg" must not match "repvgg_no_identity-seed0".
+        return [value for key, value in self.values.items() if key.startswith(f"{name}-seed")]
+
+    def accuracy(self, name: str, form: str = "trained") -> Spread:
+        """Return the top-1 accuracy in percent, as trained or as deployed."""
+        return Spread({int(cell["seed"]): float(cell[form]["top1_percent"]) for cell in self.trained(name)})
+
+    def delta_to_full(self, name: str) -> Spread:
+        """Return the accuracy minus that of the full block, in points, seed by seed."""
+        return self.accuracy(name).minus(self.accuracy(FULL))
+
+    def paper_delta_to_full(self, variant: Variant) -> float | None:
+        """Return the paper's accuracy minus that of its full block, in points; None if it does not print both."""
+        full = next((other.top1_percent for other in self.variants if other.name == FULL), None)
+        return None if full is None or variant.top1_percent is None else variant.top1_percent - full
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """Speeds of training steps."""
+        return Speeds.from_cells(self.values, self.batch)
+
+    def step_megabytes(self, name: str) -> float | None:
+        """Return the peak memory of a training step, in MB."""
+        found = self.values.get(MEMORY, {}).get(name)
+        return None if found is None else found / 1e6
+
+
+#: Returns the result in a sentence.
+Lead: TypeAlias = Callable[[Results], str]
+
+
+def ablation_outcome(name: str, title: str, results: Results, lead: Lead) -> Outcome:
+    """Return tables, chart and lead of the cells there are."""
+    drawn = [
+        (variant.title, list(results.accuracy(variant.name).values.values()), variant.top1_percent)
+        for variant in results.variants
+    ]
+    chart = Chart(
+        name,
+        "Accuracy of each row, a dot for each seed and a line at their mean; the paper's accuracies beside it",
+        partial(draw_accuracies, results=drawn),
+    )
+    tables = (_accuracy_table(name, title, results), _cost_table(name, results), _cell_table(name, results))
+    text = lead(results) if results.accuracy(FULL).values else "The full block is not trained yet."
+    return Outcome(text, tables, (chart,))
+
+
+def lead_extremes(results: Results) -> str:
+    """Name the variants furthest below and above the full block, with their spreads."""
+    full = results.accuracy(FULL)
+    deltas = {row.title: results.delta_to_full(row.name) for row in results.variants if row.name != FULL}
+    ranked = sorted((spread.mean, title) for title, spread in deltas.items() if spread.mean is not None)
+    start = f"The full block reaches {full} % over {quantity(len(full.values), 'seed')}"
+    if not ranked:
+        return start + "."
+    lowest, highest = ranked[0][1], ranked[-1][1]
+    return (
+        f"{start}; furthest below it is {lowest} ({deltas[lowest]} points), furthest above or nearest {highest} "
+        f"({deltas[highest]})."
+    )
+
+
+def lead_branches(results: Results) -> str:
+    """Compare the value of the identity branch with that of the 1x1 branch, as Table 6 of the paper does."""
+    identity, pointwise = results.delta_to_full("repvgg_no_identity"), results.delta_to_full("repvgg_no_pointwise")
+    if not (identity.values and pointwise.values):
+        return lead_extremes(results)
+    return (
+        f"Removing the identity changes the accuracy by {identity} points here (in the paper −1.99), removing the 1×1 "
+        f"branch by {pointwise} (−0.35), both by {results.delta_to_full('conv_bn')} (−2.75)."
+    )
+
+
+def _accuracy_table(name: str, title: str, results: Results) -> Table:
+    branches = any(variant.identity is not None for variant in results.variants)
+    columns = (
+        Column("row", "Row"),
+        *((Column("identity", "Identity branch"), Column("pointwise", "1×1 branch")) if branches else ()),
+        Column("paper_top1_percent", "Accuracy, paper (%)", 2),
+        Column("paper_difference", "to the full block, paper", 2),
+        Column("top1_percent", "Accuracy here (%)", 2),
+        Column("top1_deviation", "± over seeds", 2),
+        Column("seeds", "Seeds"),
+        Column("difference", "to the full block here", 2),
+        Column("difference_deviation", "± over seeds", 2),
+        Column("deployed_top1_percent", "collapsed (%)", 2),
+        Column("same_answers", "same answers collapsed"),
+        Column("is_plain", "one convolution a layer"),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for variant in results.variants:
+        accuracy, delta = results.accuracy(variant.name), results.delta_to_full(variant.name)
+        deployed = [cell["deployed"] for cell in results.trained(variant.name)]
+        same, images = (sum(one[key] for one in deployed) for key in ("same_answers", "images"))
+        rows.append(
+            (
+                variant.title,
+                *((variant.identity, variant.pointwise) if branches else ()),
+                variant.top1_percent,
+                results.paper_delta_to_full(variant),
+                accuracy.mean,
+                accuracy.deviation,
+                len(deployed),
+                delta.mean,
+                delta.deviation,
+                results.accuracy(variant.name, "deployed").mean,
+                f"{same:,} of {images:,}" if deployed else None,
+                all(one["is_plain"] for one in deployed) if deployed else None,
+            )
+        )
+    return Table(name, title, columns, tuple(rows), tuple(_notes(results)))
+
+
+def _notes(results: Results) -> list[str]:
+    notes = [
+        "Differences are taken seed by seed. The paper's accuracies are of RepVGG-B0 on ImageNet after 120 epochs."
+    ]
+    for variant in results.variants:
+        cells = results.trained(variant.name)
+        reasons = {cell["deployed"]["left"] for cell in cells} - {""}
+        notes += [f"{variant.title} is not one convolution a layer: {reason}." for reason in sorted(reasons)[:1]]
+        remarks = {remark for cell in cells for remark in cell.get("remarks", ())}
+        notes += [f"{variant.title}: {remark}" for remark in sorted(remarks)]
+        notes += [f"{variant.title}, seed {cell['seed']}: {cell['failed']}" for cell in results.failed(variant.name)]
+    return notes
+
+
+def _cost_table(name: str, results: Results) -> Table:
+    columns = (
+        Column("row", "Row"),
+        Column("images_per_second", "Training (images/s)", 1),
+        Column("images_per_second_q1", "lower quartile", 1),
+        Column("images_per_second_q3", "upper quartile", 1),
+        Column("speed_up", "× full block", 2),
+        Column("step_megabytes", "Memory of a step (MB)", 1),
+        Column("parameters", "Parameters, trained"),
+        Column("deployed_parameters", "collapsed"),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for variant in results.variants:
+        first: Mapping[str, Any] = next(iter(results.trained(variant.name)), {})  # equal for all seeds
+        rows.append(
+            (
+                variant.title,
+                results.speeds.images_per_second(variant.name),
+                *results.speeds.quartiles(variant.name),
+                results.speeds.speedup(variant.name, FULL),
+                results.step_megabytes(variant.name),
+                first.get("parameters"),
+                first.get("deployed", {}).get("parameters"),
+            )
+        )
+    return Table(f"{name}-cost", "What a training step costs", columns, tuple(rows), (results.speeds.extent,))
+
+
+def _cell_table(name: str, results: Results) -> Table:
+    columns = (
+        Column("row", "Row"),
+        Column("seed", "Seed"),
+        Column("top1_percent", "Accuracy (%)", 2),
+        Column("deployed_top1_percent", "collapsed (%)", 2),
+        Column("same_answers", "same answers"),
+        Column("relative_error", "relative error of the logits"),
+        Column("loss", "training loss", 3),
+        Column("seconds", "seconds", 0),
+        Column("images_per_second", "images/s", 0),
+    )
+    rows = tuple(
+        (
+            variant.title,
+            cell["seed"],
+            cell["trained"]["top1_percent"],
+            cell["deployed"]["top1_percent"],
+            cell["deployed"]["same_answers"],
+            float(f"{cell['deployed']['relative_error']:.1e}"),
+            cell["loss"],
+            cell["seconds"],
+            cell["images_per_second"],
+        )
+        for variant in results.variants
+        for cell in results.trained(variant.name)
+    )
+    note = "Times of trainings are those of machines that did other things, too; see the cost of a step."
+    return Table(f"{name}-cells", "Every training", columns, rows, (note,))

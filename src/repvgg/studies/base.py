@@ -1,0 +1,234 @@
+"""What all studies share: measure the missing cells, then write tables, charts and a page of the cells there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import Progress
+
+from repvgg._files import write_text
+from repvgg.errors import UsageError
+from repvgg.measure import RunSettings, environment
+from repvgg.studies.report.charts import Chart, write_chart
+from repvgg.studies.report.render import render_study
+from repvgg.studies.store import CellStore, Header
+from repvgg.studies.tables import Table, as_csv, as_data, as_markdown
+
+FOLDER = Path("runs/studies")
+PAGE = "report.html"
+
+#: Called after each step with the number of steps done and the total.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ProgressReporter:
+    """An :data:`OnProgress` that can also print messages.
+
+    Attributes:
+        on_progress: called with the number of steps done and the total.
+        message: prints a line.
+    """
+
+    on_progress: OnProgress
+    message: Callable[[str], None]
+
+    def __call__(self, done: int, total: int) -> None:
+        """Report the number of steps done and the total."""
+        self.on_progress(done, total)
+
+
+class Settings(Protocol):
+    """The settings of a study: a frozen dataclass of its own with :class:`repvgg.measure.RunSettings` in it."""
+
+    @property
+    def run(self) -> RunSettings:
+        """Device, dtype, memory format and threads."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the cells of a study say.
+
+    Attributes:
+        lead: the result in a sentence.
+        tables: the most important one first.
+        charts: likewise.
+    """
+
+    lead: str
+    tables: tuple[Table, ...]
+    charts: tuple[Chart, ...]
+
+
+def _nothing_missing(settings: Any, store: CellStore) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure of the paper, made on this machine.
+
+    Attributes:
+        name: in 'repvgg study', and of its files.
+        title: what it shows, in a line.
+        about: method, in paragraphs.
+        settings: the dataclass of its :class:`Settings`.
+        resolve: fills in the defaults that depend on the device.
+        measure: adds the missing cells; the run settings are applied already.
+        outcome: of the cells there are.
+        missing: cells that ``measure`` left to other processes, in a sentence; empty if there are none.
+        free_settings: settings about how the work is divided: they may change when a study continues.
+        mix_machines: accept cells of several machines.
+    """
+
+    name: str
+    title: str
+    about: str
+    settings: type[Any]
+    resolve: Callable[[Any], Any]
+    measure: Callable[[Any, CellStore, ProgressReporter], None]
+    outcome: Callable[[Any, Mapping[str, Any]], Outcome]
+    missing: Callable[[Any, CellStore], str] = _nothing_missing
+    free_settings: frozenset[str] = frozenset()
+    mix_machines: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResult:
+    """State and outcome of a study after a run.
+
+    Attributes:
+        folder: of the study.
+        outcome: of all cells there are.
+        complete: no cell is missing.
+        missing: what other processes have to do, if the run was not interrupted.
+    """
+
+    folder: Path
+    outcome: Outcome
+    complete: bool
+    missing: str = ""
+
+
+def run_study(
+    study: Study,
+    settings: Any,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    console: Console | None = None,
+) -> StudyResult:
+    """Measure the missing cells of a study, and write its tables, charts and page.
+
+    Ctrl-C keeps the cells measured so far and writes the tables of them; the same call continues from there.
+
+    Args:
+        study: which.
+        settings: an instance of ``study.settings``.
+        out: the folder; None takes ``runs/studies/NAME``.
+        overwrite: remove the study in the folder and start again.
+        command: that continues the study, for its page.
+        console: where progress is shown, if it is a terminal; None takes standard error.
+
+    Raises:
+        OutputExistsError: the folder holds a finished study, or files that are no study.
+        UsageError: the folder holds cells of other settings or another machine, or the settings cannot be applied.
+        KeyboardInterrupt: Ctrl-C before the first cell of a study that trains nothing.
+    """
+    chosen = study.resolve(settings)
+    with chosen.run.applied():
+        settled = {name: value for name, value in flatten(chosen).items() if name not in study.free_settings}
+        header = Header(study.name, settled, environment(), command)
+        folder = FOLDER / study.name if out is None else out
+        store = CellStore.open(folder, header, overwrite=overwrite, mix_machines=study.mix_machines)
+        interrupted = False
+        try:
+            with _progress(console or Console(stderr=True)) as reporter:
+                study.measure(chosen, store, reporter)
+        except KeyboardInterrupt:
+            # Without a cell there is nothing to write, unless a training left a checkpoint to continue from.
+            if not (len(store) or study.mix_machines):
+                raise
+            interrupted = True
+    missing = "" if interrupted else study.missing(chosen, store)
+    complete = not interrupted and not missing
+    if complete:
+        store.finish()
+    outcome = study.outcome(chosen, store.values)
+    _write_outcome(study, store, outcome)
+    return StudyResult(store.folder, outcome, complete, missing)
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Return all settings by name, those of the run beside the study's own."""
+    own = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "run"}
+    return own | {field.name: getattr(settings.run, field.name) for field in fields(settings.run)}
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Refuse numbers below 1; None means "not chosen".
+
+    Raises:
+        UsageError: one of them is below 1; the text names it.
+    """
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[ProgressReporter]:
+    message = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        yield ProgressReporter(lambda done, total: None, message)
+        return
+    # Without auto_refresh the bar is drawn between steps only: a drawing thread would disturb what is being timed.
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("measuring", total=None)
+        progress.refresh()
+        yield ProgressReporter(
+            lambda done, total: progress.update(task, completed=done, total=total, refresh=True), message
+        )
+
+
+def _write_outcome(study: Study, store: CellStore, outcome: Outcome) -> None:
+    folder, header = store.folder, store.header
+    write = partial(write_text, overwrite=True)  # an interrupted run may have left older files
+    for table in outcome.tables:
+        write(folder / f"{table.name}.csv", as_csv(table))
+    write(folder / f"{study.name}.md", _markdown(study, header, outcome))
+    write(folder / f"{study.name}.json", json.dumps(_data(header, outcome), indent=1, allow_nan=False) + "\n")
+    drawings = {chart.name: write_chart(folder, chart) for chart in outcome.charts}
+    page = render_study(study.title, study.about, outcome.lead, outcome.tables, outcome.charts, drawings, header)
+    write(folder / PAGE, page)
+
+
+def _markdown(study: Study, header: Header, outcome: Outcome) -> str:
+    tables = [as_markdown(table).rstrip() for table in outcome.tables]
+    facts = [f"- {name}: {value}" for name, value in {**header.settings, **header.environment}.items()]
+    times = f"Started {header.started}, {f'finished {header.finished}' if header.finished else 'not finished'}."
+    parts = [f"# {study.title}", outcome.lead, *tables, study.about, times, f"`{header.command}`", "\n".join(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(header: Header, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "study": header.study,
+        "lead": outcome.lead,
+        "tables": {table.name: as_data(table) for table in outcome.tables},
+        "settings": dict(header.settings),
+        "environment": dict(header.environment),
+        "command": header.command,
+        "started": header.started,
+        "finished": header.finished or None,
+    }

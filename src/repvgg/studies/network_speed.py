@@ -1,0 +1,299 @@
+"""Speed of whole networks: Tables 4 and 5 of the paper, and what other studies of networks share with them.
+
+    repvgg study table4     RepVGG beside the classics, trained for 120 epochs
+    repvgg study table5     the largest networks, trained for 200 epochs
+
+Expected on 2 cores: under 20 minutes for table4 with the networks up to 12 GMACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from repvgg.errors import UsageError
+from repvgg.measure import INTERLEAVED, PAPER, RunSettings
+from repvgg.models import BASELINES, baseline_of, spec_of
+from repvgg.studies.base import OnProgress, Outcome, Study, check_positive
+from repvgg.studies.candidates import PLAIN, Candidate, deployed
+from repvgg.studies.counts import COUNTS, count_cell, count_table, counts_of, title_of
+from repvgg.studies.paper import TABLE_4, TABLE_5, PrintedModel
+from repvgg.studies.report.charts import Bar, Chart, draw_bars
+from repvgg.studies.report.formatting import quantity
+from repvgg.studies.store import Cell, CellStore
+from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.timing import Speeds, fit_together, measure_candidates, plan_groups
+
+#: What the paper compares (§4.1): a RepVGG with the baseline of about the same accuracy.
+PAIRS = (
+    ("repvgg_a0", "resnet18"),
+    ("repvgg_a1", "resnet34"),
+    ("repvgg_a2", "resnet50"),
+    ("repvgg_b1g4", "resnet101"),
+    ("repvgg_b1g2", "resnet152"),
+    ("repvgg_b3", "regnetx_12gf"),
+)
+
+CPU_GMACS = 12.0  # default limit of the largest networks on a CPU, where they take minutes a round
+UNLIMITED_GMACS = 1000.0
+_BATCH = {"cpu": 8, "cuda": PAPER.batch}
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Settings of a study that times whole networks.
+
+    Attributes:
+        run: device, dtype, memory format and threads.
+        batch: images in a call; default: 8 on a CPU and the paper's 128 on a GPU.
+        rounds: how often each network is timed; default: 30.
+        max_gmacs: leave out networks with more multiply-adds for an image, in 10⁹ as the paper prints them;
+            default: 12 on a CPU for table4 and figure1, no limit otherwise.
+        input_size: height and width; default: 224, and 300 for EfficientNet-B3, as in the paper.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+
+    run: RunSettings = field(default_factory=RunSettings)
+    batch: int | None = None
+    rounds: int | None = None
+    max_gmacs: float | None = None
+    input_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(batch=self.batch, rounds=self.rounds, input_size=self.input_size)
+        if self.max_gmacs is not None and not self.max_gmacs > 0:
+            raise UsageError(f"max_gmacs must be above 0, got {self.max_gmacs}.")
+
+
+def resolve(settings: NetworkSettings, cpu_gmacs: float) -> NetworkSettings:
+    """Fill in the defaults that depend on the device; ``cpu_gmacs`` is the default of ``max_gmacs`` on a CPU."""
+    device = settings.run.device
+    return replace(
+        settings,
+        batch=settings.batch or _BATCH[device],
+        rounds=settings.rounds or INTERLEAVED.rounds,
+        max_gmacs=settings.max_gmacs or (cpu_gmacs if device == "cpu" else UNLIMITED_GMACS),
+    )
+
+
+class PublishedModel(Protocol):
+    """Published figures of a network."""
+
+    @property
+    def model(self) -> str:
+        """Name of an architecture or a baseline."""
+        ...
+
+    @property
+    def params_millions(self) -> float:
+        """Parameters in 10⁶."""
+        ...
+
+    @property
+    def flops_billions(self) -> float:
+        """Multiply-adds for one image, in 10⁹."""
+        ...
+
+
+ModelT = TypeVar("ModelT", bound=PublishedModel)
+
+
+def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[ModelT]:
+    """Return the models up to ``max_gmacs``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    limit = settings.max_gmacs or UNLIMITED_GMACS
+    found = [model for model in models if model.flops_billions <= limit]
+    if not found:
+        least = min(model.flops_billions for model in models)
+        raise UsageError(f"No network of this table has {limit:g} GMACs or less: take --max-gmacs {least:g} or more.")
+    return found
+
+
+def measure_networks(
+    models: Sequence[PublishedModel],
+    baseline: str,
+    settings: NetworkSettings,
+    store: CellStore,
+    on_progress: OnProgress,
+) -> None:
+    """Add the missing rounds of all networks within the limit, as they would be deployed."""
+    chosen = within_limit(models, settings)
+    weights = sum(model.params_millions for model in chosen) * 1e6
+    groups = plan_groups([model.model for model in chosen], PAIRS, baseline, fit_together(weights, settings.run))
+    candidates = {model.model: _candidate(model.model, settings.input_size) for model in chosen}
+    protocol = replace(INTERLEAVED, rounds=settings.rounds or INTERLEAVED.rounds)
+    measure_candidates(groups, candidates, store, settings.run, protocol, settings.batch or 1, on_progress)
+
+
+def _candidate(name: str, input_size: int | None) -> Candidate:
+    size = input_size or (baseline_of(name) if name in BASELINES else spec_of(name)).input_size
+    return Candidate(name, name, PLAIN, lambda: deployed(name), (3, size, size))
+
+
+def is_repvgg(name: str) -> bool:
+    """Return whether the name is not a baseline's."""
+    return name not in BASELINES
+
+
+_ABOUT = (
+    "All networks are timed interleaved: every round takes the time of each once, and starts with the next one. Speeds "
+    "are medians over the rounds; speed-ups are taken within rounds, so that a slow phase of the machine cancels. If "
+    "the weights of all networks do not fit into half of the free memory, each pair is timed on its own, with the "
+    "baseline of the table beside it, and speed-ups are those within its rounds.\n\n"
+    "RepVGGs run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
+    "speed does not depend on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they "
+    "say nothing about this machine, but their ratios are what the paper claims."
+)
+
+
+def _measure(
+    name: str,
+    table: Sequence[PrintedModel],
+    baseline: str,
+    settings: NetworkSettings,
+    store: CellStore,
+    on_progress: OnProgress,
+) -> None:
+    if COUNTS not in store:  # first, because it takes seconds and the timing minutes
+        store.put(COUNTS, count_cell(name, [row.model for row in within_limit(table, settings)]))
+    measure_networks(table, baseline, settings, store, on_progress)
+
+
+def _outcome(
+    name: str,
+    printed: Sequence[PrintedModel],
+    baseline: str,
+    settings: NetworkSettings,
+    values: Mapping[str, Cell],
+) -> Outcome:
+    rows = within_limit(printed, settings)
+    speeds = Speeds.from_cells(values, settings.batch or 1)
+    pairs = [pair for pair in PAIRS if set(pair) <= {row.model for row in rows}]
+    counts = values.get(COUNTS, {})
+    tables = [_speed_table(name, rows, baseline, speeds, counts, left_out=len(printed) - len(rows))]
+    charts = [_speed_chart(name, rows, speeds)]
+    if pairs:
+        tables.append(_pair_table(name, pairs, printed, speeds))
+        charts.insert(0, _pair_chart(name, pairs, printed, speeds))
+    return Outcome(_lead(pairs, speeds), (*tables, count_table(name, rows, counts)), tuple(charts))
+
+
+def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
+    found = [ratio for pair in pairs if (ratio := speeds.ratio(*pair))]
+    if not found:
+        return f"{speeds.extent} No pair that the paper compares was measured."
+    # "Clearly": all but a quarter of the rounds agree.
+    faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
+    counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
+    words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
+    return f"Of {quantity(len(found), 'pair')} that the paper compares, RepVGG is {words} on this machine."
+
+
+def _speed_table(
+    name: str, rows: Sequence[PrintedModel], baseline: str, speeds: Speeds, counts: Cell, left_out: int
+) -> Table:
+    columns = (
+        Column("model", "Model"),
+        Column("paper_top1_percent", "Top-1, paper (%)", 2),
+        Column("paper_images_per_second", "Speed, paper (images/s)", 0),
+        Column("images_per_second", "Speed here (images/s)", 1),
+        Column("images_per_second_q1", "lower quartile", 1),
+        Column("images_per_second_q3", "upper quartile", 1),
+        Column("paper_speed_up", f"× {title_of(baseline)}, paper", 2),
+        Column("speed_up", f"× {title_of(baseline)} here", 2),
+        Column("params_millions", "Params (M)", 2),
+        Column("flops_billions", "Theo FLOPs (B)", 1),
+        Column("winograd_muls_billions", "Wino MULs (B)", 1),
+    )
+    paper_baseline = next((row.images_per_second for row in rows if row.model == baseline), None)
+    body: list[tuple[Value, ...]] = [
+        (
+            title_of(row.model),
+            row.top1_percent,
+            row.images_per_second,
+            speeds.images_per_second(row.model),
+            *speeds.quartiles(row.model),
+            row.images_per_second / paper_baseline if paper_baseline else None,
+            speeds.speedup(row.model, baseline),
+            *counts_of(row.model, counts),
+        )
+        for row in rows
+    ]
+    notes = [f"{speeds.extent} Parameters and arithmetic as counted here."]
+    if left_out:
+        notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
+    return Table(name, "Speed, beside what the paper prints", columns, tuple(body), tuple(notes))
+
+
+def _pair_table(name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds) -> Table:
+    columns = (
+        Column("model", "Model"),
+        Column("compared_with", "compared with"),
+        Column("paper_ratio", "times as fast, paper", 2),
+        Column("ratio", "times as fast here", 2),
+        Column("ratio_q1", "lower quartile", 2),
+        Column("ratio_q3", "upper quartile", 2),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for ours, other in pairs:
+        ratio = speeds.ratio(ours, other)
+        here = (ratio.median, ratio.q1, ratio.q3) if ratio else (None, None, None)
+        rows.append((title_of(ours), title_of(other), _paper_ratio(ours, other, printed), *here))
+    return Table(f"{name}-pairs", "The comparisons that the paper makes", columns, tuple(rows))
+
+
+def _paper_ratio(ours: str, other: str, printed: Sequence[PrintedModel]) -> float:
+    speed = {row.model: row.images_per_second for row in printed}
+    return speed[ours] / speed[other]
+
+
+def _pair_chart(name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds) -> Chart:
+    bars = [
+        Bar(
+            f"{title_of(ours)}\nvs {title_of(other)}",
+            speeds.speedup(ours, other),
+            _paper_ratio(ours, other, printed),
+        )
+        for ours, other in pairs
+    ]
+    title = "How many times as fast as its baseline?"
+    draw = partial(draw_bars, title=title, unit="times as fast", bars=bars, line_at=1.0)
+    return Chart(f"{name}-pairs", "How many times as fast as its baseline each RepVGG is, here and in the paper", draw)
+
+
+def _speed_chart(name: str, rows: Sequence[PrintedModel], speeds: Speeds) -> Chart:
+    bars = []
+    for row in rows:
+        speed = speeds.images_per_second(row.model)
+        text = speed if isinstance(speed, str) else "not measured" if speed is None else f"{speed:,.1f}"
+        length = None if isinstance(speed, str) else speed
+        bars.append(Bar(title_of(row.model), length, text=text, ours=is_repvgg(row.model)))
+    draw: Callable[..., None] = partial(draw_bars, title="Speed on this machine", unit="images per second", bars=bars)
+    return Chart(f"{name}-speed", "Images per second of each network on this machine", draw)
+
+
+def _network_study(name: str, title: str, table: Sequence[PrintedModel], baseline: str, cpu_gmacs: float) -> Study:
+    return Study(
+        name=name,
+        title=title,
+        about=_ABOUT,
+        settings=NetworkSettings,
+        resolve=partial(resolve, cpu_gmacs=cpu_gmacs),
+        measure=partial(_measure, name, table, baseline),
+        outcome=partial(_outcome, name, table, baseline),
+    )
+
+
+STUDIES = (
+    _network_study(
+        "table4", "Table 4: speed beside ResNet, ResNeXt, EfficientNet, RegNet", TABLE_4, "resnet50", CPU_GMACS
+    ),
+    _network_study("table5", "Table 5: speed of the largest networks", TABLE_5, "regnetx_12gf", UNLIMITED_GMACS),
+)

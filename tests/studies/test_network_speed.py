@@ -1,0 +1,89 @@
+"""Tables 4 and 5, with networks that take the paper's time."""
+
+import json
+
+import pytest
+from torch import nn
+
+from repvgg.blocks import BranchSum
+from repvgg.errors import UsageError
+from repvgg.studies import network_speed
+from repvgg.studies.candidates import deployed
+from repvgg.studies.counts import title_of
+from repvgg.studies.paper import TABLE_4, TABLE_5
+from tests.studies.helpers import SECONDS, Tiny, read_rows, run
+
+COUNT_COLUMNS = ("params_millions", "flops_billions", "winograd_muls_billions")
+
+
+def test_table4_has_the_paper_columns_beside_ours(quick, tmp_path):
+    result = run("table4", tmp_path / "t", input_size=8, batch=2, rounds=3, max_gmacs=1000.0)
+    assert result.complete
+    rows = read_rows(tmp_path / "t" / "table4.csv")
+    assert len(rows) == len(TABLE_4) == 19
+    for printed, row in zip(TABLE_4, rows, strict=True):
+        assert float(row["paper_top1_percent"]) == printed.top1_percent
+        assert float(row["paper_images_per_second"]) == printed.images_per_second
+        assert [float(row[key]) for key in COUNT_COLUMNS] == [1.5, 2.5, 3.5]
+        assert float(row["images_per_second"]) == pytest.approx(printed.images_per_second * 2 / 10_000)
+        assert float(row["speed_up"]) == pytest.approx(float(row["paper_speed_up"]))
+    for printed, row in zip(TABLE_4, read_rows(tmp_path / "t" / "table4-counts.csv"), strict=True):
+        assert float(row["paper_params_millions"]) == printed.params_millions
+        assert float(row["paper_flops_billions"]) == printed.flops_billions
+        assert row["paper_winograd_muls_billions"] == str(printed.winograd_muls_billions or "")
+        assert [float(row[key]) for key in COUNT_COLUMNS] == [1.5, 2.5, 3.5]
+        assert row["differences"] == ("Params" if printed.model == "resnet18" else "")
+    assert "ResNet-18 (Params): cut in the paper." in (tmp_path / "t" / "table4.md").read_text(encoding="utf-8")
+    pairs = {row["model"]: row for row in read_rows(tmp_path / "t" / "table4-pairs.csv")}
+    claimed = {"RepVGG-A0": 1.33, "RepVGG-A1": 1.65, "RepVGG-A2": 1.84, "RepVGG-B1g4": 2.02, "RepVGG-B1g2": 2.66}
+    assert {name: float(row["paper_ratio"]) for name, row in pairs.items()} == pytest.approx(claimed, abs=0.01)
+    assert all(float(row["ratio"]) == pytest.approx(float(row["paper_ratio"])) for row in pairs.values())
+    assert "Of 5 pairs that the paper compares, RepVGG is clearly faster in 5 on this machine." in result.outcome.lead
+
+
+def test_table5_has_the_largest_networks(quick, tmp_path):
+    result = run("table5", tmp_path / "t", input_size=8, rounds=3)
+    rows = read_rows(tmp_path / "t" / "table5.csv")
+    assert [row["model"] for row in rows][-2:] == ["RegNetX-12GF", "EfficientNet-B3"]
+    assert len(rows) == len(TABLE_5)
+    (pair,) = read_rows(tmp_path / "t" / "table5-pairs.csv")
+    assert float(pair["ratio"]) == pytest.approx(1.31, abs=0.005)
+    assert result.complete
+
+
+def test_network_out_of_memory_is_in_the_table(quick, tmp_path, monkeypatch):
+    seconds = SECONDS | {"resnet18": None}
+    monkeypatch.setattr(network_speed, "deployed", lambda name: Tiny(seconds[name], name))
+    result = run("table4", tmp_path / "t", input_size=8, rounds=3, max_gmacs=3.0)
+    assert result.complete
+    rows = {row["model"]: row for row in read_rows(tmp_path / "t" / "table4.csv")}
+    assert rows["ResNet-18"]["images_per_second"] == "out of memory"
+    assert float(rows["RepVGG-A0"]["images_per_second"]) > 0
+    (pair,) = read_rows(tmp_path / "t" / "table4-pairs.csv")
+    assert pair["ratio"] == ""
+
+
+def test_pairs_share_rounds_if_not_all_networks_fit_in_memory(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(network_speed, "fit_together", lambda *_: False)
+    run("table4", tmp_path / "t", input_size=8, rounds=2, max_gmacs=1000.0)
+    plan = json.loads((tmp_path / "t" / "cells" / "plan.json").read_text())["groups"]
+    assert ["resnet50", "repvgg_a0", "resnet18"] in plan
+    assert all(group[0] == "resnet50" for group in plan)
+    pairs = read_rows(tmp_path / "t" / "table4-pairs.csv")
+    assert all(float(row["ratio"]) == pytest.approx(float(row["paper_ratio"])) for row in pairs)
+
+
+def test_limit_below_every_network_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"take --max-gmacs 0\.4 or more"):
+        run("table4", tmp_path / "t", max_gmacs=0.1)
+    assert not (tmp_path / "t").exists()
+
+
+def test_networks_are_deployed_forms_at_their_own_input_size():
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in deployed("resnet18").modules())
+    plain = deployed("repvgg_a0")
+    assert not any(isinstance(part, (nn.BatchNorm2d, BranchSum)) for part in plain.modules())
+    assert not plain.training
+    assert title_of("repvgg_b1g4") == "RepVGG-B1g4"
+    assert title_of("efficientnet_b0") == "EfficientNet-B0"
+    assert network_speed._candidate("efficientnet_b3", input_size=None).image == (3, 300, 300)
