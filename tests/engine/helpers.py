@@ -1,4 +1,4 @@
-"""One kernel on buffers with canaries around them, and a convolution in float64 beside it."""
+"""Run one kernel on guarded buffers, and the same convolution in float64."""
 
 import ctypes
 import itertools
@@ -13,47 +13,47 @@ from repvgg.engine.graph import Conv, ConvGeometry
 from repvgg.engine.runtime.memory import FeatureMapLayout, aligned_zeros
 
 CANARY = np.float32(-12345.678)
-GUARD = 4096  # floats
+GUARD_FLOATS = 4096
 _X86 = ("sse2", "avx2", "avx512")
 
 
 def isas() -> list[VectorIsa]:
-    """All vectors that this processor can run code for."""
+    """Return all vector instruction sets that this processor can run, the widest last."""
     host = host_isa()
     return [GENERIC_ISAS[name] for name in _X86[: _X86.index(host.name) + 1]] if host.name in _X86 else [host]
 
 
 class Guarded:
-    """Memory between canaries: whatever is written beyond either end is seen."""
+    """Memory between canaries, which show writes beyond either end."""
 
     def __init__(self, floats: int, fill: float = 0.0) -> None:
-        self.whole = aligned_zeros(floats + 2 * GUARD)
-        self.whole[:] = CANARY
-        self.inside = self.whole[GUARD : GUARD + floats]
-        self.inside[:] = fill
+        self.memory = aligned_zeros(floats + 2 * GUARD_FLOATS)
+        self.memory[:] = CANARY
+        self.data = self.memory[GUARD_FLOATS : GUARD_FLOATS + floats]
+        self.data[:] = fill
 
-    def assert_whole(self) -> None:
-        assert (self.whole[:GUARD] == CANARY).all()
-        assert (self.whole[GUARD + self.inside.size :] == CANARY).all()
-
-
-def maps(images: FeatureMapLayout, numbers: np.ndarray) -> np.ndarray:
-    """The numbers of a buffer by (image, row, column, channel), borders and padding among them."""
-    axes = zip(images.size, images.border, images.overhang, strict=True)
-    height, width = (size + 2 * border + more for size, border, more in axes)
-    return numbers.reshape(-1, height, width, images.pixel_stride)
+    def assert_intact(self) -> None:
+        assert (self.memory[:GUARD_FLOATS] == CANARY).all()
+        assert (self.memory[GUARD_FLOATS + self.data.size :] == CANARY).all()
 
 
-def inside(images: FeatureMapLayout, numbers: np.ndarray) -> np.ndarray:
-    """The same without borders and padding."""
-    (height, width), (above, left) = images.size, images.border
-    return maps(images, numbers)[:, above : above + height, left : left + width, : images.channels]
+def with_border(layout: FeatureMapLayout, data: np.ndarray) -> np.ndarray:
+    """View NHWC feature maps with border, overhang and padding channels."""
+    axes = zip(layout.size, layout.border, layout.overhang, strict=True)
+    height, width = (size + 2 * border + overhang for size, border, overhang in axes)
+    return data.reshape(-1, height, width, layout.pixel_stride)
+
+
+def interior(layout: FeatureMapLayout, data: np.ndarray) -> np.ndarray:
+    """View NHWC feature maps without border, overhang and padding channels."""
+    (height, width), (above, left) = layout.size, layout.border
+    return with_border(layout, data)[:, above : above + height, left : left + width, : layout.channels]
 
 
 def run(
     kernel, source: np.ndarray, target: np.ndarray, weights, bias, batch: int, isa: VectorIsa, parts: int = 1
 ) -> None:
-    """Compile a kernel and run all of its units, in so many parts, the last one first."""
+    """Compile a kernel and run its units in ``parts`` calls, the last ones first."""
     code = MachineCode([compile_to_object(build_module(kernel.emit("kernel")), isa)], isa)
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)(code.address("kernel"))
     pointers = [array.ctypes.data for array in (source, target, weights, bias)]
@@ -64,7 +64,7 @@ def run(
 
 
 def random_conv(inputs: int, outputs: int, geometry: ConvGeometry, relu: bool = True, seed: int = 0) -> Conv:
-    """A convolution with weights of about unit gain."""
+    """Return a convolution with random weights of about unit gain."""
     random = np.random.default_rng(seed)
     shape = (outputs, inputs // geometry.groups, *geometry.kernel)
     weight = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
@@ -72,7 +72,7 @@ def random_conv(inputs: int, outputs: int, geometry: ConvGeometry, relu: bool = 
 
 
 def expected(conv: Conv, x_NHWC: np.ndarray) -> torch.Tensor:
-    """What PyTorch computes in float64, (N, H, W, C)."""
+    """Return PyTorch's result in float64, (N, H, W, C)."""
     geometry = conv.geometry
     x = torch.from_numpy(x_NHWC.copy()).double().permute(0, 3, 1, 2)
     weight, bias = torch.from_numpy(conv.weight).double(), torch.from_numpy(conv.bias).double()

@@ -22,7 +22,7 @@ from repvgg.engine import executable
 from repvgg.engine.codegen.jit import SCALAR_ISA, VectorIsa, host_isa
 from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
-from tests.engine.helpers import inside, isas, random_conv
+from tests.engine.helpers import interior, isas, random_conv
 
 BATCH = 5
 FAST, ALL = range(5), range(60)  # numbers of networks
@@ -140,7 +140,7 @@ def poison(network: CompiledModel) -> None:
     """NaN wherever a call has to write; what has to stay zero stays as it is."""
     for one in network._executables:
         for buffer in one.plan.buffers:
-            inside(buffer.images, one._memory[buffer.number])[...] = np.nan
+            interior(buffer.images, one._memory[buffer.number])[...] = np.nan
 
 
 def check_zones(monkeypatch, seed: int, isa: VectorIsa) -> None:

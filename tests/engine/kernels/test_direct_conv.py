@@ -8,7 +8,7 @@ from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import RegisterTile, pack_panels
 from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
-from tests.engine.helpers import Guarded, expected, inside, isas, maps, random_conv, run
+from tests.engine.helpers import Guarded, expected, interior, isas, random_conv, run, with_border
 
 # (input channels, output channels, image, geometry)
 CASES = {
@@ -33,9 +33,9 @@ CASES = {
 }
 
 
-def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> DirectConvKernel:
+def kernel_of(conv, size, isa, pixel_stride=None, border=(2, 1), tile=None) -> DirectConvKernel:
     outputs, inputs = conv.weight.shape[0], conv.weight.shape[1] * conv.geometry.groups
-    source = FeatureMapLayout(inputs, size, conv.geometry.padding, pitch or round_up(inputs, isa.width))
+    source = FeatureMapLayout(inputs, size, conv.geometry.padding, pixel_stride or round_up(inputs, isa.width))
     target = FeatureMapLayout(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
     vectors = -(-outputs // conv.geometry.groups // isa.width)
     tile = tile or select_register_tile(isa, target.size[1], vectors)
@@ -43,24 +43,24 @@ def kernel_of(conv, size, isa, pitch=None, border=(2, 1), tile=None) -> DirectCo
 
 
 def check(conv, kernel, isa, batch=2, parts=1, seed=0) -> None:
-    """The kernel against float64; canaries around both buffers, zeros left in the border and behind the channels."""
+    """Compare the kernel with float64; check canaries around both buffers, and zeros in border and padding channels."""
     source, target = Guarded(batch * kernel.source.image_stride), Guarded(batch * kernel.target.image_stride)
-    x = inside(kernel.source, source.inside)
+    x = interior(kernel.source, source.data)
     x[...] = np.random.default_rng(seed).standard_normal(x.shape)
-    out = inside(kernel.target, target.inside)
+    out = interior(kernel.target, target.data)
     out[...] = np.nan
     weights, bias = pack_panels(conv, isa.width, kernel.tile.nr)
-    run(kernel, source.inside, target.inside, weights, bias, batch, isa, parts)
+    run(kernel, source.data, target.data, weights, bias, batch, isa, parts)
     torch.testing.assert_close(torch.from_numpy(out).double(), expected(conv, x), rtol=2e-6, atol=4e-6)
-    source.assert_whole()
-    target.assert_whole()
+    source.assert_intact()
+    target.assert_intact()
     out[...] = 0
-    assert not maps(kernel.target, target.inside).any()
+    assert not with_border(kernel.target, target.data).any()
 
 
 @pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("name", CASES)
-def test_every_geometry_against_float64(name, isa):
+def test_geometries_against_float64(name, isa):
     inputs, outputs, size, geometry = CASES[name]
     conv = random_conv(inputs, outputs, geometry)
     check(conv, kernel_of(conv, size, isa), isa)
@@ -71,7 +71,7 @@ def test_every_geometry_against_float64(name, isa):
     [RegisterTile(1, 1), RegisterTile(3, 2), RegisterTile(7, 3), RegisterTile(4, 5), RegisterTile(16, 1)],
     ids=str,
 )
-def test_every_tile_gives_the_same(tile):
+def test_register_tiles(tile):
     isa = isas()[-1]
     conv = random_conv(7, 7 * isa.width - 3, ConvGeometry((3, 3), padding=(1, 1)))
     check(conv, kernel_of(conv, (5, 16), isa, tile=tile), isa)
@@ -84,24 +84,24 @@ def test_units_may_run_in_any_order(parts):
     check(conv, kernel_of(conv, (5, 6), isa), isa, batch=3, parts=parts)
 
 
-def test_without_relu_and_with_a_pitch_that_is_no_multiple():
+def test_without_relu_and_unpadded_channels():
     isa = isas()[-1]
     conv = random_conv(3, 10, ConvGeometry((3, 3), padding=(1, 1)), relu=False)
-    check(conv, kernel_of(conv, (6, 6), isa, pitch=3), isa)
+    check(conv, kernel_of(conv, (6, 6), isa, pixel_stride=3), isa)
 
 
-def test_nan_goes_through_the_relu():
+def test_relu_passes_nan_on():
     isa = isas()[-1]
     conv = random_conv(1, 4, ConvGeometry((1, 1)))
     kernel = kernel_of(conv, (1, 1), isa, border=(0, 0))
     source, target = Guarded(kernel.source.image_stride, np.nan), Guarded(kernel.target.image_stride)
-    run(kernel, source.inside, target.inside, *pack_panels(conv, isa.width, kernel.tile.nr), 1, isa)
-    assert np.isnan(target.inside[:4]).all()
+    run(kernel, source.data, target.data, *pack_panels(conv, isa.width, kernel.tile.nr), 1, isa)
+    assert np.isnan(target.data[:4]).all()
 
 
 @pytest.mark.parametrize("name", GENERIC_ISAS)
-def test_the_chosen_tiles_fit_the_registers(name):
-    """A spill would show as a vector that is stored to the stack; also where no such processor is at hand."""
+def test_selected_tiles_fit_the_registers(name):
+    """No vector is spilled to the stack, on processors that this machine need not be."""
     isa = GENERIC_ISAS[name]
     conv = random_conv(48, 6 * isa.width, ConvGeometry((3, 3), padding=(1, 1)))
     text = compile_to_assembly(build_module(kernel_of(conv, (28, 28), isa).emit("kernel")), isa)
