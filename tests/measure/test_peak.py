@@ -20,11 +20,11 @@ def allocated(model: nn.Module, x: Tensor) -> int:
         with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             y = model(x)
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = [x.untyped_storage().nbytes()]
+    allocated_bytes = [x.untyped_storage().nbytes()]
     for event in sorted(changes, key=lambda event: event.start_ns()):
-        held.append(held[-1] + event.nbytes())
+        allocated_bytes.append(allocated_bytes[-1] + event.nbytes())
     assert y.numel()
-    return max(held)
+    return max(allocated_bytes)
 
 
 class Residual(nn.Module):

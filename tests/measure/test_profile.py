@@ -61,7 +61,7 @@ def test_stage_paths(name):
 
 
 class Odd(nn.Module):
-    """A module called twice, one never called, a parameter of its own, and a shared one."""
+    """A module called twice, one never called, a parameter at the root, and a shared one."""
 
     def __init__(self) -> None:
         super().__init__()

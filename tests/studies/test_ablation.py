@@ -347,3 +347,49 @@ def test_variants_with_a_common_prefix_are_told_apart():
     cell = {"seed": 0, "trained": {"top1_percent": 50.0}}
     results = Results(TABLE_6_VARIANTS, {"repvgg-seed0": cell, "repvgg_no_identity-seed0": cell}, 1)
     assert [len(results.trained(row.name)) for row in TABLE_6_VARIANTS] == [0, 0, 1, 1]
+
+
+def test_cells_of_an_older_version_are_read():
+    """Literal cells of version 0.9: a training, a diverged one, a round of steps and their memory."""
+    cells = {
+        "plan": {"groups": [["conv_bn", "repvgg"]]},
+        "round-00-0000": {"seconds": {"conv_bn": 0.5, "repvgg": 1.0}},
+        "memory": {"conv_bn": 1_000_000, "repvgg": 2_000_000},
+        "cost": {"cpu": "a processor"},
+        "conv_bn-seed0": {"row": "conv_bn", "seed": 0, "failed": "The loss of epoch 1 is nan."},
+        "repvgg-seed0": {
+            "row": "repvgg",
+            "seed": 0,
+            "trained": {"correct": 40, "images": 50, "top1_percent": 80.0},
+            "deployed": {
+                "correct": 40,
+                "images": 50,
+                "top1_percent": 80.0,
+                "same_answers": 50,
+                "relative_error": 2.94e-07,
+                "tolerance": 1.2e-05,
+                "parameters": 900,
+                "is_plain": True,
+                "left": "",
+            },
+            "loss": 1.25,
+            "epochs": 2,
+            "seconds": 3.5,
+            "images_per_second": 100.0,
+            "peak_bytes": None,
+            "parameters": 1000,
+            "version": "0.9.0",
+            "environment": {"cpu": "a processor"},
+            "remarks": [],
+        },
+    }
+    study = find_study("table6")
+    settings = study.resolve(replace(QUICK, batch=4))
+    accuracy, cost, trainings = (table.to_dicts() for table in study.outcome(settings, cells).tables)
+    rows = {row["row"]: row for row in accuracy}
+    assert (rows["RepVGG"]["top1_percent"], rows["RepVGG"]["same_answers"]) == (80.0, "50 of 50")
+    assert rows["conv-BN"]["seeds"] == 0
+    costs = {row["row"]: row for row in cost}
+    assert (costs["RepVGG"]["images_per_second"], costs["conv-BN"]["speed_up"]) == (4.0, 2.0)
+    assert (costs["RepVGG"]["step_megabytes"], costs["RepVGG"]["deployed_parameters"]) == (2.0, 900)
+    assert [(row["seed"], row["relative_error"]) for row in trainings] == [(0, 2.9e-07)]

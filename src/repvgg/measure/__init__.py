@@ -27,7 +27,7 @@ from repvgg.measure.timing import (
     take_samples,
 )
 
-# Former names, kept for code that was written against them.
+# Former names, for compatibility.
 Reading = Sample
 Setting = RunSettings
 measured = sampled_names

@@ -60,7 +60,7 @@ Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
 Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
 
 RUNS = "runs"  # folder of checkpoints, logs and locks
-_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})
+_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})  # how the work is divided, not what it gives
 _NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # settings in which a study may differ and share trainings
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MAX_WARMUP = 0.2  # of all epochs: the recipe's warm-up may be longer than a short run
@@ -129,7 +129,7 @@ class AblationSettings:
         recipe = recipe_of(self.recipe)
         epochs, optim = self.epochs or recipe.epochs, recipe.optim
         if self.lr is not None:
-            optim = replace(optim, lr=self.lr, lr_batch=None)
+            optim = replace(optim, lr=self.lr, lr_batch=None)  # lr_batch would scale it with the batch
         size = recipe.data.train_size if self.input_size is None else self.input_size
         return replace(
             recipe,
@@ -140,7 +140,7 @@ class AblationSettings:
             optim=replace(optim, warmup_epochs=min(optim.warmup_epochs, _MAX_WARMUP * epochs)),
             threads=self.threads,
             accelerator="cpu" if self.device == "cpu" else "auto",
-            dry_run=False,
+            dry_run=False,  # even if the recipe says so
         )
 
     @property
@@ -196,6 +196,7 @@ class Work:
 
 
 def _resolve(variants: Variants, settings: AblationSettings) -> AblationSettings:
+    # Unknown names are refused now, not after the first training.
     base_architecture(settings.model)
     select_variants(variants(), settings.rows)
     config = settings.config
@@ -226,7 +227,7 @@ def _measure(variants: Variants, settings: AblationSettings, store: CellStore, r
         if not (store.folder / HEADER).exists():
             raise DataError(f"There is no study in {str(store.folder)!r} yet: start its trainings first.")
         return
-    store.create()
+    store.create()  # so that other processes find the folder before the first training ends
     if settings.reuse is not None:
         reporter.message(f"copied {copy_cells(work, store, settings.reuse)} trainings from {settings.reuse}")
     if settings.part != "cost":
@@ -263,7 +264,7 @@ def _train_in_processes(work: Work, store: CellStore, processes: int) -> None:
     # spawn: forked children of a process whose OpenMP threads run already would hang.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(_train_in_process, work, store.folder, store.header) for _ in range(processes)]:
-            future.result()
+            future.result()  # raises the error of the process
     store.refresh_all()
 
 

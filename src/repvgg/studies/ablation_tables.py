@@ -45,7 +45,7 @@ class Spread:
         if self.mean is None:
             return "nothing"
         spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        return f"{self.mean:.2f}{spread}".replace("-", "−")
+        return f"{self.mean:.2f}{spread}".replace("-", "−")  # a typographic minus, as in the printed deltas
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,7 @@ class Results:
 
     def delta_to_full(self, name: str) -> Spread:
         """Return the accuracy minus that of the full block, in points, seed by seed."""
+        # Seed by seed: variants with the same seed see the same images in the same order, so noise partly cancels.
         return self.accuracy(name).minus(self.accuracy(FULL))
 
     def paper_delta_to_full(self, variant: Variant) -> float | None:
@@ -191,6 +192,7 @@ def _notes(results: Results) -> list[str]:
     for variant in results.variants:
         cells = results.trained(variant.name)
         reasons = {cell["deployed"]["left"] for cell in cells} - {""}
+        # The reason is the same in every layer and seed: one is enough.
         notes += [f"{variant.title} is not one convolution a layer: {reason}." for reason in sorted(reasons)[:1]]
         remarks = {remark for cell in cells for remark in cell.get("remarks", ())}
         notes += [f"{variant.title}: {remark}" for remark in sorted(remarks)]
@@ -245,7 +247,7 @@ def _cell_table(name: str, results: Results) -> Table:
             cell["trained"]["top1_percent"],
             cell["deployed"]["top1_percent"],
             cell["deployed"]["same_answers"],
-            float(f"{cell['deployed']['relative_error']:.1e}"),
+            float(f"{cell['deployed']['relative_error']:.1e}"),  # more digits of an error say nothing
             cell["loss"],
             cell["seconds"],
             cell["images_per_second"],

@@ -152,6 +152,7 @@ MOBILE_MODELS = (
         for row in TABLE_4
         if row.model in _MOBILE_REPVGGS
     ),
+    # 1x1 and depthwise convolutions: few multiply-adds, many bytes for each.
     Published("shufflenet_v2_x0_5", 60.3, 1.4, 0.041, _SHUFFLENET),
     Published("shufflenet_v2_x1_0", 69.4, 2.3, 0.146, _SHUFFLENET),
     Published("shufflenet_v2_x2_0", 74.9, 7.4, 0.591, _SHUFFLENET),
@@ -166,14 +167,14 @@ MOBILE_MODELS = (
 
 
 def _measure_mobile(settings: NetworkSettings, store: CellStore, on_progress: OnProgress) -> None:
-    if COUNTS not in store:
+    if COUNTS not in store:  # first, because it takes seconds and the timing minutes
         store.put(COUNTS, {row.model: _count_plain(row.model) for row in within_limit(MOBILE_MODELS, settings)})
     measure_networks(MOBILE_MODELS, _MOBILE_BASELINE, settings, store, on_progress)
 
 
 def _count_plain(name: str) -> dict[str, int]:
     named = named_model(name, values=False)
-    image = torch.empty(1, *named.input_shape, device="meta")
+    image = torch.empty(1, *named.input_shape, device="meta")  # counts need shapes only
     counts = count(plain_form(named.model, image), (1, *named.input_shape))
     return {"params": counts.params, "macs": counts.macs, "winograd_muls": counts.winograd_muls}
 

@@ -46,7 +46,7 @@ class ProgressReporter:
 
 
 class Settings(Protocol):
-    """The settings of a study: a frozen dataclass of its own with :class:`repvgg.measure.RunSettings` in it."""
+    """The settings of a study: a frozen dataclass that holds :class:`repvgg.measure.RunSettings`."""
 
     @property
     def run(self) -> RunSettings:
@@ -69,6 +69,7 @@ class Outcome:
     charts: tuple[Chart, ...]
 
 
+# The default of Study.missing: measure() itself adds every cell.
 def _nothing_missing(settings: Any, store: CellStore) -> str:
     return ""
 
@@ -147,8 +148,9 @@ def run_study(
     """
     chosen = study.resolve(settings)
     with chosen.run.applied():
+        # Only settings that decide the numbers go into the header: the others may differ when the study continues.
         settled = {name: value for name, value in flatten(chosen).items() if name not in study.free_settings}
-        header = Header(study.name, settled, environment(), command)
+        header = Header(study.name, settled, environment(), command)  # before measuring, for an honest load average
         folder = FOLDER / study.name if out is None else out
         store = CellStore.open(folder, header, overwrite=overwrite, mix_machines=study.mix_machines)
         interrupted = False
@@ -164,6 +166,7 @@ def run_study(
     complete = not interrupted and not missing
     if complete:
         store.finish()
+    # After finish(), so that the page shows the time.
     outcome = study.outcome(chosen, store.values)
     _write_outcome(study, store, outcome)
     return StudyResult(store.folder, outcome, complete, missing)

@@ -78,6 +78,7 @@ def _measure_kernels(settings: KernelSettings, store: CellStore, on_progress: On
     candidates = {}
     for row in TABLE_1:
         name, kernel = _kernel_name(row.kernel), row.kernel
+        # "Same" padding, so that every kernel size computes outputs of the same shape.
         make = partial(nn.Conv2d, channels, channels, kernel, padding=kernel // 2, bias=False)
         candidates[name] = Candidate(name, name, PLAIN, make, (channels, size, size))
     protocol = replace(INTERLEAVED, rounds=settings.rounds)
@@ -114,7 +115,7 @@ def _tflops(kernel: int, settings: KernelSettings, speeds: Speeds) -> float | No
 
 
 def _over_1x1(tflops: Mapping[int, float | None]) -> dict[int, float | None]:
-    base = tflops[1]
+    base = tflops[1]  # of the 1x1
     return {kernel: value / base if value and base else None for kernel, value in tflops.items()}
 
 
@@ -195,6 +196,7 @@ class _Form:
     paper_images_per_second: float
 
 
+# Table 6 has no row for the converted network: its speed and accuracy are those of Table 4.
 _CONVERTED = next(
     _Form("converted", None, None, row.top1_percent, row.images_per_second)
     for row in TABLE_4
@@ -213,7 +215,7 @@ _FORMS = (
     ),
     _CONVERTED,
 )
-_FULL = "dense-identity-pointwise"
+_FULL = "dense-identity-pointwise"  # the row with all branches
 _PAPER_FULL_SPEED = TABLE_6[-1].images_per_second
 
 
@@ -237,7 +239,8 @@ def _build(form: _Form) -> nn.Module:
     """Build the network with random weights, in eval mode, and remove branches from every block."""
     model = create_model(spec_of(_BRANCH_MODEL), plain=form is _CONVERTED).eval()
     branches = {"identity": form.identity, "pointwise": form.pointwise}
-    removed = {name for name, present in branches.items() if present is False}
+    removed = {name for name, present in branches.items() if present is False}  # None: converted, no branches
+    # A list, because deleting branches changes the modules that are being iterated.
     for block in [module for module in model.modules() if isinstance(module, BranchSum)]:
         for name in removed & set(block):  # blocks that change the shape have no identity
             del block[name]

@@ -153,7 +153,7 @@ def rounded(column: Quantity, count: int) -> str:
 def truncated(column: Quantity, count: int) -> str:
     """Return a count truncated to as many digits as the paper prints."""
     unit, digits = PRINTED_AS[column]
-    return rounded(column, count - count % (unit // 10**digits))
+    return rounded(column, count - count % (unit // 10**digits))  # in integers: floats would round up
 
 
 def printed_text(column: Quantity, paper: PrintedModel) -> str | None:
@@ -176,7 +176,7 @@ def title_of(name: str) -> str:
 def _count_row(paper: PrintedModel) -> CountRow:
     name = paper.model
     size = (SPECS[name] if name in SPECS else BASELINES[name]).input_size
-    image = torch.empty(1, 3, size, size, device="meta")
+    image = torch.empty(1, 3, size, size, device="meta")  # counts need shapes only
     train, plain = _train_and_plain(name, image)
     done = walk(plain, image)
     params = sum(parameter.numel() for parameter in plain.parameters())
@@ -200,6 +200,7 @@ def _train_and_plain(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Modu
     if name in SPECS:
         with torch.device("meta"):
             return create_model(name).eval(), create_model(name, plain=True).eval()
+    # A baseline has no branches to merge: folding its batch norms is what the paper counts.
     model = create_baseline(name, values=False).eval()
     return model, fold_batch_norms(model, image)[0]
 
@@ -254,6 +255,7 @@ def count_table(name: str, rows: Sequence[PrintedModel], cell: Cell) -> Table:
         Column("differences", "Not as printed"),
     )
     body: list[tuple[Value, ...]] = []
+    # Several models share a reason: one note for each reason keeps the table readable.
     models_by_reason: dict[str, list[str]] = {}
     for row in rows:
         params, flops, muls = counts_of(row.model, cell)

@@ -30,7 +30,7 @@ from repvgg.studies.tables import Column, Table, Value
 from repvgg.studies.timing import OUT_OF_MEMORY
 
 _BATCH = {"cpu": 8, "cuda": 128}
-_LAYOUTS = ("channels_last", "contiguous")
+_LAYOUTS = ("channels_last", "contiguous")  # contiguous convolutions on a CPU copy their input to a blocked layout
 _NETWORKS = ("repvgg_a0", "resnet18", "repvgg_a2", "resnet50")
 
 
@@ -74,7 +74,7 @@ class _Chain(nn.Module):
     def forward(self, shape: torch.Size, like: Tensor, memory_format: torch.memory_format) -> Tensor:
         x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format).fill_(1.0)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x)  # rebinding x drops the last reference to the input of the layer
         return x
 
 
@@ -86,6 +86,7 @@ class _Residual(nn.Module):
         self.first, self.second = _conv(channels), _conv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        # In place, as a deployed block runs: otherwise ReLU and addition would allocate maps of their own.
         out: Tensor = self.second(torch.relu_(self.first(x)))
         out += x
         return out
@@ -108,6 +109,7 @@ class _Block:
 _BLOCKS = (
     _Block("residual", "residual block", lambda c: _Chain(_Residual(c)), 2),
     _Block("plain", "plain chain of two", lambda c: _Chain(_conv(c), nn.ReLU(inplace=True), _conv(c)), 1),
+    # Not in the figure: why a network is converted before it is deployed.
     _Block("train-form", "RepVGG block, train form", lambda c: _Chain(rep_conv(c, c)), None),
 )
 
@@ -178,6 +180,7 @@ def _outcome(settings: MemorySettings, values: Mapping[str, Cell]) -> Outcome:
 def _extra_maps(block: _Block, layout: str, settings: MemorySettings, values: Mapping[str, Cell]) -> float | None:
     """Return the maps beside the one being written, in multiples of the input."""
     cell = values.get(_key(block, layout), {})
+    # Minus the map that is being written.
     return cell["bytes"] / settings.map_bytes - 1 if "bytes" in cell else None
 
 

@@ -38,7 +38,7 @@ PAIRS = (
 
 CPU_GMACS = 12.0  # default limit of the largest networks on a CPU, where they take minutes a round
 UNLIMITED_GMACS = 1000.0
-_BATCH = {"cpu": 8, "cuda": PAPER.batch}
+_BATCH = {"cpu": 8, "cuda": PAPER.batch}  # 128 images would take a CPU seconds a call
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def measure_networks(
 ) -> None:
     """Add the missing rounds of all networks within the limit, as they would be deployed."""
     chosen = within_limit(models, settings)
+    # From the published parameters: building every network just to know its size would take minutes.
     weights = sum(model.params_millions for model in chosen) * 1e6
     groups = plan_groups([model.model for model in chosen], PAIRS, baseline, fit_together(weights, settings.run))
     candidates = {model.model: _candidate(model.model, settings.input_size) for model in chosen}
@@ -133,6 +134,7 @@ def measure_networks(
 
 
 def _candidate(name: str, input_size: int | None) -> Candidate:
+    # EfficientNet-B3 is made for 300x300, all others of the tables for 224x224.
     size = input_size or (baseline_of(name) if name in BASELINES else spec_of(name)).input_size
     return Candidate(name, name, PLAIN, lambda: deployed(name), (3, size, size))
 
@@ -181,6 +183,7 @@ def _outcome(
     charts = [_speed_chart(name, rows, speeds)]
     if pairs:
         tables.append(_pair_table(name, pairs, printed, speeds))
+        # First: the ratios are the claim of the paper, the speeds belong to this machine.
         charts.insert(0, _pair_chart(name, pairs, printed, speeds))
     return Outcome(_lead(pairs, speeds), (*tables, count_table(name, rows, counts)), tuple(charts))
 

@@ -118,6 +118,7 @@ class CellStore:
             DataError: its file cannot be read.
         """
         path = self.folder / CELLS / f"{key}.json"
+        # A cell never changes once written, so what was read before stays valid.
         if key not in self._values and path.is_file():
             self._values[key] = read_cell(path)
         return key in self._values
@@ -137,7 +138,7 @@ class CellStore:
         Raises:
             OutputError: it cannot be written.
         """
-        assert _KEY.fullmatch(key), key
+        assert _KEY.fullmatch(key), key  # it becomes a file name
         self.create()
         write_text(self.folder / CELLS / f"{key}.json", _to_json(value), overwrite=True)
         self._values[key] = value
@@ -196,7 +197,7 @@ def as_stored(value: Any) -> Any:
 
 
 def _to_json(value: Cell) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"  # NaN is not JSON: fail here, not in a reader
 
 
 def _now() -> str:
@@ -289,17 +290,18 @@ def try_lock(path: Path) -> Iterator[LockResult]:
     """Acquire a lock file without waiting; release it on exit.
 
     A lock of a dead process of this machine is taken over. Locks of other machines stay until their processes, or a
-    person, remove them: from here nobody can tell whether those processes live.
+    person, remove them: whether those processes are alive cannot be seen from here.
 
     Raises:
         OutputError: the file cannot be created.
     """
-    before = lock_holder(path)
+    before = lock_holder(path)  # filelock overwrites the file of a dead process
     # A soft lock is a file created exclusively: unlike flock it works on every file system that machines share.
     lock = SoftFileLock(str(path), timeout=0)
     try:
         lock.acquire()
     except Timeout:
+        # Read again: the lock may have changed hands between the two.
         yield LockResult(False, lock_holder(path) or before)
         return
     except OSError as error:

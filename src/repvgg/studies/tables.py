@@ -29,7 +29,7 @@ class Column:
         """Format a value for readers: None as a dash, True as a check mark, False as nothing."""
         if value is None:
             return "–"
-        if isinstance(value, bool):
+        if isinstance(value, bool):  # before int, of which bool is a subclass
             return "✓" if value else ""
         if isinstance(value, (int, float)) and self.digits is not None:
             return f"{value:,.{self.digits}f}"
@@ -70,6 +70,7 @@ class Table:
 
 def as_markdown(table: Table) -> str:
     """Return the table under a heading, numbers aligned right, with its notes."""
+    # A bar would start a new cell.
     titles, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table.cells)
     rule = ["---", *("---:" for _ in titles[1:])]
     lines = (f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
@@ -80,7 +81,7 @@ def as_markdown(table: Table) -> str:
 def as_csv(table: Table) -> str:
     """Return the unrounded values under the column keys; None is empty."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n")  # the default, "\r\n", shows up in diffs
     writer.writerow(column.key for column in table.columns)
     writer.writerows(table.rows)
     return out.getvalue()

@@ -86,6 +86,7 @@ def make_calls(
     calls: dict[str, Call] = {}
     for network in networks:
         with catch_out_of_memory(network.name, on_failure):
+            # The check itself runs one image: it fails with that size in its message.
             with _explain_failure(network, 1, settings):
                 _check_memory(network, batch, settings)
             if network.image not in images:
@@ -205,7 +206,7 @@ def sweep(
                 on_progress(index * total + done, len(batches) * total)
 
         result, complete = _one_batch(networks, batch, settings, protocol, baseline, dict(failures), report)
-        if complete or result.names:
+        if complete or result.names:  # after Ctrl-C a batch size without 3 rounds is dropped
             results.append(result)
         if not complete:
             break
@@ -282,7 +283,7 @@ def plan_groups(names: Sequence[str], pairs: Sequence[tuple[str, str]], baseline
         return [list(names)]
     groups = [[one, other] for one, other in pairs if {one, other} <= set(names)]
     paired = {name for group in groups for name in group}
-    groups += [[name] for name in names if name not in paired]
+    groups += [[name] for name in names if name not in paired]  # alone, but with the baseline below
     first = [baseline] if baseline in names else []
     return [list(dict.fromkeys(first + group)) for group in groups]
 
@@ -333,6 +334,7 @@ def measure_rounds(
     """
     if _PLAN not in store:
         store.put(_PLAN, {"groups": [list(group) for group in groups]})
+    # From the store: free memory may have changed since the study began, and rounds are numbered by group.
     groups = store[_PLAN]["groups"]
     total = protocol.rounds * len(groups)
 
@@ -346,7 +348,7 @@ def measure_rounds(
 
     for index, group in enumerate(groups):
         left = protocol.rounds - len(_samples_of(store.values, index))
-        names = [name for name in group if _FAILED + name not in store]
+        names = [name for name in group if _FAILED + name not in store]  # it would fail again
         if left > 0 and names and (calls := calls_of(names, record_failure)):
             stopwatch = settings.stopwatch(batch)
             rounds = replace(protocol, rounds=left)

@@ -114,7 +114,7 @@ TABLE_7_VARIANTS = tuple(
     Variant(
         row.name,
         row.title,
-        # Residual Reorg moves the shortcuts: no block makes it, only a network of its own.
+        # Residual Reorg has shortcuts across blocks: it needs its own network class.
         residual_reorg if row.name == "residual_reorg" else partial(_make, row.name),
         row.top1_percent,
     )
@@ -248,7 +248,7 @@ def _deploy(model: nn.Module, trained: Evaluation, training: Training) -> dict[s
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
     result = evaluate_validation(plain, training.data, training.config)
-    # Verification runs in float64 as well: a few batches suffice, all validation images would take minutes.
+    # Verification runs both networks in float64 as well: 256 images suffice, all would take minutes.
     batches = islice(training.data.val_batches(64), 4)
     images = [training.data.prepare(images) for images, _ in batches]
     evidence = verify(model, plain, images).raise_if_failed()
