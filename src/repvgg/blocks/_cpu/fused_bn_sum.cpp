@@ -132,7 +132,7 @@ template <class T, class Task> void sweep(const Geometry& g, int64_t from, int64
             for (int64_t c = 0; c < g.channels; c += W) {
                 const int count = (int)std::min<int64_t>(W, g.channels - c);
                 task.start_lanes(c, count);
-                if (count == W)
+                if (count == W)  // a constant count: compiled to plain vector loads and stores
                     for (int64_t r = row; r < last; ++r) task.take(r * g.channels + c, W);
                 else
                     for (int64_t r = row; r < last; ++r) task.take(r * g.channels + c, count);
@@ -204,6 +204,7 @@ template <class T, int K> struct Moments : Sums<T, 2 * K> {
     void take(int64_t at, int count) {
         for (int k = 0; k < K; ++k) {
             V d = ::load(y[k] + at, count) - origin[k];
+            // Lanes beyond count hold 0 - origin: they must not be summed.
             if (count < Vector<T>::W)
                 for (int i = count; i < Vector<T>::W; ++i) d[i] = 0;
             this->sum[2 * k] += d;
@@ -290,7 +291,8 @@ template <class T, int K, bool RELU> struct InputGradients {
         if (RELU) g = relu_backward(g, ::load(out + at, count));
         for (int k = 0; k < K; ++k)
             if (dy[k])
-                ::store(dy[k] + at, a[3 * k] * g + (a[3 * k + 1] * (::load(y[k] + at, count) - m[k]) + a[3 * k + 2]), count);
+                ::store(dy[k] + at,
+                        a[3 * k] * g + (a[3 * k + 1] * (::load(y[k] + at, count) - m[k]) + a[3 * k + 2]), count);
     }
 };
 
@@ -301,12 +303,13 @@ std::vector<double> add_partial_sums(const std::vector<double>& parts, int64_t s
     return sums;
 }
 
+// One call from Python: arguments by name, and the forward and the backward pass.
 template <class T> struct Call {
     using A = typename Vector<T>::A;
     Geometry g;
     const T* const* y;
     T* out;
-    const A* const* gamma;  // may be null: 1
+    const A* const* gamma;  // null entry: 1
     const A* const* beta;  // null entry: 0
     A* const* running_mean;  // null entry: no running statistics
     A* const* running_var;
@@ -323,6 +326,7 @@ template <class T> struct Call {
         const double count = (double)g.elements_per_channel();
         std::vector<A> shift(K * C), coefficients((K + 1) * C);
         std::vector<double> offset(C, 0.0);
+        // Any value near the mean serves as shift; the first one of each channel needs no pass of its own.
         for (int k = 0; k < K; ++k)
             for (int64_t c = 0; c < C; ++c)
                 shift[k * C + c] = ::load(y[k] + (g.channels_last ? c : c * g.inner), 1)[0];
@@ -339,13 +343,16 @@ template <class T> struct Call {
         for (int k = 0; k < K; ++k)
             for (int64_t c = 0; c < C; ++c) {
                 const double s = sums[2 * k * C + c], q = sums[(2 * k + 1) * C + c];
+                // max: rounding may make the sum of squared deviations of a constant channel slightly negative.
                 const double mean = shift[k * C + c] + s / count, squares = std::max(q - s * s / count, 0.0);
                 const double inverse = 1.0 / std::sqrt(squares / count + eps[k]);
                 saved[k * C + c] = (A)mean;
                 saved[(K + k) * C + c] = (A)inverse;
                 if (running_mean[k]) {
                     running_mean[k][c] = (A)(momentum[k] * mean + (1 - momentum[k]) * running_mean[k][c]);
-                    running_var[k][c] = (A)(momentum[k] * (squares / (count - 1)) + (1 - momentum[k]) * running_var[k][c]);
+                    // As in PyTorch, the running variance divides by count - 1, the normalization by count.
+                    running_var[k][c] =
+                        (A)(momentum[k] * (squares / (count - 1)) + (1 - momentum[k]) * running_var[k][c]);
                 }
                 const double factor = inverse * (gamma[k] ? gamma[k][c] : 1.0);
                 coefficients[k * C + c] = (A)factor;
@@ -386,7 +393,7 @@ template <class T> struct Call {
                 if (dbeta[k]) dbeta[k][c] = (A)g_sum;
             }
         }
-        if (any_dy)
+        if (any_dy)  // a frozen network before this block needs no input gradients
             parallel_sweep<T>(g, [&](int) {
                 return InputGradients<T, K, RELU>{y, gradient, out, dy, saved, coefficients.data(), C, {}, {}};
             });
