@@ -64,18 +64,16 @@ def plan_layouts(
     """Choose the layout of the input of every layer, and of the output of the network.
 
     Feature maps are NHWC with whole vectors of channels, and with the zero border and the overhang of tiles that the
-    convolution that reads them needs. A gate works in place, so the convolution behind it decides. Vectors (behind the
-    global pool) lie in blocks of ``images_per_block`` images, each of which is a row of pixels to the linear layers.
+    convolution that reads them needs. A gate works in place, so the next convolution after it decides.
     """
     layouts = []
-    flat = False
+    flat = False  # from the global pool on
     for index, shape in enumerate(shapes):
-        pixel_stride = round_up(shape.channels, isa.width)
         flat = flat or (index > 0 and not isinstance(layers[index - 1], (Conv, Gate)))
         if flat:
-            layouts.append(FeatureMapLayout(shape.channels, (1, images_per_block), (0, 0), pixel_stride))
+            layouts.append(vector_layout(shape.channels, images_per_block, isa.width))
             continue
-        layout = FeatureMapLayout(shape.channels, shape.size, (0, 0), pixel_stride)
+        layout = FeatureMapLayout(shape.channels, shape.size, (0, 0), round_up(shape.channels, isa.width))
         reader = next((at for at in range(index, len(layers)) if not isinstance(layers[at], Gate)), None)
         if reader is not None:
             layout = _layout_for(layout, layers[reader], shapes[reader + 1], algorithms[reader])
@@ -84,6 +82,11 @@ def plan_layouts(
         # NCHW: with few channels, vectors of the first convolution hold taps and channels together.
         layouts[0] = replace(layouts[0], pixel_stride=1, planar=True)
     return tuple(layouts)
+
+
+def vector_layout(channels: int, images_per_block: int, width: int) -> FeatureMapLayout:
+    """Lay out (N, C): the images of a block are a row of pixels, so a linear layer is a 1x1 convolution."""
+    return FeatureMapLayout(channels, (1, images_per_block), (0, 0), round_up(channels, width))
 
 
 def _layout_for(

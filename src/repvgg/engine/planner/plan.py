@@ -22,12 +22,13 @@ from repvgg.engine.planner.memory_plan import (
     chunk_batch,
     plan_layouts,
     share_buffers,
+    vector_layout,
 )
-from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
+from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradInputTransform, WinogradStagedGemm
 from repvgg.engine.winograd.tiling import element_stride
 
-_LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer
+_LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer: enough to reuse each weight from a register
 NO_WEIGHTS = np.zeros(0, np.float32)
 
 
@@ -167,9 +168,9 @@ def lower(
             case Gate():
                 lowering.gate(layer, value, block)
             case Pool():
-                value = lowering.pool(layer.name, value, block)
+                value = lowering.pool(layer.name, value, layout)
             case Linear():
-                value = lowering.linear(layer, value)
+                value = lowering.linear(layer, value, layout)
         if following == chunks.num_layers:
             num_chunked = len(lowering.steps)
     # Buffers are shared before steps are repeated, because every value of a chunk is dead when the next chunk begins.
@@ -268,28 +269,25 @@ class _Lowering:
         weights = self._pack(layer, isa.width, tile.nr, None, False)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, items_per_block))
 
-    def pool(self, name: str, source: Buffer, block: int) -> Buffer:
-        """Write the mean of each channel, in blocks of images: the rows of the GEMM of a linear layer."""
-        layout = FeatureMapLayout(source.images.channels, (1, block), (0, 0), source.images.pixel_stride)
+    def pool(self, name: str, source: Buffer, layout: FeatureMapLayout) -> Buffer:
+        block = layout.size[1]
         means = self.buffer(layout, -(-self._batch // block))
         self.steps.append(Step(name, GlobalPoolKernel(source.images, self._isa.width), source, means))
         return means
 
-    def linear(self, layer: Linear, source: Buffer) -> Buffer:
-        """Run a GEMM as a 1x1 convolution of images of one row: the images of a block are its pixels."""
-        out_channels, block = layer.weight.shape[0], source.images.size[1]
-        layout = FeatureMapLayout(out_channels, (1, block), (0, 0), round_up(out_channels, self._isa.width))
+    def linear(self, layer: Linear, source: Buffer, layout: FeatureMapLayout) -> Buffer:
         target = self.buffer(layout, source.count)
         conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)), layer.relu)
-        self._direct_conv(conv, source, target, items_per_block=block)
+        self._direct_conv(conv, source, target, items_per_block=layout.size[1])
         return target
 
     def gate(self, layer: Gate, maps: Buffer, block: int) -> None:
         """Scale ``maps`` in place."""
         width = self._isa.width
-        means = self.pool(layer.name, maps, block)
-        hidden = self.linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means)
-        factors = self.linear(Linear(layer.name, layer.up, layer.up_bias), hidden)
+        narrow, wide = (vector_layout(weight.shape[0], block, width) for weight in (layer.down, layer.up))
+        means = self.pool(layer.name, maps, wide)
+        hidden = self.linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means, narrow)
+        factors = self.linear(Linear(layer.name, layer.up, layer.up_bias), hidden, wide)
         self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pixel_stride, width), factors, factors))
         self.steps.append(Step(layer.name, ScaleKernel(maps.images, layer.relu, width), maps, maps, factors))
 
