@@ -140,7 +140,7 @@ def poison(network: CompiledModel) -> None:
     """NaN wherever a call has to write; what has to stay zero stays as it is."""
     for one in network._executables:
         for buffer in one.plan.buffers:
-            interior(buffer.images, one._memory[buffer.number])[...] = np.nan
+            interior(buffer.layout, one._memory[buffer.number])[...] = np.nan
 
 
 def check_zones(monkeypatch, seed: int, isa: VectorIsa) -> None:

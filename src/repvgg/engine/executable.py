@@ -65,10 +65,10 @@ class Executable:
     def output(self, count: int) -> Floats:
         """Copy the output for ``count`` images: (n, O) behind a global pool, else (n, O, H, W)."""
         buffer = self.plan.output
-        layout, values = buffer.images, self._memory[buffer.number]
+        layout, values = buffer.layout, self._memory[buffer.number]
         if self.plan.flat:
             return values.reshape(-1, layout.pixel_stride)[:count, : layout.channels].copy()
-        maps = values.reshape(buffer.count, *layout.size, layout.pixel_stride)[:count, :, :, : layout.channels]
+        maps = values.reshape(buffer.num_images, *layout.size, layout.pixel_stride)[:count, :, :, : layout.channels]
         return maps.transpose(0, 3, 1, 2).copy()
 
     def _fill_table(self, plan: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
@@ -102,9 +102,9 @@ class Executable:
     def _address(self, buffer: Buffer, step: Step) -> int:
         """The address of the first image that a step reads or writes."""
         # A buffer that holds one chunk of the batch begins with the step's own first image.
-        holds_batch = step.max_images is not None and buffer.count > step.max_images
+        holds_batch = step.max_images is not None and buffer.num_images > step.max_images
         first_image = step.first_image if holds_batch else 0
-        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.images.image_stride
+        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.layout.image_stride
 
 
 def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[IRBuilder]]:

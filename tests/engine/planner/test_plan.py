@@ -85,7 +85,7 @@ def test_shapes_between_layers():
 def test_equal_layers_alternate_between_two_buffers():
     layers = [random_conv(32, 32, PADDED) for _ in range(5)]
     result = plan(layers, (2, 32, 20, 20), Target(GENERIC_ISAS["avx2"]))
-    maps = [buffer for buffer in result.buffers if buffer.images.size == (20, 20)]
+    maps = [buffer for buffer in result.buffers if buffer.layout.size == (20, 20)]
     # The first reads with a border and an overhang, the output has neither; whatever lies between alternates.
     assert len(maps) <= 3
     assert all(step.source != step.target for step in result.steps)

@@ -111,13 +111,13 @@ class TileSpan(NamedTuple):
     Attributes:
         start: first output row or column.
         outputs: the m of F(m, 3).
-        count: tiles.
+        num_tiles: of the span.
         last: outputs of the last tile if it uses a subset of the interpolation points, else 0.
     """
 
     start: int
     outputs: int
-    count: int
+    num_tiles: int
     last: int
 
     @property
@@ -128,7 +128,7 @@ class TileSpan(NamedTuple):
     @property
     def end(self) -> int:
         """One past the last output that the tiles cover, which may lie outside of the image."""
-        return self.start + self.outputs * self.count - self.missing
+        return self.start + self.outputs * self.num_tiles - self.missing
 
 
 class TileRegion(NamedTuple):
@@ -255,7 +255,7 @@ def _axis_partitions(length: int, stride: int) -> Iterator[tuple[TileSpan, ...]]
 def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
     """Yield every schedule, register tile, block size and split for some tiles, without cost estimates."""
     winograd, width = region.winograd(problem.stride), target.isa.width
-    grid, corner = (region.rows.count, region.columns.count), (region.rows.start, region.columns.start)
+    grid, corner = (region.rows.num_tiles, region.columns.num_tiles), (region.rows.start, region.columns.start)
     num_tiles, vectors = problem.batch * grid[0] * grid[1], problem.group_out_vectors(width)
     for tile in _register_tiles(target.isa, vectors, num_tiles):
         blocks: list[tuple[Schedule, int]] = [

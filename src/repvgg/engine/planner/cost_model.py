@@ -120,7 +120,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> fl
     """Compute a lower bound of the estimates for some tiles: their multiplications, and reading the weights once."""
     winograd, stride = region.winograd(problem.stride), problem.stride
     rows, columns = (
-        span.count * filters.inputs - span.missing * stride
+        span.num_tiles * filters.inputs - span.missing * stride
         for filters, span in zip((winograd.rows, winograd.columns), region, strict=True)
     )
     multiplications = problem.batch * rows * columns * problem.num_filters

@@ -110,18 +110,18 @@ class Buffer:
 
     Attributes:
         number: identifies it within a plan.
-        images: the layout of each image.
-        count: images.
+        layout: of each image.
+        num_images: that it holds.
     """
 
     number: int
-    images: FeatureMapLayout
-    count: int
+    layout: FeatureMapLayout
+    num_images: int
 
     @property
     def floats(self) -> int:
         """Its length."""
-        return self.count * self.images.image_stride
+        return self.num_images * self.layout.image_stride
 
 
 @final
@@ -153,7 +153,7 @@ def share_buffers(accesses: Sequence[BufferAccess]) -> dict[Buffer, Buffer]:
         if value in shared:  # written in place, or by several steps
             continue
         free = (one for one, end in busy_until.items() if end < position)
-        fitting = (one for one in free if (one.images, one.count) == (value.images, value.count))
-        buffer = next(fitting, None) or Buffer(len(busy_until), value.images, value.count)
+        fitting = (one for one in free if (one.layout, one.num_images) == (value.layout, value.num_images))
+        buffer = next(fitting, None) or Buffer(len(busy_until), value.layout, value.num_images)
         shared[value], busy_until[buffer] = buffer, last_use[value]
     return shared

@@ -196,12 +196,12 @@ class _Lowering:
         self._num_buffers = 0
         self.steps: list[Step] = []
 
-    def buffer(self, layout: FeatureMapLayout, count: int) -> Buffer:
+    def buffer(self, layout: FeatureMapLayout, num_images: int) -> Buffer:
         self._num_buffers += 1
-        return Buffer(self._num_buffers, layout, count)
+        return Buffer(self._num_buffers, layout, num_images)
 
-    def load(self, layout: FeatureMapLayout, count: int) -> Buffer:
-        target = self.buffer(layout, count)
+    def load(self, layout: FeatureMapLayout, num_images: int) -> Buffer:
+        target = self.buffer(layout, num_images)
         self.steps.append(Step("input", ReorderKernel(layout, self._isa.width), None, target))
         return target
 
@@ -222,9 +222,9 @@ class _Lowering:
         kernel = WinogradFused(
             region.winograd,
             layer.geometry.groups,
-            source.images,
+            source.layout,
             layer.geometry.padding,
-            target.images,
+            target.layout,
             region.tiling,
             region.tile,
             region.out_channel_splits,
@@ -239,17 +239,17 @@ class _Lowering:
     def _staged(
         self, layer: Conv, region: WinogradRegion, source: Buffer, target: Buffer, weights: tuple[Floats, Floats]
     ) -> None:
-        winograd, tiling, channel_stride = region.winograd, region.tiling, source.images.pixel_stride
+        winograd, tiling, channel_stride = region.winograd, region.tiling, source.layout.pixel_stride
         # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
         size = (winograd.tile_elements, element_stride(tiling.num_padded_tiles, channel_stride))
         transformed = self.buffer(FeatureMapLayout(1, size, (0, 0), 1), 1)
-        transform = WinogradInputTransform(winograd, source.images, layer.geometry.padding, tiling, self._isa.width)
+        transform = WinogradInputTransform(winograd, source.layout, layer.geometry.padding, tiling, self._isa.width)
         gemm = WinogradStagedGemm(
             winograd,
             layer.geometry.groups,
-            source.images.channels,
+            source.layout.channels,
             channel_stride,
-            target.images,
+            target.layout,
             tiling,
             region.tile,
             region.on_the_fly,
@@ -263,20 +263,20 @@ class _Lowering:
 
     def _direct_conv(self, layer: Conv, source: Buffer, target: Buffer, items_per_block: int = 1) -> None:
         geometry, isa = layer.geometry, self._isa
-        vectors = -(-target.images.channels // geometry.groups // isa.width)
-        tile = select_register_tile(isa, target.images.size[1], vectors)
-        kernel = DirectConvKernel(geometry, source.images, target.images, tile, layer.relu, isa.width)
+        vectors = -(-target.layout.channels // geometry.groups // isa.width)
+        tile = select_register_tile(isa, target.layout.size[1], vectors)
+        kernel = DirectConvKernel(geometry, source.layout, target.layout, tile, layer.relu, isa.width)
         weights = self._pack(layer, isa.width, tile.nr, None, False)
         self.steps.append(Step(layer.name, kernel, source, target, *weights, items_per_block))
 
     def pool(self, name: str, source: Buffer, layout: FeatureMapLayout) -> Buffer:
         block = layout.size[1]
         means = self.buffer(layout, -(-self._batch // block))
-        self.steps.append(Step(name, GlobalPoolKernel(source.images, self._isa.width), source, means))
+        self.steps.append(Step(name, GlobalPoolKernel(source.layout, self._isa.width), source, means))
         return means
 
     def linear(self, layer: Linear, source: Buffer, layout: FeatureMapLayout) -> Buffer:
-        target = self.buffer(layout, source.count)
+        target = self.buffer(layout, source.num_images)
         conv = Conv(layer.name, layer.weight[:, :, None, None], layer.bias, ConvGeometry((1, 1)), layer.relu)
         self._direct_conv(conv, source, target, items_per_block=layout.size[1])
         return target
@@ -288,8 +288,8 @@ class _Lowering:
         means = self.pool(layer.name, maps, wide)
         hidden = self.linear(Linear(layer.name, layer.down, layer.down_bias, relu=True), means, narrow)
         factors = self.linear(Linear(layer.name, layer.up, layer.up_bias), hidden, wide)
-        self.steps.append(Step(layer.name, SigmoidKernel(factors.images.pixel_stride, width), factors, factors))
-        self.steps.append(Step(layer.name, ScaleKernel(maps.images, layer.relu, width), maps, maps, factors))
+        self.steps.append(Step(layer.name, SigmoidKernel(factors.layout.pixel_stride, width), factors, factors))
+        self.steps.append(Step(layer.name, ScaleKernel(maps.layout, layer.relu, width), maps, maps, factors))
 
 
 def _share_buffers(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Buffer, ...]]:
