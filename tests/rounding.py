@@ -8,8 +8,8 @@ kernel's own business. With y = Σ tᵢ and Q = Σ tᵢ², the expectation over 
     Σ_k E[(b + s_k)²] ≈ n · (b² + b·y + Q/6 + y²/3)
 
 so the error of an output has the variance (c·u)² times that, plus (c·u)² · Q where products are rounded before they are
-added (no FMA). One accumulator an output is the worst that kernels do: oneDNN's AVX2 and SSE4.1 kernels run over all
-input channels so, while its AVX-512 kernel for NCHW stores and adds blocks of 16 channels, which errs a quarter as much.
+added (no FMA). One accumulator per output is the worst that kernels do. oneDNN's AVX2 and SSE4.1 kernels work so over
+all input channels; its AVX-512 kernel for NCHW adds up blocks of 16 channels, and errs a quarter as much.
 
 A merged convolution has larger partial sums than the 3x3 convolution of the branches (the identity and the 1x1 kernel
 are part of its sum instead of being added once at the end), so with one accumulator the plain form of RepVGG-A0 is 1.6

@@ -27,13 +27,15 @@ def test_converts_and_says_what_it_did(repvgg, files, tmp_path):
     target = tmp_path / "plain.safetensors"
     outcome = repvgg("convert", files.train, target)
     assert (outcome.code, outcome.err) == (0, "")
-    *blocks, verdict, wrote = outcome.out.splitlines()
-    assert len(blocks) == 7
-    assert blocks[0].split("  ")[0] == "stem.conv"
-    assert blocks[2].endswith("dense + pointwise + identity  → 3x3 conv 32→32")
-    assert verdict.startswith("equal: relative error ")
-    assert verdict.endswith("; 6 of 6 predictions agree")
-    assert wrote == f"wrote {target}: repvgg_t0, plain form, 181,546 parameters instead of 203,050"
+    _, _, *regions, folded, equal, wrote = outcome.out.splitlines()
+    assert len(regions) == 7
+    assert regions[0].split("  ")[0] == "stem.conv"
+    assert "3x3 Conv2d + 1x1 Conv2d + BatchNorm2d" in " ".join(regions[2].split())
+    assert "3x3 conv 32→32" in regions[2]
+    assert folded == "7 regions folded; 203,050 → 181,546 parameters"
+    assert equal.startswith("plain form is equal: relative error ")
+    assert "; 6 of 6 predictions agree, on images of 16x16, " in equal
+    assert wrote == f"wrote {target}: repvgg_t0, plain form, weights and header"
     about = same_function(target, files.model)
     assert about == replace(load(files.train).metadata, form="plain")
 
@@ -182,8 +184,8 @@ def test_a_file_system_that_takes_no_files(refused, files):
 
 
 def test_what_is_not_equal_is_not_written(refused, files, tmp_path, monkeypatch):
-    def wrong(model):
-        plain, report = reparameterize(model)
+    def wrong(*args, **kwargs):
+        plain, report = reparameterize(*args, **kwargs)
         with torch.no_grad():
             next(m for m in plain.modules() if isinstance(m, nn.Conv2d)).bias[0] += 0.01
         return plain, report

@@ -260,13 +260,13 @@ def raising(error):
     ],
 )
 def test_how_a_verb_ends(repvgg, monkeypatch, error, code, text):
-    monkeypatch.setattr("repvgg.cli._verbs", lambda: {"list": raising(error)})
+    monkeypatch.setattr("repvgg.cli.app.commands", lambda: {"list": raising(error)})
     outcome = repvgg("list")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", text)
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("repvgg.cli._verbs", lambda: {"list": raising(RuntimeError("a bug"))})
+    monkeypatch.setattr("repvgg.cli.app.commands", lambda: {"list": raising(RuntimeError("a bug"))})
     with pytest.raises(RuntimeError, match="a bug"):
         main(["list"])
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from repvgg.cli._help import JsonFlag
 from repvgg.errors import UsageError
 from repvgg.measure import RunSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from repvgg.measure import SpeedProtocol, Timing
     from repvgg.studies.candidates import Candidate
@@ -36,22 +36,23 @@ def bench(
     rounds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
     setting: Annotated[_Setting, tyro.conf.arg(name="")] = _Setting(),
     engine: Annotated[str, tyro.conf.arg(metavar="ENGINE")] = "torch",
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> int:
     """Time networks side by side: one in its three forms, or several against each other.
 
-    Models of ours are timed in train form, with batch norms folded, and in plain form; others as they would be
-    deployed, with batch norms (and branches, where that is exact) folded. Models by name have random weights.
+    RepVGG models are timed in the train form, with batch norms folded, and in the plain form; other models as they
+    would be deployed, with batch norms (and branches, where that is exact) folded. Models by name have random weights.
 
-    The interleaved protocol is fit for machines on which other things happen: every round times each network once, so
-    that a slow spell hits all alike; times are medians with quartiles, speed-ups are taken within each round. The
-    paper's (§4.1): batches of 128, 50 to warm up and 50 that are timed, one network after the other; times are means.
-    One image at a time is latency: on a GPU each call waits for its answer. Larger batches follow each other.
+    The interleaved protocol suits shared machines: each round times every network once, so a transient slowdown affects
+    all of them equally; times are medians with quartiles, speed-ups are computed within each round. The paper's
+    protocol (section 4.1) times 50 batches of 128 after 50 for warm-up, one network after the other; times are means.
+    Batch 1 measures latency: on a GPU each call waits for its result. Larger batches are queued back to back.
 
-    The engine "repvgg" is the library's own: it runs plain networks, and the others are told of and left out. With
-    several engines everything is timed in each of them, in the same rounds; --compile speaks to PyTorch alone.
+    The engine "repvgg" is the library's own: it runs plain networks, and networks that it does not support are listed
+    and left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch.
 
-    What does not fit in memory is told of, and the rest goes on. Ctrl-C stops early and keeps what was measured.
+    Networks that do not fit in memory are listed, and the rest is timed. Ctrl-C stops early and prints the results so
+    far.
 
         repvgg bench repvgg_a0 --threads 1
         repvgg bench repvgg_a0 resnet18 --baseline resnet18 --batch 1,8,32
@@ -62,17 +63,17 @@ def bench(
     Args:
         models: names from 'repvgg list', baselines such as resnet50, timm:NAME, torchvision:NAME, FILE.py:FACTORY, or
             checkpoints.
-        baseline: the one that speed-ups refer to; without it the first.
-        batch: images a call, or several numbers with commas between; without it 1, or what the protocol says.
-        input_size: height and width; without it what each model is made for.
-        protocol: how often and in which order.
-        rounds: how often each network is timed; without it what the protocol says.
-        setting: where and in which numbers.
-        engine: what runs the networks: torch, repvgg, repvgg-searched (which first measures how each convolution is
-            computed the fastest here, and keeps the answer), onnxruntime, openvino, or several with commas between.
+        baseline: the model that speed-ups refer to (default: the first).
+        batch: images per call, or several numbers separated by commas (default: the protocol's).
+        input_size: height and width (default: each model's own).
+        protocol: how often the networks are timed and in which order.
+        rounds: number of timings of each network (default: the protocol's).
+        setting: device, dtype and layout.
+        engine: what runs the networks: torch, repvgg, repvgg-searched (which first measures the fastest algorithm of
+            each convolution on this machine, and caches it), onnxruntime, openvino, or several separated by commas.
         as_json: print JSON; times are in seconds.
     """
-    from repvgg.cli.terminal import write_json, write_line
+    from repvgg.cli._output import progress_bar, write_json, write_line
     from repvgg.measure import environment
     from repvgg.studies.candidates import baseline_among, candidates_of, check_engines, runnable
     from repvgg.studies.timing import sweep
@@ -84,7 +85,7 @@ def bench(
         stamp = environment()
         candidates, left_out = runnable(candidates_of(models, input_size, engines))
         base = baseline_among(candidates, baseline)
-        with _progress() as on_progress:
+        with progress_bar("rounds", auto_refresh=False) as on_progress:
             result = sweep(candidates, batches, setting, plan, baseline=base, on_progress=on_progress)
     _refuse_nothing(result)
     settings = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
@@ -116,29 +117,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(
-            f"--batch takes a number, or several with commas between as in 1,8,32, not {text!r}."
+            f"--batch takes a number, or several separated by commas as in 1,8,32, not {text!r}."
         ) from error
 
 
 def _refuse_nothing(result: SweepResult) -> None:
     if not any(one.names for one in result.batches):
         raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, beside standard output; nothing elsewhere. Drawn between rounds, not while one runs."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("rounds", total=None)
-        progress.refresh()
-        yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
 
 
 def _as_data(result: SweepResult) -> dict[str, Any]:
@@ -156,7 +141,7 @@ def _as_data(result: SweepResult) -> dict[str, Any]:
 
 
 def _print(result: SweepResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
-    from repvgg.cli.terminal import write_line
+    from repvgg.cli._output import write_line
 
     for one in result.batches:
         if len(result.batches) > 1:
@@ -168,11 +153,11 @@ def _print(result: SweepResult, candidates: Sequence[Candidate], plan: SpeedProt
         _print_best(result, plan)
     for name, found in result.denormals.items():
         if found:
-            write_line(f"{name}: {found}; they slow some CPUs down, --flush-denormal takes them for 0")
+            write_line(f"{name}: {found}; they slow some CPUs down; --flush-denormal rounds them to 0")
 
 
 def _print_batch(one: BatchResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
-    from repvgg.cli.terminal import write_line, write_table
+    from repvgg.cli._output import write_line, write_table
 
     average = "median" if plan.interleaved else "mean"
     several = len({candidate.model for candidate in candidates}) > 1
@@ -190,7 +175,7 @@ def _print_batch(one: BatchResult, candidates: Sequence[Candidate], plan: SpeedP
 
 
 def _verdicts(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str]:
-    """What the plain forms have to answer for: that they are faster than their train form, and than the baseline."""
+    """Yield a sentence for each plain form that is not faster than its train form, or than the baseline."""
     from repvgg.studies.candidates import PLAIN, TRAIN
 
     names = {(candidate.model, candidate.engine, candidate.form): candidate.name for candidate in candidates}
@@ -222,8 +207,8 @@ def _cells(timing: Timing, batch: int, plan: SpeedProtocol) -> tuple[str, ...]:
 
 
 def _print_best(result: SweepResult, plan: SpeedProtocol) -> None:
-    """Latency of one image, and the highest throughput of all batch sizes."""
-    from repvgg.cli.terminal import write_table
+    """Print the latency of one image, and the highest throughput over all batch sizes."""
+    from repvgg.cli._output import write_table
 
     names = dict.fromkeys(name for one in result.batches for name in one.names)
     rows = []
@@ -236,7 +221,7 @@ def _print_best(result: SweepResult, plan: SpeedProtocol) -> None:
 
 
 def _print_stamp(settings: dict[str, Any], candidates: Sequence[Candidate], stamp: dict[str, str]) -> None:
-    from repvgg.cli.terminal import write_line
+    from repvgg.cli._output import write_line
 
     layout = "channels_last" if settings["channels_last"] else "contiguous"
     sizes = " and ".join(dict.fromkeys(f"{one.image[1]} x {one.image[2]}" for one in candidates))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from repvgg.cli.proving import in_words, proven
+from repvgg.cli._help import JsonFlag
 
 if TYPE_CHECKING:
     from repvgg.checkpoints import Form
@@ -24,11 +24,11 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 def inspect(
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Say what is in a checkpoint: whose names, which model, which form, what its header says, what is not used.
+    """Show what a checkpoint holds: naming scheme, model, form, header, and tensors that are not used.
 
-    Files of this library, of the paper's authors, of timm and of mmpretrain are recognized by their names and shapes.
+    Files of this library, of the paper's authors, of timm and of mmpretrain are recognized by tensor names and shapes.
 
         repvgg checkpoint inspect RepVGG-A0-train.pth
         repvgg checkpoint inspect hub:timm/repvgg_a0.rvgg_in1k --json
@@ -37,7 +37,7 @@ def inspect(
         file: safetensors, a torch file, or hub:OWNER/NAME for a repository of the Hugging Face hub.
         as_json: print JSON, with the header and the reason for every tensor that is not used.
     """
-    from repvgg.cli.terminal import write_json, write_line, write_table
+    from repvgg.cli._output import write_json, write_line, write_table
 
     about = _summary(file, _read(file))
     if as_json:
@@ -62,10 +62,10 @@ def convert(
     ] = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint under the names of another library; every tensor stays what it is, bit for bit.
+    """Write a checkpoint under the tensor names of another library; values stay the same, bit for bit.
 
-    In the train form only names change. The plain form of a file in the train form is collapsed, verified, and only
-    then written. A safetensors file gets a header under any names; a torch file under other names is a bare state dict.
+    With --form plain, a checkpoint in the train form is converted and verified before it is written. A safetensors file
+    always gets a header; a torch file under another library's names is a bare state dict.
 
         repvgg checkpoint convert RepVGG-A0-train.pth a0.safetensors
         repvgg checkpoint convert a0.safetensors a0.pth --to timm --form plain
@@ -73,11 +73,11 @@ def convert(
     Args:
         file: safetensors, a torch file, or hub:OWNER/NAME for a repository of the Hugging Face hub.
         out: where to write it; ends in .safetensors, or in .pth or .pt for a torch file.
-        to: whose names: repvgg (ours), upstream (the paper's authors), timm or mmpretrain.
-        form: train or plain; without it that of the file.
+        to: the naming scheme: repvgg (this library), upstream (the paper's authors), timm or mmpretrain.
+        form: train or plain (default: that of the file).
         overwrite: replace OUT if it exists.
     """
-    from repvgg.cli.terminal import write_line
+    from repvgg.cli._output import equality, write_line
     from repvgg.models import save
 
     _check_output(file, out, overwrite)
@@ -86,7 +86,7 @@ def convert(
     save(out, loaded.model, loaded.metadata, layout=to, without=loaded.account.filled, overwrite=overwrite)
     about = loaded.metadata
     if evidence is not None:
-        write_line(in_words(evidence))
+        write_line(equality(evidence))
     for name, reason in loaded.account.dropped.items():
         write_line(f"{name} is not used: {reason}")
     write_line(f"wrote {out}: {about.model}, {about.form} form, names of {to} instead of {loaded.account.layout}")
@@ -108,23 +108,26 @@ def _check_output(file: str, out: Path, overwrite: bool) -> None:
         raise UsageError(f"A checkpoint is a safetensors or a torch file: end {str(out)!r} in .safetensors or .pth.")
     check_output(out, overwrite=overwrite)
     if out.exists() and Path(file).exists() and out.samefile(file):
-        raise UsageError("The outcome would replace the file that it is made from: give another name.")
+        raise UsageError("The output would replace its own source: give another name.")
 
 
 def _in_form(loaded: LoadedModel, form: Form | None) -> tuple[LoadedModel, Evidence | None]:
-    """The model in the form that was asked for, and the proof where it had to be collapsed."""
-    from repvgg.cli.terminal import busy
+    """Return the model in the requested form, with evidence if it had to be converted."""
+    from repvgg.cli._output import busy
     from repvgg.models import collapse_loaded
+    from repvgg.verify import border_inputs, verify
 
-    if form != "plain" or loaded.metadata.form == "plain":
+    about = loaded.metadata
+    if form != "plain" or about.form == "plain":
         return loaded, None
-    with busy("Collapsing"):
+    with busy("Converting"):
         plain = collapse_loaded(loaded)
-    return plain, proven(loaded, plain.model)
+    images = border_inputs((2, about.in_channels, about.input_size, about.input_size), batches=3)
+    with busy("Verifying"):
+        return plain, verify(loaded.model, plain.model, images).raise_if_failed()
 
 
 def _summary(file: str, loaded: LoadedModel) -> dict[str, Any]:
-    """What is known of a file, as plain data."""
     metadata, account = loaded.metadata, loaded.account
     parameters = list(loaded.model.parameters())
     return {
@@ -150,7 +153,6 @@ def _summary(file: str, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A value of the summary for a person."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

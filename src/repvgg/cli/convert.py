@@ -1,91 +1,250 @@
-"""``repvgg convert``."""
+"""``repvgg convert``, also called ``repvgg collapse``."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from repvgg.cli.proving import in_words, proven
-
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from repvgg.checkpoints import Metadata
     from repvgg.collapse import Report
-    from repvgg.models import RepVGG
+    from repvgg.deploy import Shipped
     from repvgg.verify import Evidence
+
+_HUB = "hub:"
 
 
 def convert(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")] = None,
+    weights: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE")] = None,
+    num_classes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="CLASSES")] = None,
+    input_size: Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="H W")] = None,
+    input_shape: Annotated[tuple[int, int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="C H W")] = None,
+    policy: Literal["cheaper", "always"] = "cheaper",
+    report: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE.json")] = None,
     overwrite: bool = False,
 ) -> None:
-    """Collapse a trained checkpoint into its plain form, verify it, and only then write it.
+    """Convert any network into its plain form, verify it, and write it as .safetensors, .pt2 or .onnx.
 
-    The plain form is judged against the trained one in float64, on random images that make borders count, at the
-    input size of the checkpoint and at two odd ones. What is not equal is not written.
+    SOURCE is a trained checkpoint of a RepVGG (safetensors, or a torch file with a state_dict), hub:OWNER/NAME for one
+    on the Hugging Face hub, timm:NAME, torchvision:NAME, repvgg:NAME (see 'repvgg list'), or PATH.py:FACTORY for a
+    Python file of your own: the file is run, and FACTORY is called without arguments. Models by name are not
+    downloaded: without --weights, their weights are random.
+
+    The plain form is compared with the source in float64, on random images that make differences at borders show, at
+    the input size and at two odd ones; so is the written file, once it is loaded back. A file that differs is not kept.
+    A .safetensors file holds the weights alone; that of a checkpoint keeps its header.
 
         repvgg convert run.ckpt plain.safetensors
+        repvgg convert timm:fastvit_t8 plain.pt2 --weights fastvit.safetensors
+        repvgg convert torchvision:resnet50 plain.onnx --input-size 192 256
+        repvgg convert net.py:make_model plain.safetensors --weights run.ckpt
 
     Args:
-        source: the trained checkpoint: safetensors, or a torch file with a state_dict.
-        target: where to write the plain form, a .safetensors file.
-        model: the model that the checkpoint must be of, a name from 'repvgg list'.
-        overwrite: replace the target if it exists.
+        source: where the model comes from.
+        out: the file to write; its suffix determines the format.
+        model: refuse a checkpoint of any other model, a name from 'repvgg list'.
+        weights: trained weights of a model by name or factory, safetensors or a torch file with a state_dict; they are
+            read as data, never executed.
+        num_classes: logits of a model by name (default: the model's own).
+        input_size: height and width of the images for costs, verification and export (default: the model's own).
+        input_shape: the same with the number of channels in front.
+        policy: merge only what then takes no more multiply-adds and weights than its parts at that size ("cheaper"), or
+            everything that can be merged ("always").
+        report: write what was folded, skipped and verified to this file, as JSON.
+        overwrite: replace files that exist.
     """
-    from repvgg.cli.terminal import busy
-    from repvgg.collapse import reparameterize
-    from repvgg.models import RepVGG, load, save
+    from repvgg.cli._output import busy, equality, write_line, write_warning
+    from repvgg.deploy import images_for
+    from repvgg.verify import verify
 
-    _check_target(target, overwrite)
-    loaded = load(source, model)
+    _check_outputs(source, out, report, weights, overwrite)
+    _check_images(input_size, input_shape)
+    with busy("Loading"):
+        if _is_checkpoint(source):
+            network = _from_checkpoint(source, model, weights, num_classes, input_size, input_shape)
+        else:
+            network = _from_factory(source, model, weights, num_classes, input_size, input_shape)
+        images = images_for(network.model, network.shape)
+    if network.metadata is None and weights is None:
+        write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
+    with busy("Converting"):
+        plain, folded = _reparameterize(network.model, images[0], policy)
+    _write_summary(folded, network.model, plain)
+    with busy("Verifying"):
+        evidence = verify(network.model, plain, images).raise_if_failed()
+    write_line(f"plain form is {equality(evidence, images)}")
+    with busy("Writing"):
+        shipped = _write(network, plain, out, overwrite)
+    write_line(f"wrote {out}: {_contents(network, shipped)}")
+    if report:
+        _write_report_file(report, network, folded, evidence, shipped, overwrite)
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """A network to convert.
+
+    Attributes:
+        model: in eval mode.
+        shape: (C, H, W) of an image.
+        source: as the user gave it.
+        weights: where its weights come from, in words.
+        metadata: the header of its checkpoint; None for a model by name or factory.
+    """
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    source: str
+    weights: str
+    metadata: Metadata | None = None
+
+    @property
+    def notes(self) -> dict[str, str]:
+        from repvgg import __version__
+
+        return {"source": self.source, "weights": self.weights, "version": __version__}
+
+
+def _is_checkpoint(source: str) -> bool:
+    if source.startswith(_HUB) or os.path.exists(source):
+        return True
+    prefix, _, rest = source.rpartition(":")
+    # "timm:NAME" and "net.py:make" are factories. Anything else is a path, and loading explains what is wrong with it.
+    return not (prefix and rest)
+
+
+def _from_checkpoint(
+    source: str,
+    model: str | None,
+    weights: Path | None,
+    num_classes: int | None,
+    input_size: tuple[int, int] | None,
+    input_shape: tuple[int, int, int] | None,
+) -> _Network:
+    from repvgg.errors import CheckpointError, UsageError
+    from repvgg.models import from_pretrained, load
+
+    if weights is not None or num_classes is not None:
+        raise UsageError("--weights and --num-classes are for models by name or factory: a checkpoint has its own.")
+    loaded = from_pretrained(source.removeprefix(_HUB)) if source.startswith(_HUB) else load(source, model)
     about = loaded.metadata
-    _check_source(source, target, about.form)
-    with busy("Collapsing"):
-        plain, report = reparameterize(loaded.model)
-    assert isinstance(plain, RepVGG)
-    evidence = proven(loaded, plain)
-    save(target, plain, replace(about, form="plain"), overwrite=overwrite)
-    _tell(report, evidence)
-    _tell_outcome(about.model, loaded.model, plain, target)
+    if about.form == "plain":
+        raise CheckpointError(f"{source!r} is in the plain form already: there is nothing to convert.")
+    shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
+    return _Network(loaded.model, shape, source, f"from {Path(source).name}", about)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _from_factory(
+    source: str,
+    model: str | None,
+    weights: Path | None,
+    num_classes: int | None,
+    input_size: tuple[int, int] | None,
+    input_shape: tuple[int, int, int] | None,
+) -> _Network:
+    from repvgg.errors import UsageError
+    from repvgg.models import resolve
+
+    if model is not None:
+        raise UsageError("--model is for checkpoints: SOURCE names the model already.")
+    channels = input_shape[0] if input_shape else None
+    sourced = resolve(source, weights=weights, num_classes=num_classes, in_channels=channels)
+    shape = input_shape or (sourced.input_shape[0], *(input_size or sourced.input_shape[1:]))
+    return _Network(sourced.model, shape, sourced.source, sourced.weights)
+
+
+def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | None, overwrite: bool) -> None:
     from repvgg._files import check_output
+    from repvgg.deploy import check_target
     from repvgg.errors import UsageError
 
-    if target.suffix != ".safetensors":
-        raise UsageError(f"The plain form is written as safetensors: end {str(target)!r} in .safetensors.")
-    check_output(target, overwrite=overwrite)
+    # First: with --overwrite the other checks would let a source be replaced.
+    if any(
+        path and os.path.exists(path) and os.path.exists(source) and path.samefile(source) for path in (out, report)
+    ):
+        raise UsageError("The plain form would replace the trained checkpoint, which cannot be recovered from it.")
+    check_target(out, overwrite=overwrite)
+    if report:
+        check_output(report, overwrite=overwrite)
+        if report.resolve() == out.resolve():
+            raise UsageError("The report and the network are two files: give them two names.")
+    if weights and any(path and path.resolve() == weights.resolve() for path in (out, report)):
+        raise UsageError("The trained weights would be replaced, and cannot be recovered from the plain form.")
 
 
-def _check_source(source: Path, target: Path, form: str) -> None:
-    from repvgg.errors import CheckpointError, UsageError
+def _check_images(input_size: tuple[int, int] | None, input_shape: tuple[int, int, int] | None) -> None:
+    from repvgg.errors import UsageError
 
-    if form == "plain":
-        raise CheckpointError(f"{str(source)!r} is in the plain form already: there is nothing to convert.")
-    if target.exists() and source.samefile(target):
-        raise UsageError("The plain form would replace the trained checkpoint, which cannot be got back from it.")
-
-
-def _tell(report: Report, evidence: Evidence) -> None:
-    """A line a block, then the verdict."""
-    from repvgg.cli.terminal import write_line, write_table
-
-    parts = [" + ".join(part.name or part.description for part in region.parts) for region in report.folded]
-    folded = zip(report.folded, parts, strict=True)
-    write_table([(region.name, text, f"→ {region.convolution}") for region, text in folded], numbers=False)
-    for row in (*report.left, *report.dropped):
-        write_line(f"{row.name} is not in the plain form: {row.reason}")
-    agreement = evidence.agreement
-    same = f"; {agreement.agreed} of {agreement.total} predictions agree" if agreement else ""
-    write_line(f"{in_words(evidence)}{same}")
+    if input_size and input_shape:
+        raise UsageError("Give --input-size or --input-shape, not both.")
+    if min(input_size or input_shape or (1,)) < 1:
+        raise UsageError("Channels, height and width of an image are all at least 1.")
 
 
-def _tell_outcome(name: str, train: RepVGG, plain: RepVGG, target: Path) -> None:
-    from repvgg.cli.terminal import write_line
+def _reparameterize(model: nn.Module, images: Tensor, policy: Literal["cheaper", "always"]) -> tuple[nn.Module, Report]:
+    import warnings
 
-    before, after = (sum(p.numel() for p in form.parameters()) for form in (train, plain))
-    write_line(f"wrote {target}: {name}, plain form, {after:,} parameters instead of {before:,}")
+    from repvgg.collapse import reparameterize
+    from repvgg.errors import NothingFoldedWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingFoldedWarning)  # the summary says it
+        return reparameterize(model, images, policy=policy)
+
+
+def _write_summary(report: Report, before: nn.Module, after: nn.Module) -> None:
+    from repvgg.cli._output import write_line, write_report
+
+    write_report(report)
+    parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (before, after)]
+    regions = len(report.folded)
+    what = f"{regions} {'region' if regions == 1 else 'regions'} folded" if regions else "nothing to fold, a copy"
+    write_line(f"{what}; {parameters[0]:,} → {parameters[1]:,} parameters")
+
+
+def _write(network: _Network, plain: nn.Module, out: Path, overwrite: bool) -> Shipped:
+    from repvgg.deploy import Shipped, ship
+    from repvgg.models import RepVGG, save
+
+    if network.metadata is None or out.suffix != ".safetensors":
+        return ship(network.model, plain, out, network.shape, overwrite=overwrite, notes=network.notes)
+    assert isinstance(plain, RepVGG)
+    save(out, plain, replace(network.metadata, form="plain"), overwrite=overwrite)
+    return Shipped(out)
+
+
+def _contents(network: _Network, shipped: Shipped) -> str:
+    if shipped.evidence is None:
+        if network.metadata is None:
+            return "weights of the plain form, read back bit for bit"
+        return f"{network.metadata.model}, plain form, weights and header"
+    number = "any number of images" if shipped.dynamic_batch else "one image at a time"
+    size = " x ".join(map(str, network.shape))
+    error = f"relative error {shipped.evidence.relative:.1e}, {shipped.evidence.tolerance:.1e} allowed"
+    return f"{number} of {size}, loaded back and equal, {error}"
+
+
+def _write_report_file(
+    path: Path, network: _Network, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
+) -> None:
+    from repvgg._files import write_text
+
+    content = {
+        **network.notes,
+        "out": str(shipped.path),
+        "dynamic_batch": shipped.dynamic_batch,
+        **report.to_dict(),
+        "evidence": evidence.to_dict(),
+        "evidence_of_file": shipped.evidence.to_dict() if shipped.evidence else None,
+    }
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", overwrite=overwrite)

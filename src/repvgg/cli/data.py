@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from repvgg.cli._help import JsonFlag
 
+if TYPE_CHECKING:
     from repvgg.data import CheckReport
 
-_SHOWN = 20  # paths of each kind; --json has them all
+_MAX_PATHS = 20  # of each kind of problem; --json lists all
 _INTERRUPTED = 130
 
 
@@ -22,28 +21,28 @@ def check(
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="N")] = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> int:
-    """Read every image of a data set and say what is wrong; exit code 1 if anything is bad.
+    """Read every image of a data set and report problems; exit code 1 if there are any.
 
-    Counts classes, sizes and modes, lists images that cannot be used, and finds those that are held out and trained on
-    alike. URIs: imagefolder:PATH, torchvision:NAME:PATH, hf:NAME, webdataset:PATTERN, digits:, fake:. Ctrl-C stops
-    early and keeps what was counted.
+    Counts classes, sizes and color modes, lists images that cannot be decoded, and finds images that are in both the
+    training and the validation split. URIs: imagefolder:PATH, torchvision:NAME:PATH, hf:NAME, webdataset:PATTERN,
+    digits:, fake:. Ctrl-C stops early and reports what was read.
 
         repvgg data check imagefolder:photos --workers 4
         repvgg data check torchvision:CIFAR10:data --json
 
     Args:
         uri: the data set.
-        val: the images to judge by, where the URI holds one part only.
-        workers: processes that read; 0: this one reads.
-        limit: images to read of each part; without it all.
+        val: the validation split, where the URI holds one split only.
+        workers: processes that read images (0: the main process).
+        limit: images to read from each split (default: all).
         as_json: print JSON, with every path.
     """
-    from repvgg.cli.terminal import write_json
+    from repvgg.cli._output import progress_bar, write_json
     from repvgg.data import DataConfig, check_data
 
-    with _progress() as on_progress:
+    with progress_bar("images") as on_progress:
         report = check_data(DataConfig(uri=uri, val=val, workers=workers), limit=limit, on_progress=on_progress)
     if as_json:
         write_json(report.to_dict())
@@ -54,25 +53,10 @@ def check(
     return 0 if report.complete else _INTERRUPTED
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int | None], None] | None]:
-    """A bar on a terminal, beside standard output; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("images", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def _print(report: CheckReport) -> None:
-    from repvgg.cli.terminal import write_line
+    from repvgg.cli._output import write_line
 
-    _print_parts(report)
+    _print_splits(report)
     for note in report.notes:
         write_line(f"note: {note}")
     if report.mismatch is not None:
@@ -82,7 +66,7 @@ def _print(report: CheckReport) -> None:
         _print_list(f"bad, {kind}", [f"{bad.location}: {bad.reason}" for bad in report.corrupt if bad.kind == kind])
     for remark, places in report.remarks.items():
         _print_list(remark, places)
-    _print_list("trained on and held out alike", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
+    _print_list("in both splits", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
     _print_list("the same image in two classes", [f"{one} = {other}" for one, other in report.conflicts])
     read = sum(split.images for split in report.splits)
     if not report.complete:
@@ -90,9 +74,8 @@ def _print(report: CheckReport) -> None:
     write_line(f"{read} images read, {len(report.corrupt)} bad")
 
 
-def _print_parts(report: CheckReport) -> None:
-    """A table of classes, and one of sizes and modes."""
-    from repvgg.cli.terminal import write_line, write_table
+def _print_splits(report: CheckReport) -> None:
+    from repvgg.cli._output import write_line, write_table
 
     train, val = report.splits
     names = sorted({*train.classes, *val.classes}, key=_in_order)
@@ -107,18 +90,17 @@ def _print_parts(report: CheckReport) -> None:
 
 
 def _in_order(name: str) -> tuple[int, str]:
-    """Classes that are numbers as numbers, others by their names."""
+    # Numbers in numeric order: "10" after "9".
     return (int(name), "") if name.isdecimal() else (-1, name)
 
 
 def _print_list(what: str, places: list[str]) -> None:
-    """The number and the first few; nothing if there are none."""
-    from repvgg.cli.terminal import write_line
+    from repvgg.cli._output import write_line
 
     if not places:
         return
     write_line(f"{what}: {len(places)}")
-    for place in places[:_SHOWN]:
+    for place in places[:_MAX_PATHS]:
         write_line(f"  {place}")
-    if len(places) > _SHOWN:
-        write_line(f"  and {len(places) - _SHOWN} more")
+    if len(places) > _MAX_PATHS:
+        write_line(f"  and {len(places) - _MAX_PATHS} more")

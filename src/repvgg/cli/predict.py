@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
+from repvgg.cli._help import JsonFlag
 from repvgg.errors import CheckpointError, RepvggError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from repvgg.models import RepVGG
 
     Run: TypeAlias = Callable[[Tensor], Tensor]
-    Ranked: TypeAlias = list[tuple[float, int]]  # probabilities and numbers of classes, the most probable first
+    TopClasses: TypeAlias = list[tuple[float, int]]  # (probability, class index), the most probable first
 
-_BATCH = 16  # images at once
+_BATCH = 16
 
 
 def predict(
@@ -32,34 +33,35 @@ def predict(
     input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
     crop_fraction: float = 0.875,
     threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
-    json: bool = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Say what is on images: the classes that a model finds most probable, for each.
+    """Predict the most probable classes of image files.
 
-    A train form is collapsed first; images are cut as 'repvgg eval' cuts them. The engine "repvgg" is the library's
-    own; "auto" takes it where it is installed and knows the model, and says what ran.
+    A checkpoint in the train form is converted first; images are resized and cropped as by 'repvgg eval'. The engine
+    "repvgg" is the library's own; "auto" takes it where it is installed and supports the model. The output names the
+    engine that ran.
 
         repvgg predict plain.safetensors cat.jpg holidays/
 
     Args:
-        checkpoint: the file, ours or a foreign one.
+        checkpoint: the file, of this library or another one.
         images: files, or folders of them.
-        top: classes for each image.
+        top: classes per image.
         engine: what runs the model.
-        input_size: height and width; without it what the checkpoint says.
-        crop_fraction: share of the short side that the central crop takes.
-        threads: that work on an image; without it what PyTorch takes.
-        json: print JSON.
+        input_size: height and width (default: from the checkpoint).
+        crop_fraction: the central crop as a fraction of the short side.
+        threads: number of CPU threads (default: PyTorch's).
+        as_json: print JSON.
     """
     from repvgg._contexts import num_threads
-    from repvgg.cli.terminal import write_json
+    from repvgg.cli._output import write_json, write_line
     from repvgg.data import DataConfig, list_images
     from repvgg.models import collapse_loaded, load
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
     if not images:
-        raise UsageError("Name the images, or folders of them, behind the checkpoint.")
+        raise UsageError("Give image files, or folders of them, after the checkpoint.")
     files = list_images(images)
     loaded = load(checkpoint)
     about = loaded.metadata
@@ -68,17 +70,17 @@ def predict(
     model = (loaded if about.form == "plain" else collapse_loaded(loaded)).model.float().eval()
     shape = (min(_BATCH, len(files)), about.in_channels, size, size)
     with num_threads(threads):
-        run, ran = _runner(model, shape, engine)
-        found = _found(files, config, shape, run, min(top, about.num_classes))
-    if json:
+        run, ran = _compile(model, shape, engine)
+        found = _predict(files, config, shape, run, min(top, about.num_classes))
+    if as_json:
         write_json({"engine": ran, "model": about.model, "images": _as_data(files, found, about)})
     else:
-        _tell(files, found, about)
-        _tell_setting(about, size, ran)
+        _print(files, found, about)
+        write_line(f"{about.model}, plain form, {size} x {size}, engine {ran}")
 
 
-def _runner(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tuple[Run, str]:
-    """What takes images, and what it is called."""
+def _compile(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tuple[Run, str]:
+    """Return the function to call on images, and the name of the engine behind it."""
     import repvgg.engine
 
     if engine == "torch":
@@ -91,22 +93,21 @@ def _runner(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tup
         return model, f"torch ({first_line(error)})"
 
 
-def _found(
+def _predict(
     files: Sequence[Path], config: DataConfig, shape: tuple[int, int, int, int], run: Run, top: int
-) -> list[Ranked]:
-    """The most probable classes of each file."""
+) -> list[TopClasses]:
     import torch
 
-    from repvgg.cli.terminal import busy
+    from repvgg.cli._output import busy
     from repvgg.data import read_images
 
     batch, channels, size, _ = shape
-    found: list[Ranked] = []
-    with busy("looking"), torch.inference_mode():
+    found: list[TopClasses] = []
+    with busy("Predicting"), torch.inference_mode():
         for begin in range(0, len(files), batch):
             logits = run(read_images(files[begin : begin + batch], config, size, channels))
             if not logits.isfinite().all():
-                raise CheckpointError("The model answers with numbers that are not finite: its weights are broken.")
+                raise CheckpointError("The model returns NaN or infinity: its weights are broken.")
             values, numbers = logits.double().softmax(1).topk(top)
             found += [list(zip(*row, strict=True)) for row in zip(values.tolist(), numbers.tolist(), strict=True)]
     return found
@@ -116,7 +117,7 @@ def _name(about: Metadata, number: int) -> str:
     return about.classes[number] if about.classes else f"class {number}"
 
 
-def _as_data(files: Sequence[Path], found: Sequence[Ranked], about: Metadata) -> list[dict[str, Any]]:
+def _as_data(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata) -> list[dict[str, Any]]:
     return [
         {
             "file": str(path),
@@ -126,18 +127,11 @@ def _as_data(files: Sequence[Path], found: Sequence[Ranked], about: Metadata) ->
     ]
 
 
-def _tell(files: Sequence[Path], found: Sequence[Ranked], about: Metadata) -> None:
-    """A block for each image."""
-    from repvgg.cli.terminal import write_line
+def _print(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata) -> None:
+    from repvgg.cli._output import write_line
 
     width = max(len(_name(about, number)) for row in found for _, number in row)
     for path, row in zip(files, found, strict=True):
         write_line(str(path))
         for value, number in row:
             write_line(f"  {_name(about, number):{width}}  {100 * value:6.2f}%")
-
-
-def _tell_setting(about: Metadata, size: int, ran: str) -> None:
-    from repvgg.cli.terminal import write_line
-
-    write_line(f"{about.model}, plain form, {size} x {size}, engine {ran}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from repvgg.cli._help import JsonFlag
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -24,8 +26,8 @@ _DEFAULTS = (_MODEL, None, 1, "both", 2, "total", None)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is profiled, and on which images."""
+class ProfileRequest:
+    """What to profile, and on which images."""
 
     model: str
     input_size: tuple[int, int]
@@ -35,7 +37,6 @@ class Asked:
 
     @property
     def size(self) -> str:
-        """Channels, height and width."""
         return " x ".join(map(str, (self.channels, *self.input_size)))
 
     def __str__(self) -> str:
@@ -51,17 +52,17 @@ def profile(
     per: Per = "total",
     dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="")] = None,
     paper: Annotated[Literal["table4", "table5"] | None, tyro.conf.arg(help_behavior_hint="")] = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Say what a model holds, computes and moves, in the form that it is trained in and in the plain form.
+    """Count the parameters, operations and memory traffic of a model, in the train form and in the plain form.
 
-    MODEL is a row of 'repvgg list', a baseline such as resnet50 or mobileone_s0, timm:NAME, torchvision:NAME,
-    PATH.py:FACTORY, or a checkpoint. Nothing is computed where that can be helped: large images take no memory.
+    MODEL is a name from 'repvgg list', a baseline such as resnet50 or mobileone_s0, timm:NAME, torchvision:NAME,
+    PATH.py:FACTORY, or a checkpoint. Models run on the meta device where possible, so large images need no memory.
 
     A multiply-add counts once; those of convolutions and matrix products are the paper's FLOPs. Bytes: each op reads
-    its inputs and weights once and writes its outputs once; views move nothing. The activation peak is what an eager
-    run holds at its highest, images included, weights apart. An op that no rule knows is listed, and the sums that it
-    belongs to are marked as lower bounds.
+    its inputs and weights once and writes its outputs once; views move nothing. The activation peak is the largest
+    memory of activations in an eager run, images included and weights excluded. Unknown ops are listed, and the sums
+    that they belong to are marked as lower bounds.
 
         repvgg profile repvgg_b3 --input-size 713 713 --per stage
         repvgg profile timm:mobileone_s0 --form plain --per layer --json
@@ -69,18 +70,18 @@ def profile(
 
     Args:
         model: what to profile.
-        input_size: height and width of the images; without it what the model is made for.
-        batch: images in one forward; all counts are for the whole batch.
-        form: as it is trained, plain (branches merged, batch norms folded), or both beside each other.
-        winograd: outputs of a tile in each direction: 4/9 of the multiplications of a stride-1 3x3 convolution for 2,
-            a quarter for 4, whatever the size of the image.
-        per: layers or stages in rows, too, or the total alone.
-        dtype: of weights and images; without it that of the model.
-        paper: instead of one model, all of Table 4 or 5 beside what the paper printed, each difference explained.
+        input_size: height and width of the images (default: the model's own).
+        batch: images per forward; all counts are for the whole batch.
+        form: train, plain (branches merged, batch norms folded), or both side by side.
+        winograd: the m of F(m x m, 3x3), outputs of a tile per axis: 4/9 of the multiplications of a stride-1 3x3
+            convolution for 2, 1/4 for 4, whatever the size of the image.
+        per: list layers or stages as well as the total, or the total alone.
+        dtype: of weights and images (default: the model's own).
+        paper: instead of one model, all of Table 4 or 5 beside the printed numbers, with each difference explained.
         as_json: print JSON, with exact numbers.
     """
+    from repvgg.cli._output import busy, write_json
     from repvgg.cli.profile_table import write_profiles
-    from repvgg.cli.terminal import busy, write_json
 
     settings = (model, input_size, batch, form, winograd, per, dtype)
     if paper is not None:
@@ -88,11 +89,11 @@ def profile(
         return
     _check(batch, input_size)
     with busy("Counting"):
-        asked, profiles = _profiles(model, input_size, batch, form, winograd, dtype)
+        request, profiles = _profiles(model, input_size, batch, form, winograd, dtype)
     if as_json:
-        write_json(_as_data(asked, profiles, per))
+        write_json(_as_data(request, profiles, per))
     else:
-        write_profiles(str(asked), profiles, per)
+        write_profiles(str(request), profiles, per)
 
 
 def _check(batch: int, input_size: tuple[int, int] | None) -> None:
@@ -103,8 +104,8 @@ def _check(batch: int, input_size: tuple[int, int] | None) -> None:
 
 
 def _write_paper(table: Literal["table4", "table5"], as_json: bool, alone: bool) -> None:
+    from repvgg.cli._output import busy, write_json
     from repvgg.cli.profile_table import write_counts
-    from repvgg.cli.terminal import busy, write_json
     from repvgg.errors import UsageError
     from repvgg.studies.counts import count_rows
 
@@ -120,43 +121,43 @@ def _write_paper(table: Literal["table4", "table5"], as_json: bool, alone: bool)
 
 def _profiles(
     name: str, input_size: tuple[int, int] | None, batch: int, form: Form, tile: int, dtype: Dtype | None
-) -> tuple[Asked, dict[str, Profile]]:
-    """A profile a form: on the meta device, or with values where a forward looks at them."""
+) -> tuple[ProfileRequest, dict[str, Profile]]:
     from repvgg.errors import UsageError
     from repvgg.models import named_model
 
     sourced = named_model(name, values=False)
-    asked = _asked(sourced, input_size, batch, dtype)
+    request = _request(sourced, input_size, batch, dtype)
     try:
-        return asked, _by_form(sourced, asked, form, tile)
-    except UsageError:
-        return asked, _by_form(named_model(name), asked, form, tile)
+        return request, _by_form(sourced, request, form, tile)
+    except UsageError:  # a forward that reads values cannot run on the meta device
+        return request, _by_form(named_model(name), request, form, tile)
 
 
-def _asked(sourced: ResolvedModel, input_size: tuple[int, int] | None, batch: int, dtype: Dtype | None) -> Asked:
+def _request(
+    sourced: ResolvedModel, input_size: tuple[int, int] | None, batch: int, dtype: Dtype | None
+) -> ProfileRequest:
     channels, *size = sourced.input_shape
     own = next((p.dtype for p in sourced.model.parameters() if p.is_floating_point()), "float32")
     height, width = input_size or size
-    return Asked(sourced.source, (height, width), channels, batch, dtype or str(own).removeprefix("torch."))
+    return ProfileRequest(sourced.source, (height, width), channels, batch, dtype or str(own).removeprefix("torch."))
 
 
-def _by_form(sourced: ResolvedModel, asked: Asked, form: Form, tile: int) -> dict[str, Profile]:
-    """A profile for "train", "plain" or both, as far as the model has them."""
+def _by_form(sourced: ResolvedModel, request: ProfileRequest, form: Form, tile: int) -> dict[str, Profile]:
     import torch
 
     from repvgg import measure
 
-    dtype = getattr(torch, asked.dtype)
+    dtype = getattr(torch, request.dtype)
     device = next((p.device for p in sourced.model.parameters()), torch.device("meta"))
-    images = torch.zeros(asked.batch, asked.channels, *asked.input_size, dtype=dtype, device=device)
-    with _complaining(asked):
-        forms = _forms(sourced.model.to(dtype), images, asked, form)
+    images = torch.zeros(request.batch, request.channels, *request.input_size, dtype=dtype, device=device)
+    with _one_sentence_errors(request):
+        forms = _forms(sourced.model.to(dtype), images, request, form)
         return {name: measure.profile(model, images, tile=tile) for name, model in forms.items()}
 
 
 @contextmanager
-def _complaining(asked: Asked) -> Iterator[None]:
-    """Whatever a stranger's forward raises, in one sentence."""
+def _one_sentence_errors(request: ProfileRequest) -> Iterator[None]:
+    """Turn any exception of a foreign forward into one sentence."""
     from repvgg.errors import RepvggError, UsageError, first_line
 
     try:
@@ -164,18 +165,19 @@ def _complaining(asked: Asked) -> Iterator[None]:
     except (RepvggError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"{asked.model} cannot run on images of {asked.size}: {first_line(error)}.") from error
+        raise UsageError(f"{request.model} cannot run on images of {request.size}: {first_line(error)}.") from error
 
 
-def _forms(model: nn.Module, images: Tensor, asked: Asked, form: Form) -> dict[str, nn.Module]:
-    """The forms that were asked for."""
+def _forms(model: nn.Module, images: Tensor, request: ProfileRequest, form: Form) -> dict[str, nn.Module]:
     from repvgg.errors import CheckpointError
     from repvgg.models import RepVGG, form_of
     from repvgg.studies.candidates import plain_form
 
     if isinstance(model, RepVGG) and form_of(model) == "plain":
         if form == "train":
-            raise CheckpointError(f"{asked.model!r} is in the plain form, whose branches are gone: profile that one.")
+            raise CheckpointError(
+                f"{request.model!r} is in the plain form and has no branches: profile it with --form plain."
+            )
         return {"plain": model}
     if form == "train":
         return {"train": model}
@@ -183,8 +185,7 @@ def _forms(model: nn.Module, images: Tensor, asked: Asked, form: Form) -> dict[s
     return {"plain": plain} if form == "plain" else {"train": model, "plain": plain}
 
 
-def _as_data(asked: Asked, profiles: Mapping[str, Profile], per: Per) -> dict[str, Any]:
-    """Everything as JSON knows it."""
+def _as_data(request: ProfileRequest, profiles: Mapping[str, Profile], per: Per) -> dict[str, Any]:
     forms = {
         name: {
             "total": done.total.to_dict(),
@@ -194,4 +195,4 @@ def _as_data(asked: Asked, profiles: Mapping[str, Profile], per: Per) -> dict[st
         for name, done in profiles.items()
     }
     tile = next(iter(profiles.values())).tile
-    return {**asdict(asked), "winograd": f"F({tile}x{tile}, 3x3)", "forms": forms}
+    return {**asdict(request), "winograd": f"F({tile}x{tile}, 3x3)", "forms": forms}

@@ -1,11 +1,11 @@
-"""Profiles and counts in tables for a person."""
+"""The tables that ``repvgg profile`` prints."""
 
 from __future__ import annotations
 
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Literal
 
-from repvgg.cli.terminal import write_line, write_table
+from repvgg.cli._output import write_line, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 _TITLES = ("", "params", "multiply-adds", "Wino MULs", "bytes moved", "MACs/byte", "activation peak")
 _SCALES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
-_DIGITS = 4  # that count
+_SIGNIFICANT_DIGITS = 4
 
 
 def write_profiles(title: str, profiles: Mapping[str, Profile], per: Literal["layer", "stage", "total"]) -> None:
-    """Write a table of the parts for each form, and the totals of the forms beside each other."""
+    """Write a table of layers or stages for each form, and the totals of all forms side by side."""
     if per != "total":
         for form, done in profiles.items():
             write_line(f"{title}, {form} form, by {per}")
@@ -69,10 +69,10 @@ def _at_least(text: str, unknown: Sequence[str]) -> str:
 
 
 def _si(value: int) -> str:
-    """A number with four digits that count and the sign of a power of thousand: 8.309 M; whole below a thousand."""
+    """Return a number with four significant digits and an SI prefix, 8.309 M; below 1000 as an integer."""
     for scale, sign in _SCALES:
         if value >= scale:
-            digits = max(0, _DIGITS - len(str(value // scale)))
+            digits = max(0, _SIGNIFICANT_DIGITS - len(str(value // scale)))
             return f"{value / scale:.{digits}f} {sign}"
     return f"{value} "
 
@@ -80,14 +80,14 @@ def _si(value: int) -> str:
 def _not_counted(row: Row) -> Iterator[str]:
     for what, names in (("multiply-adds", row.unknown), ("bytes", row.unknown_traffic)):
         if names:
-            yield f"{what} of these ops are not known, and not in the sums: {', '.join(names)}"
+            yield f"{what} of these ops are unknown and not in the sums: {', '.join(names)}"
 
 
 _COUNT_TITLES = ("model", "params M, train", "plain", "paper", "GFLOPs", "paper", "Wino GMULs", "paper", "")
 
 
 def write_counts(rows: Sequence[CountRow]) -> None:
-    """Write our counts beside the paper's, and below them the reason of each difference."""
+    """Write our counts beside the paper's, and below them the reason for each difference."""
     found: dict[str, list[str]] = {}
     for row in rows:
         for difference in row.differences:
@@ -116,7 +116,7 @@ def _reason(difference: Difference) -> str:
 
 
 def _recount(row: CountRow, difference: Difference) -> str:
-    """The model, with the number that the other way to count gives."""
+    """Return the model with its count under the paper's counting rule."""
     from repvgg.studies.counts import PRINTED_AS
 
     unit, digits = PRINTED_AS[difference.column]
@@ -125,7 +125,7 @@ def _recount(row: CountRow, difference: Difference) -> str:
 
 
 def _notes(rows: Sequence[CountRow]) -> dict[str, list[str]]:
-    """What there is to know about how baselines are built, and for which of them."""
+    """Return notes on how baselines are built, each with the titles of its models."""
     from repvgg.models import BASELINES
 
     notes: dict[str, list[str]] = {}

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from repvgg.cli._help import description, option
 from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from repvgg.training import TrainConfig
 
-_TERMINATED = 143  # what a shell calls a program that SIGTERM ended
-_OUT = "where the run goes; without it runs/MODEL-RECIPE, or the folder of the config that is resumed."
+_TERMINATED = 143  # what shells report for a program ended by SIGTERM
+_OUT = "folder of the run (default: runs/MODEL-RECIPE, or that of the config that is resumed)."
 _SHORT = {"--data": "--data.uri"}
 
 
 def train(arguments: list[str]) -> int:
-    """Train a model by a recipe, with any of its settings changed, and collapse what comes out.
+    """Train a model by a recipe, with any setting changed, and convert the result into its plain form.
 
-    A run leaves a folder: both forms of the model, the best one, the log, the learning curve, and config.yaml, which
-    repeats the run. Killed at any moment and started again with --resume, it ends with the same weights.
+    A run writes a folder: both forms of the model, the best checkpoint, the log, the learning curve, and config.yaml,
+    which repeats the run. A run that is killed and started again with --resume ends with the same weights.
 
         repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:imagenet
         repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
@@ -32,7 +33,7 @@ def train(arguments: list[str]) -> int:
     Recipes: paper-simple, paper-heavy, plus, cifar, finetune, quickstart.
 
     Args:
-        arguments: what stands behind ``repvgg train``.
+        arguments: everything after ``repvgg train``.
     """
     parsed = _parse(_spelled_out(arguments))
     from repvgg.training import Terminated, run  # after parsing: the help text needs neither Lightning nor its seconds
@@ -41,15 +42,15 @@ def train(arguments: list[str]) -> int:
     try:
         run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
     except Terminated:
-        from repvgg.cli.terminal import write_warning
+        from repvgg.cli._output import write_warning
 
-        write_warning(f"terminated; go on with: repvgg train --config {folder / 'config.yaml'} --resume")
+        write_warning(f"terminated; continue with: repvgg train --config {folder / 'config.yaml'} --resume")
         return _TERMINATED
     return 0
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:
-    """The same with a flag in front of the model, and the whole name of short flags."""
+    """Put ``--model`` in front of a positional model, and replace short flags by their full names."""
     out = []
     for index, argument in enumerate(arguments):
         if index == 0 and not argument.startswith("-"):
@@ -68,7 +69,7 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 def _default(arguments: list[str]) -> TrainConfig:
-    """What the recipe or the config file says, before any flag changes it."""
+    """Return the config of the recipe or file that the arguments name, before flags change it."""
     from repvgg.training import read_config, recipe_of
 
     file, recipe = _value_of("--config", arguments), _value_of("--recipe", arguments)
@@ -77,21 +78,20 @@ def _default(arguments: list[str]) -> TrainConfig:
     if file is not None:
         return read_config(file)
     if recipe is None and not {"-h", "--help"} & set(arguments):
-        raise UsageError("Say how to train: --recipe paper-simple, or another one of 'repvgg train --help'.")
+        raise UsageError("Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'.")
     return recipe_of(recipe or "paper-simple")
 
 
 def _parse(arguments: list[str]) -> Any:
-    from repvgg.cli import description
     from repvgg.training import TrainConfig
 
     path = Path | None
     switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
     fields: list[tuple[str, Any, Any]] = [
-        ("config", Annotated[path, _about("a config.yaml to repeat, instead of a recipe.", "FILE")], None),
-        ("out", Annotated[path, _about(_OUT, "FOLDER")], None),
-        ("resume", Annotated[switch, _about("go on where the run in the folder was interrupted.")], False),
-        ("overwrite", Annotated[switch, _about("begin anew in a folder that holds a run.")], False),
+        ("config", Annotated[path, option("a config.yaml to repeat, instead of a recipe.", "FILE")], None),
+        ("out", Annotated[path, option(_OUT, "FOLDER")], None),
+        ("resume", Annotated[switch, option("continue the interrupted run in the folder.")], False),
+        ("overwrite", Annotated[switch, option("replace the run that the folder holds.")], False),
         ("settings", Annotated[TrainConfig, tyro.conf.arg(name="")], _default(arguments)),
     ]
     parsed_type = dataclasses.make_dataclass("TrainArguments", fields, frozen=True)
@@ -102,10 +102,6 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
-
-
-def _about(text: str, metavar: str | None = None) -> Any:
-    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
 
 
 def _folder(parsed: Any) -> Path:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from repvgg.cli._help import JsonFlag
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,35 +23,35 @@ def verify(
     input_size: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="PIXELS")] = None,
     tolerance: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None,
     seed: int = 0,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> int:
-    """Judge whether two models are the same function; exit code 0 if they are and 1 if not.
+    """Check whether two models compute the same function; exit code 0 if they do and 1 if not.
 
-    The reference runs in float64, the candidate as it is, on random images that make borders count. The evidence
-    names the layers that err most.
+    The reference runs in float64, the candidate in its own dtype, on random images that make differences at borders
+    show. The output lists the layers with the largest errors.
 
         repvgg verify train.safetensors plain.safetensors
         repvgg verify train.safetensors plain.onnx --json
 
     Args:
-        reference: a checkpoint, the model as it should be.
-        candidate: a checkpoint or an .onnx file, the model to judge.
-        batch: images a batch.
-        batches: how many; each after the first has another, odd size (an .onnx file gets one size only).
-        input_size: height and width of the first batch; without it what the files say.
-        tolerance: largest relative error that passes; without it a rule that depends on the dtype.
+        reference: a checkpoint.
+        candidate: a checkpoint or an .onnx file, to be compared with the reference.
+        batch: images per batch.
+        batches: number of batches; each after the first has another, odd size (an .onnx file gets one size only).
+        input_size: height and width of the first batch (default: from the files).
+        tolerance: largest relative error that passes (default: depends on the dtype).
         seed: of the random images.
         as_json: print the evidence as JSON.
     """
-    from repvgg.cli.terminal import busy, write_json, write_line
+    from repvgg.cli._output import busy, write_json, write_line
     from repvgg.models import load
-    from repvgg.verify import verify as judge
+    from repvgg.verify import verify as run_verify
 
-    wanted = load(reference)
-    given = _candidate(candidate, wanted.metadata)
-    images = _images(given, wanted.metadata, batch, batches, input_size, seed)
+    expected = load(reference)
+    actual = _load_candidate(candidate, expected.metadata)
+    images = _images(actual, expected.metadata, batch, batches, input_size, seed)
     with busy("Verifying"):
-        evidence = judge(wanted.model, given, images, tolerance=tolerance)
+        evidence = run_verify(expected.model, actual, images, tolerance=tolerance)
     if as_json:
         write_json(evidence.to_dict())
     else:
@@ -57,11 +59,11 @@ def verify(
     return 0 if evidence.passed else 1
 
 
-def _candidate(path: Path, wanted: Metadata) -> Any:
-    """The model or session in a file, for the images that the reference takes.
+def _load_candidate(path: Path, reference: Metadata) -> Any:
+    """Return the model or ONNX session in a file.
 
     Raises:
-        CheckpointError: it takes other images or tells other classes apart.
+        CheckpointError: it takes other images than the reference, or has other classes.
     """
     from repvgg.errors import CheckpointError
     from repvgg.models import load
@@ -70,27 +72,31 @@ def _candidate(path: Path, wanted: Metadata) -> Any:
         from repvgg.deploy import OnnxRunner
 
         return OnnxRunner(path)
-    given = load(path)
-    ours, theirs = (wanted.in_channels, wanted.num_classes), (given.metadata.in_channels, given.metadata.num_classes)
-    if ours != theirs:
+    loaded = load(path)
+    wanted = (reference.in_channels, reference.num_classes)
+    found = (loaded.metadata.in_channels, loaded.metadata.num_classes)
+    if wanted != found:
         raise CheckpointError(
-            f"{str(path)!r} maps {theirs[0]} channels to {theirs[1]} classes, and the reference {ours[0]} to {ours[1]}."
+            f"{str(path)!r} maps {found[0]} channels to {found[1]} classes, and the reference {wanted[0]} to "
+            f"{wanted[1]}."
         )
-    return given.model
+    return loaded.model
 
 
-def _images(given: Any, wanted: Metadata, batch: int, batches: int, input_size: int | None, seed: int) -> list[Tensor]:
-    """Images that both sides take; an .onnx file may fix their number and size, and has a dtype of its own."""
+def _images(
+    candidate: Any, reference: Metadata, batch: int, batches: int, input_size: int | None, seed: int
+) -> list[Tensor]:
     from repvgg.deploy import OnnxRunner
     from repvgg.errors import UsageError
     from repvgg.verify import border_inputs
 
     if not -(2**63) <= seed < 2**63:
         raise UsageError(f"A seed has 64 bits at most: {seed} has more.")
-    size = wanted.input_size if input_size is None else input_size
-    if not isinstance(given, OnnxRunner):
-        return border_inputs((batch, wanted.in_channels, size, size), batches=batches, seed=seed)
-    number, _, *sides = given.input_shape if len(given.input_shape) == 4 else (None,) * 4
+    size = reference.input_size if input_size is None else input_size
+    if not isinstance(candidate, OnnxRunner):
+        return border_inputs((batch, reference.in_channels, size, size), batches=batches, seed=seed)
+    # An .onnx file may fix the number and the size of images, and has a dtype of its own.
+    number, _, *sides = candidate.input_shape if len(candidate.input_shape) == 4 else (None,) * 4
     height, width = (side if side and input_size is None else size for side in sides)
-    shape = (number or batch, wanted.in_channels, height, width)
-    return border_inputs(shape, batches=1, seed=seed, dtype=given.dtype)
+    shape = (number or batch, reference.in_channels, height, width)
+    return border_inputs(shape, batches=1, seed=seed, dtype=candidate.dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from repvgg.cli._help import JsonFlag
 from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from repvgg.training import Evaluation
 
 
-def eval_(
+def evaluate(
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     data: Annotated[str, tyro.conf.arg(metavar="URI")],
     form: Literal["both", "train", "plain"] = "both",
@@ -23,25 +24,25 @@ def eval_(
     input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
     crop_fraction: float = 0.875,
     workers: int = 0,
-    json: bool = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Judge a checkpoint by the held-out images of a data set, in both forms: top-1, top-5, and every class.
+    """Evaluate a checkpoint on the validation split of a data set: top-1, top-5, and accuracy by class.
 
-    A train form is collapsed on the way, and its plain form judged beside it.
+    A checkpoint in the train form is also converted, and both forms are evaluated.
 
         repvgg eval runs/a0/train.safetensors --data imagefolder:/data/imagenet
 
     Args:
-        checkpoint: the file, ours or a foreign one.
-        data: such as imagefolder:PATH or torchvision:CIFAR10:PATH; what it holds out is judged by.
-        form: which to judge.
-        batch: images at a time.
-        input_size: height and width; without it what the checkpoint says.
-        crop_fraction: share of the short side that the central crop takes.
+        checkpoint: the file, of this library or another one.
+        data: the data set, such as imagefolder:PATH or torchvision:CIFAR10:PATH.
+        form: which form to evaluate.
+        batch: images per batch.
+        input_size: height and width (default: from the checkpoint).
+        crop_fraction: the central crop as a fraction of the short side.
         workers: processes that read images.
-        json: print JSON.
+        as_json: print JSON.
     """
-    from repvgg.cli.terminal import write_json
+    from repvgg.cli._output import write_json
     from repvgg.data import DataConfig, open_data
     from repvgg.models import load
 
@@ -61,46 +62,46 @@ def eval_(
         )
     )
     _check_classes(loaded, opened)
-    results = _judge(loaded, opened, form, batch)
-    if json:
+    results = _evaluate_forms(loaded, opened, form, batch)
+    if as_json:
         write_json({name: result.to_dict() | _per_class(result, opened) for name, result in results.items()})
     else:
-        _tell(results, opened)
+        _print(results, opened)
 
 
 def _check_classes(loaded: LoadedModel, data: ImageData) -> None:
     ours, theirs = loaded.metadata.classes, data.classes
     if loaded.model.num_classes != len(theirs):
-        raise UsageError(f"The model tells {loaded.model.num_classes} classes apart, but {data.uri} has {len(theirs)}.")
+        raise UsageError(f"The model has {loaded.model.num_classes} classes, but {data.uri} has {len(theirs)}.")
     if ours and ours != theirs:
         first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
         raise UsageError(
-            f"The classes are others: number {first} is {ours[first]!r} in the model and {theirs[first]!r} in the data."
+            f"The classes differ: number {first} is {ours[first]!r} in the model and {theirs[first]!r} in the data."
         )
 
 
-def _judge(loaded: LoadedModel, data: ImageData, form: str, batch: int) -> dict[str, Evaluation]:
-    from repvgg.cli.terminal import busy
+def _evaluate_forms(loaded: LoadedModel, data: ImageData, form: str, batch: int) -> dict[str, Evaluation]:
+    from repvgg.cli._output import busy
     from repvgg.models import collapse_loaded
-    from repvgg.training import evaluate
+    from repvgg.training import evaluate as run_evaluation
 
     have = loaded.metadata.form
     if form == "train" and have == "plain":
-        raise UsageError("The checkpoint is in the plain form: there is no train form of it to judge.")
+        raise UsageError("The checkpoint is in the plain form: it cannot be evaluated in the train form.")
     results = {}
-    with busy("judging"):
+    with busy("Evaluating"):
         if have == "train" and form in ("both", "train"):
-            results["train form"] = evaluate(loaded.model, data.val_batches(batch), data.prepare)
+            results["train form"] = run_evaluation(loaded.model, data.val_batches(batch), data.prepare)
         if form in ("both", "plain"):
             plain = loaded if have == "plain" else collapse_loaded(loaded)
-            results["plain form"] = evaluate(plain.model, data.val_batches(batch), data.prepare)
+            results["plain form"] = run_evaluation(plain.model, data.val_batches(batch), data.prepare)
     return results
 
 
-def _tell(results: dict[str, Evaluation], data: ImageData) -> None:
-    from repvgg.cli.terminal import write_line, write_table
+def _print(results: dict[str, Evaluation], data: ImageData) -> None:
+    from repvgg.cli._output import write_line, write_table
 
-    rows = [["form", "top-1", "top-5", "mean of classes", "right", "images"]]
+    rows = [["form", "top-1", "top-5", "class mean", "correct", "images"]]
     for name, result in results.items():
         numbers = [f"{100 * value:.2f}" for value in (result.accuracy, result.top(5), result.macro_accuracy)]
         rows.append([name, *numbers, f"{result.correct:,}", f"{len(result.labels):,}"])

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from repvgg.cli._help import JsonFlag
 
 _TITLES = ("model", "input", "params, train", "params, plain", "GMACs", "Wino GMULs")
 
 
-def list_(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def list_models(as_json: JsonFlag = False) -> None:
     """List the models with their sizes and costs.
 
-    Parameters are counted in the train form and in the plain form. Multiply-adds (one counts as 1, as in the paper)
-    and Winograd multiplications are those of the plain form, for one image of the size that the model is designed for.
+    Parameters are those of the train form and of the plain form. Multiply-adds (one counts 1, as in the paper) and
+    Winograd multiplications are those of the plain form, for one image of the model's own size.
 
     Args:
         as_json: print JSON, with exact numbers and the source of each model.
     """
-    from repvgg.cli.terminal import busy, write_json, write_table
+    from repvgg.cli._output import busy, write_json, write_table
     from repvgg.models import list_models
 
     with busy("Counting"):
@@ -35,18 +35,18 @@ def _describe(name: str) -> dict[str, Any]:
     from repvgg.measure import count
     from repvgg.models import create_model, spec_of
 
-    spec = spec_of(name)
-    with torch.device("meta"):  # shapes are enough for counting: no weights, no memory
+    size = spec_of(name).input_size
+    with torch.device("meta"):  # shapes are enough to count
         train, plain = create_model(name), create_model(name, plain=True)
-    counts = count(plain, (1, train.in_channels, spec.input_size, spec.input_size))
+    counts = count(plain, (1, train.in_channels, size, size))
     return {
         "name": name,
-        "input_size": spec.input_size,
+        "input_size": size,
         "params_train": sum(p.numel() for p in train.parameters()),
         "params_plain": counts.params,
         "macs": counts.macs,
         "winograd_muls": counts.winograd_muls,
-        "source": spec.source,
+        "source": spec_of(name).source,
     }
 
 

@@ -1,0 +1,80 @@
+"""How the help texts of commands are laid out: docstrings, wrapped for the terminal before tyro sees them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any
+
+import tyro
+
+Command = Callable[..., int | None]
+
+#: The flag ``--json``, named alike in every command.
+JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]
+
+_MAX_COLUMNS = 100  # longer lines are hard to read, however wide the terminal is
+
+
+def overview(commands: dict[str, Command], about: str) -> str:
+    """Return a list of commands, each with the first paragraph of its docstring."""
+    indent = max(map(len, commands)) + 4
+    lines = [
+        textwrap.fill(
+            _paragraphs(command)[0],
+            _columns(),
+            initial_indent=f"  {name}".ljust(indent),
+            subsequent_indent=" " * indent,
+        )
+        for name, command in commands.items()
+    ]
+    last = "'repvgg COMMAND --help' explains each command. A good first one: repvgg quickstart"
+    return "\n".join(["usage: repvgg COMMAND [options]", "", about, "", *lines, "", last, ""])
+
+
+def description(command: Command) -> str:
+    """Return the text above the options in a command's help: its docstring without ``Args``."""
+    return wrapped(_paragraphs(command))
+
+
+def wrapped(paragraphs: Sequence[str]) -> str:
+    """Return paragraphs wrapped for the terminal. Indented ones are examples, and stay as they are."""
+    # tyro joins the lines of paragraphs that are not indented.
+    return "\n\n".join(
+        textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _columns() - 2), "  ")
+        for part in paragraphs
+    )
+
+
+def option(text: str, metavar: str | None = None) -> Any:
+    """Return tyro's description of an option without the default that tyro would append."""
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
+
+
+@contextmanager
+def single_blank_lines(wanted: bool) -> Iterator[None]:
+    """Undo the second blank line that tyro puts in front of each indented paragraph."""
+    if not wanted:
+        yield
+        return
+    # The encoding of the real output: tyro draws boxes only where their characters can be encoded.
+    captured = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)
+    try:
+        with redirect_stdout(captured):
+            yield
+    finally:
+        captured.seek(0)
+        sys.stdout.write(captured.read().replace("\n\n\n", "\n\n"))
+
+
+def _paragraphs(command: Command) -> list[str]:
+    return inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0].split("\n\n")
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size().columns, _MAX_COLUMNS)
