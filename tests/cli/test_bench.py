@@ -131,7 +131,7 @@ def test_denormal_weights_are_told_of_and_flushed_on_request(repvgg, tmp_path):
     save(tmp_path / "tiny.safetensors", model, describe_model(model, "train"))
     out = repvgg("bench", tmp_path / "tiny.safetensors", "--input-size", 8).out
     assert "train form: 128,000 of " in out
-    assert "--flush-denormal takes them for 0" in out
+    assert "--flush-denormal rounds them to 0" in out
     flushed = repvgg("bench", tmp_path / "tiny.safetensors", "--input-size", 8, "--flush-denormal", "--json")
     assert json.loads(flushed.out)["denormals"]["plain form"]["activations"] == 0
     assert (torch.tensor(1e-30) * 1e-9).view(torch.int32), "afterwards as before"

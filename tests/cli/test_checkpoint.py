@@ -132,7 +132,7 @@ def test_what_is_not_equal_is_not_written(refused, files, tmp_path, monkeypatch)
             plain.stem.conv.bias[0] += 0.01
         return plain, report
 
-    monkeypatch.setattr("repvgg.collapse.reparameterize", wrong)
+    monkeypatch.setattr("repvgg.models.checkpoint.reparameterize", wrong)
     text = refused("checkpoint", "convert", files.train, tmp_path / "a.safetensors", "--form", "plain")
     assert "is not equal to the reference" in text
 

@@ -74,7 +74,7 @@ def test_everything_that_is_wrong_is_listed(repvgg, spoiled, workers):
         "one pixel high or wide: 1",
         "ignored: no image extension: 1",
         f"  {train}/dog/movie.gif",
-        "trained on and held out alike: 1",
+        "in both splits: 1",
         f"  {train}/cat/1.png = {spoiled}/val/cat/copy.png",
         "the same image in two classes: 1",
         f"  {train}/cat/2.png = {train}/dog/cat.png",
@@ -152,7 +152,7 @@ def test_streams(repvgg, tmp_path):
     assert outcome.code == 1
     assert f"  {tmp_path}/one.tar/0.png: is not an image of any known format" in outcome.out
     assert "8 images read, 2 bad" in outcome.out
-    assert "trained on and held out alike: 3" in outcome.out
+    assert "in both splits: 3" in outcome.out
 
 
 def test_what_cannot_be_opened(refused, tmp_path):

@@ -47,7 +47,7 @@ def test_table(files, repvgg, truth):
     head, train, plain, _, classes, *rows, _, agree = outcome.out.splitlines()
     logits, labels = truth
     correct = int((logits.argmax(1) == labels).sum())
-    assert head.split() == ["form", "top-1", "top-5", "mean", "of", "classes", "right", "images"]
+    assert head.split() == ["form", "top-1", "top-5", "class", "mean", "correct", "images"]
     for line, form in ((train, "train"), (plain, "plain")):
         assert line.split()[:3] == [form, "form", f"{100 * correct / 360:.2f}"]
         assert line.split()[-2:] == [str(correct), "360"]
@@ -75,11 +75,11 @@ def test_forms(files, repvgg, truth, file, form, expected):
 
 
 def test_a_plain_file_has_no_train_form(files, refused):
-    assert "there is no train form of it to judge" in refused("eval", files.plain, "--data", DATA, "--form", "train")
+    assert "cannot be evaluated in the train form" in refused("eval", files.plain, "--data", DATA, "--form", "train")
 
 
 def test_classes_that_do_not_match(files, refused, tmp_path):
-    assert "tells 10 classes apart, but fake:40x4 has 4" in refused("eval", files.train, "--data", "fake:40x4")
+    assert "has 10 classes, but fake:40x4 has 4" in refused("eval", files.train, "--data", "fake:40x4")
     model = load(files.train).model
     names = ("zero", *"123456789")
     save(tmp_path / "words.safetensors", model, describe_model(model, "train", input_size=16, classes=names))

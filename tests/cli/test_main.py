@@ -112,10 +112,11 @@ COMMAND_LINE = {
         "CHECKPOINT",
         "IMAGE",
     ],
-    "collapse": [
+    "convert": [
         "--help",
         "--input-shape",
         "--input-size",
+        "--model",
         "--num-classes",
         "--overwrite",
         "--policy",
@@ -124,7 +125,6 @@ COMMAND_LINE = {
         "OUT",
         "SOURCE",
     ],
-    "convert": ["--help", "--model", "--overwrite", "SOURCE", "TARGET"],
     "verify": [
         "--batch",
         "--batches",
@@ -166,66 +166,66 @@ def arguments_in(text):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-def test_overview_names_every_verb(repvgg, arguments):
+def test_overview_names_every_command(repvgg, arguments):
     outcome = repvgg(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert re.findall(r"^  ([a-z]+(?: [a-z]+)?)  ", outcome.out, flags=re.MULTILINE) == list(COMMAND_LINE)
 
 
-@pytest.mark.parametrize("verb", COMMAND_LINE)
+@pytest.mark.parametrize("command", COMMAND_LINE)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_explains_every_argument(repvgg, verb, flag):
-    outcome = repvgg(*verb.split(), flag)
+def test_help_explains_every_argument(repvgg, command, flag):
+    outcome = repvgg(*command.split(), flag)
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith(f"usage: repvgg {verb} [-h]")
-    assert arguments_in(outcome.out) == COMMAND_LINE[verb]
-    assert "None" not in outcome.out or verb == "train"  # whose flags take what a config.yaml takes
+    assert outcome.out.startswith(f"usage: repvgg {command} [-h]")
+    assert arguments_in(outcome.out) == COMMAND_LINE[command]
+    assert "None" not in outcome.out or command == "train"  # whose flags take what a config.yaml takes
 
 
 @pytest.mark.parametrize("columns", [80, 160])
-@pytest.mark.parametrize("verb", ["", *COMMAND_LINE])
-def test_help_fits_the_terminal(repvgg, monkeypatch, verb, columns):
+@pytest.mark.parametrize("command", ["", *COMMAND_LINE])
+def test_help_fits_the_terminal(repvgg, monkeypatch, command, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    out = repvgg(*verb.split(), "--help").out
+    out = repvgg(*command.split(), "--help").out
     assert max(map(len, out.splitlines()[1:])) <= columns  # the usage line is as long as tyro makes it
     assert "\n\n\n" not in out
 
 
 def test_examples_in_help_use_known_flags(repvgg):
-    text = "".join(repvgg(*verb.split(), "-h").out for verb in COMMAND_LINE)
+    text = "".join(repvgg(*command.split(), "-h").out for command in COMMAND_LINE)
     examples = [line.split() for line in re.findall(r"^ {4,}repvgg (.*)$", text, flags=re.MULTILINE)]
     assert len(examples) >= 4
-    for verb, second, *rest in examples:
+    for command, second, *rest in examples:
         flags = {word for word in (second, *rest) if word.startswith("--")}
-        known = COMMAND_LINE[verb if verb in COMMAND_LINE else f"{verb} {second}"]
+        known = COMMAND_LINE[command if command in COMMAND_LINE else f"{command} {second}"]
         of_studies = ["--max-gmacs", "--threads", "--data", "--epochs", "--jobs"]
         more = {"train": ["--data"], "study": of_studies}  # short flags, and those of a single study
-        assert flags <= {*known, *more.get(verb, [])}
+        assert flags <= {*known, *more.get(command, [])}
 
 
-def test_unknown_verb(refused):
-    assert refused("lisst") == "error: There is no verb 'lisst': did you mean 'list'?\n"
-    verbs = "quickstart, list, profile, train, eval, predict, collapse, convert, verify, bench, study, data check"
-    assert f"{verbs}, checkpoint" in refused("xyzzy")
+def test_unknown_command(refused):
+    assert refused("lisst") == "error: There is no command 'lisst': did you mean list?\n"
+    commands = "quickstart, list, profile, train, eval, predict, convert, verify, bench, study, data check"
+    assert f"{commands}, checkpoint" in refused("xyzzy")
     assert "'--frobnicate'" in refused("--frobnicate")
 
 
 @pytest.mark.parametrize("arguments", [("checkpoint",), ("checkpoint", "-h"), ("checkpoint", "--help")])
-def test_verbs_of_two_words(repvgg, refused, arguments):
+def test_commands_of_two_words(repvgg, refused, arguments):
     outcome = repvgg(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert re.findall(r"^  (checkpoint [a-z]+)  ", outcome.out, flags=re.MULTILINE) == [
         "checkpoint inspect",
         "checkpoint convert",
     ]
-    assert "no verb 'checkpoint inspekt': did you mean 'checkpoint inspect'?" in refused("checkpoint", "inspekt")
-    assert "there are checkpoint inspect, checkpoint convert." in refused("checkpoint", "a.pth")
+    assert "no command 'checkpoint inspekt': did you mean checkpoint inspect?" in refused("checkpoint", "inspekt")
+    assert "choose one of checkpoint inspect, checkpoint convert." in refused("checkpoint", "a.pth")
 
 
-@pytest.mark.parametrize("verb", COMMAND_LINE)
-def test_unknown_flag(repvgg, verb):
-    recipe = ("--recipe", "quickstart") if verb == "train" else ()
-    outcome = repvgg(*verb.split(), *recipe, "--frobnicate")
+@pytest.mark.parametrize("command", COMMAND_LINE)
+def test_unknown_flag(repvgg, command):
+    recipe = ("--recipe", "quickstart") if command == "train" else ()
+    outcome = repvgg(*command.split(), *recipe, "--frobnicate")
     assert (outcome.code, outcome.out) == (2, "")
     assert "--frobnicate" in outcome.err or "Missing" in outcome.err
     assert "Traceback" not in outcome.err
@@ -244,11 +244,11 @@ def test_version_as_a_module():
 
 
 def raising(error):
-    def verb() -> None:
+    def command() -> None:
         """Raise."""
         raise error
 
-    return verb
+    return command
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def raising(error):
         (MemoryError(), 2, "error: There is not enough memory for this: take smaller or fewer images.\n"),
     ],
 )
-def test_how_a_verb_ends(repvgg, monkeypatch, error, code, text):
+def test_exit_codes(repvgg, monkeypatch, error, code, text):
     monkeypatch.setattr("repvgg.cli.app.commands", lambda: {"list": raising(error)})
     outcome = repvgg("list")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", text)

@@ -108,7 +108,7 @@ def test_what_is_refused(refused, files, folder, tmp_path):
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-40])
     assert "is truncated" in refused("predict", files.plain, tmp_path / "cut.png")
     assert "at least 1" in refused("predict", files.plain, image, "--top", 0)
-    assert "Name the images" in refused("predict", files.plain)
+    assert "Give image files" in refused("predict", files.plain)
     refused("predict", tmp_path / "no.safetensors", image)
 
 

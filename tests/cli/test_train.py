@@ -144,10 +144,10 @@ def test_where_a_run_goes(repvgg, planned, finished):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "Say how to train: --recipe paper-simple, or another one of"),
-        (("repvgg_a0",), "Say how to train"),
+        ((), "Choose a recipe: --recipe paper-simple, or another one of"),
+        (("repvgg_a0",), "Choose a recipe"),
         (("repvgg_a0", "--recipe", "nope"), "There is no recipe 'nope': choose one of paper-simple"),
-        (("repvgg_a0", "--recipe"), "Say how to train"),
+        (("repvgg_a0", "--recipe"), "Choose a recipe"),
         (("nope", "--recipe", "quickstart"), "There is no model 'nope'"),
         (("--recipe", "quickstart", "--data", "nope:"), "'nope:' is not a dataset"),
         (("--recipe", "quickstart", "--data", "imagefolder:nowhere"), "nowhere"),

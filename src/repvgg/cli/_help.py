@@ -33,8 +33,10 @@ def overview(commands: dict[str, Command], about: str) -> str:
         )
         for name, command in commands.items()
     ]
-    last = "'repvgg COMMAND --help' explains each command. A good first one: repvgg quickstart"
-    return "\n".join(["usage: repvgg COMMAND [options]", "", about, "", *lines, "", last, ""])
+    last = "'repvgg COMMAND --help' explains a command. To begin: repvgg quickstart"
+    return "\n".join(
+        ["usage: repvgg COMMAND [options]", "", textwrap.fill(about, _columns()), "", *lines, "", last, ""]
+    )
 
 
 def description(command: Command) -> str:

@@ -79,15 +79,16 @@ def convert(
         write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
     with busy("Converting"):
         plain, folded = _reparameterize(network.model, images[0], policy)
-    _write_summary(folded, network.model, plain)
     with busy("Verifying"):
         evidence = verify(network.model, plain, images).raise_if_failed()
-    write_line(f"plain form is {equality(evidence, images)}")
     with busy("Writing"):
         shipped = _write(network, plain, out, overwrite)
+        if report:
+            _write_report_file(report, network, folded, evidence, shipped, overwrite)
+    # Last: where any of the steps above fails, its one sentence is all that is printed.
+    _write_summary(folded, network.model, plain)
+    write_line(f"plain form is {equality(evidence, images)}")
     write_line(f"wrote {out}: {_contents(network, shipped)}")
-    if report:
-        _write_report_file(report, network, folded, evidence, shipped, overwrite)
 
 
 @dataclass(frozen=True, eq=False)

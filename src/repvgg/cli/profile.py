@@ -175,9 +175,7 @@ def _forms(model: nn.Module, images: Tensor, request: ProfileRequest, form: Form
 
     if isinstance(model, RepVGG) and form_of(model) == "plain":
         if form == "train":
-            raise CheckpointError(
-                f"{request.model!r} is in the plain form and has no branches: profile it with --form plain."
-            )
+            raise CheckpointError(f"{request.model!r} is in the plain form: profile it with --form plain.")
         return {"plain": model}
     if form == "train":
         return {"train": model}
