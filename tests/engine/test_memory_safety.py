@@ -1,8 +1,8 @@
-"""Whole networks drawn at random, in memory that tells of every wrong access.
+"""Random models in memory that detects out-of-bounds accesses.
 
-Red zones: canaries of NaN lie before and behind all buffers and weights, and what a call has to write is NaN before
-it. So a number that is written outside is seen, and one that is read there, or before it was written, spoils the
-output. Fences: pages without any permission lie right before or right behind, and end the process.
+Red zones: canaries, NaNs, surround all buffers and weights, and everything that a call has to write is NaN before it.
+A write out of bounds changes a canary; a read out of bounds, or of uninitialized memory, makes the output NaN.
+Fences: pages without permissions directly before or after a buffer, which end the process.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
 from tests.engine.helpers import interior, isas, random_conv
 
 BATCH = 5
-FAST, ALL = range(5), range(60)  # numbers of networks
+FAST, ALL = range(5), range(60)  # seeds of models
 WIDTHS = [*isas(), replace(SCALAR_ISA, cpu=host_isa().cpu, features=host_isa().features)]
-GUARD = 1024  # bytes of canaries
+GUARD_BYTES = 1024
 NAN = 0x7FC0BEEF
 
 
@@ -36,7 +36,7 @@ def numbers(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def draw_conv(random: np.random.Generator, inputs: int, size: tuple[int, int], seed: int) -> Conv:
-    """A convolution with as many groups as fit, and something left of the image."""
+    """Draw a convolution with an output of at least one pixel."""
     kernel = int(random.choice([1, 3, 3, 3, 5]))
     padding = (int(random.integers(0, 3)), int(random.integers(0, 3)))
     steps, strides = (int(random.choice([1, 1, 2, 3])) for _ in range(2)), random.choice([1, 1, 2], 2)
@@ -49,7 +49,7 @@ def draw_conv(random: np.random.Generator, inputs: int, size: tuple[int, int], s
 
 
 def draw(seed: int) -> tuple[list[Layer], tuple[int, int, int, int]]:
-    """A network of three convolutions or less, the middle one 3x3 as most are, and the shape of its images."""
+    """Draw the layers of a model, up to three convolutions (the second is a plain 3x3), and its input shape."""
     random = np.random.default_rng(seed)
     channels, size = int(random.integers(3, 71)), tuple(map(int, random.integers(1, 24, 2)))
     shape = (BATCH, channels, *size)
@@ -70,7 +70,7 @@ def draw(seed: int) -> tuple[list[Layer], tuple[int, int, int, int]]:
 
 
 def computed(layers: list[Layer], x: torch.Tensor) -> torch.Tensor:
-    """By PyTorch in float64."""
+    """Run the layers in PyTorch in float64."""
     for layer in layers:
         x = _computed(layer, x)
         if not isinstance(layer, Pool) and layer.relu:
@@ -97,7 +97,7 @@ def wide(values: np.ndarray) -> torch.Tensor:
 
 
 def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: VectorIsa) -> CompiledModel:
-    """With other threads and another precision from one to the next."""
+    """Compile with threads and precision that depend on the seed."""
     return CompiledModel(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
 
 
@@ -111,15 +111,15 @@ def assert_right(network: CompiledModel, layers: list[Layer], x: torch.Tensor) -
 
 
 class Zones:
-    """Memory with canaries, in the place of that of :mod:`repvgg.engine.runtime.memory`."""
+    """Arena with canaries around each array."""
 
     def __init__(self) -> None:
         self.zones: list[np.ndarray] = []
 
     def zeros(self, floats: int) -> np.ndarray:
-        raw = np.full(4 * floats + 2 * GUARD + 64, 0xFF, np.uint8)
-        begin = GUARD + (-(raw.ctypes.data + GUARD)) % 64
-        for zone in (raw[begin - GUARD : begin], raw[begin + 4 * floats : begin + 4 * floats + GUARD]):
+        raw = np.full(4 * floats + 2 * GUARD_BYTES + 64, 0xFF, np.uint8)
+        begin = GUARD_BYTES + (-(raw.ctypes.data + GUARD_BYTES)) % 64
+        for zone in (raw[begin - GUARD_BYTES : begin], raw[begin + 4 * floats : begin + 4 * floats + GUARD_BYTES]):
             zone.view(np.uint32)[:] = NAN
             self.zones.append(zone.view(np.uint32))
         out = raw[begin : begin + 4 * floats].view(np.float32)
@@ -131,13 +131,13 @@ class Zones:
         out[:] = values
         return out
 
-    def assert_whole(self) -> None:
+    def assert_intact(self) -> None:
         assert self.zones
         assert all((zone == NAN).all() for zone in self.zones)
 
 
 def poison(network: CompiledModel) -> None:
-    """NaN wherever a call has to write; what has to stay zero stays as it is."""
+    """Write NaN wherever a call has to write; borders, which have to stay zero, are left."""
     for one in network._executables:
         for buffer in one.plan.buffers:
             interior(buffer.layout, one._memory[buffer.number])[...] = np.nan
@@ -152,7 +152,7 @@ def check_zones(monkeypatch, seed: int, isa: VectorIsa) -> None:
     for batch in (BATCH, 1, 4, 2, 3):
         poison(network)
         assert_right(network, layers, torch.randn(batch, *shape[1:]))
-        zones.assert_whole()
+        zones.assert_intact()
     assert len(network._executables) == 1
 
 
@@ -169,16 +169,16 @@ def test_red_zones_of_many(monkeypatch, seed, isa):
     check_zones(monkeypatch, seed, isa)
 
 
-def test_a_red_zone_notices():
-    """One float beyond either end, and one that was never written."""
+def test_red_zones_detect_writes():
+    """One float beyond either end."""
     zones = Zones()
     memory = zones.zeros(20)
-    zones.assert_whole()
+    zones.assert_intact()
     for place in (-1, 20):
         beyond = (ctypes.c_float * 1).from_address(memory.ctypes.data + 4 * place)
         before, beyond[0] = beyond[0], 1.0
         with pytest.raises(AssertionError):
-            zones.assert_whole()
+            zones.assert_intact()
         beyond[0] = before
         assert np.isnan(before)
 
@@ -187,7 +187,7 @@ def test_a_red_zone_notices():
 
 
 class Fences:
-    """Memory that ends at a page without permission, or begins behind one."""
+    """Arena whose arrays end at a page without permissions, or begin after one."""
 
     def __init__(self, behind: bool) -> None:
         self._behind, self._maps = behind, []
@@ -212,7 +212,7 @@ class Fences:
 
 
 def survives(work) -> bool:
-    """Whether a forked child gets through ``work``."""
+    """Whether a forked child survives ``work``."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -226,14 +226,14 @@ def survives(work) -> bool:
 
 
 fenced = [
-    pytest.mark.skipif(sys.platform != "linux", reason="pages are fenced as Linux does it"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect of Linux"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 
 
 def run_fenced(seed: int, isa: VectorIsa, behind: bool) -> None:
     fences = Fences(behind)
-    executable.Arena = lambda: fences  # in a child: nobody puts them back
+    executable.Arena = lambda: fences  # in a forked child: not restored
     layers, shape = draw(seed)
     network = network_of(seed, layers, shape, isa)
     for batch in (BATCH, 1, 3):
@@ -258,7 +258,7 @@ class TestFences:
 
 
 @pytest.mark.parametrize(("behind", "place"), [(True, 32), (False, -1)])
-class TestAFenceNotices:
+class TestFencesDetect:
     pytestmark = fenced
 
     def test_reads_and_writes(self, behind, place):

@@ -1,4 +1,4 @@
-"""What is made for each processor: which one it is, and code that keeps its sums in registers."""
+"""Detection of the instruction set, and register allocation of the compiled kernels."""
 
 import platform
 import re
@@ -23,7 +23,7 @@ _LABEL = re.compile(r"^(\.?L?BB[\w.]+):")
 
 
 def inner_loops(text: str) -> list[str]:
-    """The blocks of an assembly that jump back to their own beginning."""
+    """Return the basic blocks of an assembly that jump back to their own beginning."""
     blocks: list[tuple[str, list[str]]] = [("", [])]
     for line in text.splitlines():
         found = _LABEL.match(line)
@@ -39,8 +39,8 @@ def inner_loops(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", GENERIC_ISAS)
-def test_no_product_spills(name):
-    """In no inner loop that multiplies: direct, of stride 2, 1x1, in groups, and of Winograd. Nothing is run."""
+def test_inner_loops_do_not_spill(name):
+    """No inner loop with FMAs: direct, stride 2, 1x1, groups, Winograd. Nothing is run, so any processor will do."""
     isa = GENERIC_ISAS[name]
     geometries = [
         ConvGeometry((3, 3), padding=(1, 1)),
@@ -57,7 +57,7 @@ def test_no_product_spills(name):
         assert "Reload" not in loop, loop
 
 
-def test_a_loop_that_spills_is_found():
+def test_inner_loops_finds_a_spill():
     text = ".LBB0_1:\n\tvmovups %zmm1, (%rsp) # 64-byte Spill\n\tjne\t.LBB0_1\n.LBB0_2:\n\tjmp\t.LBB0_1\n"
     (loop,) = inner_loops(text)
     assert "Spill" in loop
@@ -76,7 +76,7 @@ def test_a_loop_that_spills_is_found():
         ("riscv64-unknown-linux-gnu", set(), "scalar"),
     ],
 )
-def test_processors(monkeypatch, triple, features, name):
+def test_host_isa(monkeypatch, triple, features, name):
     class Features(dict):
         def flatten(self):
             return "+some"
@@ -89,14 +89,14 @@ def test_processors(monkeypatch, triple, features, name):
     assert found.features == "+some"
 
 
-def test_other_systems_are_refused(monkeypatch):
+def test_other_systems_are_rejected(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UsageError, match="runs on Linux and macOS, not on win32: use PyTorch"):
         host_isa()
 
 
 @pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64")])
-def test_no_threads_without_a_futex(monkeypatch, system, machine):
+def test_single_threaded_ir_without_a_futex(monkeypatch, system, machine):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert not thread_pool.has_workers()

@@ -38,7 +38,7 @@ def generate(name: str) -> str:
 
 def strip(ir: str) -> str:
     """Remove what binds IR to a version of LLVM or to a processor; the JIT sets the target itself."""
-    ir = re.sub(r"^(; ModuleID|source_filename|target |attributes |!|; IRBuilder Attrs).*\n", "", ir, flags=re.M)
+    ir = re.sub(r"^(; ModuleID|source_filename|target |attributes |!|; Function Attrs).*\n", "", ir, flags=re.M)
     ir = re.sub(r" #\d+ \{$", " nounwind {", ir, flags=re.M)  # no unwind tables, as kernels have none
     ir = re.sub(r" #\d+\b", "", ir)
     ir = re.sub(r", ![\w.]+ !\d+", "", ir)  # !tbaa, !llvm.loop

@@ -23,80 +23,80 @@ from tests.engine.runtime import generate_thread_pool
 from tests.engine.runtime.generate_thread_pool import CLANG, FOLDER, SOURCE
 from tests.engine.test_compiled_model import SPECS, assert_equal, plain
 
-pytestmark = pytest.mark.skipif(
-    not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone"
-)
+pytestmark = pytest.mark.skipif(not thread_pool.has_workers(), reason="no worker threads on this platform")
 
 
-def helpers() -> list[threading.Thread]:
+def worker_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "repvgg-engine"]
 
 
 @pytest.mark.parametrize("threads", [3])
 @pytest.mark.parametrize("name", SPECS)
-def test_threads_compute_the_same_bits_each_time(name, threads):
-    """Whoever took which unit; another number of threads may have other kernels, and rounds otherwise."""
+def test_results_do_not_depend_on_scheduling(name, threads):
+    """The same bits, whichever thread computes a unit. Another number of threads may select other kernels."""
     model = plain(SPECS[name])
-    network = CompiledModel(read(model), (3, 3, 37, 29), isas()[-1], threads)
+    fast = CompiledModel(read(model), (3, 3, 37, 29), isas()[-1], threads)
     for batch in (3, 1, 2):
         x = torch.randn(batch, 3, 37, 29)
-        first = network(x)
+        first = fast(x)
         for _ in range(20):
-            torch.testing.assert_close(network(x), first, rtol=0, atol=0)
-        assert_equal(network, model, x)
+            torch.testing.assert_close(fast(x), first, rtol=0, atol=0)
+        assert_equal(fast, model, x)
 
 
-def test_many_calls_with_and_without_a_rest():
-    """Threads that sleep, look around or are late must take nothing of another call."""
+def test_many_calls_with_and_without_pauses():
+    """Workers that sleep, poll or are late must not claim units of another call."""
     model = plain()
-    network = repvgg.engine.compile(model, (2, 3, 32, 32), threads=3)
+    fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=3)
     inputs = [torch.randn(1 + at % 2, 3, 32, 32) for at in range(8)]
-    wanted = [network(x) for x in inputs]
+    reference = [fast(x) for x in inputs]
     for call in range(400):
         if call % 50 == 0:
             time.sleep(0.002)
-        torch.testing.assert_close(network(inputs[call % 8]), wanted[call % 8], rtol=0, atol=0)
+        torch.testing.assert_close(fast(inputs[call % 8]), reference[call % 8], rtol=0, atol=0)
 
 
-def test_threads_end_with_the_network():
-    before = len(helpers())
-    network = repvgg.engine.compile(plain(), (1, 3, 32, 32), threads=3)
-    network(torch.zeros(1, 3, 32, 32))
-    assert len(helpers()) == before + 2
-    del network
-    assert len(helpers()) == before
+def test_workers_end_with_the_model():
+    before = len(worker_threads())
+    fast = repvgg.engine.compile(plain(), (1, 3, 32, 32), threads=3)
+    fast(torch.zeros(1, 3, 32, 32))
+    assert len(worker_threads()) == before + 2
+    del fast
+    assert len(worker_threads()) == before
 
 
-def test_idle_threads_use_no_time():
-    network = repvgg.engine.compile(plain(), (1, 3, 32, 32), threads=3)
-    network(torch.zeros(1, 3, 32, 32))
+def test_idle_workers_sleep():
+    fast = repvgg.engine.compile(plain(), (1, 3, 32, 32), threads=3)
+    fast(torch.zeros(1, 3, 32, 32))
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.2)
-    assert time.process_time() - before < 0.1  # two threads that look around would use 0.4 s
+    assert time.process_time() - before < 0.1  # two threads that poll would use 0.4 s
 
 
-def test_thread_counts():
+def test_thread_count():
     assert thread_count(3) == 3
     assert thread_count(None) == min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     with pytest.raises(UsageError, match="at least one thread"):
         thread_count(0)
 
 
-def test_pytorchs_number_and_the_processors_bound_it(monkeypatch):
+def test_thread_count_is_bounded_by_pytorch_and_the_affinity_mask(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5})
-    for number, wanted in ((2, 2), (8, 3)):
+    for number, reference in ((2, 2), (8, 3)):
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
-        assert thread_count(None) == wanted
+        assert thread_count(None) == reference
 
 
-def test_openmps_number_is_heard():
-    run = [sys.executable, "-c", "import repvgg.engine.runtime.thread_pool as w; print(w.thread_count(None))"]
-    said = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert said.stdout == "1\n", said.stderr
+def test_thread_count_follows_omp_num_threads():
+    run = [sys.executable, "-c", "import repvgg.engine.runtime.thread_pool as pool; print(pool.thread_count(None))"]
+    outcome = subprocess.run(
+        run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert outcome.stdout == "1\n", outcome.stderr
 
 
-def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
+def test_one_thread_and_a_warning_without_workers(monkeypatch):
     monkeypatch.setattr(thread_pool, "has_workers", lambda: False)
     with pytest.warns(FallbackWarning, match="one thread computes, not 3"):
         assert thread_count(3) == 1
@@ -104,12 +104,12 @@ def test_one_thread_and_a_warning_where_there_are_none(monkeypatch):
 
 
 @pytest.mark.parametrize("name", GENERIC_ISAS)
-def test_the_runtime_compiles_for_every_processor(name):
+def test_the_ir_compiles_for_every_instruction_set(name):
     assert "sched_yield" in compile_to_assembly(thread_pool.thread_pool_ir(GENERIC_ISAS[name]), GENERIC_ISAS[name])
 
 
-def test_workers_have_stacks_of_their_own_size():
-    """Large tiles lie on the stack: a process with small ones must not die. In one of its own, as it would."""
+def test_workers_have_large_stacks():
+    """Winograd tiles are on the stack: a process with small stacks must not crash; a new one, in case it does."""
     text = (
         "import threading, torch, repvgg.engine\n"
         "from torch import nn\n"
@@ -128,7 +128,7 @@ def test_workers_have_stacks_of_their_own_size():
 
 
 def compile_c(folder: Path) -> ctypes.CDLL:
-    """thread_pool.c as a shared library, by the C compiler of this machine."""
+    """Compile thread_pool.c to a shared library with the C compiler of this machine."""
     compiler = next(filter(shutil.which, ("cc", "clang", "gcc", CLANG)), None)
     if compiler is None:
         pytest.skip("no C compiler")
@@ -139,7 +139,7 @@ def compile_c(folder: Path) -> ctypes.CDLL:
 
 
 class LibraryCode:
-    """Functions of a shared library, in the place of code from IR."""
+    """Functions of a shared library, as a stand-in for MachineCode."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -150,7 +150,7 @@ class LibraryCode:
 
 @pytest.fixture(params=["IR", "C"])
 def pool_code(request, tmp_path, monkeypatch):
-    """The pool runs code from the checked-in IR, or from its C source."""
+    """Run the pool from the checked-in IR, or from its C source."""
     if request.param == "C":
         code = LibraryCode(compile_c(tmp_path))
         monkeypatch.setattr(thread_pool, "_compile", lambda isa: code)
@@ -164,7 +164,7 @@ SCHEDULE = [(1, 1, 1, 0, 7), (3, 2, 1, 0, 7), (200, 1, 1, 0, 2), (5, 4, 9, 0, 7)
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_each_unit_is_computed_once_and_steps_in_order(pool_code, threads):
-    """The same schedule by the IR and by the C code: blocks, parts of a batch, several threads, stale tables."""
+    """The same schedules by IR and by C code: blocks, chunks of a batch, several threads, two tables in turn."""
     log = []  # appending is atomic
 
     def kernel_of(number):
@@ -196,7 +196,7 @@ def test_each_unit_is_computed_once_and_steps_in_order(pool_code, threads):
 
 
 def test_layouts_are_those_of_the_c_structures():
-    """The C compiler holds the same lines against offsetof and sizeof."""
+    """thread_pool.c asserts the same lines against offsetof and sizeof when it is compiled."""
     text = SOURCE.read_text()
     lines = re.findall(r"^OFFSET\((\w+), (\w+), (\d+)\);", text, re.MULTILINE)
     found = {(name, field): int(offset) for name, field, offset in lines}
@@ -216,7 +216,7 @@ def test_the_ir_is_generated_from_the_source(name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="numbers of Linux system calls")
 def test_system_call_numbers(tmp_path):
-    """Those of this machine's headers, where it has any."""
+    """Compare with the headers of this machine, if it has them."""
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip(f"no {header}")
