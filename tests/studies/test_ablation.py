@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from repvgg import training
 from repvgg.errors import DataError, OutputExistsError, TrainingError, UnknownModelError, UsageError
 from repvgg.models import ModelSpec, Stage
 from repvgg.studies import ablation, base, find_study, variants
@@ -187,21 +188,21 @@ def test_tables_of_a_missing_study_are_refused(tmp_path):
 def test_interrupted_training_continues_bit_for_bit(tmp_path, monkeypatch):
     """Ctrl-C after the first epoch, then the same command again; compared with an uninterrupted training."""
     one = {"rows": ("repvgg",), "seeds": 1}
-    real = variants.write_log
+    real = training.write_log
 
     def interrupt(folder, history):
         real(folder, history)
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(variants, "write_log", interrupt)
+    monkeypatch.setattr(training, "write_log", interrupt)
     interrupted = run(tmp_path / "t", **one)
     assert (interrupted.complete, interrupted.missing) == (False, "")
     assert interrupted.outcome.lead == "The full block is not trained yet."
     assert (tmp_path / "t" / "runs" / "repvgg-seed0" / "last.ckpt").is_file()
     assert not list((tmp_path / "t" / "runs").glob("*.lock"))
     seen = []
-    monkeypatch.setattr(variants, "write_log", lambda folder, history: seen.append(len(history)))
+    monkeypatch.setattr(training, "write_log", lambda folder, history: seen.append(len(history)))
     run(tmp_path / "t", **one)
     assert seen == [2], "the first epoch comes from the checkpoint"
     assert not (tmp_path / "t" / "runs" / "repvgg-seed0" / "last.ckpt").exists()

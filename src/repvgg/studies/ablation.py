@@ -54,7 +54,7 @@ from repvgg.studies.variants import (
     select_variants,
     train_cell,
 )
-from repvgg.training import Terminated, TrainConfig, recipe_of
+from repvgg.training import TrainConfig, recipe_of
 
 Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
 Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
@@ -300,6 +300,8 @@ def _train_missing(work: Work, store: CellStore, message: Callable[[str], None],
 
 
 def _train(work: Work, job: Job, folder: Path) -> Cell:
+    from repvgg.training import Terminated  # needs Lightning, which listing the studies does not
+
     config = replace(work.config, seed=job.seed)
     training = Training(job.variant, work.spec, config, _open_data(config.data, job.seed))
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +41,14 @@ from repvgg.models import ModelSpec, RepVGG, Stage, create_variant, form_of, res
 from repvgg.studies.paper import TABLE_6, TABLE_7
 from repvgg.studies.store import Cell, CellStore
 from repvgg.studies.timing import measure_rounds
-from repvgg.training import (
-    LAST_CHECKPOINT,
-    EpochRecord,
-    Evaluation,
-    TrainConfig,
-    classification_loss,
-    evaluate_validation,
-    fit,
-    seeded,
-    write_log,
-)
+from repvgg.training import Evaluation, TrainConfig, seeded
 from repvgg.training.optim import build_optimizer
 from repvgg.verify import verify
+
+if TYPE_CHECKING:
+    from repvgg.training import EpochRecord
+
+# Names of repvgg.training that need Lightning are imported where they are used: listing the studies does not need it.
 
 #: Takes the architecture, the number of classes and of input channels; returns a freshly initialized network.
 Make: TypeAlias = Callable[[ModelSpec, int, int], nn.Module]
@@ -193,6 +188,8 @@ def train_cell(training: Training, folder: Path) -> Cell:
         EquivalenceError: the collapsed network does not equal the trained one.
         Terminated: SIGTERM arrived, and the run has saved its checkpoint.
     """
+    from repvgg.training import LAST_CHECKPOINT, fit, write_log
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -244,6 +241,8 @@ def _accuracy(result: Evaluation) -> dict[str, Any]:
 
 def _deploy(model: nn.Module, trained: Evaluation, training: Training) -> dict[str, Any]:
     """Collapse the network, evaluate it again, and verify that it is the same function."""
+    from repvgg.training import evaluate_validation
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
@@ -333,6 +332,8 @@ def _training_steps(cost: StepCost, names: Sequence[str], on_failure: OnFailure)
 
 def training_step(variant: Variant, cost: StepCost) -> Call:
     """Return one training step of the variant, which runs on the same random images every time."""
+    from repvgg.training import classification_loss
+
     config, device = cost.config, cost.run.device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     with warnings.catch_warnings(), seeded("model", config.seed):

@@ -14,7 +14,7 @@ from repvgg.measure.ops import RULES, ZERO_MAC_OPS
 from tests.measure.networks import Call
 
 
-def work(model: nn.Module, *shapes: tuple[int, ...], device: str = "meta") -> tuple[int, int]:
+def macs_and_muls(model: nn.Module, *shapes: tuple[int, ...], device: str = "meta") -> tuple[int, int]:
     done = walk(model.to(device), [torch.ones(shape, device=device) for shape in shapes])
     assert done.unknown == ()
     return done.macs, done.winograd_muls
@@ -45,8 +45,8 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_by_hand(name, device):
-    module, shape, macs, fast = CONVOLUTIONS[name]
-    assert work(copy.deepcopy(module), shape, device=device) == (macs, macs * 4 // 9 if fast else macs)
+    module, shape, macs, winograd = CONVOLUTIONS[name]
+    assert macs_and_muls(copy.deepcopy(module), shape, device=device) == (macs, macs * 4 // 9 if winograd else macs)
 
 
 PRODUCTS = {
@@ -73,12 +73,12 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_by_hand(name, device):
+def test_matrix_products_by_hand(name, device):
     module, shapes, macs = PRODUCTS[name]
-    assert work(copy.deepcopy(module), *shapes, device=device) == (macs, macs)
+    assert macs_and_muls(copy.deepcopy(module), *shapes, device=device) == (macs, macs)
 
 
-def test_layers_without_products_count_nothing_and_are_known():
+def test_layers_without_products_are_known_and_count_nothing():
     layers = nn.Sequential(
         nn.BatchNorm2d(4),
         nn.GroupNorm(2, 4),
@@ -98,10 +98,10 @@ def test_layers_without_products_count_nothing_and_are_known():
         nn.Softmax(1),
     )
     for device in ("cpu", "meta"):
-        assert work(layers, (1, 4, 8, 8), device=device) == (0, 0)
+        assert macs_and_muls(layers, (1, 4, 8, 8), device=device) == (0, 0)
 
 
-def test_an_op_without_a_rule_is_listed_and_not_taken_for_zero():
+def test_op_without_a_rule_is_unknown_and_not_zero():
     done = walk(Call(lambda x: torch.cdist(x, x) @ x), torch.ones(3, 3))
     assert done.unknown == ("aten._cdist_forward",)
     assert done.macs == 27
@@ -109,7 +109,7 @@ def test_an_op_without_a_rule_is_listed_and_not_taken_for_zero():
     assert walk(Call(torch.fft.fft2), torch.ones(4, 4)).unknown != ()
 
 
-def test_ops_carry_their_shapes_in_order():
+def test_ops_have_their_shapes_in_order():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     ops = walk(model, torch.ones(1, 3, 8, 8)).ops
     assert [op.name for op in ops] == ["aten.convolution", "aten.relu"]
@@ -118,12 +118,12 @@ def test_ops_carry_their_shapes_in_order():
     assert ops[1].macs == ops[1].winograd_muls == 0
 
 
-def test_a_layer_called_twice_counts_twice():
+def test_layer_called_twice_counts_twice():
     conv = nn.Conv2d(4, 4, 1)
-    assert work(nn.Sequential(conv, conv), (1, 4, 2, 2)) == (2 * 64, 2 * 64)
+    assert macs_and_muls(nn.Sequential(conv, conv), (1, 4, 2, 2)) == (2 * 64, 2 * 64)
 
 
-def test_inference_mode_hides_nothing():
+def test_counts_are_the_same_in_inference_mode():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 64, 5))
     x = torch.ones(1, 3, 8, 8)
     outside = walk(model, x)
@@ -133,7 +133,7 @@ def test_inference_mode_hides_nothing():
     assert inside.macs == 4 * 64 * 27 + 4 * 64 * 5
 
 
-def test_the_model_is_run_in_eval_mode_and_put_back_after_an_error_too():
+def test_model_runs_in_eval_mode_and_is_restored_after_an_error():
     def failing(x: Tensor) -> Tensor:
         seen.append(([module.training for module in model.modules()], torch.is_grad_enabled()))
         raise ZeroDivisionError
@@ -150,7 +150,7 @@ def test_the_model_is_run_in_eval_mode_and_put_back_after_an_error_too():
     assert torch.is_grad_enabled()
 
 
-def test_a_model_on_the_cpu_is_counted_without_being_changed():
+def test_count_leaves_a_model_on_the_cpu_unchanged():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Dropout()).half()
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
@@ -162,13 +162,13 @@ def test_a_model_on_the_cpu_is_counted_without_being_changed():
     assert counts == count(copy.deepcopy(model).to("meta"), (1, 3, 16, 16))
 
 
-def test_shared_parameters_count_once_and_buffers_not_at_all():
+def test_shared_parameters_count_once_and_buffers_do_not():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     assert count(model, (1, 4)).params == 16 + 4 + 8 + 4
 
 
-def test_counts_read_well():
+def test_counts_as_text_and_json():
     counts = Counts(8309384, 1361000000, 747000000, ("aten._cdist_forward",))
     assert str(counts).startswith("8,309,384 parameters, 1.361 GMACs, 0.747 Wino GMULs")
     assert "not counted: aten._cdist_forward" in str(counts)
@@ -176,24 +176,24 @@ def test_counts_read_well():
 
 
 @pytest.mark.parametrize("shape", [(3,), (), (1, 0, 4), (1, 3, -1, 4)])
-def test_shapes_that_make_no_sense(shape):
+def test_invalid_shapes_are_refused(shape):
     with pytest.raises(UsageError):
         count(nn.ReLU(), shape)
 
 
 @pytest.mark.parametrize("inputs", [[], [3]])
-def test_inputs_that_make_no_sense(inputs):
+def test_invalid_inputs_are_refused(inputs):
     with pytest.raises(UsageError):
         walk(nn.ReLU(), inputs)
 
 
-def test_the_rules_name_ops_that_exist_and_no_op_twice():
+def test_rules_are_disjoint_and_name_existing_ops():
     assert not ZERO_MAC_OPS & RULES.keys()
     for name in ZERO_MAC_OPS | RULES.keys():
         assert hasattr(torch.ops.aten, name.removeprefix("aten.")), name
 
 
-def test_nothing_but_torch_and_the_standard_library_is_imported():
+def test_package_imports_only_torch_and_the_standard_library():
     for path in sorted(Path(ops.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
