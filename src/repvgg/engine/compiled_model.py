@@ -136,7 +136,7 @@ class CompiledModel:
     def __call__(self, x: Images) -> Images:
         """Compute the output for float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
 
-        Images of any strides are read in place, channels_last among them. The output is new memory: (n, O) behind a
+        Images of any strides are read in place, channels_last among them. The output is new memory: (n, O) after a
         global pool, else (n, O, H, W).
 
         Raises:
@@ -218,7 +218,7 @@ class CompiledModel:
         if executable is not last:
             self._executables = [*(one for one in self._executables if one is not executable), executable]
         if len(self._executables) > MAX_INPUT_SIZES:
-            self._pool.quiesce()  # a late worker may still look at the step table that goes now
+            self._pool.quiesce()  # a worker may still read the step table that is freed now
             del self._executables[0]
         return executable
 

@@ -63,7 +63,7 @@ class Executable:
             self._sources[number] = x.address + _FLOAT_BYTES * first_image * x.strides[0]
 
     def output(self, count: int) -> Floats:
-        """Copy the output for ``count`` images: (n, O) behind a global pool, else (n, O, H, W)."""
+        """Copy the output for ``count`` images: (n, O) after a global pool, else (n, O, H, W)."""
         buffer = self.plan.output
         layout, values = buffer.layout, self._memory[buffer.number]
         if self.plan.flat:

@@ -1,6 +1,6 @@
 """``torch.compile(model, backend="repvgg")``: the engine for plain networks at inference, PyTorch for everything else.
 
-The graph that PyTorch passes in takes the weights as arguments, beside the images. They are read when the graph first
+The graph that PyTorch passes in takes the weights as arguments, like the images. They are read when the graph first
 runs, and again after they changed. PyTorch does not report changes through ``weight.data``, nor those of tensors that
 were created in inference mode.
 

@@ -1,4 +1,4 @@
-"""The search space of a 3x3 convolution: the ways to tile its output for Winograd, and to run each tiling.
+"""The search space of a 3x3 convolution: how its output can be tiled for Winograd, and how each tiling can run.
 
 The alternative to all of them is the direct kernel, for which ``None`` stands. A Winograd region runs by one of two
 schedules:
@@ -66,7 +66,7 @@ class Target:
 @final
 @dataclass(frozen=True)
 class ConvProblem:
-    """A convolution and the size of its output: all that the choice of an algorithm depends on, beside the target.
+    """A convolution and the size of its output: what the selection of an algorithm depends on, besides the target.
 
     Attributes:
         geometry: kernel size, stride, padding, dilation and groups.

@@ -174,7 +174,7 @@ class _Bench:
                     self._evicting.sum()
                 trial.turn(self._pool)
             fastest = min(trial.score for trial in trials)
-            self._pool.quiesce()  # a late worker may still look at a step table, which goes with its trial
+            self._pool.quiesce()  # a worker may still read a step table, which is freed with its trial
             trials = [trial for trial in trials if trial.score <= limit * fastest]
         return min(trials, key=lambda trial: trial.score).algorithm
 

@@ -30,7 +30,7 @@ from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_s
 
 # Capacities. What a kernel works on shares the caches with code, stacks and the other threads.
 _L2_BUDGET_BYTES = 7 * 2**17  # of 1 MiB
-_L3_WEIGHTS_BYTES = 2**23  # weights that stay in L3 beside the feature maps
+_L3_WEIGHTS_BYTES = 2**23  # weights that stay in L3 together with the feature maps
 _L3_TILES_BYTES = 2**24  # transformed tiles that stay in L3
 
 # Winograd transforms, for each vector of a tile element.
@@ -40,12 +40,12 @@ _L2_MISS_FACTOR = 1.25  # of both, where the working set of a fused block exceed
 _ON_THE_FLY_CYCLES = 2.7  # for each vector of a filter that is transformed into a scratch buffer before its GEMM
 _INTERLEAVED_CYCLES = 2.2  # likewise between the multiply-adds of the GEMM before
 
-# GEMMs: what a block of channels (kc) costs beside its multiply-adds.
+# GEMMs: what a block of channels (kc) costs in addition to its multiply-adds.
 _K_BLOCK_CYCLES = 4.0
 _ACCUMULATE_CYCLES = 0.45  # to load and store a vector of products
 
 # The direct kernel.
-_DIRECT_FACTOR = 1.15  # its register tiles do not divide rows of the image as evenly as a GEMM's
+_DIRECT_FACTOR = 1.15  # rows of an image leave more partial register tiles than the blocks of a GEMM
 _DIRECT_CYCLES_PER_PIXEL = 40.0  # for each panel
 
 _WORK_UNIT_CYCLES = 300.0  # to claim a work unit and to fill the pipeline
