@@ -1,13 +1,13 @@
-"""Images a second of the loader alone, beside plain torchvision in the same run.
+"""Throughput of the data loader alone, compared with plain torchvision in the same run.
 
     python benchmarks/data.py --cifar FOLDER --photos FOLDER [--size 96] [--workers 0 1 2] [--rounds 3]
 
-Both folders are image folders (``train/CLASS/…``). CIFAR: 32 x 32, kept in memory, pad-crop and flip, without and with
-a greyed square. Photos: decoded every time, random-resized crop and flip, without and with AutoAugment. The peer is
-``torchvision.datasets.ImageFolder`` with the v2 transforms of the same names and a ``DataLoader`` of the same batch
-size and number of processes; it decodes CIFAR every time, as it always does. Rounds alternate; times are medians with
-quartiles of an epoch (cut off after --images), ratios are medians of the ratios within a round. Starting processes
-and the first batch are left out on both sides.
+Both folders are image folders (``train/CLASS/…``). CIFAR: 32 x 32, cached in memory, pad-crop and flip, without and
+with an erased square. Photos: decoded in every epoch, random-resized crop and flip, without and with AutoAugment. The
+peer is ``torchvision.datasets.ImageFolder`` with the v2 transforms of the same names and a ``DataLoader`` with the same
+batch size and number of workers; it has no cache and decodes CIFAR in every epoch. Rounds alternate between the two.
+Throughputs are medians with quartiles over the rounds, each an epoch or --images images; ratios are medians of the
+ratios within a round. The start of the workers and the first batch are excluded on both sides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def peer(folder: str, transforms: list[Any], workers: int) -> Iterable[Any]:
 
 
 def cases(arguments: argparse.Namespace, workers: int) -> dict[str, tuple[Iterable[Any], Iterable[Any]]]:
-    """Name → (ours, the peer)."""
+    """Return the loaders (ours, peer) by the name of the case."""
 
     def ours(folder: str, size: int, augment: Augment, cache: Any) -> Iterable[Any]:
         config = DataConfig(f"imagefolder:{folder}", train_size=size, augment=augment, workers=workers, cache=cache)
@@ -69,9 +69,9 @@ def cases(arguments: argparse.Namespace, workers: int) -> dict[str, tuple[Iterab
     return found
 
 
-def images_a_second(loader: Iterable[Any], most: int) -> float:
+def images_per_second(loader: Iterable[Any], most: int) -> float:
     batches = iter(loader)
-    next(batches)
+    next(batches)  # starts the workers
     start, images = time.perf_counter(), 0
     for _, labels in batches:
         images += len(labels)
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20_000, help="images a round at most")
+    parser.add_argument("--images", type=int, default=20_000, help="maximum number of images per round")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'case':44}{'workers':>8}  {'images/s (quartiles)':30}{'torchvision':26}{'ratio':>18}")
@@ -101,11 +101,11 @@ def main() -> None:
             speeds: tuple[list[float], list[float]] = ([], [])
             for _ in range(arguments.rounds):
                 for loader, into in zip(loaders, speeds, strict=True):
-                    into.append(images_a_second(loader, arguments.images))
+                    into.append(images_per_second(loader, arguments.images))
             ratios = [mine / other for mine, other in zip(*speeds, strict=True)]
-            whole = "{:.0f}".format
+            integer = "{:.0f}".format
             print(
-                f"{name:44}{workers:>8}  {spread(speeds[0], whole):30}{spread(speeds[1], whole):26}"
+                f"{name:44}{workers:>8}  {spread(speeds[0], integer):30}{spread(speeds[1], integer):26}"
                 f"{spread(ratios, '{:.2f}'.format):>18}",
                 flush=True,
             )

@@ -59,9 +59,9 @@ def test_uniforms_depend_on_seed_and_epoch(other):
 
 @given(SEEDS, st.integers(0, 1000), st.permutations(range(20)))
 def test_uniforms_of_an_image_do_not_depend_on_its_position(seed, epoch, order):
-    whole = uniforms(seed, epoch, torch.arange(20), 4)
-    assert_close(uniforms(seed, epoch, torch.tensor(order), 4), whole[order], atol=0, rtol=0)
-    assert 0 <= whole.min() <= whole.max() < 1
+    full = uniforms(seed, epoch, torch.arange(20), 4)
+    assert_close(uniforms(seed, epoch, torch.tensor(order), 4), full[order], atol=0, rtol=0)
+    assert 0 <= full.min() <= full.max() < 1
 
 
 @given(SEEDS, st.integers(0, 1000), st.integers(1, 60))

@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,19 @@ def test_no_numbers_are_drawn_without_augmentation(folder, monkeypatch):
         BatchTransforms(Augment(flip=0.5), 0, (0.0,), (0.0,)).jitter_crop_flip(
             torch.zeros(1, 1, 2, 2), 0, torch.zeros(1).long()
         )
+
+
+@pytest.mark.parametrize(
+    ("package", "uri"), [("PIL", "fake:20x2"), ("torchvision", "imagefolder:."), ("sklearn", "digits:")]
+)
+def test_missing_package_is_one_sentence_that_names_the_extra(package, uri):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "import repvgg.data\n"
+        "from repvgg.errors import MissingDependencyError\n"
+        f"try: repvgg.data.open_data(repvgg.data.DataConfig({uri!r}))\n"
+        "except MissingDependencyError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.startswith(f"This needs '{package}")
+    assert found.endswith("which is not installed: pip install 'repvgg[train]'.\n")

@@ -1,11 +1,14 @@
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
@@ -153,11 +156,29 @@ def test_validation_images_are_loaded_once_and_in_order(folder, cache, batch_siz
     assert_close(images[4], v2.PILToTensor()(noise(10_000 + 101)), atol=0, rtol=0)
 
 
+def test_batches_are_those_of_earlier_versions(tmp_path):
+    """Seed, epoch and image determine every pixel. These transforms use integers only: no platform differs."""
+    for split, first, count in (("train", 0, 9), ("val", 100, 2)):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                generator = np.random.Generator(np.random.PCG64(first + 20 * label + number))
+                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
+    augment = Augment(crop="pad", crop_padding=3, flip=0.5, erase=0.5, erase_size=0.3)
+    loader = opened(tmp_path, augment, seed=12).train_batches(4, rank=1, world_size=2)
+    digest = hashlib.sha256()
+    for epoch in range(3):
+        for images, labels in run(loader, epoch):
+            digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "0ad24f540377a68f"
+
+
 # Corrupt images
 
 
 @pytest.fixture
-def broken(tmp_path):
+def corrupt_folder(tmp_path):
     """Write a folder with two corrupt training images and a corrupt validation image."""
     write_splits(tmp_path, COUNTS, {"ant": 3, "bee": 2, "cow": 2})
     truncate(tmp_path / "train" / "bee" / "003.png")
@@ -167,20 +188,20 @@ def broken(tmp_path):
 
 
 @pytest.mark.parametrize(("workers", "cache"), [(0, "none"), (1, "none"), (0, "memory")])
-def test_corrupt_image_is_named(broken, workers, cache):
+def test_corrupt_image_is_named(corrupt_folder, workers, cache):
     with pytest.raises(
         DataError, match=r"(bee/003.png' is truncated|cow/001.png' is empty).*set on_bad='skip'"
     ) as caught:
-        list(opened(broken, Augment(), workers=workers, cache=cache).train_batches(23))
+        list(opened(corrupt_folder, Augment(), workers=workers, cache=cache).train_batches(23))
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"val/bee/000.png' is not an image"):
-        list(opened(broken, Augment(), workers=workers, cache="none").val_batches(7))
+        list(opened(corrupt_folder, Augment(), workers=workers, cache="none").val_batches(7))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_corrupt_images_are_replaced(broken, workers, cache):
-    data = opened(broken, Augment(), workers=workers, cache=cache, on_bad="skip")
+def test_corrupt_images_are_replaced(corrupt_folder, workers, cache):
+    data = opened(corrupt_folder, Augment(), workers=workers, cache=cache, on_bad="skip")
     corrupt = {9 + 3, 17 + 1}
     for epoch in range(4):
         order = order_of(1, epoch, 23)
@@ -237,8 +258,8 @@ import sys, time
 from repvgg.data import DataConfig, open_data
 if __name__ == "__main__":
     batches = open_data(DataConfig(sys.argv[1], train_size=16, workers=2)).train_batches(4)
-    kept = iter(batches)
-    next(kept)
+    iterator = iter(batches)
+    next(iterator)
     print("loading", flush=True)
     time.sleep(300)
 """

@@ -111,12 +111,12 @@ def test_jitter_keeps_the_dtype():
 def test_transforms_do_not_depend_on_the_batch(augment):
     images, keys = pixels(12), torch.arange(100, 112)
     batch = transforms(augment, seed=3)
-    whole = batch.erase(batch.jitter_crop_flip(images, 5, keys), 5, keys)
+    full = batch.erase(batch.jitter_crop_flip(images, 5, keys), 5, keys)
     some = torch.tensor([7, 2, 11])
     assert_close(
-        batch.erase(batch.jitter_crop_flip(images[some], 5, keys[some]), 5, keys[some]), whole[some], atol=0, rtol=0
+        batch.erase(batch.jitter_crop_flip(images[some], 5, keys[some]), 5, keys[some]), full[some], atol=0, rtol=0
     )
-    assert not torch.equal(batch.erase(batch.jitter_crop_flip(images, 6, keys), 6, keys), whole)
+    assert not torch.equal(batch.erase(batch.jitter_crop_flip(images, 6, keys), 6, keys), full)
 
 
 def test_without_augmentation_images_are_unchanged():

@@ -106,10 +106,10 @@ def test_ranks_have_equal_numbers_of_batches(shards):
 @pytest.mark.parametrize("on_bad", ["raise", "skip"])
 def test_skipping_resumes_the_epoch(shards, workers, on_bad):
     loader = opened(shards, workers=workers, augment=AUGMENT, on_bad=on_bad).train_batches(3)
-    whole = run(loader, 2)
+    full = run(loader, 2)
     for skip in (4, 7) if workers else range(9):
-        assert_same_batches(run(loader, 2, skip=skip), whole[skip:])
-    assert_same_batches(run(loader, 2), whole)
+        assert_same_batches(run(loader, 2, skip=skip), full[skip:])
+    assert_same_batches(run(loader, 2), full)
 
 
 def test_augmentation_does_not_depend_on_workers(shards):

@@ -53,7 +53,7 @@ class CachedImages(ImageStore):
 
     def load_batch(self, indices: Tensor, epoch: int) -> Tensor | None:
         if self._corrupt and not self._corrupt.keys().isdisjoint(indices.tolist()):
-            return None
+            return None  # one by one, so that the caller can replace the corrupt ones
         return self.images.index_select(0, indices)
 
 
@@ -86,18 +86,18 @@ class DecodedImages(ImageStore):
 class CachedSplit(MapSplit):
     """The decoded images of another split, all of one size, in memory."""
 
-    def __init__(self, split: MapSplit, images: Tensor, corrupt: dict[int, CorruptImage]) -> None:
+    def __init__(self, split: MapSplit, cached: CachedImages) -> None:
         self.classes = split.classes
         self.labels = split.labels
         self._split = split
-        self._images = images
-        self._corrupt = corrupt
+        self._cached = cached
 
     def location(self, index: int) -> str:
         return self._split.location(index)
 
     def image(self, index: int) -> Image.Image | CorruptImage:
-        return self._corrupt.get(index) or to_pil(self._images[index])
+        pixels = self._cached.load(index, 0)
+        return pixels if isinstance(pixels, CorruptImage) else to_pil(pixels)
 
 
 def should_cache(split: MapSplit, shape: tuple[int, int, int] | None, channels: int) -> bool:
@@ -110,7 +110,7 @@ def should_cache(split: MapSplit, shape: tuple[int, int, int] | None, channels: 
     """
     if shape is not None and len(split) * math.prod(shape) > MAX_BYTES:
         return False
-    step = max(1, len(split) // _PROBES)
+    step = max(1, len(split) // _PROBES)  # spread over all classes, whose images may differ in size
     sizes: set[tuple[int, int]] = set()
     for index in range(0, len(split), step):
         image = split.image(index)
@@ -122,8 +122,8 @@ def should_cache(split: MapSplit, shape: tuple[int, int, int] | None, channels: 
     return bool(sizes) and len(split) * channels * math.prod(sizes.pop()) <= MAX_BYTES
 
 
-def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> tuple[Tensor, dict[int, CorruptImage]] | None:
-    """Decode all images into one tensor, with the corrupt ones by index; None if they have several sizes.
+def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> CachedImages | None:
+    """Decode all images into memory; None if they have several sizes.
 
     Raises:
         DataError: an image is corrupt and ``on_bad`` is "raise", or all are.
@@ -136,14 +136,14 @@ def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> tuple[
                 raise DataError(pixels.advice)
             corrupt[index] = pixels
             continue
-        if images is None:
+        if images is None:  # the first readable image gives the size
             images = torch.zeros(len(split), *pixels.shape, dtype=torch.uint8)
         if pixels.shape != images.shape[1:]:
             return None
         images[index] = pixels
     if images is None:
         raise DataError(f"None of the {len(split)} images can be read: {next(iter(corrupt.values()))}.")
-    return images, corrupt
+    return CachedImages(images, corrupt)
 
 
 @final
@@ -167,7 +167,7 @@ def cache_uncropped(split: MapSplit, channels: int, on_bad: str, workers: int, *
     """
     cached = decode_all(split, Uncropped(channels), on_bad, workers)
     if cached is not None:
-        return CachedSplit(split, *cached)
+        return CachedSplit(split, cached)
     if required:
         raise UsageError(
             "Images of several sizes cannot be cached in memory for random-resized crops: use cache='auto' or 'none'."

@@ -210,6 +210,7 @@ class _Collector:
         split_report.modes[facts.mode] += 1
         for remark in facts.remarks:
             report.remarks.setdefault(remark, []).append(facts.location)
+        # Digests of the training images only, 16 bytes each: validation images are compared with them.
         twin = self._train.get(facts.digest)
         if split_report.name == TRAIN:
             self._train.setdefault(facts.digest, facts)
@@ -226,7 +227,7 @@ def _read(split: Split, channels: int, limit: int | None, workers: int) -> Itera
         indices = torch.arange(number) * len(split) // max(1, number)
         yield from parallel_map(_ReadImage(split, channels, indices), number, workers)
         return
-    for number, example in enumerate(split.examples(None, 0, 1)):
+    for number, example in enumerate(split.examples(None, 0, 1)):  # a stream has no random access to divide it by
         if number == limit:
             return
         if isinstance(example, CorruptImage):

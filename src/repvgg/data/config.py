@@ -91,7 +91,7 @@ class Augment:
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
     erase: float = 0.0
-    erase_size: float = 0.25
+    erase_size: float = 0.25  # 8 of the 32 pixels of CIFAR
     jitter: AffineJitter = field(default_factory=AffineJitter)
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class DataConfig:
     val: str | None = None
     train_size: int | None = None
     test_size: int | None = None
-    crop_fraction: float = 0.875
+    crop_fraction: float = 0.875  # 224 / 256, the usual protocol of ImageNet
     interpolation: Interpolation = "bilinear"
     channels: Literal[1, 3] | None = None
     mean: tuple[float, ...] | None = None

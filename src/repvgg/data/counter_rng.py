@@ -49,7 +49,7 @@ def uniforms(seed: int, epoch: int, images: Tensor, count: int) -> Tensor:
 def epoch_order(seed: int, epoch: int, length: int) -> Tensor:
     """Return a permutation (length,) int64, a function of seed and epoch only."""
     bits = int(random_bits(seed, epoch, np.array([_ORDER], np.uint64) * _GAMMA)[0])
-    return torch.randperm(length, generator=torch.Generator().manual_seed(bits >> 1))  # seeds are signed: 63 bits
+    return torch.randperm(length, generator=torch.Generator().manual_seed(bits >> 1))  # 63 bits: not negative
 
 
 def image_bits(seed: int, epoch: int, image: int, stream: int) -> int:

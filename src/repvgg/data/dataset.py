@@ -78,7 +78,7 @@ class ImageData:
     """
 
     def __init__(self, config: DataConfig, source: Source, seed: int) -> None:
-        assert source.val is not None
+        assert source.val is not None  # open_source holds images out where a URI has one split
         channels = config.channels or source.channels
         size = config.train_size or source.size
         test_size = config.test_size or size
@@ -145,6 +145,7 @@ class ImageData:
                 raise DataError(loaded.failure or f"{loaded.corrupt[0]}.")
             return self.prepare(loaded.images), loaded.labels
         found: dict[int, tuple[Tensor, Tensor]] = {}
+        # A batch size of 1 and no worker: the number of the batch is the index of the image.
         for index, (images, labels) in enumerate(StreamValLoader(*self._val, RankShard(1), 0, self.corrupt)):
             if index > int(wanted.max()):
                 break
@@ -208,7 +209,7 @@ class _DatasetBuilder:
             batch = self._batch_transforms(torch.uint8)
             return split, StreamTransforms(self._train_crop(shape), batch, policy, config.on_bad)
         store = self._train_store(split, shape)
-        dtype = store.images.dtype if isinstance(store, CachedImages) else torch.uint8
+        dtype = store.images.dtype if isinstance(store, CachedImages) else torch.uint8  # decoders return uint8
         return TrainDataset(store, split.labels, self._batch_transforms(dtype), policy, config.on_bad)
 
     def val(self, split: Split, shape: Shape) -> ValDataset | Stream:
@@ -242,6 +243,7 @@ class _DatasetBuilder:
         if not isinstance(split, TensorSplit) or split.pixels.shape[2:] != shape[1:]:
             return None
         if split.pixels.dtype == torch.uint8:
+            # Other numbers of channels are converted through PIL.
             return CachedImages(split.pixels) if split.pixels.shape[1] == shape[0] else None
         # float32 pixels have no 8-bit form without a rounding error: normalize them here, once.
         pixels = split.pixels.expand(-1, shape[0], -1, -1)
@@ -251,9 +253,9 @@ class _DatasetBuilder:
     def _center_cropped(self, split: MapSplit, shape: Shape) -> ImageStore:
         crop = CenterCrop(self._config, shape[1], shape[0])
         if self._caches(split, shape, shape[0]):
-            decoded = decode_all(split, crop, self._config.on_bad, self._config.workers)
-            assert decoded is not None  # the crop brings all images to one size
-            return CachedImages(*decoded)
+            cached = decode_all(split, crop, self._config.on_bad, self._config.workers)
+            assert cached is not None  # the crop brings all images to one size
+            return cached
         return DecodedImages(split, crop)
 
     def _caches(self, split: MapSplit, shape: Shape | None, channels: int) -> bool:
@@ -285,6 +287,7 @@ class Normalize(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         for name, values in (("mean", mean), ("std", std)):
+            # Buffers, to move with the module; not persistent, as checkpoints hold the model only.
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

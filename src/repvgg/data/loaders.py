@@ -183,6 +183,7 @@ class TrainDataset(Dataset[LoadedBatch]):
         """Return indices and images of a request, or an error message; append to ``corrupt``."""
         indices, images = [], []
         for position in range(request.start, request.stop):
+            # The replacement depends on the order alone, so it is the same for any number of workers.
             for step in range(len(order)):
                 index = int(order[(position + step) % len(order)])
                 image = self._store.load(index, request.epoch)
@@ -289,6 +290,7 @@ class MapValLoader(ValLoader):
     """The :class:`ValLoader` of a map-style split: rank r of R loads the images N·r // R … N·(r + 1) // R − 1."""
 
     def __init__(self, dataset: ValDataset, shard: RankShard, workers: int, log: CorruptImageLog) -> None:
+        # Contiguous, and equal to within one image: the order over all ranks is that of the split.
         start, stop = (len(dataset) * (shard.rank + end) // shard.world_size for end in (0, 1))
         size = shard.batch_size
         self._requests = [BatchRequest(0, first, min(first + size, stop)) for first in range(start, stop, size)]
@@ -313,7 +315,7 @@ def delivered(loaded: Iterator[LoadedBatch], log: CorruptImageLog, workers: int)
             log.add(corrupt)
             if failure is not None:
                 raise DataError(failure)
-            if len(labels):
+            if len(labels):  # empty where all images of a validation batch are corrupt
                 yield images, labels
 
 

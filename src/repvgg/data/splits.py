@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from PIL import Image
@@ -51,17 +51,17 @@ class MapSplit(ABC):
 class SubsetSplit(MapSplit):
     """Some of the images of another split."""
 
-    def __init__(self, whole: MapSplit, indices: Tensor) -> None:
-        self.classes = whole.classes
-        self.labels = whole.labels[indices]
-        self._whole = whole
+    def __init__(self, parent: MapSplit, indices: Tensor) -> None:
+        self.classes = parent.classes
+        self.labels = parent.labels[indices]
+        self._parent = parent
         self._indices = indices
 
     def location(self, index: int) -> str:
-        return self._whole.location(int(self._indices[index]))
+        return self._parent.location(int(self._indices[index]))
 
     def image(self, index: int) -> Image.Image | CorruptImage:
-        return self._whole.image(int(self._indices[index]))
+        return self._parent.image(int(self._indices[index]))
 
 
 @final
@@ -144,6 +144,13 @@ class Example:
     label: int
 
 
+class Shuffle(NamedTuple):
+    """The key of a random order."""
+
+    seed: int
+    epoch: int
+
+
 class IterableSplit(ABC):
     """Labelled images that are read in sequence.
 
@@ -162,7 +169,7 @@ class IterableSplit(ABC):
         """Yield the examples of one of ``num_shards`` disjoint shards, which together hold every example once.
 
         Args:
-            shuffle: seed and epoch of the order, or None for the stored order.
+            shuffle: key of the order, or None for the stored order.
             shard: index, 0 … num_shards − 1.
             num_shards: number of ranks times number of workers per rank.
         """
@@ -199,8 +206,7 @@ class Source:
 class PackedStrings:
     """A sequence of strings in two tensors.
 
-    Tensors are shared with worker processes. A list of a million ``str`` would be copied to each of them, and its
-    reference counts would un-share the pages.
+    Tensors are shared with worker processes; a list of a million ``str`` would be pickled and copied to each of them.
 
     Args:
         strings: paths; bytes that are not valid text survive as surrogates.
@@ -216,7 +222,7 @@ class PackedStrings:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
+        start = int(self._ends[index - 1]) if index else 0  # ends, not offsets: N numbers for N strings
         return os.fsdecode(self._bytes[start : int(self._ends[index])].numpy().tobytes())
 
 

@@ -26,7 +26,7 @@ from repvgg.data.loaders import (
     delivered,
     failed_batch,
 )
-from repvgg.data.splits import Example, IterableSplit
+from repvgg.data.splits import Example, IterableSplit, Shuffle
 from repvgg.data.transforms import BatchTransforms, Crop, PolicyTransform
 from repvgg.data.workers import data_loader
 from repvgg.errors import DataError, UsageError
@@ -76,7 +76,9 @@ class StreamDataset(IterableDataset[LoadedBatch]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         batch_transforms = self.transforms.batch
-        shuffle = None if self.epoch is None or batch_transforms is None else (batch_transforms.seed, self.epoch)
+        shuffle = None
+        if self.epoch is not None and batch_transforms is not None:
+            shuffle = Shuffle(batch_transforms.seed, self.epoch)
         examples = self.split.examples(shuffle, self.shard.rank * workers + worker, self.shard.world_size * workers)
         # DataLoader takes a batch of each worker in turn: batch n of this worker is batch n·workers + worker.
         to_drop = max(0, (self.skipped - worker + workers - 1) // workers)
@@ -172,7 +174,7 @@ class StreamTrainLoader(TrainLoader):
         self._first = 0
 
     def __len__(self) -> int:
-        if self._batches is None:
+        if self._batches is None:  # TypeError is what len() of an unsized iterable raises
             raise TypeError("The stream's length is unknown: add ?length=N to its URI.")
         return self._batches
 
@@ -200,6 +202,8 @@ class StreamTrainLoader(TrainLoader):
             before = done, len(rest[1]) if rest else 0
             loader = data_loader(replace(dataset, epoch=dataset.epoch + passes * _PASS), self._workers)
             for batch in delivered(iter(loader), self._log, self._workers):
+                # In the first pass full batches overtake the remainders of other workers, so that batch n comes from
+                # worker n mod workers and skipping can rely on it. Later passes fill up what is left first.
                 full, rest = _fill(rest, batch, dataset.shard.batch_size, rest_first=passes > 0)
                 if full is not None:
                     done += 1
@@ -211,7 +215,7 @@ class StreamTrainLoader(TrainLoader):
                 return
             if before == (done, len(rest[1]) if rest else 0):  # a pass without any image would repeat forever
                 raise DataError("The stream has no readable images.")
-            passes, dataset = passes + 1, replace(dataset, skipped=0)
+            passes, dataset = passes + 1, replace(dataset, skipped=0)  # batches were skipped in the first pass only
 
 
 @final

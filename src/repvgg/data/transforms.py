@@ -19,7 +19,9 @@ from repvgg.data.counter_rng import CROP_STREAM, POLICY_STREAM, image_rng, unifo
 from repvgg.data.decode import CorruptImage, to_channels, to_pil
 from repvgg.errors import require
 
-_JITTER, _CROP, _FLIP, _ERASE = slice(0, 4), slice(4, 6), 6, slice(7, 10)  # columns of the uniforms of an image
+# Columns of the uniforms of an image. Always all are drawn, so that enabling one transform leaves the numbers of the
+# others unchanged.
+_JITTER, _CROP, _FLIP, _ERASE = slice(0, 4), slice(4, 6), 6, slice(7, 10)
 _NUM_UNIFORMS = 10
 
 
@@ -137,7 +139,7 @@ class PolicyTransform:
         transformed = []
         for pixels, key in zip(x_NCHW, keys_N.tolist(), strict=True):
             with image_rng(self._seed, epoch, key, POLICY_STREAM):
-                # Through PIL: its operations are faster on one small image than those on tensors.
+                # As PIL images, for which the policies were defined.
                 transformed.append(pixels_of(self._policy(to_pil(pixels))))
         return torch.stack(transformed)
 
@@ -217,7 +219,7 @@ def pad_crop_flip(x_NCHW: Tensor, padding: int, draws_N2: Tensor, flip_N: Tensor
     offset_N2 = (draws_N2 * (2 * padding + 1)).long() - padding
     rows_NH = reflect(offset_N2[:, :1] + torch.arange(height), height)
     columns_NW = torch.arange(width).expand(n, width)
-    columns_NW = torch.where(flip_N[:, None], width - 1 - columns_NW, columns_NW)
+    columns_NW = torch.where(flip_N[:, None], width - 1 - columns_NW, columns_NW)  # of the window: crop, then flip
     columns_NW = reflect(offset_N2[:, 1:] + columns_NW, width)
     pixel_NHW = rows_NH[:, :, None] * width + columns_NW[:, None, :]
     index = pixel_NHW.reshape(n, 1, height * width).expand(n, channels, height * width)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from repvgg.errors import DataError
 
 _PRELOADED = ["torch", "torchvision.transforms.v2", "repvgg.data.loaders"]  # imported once, by the fork server
-_PREFETCH = 4  # batches per worker
+_PREFETCH = 4  # batches per worker: bridges a batch of large images without holding many in memory
 _CHUNK = 64  # images that a worker of parallel_map returns at once, to amortize the queue
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def data_loader(dataset: Dataset[Any], workers: int, batches: Iterable[Any] | No
         batch_sampler=None if is_iterable else batches,
         num_workers=workers,
         collate_fn=_identity,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(),  # page-locked memory: copies to the GPU overlap with computing
         generator=torch.Generator(),  # else DataLoader draws its base seed from the global generator
         **worker_options,
     )
@@ -69,7 +69,7 @@ def end_with_parent(_: int = 0) -> None:
 
 def _exit_after(wait: Callable[[], object]) -> None:
     wait()
-    os._exit(1)
+    os._exit(1)  # not sys.exit, which would end this thread only
 
 
 def _identity(batch: T) -> T:
@@ -100,6 +100,7 @@ def worker_failures(workers: int) -> Iterator[None]:
 def parallel_map(function: Callable[[int], T], length: int, workers: int) -> Iterator[T]:
     """Yield ``function(i)`` for i = 0 … length − 1, in order, computed by ``workers`` processes."""
     chunks = [range(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK)]
+    # Starting workers takes longer than a single chunk.
     loader = data_loader(_Chunks(function), workers if length > _CHUNK else 0, chunks)
     with worker_failures(loader.num_workers):
         for values in loader:

@@ -75,6 +75,7 @@ def export_onnx(
     """
     target = check_output(path, overwrite=overwrite)
     check_image_shape(input_shape)
+    # Checked first: otherwise the serialization fails, after minutes of exporting.
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > _MAX_BYTES:
         raise ExportError(f"The model has {size / 2**30:.1f} GiB, but one ONNX file holds less than 2 GiB.")
@@ -87,6 +88,7 @@ def export_onnx(
             checker.check_model(str(part), full_check=True)
         except checker.ValidationError as error:
             raise ExportError(f"The exported graph is not valid ONNX: {first_line(error)}.") from error
+    # The empty domain is that of the standard operators.
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     operators = MappingProxyType(dict(Counter(node.op_type for node in proto.graph.node).most_common()))
     return OnnxExport(target, opset, operators, _plain_violations(proto.graph))
@@ -103,12 +105,12 @@ def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
-                dynamo=True,
+                dynamo=True,  # through torch.export: the older exporter bakes data-dependent branches into the graph
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:
-        reason = first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)  # the outer error is a page of advice on reporting bugs
         shape = tuple(example.shape[1:])
         raise ExportError(f"The model cannot be exported for an image of {shape}: {reason}.") from error
     assert program is not None

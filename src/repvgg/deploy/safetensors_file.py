@@ -46,7 +46,7 @@ def export_weights(
         header |= describe_model(model, "plain", input_size=height).to_header()
     with atomic_write(path, overwrite=overwrite) as part:
         save_tensors(part, tensors, header)
-        back = read_checkpoint(part).tensors
+        back = read_checkpoint(part).tensors  # before the rename: a file that differs never gets the name
         if unequal := [name for name in tensors.keys() | back.keys() if not _same(tensors.get(name), back.get(name))]:
             raise ExportError(f"The file does not read back as it was written: {min(unequal)!r} differs.")
     return Path(path)

@@ -37,7 +37,7 @@ def example_input(model: nn.Module, input_shape: tuple[int, int, int], batch: in
 @contextmanager
 def silence() -> Iterator[None]:
     """Suppress the exporter's output about its internals, in every channel it uses; its result is checked instead."""
-    disabled = logging.root.manager.disable
+    disabled = logging.root.manager.disable  # the exporter logs through several loggers: disable all, then restore
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -102,7 +102,7 @@ def export_program(
 
 
 def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
-    shapes = ({0: Dim("batch", min=1)},) if dynamic_batch else None
+    shapes = ({0: Dim("batch", min=1)},) if dynamic_batch else None  # min=1: an empty batch need not work
     try:
         with eval_mode(model), silence(), torch.no_grad():
             return torch.export.export(model, (example,), dynamic_shapes=shapes)

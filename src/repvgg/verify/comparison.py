@@ -63,6 +63,7 @@ class _Comparison:
     def __init__(self, reference: Model, candidate: Model, batches: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.reference, self.candidate, self.dtype = reference, candidate, dtype
         self.inputs = rounded(batches, dtype)
+        # From the rounded inputs: both models see exactly the same values.
         self.inputs64 = [x.double() if x.is_floating_point() else x for x in self.inputs]
         self.inputs_as_given = [x.to(given.dtype) for x, given in zip(self.inputs, batches, strict=True)]
         self.reference64 = _float64(reference) if isinstance(reference, nn.Module) else None
@@ -100,7 +101,7 @@ class _Comparison:
             return outputs_of(self.reference, self.inputs_as_given, "the reference")
         try:
             return outputs_of(self.reference64, self.inputs64, "the reference")
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError) as error:  # how PyTorch reports dtypes that do not match
             raise UsageError(
                 f"The reference cannot run in float64 on these inputs ({first_line(error)}): wrap it in a function "
                 "to run it as given."

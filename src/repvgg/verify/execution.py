@@ -45,6 +45,7 @@ def border_inputs(
         raise UsageError(f"dtype must be a floating-point type, got {dtype}.")
     generator = torch.Generator().manual_seed(seed)
     n, c, h, w = shape
+    # Height and width grow differently: exchanging them shows.
     sizes = [(h, w)] + [((h + 2 * k - 1) | 1, (w + 2 * k + 1) | 1) for k in range(1, batches)]
     return [_border_image((n, c, *size), generator).to(dtype) for size in sizes]
 
@@ -109,6 +110,7 @@ def isolated_eval(*models: object) -> Iterator[None]:
         stack.enter_context(full_float32())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(*models))
+        # Eval mode does not freeze all buffers: caches and counters are written in any mode.
         for model in models:
             if isinstance(model, nn.Module):
                 stack.enter_context(_preserve_buffers(model))
@@ -206,5 +208,5 @@ def _largest(values: Tensor) -> float:
     """Return ``max|v|``: infinite where a value is not finite, 0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
-    largest = float(values.abs().max())
+    largest = float(values.abs().max())  # max propagates NaN
     return largest if math.isfinite(largest) else math.inf

@@ -117,7 +117,7 @@ def _map_tensors(value: Any, change: Any) -> Any:
     """Apply ``change`` to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list):  # not subclasses: a named tuple takes its items one by one
         return type(value)(_map_tensors(item, change) for item in value)
     if type(value) is dict:
         return {key: _map_tensors(item, change) for key, item in value.items()}
@@ -164,6 +164,7 @@ def compare_layers(
 
 
 def _usable(calls: _Calls) -> bool:
+    # Of a module that is called twice (shared weights), the calls of both models cannot be paired reliably.
     return calls.count == 1 and isinstance(calls.output, Tensor) and calls.output.is_floating_point()
 
 

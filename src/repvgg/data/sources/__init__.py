@@ -70,15 +70,15 @@ def _open(uri: DataUri, config: DataConfig) -> Source:
 
 def _hold_out(source: Source, uri: str) -> Source:
     """Split the only split of a source in two, stratified by class."""
-    whole = source.train
-    if not isinstance(whole, MapSplit):
+    split = source.train
+    if not isinstance(split, MapSplit):
         raise DataError(f"{uri!r} is a stream with a single split: pass the URI of the validation images as val.")
-    train, val = _stratified(whole, uri)
+    train, val = _stratified(split, uri)
     note = (
-        f"{uri!r} holds a single split: {len(val)} of its {len(whole)} images, always the same ones and stratified by "
+        f"{uri!r} holds a single split: {len(val)} of its {len(split)} images, always the same ones and stratified by "
         f"class, are the validation images."
     )
-    return replace(source, train=whole.select(train), val=whole.select(val), notes=(*source.notes, note))
+    return replace(source, train=split.select(train), val=split.select(val), notes=(*source.notes, note))
 
 
 def _stratified(split: MapSplit, uri: str) -> tuple[Tensor, Tensor]:
@@ -111,6 +111,7 @@ def check_splits(source: Source, uri: str) -> None:
     _check_split(val, uri, "validation")
     if len(train.classes) < 2:
         raise DataError(f"{uri!r} has one class, {train.classes[0]!r}: a classifier needs at least two.")
+    # Labels are indices into the classes of their own split: they mean the same only if the classes are equal.
     missing = sorted(set(train.classes) - set(val.classes))
     extra = sorted(set(val.classes) - set(train.classes))
     if missing:

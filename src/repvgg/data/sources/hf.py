@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from repvgg.data.config import DataUri
 from repvgg.data.counter_rng import random_bits
 from repvgg.data.decode import CorruptImage, decode
-from repvgg.data.splits import Example, IterableSplit, MapSplit, Source, Split
+from repvgg.data.splits import Example, IterableSplit, MapSplit, Shuffle, Source, Split
 from repvgg.errors import DataError, UsageError, first_line, require
 
 _TRAIN = "train"
@@ -94,6 +94,7 @@ def _split(uri: DataUri, rows: Any, name: str, classes: tuple[str, ...] | None =
         names = tuple(map(str, range(number)))
     where = f"{uri.rest}/{name}"
     if "streaming" not in uri.options:
+        # Without the format of the dataset, which may turn labels into tensors of a device.
         labels, names = _numeric_labels(list(rows.with_format(None)[label]), names)
         return HfSplit(rows, where, image, labels, names)
     if names is None:
@@ -110,6 +111,7 @@ def _column(uri: DataUri, features: Any, role: str, kind: type) -> str:
         if uri.options[role] not in features:
             raise DataError(f"{uri.text!r} has no column {uri.options[role]!r} but {', '.join(features)}.")
         return uri.options[role]
+    # By type first: of columns "photo" (Image) and "image" (a URL as text), the former is right.
     found: list[str] = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(found) == 1:
         return found[0]
@@ -168,9 +170,7 @@ class HfStreamSplit(IterableSplit):
         self._image, self._label = columns
         self._buffer = buffer or _BUFFER
 
-    def examples(
-        self, shuffle: tuple[int, int] | None, shard: int, num_shards: int
-    ) -> Iterator[Example | CorruptImage]:
+    def examples(self, shuffle: Shuffle | None, shard: int, num_shards: int) -> Iterator[Example | CorruptImage]:
         split_by_node = require("datasets.distributed", "data").split_dataset_by_node
         info = get_worker_info()
         workers = 1 if info is None else info.num_workers
@@ -196,7 +196,7 @@ class HfStreamSplit(IterableSplit):
 
 
 def _content(entry: dict[str, Any] | None) -> Path | bytes:
-    if entry is None:
+    if entry is None:  # a null in the column; reported as an empty file
         return b""
     return entry["bytes"] if entry.get("bytes") is not None else Path(entry["path"] or "")
 

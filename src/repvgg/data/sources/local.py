@@ -59,7 +59,7 @@ def _read_folder(folder: Path) -> FileSplit:
         found = make_dataset(str(folder), indices, is_valid_file=is_image_name, allow_empty=True)
     except OSError as error:
         raise DataError(f"{str(folder)!r} cannot be read: {error.strerror or error}.") from error
-    start = len(os.path.join(folder, ""))
+    start = len(os.path.join(folder, ""))  # keep paths relative: the folder is the same for a million of them
     labels = torch.tensor([label for _, label in found], dtype=torch.int64)
     return FileSplit(folder, [path[start:] for path, _ in found], labels, tuple(classes))
 
@@ -205,7 +205,7 @@ class FakeSplit(MapSplit):
 
     def pixels(self, index: int) -> Tensor:
         """Return the image (3, H, W) uint8 at ``index``."""
-        generator = torch.Generator().manual_seed(self._first + index)
+        generator = torch.Generator().manual_seed(self._first + index)  # the number alone: any run, any process
         clean = _class_image(int(self.labels[index]), self._size)
         contrast = 0.5 + torch.rand((), generator=generator)
         noise = torch.randn(clean.shape, generator=generator) * _NOISE_STD

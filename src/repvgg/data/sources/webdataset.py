@@ -16,7 +16,7 @@ import numpy as np
 from repvgg.data.config import DataUri
 from repvgg.data.counter_rng import epoch_order, random_bits
 from repvgg.data.decode import IMAGE_EXTENSIONS, CorruptImage
-from repvgg.data.splits import Example, IterableSplit, Source
+from repvgg.data.splits import Example, IterableSplit, Shuffle, Source
 from repvgg.errors import DataError, require
 
 _CLASSES_FILE, _SIZES_FILE = "classes.txt", "sizes.json"
@@ -40,6 +40,7 @@ def open_webdataset(uri: DataUri) -> Source:
     uri.check_options("classes", "length", "buffer")
     number, length, buffer = uri.number("classes"), uri.number("length"), uri.number("buffer")
     urls = _tar_files(uri)
+    # classes.txt and sizes.json are read from local folders only.
     folder = None if _is_remote(urls[0]) else Path(urls[0]).parent
     classes = _class_names(folder) if number is None else tuple(map(str, range(number)))
     if classes is None:
@@ -71,9 +72,7 @@ class WebDatasetSplit(IterableSplit):
         self._urls = urls
         self._buffer = buffer
 
-    def examples(
-        self, shuffle: tuple[int, int] | None, shard: int, num_shards: int
-    ) -> Iterator[Example | CorruptImage]:
+    def examples(self, shuffle: Shuffle | None, shard: int, num_shards: int) -> Iterator[Example | CorruptImage]:
         urls = self._urls
         if shuffle is not None:
             urls = [urls[index] for index in epoch_order(*shuffle, len(urls)).tolist()]
@@ -93,6 +92,7 @@ class WebDatasetSplit(IterableSplit):
             for url in urls[shard::num_shards]:
                 yield from self._of_file(url)
             return
+        # Fewer files than shards: dealing files would leave shards empty, and ranks without data block all others.
         for index, example in enumerate(one for url in urls for one in self._of_file(url)):
             if index % num_shards == shard:
                 yield example
@@ -110,7 +110,7 @@ class WebDatasetSplit(IterableSplit):
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    # webdataset's own pipeline handles errors by callbacks and hides the file: use its two parsing steps only.
+    # Only webdataset's two parsing steps: its complete pipeline has error handling and splitting of its own.
     tar = require("webdataset.tariterators", "data")
     stream = require("webdataset.gopen", "data").gopen(url)
     try:
@@ -146,6 +146,7 @@ def _tar_files(uri: DataUri) -> list[str]:
         urls: list[str] = expand(uri.rest) if uri.rest else []
     except Exception as error:  # an unclosed brace, an unset variable
         raise DataError(f"{uri.text!r} is not a valid pattern: {error}") from error
+    # A pattern without a match stays in the list, to be reported as missing.
     found = [path for url in urls for path in ([url] if _is_remote(url) else sorted(glob.glob(url)) or [url])]
     missing = [path for path in found if not _is_remote(path) and not Path(path).is_file()]
     if missing or not found:
