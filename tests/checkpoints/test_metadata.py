@@ -66,8 +66,8 @@ def test_fields_that_should_be_lists(tmp_path, field, value):
 OLD_HEADER = (  # of version 0.1.0, with every field
     '{"classes": ["cat", "dog"], "ema": true, "form": "train", "in_channels": 3, "input_size": 8, '
     '"mean": [0.485, 0.456, 0.406], "metrics": {"held_out_accuracy": 0.75, "held_out_top5": 1.0}, '
-    '"model": "tiny", "num_classes": 2, "recipe": {"epochs": 2, "data": {"uri": "fake:96x4", "mean": null}, '
-    '"optim": {"lr": 0.05, "clip": null}}, "source": "timm", "spec": {"name": "tiny"}, "std": [0.229, 0.224, 0.225], '
+    '"model": "tiny", "num_classes": 2, "recipe": {"data": {"mean": null, "uri": "fake:96x4"}, "epochs": 2, '
+    '"optim": {"clip": null, "lr": 0.05}}, "source": "timm", "spec": {"name": "tiny"}, "std": [0.229, 0.224, 0.225], '
     '"version": "0.1.0"}'
 )
 

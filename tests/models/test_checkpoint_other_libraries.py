@@ -301,7 +301,7 @@ def test_models_that_other_layouts_do_not_support(tmp_path):
     heads = create_model(ModelSpec("heads", Stage(1, 4), (Stage(1, 8), Stage(1, 8)), auxiliary=(0,)), 3)
     with pytest.raises(UsageError, match=r"timm has no name for 'auxiliary\.stage0"):
         save(tmp_path / "a.pth", heads, describe_model(heads, "train"), layout="timm")
-    with pytest.raises(UsageError, match="no layout 'torchvision': take repvgg"):
+    with pytest.raises(UsageError, match="no layout 'torchvision': choose repvgg"):
         save(tmp_path / "a.pth", heads, describe_model(heads, "train"), layout="torchvision")
     assert list(tmp_path.iterdir()) == []
 

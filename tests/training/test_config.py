@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from repvgg._serde import from_plain
@@ -102,6 +102,7 @@ def parse(text):
     return from_plain(TrainConfig, yaml.safe_load(text), "the config")
 
 
+@settings(max_examples=50)  # PyYAML takes 20 ms for each of them
 @given(config=CONFIGS)
 @example(config=TrainConfig(init="a\x85b", model="\x85", recipe="\u2028 \n"))  # YAML folds line breaks
 def test_every_field_survives_yaml(config):

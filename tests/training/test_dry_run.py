@@ -94,6 +94,7 @@ def test_a_collapse_that_is_not_equal(monkeypatch):
 
 def test_only_before_a_new_run(monkeypatch, tmp_path):
     runs = []
+    monkeypatch.setattr("repvgg.training.run_folder.draw_curve", lambda *_: None)  # slow
     monkeypatch.setattr("repvgg.training.run_folder.perform_dry_run", lambda *_: runs.append(1) or "dry run")
     config = replace(CONFIG, epochs=1, optim=replace(CONFIG.optim, warmup_epochs=0), dry_run=True)
     run(config, tmp_path / "run")
