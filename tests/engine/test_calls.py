@@ -23,7 +23,7 @@ from repvgg.engine.runtime.memory import Arena
 from repvgg.errors import FallbackWarning, MissingDependencyError, UnsupportedError, UsageError
 from tests.engine.test_compiled_model import assert_equal, plain
 
-threaded = pytest.mark.skipif(not thread_pool.has_workers(), reason="the engine has threads of its own on Linux alone")
+threaded = pytest.mark.skipif(not thread_pool.has_workers(), reason="no worker threads on this platform")
 forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 

@@ -98,7 +98,7 @@ def test_thread_count_follows_omp_num_threads():
 
 def test_one_thread_and_a_warning_without_workers(monkeypatch):
     monkeypatch.setattr(thread_pool, "has_workers", lambda: False)
-    with pytest.warns(FallbackWarning, match="one thread computes, not 3"):
+    with pytest.warns(FallbackWarning, match="running on one thread instead of 3"):
         assert thread_count(3) == 1
     assert thread_count(1) == 1
 

@@ -141,6 +141,7 @@ class IRBuilder:
         if count is None or count == self.width:
             self.emit(f"store {self.vector} {vector}, ptr {address}, align {_FLOAT_BYTES}")
             return
+        # A constant mask: one masked store with AVX-512 and AVX2, scalar stores elsewhere.
         name = f"@llvm.masked.store.v{self.width}f32.p0"
         self.declare(f"declare void {name}({self.vector}, ptr, i32 immarg, <{self.width} x i1>)")
         mask = ", ".join(f"i1 {str(lane < count).lower()}" for lane in range(self.width))
@@ -158,6 +159,7 @@ class IRBuilder:
 
     def splat(self, scalar: Value) -> Value:
         """Copy a float into all lanes of a vector."""
+        # The idiom that LLVM folds into a broadcasting load or an embedded broadcast operand.
         first = self.assign(f"insertelement {self.vector} poison, float {scalar}, i64 0")
         zeros = f"<{self.width} x i32> zeroinitializer"
         return self.assign(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
@@ -168,6 +170,7 @@ class IRBuilder:
 
     def fma(self, left: Value, right: Value, addend: Value) -> Value:
         """Return ``left · right + addend``, with one rounding where the processor has an FMA, else with two."""
+        # Not llvm.fma, which becomes a call of the C library for each lane where there is no FMA instruction.
         name = f"@llvm.fmuladd.v{self.width}f32"
         self.declare(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})")
         return self.assign(
@@ -210,7 +213,7 @@ class IRBuilder:
         if (known and int(begin) >= int(end)) or (carried and not known):
             raise ValueError(f"A loop from {begin} to {end} cannot carry {len(carried)} values.")
         number = self._new_label()
-        if not known:
+        if not known:  # the body of a loop that is tested at its end runs at least once
             self._guard(begin, end, number)
         before, head = self._block, self._begin(f"loop{number}")
         names = [f"%c{number}.{place}" for place in range(len(carried))]

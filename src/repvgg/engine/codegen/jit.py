@@ -64,6 +64,7 @@ def host_isa() -> VectorIsa:
         return VectorIsa("neon", 4, 32, cpu, features)
     if architecture != "x86_64":
         return replace(SCALAR_ISA, cpu=cpu, features=features)
+    # All of x86-64-v4 but CD: AVX-512 F alone (Knights Landing) lacks the 256-bit forms and float logic.
     if all(available.get(name) for name in _AVX512):
         name = "avx512"
     else:
@@ -95,6 +96,7 @@ def _optimize(ir: str, isa: VectorIsa) -> tuple[Any, Any]:
     """Parse and optimize IR; return the target machine and the module."""
     machine, binding = _target_machine(isa), require("llvmlite.binding", "engine")
     module = binding.parse_assembly(ir)
+    # The IR names no target: the same text is compiled for any processor.
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=_IR_OPT_LEVEL)
@@ -128,6 +130,7 @@ class MachineCode:
 
     def __init__(self, objects: Iterable[bytes], isa: VectorIsa) -> None:
         binding = require("llvmlite.binding", "engine")
+        # MCJIT wants a module to start from; the code comes as object files, which may be from the disk.
         empty = binding.parse_assembly("")
         self._engine = binding.create_mcjit_compiler(empty, _target_machine(isa))
         for code in objects:

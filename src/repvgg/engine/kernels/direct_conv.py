@@ -122,6 +122,7 @@ def _emit_driver(name: str, kernel: DirectConvKernel, rows: list[IRBuilder]) -> 
     b = IRBuilder(name, KERNEL_PARAMETERS, kernel.width)
     geometry, source, target = kernel.geometry, kernel.source, kernel.target
     with b.loop("%begin", "%end") as units:
+        # Two divisions a unit cost little beside a row; carrying the indices along would need branches.
         if kernel.weights_fit_l2:
             place, panel = b.divmod(units.index, kernel.all_panels)
         else:
@@ -158,6 +159,7 @@ def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
         nr = kernel.group_vectors - (kernel.num_panels - 1) * nr
     stored_lanes = tuple(_stored_lanes(kernel, nr)) if last else (kernel.width,) * nr
     row = _RowBuilder(b, kernel, stored_lanes, _next_panel(b, kernel, nr))
+    # A row is full tiles and a narrower one: a masked full tile would take longer than the narrow one.
     columns, mr = kernel.target.size[1], min(kernel.tile.mr, kernel.target.size[1])
     whole = columns // mr * mr
     if whole > mr:
@@ -223,6 +225,7 @@ class _RowBuilder:
     def emit_tile(self, column: Index, mr: int) -> None:
         """Build one register tile, from biases to stores, that begins at ``column`` of the row."""
         b, kernel, nr = self.b, self.kernel, self.nr
+        # Accumulators start as the bias, which saves an addition for each of them at the end.
         biases = [b.load("%bias", vector * kernel.width) for vector in range(nr)]
         source = b.offset("%source", b.mul(column, kernel.geometry.stride[1] * kernel.source.pixel_stride))
         first = [biases[vector] for _ in range(mr) for vector in range(nr)]
@@ -283,6 +286,7 @@ class _RowBuilder:
             weights = b.offset("%weights", b.mul(number, self.step))
             stride = kernel.geometry.stride[1] * kernel.source.pixel_stride
             for line in range(0, self.step, LINE_FLOATS):
+                # May reach beyond the weights: a prefetch of any address is harmless.
                 b.prefetch(weights, _L1_PREFETCH_CHANNELS * self.step + line, l1=True)
             inputs = b.offset(source, channels.index)
             channels.next = rank_1_update(b, inputs, stride, weights, channels.carried, self.nr)
@@ -307,6 +311,7 @@ def select_register_tile(isa: VectorIsa, columns: int, vectors: int) -> Register
     """
     every = (RegisterTile(mr, nr) for nr in range(1, min(vectors, 8) + 1) for mr in range(1, min(columns, 16) + 1))
     fitting = (tile for tile in every if tile.registers <= isa.registers)
+    # Among equal estimates, more accumulators: they tolerate more latency of loads.
     return min(fitting, key=lambda tile: (estimate_row_cycles(tile, columns, vectors), -tile.mr * tile.nr))
 
 

@@ -44,6 +44,7 @@ class ReorderKernel:
     def emit(self, name: str) -> list[IRBuilder]:
         """Build the kernel, a unit for each row."""
         b, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.target
+        # Strides are read at run time, so that channels_last and sliced inputs need no code of their own.
         strides = [
             b.assign(f"load i64, ptr {b.assign(f'getelementptr i64, ptr %weights, i64 {axis}')}") for axis in range(4)
         ]
@@ -61,6 +62,7 @@ class ReorderKernel:
 
 def _copy_planes(b: IRBuilder, target: FeatureMapLayout, read: Value, written: Value, strides: list[Value]) -> None:
     """Copy a row of each channel to NCHW, by vectors if its pixels are contiguous in the source."""
+    # NCHW is used for the first layer only, whose few channels would fill a small part of a vector.
     whole = target.size[1] // b.width * b.width
     contiguous = b.assign(f"icmp eq i64 {strides[3]}, 1")
     with b.when(contiguous):
@@ -126,6 +128,7 @@ class GlobalPoolKernel:
         lanes = self.vectors * self.width
         scale = b.splat(b.assign(f"fdiv float 1.0, {source.size[0] * source.size[1]}.0"))
         with b.loop("%begin", "%end") as units:
+            # Units are groups of channels, not rows: no sums of different threads have to be added.
             image, part = b.divmod(units.index, self.units_per_block)
             channel = b.mul(part, lanes)
             read = b.add(b.add(b.mul(image, source.image_stride), channel), source.interior_offset)
@@ -225,10 +228,12 @@ class ScaleKernel:
             offset = b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride))
             first_pixel = b.offset("%target", b.add(offset, layout.interior_offset))
             factors = b.offset("%weights", b.mul(image, layout.pixel_stride))
+            # Channels outside, pixels inside: a factor is loaded once for a row, which is in L1.
             with b.loop(0, layout.pixel_stride, self.width) as channels:
                 factor, column = b.load(factors, channels.index), b.offset(first_pixel, channels.index)
                 with b.loop(0, layout.size[1]) as columns:
                     pixel = b.offset(column, b.mul(columns.index, layout.pixel_stride))
+                    # Padding channels are zeros and stay so: their factors are sigmoid(0) = 1/2, which is finite.
                     scaled = b.binary("fmul", b.load(pixel), factor)
                     b.store(b.relu(scaled) if self.relu else scaled, pixel)
         return [b]

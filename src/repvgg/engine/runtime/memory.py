@@ -89,7 +89,7 @@ class FeatureMapLayout:
 
 def aligned_zeros(floats: int) -> Floats:
     """Return zeros that begin at a cache line."""
-    raw = np.zeros(FLOAT_BYTES * floats + ALIGNMENT, np.uint8)
+    raw = np.zeros(FLOAT_BYTES * floats + ALIGNMENT, np.uint8)  # NumPy guarantees 16 bytes only
     begin = -raw.ctypes.data % ALIGNMENT
     return raw[begin : begin + FLOAT_BYTES * floats].view(np.float32)
 

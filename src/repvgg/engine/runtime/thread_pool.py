@@ -100,7 +100,7 @@ def thread_count(threads: int | None) -> int:
     count = threads or min(torch.get_num_threads(), len(_processors()))
     if count > 1 and not has_workers():
         warnings.warn(
-            f"The engine has threads of its own on Linux alone: one thread computes, not {count}.",
+            f"The engine's worker threads need Linux on x86-64 or ARM64: running on one thread instead of {count}.",
             FallbackWarning,
             stacklevel=2,
         )
@@ -147,7 +147,7 @@ def _shared_state(threads: int, processors: Iterable[int]) -> Floats:
     """Memory of :data:`POOL` and ids of workers."""
     memory = aligned_zeros((POOL.itemsize + 8 * threads) // FLOAT_BYTES)
     pool = _as_pool(memory)
-    pool["num_threads"], pool["avoided_cpu"] = threads, -1
+    pool["num_threads"], pool["avoided_cpu"] = threads, -1  # no processor has this number
     for processor in processors:
         if processor < MAX_CPUS:
             pool["allowed_cpus"][processor // 8] |= 1 << processor % 8
@@ -202,6 +202,7 @@ class ThreadPool:
         pool = _as_pool(shared)
         pool["call"], pool["steps"] = call, self._no_steps.ctypes.data
         if self._threads > 1:
+            # Not self: workers that refer to the pool would keep it alive, and never be shut down.
             owners = (self._code, self._no_steps)
             workers = [_start_worker(self._code, shared, owners) for _ in range(self._threads - 1)]
             weakref.finalize(self, _shutdown, self._code, shared, workers, os.getpid())
@@ -223,8 +224,9 @@ def _start_worker(code: MachineCode, shared: Floats, owners: object) -> threadin
     def work(owners: object = owners) -> None:  # holds what the worker reads until it returns
         enter(shared.ctypes.data)
 
+    # A Python thread rather than pthread_create: ctypes releases the GIL, and the stack size is portable.
     thread = threading.Thread(target=work, name="repvgg-engine", daemon=True)
-    before = threading.stack_size(_STACK_BYTES)
+    before = threading.stack_size(_STACK_BYTES)  # of all threads that start from here on, so it is restored
     try:
         thread.start()
     finally:

@@ -109,6 +109,7 @@ class WinogradInputTransform:
             down = winograd.tile_strides[0] * source.row_stride
             right = winograd.tile_strides[1] * source.pixel_stride
             read = b.add(b.mul(image, source.image_stride), b.mul(row, down))
+            # Tiles of a row one after the other: they overlap, so most of the next tile is in L1.
             begin = b.offset("%source", b.add(read, first_input_offset(winograd, source, own, self.padding)))
             with b.loop(0, own.grid[1]) as across:
                 pixel = b.offset(begin, b.mul(across.index, right))
@@ -212,6 +213,7 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
     b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "block")), kernel.width, internal=True)
     tiling, winograd, step = kernel.tiling, kernel.winograd, nr * kernel.width
     inputs = TransformedTiles.allocate("%source", tiling.num_padded_tiles, kernel.pixel_stride)
+    # On the stack: each worker has its own, and it stays in the L2 of its core from one unit to the next.
     memory = b.scratch(winograd.tile_elements * element_stride(tiling.tiles_per_block, step))
     products = TransformedTiles.allocate(memory, tiling.tiles_per_block, step)
     discarded, output = b.scratch(kernel.width), OutputBlock("%target", "%bias", "%block")
@@ -219,6 +221,7 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
     channels, free = kernel.in_channels, kernel.free_vector_registers
     gemm = BatchedGemm(PanelGemm(winograd, kernel.tile, nr, tiling, channels, prefetch_tiles, free), kernel.on_the_fly)
     gemm.emit(b, inputs, "%weights", products, b.scratch(gemm.scratch_floats(b.width)))
+    # Right after the GEMMs, while the products are in L2.
     for group in tile_groups(winograd, tiling):
         OutputTransform(group, kernel.target, kernel.relu, nr).emit(b, products, output, discarded)
     return b
@@ -328,12 +331,15 @@ def _emit_fused_block(name: str, kernel: WinogradFused) -> IRBuilder:
     nr, elements = min(kernel.tile.nr, kernel.group_vectors), kernel.winograd.tile_elements
     memory = b.scratch(elements * element_stride(tiles, channels))
     transformed = TransformedTiles.allocate(memory, tiles, channels)
+    # One panel's products: the next panel overwrites them when their outputs are stored.
     products = b.scratch(elements * element_stride(tiles, nr * kernel.width))
     full_panels, rest = divmod(kernel.group_vectors, nr)
+    # The narrower last panel has longer channel blocks, so that its scratch may be larger.
     filter_floats = max(kernel.gemm(vectors).scratch_floats(b.width) for vectors in (nr, rest or nr))
     scratch = _Scratch(b.scratch(filter_floats), products, b.scratch(kernel.width))
     _emit_fused_inputs(b, kernel, transformed)
     begin, end, has_rest = _panels_of_split(b, kernel, full_panels, rest)
+    # The input transform above covers the channels of all groups at once; the GEMMs are separate.
     with b.loop(0, kernel.groups) as groups:
         address = b.offset(transformed.address, b.mul(groups.index, kernel.in_channels))
         read = TransformedTiles(address, transformed.element_stride, transformed.tile_stride)
@@ -349,6 +355,7 @@ def _emit_fused_block(name: str, kernel: WinogradFused) -> IRBuilder:
 def _panels_of_split(b: IRBuilder, kernel: WinogradFused, full_panels: int, rest: int) -> tuple[Index, Index, Value]:
     """Return the first full panel of a split, one after its last, and whether it takes the narrower last panel."""
     count, splits = full_panels + bool(rest), kernel.out_channel_splits
+    # With one split the bounds are known, and the loop over panels needs no guard.
     if splits == 1:
         return 0, full_panels, "true"
     following = b.add("%split", 1)

@@ -35,6 +35,7 @@ import numpy as np
 
 from repvgg.engine.graph import Floats, Pair
 
+# Exact fractions: the code generator compares entries to find signs and ones, and rounds each of them once.
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3
 
@@ -60,6 +61,7 @@ POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
 }
 
 
+# eq=False: comparing by identity makes the hash of kernels, which contain it, cheap. The functions below are cached.
 @final
 @dataclass(frozen=True, eq=False)
 class Winograd1d:
@@ -97,6 +99,7 @@ class Winograd1d:
     def transformed(self) -> range:
         """Tile elements whose filter value has to be computed, because it is not simply one of the three taps."""
         elements = [element for element, row in enumerate(self.filter_matrix) if sorted(row) != [0, 0, 1]]
+        # Infinity comes first and point 0 first or last among the points, so these are contiguous.
         return range(elements[0], elements[-1] + 1) if elements else range(0)
 
     @cached_property
@@ -164,7 +167,7 @@ class Winograd2d:
         ``on_the_fly``: only ``G g``, (O, I, rows, 3); the kernel multiplies by Gᵀ.
         """
         down, across = (np.array(part.filter_matrix, np.float64) for part in (self.rows, self.columns))
-        half = down @ weight.astype(np.float64)
+        half = down @ weight.astype(np.float64)  # one rounding of each filter, to float32 at the end
         out: Floats = (half if on_the_fly else half @ across.T).astype(np.float32)
         return out
 
@@ -183,6 +186,7 @@ def winograd2d(rows: int, columns: int | None = None, stride: int = 1, edge_tile
 def winograd1d(outputs: int, stride: int = 1) -> Winograd1d:
     """Return F(outputs, 3) for the points of :data:`POINTS`."""
     if (stride, outputs) == (2, 1):
+        # Three products for one output: no gain along this axis, but the other axis may use a larger tile.
         return Winograd1d(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
     return _from_points(POINTS[stride, outputs], outputs, stride)
 
@@ -214,6 +218,7 @@ def _from_points(points: Sequence[Fraction], outputs: int, stride: int) -> Winog
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     """Return Bᵀ, G and Aᵀ of F(outputs, taps) for infinity and these points."""
     filters = [tuple(point**power for power in range(taps)) for point in points]
+    # The denominators could be in any of the three matrices: here they keep G simple, which is applied on the fly.
     columns = [[point**power / _denominator(points, point) for power in range(outputs)] for point in points]
     largest = [Fraction(power == outputs - 1) for power in range(outputs)]
     rows = [(*_from_roots([other for other in points if other != point]), Fraction(0)) for point in points]

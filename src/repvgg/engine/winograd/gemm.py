@@ -146,7 +146,7 @@ class PanelGemm:
     def channel_blocks(self, b: IRBuilder, kc: int) -> Iterator[ChannelBlock]:
         """Yield the blocks of ``kc`` channels; those between the first and a shorter last one are a loop."""
         whole, rest = divmod(self.channels, kc)
-        yield ChannelBlock(0, kc, kc, first=True)
+        yield ChannelBlock(0, kc, kc, first=True)  # stores sums without loading: products need not be zeroed
         if whole > 1:
             with b.loop(1, whole) as blocks:
                 begin = b.mul(blocks.index, kc)
@@ -180,6 +180,7 @@ class PanelGemm:
         begin = subset.first
         for count, tile in balanced_tiles(subset.count, self.tile):
             end = begin + count * tile.mr
+            # The panel's weights of this block stay in L1; tiles stream past them, and their sums to L2.
             with b.loop(begin, end, tile.mr) as at:
                 source = b.offset(inputs.address, b.mul(at.index, inputs.tile_stride))
                 target = b.offset(products.address, b.mul(at.index, self.nr * b.width))
@@ -188,6 +189,7 @@ class PanelGemm:
                         for line in range(0, block.length, LINE_FLOATS):
                             b.prefetch(source, b.add(prefetched_channel, row * inputs.tile_stride + line))
                 read = replace(inputs, address=b.offset(source, block.begin))
+                # mr · nr accumulators live in registers for all kc channels: the only stores are those below.
                 sums = self._sum_block(b, tile.mr, read, block.length, weights, interleaved)
                 for place, value in enumerate(sums):
                     lane = place * b.width
@@ -207,6 +209,7 @@ class PanelGemm:
         """Build the loop over the channels of a block, for one register tile."""
         with b.loop(0, length, carried=["zeroinitializer"] * (mr * self.nr)) as channels:
             address = b.offset(weights.address, b.mul(channels.index, weights.stride))
+            # A few lines with each channel: all at once would fill the line buffers and stall the loads.
             for line in range(0, weights.prefetched_floats, LINE_FLOATS):
                 ahead = b.add(b.mul(channels.index, weights.prefetched_floats), line)
                 b.prefetch(b.offset(weights.prefetched, ahead), l1=True)
@@ -261,6 +264,7 @@ class BatchedGemm:
         panel, step = self.panel, self.panel.nr * b.width
         for block in panel.channel_blocks(b, channel_block(panel.channels, prefetch_tiles=panel.prefetch_tiles)):
             address = b.offset(weights, b.mul(block.begin, step))
+            # Panels are contiguous, so the next block's weights follow these, across tile elements as well.
             stream = WeightStream(address, step, b.offset(address, block.length * step), step)
             ahead = self._next_channel(b, block.end, inputs.element_stride)
             panel.accumulate(b, block, subset, inputs, products, stream, ahead)
@@ -357,6 +361,7 @@ class OnTheFlyGemm:
         lines = -(-TAPS * self._step // LINE_FLOATS)
         lines_per_column = -(-lines // self._columns.inputs)
         points = b.offset(scratch, self._filter_floats)
+        # The first pair of the first block has no GEMM before it to be interleaved with.
         if self._interleaves:
             self._store_points(b, points)
             self._transform_block(b, weights, scratch, self._kc)
@@ -418,6 +423,7 @@ class OnTheFlyGemm:
             ahead = b.add(block.length * TAPS * step, b.mul(number, block.length * prefetched_floats))
             prefetched = b.offset(filters.stored, ahead)
             if group.tap is None:
+                # Pairs alternate between the two halves of the ring.
                 slot = b.assign(f"and i64 {number}, {_RING_COLUMNS - 1}") if self._interleaves else number
                 address = b.offset(filters.transformed, b.mul(slot, kc * step))
                 stream = WeightStream(address, step, prefetched, prefetched_floats)
@@ -439,7 +445,7 @@ class OnTheFlyGemm:
         if group.tap is not None:
             points = self._load_points(b, filters, 0)
             return partial(self._emit_pair, b, filters.next_stored, filters.transformed, nr, points)
-        half = -(-nr // 2)
+        half = -(-nr // 2)  # half of the work beside each column of a pair, so that both loops have equal length
         before, second = b.divmod(number, 2)
         vector, pair = b.mul(second, (nr - half) * b.width), b.add(before, 1)
         slot = b.mul(b.assign(f"and i64 {pair}, 1"), 2 * self._kc * step)
@@ -463,7 +469,7 @@ class OnTheFlyGemm:
             outer, inner, last = (b.load(read, tap * self._step + vector) for tap in range(TAPS))
             shared, negated = outer, last
             if self._columns.stride == 1:
-                shared, negated = b.fma(last, square, outer), inner
+                shared, negated = b.fma(last, square, outer), inner  # the even part of the polynomial in p, and the odd
             for column, value in enumerate((negated, b.assign(f"fneg {b.vector} {negated}"))):
                 b.store(b.fma(value, point, shared), written, column * self._kc * self._step + vector)
 

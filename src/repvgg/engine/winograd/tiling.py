@@ -117,7 +117,7 @@ class _AxisTiles:
     corner: int
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # the cost model asks for the same tilings again and again
 def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     """Return the groups of tiles of a block, in memory order.
 
@@ -125,6 +125,7 @@ def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     given tile element are contiguous, so that each element is one GEMM.
     """
     down, across = _axis_tiles(winograd, tiling, 0), _axis_tiles(winograd, tiling, 1)
+    # Elements that edge rows lack belong to a prefix of the tiles, those that edge columns lack to the middle.
     pairs = [
         *((down[0], tiles) for tiles in reversed(across)),
         *((tiles, other) for tiles in down[1:] for other in across),
@@ -132,6 +133,7 @@ def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     out: list[TileGroup] = []
     first = 0
     for rows, columns in pairs:
+        # With edge tiles, all tiles of a group of the whole batch are contiguous; else a block is of one group only.
         length = tiling.batch * rows.count * columns.count if any(winograd.edge_tile) else tiling.tiles_per_block
         own = Tiling((rows.count, columns.count), length, tiling.batch, (rows.corner, columns.corner))
         elements = tuple(row * winograd.columns.inputs + column for row in rows.elements for column in columns.elements)

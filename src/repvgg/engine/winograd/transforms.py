@@ -48,6 +48,7 @@ def _fold_columns(b: IRBuilder, matrix: Matrix, values: list[Value]) -> tuple[Ma
         if all(abs(row[left]) == abs(row[right]) for row in rows) and signs == {True, False}:
             first, second = values[left], values[right]
             values[left : right + 1] = [b.binary(name, first, second) for name in ("fadd", "fsub")]
+            # Of each row, either the sum or the difference is left, with the factor of the left column.
             for row in rows:
                 row[left : right + 1] = (
                     [row[left], Fraction(0)] if row[left] == row[right] else [Fraction(0), row[left]]
@@ -68,6 +69,7 @@ def _sum_and_difference(
     b: IRBuilder, shared: Sequence[Fraction], negated: Sequence[Fraction], values: Sequence[Value]
 ) -> list[Value]:
     """Build ``s + f · t`` and ``s - f · t``, with a factor f that leaves one coefficient of t at 1."""
+    # The last coefficient becomes 1, so that its term costs an addition at most.
     factor = negated[max(place for place, value in enumerate(negated) if value)]
     first = _dot(b, shared, values)
     second = _dot(b, [value / factor for value in negated], values)
@@ -130,6 +132,7 @@ def emit_input_transform(
         next_tile: address of the next tile, which is prefetched.
     """
     winograd, (height, width) = group.winograd, group.winograd.inputs
+    # Padding channels are transformed as well, to zeros: the GEMM does not read them, but a masked store costs more.
     with b.loop(0, source.pixel_stride, b.width) as channels:
         pixel, ahead = b.offset(read, channels.index), b.offset(next_tile, channels.index)
         for row in range(height):
@@ -170,7 +173,7 @@ def tiles_of_block(b: IRBuilder, tiling: Tiling, block: Index) -> tuple[Index, I
     """Return the first tile of a block, and the number of its tiles that are not padding."""
     first = b.mul(block, tiling.tiles_per_block)
     if tiling.num_padded_tiles == tiling.num_tiles:
-        return first, tiling.tiles_per_block
+        return first, tiling.tiles_per_block  # known: the loop over tiles then needs no guard
     left = b.assign(f"sub i64 {tiling.num_tiles}, {first}")
     fewer = b.assign(f"icmp ult i64 {left}, {tiling.tiles_per_block}")
     return first, b.assign(f"select i1 {fewer}, i64 {left}, i64 {tiling.tiles_per_block}")
@@ -264,6 +267,7 @@ def _inside(b: IRBuilder, first: Index, size: int, length: int, end: int) -> lis
         length: of the image.
         end: of all tiles.
     """
+    # Only the last `overhang` rows or columns of a tile can be outside of the image: no compare for the others.
     overhang = end - length
     return [
         None if at < size - overhang else b.assign(f"icmp ult i64 {b.add(first, at)}, {length}") for at in range(size)
