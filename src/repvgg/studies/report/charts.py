@@ -185,7 +185,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
     figure: Any = axes.get_figure()
     figure.draw_without_rendering()  # otherwise positions of points and sizes of text are not known
     frame = axes.get_window_extent()
-    taken = [(_box(*axes.transData.transform((point.x, point.y)), radius=6.0), _OVERLAP_TEXT) for point in points]
+    taken = [(_box(axes.transData.transform((point.x, point.y)), 6.0), _OVERLAP_TEXT) for point in points]
     taken += [(box, _OVERLAP_LINE) for box in _boxes_along_line(axes, points)]
     offsets = [(_font(0.53) * ring * x, _font(0.53) * ring * y) for ring in (1, 2, 3) for x, y in _DIRECTIONS]
     for point in points:
@@ -215,13 +215,14 @@ def _ours(points: Iterable[Point]) -> list[Point]:
 def _boxes_along_line(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
     corners = [axes.transData.transform((point.x, point.y)) for point in _ours(points)]
     steps = [step / _LINE_STEPS for step in range(1, _LINE_STEPS)]
-    return [_box(*(a + step * (b - a)), radius=1.0) for a, b in pairwise(corners) for step in steps]
+    return [_box(a + step * (b - a), 1.0) for a, b in pairwise(corners) for step in steps]
 
 
-def _box(x: float, y: float, radius: float) -> Bbox:
+def _box(center: Iterable[float], radius: float) -> Bbox:
     """Return a square around a point, in display pixels."""
     from matplotlib.transforms import Bbox
 
+    x, y = center
     return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
 
 

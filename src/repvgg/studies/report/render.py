@@ -148,7 +148,7 @@ _Charts: TypeAlias = "dict[str, Markup]"
 @lru_cache(maxsize=2)
 def _charts(history: tuple[Epoch, ...], checks: tuple[Check, ...], timings: tuple[Timing, ...]) -> _Charts:
     markupsafe = require("markupsafe", "study")
-    drawings = {}
+    drawings: dict[str, str] = {}
     if history:
         drawings |= {"loss": loss_chart(history), "accuracy": accuracy_chart(history)}
     if checks:
