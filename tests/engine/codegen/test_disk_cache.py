@@ -1,7 +1,10 @@
+import hashlib
 import os
 import warnings
 from dataclasses import replace
 
+import llvmlite
+import llvmlite.binding
 import pytest
 import torch
 
@@ -59,6 +62,19 @@ def test_versions_have_entries_of_their_own(compiled, monkeypatch):
     monkeypatch.setattr(disk_cache, "_compiler_versions", lambda: ("another", "1.2.3"))
     cached_object_code(IR, ISA)
     assert len(compiled) == 3
+
+
+def test_entries_of_earlier_versions_are_read(compiled, folder):
+    """The format is fixed: magic, key and checksum; the key hashes length and text of everything code depends on."""
+    versions = (repvgg.__version__, llvmlite.__version__, ".".join(map(str, llvmlite.binding.llvm_version_info)))
+    processor = (ISA.name, str(ISA.width), str(ISA.registers), ISA.cpu, ISA.features, ISA.triple)
+    key = hashlib.sha256("".join(f"{len(part)} {part}" for part in (*versions, *processor, IR)).encode())
+    content = b"code of an earlier version"
+    folder.mkdir()
+    head = b"repvgg engine 1\n" + key.digest() + hashlib.sha256(content).digest()
+    (folder / f"{key.hexdigest()}.o").write_bytes(head + content)
+    assert cached_object_code(IR, ISA) == content
+    assert not compiled
 
 
 DAMAGED = {

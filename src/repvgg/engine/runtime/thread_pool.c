@@ -1,12 +1,12 @@
 /* Thread pool of the engine: runs a table of kernel calls on the calling thread and on workers that help it.
 
    The LLVM IR beside this file is generated from it (`make thread-pool-ir`) and compiled by llvmlite when a model is
-   compiled, so that nobody needs a C compiler. `thread_pool.py` allocates the structures below and calls the functions.
+   compiled, so that no C compiler is needed. `thread_pool.py` allocates the structures below and calls the functions.
 
    Work is claimed, not distributed. A step (one kernel on its buffers) consists of units; units are claimed in chunks,
-   each with one compare-and-swap, and a step is over when all its units are done. A worker that comes late, or never,
-   delays nobody: the caller can do everything alone. This is what makes short steps (10 us) worth several threads on a
-   machine that is busy otherwise.
+   each with one compare-and-swap, and a step is over when all its units are done. A worker that comes late, or not at
+   all, delays no other thread: the caller can do everything alone. That is what makes several threads pay for steps of
+   10 us, and on a busy machine.
 
    A claim word holds (call number : 32, chunks claimed from the front : 16, chunks claimed from the back : 16). The call
    number keeps a worker that was left behind by an earlier call from claiming units of a later one. */
@@ -60,8 +60,8 @@ struct thread_pool {
     uint64_t num_steps;
     uint64_t num_threads; /* with the caller */
     _Alignas(CACHE_LINE) uint64_t stop;
-    _Alignas(CACHE_LINE) uint64_t active_workers; /* that may look at steps */
-    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* that workers were kept off last; none at first */
+    _Alignas(CACHE_LINE) uint64_t active_workers; /* that may read steps */
+    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* the caller's, which workers are kept off */
     uint64_t workers_started;
     _Alignas(CACHE_LINE) uint64_t allowed_cpus[MAX_CPUS / 64]; /* of this process, a bit each */
     uint64_t worker_cpus[MAX_CPUS / 64];                       /* the same without the caller's */
@@ -108,7 +108,7 @@ static uint64_t max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 static uint64_t divide_rounding_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
-/* Tells the processor that this is a polling loop: its hyper-thread sibling gets the execution units. */
+/* Tells the processor that this is a polling loop, so that its sibling hyper-thread gets the execution units. */
 static void cpu_relax(void) {
 #if HAS_WORKERS && defined(__x86_64__)
     __builtin_ia32_pause();
@@ -216,7 +216,8 @@ static void wake_workers(struct thread_pool *pool) {
     syscall(SYS_FUTEX, &pool->call, FUTEX_WAKE_PRIVATE, ALL_WAITERS);
 }
 
-/* The life of a worker: poll for calls, serve them, sleep after a while without one. Returns after pool_shutdown. */
+/* Entry point of a worker: polls for calls, serves them, and sleeps after IDLE_SPINS polls without one. Returns after
+   pool_shutdown. */
 void pool_worker(struct thread_pool *pool) {
     uint64_t number = __atomic_fetch_add(&pool->workers_started, 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(&pool->worker_thread_ids[number], (uint64_t)syscall(SYS_GETTID), __ATOMIC_SEQ_CST);
@@ -268,9 +269,8 @@ void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, 
     work(pool, call, false);
 }
 
-/* Waits until no worker looks at the steps of an earlier call any more, so that their memory may be freed.
-   `no_steps` is what workers that come late find in their place: a table of its sentinel alone, which lives as long as
-   the pool. */
+/* Waits until no worker reads the steps of an earlier call any more, so that their memory may be freed. Late workers find
+   `no_steps` in their place: a table that holds its sentinel only, and lives as long as the pool. */
 void pool_quiesce(struct thread_pool *pool, struct step *no_steps) {
     __atomic_store_n(&pool->steps, no_steps, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->active_workers, __ATOMIC_SEQ_CST) != 0) sched_yield();
@@ -279,6 +279,6 @@ void pool_quiesce(struct thread_pool *pool, struct step *no_steps) {
 /* Ends the workers; their threads are joined by thread_pool.py. */
 void pool_shutdown(struct thread_pool *pool) {
     __atomic_store_n(&pool->stop, 1, __ATOMIC_SEQ_CST);
-    __atomic_fetch_add(&pool->call, 1, __ATOMIC_SEQ_CST); /* a new call, so that workers look at stop */
+    __atomic_fetch_add(&pool->call, 1, __ATOMIC_SEQ_CST); /* a new call, so that workers read stop */
     wake_workers(pool);
 }

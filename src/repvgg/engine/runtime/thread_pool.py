@@ -188,7 +188,7 @@ class ThreadPool:
         self._run(self._address, steps, num_steps, batch)
 
     def quiesce(self) -> None:
-        """Wait until no worker looks at the steps of an earlier call any more, so that their memory may be freed."""
+        """Wait until no worker reads the steps of an earlier call any more, so that their memory may be freed."""
         self._quiesce(self._address, self._no_steps.ctypes.data)
 
     def restart(self) -> None:
