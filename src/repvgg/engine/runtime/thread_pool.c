@@ -8,8 +8,8 @@
    all, delays no other thread: the caller can do everything alone. That is what makes several threads pay for steps of
    10 us, and on a busy machine.
 
-   A claim word holds (call number : 32, chunks claimed from the front : 16, chunks claimed from the back : 16). The call
-   number keeps a worker that was left behind by an earlier call from claiming units of a later one. */
+   A claim word holds (call number : 32, chunks claimed from the front : 16, from the back : 16). The call number keeps a
+   worker that was left behind by an earlier call from claiming units of a later one. */
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -25,7 +25,7 @@ enum {
     CACHE_LINE = 64,        /* bytes */
     CHUNKS_PER_THREAD = 16, /* of a step: enough to even out threads of different speed */
     MAX_CHUNKS = 1 << 14,   /* of a step: either count of a claim word has 16 bits */
-    IDLE_SPINS = 2500,      /* polls of about 0.1 us before a worker sleeps; more of them cost other processes their time */
+    IDLE_SPINS = 2500,      /* polls of about 0.1 us before a worker sleeps; more would take time from other processes */
     SPINS_PER_YIELD = 4096, /* polls between two sched_yield of a thread that waits for the end of a step */
     MAX_CPUS = 1024,        /* as glibc's cpu_set_t */
 };
@@ -232,8 +232,8 @@ void pool_worker(struct thread_pool *pool) {
             served = call;
             spins = 0;
         } else if (++spins > IDLE_SPINS) {
-            /* sleepers is raised before the futex compares call, and pool_run sets call before it reads sleepers: either
-               the caller sees this sleeper, or the futex sees the new call and returns at once. */
+            /* sleepers is raised before the futex compares call, and pool_run sets call before it reads sleepers:
+               either the caller sees this sleeper, or the futex sees the new call and returns at once. */
             __atomic_fetch_add(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
             syscall(SYS_FUTEX, &pool->call, FUTEX_WAIT_PRIVATE, served, NULL);
             __atomic_fetch_sub(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
@@ -258,7 +258,7 @@ void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, 
     for (uint64_t index = 0; index < num_steps; index++) {
         struct step *step = &steps[index];
         __atomic_store_n(&step->units_done, 0, __ATOMIC_RELAXED);
-        /* Void the claims of the last call before num_items changes: a worker that was left behind there takes nothing. */
+        /* Void the claims of the last call before num_items changes: a worker that is left there claims nothing. */
         __atomic_store_n(&step->claims, (uint64_t)call << 32, __ATOMIC_RELEASE);
         uint64_t images_left = batch > step->first_image ? batch - step->first_image : 0;
         uint64_t num_images = min(images_left, step->max_images);
@@ -269,8 +269,8 @@ void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, 
     work(pool, call, false);
 }
 
-/* Waits until no worker reads the steps of an earlier call any more, so that their memory may be freed. Late workers find
-   `no_steps` in their place: a table that holds its sentinel only, and lives as long as the pool. */
+/* Waits until no worker reads the steps of an earlier call any more, so that their memory may be freed. Late workers
+   find `no_steps` in their place: a table that holds its sentinel only, and lives as long as the pool. */
 void pool_quiesce(struct thread_pool *pool, struct step *no_steps) {
     __atomic_store_n(&pool->steps, no_steps, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->active_workers, __ATOMIC_SEQ_CST) != 0) sched_yield();
