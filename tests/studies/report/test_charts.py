@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from repvgg.errors import OutputError
+from repvgg.studies.report import charts
 from repvgg.studies.report.charts import (
     SLIDE_INCHES,
     Bar,
@@ -39,7 +40,8 @@ def scatter(figure, points):
         partial(scatter, points=[]),
     ],
 )
-def test_files_are_complete_and_reproducible(tmp_path, draw):
+def test_files_are_complete_and_reproducible(tmp_path, monkeypatch, draw):
+    monkeypatch.setattr(charts, "_SLIDE_DPI", 40)  # drawing millions of pixels takes the time
     markup = write_chart(tmp_path, Chart("p", "words", draw))
     svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
     assert ET.fromstring(svg).tag.endswith("svg")

@@ -128,7 +128,8 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
     if line_at is not None:
         axes.axvline(line_at, color=INK, linewidth=1.2)
     axes.set_yticks(list(rows), [bar.label for bar in bars])
-    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_ylim(len(bars) - 0.4, -0.6)  # downwards: the first bar is on top
+    # Space for the value after the longest bar; a phone has fewer pixels for the same text.
     axes.set_xlim(0.0, longest * (1.4 if _is_narrow(figure) else 1.25))
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(unit)
@@ -162,7 +163,7 @@ def draw_scatter(axes: Axes, title: str, points: Sequence[Point], x_label: str, 
     others = [point for point in points if not point.ours]
     axes.plot([p.x for p in ours], [p.y for p in ours], "o-", color=OURS, markersize=_font(0.6), lw=2.5, zorder=3)
     axes.plot([p.x for p in others], [p.y for p in others], "s", color=OTHERS, markersize=_font(0.53), zorder=3)
-    axes.margins(0.2, 0.14)
+    axes.margins(0.2, 0.14)  # space for the labels of points at the edges
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -202,7 +203,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
             if best is not None:
                 best[1].remove()
             best = penalty, label
-            if not penalty:
+            if not penalty:  # measuring text is what takes the time
                 break
         assert best is not None
         taken.append((best[1].get_window_extent(), _OVERLAP_TEXT))
@@ -271,8 +272,9 @@ def _accuracy_panel(axes: Axes, title: str, rows: Sequence[Sequence[float]], col
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("top-1 accuracy (%)")
-    axes.margins(x=0.2)
+    axes.margins(x=0.2)  # space for the mean after the last dot
     for row, values in enumerate(rows):
+        # Transparent: seeds with the same accuracy are darker.
         axes.plot(values, [row] * len(values), "o", color=color, markersize=size * 0.6, alpha=0.75, zorder=3)
         if values:
             mean = sum(values) / len(values)

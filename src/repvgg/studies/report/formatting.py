@@ -25,7 +25,7 @@ def scientific(value: float | None) -> str:
         return "not a number" if math.isnan(value) else "infinite"
     if value == 0:
         return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
+    mantissa, exponent = f"{value:.1e}".split("e")  # rounds first: 9.96e-7 is 1.0 × 10⁻⁶
     return f"{mantissa}{_NARROW_NBSP}×{_NARROW_NBSP}{power_of_ten(int(exponent))}"
 
 
@@ -91,6 +91,7 @@ def timestamp(iso: str) -> str:
         when = datetime.fromisoformat(iso)
     except ValueError:
         return iso
+    # %d would pad the day with a zero, and %-d exists on Unix only.
     return f"{when.day} {when:%B %Y, %H:%M %Z}".strip()
 
 

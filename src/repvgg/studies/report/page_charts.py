@@ -212,7 +212,7 @@ def _curve(
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot(yscale=scale, xlim=(epochs[0] - 0.5 * (len(epochs) == 1), max(epochs[-1], 1.5)))
         axes.set_ylim(*limits)
-        axes.minorticks_off()
+        axes.minorticks_off()  # a logarithmic axis has eight per decade
         axes.set_yticks(list(ticks), list(ticks.values()))
         axes.set_xticks(_epoch_ticks(epochs))
         axes.grid(axis="y", color=RULE, linewidth=1)
@@ -345,7 +345,7 @@ def _labelled_rows(
     """
     width, height = figure.get_size_inches() / PX
     left, bottom = 0.0 if narrow else _LABELS_PX, _SCALE_PX if scale else 0.0
-    figure.set_layout_engine("none")
+    figure.set_layout_engine("none")  # fixed margins: the bars of both charts begin at the same x
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - bottom) / height), frameon=False
     )

@@ -112,7 +112,7 @@ def _environment() -> Environment:
     environment: Environment = jinja2.Environment(
         loader=jinja2.PackageLoader("repvgg.studies.report", ""),  # finds the templates in a wheel, too
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
