@@ -23,6 +23,21 @@ def quickstart(
         seed: of all random numbers; the same seed gives the same weights bit for bit.
         overwrite: replace the folder if it exists.
     """
+    from repvgg.errors import require
+
+    for package in (
+        "PIL",
+        "lightning",
+        "torchvision",
+        "sklearn",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "jinja2",
+        "matplotlib",
+    ):
+        require(package, "study")  # before training, not after it
+
     from repvgg.studies.quickstart import run
 
     run(out, seed, overwrite=overwrite)
