@@ -93,8 +93,9 @@ def candidate_algorithms(problem: ConvProblem, target: Target) -> Iterator[ConvA
 
 @lru_cache(maxsize=4096)  # partitions have regions in common
 def _cheapest_region(region: TileRegion, problem: ConvProblem, target: Target) -> WinogradRegion | None:
-    candidates = costed_regions(region, problem, target)
-    return min(candidates, key=lambda candidate: candidate.estimated_cycles, default=None)
+    candidates = candidate_regions(region, problem, target)
+    best = min(candidates, key=lambda candidate: estimate_cycles(candidate, problem, target), default=None)
+    return best and replace(best, estimated_cycles=estimate_cycles(best, problem, target))
 
 
 def costed_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
@@ -136,9 +137,19 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
     num_units = tiling.num_blocks * region.out_channel_splits
 
     # Work that is divided into units: GEMMs, filter transforms, output transforms.
-    work = _gemm_cycles(region, problem, target) + _filter_transform_cycles(region, problem, target)
-    misses_l2 = region.schedule == "fused" and not _fits_l2(region, problem, target)
-    miss_factor = _L2_MISS_FACTOR if misses_l2 else 1.0
+    channels, interleaved = problem.group_in_channels, False
+    if region.on_the_fly:
+        free = region.free_vector_registers(target.isa.registers)
+        kc, interleaved = on_the_fly_channel_block(channels, winograd, tile.nr * target.isa.width, free)
+    else:
+        kc = channel_block(channels, prefetch_tiles=region.schedule == "staged")
+    work = problem.groups * (tiling.num_blocks * _gemm_cycles(region, channels, vectors, kc))
+    if region.on_the_fly:  # every block transforms the filters again
+        cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
+        filter_elements = winograd.rows.inputs * len(winograd.columns.transformed)
+        work += cycles * tiling.num_blocks * problem.groups * channels * vectors * filter_elements
+    fits_l2 = region.schedule == "fused" and _fits_l2(region, problem, target)
+    miss_factor = _L2_MISS_FACTOR if region.schedule == "fused" and not fits_l2 else 1.0
     elements = sum(kind.winograd.tile_elements * kind.tiling.num_tiles for kind in tile_groups(winograd, tiling))
     work += miss_factor * _OUTPUT_TRANSFORM_CYCLES * elements * problem.groups * vectors
 
@@ -157,45 +168,24 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
 
     cycles_per_unit = work / num_units + _WORK_UNIT_CYCLES
     rounds = -(-num_units // target.threads)  # the last round may leave threads idle
-    return rounds * cycles_per_unit + shared / target.threads + _weight_read_cycles(region, problem, target)
+    return rounds * cycles_per_unit + shared / target.threads + _weight_read_cycles(region, problem, target, fits_l2)
 
 
-def _filter_transform_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
-    """Estimate the on-the-fly transforms of filters, which every block repeats."""
-    if not region.on_the_fly:
-        return 0.0
-    _, interleaved = _on_the_fly_run(region, problem, target)
-    cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
-    elements = region.winograd.rows.inputs * len(region.winograd.columns.transformed)
-    vectors = problem.group_out_vectors(target.isa.width)
-    return cycles * region.tiling.num_blocks * problem.groups * problem.group_in_channels * vectors * elements
-
-
-def _on_the_fly_run(region: WinogradRegion, problem: ConvProblem, target: Target) -> tuple[int, bool]:
-    free = region.free_vector_registers(target.isa.registers)
-    return on_the_fly_channel_block(problem.group_in_channels, region.winograd, region.tile.nr * target.isa.width, free)
-
-
-def _gemm_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
-    """Estimate the GEMMs of all tile elements, groups and panels."""
-    channels = problem.group_in_channels
-    if region.on_the_fly:
-        kc, _ = _on_the_fly_run(region, problem, target)
-    else:
-        kc = channel_block(channels, prefetch_tiles=region.schedule == "staged")
+def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int) -> float:
+    """Estimate the GEMMs of all tile elements and panels, for one block and one group."""
     num_k_blocks = -(-channels // kc)
-    full_panels, rest = divmod(problem.group_out_vectors(target.isa.width), region.tile.nr)
+    full_panels, rest = divmod(vectors, region.tile.nr)
     cycles = 0.0
     for num_panels, nr in ((full_panels, region.tile.nr), (1, rest)):
         if num_panels * nr == 0:
             continue
         for row in tile_subsets(region.winograd, region.tiling):
-            for share in row:
-                for count, tile in balanced_tiles(share.count, region.tile):
+            for subset in row:
+                for count, tile in balanced_tiles(subset.count, region.tile):
                     k_block = _K_BLOCK_CYCLES + _ACCUMULATE_CYCLES * tile.mr * nr
                     of_tile = channels * RegisterTile(tile.mr, nr).cycles + num_k_blocks * k_block
-                    cycles += num_panels * len(share.rows) * len(share.columns) * count * of_tile
-    return problem.groups * (region.tiling.num_blocks * cycles)
+                    cycles += num_panels * len(subset.rows) * len(subset.columns) * count * of_tile
+    return cycles
 
 
 def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
@@ -206,15 +196,18 @@ def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
     return _TILES_WRITE_BYTES_PER_CYCLE if tile_bytes > _L2_BUDGET_BYTES / 2 else math.inf
 
 
-def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
-    """Estimate reading all weights once from memory, and again for each later block from the cache that holds them."""
+def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target, fits_l2: bool) -> float:
+    """Estimate reading all weights once from memory, and again for each later block from the cache that holds them.
+
+    ``fits_l2``: of a fused work unit, see :func:`_fits_l2`.
+    """
     bytes_per_channel = 4 * region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.group_in_channels
     weight_bytes = bytes_per_channel * problem.out_channels
     if region.schedule == "staged":
         panel_bytes = bytes_per_channel * region.tile.nr * target.isa.width
         in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.num_blocks
     else:  # threads with the same split read the same weights at the same time
-        in_l2 = _fits_l2(region, problem, target)
+        in_l2 = fits_l2
         passes = -(-region.tiling.num_blocks * region.out_channel_splits // target.threads)
     if in_l2:
         rate = _L2_REREAD_BYTES_PER_CYCLE
