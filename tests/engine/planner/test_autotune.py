@@ -9,17 +9,16 @@ from torch import nn
 
 import repvgg.engine
 from repvgg import _cache_folder
+from repvgg.engine import compiled_model
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
 from repvgg.engine.compiled_model import CompiledModel
-from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, infer_shapes
 from repvgg.engine.kernels.base import pack_panels, pack_weights, placeholder_weights
 from repvgg.engine.planner import autotune, memory_plan
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, ConvProblem, Target
 from repvgg.engine.planner.cost_model import candidate_algorithms, select_algorithm
-from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime.thread_pool import ThreadPool
 from repvgg.engine.winograd.filters import winograd2d
 from tests.engine.helpers import isas
@@ -273,15 +272,14 @@ def test_a_layer_is_measured_without_chunking_its_batch(monkeypatch):
         assert {(step.first_image, step.max_images) for step in steps} == {(0, None)}
 
 
-def test_the_slowest_candidates_compute_the_same():
+def test_the_slowest_candidates_compute_the_same(monkeypatch):
     """Whatever a measurement selects is right: here the candidates with the highest estimates."""
-    model, x = plain(), torch.randn(2, 16, 19, 14)
-    layers = read(model)
-    compiled = CompiledModel(layers, tuple(x.shape), HOST.isa, 2)
 
     def slowest(problem, target):
         return max(candidate_algorithms(problem, target), key=lambda algorithm: algorithm.estimated_cycles)
 
-    compiled._executables = [Executable(plan(layers, tuple(x.shape), HOST, slowest))]
+    monkeypatch.setattr(compiled_model, "select_algorithm", slowest)
+    model, x = plain(), torch.randn(2, 16, 19, 14)
+    compiled = CompiledModel(read(model), tuple(x.shape), HOST.isa, 2)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
