@@ -285,7 +285,7 @@ def test_engines_side_by_side(repvgg):
     names = ["train form, torch", "batch norms folded, torch", "plain form, torch", "plain form, repvgg"]
     assert [" ".join(row.split()[:-5]) for row in lines[2:6]] == names
     for form in FORMS[:2]:
-        assert any(line.startswith(f"{form}, repvgg: left out, The input goes two ways") for line in lines)
+        assert any(line.startswith(f"{form}, repvgg: left out, The input has two users") for line in lines)
     assert any("engine torch, repvgg" in line for line in lines)
 
 
