@@ -130,4 +130,5 @@ def test_missing_package_is_one_sentence_that_names_the_extra(monkeypatch, modul
     monkeypatch.setitem(sys.modules, module, None)  # makes importing it raise ModuleNotFoundError
     with pytest.raises(MissingDependencyError) as caught:
         repvgg.data.open_data(DataConfig(uri))
-    assert str(caught.value) == f"This needs {module.partition('.')[0]!r}, which is not installed: pip install 'repvgg[train]'."
+    package = module.partition(".")[0]
+    assert str(caught.value) == f"This needs {package!r}, which is not installed: pip install 'repvgg[train]'."
