@@ -320,7 +320,7 @@ def test_fallback_runs_an_unsupported_model():
     assert not out.requires_grad
     np.testing.assert_array_equal(slow(x.numpy()), out.numpy())
     torch.testing.assert_close(out, model.eval()(x), rtol=0, atol=0, check_stride=False)
-    with pytest.raises(UsageError, match=r"not torch\.float64"):
+    with pytest.raises(UsageError, match=r"got torch\.float64"):
         slow(x.double())
 
 
@@ -343,7 +343,7 @@ def test_fallback_after_a_failed_compilation(model, monkeypatch, error):
 def test_a_missing_package_is_named(model, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delenv("REPVGG_CACHE_DIR")
-    with pytest.raises(MissingDependencyError, match=rf"needs '{package}'.*pip install 'repvgg\[engine\]'"):
+    with pytest.raises(MissingDependencyError, match=rf"needs '{package.partition('.')[0]}'.*pip install 'repvgg\[engine\]'"):
         repvgg.engine.compile(model, (1, 3, 32, 32))
 
 

@@ -168,7 +168,7 @@ def test_weights_are_copied():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (torch.zeros(0, 3, 32, 32), r"\(n, 3, H, W\).*not torch.float32 of shape \(0, 3, 32, 32\)"),
+        (torch.zeros(0, 3, 32, 32), r"\(n, 3, H, W\).*got torch.float32 of shape \(0, 3, 32, 32\)"),
         (torch.zeros(1, 4, 32, 32), r"\(1, 4, 32, 32\)"),
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32).double(), "float64"),
