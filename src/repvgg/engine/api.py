@@ -105,7 +105,7 @@ def compile(  # noqa: A001 - as torch.compile
         UnsupportedError: the engine does not support a layer; the message names it.
         UsageError: ``input_shape``, ``threads`` or ``precision`` is invalid, or the engine has no code for this
             platform.
-        MissingDependencyError: llvmlite or platformdirs is not installed.
+        MissingDependencyError: llvmlite is not installed.
     """
     shape = _checked_shape(input_shape)
     check_threads(threads)
