@@ -116,13 +116,13 @@ def test_state_that_is_not_a_tensor_is_rejected(tmp_path):
 
 
 def test_file_that_reads_back_differently_is_rejected(tmp_path, monkeypatch):
-    from repvgg.deploy import safetensors_file
+    from repvgg.deploy import shipping
 
     def perturbed(path, tensors, header, **more):
         return save(path, {name: tensor + 1e-7 for name, tensor in tensors.items()}, header, **more)
 
-    save = safetensors_file.save_tensors
-    monkeypatch.setattr(safetensors_file, "save_tensors", perturbed)
+    save = shipping.save_tensors
+    monkeypatch.setattr(shipping, "save_tensors", perturbed)
     with pytest.raises(ExportError, match="does not read back as it was written: 'weight' differs"):
         export_weights(nn.Linear(2, 2, bias=False), tmp_path / "a.safetensors", SHAPE)
     assert os.listdir(tmp_path) == []

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.verify import border_inputs, comparison, isolated_eval, verify
-from repvgg.verify.precision import FLOORS, UNIT_ROUNDOFF, full_float32, tolerance_for
+from repvgg.verify.comparison import FLOORS, UNIT_ROUNDOFF, tolerance_for
+from repvgg.verify.execution import full_float32
 from tests.verify.models import folded, net
 
 IMAGES = border_inputs((2, 3, 8, 8), batches=1)

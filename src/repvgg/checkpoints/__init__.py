@@ -8,10 +8,11 @@ from repvgg.checkpoints.files import (
     save_tensors,
     save_torch,
 )
-from repvgg.checkpoints.layouts import LAYOUTS, GatePlace, Layout
-from repvgg.checkpoints.metadata import Form, Metadata
-from repvgg.checkpoints.translation import (
+from repvgg.checkpoints.layouts import (
+    LAYOUTS,
     Account,
+    GatePlace,
+    Layout,
     Naming,
     identity_naming,
     is_plain_form,
@@ -19,6 +20,7 @@ from repvgg.checkpoints.translation import (
     rename_to,
     translate,
 )
+from repvgg.checkpoints.metadata import Form, Metadata
 
 __all__ = [
     "LAYOUTS",

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.collapse.alias import AliasAnalysis, Effects
 from repvgg.collapse.capture import Capture, capture, has_hooks
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.inline import AliasAnalysis, Effects
 from repvgg.collapse.symbolic_eval import ModuleMap
 from repvgg.errors import ReparamError
 from repvgg.symbolic import Source, SymbolicTensor, run, things_in

@@ -9,11 +9,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx, jit, nn
 
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.attribute_access import ModuleAnalysis, names_only_called, parts_read_by_forward
 from repvgg.collapse.capture import Capture, capture, has_hooks, is_leaf, join, unwrap
 from repvgg.collapse.cost import Cost, Policy
-from repvgg.collapse.inline import InlinedGraph, inline
+from repvgg.collapse.inline import AliasAnalysis, InlinedGraph, inline
 from repvgg.collapse.regions import InsertionPoint, Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import (

@@ -11,10 +11,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.capture import Capture, is_leaf
 from repvgg.collapse.cost import Cost, Policy
-from repvgg.collapse.inline import InlinedGraph
+from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.collapse.symbolic_eval import KnownMaps, Shapes, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import InputSpec, Source, SymbolicTensor, guarded

@@ -17,9 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.inline import InlinedGraph
+from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
     InputSpec,

@@ -1,8 +1,7 @@
 """Export models to files, run them, and ship a file only after it has been verified."""
 
 from repvgg.deploy.onnx import OnnxExport, OnnxRunner, export_onnx
-from repvgg.deploy.safetensors_file import export_weights
-from repvgg.deploy.shipping import SUFFIXES, Shipped, check_target, images_for, ship
+from repvgg.deploy.shipping import SUFFIXES, Shipped, check_target, export_weights, images_for, ship
 from repvgg.deploy.torch_export import ProgramExport, ProgramRunner, export_program
 
 __all__ = [

@@ -1,11 +1,14 @@
-"""``ship``: write a plain network to the kind of file that the suffix names, and keep it only if it is verified."""
+"""``ship``: write a plain network in the format that the suffix selects, and keep the file only if it is verified.
+
+A ``.safetensors`` file holds weights alone and is compared bit for bit; the other formats are run and compared.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import final
 
@@ -13,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from repvgg._files import atomic_write, check_output
+from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
-from repvgg.deploy.safetensors_file import export_weights
 from repvgg.deploy.torch_export import ProgramRunner, export_program
 from repvgg.errors import ExportError, RepvggError, UsageError, first_line
+from repvgg.models import RepVGG, describe_model
 from repvgg.verify import Evidence, border_inputs, isolated_eval, verify
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors")
 NOTES = "repvgg.json"  # name of the notes in a .pt2 file
+HEADER = "repvgg.plain"  # name of the notes in the header of a .safetensors file
 _SIZES = 3  # the given one and two odd ones
 _BATCH = 2
 
@@ -98,7 +103,7 @@ def _write_and_load(
     if path.suffix == ".onnx":
         export_onnx(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch)
         return OnnxRunner(path)
-    export_program(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes={NOTES: dumps(notes)})
+    export_program(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes={NOTES: json.dumps(notes)})
     return ProgramRunner(path)
 
 
@@ -150,3 +155,45 @@ def _output_or_error(model: nn.Module, images: Tensor) -> object:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def export_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    input_shape: Shape,
+    *,
+    overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the ``state_dict`` of a plain model to a safetensors file, atomically and bit for bit.
+
+    The header holds ``notes`` as JSON under :data:`HEADER`. A model of repvgg's registry also gets the header from
+    which :func:`repvgg.load` rebuilds it.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
+        OutputError: the file cannot be written.
+        ExportError: the model has state that is not a tensor, or the file does not read back as it was written.
+        CheckpointError: a weight is not finite.
+    """
+    tensors = model.state_dict()
+    if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise ExportError(f"The model has state that is not a tensor, {odd[0]!r}: safetensors cannot store it.")
+    header = {"format": "pt", HEADER: json.dumps({"form": "plain", **(notes or {})}, sort_keys=True)}
+    _, height, width = input_shape
+    if isinstance(model, RepVGG) and height == width:  # the header has room for one side only
+        header |= describe_model(model, "plain", input_size=height).to_header()
+    with atomic_write(path, overwrite=overwrite) as part:
+        save_tensors(part, tensors, header)
+        back = read_checkpoint(part).tensors  # before the rename: a file that differs never gets the name
+        if unequal := [name for name in tensors.keys() | back.keys() if not _same(tensors.get(name), back.get(name))]:
+            raise ExportError(f"The file does not read back as it was written: {min(unequal)!r} differs.")
+    return Path(path)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # As bytes: torch.equal on floats takes -0.0 for 0.0, and NaN for different.
+    ours, theirs = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(ours, theirs)

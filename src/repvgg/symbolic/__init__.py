@@ -1,8 +1,6 @@
 """The symbolic forward: torch functions as algebra, each implemented by one short handler."""
 
-# Importing these two modules registers their handlers in HANDLERS.
-import repvgg.symbolic.handlers
-import repvgg.symbolic.slicing  # noqa: F401
+import repvgg.symbolic.handlers  # noqa: F401 - registers the handlers in HANDLERS
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, InputSpec, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import handlers, slicing
+from repvgg.symbolic import handlers
 from repvgg.symbolic.tensor import (
     HANDLERS,
     IMAGES,
@@ -125,8 +125,8 @@ class ChannelProbe(SymbolicTensor):
 
     def keeps_channels(self, handler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a slice or a padding keeps all channels, which depends on the layout."""
-        if handler is slicing.getitem:
-            return slicing.keeps_channels(args[1], self.assume())
+        if handler is handlers.getitem:
+            return handlers.keeps_channels(args[1], self.assume())
         if handler is handlers.pad:
             return not any(_argument(args, kwargs, 1, "pad")[2 * self.assume().spatial :])
         return False

@@ -1,9 +1,8 @@
 """Check that two callables compute the same function: inputs in, :class:`Evidence` out."""
 
-from repvgg.verify.comparison import verify
+from repvgg.verify.comparison import UNIT_ROUNDOFF, verify
 from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
 from repvgg.verify.execution import border_inputs, isolated_eval
-from repvgg.verify.precision import UNIT_ROUNDOFF
 
 judging = isolated_eval  # former name
 

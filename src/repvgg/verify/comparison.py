@@ -10,11 +10,39 @@ from torch import Tensor, nn
 
 from repvgg.errors import UsageError, first_line
 from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
-from repvgg.verify.execution import as_batches, copied, deviation, dtype_of, isolated_eval, outputs_of, rounded
+from repvgg.verify.execution import (
+    as_batches,
+    copied,
+    deviation,
+    dtype_of,
+    isolated_eval,
+    name_of,
+    outputs_of,
+    rounded,
+)
 from repvgg.verify.layers import compare_layers
-from repvgg.verify.precision import check_dtype, name_of, tolerance_for
 
 Model = Callable[..., object]
+
+#: Unit roundoff of each dtype: the largest relative error of rounding a number once.
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+#: Roundings, all in the same direction, that any candidate is allowed. Two correct programs that add the same products
+#: in another order differ by a few roundings per layer and by tens over a network. float64 is allowed 9007, which is
+#: 1e-12: no mistake in a network is that small. The coarse types are allowed few, as 64 roundings of bfloat16 would
+#: accept an error of a quarter.
+ROUNDINGS = {torch.float64: 1e-12 / 2.0**-53, torch.float32: 64.0, torch.float16: 16.0, torch.bfloat16: 8.0}
+
+#: The smallest tolerance of each dtype: 1e-12, 3.8e-06, 7.8e-03, 3.1e-02.
+FLOORS = {dtype: ROUNDINGS[dtype] * unit for dtype, unit in UNIT_ROUNDOFF.items()}
+
+#: The candidate's error may be this many times the reference's error in the same dtype.
+REFERENCE_FACTOR = 4.0
 
 
 def verify(
@@ -34,7 +62,7 @@ def verify(
     their original dtype, and the evidence says so: its own errors are then part of the result.
 
     Without a tolerance, float64 is allowed 1e-12, and other dtypes ``max(4 · reference_error, floor(dtype))`` with the
-    floors of :data:`repvgg.verify.precision.FLOORS`. NaN, infinity and different shapes fail.
+    floors of :data:`FLOORS`. NaN, infinity and different shapes fail.
 
     Args:
         reference: the function as it should be; takes one tensor and returns one.
@@ -186,3 +214,33 @@ def _agreement(y64: Sequence[Tensor], y: Sequence[Tensor]) -> Agreement | None:
         agreed += int((expected == actual).sum())
         margin = max(margin, float((a.gather(1, expected) - a.gather(1, actual)).max()))
     return Agreement(agreed, sum(len(a) for a in y64), margin)
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype`` if it has a tolerance.
+
+    Raises:
+        UsageError: it is none of float64, float32, float16 and bfloat16.
+    """
+    if dtype not in FLOORS:
+        known = ", ".join(map(name_of, FLOORS))
+        raise UsageError(f"The candidate's dtype must be one of {known}, got {name_of(dtype)}.")
+    return dtype
+
+
+def tolerance_for(dtype: torch.dtype, reference_error: float | None) -> tuple[float, str]:
+    """Return the default tolerance and its origin as text.
+
+    ``max(4 · reference_error, floor(dtype))``, and the floor alone for float64 or where ``reference_error`` is None
+    or infinite (an overflow is no measure of what is tolerable).
+    """
+    name, floor = name_of(dtype), FLOORS[dtype]
+    origin = f"the floor of {name}, {ROUNDINGS[dtype]:.0f} roundings"
+    if dtype is torch.float64:
+        return floor, origin
+    if reference_error is None or reference_error == float("inf"):
+        return floor, f"{origin}, as the error of the reference itself in {name} is unknown"
+    scaled = f"{REFERENCE_FACTOR:.0f} x the error of the reference itself in {name}, {reference_error:.1e}"
+    if REFERENCE_FACTOR * reference_error > floor:
+        return REFERENCE_FACTOR * reference_error, scaled
+    return floor, f"{origin}, which is more than {scaled}"

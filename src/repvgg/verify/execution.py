@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -11,11 +12,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repvgg._contexts import eval_mode
+from repvgg._contexts import (
+    PRECISION_NODES,
+    PrecisionNode,
+    eval_mode,
+    precision_of,
+    preserve_fp32_precision,
+    set_precision,
+)
 from repvgg.errors import UsageError
-from repvgg.verify.precision import full_float32, name_of
 
 _BORDER_GAIN = 4.0
+_BACKENDS = ("cuda", "mkldnn")
+_ROOT: PrecisionNode = ("generic", "all")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return ``torch.float32`` as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def border_inputs(
@@ -92,7 +106,7 @@ def isolated_eval(*models: object) -> Iterator[None]:
     """Run models in eval mode and full precision, and restore all state afterwards, even after an error.
 
     Inside: no gradients, no autocast, float32 products in full float32 (see
-    :func:`repvgg.verify.precision.full_float32`), and every module of ``models`` in eval mode. Restored afterwards: the
+    :func:`full_float32`), and every module of ``models`` in eval mode. Restored afterwards: the
     ``training`` flag of every module, the values of every buffer, the precision flags, and PyTorch's random states
     (CPU, and CUDA if it is in use).
 
@@ -134,6 +148,83 @@ def _preserve_buffers(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, buffer)
             if not torch.equal(buffer, value):
                 buffer.resize_(value.shape).copy_(value)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Disable TF32 and bfloat16 inside float32 products, whichever API enabled them, and restore all flags.
+
+    :mod:`repvgg._contexts` explains how PyTorch stores the precision of float32 products. An older API
+    (``torch.set_float32_matmul_precision``, ``allow_tf32``) has separate flags, and both PyTorch's getters and its CUDA
+    kernels raise where the two disagree. So both are set here, and both are restored.
+
+    PyTorch's flags are global to the process, so other threads see the change. Inside, reading the old flag
+    ``torch.backends.cudnn.allow_tf32`` raises PyTorch's own error about mixed APIs where that flag is on: writing it
+    would overwrite the default of ``cuda.conv``, which no API can restore.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserve_fp32_precision())
+        # Parents first: a node that is not "ieee" under parents that are must have its own value.
+        for node in PRECISION_NODES:
+            stack.enter_context(_at_ieee(node))
+        stack.enter_context(_legacy_highest())
+        yield
+
+
+@contextmanager
+def _at_ieee(node: PrecisionNode) -> Iterator[None]:
+    value = precision_of(node)
+    if value == "ieee":  # its own value or inherited: writing it would end the inheritance
+        yield
+        return
+    set_precision(node, "ieee")
+    try:
+        yield
+    finally:
+        set_precision(node, value)
+
+
+@contextmanager
+def _legacy_highest() -> Iterator[None]:
+    """Set the old flag for matrix products to "highest". Every node of the tree is at "ieee" already."""
+    flag = _legacy_precision()
+    if flag == "highest":
+        yield
+        return
+    own = {(backend, "matmul"): _own_matmul_value(backend) for backend in _BACKENDS}
+    _set_legacy_precision("highest")
+    try:
+        yield
+    finally:
+        _set_legacy_precision(flag)  # overwrites both matmul nodes
+        for node, value in own.items():
+            set_precision(node, value)
+
+
+def _own_matmul_value(backend: str) -> str:
+    """Return the own value of a backend's ``matmul``, "none" if it inherits. All nodes read "ieee" at this point."""
+    parent = (backend, "all")
+    return _own_value((backend, "matmul"), parent, _own_value(parent, _ROOT, "ieee"))
+
+
+def _own_value(node: PrecisionNode, parent: PrecisionNode, own_of_parent: str) -> str:
+    # PyTorch has no getter for it: change the parent and see whether the node follows.
+    set_precision(parent, "tf32")
+    inherits = precision_of(node) == "tf32"
+    set_precision(parent, own_of_parent)
+    return "none" if inherits else "ieee"
+
+
+def _legacy_precision() -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of PyTorch warn that the API is deprecated
+        return torch.get_float32_matmul_precision()
+
+
+def _set_legacy_precision(value: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_float32_matmul_precision(value)
 
 
 def dtype_of(model: object, batches: Iterable[Tensor]) -> torch.dtype:
