@@ -1,7 +1,7 @@
-"""What holds for every test.
+"""Fixtures and settings of all tests.
 
-Property tests draw the same examples in each run, so that what lands does not hang on luck; ``make slow`` draws new
-ones (``--hypothesis-profile explore``).
+Property tests draw the same examples in each run, so that a failure is reproducible; ``make slow`` draws new ones
+(``--hypothesis-profile explore``).
 """
 
 import gc
@@ -16,7 +16,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
-# Scripts that tests start as processes of their own import from the package `tests`, too.
+# Scripts that tests start in subprocesses import from the package `tests`, too.
 _ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
@@ -32,15 +32,22 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Machine code of these tests alone: neither do they find that of other runs, nor leave any behind."""
+    """An empty cache folder: tests do not find the files of other runs, and leave none in the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers have a base folder each, below that of the run. Compiling the C++ passes takes 12 s of CPU time:
+        # the first worker that needs them compiles for all.
+        shared = tmp_path_factory.getbasetemp().parent / "compiled_training_passes"
+        shared.mkdir(exist_ok=True)
+        (folder / "training").symlink_to(shared, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPVGG_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("REPVGG_CACHE_DIR", str(folder))
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
-def modules_out_of_the_collectors_way():
-    """What was imported stays: code that collects garbage before it measures would look at all of it each time."""
+def frozen_imports():
+    """Exempt imported modules from garbage collection: code that collects before it measures would scan them all."""
     gc.collect()
     gc.freeze()
     yield

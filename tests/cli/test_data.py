@@ -130,7 +130,7 @@ def test_ctrl_c_keeps_what_was_counted(repvgg, photos, monkeypatch):
         return whole(split, index)
 
     monkeypatch.setattr(FileSplit, "image", interrupted)
-    monkeypatch.setattr("repvgg.data.workers._CHUNK", 1)
+    monkeypatch.setattr("repvgg.data.loaders._CHUNK", 1)
     outcome = repvgg("data", "check", f"imagefolder:{photos}")
     assert outcome.code == 130
     assert "cat        3           0" in outcome.out

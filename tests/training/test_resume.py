@@ -142,7 +142,7 @@ def test_sigterm_saves_first(server, expected, tmp_path, step):
     """In the middle of an epoch, at its last batch, and right after one that was saved."""
     code, text = start(server, tmp_path / "run", EVERYTHING, ("step", step, TERM))
     assert code == 143
-    warning = f"warning: terminated; go on with: repvgg train --config {tmp_path / 'run' / 'config.yaml'} --resume"
+    warning = f"warning: terminated; continue with: repvgg train --config {tmp_path / 'run' / 'config.yaml'} --resume"
     assert text.splitlines()[-1] == warning
     code, text = server("train", "--config", tmp_path / "run" / "config.yaml", "--resume")
     assert code == 0, text

@@ -8,11 +8,10 @@ from repvgg.blocks._cpu.dispatch import training_kernels
 from repvgg.blocks.acb_dbb import PaddedNorm
 from repvgg.blocks.basic import ComputedConv2d, ConvBN, MeanFilter, SqueezeExcite
 from repvgg.blocks.csla import ConstantScaleSum
-from repvgg.blocks.diracnet import DiracConv2d, IdentityConv2d
-from repvgg.blocks.doconv_expandnet import DOConv2d
+from repvgg.blocks.depthwise import RepMixer
 from repvgg.blocks.geometry import Geometry, PointwiseConv2d
 from repvgg.blocks.orepa import OnlineConv2d
-from repvgg.blocks.repmixer import RepMixer
+from repvgg.blocks.overparameterized import DiracConv2d, DOConv2d, IdentityConv2d
 from repvgg.blocks.repvgg import BranchConfig, BranchSum, RepVGGBlock, branches_of, rep_conv
 from repvgg.blocks.table import BLOCKS, BlockEntry, block_of, create_block
 

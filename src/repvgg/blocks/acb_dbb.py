@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.blocks.basic import ConvBN, MeanFilter
-from repvgg.blocks.diracnet import IdentityConv2d
 from repvgg.blocks.geometry import Geometry, PaddingMode
+from repvgg.blocks.overparameterized import IdentityConv2d
 from repvgg.blocks.repvgg import BranchSum
 from repvgg.errors import UsageError
 

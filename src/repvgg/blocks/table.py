@@ -11,12 +11,10 @@ from torch import nn
 from repvgg.blocks.acb_dbb import acb, dbb
 from repvgg.blocks.basic import ConvBN
 from repvgg.blocks.csla import ConstantScaleSum
-from repvgg.blocks.diracnet import DiracConv2d, IdentityConv2d
-from repvgg.blocks.doconv_expandnet import DOConv2d, expand_ck, expand_cl
+from repvgg.blocks.depthwise import RepMixer, replk, unireplk
 from repvgg.blocks.geometry import Geometry
-from repvgg.blocks.large_kernel import replk, unireplk
 from repvgg.blocks.orepa import OnlineConv2d
-from repvgg.blocks.repmixer import RepMixer
+from repvgg.blocks.overparameterized import DiracConv2d, DOConv2d, IdentityConv2d, expand_ck, expand_cl
 from repvgg.blocks.repvgg import Branch, BranchConfig, BranchSum, branches_of, sum_then_norm
 from repvgg.errors import UsageError, did_you_mean
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from repvgg.data.config import DataConfig
 from repvgg.data.decode import CorruptImage, decode, to_channels
+from repvgg.data.loaders import parallel_map
 from repvgg.data.sources import check_splits, open_source
 from repvgg.data.sources.local import ignored_files
 from repvgg.data.splits import FileSplit, MapSplit, Split, num_images
-from repvgg.data.workers import parallel_map
 from repvgg.errors import DataError, UsageError
 
 TRAIN, VALIDATION = "train", "validation"

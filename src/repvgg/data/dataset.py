@@ -10,17 +10,20 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from repvgg.data.cache import CachedImages, DecodedImages, ImageStore, cache_uncropped, decode_all, should_cache
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from repvgg.data.decode import CorruptImage, CorruptImageLog, decode, is_image_name
-from repvgg.data.loaders import (
+from repvgg.data.loaders import RankShard, TrainLoader, ValLoader
+from repvgg.data.map_style import (
+    CachedImages,
+    DecodedImages,
+    ImageStore,
     MapTrainLoader,
     MapValLoader,
-    RankShard,
     TrainDataset,
-    TrainLoader,
     ValDataset,
-    ValLoader,
+    cache_uncropped,
+    decode_all,
+    should_cache,
 )
 from repvgg.data.sources import check_splits, open_source
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images

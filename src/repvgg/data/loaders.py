@@ -1,28 +1,28 @@
-"""Loaders of map-style splits: the same batches for any number of workers and ranks.
-
-Batch t of an epoch over all ranks is ``order[t·G : (t + 1)·G]``, with G = batch size · ranks and ``order`` a function
-of seed and epoch. The main process sends positions in that order to the workers, so which worker loads a batch is
-irrelevant.
-"""
+"""What all loaders have in common: their interface, the share of each rank, and worker processes."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from repvgg.data.cache import CachedImages, ImageStore
-from repvgg.data.counter_rng import epoch_order
 from repvgg.data.decode import CorruptImage, CorruptImageLog
-from repvgg.data.transforms import BatchTransforms, PolicyTransform
-from repvgg.data.workers import data_loader, worker_failures
 from repvgg.errors import DataError, UsageError
 
+_PRELOADED = ["torch", "torchvision.transforms.v2", "repvgg.data.map_style"]  # imported once, by the fork server
+_PREFETCH = 4  # batches per worker: bridges a batch of large images without holding many in memory
+_CHUNK = 64  # images that a worker of parallel_map returns at once, to amortize the queue
+
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -112,198 +112,6 @@ def failed_batch(message: str, corrupt: list[CorruptImage]) -> LoadedBatch:
     return LoadedBatch(torch.zeros(0), torch.zeros(0, dtype=torch.int64), tuple(corrupt), message)
 
 
-class BatchRequest(NamedTuple):
-    """Positions ``start`` … ``stop − 1`` in the order of ``epoch``."""
-
-    epoch: int
-    start: int
-    stop: int
-
-
-@final
-class TrainDataset(Dataset[LoadedBatch]):
-    """Augmented training batches by position in an epoch. A copy of it lives in each worker.
-
-    Args:
-        store: the images at their final size.
-        labels: (N,) int64.
-        transforms: augmentation of batches.
-        policy: augmentation of single images, or None.
-        on_bad: "raise", or "skip": the next readable image in the order of the epoch replaces a corrupt one.
-    """
-
-    def __init__(
-        self,
-        store: ImageStore,
-        labels: Tensor,
-        transforms: BatchTransforms,
-        policy: PolicyTransform | None,
-        on_bad: str,
-    ) -> None:
-        self._store = store
-        self._labels = labels
-        self._transforms = transforms
-        self._policy = policy
-        self._on_bad = on_bad
-        self._order: tuple[int, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> LoadedBatch:
-        return self.__getitems__(BatchRequest(0, index, index + 1))
-
-    def __getitems__(self, request: BatchRequest) -> LoadedBatch:  # a hook of DataLoader: one call per batch
-        order = self.order(request.epoch)
-        indices = order[request.start : request.stop]
-        images = self._store.load_batch(indices, request.epoch)
-        corrupt: list[CorruptImage] = []
-        if images is None:
-            found = self._load_each(order, request, corrupt)
-            if isinstance(found, str):
-                return failed_batch(found, corrupt)
-            indices, images = found
-        # Erase after the policy: its colour operations would change the grey of the square.
-        images = self._transforms.jitter_crop_flip(images, request.epoch, indices)
-        if self._policy is not None:
-            images = self._policy(images, request.epoch, indices)
-        images = self._transforms.erase(images, request.epoch, indices)
-        return LoadedBatch(images, self._labels[indices], tuple(corrupt))
-
-    def order(self, epoch: int) -> Tensor:
-        """Return the order (N,) of ``epoch``."""
-        # Each worker keeps the last permutation: computing it for every batch would cost O(N) per batch.
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self._transforms.seed, epoch, len(self))
-        return self._order[1]
-
-    def _load_each(
-        self, order: Tensor, request: BatchRequest, corrupt: list[CorruptImage]
-    ) -> tuple[Tensor, Tensor] | str:
-        """Return indices and images of a request, or an error message; append to ``corrupt``."""
-        indices, images = [], []
-        for position in range(request.start, request.stop):
-            # The replacement depends on the order alone, so it is the same for any number of workers.
-            for step in range(len(order)):
-                index = int(order[(position + step) % len(order)])
-                image = self._store.load(index, request.epoch)
-                if not isinstance(image, CorruptImage):
-                    break
-                corrupt.append(image)
-                if self._on_bad == "raise":
-                    return image.advice
-            else:
-                return f"None of the {len(order)} training images can be read: {corrupt[-1]}."
-            indices.append(index)
-            images.append(image)
-        return torch.tensor(indices), torch.stack(images)
-
-
-@final
-class ValDataset(Dataset[LoadedBatch]):
-    """Validation batches by index; corrupt images are left out if ``on_bad`` is "skip"."""
-
-    def __init__(self, store: ImageStore, labels: Tensor, on_bad: str) -> None:
-        self.in_memory = isinstance(store, CachedImages)
-        self._store = store
-        self._labels = labels
-        self._on_bad = on_bad
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> LoadedBatch:
-        return self.at(torch.tensor([index]))
-
-    def __getitems__(self, request: BatchRequest) -> LoadedBatch:  # a hook of DataLoader: one call per batch
-        return self.at(torch.arange(request.start, request.stop))
-
-    def at(self, indices: Tensor) -> LoadedBatch:
-        """Return the images at ``indices``."""
-        images = self._store.load_batch(indices, 0)
-        if images is not None:
-            return LoadedBatch(images, self._labels[indices])
-        loaded = [self._store.load(int(index), 0) for index in indices]
-        corrupt = [image for image in loaded if isinstance(image, CorruptImage)]
-        if corrupt and self._on_bad == "raise":
-            return failed_batch(corrupt[0].advice, corrupt)
-        readable = [image for image in loaded if not isinstance(image, CorruptImage)]
-        if not readable:
-            return LoadedBatch(torch.zeros(0), torch.zeros(0, dtype=torch.int64), tuple(corrupt))
-        labels = self._labels[indices[[not isinstance(image, CorruptImage) for image in loaded]]]
-        return LoadedBatch(torch.stack(readable), labels, tuple(corrupt))
-
-
-@final
-class MapTrainLoader(TrainLoader):
-    """The :class:`TrainLoader` of a map-style split: rank r loads the slice r of each global batch."""
-
-    def __init__(self, dataset: TrainDataset, shard: RankShard, workers: int, log: CorruptImageLog) -> None:
-        self._batches = len(dataset) // shard.global_batch_size
-        if not self._batches:
-            raise UsageError(f"{len(dataset)} training images do not fill one batch of {shard}.")
-        self._sampler = _TrainSampler(self._batches, shard)
-        self._loader = data_loader(dataset, workers, self._sampler)
-        self._log = log
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self._loader)  # lists all requests at once, so the reset below does not affect this pass
-        self._sampler.first = 0
-        return delivered(iterator, self._log, self._loader.num_workers)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._sampler.epoch = epoch
-
-    def skip(self, batches: int) -> None:
-        """See :meth:`TrainLoader.skip`; nothing of what is skipped is read.
-
-        Raises:
-            UsageError: a negative number, or more than an epoch has.
-        """
-        check_skip(batches, self._batches)
-        self._sampler.first = batches
-
-
-class _TrainSampler:
-    """A batch sampler of one rank. Each ``iter`` lists the requests of the current epoch."""
-
-    def __init__(self, batches: int, shard: RankShard) -> None:
-        self.epoch = 0
-        self.first = 0
-        self._batches = batches
-        self._shard = shard
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        size, stride = self._shard.batch_size, self._shard.global_batch_size
-        starts = [batch * stride + self._shard.rank * size for batch in range(self.first, self._batches)]
-        return iter([BatchRequest(self.epoch, start, start + size) for start in starts])
-
-
-@final
-class MapValLoader(ValLoader):
-    """The :class:`ValLoader` of a map-style split: rank r of R loads the images N·r // R … N·(r + 1) // R − 1."""
-
-    def __init__(self, dataset: ValDataset, shard: RankShard, workers: int, log: CorruptImageLog) -> None:
-        # Contiguous, and equal to within one image: the order over all ranks is that of the split.
-        start, stop = (len(dataset) * (shard.rank + end) // shard.world_size for end in (0, 1))
-        size = shard.batch_size
-        self._requests = [BatchRequest(0, first, min(first + size, stop)) for first in range(start, stop, size)]
-        self._loader = data_loader(dataset, workers, self._requests)
-        self._log = log
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return delivered(iter(self._loader), self._log, self._loader.num_workers)
-
-
 def delivered(loaded: Iterator[LoadedBatch], log: CorruptImageLog, workers: int) -> Iterator[Batch]:
     """Yield images and labels of loaded batches that are not empty; record corrupt images in ``log``.
 
@@ -324,3 +132,101 @@ def check_skip(batches: int, num_batches: int | None) -> None:
     if batches < 0 or (num_batches is not None and batches > num_batches):
         epoch = "an epoch of unknown length" if num_batches is None else f"an epoch of {num_batches}"
         raise UsageError(f"{batches} batches cannot be skipped of {epoch}.")
+
+
+def data_loader(dataset: Dataset[Any], workers: int, batches: Iterable[Any] | None = None) -> DataLoader[Any]:
+    """Return a DataLoader over ``batches`` of a map-style dataset, or over what an iterable dataset yields.
+
+    The dataset returns complete batches, so nothing is collated. Torch's global generator is not advanced.
+    """
+    is_iterable = isinstance(dataset, IterableDataset)
+    worker_options: dict[str, Any] = {}
+    if workers:
+        worker_options = {
+            "multiprocessing_context": _start_context(),
+            # An iterable dataset carries its epoch as a field, which running workers would not see change.
+            "persistent_workers": not is_iterable,
+            "prefetch_factor": _PREFETCH,
+            "worker_init_fn": end_with_parent,
+        }
+    return DataLoader(
+        dataset,
+        batch_size=None if is_iterable else 1,
+        batch_sampler=None if is_iterable else batches,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),  # page-locked memory: copies to the GPU overlap with computing
+        generator=torch.Generator(),  # else DataLoader draws its base seed from the global generator
+        **worker_options,
+    )
+
+
+def _start_context() -> Any:
+    # A plain fork would copy locks that other threads hold (OpenMP, CUDA) and may deadlock. With a fork server, memory
+    # of tensors is shared with the workers and not copied. Windows has spawn only.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def end_with_parent(_: int = 0) -> None:
+    """End this worker as soon as the process that requested it is gone, even by SIGKILL."""
+    # torch's own watchdog compares getppid(), which is the fork server here. That one lives as long as its children,
+    # so both would outlive a killed run.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.join,), daemon=True).start()
+
+
+def _exit_after(wait: Callable[[], object]) -> None:
+    wait()
+    os._exit(1)  # not sys.exit, which would end this thread only
+
+
+def _identity(batch: T) -> T:
+    return batch
+
+
+@contextmanager
+def worker_failures(workers: int) -> Iterator[None]:
+    """Turn the death of one of ``workers`` processes into a DataError of one sentence.
+
+    Raises:
+        DataError: a worker died.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, OSError) as error:
+        # A death surfaces in two ways: torch's watchdog raises a RuntimeError with this text, or the shared memory
+        # of a batch can no longer be opened (EOFError, OSError). "Caught …" is an exception re-raised from a worker.
+        from_watchdog = "DataLoader worker (pid" in str(error)
+        if not workers or (isinstance(error, RuntimeError) and not from_watchdog) or str(error).startswith("Caught "):
+            raise
+        raise DataError(
+            "A worker process died, perhaps for lack of memory: use fewer workers, or 0 to see the error; "
+            "in a script of your own, guard the start with if __name__ == '__main__'."
+        ) from error
+
+
+def parallel_map(function: Callable[[int], T], length: int, workers: int) -> Iterator[T]:
+    """Yield ``function(i)`` for i = 0 … length − 1, in order, computed by ``workers`` processes."""
+    chunks = [range(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK)]
+    # Starting workers takes longer than a single chunk.
+    loader = data_loader(_Chunks(function), workers if length > _CHUNK else 0, chunks)
+    with worker_failures(loader.num_workers):
+        for values in loader:
+            yield from values
+
+
+@final
+class _Chunks(Dataset[Any]):
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, index: int) -> Any:
+        return self._function(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:  # a hook of DataLoader: one call per batch
+        return [self._function(index) for index in indices]

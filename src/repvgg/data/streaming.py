@@ -23,12 +23,12 @@ from repvgg.data.loaders import (
     TrainLoader,
     ValLoader,
     check_skip,
+    data_loader,
     delivered,
     failed_batch,
 )
 from repvgg.data.splits import Example, IterableSplit, Shuffle
 from repvgg.data.transforms import BatchTransforms, Crop, PolicyTransform
-from repvgg.data.workers import data_loader
 from repvgg.errors import DataError, UsageError
 
 _PASS = 1 << 32  # added to the epoch for each further pass over the stream, so that it draws other numbers

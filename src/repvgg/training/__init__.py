@@ -20,9 +20,14 @@ from repvgg.training.config import (
 )
 from repvgg.training.distributed import BatchPlan, ProcessLayout, SyncBatchNorm, plan_batches, process_layout
 from repvgg.training.evaluation import Evaluation, evaluate
-from repvgg.training.optim import equivalent_l2, learning_rate_factor, parameter_groups
+from repvgg.training.optim import (
+    RepOptimizer,
+    equivalent_l2,
+    learning_rate_factor,
+    merge_constant_scale_branches,
+    parameter_groups,
+)
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
-from repvgg.training.rep_optimizer import RepOptimizer, merge_constant_scale_branches
 
 if TYPE_CHECKING:
     from repvgg.training.callbacks import EpochRecord

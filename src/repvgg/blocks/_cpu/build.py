@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, final
 
+from filelock import FileLock
+
 from repvgg._cache_folder import cache_folder
 
 _SOURCE = Path(__file__).with_name("fused_bn_sum.cpp")
@@ -74,15 +76,18 @@ def _library() -> Path:
         raise FileNotFoundError(f"no C++ compiler among {', '.join(_COMPILERS)}; install one, or set CXX")
     key = "\n".join((_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()))
     path = _folder() / f"fused_bn_sum-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    if not path.exists():
-        # In the same folder: os.replace cannot cross file systems.
-        handle, name = tempfile.mkstemp(".so", "building-", path.parent)
-        os.close(handle)
+    if path.exists():
+        return path
+    lock, partial = path.with_suffix(".lock"), path.with_suffix(".partial")
+    # Of processes that start together, such as the ranks of a run, one compiles. A timeout is an OSError.
+    with FileLock(lock, timeout=_TIMEOUT_SECONDS):
         try:
-            _compile(compiler, name)
-            os.replace(name, path)  # atomic: other processes may build and load the same file
+            if not path.exists():
+                _compile(compiler, str(partial))
+                os.replace(partial, path)  # atomic, so that no process loads an incomplete file
         finally:
-            Path(name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
     return path
 
 

@@ -1,7 +1,4 @@
-"""Sources of datasets: :func:`open_source` opens a URI, and :func:`check_splits` checks that its splits fit together.
-
-One module per kind of source. Each is imported when a URI asks for it, because it may need an optional package.
-"""
+"""Open a dataset URI (:func:`open_source`), and check that its splits fit together (:func:`check_splits`)."""
 
 from __future__ import annotations
 
@@ -12,6 +9,9 @@ from torch import Tensor
 
 from repvgg.data.config import DataConfig, DataUri, parse_uri
 from repvgg.data.counter_rng import epoch_order
+from repvgg.data.sources.hf import open_hf
+from repvgg.data.sources.local import open_digits, open_fake, open_folder, open_torchvision
+from repvgg.data.sources.webdataset import open_webdataset
 from repvgg.data.splits import MapSplit, Source, Split
 from repvgg.errors import DataError
 
@@ -43,28 +43,16 @@ def open_source(config: DataConfig) -> Source:
 def _open(uri: DataUri, config: DataConfig) -> Source:
     match uri.scheme:
         case "imagefolder":
-            from repvgg.data.sources.local import open_folder
-
             return open_folder(uri)
         case "digits":
-            from repvgg.data.sources.local import open_digits
-
             return open_digits(uri, config.train_size, config.test_size)
         case "fake":
-            from repvgg.data.sources.local import open_fake
-
             return open_fake(uri, config.train_size)
         case "torchvision":
-            from repvgg.data.sources.torchvision import open_torchvision
-
             return open_torchvision(uri)
         case "hf":
-            from repvgg.data.sources.hf import open_hf
-
             return open_hf(uri)
         case _:
-            from repvgg.data.sources.webdataset import open_webdataset
-
             return open_webdataset(uri)
 
 
