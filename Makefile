@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-UV     := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
+UV     := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
 # One worker a logical core, one thread a worker; beyond 8 workers memory is what runs out.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
