@@ -154,7 +154,7 @@ def test_leftovers_are_named(refused, files, tmp_path):
     extra = {f"neck.{number}.weight": torch.zeros(1) for number in range(3)}
     save_file({**tensors, **extra}, tmp_path / "a.safetensors")
     text = refused("checkpoint", "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert "it has 3 tensors ('neck.0.weight', 'neck.1.weight', …) too many" in text
+    assert "3 keys are unexpected ('neck.0.weight', 'neck.1.weight', …)" in text
 
 
 def test_the_other_verbs_take_the_files_of_others(repvgg, files, upstream, tmp_path):

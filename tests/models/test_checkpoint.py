@@ -123,17 +123,20 @@ def drop(tensors, *names):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda t: drop(t, "head.bias"), "but it lacks 'head.bias'."),
-        (lambda t: drop(t, "head.bias", "head.weight"), "but it lacks 2 tensors ('head.bias', 'head.weight')."),
-        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (lambda t: drop(t, "head.bias"), "but 1 key is missing ('head.bias')."),
+        (lambda t: drop(t, "head.bias", "head.weight"), "but 2 keys are missing ('head.weight', 'head.bias')."),
+        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but 1 key is unexpected ('extra')."),
         (
             lambda t: set_tensor(t, "head.bias", torch.zeros(9)),
-            "but 'head.bias' has the shape (9,) instead of (10,).",
+            "but 1 key has another shape ('head.bias' (9,) instead of (10,)).",
         ),
-        (lambda t: drop(set_tensor(t, "extra", torch.zeros(1)), "head.bias"), "'head.bias' and it has 'extra'"),
+        (
+            lambda t: drop(set_tensor(t, "extra", torch.zeros(1)), "head.bias"),
+            "missing ('head.bias'); 1 key is unexpected ('extra')",
+        ),
         (lambda t: set_tensor(t, "head.bias", torch.zeros(10).half()), "of several types, float16 and float32."),
         (lambda t: {name: tensor.int() for name, tensor in t.items()}, "of type int32."),
-        (lambda t: {}, "but it lacks"),
+        (lambda t: {}, "keys are missing ("),
     ],
 )
 def test_tensors_that_do_not_fit_the_header(tmp_path, edit, text):
@@ -166,11 +169,11 @@ def test_headers_that_do_not_fit_the_tensors(tmp_path, about, text):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda t: drop(t, "head.bias"), "looks like repvgg_t0 in the train form, but it lacks 'head.bias'."),
-        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but it has 'extra' too many."),
+        (lambda t: drop(t, "head.bias"), "looks like repvgg_t0 in the train form, but 1 key is missing ('head.bias')."),
+        (lambda t: set_tensor(t, "extra", torch.zeros(1)), "but 1 key is unexpected ('extra')."),
         (
             lambda t: t | {f"extra{number}.weight": torch.zeros(1) for number in range(3)},
-            "but it has 3 tensors ('extra0.weight', 'extra1.weight', …) too many.",
+            "but 3 keys are unexpected ('extra0.weight', 'extra1.weight', …).",
         ),
         (lambda t: drop(t, "head.weight"), "holds no RepVGG"),
         (lambda t: set_tensor(t, "head.weight", torch.zeros(())), "holds no RepVGG"),

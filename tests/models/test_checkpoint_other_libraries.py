@@ -128,13 +128,13 @@ def without(tensors, *parts):
 
 
 INVALID = {
-    "leftover": (lambda t: t | {"extra.weight": torch.zeros(1)}, "but it has 'extra.weight' too many"),
+    "leftover": (lambda t: t | {"extra.weight": torch.zeros(1)}, "but 1 key is unexpected ('extra.weight')"),
     "leftovers": (
         lambda t: t | {f"extra.{n}": torch.zeros(1) for n in range(5)},
-        "but it has 5 tensors ('extra.0', 'extra.1', …) too many",
+        "but 5 keys are unexpected ('extra.0', 'extra.1', …)",
     ),
-    "our name too": (lambda t: t | {"head.weight": torch.zeros(7, 20)}, "but it has 'head.weight' too many"),
-    "missing": (lambda t: without(t, "stage2.0.rbr_1x1.bn.bias"), "but it lacks 'stage2.0.rbr_1x1.bn.bias'"),
+    "our name too": (lambda t: t | {"head.weight": torch.zeros(7, 20)}, "but 1 key is unexpected ('head.weight')"),
+    "missing": (lambda t: without(t, "stage2.0.rbr_1x1.bn.bias"), "but 1 key is missing ('stage2.0.rbr_1x1.bn.bias')"),
     "no head": (lambda t: without(t, "linear."), "no RepVGG: its classifier is missing"),
     "no stem": (lambda t: without(t, "stage0."), "no RepVGG: it has no stem"),
     "no stage": (lambda t: without(t, "stage2."), "a stage or a block between others is missing"),
@@ -145,7 +145,7 @@ INVALID = {
     ),
     "shape": (
         lambda t: t | {"stage1.0.rbr_1x1.bn.bias": torch.zeros(9)},
-        "'stage1.0.rbr_1x1.bn.bias' has the shape (9,) instead of (8,)",
+        "1 key has another shape ('stage1.0.rbr_1x1.bn.bias' (9,) instead of (8,))",
     ),
     "kernel": (lambda t: t | {"stage1.0.rbr_dense.conv.weight": torch.zeros(8, 8, 5, 5)}, "(8, 8, 5, 5)"),
     "width": (lambda t: t | {"stage1.1.rbr_dense.conv.weight": torch.zeros(9, 4, 3, 3)}, "several widths"),

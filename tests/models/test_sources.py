@@ -86,7 +86,7 @@ def test_function_in_file(file):
     assert sourced.model[0].out_channels == 4
     assert not any(module.training for module in sourced.model.modules())
     assert sourced.input_shape == (3, 224, 224)
-    assert sourced.weights == "those that make_net() gave, random unless it loads some"
+    assert sourced.weights == "set by make_net(), random unless it loads some"
     assert resolve(f"{file}:make_net", in_channels=1).input_shape == (1, 224, 224)
 
 

@@ -55,7 +55,6 @@ class PaddedNorm(nn.BatchNorm2d):
         self.padding_mode = padding_mode
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.BatchNorm2d uses
-        """Return the padded image."""
         if not self.training:
             return super().forward(self._padded(input))
         out = super().forward(input)
@@ -67,7 +66,6 @@ class PaddedNorm(nn.BatchNorm2d):
         return F.pad(image, self.sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _of_zero(self) -> Tensor:
-        """Return c, (C, 1, 1)."""
         assert self.running_mean is not None  # __init__ leaves track_running_stats on
         assert self.running_var is not None
         factor = (self.running_var + self.eps).rsqrt() * self.weight

@@ -26,7 +26,6 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(conv.out_channels) if bn is None else bn
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``BN(W * x)``."""
         out: Tensor = self.bn(self.conv(x))
         return out
 
@@ -44,17 +43,7 @@ class ComputedConv2d(nn.Conv2d):
     kernels: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __init__(self, geometry: Geometry, *, bias: bool = False) -> None:
-        super().__init__(
-            geometry.in_channels,
-            geometry.out_channels,
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            bias,
-            geometry.padding_mode,
-        )
+        super().__init__(**vars(geometry), bias=bias)
         # A strided 1x1 convolution subsamples its input first: the oneDNN bug described at PointwiseConv2d.
         self.subsamples = geometry.kernel_size == (1, 1) and geometry.padding == (0, 0) and geometry.stride != (1, 1)
 
@@ -63,7 +52,6 @@ class ComputedConv2d(nn.Conv2d):
         """Return K, (O, I, kH, kW)."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d uses
-        """Return the convolution with the computed kernel."""
         if self.subsamples:
             step_h, step_w = self.stride
             return F.conv2d(input[:, :, ::step_h, ::step_w], self.kernel(), self.bias, groups=self.groups)
@@ -93,7 +81,6 @@ class MeanFilter(nn.Module):
         self.one: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the means, (N, C, H', W')."""
         padding = self.padding
         if self.padding_mode != "zeros" and any(padding):
             # avg_pool2d and conv2d pad with zeros only.
@@ -106,7 +93,6 @@ class MeanFilter(nn.Module):
         return sums / (self.kernel_size[0] * self.kernel_size[1])
 
     def extra_repr(self) -> str:
-        """Return kernel, stride and padding."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
@@ -125,7 +111,6 @@ class SqueezeExcite(nn.Module):
         self.up = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gated input, in the shape of ``x``."""
         mean = x.mean((2, 3), keepdim=True)  # keepdim: down and up are 1x1 convolutions
         gate = self.up(self.down(mean).relu()).sigmoid()
         out: Tensor = x * gate

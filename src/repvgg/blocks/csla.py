@@ -45,7 +45,6 @@ class ConstantScaleSum(nn.Module):
         self.pointwise_scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of the scaled branches."""
         out: Tensor = self.dense_scale * self.dense(x) + self.pointwise_scale * self.pointwise(x)
         return out if self.identity is None else out + self.identity * x
 

@@ -107,6 +107,5 @@ class RepMixer(nn.Module):
         self.scale = nn.Parameter(torch.full((geometry.in_channels, 1, 1), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed image."""
         out: Tensor = x + self.scale * (self.mixer(x) - self.norm(x))
         return out

@@ -36,7 +36,6 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, stride=stride, groups=groups, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d uses
-        """Return the convolution of every ``stride``-th pixel of ``input``."""
         step_h, step_w = self.stride
         if self.stride != (1, 1):
             input = input[:, :, ::step_h, ::step_w]  # noqa: A001
@@ -98,7 +97,7 @@ class Geometry:
         padding: Size | None = None,
         padding_mode: PaddingMode = "zeros",
     ) -> Geometry:
-        """Build a geometry from numbers that apply to height and width alike.
+        """Build a geometry from numbers that apply to both height and width.
 
         The default padding keeps the image size at stride 1: ``dilation · (k − 1) / 2``, rounded down.
         """
@@ -170,17 +169,7 @@ class Geometry:
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             # Subsampling before a padded 1x1 would read other pixels, so only unpadded ones qualify.
             return PointwiseConv2d(self.in_channels, self.out_channels, self.stride, self.groups, bias=False)
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            False,
-            self.padding_mode,
-        )
+        return nn.Conv2d(**vars(self), bias=False)  # the fields have the names of its parameters
 
     def around(self, kernel_size: Size, dilation: Size | None = None) -> nn.Conv2d:
         """Create a convolution with another kernel size, centred on the same pixels; needs a geometry with a centre."""

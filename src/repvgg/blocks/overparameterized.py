@@ -35,7 +35,6 @@ class DOConv2d(ComputedConv2d):
         self.unit: Tensor
 
     def kernel(self) -> Tensor:
-        """Return ``(I + D) ∘ W``, (O, I, kH, kW)."""
         inputs, outputs = self.in_channels // self.groups, self.out_channels // self.groups
         depthwise = (self.unit + self.depthwise).view(self.groups, inputs, self.taps, self.taps)
         kernel = torch.einsum("gikm,goim->goik", depthwise, self.weight.view(self.groups, outputs, inputs, self.taps))
@@ -114,7 +113,6 @@ class IdentityConv2d(ComputedConv2d):
         self.unit: Tensor
 
     def kernel(self) -> Tensor:
-        """Return ``I + W``."""
         return self.unit + self.weight
 
 
@@ -136,7 +134,6 @@ class DiracConv2d(ComputedConv2d):
         self.beta = nn.Parameter(torch.full((geometry.out_channels,), 0.1))
 
     def kernel(self) -> Tensor:
-        """Return ``diag(α)·I + diag(β)·W/‖W‖₂``."""
         # β/‖W‖ is one number per filter: multiply it in before it meets the large tensor.
         norms = self.weight.flatten(1).norm(dim=1).clamp_min(_MIN_FILTER_NORM)
         out: Tensor = self.alpha.view(-1, 1, 1, 1) * self.unit + (self.beta / norms).view(-1, 1, 1, 1) * self.weight

@@ -14,7 +14,7 @@ from repvgg.blocks.basic import ConvBN, MeanFilter
 from repvgg.blocks.geometry import Geometry, PaddingMode, Size
 
 Branch: TypeAlias = Literal["dense", "pointwise", "identity"]
-# The mean branch has no parameters and never a batch norm of its own.
+# Without the mean branch, which has no parameters and is never followed by a batch norm.
 _ALL_BRANCHES: frozenset[Branch] = frozenset({"dense", "pointwise", "identity"})
 
 
@@ -22,7 +22,6 @@ class BranchSum(nn.ModuleDict):
     """The sum of named branches on one input: ``y = Σ_k branch_k(x)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of all branches on ``x``."""
         fused = fused_forward(self, x)  # None in eval mode, under tracers, and off the CPU
         out: Tensor = reduce(add, (branch(x) for branch in self.values())) if fused is None else fused
         return out
@@ -129,13 +128,7 @@ def rep_conv(
         UsageError: the kernel size is even.
     """
     geometry = Geometry.square(
-        in_channels,
-        out_channels,
-        stride,
-        groups,
-        kernel_size=kernel_size,
-        dilation=dilation,
-        padding_mode=padding_mode,
+        in_channels, out_channels, stride, groups, kernel_size=kernel_size, dilation=dilation, padding_mode=padding_mode
     )
     branches = branches_of(geometry)
     assert isinstance(branches, BranchSum)  # the default config has no batch norm after the sum
@@ -155,7 +148,6 @@ class RepVGGBlock(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``act(conv(x))``."""
         # The activation is fused too: one write of the output instead of two passes over it.
         fused = fused_forward(self.conv, x, self.act)
         out: Tensor = self.act(self.conv(x)) if fused is None else fused

@@ -79,16 +79,10 @@ _ENTRIES = (
     _branches("repvgg_no_pointwise", "RepVGG w/o 1×1", BranchConfig(pointwise=False), "N(W∗x) + N(x)"),
     _branches("repvgg_dense2", "RepVGG, two 3×3", BranchConfig(dense=2), "N(W∗x) + N(W'∗x) + N(W1∗x) + N(x)"),
     _branches(
-        "repvgg_identity_without_bn",
-        "Identity w/o BN",
-        BranchConfig(norms=_WITHOUT_IDENTITY),
-        "N(W∗x) + N(W1∗x) + x",
+        "repvgg_identity_without_bn", "Identity w/o BN", BranchConfig(norms=_WITHOUT_IDENTITY), "N(W∗x) + N(W1∗x) + x"
     ),
     _branches(
-        "repvgg_post_bn",
-        "Post-addition BN",
-        BranchConfig(norms=frozenset(), norm_after=True),
-        "N(W∗x + W1∗x + x)",
+        "repvgg_post_bn", "Post-addition BN", BranchConfig(norms=frozenset(), norm_after=True), "N(W∗x + W1∗x + x)"
     ),
     _branches("repvgg_relu", "+ReLU in branches", BranchConfig(relu=True), "relu N(W∗x) + relu N(W1∗x) + relu N(x)"),
     BlockEntry("dirac", "DiracNet", _with_norm(DiracConv2d), "N((diag(α)I + diag(β)W/‖W‖)∗x)", _DIRAC),
@@ -128,11 +122,7 @@ _ENTRIES = (
     BlockEntry("repmixer", "RepMixer", RepMixer, "x + λ(M(x) − N(x))", "Vasu et al., FastViT, ICCV 2023"),
     BlockEntry("orepa", "OREPA", _with_norm(OnlineConv2d), "N((Σ_b v_b K_b)∗x)", "Hu et al., OREPA, CVPR 2022"),
     BlockEntry(
-        "constant_scale",
-        "CSLA",
-        _constant_scale,
-        "N(s3 W∗x + s1 W1∗x + w0 x)",
-        "Ding et al., RepOptimizer, ICLR 2023",
+        "constant_scale", "CSLA", _constant_scale, "N(s3 W∗x + s1 W1∗x + w0 x)", "Ding et al., RepOptimizer, ICLR 2023"
     ),
 )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median_low
 from typing import Any, final
 
@@ -69,7 +71,6 @@ class SplitReport:
 
     @property
     def images(self) -> int:
-        """Number of images read."""
         return self.classes.total()
 
     def size_range(self) -> tuple[tuple[int, int], ...]:
@@ -115,7 +116,6 @@ class CheckReport:
         return not self.corrupt and self.mismatch is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         splits = {
             _JSON_NAMES[split.name]: {
                 "images": split.images,
@@ -159,9 +159,11 @@ def check_data(
         raise UsageError(f"limit must be at least 1, got {limit}.")
     source = open_source(config)
     assert source.val is not None
-    splits = {TRAIN: source.train, VALIDATION: source.val}
-    lengths = [_length(split, limit) for split in splits.values()]
-    total = None if None in lengths else sum(length for length in lengths if length is not None)
+    splits = (source.train, source.val)
+    # An unknown length counts as infinite, which a limit bounds.
+    lengths = [math.inf if length is None else length for length in map(num_images, splits)]
+    expected = sum(min(length, math.inf if limit is None else limit) for length in lengths)
+    total = None if expected == math.inf else int(expected)
     report = CheckReport(config.uri, (SplitReport(TRAIN), SplitReport(VALIDATION)), total, notes=source.notes)
     try:
         check_splits(source, config.uri)
@@ -170,7 +172,7 @@ def check_data(
     channels = config.channels or source.channels
     collector = _Collector(report)
     try:
-        for split_report, split in zip(report.splits, splits.values(), strict=True):
+        for split_report, split in zip(report.splits, splits, strict=True):
             if isinstance(split, FileSplit) and (ignored := ignored_files(split.root)):
                 report.remarks.setdefault("ignored: no image extension", []).extend(ignored)
             for facts in _read(split, channels, limit, config.workers):
@@ -180,11 +182,6 @@ def check_data(
     except KeyboardInterrupt:
         report.complete = False
     return report
-
-
-def _length(split: Split, limit: int | None) -> int | None:
-    length = num_images(split)
-    return length if limit is None else limit if length is None else min(limit, length)
 
 
 @final
@@ -203,9 +200,10 @@ class _Collector:
         split_report.classes[split.classes[facts.label] if known else f"label {facts.label}"] += 1
         if not known and not isinstance(split, MapSplit):  # labels of map-style splits were checked at once
             report.mismatch = f"{facts.location!r} has label {facts.label}, which is out of range."
-        if facts.corrupt is not None or facts.size is None:
-            report.corrupt.extend([facts.corrupt] if facts.corrupt is not None else [])
+        if facts.corrupt is not None:
+            report.corrupt.append(facts.corrupt)
             return
+        assert facts.size is not None
         split_report.sizes.append(facts.size)
         split_report.modes[facts.mode] += 1
         for remark in facts.remarks:
@@ -225,7 +223,8 @@ def _read(split: Split, channels: int, limit: int | None, workers: int) -> Itera
         number = len(split) if limit is None else min(limit, len(split))
         # Evenly spaced, because images are usually sorted by class.
         indices = torch.arange(number) * len(split) // max(1, number)
-        yield from parallel_map(_ReadImage(split, channels, indices), number, workers)
+        # partial, not a closure: worker processes unpickle it.
+        yield from parallel_map(partial(_read_image, split, channels, indices), number, workers)
         return
     for number, example in enumerate(split.examples(None, 0, 1)):  # a stream has no random access to divide it by
         if number == limit:
@@ -236,19 +235,9 @@ def _read(split: Split, channels: int, limit: int | None, workers: int) -> Itera
             yield _facts(decode(example.data, example.location), example.location, example.label, channels)
 
 
-@final
-@dataclass(frozen=True)
-class _ReadImage:
-    """Number → facts of an image; a class instead of a closure, because worker processes unpickle it."""
-
-    split: MapSplit
-    channels: int
-    indices: torch.Tensor
-
-    def __call__(self, number: int) -> ImageFacts:
-        index = int(self.indices[number])
-        location = self.split.location(index)
-        return _facts(self.split.image(index), location, int(self.split.labels[index]), self.channels)
+def _read_image(split: MapSplit, channels: int, indices: torch.Tensor, number: int) -> ImageFacts:
+    index = int(indices[number])
+    return _facts(split.image(index), split.location(index), int(split.labels[index]), channels)
 
 
 def _facts(image: Image.Image | CorruptImage, location: str, label: int, channels: int) -> ImageFacts:

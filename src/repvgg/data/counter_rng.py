@@ -72,7 +72,7 @@ def _mix_int(value: int) -> int:
 def image_rng(seed: int, epoch: int, image: int, stream: int) -> Iterator[None]:
     """Seed torch's global CPU generator for one image and stream, and restore its state on exit.
 
-    torchvision's transforms accept no generator of their own, so the global one has to carry the seed.
+    torchvision's transforms accept no generator: they draw from the global one.
     """
     bits = image_bits(seed, epoch, image, stream)
     before = torch.default_generator.get_state()

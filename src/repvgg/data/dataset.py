@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -27,12 +28,11 @@ from repvgg.data.map_style import (
 )
 from repvgg.data.sources import check_splits, open_source
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images
-from repvgg.data.streaming import StreamTrainLoader, StreamTransforms, StreamValLoader
+from repvgg.data.streaming import StreamDataset, StreamTrainLoader, StreamValLoader
 from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop
 from repvgg.errors import DataError, UsageError
 
 Shape = tuple[int, int, int]
-Stream = tuple[IterableSplit, StreamTransforms]
 
 
 def open_data(config: DataConfig, *, seed: int = 0) -> ImageData:
@@ -73,7 +73,7 @@ class ImageData:
         input_shape: (C, H, W) of training images.
         test_shape: (C, H, W) of validation images.
         num_train: number of training images; None for a stream of unknown length.
-        num_val: number of validation images; likewise.
+        num_val: number of validation images; None for a stream of unknown length.
         prepare: uint8 (N, C, H, W) → ``(x / 255 − mean) / std`` in float32, on the device to which it is moved; float32
             images are normalized already, and pass unchanged.
         corrupt: the corrupt images that were skipped so far.
@@ -81,7 +81,7 @@ class ImageData:
     """
 
     def __init__(self, config: DataConfig, source: Source, seed: int) -> None:
-        assert source.val is not None  # open_source holds images out where a URI has one split
+        assert source.val is not None  # open_source splits a URI that has none
         channels = config.channels or source.channels
         size = config.train_size or source.size
         test_size = config.test_size or size
@@ -115,15 +115,12 @@ class ImageData:
         shard = RankShard(batch_size, rank, world_size)
         if isinstance(self._train, TrainDataset):
             return MapTrainLoader(self._train, shard, self._workers, self.corrupt)
-        return StreamTrainLoader(*self._train, shard, self._workers, self.corrupt)
+        return StreamTrainLoader(replace(self._train, shard=shard), self._workers, self.corrupt)
 
     def val_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> ValLoader:
         """Return a loader of the validation images: each exactly once over all ranks, in order.
 
-        Args:
-            batch_size: images per batch and rank.
-            rank: of this process.
-            world_size: number of ranks.
+        The arguments are those of :meth:`train_batches`.
 
         Raises:
             UsageError: the rank is out of range.
@@ -133,7 +130,7 @@ class ImageData:
             # Images in memory need no worker: copying them between processes takes longer than a slice.
             workers = 0 if self._val.in_memory else self._workers
             return MapValLoader(self._val, shard, workers, self.corrupt)
-        return StreamValLoader(*self._val, shard, self._workers, self.corrupt)
+        return StreamValLoader(replace(self._val, shard=shard), self._workers, self.corrupt)
 
     def val_images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Return some validation images, normalized, and their labels.
@@ -148,8 +145,8 @@ class ImageData:
                 raise DataError(loaded.failure or f"{loaded.corrupt[0]}.")
             return self.prepare(loaded.images), loaded.labels
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        # A batch size of 1 and no worker: the number of the batch is the index of the image.
-        for index, (images, labels) in enumerate(StreamValLoader(*self._val, RankShard(1), 0, self.corrupt)):
+        # The default batch size of 1 and no worker: the number of the batch is the index of the image.
+        for index, (images, labels) in enumerate(StreamValLoader(self._val, 0, self.corrupt)):
             if index > int(wanted.max()):
                 break
             found[index] = images[0], labels[0]
@@ -173,12 +170,10 @@ class ImageData:
 
     @property
     def num_held_out(self) -> int | None:
-        """Former name of ``num_val``."""
         return self.num_val
 
     @property
     def bad(self) -> CorruptImageLog:
-        """Former name of ``corrupt``."""
         return self.corrupt
 
 
@@ -192,7 +187,7 @@ class _DatasetBuilder:
         self._std = std
         self._seed = seed
 
-    def train(self, split: Split, shape: Shape) -> TrainDataset | Stream:
+    def train(self, split: Split, shape: Shape) -> TrainDataset | StreamDataset:
         """Return the dataset of training images of ``shape``.
 
         Raises:
@@ -205,25 +200,21 @@ class _DatasetBuilder:
                 f"Images of {shape[1]} pixels cannot be padded by reflection with {augment.crop_padding} pixels: "
                 f"reduce crop_padding."
             )
-        policy = None
-        if augment.policy != "none":
-            policy = PolicyTransform(augment, config.interpolation, self._seed)
         if isinstance(split, IterableSplit):
-            batch = self._batch_transforms(torch.uint8)
-            return split, StreamTransforms(self._train_crop(shape), batch, policy, config.on_bad)
+            transforms = self._batch_transforms(torch.uint8)
+            return StreamDataset(split, self._train_crop(shape), transforms, config.on_bad)
         store = self._train_store(split, shape)
         dtype = store.images.dtype if isinstance(store, CachedImages) else torch.uint8  # decoders return uint8
-        return TrainDataset(store, split.labels, self._batch_transforms(dtype), policy, config.on_bad)
+        return TrainDataset(store, split.labels, self._batch_transforms(dtype), config.on_bad)
 
-    def val(self, split: Split, shape: Shape) -> ValDataset | Stream:
+    def val(self, split: Split, shape: Shape) -> ValDataset | StreamDataset:
         """Return the dataset of validation images of ``shape``.
 
         Raises:
             DataError: an image to be cached is corrupt.
         """
         if isinstance(split, IterableSplit):
-            crop = CenterCrop(self._config, shape[1], shape[0])
-            return split, StreamTransforms(crop, None, None, self._config.on_bad)
+            return StreamDataset(split, CenterCrop(self._config, shape[1], shape[0]), None, self._config.on_bad)
         store = self._as_tensor(split, shape) or self._center_cropped(split, shape)
         return ValDataset(store, split.labels, self._config.on_bad)
 
@@ -278,7 +269,10 @@ class _DatasetBuilder:
         else:
             black = tuple(-m / s for m, s in zip(self._mean, self._std, strict=True))
             grey = (0.0,) * len(self._mean)
-        return BatchTransforms(self._config.augment, self._seed, black, grey)
+        augment, policy = self._config.augment, None
+        if augment.policy != "none":
+            policy = PolicyTransform(augment, self._config.interpolation, self._seed)
+        return BatchTransforms(augment, self._seed, black, grey, policy)
 
 
 @final

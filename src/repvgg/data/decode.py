@@ -61,7 +61,6 @@ class CorruptImageLog:
 
     @property
     def count(self) -> int:
-        """Number of distinct images."""
         return len(self._found)
 
     def first(self, number: int) -> list[tuple[str, str]]:
@@ -142,7 +141,7 @@ def _opaque_8bit(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        # PIL's conversion to RGB drops alpha and shows whatever colour lies under transparent pixels.
+        # PIL's conversion to RGB drops alpha and shows the hidden colour of transparent pixels.
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")

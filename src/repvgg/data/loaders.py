@@ -206,7 +206,7 @@ def worker_failures(workers: int) -> Iterator[None]:
             raise
         raise DataError(
             "A worker process died, perhaps for lack of memory: use fewer workers, or 0 to see the error; "
-            "in a script of your own, guard the start with if __name__ == '__main__'."
+            "in a script, put the code that starts it under if __name__ == '__main__'."
         ) from error
 
 

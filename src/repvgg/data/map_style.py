@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -33,7 +34,7 @@ from repvgg.data.loaders import (
     parallel_map,
 )
 from repvgg.data.splits import MapSplit
-from repvgg.data.transforms import BatchTransforms, Crop, PolicyTransform, Uncropped
+from repvgg.data.transforms import BatchTransforms, Crop, Uncropped
 from repvgg.errors import DataError, UsageError
 
 # What "auto" caches: above these, reading a file costs little next to training on it, and memory is short.
@@ -149,7 +150,8 @@ def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> Cached
     """
     images: Tensor | None = None
     corrupt: dict[int, CorruptImage] = {}
-    for index, pixels in enumerate(parallel_map(_DecodeAndCrop(split, crop), len(split), workers)):
+    # partial, not a closure: worker processes unpickle it.
+    for index, pixels in enumerate(parallel_map(partial(_decode_and_crop, split, crop), len(split), workers)):
         if isinstance(pixels, CorruptImage):
             if on_bad == "raise":
                 raise DataError(pixels.advice)
@@ -165,17 +167,9 @@ def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> Cached
     return CachedImages(images, corrupt)
 
 
-@final
-@dataclass(frozen=True)
-class _DecodeAndCrop:
-    """Index → pixels; a class instead of a closure, because worker processes unpickle it."""
-
-    split: MapSplit
-    crop: Crop
-
-    def __call__(self, index: int) -> Tensor | CorruptImage:
-        image = self.split.image(index)
-        return image if isinstance(image, CorruptImage) else self.crop(image, self.split.location(index))
+def _decode_and_crop(split: MapSplit, crop: Crop, index: int) -> Tensor | CorruptImage:
+    image = split.image(index)
+    return image if isinstance(image, CorruptImage) else crop(image, split.location(index))
 
 
 def cache_uncropped(split: MapSplit, channels: int, on_bad: str, workers: int, *, required: bool) -> MapSplit:
@@ -209,23 +203,14 @@ class TrainDataset(Dataset[LoadedBatch]):
     Args:
         store: the images at their final size.
         labels: (N,) int64.
-        transforms: augmentation of batches.
-        policy: augmentation of single images, or None.
+        transforms: their augmentation.
         on_bad: "raise", or "skip": the next readable image in the order of the epoch replaces a corrupt one.
     """
 
-    def __init__(
-        self,
-        store: ImageStore,
-        labels: Tensor,
-        transforms: BatchTransforms,
-        policy: PolicyTransform | None,
-        on_bad: str,
-    ) -> None:
+    def __init__(self, store: ImageStore, labels: Tensor, transforms: BatchTransforms, on_bad: str) -> None:
         self._store = store
         self._labels = labels
         self._transforms = transforms
-        self._policy = policy
         self._on_bad = on_bad
         self._order: tuple[int, Tensor] | None = None
 
@@ -245,15 +230,10 @@ class TrainDataset(Dataset[LoadedBatch]):
             if isinstance(found, str):
                 return failed_batch(found, corrupt)
             indices, images = found
-        # Erase after the policy: its colour operations would change the grey of the square.
-        images = self._transforms.jitter_crop_flip(images, request.epoch, indices)
-        if self._policy is not None:
-            images = self._policy(images, request.epoch, indices)
-        images = self._transforms.erase(images, request.epoch, indices)
+        images = self._transforms(images, request.epoch, indices)
         return LoadedBatch(images, self._labels[indices], tuple(corrupt))
 
     def order(self, epoch: int) -> Tensor:
-        """Return the order (N,) of ``epoch``."""
         # Each worker keeps the last permutation: computing it for every batch would cost O(N) per batch.
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(self._transforms.seed, epoch, len(self))
@@ -301,7 +281,6 @@ class ValDataset(Dataset[LoadedBatch]):
         return self.at(torch.arange(request.start, request.stop))
 
     def at(self, indices: Tensor) -> LoadedBatch:
-        """Return the images at ``indices``."""
         images = self._store.load_batch(indices, 0)
         if images is not None:
             return LoadedBatch(images, self._labels[indices])

@@ -43,7 +43,6 @@ class MapSplit(ABC):
         """Decode the image at ``index``, in the mode in which it is stored."""
 
     def select(self, indices: Tensor) -> MapSplit:
-        """Return a split of the images at ``indices`` (M,) int64, in that order."""
         return SubsetSplit(self, indices)
 
 
@@ -163,9 +162,7 @@ class IterableSplit(ABC):
     length: int | None
 
     @abstractmethod
-    def examples(
-        self, shuffle: tuple[int, int] | None, shard: int, num_shards: int
-    ) -> Iterator[Example | CorruptImage]:
+    def examples(self, shuffle: Shuffle | None, shard: int, num_shards: int) -> Iterator[Example | CorruptImage]:
         """Yield the examples of one of ``num_shards`` disjoint shards, which together hold every example once.
 
         Args:

@@ -1,12 +1,13 @@
 """Loaders of iterable splits.
 
-The order of the images depends on the number of ranks and of workers, which each read a shard of their own; equal
-numbers give equal batches. Every example is read once per epoch, except for the remainder that fills no batch.
+Each worker of each rank reads another shard, so the order of the images depends on the numbers of ranks and workers;
+equal numbers give equal batches. Every example is read once per epoch, except for the remainder that fills no batch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -28,28 +29,11 @@ from repvgg.data.loaders import (
     failed_batch,
 )
 from repvgg.data.splits import Example, IterableSplit, Shuffle
-from repvgg.data.transforms import BatchTransforms, Crop, PolicyTransform
+from repvgg.data.transforms import BatchTransforms, Crop
 from repvgg.errors import DataError, UsageError
 
 _PASS = 1 << 32  # added to the epoch for each further pass over the stream, so that it draws other numbers
-
-
-@final
-@dataclass(frozen=True)
-class StreamTransforms:
-    """What is applied to the images of a stream.
-
-    Attributes:
-        crop: brings them to one size.
-        batch: augmentation of batches; None for validation.
-        policy: augmentation of single images, or None.
-        on_bad: "raise" at a corrupt image, or "skip" it.
-    """
-
-    crop: Crop
-    batch: BatchTransforms | None
-    policy: PolicyTransform | None
-    on_bad: str
+_SINGLE_IMAGES = RankShard(batch_size=1)
 
 
 @final
@@ -59,7 +43,9 @@ class StreamDataset(IterableDataset[LoadedBatch]):
 
     Attributes:
         split: the stream.
-        transforms: applied to its images.
+        crop: brings its images to one size.
+        transforms: their augmentation; None for validation.
+        on_bad: "raise" at a corrupt image, or "skip" it.
         shard: batch size and rank.
         epoch: of order and augmentation, or None for the stored order.
         skipped: batches, over all workers of this rank, that the caller drops. They are not decoded, unless corrupt
@@ -67,25 +53,26 @@ class StreamDataset(IterableDataset[LoadedBatch]):
     """
 
     split: IterableSplit
-    transforms: StreamTransforms
-    shard: RankShard
+    crop: Crop
+    transforms: BatchTransforms | None
+    on_bad: str
+    shard: RankShard = _SINGLE_IMAGES
     epoch: int | None = None
     skipped: int = 0
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        batch_transforms = self.transforms.batch
         shuffle = None
-        if self.epoch is not None and batch_transforms is not None:
-            shuffle = Shuffle(batch_transforms.seed, self.epoch)
+        if self.epoch is not None and self.transforms is not None:
+            shuffle = Shuffle(self.transforms.seed, self.epoch)
         examples = self.split.examples(shuffle, self.shard.rank * workers + worker, self.shard.world_size * workers)
         # DataLoader takes a batch of each worker in turn: batch n of this worker is batch n·workers + worker.
         to_drop = max(0, (self.skipped - worker + workers - 1) // workers)
         batch: list[tuple[Example, Tensor | None]] = []
         corrupt: list[CorruptImage] = []
         for example in examples:
-            image = self._load(example, decoded=to_drop == 0 or self.transforms.on_bad == "skip")
+            image = self._load(example, decoded=to_drop == 0 or self.on_bad == "skip")
             if isinstance(image, str):
                 yield failed_batch(image, corrupt)
                 return
@@ -104,7 +91,7 @@ class StreamDataset(IterableDataset[LoadedBatch]):
         """Return the pixels, None if not ``decoded``, a corrupt image to skip, or an error message."""
         image = example if isinstance(example, CorruptImage) else self._pixels(example) if decoded else None
         if isinstance(image, CorruptImage):
-            return image if self.transforms.on_bad == "skip" else image.advice
+            return image if self.on_bad == "skip" else image.advice
         if isinstance(example, Example) and not 0 <= example.label < len(self.split.classes):
             highest = len(self.split.classes) - 1
             return f"{example.location!r} has label {example.label}, but the classes are 0 … {highest}."
@@ -124,20 +111,18 @@ class StreamDataset(IterableDataset[LoadedBatch]):
         image = decode(example.data, example.location)
         if isinstance(image, CorruptImage):
             return image
-        key = 0 if self.transforms.batch is None else _content_key(example)  # validation crops draw nothing
-        return self.transforms.crop(image, example.location, self.epoch or 0, key)
+        key = 0 if self.transforms is None else _content_key(example)  # validation crops draw nothing
+        return self.crop(image, example.location, self.epoch or 0, key)
 
     def _batch(self, batch: Sequence[tuple[Example, Tensor | None]], corrupt: list[CorruptImage]) -> LoadedBatch:
         labels = torch.tensor([example.label for example, _ in batch], dtype=torch.int64)
         pixels = [image for _, image in batch if image is not None]
         if len(pixels) < len(batch) or not batch:  # dropped by the caller: only its number of images matters
             return LoadedBatch(torch.zeros(len(batch), 0), labels, tuple(corrupt))
-        images, epoch, transforms = torch.stack(pixels), self.epoch or 0, self.transforms
-        if transforms.batch is not None:
+        images = torch.stack(pixels)
+        if self.transforms is not None:
             keys = torch.tensor([_content_key(example) for example, _ in batch])
-            images = transforms.batch.jitter_crop_flip(images, epoch, keys)
-            images = images if transforms.policy is None else transforms.policy(images, epoch, keys)
-            images = transforms.batch.erase(images, epoch, keys)
+            images = self.transforms(images, self.epoch or 0, keys)
         return LoadedBatch(images, labels, tuple(corrupt))
 
 
@@ -155,20 +140,14 @@ class StreamTrainLoader(TrainLoader):
     ranks with different numbers of batches would wait for each other forever.
     """
 
-    def __init__(
-        self,
-        split: IterableSplit,
-        transforms: StreamTransforms,
-        shard: RankShard,
-        workers: int,
-        log: CorruptImageLog,
-    ) -> None:
-        if split.length is None and shard.world_size > 1:
+    def __init__(self, dataset: StreamDataset, workers: int, log: CorruptImageLog) -> None:
+        length, shard = dataset.split.length, dataset.shard
+        if length is None and shard.world_size > 1:
             raise UsageError("Training on several ranks needs the length of the stream: add ?length=N to its URI.")
-        self._batches = None if split.length is None else split.length // shard.global_batch_size
+        self._batches = None if length is None else length // shard.global_batch_size
         if self._batches == 0:
-            raise UsageError(f"{split.length} training images do not fill one batch of {shard}.")
-        self._dataset = StreamDataset(split, transforms, shard, epoch=0)
+            raise UsageError(f"{length} training images do not fill one batch of {shard}.")
+        self._dataset = replace(dataset, epoch=0)
         self._workers = workers
         self._log = log
         self._first = 0
@@ -222,17 +201,11 @@ class StreamTrainLoader(TrainLoader):
 class StreamValLoader(ValLoader):
     """The :class:`ValLoader` of an iterable split; in the stored order with at most one worker."""
 
-    def __init__(
-        self,
-        split: IterableSplit,
-        transforms: StreamTransforms,
-        shard: RankShard,
-        workers: int,
-        log: CorruptImageLog,
-    ) -> None:
-        self._dataset = StreamDataset(split, transforms, shard)
+    def __init__(self, dataset: StreamDataset, workers: int, log: CorruptImageLog) -> None:
+        self._dataset = dataset
+        length, shard = dataset.split.length, dataset.shard
         # Shards of several ranks are as long as their files: only the length of the complete stream is known.
-        self._batches = None if split.length is None or shard.world_size > 1 else -(-split.length // shard.batch_size)
+        self._batches = None if length is None or shard.world_size > 1 else math.ceil(length / shard.batch_size)
         self._workers = workers
         self._log = log
 

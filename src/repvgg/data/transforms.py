@@ -122,7 +122,7 @@ class Uncropped:
 
 @final
 class PolicyTransform:
-    """An augmentation policy of torchvision, applied to each image of a batch with a seed of its own.
+    """An augmentation policy of torchvision, applied to each image of a batch with the image's own seed.
 
     Args:
         augment: names the policy and its parameters.
@@ -162,7 +162,7 @@ def _policy(augment: Augment, interpolation: Any) -> Any:
 @final
 @dataclass(frozen=True)
 class BatchTransforms:
-    """The batch-level steps of an :class:`~repvgg.data.Augment`: jitter, pad-crop and flip; and erase.
+    """The steps of an :class:`~repvgg.data.Augment` after its crop: jitter, pad-crop, flip, policy, erase.
 
     Images are uint8 pixels, or normalized float32.
 
@@ -170,16 +170,25 @@ class BatchTransforms:
         augment: the probabilities and ranges.
         seed: of the run.
         black: fill beyond the border of a jittered image, one number per channel, in the units of the images.
-        grey: fill of an erased square, likewise.
+        grey: fill of an erased square, in the same form.
+        policy: augmentation of single images; needs uint8.
     """
 
     augment: Augment
     seed: int
     black: tuple[float, ...]
     grey: tuple[float, ...]
+    policy: PolicyTransform | None = None
+
+    def __call__(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
+        """Apply all steps; ``keys_N`` (int64) identify the images."""
+        x_NCHW = self.jitter_crop_flip(x_NCHW, epoch, keys_N)
+        if self.policy is not None:
+            x_NCHW = self.policy(x_NCHW, epoch, keys_N)
+        # Erase after the policy: its colour operations would change the grey of the square.
+        return self.erase(x_NCHW, epoch, keys_N)
 
     def jitter_crop_flip(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
-        """Apply jitter, pad-crop and flip; ``keys_N`` (int64) identify the images."""
         augment = self.augment
         if augment.jitter == AffineJitter() and augment.crop != "pad" and augment.flip == 0:
             return x_NCHW
@@ -192,7 +201,6 @@ class BatchTransforms:
         return torch.where(flip.reshape(-1, 1, 1, 1), x_NCHW.flip(3), x_NCHW) if augment.flip else x_NCHW
 
     def erase(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
-        """Fill a square of some images with grey."""
         if self.augment.erase == 0:
             return x_NCHW
         draws = uniforms(self.seed, epoch, keys_N, _NUM_UNIFORMS)[:, _ERASE]
@@ -270,7 +278,7 @@ def jitter_matrices(draw_4N: Tensor, jitter: AffineJitter, height: int, width: i
 
 
 def sample_affine(x_NCHW: Tensor, matrix_N23: Tensor, fill: tuple[float, ...]) -> Tensor:
-    """Sample float images bilinearly at the coordinates given by the matrices; beyond the border lies ``fill``."""
+    """Sample float images bilinearly at the coordinates of the matrices; pixels beyond the border are ``fill``."""
     border = torch.tensor(fill, dtype=x_NCHW.dtype, device=x_NCHW.device).reshape(1, -1, 1, 1)
     grid_NHW2 = F.affine_grid(matrix_N23.to(x_NCHW), list(x_NCHW.shape), align_corners=False)
     # grid_sample pads with zeros only, so shift the images such that the fill is zero.

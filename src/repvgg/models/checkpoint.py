@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
         raise CheckpointError(f"{str(path)!r} is a checkpoint of {metadata.model}, not of {model}.")
     if plain is False and metadata.form == "plain":
         raise CheckpointError(
-            f"{str(path)!r} is in the plain form, which has no branches: load it as it is, then create new branches "
-            "with repvgg.expand."
+            f"{str(path)!r} is in the plain form, which has no branches: load it without plain=False, then create "
+            "new branches with repvgg.expand."
         )
     return collapse_loaded(loaded) if plain and metadata.form == "train" else loaded
 
@@ -193,7 +193,7 @@ def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
     tensors |= {name: torch.zeros((), dtype=torch.int64) for name in filled}
     # Nothing is ignored silently: a name outside the layout is either a known extra (dropped) or an error.
     leftover = [name for name in naming.unrecognized if name not in account.dropped]
-    problem = _shape_mismatch(expected, _shapes(tensors), naming, leftover) or _dtype_mismatch(model, tensors)
+    problem = _mismatch(expected, _shapes(tensors), naming.in_file, leftover) or _dtype_mismatch(model, tensors)
     if problem:
         raise CheckpointError(f"{path!r} {claim} {metadata.model} in the {metadata.form} form, but {problem}.")
     model.load_state_dict(tensors, assign=True)  # meta parameters have no storage to copy into
@@ -226,7 +226,7 @@ def _spec_in_header(metadata: Metadata, checkpoint: Checkpoint) -> ModelSpec:
         raise CheckpointError(f"{str(checkpoint.path)!r} is of a model that is not known here. {error}") from error
     except UsageError as error:
         raise CheckpointError(f"{str(checkpoint.path)!r} has a header with an invalid 'spec': {error}") from error
-    # Building a model takes time per block, even without weights: a header must not ask for more than the file has.
+    # Building a model takes time per block, even without weights: a header must not cause more than the file has.
     if sum(stage.depth for stage in spec.stages) > len(checkpoint.tensors):
         raise CheckpointError(f"{str(checkpoint.path)!r} has a header that names more blocks than it has tensors.")
     return spec
@@ -236,27 +236,37 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _shape_mismatch(
-    expected: Mapping[str, Shape], given: Mapping[str, Shape], naming: Naming, leftover: Sequence[str]
-) -> str | None:
-    """Describe missing, unexpected and wrongly shaped tensors by their names in the file; None if all fit.
+def _mismatch(
+    expected: Mapping[str, Shape],
+    given: Mapping[str, Shape],
+    in_file: Callable[[str], str] = str,
+    leftover: Sequence[str] = (),
+) -> str:
+    """Describe missing, unexpected and wrongly shaped tensors by their names in the file; an empty string if all fit.
 
     ``leftover`` are names in the file that the layout does not have.
     """
-    missing = [naming.in_file(name) for name in sorted(expected.keys() - given.keys())]
-    unexpected = sorted([*leftover, *map(naming.in_file, given.keys() - expected.keys())])
-    misshapen = [name for name in expected if name in given and expected[name] != given[name]]
-    problems = [f"it lacks {_listed(missing)}"] if missing else []
-    problems += [f"it has {_listed(unexpected)} too many"] if unexpected else []
-    if misshapen:
-        name = misshapen[0]
-        problems.append(f"{naming.in_file(name)!r} has the shape {given[name]} instead of {expected[name]}")
-    return " and ".join(problems) or None
+    missing = [repr(in_file(key)) for key in expected if key not in given]
+    unexpected = [repr(key) for key in (*(in_file(key) for key in given if key not in expected), *leftover)]
+    misshapen = [
+        f"{in_file(key)!r} {given[key]} instead of {shape}"
+        for key, shape in expected.items()
+        if given.get(key, shape) != shape
+    ]
+    problems = (
+        _counted(missing, "is missing", "are missing"),
+        _counted(unexpected, "is unexpected", "are unexpected"),
+        _counted(misshapen, "has another shape", "have other shapes"),
+    )
+    return "; ".join(filter(None, problems))
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_MAX_LISTED]))
-    return shown if len(names) == 1 else f"{len(names)} tensors ({shown}{', …' if len(names) > _MAX_LISTED else ''})"
+def _counted(names: Sequence[str], one: str, many: str) -> str:
+    """Return the number of names and the first of them, or an empty string for none."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:_MAX_LISTED]) + (", …" if len(names) > _MAX_LISTED else "")
+    return f"{len(names)} {f'key {one}' if len(names) == 1 else f'keys {many}'} ({shown})"
 
 
 def _dtype_mismatch(model: RepVGG, tensors: Mapping[str, Tensor]) -> str | None:
@@ -294,19 +304,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "th
         # Replace the wrappers of the file by those of the model: DataParallel, torch.compile, Lightning, …
         ours, theirs = common_prefix(expected), common_prefix(checkpoint.tensors)
         given = {ours + key.removeprefix(theirs): tensor for key, tensor in checkpoint.tensors.items()}
-    missing = [key for key in expected if key not in given and not key.endswith(_COUNTER)]
-    unexpected = [*(key for key in given if key not in expected), *leftover]
-    misshapen = [
-        f"{key!r} {tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in given and given[key].shape != expected[key].shape
-    ]
-    problems = (
-        _counted(map(repr, missing), "is missing", "are missing"),
-        _counted(map(repr, unexpected), "is unexpected", "are unexpected"),
-        _counted(misshapen, "has another shape", "have other shapes"),
-    )
-    if problem := "; ".join(filter(None, problems)):
+    required = {key: tensor for key, tensor in expected.items() if key in given or not key.endswith(_COUNTER)}
+    if problem := _mismatch(_shapes(required), _shapes(given), leftover=leftover):
         raise CheckpointError(f"The weights in {str(path)!r} do not fit {name}: {problem}.")
     model.load_state_dict(given, strict=False)  # all that may still be missing are counters of batches
 
@@ -322,12 +321,3 @@ def _tensors_for(model: RepVGG, checkpoint: Checkpoint) -> tuple[dict[str, Tenso
             "create new branches with repvgg.expand."
         )
     return collapse_loaded(_rebuild(checkpoint)).model.state_dict(), []
-
-
-def _counted(names: Iterable[str], one: str, many: str) -> str:
-    """Return the number of names and the first of them, or an empty string for none."""
-    listed = list(names)
-    if not listed:
-        return ""
-    shown = ", ".join(listed[:_MAX_LISTED]) + (", …" if len(listed) > _MAX_LISTED else "")
-    return f"{len(listed)} {f'key {one}' if len(listed) == 1 else f'keys {many}'} ({shown})"

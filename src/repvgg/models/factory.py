@@ -249,7 +249,7 @@ def _resolve(source: str, num_classes: int | None, in_channels: int | None) -> R
         )
     else:
         built = Built(model_from_file(path, factory), DEFAULT_SHAPE)
-        origin = f"those that {factory}() gave, random unless it loads some"
+        origin = f"set by {factory}(), random unless it loads some"
     # Lazy modules and meta tensors would fail later, in the middle of a trace.
     for tensor_name, tensor in (*built.model.named_parameters(), *built.model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:

@@ -43,7 +43,6 @@ class FetchedFile:
 
     @property
     def source(self) -> str:
-        """Repository and commit, for a header."""
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 

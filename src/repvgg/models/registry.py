@@ -78,25 +78,13 @@ _SPECS = (
     ),
     _plus_l2pse(),
     ModelSpec(
-        "repvgg_t0",
-        Stage(1, 16, stride=1),
-        (Stage(2, 32), Stage(3, 64), Stage(1, 128)),
-        input_size=32,
-        source=_SMALL,
+        "repvgg_t0", Stage(1, 16, stride=1), (Stage(2, 32), Stage(3, 64), Stage(1, 128)), input_size=32, source=_SMALL
     ),
     ModelSpec(
-        "repvgg_t1",
-        Stage(1, 32, stride=1),
-        (Stage(2, 64), Stage(4, 128), Stage(1, 256)),
-        input_size=32,
-        source=_SMALL,
+        "repvgg_t1", Stage(1, 32, stride=1), (Stage(2, 64), Stage(4, 128), Stage(1, 256)), input_size=32, source=_SMALL
     ),
     ModelSpec(
-        "repvgg_t2",
-        Stage(1, 32, stride=1),
-        (Stage(2, 96), Stage(4, 192), Stage(2, 256)),
-        input_size=32,
-        source=_SMALL,
+        "repvgg_t2", Stage(1, 32, stride=1), (Stage(2, 96), Stage(4, 192), Stage(2, 256)), input_size=32, source=_SMALL
     ),
 )
 

@@ -54,7 +54,6 @@ class RepVGG(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of logits."""
         return self.head.out_features
 
     def features(self, x: Tensor) -> list[Tensor]:

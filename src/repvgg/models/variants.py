@@ -25,7 +25,6 @@ class StagedNet(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -49,7 +48,6 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if shortcut.keeps_shape else ConvBN(shortcut.conv())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the ReLU of residual plus shortcut."""
         out: Tensor = self.act(self.second(self.act(self.first(x))) + self.shortcut(x))
         return out
 

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg._contexts import seeded
 from repvgg.errors import require
-from repvgg.training.config import (
-    DecayPolicy,
-    OptimConfig,
-    Precision,
-    TrainConfig,
-    read_config,
-    to_yaml,
-    write_config,
-)
+from repvgg.training.config import DecayPolicy, OptimConfig, Precision, TrainConfig, read_config, to_yaml, write_config
 from repvgg.training.distributed import BatchPlan, ProcessLayout, SyncBatchNorm, plan_batches, process_layout
 from repvgg.training.evaluation import Evaluation, evaluate
 from repvgg.training.optim import (

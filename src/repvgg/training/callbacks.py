@@ -29,7 +29,7 @@ class EpochRecord:
         epoch: counted from 1.
         loss: mean training loss over the steps, without weight decay.
         held_out_accuracy: top-1 accuracy on the validation images after the epoch, in [0, 1].
-        held_out_top5: top-5 accuracy likewise.
+        held_out_top5: top-5 accuracy on them.
         lr: learning rate of the last step.
         seconds: wall time, including validation.
         images_per_second: training throughput over all devices, without validation.
@@ -49,7 +49,7 @@ class History(L.Callback):
     """Append an :class:`EpochRecord` per epoch to ``records``, which are part of the checkpoint.
 
     Raises:
-        TrainingError: the loss of an epoch is not finite; checkpoints saved before stay as they are.
+        TrainingError: the loss of an epoch is not finite; earlier checkpoints are unchanged.
     """
 
     # The class name is Lightning's key of this state in last.ckpt: a renamed class could not resume older runs.
@@ -128,7 +128,6 @@ class MovingAverage(WeightAveraging):
         return step_idx is not None
 
     def copy_into(self, task: L.LightningModule) -> None:
-        """Copy the averages into ``task``."""
         # Lightning does so at the end of training, but not where a resumed run had finished its last epoch.
         self._copy_average_to_current(task)
 

@@ -108,7 +108,7 @@ class CheckpointSaver(Checkpoint):
         """Save if it is due or SIGTERM arrived; after the last step of an epoch, ``on_train_epoch_end`` does.
 
         Raises:
-            TrainingError: the loss is not finite; the checkpoint saved before stays as it is.
+            TrainingError: the loss is not finite; the previous checkpoint is unchanged.
             Terminated: SIGTERM arrived.
         """
         stop = self._should_stop(trainer)  # before any return: it is a collective operation

@@ -24,7 +24,7 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate, reached at the end of the warm-up, for a global batch of ``lr_batch`` images.
         lr_batch: global batch that ``lr`` refers to; other batch sizes scale it linearly (Goyal et al. 2017,
-            arXiv 1706.02677). None takes ``lr`` as it is.
+            arXiv 1706.02677). None uses ``lr`` unscaled.
         momentum: of SGD, in [0, 1).
         nesterov: use Nesterov momentum; the paper and upstream do not.
         weight_decay: L2 factor of the parameters that ``decay`` selects.
@@ -65,7 +65,7 @@ class OptimConfig:
         if self.clip is not None and self.clip <= 0:
             raise UsageError(f"clip must be greater than 0, or None for no clipping, got {self.clip}.")
         if self.lr_batch is not None and self.lr_batch < 1:
-            raise UsageError(f"lr_batch must be at least 1, or None to take lr as it is, got {self.lr_batch}.")
+            raise UsageError(f"lr_batch must be at least 1, or None to use lr unscaled, got {self.lr_batch}.")
 
 
 @final
@@ -170,7 +170,7 @@ def write_config(path: str | os.PathLike[str], config: TrainConfig, *, overwrite
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainConfig:
-    """Read a config from YAML, written by :func:`write_config` or by hand; missing fields take their defaults.
+    """Read a config from YAML, written by :func:`write_config` or a person; missing fields take their defaults.
 
     Raises:
         UsageError: the file does not exist or is not YAML, a field does not exist, or a value does not fit its field.

@@ -34,7 +34,6 @@ class ProcessLayout:
 
     @property
     def world_size(self) -> int:
-        """Number of processes on all machines."""
         return self.devices * self.nodes
 
 
@@ -42,7 +41,7 @@ def process_layout(config: TrainConfig) -> ProcessLayout:
     """Detect the processes that torchrun or SLURM started; a single process if neither did.
 
     Raises:
-        UsageError: ``config`` asks for another number of devices or nodes.
+        UsageError: ``config`` has another number of devices or nodes.
     """
     layout = _from_torchrun() or _from_slurm()
     if layout is None:
@@ -51,10 +50,7 @@ def process_layout(config: TrainConfig) -> ProcessLayout:
                 "Each device needs a process: start the run with torchrun --nproc-per-node DEVICES -m repvgg train."
             )
         return ProcessLayout()
-    for name, wanted, started in (
-        ("devices", config.devices, layout.devices),
-        ("nodes", config.nodes, layout.nodes),
-    ):
+    for name, wanted, started in (("devices", config.devices, layout.devices), ("nodes", config.nodes, layout.nodes)):
         if wanted is not None and wanted != started:
             raise UsageError(f"{started} {name} were started, but the config asks for {wanted}: leave {name} out.")
     return layout
@@ -98,7 +94,6 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
-        """Images per optimizer step."""
         return self.device_batch * self.accumulation * self.world_size
 
     def __str__(self) -> str:
@@ -154,7 +149,7 @@ def ddp_strategy(*, on_cpu: bool) -> Any:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over all processes; the gradient is summed likewise."""
+    """Sum over all processes; the gradient is summed, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -179,7 +174,6 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
-        """Normalize ``input`` (N, C, …)."""
         synchronize = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return self._global_batch_norm(input) if synchronize else super().forward(input)
 

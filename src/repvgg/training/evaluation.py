@@ -36,7 +36,6 @@ class Evaluation:
 
     @property
     def correct(self) -> int:
-        """Number of correctly classified images."""
         return int(self.confusion.diagonal().sum())
 
     @property

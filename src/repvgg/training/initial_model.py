@@ -74,10 +74,10 @@ def _expand(plain: RepVGG, data: ImageData, batch_size: int) -> tuple[RepVGG, st
     batches = itertools.islice(data.train_batches(batch_size), _EXPANSION_BATCHES)
     model, report = expand(plain, data=[data.prepare(images) for images, _ in batches])
     # 1x1 convolutions (squeeze-excite) stay plain in the branched form too.
-    unexpanded = [row for row in report.left if max(_kernel_size(plain, row.name)) > 1]
+    unexpanded = [skipped for skipped in report.left if max(_kernel_size(plain, skipped.name)) > 1]
     if not isinstance(model, RepVGG) or unexpanded:
-        row = (unexpanded or report.left)[0]
-        raise UsageError(f"{row.name} cannot be expanded, {row.reason}: leave out expand.")
+        first = (unexpanded or report.left)[0]
+        raise UsageError(f"{first.name} cannot be expanded, {first.reason}: leave out expand.")
     return model, f"expanded {len(report.expanded)} convolutions into branches that compute the same"
 
 

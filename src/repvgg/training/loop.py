@@ -84,8 +84,8 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in place; afterwards it is in eval mode, on the CPU.
 
-    The result has the weights of the last epoch, or their moving average if the config asks for it. On a CPU the same
-    initial weights, data, config and number of threads give the same weights bit for bit, whether or not the run was
+    The result has the weights of the last epoch, or their moving average if ``config.ema`` is set. On a CPU the same
+    initial weights, data, config and number of threads give the same weights bit for bit, even if the run was
     interrupted and resumed. Torch's random state, number of threads and global switches are restored.
 
     Args:
@@ -102,7 +102,7 @@ def fit(
 
     Raises:
         UsageError: the model does not match the images or classes, the training images do not fill a batch, or the
-            devices do not support what the config asks for.
+            devices do not support the config.
         TrainingError: the loss became infinite or NaN.
         OutputError: a checkpoint cannot be written; the one before it is intact.
         Terminated: SIGTERM arrived, and the checkpoint is saved.
@@ -181,7 +181,6 @@ class TrainingJob:
 
     @property
     def plan(self) -> BatchPlan:
-        """The batch split and the learning rate."""
         return plan_batches(self.config, self.layout.world_size)
 
     @property
@@ -213,12 +212,10 @@ class TrainingJob:
         return loader
 
     def validation_loader(self) -> ValLoader:
-        """Return the validation batches of this process."""
         size, layout = min(_VALIDATION_BATCH, self.plan.device_batch), self.layout
         return self.data.val_batches(size, rank=layout.rank, world_size=layout.world_size)
 
     def task(self) -> ClassificationTask:
-        """Return the LightningModule."""
         return ClassificationTask(self.model, self.config, len(self.data.classes), self.data.prepare, self.plan)
 
     def trainer(self, callbacks: list[L.Callback], batches: int) -> L.Trainer:
@@ -313,53 +310,34 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 @contextmanager
 def isolate_lightning() -> Iterator[None]:
     """Run a Trainer inside without its log output, and restore global state; Ctrl-C raises ``KeyboardInterrupt``."""
-    with _silent(), _determinism_restored(), _interruptible():
-        yield
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Suppress Lightning's tips and device lines, and its warnings about settings that are deliberate here."""
     # By level rather than by handler: handlers of the root logger would still print.
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _determinism_restored() -> Iterator[None]:
-    """Undo ``Trainer(deterministic=True)``, which sets torch's global switches and cuBLAS's environment variable."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    # Trainer(deterministic=True) sets torch's global switches and cuBLAS's environment variable.
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, cublas = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            # Its warnings are about settings that are deliberate here.
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    except SystemExit as end:
+        # On Ctrl-C Lightning 2.6 ignores SIGINT from then on and raises SystemExit in place of KeyboardInterrupt.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
         os.environ.pop(_CUBLAS, None)
         if cublas is not None:
             os.environ[_CUBLAS] = cublas
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    # On Ctrl-C Lightning 2.6 ignores SIGINT from then on and raises SystemExit in place of KeyboardInterrupt.
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGINT, handler)
 
@@ -368,8 +346,8 @@ def _interruptible() -> Iterator[None]:
 class DeferredLoader:
     """A loader whose iterators do no work before their first batch is read.
 
-    Lightning calls ``iter`` more often than it reads: each call would start worker processes in vain, and count as a
-    pass over the data.
+    Lightning calls ``iter`` more often than it reads: each call would start worker processes and count as a pass over
+    the data.
     """
 
     def __init__(self, loader: TrainLoader | ValLoader) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
+from typing import Any, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +15,24 @@ from repvgg.errors import UsageError
 from repvgg.symbolic import equivalent_conv
 from repvgg.training.config import DecayPolicy, OptimConfig
 
-_Rule = Callable[[nn.Module, str, nn.Parameter, bool], bool]
-
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def _decays_in_paper(module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
-    if isinstance(module, ComputedConv2d):
-        # The equivalent kernel is a product of several factors; scales among its parameters do not decay.
-        return name in module.kernels
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and name == "weight"
-
-
-def _decays_upstream(module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
-    return parameter.ndim > 1 or (identity and name == "weight")
-
-
-def _decays_upstream_2021(module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
-    # That script matched on the names "bias" and "bn"; the identity's norm is called rbr_identity and slipped through.
-    return "bias" not in name and (identity or not isinstance(module, _NORMS))
-
-
-def _decays_unless_1d(module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
-    return parameter.ndim > 1
-
-
-_RULES: dict[DecayPolicy, _Rule] = {
-    "paper": _decays_in_paper,
-    "upstream": _decays_upstream,
-    "upstream-2021": _decays_upstream_2021,
-    "no-1d": _decays_unless_1d,
-}
+def _decays(policy: DecayPolicy, module: nn.Module, name: str, parameter: nn.Parameter, identity: bool) -> bool:
+    """Return whether a parameter of ``module``, perhaps the batch norm of an identity branch, has weight decay."""
+    match policy:
+        case "paper" if isinstance(module, ComputedConv2d):
+            # The equivalent kernel is a product of several factors; scales among its parameters do not decay.
+            return name in module.kernels
+        case "paper":
+            return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and name == "weight"
+        case "upstream":
+            return parameter.ndim > 1 or (identity and name == "weight")
+        case "upstream-2021":
+            # That script matched the names "bias" and "bn"; the identity's norm is called rbr_identity, so it decayed.
+            return "bias" not in name and (identity or not isinstance(module, _NORMS))
+        case "no-1d":
+            return parameter.ndim > 1
 
 
 def parameter_groups(
@@ -80,9 +67,8 @@ def parameter_groups(
     Raises:
         UsageError: unknown policy.
     """
-    if policy not in _RULES:
-        raise UsageError(f"There is no decay policy {policy!r}: choose one of {', '.join(_RULES)}.")
-    decays = _RULES[policy]
+    if policy not in get_args(DecayPolicy):
+        raise UsageError(f"There is no decay policy {policy!r}: choose one of {', '.join(get_args(DecayPolicy))}.")
     penalized: set[int] = set()
     if custom_l2:
         for block in repvgg_blocks(model):
@@ -90,15 +76,14 @@ def parameter_groups(
     identities = {
         id(module["identity"]) for module in model.modules() if isinstance(module, BranchSum) and "identity" in module
     }
-    decaying: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    seen: set[int] = set()
+    decaying, rest, seen = list[nn.Parameter](), list[nn.Parameter](), set[int]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue  # a tensor, not its name, is the unit: tied weights occur in several modules
             seen.add(id(parameter))
-            chosen = decays(module, name, parameter, id(module) in identities) and id(parameter) not in penalized
+            identity = id(module) in identities
+            chosen = _decays(policy, module, name, parameter, identity) and id(parameter) not in penalized
             (decaying if chosen else rest).append(parameter)
     return [
         {"name": "decay", "params": decaying, "weight_decay": weight_decay},
@@ -313,7 +298,6 @@ class RepOptimizer:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none)
 
     def remove(self) -> None:

@@ -98,9 +98,7 @@ def cifar() -> TrainConfig:
         epochs=20,
         batch_size=128,
         data=DataConfig(
-            uri="torchvision:CIFAR10:cifar10",
-            train_size=32,
-            augment=Augment(crop="pad", crop_padding=3, flip=0.5),
+            uri="torchvision:CIFAR10:cifar10", train_size=32, augment=Augment(crop="pad", crop_padding=3, flip=0.5)
         ),
         # Crops of 2 pixels and lr 0.25, instead of 4 and 0.15, gained 1.1 points in 6 epochs, norm_bias_lr 0.9.
         optim=OptimConfig(lr=0.25, lr_batch=128, nesterov=True, weight_decay=5e-4, norm_bias_lr=16.0, warmup_epochs=2),

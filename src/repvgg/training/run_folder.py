@@ -41,7 +41,7 @@ REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
 _RUN_FILES = (LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
 _CHANGEABLE = {  # config fields that do not decide the weights, and may differ when a run resumes
-    *("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch"),
+    *("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch")
 }
 _VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
 
@@ -298,7 +298,7 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
 @final
 @dataclass(frozen=True)
 class _Printer:
-    """Print lines to ``console`` as they are: no wrapping, highlighting or markup; nothing if ``quiet``."""
+    """Print lines to ``console`` without wrapping, highlighting or markup; nothing if ``quiet``."""
 
     console: Console
     quiet: bool

@@ -135,7 +135,7 @@ def _is_observed() -> bool:
 
 
 def _are_fusable(images: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> bool:
-    """Return whether the compiled passes support these tensors: plain, alike, of a known dtype, on one device."""
+    """Return whether the compiled passes support these tensors: of one shape, one known dtype and one device."""
     first = images[0]
     shape, dtype = first.shape, first.dtype
     # One value per channel has no variance: PyTorch's batch norm raises the usual error.

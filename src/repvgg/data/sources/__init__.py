@@ -31,7 +31,7 @@ def open_source(config: DataConfig) -> Source:
     """
     source = _open(parse_uri(config.uri), config)
     if config.val is None:
-        return source if source.val is not None else _hold_out(source, config.uri)
+        return source if source.val is not None else _with_val_split(source, config.uri)
     other = _open(parse_uri(config.val), config)
     notes = source.notes
     if source.val is not None:
@@ -56,7 +56,7 @@ def _open(uri: DataUri, config: DataConfig) -> Source:
             return open_webdataset(uri)
 
 
-def _hold_out(source: Source, uri: str) -> Source:
+def _with_val_split(source: Source, uri: str) -> Source:
     """Split the only split of a source in two, stratified by class."""
     split = source.train
     if not isinstance(split, MapSplit):
@@ -74,7 +74,7 @@ def _stratified(split: MapSplit, uri: str) -> tuple[Tensor, Tensor]:
     # Seed and epoch are fixed: runs with different seeds must be evaluated on the same images.
     shuffled = epoch_order(0, 0, len(split))
     labels = split.labels[shuffled]
-    held_out = torch.zeros(len(split), dtype=torch.bool)
+    is_val = torch.zeros(len(split), dtype=torch.bool)
     for label, name in enumerate(split.classes):
         members = shuffled[labels == label]
         if len(members) == 1:
@@ -82,8 +82,8 @@ def _stratified(split: MapSplit, uri: str) -> tuple[Tensor, Tensor]:
                 f"Class {name!r} of {uri!r} has 1 image, which is too few for two splits: add images, or pass the URI "
                 f"of the validation images as val."
             )
-        held_out[members[: max(1, round(_VAL_FRACTION * len(members))) if len(members) else 0]] = True
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+        is_val[members[: max(1, round(_VAL_FRACTION * len(members))) if len(members) else 0]] = True
+    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
 
 
 def check_splits(source: Source, uri: str) -> None:

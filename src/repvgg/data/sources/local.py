@@ -131,10 +131,7 @@ def load_digits(size: int) -> Digits:
     pixels_N1HW = F.interpolate(pixels_N1HW, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(scans.target).long()
     parts = require("sklearn.model_selection", "train").train_test_split(
-        range(len(labels)),
-        test_size=_DIGITS_VAL_FRACTION,
-        stratify=labels.numpy(),
-        random_state=_DIGITS_SPLIT_STATE,
+        range(len(labels)), test_size=_DIGITS_VAL_FRACTION, stratify=labels.numpy(), random_state=_DIGITS_SPLIT_STATE
     )
     train, val = (torch.tensor(sorted(part)) for part in parts)
     mean, std = float(pixels_N1HW[train].mean()), float(pixels_N1HW[train].std(correction=0))
@@ -170,8 +167,8 @@ _NOISE_STD = 40.0  # of 255
 def open_fake(uri: DataUri, size: int | None) -> Source:
     """Open N synthetic training images (1000) of CLASSES classes (10), and a fifth as many for validation.
 
-    Each class has a colour and a plane wave of its own direction, frequency and phase; each image has a contrast of its
-    own, and noise. The images are always the same. Labels alternate: image i has class ``i mod CLASSES``.
+    Each class has a colour and a plane wave with its direction, frequency and phase; each image adds its contrast and
+    noise. The images are always the same. Labels alternate: image i has class ``i mod CLASSES``.
 
     Raises:
         UsageError: the text after the colon is malformed, or there are too few classes or images.

@@ -110,7 +110,7 @@ class WebDatasetSplit(IterableSplit):
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    # Only webdataset's two parsing steps: its complete pipeline has error handling and splitting of its own.
+    # Only webdataset's two parsing steps: its complete pipeline would also split shards and handle errors.
     tar = require("webdataset.tariterators", "data")
     stream = require("webdataset.gopen", "data").gopen(url)
     try:
