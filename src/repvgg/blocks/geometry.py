@@ -49,28 +49,18 @@ class Geometry:
 
     All pairs are (height, width).
 
-    Attributes:
-        in_channels: C of the input.
-        out_channels: C of the output.
-        kernel_size: size of the kernel.
-        stride: step between output pixels.
-        padding: pixels added above and below, and to the left and right.
-        dilation: distance between neighbouring taps in pixels.
-        groups: a divisor of both channel counts.
-        padding_mode: how the image is extended beyond its border.
-
     Raises:
         UsageError: a size is below 1, or the groups do not divide the channels.
     """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-    padding_mode: PaddingMode
+    in_channels: int  # C of the input
+    out_channels: int  # C of the output
+    kernel_size: Pair  # size of the kernel
+    stride: Pair  # step between output pixels
+    padding: Pair  # pixels added above and below, and to the left and right
+    dilation: Pair  # distance between neighbouring taps in pixels
+    groups: int  # a divisor of both channel counts
+    padding_mode: PaddingMode  # how the image is extended beyond its border
 
     def __post_init__(self) -> None:
         sizes = (self.in_channels, self.out_channels, self.groups, *self.kernel_size, *self.stride, *self.dilation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -29,25 +30,15 @@ class BranchSum(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class BranchConfig:
-    """The branches of a RepVGG-like block and the positions of its batch norms.
+    """The branches of a RepVGG-like block and the positions of its batch norms."""
 
-    Attributes:
-        dense: number of kxk convolutions.
-        pointwise: whether to add a 1x1 convolution.
-        identity: whether to add the input, where the shapes match.
-        mean: whether to add the mean over the k² pixels under the kernel, where the shapes match.
-        norms: the branches that end in a batch norm.
-        norm_after: whether a batch norm follows the sum.
-        relu: whether each branch ends in a ReLU. Such a block is not equal to any convolution.
-    """
-
-    dense: int = 1
-    pointwise: bool = True
-    identity: bool = True
-    mean: bool = False
-    norms: frozenset[Branch] = _ALL_BRANCHES
-    norm_after: bool = False
-    relu: bool = False
+    dense: int = 1  # number of kxk convolutions
+    pointwise: bool = True  # whether to add a 1x1 convolution
+    identity: bool = True  # whether to add the input, where the shapes match
+    mean: bool = False  # whether to add the mean over the k² pixels under the kernel, where the shapes match
+    norms: frozenset[Branch] = _ALL_BRANCHES  # the branches that end in a batch norm
+    norm_after: bool = False  # whether a batch norm follows the sum
+    relu: bool = False  # whether each branch ends in a ReLU; such a block is not equal to any convolution
 
 
 REPVGG = BranchConfig()
@@ -92,10 +83,7 @@ def branches_of(geometry: Geometry, config: BranchConfig = REPVGG) -> nn.Module:
 
 def sum_then_norm(branches: BranchSum, geometry: Geometry) -> nn.Sequential:
     """Append a batch norm to a sum of branches; the two are named ``sum`` and ``bn``."""
-    out = nn.Sequential()
-    out.add_module("sum", branches)
-    out.add_module("bn", nn.BatchNorm2d(geometry.out_channels))
-    return out
+    return nn.Sequential(OrderedDict(sum=branches, bn=nn.BatchNorm2d(geometry.out_channels)))
 
 
 def rep_conv(
@@ -115,14 +103,8 @@ def rep_conv(
     (Eq. 3 and 4, where k is 3). No code here computes that formula: a collapse derives it from this module's
     ``forward``. The padding is ``dilation · (k − 1) / 2``, which centres all branches on the same pixels.
 
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the output.
-        stride: of both convolutions.
-        groups: of both convolutions.
-        kernel_size: k, odd.
-        dilation: of the kxk convolution.
-        padding_mode: of the kxk convolution, the only one that pads.
+    ``stride`` and ``groups`` apply to both convolutions, ``dilation`` and ``padding_mode`` to the kxk one, which is the
+    only one that pads.
 
     Raises:
         UsageError: the kernel size is even.

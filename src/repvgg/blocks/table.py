@@ -29,23 +29,14 @@ _EXPAND = "Guo et al., ExpandNets, NeurIPS 2020"
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """A block in the table.
+    """A block in the table."""
 
-    Attributes:
-        name: the key for :func:`create_block`.
-        title: the name as printed in papers.
-        make: builds the block, newly initialized, for a geometry.
-        formula: what it computes; N is a batch norm, W a kernel.
-        source: the publication.
-        is_linear: whether the block equals one convolution in eval mode.
-    """
-
-    name: str
-    title: str
-    make: MakeModule
-    formula: str
-    source: str
-    is_linear: bool = True
+    name: str  # the key for create_block()
+    title: str  # the name as printed in papers
+    make: MakeModule  # builds the block, newly initialized, for a geometry
+    formula: str  # what it computes; N is a batch norm, W a kernel
+    source: str  # the publication
+    is_linear: bool = True  # whether the block equals one convolution in eval mode
 
 
 def _branches(name: str, title: str, config: BranchConfig, formula: str, source: str = _PAPER) -> BlockEntry:

@@ -31,43 +31,26 @@ _PLAIN_MODES = ("RGB", "L")
 @final
 @dataclass(frozen=True)
 class ImageFacts:
-    """Properties of one image.
+    """Properties of one image."""
 
-    Attributes:
-        location: path, or a description.
-        label: index of the class.
-        size: width and height; None if it is corrupt.
-        mode: PIL's name of the pixel format.
-        remarks: unusual properties, a few words each.
-        digest: hash of the pixels after conversion to RGB or greyscale.
-        corrupt: the problem, if any.
-    """
-
-    location: str
-    label: int
-    size: tuple[int, int] | None = None
-    mode: str = ""
-    remarks: tuple[str, ...] = ()
-    digest: bytes = b""
-    corrupt: CorruptImage | None = None
+    location: str  # path, or a description
+    label: int  # index of the class
+    size: tuple[int, int] | None = None  # width and height; None if it is corrupt
+    mode: str = ""  # PIL's name of the pixel format
+    remarks: tuple[str, ...] = ()  # unusual properties, a few words each
+    digest: bytes = b""  # hash of the pixels after conversion to RGB or greyscale
+    corrupt: CorruptImage | None = None  # the problem, if any
 
 
 @final
 @dataclass
 class SplitReport:
-    """Statistics of one split.
+    """Statistics of one split."""
 
-    Attributes:
-        name: "train" or "validation".
-        classes: images per class, with the corrupt ones.
-        sizes: width and height of each readable image.
-        modes: images per pixel format.
-    """
-
-    name: str
-    classes: Counter[str] = field(default_factory=Counter)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    modes: Counter[str] = field(default_factory=Counter)
+    name: str  # "train" or "validation"
+    classes: Counter[str] = field(default_factory=Counter)  # images per class, with the corrupt ones
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of each readable image
+    modes: Counter[str] = field(default_factory=Counter)  # images per pixel format
 
     @property
     def images(self) -> int:
@@ -84,31 +67,18 @@ class SplitReport:
 @final
 @dataclass
 class CheckReport:
-    """The result of :func:`check_data`.
+    """The result of :func:`check_data`. Images are named by their locations."""
 
-    Attributes:
-        uri: of the dataset.
-        splits: of the training and the validation split.
-        total: number of images to read; None if it is unknown.
-        corrupt: images that cannot be used.
-        remarks: unusual but usable images: remark → locations.
-        duplicates: pairs (training, validation) of images with equal pixels.
-        conflicts: pairs of training images with equal pixels and different classes.
-        mismatch: why the splits do not fit together, or cannot be trained on; None if they do.
-        notes: on how the splits were chosen.
-        complete: False after Ctrl-C.
-    """
-
-    uri: str
-    splits: tuple[SplitReport, SplitReport]
-    total: int | None
-    corrupt: list[CorruptImage] = field(default_factory=list)
-    remarks: dict[str, list[str]] = field(default_factory=dict)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
-    conflicts: list[tuple[str, str]] = field(default_factory=list)
-    mismatch: str | None = None
-    notes: tuple[str, ...] = ()
-    complete: bool = True
+    uri: str  # of the dataset
+    splits: tuple[SplitReport, SplitReport]  # training and validation
+    total: int | None  # number of images to read; None if it is unknown
+    corrupt: list[CorruptImage] = field(default_factory=list)  # images that cannot be used
+    remarks: dict[str, list[str]] = field(default_factory=dict)  # remark on unusual but usable images → locations
+    duplicates: list[tuple[str, str]] = field(default_factory=list)  # training and validation image of equal pixels
+    conflicts: list[tuple[str, str]] = field(default_factory=list)  # training images of equal pixels in two classes
+    mismatch: str | None = None  # why the splits do not fit together, or cannot be trained on; None if they do
+    notes: tuple[str, ...] = ()  # on how the splits were chosen
+    complete: bool = True  # False after Ctrl-C
 
     @property
     def usable(self) -> bool:

@@ -178,19 +178,12 @@ class DataConfig:
 @final
 @dataclass(frozen=True)
 class DataUri:
-    """A parsed dataset URI, ``scheme:rest?option=value&flag``.
+    """A parsed dataset URI, ``scheme:rest?option=value&flag``."""
 
-    Attributes:
-        text: the complete URI.
-        scheme: one of ``SCHEMES``.
-        rest: the text after the colon, without options.
-        options: the options by name; a flag without a value maps to "".
-    """
-
-    text: str
-    scheme: str
-    rest: str
-    options: dict[str, str] = field(default_factory=dict)
+    text: str  # the complete URI
+    scheme: str  # one of SCHEMES
+    rest: str  # the text after the colon, without options
+    options: dict[str, str] = field(default_factory=dict)  # the options by name; a flag without a value maps to ""
 
     def check_options(self, *allowed: str) -> None:
         """Raise UsageError for an option that the source does not take."""

@@ -188,12 +188,6 @@ class _DatasetBuilder:
         self._seed = seed
 
     def train(self, split: Split, shape: Shape) -> TrainDataset | StreamDataset:
-        """Return the dataset of training images of ``shape``.
-
-        Raises:
-            UsageError: the padding is larger than the images, or they cannot be cached as requested.
-            DataError: an image to be cached is corrupt.
-        """
         config, augment = self._config, self._config.augment
         if augment.crop == "pad" and augment.crop_padding >= shape[1]:
             raise UsageError(
@@ -208,11 +202,6 @@ class _DatasetBuilder:
         return TrainDataset(store, split.labels, self._batch_transforms(dtype), config.on_bad)
 
     def val(self, split: Split, shape: Shape) -> ValDataset | StreamDataset:
-        """Return the dataset of validation images of ``shape``.
-
-        Raises:
-            DataError: an image to be cached is corrupt.
-        """
         if isinstance(split, IterableSplit):
             return StreamDataset(split, CenterCrop(self._config, shape[1], shape[0]), None, self._config.on_bad)
         store = self._as_tensor(split, shape) or self._center_cropped(split, shape)

@@ -28,17 +28,11 @@ def is_image_name(path: str) -> bool:
 @final
 @dataclass(frozen=True)
 class CorruptImage:
-    """An image that cannot be used.
+    """An image that cannot be used."""
 
-    Attributes:
-        location: path of the file, or of the archive and the entry in it.
-        kind: category of the problem; "huge" is a decompression bomb, "mode" a pixel format that cannot be converted.
-        reason: the problem as a clause, as in "is empty: it has 0 bytes".
-    """
-
-    location: str
-    kind: Problem
-    reason: str
+    location: str  # path of the file, or of the archive and the entry in it
+    kind: Problem  # "huge": a decompression bomb; "mode": a pixel format that cannot be converted
+    reason: str  # the problem as a clause, as in "is empty: it has 0 bytes"
 
     @property
     def advice(self) -> str:

@@ -31,18 +31,13 @@ Batch = tuple[Tensor, Tensor]
 class RankShard:
     """The share of each batch that one rank loads.
 
-    Attributes:
-        batch_size: images per batch and rank.
-        rank: of this process.
-        world_size: number of ranks.
-
     Raises:
         UsageError: a batch size below 1, or a rank out of range.
     """
 
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
+    batch_size: int  # images per batch and rank
+    rank: int = 0  # of this process
+    world_size: int = 1  # number of ranks
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -80,7 +75,11 @@ class TrainLoader(ABC):
 
     @abstractmethod
     def skip(self, batches: int) -> None:
-        """Start the next pass, and only that, after ``batches`` batches, to resume an interrupted epoch."""
+        """Start the next pass, and only that, after ``batches`` batches, to resume an interrupted epoch.
+
+        Raises:
+            UsageError: a negative number, or more than an epoch is known to have.
+        """
 
 
 class ValLoader(ABC):
@@ -147,7 +146,7 @@ def data_loader(dataset: Dataset[Any], workers: int, batches: Iterable[Any] | No
             # An iterable dataset carries its epoch as a field, which running workers would not see change.
             "persistent_workers": not is_iterable,
             "prefetch_factor": _PREFETCH,
-            "worker_init_fn": end_with_parent,
+            "worker_init_fn": _end_with_parent,
         }
     return DataLoader(
         dataset,
@@ -171,18 +170,18 @@ def _start_context() -> Any:
     return context
 
 
-def end_with_parent(_: int = 0) -> None:
+def _end_with_parent(_: int) -> None:
     """End this worker as soon as the process that requested it is gone, even by SIGKILL."""
     # torch's own watchdog compares getppid(), which is the fork server here. That one lives as long as its children,
     # so both would outlive a killed run.
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent.join,), daemon=True).start()
 
+        def exit_after_parent() -> None:
+            parent.join()
+            os._exit(1)  # not sys.exit, which would end this thread only
 
-def _exit_after(wait: Callable[[], object]) -> None:
-    wait()
-    os._exit(1)  # not sys.exit, which would end this thread only
+        threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 def _identity(batch: T) -> T:
@@ -224,9 +223,6 @@ def parallel_map(function: Callable[[int], T], length: int, workers: int) -> Ite
 class _Chunks(Dataset[Any]):
     def __init__(self, function: Callable[[int], Any]) -> None:
         self._function = function
-
-    def __getitem__(self, index: int) -> Any:
-        return self._function(index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:  # a hook of DataLoader: one call per batch
         return [self._function(index) for index in indices]

@@ -217,9 +217,6 @@ class TrainDataset(Dataset[LoadedBatch]):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> LoadedBatch:
-        return self.__getitems__(BatchRequest(0, index, index + 1))
-
     def __getitems__(self, request: BatchRequest) -> LoadedBatch:  # a hook of DataLoader: one call per batch
         order = self.order(request.epoch)
         indices = order[request.start : request.stop]
@@ -274,9 +271,6 @@ class ValDataset(Dataset[LoadedBatch]):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> LoadedBatch:
-        return self.at(torch.tensor([index]))
-
     def __getitems__(self, request: BatchRequest) -> LoadedBatch:  # a hook of DataLoader: one call per batch
         return self.at(torch.arange(request.start, request.stop))
 
@@ -319,11 +313,7 @@ class MapTrainLoader(TrainLoader):
         self._sampler.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """See :meth:`TrainLoader.skip`; nothing of what is skipped is read.
-
-        Raises:
-            UsageError: a negative number, or more than an epoch has.
-        """
+        """See :meth:`TrainLoader.skip`; skipped images are not read."""
         check_skip(batches, self._batches)
         self._sampler.first = batches
 

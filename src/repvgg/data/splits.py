@@ -65,14 +65,7 @@ class SubsetSplit(MapSplit):
 
 @final
 class FileSplit(MapSplit):
-    """Image files below one folder.
-
-    Args:
-        root: the folder.
-        paths: relative to ``root``.
-        labels: (N,) int64.
-        classes: one name per label.
-    """
+    """Image files below the folder ``root``; ``paths`` are relative to it."""
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Tensor, classes: tuple[str, ...]) -> None:
         self.classes = classes
@@ -95,8 +88,6 @@ class TensorSplit(MapSplit):
     Args:
         name: of the dataset, for messages.
         pixels: (N, C, H, W), uint8, or float32 in [0, 1]; C is 1 or 3.
-        labels: (N,) int64.
-        classes: one name per label.
 
     Raises:
         DataError: other shapes or dtypes.
@@ -130,17 +121,11 @@ class TensorSplit(MapSplit):
 @final
 @dataclass(frozen=True)
 class Example:
-    """One encoded image of a stream.
+    """One encoded image of a stream."""
 
-    Attributes:
-        location: path of the archive and the entry, for messages.
-        data: content of the image file.
-        label: index of the class.
-    """
-
-    location: str
-    data: bytes
-    label: int
+    location: str  # path of the archive and the entry, for messages
+    data: bytes  # content of the image file
+    label: int  # index of the class
 
 
 class Shuffle(NamedTuple):
@@ -178,25 +163,15 @@ Split = MapSplit | IterableSplit
 @final
 @dataclass(frozen=True)
 class Source:
-    """The splits of an opened URI and the source's defaults.
+    """The splits of an opened URI and the source's defaults."""
 
-    Attributes:
-        train: the training images.
-        val: the validation images; None where the URI holds a single split.
-        channels: default number of channels.
-        size: default height and width of training images.
-        mean: default mean, one number per channel.
-        std: default standard deviation, one number per channel.
-        notes: remarks for the user on how the splits were chosen, a sentence each.
-    """
-
-    train: Split
-    val: Split | None
-    channels: int = 3
-    size: int = DEFAULT_SIZE
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    notes: tuple[str, ...] = ()
+    train: Split  # the training images
+    val: Split | None  # the validation images; None where the URI holds a single split
+    channels: int = 3  # default number of channels
+    size: int = DEFAULT_SIZE  # default height and width of training images
+    mean: tuple[float, ...] = IMAGENET_MEAN  # default mean, one number per channel
+    std: tuple[float, ...] = IMAGENET_STD  # default standard deviation, one number per channel
+    notes: tuple[str, ...] = ()  # remarks for the user on how the splits were chosen, a sentence each
 
 
 @final

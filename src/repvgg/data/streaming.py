@@ -39,25 +39,16 @@ _SINGLE_IMAGES = RankShard(batch_size=1)
 @final
 @dataclass(frozen=True)
 class StreamDataset(IterableDataset[LoadedBatch]):
-    """One pass over the shard of one worker: full batches, then the remainder. A copy of it lives in each worker.
-
-    Attributes:
-        split: the stream.
-        crop: brings its images to one size.
-        transforms: their augmentation; None for validation.
-        on_bad: "raise" at a corrupt image, or "skip" it.
-        shard: batch size and rank.
-        epoch: of order and augmentation, or None for the stored order.
-        skipped: batches, over all workers of this rank, that the caller drops. They are not decoded, unless corrupt
-            images are skipped: only decoding tells which images a batch holds then.
-    """
+    """One pass over the shard of one worker: full batches, then the remainder. A copy of it lives in each worker."""
 
     split: IterableSplit
-    crop: Crop
-    transforms: BatchTransforms | None
-    on_bad: str
+    crop: Crop  # brings the images to one size
+    transforms: BatchTransforms | None  # their augmentation; None for validation
+    on_bad: str  # "raise" at a corrupt image, or "skip" it
     shard: RankShard = _SINGLE_IMAGES
-    epoch: int | None = None
+    epoch: int | None = None  # of order and augmentation; None for the stored order
+    # Batches, over all workers of this rank, that the caller drops. They are not decoded, unless corrupt images are
+    # skipped: only decoding tells which images a batch holds then.
     skipped: int = 0
 
     def __iter__(self) -> Iterator[LoadedBatch]:
@@ -165,11 +156,7 @@ class StreamTrainLoader(TrainLoader):
         self._dataset = replace(self._dataset, epoch=epoch)
 
     def skip(self, batches: int) -> None:
-        """See :meth:`TrainLoader.skip`; skipped examples are read, but not decoded unless corrupt ones are skipped.
-
-        Raises:
-            UsageError: a negative number, or more than an epoch is known to have.
-        """
+        """See :meth:`TrainLoader.skip`; skipped examples are read, but not decoded unless corrupt ones are skipped."""
         check_skip(batches, self._batches)
         self._first = batches
 

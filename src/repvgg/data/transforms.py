@@ -164,21 +164,14 @@ def _policy(augment: Augment, interpolation: Any) -> Any:
 class BatchTransforms:
     """The steps of an :class:`~repvgg.data.Augment` after its crop: jitter, pad-crop, flip, policy, erase.
 
-    Images are uint8 pixels, or normalized float32.
-
-    Attributes:
-        augment: the probabilities and ranges.
-        seed: of the run.
-        black: fill beyond the border of a jittered image, one number per channel, in the units of the images.
-        grey: fill of an erased square, in the same form.
-        policy: augmentation of single images; needs uint8.
+    Images are uint8 pixels, or normalized float32; fills are one number per channel in the units of the images.
     """
 
     augment: Augment
-    seed: int
-    black: tuple[float, ...]
-    grey: tuple[float, ...]
-    policy: PolicyTransform | None = None
+    seed: int  # of the run
+    black: tuple[float, ...]  # fill beyond the border of a jittered image
+    grey: tuple[float, ...]  # fill of an erased square
+    policy: PolicyTransform | None = None  # augmentation of single images; needs uint8
 
     def __call__(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
         """Apply all steps; ``keys_N`` (int64) identify the images."""

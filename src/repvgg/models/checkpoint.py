@@ -42,17 +42,11 @@ _MAX_LISTED = 2  # names in a message
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model rebuilt from a file.
+    """A model rebuilt from a file."""
 
-    Attributes:
-        model: in eval mode.
-        metadata: what is known about it.
-        account: what became of each tensor in the file.
-    """
-
-    model: RepVGG
-    metadata: Metadata
-    account: Account
+    model: RepVGG  # in eval mode
+    metadata: Metadata  # what is known about it
+    account: Account  # what became of each tensor in the file
 
 
 def describe_model(model: RepVGG, form: Form, **more: Any) -> Metadata:

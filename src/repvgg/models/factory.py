@@ -28,19 +28,12 @@ _DEFAULT_CLASSES, _DEFAULT_CHANNELS = 1000, 3  # ImageNet-1k
 
 @dataclass(frozen=True, eq=False)
 class ResolvedModel:
-    """A model built from a source string, in eval mode.
+    """A model built from a source string, in eval mode."""
 
-    Attributes:
-        source: the string that was given.
-        model: a new model, shared with nothing.
-        input_shape: (C, H, W) of the image that it is designed for, as far as known.
-        weights: where its weights come from, in words; "random" for an initialized model.
-    """
-
-    source: str
-    model: nn.Module
-    input_shape: Shape
-    weights: str
+    source: str  # the string that was given
+    model: nn.Module  # a new model, shared with nothing
+    input_shape: Shape  # (C, H, W) of the image that it is designed for, as far as known
+    weights: str  # where its weights come from, in words; "random" for an initialized model
 
 
 def create_model(
@@ -165,12 +158,7 @@ def create_baseline(name: str, num_classes: int = _DEFAULT_CLASSES, *, values: b
 def create_comparison(
     name: str, num_classes: int = _DEFAULT_CLASSES, in_channels: int = _DEFAULT_CHANNELS
 ) -> nn.Module:
-    """Build a comparison network, newly initialized, in training mode.
-
-    Args:
-        name: a name in :data:`repvgg.models.COMPARISONS`.
-        num_classes: number of logits, at least 1.
-        in_channels: channels of the images, at least 1.
+    """Build a network of :data:`repvgg.models.COMPARISONS`, newly initialized, in training mode.
 
     Raises:
         UnknownModelError: there is no such network; the text suggests the closest names, or lists all of them.

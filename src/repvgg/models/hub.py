@@ -29,17 +29,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A file of a repository, in the local cache.
+    """A file of a repository, in the local cache."""
 
-    Attributes:
-        path: of the file.
-        repository: OWNER/NAME.
-        revision: its commit, 40 hex digits; empty if the cache does not record it.
-    """
-
-    path: Path
-    repository: str
-    revision: str
+    path: Path  # of the file
+    repository: str  # OWNER/NAME
+    revision: str  # its commit, 40 hex digits; empty if the cache does not record it
 
     @property
     def source(self) -> str:
@@ -98,10 +92,9 @@ def from_pretrained(
     Args:
         source: OWNER/NAME, a folder, or a checkpoint file.
         plain: see :func:`repvgg.load`.
-        revision: a commit, a branch or a tag of the repository; None selects the newest commit. The metadata's
-            ``source`` records the commit.
-        cache_dir: where downloads are stored; None selects the cache of huggingface_hub.
-        token: for a private repository; None selects the one stored by ``hf auth login``.
+        revision: see :func:`fetch`; the metadata's ``source`` records the commit.
+        cache_dir: see :func:`fetch`.
+        token: see :func:`fetch`.
 
     Raises:
         SourceError: there is no such folder or repository, or the file is not in the cache and the hub cannot be
@@ -125,26 +118,16 @@ def from_pretrained(
 
 @dataclass(frozen=True)
 class Pretrained:
-    """ImageNet-1k weights of a registered model, published by timm in the train form.
+    """ImageNet-1k weights of a registered model, published by timm in the train form."""
 
-    Attributes:
-        model: name of the model.
-        repository: OWNER/NAME on the hub; the file is ``model.safetensors``.
-        top1: published accuracy on the ImageNet-1k validation images, in percent.
-        input_size: height and width in pixels for that accuracy.
-        crop: the centre crop, as a fraction of the shorter side.
-        licence: of the weights.
-        revision: the commit; None selects the newest.
-    """
-
-    model: str
-    repository: str
-    top1: float
-    input_size: int = 224
-    crop: float = 0.875
-    licence: str = "mit"
+    model: str  # name of the model
+    repository: str  # OWNER/NAME on the hub; the file is model.safetensors
+    top1: float  # published accuracy on the ImageNet-1k validation images, in percent
+    input_size: int = 224  # height and width in pixels for that accuracy
+    crop: float = 0.875  # the centre crop, as a fraction of the shorter side
+    licence: str = "mit"  # of the weights
     # None: the commits were not known when the table was written. The structure is verified tensor by tensor instead.
-    revision: str | None = None
+    revision: str | None = None  # the commit; None selects the newest
 
 
 _TOP1 = {
@@ -183,7 +166,7 @@ def load_pretrained(
         in_channels: channels of the images, 3 if None; for another number the first block is newly initialized.
         plain: collapse the model and verify the result.
         revision: the commit of the repository; None selects the one in the table, or else the newest.
-        cache_dir: where downloads are stored; None selects the cache of huggingface_hub.
+        cache_dir: see :func:`fetch`.
 
     Returns:
         The model. Its metadata contain repository and commit (``source``), the normalization of pixels, the size and
@@ -346,7 +329,8 @@ def _sections(model: RepVGG, about: Metadata, repository: str, licence: str | No
         yield _table(("metric", "value"), [(name, f"{value:g}") for name, value in sorted(about.metrics.items())])
     if about.classes:
         yield "## Classes"
-        yield _classes(about.classes)
+        more = f", … ({len(about.classes)} in all)" if len(about.classes) > _MAX_CLASSES else ""
+        yield ", ".join(map(_cell, about.classes[:_MAX_CLASSES])) + more
     if about.recipe:
         yield "## Recipe"
         yield f"```json\n{json.dumps(about.recipe, indent=1, sort_keys=True, default=str)}\n```"
@@ -362,23 +346,14 @@ def _facts(model: RepVGG, about: Metadata) -> list[tuple[str, str]]:
         ("form", _FORMS[about.form]),
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("input", f"{about.in_channels} x {size} x {size}"),
-        ("mean of the pixels", _numbers(about.mean)),
-        ("standard deviation", _numbers(about.std)),
+        ("mean of the pixels", ", ".join(f"{value:g}" for value in about.mean)),
+        ("standard deviation", ", ".join(f"{value:g}" for value in about.std)),
         ("classes", str(about.num_classes)),
         ("averaged weights", "yes" if about.ema else "no"),
         ("source", about.source),
         ("written by", f"repvgg {about.version}" if about.version else ""),
     ]
     return [(name, value) for name, value in rows if value]
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _classes(names: tuple[str, ...]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > _MAX_CLASSES else ""
-    return ", ".join(map(_cell, names[:_MAX_CLASSES])) + more
 
 
 def _table(titles: tuple[str, str], rows: list[tuple[str, str]]) -> str:

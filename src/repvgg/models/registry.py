@@ -97,26 +97,17 @@ SPECS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 @dataclass(frozen=True)
 class Baseline:
-    """A network that RepVGG is compared with, built by the library that has the original model.
+    """A network that RepVGG is compared with, built by the library that has the original model."""
 
-    Attributes:
-        name: the key for :func:`repvgg.models.create_baseline`.
-        title: the name as printed in papers.
-        source: the library and its name for the model, for :func:`repvgg.models.resolve`; imported on use only.
-        origin: the publication.
-        input_size: height and width in pixels of the comparison; other sizes work.
-        stride_in_1x1: whether the first 1x1 convolution of a bottleneck has its stride, as originally published.
-            Libraries today move the stride to the 3x3, which changes neither parameters nor tensor names.
-        note: why this source was chosen, or a common confusion; may be empty.
-    """
-
-    name: str
-    title: str
-    source: str
-    origin: str
-    input_size: int = 224
+    name: str  # the key for create_baseline()
+    title: str  # the name as printed in papers
+    source: str  # the library and its name for the model, for resolve(); imported on use only
+    origin: str  # the publication
+    input_size: int = 224  # height and width in pixels of the comparison; other sizes work
+    # Whether the first 1x1 convolution of a bottleneck has its stride, as originally published. Libraries today move
+    # the stride to the 3x3, which changes neither parameters nor tensor names.
     stride_in_1x1: bool = False
-    note: str = ""
+    note: str = ""  # why this source was chosen, or a common confusion
 
 
 _RESNET = "He et al., Deep residual learning for image recognition, CVPR 2016"
@@ -179,21 +170,13 @@ BASELINES: dict[str, Baseline] = {baseline.name: baseline for baseline in _BASEL
 
 @dataclass(frozen=True)
 class Comparison:
-    """A network of the paper's comparisons that is built here, in :mod:`repvgg.models.variants`.
+    """A network of the paper's comparisons that is built here, in :mod:`repvgg.models.variants`."""
 
-    Attributes:
-        name: the key for :func:`repvgg.models.create_comparison`.
-        title: the name as printed in papers.
-        make: builds the model, newly initialized, from the numbers of classes and of input channels.
-        origin: the publication.
-        input_size: height and width in pixels of the comparison.
-    """
-
-    name: str
-    title: str
-    make: Callable[[int, int], nn.Module]
-    origin: str
-    input_size: int = 224
+    name: str  # the key for create_comparison()
+    title: str  # the name as printed in papers
+    make: Callable[[int, int], nn.Module]  # from the numbers of classes and of input channels; newly initialized
+    origin: str  # the publication
+    input_size: int = 224  # height and width in pixels of the comparison
 
 
 _PAPER = "Ding et al., RepVGG, CVPR 2021, §4.2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -115,20 +116,20 @@ def _activation(spec: ModelSpec, channels: int) -> nn.Module:
     """Return a ReLU, or a sequence of gate and ReLU whose submodules are named ``se`` and ``relu``."""
     if spec.squeeze_excite is None:
         return nn.ReLU()
-    modules = {"se": SqueezeExcite(channels, channels // spec.squeeze_excite.reduction), "relu": nn.ReLU()}
-    act = nn.Sequential()
-    for name in ("se", "relu") if spec.squeeze_excite.place == "before_relu" else ("relu", "se"):
-        act.add_module(name, modules[name])
-    return act
+    gate = SqueezeExcite(channels, channels // spec.squeeze_excite.reduction)
+    if spec.squeeze_excite.place == "before_relu":
+        return nn.Sequential(OrderedDict(se=gate, relu=nn.ReLU()))
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), se=gate))
 
 
 def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
     """Build RepVGGplus's auxiliary head: conv3x3 of stride 2, BN, ReLU, pool, linear."""
-    head = nn.Sequential()
-    head.add_module("conv", nn.Conv2d(channels, channels, 3, 2, 1, bias=False))
-    head.add_module("bn", nn.BatchNorm2d(channels))
-    head.add_module("relu", nn.ReLU())
-    head.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    head.add_module("flatten", nn.Flatten())
-    head.add_module("head", nn.Linear(channels, num_classes))
-    return head
+    layers = OrderedDict(
+        conv=nn.Conv2d(channels, channels, 3, 2, 1, bias=False),
+        bn=nn.BatchNorm2d(channels),
+        relu=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        head=nn.Linear(channels, num_classes),
+    )
+    return nn.Sequential(layers)

@@ -37,27 +37,16 @@ class SqueezeExciteSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that defines a RepVGG except its numbers of classes and input channels.
+    """Everything that defines a RepVGG except its numbers of classes and input channels."""
 
-    Attributes:
-        name: the key for ``create_model``.
-        stem: the first layer, a stage of depth 1.
-        stages: the stages after it.
-        groups: of every second layer from the 3rd on, counting the stem as the 1st; all others have one group.
-        squeeze_excite: the gate in every block, or None.
-        auxiliary: indices of the stages with an auxiliary head, which is used in training only.
-        input_size: height and width in pixels that the model is designed for; other sizes work.
-        source: where the specification is published.
-    """
-
-    name: str
-    stem: Stage
-    stages: tuple[Stage, ...]
-    groups: int = 1
-    squeeze_excite: SqueezeExciteSpec | None = None
-    auxiliary: tuple[int, ...] = ()
-    input_size: int = 224
-    source: str = "RepVGG (CVPR 2021), Tables 2 and 3"
+    name: str  # the key for create_model
+    stem: Stage  # the first layer, a stage of depth 1
+    stages: tuple[Stage, ...]  # the stages after it
+    groups: int = 1  # of every second layer from the 3rd on, counting the stem as the 1st; all others have one group
+    squeeze_excite: SqueezeExciteSpec | None = None  # the gate in every block, or None
+    auxiliary: tuple[int, ...] = ()  # indices of the stages with an auxiliary head, which is used in training only
+    input_size: int = 224  # height and width in pixels that the model is designed for; other sizes work
+    source: str = "RepVGG (CVPR 2021), Tables 2 and 3"  # where the specification is published
 
     def __post_init__(self) -> None:
         if self.stem.depth != 1:

@@ -58,11 +58,6 @@ def residual_reorg(spec: ModelSpec, num_classes: int = 1000, in_channels: int = 
     A stage with an even number of layers becomes half as many residual blocks; with an odd number, its first layer
     stays outside. RepVGG-B0 becomes one layer, 2, 3 and 8 blocks, and one layer.
 
-    Args:
-        spec: depths, widths and strides.
-        num_classes: number of logits.
-        in_channels: channels of the images.
-
     Raises:
         UsageError: the specification has groups or gates.
     """

@@ -23,25 +23,15 @@ _REFRESH_SECONDS = 0.25
 @final
 @dataclass(frozen=True)
 class EpochRecord:
-    """The metrics of one epoch. The field names are also the keys in ``log.csv``, ``report.json`` and ``last.ckpt``.
+    """The metrics of one epoch. The field names are also the keys in ``log.csv``, ``report.json`` and ``last.ckpt``."""
 
-    Attributes:
-        epoch: counted from 1.
-        loss: mean training loss over the steps, without weight decay.
-        held_out_accuracy: top-1 accuracy on the validation images after the epoch, in [0, 1].
-        held_out_top5: top-5 accuracy on them.
-        lr: learning rate of the last step.
-        seconds: wall time, including validation.
-        images_per_second: training throughput over all devices, without validation.
-    """
-
-    epoch: int
-    loss: float
-    held_out_accuracy: float
-    held_out_top5: float = float("nan")
-    lr: float = float("nan")
-    seconds: float = float("nan")
-    images_per_second: float = float("nan")
+    epoch: int  # counted from 1
+    loss: float  # mean training loss over the steps, without weight decay
+    held_out_accuracy: float  # top-1 accuracy on the validation images after the epoch, in [0, 1]
+    held_out_top5: float = float("nan")  # top-5 accuracy on them
+    lr: float = float("nan")  # learning rate of the last step
+    seconds: float = float("nan")  # wall time, including validation
+    images_per_second: float = float("nan")  # training throughput over all devices, without validation
 
 
 @final

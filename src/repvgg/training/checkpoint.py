@@ -22,17 +22,11 @@ _POSITION_KEY = "repvgg_place"  # in last.ckpt; checkpoints in the field have it
 
 
 class RunPosition(NamedTuple):
-    """Where the data of a saved run continue.
+    """Where the data of a saved run continue."""
 
-    Attributes:
-        epoch: counted from 0.
-        batches: batches of this epoch that are done, per device.
-        accumulation: batches per optimizer step, per device.
-    """
-
-    epoch: int
-    batches: int
-    accumulation: int
+    epoch: int  # counted from 0
+    batches: int  # batches of this epoch that are done, per device
+    accumulation: int  # batches per optimizer step, per device
 
 
 def read_position(path: str | os.PathLike[str]) -> RunPosition:

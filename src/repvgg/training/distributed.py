@@ -20,17 +20,11 @@ from repvgg.training.config import TrainConfig
 @final
 @dataclass(frozen=True)
 class ProcessLayout:
-    """The processes of a run, one per device.
+    """The processes of a run, one per device."""
 
-    Attributes:
-        rank: global rank of this process; rank 0 prints and writes files.
-        devices: processes on this machine.
-        nodes: number of machines.
-    """
-
-    rank: int = 0
-    devices: int = 1
-    nodes: int = 1
+    rank: int = 0  # global rank of this process; rank 0 prints and writes files
+    devices: int = 1  # processes on this machine
+    nodes: int = 1  # number of machines
 
     @property
     def world_size(self) -> int:
@@ -76,21 +70,13 @@ def _from_slurm() -> ProcessLayout | None:
 @final
 @dataclass(frozen=True)
 class BatchPlan:
-    """A global batch split into ``world_size`` devices x ``accumulation`` micro-batches x ``device_batch`` images.
+    """A global batch split into ``world_size`` devices x ``accumulation`` micro-batches x ``device_batch`` images."""
 
-    Attributes:
-        device_batch: images of one forward pass on one device.
-        accumulation: forward passes per optimizer step (gradient accumulation).
-        world_size: number of devices.
-        lr: peak learning rate.
-        lr_scale: factor between the configured learning rate and ``lr``.
-    """
-
-    device_batch: int
-    accumulation: int
-    world_size: int
-    lr: float
-    lr_scale: float
+    device_batch: int  # images of one forward pass on one device
+    accumulation: int  # forward passes per optimizer step (gradient accumulation)
+    world_size: int  # number of devices
+    lr: float  # peak learning rate
+    lr_scale: float  # factor between the configured learning rate and lr
 
     @property
     def global_batch(self) -> int:

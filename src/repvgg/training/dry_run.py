@@ -29,17 +29,11 @@ _LR = 0.01
 @final
 @dataclass(frozen=True)
 class DryRunResult:
-    """The outcome of a dry run.
+    """The outcome of a dry run."""
 
-    Attributes:
-        loss: of the first images, before the step.
-        regions: number of convolutions after the collapse; 0 for a model that is plain already.
-        evidence: comparison of plain form and train form after the step; None for a model that is plain already.
-    """
-
-    loss: float
-    regions: int
-    evidence: Evidence | None
+    loss: float  # of the first images, before the step
+    regions: int  # number of convolutions after the collapse; 0 for a model that is plain already
+    evidence: Evidence | None  # of the equality of both forms after the step; None for a model that is plain already
 
     def __str__(self) -> str:
         start = f"dry run: loss {self.loss:.3f}, all gradients finite"

@@ -17,17 +17,11 @@ from repvgg.errors import require
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions and labels of N images of K classes; all tensors are on the CPU.
+    """Predictions and labels of N images of K classes; all tensors are on the CPU."""
 
-    Attributes:
-        logits: (N, K) float32.
-        labels: (N,) int64, the true classes.
-        confusion: (K, K) int64, rows are true classes and columns predicted ones.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    confusion: Tensor
+    logits: Tensor  # (N, K) float32
+    labels: Tensor  # (N,) int64, the true classes
+    confusion: Tensor  # (K, K) int64, rows are true classes and columns predicted ones
 
     @property
     def predictions(self) -> Tensor:

@@ -48,21 +48,13 @@ OnEpoch = Callable[[tuple[EpochRecord, ...], Mapping[str, Tensor]], None]
 @final
 @dataclass(frozen=True)
 class FitResult:
-    """The outcome of :func:`fit`.
+    """The outcome of :func:`fit`."""
 
-    Attributes:
-        config: the run.
-        plan: its batch split and learning rate.
-        history: one record per epoch.
-        validation: the model of the last epoch on the validation images.
-        seconds: wall time of the epochs in this process.
-    """
-
-    config: TrainConfig
-    plan: BatchPlan
-    history: tuple[EpochRecord, ...]
-    validation: Evaluation
-    seconds: float
+    config: TrainConfig  # the run
+    plan: BatchPlan  # its batch split and learning rate
+    history: tuple[EpochRecord, ...]  # one record per epoch
+    validation: Evaluation  # the model of the last epoch on the validation images
+    seconds: float  # wall time of the epochs in this process
 
     @property
     def accuracy(self) -> float:
@@ -147,25 +139,17 @@ def runs_on_cpu(config: TrainConfig) -> bool:
 class TrainingJob:
     """The part of a run that one process does: its batches, its task and its Trainer.
 
-    Attributes:
-        model: the model to train.
-        data: the training and validation images.
-        config: the run.
-        layout: the processes of the run, and the rank of this one.
-        folder: where files are written; None writes none.
-        resume: continue from the checkpoint in ``folder``.
-
     Raises:
         UsageError: the batch does not split over the devices, the images do not fill it, or the precision is not
             supported.
     """
 
-    model: nn.Module
-    data: ImageData
-    config: TrainConfig
-    layout: ProcessLayout
-    folder: Path | None = None
-    resume: bool = False
+    model: nn.Module  # the model to train
+    data: ImageData  # the training and validation images
+    config: TrainConfig  # the run
+    layout: ProcessLayout  # the processes of the run, and the rank of this one
+    folder: Path | None = None  # where files are written; None writes none
+    resume: bool = False  # continue from the checkpoint in folder
 
     def __post_init__(self) -> None:
         plan, images = self.plan, self.data.num_train

@@ -40,26 +40,19 @@ TRAIN_FILE, PLAIN_FILE, BEST_FILE = "train.safetensors", "plain.safetensors", "b
 REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
 _RUN_FILES = (LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
-_CHANGEABLE = {  # config fields that do not decide the weights, and may differ when a run resumes
-    *("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch")
-}
+# Config fields that do not decide the weights, and may differ when a run resumes.
+_CHANGEABLE = ("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch")
 _VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """The outcome of :func:`run`.
+    """The outcome of :func:`run`."""
 
-    Attributes:
-        folder: the folder with all files of the run.
-        fit: the training.
-        plain: the plain form on the validation images; None where the trained model was plain already.
-    """
-
-    folder: Path
-    fit: FitResult
-    plain: Evaluation | None
+    folder: Path  # the folder with all files of the run
+    fit: FitResult  # the training
+    plain: Evaluation | None  # the plain form on the validation images; None where the trained model was plain already
 
 
 def run(
@@ -88,17 +81,17 @@ def run(
     """
     layout = process_layout(config)
     is_writer = layout.rank == 0
-    printer = _Printer(console or Console(), quiet=not is_writer)
+    console = (console or Console()) if is_writer else Console(quiet=True)
     # Refused before the data set is opened, which may take minutes.
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
     data = open_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
     job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
-    _print_setup(job, initial, printer)
+    _print_setup(job, initial, console)
     if resuming:
-        printer(f"resumes from {folder / LAST_CHECKPOINT}")
+        _print(console, f"  resumes from {folder / LAST_CHECKPOINT}")
     elif config.dry_run:
-        printer(str(perform_dry_run(initial.model, data, config)))
+        _print(console, f"  {perform_dry_run(initial.model, data, config)}")
     if is_writer:
         # Only now: a run that is refused, or fails its dry run, leaves the folder as it was.
         prepare_folder(folder, config, resuming=resuming)
@@ -109,13 +102,11 @@ def run(
         config,
         folder=folder,
         resume=resuming,
-        console=printer.console,
+        console=console,
         layout=layout,
         on_epoch=run_folder.write_epoch,
     )
-    if not is_writer:
-        return None
-    return _finish(run_folder, result, printer)
+    return _finish(run_folder, result, console) if is_writer else None
 
 
 def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_writer: bool = True) -> bool:
@@ -173,19 +164,12 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resuming: bool) -> None
 @final
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """Writes the files of a run after each epoch and at the end.
+    """Writes the files of a run after each epoch and at the end."""
 
-    Attributes:
-        path: the folder.
-        config: the run.
-        data: the training and validation images.
-        model: the model being trained.
-    """
-
-    path: Path
-    config: TrainConfig
-    data: ImageData
-    model: models.RepVGG
+    path: Path  # the folder
+    config: TrainConfig  # the run
+    data: ImageData  # the training and validation images
+    model: models.RepVGG  # the model being trained
 
     def write_epoch(self, history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
         """Write log and curve, and ``weights`` as the best checkpoint if no earlier epoch was as accurate."""
@@ -295,47 +279,40 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
     return folder / CURVE_FILE
 
 
-@final
-@dataclass(frozen=True)
-class _Printer:
-    """Print lines to ``console`` without wrapping, highlighting or markup; nothing if ``quiet``."""
-
-    console: Console
-    quiet: bool
-
-    def __call__(self, line: str, indent: str = "  ") -> None:
-        if not self.quiet:
-            self.console.print(indent + line, highlight=False, soft_wrap=True, markup=False)
+def _print(console: Console, line: str) -> None:
+    """Print a line without changes: not wrapped, highlighted or parsed as markup."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_setup(job: TrainingJob, initial: InitialModel, printer: _Printer) -> None:
+def _print_setup(job: TrainingJob, initial: InitialModel, console: Console) -> None:
     """Print everything that decides the outcome of the run."""
     data, config = job.data, job.config
     shape = "x".join(map(str, data.input_shape))
     train, validation = ("a stream of" if n is None else f"{n:,}" for n in (data.num_train, data.num_val))
-    printer(
-        f"Train {initial.model.spec.name} on {data.uri}: {train} training images of {shape} in {len(data.classes)} "
-        f"classes, {validation} validation images",
-        indent="",
+    lines = (
+        *initial.notes,
+        *data.notes,
+        f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}",
+        *describe_groups(optimizer_groups(initial.model, config.optim)),
     )
-    for note in (*initial.notes, *data.notes):
-        printer(note)
-    printer(f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}")
-    for line in describe_groups(optimizer_groups(initial.model, config.optim)):
-        printer(line)
+    images = f"{train} training images of {shape} in {len(data.classes)} classes, {validation} validation images"
+    _print(console, f"Train {initial.model.spec.name} on {data.uri}: {images}")
+    for line in lines:
+        _print(console, f"  {line}")
 
 
-def _finish(run_folder: RunFolder, result: FitResult, printer: _Printer) -> RunResult:
+def _finish(run_folder: RunFolder, result: FitResult, console: Console) -> RunResult:
     collapsed = run_folder.finish(result)
     forms = {"train form" if collapsed else "model": result.validation}
     if collapsed is not None:
         forms["plain form"], evidence = collapsed
-        printer(f"plain form: relative error {evidence.relative:.1e} (tolerance {evidence.tolerance:.1e})")
+        error = f"relative error {evidence.relative:.1e} (tolerance {evidence.tolerance:.1e})"
+        _print(console, f"  plain form: {error}")
     for name, one in forms.items():
         correct = f"{one.correct:,} of {len(one.labels):,} correct"
-        printer(f"{name:10}  top-1 {one.accuracy:.2%}  top-5 {one.top(5):.2%}  {correct}")
+        _print(console, f"  {name:10}  top-1 {one.accuracy:.2%}  top-5 {one.top(5):.2%}  {correct}")
     bad = run_folder.data.corrupt
     if bad.count:
-        printer(f"skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
-    printer(f"wrote {run_folder.path}")
+        _print(console, f"  skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
+    _print(console, f"  wrote {run_folder.path}")
     return RunResult(run_folder.path, result, collapsed[0] if collapsed else None)

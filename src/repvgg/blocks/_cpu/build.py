@@ -32,15 +32,10 @@ _LOG = logging.getLogger("repvgg")
 @final
 @dataclass(frozen=True, eq=False)
 class Build:
-    """The result of building the passes.
+    """The result of building the passes."""
 
-    Attributes:
-        function: ``repvgg_fused_bn_sum`` of the library, or None if there is no library.
-        report: one sentence: where the library is, or why there is none.
-    """
-
-    function: Any
-    report: str
+    function: Any  # repvgg_fused_bn_sum of the library, or None if there is no library
+    report: str  # one sentence: where the library is, or why there is none
 
 
 @cache

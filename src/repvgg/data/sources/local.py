@@ -90,23 +90,14 @@ _DIGITS_SPLIT_STATE = 0  # fixed: the seed of a run must not move images between
 @final
 @dataclass(frozen=True)
 class Digits:
-    """The digits before normalization.
+    """The digits before normalization."""
 
-    Attributes:
-        pixels: (1797, 1, H, W) float32 in [0, 1].
-        labels: (1797,) int64.
-        train: ascending indices of the training images.
-        val: ascending indices of the validation images.
-        mean: of all training pixels.
-        std: of all training pixels.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    train: Tensor
-    val: Tensor
-    mean: float
-    std: float
+    pixels: Tensor  # (1797, 1, H, W) float32 in [0, 1]
+    labels: Tensor  # (1797,) int64
+    train: Tensor  # ascending indices of the training images
+    val: Tensor  # ascending indices of the validation images
+    mean: float  # of all training pixels
+    std: float  # of all training pixels
 
 
 def load_digits(size: int) -> Digits:

@@ -61,8 +61,6 @@ class WebDatasetSplit(IterableSplit):
 
     Args:
         urls: paths, or anything that webdataset opens.
-        classes: one name per label.
-        length: number of examples, or None.
         buffer: size of the shuffle buffer in examples.
     """
 
