@@ -25,8 +25,7 @@ def acb(geometry: Geometry) -> BranchSum:
         A sum of ``dense``, ``vertical`` and ``horizontal``.
 
     Raises:
-        UsageError: the kernel size is even.
-        BorderError: the padding does not centre the kernel.
+        UsageError, BorderError: see :meth:`Geometry.require_centre`.
 
     Source: Ding et al., ACNet, ICCV 2019.
     """

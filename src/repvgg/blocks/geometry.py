@@ -15,9 +15,10 @@ Pair: TypeAlias = tuple[int, int]  # height, width
 Size: TypeAlias = int | Pair
 
 
-def pair(size: Size) -> Pair:
+def pair(size: int | tuple[int, ...]) -> Pair:
     """Return (height, width); a single number stands for both."""
-    return (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -102,17 +103,17 @@ class Geometry:
         Raises:
             UsageError: "same" padding of an even kernel, which is asymmetric.
         """
-        kernel, steps = _as_pair(conv.kernel_size), _as_pair(conv.dilation)
+        kernel, steps = pair(conv.kernel_size), pair(conv.dilation)
         # PyTorch pads "same" with one more pixel at the end if the total is odd; Geometry has one number per side pair.
         if conv.padding == "same" and any(step * (size - 1) % 2 for size, step in zip(kernel, steps, strict=True)):
             raise UsageError("'same' padding of an even kernel is asymmetric: set the padding to a number.")
         named = {"same": _same_padding(kernel, steps), "valid": (0, 0)}
-        padding = named[conv.padding] if isinstance(conv.padding, str) else _as_pair(conv.padding)
+        padding = named[conv.padding] if isinstance(conv.padding, str) else pair(conv.padding)
         return cls(
             conv.in_channels,
             conv.out_channels,
             kernel,
-            _as_pair(conv.stride),
+            pair(conv.stride),
             padding,
             steps,
             conv.groups,
@@ -177,8 +178,3 @@ class Geometry:
 
 def _same_padding(kernel: Pair, dilation: Pair) -> Pair:
     return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
-
-
-def _as_pair(value: tuple[int, ...]) -> Pair:
-    first, second = value
-    return first, second

@@ -56,8 +56,7 @@ def branches_of(geometry: Geometry, config: BranchConfig = REPVGG) -> nn.Module:
         follows the sum, an ``nn.Sequential`` of ``sum`` and ``bn``.
 
     Raises:
-        UsageError: the kernel size is even.
-        BorderError: the padding does not centre the kernel.
+        UsageError, BorderError: see :meth:`Geometry.require_centre`.
     """
     geometry.require_centre()
 

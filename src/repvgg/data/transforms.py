@@ -6,8 +6,9 @@ Every random number comes from :mod:`repvgg.data.counter_rng`: a transform is a 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +41,27 @@ def pixels_of(image: Image.Image) -> Tensor:
     return pixels_CHW
 
 
-class Crop(Protocol):
-    """Converts a decoded image to pixels (C, H, W) uint8 of a fixed size."""
+class Crop(ABC):
+    """Converts decoded images to pixels (C, H, W) uint8 of a fixed size.
+
+    Args:
+        channels: 1 or 3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
 
     def __call__(self, image: Image.Image, location: str, epoch: int = 0, key: int = 0) -> Tensor | CorruptImage:
         """Return the pixels; ``epoch`` and ``key`` seed a random crop."""
+        converted = to_channels(image, self._channels, location)
+        return converted if isinstance(converted, CorruptImage) else pixels_of(self._crop(converted, epoch, key))
+
+    @abstractmethod
+    def _crop(self, image: Image.Image, epoch: int, key: int) -> Image.Image: ...
 
 
 @final
-class CenterCrop:
+class CenterCrop(Crop):
     """Resize the short side to ``floor(size / crop_fraction)`` and crop the centre, bitwise as torchvision does.
 
     Images that are ``size`` x ``size`` already are left unchanged.
@@ -60,25 +73,23 @@ class CenterCrop:
     """
 
     def __init__(self, config: DataConfig, size: int, channels: int) -> None:
-        self.size = size
-        self.channels = channels
+        super().__init__(channels)
+        self._size = [size, size]
         # 1e-6: a quotient one rounding error below an integer counts as that integer.
         self._short_side = math.floor(size / config.crop_fraction + 1e-6)
         self._interpolation = _interpolation(config.interpolation)
 
-    def __call__(self, image: Image.Image, location: str, epoch: int = 0, key: int = 0) -> Tensor | CorruptImage:
-        converted = to_channels(image, self.channels, location)
-        if isinstance(converted, CorruptImage):
-            return converted
-        if converted.size != (self.size, self.size):
-            functional = _v2().functional
-            converted = functional.resize(converted, [self._short_side], self._interpolation, antialias=True)
-            converted = functional.center_crop(converted, [self.size, self.size])
-        return pixels_of(converted)
+    def _crop(self, image: Image.Image, epoch: int, key: int) -> Image.Image:
+        if list(image.size) == self._size:
+            return image
+        functional = _v2().functional
+        resized = functional.resize(image, [self._short_side], self._interpolation, antialias=True)
+        cropped: Image.Image = functional.center_crop(resized, self._size)
+        return cropped
 
 
 @final
-class RandomResizedCrop:
+class RandomResizedCrop(Crop):
     """torchvision's transform of that name, with the region drawn from seed, epoch and image key.
 
     Args:
@@ -89,35 +100,25 @@ class RandomResizedCrop:
     """
 
     def __init__(self, config: DataConfig, size: int, channels: int, seed: int) -> None:
+        super().__init__(channels)
         augment = config.augment
-        self.channels = channels
         self._seed = seed
-        self._crop = _v2().RandomResizedCrop(
+        self._transform = _v2().RandomResizedCrop(
             size, augment.crop_scale, augment.crop_ratio, _interpolation(config.interpolation), antialias=True
         )
 
-    def __call__(self, image: Image.Image, location: str, epoch: int = 0, key: int = 0) -> Tensor | CorruptImage:
-        converted = to_channels(image, self.channels, location)
-        if isinstance(converted, CorruptImage):
-            return converted
+    def _crop(self, image: Image.Image, epoch: int, key: int) -> Image.Image:
         with image_rng(self._seed, epoch, key, CROP_STREAM):
-            return pixels_of(self._crop(converted))
+            cropped: Image.Image = self._transform(image)
+        return cropped
 
 
 @final
-class Uncropped:
-    """Convert an image to RGB or greyscale pixels, at its stored size.
+class Uncropped(Crop):
+    """Keep the stored size."""
 
-    Args:
-        channels: 1 or 3.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self._channels = channels
-
-    def __call__(self, image: Image.Image, location: str, epoch: int = 0, key: int = 0) -> Tensor | CorruptImage:
-        converted = to_channels(image, self._channels, location)
-        return converted if isinstance(converted, CorruptImage) else pixels_of(converted)
+    def _crop(self, image: Image.Image, epoch: int, key: int) -> Image.Image:
+        return image
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,10 +58,7 @@ class ModelSpec:
     @property
     def stride(self) -> int:
         """Input pixels per pixel of the last feature map."""
-        total = self.stem.stride
-        for stage in self.stages:
-            total *= stage.stride
-        return total
+        return math.prod(stage.stride for stage in (self.stem, *self.stages))
 
 
 def spec_to_data(spec: ModelSpec) -> dict[str, Any]:

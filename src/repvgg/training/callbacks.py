@@ -1,9 +1,8 @@
-"""Lightning callbacks of a run: epoch records, the moving average of the weights, progress bar, epoch events."""
+"""Lightning callbacks of a run: epoch records, the moving average of the weights, a progress bar."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from repvgg.data import TrainLoader
 from repvgg.training.task import ClassificationTask
 
 _REFRESH_SECONDS = 0.25
@@ -126,21 +124,6 @@ class MovingAverage(WeightAveraging):
         assert self._average_model is not None
         state = self._average_model.module.state_dict()
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-@final
-class EpochEvents(L.Callback):
-    """Set the epoch of the loader, which decides the order of its images, and call ``on_epoch`` after each epoch."""
-
-    def __init__(self, loader: TrainLoader, on_epoch: Callable[[], None]) -> None:
-        self._loader = loader
-        self._on_epoch = on_epoch
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._loader.set_epoch(trainer.current_epoch)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._on_epoch()
 
 
 @final

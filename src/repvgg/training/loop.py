@@ -17,13 +17,14 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode, num_threads, seeded
 from repvgg.data import ImageData, TrainLoader, ValLoader
 from repvgg.errors import UsageError, first_line
-from repvgg.training.callbacks import EpochEvents, EpochRecord, History, MovingAverage, ProgressBar
+from repvgg.training.callbacks import EpochRecord, History, MovingAverage, ProgressBar
 from repvgg.training.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, CheckpointSaver, read_position
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import (
@@ -238,13 +239,16 @@ def _run_trainer(job: TrainingJob, history: History, bar: ProgressBar | None, on
     loader, task = job.train_loader(), job.task()
     average = MovingAverage(job.config.ema) if job.config.ema else None
 
-    def report_epoch() -> None:
+    def report_epoch(*_: Any) -> None:
         # The average is one of the whole task, in which the names of the model start with "model.".
         if on_epoch is not None and job.layout.rank == 0:
             on_epoch(tuple(history.records), job.model.state_dict() if average is None else average.weights("model."))
 
+    # The epoch decides the order of the images.
+    set_epoch = LambdaCallback(on_train_epoch_start=lambda trainer, _: loader.set_epoch(trainer.current_epoch))
+    report = LambdaCallback(on_train_epoch_end=report_epoch)
     # In this order: the record of an epoch exists before it is reported, and both before it is saved.
-    callbacks: list[L.Callback | None] = [history, EpochEvents(loader, report_epoch), average, bar]
+    callbacks: list[L.Callback | None] = [history, set_epoch, report, average, bar]
     if job.folder is not None:
         callbacks.append(CheckpointSaver(job.folder, job.config.save_steps))
     trainer = job.trainer([callback for callback in callbacks if callback is not None], len(loader))
