@@ -86,7 +86,7 @@ class Outcome:
         params: number of parameters.
         macs: multiply-adds for one image.
         norms: number of batch norms that are left.
-        error: largest difference to the model as it is, relative to its largest output.
+        error: largest difference from the original model, relative to its largest output.
         seconds: duration.
         failure: why there is no result; all numbers are then 0.
     """
@@ -114,21 +114,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants of one model, by name; "as it is" is the model itself."""
+    """All variants of one model, by name; "original" is the model itself."""
 
     entry: Entry
     outcomes: dict[str, Outcome]
     failure: str = ""
 
     @property
-    def verdict(self) -> str:
-        """The failed requirements, or "holds"."""
+    def result(self) -> str:
+        """The requirements that do not hold, or "holds"."""
         return self.failure or "; ".join(self._broken()) or "holds"
 
     @property
     def holds(self) -> bool:
         """Whether all requirements hold."""
-        return self.verdict == "holds"
+        return self.result == "holds"
 
     def _broken(self) -> Iterator[str]:
         ours = self.outcomes["ours"]
@@ -145,7 +145,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data, for JSON."""
-        return {**asdict(self), "verdict": self.verdict, "holds": self.holds}
+        return {**asdict(self), "verdict": self.result, "holds": self.holds}
 
 
 def trained(model: nn.Module, size: tuple[int, int]) -> nn.Module:
@@ -237,7 +237,7 @@ def compare(entry: Entry) -> Comparison:
         model = entry.make()
         image = torch.randn(1, 3, *entry.size, dtype=torch.float64)
         expected = outputs_of(model, image)
-        found = {"as it is": measured(model, image, expected, 0.0)}
+        found = {"original": measured(model, image, expected, 0.0)}
         for name, collapse in variants(entry, image).items():
             found[name] = outcome(collapse, model, image, expected)
             gc.collect()
@@ -265,11 +265,11 @@ def timm_entry(name: str) -> Entry:
 
 def table(comparisons: Sequence[Comparison], markdown: bool) -> str:
     """Format one line per model."""
-    columns = ("as it is", "ours", "timm", "torch.fx")
-    lines = [["model", "input", *columns, "verdict"]]
+    columns = ("original", "ours", "timm", "torch.fx")
+    lines = [["model", "input", *columns, "result"]]
     for line in comparisons:
         first, *others = (line.outcomes.get(name, Outcome(failure="–")) for name in columns)
-        lines.append([line.entry.name, line.entry.label, str(first), *(o.cell for o in others), line.verdict])
+        lines.append([line.entry.name, line.entry.label, str(first), *(o.cell for o in others), line.result])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if markdown:
         lines.insert(1, ["-" * width for width in widths])
@@ -295,7 +295,7 @@ def main() -> int:
         comparisons.append(compare(entry))
         gc.collect()
         took = f"{time.perf_counter() - start:.1f}s"
-        print(f"{index}/{len(chosen)} {entry.name}: {comparisons[-1].verdict} ({took})", file=sys.stderr, flush=True)
+        print(f"{index}/{len(chosen)} {entry.name}: {comparisons[-1].result} ({took})", file=sys.stderr, flush=True)
     if arguments.json:
         written = {"environment": environment(), "rows": [line.to_dict() for line in comparisons]}
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")

@@ -23,7 +23,7 @@ PARTS = [  # paths inside a block: ours, upstream, timm, mmpretrain
     ("act.se.down.bias", "se.down.bias", "attn.fc1.bias", "se_layer.conv1.conv.bias"),
     ("act.se.up.weight", "se.up.weight", "attn.fc2.weight", "se_layer.conv2.conv.weight"),
 ]
-BLOCKS = [  # paths of blocks: likewise
+BLOCKS = [  # paths of blocks, in the same order
     ("stem", "stage0", "stem", "backbone.stem"),
     ("stages.0.1", "stage1.1", "stages.0.1", "backbone.stage_1.1"),
     ("stages.3.13", "stage4.13", "stages.3.13", "backbone.stage_4.13"),

@@ -36,7 +36,7 @@ def test_perturbed(repvgg, files, perturbed):
     outcome = repvgg("verify", files.train, perturbed)
     assert (outcome.code, outcome.err) == (1, "")
     assert outcome.out.startswith("FAILED: the relative error ")
-    assert "the layer with the largest error of its own is stages.1.2.conv" in outcome.out
+    assert "the layer that adds the largest error is stages.1.2.conv" in outcome.out
     assert repvgg("verify", files.train, perturbed, "--tolerance", "1").code == 0
 
 

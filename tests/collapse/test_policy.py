@@ -110,7 +110,7 @@ def test_unknown_policy_raises():
 
 def test_no_proofs_with_prove_false(monkeypatch):
     def never(*_, **__):
-        raise AssertionError("nobody asked for a proof")
+        raise AssertionError("prove=False must not prove anything")
 
     for place, name in ((api, "prove_module"), (rewrite, "prove_region")):
         monkeypatch.setattr(place, name, never)
@@ -119,7 +119,7 @@ def test_no_proofs_with_prove_false(monkeypatch):
     assert len(report.folded) == 3
     assert {entry.proof for entry in report.folded} == {report.proof} == {""}
     assert_same_outputs(model, plain, image())
-    with pytest.raises(AssertionError, match="nobody asked"):
+    with pytest.raises(AssertionError, match="must not prove"):
         repvgg.reparameterize(model)
 
 
@@ -139,8 +139,8 @@ def chaos():
     ("make", "layers", "text"),
     [
         (Gate, 60, "relative error"),
-        (chaos, 10, "no more than it moves where its input moves by a rounding or two"),
-        (chaos, 30, "not run on its own: rounding its input moves its output by"),
+        (chaos, 10, "no more than rounding of its input explains"),
+        (chaos, 30, "not run on its own: rounding its input changes its output by"),
     ],
 )
 def test_rounding_sensitive_models_do_not_fail_the_proof(make, layers, text):
@@ -224,7 +224,7 @@ def test_the_report_is_data_and_text():
 def test_inputs_that_cannot_be_synthesized():
     model = trained(nn.Sequential(nn.ReLU(), Linear2d()))
     _, report = repvgg.reparameterize(model)
-    assert report.proof == "not run on its own: the forward does not tell what its inputs are"
+    assert report.proof == "not run on its own: the forward does not determine its inputs"
     assert report.proof in str(report)
     _, report = repvgg.reparameterize(model, image())
     assert report.proof.startswith("relative error")
@@ -236,4 +236,4 @@ def test_several_inputs():
     assert report.proof.startswith("relative error")
     assert_same_outputs(model, plain, image(), image(seed=2))
     _, report = repvgg.reparameterize(model)
-    assert "does not tell" in report.proof
+    assert "does not determine its inputs" in report.proof

@@ -64,7 +64,7 @@ def read_by_another():
 
 LEFT = {
     "parametrized": (lambda: parametrizations.weight_norm(conv()), "parametrization"),
-    "own forward": (lambda: Standardized(4, 4, 3), "Standardized has a forward of its own"),
+    "own forward": (lambda: Standardized(4, 4, 3), "Standardized overrides forward"),
     "hooks": (hooked, "it has hooks"),
     "replaced forward": (patched, "replaced on the instance"),
     "lazy": (lambda: nn.LazyConv2d(4, 3), "run the model once"),
@@ -75,7 +75,7 @@ LEFT = {
     "its kernel is read from afar": (read_by_another, "read from outside"),
     "complex": (lambda: conv(dtype=torch.complex64), "no real numbers"),
     "meta": (lambda: conv(device="meta"), "no real numbers"),
-    "1x1": (lambda: conv(4, 4, 1, padding=0), "1x1: ask for it"),
+    "1x1": (lambda: conv(4, 4, 1, padding=0), "1x1: select it with where="),
     "even": (lambda: conv(4, 4, 2), "2x2 kernel has no centre"),
     "no padding": (lambda: conv(padding=0), r"padding is \(0, 0\), but .* only at padding \(1, 1\)"),
     "valid padding": (lambda: conv(padding="valid"), r"padding is \(0, 0\)"),
@@ -145,6 +145,6 @@ def test_module_that_returns_itself_as_a_copy_raises():
 def test_report_is_data_and_text():
     model = trained(nn.Sequential(conv(), conv(4, 4, 1, padding=0)))
     _, report = repvgg.expand(model)
-    assert report.to_dict()["left"] == ({"name": "1", "reason": "its kernel is 1x1: ask for it with where="},)
+    assert report.to_dict()["left"] == ({"name": "1", "reason": "its kernel is 1x1: select it with where="},)
     assert "1 convolutions expanded, 36 parameters added" in str(report)
-    assert "1 left alone\n  1: its kernel is 1x1" in str(report)
+    assert "1 skipped\n  1: its kernel is 1x1" in str(report)

@@ -115,14 +115,14 @@ LEFT = {
     "read": (read, "read from outside"),
     "never called": (lambda: module(lambda self, x: x, a=nn.Conv2d(3, 4, 3)), "the data never reaches it"),
     "no batch": (lambda: module(lambda self, x: self.a(x[0]), a=nn.Conv2d(3, 4, 3)), "its output is not images"),
-    "not asked for": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "where= leaves it out"),
+    "not selected": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "where= leaves it out"),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_skipped_with_a_reason(name):
     make, reason = LEFT[name]
-    where = (lambda *_: False) if name == "not asked for" else None
+    where = (lambda *_: False) if name == "not selected" else None
     with pytest.warns(NothingExpandedWarning):
         _, report = untouched(repvgg.insert_bn, trained(make()), image(), where=where)
     assert reason in report.left[0].reason

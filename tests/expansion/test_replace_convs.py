@@ -47,11 +47,11 @@ def test_blocks_that_start_equal_to_their_convolution(name):
 def test_blocks_that_cannot_start_equal_to_their_convolution(name):
     torch.manual_seed(0)
     model = three()
-    with pytest.warns(FreshWeightsWarning, match=r"3 of 3 blocks begin with fresh values"):
+    with pytest.warns(FreshWeightsWarning, match=r"3 of 3 blocks start with new values"):
         out, report = untouched(repvgg.replace_convs, model, name)
     assert not report.is_exact
     assert all(entry.error is None and entry.fresh for entry in report.expanded)
-    assert "begins afresh" in str(report)
+    assert "new weights: " in str(report)
     assert "nan" not in json.dumps(report.to_dict())
     assert out(image()).shape == model(image()).shape
     assert all(tensor.isfinite().all() for tensor in out.parameters())

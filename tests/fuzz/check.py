@@ -1,4 +1,4 @@
-"""The property that holds for every program, and a way to replay one example."""
+"""The properties that hold for every program; call ``check`` to replay one example."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def check(program: Program) -> tuple[nn.Module, repvgg.Report]:
     for size in SIZES:
         assert_equal(net, plain, image(3, size))
         assert_equal(plain, again, image(3, size))
-    assert_no_dearer(net, plain, report)
+    assert_not_more_expensive(net, plain, report)
     assert str(report)
     assert json.loads(json.dumps(report.to_dict()))["folded"] or not report.folded
     assert not second.folded, second
@@ -57,7 +57,7 @@ def assert_equal(net: nn.Module, plain: nn.Module, x: Tensor) -> None:
         assert float((ours - theirs).abs().max()) <= TOLERANCE * largest
 
 
-def assert_no_dearer(net: nn.Module, plain: nn.Module, report: repvgg.Report) -> None:
+def assert_not_more_expensive(net: nn.Module, plain: nn.Module, report: repvgg.Report) -> None:
     """Check that multiply-adds do not increase. Skips nets with average pools, which the walk counts as zero."""
     if not any(isinstance(part, nn.AvgPool2d) for part in net.modules()):
         x = image(3, SIZES[0])

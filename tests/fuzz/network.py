@@ -121,7 +121,7 @@ def apply(op: Op, xs: list):
 
 
 def make(op: Op) -> nn.Module | None:
-    """Return the module of a step, or ``None`` if it has none of its own."""
+    """Return the module of a step, or ``None`` if it calls a function or an earlier module."""
     match op:
         case Conv() as c:
             return nn.Conv2d(

@@ -1,7 +1,7 @@
 """Descriptions of random networks: frozen values that print as the code that makes them, and know their shapes.
 
 A :class:`Program` is a list of steps. Values are numbered: first the inputs, then what each step returns, in order. A
-printed program can be pasted into a test as it is.
+printed program can be pasted into a test.
 """
 
 from dataclasses import dataclass, fields
@@ -171,7 +171,7 @@ class Chain(Printed):
 
 @dataclass(frozen=True, repr=False)
 class Block(Printed):
-    """A submodule with a forward of its own."""
+    """A submodule with its own forward."""
 
     program: "Program"
 
@@ -241,7 +241,7 @@ def shapes_of(program: Program, *inputs: Shape) -> list[Shape] | None:
 
 
 def pads_fit(size: Pair, padding: Pair, mode: str) -> bool:
-    """Whether an image of this size can be padded so: a reflection needs one pixel more than it adds."""
+    """Whether an image of this size can be padded like this: a reflection needs one pixel more than it adds."""
     spare = {"reflect": 1, "circular": 0}.get(mode)
     return spare is None or all(p + spare <= n for p, n in zip(padding, size, strict=True))
 

@@ -35,7 +35,7 @@ IMAGE = Shape(3, SIZES)
 WIDTHS = (4, 6, 2, 3)
 MOST_CHANNELS = 12
 
-#: What is not drawn, because of a known defect: names of patterns, of ``Same``, kinds of norms, ways of merging.
+#: Not drawn because of a known defect: names of patterns and of ``Same``, kinds of norms and merges.
 EXCLUDED: frozenset[str] = frozenset()
 
 NORMS = (*["batch"] * 10, "sync", "sync", "frozen", "frozen", "untracked")
@@ -206,7 +206,7 @@ class Builder:
             self.put(op, *reads)
 
     def block(self) -> None:
-        """A submodule with a forward of its own, on one or two values."""
+        """A submodule with its own forward, on one or two values."""
         if self.depth:
             reads = tuple(self.value() for _ in range(self.pick((1, 1, 2))))
             inner = Builder(self.draw, tuple(self.shapes[i] for i in reads), self.depth - 1)

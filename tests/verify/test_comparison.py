@@ -71,7 +71,7 @@ def test_perturbed_weight_fails_and_names_the_layer():
     assert not evidence.passed
     assert evidence.fold_error == pytest.approx(evidence.relative, rel=1e-2)
     assert evidence.worst_layers(1)[0].name == "second"
-    with pytest.raises(EquivalenceError, match=r"over the tolerance .*largest error of its own is second"):
+    with pytest.raises(EquivalenceError, match=r"over the tolerance .*layer that adds the largest error is second"):
         evidence.raise_if_failed()
 
 

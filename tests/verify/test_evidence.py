@@ -45,7 +45,7 @@ def test_failure_is_one_sentence_with_the_origin_of_the_error():
         rounding.raise_if_failed()
     assert "\n" not in str(caught.value)
     conversion = dataclasses.replace(GOOD, relative=1e-3, fold_error=1e-3)
-    with pytest.raises(EquivalenceError, match=r"largest error of its own is block7 \(7\.0e-07\)\.$"):
+    with pytest.raises(EquivalenceError, match=r"layer that adds the largest error is block7 \(7\.0e-07\)\.$"):
         conversion.raise_if_failed()
     with pytest.raises(EquivalenceError, match=r"^The candidate is not equal to the reference: it is odd\.$"):
         dataclasses.replace(GOOD, problems=("it is odd",)).raise_if_failed()

@@ -66,13 +66,9 @@ class Axis:
         return self.dilation if self.kernel > 1 else 0
 
     def stays_zero_outside(self, before: bool, after: bool) -> bool:
-        """Whether output pixels beyond the border would be zero if only zeros lie beyond the input's border.
+        """Whether output pixels beyond the border would be zero if only zeros are beyond the input's border.
 
-        True on a side iff no tap of an output pixel beyond that side reaches the input.
-
-        Args:
-            before: check the start of the axis.
-            after: check its end.
+        True at the start (``before``) or end (``after``) iff no tap of an output pixel beyond it reaches the input.
         """
         at_start = self.before >= self.reach - self.stride + 1
         at_end = self.after >= self.reach  # at stride > 1, the bound that holds for every input size
@@ -81,7 +77,7 @@ class Axis:
 
 def compose_axes(inner: Axis, outer: Axis) -> Axis:
     """Return the axis of ``outer ∘ inner``: strides multiply, reaches add, outer padding counts inner strides."""
-    # Taps lie at all sums of the two tap grids; the coarsest grid that contains them has the gcd as its step.
+    # Taps are at all sums of the two tap grids; the coarsest grid that contains them has the gcd as its step.
     step = gcd(inner.tap_step(), inner.stride * outer.tap_step()) or 1
     reach = inner.reach + inner.stride * outer.reach
     return Axis(

@@ -143,7 +143,7 @@ class ConvMap:
 
     @property
     def out_channels(self) -> int:
-        """O."""
+        """Output channels O."""
         return self.kernel.shape[0]
 
     @property
@@ -198,10 +198,9 @@ class ConvMap:
         """Evaluate the map on inputs (N, C, *X); with n = 0 on (..., C)."""
         if not self.spatial:
             return _linear(x_NCX, self.weight, self.bias, self.groups)
-        sides = [
-            side for axis in reversed(self.axes) for side in (axis.before, axis.after)
-        ]  # F.pad counts from the last axis
-        if self.border is not None:  # pad before cropping: reflections still see what is cropped
+        # F.pad counts from the last axis.
+        sides = [side for axis in reversed(self.axes) for side in (axis.before, axis.after)]
+        if self.border is not None:  # pad before cropping: a reflection reads pixels that are cropped
             mode = "constant" if self.border == "zeros" else self.border
             x_NCX = F.pad(x_NCX, [max(side, 0) for side in sides], mode=mode)
         x_NCX = F.pad(x_NCX, [min(side, 0) for side in sides])

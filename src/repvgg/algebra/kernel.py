@@ -1,8 +1,8 @@
-"""The kernel of a convolution as a sum that is multiplied out once, at the end.
+"""The kernel of a convolution as a lazy sum, which is multiplied out once, at the end.
 
-A merged kernel is ``Σ_t diag(factor_t) · embed(W_t)``: every term is a kernel as it was given, in its own dtype, with a
+A merged kernel is ``Σ_t diag(factor_t) · embed(W_t)``: every term is an original kernel, in its own dtype, with a
 factor per output channel and its placement in the sum. Scaling, adding and embedding only change factors and
-placements; nothing of the size of a kernel is computed, or even converted, before the whole sum is.
+placements; no tensor of the size of a kernel is computed, or even converted, before the whole sum is.
 
 Letters: O output channels, I input channels of one group, K the sizes along the n axes (none for a linear map), R a
 range of output channels.
@@ -23,7 +23,7 @@ from repvgg.algebra.axis import Placement
 
 # Numbers per chunk when a sum is multiplied out. torch splits large chunks over its threads, which halves the time on
 # an idle machine; on a busy one every chunk waits for a thread that has no core, and takes a hundred times longer.
-# Small chunks are below torch's threshold for threads. After a large chunk that took far too long come small ones.
+# Small chunks are below torch's threshold for threads; they are used for a while after a large chunk was slow.
 _LARGE_CHUNK, _SMALL_CHUNK = 1 << 19, 1 << 15
 _SLOW_SECONDS_PER_NUMBER = 20e-9  # 2 to 5 ns are usual
 _SMALL_CHUNKS_FOR_SECONDS = 30.0
@@ -82,15 +82,9 @@ class Kernel:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Kernel:
         """Return the same kernel, to be computed in another dtype on another device."""
         # Weights keep their own dtype until they are summed: a float64 copy of all of them would be large.
-        convert = (
-            replace(
-                t,
-                weight=t.weight.to(device),
-                factor=None if t.factor is None else t.factor.to(device=device, dtype=dtype),
-            )
-            for t in self.terms
-        )
-        return replace(self, terms=tuple(convert), dtype=dtype, device=torch.device(device))
+        factors = (None if t.factor is None else t.factor.to(device=device, dtype=dtype) for t in self.terms)
+        terms = (replace(t, weight=t.weight.to(device), factor=f) for t, f in zip(self.terms, factors, strict=True))
+        return replace(self, terms=tuple(terms), dtype=dtype, device=torch.device(device))
 
     def numel(self) -> int:
         """Return ``O · I · Π K``."""
@@ -139,7 +133,7 @@ class Kernel:
             start = channels.stop
 
     def _channels_per(self, numbers: int) -> int:
-        """How many output channels hold about so many numbers."""
+        """The number of output channels whose kernels hold about this many numbers together."""
         return min(self.shape[0], max(1, numbers * self.shape[0] // max(1, self.numel())))
 
     def _column(self, factor_R: Tensor) -> Tensor:
@@ -147,15 +141,15 @@ class Kernel:
         return factor_R.view(-1, *(1,) * (len(self.shape) - 1))
 
     def _overlays(self, terms: list[Term]) -> list[tuple[Placements, Tensor]]:
-        """Terms with fewer taps or more groups, those at the same taps summed: placements and (O, I, *k) for each."""
-        distinct = {term.places: None for term in terms}
-        return [(places, self._restricted_to(places, terms).dense()) for places in distinct]
-
-    def _restricted_to(self, places: Placements, terms: list[Term]) -> Kernel:
-        """The kernel of those terms that are placed at ``places``, of the size of these taps alone."""
-        own = tuple(Placement(0, 1, place.count) for place in places)
-        alone = tuple(replace(term, places=own) for term in terms if term.places == places)
-        return replace(self, shape=(*self.shape[:2], *(place.count for place in places)), terms=alone, unit=False)
+        """Sum terms with fewer taps or more groups per placement; return the placements with sums (O, I, *k)."""
+        overlays = []
+        for places in {term.places: None for term in terms}:
+            # A kernel of the size of these taps alone, in which the terms start at 0.
+            alone = tuple(Placement(0, 1, place.count) for place in places)
+            shifted = tuple(replace(term, places=alone) for term in terms if term.places == places)
+            shape = (*self.shape[:2], *(place.count for place in places))
+            overlays.append((places, replace(self, shape=shape, terms=shifted, unit=False).dense()))
+        return overlays
 
     def _is_full(self, term: Term) -> bool:
         return term.groups == self.groups and tuple(term.weight.shape) == self.shape

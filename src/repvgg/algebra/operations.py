@@ -6,7 +6,7 @@ number all maps of one operation share; per-channel vectors are (O,). M are the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import product
@@ -101,11 +101,7 @@ def with_symmetric_padding(conv: ConvMap) -> ConvMap:
 
 
 def common_border(parts: Sequence[ConvMap]) -> Border | None:
-    """Return what all ``parts`` assume beyond the border.
-
-    Raises:
-        BorderError: they assume different things.
-    """
+    """Return what all ``parts`` assume beyond the border; raise BorderError if they differ."""
     borders = sorted({part.border for part in parts if part.border is not None})
     if len(borders) > 1:
         raise BorderError(f"branches that continue the image by {' and by '.join(borders)} do not merge")
@@ -123,7 +119,7 @@ def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
             that leaks into zero padding, an inner kernel that still sees the image from beyond its border, or paddings
             of different kinds.
     """
-    require_same_axes((inner, outer))
+    _require_same_axes((inner, outer))
     if inner.out_channels != outer.in_channels:
         raise NotLinearError(f"{inner.out_channels} channels do not fit a map of {outer.in_channels}")
     border = _composed_border(inner, outer)
@@ -146,12 +142,7 @@ def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None
     return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))
 
 
-def require_same_axes(parts: Sequence[ConvMap]) -> None:
-    """Check that all ``parts`` are maps over the same number of axes.
-
-    Raises:
-        NotLinearError: they are not.
-    """
+def _require_same_axes(parts: Sequence[ConvMap]) -> None:
     first = parts[0].spatial
     for part in parts:
         if part.spatial != first:
@@ -171,7 +162,7 @@ def _require_same_channels(terms: Sequence[ConvMap]) -> None:
 
 
 def _merged_axes(parts: Sequence[ConvMap]) -> tuple[Axis, ...]:
-    require_same_axes(parts)
+    _require_same_axes(parts)
     return tuple(map(merge_axes, zip(*(part.axes for part in parts), strict=True)))
 
 
@@ -190,8 +181,9 @@ def _composed_border(inner: ConvMap, outer: ConvMap) -> Border | None:
         return "zeros"
     if inner.is_pointwise:
         return outer.border
-    if outer.border == inner.border == "circular" and _keeps_size(inner):
-        return "circular"  # on a torus every convolution commutes with the continuation
+    keeps_size = all(axis.stride == 1 and axis.growth == 0 for axis in inner.axes)
+    if outer.border == inner.border == "circular" and keeps_size:
+        return "circular"  # on a torus, convolution and padding commute
     raise BorderError(f"a {outer.border} padding after a map that is not pointwise continues its output, not its input")
 
 
@@ -212,10 +204,6 @@ def _require_zeros_outside(inner: ConvMap, outer: ConvMap) -> None:
         )
 
 
-def _keeps_size(conv: ConvMap) -> bool:
-    return all(axis.stride == 1 and axis.growth == 0 for axis in conv.axes)
-
-
 def _composed_bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
     if inner.bias is None:
         return outer.bias
@@ -233,18 +221,15 @@ def _composed_kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, ...]) -> 
         inner, outer = open_groups(inner, groups), open_groups(outer, groups)
     first, second = inner.weight, outer.weight
     if max(outer.kernel_size, default=1) == 1:
-        return Kernel.of(_mix(inner, first, outer, second[_at((0,) * outer.spatial)]), groups)
+        return Kernel.of(_mix(inner, first, outer, second.flatten(1)), groups)
     shape = (outer.out_channels, inner.in_channels // groups, *(axis.kernel for axis in axes))
     weight_OIK = second.new_zeros(shape)
     for taps in product(*map(range, outer.kernel_size)):
         places = map(inner_placement, inner.axes, outer.axes, axes, taps)
-        weight_OIK[_at(place.slice for place in places)] += _mix(inner, first, outer, second[_at(taps)])
+        read: tuple[Any, ...] = (..., *taps)
+        write: tuple[Any, ...] = (..., *(place.slice for place in places))
+        weight_OIK[write] += _mix(inner, first, outer, second[read])
     return Kernel.of(weight_OIK, groups)
-
-
-def _at(taps: Iterable[Any]) -> tuple[Any, ...]:
-    """The index of some taps of a kernel, for all its channels."""
-    return (slice(None), slice(None), *taps)
 
 
 def _mix(inner: ConvMap, first_MIK: Tensor, outer: ConvMap, tap_OM: Tensor) -> Tensor:

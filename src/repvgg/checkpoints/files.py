@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ def save_checkpoint(
     """Write a safetensors file with a header, atomically.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
         UsageError: a field of the header is invalid.
     """
     if invalid := metadata.invalid_field():
@@ -81,8 +80,7 @@ def save_tensors(
     """Write a safetensors file with an arbitrary header, atomically. The same content gives the same bytes.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
     """
     safetensors, save_file = require("safetensors"), require("safetensors.torch").save_file
     with atomic_write(path, overwrite=overwrite) as part:
@@ -129,8 +127,7 @@ def save_torch(
     """Write a torch file, atomically: a bare state dict, or with ``metadata`` a state dict next to a header.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
     """
     content: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
     if metadata is not None:
@@ -203,13 +200,13 @@ def _read_safetensors(file: Path) -> Checkpoint:
 
 def _read_torch(file: Path, start: bytes) -> Checkpoint:
     content = _load_torch(file, start)
-    found = unwrap(content)
+    found = _unwrap(file, content)
     if not found.tensors:
         raise CheckpointError(f"{str(file)!r} holds no named weights: save a model's state_dict.")
     header = content.get(KEY)
     skipped = {name: reason for name, reason in found.skipped.items() if name != KEY}
     metadata = Metadata.from_header({KEY: header}, str(file)) if isinstance(header, str) else None
-    return Checkpoint(file, found.tensors, metadata, found.section, found.prefix, skipped)
+    return replace(found, metadata=metadata, skipped=skipped)
 
 
 def _load_torch(file: Path, start: bytes) -> Any:
@@ -252,17 +249,7 @@ def _refuse_compressed(file: Path) -> None:
         raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a compressed archive.")
 
 
-@dataclass(frozen=True, eq=False)
-class Unwrapped:
-    """The tensors of a torch file: see the attributes of the same names of :class:`Checkpoint`."""
-
-    tensors: dict[str, Tensor]
-    section: str
-    prefix: str
-    skipped: dict[str, str]
-
-
-def unwrap(content: Any) -> Unwrapped:
+def _unwrap(file: Path, content: Any) -> Checkpoint:
     """Open the dictionaries and remove the prefixes that training scripts wrap around a state dict."""
     opened: list[str] = []
     skipped: dict[str, str] = {}
@@ -273,11 +260,8 @@ def unwrap(content: Any) -> Unwrapped:
         for name, value in content.items():
             if name != wrapper:
                 copy_of_weights = name in _WRAPPERS and isinstance(value, dict)
-                reason = (
-                    f"another copy of the weights; {wrapper} was taken"
-                    if copy_of_weights
-                    else "state of a training run, not of the model"
-                )
+                other = f"another copy of the weights; {wrapper} was taken"
+                reason = other if copy_of_weights else "state of a training run, not of the model"
                 skipped[".".join((*opened, str(name)))] = reason
         opened.append(wrapper)
         content = content[wrapper]
@@ -286,11 +270,11 @@ def unwrap(content: Any) -> Unwrapped:
     skipped |= {str(name): "not a tensor" for name, _ in entries if name not in tensors}
     prefix = common_prefix(tensors)
     stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return Unwrapped(stripped, ".".join(opened), prefix, skipped)
+    return Checkpoint(file, stripped, None, ".".join(opened), prefix, skipped)
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """Return the prefix, made of those that wrappers add, that all names have; empty if there is none."""
+    """Return the concatenation of wrapper prefixes with which all names start; empty if there is none."""
     rest, prefix = list(names), ""
     while more := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), None):
         rest, prefix = [name.removeprefix(more) for name in rest], prefix + more

@@ -50,26 +50,20 @@ class Layout:
     gate: GatePlace | None
     halves: tuple[int, ...] = ()
 
-    def ours(self, name: str) -> str | None:
-        """Return our name for the tensor ``name`` of this layout; None if the layout has no such name."""
-        return self._to_ours(name)
-
-    def theirs(self, name: str) -> str | None:
-        """Return the name in this layout for our tensor ``name``; None if it has none."""
-        return self._to_theirs(name)
-
     @cached_property
-    def _to_ours(self) -> _Renaming:
+    def ours(self) -> _Renaming:
+        """A function from a tensor's name in this layout to our name; None if the layout has no such name."""
         inverse = [tuple((theirs, ours) for ours, theirs in pairs) for pairs in (self.blocks, self.parts, self.others)]
         return _Renaming(*inverse)
 
     @cached_property
-    def _to_theirs(self) -> _Renaming:
+    def theirs(self) -> _Renaming:
+        """A function from our name of a tensor to the name in this layout; None if it has none."""
         return _Renaming(self.blocks, self.parts, self.others)
 
 
 class _Renaming:
-    """One direction of a layout."""
+    """One direction of a layout, as a function from name to name."""
 
     def __init__(self, blocks: tuple[Pair, ...], parts: tuple[Pair, ...], others: tuple[Pair, ...]) -> None:
         self.blocks = [(_Template(source, rest=True), _Template(target)) for source, target in blocks]

@@ -25,7 +25,7 @@ class Metadata:
         in_channels: channels of the input images.
         input_size: height and width in pixels of the training images.
         mean: per channel, of pixels in [0, 1]; the model takes ``(pixel - mean) / std``.
-        std: likewise.
+        std: per channel; see ``mean``.
         classes: names of the classes, in the order of the logits.
         recipe: the training config, as plain data.
         metrics: what the model reached, by name.

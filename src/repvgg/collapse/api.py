@@ -1,4 +1,4 @@
-"""The public functions: collapse a model, fold only its batch norms, report whether it is plain."""
+"""The public functions: collapse a model, fold only its batch norms, check whether it is plain."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from repvgg._contexts import gc_paused
 from repvgg.collapse.attribute_access import ModuleAnalysis, unregistered_modules
-from repvgg.collapse.capture import batch_norms, join, preserved_random_state, unwrap
-from repvgg.collapse.cost import CHEAPER, Cost, Policy
-from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
-from repvgg.collapse.proof import Proof, find_dependents, is_inside, prove_module, submodule_or_none
+from repvgg.collapse.capture import batch_norms, preserved_random_state, unwrap
+from repvgg.collapse.cost import Cost, cheaper, policy_of
+from repvgg.collapse.plan import Options, Plan, Reasons, is_inside, make_plan
+from repvgg.collapse.proof import NOT_PROVEN, Proof, find_dependents, prove_module, submodule_or_none
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
 from repvgg.collapse.rewrite import apply_plan
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
@@ -25,7 +25,6 @@ from repvgg.symbolic import InputSpec, first_float, refuse_training
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
 
 _NAMES_SHOWN = 5  # in a summary
-_NOT_PROVEN = Proof(None, "", ran=False)
 
 
 def reparameterize(
@@ -49,14 +48,14 @@ def reparameterize(
             torch.compile is removed.
         inputs: one or several tensors to run the model on: they determine shapes, and the proof of the whole model runs
             on them. Without them the proof uses synthetic images.
-        policy: which merges pay. "cheaper": those that increase neither multiply-adds nor weights, as is always true of
-            parallel branches. "always": all. Or a function of the costs before and after.
+        policy: which merges pay. "cheaper": all that increase neither multiply-adds nor weights; parallel branches
+            never do. "always": all. Or a function of the costs before and after.
         prove: compare each region with its convolution in float64, and the whole model at the end. What is not proved
-            equal stays as it was, and the report says so.
+            equal stays unchanged, and the report says so.
 
     Returns:
         The plain model, new, sharing no tensor with the input, in the input's dtype, device and memory format; all
-        parameters outside the regions are bit-identical copies. And the report of what was folded, left and dropped.
+        parameters outside the regions are bit-identical copies. And the report of what was folded, skipped and dropped.
 
     Raises:
         TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
@@ -70,16 +69,16 @@ def reparameterize(
     ``inputs`` are single images: a batch norm works on another axis there. The analysis covers the defaults of a
     forward's optional arguments and a few other values of them, and eval mode only.
     """
-    return _collapse(model, Options(True, Policy.of(policy), _as_sequence(inputs)), prove)
+    return _collapse(model, Options(True, policy_of(policy), _as_sequence(inputs)), prove)
 
 
 def fold_batch_norms(model: nn.Module, inputs: Inputs = None, *, prove: bool = True) -> tuple[nn.Module, Report]:
     """Fold every batch norm into the convolution before it, and leave branches as branches.
 
-    This is what deployment tools do on their own, and how the paper folds its baselines (§4.1, Eq. 3). See
-    :func:`reparameterize`, whose result is plainer still, for arguments, errors and warnings.
+    This is what deployment tools do, and how the paper folds its baselines (§4.1, Eq. 3). For arguments, errors and
+    warnings, see :func:`reparameterize`, which merges branches as well.
     """
-    return _collapse(model, Options(False, CHEAPER, _as_sequence(inputs)), prove)
+    return _collapse(model, Options(False, cheaper, _as_sequence(inputs)), prove)
 
 
 def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
@@ -102,13 +101,13 @@ def _as_sequence(inputs: Inputs) -> Sequence[Tensor] | None:
 
 @dataclass(eq=False)
 class _Pass:
-    """One pass over a model: the input in the first pass, the result of the previous pass in later ones.
+    """One pass over a model.
 
     Attributes:
-        model: what to collapse.
-        excluded: modules of it that failed verification, and why; the report lists them.
-        conflicts: modules of it that the current plan may not replace; reset when ``excluded`` grows.
-        analysis: the cache of what is known about its modules.
+        model: the input in the first pass, the result of the previous pass in later ones.
+        excluded: modules that failed verification, and why; the report lists them.
+        conflicts: modules that the current plan may not replace; reset when ``excluded`` grows.
+        analysis: a cache of facts about the modules.
     """
 
     model: nn.Module
@@ -136,10 +135,10 @@ class _Pass:
 
 @dataclass(eq=False)
 class _Result:
-    """What the passes so far have made of the model.
+    """The result of the passes so far.
 
     Attributes:
-        plan: that of the first pass.
+        plan: the plan of the first pass.
         plain: the model after the last pass.
         replaced: what all passes together replaced.
     """
@@ -167,7 +166,7 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 continue
 
             applied = apply_plan(current.model, plan, prove=prove)
-            # A second trace is expensive, and useless for a result that is going to be discarded anyway.
+            # A second trace is expensive, and useless for a result that is discarded anyway.
             failed = applied.failed or find_dependents(current.model, applied.plain, plan, current.excluded)
             if current.exclude(failed):
                 continue
@@ -184,10 +183,10 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 current = _Pass(applied.plain, excluded, ModuleAnalysis(options.merge_branches))
                 continue
 
-            # Release the copies of the model that later passes made: the proof needs the memory for copies of its own.
+            # Release the copies of the model that later passes made: the proof makes its own copies.
             current = first
             del applied
-            whole = _NOT_PROVEN
+            whole = NOT_PROVEN
             if prove and not result.plan.is_empty:
                 specs = result.plan.model_inputs()
                 # Exclusions may hide what the inputs are from later plans, so the first complete answer is kept.
@@ -223,8 +222,7 @@ def _transfer(model: nn.Module, excluded: Reasons, plain: nn.Module) -> Reasons:
 def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, excluded: Reasons) -> Reasons:
     """If the models as a whole differ, or cannot be run, find the modules whose new forward is not equal.
 
-    Raises:
-        EquivalenceError: the models as a whole differ, and no new forward is to blame.
+    Raises EquivalenceError if the models differ and no new forward is the cause.
     """
     if whole.ran and not whole.failure:
         return {}
@@ -246,7 +244,7 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
 
 
 def _skipped(model: nn.Module, result: _Result, excluded: Reasons) -> tuple[Skipped, ...]:
-    """List batch norms that survive, modules that could not be traced, and those that failed verification."""
+    """List batch norms that remain, modules that could not be traced, and modules that failed verification."""
     surviving = {name for name, _ in batch_norms(result.plain)}
     norms = [Skipped(name, result.plan.reason(m)) for name, m in batch_norms(model) if name in surviving]
     untraced = [skip for skip in result.plan.untraced if any(is_inside(name, skip.name) for name in surviving)]
@@ -311,7 +309,7 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
     model = unwrapped(model)
     with preserved_random_state(), gc_paused():
         first = _Pass(model, {}, ModuleAnalysis(merge_branches=True))
-        options = Options(True, CHEAPER, _as_sequence(inputs))
+        options = Options(True, cheaper, _as_sequence(inputs))
         # The loop of _collapse without its later steps: a summary applies nothing, so nothing can fail.
         while (plan := first.plan(options)).conflicts:
             first.conflicts |= plan.conflicts
@@ -320,7 +318,7 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         convolutions=dict(kinds.most_common()),
         batch_norms=tuple(name for name, _ in batch_norms(model)),
-        mergeable=tuple(_mergeable(plan)),
+        mergeable=tuple(plan.first_convolutions()),
     )
 
 
@@ -329,12 +327,3 @@ def _kind(part: nn.Module) -> str:
         return "linear"
     size = "x".join(map(str, part.kernel_size))
     return f"{size} transposed" if part.transposed else size
-
-
-def _mergeable(plan: Plan) -> Iterator[str]:
-    yield from (linear.path for linear in plan.linear_modules)
-    for scope in plan.scopes:
-        for found in scope.regions.all:
-            node = found.region.first_convolution
-            inner = str(node.target) if node.op == "call_module" else scope.inlined.owner(node)
-            yield join(scope.path, inner)

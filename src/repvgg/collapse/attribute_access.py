@@ -1,7 +1,7 @@
 """What a model's code may access that no graph shows, and a cache of what is known about each of its modules.
 
 A graph lists calls and tensors. Code can also read an attribute of a submodule, hold a module without registering it,
-or iterate over its children; modules that it may reach in such ways must stay as they are. They are found by reading
+or iterate over its children; modules that it may reach in such ways must stay unchanged. They are found by reading
 the bytecode of the forward.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from repvgg.algebra import ConvMap, with_symmetric_padding
 from repvgg.errors import UsageError
@@ -14,18 +15,14 @@ _RELATIVE_SLACK = 1e-9
 
 
 def emitted_map(conv: ConvMap) -> ConvMap:
-    """Return ``conv`` with a padding that ``nn.Conv2d`` can express: ``"same"`` as it is, else made symmetric.
+    """Return ``conv`` with a padding that ``nn.Conv2d`` can express: ``"same"``, else made symmetric.
 
     Symmetric padding may need a larger kernel, so this is also the map whose cost counts.
     """
-    return conv if _is_same_padding(conv) else with_symmetric_padding(conv)
-
-
-def _is_same_padding(conv: ConvMap) -> bool:
     # torch pads an odd total with the larger half after the image.
-    return max(conv.stride, default=1) == 1 and all(
-        (axis.before, axis.after) == (axis.reach // 2, axis.reach - axis.reach // 2) for axis in conv.axes
-    )
+    halves = [(axis.reach // 2, axis.reach - axis.reach // 2) for axis in conv.axes]
+    is_same = max(conv.stride, default=1) == 1 and halves == [(axis.before, axis.after) for axis in conv.axes]
+    return conv if is_same else with_symmetric_padding(conv)
 
 
 @dataclass(frozen=True)
@@ -61,42 +58,19 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.multiply_adds - other.multiply_adds, self.weights - other.weights)
 
-    def pays_for(self, before: Cost) -> bool:
-        """Whether this needs no more multiply-adds and no more weights than ``before``."""
-        return self.multiply_adds <= before.multiply_adds * (1 + _RELATIVE_SLACK) and self.weights <= before.weights
+
+Policy: TypeAlias = Callable[[Cost, Cost], bool]  # whether a merge pays, by the costs before and after
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Decide which merged convolutions pay: ``policy(before, after)``.
-
-    Attributes:
-        decide: a function of the two costs; None accepts merges that increase neither multiply-adds nor weights.
-    """
-
-    decide: Callable[[Cost, Cost], bool] | None = None
-
-    @classmethod
-    def of(cls, policy: str | Callable[[Cost, Cost], bool]) -> Policy:
-        """Return the policy for a name ("cheaper", "always") or a function of two costs.
-
-        Raises:
-            UsageError: there is no policy of that name.
-        """
-        if callable(policy):
-            return cls(policy)
-        if policy not in ("cheaper", "always"):
-            raise UsageError(f"policy must be 'cheaper', 'always' or a function of two costs, got {policy!r}.")
-        return cls(None if policy == "cheaper" else lambda before, after: True)
-
-    @property
-    def is_cheaper(self) -> bool:
-        """Whether this is the default policy, which depends on the costs alone."""
-        return self.decide is None
-
-    def __call__(self, before: Cost, after: Cost) -> bool:
-        """Whether to merge."""
-        return after.pays_for(before) if self.decide is None else bool(self.decide(before, after))
+def cheaper(before: Cost, after: Cost) -> bool:
+    """Whether a merge increases neither multiply-adds nor weights: the default policy."""
+    return after.multiply_adds <= before.multiply_adds * (1 + _RELATIVE_SLACK) and after.weights <= before.weights
 
 
-CHEAPER = Policy()
+def policy_of(policy: str | Policy) -> Policy:
+    """Return the policy for a name ("cheaper", "always"), or a function of two costs itself; else raise UsageError."""
+    if callable(policy):
+        return policy
+    if policy not in ("cheaper", "always"):
+        raise UsageError(f"policy must be 'cheaper', 'always' or a function of two costs, got {policy!r}.")
+    return cheaper if policy == "cheaper" else lambda before, after: True

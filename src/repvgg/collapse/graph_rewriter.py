@@ -26,18 +26,14 @@ Copied = TypeVar("Copied")
 def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
     """Return copies of tensors in attributes that were computed with gradients, by id, as a memo for ``deepcopy``.
 
-    ``deepcopy`` raises on such tensors. A forward leaves them behind where it stores features or computed weights.
+    ``deepcopy`` raises on such tensors. They exist where a forward stored features or computed weights.
     """
     things = (value for part in model.modules() for value in things_in(vars(part).values()))
     return {id(v): v.detach().clone() for v in things if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def deep_copy(value: Copied, memo: dict[int, Any], module: nn.Module, path: str = "") -> Copied:
-    """Copy something in ``module``, which is at ``path``; what ``memo`` contains counts as copied already.
-
-    Raises:
-        ReparamError: an attribute cannot be copied; the text names it.
-    """
+    """Copy a value in ``module`` at ``path``; raise ReparamError, which names it, if an attribute cannot be copied."""
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:
@@ -63,7 +59,7 @@ class RewrittenModule(fx.GraphModule):
     """A graph module whose copies, unlike those of its base class, keep what its graph does not mention."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        # torch copies only what the graph names, into a class of its own with a generic name.
+        # torch copies only what the graph names, into a new class with a generic name.
         own: Any = super().__deepcopy__(memo)
         type(own).__name__ = type(self).__name__
         vars(own).update({name: copy.deepcopy(value, memo) for name, value in _module_state(vars(self))})

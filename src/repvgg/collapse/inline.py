@@ -56,7 +56,7 @@ class InlinedGraph:
     @property
     def escaped(self) -> frozenset[fx.Node]:
         """Nodes whose tensors a forward stores where other code can read them."""
-        # A node that escapes in an inlined forward may be a structure there; its items are nodes of their own.
+        # A node that escapes in an inlined forward may be a structure there; its items are separate nodes.
         found = (self.inlined.get((path, n)) for path, capture in self.captures.items() for n in capture.escaped)
         return frozenset(n for n in found if isinstance(n, fx.Node))
 
@@ -77,13 +77,10 @@ class InlinedGraph:
 
 
 def inline(module: nn.Module, captured: Capture, capture_callee: CaptureCallee) -> InlinedGraph:
-    """Inline the forwards below ``module`` into one graph.
+    """Inline the forwards below ``module``, whose capture is ``captured``, into one graph.
 
-    Args:
-        module: the scope.
-        captured: its capture.
-        capture_callee: called with the path of a caller below the scope, its capture, and the callee's path below the
-            caller; returns the callee's capture, or None to leave the call a single node.
+    ``capture_callee`` is called with the path of a caller below the scope, its capture, and the callee's path below the
+    caller; it returns the callee's capture, or None to leave the call a single node.
     """
     inlined = InlinedGraph(module, fx.Graph(), {"": captured})
     inputs = [inlined.graph.placeholder(str(n.target)) for n in captured.graph.nodes if n.op == "placeholder"]
@@ -169,8 +166,8 @@ class AliasAnalysis:
     Attributes:
         unsafe_writes: nodes that modify in place a tensor that is later read under an older name, in the graph or
             outside of it.
-        clobbered: all nodes that may share memory with what an unsafe write modifies. Each must remain a tensor of its
-            own, as it is in the original forward.
+        clobbered: all nodes that may share memory with what an unsafe write modifies. Each must remain a separate
+            tensor, as in the original forward.
     """
 
     def __init__(self, graph: fx.Graph, effects_of: Callable[[str], Effects], escaped: frozenset[fx.Node]) -> None:

@@ -1,4 +1,4 @@
-"""Decide what to replace in a model, without modifying it and without computing with its weights."""
+"""Plan what to replace in a model, without modifying it and without computing with its weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from repvgg.collapse.inline import AliasAnalysis, InlinedGraph, inline
 from repvgg.collapse.regions import InsertionPoint, Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import (
+    EvaluationOptions,
     ModuleMap,
     Shapes,
     SymbolicValues,
@@ -27,19 +28,19 @@ from repvgg.collapse.symbolic_eval import (
 from repvgg.errors import ReparamError, typed_line
 from repvgg.symbolic import InputSpec, Layout
 
-Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay as they are, and why
+Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay, and why
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for.
+    """Options of the user.
 
     Attributes:
         merge_branches: whether branches may merge, or only chains.
         policy: whether a merge pays.
-        inputs: example inputs of the model; made up where shapes matter and none are given.
+        inputs: example inputs of the model; synthetic ones are used where shapes matter and none are given.
     """
 
     merge_branches: bool
@@ -49,7 +50,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearModule:
-    """A module that as a whole becomes one convolution."""
+    """A module that becomes one convolution as a whole."""
 
     path: str
     module: nn.Module
@@ -58,7 +59,7 @@ class LinearModule:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InlinedScope:
-    """A module with linear regions in its own forward, or in those that are inlined into it."""
+    """A module with linear regions in its own forward or in the forwards that are inlined into it."""
 
     path: str
     module: nn.Module
@@ -95,7 +96,7 @@ class InlinedScope:
 
 @dataclass(repr=False)
 class Plan:
-    """Replacements, inner ones first, and what was found out on the way.
+    """Replacements, inner ones first, and facts about the modules that were visited.
 
     Attributes:
         linear_modules: modules that become one convolution each.
@@ -103,10 +104,10 @@ class Plan:
         dropped: paths of submodules that only a training forward calls.
         untraced: modules whose forward cannot be traced; their children are planned one by one.
         reasons: why a module stays.
-        captured: by path, the modules whose own code keeps running over what is replaced in them.
+        captured: by path, the modules whose own code still runs, and calls what is replaced in them.
         called: the model, and all that the captured forwards call.
-        conflicts: modules that were going to be replaced, and that other code turned out to use as well. If there are
-            any, the plan is not valid, and has to be made anew with these excluded.
+        conflicts: planned replacements of modules that other code turned out to use as well, with the reason. If there
+            are any, the plan is invalid, and a new one must be made with these modules excluded.
     """
 
     linear_modules: list[LinearModule] = field(default_factory=list)
@@ -140,6 +141,15 @@ class Plan:
         """Return what the model takes, as far as its graph determines it."""
         return next((scope.input_specs("") for scope in self.scopes if not scope.path), ())
 
+    def first_convolutions(self) -> Iterator[str]:
+        """Yield the path of the first part of everything that becomes one convolution."""
+        yield from (linear.path for linear in self.linear_modules)
+        for scope in self.scopes:
+            for found in scope.regions.all:
+                node = found.region.first_convolution
+                inner = str(node.target) if node.op == "call_module" else scope.inlined.owner(node)
+                yield join(scope.path, inner)
+
     @property
     def may_leave_more(self) -> bool:
         """Whether the plain model may contain further regions, because some were cut."""
@@ -154,14 +164,13 @@ class Plan:
 def make_plan(model: nn.Module, options: Options, excluded: Reasons, analysis: ModuleAnalysis) -> Plan:
     """Walk ``model`` from its root and plan the replacement of every linear region that is worth it.
 
+    The plan may have ``conflicts``: which code uses a module is known only after the whole walk.
+
     Args:
         model: any module.
-        options: what the user asked for.
-        excluded: modules that must stay as they are, and why.
-        analysis: the cache of what is known about the modules of this model.
-
-    Returns:
-        The plan. It may have ``conflicts``: which code uses a module is known only after the whole walk.
+        options: options of the user.
+        excluded: modules that must stay, and why.
+        analysis: a cache of facts about the modules of this model.
     """
     planner = _Planner(model, options, excluded, analysis)
     planner.plan.called.add(model)
@@ -207,7 +216,7 @@ class _Planner:
         except Exception as error:
             self.plan.untraced.append(Skipped(path, f"its forward cannot be traced ({_first_line(error)})"))
             reason = f"the forward of {path or 'the model'} may access it"
-            # Without a graph, the bytecode is all that tells what this forward may access.
+            # Without a graph, only the bytecode shows what this forward may access.
             self.excluded |= dict.fromkeys(parts_read_by_forward(module), reason)
             self._visit_children(module, path)
             return
@@ -226,7 +235,7 @@ class _Planner:
         return found if self.options.policy(found.cost, Cost.of_map(found.conv)) else None
 
     def _is_one_step(self, module: nn.Module) -> bool:
-        """Whether ``module`` is best taken as one step of a region: it is linear, and inlining it gains nothing."""
+        """Whether ``module`` should be one step of a region: it is linear, and inlining it gains nothing."""
         found = self.analysis.linear_map(module)
         return found is not None and (not found.is_mergeable or self._profitable_map(module) is not None)
 
@@ -251,12 +260,12 @@ class _Planner:
         shapes = self._find_shapes(inlined, opaque) if has_inputs or has_rank_agnostic_norm(module) else {}
         options = SearchOptions(
             opaque=opaque,
-            why_frozen=lambda inner: self._why_frozen(inlined, inner),
             merge_branches=self.options.merge_branches,
-            policy=self.options.policy,
             shapes=shapes,
             known_maps=lambda target: self.analysis.known_linear_map(module.get_submodule(target)),
             fixed_sizes=has_inputs,
+            why_frozen=lambda inner: self._why_frozen(inlined, inner),
+            policy=self.options.policy,
         )
         regions = find_regions(inlined, lambda: self._analyse_aliasing(inlined), options)
         self._record_reasons(module, regions, opaque)
@@ -270,12 +279,12 @@ class _Planner:
             self.plan.scopes.append(scope)
 
     def _find_shapes(self, inlined: InlinedGraph, opaque: dict[str, str]) -> Shapes:
-        """Run the graph on meta tensors; also notes the inputs of the modules that it calls."""
-        # Inputs of inner scopes were noted when the calls around them were run.
+        """Run the graph on meta tensors; also records the inputs of the modules that it calls."""
+        # Inputs of inner scopes were recorded when the calls around them were run.
         inputs = self.inputs.get(inlined.module)
         if inputs is None and inlined.module is self.model:
-            aliasing = AliasAnalysis.without_aliasing()
-            values = SymbolicValues(inlined, aliasing, opaque, (), self.options.merge_branches, {})
+            options = EvaluationOptions(opaque, self.options.merge_branches)
+            values = SymbolicValues(inlined, AliasAnalysis.without_aliasing(), options)
             inputs = synthetic_inputs(values.input_specs())
         known = {} if inputs is None else run_on_meta(inlined, inputs)
         for node, target in inlined.calls():
@@ -312,7 +321,7 @@ class _Planner:
     def _exclude_foreign_access(self, module: nn.Module, captured: Capture) -> None:
         """Exclude what a forward accesses past its owner: a part or a parameter inside a module that it also calls."""
         for inner in (*captured.calls, *(read.rpartition(".")[0] for read in captured.reads)):
-            owners = [outer for outer in captured.calls if _is_within(inner, outer)]
+            owners = [outer for outer in captured.calls if is_inside(inner, outer)]
             if (owners and owners != [inner]) or (inner in captured.calls and _reads_parameters_of(captured, inner)):
                 self.excluded[module.get_submodule(inner)] = "its parameters are read by something else"
 
@@ -352,7 +361,7 @@ class _Planner:
             self.plan.reasons[module.get_submodule(target)] = reason
 
     def find_conflicts(self) -> Reasons:
-        """Return modules that were going to be replaced, and that turned out to be reached by other code as well."""
+        """Return modules whose replacement is planned, but which other code uses as well, with the reason."""
         found: Reasons = {}
         for linear in self.plan.linear_modules:
             found |= self._excluded_in(linear.module)
@@ -383,7 +392,7 @@ class _Planner:
         return users
 
     def drop_training_only(self) -> None:
-        """Of the submodules that only a training forward calls, drop those that nothing else can reach."""
+        """Drop submodules that only a training forward calls and nothing else can reach."""
         users = self._count_users()
         for path, target in self.training_only:
             unused = self.model.get_submodule(join(path, target))
@@ -404,22 +413,23 @@ def _training_only_calls(module: nn.Module, captured: Capture) -> Iterator[str]:
     """Yield submodules with parameters that the forward calls in training mode and not in eval mode."""
     used = (*captured.calls, *captured.reads)
     # Without unused parameters there is nothing to find, and the second trace can be saved.
-    if all(any(_is_within(name, path) for path in used) for name, _ in module.named_parameters()):
+    if all(any(is_inside(name, path) for path in used) for name, _ in module.named_parameters()):
         return
     try:
         training = capture(module, training=True)
-    except Exception:  # a training forward that cannot be traced tells nothing
+    except Exception:  # without a trace of the training forward, nothing is known to be unused
         return
     for target in training.calls:
         # A submodule that eval mode calls in parts, or as part of another, is in use.
-        related = any(_is_within(target, other) or _is_within(other, target) for other in captured.calls)
+        related = any(is_inside(target, other) or is_inside(other, target) for other in captured.calls)
         has_parameters = any(True for _ in module.get_submodule(target).parameters())
         if not related and not _reads_parameters_of(captured, target) and has_parameters:
             yield target
 
 
-def _is_within(inner: str, outer: str) -> bool:
-    return inner == outer or inner.startswith(f"{outer}.")
+def is_inside(inner: str, outer: str) -> bool:
+    """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
+    return inner == outer or not outer or inner.startswith(f"{outer}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Prove that a replacement is equal to the original, by running both on inputs that exercise the borders.
 
-A region is checked on its own in float64: the nodes as they were, against the one module that replaces them. Only the
+A region is checked on its own in float64: the original nodes against the one module that replaces them. Only the
 rounding of each weight to the dtype of the model may differ, and its effect is bounded exactly. The model as a whole is
 checked as it will run, in its own dtype. The code around a replacement is checked by tracing it again: it must not
 branch on what it calls.
@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 from repvgg.algebra import ConvMap
 from repvgg.collapse.attribute_access import only_calls_children
 from repvgg.collapse.capture import Capture, capture, has_hooks, hooks_of, is_plain_sequential
-from repvgg.collapse.plan import Plan, Reasons
+from repvgg.collapse.plan import Plan, Reasons, is_inside
 from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, isolated_eval, verify
 
-NOT_RUN = "not run on its own"
 _IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # tried in turn: some networks shrink a small image to nothing
 _DEPTH = 6  # of synthetic volumes
+_NOT_RUN = "not run on its own"
 # Rounding happens in each layer and not only at the input, so a sensitive network is allowed this many times the
 # difference that rounding its input makes.
 _SENSITIVITY_FACTOR = 64.0
@@ -52,16 +52,14 @@ class Proof:
     ran: bool = True
 
 
+NOT_PROVEN = Proof(None, "", ran=False)
+
+
 def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Module) -> Proof:
-    """Compare the module ``after`` with what it replaces, in float64.
+    """Compare ``after`` with ``before``, the region that it replaces, on a float64 ``image``.
 
     Each weight w of it may be off by the rounding to its dtype, u·|w|; with kernel W and bias b, outputs may therefore
     differ by at most ``u · max(|W| * |x| + |b|)``, and by the rounding of float64 itself.
-
-    Args:
-        before: the original region, on float64.
-        image: the input for both, in float64.
-        after: the replacement.
     """
     exact = copy.deepcopy(after)
     exact = exact.to(algebra_device(first_float(exact))).double()  # not every device has float64
@@ -74,7 +72,7 @@ def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Mo
             evidence = verify(lambda _: expected, exact, image, tolerance=tolerance)
     except Exception as error:  # an operation without float64 on this device, or user code
         return Proof(f"it cannot be run on its own in float64 ({typed_line(error)})", "", ran=False)
-    return _verdict(evidence)
+    return _proof_of(evidence)
 
 
 def _rounding_bound(after: nn.Module, exact: nn.Module, image: Tensor) -> float:
@@ -114,25 +112,31 @@ def prove_module(
 
     Args:
         old: the original; it is left untouched.
-        new: its replacement; likewise.
-        specs: channels and layout of the inputs, in order, None where unknown; inputs are made up from these.
+        new: its replacement; it is left untouched.
+        specs: channels and layout of the inputs, in order, None where unknown; they determine synthetic inputs.
         inputs: inputs to use instead.
     """
     like = first_float(old)
     dtype = torch.float32 if like is None else like.dtype
     if inputs is not None:
-        return _compare(old, new, _GivenInputs(inputs), [torch.ones(1, 1, dtype=dtype)])
+        return _compare(old, new, _given_inputs(inputs), [torch.ones(1, 1, dtype=dtype)])
     known = [spec for spec in specs if spec is not None and spec.layout.rank is not None]
     if not known or len(known) < len(specs):
-        return Proof(None, f"{NOT_RUN}: the forward does not tell what its inputs are", ran=False)
-    split = _SplitInputs(known)
+        return Proof(None, f"{_NOT_RUN}: the forward does not determine its inputs", ran=False)
+    # One batch of images serves all inputs: each gets some of the channels.
+    widths = [spec.channels * (_DEPTH if spec.layout.rank == 5 else 1) for spec in known]
+
+    def split(x: Tensor) -> list[Tensor]:
+        parts = torch.split(x, widths, 1)
+        return [_to_layout(part, spec.layout) for part, spec in zip(parts, known, strict=True)]
+
     first: Proof | None = None
     for height, width in _IMAGE_SIZES:
-        proof = _compare(old, new, split, border_inputs((2, split.channels, height, width), batches=1, dtype=dtype))
+        proof = _compare(old, new, split, border_inputs((2, sum(widths), height, width), batches=1, dtype=dtype))
         if proof.ran:
             return proof
         first = first or proof
-    return first or Proof(None, NOT_RUN, ran=False)
+    return first or Proof(None, _NOT_RUN, ran=False)
 
 
 def _compare(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Sequence[Tensor]], x: list[Tensor]) -> Proof:
@@ -144,27 +148,26 @@ def _compare(old: nn.Module, new: nn.Module, arguments: Callable[[Tensor], Seque
         warnings.simplefilter("ignore")
         try:
             evidence = verify(reference, lambda x: candidate(x.to(device)), x)
-            return _verdict(evidence) if evidence.passed else _excuse_sensitivity(evidence, reference, x)
+            return _proof_of(evidence) if evidence.passed else _excuse_sensitivity(evidence, reference, x)
         except Exception as error:  # user code, on images of a size that it may not accept
             if _self_consistency(reference, x) is not None:
                 return Proof(f"the new one does not run ({typed_line(error)})", "")
-            return Proof(None, f"{NOT_RUN} ({typed_line(error)})", ran=False)
+            return Proof(None, f"{_NOT_RUN} ({typed_line(error)})", ran=False)
 
 
 def _excuse_sensitivity(evidence: Evidence, reference: _SingleTensorModule, x: list[Tensor]) -> Proof:
-    """The verdict on two modules that differ: compare with how much rounding its input moves the original's output."""
+    """Check whether two modules differ by no more than rounding its input changes the output of the original."""
     own = _self_consistency(reference, x)
     if own is None or not own.passed:
-        return Proof(None, f"{NOT_RUN}: its outputs are not the same twice, or not finite", ran=False)
+        return Proof(None, f"{_NOT_RUN}: its outputs vary between runs, or are not finite", ran=False)
     perturbed = _self_consistency(reference, x, 1 + 2 * UNIT_ROUNDOFF[x[0].dtype])
     allowed = 0.0 if perturbed is None else _SENSITIVITY_FACTOR * perturbed.relative
     if allowed > _CHAOTIC:
-        moves = f"rounding its input moves its output by {perturbed and perturbed.relative:.1e}"
-        return Proof(None, f"{NOT_RUN}: {moves}", ran=False)
+        change = f"rounding its input changes its output by {perturbed and perturbed.relative:.1e}"
+        return Proof(None, f"{_NOT_RUN}: {change}", ran=False)
     if evidence.relative <= allowed and not evidence.problems:
-        more = "no more than it moves where its input moves by a rounding or two"
-        return Proof(None, f"{_verdict(evidence).text}: {more}")
-    return _verdict(evidence)
+        return Proof(None, f"{_proof_of(evidence).text}: no more than rounding of its input explains")
+    return _proof_of(evidence)
 
 
 def _self_consistency(reference: _SingleTensorModule, x: list[Tensor], factor: float = 1.0) -> Evidence | None:
@@ -176,8 +179,8 @@ def _self_consistency(reference: _SingleTensorModule, x: list[Tensor], factor: f
         return None
 
 
-def _verdict(evidence: Evidence) -> Proof:
-    text = f"relative error {evidence.relative:.1e} in {evidence.dtype}, on images made to show the border"
+def _proof_of(evidence: Evidence) -> Proof:
+    text = f"relative error {evidence.relative:.1e} in {evidence.dtype}, on border-exposing images"
     return Proof(None if evidence.passed else "; ".join(evidence.reasons), text)
 
 
@@ -191,19 +194,6 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-class _SplitInputs:
-    """Make the inputs of a module from one batch of images: each takes some of the channels."""
-
-    def __init__(self, specs: Sequence[InputSpec]) -> None:
-        self.specs = specs
-        self.widths = [spec.channels * (_DEPTH if spec.layout.rank == 5 else 1) for spec in specs]
-        self.channels = sum(self.widths)
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        parts = torch.split(x, self.widths, 1)
-        return [_to_layout(part, spec.layout) for part, spec in zip(parts, self.specs, strict=True)]
-
-
 def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:
     if layout.rank == 5 and not layout.rows:
         return x_NCHW.reshape(len(x_NCHW), -1, _DEPTH, *x_NCHW.shape[2:])
@@ -213,14 +203,11 @@ def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:
     return x.movedim(1, -1) if layout.rows else x
 
 
-class _GivenInputs:
-    """Return the user's inputs. ``verify`` passes a tensor of ones, which sets their dtype and scales them."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = list(inputs)
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        return [value.to(x.device, x.dtype) * x[0, 0] if value.is_floating_point() else value for value in self.inputs]
+def _given_inputs(inputs: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
+    # ``verify`` passes a tensor of ones, which sets the dtype of the user's inputs and scales them.
+    return lambda x: [
+        value.to(x.device, x.dtype) * x[0, 0] if value.is_floating_point() else value.clone() for value in inputs
+    ]
 
 
 class _SingleTensorModule(nn.Module):
@@ -248,16 +235,10 @@ def _float_leaves(output: Any) -> Iterator[Tensor]:
 
 
 def find_dependents(model: nn.Module, plain: nn.Module, plan: Plan, excluded: Reasons) -> Reasons:
-    """Return modules that must stay because a forward around them depends on what they are, not only on their output.
+    """Return modules that must stay because a forward around them depends on more than their output.
 
     Such a forward reads the class or an attribute of a part, and would branch differently on a convolution in its
     place. Its graph over the new parts is then another one, or it cannot be traced.
-
-    Args:
-        model: the original.
-        plain: the result.
-        plan: what was replaced.
-        excluded: modules that stay already.
     """
     found: Reasons = {}
     replaced = plan.changed_paths()
@@ -279,11 +260,6 @@ def submodule_or_none(plain: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def is_inside(inner: str, outer: str) -> bool:
-    """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
-    return inner == outer or not outer or inner.startswith(f"{outer}.")
-
-
 def _has_same_graphs(captured: Capture, new: nn.Module) -> bool:
     try:
         again = capture(new)
@@ -291,10 +267,10 @@ def _has_same_graphs(captured: Capture, new: nn.Module) -> bool:
         return False
     before = [captured.graph, *(variant.graph for variant in captured.variants)]
     after = [again.graph, *(variant.graph for variant in again.variants)]
-    return list(map(str, before)) == list(map(str, after)) and _has_same_constants(captured, again)
-
-
-def _has_same_constants(before: Capture, after: Capture) -> bool:
-    names = [str(n.target) for n in before.graph.nodes if n.op == "get_attr" and str(n.target).startswith("_tensor")]
-    pairs = [(getattr(before.root, name), getattr(after.root, name)) for name in names]
+    if list(map(str, before)) != list(map(str, after)):
+        return False
+    # Tensors that a forward creates are constants of the graph, which its text does not show.
+    targets = (str(node.target) for node in captured.graph.nodes if node.op == "get_attr")
+    names = [target for target in targets if target.startswith("_tensor")]
+    pairs = [(getattr(captured.root, name), getattr(again.root, name)) for name in names]
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))

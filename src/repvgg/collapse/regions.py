@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
@@ -10,11 +10,10 @@ from typing import TypeAlias
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import Capture, is_leaf
-from repvgg.collapse.cost import Cost, Policy
+from repvgg.collapse.cost import Cost, Policy, cheaper
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
-from repvgg.collapse.symbolic_eval import KnownMaps, Shapes, Step, SymbolicValues, Value, transposed_conv_at
+from repvgg.collapse.symbolic_eval import EvaluationOptions, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import InputSpec, Source, SymbolicTensor, guarded
 
@@ -109,7 +108,7 @@ def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoin
 
 
 def _insert_along_chain(region: Region) -> InsertionPoint:
-    # Replacing a called module leaves its caller's code as it is. Only a folded function call needs a new forward.
+    # Replacing a called module does not change its caller's code. Only a folded function call needs a new forward.
     owner = region.inlined.owner
     functions = (step.node for step in region.steps if step.node.op != "call_module" and step.computes)
     host = owner(region.first_convolution)
@@ -154,27 +153,17 @@ def _is_chain_of(targets: Collection[object], graph: fx.Graph) -> bool:
     return not nodes or ([node.target for node in nodes] == list(targets) and linked)
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """What constrains a search for regions.
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(EvaluationOptions):
+    """Options of a search for regions.
 
     Attributes:
-        opaque: paths of submodules that must stay, below the scope, with the reason.
         why_frozen: why the forward of the module at a path cannot be rewritten, or None.
-        merge_branches: whether branches may merge, or only chains.
         policy: whether a merge pays.
-        shapes: shapes of tensors in the graph, as far as they are known.
-        known_maps: the convolution that the submodule at a path is equal to, if it was computed before.
-        fixed_sizes: whether costs are those at ``shapes``.
     """
 
-    opaque: Mapping[str, str]
     why_frozen: WhyFrozen
-    merge_branches: bool
     policy: Policy
-    shapes: Shapes
-    known_maps: KnownMaps
-    fixed_sizes: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,11 +197,7 @@ def find_regions(
 
     A region ends where something non-linear, or something with another input, reads its output. It is cut where two
     regions would share a node, where merging does not pay, and where the surrounding code cannot be rewritten.
-
-    Args:
-        inlined: the graph to search.
-        analyse_aliasing: called only if there are regions, because it has to look into everything that the graph calls.
-        options: see there.
+    ``analyse_aliasing`` is called only if there are regions, because it analyses all modules that the graph calls.
     """
     if not _has_adjacent_linear_nodes(inlined):
         return Regions((), (), {})
@@ -247,14 +232,11 @@ class _Search:
         self._evaluate()
 
     def _evaluate(self) -> None:
-        o = self.options
-        self.values = SymbolicValues(
-            self.inlined, self.aliasing, o.opaque, self.cuts, o.merge_branches, o.shapes, o.known_maps, o.fixed_sizes
-        )
+        self.values = SymbolicValues(self.inlined, self.aliasing, self.options, self.cuts)
         self.exits = [node for node in self.values.by_node if not self._is_interior(node)]
 
     def cut(self) -> bool:
-        """Cut where a region cannot be replaced as it is; return whether anything was cut."""
+        """Cut regions that cannot be replaced whole; return whether anything was cut."""
         by_source: dict[fx.Node, list[fx.Node]] = {}
         for node in self.exits:
             by_source.setdefault(self.values.by_node[node].source, []).append(node)
@@ -267,7 +249,7 @@ class _Search:
         return bool(more)
 
     def _next_cuts(self, exits: list[fx.Node]) -> set[fx.Node]:
-        """Where to cut the regions of one source, those that end at ``exits``, next."""
+        """Return the nodes at which to cut the regions of one source next; the regions end at ``exits``."""
         # Shared nodes first: until they are cut, costs of regions count them twice.
         for find in (self._cut_shared, self._cut_unprofitable, self._cut_overwritten, self._cut_not_insertable):
             more = find(exits)
@@ -299,12 +281,13 @@ class _Search:
             exclusive
             and region.is_chain
             and transposed_conv_at(self.inlined, source) is not None
-            and _is_channelwise_affine(value.symbol.map)
+            and value.symbol.map.is_depthwise
+            and value.symbol.map.is_pointwise
             and any(step.computes for step in value.steps)
         )
 
     def _is_interior(self, node: fx.Node) -> bool:
-        """Whether a node is used, and only by nodes of its own region or for metadata that merging keeps."""
+        """Whether a node is used, and only by nodes of its region or for metadata that merging does not change."""
         users = [user for user in node.users if not reads_invariant_metadata(user)]
         return bool(users) and all(self._continues(node, user) for user in users)
 
@@ -316,7 +299,7 @@ class _Search:
         return {n for n in node.all_input_nodes if n in self.values.by_node and self._continues(n, node)}
 
     def _cut_shared(self, exits: list[fx.Node]) -> set[fx.Node]:
-        """The last node that more than one region contains: all of its users but one must read a real tensor."""
+        """Return the last node that more than one region contains: its users must read a real tensor."""
         count: dict[fx.Node, int] = {}
         for end in exits:
             for step in self.values.by_node[end].steps:
@@ -331,7 +314,7 @@ class _Search:
         return {last}
 
     def _cut_unprofitable(self, exits: list[fx.Node]) -> set[fx.Node]:
-        """In a region that does not pay, the inputs of the step at which merging costs most."""
+        """Return the inputs of the step at which merging costs most, in a region that does not pay."""
         for end in exits:
             value = self.values.by_node[end]
             if not self._is_worthwhile(value) or self._pays(value):
@@ -341,8 +324,8 @@ class _Search:
             if not joining:
                 continue
             step = max(joining, key=self._relative_increase)
-            # A custom policy may refuse for reasons of its own; cut at some step all the same.
-            if self._relative_increase(step) > 0 or not self.options.policy.is_cheaper:
+            # A custom policy may refuse for other reasons than the increase; then cut at any step.
+            if self._relative_increase(step) > 0 or self.options.policy is not cheaper:
                 after, before = Cost.of_symbol(value.symbol), value.cost
                 times = f"{after.multiply_adds / max(before.multiply_adds, 1e-9):.2g} times the multiply-adds"
                 self.reasons[step.node] = (
@@ -352,14 +335,14 @@ class _Search:
         return set()
 
     def _relative_increase(self, step: Step) -> float:
-        """By how much merging ``step`` with its inputs raises their cost: the larger of two relative increases."""
+        """Return the relative increase of multiply-adds or weights, the larger, on merging a step with its inputs."""
         inputs = [self.values.by_node[n] for n in self._inputs_in_region(step.node)]
         apart = sum((Cost.of_symbol(value.symbol) for value in inputs), step.cost)
         more = Cost.of_symbol(self.values.by_node[step.node].symbol) - apart
         return max(more.multiply_adds / max(apart.multiply_adds, 1), more.weights / max(apart.weights, 1))
 
     def _cut_overwritten(self, exits: list[fx.Node]) -> set[fx.Node]:
-        """The inputs of the exit of a region whose source may be modified in place before the region ends."""
+        """Return the inputs of the exit of a region whose source may be modified in place before the region ends."""
         for end in exits:
             region = Region(self.inlined, end, self.values.by_node[end])
             inputs = self._inputs_in_region(end)
@@ -370,7 +353,7 @@ class _Search:
         return set()
 
     def _cut_not_insertable(self, exits: list[fx.Node]) -> set[fx.Node]:
-        """Where to cut a region whose surrounding code cannot be rewritten."""
+        """Return the nodes at which to cut a region whose surrounding code cannot be rewritten."""
         for end in exits:
             region = Region(self.inlined, end, self.values.by_node[end])
             if not self._is_worthwhile(region.value) or not self._pays(region.value):
@@ -384,7 +367,7 @@ class _Search:
         return set()
 
     def _seams(self, region: Region) -> set[fx.Node]:
-        """Nodes that another forward than their own reads; if there are none, where branches meet; else all."""
+        """Return nodes that are read in another forward; if there are none, nodes where branches meet; else all."""
         owner, nodes = self.inlined.owner, [step.node for step in region.steps]
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
@@ -421,10 +404,6 @@ def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict
 
 def _label(node: fx.Node) -> str:
     return str(node.target) if node.op in ("call_module", "placeholder") else node.name
-
-
-def _is_channelwise_affine(conv: ConvMap) -> bool:
-    return conv.is_depthwise and conv.is_pointwise
 
 
 def reads_invariant_metadata(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""What a collapse did, what it left alone and why; and the words and numbers for it."""
+"""The report of a collapse: what was folded, skipped and dropped, and why."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that stays as it was, with the reason."""
+    """A module that stays unchanged, with the reason."""
 
     name: str
     reason: str
@@ -70,7 +70,7 @@ LeftAlone = Skipped  # the former name, kept for code that imports it
 
 @dataclass(frozen=True)
 class Report:
-    """All that a collapse folded, left alone and dropped.
+    """Everything that a collapse folded, skipped and dropped.
 
     Attributes:
         folded: the regions that became convolutions.
@@ -108,7 +108,7 @@ class Report:
             per = "" if region.pixels else " a pixel"
             numbers = f"{region.parameters_before:,} → {region.parameters_after:,} parameters"
             yield f"    {numbers}, {macs} multiply-adds{per}{'; ' if region.proof else ''}{region.proof}"
-        groups = {"left alone": self.left, "dropped": self.dropped, "looked at in pieces": self.in_pieces}
+        groups = {"skipped": self.left, "dropped": self.dropped, "searched part by part": self.in_pieces}
         for title, entries in groups.items():
             if entries:
                 yield f"{len(entries)} {title}"
@@ -129,7 +129,7 @@ class Replaced:
 
 def join_passes(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[Replaced]:
     """Combine two passes, the second over the result of the first, some of whose convolutions it folded further."""
-    # A convolution of the first pass that the second one folded has no entry of its own any more.
+    # A convolution of the first pass that the second one folded no longer has an entry.
     absorbed: set[int] = set()
     joined: list[Replaced] = []
     for later in second:
@@ -141,7 +141,7 @@ def join_passes(first: Sequence[Replaced], second: Sequence[Replaced]) -> list[R
 
 
 def _with_parts_of(entry: Folded, earlier: Sequence[Folded]) -> Folded:
-    # The convolution of the earlier entry is replaced in the list by what it was made of.
+    # In the list of parts, the convolution of an earlier entry is replaced by the parts of that entry.
     names = {done.name for done in earlier}
     # What the first pass saved is added to the cost before, so that the entry covers both passes.
     saved_macs = sum(e.multiply_adds_before - e.multiply_adds_after for e in earlier)

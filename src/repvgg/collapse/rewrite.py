@@ -16,7 +16,7 @@ from repvgg.collapse.capture import join
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
 from repvgg.collapse.plan import InlinedScope, LinearModule, Plan, Reasons
-from repvgg.collapse.proof import Proof, image_for, image_for_transposed, prove_region
+from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
 from repvgg.collapse.regions import Region, Replacement
 from repvgg.collapse.report import (
     Folded,
@@ -38,7 +38,6 @@ PlainConv: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PLAIN_DATA = (bool, int, float, str, tuple, list, type(None))
-_NOT_PROVEN = Proof(None, "", ran=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +58,7 @@ class Applied:
 def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
     """Build the plain model; with ``prove``, compare each convolution with what it replaces.
 
-    Raises:
-        ReparamError: something in the model cannot be copied; the text names it.
+    Raises ReparamError if an attribute of the model cannot be copied.
     """
     applier = _PlanApplier(model, prove)
     for path in plan.dropped:
@@ -76,7 +74,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
     def position(done: Replaced) -> int:
-        name = done.entry.name  # a convolution of a new name stands where its owner does
+        name = done.entry.name  # a convolution with a new name is sorted by its owner
         return order.get(name, order.get(name.rpartition(".")[0], len(order)))
 
     replaced = tuple(sorted(applier.done, key=position))
@@ -89,7 +87,7 @@ class _PlanApplier:
     The model is then copied by one ``deepcopy`` whose memo contains the replacements as if they were copied already.
 
     Attributes:
-        memo: what stands for each object in the copy, by object id.
+        memo: the replacement or copy of each object, by object id.
         done: what was replaced.
         failed: see :class:`Applied`.
     """
@@ -153,7 +151,7 @@ class _PlanApplier:
         symbol = solve_region(region)
         modules = [scope.module.get_submodule(path) for path in region.called_modules]
         host = scope.module.get_submodule(point.host)
-        # A region of functions only has no module of its own; its weights are those of the host.
+        # A region of functions only calls no module; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
         conv = self._emit(symbol, like, modules or [host])
@@ -188,7 +186,7 @@ class _PlanApplier:
         except ReparamError as error:
             self.failed |= dict.fromkeys(modules, str(error))
             return
-        proof = _NOT_PROVEN
+        proof = NOT_PROVEN
         if self.prove:
             transposed, scaling = _module_in_float64(old, algebra_device(old.weight)), _region_in_float64(region)
             proof = prove_region(lambda x: scaling(transposed(x)), image_for_transposed(old), new)
@@ -246,9 +244,9 @@ class _PlanApplier:
     def _prove(
         self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: PlainConv
     ) -> Proof:
-        # ``make_before`` converts weights to float64, which is not done in vain.
+        # ``make_before`` converts weights to float64, so it is only called for a proof.
         if not self.prove:
-            return _NOT_PROVEN
+            return NOT_PROVEN
         return prove_region(make_before(), image_for(symbol.map, symbol.source.layout), after)
 
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
@@ -273,7 +271,7 @@ def _with_attributes_of(old: nn.Module, new: Module) -> Module:
 
 def _reference_tensor(module: nn.Module) -> Tensor:
     """The tensor that determines dtype, device and memory format: the largest kernel, else the first float tensor."""
-    # The largest: a 1x1 kernel is contiguous in every memory format, and tells nothing.
+    # The largest: a 1x1 kernel is contiguous in every memory format.
     kernels = [p for p in module.parameters() if p.dim() == 4]
     like = max(kernels, key=Tensor.numel) if kernels else first_float(module)
     if like is None:
@@ -309,16 +307,9 @@ def solve_region(region: Region) -> SymbolicTensor:
 
 
 def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> PlainConv:
-    """Return the module that computes ``conv``, in the dtype, device and memory format of the kernel ``like``.
+    """Return the module that computes ``conv`` on tensors of a ``layout``: an nn.Linear for rows, else an nn.ConvNd.
 
-    It is an ``nn.Linear`` for rows and vectors, else an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``. The weights are
-    cast once, here. The random number generator is not used.
-
-    Args:
-        conv: what to compute.
-        like: a tensor that determines dtype, device and memory format.
-        layout: the shape of the input.
-        requires_grad: of the parameters.
+    Its dtype, device and memory format are those of the kernel ``like``; the weights are cast once, here.
 
     Raises:
         ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
@@ -327,36 +318,23 @@ def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: boo
     """
     if conv.spatial != layout.spatial:
         raise UsageError(f"A map over {conv.spatial} axes does not apply to tensors {layout}.")
+    if not conv.spatial and conv.groups > 1:
+        raise ReparamError(f"no nn.Linear computes a linear map of rows in {conv.groups} groups")
     conv = emitted_map(conv)
-    module = _empty_convolution(conv, like) if conv.spatial else _empty_linear(conv, like)
+    channels, before, after = (conv.in_channels, conv.out_channels), conv.padding[::2], conv.padding[1::2]
+    module: PlainConv
+    # The meta device skips the random initialization.
+    if conv.spatial:
+        padding = before if before == after else "same"
+        geometry = (conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
+        kind, mode = _CONVOLUTIONS[conv.spatial], conv.border or "zeros"
+        module = kind(*channels, *geometry, padding_mode=mode, device="meta", dtype=like.dtype)
+    else:
+        module = nn.Linear(*channels, device="meta", dtype=like.dtype)
     # Assigning to the meta module keeps its constructor arguments and costs no second copy.
     module.weight = nn.Parameter(_dense_weight(conv, like), requires_grad)
     module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
     return module
-
-
-def _empty_convolution(conv: ConvMap, like: Tensor) -> PlainConv:
-    before, after = conv.padding[::2], conv.padding[1::2]
-    module: PlainConv = _CONVOLUTIONS[conv.spatial](
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        before if before == after else "same",
-        conv.dilation,
-        conv.groups,
-        bias=True,
-        padding_mode=conv.border or "zeros",
-        device="meta",  # skips the random initialization
-        dtype=like.dtype,
-    )
-    return module
-
-
-def _empty_linear(conv: ConvMap, like: Tensor) -> nn.Linear:
-    if conv.groups > 1:
-        raise ReparamError(f"no nn.Linear computes a linear map of rows in {conv.groups} groups")
-    return nn.Linear(conv.in_channels, conv.out_channels, bias=True, device="meta", dtype=like.dtype)
 
 
 def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
@@ -377,11 +355,7 @@ def _dense_weight(conv: ConvMap, like: Tensor) -> Tensor:
 
 
 def cast(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value`` in the dtype and on the device of ``like``.
-
-    Raises:
-        ReparamError: a number overflows.
-    """
+    """Return ``value`` in the dtype and on the device of ``like``; raise ReparamError if a number overflows."""
     return _require_finite(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -96,7 +96,7 @@ class Value:
 
 
 class Evaluator:
-    """Run single nodes of an inlined graph, with all parameters and buffers passed through ``convert``.
+    """Evaluate nodes of an inlined graph, with all parameters and buffers passed through ``convert``.
 
     Args:
         inlined: the graph.
@@ -115,11 +115,7 @@ class Evaluator:
         self._shadows: dict[str, nn.Module] = {}  # converting all weights of a module once per call would dominate
 
     def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        """Return the result of ``node`` applied to the values of its arguments.
-
-        Raises:
-            ReparamError: it is not linear.
-        """
+        """Return the result of ``node`` for the values of its arguments; raise ReparamError if it is not linear."""
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
         if node.op == "call_module":
@@ -166,23 +162,38 @@ def get_attribute(root: nn.Module, path: str) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is known about a graph before it is evaluated, and what may merge.
+
+    Attributes:
+        opaque: paths of submodules that must stay, below the scope, with the reason.
+        merge_branches: whether branches may merge, or only chains.
+        shapes: shapes of tensors, as far as they are known.
+        known_maps: the convolution that the submodule at a path is equal to, if it was computed before.
+        fixed_sizes: whether costs are those at ``shapes``, borders included.
+    """
+
+    opaque: Mapping[str, str]
+    merge_branches: bool
+    shapes: Shapes = field(default_factory=dict)
+    known_maps: KnownMaps = lambda _: None
+    fixed_sizes: bool = False
+
+
 class SymbolicValues:
     """All nodes of a graph that are linear functions of another node, computed in one pass over it.
 
     Args:
         inlined: the graph.
         aliasing: which nodes share memory.
-        opaque: paths of submodules that must stay as they are, with the reason.
+        options: see there.
         cuts: nodes at which regions must start.
-        merge_branches: whether branches may merge, or only chains.
-        shapes: shapes of tensors, as far as they are known.
-        known_maps: the convolution that the submodule at a path is equal to, if it was computed before.
-        fixed_sizes: whether costs are those at ``shapes``, borders included.
 
     Attributes:
         by_node: the values.
         order: the position of each node in execution order.
-        fixed: nodes that must stay as they are.
+        fixed: nodes that must stay.
         reasons: why a node has no value, or why it starts a new region instead of continuing that of its arguments.
     """
 
@@ -190,20 +201,15 @@ class SymbolicValues:
         self,
         inlined: InlinedGraph,
         aliasing: AliasAnalysis,
-        opaque: Mapping[str, str],
-        cuts: Collection[fx.Node],
-        merge_branches: bool,
-        shapes: Shapes,
-        known_maps: KnownMaps = lambda _: None,
-        fixed_sizes: bool = False,
+        options: EvaluationOptions,
+        cuts: Collection[fx.Node] = (),
     ) -> None:
         self.by_node: dict[fx.Node, Value] = {}
+        opaque = options.opaque
         self.reasons = {node: opaque[target] for node, target in inlined.calls() if target in opaque}
         self.reasons |= dict.fromkeys(aliasing.unsafe_writes, "it modifies in place a tensor that is read again")
         self.fixed = frozenset(self.reasons)
-        self._inlined, self._aliasing, self._cuts = inlined, aliasing, cuts
-        self._merge_branches, self._shapes = merge_branches, shapes
-        self._known_maps, self._fixed_sizes = known_maps, fixed_sizes
+        self._inlined, self._aliasing, self._options, self._cuts = inlined, aliasing, options, cuts
         self._evaluator = Evaluator(inlined, to_meta)
         self._nodes = list(inlined.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
@@ -232,7 +238,7 @@ class SymbolicValues:
             return
         if all(argument in self._constants for argument in node.all_input_nodes):
             self._try(node, self._fold_constant)
-        # In this order: the longest region first, then ever shorter ones.
+        # In this order: from the longest region to the shortest.
         elif not self._try(node, self._continue) and any(n in self.by_node for n in node.all_input_nodes):
             self._try(node, self._branch) or self._try(node, self._restart)
 
@@ -282,12 +288,13 @@ class SymbolicValues:
         self.by_node[node] = Value(first.source, result, (*earlier.values(), step))
 
     def _reuse_known_map(self, node: fx.Node, symbols: Sequence[SymbolicTensor]) -> SymbolicTensor | None:
-        """The output of a module whose map is cached, if it is called on the same kind of input; else None."""
-        known = self._known_maps(str(node.target)) if node.op == "call_module" and len(node.args) == 1 else None
+        """Return the output of a module whose map is cached for the same channels and layout, else None."""
+        has_one_argument = node.op == "call_module" and len(node.args) == 1
+        known = self._options.known_maps(str(node.target)) if has_one_argument else None
         if known is None or len(symbols) != 1 or not symbols[0].is_source or node.args[0] not in node.all_input_nodes:
             return None
         symbol = symbols[0]
-        # Costs in the cache are without borders; with known sizes they have to be computed anew.
+        # Costs in the cache are without borders; with known sizes they must be computed again.
         if (known.conv.in_channels, known.layout) != (symbol.map.in_channels, symbol.layout) or symbol.source.sizes:
             return None
         symbol.source.add(known.operations, known.cost.multiply_adds, known.cost.weights)
@@ -296,12 +303,12 @@ class SymbolicValues:
     def _start(self, node: fx.Node) -> Value:
         """Return the node as the source of a region."""
         if node not in self._starts:
-            source = Source(self._merge_branches)
+            source = Source(self._options.merge_branches)
             channels, layout = self._find_spec(node)
             symbol = SymbolicTensor.of(source, channels, device="meta", layout=layout)
             # Rows have no borders, so their cost per row is exact without sizes.
-            if self._fixed_sizes and node in self._shapes and not layout.rows:
-                source.sizes = tuple(self._shapes[node][2:])
+            if self._options.fixed_sizes and node in self._options.shapes and not layout.rows:
+                source.sizes = tuple(self._options.shapes[node][2:])
             self._starts[node] = Value(node, symbol)
         return self._starts[node]
 
@@ -323,7 +330,7 @@ class SymbolicValues:
 
     def _possible_layouts(self, node: fx.Node) -> Iterator[Layout | None]:
         """Yield the layouts that fit the shape of a node; None if the shape is not known."""
-        shape = self._shapes.get(node)
+        shape = self._options.shapes.get(node)
         if shape is None:
             yield None
             return
@@ -371,7 +378,7 @@ def transposed_conv_at(inlined: InlinedGraph, node: fx.Node) -> _ConvTransposeNd
 
 
 def _spec_from_transposed(inlined: InlinedGraph, node: fx.Node) -> InputSpec | None:
-    """The tensor of a node that is an output or an input of a transposed convolution, else None.
+    """Return channels and layout of an output or an input of a transposed convolution; None for other nodes.
 
     The algebra has no map for a transposed convolution, so a probe would not learn anything from one.
     """
@@ -389,14 +396,14 @@ def has_rank_agnostic_norm(module: nn.Module) -> bool:
 
 def synthetic_inputs(specs: Sequence[InputSpec | None]) -> tuple[Tensor, ...] | None:
     """Return meta tensors that match ``specs``, or None if one of them is not known."""
-    if not specs or any(spec is None or spec.layout.rank is None for spec in specs):
-        return None
-    return tuple(torch.empty(2, *_assumed_shape(spec), device="meta") for spec in specs if spec is not None)
-
-
-def _assumed_shape(spec: InputSpec) -> tuple[int, ...]:
-    sizes = _ASSUMED_SIZES[: (spec.layout.rank or 2) - 2]
-    return (*sizes, spec.channels) if spec.layout.rows else (spec.channels, *sizes)
+    inputs = []
+    for spec in specs:
+        if spec is None or spec.layout.rank is None:
+            return None
+        sizes = _ASSUMED_SIZES[: spec.layout.rank - 2]
+        shape = (*sizes, spec.channels) if spec.layout.rows else (spec.channels, *sizes)
+        inputs.append(torch.empty(2, *shape, device="meta"))
+    return tuple(inputs) or None
 
 
 def run_on_meta(inlined: InlinedGraph, inputs: Sequence[Any]) -> dict[fx.Node, Any]:

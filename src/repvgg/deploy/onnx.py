@@ -57,7 +57,7 @@ def export_onnx(
 
     The file is checked (``onnx.checker``, with shape inference) under a temporary name and then renamed, so a file at
     ``path`` is always complete and valid. The model is not changed. The exporter folds each batch norm that follows a
-    convolution into it; a batch norm on a branch of its own remains.
+    convolution into it; a batch norm that is a branch by itself remains.
 
     Args:
         model: any module from one tensor to one tensor that ``torch.export`` can capture.
@@ -67,8 +67,7 @@ def export_onnx(
         dynamic_batch: leave N open; otherwise it is 1.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the folder does not exist, or the file cannot be written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
         UsageError: ``input_shape`` is not three positive numbers.
         ExportError: the model cannot be captured or has 2 GiB or more, or the file fails its check.
         MissingDependencyError: onnx or onnxscript is not installed.

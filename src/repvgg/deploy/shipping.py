@@ -53,8 +53,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
     Raises:
         UsageError: the suffix is none of :data:`SUFFIXES`.
-        OutputExistsError: the file exists and ``overwrite`` is not set, or a folder is there.
-        OutputError: the parent folder does not exist.
+        OutputError: the file exists and ``overwrite`` is not set, or it cannot be written there.
     """
     if Path(path).suffix not in SUFFIXES:
         raise UsageError(f"The suffix selects the file format: end {str(path)!r} in one of {', '.join(SUFFIXES)}.")
@@ -87,14 +86,17 @@ def ship(
         if target.suffix == ".safetensors":  # no program to run: the weights are compared bit for bit
             export_weights(plain, part, input_shape, notes=notes)
             return Shipped(target)
+
+        def write_and_verify(dynamic_batch: bool) -> Shipped:
+            run = _write_and_load(plain, part, input_shape, notes or {}, dynamic_batch=dynamic_batch)
+            evidence = _verify_file(reference, plain, run, input_shape, dynamic_batch=dynamic_batch)
+            return Shipped(target, dynamic_batch, evidence)
+
         try:
-            dynamic_batch, run = True, _write_and_load(plain, part, input_shape, notes or {}, dynamic_batch=True)
-            evidence = _verify_file(reference, plain, run, input_shape, dynamic_batch=True)
+            return write_and_verify(dynamic_batch=True)
         except ExportError:
             # Some models capture a constant batch size, and some files fail only when they run on another one.
-            dynamic_batch, run = False, _write_and_load(plain, part, input_shape, notes or {}, dynamic_batch=False)
-            evidence = _verify_file(reference, plain, run, input_shape, dynamic_batch=False)
-    return Shipped(target, dynamic_batch, evidence)
+            return write_and_verify(dynamic_batch=False)
 
 
 def _write_and_load(
@@ -115,7 +117,7 @@ def _verify_file(
             return run(x)
         except RepvggError:
             raise
-        except Exception as error:  # each runtime has exceptions of its own
+        except Exception as error:  # each runtime has its own exceptions
             raise ExportError(f"The written file does not run: {first_line(error)}.") from error
 
     # Not 2, the batch size of the capture: a constant that it left in the graph would not show.
@@ -171,9 +173,8 @@ def export_weights(
     which :func:`repvgg.load` rebuilds it.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the file cannot be written.
-        ExportError: the model has state that is not a tensor, or the file does not read back as it was written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
+        ExportError: the model has state that is not a tensor, or the file differs from it when it is read back.
         CheckpointError: a weight is not finite.
     """
     tensors = model.state_dict()
@@ -187,7 +188,7 @@ def export_weights(
         save_tensors(part, tensors, header)
         back = read_checkpoint(part).tensors  # before the rename: a file that differs never gets the name
         if unequal := [name for name in tensors.keys() | back.keys() if not _same(tensors.get(name), back.get(name))]:
-            raise ExportError(f"The file does not read back as it was written: {min(unequal)!r} differs.")
+            raise ExportError(f"The written file differs from the model in {min(unequal)!r}: please report this.")
     return Path(path)
 
 

@@ -83,8 +83,7 @@ def export_program(
         notes: texts to store in the file by name; ``torch.export.load`` returns them as ``extra_files``.
 
     Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is not set.
-        OutputError: the folder does not exist, or the file cannot be written.
+        OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
         UsageError: ``input_shape`` is not three positive numbers.
         ExportError: the model cannot be captured, or not for any batch size.
     """

@@ -65,7 +65,7 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A convolution that stays as it was, with the reason."""
+    """A convolution that stays unchanged, with the reason."""
 
     name: str
     reason: str
@@ -76,11 +76,11 @@ Kept = Skipped  # the former name, kept for code that imports it
 
 @dataclass(frozen=True)
 class ExpandReport:
-    """All convolutions of a model: those that were expanded and those that were not.
+    """What an expansion did with each convolution of a model.
 
     Attributes:
         expanded: the convolutions that were replaced, in the order of the model.
-        left: all others.
+        left: all others, with the reason.
     """
 
     expanded: tuple[Expanded, ...]
@@ -107,10 +107,10 @@ class ExpandReport:
         yield f"{len(self.expanded)} convolutions expanded, {self.parameters_added:,} parameters added"
         for entry in self.expanded:
             also = f" (also {', '.join(entry.also)})" if entry.also else ""
-            how = f"begins afresh: {entry.fresh}" if entry.error is None else f"error {entry.error:.1e}"
+            how = f"new weights: {entry.fresh}" if entry.error is None else f"error {entry.error:.1e}"
             yield f"  {entry.name or '(root)'}{also}: {entry.convolution}, {how}"
         if self.left:
-            yield f"{len(self.left)} left alone"
+            yield f"{len(self.left)} skipped"
         for skipped in self.left:
             yield f"  {skipped.name or '(root)'}: {skipped.reason}"
 
@@ -120,19 +120,19 @@ def expand(
 ) -> tuple[nn.Module, ExpandReport]:
     """Turn a plain model into one with trainable branches that computes the same function in eval mode.
 
-    The inverse of :func:`repvgg.reparameterize`, for any model: each ``nn.Conv2d`` with kernel K becomes a block in
-    which one convolution of its size takes what the other branches leave over. With s the scale after that *dense*
-    convolution and R the kernel of all other branches, both derived from the block's own forward in float64, ::
+    The inverse of :func:`repvgg.reparameterize`, for any model: each ``nn.Conv2d`` with kernel K becomes a block of
+    which one convolution, the *dense* one, has the size of K and is solved for. With s the scale after it and R the
+    sum of the kernels of all other branches, both derived from the block's own forward in float64, ::
 
         W_dense = (K − R) / s
 
-    and a shift in the block, such as the β of a batch norm, takes the bias. The other branches keep their random
-    initial values. Every block is compared with its convolution in float64, on images whose borders count, and must be
-    equal within a relative 1e-12; otherwise the convolution stays. Then it is cast once.
+    and a shift in the block, such as the β of a batch norm, is solved for the bias. The other branches keep their
+    random initial values. Every block is compared with its convolution in float64, on border-exposing images, and must
+    be equal within a relative 1e-12; otherwise the convolution stays. Then it is cast once.
 
-    New batch norms have mean 0 and variance 1, so the first training steps would see other numbers than eval mode
-    does. With ``data``, the statistics of the blocks become those of the data, over all batches alike, and γ and
-    β are set such that eval mode is unchanged: ``γ = s·√(σ² + ε)`` and ``β = t + s·μ`` for one that was ``s·x + t``.
+    New batch norms have mean 0 and variance 1, so the first training steps would see other activations than eval mode
+    does. With ``data``, the statistics of the blocks become those of the data, over all batches with equal weights, and
+    γ and β are set such that eval mode is unchanged: ``γ = s·√(σ² + ε)`` and ``β = t + s·μ`` for ``s·x + t`` before.
 
     Args:
         model: any model; it is left untouched.
@@ -153,8 +153,8 @@ def expand(
 
     Limits: a convolution whose kernel is zero, or tiny compared with the other branches, stays. In half precision the
     dense kernel is rounded relative to an identity of size 1: see ``error`` in the report. The random states of PyTorch
-    are restored, so the branches depend on the seed alone. A wrapper of torch.compile is not removed: pass the model
-    inside it. Hooks on the model run on ``data``.
+    are restored, so the branches depend on the seed alone. Of a model wrapped by torch.compile, pass the model inside.
+    Hooks on the model run on ``data``.
 
     Source: Ding et al., CVPR 2021, Eq. 3 and 4, solved for the kernel of the largest branch.
     """
@@ -166,11 +166,11 @@ def replace_convs(
 ) -> tuple[nn.Module, ExpandReport]:
     """Replace each convolution by a block of the table, computing the same function where the block allows it.
 
-    Like :func:`expand`, with two differences: the block is given by its name, and one that cannot start out equal to
-    its convolution starts with new random values, to be trained. The report says which those are, and why:
-    ``report.is_exact`` and the ``fresh`` of its entries. DiracNet's kernel is normalized and ExpandNet's is a product:
-    neither is affine in the kernel of a convolution inside, which is what is solved for. A block with ReLUs in its
-    branches is no convolution.
+    Like :func:`expand`, which documents the other arguments, results, errors and limits, with two differences: the
+    block is given by its name, and one that cannot start out equal to its convolution starts with new random values, to
+    be trained. ``report.is_exact`` and the ``fresh`` of its entries tell where and why: DiracNet's kernel is normalized
+    and ExpandNet's is a product, so neither is affine in the kernel of a convolution inside, which is what is solved
+    for; a block with ReLUs in its branches is no convolution. A batch norm after a convolution stays after the block.
 
     Args:
         model: any model; it is left untouched.
@@ -178,18 +178,11 @@ def replace_convs(
         where: ``(name, conv) -> bool``, which convolutions to replace; default: all whose kernel is larger than 1.
         data: see :func:`expand`.
 
-    Returns:
-        The new model, sharing nothing with the input, in its dtype, device and modes; and the report.
-
     Raises:
-        ReparamError: the model cannot be copied.
-        UsageError: there is no such block; or ``data`` has no batches, or they are not tensors.
+        UsageError: there is no such block; also see :func:`expand`.
 
     Warns:
-        NothingExpandedWarning: no convolution got a block; the result is a copy.
-        FreshWeightsWarning: some blocks start with new values, and the model computes something else.
-
-    Limits: those of :func:`expand`. A batch norm that follows a convolution stays after the block.
+        FreshWeightsWarning: some blocks start with new values, and the model computes another function.
     """
     # Resolved before any work, so that a wrong name fails at once.
     make = _block_by_name(block) if isinstance(block, str) else block
@@ -197,8 +190,8 @@ def replace_convs(
     fresh = [entry for entry in report.expanded if entry.fresh]
     if fresh:
         warnings.warn(
-            f"{len(fresh)} of {len(report.expanded)} blocks begin with fresh values, so the model computes something "
-            f"else until it is trained: {fresh[0].fresh}.",
+            f"{len(fresh)} of {len(report.expanded)} blocks start with new values, so the model computes another "
+            f"function until it is trained: {fresh[0].fresh}.",
             FreshWeightsWarning,
             stacklevel=2,
         )
@@ -213,7 +206,7 @@ def insert_bn(model: nn.Module, data: Data, *, where: Where | None = None) -> tu
     ``β = μ``. It is the identity in eval mode, and also in training mode on the same data. ``repvgg.reparameterize``
     folds it back.
 
-    Each convolution stays as it is, bias included, as ``conv`` in a :class:`repvgg.blocks.ConvBN` with ``bn``.
+    Each convolution, bias included, becomes the ``conv`` of a :class:`repvgg.blocks.ConvBN`, next to the new ``bn``.
 
     Args:
         model: any model, run on ``data`` in eval mode; it is left untouched.
@@ -231,12 +224,12 @@ def insert_bn(model: nn.Module, data: Data, *, where: Where | None = None) -> tu
         NothingExpandedWarning: no convolution got a batch norm; the result is a copy.
 
     Limits: a bias before a batch norm gets no gradient in training mode; β takes its role. Convolutions that a
-    batch norm follows already are left alone. Hooks on the model run on ``data``.
+    batch norm follows already are skipped. Hooks on the model run on ``data``.
     """
     with isolated_eval():
         out = deep_copy(model)
         expansion = _Expansion(model, out)
-        sites = expansion.select(where or _any_conv, _why_not_selected(where))
+        sites = expansion.select(where or (lambda *_: True), _why_not_selected(where))
         for site, outputs in output_statistics(out, sites, data).items():
             expansion.append_norm(site, outputs)
         out = replace_modules(out, expansion.made)
@@ -250,7 +243,7 @@ def _replace_with_blocks(
         out = deep_copy(model)
         expansion = _Expansion(model, out)
         owners = count_owners(out)
-        for site in expansion.select(where or _is_larger_than_one, _why_not_selected(where)):
+        for site in expansion.select(where or (lambda _, conv: max(conv.kernel_size) > 1), _why_not_selected(where)):
             expansion.try_block(site, make, owners, allow_fresh=allow_fresh)
         out = replace_modules(out, expansion.made)
         if data is not None:
@@ -263,16 +256,8 @@ def _block_by_name(name: str) -> MakeBlock:
     return lambda conv: entry.make(Geometry.of(conv))
 
 
-def _is_larger_than_one(_: str, conv: nn.Conv2d) -> bool:
-    return max(conv.kernel_size) > 1
-
-
-def _any_conv(_: str, __: nn.Conv2d) -> bool:
-    return True
-
-
 def _why_not_selected(where: Where | None) -> str:
-    return "its kernel is 1x1: ask for it with where=" if where is None else "where= leaves it out"
+    return "its kernel is 1x1: select it with where=" if where is None else "where= leaves it out"
 
 
 class _Expansion:
@@ -307,7 +292,7 @@ class _Expansion:
         return found if isinstance(found, nn.Conv2d) else site.conv
 
     def try_block(self, site: Site, make: MakeBlock, owners: Mapping[int, int], *, allow_fresh: bool) -> None:
-        """Make the block of one convolution, or note why there is none; with ``allow_fresh``, it need not be equal."""
+        """Make the block of one convolution, or record why not; with ``allow_fresh``, it may start with new values."""
         reason = why_not_replaceable(site.conv, owners)
         if reason:
             self.reasons[site.conv] = reason
@@ -328,11 +313,7 @@ class _Expansion:
         self.made[site.conv] = block
 
     def _make_block(self, conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
-        """Return a new block that shares no tensor with anything else, since it is about to be written to.
-
-        Raises:
-            ReparamError: it shares one with the model, or with the block of another convolution.
-        """
+        """Return a new block; raise ReparamError if it shares a tensor with the model or with another block."""
         block = make_block(conv, make)
         # solve_block writes into the block's parameters, which nothing else may see.
         taken = {id(tensor) for other in (*self.models, *self.made.values()) for tensor in _tensors(other)}
@@ -341,7 +322,7 @@ class _Expansion:
         return match_conv(block, conv)
 
     def calibrate(self, out: nn.Module, data: Data) -> nn.Module:
-        """Set the statistics in all blocks to those of ``data``, and solve once more for what that rounds."""
+        """Set the statistics in all blocks to those of ``data``, and solve again, as new γ and β were rounded."""
         # Only those of new blocks: existing batch norms keep the statistics they were trained with.
         norms = [part for block in self.made.values() for part in block.modules() if has_statistics(part)]
         seen = input_statistics(out, cast("list[_BatchNorm]", norms), data)

@@ -1,6 +1,6 @@
-"""Make a block in the geometry of a convolution, and solve its own forward for the convolution's kernel and bias.
+"""Make a block in the geometry of a convolution, and solve for parameters that make the two equal.
 
-In eval mode the kernel that a block is equal to is affine in the kernel W of a convolution inside it, ::
+In eval mode, the kernel that a block is equal to is affine in the kernel W of a convolution inside it, ::
 
     K(W) = s ⊙ W + R        b(p) = t ⊙ p + c
 
@@ -49,11 +49,7 @@ def rep_block(conv: nn.Conv2d) -> BranchSum:
 
 
 def make_block(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
-    """Return what ``make`` returns for a copy of ``conv``.
-
-    Raises:
-        ReparamError: there is no block for this convolution; the text says why.
-    """
+    """Return what ``make`` returns for a copy of ``conv``; raise ReparamError if there is no block for it."""
     try:
         # A copy, because make may keep or modify what it gets.
         block = make(copy.deepcopy(conv))
@@ -80,19 +76,17 @@ def match_conv(block: nn.Module, conv: nn.Conv2d) -> nn.Module:
 def solve_block(block: nn.Module, conv: nn.Conv2d) -> float:
     """Set parameters of ``block`` so that in eval mode it computes what ``conv`` does.
 
-    Solved in float64 and cast once to the dtype of the block. Call it without gradients.
-
-    Returns:
-        The largest difference in kernel or bias after the cast, relative to the largest number in them.
+    Solved in float64 and cast once to the dtype of the block. Call it without gradients. Returns the largest
+    difference in kernel or bias after the cast, relative to the largest number in them.
 
     Raises:
-        NotLinearError: the block is not a convolution of that geometry, or nothing in it can take kernel or bias.
+        NotLinearError: the block is not a convolution of that geometry, or no parameter of it can be solved for.
         EquivalenceError: the solution is not equal within 1e-12 in float64; or its numbers do not fit the dtype.
         ReparamError: the block cannot be traced; see :func:`repvgg.trace`.
     """
     target = trace(conv)
     with eval_mode(block):
-        # Solving in float64 makes the check strict: whatever is left is not rounding but a wrong solution.
+        # Solving in float64 makes the check strict: a difference is then a wrong solution, not rounding.
         exact = copy.deepcopy(block).to(device=algebra_device(conv.weight), dtype=torch.float64)
         _Solver(exact, conv, target).solve()
         for own, solved in zip(block.parameters(), exact.parameters(), strict=True):
@@ -125,14 +119,14 @@ def _is_divisor(slope: Tensor) -> bool:
 
 
 class _Solver:
-    """One block in float64, and the convolution that it is to become."""
+    """One block in float64, and the convolution that it is solved for."""
 
     def __init__(self, block: nn.Module, conv: nn.Conv2d, target: ConvMap) -> None:
         self.block, self.conv, self.target = block, conv, target
         self.kernel_OIHW, self.bias_O = target.weight.clone(), target.bias_or_zeros().clone()
 
     def solve(self) -> None:
-        """Try the convolutions that could take the kernel, in the order of the block, until one works."""
+        """Try the convolutions that have the size of the target, in the order of the block, until one works."""
         reasons = []
         before = [parameter.clone() for parameter in self.block.parameters()]
         # A block may contain several kernels of that size, of which some feed a ReLU or another convolution.
@@ -163,7 +157,6 @@ class _Solver:
         return found.weight.clone(), found.bias_or_zeros().clone()
 
     def _trace_with(self, parameter: Tensor, value: float) -> tuple[Tensor, Tensor]:
-        """Return kernel and bias after filling ``parameter`` with ``value``."""
         parameter.fill_(value)
         return self._trace()
 

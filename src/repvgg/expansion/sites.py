@@ -40,11 +40,7 @@ class Site:
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy.
-
-    Raises:
-        ReparamError: something in the model cannot be copied, or returns itself as its copy.
-    """
+    """Return a deep copy; raise ReparamError if a part of the model cannot be copied, or returns itself as its copy."""
     try:
         out = copy.deepcopy(model)
     except Exception as error:
@@ -119,10 +115,8 @@ def _read_from_outside(model: nn.Module) -> set[int]:
 def _reads(part: nn.Module) -> set[int]:
     """Return the ids of the tensors that a forward reads itself: trace it on a shadow, with submodules as leaves."""
     tracer = _Reader()
-    with (
-        warnings.catch_warnings(),
-        suppress(Exception),
-    ):  # control flow that depends on values ends the trace; reads up to there count
+    # Control flow that depends on values ends the trace; reads up to there count.
+    with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         tracer.trace(shadow_of(part, lambda tensor: tensor))
     return tracer.reads
@@ -148,15 +142,13 @@ class _Reader(fx.Tracer):
 def why_not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
     """Return why ``conv`` is not exactly a convolution with its own kernel and bias, or None.
 
-    Args:
-        conv: the convolution.
-        owners: how many modules register a parameter, by its id; see :func:`count_owners`.
+    ``owners`` is the result of :func:`count_owners`.
     """
     # The kernel that forward uses is then not the parameter that a block would be solved for.
     if parametrize.is_parametrized(conv):
         return "its kernel is computed by a parametrization"
     if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{type(conv).__name__} has a forward of its own"
+        return f"{type(conv).__name__} overrides forward"
     if "forward" in vars(conv):
         return "its forward was replaced on the instance"
     if any(vars(conv).get(name) for name in _HOOKS):

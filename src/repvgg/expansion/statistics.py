@@ -1,10 +1,10 @@
-"""Channel statistics over data, and batch norms that take them over without changing what they compute."""
+"""Channel statistics over data, and how to set them in a batch norm without changing its function in eval mode."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,15 +59,11 @@ class ChannelStatistics:
 
 
 def run_on(model: nn.Module, data: Data) -> None:
-    """Run a model in eval mode on every batch, and restore its modes.
+    """Run a model of one tensor in eval mode on every batch, and restore its modes.
 
-    Args:
-        model: takes one tensor.
-        data: a batch (N, C, H, W), or an iterable of batches; of a batch that is a tuple or list, such as images and
-            labels, the first entry is used. Moved to the model's device, and images to its dtype.
-
-    Raises:
-        UsageError: there is no batch, or one is not a tensor.
+    ``data`` is a batch (N, C, H, W), or an iterable of batches; of a batch that is a tuple or list, such as images and
+    labels, the first entry is used. It is moved to the model's device, and images to its dtype. Raises UsageError if
+    there is no batch, or one is not a tensor.
     """
     like = first_float(model)
     empty = True
@@ -95,12 +91,10 @@ def observe_inputs(modules: Iterable[nn.Module], observe: Callable[[nn.Module, T
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observe(module, args[0] if args else next(iter(kwargs.values())))
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_statistics(model: nn.Module, norms: Iterable[_BatchNorm], data: Data) -> dict[nn.Module, ChannelStatistics]:
@@ -112,7 +106,7 @@ def input_statistics(model: nn.Module, norms: Iterable[_BatchNorm], data: Data) 
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that can take other statistics and still compute the same."""
+    """Whether a module is a batch norm whose γ and β can compensate other statistics."""
     return isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
 
 
@@ -132,9 +126,7 @@ def set_statistics(norm: _BatchNorm, statistics: ChannelStatistics, scale_C: Ten
 
     ``μ`` and ``σ²`` become the running statistics, ``γ = scale · √(σ² + ε)`` and ``β = shift + scale · μ``. With scale
     1 and shift 0 it is the identity in eval mode, and in training mode too on a batch with these statistics.
-
-    Returns:
-        True; False, with the batch norm unchanged, if there are no statistics or the numbers do not fit its dtype.
+    Returns False, with the batch norm unchanged, if there are no statistics or the numbers do not fit its dtype.
     """
     if not statistics.count:
         return False
@@ -194,14 +186,10 @@ def output_statistics(model: nn.Module, sites: Iterable[Site], data: Data) -> di
         for outputs in found.values():
             outputs.check_followed(x)
 
-    handles = [
-        site.conv.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.add(y))
-        for site, outputs in found.items()
-    ]
-    try:
-        with observe_inputs(norms, check_all):
-            run_on(model, data)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for site, outputs in found.items():
+            hook = site.conv.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.add(y))
+            stack.callback(hook.remove)
+        stack.enter_context(observe_inputs(norms, check_all))
+        run_on(model, data)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,11 +41,7 @@ def constant(value: Any, like: SymbolicTensor) -> Tensor:
 
 
 def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
-    """Return a constant operand as a vector (O,).
-
-    Raises:
-        NotLinearError: it varies along another axis than the channels, or broadcasting would add channels or axes.
-    """
+    """Return a constant operand as a vector (O,); raise NotLinearError if it is not one number per channel."""
     # Broadcasting aligns trailing axes, so the channel axis is counted from the end.
     operand = constant(value, like)
     channels, rank = like.map.out_channels, like.layout.rank
@@ -58,28 +55,20 @@ def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
 
 
 def same_source(symbols: Sequence[SymbolicTensor]) -> SymbolicTensor:
-    """Check that ``symbols`` are functions of one source and may merge; return the first one.
-
-    Raises:
-        NotLinearError: they are not.
-    """
+    """Return the first one if ``symbols`` are functions of one source and may merge; else raise NotLinearError."""
     first = symbols[0]
     if any(symbol.source is not first.source for symbol in symbols):
         raise NotLinearError("it combines functions of two different tensors")
     # fold_batch_norms merges chains only; the sum then ends the region.
     if not first.source.merge_branches:
-        raise NotLinearError("branches are not to be merged")
+        raise NotLinearError("branches stay unmerged here: only batch norms are folded")
     if any(symbol.layout != first.layout for symbol in symbols):
         raise NotLinearError("it combines tensors of different layouts")
     return first
 
 
 def require_spatial(symbol: SymbolicTensor, spatial: int, name: str) -> None:
-    """Check that a function over ``spatial`` axes, called ``name``, takes the channel axis of ``symbol`` as channels.
-
-    Raises:
-        NotLinearError: it would take another axis.
-    """
+    """Raise NotLinearError if the function ``name`` over ``spatial`` axes would take another axis as the channels."""
     if symbol.layout.spatial != spatial:
         raise NotLinearError(f"{name} on a tensor {symbol.layout} takes another axis for the channels")
 
@@ -99,15 +88,8 @@ def convolution(
     spatial = weight.dim() - 2
     require_spatial(input, spatial, f"a convolution over {spatial} axes")
     steps = numbers(dilation, spatial)
-    outer = ConvMap(
-        _kernel(weight, groups, input),
-        None if bias is None else constant(bias, input),
-        numbers(stride, spatial),
-        _conv_padding(padding, weight.shape[2:], steps),
-        steps,
-        "zeros",
-    )
-    return _after(input, outer)
+    sides = _conv_padding(padding, weight.shape[2:], steps)
+    return _after(input, weight, bias, groups, numbers(stride, spatial), sides, steps, "zeros")
 
 
 @handles(F.linear)
@@ -117,12 +99,7 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTenso
     require_spatial(input, 0, "a linear layer")
     if weight.dim() != 2:
         raise NotLinearError("a linear layer with a vector as its weight removes an axis")
-    outer = ConvMap(_kernel(weight, 1, input), None if bias is None else constant(bias, input))
-    return _after(input, outer)
-
-
-def _after(symbol: SymbolicTensor, outer: ConvMap) -> SymbolicTensor:
-    return symbol.like(algebra.compose(symbol.map, outer), "conv", outer)
+    return _after(input, weight, bias)
 
 
 def _require_constant(symbol: Any, weight: Any, bias: Any) -> None:
@@ -132,8 +109,13 @@ def _require_constant(symbol: Any, weight: Any, bias: Any) -> None:
         raise NotLinearError("the kernel is complex")
 
 
-def _kernel(weight: Tensor, groups: int, like: SymbolicTensor) -> Kernel:
-    return Kernel.of(weight.to(like.device), groups, like.dtype)  # its dtype is converted when it is multiplied out
+def _after(
+    symbol: SymbolicTensor, weight: Tensor, bias: Tensor | None, groups: int = 1, *geometry: Any
+) -> SymbolicTensor:
+    # The dtype of the kernel is converted when it is multiplied out.
+    kernel = Kernel.of(weight.to(symbol.device), groups, symbol.dtype)
+    outer = ConvMap(kernel, None if bias is None else constant(bias, symbol), *geometry)
+    return symbol.like(algebra.compose(symbol.map, outer), "conv", outer)
 
 
 def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]) -> tuple[int, ...]:
@@ -159,7 +141,7 @@ def batch_norm(
 ) -> SymbolicTensor:
     """Scale and shift each channel: a batch norm in eval mode, ``y = (x − μ)·γ/√(σ² + ε) + β`` (paper, Eq. 2)."""
     if running_mean is None or running_var is None:
-        raise MissingStatisticsError("a batch norm without running statistics normalizes with those of the batch")
+        raise MissingStatisticsError("a batch norm without running statistics normalizes with batch statistics")
     if training:
         raise TrainingModeError("a batch norm is in training mode; call .eval() first")
     if input.layout.rank is None:
@@ -176,24 +158,6 @@ def batch_norm(
         offset = -constant(running_mean, input) * factor
         offset = offset if bias is None else offset + constant(bias, input)
     return input.like(algebra.shift(algebra.scale(input.map, factor), offset), "batch_norm")
-
-
-@handles(torch.avg_pool1d)
-def avg_pool1d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Pool sequences."""
-    return _average_pool(1, *args, **kwargs)
-
-
-@handles(F.avg_pool2d)
-def avg_pool2d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Pool images."""
-    return _average_pool(2, *args, **kwargs)
-
-
-@handles(F.avg_pool3d)
-def avg_pool3d(*args: Any, **kwargs: Any) -> SymbolicTensor:
-    """Pool volumes."""
-    return _average_pool(3, *args, **kwargs)
 
 
 def _average_pool(
@@ -222,16 +186,16 @@ def _average_pool(
     return input.like(algebra.compose(input.map, pool), "avg_pool", pool)
 
 
+avg_pool1d = handles(torch.avg_pool1d)(partial(_average_pool, 1))
+avg_pool2d = handles(F.avg_pool2d)(partial(_average_pool, 2))
+avg_pool3d = handles(F.avg_pool3d)(partial(_average_pool, 3))
+
+
 @handles(
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.feature_dropout),
 )
-def dropout(
-    input: SymbolicTensor,  # noqa: A002
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> SymbolicTensor:
+def dropout(input: SymbolicTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SymbolicTensor:  # noqa: A002
     """Return the input: dropout in eval mode."""
     # Dropout with probability 0 is the identity in training mode, too.
     if training and p:

@@ -39,12 +39,11 @@ class InputSpec(NamedTuple):
 
 
 class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
-    """Raised with the answer: the input has ``channels`` channels and that ``layout``."""
+    """Raised with the answer: the ``spec`` of the input."""
 
     def __init__(self, channels: int, layout: Layout) -> None:
         super().__init__(channels, layout)
-        self.channels = channels
-        self.layout = layout
+        self.spec = InputSpec(channels, layout)
 
 
 class ChannelProbe(SymbolicTensor):
@@ -214,7 +213,7 @@ def _ask(
     try:
         guarded(forward, probe)
     except ChannelsFound as found:
-        return InputSpec(found.channels if channels is None else channels, found.layout)
+        return found.spec if channels is None else found.spec._replace(channels=channels)
     except ReparamError as error:
         errors.append(error)
     count = channels if channels is not None and probe.known else probe.channels

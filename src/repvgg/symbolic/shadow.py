@@ -53,7 +53,7 @@ def shadow_of(
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether the instance has a ``forward`` of its own that is not one of the module's methods."""
+    """Whether ``forward`` was replaced on the instance by something that is not one of its methods."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not module
 
@@ -160,9 +160,7 @@ def things_in(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
 def fingerprint(module: nn.Module, but: str | None = None) -> object:
     """Return the state of the attributes of all modules; it differs after code that stored or modified something.
 
-    Args:
-        module: usually a shadow.
-        but: ignore attributes whose names start with this.
+    Attributes whose names start with ``but`` are ignored.
     """
     parts = (part for part in module.modules() if type(part) not in _STATELESS)
     items = ((name, value) for part in parts for name, value in vars(part).items() if name not in _CONSTANT)

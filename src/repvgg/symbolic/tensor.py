@@ -107,20 +107,17 @@ RANK_UNKNOWN = (
 )
 
 
-class UnknownShape:
+class UnknownShape(UnknownSize):
     """The shape (..., C), of which only the last size is known."""
 
     def __init__(self, channels: Any) -> None:
+        super().__init__(RANK_UNKNOWN)
         self.channels = channels
 
     def __getitem__(self, index: Any) -> Any:
         return self.channels if index == -1 else UnknownSize(RANK_UNKNOWN)
 
-    def _refuse(self, *_: object) -> NoReturn:
-        raise NotLinearError(RANK_UNKNOWN)
-
-    __len__ = __iter__ = __eq__ = __ne__ = __add__ = __radd__ = _refuse
-    __hash__ = object.__hash__
+    __len__ = __iter__ = UnknownSize._refuse
 
 
 class Source:
@@ -285,11 +282,7 @@ class SymbolicTensor:
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call the handler of ``func``.
-
-    Raises:
-        NotLinearError: there is no handler: the function is not known to be linear.
-    """
+    """Call the handler of ``func``; raise NotLinearError if there is none, so that it is not known to be linear."""
     handler = HANDLERS.get(func)
     if handler is None:
         raise NotLinearError(f"{getattr(func, '__name__', func)} is not a linear, shift-invariant map")

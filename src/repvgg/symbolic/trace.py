@@ -39,11 +39,7 @@ def first_float(module: nn.Module) -> Tensor | None:
 
 
 def refuse_training(module: nn.Module, name: str = "") -> None:
-    """Check that nothing in ``module`` is in training mode.
-
-    Raises:
-        TrainingModeError: a batch norm or a dropout is in training mode; the text names it.
-    """
+    """Raise TrainingModeError, which names it, if a batch norm or a dropout in ``module`` is in training mode."""
     for inner, part in module.named_modules():
         # Only modules that behave differently in training mode: the flag of all others is harmless.
         if part.training and isinstance(part, (_BatchNorm, _DropoutNd)):
@@ -52,11 +48,7 @@ def refuse_training(module: nn.Module, name: str = "") -> None:
 
 
 def unchanged_by_call(shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a shadow, and check that it does not modify its own state.
-
-    Raises:
-        NotLinearError: it does, and so is more than a function of its input.
-    """
+    """Call a shadow; raise NotLinearError if it modifies its own state, and so is more than a function of its input."""
     before = fingerprint(shadow)
     result = guarded(shadow, *args, **kwargs)
     if fingerprint(shadow) != before:
@@ -112,7 +104,7 @@ def run(
     and the module must not modify its own state. On the meta device the result has geometry and costs but no values.
     See :func:`trace` for the errors.
     """
-    # Kernels stay as they are here; the algebra converts them once they are multiplied out.
+    # Kernels are not converted here; the algebra converts them once they are multiplied out.
     shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
     # Even if one of them is given, the other must be inferred in agreement with it.
     if in_channels is None or layout is None:
@@ -129,16 +121,8 @@ def equivalent_conv(module: nn.Module, in_channels: int | None = None, layout: L
     """Return kernel and bias of the convolution or linear layer that equals ``module``.
 
     Computed in float64 and cast once to the dtype and device of the module; gradients reach its parameters. For
-    regularizers on the equivalent kernel and for quantization-aware training. :func:`trace` returns stride, padding
-    and the rest as well.
-
-    Args:
-        module: any module on one tensor, in eval mode.
-        in_channels: C; see :func:`trace`.
-        layout: the axes of the tensor; see :func:`trace`.
-
-    Raises:
-        ReparamError: see :func:`trace`.
+    regularizers on the equivalent kernel and for quantization-aware training. For arguments and errors see
+    :func:`trace`, which returns stride, padding and the rest as well.
     """
     conv = trace(module, in_channels, layout)
     like = first_float(module)

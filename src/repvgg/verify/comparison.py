@@ -66,7 +66,7 @@ def verify(
 
     Args:
         reference: the function as it should be; takes one tensor and returns one.
-        candidate: the function to check, likewise, such as a converted module or a runtime session in a function.
+        candidate: the function to check, of the same signature, such as a converted module or a runtime session.
         inputs: a batch, or several; axis 0 counts samples. Moved to each module's device.
         tolerance: the largest relative error that passes, or None for the rule above.
 
@@ -86,7 +86,7 @@ def verify(
 
 
 class _Comparison:
-    """One verification: both models, and the inputs in the form in which each of them takes them."""
+    """One verification: both models, and the inputs in the dtype of each run."""
 
     def __init__(self, reference: Model, candidate: Model, batches: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.reference, self.candidate, self.dtype = reference, candidate, dtype
@@ -161,7 +161,7 @@ class _Comparison:
     ) -> float | None:
         try:
             return deviation(y64, outputs_of(copied(model, dtype), batches, who)).relative
-        except Exception as error:  # only an additional measurement: the verdict stands without it
+        except Exception as error:  # only an additional measurement: the result is valid without it
             self.notes.append(f"{who} cannot be run in {name_of(dtype)} ({first_line(error)})")
             return None
 
@@ -217,11 +217,7 @@ def _agreement(y64: Sequence[Tensor], y: Sequence[Tensor]) -> Agreement | None:
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype`` if it has a tolerance.
-
-    Raises:
-        UsageError: it is none of float64, float32, float16 and bfloat16.
-    """
+    """Return ``dtype``; raise UsageError if it has no tolerance."""
     if dtype not in FLOORS:
         known = ", ".join(map(name_of, FLOORS))
         raise UsageError(f"The candidate's dtype must be one of {known}, got {name_of(dtype)}.")

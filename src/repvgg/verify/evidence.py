@@ -106,19 +106,15 @@ class Evidence:
         worst = self.worst_layers(1)
         if not worst:
             return (excess,)
-        return (excess, f"the layer with the largest error of its own is {worst[0].name} ({worst[0].made_here:.1e})")
+        return (excess, f"the layer that adds the largest error is {worst[0].name} ({worst[0].made_here:.1e})")
 
     def worst_layers(self, count: int = _SHOWN_LAYERS) -> tuple[LayerEvidence, ...]:
-        """Return the ``count`` units with the largest errors of their own, largest first."""
+        """Return the ``count`` units with the largest ``made_here``, largest first."""
         known = [layer for layer in self.layers if layer.made_here is not None]
         return tuple(sorted(known, key=lambda layer: layer.made_here or 0.0, reverse=True)[:count])
 
     def raise_if_failed(self) -> Evidence:
-        """Return the evidence itself if it passed.
-
-        Raises:
-            EquivalenceError: it failed; the text is one sentence with the reasons.
-        """
+        """Return the evidence itself; raise EquivalenceError with the reasons if it failed."""
         if self.passed:
             return self
         raise EquivalenceError(f"The candidate is not equal to the reference: {'; '.join(self.reasons)}.")
@@ -128,7 +124,7 @@ class Evidence:
         return {"passed": self.passed, **_plain(self)}
 
     def __repr__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED: " + "; ".join(self.reasons)
+        result = "passed" if self.passed else "FAILED: " + "; ".join(self.reasons)
         formula = f"max|y - y64| / max|y64| in {self.dtype}, {_count(self.samples, 'sample')} "
         rows = [
             ("relative error", f"{self.relative:.1e}", formula + f"in {_count(self.batches, 'batch', 'batches')}"),
@@ -152,7 +148,7 @@ class Evidence:
                 f"    {layer.name:<{width}}  its own {layer.made_here:.1e}  end to end {layer.arriving:.1e}"
                 for layer in worst
             ]
-        return "\n".join([verdict, *lines])
+        return "\n".join([result, *lines])
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,7 @@ def _border_image(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def as_batches(inputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Return one batch or several as a list of non-empty batches.
-
-    Raises:
-        UsageError: there is no input, an entry is not a tensor, or a batch is empty.
-    """
+    """Return one batch or several as a list; raise UsageError if one is empty or not a tensor, or there is none."""
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not batches:
         raise UsageError("There are no inputs to verify on: pass at least one batch.")
@@ -90,11 +86,7 @@ def as_batches(inputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def rounded(batches: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the batches in ``dtype``; integers are left unchanged.
-
-    Raises:
-        UsageError: a value is not finite after rounding.
-    """
+    """Return the batches in ``dtype``, integers unchanged; raise UsageError if a value is not finite then."""
     out = [batch.to(dtype) if batch.is_floating_point() else batch for batch in batches]
     if not all(bool(torch.isfinite(batch).all()) for batch in out):
         raise UsageError(f"The inputs hold a NaN or an infinity when rounded to {name_of(dtype)}: pass finite ones.")
@@ -187,16 +179,16 @@ def _at_ieee(node: PrecisionNode) -> Iterator[None]:
 @contextmanager
 def _legacy_highest() -> Iterator[None]:
     """Set the old flag for matrix products to "highest". Every node of the tree is at "ieee" already."""
-    flag = _legacy_precision()
+    flag = _quietly(torch.get_float32_matmul_precision)
     if flag == "highest":
         yield
         return
     own = {(backend, "matmul"): _own_matmul_value(backend) for backend in _BACKENDS}
-    _set_legacy_precision("highest")
+    _quietly(torch.set_float32_matmul_precision, "highest")
     try:
         yield
     finally:
-        _set_legacy_precision(flag)  # overwrites both matmul nodes
+        _quietly(torch.set_float32_matmul_precision, flag)  # overwrites both matmul nodes
         for node, value in own.items():
             set_precision(node, value)
 
@@ -215,16 +207,10 @@ def _own_value(node: PrecisionNode, parent: PrecisionNode, own_of_parent: str) -
     return "none" if inherits else "ieee"
 
 
-def _legacy_precision() -> str:
+def _quietly(function: Callable[..., Any], *args: object) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions of PyTorch warn that the API is deprecated
-        return torch.get_float32_matmul_precision()
-
-
-def _set_legacy_precision(value: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.set_float32_matmul_precision(value)
+        warnings.simplefilter("ignore")  # some versions of PyTorch warn that the old API is deprecated
+        return function(*args)
 
 
 def dtype_of(model: object, batches: Iterable[Tensor]) -> torch.dtype:
@@ -245,11 +231,7 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def outputs_of(model: Callable[..., object], batches: Iterable[Tensor], who: str) -> list[Tensor]:
-    """Return the model's output for each batch, on the CPU.
-
-    Raises:
-        UsageError: an output is not a floating-point tensor; the text names the model as ``who``.
-    """
+    """Return the model's output for each batch, on the CPU; raise UsageError if one is not a floating-point tensor."""
     # copy=True: the model may write to its input, which both sides share.
     return [_checked(model(batch.to(_device_of(model, batch.device), copy=True)), who) for batch in batches]
 

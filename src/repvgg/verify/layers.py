@@ -129,13 +129,9 @@ def compare_layers(
 ) -> tuple[tuple[LayerEvidence, ...], str | None]:
     """Return the errors of each unit, and a clause that names the units left out, or None.
 
-    Units are left out that are not called exactly once on either side, or that do not return one tensor.
-
-    Args:
-        reference64: the reference in float64 and in eval mode.
-        candidate: the candidate, in eval mode.
-        batch: inputs in the candidate's dtype; the first :data:`IMAGES` are used.
-        dtype: to which the reference's inputs are rounded for the candidate's units.
+    Both models are in eval mode, ``reference64`` in float64. The first :data:`IMAGES` inputs of ``batch`` are used, in
+    the candidate's ``dtype``. Units that are not called exactly once on either side, or that do not return one tensor,
+    are left out.
     """
     names = matching_units(reference64, candidate)
     if not names:
@@ -184,7 +180,7 @@ def _error_alone(ours: _Calls, theirs: _Calls, unit: nn.Module, dtype: torch.dty
 
 
 def _error(exact: object, other: object) -> float:
-    """Return the relative error, infinite where either is not a tensor."""
+    """Return the relative error; infinite if either is not a tensor."""
     if not isinstance(exact, Tensor) or not isinstance(other, Tensor):
         return float("inf")
     return deviation([exact.cpu()], [other.cpu()]).relative
