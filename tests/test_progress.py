@@ -66,3 +66,10 @@ def test_a_terminal_gets_a_bar():
     with _progress.progress_bar("images", console, auto_refresh=False) as report:
         report(1, 4)
     assert "25%" in console.file.getvalue()
+
+
+def test_training_reports_steps_where_no_terminal_is(console):
+    from repvgg.training.callbacks import History, ProgressBar
+
+    with ProgressBar(History(), console):
+        assert console.file.next_line().startswith("training, step 0 (")

@@ -30,7 +30,7 @@ def busy(what: str, console: Console | None = None) -> Iterator[None]:
         with console.status(what):
             yield
         return
-    with _periodic_lines(console, lambda: what):
+    with periodic_lines(console, lambda: what):
         yield
 
 
@@ -63,12 +63,13 @@ def progress_bar(what: str, console: Console | None = None, *, auto_refresh: boo
         done, total = state[0]
         return f"{what}: {done:,}" + ("" if total is None else f" of {total:,}")
 
-    with _periodic_lines(console, line):
+    with periodic_lines(console, line):
         yield report
 
 
 @contextmanager
-def _periodic_lines(console: Console, line: Callable[[], str]) -> Iterator[None]:
+def periodic_lines(console: Console, line: Callable[[], str]) -> Iterator[None]:
+    """Print ``line()`` every half minute while the body runs, with the seconds since it began."""
     stopped, began = threading.Event(), time.monotonic()
 
     def write() -> None:

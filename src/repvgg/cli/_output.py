@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from repvgg._progress import busy as busy
+from repvgg._progress import progress_bar as progress_bar
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from repvgg.collapse import Report
     from repvgg.collapse.report import Folded, Skipped
     from repvgg.verify import Evidence
-
-Progress = Callable[[int, int | None], None]  # takes how much is done, and of how much if that is known
 
 _PIPE_COLUMNS = 10_000  # nothing is truncated where no terminal limits the width
 _MAX_NAMES = 3  # modules that are named for each reason
@@ -47,42 +47,6 @@ def write_table(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         write_line("  ".join(cells).rstrip())
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Show a spinner on standard error if it is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield
-
-
-@contextmanager
-def progress_bar(what: str, *, auto_refresh: bool = True) -> Iterator[Progress | None]:
-    """Show a bar on standard error and yield the function that moves it, or None where there is no terminal.
-
-    Args:
-        what: what is counted: ``images``.
-        auto_refresh: False draws on updates only. A thread that redraws would disturb what is being timed.
-    """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (*Bar.get_default_columns(), MofNCompleteColumn())
-    with Bar(*columns, console=console, transient=True, auto_refresh=auto_refresh) as bar:
-        task = bar.add_task(what, total=None)
-        bar.refresh()
-        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=not auto_refresh)
 
 
 def write_report(report: Report) -> None:

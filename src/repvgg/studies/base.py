@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import Progress
 
 from repvgg._files import write_text
+from repvgg._progress import progress_bar
 from repvgg.errors import UsageError
 from repvgg.measure import RunSettings, environment
 from repvgg.studies.report.charts import Chart, write_chart
@@ -155,8 +154,11 @@ def run_study(
         store = CellStore.open(folder, header, overwrite=overwrite, mix_machines=study.mix_machines)
         interrupted = False
         try:
-            with _progress(console or Console(stderr=True)) as reporter:
-                study.measure(chosen, store, reporter)
+            console = console or Console(stderr=True)
+            message = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+            # Without auto_refresh the bar is drawn between steps only: a drawing thread would disturb what is timed.
+            with progress_bar("measuring", console, auto_refresh=False) as on_progress:
+                study.measure(chosen, store, ProgressReporter(on_progress, message))
         except KeyboardInterrupt:
             # Without a cell there is nothing to write, unless a training left a checkpoint to continue from.
             if not (len(store) or study.mix_machines):
@@ -187,21 +189,6 @@ def check_positive(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[ProgressReporter]:
-    message = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    if not console.is_terminal:
-        yield ProgressReporter(lambda done, total: None, message)
-        return
-    # Without auto_refresh the bar is drawn between steps only: a drawing thread would disturb what is being timed.
-    with Progress(console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("measuring", total=None)
-        progress.refresh()
-        yield ProgressReporter(
-            lambda done, total: progress.update(task, completed=done, total=total, refresh=True), message
-        )
 
 
 def _write_outcome(study: Study, store: CellStore, outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from repvgg._progress import periodic_lines
 from repvgg.training.task import ClassificationTask
 
 _REFRESH_SECONDS = 0.25
@@ -146,12 +148,17 @@ class ProgressBar(L.Callback):
         self._line = self._progress.add_task("training", total=None, numbers="")
         self._loss = self._accuracy = ""
         self._last_update = 0.0
+        self._exit = ExitStack()
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
+        console = self._progress.console
+        if not console.is_terminal:  # rich draws nothing there before the end
+            self._exit.enter_context(periodic_lines(console, self._text))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._exit.close()
         self._progress.stop()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -174,6 +181,12 @@ class ProgressBar(L.Callback):
         self._loss = f"loss {record.loss:.3f}"
         self._accuracy = f"  validation {record.held_out_accuracy:.1%}"
         self._show(trainer, 0)
+
+    def _text(self) -> str:
+        task = self._progress.tasks[0]
+        total = "" if task.total is None else f" of {task.total:,.0f}"
+        numbers, _, _ = task.fields["numbers"].rpartition("  ")  # without "left", which precedes the remaining time
+        return f"{task.description}, step {task.completed:,.0f}{total}" + (f"  {numbers}" if numbers else "")
 
     def _show(self, trainer: L.Trainer, images_per_step: int) -> None:
         steps_per_second = self._progress.tasks[0].speed
