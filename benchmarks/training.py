@@ -207,7 +207,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, object]:
     for name, wanted in (("timm", OVER_TIMM), ("no branches", OF_NO_BRANCHES)):
         if name in rows:
             ratio = rows[name]["ratio"][1]
-            print(f"{ratio:.2f} of {name}, wanted {wanted}: {'reached' if ratio >= wanted else 'NOT reached'}")
+            print(f"{ratio:.2f} of {name}, required {wanted}: {'reached' if ratio >= wanted else 'NOT reached'}")
     return {"trials": found, "best": rows}
 
 
@@ -239,7 +239,7 @@ def plain_loop_epochs(config: TrainConfig, data: ImageData, epochs: int) -> list
 
 
 def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
-    """Compare ``fit`` with the hand-written loop: runs of two epochs in turn, of which the first warms up."""
+    """Compare ``fit`` with the hand-written loop: alternating runs of two epochs, the first to warm up."""
     recipe = recipe_of("cifar")
     config = replace(
         recipe,
@@ -262,7 +262,7 @@ def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
     q1, median, q3 = statistics.quantiles(ratios, n=4)
     print(
         f"\nLightning     fit {statistics.median(ours):.0f} img/s, hand-written {statistics.median(theirs):.0f} img/s, "
-        f"ratio {median:.3f} ({q1:.3f} to {q3:.3f}), at least {OF_PLAIN_LOOP} wanted"
+        f"ratio {median:.3f} ({q1:.3f} to {q3:.3f}), at least {OF_PLAIN_LOOP} required"
     )
     return {
         "fit": statistics.median(ours),
