@@ -11,7 +11,7 @@ import repvgg.engine
 from repvgg import ModelSpec, create_model
 from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
-from repvgg.engine.planner import memory_plan
+from repvgg.engine.planner import plan as planner
 from repvgg.errors import UnsupportedError, UsageError
 from repvgg.measure import walk
 from repvgg.models.spec import SqueezeExciteSpec, Stage
@@ -63,8 +63,8 @@ def test_batches_of_all_sizes_in_turn():
 @pytest.fixture
 def small_l3(monkeypatch):
     """Feature maps of more than a thousand values are chunked, and twenty thousand fill L3."""
-    monkeypatch.setattr(memory_plan, "_MIN_CHUNKED_FLOATS", 1000)
-    monkeypatch.setattr(memory_plan, "_L3_FLOATS", 20_000)
+    monkeypatch.setattr(planner, "_MIN_CHUNKED_FLOATS", 1000)
+    monkeypatch.setattr(planner, "_L3_FLOATS", 20_000)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,24 +1,22 @@
-"""A compiler for plain networks on CPUs: it generates machine code for one network, by way of llvmlite.
+"""A compiler for plain networks on CPUs: it generates machine code for one network, with llvmlite.
 
 The passes, from a module to a call, and the values between them::
 
-    frontend.py        nn.Module or FX graph -> layers                 (torch_backend.py: the same for torch.compile)
-    graph.py           layers; shape inference: layers + input shape -> shapes
-    planner/           layers + shapes + target -> plan: algorithm selection, layouts, lowering, buffer sharing
-    codegen/           kernels -> LLVM IR -> machine code, with a disk cache
-    executable.py      plan -> code, buffers, packed weights and a step table
-    runtime/           the thread pool that runs a step table; memory and layouts
-    compiled_model.py  the callable, which keeps an executable for each input size
-    api.py             ``compile``
+    compiled_model.py  ``compile``, and the callable that it returns, with an executable for each input size
+    frontend.py        nn.Module or FX graph  -> layers           (torch_backend.py: for torch.compile)
+    graph.py           layers, input shape    -> shapes           (the layers; shape inference)
+    planner/           layers, shapes, target -> plan             (algorithm selection, layouts, lowering, buffers)
+    executable.py      plan                   -> step table       (its code, buffers and packed weights)
+    codegen/           kernels                -> machine code     (LLVM IR, compiler, disk cache)
+    runtime/           step table, images     -> output           (thread pool; memory and its layouts)
 
-``kernels/`` and ``winograd/`` hold the kernels that the planner chooses from.
+``kernels/`` and ``winograd/`` hold the kernels that the planner selects from, and that emit their IR.
 """
 
 from __future__ import annotations
 
-from repvgg.engine.api import InTorch, TorchFallback, compile  # noqa: A004
 from repvgg.engine.codegen.disk_cache import clear_cache
-from repvgg.engine.compiled_model import CompiledModel, Network
+from repvgg.engine.compiled_model import CompiledModel, InTorch, Network, TorchFallback, compile  # noqa: A004
 from repvgg.engine.torch_backend import repvgg_backend
 
 __all__ = ["CompiledModel", "InTorch", "Network", "TorchFallback", "clear_cache", "compile", "repvgg_backend"]

@@ -14,8 +14,7 @@ from repvgg.engine.codegen.ir_builder import IRBuilder, build_module
 from repvgg.engine.codegen.jit import MachineCode
 from repvgg.engine.graph import Floats
 from repvgg.engine.kernels.base import Kernel
-from repvgg.engine.planner.memory_plan import Buffer
-from repvgg.engine.planner.plan import NO_WEIGHTS, Plan, Step
+from repvgg.engine.planner.plan import NO_WEIGHTS, Buffer, Plan, Step
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import Arena, InputView
 

@@ -16,7 +16,8 @@ from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, infer_shapes
 from repvgg.engine.kernels.base import pack_panels, pack_weights, placeholder_weights
-from repvgg.engine.planner import autotune, memory_plan
+from repvgg.engine.planner import autotune
+from repvgg.engine.planner import plan as planner
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, ConvProblem, Target
 from repvgg.engine.planner.cost_model import candidate_algorithms, select_algorithm
 from repvgg.engine.runtime.thread_pool import ThreadPool
@@ -261,12 +262,12 @@ def test_images_produce_the_output_size_of_the_problem():
 
 def test_a_layer_is_measured_without_chunking_its_batch(monkeypatch):
     """A candidate is made for a batch size: on chunks of it, it would write beyond the last image."""
-    monkeypatch.setattr(memory_plan, "_MIN_CHUNKED_FLOATS", 10)
-    monkeypatch.setattr(memory_plan, "_L3_FLOATS", 3000)
+    monkeypatch.setattr(planner, "_MIN_CHUNKED_FLOATS", 10)
+    monkeypatch.setattr(planner, "_L3_FLOATS", 3000)
     bench = autotune._Bench(problem_of(), HOST, ThreadPool(HOST.isa, 2))
     layers, shape = [bench._layer], bench._images.shape
-    chunks = memory_plan.chunk_batch(layers, infer_shapes(layers, shape), shape[0])
-    assert chunks == memory_plan.BatchChunks(1, 1)
+    chunks = planner.chunk_batch(layers, infer_shapes(layers, shape), shape[0])
+    assert chunks == planner.BatchChunks(1, 1)
     for algorithm in [*candidate_algorithms(problem_of(), HOST)][:4]:
         steps = bench._trial(algorithm)._executable.plan.steps
         assert {(step.first_image, step.max_images) for step in steps} == {(0, None)}

@@ -11,8 +11,7 @@ from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool, infer_shapes
 from repvgg.engine.kernels.direct_conv import DirectConvKernel
 from repvgg.engine.planner.algorithms import Target
-from repvgg.engine.planner.memory_plan import BatchChunks, Buffer, BufferAccess, chunk_batch, share_buffers
-from repvgg.engine.planner.plan import plan
+from repvgg.engine.planner.plan import BatchChunks, Buffer, BufferAccess, chunk_batch, plan, share_buffers
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradStagedGemm
 from repvgg.errors import UnsupportedError

@@ -1,1 +1,1 @@
-"""From LLVM IR to machine code."""
+"""From kernels to machine code: builder of LLVM IR, just-in-time compiler, disk cache."""

@@ -1,1 +1,1 @@
-"""A file a kernel: the IR that computes one kind of layer, and the layout of the weights that it reads."""
+"""Kernels that are not Winograd's: direct convolution, and memory-bound steps; and what all kernels share (base.py)."""

@@ -1,16 +1,17 @@
 """What all kernels share: their interface and signature, the register tile and its micro-kernel, packed weights.
 
-A matrix kernel is organised as in BLIS and XNNPACK: a register tile of ``mr`` rows (pixels, or Winograd tiles) by
+Matrix kernels are organised as in BLIS and XNNPACK: a register tile of ``mr`` rows (pixels, or Winograd tiles) by
 ``nr`` vectors of output channels is accumulated over the input channels, by a rank-1 update for each of them. Weights
-are packed into panels of ``nr`` vectors, in the order in which they are read.
+are packed into panels of ``nr`` vectors, in the order in which they are read. Strides and offsets are in floats.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias, final
+from typing import TypeAlias, final
 
 import numpy as np
 
@@ -19,36 +20,35 @@ from repvgg.engine.graph import Conv, Floats
 from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.filters import TAPS, Winograd2d
 
-LINE_FLOATS = 16  # of a cache line
+LINE_FLOATS = 16  # a cache line of 64 bytes
 
 POINTER_PARAMETERS = (("ptr", "source"), ("ptr", "target"), ("ptr", "weights"), ("ptr", "bias"))
 
-#: Parameters of a kernel's function, which computes units [begin, end) of the work on ``batch`` blocks. The caller
-#: knows how many units there are: ``batch * units_per_block``. ``kernel_function`` in ``runtime/thread_pool.c`` is the
-#: same.
+#: Parameters of a kernel's function, which computes units [begin, end) of the ``batch * units_per_block`` units of
+#: ``batch`` blocks; ``kernel_function`` in ``runtime/thread_pool.c`` is the same.
 KERNEL_PARAMETERS = (*POINTER_PARAMETERS, ("i64", "batch"), ("i64", "begin"), ("i64", "end"))
 
 
-class Kernel(Protocol):
-    """Everything that the code of a layer depends on, as a frozen value: equal kernels share their code."""
+class Kernel(ABC):
+    """Everything that the code of a layer depends on, as a frozen dataclass: equal kernels share their code."""
 
+    @abstractmethod
     def describe(self) -> str:
         """Return what it computes and how, for a profile."""
-        ...
 
     @property
+    @abstractmethod
     def units_per_block(self) -> int:
-        """Units of work for each block: an image, or Winograd tiles (see :class:`repvgg.engine.planner.plan.Step`)."""
-        ...
+        """Units of work in a block: an image, or Winograd tiles (see :class:`repvgg.engine.planner.plan.Step`)."""
 
     @property
     def num_multiplies(self) -> int:
-        """Float multiplications for each block; 0 for kernels that are bound by memory."""
-        ...
+        """Float multiplications in a block; 0 for kernels that are bound by memory."""
+        return 0
 
+    @abstractmethod
     def emit(self, name: str) -> list[IRBuilder]:
         """Return the function called ``name``, with :data:`KERNEL_PARAMETERS`, after the functions that it calls."""
-        ...
 
 
 # Micro-kernel
@@ -57,12 +57,7 @@ class Kernel(Protocol):
 @final
 @dataclass(frozen=True)
 class RegisterTile:
-    """Accumulators that are kept in registers.
-
-    Attributes:
-        mr: pixels, or Winograd tiles.
-        nr: vectors of output channels.
-    """
+    """Accumulators in vector registers: ``mr`` pixels or Winograd tiles by ``nr`` vectors of output channels."""
 
     mr: int
     nr: int
@@ -81,8 +76,8 @@ class RegisterTile:
 
         The largest of: FMA throughput, load throughput, FMA latency.
         """
-        # Weights count as loaded twice, once for the prefetch. The quadratic term is fitted: the streams of wide panels
-        # evict inputs from L1.
+        # Weights count as two loads, one of them the prefetch. The quadratic term is fitted to measurements: the
+        # weights of wide panels evict inputs from L1.
         return max(self.mr * self.nr / 2, (self.mr + 2 * self.nr) / 2, 4.0) + 0.02 * self.nr**2
 
 
@@ -94,11 +89,12 @@ def rank_1_update(
     Args:
         b: the function.
         inputs: address of the channel of the first pixel.
-        input_stride: floats from there to the same channel of the next pixel.
+        input_stride: from there to the same channel of the next pixel.
         weights: address of the ``nr`` vectors of weights of the channel.
-        accumulators: (mr, nr) vectors, as a flat list.
+        accumulators: (mr, nr) vectors, row-major.
         nr: vectors of the tile.
     """
+    # nr registers for the weights, and one for each broadcast input in turn: RegisterTile.registers counts them.
     loaded = [b.load(weights, vector * b.width) for vector in range(nr)]
     out: list[Value] = []
     for pixel in range(len(accumulators) // nr):
@@ -108,10 +104,8 @@ def rank_1_update(
 
 
 def balanced_tiles(count: int, tile: RegisterTile) -> list[tuple[int, RegisterTile]]:
-    """Divide ``count`` pixels into the fewest tiles of at most ``tile.mr``, of about equal size: (number, tile).
-
-    13 pixels in tiles of at most 6 are 5 + 4 + 4: a remainder of 1 would leave most multipliers idle.
-    """
+    """Divide ``count`` pixels into the fewest tiles of at most ``tile.mr``, of about equal size: (number, tile)."""
+    # 13 pixels in tiles of at most 6 are 5 + 4 + 4, not 6 + 6 + 1: a tile of 1 waits for the latency of its FMAs.
     number = -(-count // tile.mr)
     size, more = divmod(count, number)
     pairs = (more, size + 1), (number - more, size)
@@ -144,18 +138,17 @@ def pack_panels(conv: Conv, width: int, nr: int, adjacent_taps: int = 1) -> tupl
         conv: the convolution; each group's output channels are padded by zeros to whole vectors.
         width: floats in a vector.
         nr: vectors of a panel; the last panel of a group may have fewer.
-        adjacent_taps: t taps that lie next to each other for each input channel.
+        adjacent_taps: t taps that are adjacent in memory for each input channel.
 
     Returns:
         Weights (group, panel, tap / t, input channel, t, output channel of the panel) and biases (group, output
         channel), both flat.
     """
-    groups = conv.geometry.groups
+    groups, step = conv.geometry.groups, nr * width
     outputs = conv.weight.shape[0] // groups
     padded = round_up(outputs, width)
     weights = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, adjacent_taps).transpose(0, 3, 2, 4, 1)
     weights = np.pad(weights, (*((0, 0),) * 4, (0, padded - outputs)))
-    step = nr * width
     panels = [weights[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, padded, step)]
     bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, padded - outputs)))
     return np.concatenate(panels), bias.ravel()
@@ -177,12 +170,12 @@ def pack_weights(
 def placeholder_weights(
     layer: Conv, width: int, nr: int, winograd: Winograd2d | None, on_the_fly: bool
 ) -> tuple[Floats, Floats]:
-    """Return arrays of the size that :func:`pack_weights` returns, without its work, to measure time with."""
+    """Return arrays of the size that :func:`pack_weights` returns, without its work: for timing."""
     outputs, inputs = layer.weight.shape[:2]
     groups = layer.geometry.groups
     padded = groups * round_up(outputs // groups, width)
     taps = layer.geometry.kernel[0] * layer.geometry.kernel[1]
     elements = winograd.filter_elements(on_the_fly=on_the_fly) if winograd else taps
     weights = np.full(elements * inputs * padded, 0.01, np.float32)
-    weights[0] = next(_PLACEHOLDER_NUMBERS)  # equal arrays would be stored once, and be in the cache too early
+    weights[0] = next(_PLACEHOLDER_NUMBERS)  # equal arrays would share memory, and be in the cache from another step
     return weights, np.zeros(padded, np.float32)

@@ -1,13 +1,9 @@
 """Direct convolution of any geometry as an implicit GEMM: rows of pixels times panels of output channels.
 
 A unit of work is one output row by one panel. The row is divided into register tiles of ``mr`` neighbouring pixels,
-each of which is accumulated over all taps and input channels. There is no im2col: inputs are read in place, and the
-border is zeros in memory (:class:`repvgg.engine.runtime.memory.FeatureMapLayout`).
-
-Each row of taps, and each block of about 144 channels, is summed separately, and then the sums: a value passes through
-fewer roundings than in one long sum.
-
-Weights are (group, panel, tap, input channel, output channel of the panel), so that each panel is one stream.
+each of which is accumulated over all taps and input channels. There is no im2col: inputs are read in place, NHWC or
+NCHW, and the border is zeros in memory (:class:`repvgg.engine.runtime.memory.FeatureMapLayout`). Weights are packed as
+(group, panel, tap, input channel, output channel of the panel), so that a kernel reads each panel sequentially.
 """
 
 from __future__ import annotations
@@ -24,27 +20,29 @@ from repvgg.engine.kernels.base import (
     KERNEL_PARAMETERS,
     LINE_FLOATS,
     POINTER_PARAMETERS,
+    Kernel,
     RegisterTile,
     call_for_panel,
     rank_1_update,
 )
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
-_PREFETCH_PANEL_FLOATS = 2**15  # a panel of this size (128 KiB) does not come to L2 in time by itself
-_L2_WEIGHT_FLOATS = 180_000  # 720 KB: weights that stay in an L2 of 1 MiB beside some rows of inputs
-_L1_PREFETCH_CHANNELS = 48  # ahead of their use, about the latency of L2
-_SEPARATE_SUM_CHANNELS = 96  # a shorter block is not worth accumulators of its own, which cost an addition each
-_BLOCK_CHANNELS = 144  # of an innermost sum, at least
-_MAX_BLOCKS = 8  # each of them is a loop of its own in the code
+_PREFETCH_PANEL_FLOATS = 2**15  # 128 KiB: the hardware prefetcher fetches smaller panels to L2 in time
+_L2_WEIGHT_FLOATS = 180_000  # 720 KB: weights that stay in an L2 of 1 MiB together with some rows of inputs
+_L1_PREFETCH_CHANNELS = 48  # distance of the prefetch to L1: about the latency of L2
+# Each block of channels is summed separately, and then the sums: a value passes through fewer roundings.
+_BLOCK_CHANNELS = 144  # minimum length of a block
+_MAX_BLOCKS = 8  # each block is a separate loop in the code
+_SEPARATE_SUM_CHANNELS = 96  # shorter blocks add to the running sums: one addition for each accumulator less
 
 
 @final
 @dataclass(frozen=True)
-class DirectConvKernel:
-    """A convolution with bias and optional ReLU, between feature maps of one size.
+class DirectConvKernel(Kernel):
+    """A convolution with bias and optional ReLU.
 
     Attributes:
-        geometry: taps, stride, padding, dilation, groups. The padding is at most the border of ``source``.
+        geometry: kernel size, stride, padding, dilation, groups. The padding is at most the border of ``source``.
         source: layout of the input.
         target: layout of the output.
         tile: register tile.
@@ -71,7 +69,6 @@ class DirectConvKernel:
 
     @property
     def taps(self) -> int:
-        """Elements of a filter for one input channel."""
         return self.geometry.kernel[0] * self.geometry.kernel[1]
 
     @property
@@ -86,16 +83,13 @@ class DirectConvKernel:
 
     @property
     def all_panels(self) -> int:
-        """Panels of all groups."""
         return self.geometry.groups * self.num_panels
 
     @property
     def weights_fit_l2(self) -> bool:
-        """Whether all weights stay in L2, so that the order of units follows the inputs instead."""
         return self.taps * self.in_channels * self.all_panels * self.tile.nr * self.width <= _L2_WEIGHT_FLOATS
 
     def describe(self) -> str:
-        """Return the register tile, for a profile."""
         return f"direct, tiles of {self.tile}"
 
     @property
@@ -105,11 +99,11 @@ class DirectConvKernel:
 
     @property
     def num_multiplies(self) -> int:
-        """Multiplications for one image, including those by the zeros of the border."""
+        """Multiplications of an image, including those by the zeros of the border."""
         return self.taps * self.in_channels * self.target.channels * self.target.size[0] * self.target.size[1]
 
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel: one function for a row of a full panel, one for a row of the last panel, and the driver.
+        """Build a function for a row of a full panel, one for a row of a group's last panel, and the driver.
 
         Consecutive units reuse what is expensive to load: the weights, with unit ``(panel · batch + image) · rows +
         row``; or, if all weights stay in L2, the inputs, with unit ``(image · rows + row) · panels + panel``.
@@ -122,7 +116,7 @@ def _emit_driver(name: str, kernel: DirectConvKernel, rows: list[IRBuilder]) -> 
     b = IRBuilder(name, KERNEL_PARAMETERS, kernel.width)
     geometry, source, target = kernel.geometry, kernel.source, kernel.target
     with b.loop("%begin", "%end") as units:
-        # Two divisions a unit cost little beside a row; carrying the indices along would need branches.
+        # Two divisions cost little compared to a row; incrementing the indices instead would need branches.
         if kernel.weights_fit_l2:
             place, panel = b.divmod(units.index, kernel.all_panels)
         else:
@@ -159,7 +153,7 @@ def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
         nr = kernel.group_vectors - (kernel.num_panels - 1) * nr
     stored_lanes = tuple(_stored_lanes(kernel, nr)) if last else (kernel.width,) * nr
     row = _RowBuilder(b, kernel, stored_lanes, _next_panel(b, kernel, nr))
-    # A row is full tiles and a narrower one: a masked full tile would take longer than the narrow one.
+    # The rest of a row gets a narrower tile, which takes less time than a full one with masked stores.
     columns, mr = kernel.target.size[1], min(kernel.tile.mr, kernel.target.size[1])
     whole = columns // mr * mr
     if whole > mr:
@@ -175,16 +169,16 @@ def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
 def _stored_lanes(kernel: DirectConvKernel, nr: int) -> Iterator[int]:
     """Yield how many lanes of each vector of the last panel are stored."""
     unused = kernel.group_vectors * kernel.width - kernel.out_channels
-    # With one group, the padding of a pixel takes the unused lanes; with several, the next group's channels lie there.
+    # Unused lanes go to the padding of the pixel; with several groups, they would overwrite the next one's channels.
     padded = kernel.geometry.groups == 1 and kernel.target.pixel_stride >= kernel.group_vectors * kernel.width
     for vector in range(nr):
         yield kernel.width - unused if vector == nr - 1 and not padded else kernel.width
 
 
 def _next_panel(b: IRBuilder, kernel: DirectConvKernel, nr: int) -> Value | None:
-    """Return where a row prefetches the next panel from, or None if panels are small.
+    """Return the address in the next panel that a row prefetches from, or None if panels are small.
 
-    A row prefetches a line for each channel of each tap; the first rows of an image together prefetch the whole panel.
+    A row prefetches a line for each channel of each tap, so the first rows of an image prefetch the whole panel.
     """
     step, count = nr * kernel.width, kernel.taps * kernel.in_channels
     if kernel.weights_fit_l2 or step * count < _PREFETCH_PANEL_FLOATS:
@@ -198,12 +192,12 @@ def _next_panel(b: IRBuilder, kernel: DirectConvKernel, nr: int) -> Value | None
 @final
 @dataclass(frozen=True)
 class _RowBuilder:
-    """Builder of an output row.
+    """Builder of an output row of a panel.
 
     Attributes:
         b: the function.
         kernel: the kernel.
-        stored_lanes: of each vector of the panel.
+        stored_lanes: lanes to store, for each vector of the panel.
         prefetched: address in the next panel, or None.
     """
 

@@ -1,4 +1,4 @@
-"""Kernels that are bound by memory: input reorder, global average pooling, elementwise steps of squeeze-excite."""
+"""Memory-bound kernels: input reorder, global average pooling, and the elementwise steps of squeeze-excite."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import IRBuilder, Value
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
-_MAX_POOL_VECTORS = 8  # accumulators; twice as many, for a row and for all rows, fit 16 registers
+_MAX_POOL_VECTORS = 8  # accumulators of a row; with those of all rows, they fit 16 registers
 
 
 @final
 @dataclass(frozen=True)
-class ReorderKernel:
-    """Copy of the caller's images, of any strides, to the layout of the first layer.
+class ReorderKernel(Kernel):
+    """Copy of the caller's images, of any strides, to the layout ``target`` of the first layer.
 
     Its ``weights`` are four i64: the strides along N, C, H and W in floats.
-
-    Attributes:
-        target: layout of the copy.
-        width: floats in a vector.
     """
 
     target: FeatureMapLayout
     width: int
 
     def describe(self) -> str:
-        """Return what it does, for a profile."""
         return "input reorder"
 
     @property
@@ -36,15 +31,9 @@ class ReorderKernel:
         """Rows of an image."""
         return self.target.size[0]
 
-    @property
-    def num_multiplies(self) -> int:
-        """None."""
-        return 0
-
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel, a unit for each row."""
         b, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.target
-        # Strides are read at run time, so that channels_last and sliced inputs need no code of their own.
+        # Strides are read at run time: one kernel serves contiguous, channels_last and sliced inputs.
         strides = [
             b.assign(f"load i64, ptr {b.assign(f'getelementptr i64, ptr %weights, i64 {axis}')}") for axis in range(4)
         ]
@@ -62,7 +51,6 @@ class ReorderKernel:
 
 def _copy_planes(b: IRBuilder, target: FeatureMapLayout, read: Value, written: Value, strides: list[Value]) -> None:
     """Copy a row of each channel to NCHW, by vectors if its pixels are contiguous in the source."""
-    # NCHW is used for the first layer only, whose few channels would fill a small part of a vector.
     whole = target.size[1] // b.width * b.width
     contiguous = b.assign(f"icmp eq i64 {strides[3]}, 1")
     with b.when(contiguous):
@@ -91,12 +79,10 @@ def _copy_pixels(
 
 @final
 @dataclass(frozen=True)
-class GlobalPoolKernel:
+class GlobalPoolKernel(Kernel):
     """Mean over all pixels of each channel, to a row of ``source.pixel_stride`` floats for each image.
 
-    Attributes:
-        source: layout of the input; ``pixel_stride`` is a multiple of ``width``.
-        width: floats in a vector.
+    ``source.pixel_stride`` is a multiple of the vector length ``width``.
     """
 
     source: FeatureMapLayout
@@ -104,12 +90,11 @@ class GlobalPoolKernel:
 
     @property
     def vectors(self) -> int:
-        """Vectors of channels of a unit: a divisor of all, so that there is no remainder."""
+        """Vectors of channels in a unit; they divide those of a pixel, so that there is no remainder."""
         whole = self.source.pixel_stride // self.width
         return max(count for count in range(1, _MAX_POOL_VECTORS + 1) if whole % count == 0)
 
     def describe(self) -> str:
-        """Return what it does, for a profile."""
         return "global average pool"
 
     @property
@@ -117,13 +102,7 @@ class GlobalPoolKernel:
         """Groups of ``vectors`` vectors of channels."""
         return self.source.pixel_stride // self.width // self.vectors
 
-    @property
-    def num_multiplies(self) -> int:
-        """One for each channel, which is not worth counting."""
-        return 0
-
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel, a unit for some channels of an image."""
         b, source = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.source
         lanes = self.vectors * self.width
         scale = b.splat(b.assign(f"fdiv float 1.0, {source.size[0] * source.size[1]}.0"))
@@ -139,7 +118,7 @@ class GlobalPoolKernel:
 
     def _sum(self, b: IRBuilder, first_pixel: Value) -> list[Value]:
         zeros = ["zeroinitializer"] * self.vectors
-        # Each row is summed separately, and then the sums: they round less than one long sum.
+        # Each row is summed separately, and then the sums: a value passes through fewer roundings.
         with b.loop(0, self.source.size[0], carried=zeros) as rows:
             begin = b.offset(first_pixel, b.mul(rows.index, self.source.row_stride))
             with b.loop(0, self.source.size[1], carried=zeros) as columns:
@@ -155,28 +134,20 @@ class GlobalPoolKernel:
 
 @final
 @dataclass(frozen=True)
-class SigmoidKernel:
-    """In-place ``1 / (1 + exp(-x))`` of a row of ``length`` floats for each image: the gate of squeeze-excite."""
+class SigmoidKernel(Kernel):
+    """In-place ``1 / (1 + exp(-x))`` of a row of ``length`` floats for each image: the factors of squeeze-excite."""
 
     length: int
     width: int
 
     def describe(self) -> str:
-        """Return what it does, for a profile."""
         return "sigmoid"
 
     @property
     def units_per_block(self) -> int:
-        """The row."""
-        return 1
-
-    @property
-    def num_multiplies(self) -> int:
-        """None."""
-        return 0
+        return 1  # the row
 
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel, a unit for each row."""
         b = IRBuilder(name, KERNEL_PARAMETERS, self.width)
         # Float by float: llvm.exp of a vector calls expf of the C library for each lane anyway.
         b.declare("declare float @llvm.exp.f32(float)")
@@ -191,15 +162,11 @@ class SigmoidKernel:
 
 @final
 @dataclass(frozen=True)
-class ScaleKernel:
+class ScaleKernel(Kernel):
     """In-place product of a feature map and a factor for each channel, with optional ReLU.
 
-    Its ``weights`` are the factors, a row of ``layout.pixel_stride`` floats for each image.
-
-    Attributes:
-        layout: of the feature map; ``pixel_stride`` is a multiple of ``width``.
-        relu: whether a ReLU follows.
-        width: floats in a vector.
+    Its ``weights`` are the factors, a row of ``layout.pixel_stride`` floats for each image; ``pixel_stride`` is a
+    multiple of the vector length ``width``.
     """
 
     layout: FeatureMapLayout
@@ -207,7 +174,6 @@ class ScaleKernel:
     width: int
 
     def describe(self) -> str:
-        """Return what it does, for a profile."""
         return "scale by channel"
 
     @property
@@ -215,20 +181,14 @@ class ScaleKernel:
         """Rows of an image."""
         return self.layout.size[0]
 
-    @property
-    def num_multiplies(self) -> int:
-        """One for each float, which is not worth counting."""
-        return 0
-
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel, a unit for each row."""
         b, layout = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.layout
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, layout.size[0])
             offset = b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride))
             first_pixel = b.offset("%target", b.add(offset, layout.interior_offset))
             factors = b.offset("%weights", b.mul(image, layout.pixel_stride))
-            # Channels outside, pixels inside: a factor is loaded once for a row, which is in L1.
+            # Channels are the outer loop: a factor is loaded once for a row of pixels, which stays in L1.
             with b.loop(0, layout.pixel_stride, self.width) as channels:
                 factor, column = b.load(factors, channels.index), b.offset(first_pixel, channels.index)
                 with b.loop(0, layout.size[1]) as columns:

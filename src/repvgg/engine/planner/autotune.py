@@ -38,8 +38,7 @@ from repvgg.engine.planner.algorithms import (
     supports_winograd,
 )
 from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, select_algorithm
-from repvgg.engine.planner.memory_plan import BatchChunks, chunk_batch
-from repvgg.engine.planner.plan import conv_problems, lower
+from repvgg.engine.planner.plan import BatchChunks, chunk_batch, conv_problems, lower
 from repvgg.engine.runtime.memory import view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 

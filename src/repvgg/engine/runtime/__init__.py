@@ -1,1 +1,1 @@
-"""What compiled code runs on: threads and memory."""
+"""What compiled code runs on: the thread pool (C code and its LLVM IR), memory and its layouts."""

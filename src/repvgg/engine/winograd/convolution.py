@@ -6,12 +6,12 @@ products that stay in its L2, and applies the output transform with bias and ReL
 which is large: suited to layers with many channels and small images, where they come from memory.
 
 *Fused*: a unit of :class:`WinogradFused` takes a block of tiles through input transform, GEMMs with all panels (or a
-part of them) and output transform; neither transformed inputs nor products leave its L2. Suited to large images. Where
-several units take the same block by different panels (``out_channel_splits``), each transforms the tiles for itself:
-reading lines that another core wrote costs more on many machines, on some as much as a thousand FMAs for a line.
+part of them) and output transform; neither transformed inputs nor products leave its L2. Suited to large images. Units
+of the same block and different panels (``out_channel_splits``) repeat the input transform: reading cache lines that
+another core wrote costs more on many machines, on some as much as a thousand FMAs a line.
 
-Filters are packed as (group, panel, tile element, input channel, output channel of the panel), or as
-:class:`repvgg.engine.winograd.gemm.OnTheFlyGemm` reads them.
+Feature maps are NHWC. Filters are packed as (group, panel, tile element, input channel, output channel of the panel),
+or as :class:`repvgg.engine.winograd.gemm.OnTheFlyGemm` reads them. Strides and offsets are in floats.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Pair
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, POINTER_PARAMETERS, RegisterTile, call_for_panel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, POINTER_PARAMETERS, Kernel, RegisterTile, call_for_panel
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.filters import Winograd2d
 from repvgg.engine.winograd.gemm import BatchedGemm, PanelGemm
@@ -43,7 +43,7 @@ from repvgg.engine.winograd.transforms import (
     tiles_of_block,
 )
 
-_L2_TILE_FLOATS = 2**18  # 1 MiB: transformed tiles of one panel's pass that stay in L2
+_L2_TILE_FLOATS = 2**18  # 1 MiB: transformed tiles that stay in L2 from one panel to the next
 
 
 # Staged
@@ -51,16 +51,8 @@ _L2_TILE_FLOATS = 2**18  # 1 MiB: transformed tiles of one panel's pass that sta
 
 @final
 @dataclass(frozen=True)
-class WinogradInputTransform:
-    """``Bᵀ d B`` of all input tiles.
-
-    Attributes:
-        winograd: F(m x n, 3x3).
-        source: layout of the input; its border and overhang contain all tiles.
-        padding: of the convolution.
-        tiling: the tiles.
-        width: floats in a vector.
-    """
+class WinogradInputTransform(Kernel):
+    """``Bᵀ d B`` of all input tiles; the border and overhang of ``source`` contain all of them."""
 
     winograd: Winograd2d
     source: FeatureMapLayout
@@ -69,7 +61,6 @@ class WinogradInputTransform:
     width: int
 
     def describe(self) -> str:
-        """Return what it does, for a profile."""
         return f"{self.winograd}, input transform"
 
     @property
@@ -77,13 +68,7 @@ class WinogradInputTransform:
         """Rows of tiles of an image."""
         return self.tiling.grid[0]
 
-    @property
-    def num_multiplies(self) -> int:
-        """Few, which are not counted."""
-        return 0
-
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel, a unit for each row of tiles."""
         b, tiling = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.tiling
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, tiling.grid[0])
@@ -99,7 +84,7 @@ class WinogradInputTransform:
         return [b]
 
     def _emit_row(self, b: IRBuilder, groups: Sequence[TileGroup], image: Value, row: Index) -> None:
-        """Build the transform of a row of tiles; ``row`` is its number in its group."""
+        """Build the transform of a row of tiles; ``row`` is its index in its group."""
         source, tiling = self.source, self.tiling
         target = TransformedTiles.allocate("%target", tiling.num_padded_tiles, source.pixel_stride)
         for group in groups:
@@ -109,7 +94,7 @@ class WinogradInputTransform:
             down = winograd.tile_strides[0] * source.row_stride
             right = winograd.tile_strides[1] * source.pixel_stride
             read = b.add(b.mul(image, source.image_stride), b.mul(row, down))
-            # Tiles of a row one after the other: they overlap, so most of the next tile is in L1.
+            # Along a row, tiles overlap: most of the next tile is in L1.
             begin = b.offset("%source", b.add(read, first_input_offset(winograd, source, own, self.padding)))
             with b.loop(0, own.grid[1]) as across:
                 pixel = b.offset(begin, b.mul(across.index, right))
@@ -120,19 +105,19 @@ class WinogradInputTransform:
 
 @final
 @dataclass(frozen=True)
-class WinogradStagedGemm:
+class WinogradStagedGemm(Kernel):
     """GEMMs in the transformed domain, and ``Aᵀ M A`` of the products with bias and optional ReLU.
 
     Attributes:
         winograd: F(m x n, 3x3).
         groups: of the convolution; if there are several, the output channels of each are whole vectors.
         channels: input channels of all groups.
-        pixel_stride: floats from one transformed tile to the next.
+        pixel_stride: from one transformed tile to the next.
         target: layout of the output.
         tiling: the tiles.
         tile: register tile; ``mr`` counts Winograd tiles.
         on_the_fly: whether filters are stored as ``G g``.
-        free_vector_registers: that the register tile leaves to an interleaved filter transform.
+        free_vector_registers: left by the register tile, for an interleaved filter transform.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -165,7 +150,6 @@ class WinogradStagedGemm:
         return -(-self.group_vectors // self.tile.nr)
 
     def describe(self) -> str:
-        """Return transform and register tile, for a profile."""
         return f"{self.winograd}, GEMM, tiles of {self.tile}"
 
     @property
@@ -179,7 +163,7 @@ class WinogradStagedGemm:
         return num_tile_elements(self.winograd, self.tiling) * self.in_channels * self.target.channels
 
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel: one function for a block by a full panel, one by the last panel, and the driver.
+        """Build a function for a block by a full panel, one for a block by a group's last panel, and the driver.
 
         Unit ``panel · blocks + block``: consecutive units read the same filters.
         """
@@ -213,7 +197,7 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
     b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "block")), kernel.width, internal=True)
     tiling, winograd, step = kernel.tiling, kernel.winograd, nr * kernel.width
     inputs = TransformedTiles.allocate("%source", tiling.num_padded_tiles, kernel.pixel_stride)
-    # On the stack: each worker has its own, and it stays in the L2 of its core from one unit to the next.
+    # On the stack: each worker has a separate one, which stays in the L2 of its core from one unit to the next.
     memory = b.scratch(winograd.tile_elements * element_stride(tiling.tiles_per_block, step))
     products = TransformedTiles.allocate(memory, tiling.tiles_per_block, step)
     discarded, output = b.scratch(kernel.width), OutputBlock("%target", "%bias", "%block")
@@ -232,7 +216,7 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
 
 @final
 @dataclass(frozen=True)
-class WinogradFused:
+class WinogradFused(Kernel):
     """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and optional ReLU.
 
     Attributes:
@@ -245,7 +229,7 @@ class WinogradFused:
         tile: register tile; ``mr`` counts Winograd tiles.
         out_channel_splits: parts of the panels of each group, a unit for each.
         on_the_fly: whether filters are stored as ``G g``.
-        free_vector_registers: that the register tile leaves to an interleaved filter transform.
+        free_vector_registers: left by the register tile, for an interleaved filter transform.
         relu: whether a ReLU follows.
         width: floats in a vector.
     """
@@ -274,13 +258,11 @@ class WinogradFused:
         return -(-self.target.channels // self.groups // self.width)
 
     def describe(self) -> str:
-        """Return transform, block, part of the panels and register tile, for a profile."""
         part = f" by 1/{self.out_channel_splits} of the panels" if self.out_channel_splits > 1 else ""
         return f"{self.winograd}, blocks of {self.tiling.tiles_per_block} tiles{part}, tiles of {self.tile}"
 
     @property
     def units_per_block(self) -> int:
-        """Parts of the panels."""
         return self.out_channel_splits
 
     @property
@@ -289,7 +271,7 @@ class WinogradFused:
         return num_tile_elements(self.winograd, self.tiling) * self.in_channels * self.target.channels
 
     def emit(self, name: str) -> list[IRBuilder]:
-        """Build the kernel: a function for a block by a part of the panels, and the driver.
+        """Build a function for a block by a part of the panels, and the driver.
 
         Unit ``split · blocks + block``: consecutive units read the same filters.
         """
@@ -309,7 +291,7 @@ class WinogradFused:
             nr,
             self.tiling,
             self.in_channels,
-            prefetch_tiles=False,  # this unit has just written them
+            prefetch_tiles=False,  # this unit has just written them to its L2
             free_vector_registers=self.free_vector_registers,
         )
         return BatchedGemm(panel, self.on_the_fly)
@@ -331,10 +313,10 @@ def _emit_fused_block(name: str, kernel: WinogradFused) -> IRBuilder:
     nr, elements = min(kernel.tile.nr, kernel.group_vectors), kernel.winograd.tile_elements
     memory = b.scratch(elements * element_stride(tiles, channels))
     transformed = TransformedTiles.allocate(memory, tiles, channels)
-    # One panel's products: the next panel overwrites them when their outputs are stored.
+    # Products of one panel at a time: the next panel overwrites them once their outputs are stored.
     products = b.scratch(elements * element_stride(tiles, nr * kernel.width))
     full_panels, rest = divmod(kernel.group_vectors, nr)
-    # The narrower last panel has longer channel blocks, so that its scratch may be larger.
+    # The narrower last panel has longer channel blocks, so it may need more scratch.
     filter_floats = max(kernel.gemm(vectors).scratch_floats(b.width) for vectors in (nr, rest or nr))
     scratch = _Scratch(b.scratch(filter_floats), products, b.scratch(kernel.width))
     _emit_fused_inputs(b, kernel, transformed)
@@ -353,7 +335,7 @@ def _emit_fused_block(name: str, kernel: WinogradFused) -> IRBuilder:
 
 
 def _panels_of_split(b: IRBuilder, kernel: WinogradFused, full_panels: int, rest: int) -> tuple[Index, Index, Value]:
-    """Return the first full panel of a split, one after its last, and whether it takes the narrower last panel."""
+    """Return the first full panel of a split, one past its last, and whether it has the narrower last panel."""
     count, splits = full_panels + bool(rest), kernel.out_channel_splits
     # With one split the bounds are known, and the loop over panels needs no guard.
     if splits == 1:
@@ -365,7 +347,6 @@ def _panels_of_split(b: IRBuilder, kernel: WinogradFused, full_panels: int, rest
 
 
 def _emit_fused_inputs(b: IRBuilder, kernel: WinogradFused, transformed: TransformedTiles) -> None:
-    """Build the input transform of a block."""
     source = kernel.source
     for group in tile_groups(kernel.winograd, kernel.tiling):
         first, count = tiles_of_block(b, group.tiling, "%block")
@@ -390,7 +371,7 @@ def _tile_offset(b: IRBuilder, source: FeatureMapLayout, group: TileGroup, tile:
 def _emit_fused_panel(
     b: IRBuilder, kernel: WinogradFused, read: TransformedTiles, vector: Index, nr: int, scratch: _Scratch
 ) -> None:
-    """Build GEMMs and output transform of a block, for a panel of ``nr`` vectors that begins at ``vector``."""
+    """Build GEMMs and output transform of a block, for the panel of ``nr`` vectors that begins at ``vector``."""
     tiling, channel = kernel.tiling, b.mul(vector, kernel.width)
     filter_floats = kernel.winograd.filter_elements(on_the_fly=kernel.on_the_fly) * kernel.in_channels
     panel = b.offset("%weights", b.mul(channel, filter_floats))

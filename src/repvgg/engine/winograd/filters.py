@@ -16,8 +16,8 @@ Stride 2. A filter of three taps splits into its outer two taps on inputs 0, 2, 
 Choice of points. They decide the rounding error, and pairs ±p decide the cost. For inputs and filters of independent
 numbers the error of the element-wise products, which dominates, grows by a factor that follows from the matrices
 (:attr:`Winograd1d.error_growth`). For stride 1, the points below have the least growth among pairs of multiples of 1/8,
-and 0 where m is even: 9.7 for F(5x5), where 0, ±3/4, ±3/2, 1 have 66; 4.8 for F(4x4), where the usual 0, ±1, ±2 have
-10.8. The denominators, products of differences of points, are in Aᵀ, so that a pair of points costs the filter
+and 0 where m is even: 9.7 for F(5x5), against 66 for 0, ±3/4, ±3/2, 1; 4.8 for F(4x4), against 10.8 for the usual 0,
+±1, ±2. The denominators, products of differences of points, are in Aᵀ, so that a pair of points costs the filter
 transform three operations.
 """
 
@@ -35,7 +35,7 @@ import numpy as np
 
 from repvgg.engine.graph import Floats, Pair
 
-# Exact fractions: the code generator compares entries to find signs and ones, and rounds each of them once.
+# Exact: the code generator compares entries to find signs and ones, and rounds each to float32 once.
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 TAPS = 3
 
@@ -61,13 +61,13 @@ POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
 }
 
 
-# eq=False: comparing by identity makes the hash of kernels, which contain it, cheap. The functions below are cached.
+# eq=False: kernels contain instances, and hashing the matrices for each lookup of a kernel would take long.
 @final
 @dataclass(frozen=True, eq=False)
 class Winograd1d:
     """F(m, 3) of one stride, in exact fractions; n tile elements.
 
-    Instances come from :func:`winograd1d` and :func:`edge_filter`, one for each kind, and compare by identity.
+    Instances come from :func:`winograd1d` and :func:`edge_filter`, which are cached, and compare by identity.
 
     Attributes:
         stride: of the convolution.
@@ -99,12 +99,12 @@ class Winograd1d:
     def transformed(self) -> range:
         """Tile elements whose filter value has to be computed, because it is not simply one of the three taps."""
         elements = [element for element, row in enumerate(self.filter_matrix) if sorted(row) != [0, 0, 1]]
-        # Infinity comes first and point 0 first or last among the points, so these are contiguous.
+        # Infinity is the first element, and 0 the first or last finite point, so these are contiguous.
         return range(elements[0], elements[-1] + 1) if elements else range(0)
 
     @cached_property
     def inputs(self) -> int:
-        """Inputs of a tile, and tile elements: n = m + 2 for stride 1, 2m + 1 for stride 2."""
+        """The inputs of a tile, and its tile elements: n = m + 2 for stride 1, 2m + 1 for stride 2."""
         return (self.outputs - 1) * self.stride + TAPS
 
 
@@ -153,7 +153,7 @@ class Winograd2d:
 
     @property
     def tile_strides(self) -> Pair:
-        """Inputs from one tile to the next; tiles overlap by the rest."""
+        """Inputs from the start of one tile to that of the next."""
         return self.rows.outputs * self.rows.stride, self.columns.outputs * self.columns.stride
 
     @property
@@ -172,7 +172,7 @@ class Winograd2d:
         return out
 
     def filter_elements(self, *, on_the_fly: bool) -> int:
-        """Floats that :meth:`transform_filters` returns for each filter of 9."""
+        """Floats that :meth:`transform_filters` returns for each 3x3 filter."""
         return self.rows.inputs * (TAPS if on_the_fly else self.columns.inputs)
 
 
@@ -186,7 +186,7 @@ def winograd2d(rows: int, columns: int | None = None, stride: int = 1, edge_tile
 def winograd1d(outputs: int, stride: int = 1) -> Winograd1d:
     """Return F(outputs, 3) for the points of :data:`POINTS`."""
     if (stride, outputs) == (2, 1):
-        # Three products for one output: no gain along this axis, but the other axis may use a larger tile.
+        # Three products for one output: no gain along this axis, but the other axis may have a larger tile.
         return Winograd1d(stride, outputs, _identity(TAPS), _identity(TAPS), ((Fraction(1),) * TAPS,))
     return _from_points(POINTS[stride, outputs], outputs, stride)
 
@@ -218,7 +218,7 @@ def _from_points(points: Sequence[Fraction], outputs: int, stride: int) -> Winog
 def _cook_toom(points: Sequence[Fraction], outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     """Return Bᵀ, G and Aᵀ of F(outputs, taps) for infinity and these points."""
     filters = [tuple(point**power for power in range(taps)) for point in points]
-    # The denominators could be in any of the three matrices: here they keep G simple, which is applied on the fly.
+    # The denominators could be in any of the three matrices: in Aᵀ, they leave G simple, which is applied on the fly.
     columns = [[point**power / _denominator(points, point) for power in range(outputs)] for point in points]
     largest = [Fraction(power == outputs - 1) for power in range(outputs)]
     rows = [(*_from_roots([other for other in points if other != point]), Fraction(0)) for point in points]

@@ -2,15 +2,17 @@
 
 Blocking, from the inside out:
 
-* a register tile of ``mr`` tiles by ``nr`` vectors of output channels;
+* a register tile of ``mr`` tiles by ``nr`` vectors of output channels: ``mr · nr`` accumulators, ``nr`` weights and a
+  broadcast input fill the register file;
 * a block of ``kc`` input channels, whose weights for one panel (``kc · nr`` vectors) stay in L1 while all tiles of the
-  block pass. Products of several blocks are added in memory: such a two-level sum passes through fewer roundings;
-* one panel of ``nr`` vectors, all tile elements after each other.
+  block pass. Products of several blocks are added in memory: a value of this two-level sum passes through fewer
+  roundings;
+* one panel of ``nr`` vectors, one tile element after the other.
 
 Filters are stored either fully transformed, ``G g Gᵀ`` as (tile element, input channel, output channel), or as ``G g``,
 (row of elements, input channel, 3 columns, output channel): half to two thirds of the bytes, at the cost of the
 transform ``· Gᵀ`` for each block of channels into an L1 scratch buffer (:class:`OnTheFlyGemm`). That pays where weights
-come from memory, and few tiles use them.
+come from memory and few tiles use them. Strides and offsets are in floats.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from repvgg.engine.winograd.transforms import multiply
 
 # Channel blocks (kc). Long blocks save stores of partial sums; short ones round less and leave L1 to the tiles.
 _KC, _KC_PREFETCHED_TILES = 64, 48  # the second if tiles are prefetched: their lines share L1 with the weights
-_SCRATCH_FLOATS = 2**13  # 32 KiB, an L1: filters of a block that is transformed on the fly
+_SCRATCH_FLOATS = 2**13  # 32 KiB, a small L1: filters of a block, transformed on the fly
 _INTERLEAVED_FLOATS = 5 * 2**11  # 40 KiB: filters of an interleaved block, stored and transformed ones together
-_INTERLEAVED_REGISTERS = 5  # that the interleaved filter transform needs: p², p, and three columns
-_RING_COLUMNS = 4  # transformed columns that are there at a time then: the pair in use, and the next one
+_INTERLEAVED_REGISTERS = 5  # of the interleaved filter transform: p², p, and three columns
+_RING_COLUMNS = 4  # transformed columns in scratch if interleaved: the pair in use, and the next one
 
 
 def channel_block(channels: int, *, prefetch_tiles: bool) -> int:
@@ -46,13 +48,13 @@ def on_the_fly_channel_block(
 ) -> tuple[int, bool]:
     """Return kc for filters that are transformed on the fly, and whether the transform is interleaved with the GEMM.
 
-    It is where enough registers are free, and where all blocks have the same length.
+    It is interleaved if enough vector registers are free, and all blocks have the same length.
 
     Args:
         channels: input channels of a group.
         winograd: the transform.
         panel_floats: output channels of a panel.
-        free_vector_registers: that the register tile leaves.
+        free_vector_registers: left by the register tile.
     """
     if winograd.columns.transformed and free_vector_registers >= _INTERLEAVED_REGISTERS:
         # Of each channel: G g of this block and of the next one, and the ring of transformed columns.
@@ -78,14 +80,7 @@ def _divide_evenly(length: int, most: int) -> int:
 @final
 @dataclass(frozen=True)
 class ChannelBlock:
-    """Input channels that are summed in registers.
-
-    Attributes:
-        begin: the first.
-        end: one after the last.
-        length: how many.
-        first: whether it is the first block, so that there are no partial sums to add.
-    """
+    """Input channels [begin, end) that are summed in registers; the ``first`` block has no partial sums to add."""
 
     begin: Index
     end: Index
@@ -96,13 +91,13 @@ class ChannelBlock:
 @final
 @dataclass(frozen=True)
 class WeightStream:
-    """Weights of a channel block, and the addresses that are prefetched to L1 meanwhile.
+    """Weights of a channel block, and the weights to prefetch to L1 at the same time.
 
     Attributes:
         address: of the first vector.
-        stride: floats from one channel to the next.
+        stride: from one channel to the next.
         prefetched: address of the first float to prefetch.
-        prefetched_floats: to prefetch for each channel; 0 for none.
+        prefetched_floats: floats to prefetch for each channel; 0 for none.
     """
 
     address: Value
@@ -111,7 +106,7 @@ class WeightStream:
     prefetched_floats: int
 
 
-#: Builds work that is interleaved with a rank-1 update, given the number of the channel in its block.
+#: Builds work that is interleaved with a rank-1 update, given the index of the channel in its block.
 InterleavedWork: TypeAlias = Callable[[Value], None]
 
 
@@ -127,7 +122,7 @@ class PanelGemm:
         tiling: the tiles.
         channels: input channels of a group.
         prefetch_tiles: whether transformed tiles come from L3, so that the next ones are prefetched to L2.
-        free_vector_registers: that the register tile leaves to interleaved work.
+        free_vector_registers: left by the register tile, for interleaved work.
     """
 
     winograd: Winograd2d
@@ -144,7 +139,7 @@ class PanelGemm:
         return tile_subsets(self.winograd, self.tiling)
 
     def channel_blocks(self, b: IRBuilder, kc: int) -> Iterator[ChannelBlock]:
-        """Yield the blocks of ``kc`` channels; those between the first and a shorter last one are a loop."""
+        """Yield the blocks of ``kc`` channels; those between the first and a shorter last one share a loop."""
         whole, rest = divmod(self.channels, kc)
         yield ChannelBlock(0, kc, kc, first=True)  # stores sums without loading: products need not be zeroed
         if whole > 1:
@@ -206,10 +201,9 @@ class PanelGemm:
         weights: WeightStream,
         interleaved: InterleavedWork | None,
     ) -> list[Value]:
-        """Build the loop over the channels of a block, for one register tile."""
         with b.loop(0, length, carried=["zeroinitializer"] * (mr * self.nr)) as channels:
             address = b.offset(weights.address, b.mul(channels.index, weights.stride))
-            # A few lines with each channel: all at once would fill the line buffers and stall the loads.
+            # A few lines for each channel: all at once would fill the line fill buffers and stall the loads.
             for line in range(0, weights.prefetched_floats, LINE_FLOATS):
                 ahead = b.add(b.mul(channels.index, weights.prefetched_floats), line)
                 b.prefetch(b.offset(weights.prefetched, ahead), l1=True)
@@ -243,7 +237,7 @@ class BatchedGemm:
     def emit(
         self, b: IRBuilder, inputs: TransformedTiles, weights: Value, products: TransformedTiles, scratch: Value
     ) -> None:
-        """Build them. Weights are prefetched to L1 during the channel block before."""
+        """Build the GEMMs. Weights are prefetched to L1 during the preceding channel block."""
         if self.on_the_fly:
             OnTheFlyGemm(self.panel, b.width).emit(b, inputs, weights, products, scratch)
             return
@@ -270,7 +264,7 @@ class BatchedGemm:
             panel.accumulate(b, block, subset, inputs, products, stream, ahead)
 
     def _next_channel(self, b: IRBuilder, channel: Index, element_stride: int) -> Index:
-        """Return the offset of a channel, or after the last channel of the next tile element's first."""
+        """Return the offset of a channel; after the last one, that of the first channel of the next tile element."""
         if isinstance(channel, int):
             return element_stride if channel == self.panel.channels else channel
         last = b.assign(f"icmp eq i64 {channel}, {self.panel.channels}")
@@ -283,15 +277,15 @@ class BatchedGemm:
 @final
 @dataclass(frozen=True)
 class _ColumnGroup:
-    """Columns of tile elements with the same code.
+    """Columns of tile elements that share a loop.
 
     Attributes:
         columns: of the tile elements.
         subset: the tiles that have them.
         tap: the tap that the filters of this column are equal to, or None if they are transformed.
         before: number of columns that are computed before these.
-        prefetches: whether weights are prefetched meanwhile.
-        interleaves: whether filters are transformed meanwhile.
+        prefetches: whether the loop prefetches weights.
+        interleaves: whether the loop transforms filters of the next columns.
     """
 
     columns: range
@@ -310,7 +304,7 @@ class _BlockFilters:
     Attributes:
         stored: ``G g``, (input channel, 3, output channel).
         transformed: ``G g Gᵀ``, (column, input channel, output channel).
-        next_stored: of the next block to be transformed; of any block after the last one.
+        next_stored: of the next block to transform; after the last block, of any.
         points: p² and p of each pair of columns ±p.
     """
 
@@ -324,16 +318,11 @@ class _BlockFilters:
 class OnTheFlyGemm:
     """GEMMs with filters stored as ``G g``: each channel block is multiplied by Gᵀ into L1 scratch just before its use.
 
-    Tile elements whose column of ``G g Gᵀ`` is one of the three stored columns use it in place.
+    Tile elements whose column of ``G g Gᵀ`` is one of the three stored columns (points 0 and ∞) use it in place.
 
     Where the register tile leaves registers free, the transform is interleaved with the GEMMs, whose inner loop has
-    unused store slots: while a pair of columns ±p is multiplied, the next pair is computed; and while the first column
-    is multiplied that is used in place, so is the first pair of the next block. Four columns of scratch are enough
-    then.
-
-    Args:
-        panel: the panel and the tiles.
-        width: floats in a vector.
+    unused store slots: the GEMMs of a pair of columns ±p compute the next pair, and those of the first column in place
+    compute the first pair of the next block. Four columns of scratch are then enough.
     """
 
     def __init__(self, panel: PanelGemm, width: int) -> None:
@@ -345,8 +334,7 @@ class OnTheFlyGemm:
 
     @property
     def scratch_floats(self) -> int:
-        """Floats of scratch memory: transformed filters and points."""
-        return self._filter_floats + LINE_FLOATS
+        return self._filter_floats + LINE_FLOATS  # transformed filters, then the points
 
     @property
     def _filter_floats(self) -> int:
@@ -356,12 +344,12 @@ class OnTheFlyGemm:
     def emit(
         self, b: IRBuilder, inputs: TransformedTiles, weights: Value, products: TransformedTiles, scratch: Value
     ) -> None:
-        """Build the GEMMs of all tile elements. Weights are prefetched to L1 during the channel block before."""
+        """Build the GEMMs of all tile elements. Weights are prefetched to L1 during the preceding channel block."""
         # The lines of an input channel of the next block are spread over the first columns of this one.
         lines = -(-TAPS * self._step // LINE_FLOATS)
         lines_per_column = -(-lines // self._columns.inputs)
         points = b.offset(scratch, self._filter_floats)
-        # The first pair of the first block has no GEMM before it to be interleaved with.
+        # No GEMM precedes the first pair of the first block, so it cannot be interleaved.
         if self._interleaves:
             self._store_points(b, points)
             self._transform_block(b, weights, scratch, self._kc)
@@ -379,7 +367,7 @@ class OnTheFlyGemm:
     def _prepare_block(
         self, b: IRBuilder, block: ChannelBlock, row: Value, weights: Value, scratch: Value, points: Value
     ) -> _BlockFilters:
-        """Return the filters of a block, transformed unless the block before has done it."""
+        """Return the filters of a block, and transform them unless the preceding block has done so."""
         stored = b.offset(row, b.mul(block.begin, TAPS * self._step))
         next_stored = b.offset(stored, block.length * TAPS * self._step)
         if self._interleaves:
@@ -436,16 +424,15 @@ class OnTheFlyGemm:
             self._panel.accumulate(b, block, group.subset, read, written, stream, next_element, interleaved)
 
     def _next_pair(self, b: IRBuilder, group: _ColumnGroup, number: Index, filters: _BlockFilters) -> InterleavedWork:
-        """Return the work that computes the next pair of columns.
+        """Return the work that computes the next pair of columns: half of its vectors with each column of this pair.
 
-        Each column of a pair computes half of the vectors. The first column in place computes the next block's first
-        pair alone.
+        The first column in place computes the first pair of the next block alone.
         """
         nr, step = self._panel.nr, self._step
         if group.tap is not None:
             points = self._load_points(b, filters, 0)
             return partial(self._emit_pair, b, filters.next_stored, filters.transformed, nr, points)
-        half = -(-nr // 2)  # half of the work beside each column of a pair, so that both loops have equal length
+        half = -(-nr // 2)  # half of the work with each column of a pair, so that both loops have equal length
         before, second = b.divmod(number, 2)
         vector, pair = b.mul(second, (nr - half) * b.width), b.add(before, 1)
         slot = b.mul(b.assign(f"and i64 {pair}, 1"), 2 * self._kc * step)
@@ -454,7 +441,6 @@ class OnTheFlyGemm:
         return partial(self._emit_pair, b, b.offset(filters.stored, vector), written, half, points)
 
     def _load_points(self, b: IRBuilder, filters: _BlockFilters, place: Index) -> list[Value]:
-        """Return vectors of p² and p."""
         address = b.offset(filters.points, place)
         return [b.broadcast(address, number) for number in (0, 1)]
 
@@ -474,7 +460,7 @@ class OnTheFlyGemm:
                 b.store(b.fma(value, point, shared), written, column * self._kc * self._step + vector)
 
     def _store_points(self, b: IRBuilder, points: Value) -> None:
-        """Store p² and p of each pair of columns; the loop over columns then needs no code of its own for each."""
+        """Store p² and p of each pair of columns, so that one loop serves all pairs."""
         for column in self._transformed[::2]:
             _, inner, last = self._columns.filter_matrix[column]
             square, point = (last, inner) if self._columns.stride == 1 else (Fraction(0), last)

@@ -1,7 +1,7 @@
 """Tiling of feature maps for Winograd: blocks of tiles, edge tiles, and the layout of transformed tiles in memory.
 
-Terms. A *tile element* is one of the n x n' positions of a transformed tile. A *block* is the tiles that a unit of work
-takes at once; blocks divide the tiles of a whole batch, so they may begin and end within an image.
+Terms. A *tile element* is one of the n x n' positions of a transformed tile. A *block* is a number of tiles that a unit
+of work processes together; blocks divide the tiles of a whole batch, so a block may start and end within an image.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from repvgg.engine.winograd.filters import Winograd1d, Winograd2d, edge_filter
 class Tiling:
     """The tiles of a region of each image of a batch, divided into blocks. Pairs are (down, across).
 
-    All blocks have the same length: the last one may contain padding tiles, which are not stored. With edge tiles
-    (:attr:`repvgg.engine.winograd.filters.Winograd2d.edge_tile`) all tiles are one block.
+    All blocks have the same length: the last one may contain padding tiles, whose outputs are not stored. With edge
+    tiles (:attr:`repvgg.engine.winograd.filters.Winograd2d.edge_tile`), all tiles form one block.
 
     Attributes:
         grid: tiles of an image, including edge tiles.
@@ -40,7 +40,6 @@ class Tiling:
 
     @property
     def tiles_per_image(self) -> int:
-        """Tiles of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -50,7 +49,6 @@ class Tiling:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the largest batch."""
         return -(-self.num_tiles // self.tiles_per_block)
 
     @property
@@ -62,12 +60,12 @@ class Tiling:
 @final
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of one size among those of a block: full tiles, or those of the last row, the last column or the corner.
+    """The tiles of a block that have one size: full tiles, or those of the last row, the last column or the corner.
 
     Attributes:
         winograd: their transform, without edge tiles.
         tiling: of these tiles alone.
-        elements: their tile elements, as numbers of the full transform's.
+        elements: their tile elements, as indices into those of the full transform.
         first_row: their first row of tiles.
         first_tile: tiles of a block that precede them.
     """
@@ -82,14 +80,7 @@ class TileGroup:
 @final
 @dataclass(frozen=True)
 class TileSubset:
-    """A rectangle of tile elements, and the contiguous tiles of a block that have them.
-
-    Attributes:
-        rows: of the tile elements.
-        columns: of the tile elements.
-        first: the first tile.
-        count: number of tiles.
-    """
+    """A rectangle of tile elements, and the ``count`` tiles of a block, from ``first`` on, that have them."""
 
     rows: range
     columns: range
@@ -100,32 +91,25 @@ class TileSubset:
 @final
 @dataclass(frozen=True)
 class _AxisTiles:
-    """Tiles of one size along an axis.
-
-    Attributes:
-        winograd: their transform.
-        elements: their elements along the axis, as numbers of the full tile's.
-        first: the first tile.
-        count: number of tiles.
-        corner: the first output.
-    """
+    """Tiles of one size along an axis."""
 
     winograd: Winograd1d
-    elements: tuple[int, ...]
-    first: int
+    elements: tuple[int, ...]  # as indices into those of the full tile
+    first: int  # tile
     count: int
-    corner: int
+    corner: int  # the first output
 
 
-@lru_cache(maxsize=1024)  # the cost model asks for the same tilings again and again
+@lru_cache(maxsize=1024)  # the cost model uses each tiling for many candidates
 def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     """Return the groups of tiles of a block, in memory order.
 
-    As (down, across): (full, edge), (full, full), (edge, full), (edge, edge). In this order the tiles that have any
-    given tile element are contiguous, so that each element is one GEMM.
+    As (down, across): (full, edge), (full, full), (edge, full), (edge, edge). The tiles that have a given tile element
+    are then contiguous, so that each element is one GEMM.
     """
     down, across = _axis_tiles(winograd, tiling, 0), _axis_tiles(winograd, tiling, 1)
-    # Elements that edge rows lack belong to a prefix of the tiles, those that edge columns lack to the middle.
+    # In this order, elements that edge rows lack belong to the first tiles, and those that edge columns lack to the
+    # middle: each is a contiguous range.
     pairs = [
         *((down[0], tiles) for tiles in reversed(across)),
         *((tiles, other) for tiles in down[1:] for other in across),
@@ -133,7 +117,7 @@ def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     out: list[TileGroup] = []
     first = 0
     for rows, columns in pairs:
-        # With edge tiles, all tiles of a group of the whole batch are contiguous; else a block is of one group only.
+        # With edge tiles, the only block has the tiles of the whole batch, group by group; else there is one group.
         length = tiling.batch * rows.count * columns.count if any(winograd.edge_tile) else tiling.tiles_per_block
         own = Tiling((rows.count, columns.count), length, tiling.batch, (rows.corner, columns.corner))
         elements = tuple(row * winograd.columns.inputs + column for row in rows.elements for column in columns.elements)
@@ -162,7 +146,7 @@ def _tile_subset(winograd: Winograd2d, groups: Sequence[TileGroup], rows: range,
 
 
 def _element_ranges(winograd: Winograd2d, tiling: Tiling, axis: int) -> list[range]:
-    """Divide the rows or columns of tile elements into ranges that the edge tile has, or has not."""
+    """Divide the rows or columns of tile elements into ranges that the edge tile has or lacks."""
     every, edge = range(winograd.inputs[axis]), _axis_tiles(winograd, tiling, axis)[-1].elements
     groups = [list(group) for _, group in itertools.groupby(every, key=lambda element: element in edge)]
     return [range(group[0], group[-1] + 1) for group in groups]
@@ -179,15 +163,15 @@ def _axis_tiles(winograd: Winograd2d, tiling: Tiling, axis: int) -> list[_AxisTi
 
 
 def element_stride(tiles: int, channels: int) -> int:
-    """Return the floats from one tile element of ``tiles`` tiles of ``channels`` floats to the next."""
-    # One line of padding: elements whole pages apart would map to the same sets of L1 and L2 and evict each other.
+    """Return the stride from one tile element to the next, for ``tiles`` tiles of ``channels`` floats."""
+    # One cache line of padding: at a stride of whole pages, all elements would map to the same sets of L1 and L2.
     return tiles * channels + LINE_FLOATS
 
 
 @final
 @dataclass(frozen=True)
 class TransformedTiles:
-    """A matrix for each tile element, (tile element, tile, channel): transformed inputs, or products.
+    """Transformed inputs or products, (tile element, tile, channel): a matrix for each tile element.
 
     Attributes:
         address: of the first float.
@@ -201,9 +185,7 @@ class TransformedTiles:
 
     @classmethod
     def allocate(cls, address: Value, tiles: int, channels: int) -> TransformedTiles:
-        """Return the layout of ``tiles`` tiles of ``channels`` floats at an address."""
         return cls(address, element_stride(tiles, channels), channels)
 
     def at_element(self, b: IRBuilder, element: Index) -> TransformedTiles:
-        """Return the same from a tile element on."""
         return replace(self, address=b.offset(self.address, b.mul(element, self.element_stride)))

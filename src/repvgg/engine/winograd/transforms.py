@@ -1,4 +1,7 @@
-"""Input and output transforms of Winograd tiles, and the multiplication by constant matrices they are made of."""
+"""Code of the input and output transforms of Winograd tiles: multiplications by small constant matrices.
+
+Vectors hold channels of one pixel or tile element, so that transforms never mix lanes. Strides are in floats.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from repvgg.engine.winograd.tiling import TileGroup, Tiling, TransformedTiles
 def multiply(b: IRBuilder, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
     """Build ``matrix · values`` for vectors ``values``, with few operations.
 
-    The points p and -p of Winograd's matrices leave two symmetries. Columns that differ in signs only: their sum and
-    difference are computed once. Rows that differ in signs only: so are the terms they share, and those that are
-    negated.
+    The points ±p cause two symmetries in Winograd's matrices. Of columns that differ in signs only, the sum and the
+    difference of the values are computed once. Of rows that differ in signs only, the shared and the negated terms are
+    summed once.
     """
     matrix, values = _fold_columns(b, matrix, list(values))
     out: list[Value] = []
@@ -48,7 +51,7 @@ def _fold_columns(b: IRBuilder, matrix: Matrix, values: list[Value]) -> tuple[Ma
         if all(abs(row[left]) == abs(row[right]) for row in rows) and signs == {True, False}:
             first, second = values[left], values[right]
             values[left : right + 1] = [b.binary(name, first, second) for name in ("fadd", "fsub")]
-            # Of each row, either the sum or the difference is left, with the factor of the left column.
+            # Each row uses either the sum or the difference, with the factor of the left column.
             for row in rows:
                 row[left : right + 1] = (
                     [row[left], Fraction(0)] if row[left] == row[right] else [Fraction(0), row[left]]
@@ -57,7 +60,7 @@ def _fold_columns(b: IRBuilder, matrix: Matrix, values: list[Value]) -> tuple[Ma
 
 
 def _mirrored_rows(row: Sequence[Fraction], other: Sequence[Fraction]) -> tuple[list[Fraction], list[Fraction]] | None:
-    """Split a row into the terms it shares with another one and those the other negates; None if that is not all."""
+    """Split a row into the terms that another one shares and those that it negates; None if there are other terms."""
     pairs = list(zip(row, other, strict=True))
     shared = [left if left == right else Fraction(0) for left, right in pairs]
     negated = [left if left == -right else Fraction(0) for left, right in pairs]
@@ -69,7 +72,7 @@ def _sum_and_difference(
     b: IRBuilder, shared: Sequence[Fraction], negated: Sequence[Fraction], values: Sequence[Value]
 ) -> list[Value]:
     """Build ``s + f · t`` and ``s - f · t``, with a factor f that leaves one coefficient of t at 1."""
-    # The last coefficient becomes 1, so that its term costs an addition at most.
+    # The last coefficient becomes 1: its term costs at most an addition.
     factor = negated[max(place for place, value in enumerate(negated) if value)]
     first = _dot(b, shared, values)
     second = _dot(b, [value / factor for value in negated], values)
@@ -80,7 +83,7 @@ def _sum_and_difference(
 
 
 def _dot(b: IRBuilder, row: Sequence[Fraction], values: Sequence[Value]) -> Value:
-    """Build the dot product of a row; terms with a factor of 1 come first, so that they cost at most an addition."""
+    """Build the dot product of a row. Terms with a factor of ±1 come first: they cost at most an addition."""
     terms = sorted(((factor, value) for factor, value in zip(row, values, strict=True) if factor), key=_term_cost)
     (factor, total), *others = terms
     if factor != 1:
@@ -105,7 +108,7 @@ def _constant(b: IRBuilder, number: Fraction) -> Value:
 
 
 def first_input_offset(winograd: Winograd2d, source: FeatureMapLayout, tiling: Tiling, padding: Pair) -> int:
-    """Return the floats from the beginning of an image to the first input of its first tile."""
+    """Return the offset of the first input of the first tile in an image; see :class:`FeatureMapLayout`."""
     axes = zip(tiling.corner, winograd.strides, padding, strict=True)
     row, column = (first * stride - pad for first, stride, pad in axes)
     return source.interior_offset + row * source.row_stride + column * source.pixel_stride
@@ -128,15 +131,15 @@ def emit_input_transform(
         source: layout of the input.
         read: address of the first pixel of the tile.
         target: transformed tiles.
-        written: floats to the tile in each tile element of ``target``.
+        written: offset of the tile in each tile element of ``target``.
         next_tile: address of the next tile, which is prefetched.
     """
     winograd, (height, width) = group.winograd, group.winograd.inputs
-    # Padding channels are transformed as well, to zeros: the GEMM does not read them, but a masked store costs more.
+    # Padding channels are transformed too, though the GEMM does not read them: a masked store would cost more.
     with b.loop(0, source.pixel_stride, b.width) as channels:
         pixel, ahead = b.offset(read, channels.index), b.offset(next_tile, channels.index)
         for row in range(height):
-            # Only the columns that this tile does not overlap: the others are in L1.
+            # Only the columns that the two tiles do not share: the others are in L1.
             for column in range(width - winograd.tile_strides[1], width):
                 b.prefetch(ahead, row * source.row_stride + column * source.pixel_stride, l1=True)
         values = [
@@ -156,16 +159,10 @@ def emit_input_transform(
 @final
 @dataclass(frozen=True)
 class OutputBlock:
-    """Where the outputs of a block go.
+    """Where the outputs of a block are stored."""
 
-    Attributes:
-        address: of the first image, at the first channel.
-        bias: address of the bias of the first channel.
-        block: number of the block.
-    """
-
-    address: Value
-    bias: Value
+    address: Value  # of the first image, at the first channel
+    bias: Value  # address, of the first channel
     block: Index
 
 
@@ -197,7 +194,7 @@ class OutputTransform:
     vectors: int
 
     def emit(self, b: IRBuilder, products: TransformedTiles, output: OutputBlock, discarded: Value) -> None:
-        """Build it for a block. Outputs beyond the image are stored to ``discarded``, memory of a vector."""
+        """Build the transform of a block. Outputs beyond the image are stored to ``discarded``, a vector of scratch."""
         winograd = self.group.winograd
         first, count = tiles_of_block(b, self.group.tiling, output.block)
         begin = b.offset(products.address, self.group.first_tile * products.tile_stride)
@@ -207,7 +204,7 @@ class OutputTransform:
             next_corner = self._locate(b, output.address, b.add(first, b.add(tiles.index, 1)))[0]
             with b.loop(0, self.vectors * b.width, b.width) as lanes:
                 ahead = b.offset(next_corner, lanes.index)
-                # The lines that the next tile will store to: a store miss would first read them from memory.
+                # The lines of the next tile's outputs: a store that misses would first read the line from memory.
                 for row in range(winograd.outputs[0]):
                     for column in range(winograd.outputs[1]):
                         b.prefetch(ahead, row * self.target.row_stride + column * self.target.pixel_stride, write=True)
@@ -244,14 +241,13 @@ class OutputTransform:
         inside: list[list[Value | None]],
         discarded: Value,
     ) -> None:
-        """Transform and store one vector of channels of a tile."""
         winograd = self.group.winograd
         matrices = winograd.rows.output_matrix, winograd.columns.output_matrix
         for at, value in enumerate(multiply_both_sides(b, *matrices, values)):
             row, column = divmod(at, winograd.outputs[1])
             value = b.binary("fadd", value, bias)
             address = b.offset(pixel, row * self.target.row_stride + column * self.target.pixel_stride)
-            # Selecting the address costs less than a branch around each store.
+            # Selecting an address costs less than a branch around each store.
             for is_inside in filter(None, (inside[0][row], inside[1][column])):
                 address = b.select_pointer(is_inside, address, discarded)
             b.store(b.relu(value) if self.relu else value, address)
@@ -260,12 +256,7 @@ class OutputTransform:
 def _inside(b: IRBuilder, first: Index, size: int, length: int, end: int) -> list[Value | None]:
     """Return for each row or column of a tile whether it is inside the image; None if it always is.
 
-    Args:
-        b: the function.
-        first: row or column of the first output of the tile.
-        size: outputs of the tile along the axis.
-        length: of the image.
-        end: of all tiles.
+    The tile begins at ``first`` and has ``size`` outputs along the axis; the image has ``length``, all tiles ``end``.
     """
     # Only the last `overhang` rows or columns of a tile can be outside of the image: no compare for the others.
     overhang = end - length
