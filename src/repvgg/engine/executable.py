@@ -1,4 +1,4 @@
-"""A plan made executable: machine code, buffers, packed weights, and the table of steps that the thread pool runs."""
+"""The executable form of a plan: machine code, buffers, packed weights, and a step table for the thread pool."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from repvgg.engine.graph import Floats
 from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.planner.plan import NO_WEIGHTS, Buffer, Plan, Step
 from repvgg.engine.runtime import thread_pool
-from repvgg.engine.runtime.memory import Arena, InputView
-
-_FLOAT_BYTES = 4
+from repvgg.engine.runtime.memory import FLOAT_BYTES, Arena, InputView
 
 
 @final
@@ -32,7 +30,7 @@ class Executable:
     Attributes:
         shape: the largest input (N, C, H, W).
         plan: as given, without the packed weights.
-        step_addresses: of the entries of the step table, for :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run`.
+        step_addresses: of the rows of the step table, for :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run`.
     """
 
     def __init__(self, plan: Plan, others: Sequence[Executable] = ()) -> None:
@@ -41,25 +39,23 @@ class Executable:
         self._code = MachineCode([cached_object_code(build_module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
         self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
-        # Those of others first, so that a match is found there; _fill_table then drops the ones that are not used here.
-        self._weights: list[Floats] = [values for other in others for values in other._weights]
-        table, self._weights = self._fill_table(plan, names)
+        table, self._weights = self._fill_table(plan, names, [one for other in others for one in other._weights])
         strides = np.zeros(4, np.int64)
         loads = [number for number, step in enumerate(plan.steps) if step.source is None]
-        table["weights"][loads] = strides.ctypes.data  # the reorder kernel reads the strides of its input there
+        table["weights"][loads] = strides.ctypes.data  # the reorder kernel reads the strides of its input from there
         self._loads = [(number, plan.steps[number].first_image) for number in loads]
         self.step_addresses = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
         self._sources, self._strides = table["source"], strides.data
-        # Without the weights, which would otherwise be in memory twice.
+        # The plan's weights are dropped: the arena has aligned copies of them.
         steps = tuple(replace(step, weights=NO_WEIGHTS, bias=NO_WEIGHTS) for step in plan.steps)
         self.plan = replace(plan, steps=steps)
 
     def set_input(self, x: InputView) -> None:
-        """Make the first step read from ``x``, which must stay alive until the steps have run."""
+        """Let the first step read from ``x``, which must stay alive until the steps have run."""
         for axis, stride in enumerate(x.strides):
             self._strides[axis] = stride
         for number, first_image in self._loads:
-            self._sources[number] = x.address + _FLOAT_BYTES * first_image * x.strides[0]
+            self._sources[number] = x.address + FLOAT_BYTES * first_image * x.strides[0]
 
     def output(self, count: int) -> Floats:
         """Copy the output for ``count`` images: (n, O) after a global pool, else (n, O, H, W)."""
@@ -70,14 +66,18 @@ class Executable:
         maps = values.reshape(buffer.num_images, *layout.size, layout.pixel_stride)[:count, :, :, : layout.channels]
         return maps.transpose(0, 3, 1, 2).copy()
 
-    def _fill_table(self, plan: Plan, names: dict[Kernel, str]) -> tuple[NDArray[np.void], list[Floats]]:
-        """Fill the step table, and return it with the packed weights that it points to."""
+    def _fill_table(
+        self, plan: Plan, names: dict[Kernel, str], others: Sequence[Floats]
+    ) -> tuple[NDArray[np.void], list[Floats]]:
+        """Return the step table and the packed weights that it points to, some of them equal ones of ``others``."""
         table = thread_pool.step_table(len(plan.steps))[:-1]
-        packed: dict[int, Floats] = {}  # by identity: steps of all chunks of a batch share their weights
+        packed: dict[int, Floats] = {}  # by id(): the steps of all chunks of a batch share their weights
         for row, step in zip(table, plan.steps, strict=True):
             for values in (step.weights, step.bias):
                 if not isinstance(values, Buffer) and id(values) not in packed:
-                    packed[id(values)] = self._shared_copy(values)
+                    equal = (one for one in others if one.size == values.size and np.array_equal(one, values))
+                    found = next(equal, None)
+                    packed[id(values)] = self._arena.aligned_copy(values) if found is None else found
             if isinstance(step.weights, Buffer):
                 row["weights"] = self._address(step.weights, step)
             else:
@@ -92,22 +92,16 @@ class Executable:
             row["max_images"] = self.shape[0] if step.max_images is None else step.max_images
         return table, list(packed.values())
 
-    def _shared_copy(self, values: Floats) -> Floats:
-        """Find equal weights of another executable, or make an aligned copy."""
-        equal = (one for one in self._weights if one.size == values.size and np.array_equal(one, values))
-        found = next(equal, None)
-        return self._arena.aligned_copy(values) if found is None else found
-
     def _address(self, buffer: Buffer, step: Step) -> int:
-        """The address of the first image that a step reads or writes."""
-        # A buffer that holds one chunk of the batch begins with the step's own first image.
+        """Return the address of the first image that a step reads or writes."""
+        # A buffer that holds one chunk of the batch begins with the first image of the step.
         holds_batch = step.max_images is not None and buffer.num_images > step.max_images
         first_image = step.first_image if holds_batch else 0
-        return self._memory[buffer.number].ctypes.data + _FLOAT_BYTES * first_image * buffer.layout.image_stride
+        return self._memory[buffer.number].ctypes.data + FLOAT_BYTES * first_image * buffer.layout.image_stride
 
 
 def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[IRBuilder]]:
-    """Generate the code of each distinct kernel; return the names of kernels and all functions."""
+    """Generate the IR of each distinct kernel; return the name of each kernel, and all functions."""
     names: dict[Kernel, str] = {}
     for step in plan.steps:
         names.setdefault(step.kernel, f"kernel{len(names)}")

@@ -1,6 +1,6 @@
-"""The frontend: reads a module or an FX graph into a list of layers, or names the first thing it does not support.
+"""The frontend: reads a module or an FX graph into a list of layers, or names the first node that is not supported.
 
-A module's own ``forward`` is traced by torch.fx in eval mode. Nothing is compiled, and no tensor is computed.
+torch.fx traces the module's own ``forward`` in eval mode. No tensor is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from repvgg._contexts import eval_mode
 from repvgg.engine.graph import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
 from repvgg.errors import UnsupportedError, typed_line
 
-# What a node calls: the exact class of a module (a subclass may have another forward), a function, or a method's name.
+# What a node calls: the exact class of a module (a subclass may override forward), a function, or a method's name.
 Targets: TypeAlias = tuple[Any, ...]
 CONV: Targets = (nn.Conv2d, torch.conv2d)
 LINEAR: Targets = (nn.Linear, F.linear)
@@ -36,16 +36,16 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 
 
 def read(model: nn.Module) -> list[Layer]:
-    """Read the layers of a plain network in the order in which they run, with copies of their weights.
+    """Read the layers of a plain network in execution order, with copies of their weights.
 
     Args:
         model: convolutions, ReLUs and squeeze-and-excitation gates in a chain, then optionally a global average pool
-            and linear layers. It is read as in eval mode, and is not changed.
+            and linear layers. It is traced in eval mode, and not changed.
 
     Raises:
         UnsupportedError: a part of the model is not supported; the message names it.
     """
-    if fx.Tracer().is_leaf_module(model, ""):  # else the tracer would look inside of a single layer's own forward
+    if fx.Tracer().is_leaf_module(model, ""):  # the root is always traced into, even if it is a single nn.Conv2d
         model = nn.Sequential(model)
     return _Reader(_trace(model), model, {}).layers()
 
@@ -84,15 +84,10 @@ def _trace(model: nn.Module) -> fx.Graph:
 @final
 @dataclass(frozen=True, eq=False)
 class _WeightedCall:
-    """The arguments of a convolution or of a linear layer, as the model passes them.
+    """The arguments of a convolution or of a linear layer, as the model passes them."""
 
-    Attributes:
-        weight: a tensor, or a node if the graph computes it.
-        bias: likewise, or None.
-    """
-
-    weight: Any
-    bias: Any = None
+    weight: Any  # a tensor, or a node if the graph computes it
+    bias: Any = None  # the same, or None
     stride: Any = 1
     padding: Any = 0
     dilation: Any = 1
@@ -102,14 +97,7 @@ class _WeightedCall:
 
 @final
 class _Reader:
-    """Follows the chain of nodes from the input to the output.
-
-    Args:
-        graph: to read.
-        root: the module that its nodes refer to.
-        constants: the values of placeholders that are not images.
-        returns_tuple: whether the output is a tuple of one tensor.
-    """
+    """Follows the chain of nodes from the input to the output; for the arguments, see :func:`read_graph`."""
 
     def __init__(
         self, graph: fx.Graph, root: nn.Module, constants: Mapping[fx.Node, object], *, returns_tuple: bool = False
@@ -118,7 +106,7 @@ class _Reader:
         self._modules = dict(root.named_modules())
         self._inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in constants]
         self._layers: list[Layer] = []
-        self._flat = False  # whether values have two axes from here on
+        self._flat = False  # set once values are (N, C)
         handlers: list[tuple[Targets, Callable[[fx.Node], None]]] = [
             (CONV, self._conv),
             (RELU, self._relu),
@@ -146,7 +134,7 @@ class _Reader:
         return self._layers
 
     def _next(self, node: fx.Node) -> fx.Node:
-        """Return the next node of the chain; for a gate that begins here, the multiplication that ends it."""
+        """Return the next node of the chain; if a gate begins here, read it and return its final multiplication."""
         users = list(node.users)
         if len(users) == 2:
             return self._gate(node, users)
@@ -157,7 +145,7 @@ class _Reader:
     def _read(self, node: fx.Node) -> None:
         target = self._target(node)
         if target in MUL and self._layers and isinstance(self._layers[-1], Gate):
-            return  # _gate has read the whole gate
+            return  # the last node of a gate, which _gate has read
         handler = self._handlers.get(target)
         if handler is None:
             self._refuse(node, "is not supported by the engine")
@@ -179,7 +167,7 @@ class _Reader:
             given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
             return _WeightedCall(**{name: self._value(value) for name, value in given.items() if name != "input"})
         module = self._module(node)
-        # Not module.weight: a parametrization computes that one.
+        # Not module.weight, which a parametrization would compute.
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         if type(module) is nn.Linear:
             return _WeightedCall(weight, bias)
@@ -221,7 +209,7 @@ class _Reader:
 
     def _read_conv(self, node: fx.Node) -> Conv:
         if self._target(node) not in CONV:
-            self._refuse(node, "stands where the engine expects a convolution")
+            self._refuse(node, "is not a convolution, which the engine expects here")
         call = self._weighted_call(node)
         if call.padding_mode != "zeros":
             self._refuse(node, f"has the padding mode {call.padding_mode!r}, but the engine supports 'zeros' only")

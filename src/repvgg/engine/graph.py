@@ -22,7 +22,7 @@ Shape: TypeAlias = tuple[int, int, int, int]  # (N, C, H, W)
 @final
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Where a convolution reads, in pixels; each pair is (vertical, horizontal)."""
+    """Sizes of a convolution in pixels; pairs are (vertical, horizontal)."""
 
     kernel: Pair
     stride: Pair = (1, 1)
@@ -44,7 +44,7 @@ class Conv:
 
     Attributes:
         name: of the layer in the model, for messages.
-        weight: OIHW, where I counts the channels of one group.
+        weight: OIHW, where I is the number of channels of one group.
         bias: (O,).
         geometry: kernel size, stride, padding, dilation and groups.
         relu: whether a ReLU follows.

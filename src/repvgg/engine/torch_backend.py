@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="repvgg")``: the engine for plain networks at inference, PyTorch for everything else.
 
 The graph that PyTorch passes in takes the weights as arguments, like the images. They are read when the graph first
-runs, and again after they changed. PyTorch does not report changes through ``weight.data``, nor those of tensors that
-were created in inference mode.
+runs, and again after they changed. Changes through ``weight.data``, and of tensors that were created in inference mode,
+go unnoticed: PyTorch does not count them.
 
 PyTorch finds the name through an entry point of the installed package. Without an installation, pass the function:
 ``torch.compile(model, backend=repvgg.engine.repvgg_backend)``.
@@ -38,7 +38,7 @@ def repvgg_backend(
 
     Args:
         graph: as PyTorch passes it in.
-        example_inputs: likewise; not read.
+        example_inputs: not read.
         options: of torch.compile: ``{"threads": 4}``, see :func:`repvgg.engine.compile`.
 
     Raises:
@@ -73,7 +73,7 @@ class _CompiledGraph:
         return self._graph(*arguments)
 
     def _current_model(self, arguments: Sequence[Any]) -> CompiledModel | None:
-        """Return the model compiled with the current weights; None if the engine cannot run it."""
+        """Return the model compiled with the current weights, or None if the engine cannot run it."""
         try:
             values = dict(zip(self._placeholders, arguments, strict=True))
             images = values.pop(self._images, None)
@@ -109,7 +109,7 @@ def _check_inference(arguments: Sequence[Any]) -> None:
 
 
 def _first_node(graph: fx.Graph) -> fx.Node:
-    """Follow the first inputs up from the output to the placeholder of the images; other placeholders are weights."""
+    """Return the placeholder of the images, which the first input of each node leads to; the others are weights."""
     node: fx.Node = graph.output_node()
     while node.all_input_nodes:
         node = node.all_input_nodes[0]

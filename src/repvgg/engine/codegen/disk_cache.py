@@ -1,7 +1,7 @@
-"""Cache on the disk, so that a model is compiled, and its convolutions are tuned, once on a machine.
+"""Disk cache: each model is compiled, and its convolutions are tuned, once on a machine.
 
-A file is named by the SHA-256 of everything that its content depends on. For machine code that is the IR, the
-instruction set with the processor and its features, and the versions of repvgg, llvmlite and LLVM. Format of a file::
+A file name is the SHA-256 of everything that the content depends on. For machine code that is the IR, the instruction
+set with the processor and its features, and the versions of repvgg, llvmlite and LLVM. Format of a file::
 
     magic (16 bytes) | key: SHA-256 of what the content depends on (32) | SHA-256 of the content (32) | content
 
@@ -27,7 +27,7 @@ from repvgg.engine.codegen.jit import VectorIsa, compile_to_object
 from repvgg.errors import CacheWarning, OutputError, first_line, require
 
 OBJECT_SUFFIX, TUNING_SUFFIX = ".o", ".choice"
-MAX_BYTES = 2**26  # of all object files; a model takes about 2**16
+MAX_BYTES = 2**26  # 64 MiB of object files; a model takes about 64 KiB
 
 _MAGIC = b"repvgg engine 1\n"
 _DIGEST_BYTES = 32
@@ -41,13 +41,13 @@ def cache_folder() -> Path | None:
 def cached_object_code(ir: str, isa: VectorIsa) -> bytes:
     """Return the object file of a module of IR, from the disk if it was compiled before.
 
-    A folder that cannot be written to gives a warning, once in a process. Raises as
+    Warns, once in a process, if the folder cannot be written to. Raises as
     :func:`repvgg.engine.codegen.jit.compile_to_object`.
     """
     folder = cache_folder()
     if folder is None:
         return compile_to_object(ir, isa)
-    key = _object_key(ir, isa)
+    key = entry_key(*_compiler_versions(), *map(str, astuple(isa)), ir)
     path = folder / f"{key.hex()}{OBJECT_SUFFIX}"
     code = read_entry(path, key)
     if code is None:
@@ -80,17 +80,12 @@ def entry_key(*parts: str) -> bytes:
     """Return the SHA-256 of strings and of the version of this library."""
     digest = hashlib.sha256()
     for part in (import_module("repvgg").__version__, *parts):
-        digest.update(f"{len(part)} {part}".encode())  # with the lengths, no two lists of strings run together alike
+        digest.update(f"{len(part)} {part}".encode())  # with the length, so that ("ab", "c") is not ("a", "bc")
     return digest.digest()
-
-
-def _object_key(ir: str, isa: VectorIsa) -> bytes:
-    return entry_key(*_compiler_versions(), *map(str, astuple(isa)), ir)
 
 
 @cache
 def _compiler_versions() -> tuple[str, str]:
-    """Return the versions of llvmlite and LLVM."""
     binding = require("llvmlite.binding", "engine")
     return require("llvmlite", "engine").__version__, ".".join(map(str, binding.llvm_version_info))
 

@@ -1,8 +1,8 @@
-"""Builder of LLVM IR as text: integer arithmetic, float vectors, loops. It knows nothing about convolutions.
+"""Builder of LLVM IR as text: integer arithmetic, float vectors, loops. It is independent of convolutions.
 
 Each instruction is appended as a line; a value is its SSA name. Loops are tested at the bottom and carry their vector
 accumulators in phi nodes, so the IR states the register blocking and nothing is left to the auto-vectorizer.
-Text needs no llvmlite, and is what the cache on the disk is keyed by.
+Building text needs no llvmlite, and the text is the key of the disk cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeAlias, final
 Value: TypeAlias = str  # SSA name or constant
 Index: TypeAlias = "str | int"  # an i64: an SSA name, or known when the IR is built
 
-_FLOAT_BYTES = 4
+_FLOAT_BYTES = 4  # alignment of loads and stores: pixels of 3 channels begin at any float
 _L2_HINT, _L1_HINT = 2, 3  # locality operand of llvm.prefetch
 
 
@@ -43,13 +43,13 @@ class Loop:
 
 @final
 class IRBuilder:
-    """Builds one function without a result.
+    """Builds one function that returns void.
 
     Args:
         name: of the function.
         parameters: (type, name) of each, such as ``("ptr", "source")``.
         width: floats in a vector.
-        internal: whether it is called from the same module only.
+        internal: whether only functions of the same module call it.
     """
 
     def __init__(self, name: str, parameters: Sequence[tuple[str, str]], width: int, *, internal: bool = False) -> None:
@@ -64,10 +64,9 @@ class IRBuilder:
         self._declared: set[str] = set()
 
     def text(self) -> str:
-        """Return the IR of the function."""
         linkage = "internal " if self._internal else ""
         bits = 32 * self.width
-        # Without these, LLVM splits 512-bit vectors in two on processors that it prefers 256 bits for.
+        # Without these, LLVM splits 512-bit vectors on processors that it tunes for 256 bits (Skylake, Ice Lake).
         vectors = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
         head = f"define {linkage}void @{self.name}({self._parameters}) nounwind {vectors} {{\nentry:"
         return "\n".join([head, *self._lines, "  ret void", "}"]) + "\n"
@@ -77,7 +76,6 @@ class IRBuilder:
         return set(self._declared)
 
     def declare(self, text: str) -> None:
-        """Declare an external function."""
         self._declared.add(f"{text}\n")
 
     # Instructions
@@ -93,10 +91,9 @@ class IRBuilder:
         self.emit(f"{name} = {text}")
         return name
 
-    # Integers and addresses; constants are folded, so that kernels need not distinguish them
+    # Integers and addresses. Constants are folded, so kernels need not distinguish them from values.
 
     def add(self, left: Index, right: Index) -> Index:
-        """Return the sum of two i64."""
         if isinstance(left, int) and isinstance(right, int):
             return left + right
         if 0 in (left, right):
@@ -104,7 +101,6 @@ class IRBuilder:
         return self.assign(f"add i64 {left}, {right}")
 
     def mul(self, left: Index, right: Index) -> Index:
-        """Return the product of two i64."""
         if isinstance(left, int) and isinstance(right, int):
             return left * right
         if 0 in (left, right):
@@ -126,7 +122,7 @@ class IRBuilder:
         return self.assign(f"select i1 {condition}, ptr {pointer}, ptr {other}")
 
     def scratch(self, floats: int) -> Value:
-        """Return stack memory that begins at a cache line. Only in the entry block: elsewhere it grows at each pass."""
+        """Return stack memory aligned to a cache line. For the entry block only: in a loop, the stack would grow."""
         return self.assign(f"alloca [{floats} x float], align 64")
 
     # Vectors
@@ -150,7 +146,7 @@ class IRBuilder:
         )
 
     def store_float(self, number: float, pointer: Value, offset: int = 0) -> None:
-        """Store a known float."""
+        """Store a constant."""
         self.emit(f"store float {float_text(number)}, ptr {self.offset(pointer, offset)}, align {_FLOAT_BYTES}")
 
     def broadcast(self, pointer: Value, offset: Index = 0) -> Value:
@@ -159,18 +155,18 @@ class IRBuilder:
 
     def splat(self, scalar: Value) -> Value:
         """Copy a float into all lanes of a vector."""
-        # The idiom that LLVM folds into a broadcasting load or an embedded broadcast operand.
+        # LLVM folds this idiom into a broadcasting load, or an embedded broadcast operand of AVX-512.
         first = self.assign(f"insertelement {self.vector} poison, float {scalar}, i64 0")
         zeros = f"<{self.width} x i32> zeroinitializer"
         return self.assign(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
 
     def constant(self, number: str) -> Value:
-        """Return a vector with a known float, as :func:`float_text` spells it, in all lanes."""
+        """Return a vector with a constant, as :func:`float_text` spells it, in all lanes."""
         return f"<{', '.join([f'float {number}'] * self.width)}>"
 
     def fma(self, left: Value, right: Value, addend: Value) -> Value:
         """Return ``left · right + addend``, with one rounding where the processor has an FMA, else with two."""
-        # Not llvm.fma, which becomes a call of the C library for each lane where there is no FMA instruction.
+        # Not llvm.fma, which calls fmaf of the C library for each lane on processors without an FMA instruction.
         name = f"@llvm.fmuladd.v{self.width}f32"
         self.declare(f"declare {self.vector} {name}({self.vector}, {self.vector}, {self.vector})")
         return self.assign(
@@ -207,14 +203,16 @@ class IRBuilder:
 
         Raises:
             ValueError: known bounds leave no iteration, or vectors are carried through a loop with unknown bounds,
-                which may have none (there would be no value after it).
+                which may have no iteration (the carried values would be undefined after it).
         """
         known = isinstance(begin, int) and isinstance(end, int)
         if (known and int(begin) >= int(end)) or (carried and not known):
             raise ValueError(f"A loop from {begin} to {end} cannot carry {len(carried)} values.")
         number = self._new_label()
-        if not known:  # the body of a loop that is tested at its end runs at least once
-            self._guard(begin, end, number)
+        if not known:  # a loop that is tested at its end runs at least once, so skip it if it is empty
+            some = self.assign(f"icmp ult i64 {begin}, {end}")
+            self.emit(f"br i1 {some}, label %some{number}, label %after{number}")
+            self._begin(f"some{number}", jump=False)
         before, head = self._block, self._begin(f"loop{number}")
         names = [f"%c{number}.{place}" for place in range(len(carried))]
         loop = Loop(f"%i{number}", names, list(names))
@@ -222,7 +220,7 @@ class IRBuilder:
         yield loop
         following = self.assign(f"add nuw nsw i64 {loop.index}, {step}")
         again = self.assign(f"icmp ult i64 {following}, {end}")
-        # Phi nodes come first in the block, but name values that are known at its end only: insert them now.
+        # Phi nodes must come first in the block, but name values from its end: insert them now.
         phis = [f"  {loop.index} = phi i64 [{begin}, %{before}], [{following}, %{self._block}]"]
         for name, first, value in zip(names, carried, loop.next, strict=True):
             phis.append(f"  {name} = phi {self.vector} [{first}, %{before}], [{value}, %{self._block}]")
@@ -232,25 +230,19 @@ class IRBuilder:
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """Build what runs only if an i1 is true inside of the ``with`` block."""
+        """Build what runs if an i1 is true inside of the ``with`` block."""
         number = self._new_label()
         self.emit(f"br i1 {condition}, label %then{number}, label %after{number}")
         self._begin(f"then{number}", jump=False)
         yield
         self._begin(f"after{number}")
 
-    def _guard(self, begin: Index, end: Index, number: int) -> None:
-        """Skip a loop without iterations."""
-        some = self.assign(f"icmp ult i64 {begin}, {end}")
-        self.emit(f"br i1 {some}, label %some{number}, label %after{number}")
-        self._begin(f"some{number}", jump=False)
-
     def _new_label(self) -> int:
         self._num_labels += 1
         return self._num_labels
 
     def _begin(self, label: str, *, jump: bool = True) -> str:
-        """Begin a basic block, by a jump from the one before or as the target of a branch."""
+        """Begin a basic block; ``jump`` there from the current one."""
         if jump:
             self.emit(f"br label %{label}")
         self._lines.append(f"{label}:")

@@ -11,6 +11,7 @@ from typing import Any, final
 from repvgg.errors import UsageError, require
 
 _IR_OPT_LEVEL, _CODEGEN_OPT_LEVEL = 2, 3  # as of `opt` and `llc`
+# All of x86-64-v4 but CD: AVX-512 F alone (Knights Landing) lacks the 256-bit forms and float logic.
 _AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw")
 
 
@@ -36,7 +37,7 @@ class VectorIsa:
     triple: str = ""
 
 
-#: Baseline processors, for code that is compiled on any machine: tests look at their assembly.
+#: Baseline processors, for code that is compiled on any machine: tests inspect their assembly.
 GENERIC_ISAS: dict[str, VectorIsa] = {
     "avx512": VectorIsa("avx512", 16, 32, "x86-64-v4"),
     "avx2": VectorIsa("avx2", 8, 16, "x86-64-v3"),
@@ -64,7 +65,6 @@ def host_isa() -> VectorIsa:
         return VectorIsa("neon", 4, 32, cpu, features)
     if architecture != "x86_64":
         return replace(SCALAR_ISA, cpu=cpu, features=features)
-    # All of x86-64-v4 but CD: AVX-512 F alone (Knights Landing) lacks the 256-bit forms and float logic.
     if all(available.get(name) for name in _AVX512):
         name = "avx512"
     else:
@@ -86,7 +86,7 @@ def compile_to_object(ir: str, isa: VectorIsa) -> bytes:
 
 
 def compile_to_assembly(ir: str, isa: VectorIsa) -> str:
-    """Compile a module of IR to assembly, to look for register spills. Raises as :func:`compile_to_object`."""
+    """Compile a module of IR to assembly, to search it for register spills. Raises as :func:`compile_to_object`."""
     machine, module = _optimize(ir, isa)
     text: str = machine.emit_assembly(module)
     return text
@@ -100,7 +100,7 @@ def _optimize(ir: str, isa: VectorIsa) -> tuple[Any, Any]:
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=_IR_OPT_LEVEL)
-    # The kernels are vectorized and unrolled to fill the register file exactly: more of either would spill.
+    # Kernels are vectorized, and unrolled to fill the register file: more of either would spill registers.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
@@ -130,13 +130,13 @@ class MachineCode:
 
     def __init__(self, objects: Iterable[bytes], isa: VectorIsa) -> None:
         binding = require("llvmlite.binding", "engine")
-        # MCJIT wants a module to start from; the code comes as object files, which may be from the disk.
+        # MCJIT needs a module, though all code comes from object files, which may be cached on disk.
         empty = binding.parse_assembly("")
         self._engine = binding.create_mcjit_compiler(empty, _target_machine(isa))
         for code in objects:
             self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        # Not at exit: a daemon thread of the pool may run this code until the process ends.
+        # Not at exit: daemon threads of the pool may run this code until the process ends.
         weakref.finalize(self, self._engine.close).atexit = False
 
     def address(self, name: str) -> int:

@@ -1,12 +1,11 @@
-"""The search space of a 3x3 convolution: how its output can be tiled for Winograd, and how each tiling can run.
+"""The search space of a 3x3 convolution: the direct kernel (``None``), or Winograd with tiles, schedule and blocking.
 
-The alternative to all of them is the direct kernel, for which ``None`` stands. A Winograd region runs by one of two
-schedules:
+A Winograd region runs by one of two schedules:
 
 * ``staged``: one kernel transforms all input tiles, a second one multiplies panel by panel: each weight is read once;
-* ``fused``: one kernel takes block after block of tiles through all three steps, so transformed tiles stay in L2.
+* ``fused``: one kernel takes a block of tiles at a time through all three steps, so transformed tiles stay in L2.
 
-Nothing in here says which candidate is fast: :mod:`repvgg.engine.planner.cost_model` estimates that, and
+This module only enumerates candidates: :mod:`repvgg.engine.planner.cost_model` estimates their speed, and
 :mod:`repvgg.engine.planner.autotune` measures it.
 """
 
@@ -32,31 +31,25 @@ Precision: TypeAlias = Literal["highest", "high", "medium"]
 #: The m of F(m, 3) that have interpolation points, by stride.
 TILE_OUTPUTS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 5, 6, 7), 2: (1, 2, 3, 4)}
 
-#: Error budget of each precision: the largest ``error_growth / √C`` of a tile, where C counts the channels of a group.
-#: Measured here, an error growth of 1 is an RMS error of 1.2e-7, and OpenVINO's fp32 layers have 3.7e-8·√C: "high"
-#: stays below 4x that error for 17 channels or more, "medium" below 9x.
+#: Error budget of each precision: the largest ``error_growth / √C`` of a tile, for C input channels of a group. As
+#: measured, an error growth of 1 is an RMS error of 1.2e-7, and OpenVINO's fp32 layers have 3.7e-8·√C: "high" stays
+#: below 4x that error for 17 channels or more, "medium" below 9x.
 ERROR_GROWTH_LIMITS: dict[str, float] = {"highest": 0.0, "high": 1.15, "medium": 2.6}
 _MIN_ERROR_GROWTH_LIMIT = 4.8  # F(4x4) is allowed with any number of channels
 
-# Fused kernels keep transformed tiles and products on the stack, staged ones the products. Linux gives a thread 2 MiB
-# or more, macOS 512 KiB.
+# Fused kernels have transformed tiles and products on the stack, staged ones the products. Threads have 2 MiB or more
+# on Linux, 512 KiB on macOS.
 _FUSED_STACK_BYTES = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17
 _STAGED_STACK_BYTES = 2**19 if sys.platform == "linux" else 3 * 2**16
 
 _MAX_PANEL_VECTORS = 4  # the weights of wider panels crowd the inputs out of L1
-_MAX_FUSED_REGISTER_TILES = 8  # per block: beyond, weights are reused often enough, and tiles fall out of L2
+_MAX_FUSED_REGISTER_TILES = 8  # per block: weights are then reused often enough, and more tiles would not fit L2
 
 
 @final
 @dataclass(frozen=True)
 class Target:
-    """What a plan is made for.
-
-    Attributes:
-        isa: the vector instructions.
-        threads: that share the work.
-        precision: the error budget; see :data:`ERROR_GROWTH_LIMITS`.
-    """
+    """What a plan is made for: vector instructions, number of threads, and error budget."""
 
     isa: VectorIsa
     threads: int = 1
@@ -66,7 +59,7 @@ class Target:
 @final
 @dataclass(frozen=True)
 class ConvProblem:
-    """A convolution and the size of its output: what the selection of an algorithm depends on, besides the target.
+    """A convolution and the size of its output: with the target, what the selection of an algorithm depends on.
 
     Attributes:
         geometry: kernel size, stride, padding, dilation and groups.
@@ -88,7 +81,7 @@ class ConvProblem:
 
     @property
     def stride(self) -> int:
-        """The stride of both axes, for those that Winograd computes."""
+        """The stride of both axes; Winograd supports no others."""
         return self.geometry.stride[0]
 
     @property
@@ -106,13 +99,13 @@ class ConvProblem:
 
 
 class TileSpan(NamedTuple):
-    """Tiles of one size in a row along an axis.
+    """Neighbouring tiles of one size along an axis.
 
     Attributes:
         start: first output row or column.
         outputs: the m of F(m, 3).
-        num_tiles: of the span.
-        last: outputs of the last tile if it uses a subset of the interpolation points, else 0.
+        num_tiles: number of tiles.
+        last: outputs of the last tile if it is an edge tile, which uses a subset of the interpolation points; else 0.
     """
 
     start: int
@@ -122,7 +115,7 @@ class TileSpan(NamedTuple):
 
     @property
     def missing(self) -> int:
-        """Outputs that the last tile has fewer than the others."""
+        """How many outputs the last tile lacks, compared to the others."""
         return self.outputs - self.last if self.last else 0
 
     @property
@@ -145,15 +138,15 @@ class TileRegion(NamedTuple):
 @final
 @dataclass(frozen=True)
 class WinogradRegion:
-    """One way to compute a rectangle of tiles by Winograd.
+    """A candidate for a rectangle of tiles.
 
     Attributes:
-        schedule: see the module.
+        schedule: "staged" or "fused"; see the module.
         winograd: F(m x n, 3x3).
-        tiling: the tiles of the batch, and how they are cut into blocks.
-        tile: the register tile of the GEMMs; a row of it is a Winograd tile, a column a vector of output channels.
-        on_the_fly: whether weights are stored as ``G·g`` and transformed by ``·Gᵀ`` while they are used.
-        out_channel_splits: work units that share the input tiles of a block, each with a part of the panels.
+        tiling: the tiles of the batch, and their division into blocks.
+        tile: the register tile of the GEMMs, ``mr`` Winograd tiles by ``nr`` vectors of output channels.
+        on_the_fly: whether weights are stored as ``G·g``, and multiplied by Gᵀ just before their use.
+        out_channel_splits: work units for each block, each with a part of the panels.
         estimated_cycles: by the cost model; 0 if unknown.
     """
 
@@ -167,7 +160,6 @@ class WinogradRegion:
 
     @property
     def tiles(self) -> TileRegion:
-        """The tiles that it covers."""
         (top, left), (rows, columns) = self.tiling.corner, self.tiling.grid
         (down, across), (last_row, last_column) = self.winograd.outputs, self.winograd.edge_tile
         return TileRegion(TileSpan(top, down, rows, last_row), TileSpan(left, across, columns, last_column))
@@ -179,11 +171,9 @@ class WinogradRegion:
         return rows.end, columns.end
 
     def free_vector_registers(self, registers: int) -> int:
-        """Count the registers that the GEMMs leave free for transforming the next weights meanwhile.
-
-        It is 0 for panels of an odd number of vectors, because two columns of filters share a vector pair; and for
-        blocks that take more than one register tile for each tile element, because only the first could do the work.
-        """
+        """Count the registers that the GEMMs leave for an interleaved transform of filters; 0 if impossible."""
+        # An odd number of vectors cannot be halved between the two columns of a pair; and of several register tiles for
+        # a tile element, only the first would have work to interleave.
         interleaves = self.tiling.tiles_per_block <= self.tile.mr and self.tile.nr % 2 == 0
         return registers - self.tile.registers if interleaves else 0
 
@@ -191,7 +181,7 @@ class WinogradRegion:
 @final
 @dataclass(frozen=True)
 class ConvAlgorithm:
-    """Winograd in one region, or in several that cover the output image together."""
+    """Winograd in one or several regions, which together cover the output image."""
 
     regions: tuple[WinogradRegion, ...]
 
@@ -211,7 +201,7 @@ Selector: TypeAlias = Callable[[ConvProblem, Target], ConvAlgorithm | None]
 
 
 def supports_winograd(problem: ConvProblem, target: Target) -> bool:
-    """Whether a convolution has any other candidate than the direct kernel."""
+    """Return whether a convolution has other candidates than the direct kernel."""
     geometry, width = problem.geometry, target.isa.width
     if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
         return False
@@ -221,13 +211,10 @@ def supports_winograd(problem: ConvProblem, target: Target) -> bool:
 
 
 def image_partitions(problem: ConvProblem, target: Target) -> Iterator[tuple[TileRegion, ...]]:
-    """Yield the sets of regions that cover the output within the error budget.
-
-    Rows and columns are partitioned independently, because large tiles along one axis and small ones along the other
-    have fewer weights than tiles that are large along both.
-    """
+    """Yield the sets of regions that cover the output within the error budget."""
     limit = ERROR_GROWTH_LIMITS[target.precision] * math.sqrt(problem.group_in_channels)
     limit = max(limit, _MIN_ERROR_GROWTH_LIMIT)
+    # Rows and columns are independent: tiles that are large along one axis only have fewer weights.
     rows, columns = (list(_axis_partitions(length, problem.stride)) for length in problem.output_size)
     for row_spans, column_spans in itertools.product(rows, columns):
         regions = tuple(TileRegion(down, across) for down, across in itertools.product(row_spans, column_spans))
@@ -236,10 +223,10 @@ def image_partitions(problem: ConvProblem, target: Target) -> Iterator[tuple[Til
 
 
 def _axis_partitions(length: int, stride: int) -> Iterator[tuple[TileSpan, ...]]:
-    """Yield the ways to cover an axis of ``length`` outputs.
+    """Yield the partitions of an axis of ``length`` outputs into tiles.
 
-    The last tile may overhang the image, use a subset of the interpolation points, or be a smaller one with weights
-    of its own.
+    The last tile may overhang the image, be an edge tile (a subset of the interpolation points, the same weights), or
+    be a smaller tile with different weights.
     """
     for outputs in TILE_OUTPUTS[stride]:
         yield (TileSpan(0, outputs, -(-length // outputs), 0),)
@@ -253,7 +240,7 @@ def _axis_partitions(length: int, stride: int) -> Iterator[tuple[TileSpan, ...]]
 
 
 def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
-    """Yield every schedule, register tile, block size and split for some tiles, without cost estimates."""
+    """Yield every combination of schedule, register tile, block size and split, without cost estimates."""
     winograd, width = region.winograd(problem.stride), target.isa.width
     grid, corner = (region.rows.num_tiles, region.columns.num_tiles), (region.rows.start, region.columns.start)
     num_tiles, vectors = problem.batch * grid[0] * grid[1], problem.group_out_vectors(width)
@@ -266,22 +253,22 @@ def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) 
             tiling = Tiling(grid, tiles_per_block, problem.batch, corner)
             splits = {1}
             if schedule == "fused" and target.threads <= -(-vectors // tile.nr):
-                splits.add(target.threads)  # one block keeps all threads busy if each has a panel of its own
+                splits.add(target.threads)  # a single block keeps all threads busy if each has different panels
             for on_the_fly, split in itertools.product((False, True), splits):
                 yield WinogradRegion(schedule, winograd, tiling, tile, on_the_fly, split)
 
 
 def _register_tiles(isa: VectorIsa, vectors: int, num_tiles: int) -> Iterator[RegisterTile]:
-    """Yield the register tiles that use at least half of the register file; ``num_tiles`` are to be computed."""
+    """Yield the register tiles that use at least half of the register file; ``mr`` is at most ``num_tiles``."""
     for nr in range(1, min(vectors, _MAX_PANEL_VECTORS) + 1):
         most = min(num_tiles, (isa.registers - nr - 1) // nr)  # nr registers hold weights, one an input
         yield from (RegisterTile(mr, nr) for mr in range(max(1, most // 2), most + 1))
 
 
 def _staged_blocks(winograd: Winograd2d, num_tiles: int, tile: RegisterTile, width: int) -> Iterator[int]:
-    """Yield the number of tiles per block whose products fit on the stack: one, with the fewest padding tiles."""
+    """Yield the number of tiles per block with the fewest padding tiles whose products fit on the stack, if any."""
     bytes_per_tile = 4 * winograd.tile_elements * tile.nr * width
-    if any(winograd.edge_tile):  # edge tiles have other elements than the rest, so all tiles form one block
+    if any(winograd.edge_tile):  # edge tiles lack some tile elements, so blocks would differ: all tiles form one
         if num_tiles * bytes_per_tile <= _STAGED_STACK_BYTES:
             yield num_tiles
         return
@@ -297,9 +284,9 @@ def _fused_blocks(
     """Yield the numbers of tiles per block whose transformed tiles and products fit on the stack."""
     floats_per_element = round_up(problem.in_channels, width) + tile.nr * width
     step, most = tile.mr, -(-num_tiles // tile.mr)
-    if any(winograd.edge_tile):  # as above
+    if any(winograd.edge_tile):  # one block, as above
         step, most = num_tiles, 1
     for count in range(1, min(_MAX_FUSED_REGISTER_TILES, most) + 1):
-        # 32 floats: a cache line of padding for each element of the transformed tiles and of the products
+        # 32 floats: two cache lines of padding for each tile element, see element_stride
         if 4 * winograd.tile_elements * (count * step * floats_per_element + 32) <= _FUSED_STACK_BYTES:
             yield count * step

@@ -1,11 +1,11 @@
 """Autotuning: measure the cost model's best candidates for each convolution on this machine, and cache the fastest.
 
 A convolution is measured alone, on buffers like those of the network: first the candidates for each region of the
-image, then the best partitions of the whole image and the direct kernel. All candidates that are compared run in
-turns, and slow ones drop out early, so a transient slowdown of the machine affects all of them equally.
+image, then the best partitions of the whole image and the direct kernel. Candidates are measured in turns, so that a
+transient slowdown of the machine affects all of them equally, and slow ones drop out early.
 
-The result is cached on disk beside the machine code, one file for each convolution. A file is only looked up among the
-current candidates: one written by another version, or by somebody else, can at worst select a slow candidate.
+The result is cached on disk with the machine code, one file for each convolution. Reading a file only looks up one of
+the current candidates, so a wrong or malicious file can at worst select a slow one.
 """
 
 from __future__ import annotations
@@ -44,26 +44,27 @@ from repvgg.engine.runtime.thread_pool import ThreadPool
 
 _MAX_PARTITIONS = 4  # of the image
 _MAX_CANDIDATES = 6  # for each region
-_MAX_WEIGHT_FLOATS = 2**26  # of one candidate; all that are compared are in memory together
+_MAX_WEIGHT_FLOATS = 2**26  # 256 MiB for one candidate; those compared are in memory at the same time
 _MIN_REGION_SHARE = 0.1  # of an algorithm's estimate; the cost model decides on smaller regions
-# Each layer runs this often in a turn, each time with weights of its own; only the last run counts. The first leaves
-# the caches as the preceding layer of a network does, and the threads awake.
+# A turn runs the layer this often, each time with separate weights; only the last run is timed. The first one leaves
+# the caches in the state that the preceding layer of a network would, and wakes the threads.
 _REPEATS = 2
-_SMALL_BATCH = 4  # images; at such batches other layers evict all weights of a layer between two calls
-_EVICTION_FLOATS = 2**23  # read between two turns for that reason: 32 MiB
+# At small batches, the other layers of a network evict all weights of a layer between two calls: turns read 32 MiB.
+_SMALL_BATCH = 4  # images
+_EVICTION_FLOATS = 2**23
 # Rounds of (turns, limit): candidates that take more than ``limit`` times as long as the fastest drop out afterwards.
 _REGION_ROUNDS = ((2, 1.3), (3, 1.1), (6, 1.0))
 _FINAL_ROUNDS = ((4, 1.1), (8, 1.0))
 
 
 def autotune(layers: Sequence[Layer], shape: Shape, target: Target, pool: ThreadPool) -> Selector:
-    """Measure the convolutions of a network that have several candidates, and return a selector that knows the results.
+    """Measure the convolutions of a network that have several candidates, and return a selector of the fastest.
 
-    The selector falls back to the cost model for convolutions that were not measured.
+    For convolutions that were not measured, the selector uses the cost model.
 
     Args:
         layers: see :func:`repvgg.engine.frontend.read`.
-        shape: the largest batch, channels, height and width.
+        shape: (N, C, H, W), where N is the largest batch.
         target: what to plan for.
         pool: the threads to measure with.
     """
@@ -124,9 +125,9 @@ class _Trial:
         return sum(fast) / len(fast)
 
     def turn(self, pool: ThreadPool) -> None:
-        """Run the layer once, after a repeat of it that is not timed; see :data:`_REPEATS`."""
+        """Time one run of the layer, after an untimed one; see :data:`_REPEATS`."""
         steps = self._executable.step_addresses
-        first_timed = 1 + len(steps) // _REPEATS  # the load step comes first, and only once
+        first_timed = 1 + len(steps) // _REPEATS  # after the input reorder, which is not repeated
         pool.run(steps.start, first_timed, self._batch)
         start = time.perf_counter()
         pool.run(steps[first_timed], len(steps) - first_timed, self._batch)
@@ -141,17 +142,18 @@ class _Bench:
         self._problem, self._target, self._pool = problem, target, pool
         geometry = problem.geometry
         weight_shape = (problem.out_channels, problem.group_in_channels, *geometry.kernel)
-        weight = np.broadcast_to(np.float32(0), weight_shape)  # placeholders are packed in its place
+        weight = np.broadcast_to(np.float32(0), weight_shape)  # only its shape matters: placeholders are packed
         self._layer = Conv("layer", weight, np.zeros(problem.out_channels, np.float32), geometry, relu=True)
         axes = zip(problem.output_size, geometry.stride, geometry.kernel, geometry.padding, strict=True)
         height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
         image = np.random.default_rng(0).standard_normal((1, problem.in_channels, height, width), np.float32)
         self._images = np.broadcast_to(image, (problem.batch, *image.shape[1:]))
-        # Written, not just allocated: pages that were never written are one page of zeros, which evicts nothing.
+        # Written, not just allocated: unwritten pages all map to one page of zeros, which evicts nothing.
         self._evicting = np.ones(_EVICTION_FLOATS, np.float32) if problem.batch <= _SMALL_BATCH else None
 
     def fastest_region(self, tiles: TileRegion) -> WinogradRegion:
-        """Measure the best estimates of each schedule for some tiles, since the model compares schedules least well."""
+        """Measure the candidates of a region with the best estimates, of each schedule, and return the fastest."""
+        # Of each schedule, because the estimates are least comparable between schedules.
         by_schedule: dict[str, list[WinogradRegion]] = {}
         for region in costed_regions(tiles, self._problem, self._target):
             by_schedule.setdefault(region.schedule, []).append(region)
@@ -165,7 +167,7 @@ class _Bench:
     def fastest(
         self, algorithms: Sequence[ConvAlgorithm | None], rounds: Sequence[tuple[int, float]] = _REGION_ROUNDS
     ) -> ConvAlgorithm | None:
-        """Measure algorithms in turns; those that fall behind drop out after each round."""
+        """Measure algorithms in turns; slow ones drop out after each round."""
         trials = [self._trial(algorithm) for algorithm in algorithms]
         for turns, limit in rounds:
             for trial in trials * turns:
@@ -173,7 +175,7 @@ class _Bench:
                     self._evicting.sum()
                 trial.turn(self._pool)
             fastest = min(trial.score for trial in trials)
-            self._pool.quiesce()  # a worker may still read a step table, which is freed with its trial
+            self._pool.quiesce()  # a worker may still be reading a step table, which is freed with its trial
             trials = [trial for trial in trials if trial.score <= limit * fastest]
         return min(trials, key=lambda trial: trial.score).algorithm
 
@@ -203,12 +205,12 @@ def _estimate(region: WinogradRegion) -> float:
 # The tuning cache. A file holds JSON: "direct", or a list with one entry for each region.
 
 _DIRECT = "direct"
-# Files name the staged schedule "product", as the versions did that wrote the first of them.
+# The staged schedule is called "product" in files, its name when the format was introduced.
 _SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
 
 
 def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
-    """Look up the fastest algorithm of a convolution, as a tuple of one; None if it was not measured."""
+    """Return the cached algorithm of a convolution in a tuple, ``(None,)`` for the direct kernel; None if not cached."""
     entry = _cache_entry(problem, target)
     content = read_entry(*entry) if entry else None
     try:
@@ -228,7 +230,7 @@ def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | N
 
 
 def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm | None) -> None:
-    """Cache the fastest algorithm of a convolution for :func:`read_cached`."""
+    """Cache the fastest algorithm of a convolution."""
     entry = _cache_entry(problem, target)
     if entry:
         content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
@@ -236,7 +238,7 @@ def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm 
 
 
 def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | None:
-    """The file of a convolution, and the key that it begins with."""
+    """Return the cache file of a convolution and its key; None if caching is off."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -250,7 +252,7 @@ def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | N
 def _matches(
     partition: Sequence[TileRegion], found: Sequence[Any], problem: ConvProblem, target: Target
 ) -> Iterator[WinogradRegion]:
-    """Yield the candidates that the entries of a file stand for, up to the first that stands for none."""
+    """Yield the candidate for each entry of a file, up to the first entry without one."""
     for tiles, encoded in zip(partition, found, strict=True):
         if not isinstance(encoded, list) or encoded[:2] != [list(span) for span in tiles]:
             return

@@ -1,9 +1,9 @@
 """An analytical cost model for convolutions, and the selection of algorithms by it.
 
 Costs are cycles of one core that issues two fused multiply-adds, two loads and one store a cycle, with 1 MiB of L2.
-The constants come from timing RepVGG layers (48 to 384 channels, 14x14 to 56x56, batches 1 and 16) with one and two
-threads on a server with AVX-512; ``LOG.md`` has the experiments. Only the order of the candidates matters. Where it is
-wrong on a machine, ``compile(search=True)`` measures.
+The constants are fitted to timings of RepVGG layers (48 to 384 channels, 14x14 to 56x56, batches 1 and 16) with one and
+two threads on a server with AVX-512; ``LOG.md`` has the experiments. Only the order of the candidates matters. On a
+machine where it is wrong, use ``compile(search=True)``, which measures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from repvgg.engine.planner.algorithms import (
 from repvgg.engine.winograd.gemm import channel_block, on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_subsets
 
-# Capacities. What a kernel works on shares the caches with code, stacks and the other threads.
+# Capacities for the data of a kernel, which shares the caches with code, stacks and the other threads.
 _L2_BUDGET_BYTES = 7 * 2**17  # of 1 MiB
 _L3_WEIGHTS_BYTES = 2**23  # weights that stay in L3 together with the feature maps
 _L3_TILES_BYTES = 2**24  # transformed tiles that stay in L3
@@ -38,7 +38,7 @@ _INPUT_TRANSFORM_CYCLES = 11.0
 _OUTPUT_TRANSFORM_CYCLES = 7.0
 _L2_MISS_FACTOR = 1.25  # of both, where the working set of a fused block exceeds L2
 _ON_THE_FLY_CYCLES = 2.7  # for each vector of a filter that is transformed into a scratch buffer before its GEMM
-_INTERLEAVED_CYCLES = 2.2  # likewise between the multiply-adds of the GEMM before
+_INTERLEAVED_CYCLES = 2.2  # the same, interleaved with the multiply-adds of the preceding GEMM
 
 # GEMMs: what a block of channels (kc) costs in addition to its multiply-adds.
 _K_BLOCK_CYCLES = 4.0
@@ -50,7 +50,7 @@ _DIRECT_CYCLES_PER_PIXEL = 40.0  # for each panel
 
 _WORK_UNIT_CYCLES = 300.0  # to claim a work unit and to fill the pipeline
 
-# Weights, in all threads together: prefetched from memory, or read again from a cache.
+# Weights, by all threads together: prefetched from memory, or read again from a cache.
 _MEMORY_BYTES_PER_CYCLE = 22.0
 _L3_REREAD_BYTES_PER_CYCLE = 48.0
 _L2_REREAD_BYTES_PER_CYCLE = 100.0
@@ -58,7 +58,7 @@ _L2_REREAD_BYTES_PER_CYCLE = 100.0
 # Transformed tiles of the staged schedule, from the input transform to the GEMM.
 _TILES_WRITE_BYTES_PER_CYCLE = 6.5  # within a core, beyond L2
 _TILES_SHARED_BYTES_PER_CYCLE = 1.5  # from the L2 of another core, on demand
-_TILES_PREFETCHED_BYTES_PER_CYCLE = 4.0  # likewise, prefetched because there are many
+_TILES_PREFETCHED_BYTES_PER_CYCLE = 4.0  # the same, prefetched because there are many
 _TILES_L3_READ_BYTES_PER_CYCLE = 34.0  # again for each panel
 _TILES_MEMORY_READ_BYTES_PER_CYCLE = 9.7
 
@@ -74,9 +74,9 @@ def select_algorithm(problem: ConvProblem, target: Target) -> ConvAlgorithm | No
 
 
 def candidate_algorithms(problem: ConvProblem, target: Target) -> Iterator[ConvAlgorithm]:
-    """Yield the partitions of the image with the cheapest candidate for each region, in the order of a lower bound.
+    """Yield the partitions of the image with the cheapest candidate for each region: branch and bound.
 
-    The enumeration ends at the first partition whose bound exceeds the best estimate so far.
+    Partitions come in the order of a lower bound, up to the first whose bound exceeds the best estimate so far.
     """
     partitions = list(image_partitions(problem, target))
     bounds = {regions: sum(least_cycles(region, problem, target) for region in regions) for regions in partitions}
@@ -85,7 +85,7 @@ def candidate_algorithms(problem: ConvProblem, target: Target) -> Iterator[ConvA
         if bounds[regions] > best:
             break
         cheapest = [_cheapest_region(region, problem, target) for region in regions]
-        if all(cheapest):  # else the tiles of a region fit neither the registers nor the stack
+        if all(cheapest):  # else some region has no candidate whose data fit on the stack
             algorithm = ConvAlgorithm(tuple(region for region in cheapest if region))
             best = min(best, algorithm.estimated_cycles)
             yield algorithm
@@ -118,7 +118,7 @@ def estimate_direct_cycles(problem: ConvProblem, target: Target) -> float:
 
 
 def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> float:
-    """Compute a lower bound of the estimates for some tiles: their multiplications, and reading the weights once."""
+    """Return a lower bound of the estimates for a region: its multiplications, and reading the weights once."""
     winograd, stride = region.winograd(problem.stride), problem.stride
     rows, columns = (
         span.num_tiles * filters.inputs - span.missing * stride
@@ -130,7 +130,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> fl
 
 
 def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
-    """Estimate for how many cycles each thread is busy with a region."""
+    """Estimate how many cycles each thread spends on a region."""
     winograd, tiling, tile = region.winograd, region.tiling, region.tile
     vectors = problem.group_out_vectors(target.isa.width)
     num_panels = -(-vectors // tile.nr)
@@ -144,7 +144,7 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
     else:
         kc = channel_block(channels, prefetch_tiles=region.schedule == "staged")
     work = problem.groups * (tiling.num_blocks * _gemm_cycles(region, channels, vectors, kc))
-    if region.on_the_fly:  # every block transforms the filters again
+    if region.on_the_fly:  # each block of tiles transforms the filters again
         cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
         filter_elements = winograd.rows.inputs * len(winograd.columns.transformed)
         work += cycles * tiling.num_blocks * problem.groups * channels * vectors * filter_elements
@@ -153,7 +153,7 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
     elements = sum(kind.winograd.tile_elements * kind.tiling.num_tiles for kind in tile_groups(winograd, tiling))
     work += miss_factor * _OUTPUT_TRANSFORM_CYCLES * elements * problem.groups * vectors
 
-    # Work that all threads share evenly: input transforms, which each split of a fused block repeats.
+    # Work that threads share evenly: input transforms, which each split of a fused block repeats.
     in_vectors = -(-problem.in_channels // target.isa.width)
     shared = miss_factor * _INPUT_TRANSFORM_CYCLES * elements * in_vectors * region.out_channel_splits
     if region.schedule == "staged":
@@ -189,7 +189,7 @@ def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int) -
 
 
 def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
-    """The bytes per cycle at which transformed tiles reach the GEMM."""
+    """Return the bytes per cycle at which transformed tiles reach the GEMM."""
     if target.threads > 1:  # most tiles were transformed by another core
         many = tile_bytes > _L2_BUDGET_BYTES
         return _TILES_PREFETCHED_BYTES_PER_CYCLE if many else _TILES_SHARED_BYTES_PER_CYCLE
@@ -197,17 +197,14 @@ def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
 
 
 def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target, fits_l2: bool) -> float:
-    """Estimate reading all weights once from memory, and again for each later block from the cache that holds them.
-
-    ``fits_l2``: of a fused work unit, see :func:`_fits_l2`.
-    """
+    """Estimate reading all weights once from memory, and again for each later block from the cache that holds them."""
     bytes_per_channel = 4 * region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.group_in_channels
     weight_bytes = bytes_per_channel * problem.out_channels
     if region.schedule == "staged":
         panel_bytes = bytes_per_channel * region.tile.nr * target.isa.width
         in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.num_blocks
-    else:  # threads with the same split read the same weights at the same time
-        in_l2 = fits_l2
+    else:
+        in_l2 = fits_l2  # threads with the same split read the same weights at the same time: one pass for all
         passes = -(-region.tiling.num_blocks * region.out_channel_splits // target.threads)
     if in_l2:
         rate = _L2_REREAD_BYTES_PER_CYCLE
@@ -217,7 +214,7 @@ def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Ta
 
 
 def _fits_l2(region: WinogradRegion, problem: ConvProblem, target: Target) -> bool:
-    """Whether the weights, transformed tiles and products of a fused work unit fit L2 together."""
+    """Return whether the weights, transformed tiles and products of a fused work unit fit L2 together."""
     weights = (
         region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.num_filters // region.out_channel_splits
     )

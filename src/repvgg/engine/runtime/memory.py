@@ -1,6 +1,6 @@
-"""Memory of compiled models: the layout of feature maps, aligned arenas, and views of the caller's images.
+"""Memory of compiled models: the layout of feature maps, arenas, and views of the caller's images.
 
-All sizes, strides and offsets of layouts are in floats (4 bytes).
+Sizes, strides and offsets of layouts are in floats (4 bytes).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector of AVX-512
 FLOAT_BYTES = 4
 
 _HUGE_PAGE = 2**21  # bytes
-_CHUNK = 2**24  # bytes mapped at once; pages that are not touched cost nothing
+_CHUNK = 2**24  # bytes of a mapping, at least; pages that are never touched use no memory
 
 
 # Layouts
@@ -40,14 +40,14 @@ class FeatureMapLayout:
     """Layout of one image of a feature map: NHWC with padded channels, or NCHW, with a border of zeros.
 
     The border is the padding of the convolution that reads the map, so that its kernel needs no bounds checks. Border,
-    overhang and channels from ``channels`` up to ``pixel_stride`` are zeros; kernels do not write them, or write zeros.
+    overhang, and channels from ``channels`` up to ``pixel_stride`` are zeros: kernels write nothing there, or zeros.
 
     Attributes:
         channels: logical channels.
         size: (height, width) without border.
         border: pixels of zeros (above and below, left and right).
         pixel_stride: from one pixel to the next, at least ``channels``; 1 if ``planar``.
-        overhang: more pixels of zeros (below, right) after the border, where Winograd tiles extend over the image.
+        overhang: additional pixels of zeros (below, right), where Winograd tiles extend beyond the border.
         planar: NCHW rather than NHWC.
     """
 
@@ -60,22 +60,19 @@ class FeatureMapLayout:
 
     @property
     def row_stride(self) -> int:
-        """Floats from one row to the next."""
         return (self.size[1] + 2 * self.border[1] + self.overhang[1]) * self.pixel_stride
 
     @property
     def plane_size(self) -> int:
-        """Floats of all rows, with border and overhang."""
+        """Floats of one channel (NCHW) or of all channels (NHWC), with border and overhang."""
         return (self.size[0] + 2 * self.border[0] + self.overhang[0]) * self.row_stride
 
     @property
     def channel_stride(self) -> int:
-        """Floats from one channel of a pixel to the next."""
         return self.plane_size if self.planar else 1
 
     @property
     def image_stride(self) -> int:
-        """Floats from one image to the next."""
         return self.channels * self.plane_size if self.planar else self.plane_size
 
     @property
@@ -96,11 +93,7 @@ def aligned_zeros(floats: int) -> Floats:
 
 @final
 class Arena:
-    """Memory of one compiled model, in huge pages where the system has them.
-
-    Arrays lie one after the other in few large mappings, which are freed with the last array. The physical addresses of
-    4 KiB pages are arbitrary: which of them share sets of the L2 cache changes the speed of a process by up to 10 %.
-    """
+    """Bump allocator for one compiled model. Its mappings are freed with the last array in them."""
 
     def __init__(self) -> None:
         self._free = np.zeros(0, np.uint8)
@@ -122,6 +115,8 @@ class Arena:
 
 def _map_pages(size: int) -> NDArray[np.uint8]:
     """Map at least ``size`` bytes of zeros, aligned to huge pages."""
+    # The physical addresses of 4 KiB pages are arbitrary, and so is which of them share sets of the L2 cache: that
+    # changed the speed of a process by up to 10 %. Huge pages are contiguous.
     size = round_up(size, _HUGE_PAGE)
     # Private: Linux backs shared anonymous mappings by tmpfs, which has small pages unless it is configured otherwise.
     raw = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -155,7 +150,7 @@ class InputView(NamedTuple):
 
 
 def view_input(x: Images, channels: int) -> InputView:
-    """Check images and return where they lie. They are copied only if they are not aligned to floats.
+    """Check images and return a view of their memory. They are copied only if they are not aligned to floats.
 
     Raises:
         UsageError: ``x`` is not float32 of shape (n, channels, H, W) on the CPU, or is empty.
@@ -172,14 +167,14 @@ def view_input(x: Images, channels: int) -> InputView:
 
 
 def _view_tensor(x: Tensor) -> InputView:
-    if x.is_neg():  # a lazy negation, such as the imaginary part of a conjugate: memory holds the opposite sign
+    if x.is_neg():  # a lazy negation, as of the imaginary part of a conjugate: the sign in memory is the opposite
         x = x.resolve_neg()
     batch, channels, height, width = x.shape
     return InputView(x.data_ptr(), (batch, channels, height, width), x.stride(), x)
 
 
 def _view_array(x: Floats) -> InputView:
-    # NumPy's strides are bytes, and need not be multiples of 4: a field of a packed structured array, for example.
+    # NumPy's strides are in bytes, and may not be multiples of 4, as of a field of a packed structured array.
     if not x.flags.aligned or any(step % FLOAT_BYTES for step in x.strides):
         x = np.ascontiguousarray(x)
     batch, channels, height, width = x.shape

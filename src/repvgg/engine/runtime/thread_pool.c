@@ -1,15 +1,15 @@
-/* Thread pool of the engine: runs a table of kernel calls on the calling thread and on workers that help it.
+/* Thread pool of the engine: runs a table of kernel calls on the calling thread and on workers.
 
-   The LLVM IR beside this file is generated from it (`make thread-pool-ir`) and compiled by llvmlite when a model is
+   The LLVM IR next to this file is generated from it (`make thread-pool-ir`) and compiled by llvmlite when a model is
    compiled, so that no C compiler is needed. `thread_pool.py` allocates the structures below and calls the functions.
 
    Work is claimed, not distributed. A step (one kernel on its buffers) consists of units; units are claimed in chunks,
-   each with one compare-and-swap, and a step is over when all its units are done. A worker that comes late, or not at
-   all, delays no other thread: the caller can do everything alone. That is what makes several threads pay for steps of
+   each with one compare-and-swap, and a step is over when all its units are done. A worker that wakes late, or never,
+   delays no other thread: the caller can do everything alone. This is why several threads pay off even for steps of
    10 us, and on a busy machine.
 
    A claim word holds (call number : 32, chunks claimed from the front : 16, from the back : 16). The call number keeps a
-   worker that was left behind by an earlier call from claiming units of a later one. */
+   worker that is still in an earlier call from claiming units of a later one. */
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -61,7 +61,7 @@ struct thread_pool {
     uint64_t num_threads; /* with the caller */
     _Alignas(CACHE_LINE) uint64_t stop;
     _Alignas(CACHE_LINE) uint64_t active_workers; /* that may read steps */
-    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* the caller's, which workers are kept off */
+    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* the caller's, which workers do not run on */
     uint64_t workers_started;
     _Alignas(CACHE_LINE) uint64_t allowed_cpus[MAX_CPUS / 64]; /* of this process, a bit each */
     uint64_t worker_cpus[MAX_CPUS / 64];                       /* the same without the caller's */
@@ -123,7 +123,7 @@ static void cpu_relax(void) {
 static uint32_t call_of(uint64_t claims) { return (uint32_t)(claims >> 32); }
 
 /* Claims and computes chunks of a step until none is left.
-   False if another call has begun meanwhile, so that the step is not this call's any more. */
+   False if another call has begun, so that the step no longer belongs to this one. */
 static bool compute_chunks(struct step *step, uint32_t call, bool from_back, uint64_t num_blocks, uint64_t num_units,
                            uint64_t units_per_chunk) {
     uint64_t num_chunks = divide_rounding_up(num_units, units_per_chunk);
@@ -141,12 +141,12 @@ static bool compute_chunks(struct step *step, uint32_t call, bool from_back, uin
             continue;
         step->function(step->source, step->target, step->weights, step->bias, (int64_t)num_blocks, (int64_t)begin,
                        (int64_t)end);
-        /* Release: whoever sees the last unit counted sees the output of all. */
+        /* Release: a thread that reads the final count also sees the outputs of all units. */
         __atomic_fetch_add(&step->units_done, end - begin, __ATOMIC_RELEASE);
     }
 }
 
-/* Waits until all units of a step are done; false if another call has begun meanwhile. */
+/* Waits until all units of a step are done; false if another call has begun. */
 static bool wait_for_step(struct step *step, uint32_t call, uint64_t num_units) {
     for (uint64_t spins = 1; __atomic_load_n(&step->units_done, __ATOMIC_ACQUIRE) != num_units; spins++) {
         if (call_of(__atomic_load_n(&step->claims, __ATOMIC_ACQUIRE)) != call) return false;
@@ -157,7 +157,7 @@ static bool wait_for_step(struct step *step, uint32_t call, uint64_t num_units) 
     return true;
 }
 
-/* Goes through the steps of a call beside the other threads. */
+/* Runs the steps of a call, together with the other threads. */
 static void work(struct thread_pool *pool, uint32_t call, bool from_back) {
     struct step *steps = __atomic_load_n(&pool->steps, __ATOMIC_SEQ_CST); /* pairs with pool_quiesce */
     uint64_t num_steps = __atomic_load_n(&pool->num_steps, __ATOMIC_RELAXED);
@@ -258,7 +258,7 @@ void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, 
     for (uint64_t index = 0; index < num_steps; index++) {
         struct step *step = &steps[index];
         __atomic_store_n(&step->units_done, 0, __ATOMIC_RELAXED);
-        /* Void the claims of the last call before num_items changes: a worker that is left there claims nothing. */
+        /* Void the claims of the last call before num_items changes: a worker that is still there claims nothing. */
         __atomic_store_n(&step->claims, (uint64_t)call << 32, __ATOMIC_RELEASE);
         uint64_t images_left = batch > step->first_image ? batch - step->first_image : 0;
         uint64_t num_images = min(images_left, step->max_images);
@@ -269,8 +269,8 @@ void pool_run(struct thread_pool *pool, struct step *steps, uint64_t num_steps, 
     work(pool, call, false);
 }
 
-/* Waits until no worker reads the steps of an earlier call any more, so that their memory may be freed. Late workers
-   find `no_steps` in their place: a table that holds its sentinel only, and lives as long as the pool. */
+/* Waits until no worker reads the steps of an earlier call, so that their memory may be freed. Workers that
+   wake later find `no_steps`: a table with only the sentinel, which lives as long as the pool. */
 void pool_quiesce(struct thread_pool *pool, struct step *no_steps) {
     __atomic_store_n(&pool->steps, no_steps, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->active_workers, __ATOMIC_SEQ_CST) != 0) sched_yield();

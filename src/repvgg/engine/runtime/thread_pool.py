@@ -1,8 +1,8 @@
-"""Thread pool: runs a model's table of kernel calls on the calling thread and on workers that sleep in between.
+"""Thread pool: runs a model's table of kernel calls on the calling thread and on workers, which sleep between calls.
 
-The pool itself is ``thread_pool.c``; read there how work is claimed and how threads wait. The LLVM IR that is generated
-from it lies beside it and is compiled like the kernels, so that no C compiler is needed. This module allocates what the
-C code works on and starts the threads.
+``thread_pool.c`` describes how work is claimed and how threads wait. The LLVM IR generated from it is stored next to it
+and compiled like the kernels, so that no C compiler is needed. This module allocates the structures of the C code and
+starts the threads.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from repvgg.engine.runtime.memory import FLOAT_BYTES, aligned_zeros
 from repvgg.errors import FallbackWarning, UsageError
 
 RUN, WORKER, QUIESCE, SHUTDOWN = "pool_run", "pool_worker", "pool_quiesce", "pool_shutdown"
-MAX_CPUS = 1024  # processors of a higher number are not used for workers; as glibc's cpu_set_t
+MAX_CPUS = 1024  # as glibc's cpu_set_t; workers do not use processors of higher numbers
 _STACK_BYTES = 2**22  # a fused Winograd kernel keeps up to 1.25 MiB of transformed tiles on the stack
 _ARCHITECTURES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 _ISA_ARCHITECTURES = {"sse2": "x86_64", "avx2": "x86_64", "avx512": "x86_64", "neon": "aarch64"}
 
 
 def _structure(itemsize: int, **fields: tuple[int, Any]) -> np.dtype[np.void]:
-    """A C structure: (offset in bytes, type) of each field."""
+    """Return the dtype of a C structure, given (offset in bytes, type) of each field."""
     offsets, formats = zip(*fields.values(), strict=True)
     return np.dtype({"names": [*fields], "formats": formats, "offsets": offsets, "itemsize": itemsize})
 
 
-#: ``struct step``: one kernel call. Pointers are addresses; the pool sets ``num_items``, ``claims`` and ``units_done``.
+#: ``struct step``: one kernel call. Pointers are int64; the pool sets ``num_items``, ``claims`` and ``units_done``.
 STEP = _structure(
     192,
     function=(0, np.int64),
@@ -60,7 +60,7 @@ STEP = _structure(
     max_images=(152, np.int64),
 )
 
-#: ``struct thread_pool``; the kernel's ids of the workers, an int64 each, follow it.
+#: ``struct thread_pool``; the thread ids of the workers, an int64 each, follow it.
 POOL = _structure(
     640,
     call=(0, np.uint32),
@@ -78,7 +78,7 @@ POOL = _structure(
 
 
 def check_threads(threads: int | None) -> None:
-    """Check a number of threads; None stands for the default.
+    """Check a number of threads; None is the default.
 
     Raises:
         UsageError: fewer than one.
@@ -88,10 +88,10 @@ def check_threads(threads: int | None) -> None:
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of threads to use: ``threads``, or PyTorch's number, at most one for each processor.
+    """Return ``threads``, or by default ``torch.get_num_threads()``, at most one for each processor.
 
-    PyTorch's number is ``OMP_NUM_THREADS`` where that is set. The processors are those of this process's affinity mask.
-    Without a thread pool (see :func:`has_workers`) the result is 1, with a warning if it would be more.
+    The processors are those of this process's affinity mask. Where the pool has no workers (see :func:`has_workers`),
+    the result is 1, with a warning if it would be more.
 
     Raises:
         UsageError: ``threads`` is less than one.
@@ -109,7 +109,7 @@ def thread_count(threads: int | None) -> int:
 
 
 def has_workers() -> bool:
-    """Whether the pool has worker threads on this platform: they need the futex of Linux, on x86-64 or ARM64."""
+    """Return whether the pool has worker threads on this platform: they need Linux's futex, on x86-64 or ARM64."""
     return sys.platform == "linux" and platform.machine() in _ARCHITECTURES
 
 
@@ -131,20 +131,20 @@ def _read_ir(variant: str) -> str:
 def step_table(steps: int) -> NDArray[np.void]:
     """Return a zeroed table of :data:`STEP`, aligned to cache lines: ``steps`` rows, and a sentinel.
 
-    The sentinel lets :meth:`ThreadPool.run` be given any row as the first one; its claim word is never this call's.
+    The sentinel's claim word never has the number of a call, so that a worker that reads it finds no work.
     """
     rows: NDArray[np.void] = aligned_zeros((steps + 1) * STEP.itemsize // FLOAT_BYTES).view(STEP)
-    rows["items_per_block"] = 1  # a worker that was left behind divides by it before it looks at the claim word
+    rows["items_per_block"] = 1  # a worker of an earlier call divides by it before it reads the claim word
     return rows
 
 
 def _processors() -> Collection[int]:
-    """Numbers of the processors that this thread may run on."""
+    """Return the numbers of the processors that this thread may run on."""
     return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
 def _shared_state(threads: int, processors: Iterable[int]) -> Floats:
-    """Memory of :data:`POOL` and ids of workers."""
+    """Return an initialized :data:`POOL`, followed by space for the thread ids of the workers."""
     memory = aligned_zeros((POOL.itemsize + 8 * threads) // FLOAT_BYTES)
     pool = _as_pool(memory)
     pool["num_threads"], pool["avoided_cpu"] = threads, -1  # no processor has this number
@@ -160,13 +160,9 @@ def _as_pool(memory: Floats) -> Any:
 
 @final
 class ThreadPool:
-    """The calling thread, and ``threads - 1`` workers that help it.
+    """The calling thread and ``threads - 1`` workers. One caller at a time.
 
-    The workers end when this object is collected, or when Python exits. One caller at a time.
-
-    Args:
-        isa: of this processor.
-        threads: all of them together.
+    The workers end when this object is collected, or when Python exits.
     """
 
     def __init__(self, isa: VectorIsa, threads: int) -> None:
@@ -178,22 +174,16 @@ class ThreadPool:
         self._shared = self._start(0)
 
     def run(self, steps: int, num_steps: int, batch: int) -> None:
-        """Run steps on a batch, and return when they are done.
-
-        Args:
-            steps: address of the first, in a :func:`step_table`.
-            num_steps: how many.
-            batch: images.
-        """
+        """Run ``num_steps`` steps on a batch of images; ``steps`` is the address of a row of a :func:`step_table`."""
         self._run(self._address, steps, num_steps, batch)
 
     def quiesce(self) -> None:
-        """Wait until no worker reads the steps of an earlier call any more, so that their memory may be freed."""
+        """Wait until no worker reads the steps of an earlier call, so that their memory may be freed."""
         self._quiesce(self._address, self._no_steps.ctypes.data)
 
     def restart(self) -> None:
         """Start workers in a forked child, where those of the parent do not run."""
-        # Tables hold claim words of past calls: the numbers of calls go on, so that none of those looks current.
+        # Step tables hold the numbers of past calls: numbering continues, so that none of them is used again.
         self._shared = self._start(int(_as_pool(self._shared)["call"]))
 
     def _start(self, call: int) -> Floats:
@@ -202,7 +192,7 @@ class ThreadPool:
         pool = _as_pool(shared)
         pool["call"], pool["steps"] = call, self._no_steps.ctypes.data
         if self._threads > 1:
-            # Not self: workers that refer to the pool would keep it alive, and never be shut down.
+            # Not self: workers that refer to the pool would keep it alive, so it would never shut them down.
             owners = (self._code, self._no_steps)
             workers = [_start_worker(self._code, shared, owners) for _ in range(self._threads - 1)]
             weakref.finalize(self, _shutdown, self._code, shared, workers, os.getpid())
@@ -235,7 +225,7 @@ def _start_worker(code: MachineCode, shared: Floats, owners: object) -> threadin
 
 
 def _shutdown(code: MachineCode, shared: Floats, workers: list[threading.Thread], process: int) -> None:
-    if os.getpid() != process:  # a forked child, where they never ran
+    if os.getpid() != process:  # in a forked child, the workers do not exist
         return
     _function(code, SHUTDOWN)(shared.ctypes.data)
     for worker in workers:
