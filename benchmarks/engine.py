@@ -8,12 +8,12 @@
 
 A pair is an architecture and a baseline. First, the best settings of each other engine are found: PyTorch eager and
 compiled, in either memory format; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the
-hints for latency and for throughput, pinned or not. The library's engine measures its algorithms (``search=True``).
-Then rounds alternate between the engines. Each reading pauses, runs once untimed, and times calls for 0.1 s. The output
-has medians of images per second with quartiles, the largest error of the logits against float64 relative to the largest
-logit, and ratios within rounds: to the fastest other engine on the same network, and to the baseline in OpenVINO.
+hints for latency and for throughput, pinned or not. The library's engine is autotuned (``search=True``). Then rounds
+alternate between the engines. Each reading pauses, runs once untimed, and times calls for 0.1 s. The output has medians
+of images per second with quartiles, the largest error of the logits against float64 relative to the largest logit, and
+ratios within rounds: to the fastest other engine on the same network, and to the baseline in OpenVINO.
 
-``--idle`` times single calls after so many milliseconds of rest. ``--busy`` keeps one core busy with another process.
+``--idle`` times single calls, each after that many milliseconds of rest. ``--busy`` runs another process on one core.
 ``--checkpoint`` evaluates all engines against float64 on a validation split instead of timing them. ``--floor`` shows
 where the time of the engine goes, and what the peaks of the machine alone would take. ``--precision medium`` allows
 larger rounding errors.
@@ -32,7 +32,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,14 +57,23 @@ Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int, int]
 
 
+def shape_of(images: Tensor) -> Shape:
+    batch, channels, height, width = images.shape
+    return batch, channels, height, width
+
+
 def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
     """Yield eager and compiled PyTorch, in NCHW and channels_last."""
     for layout in (torch.contiguous_format, torch.channels_last):
         name_of_layout = "channels_last" if layout is torch.channels_last else "NCHW"
-        moved = deepcopy(model).to(memory_format=layout)
+        eager = deepcopy(model).to(memory_format=layout)
         compiled = torch.compile(deepcopy(model).to(memory_format=layout))
-        for name, run in (("eager", moved), ("compiled", compiled)):
-            yield f"{name}, {name_of_layout}", lambda x, run=run, layout=layout: run(x.contiguous(memory_format=layout))
+        for name, run in (("eager", eager), ("compiled", compiled)):
+            yield f"{name}, {name_of_layout}", partial(_run_torch, run, layout)
+
+
+def _run_torch(run: Run, layout: torch.memory_format, x: Tensor) -> Tensor:
+    return run(x.contiguous(memory_format=layout))
 
 
 def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
@@ -76,7 +87,11 @@ def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tup
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             name = session.get_inputs()[0].name
             words = "threads spin" if spin == "1" else "threads sleep"
-            yield words, lambda x, run=session.run, name=name: torch.from_numpy(run(None, {name: x.numpy()})[0])
+            yield words, partial(_run_onnxruntime, session, name)
+
+
+def _run_onnxruntime(session: Any, name: str, x: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
@@ -89,10 +104,14 @@ def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[
             settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": pinned}
             settings["INFERENCE_NUM_THREADS"] = threads
             if hint == "THROUGHPUT":
-                settings["NUM_STREAMS"] = "1"  # there is one caller, so all threads work on its images
+                settings["NUM_STREAMS"] = "1"  # there is a single caller: all threads work on its images
             request = core.compile_model(graph, "CPU", settings).create_infer_request()
             words = f"{hint.lower()}{', pinned' if pinned else ''}"
-            yield words, lambda x, run=request.infer: torch.from_numpy(run([x.numpy()], share_inputs=True)[0])
+            yield words, partial(_run_openvino, request)
+
+
+def _run_openvino(request: Any, x: Tensor) -> Tensor:
+    return torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
 
 
 OTHERS = {"PyTorch": in_torch, "ONNX Runtime": in_onnxruntime, "OpenVINO f32": in_openvino}
@@ -122,7 +141,7 @@ def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequenc
     found: dict[str, Run] = {}
     for name in names:
         try:
-            settings = dict(OTHERS[name](model, tuple(images.shape), threads))
+            settings = dict(OTHERS[name](model, shape_of(images), threads))
         except MissingDependencyError as error:
             print(f"{name} is skipped: {error}")
             continue
@@ -187,7 +206,7 @@ def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.eng
 
 
 def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
-    """Print where the engine's time goes, and the peaks of this machine."""
+    """Print the time by kind of kernel, and how long this machine's peaks would take."""
     threads = args.threads
     network = ours(model, shape, args)
     images = torch.randn(shape)
@@ -209,7 +228,7 @@ def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
 
 
 def peak_flops(threads: int) -> float:
-    """Measure the engine's direct kernel on layers that stay in L2, the best of many: nothing was faster here."""
+    """Measure FLOP/s of the engine's direct kernel on layers that stay in L2, the best of many runs."""
     layers = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)]
     network = repvgg.engine.compile(nn.Sequential(*layers).eval(), (1, 64, 56, 56), threads, precision="highest")
     images = torch.randn(1, 64, 56, 56)
@@ -222,7 +241,7 @@ def peak_flops(threads: int) -> float:
 
 
 def bandwidth_read(size: int) -> float:
-    """Measure bytes per second of a sum over ``size`` bytes, the best of many."""
+    """Measure bytes per second of a sum over ``size`` bytes, the best of many runs."""
     values = torch.ones(max(size // 4, 1))
     return size / min(_timed(values.sum) for _ in range(20))
 
@@ -238,18 +257,18 @@ def evaluate(args: argparse.Namespace) -> None:
     from repvgg.data import DataConfig, open_data
 
     loaded = load(args.checkpoint)
-    about, model = loaded.metadata, loaded.model.eval()
+    metadata, model = loaded.metadata, loaded.model.eval()
     config = DataConfig(
         uri=args.data,
-        train_size=about.input_size,
-        test_size=about.input_size,
-        mean=about.mean or None,
-        std=about.std or None,
+        train_size=metadata.input_size,
+        test_size=metadata.input_size,
+        mean=metadata.mean or None,
+        std=metadata.std or None,
     )
     opened = open_data(config)
     batches = [opened.prepare(images) for images, _ in opened.val_batches(64)]
     batches = [images for images in batches if len(images) == 64]
-    shape = tuple(batches[0].shape)
+    shape = shape_of(batches[0])
     exact = torch.cat([deepcopy(model).double()(images.double()) for images in batches])
     runs: dict[str, Run] = {"repvgg": ours(model, shape, args)}
     runs |= {name: next(make(model, shape, args.threads))[1] for name, make in OTHERS.items()}
@@ -285,7 +304,7 @@ def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespa
     images = torch.randn(batch, 3, args.size, args.size)
     print(f"{architecture}, batch {batch}")
     start = time.perf_counter()
-    runs: dict[str, Run] = {"repvgg": ours(model, tuple(images.shape), args)}
+    runs: dict[str, Run] = {"repvgg": ours(model, shape_of(images), args)}
     print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with autotuning")
     runs |= best_settings(model, images, args.threads, args.engines)
     max_errors = errors(runs, model, images)
@@ -308,7 +327,7 @@ def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespa
             compare(speeds, "repvgg", rivals)
             results["speeds" if rest is None else f"speeds after {rest:g} ms"] = speeds
     if args.floor:
-        floor(model, tuple(images.shape), args)
+        floor(model, shape_of(images), args)
     return results
 
 

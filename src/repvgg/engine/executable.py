@@ -39,7 +39,8 @@ class Executable:
         self._code = MachineCode([cached_object_code(build_module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
         self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
-        table, self._weights = self._fill_table(plan, names, [one for other in others for one in other._weights])
+        table, weights = self._fill_table(plan, names, [one for other in others for one in other._weights])
+        self._weights: list[Floats] = weights
         strides = np.zeros(4, np.int64)
         loads = [number for number, step in enumerate(plan.steps) if step.source is None]
         table["weights"][loads] = strides.ctypes.data  # the reorder kernel reads the strides of its input from there

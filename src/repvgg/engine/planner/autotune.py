@@ -210,7 +210,7 @@ _SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
 
 
 def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
-    """Return the cached algorithm of a convolution in a tuple, ``(None,)`` for the direct kernel; None if not cached."""
+    """Return a tuple of the cached algorithm, which is None for the direct kernel; or None if there is no entry."""
     entry = _cache_entry(problem, target)
     content = read_entry(*entry) if entry else None
     try:
