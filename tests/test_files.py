@@ -11,7 +11,7 @@ def listing(folder):
     return {path.name: path.read_text() if path.is_file() else "folder" for path in folder.iterdir()}
 
 
-def test_appears_when_it_is_whole(tmp_path):
+def test_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as part:
         part.write_text("half")

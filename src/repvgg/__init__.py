@@ -1,7 +1,7 @@
 """Structural re-parameterization: train multi-branch networks, convert them exactly into plain ones, and verify it.
 
-This module is the public API, with ``repvgg.engine``: stable, typed and documented; other modules may change. Importing
-it needs torch alone.
+This module and ``repvgg.engine`` are the public API: stable, typed and documented; other modules may change. Importing
+it needs torch only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from repvgg.verify import Evidence, verify  # eager: the package and the function share a name
+from repvgg.verify import Evidence, verify  # eager, because the package and the function share a name
 
 if TYPE_CHECKING:
     from repvgg import engine as engine
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from repvgg.expansion import ExpandReport, expand, insert_bn, replace_convs
     from repvgg.models import ModelSpec, RepVGG, create_model, from_pretrained, list_models, load, push_to_hub
     from repvgg.symbolic import equivalent_conv
-    from repvgg.symbolic.trace import trace  # not from the package: it has a module of that name
+    from repvgg.symbolic.trace import trace  # not from the package, which has a module of that name
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """Context managers that change global or module state and restore it: eval mode, threads, precision, GC, seed.
 
 PyTorch keeps the precision of float32 products in a tree: ``generic.all`` above ``cuda.all`` and ``mkldnn.all``, each
-above ``matmul``, ``conv`` and ``rnn``. A node without a value of its own inherits that of its parent.
+above ``matmul``, ``conv`` and ``rnn``. A node whose value is not set inherits that of its parent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRECISION_NODES: tuple[PrecisionNode, ...] = (
 def eval_mode(*models: object) -> Iterator[None]:
     """Set every module of ``models`` to eval mode, and restore each module's mode afterwards.
 
-    Objects that are no ``nn.Module`` are ignored.
+    Objects that are not an ``nn.Module`` are ignored.
     """
     modes = {module: module.training for model in models if isinstance(model, nn.Module) for module in model.modules()}
     try:
@@ -42,7 +42,7 @@ def eval_mode(*models: object) -> Iterator[None]:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Disable automatic garbage collection, whose full passes visit every live object."""
+    """Disable automatic garbage collection, which visits every live object in its full passes."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -54,7 +54,7 @@ def gc_paused() -> Iterator[None]:
 
 @contextmanager
 def num_threads(number: int | None) -> Iterator[None]:
-    """Set PyTorch's number of intra-op threads; None leaves it."""
+    """Set PyTorch's number of intra-op threads; None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -67,8 +67,8 @@ def num_threads(number: int | None) -> Iterator[None]:
 def preserve_fp32_precision() -> Iterator[None]:
     """Restore the tree of float32 precisions to what it is on entry.
 
-    The older flags write to the tree too, and setting them back does not undo that: neither
-    ``torch.set_float32_matmul_precision`` nor ``torch.compile``, which restores that flag, can be trusted to.
+    Older flags such as ``torch.set_float32_matmul_precision``, which ``torch.compile`` sets and restores, write to the
+    tree as well, and restoring them does not restore the tree.
     """
     before = {node: precision_of(node) for node in PRECISION_NODES}
     try:
@@ -82,12 +82,12 @@ def preserve_fp32_precision() -> Iterator[None]:
 
 
 def precision_of(node: PrecisionNode) -> str:
-    """Return the precision of float32 products at a node: its own value or its parent's."""
+    """Return the precision of float32 products at a node: its value, or the inherited one."""
     return torch._C._get_fp32_precision_getter(*node)
 
 
 def set_precision(node: PrecisionNode, value: str) -> None:
-    """Give a node a value of its own; ``"none"`` makes it inherit."""
+    """Set the value of a node; ``"none"`` makes it inherit."""
     # Not the public torch.backends.mkldnn.fp32_precision: assigning it writes generic.all (seen in PyTorch 2.15).
     torch._C._set_fp32_precision_setter(*node, value)
 
@@ -97,8 +97,7 @@ def seeded(*keys: int | str) -> Iterator[None]:
     """Seed torch's CPU generator from ``keys`` inside the context, and restore its state afterwards.
 
     Keys that name a position, such as ``seeded("step", seed, step)``, make random numbers a function of that position:
-    a step of a resumed run draws what the same step of an uninterrupted run draws, without saved generator state. Use
-    it around the creation of a model too, which draws the initial weights::
+    a resumed run draws the numbers of an uninterrupted one without saved generator state. For initial weights::
 
         with seeded("model", 0):
             model = create_model("repvgg_t0", num_classes=10, in_channels=1)

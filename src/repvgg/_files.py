@@ -1,9 +1,10 @@
-"""Atomic file writes: under a temporary name first, renamed when complete."""
+"""Atomic file writes (to a temporary name, renamed when complete), and the folder for cached files."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ from tempfile import TemporaryDirectory
 
 from repvgg.errors import OutputError, OutputExistsError
 
+CACHE_VARIABLE = "REPVGG_CACHE_DIR"
+
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Check that a file may be written at ``path``; call it before the work that makes the content.
 
     Raises:
-        OutputExistsError: a folder is there, or a file and ``overwrite`` is not set.
+        OutputExistsError: ``path`` is a folder, or a file and ``overwrite`` is not set.
         OutputError: the parent folder does not exist or is not accessible.
     """
     target = Path(path)
@@ -34,17 +37,17 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, renamed to it on success and removed on failure.
+    """Yield a temporary path in the folder of ``path``, renamed to it on success and removed on failure.
 
-    The file gets the permissions of the file that it replaces, or those of any new file. An ``OSError`` in the body
-    counts as a failure to write.
+    The file gets the permissions of the file that it replaces, or those of a new file. An ``OSError`` in the body is a
+    failure to write.
 
     Raises:
         OutputExistsError: see :func:`check_output`.
         OutputError: the file cannot be written; the disk is full, for example.
     """
     target = check_output(path, overwrite=overwrite)
-    real = Path(os.path.realpath(target))  # a symbolic link stays; the file that it points to is replaced
+    real = Path(os.path.realpath(target))  # replace the file that a symbolic link points to, not the link
     try:
         # The same file system as the target: a rename across file systems is not atomic.
         with TemporaryDirectory(prefix=".repvgg-", dir=real.parent) as folder:
@@ -79,3 +82,28 @@ def _flush_to_disk(path: Path) -> None:
     # Without it, a crash after the rename may leave the new name with an empty file.
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def cache_folder(kind: str) -> Path | None:
+    """Return the folder for cached files of one ``kind``, or None if caching is off. It need not exist yet.
+
+    Caches hold what can be computed again: machine code, tuning results, compiled training kernels. The variable
+    ``REPVGG_CACHE_DIR`` replaces the user's cache folder; ``off`` turns caching off.
+
+    Args:
+        kind: name of the subfolder: ``engine`` or ``training``.
+    """
+    override = os.environ.get(CACHE_VARIABLE)
+    if override:
+        return None if override == "off" else Path(override).expanduser() / kind
+    return _user_cache_folder() / "repvgg" / kind
+
+
+def _user_cache_folder() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    # The XDG specification requires that relative paths are ignored.
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"

@@ -1,4 +1,4 @@
-"""Convert frozen dataclasses to JSON or YAML and back; the one place where types of fields are checked.
+"""Convert dataclasses to JSON or YAML and back, and check the types of their fields.
 
 Supported field types: dataclasses, ``tuple[T, ...]``, ``tuple[A, B]``, ``dict[str, T]``, ``Literal[...]``, unions
 (``T | None``), ``Any``, and the scalars ``bool``, ``int``, ``float`` and ``str``. A ``bool`` is no ``int`` here; an
@@ -62,8 +62,8 @@ def to_yaml(value: Any) -> str:
         pass
 
     def represent_str(dumper: Dumper, text: str) -> yaml.ScalarNode:
-        # PyYAML takes NEL and Unicode's line and paragraph separators for printable, and YAML folds line breaks: left
-        # unquoted, they would be read back as spaces or line feeds.
+        # PyYAML does not quote NEL and Unicode's line and paragraph separators, but YAML folds line breaks: unquoted,
+        # they would be read back as spaces or line feeds.
         style = '"' if text.splitlines(keepends=True) != text.splitlines() else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -78,7 +78,7 @@ def read_yaml(kind: type[T], path: str | os.PathLike[str], *, what: str = "file"
     Args:
         kind: a dataclass.
         path: the file.
-        what: what the file is, for messages: ``config``.
+        what: the purpose of the file, for messages: ``config``.
 
     Raises:
         UsageError: the file cannot be read, is not YAML, or its content does not fit ``kind``.
@@ -101,13 +101,13 @@ def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "i
     """Build a value of type ``kind`` from plain data, and check every field.
 
     Args:
-        kind: a type of those that the module lists.
-        data: what a JSON or YAML document holds.
-        where: path to ``data``, which begins each message: ``config.yaml`` gives ``config.yaml: optim: lr``.
+        kind: one of the types above.
+        data: the content of a JSON or YAML document.
+        where: path to ``data``, the start of each message: ``config.yaml`` gives ``config.yaml: optim: lr``.
         unknown: what to do with keys that ``kind`` has no field for. ``ignore`` reads files of later versions.
 
     Raises:
-        UsageError: the data do not fit; the text names the place.
+        UsageError: the data do not fit; the text gives the path.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -141,8 +141,8 @@ def _dataclass(kind: Any, data: Any, where: str, unknown: Literal["error", "igno
     if not isinstance(data, Mapping):
         raise _mismatch(where, "a mapping of fields", data)
     hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
-    if unknown == "error" and (strangers := [name for name in data if name not in known]):
-        raise UsageError(f"{where} has no field {strangers[0]!r}: there are {', '.join(sorted(known))}.")
+    if unknown == "error" and (extra := [name for name in data if name not in known]):
+        raise UsageError(f"{where} has no field {extra[0]!r}: there are {', '.join(sorted(known))}.")
     if missing := [name for name, field in known.items() if _is_required(field) and name not in data]:
         raise UsageError(f"{where} lacks {', '.join(missing)}.")
     return kind(
@@ -163,7 +163,7 @@ def _union(arms: tuple[Any, ...], data: Any, where: str, unknown: Literal["error
         return None
     rest = [arm for arm in arms if arm is not type(None)]
     if len(rest) == 1:
-        return from_plain(rest[0], data, where, unknown=unknown)  # its message names the place inside
+        return from_plain(rest[0], data, where, unknown=unknown)  # its message has the path inside
     if all(get_origin(arm) is Literal for arm in rest):
         options = tuple(option for arm in rest for option in get_args(arm))
         return from_plain(Literal[options], data, where, unknown=unknown)

@@ -4,30 +4,14 @@ Every error that repvgg raises on purpose is a :class:`RepvggError`; its text is
 and what to do next. Catch by meaning::
 
     RepvggError
-    ├── ReparamError                 a model or a block cannot be turned into a plain one
-    │   ├── TrainingModeError        a batch norm normalizes with the statistics of the batch
-    │   ├── MissingStatisticsError   a batch norm has no running statistics to fold
-    │   ├── NotLinearError           a function in between is not a linear, shift-invariant map
-    │   ├── BorderError              the two sides would differ at the border of the image
-    │   └── EquivalenceError         the result was run and does not match its source
-    ├── UnknownModelError            no model of that name
-    ├── SourceError                  a model source (``timm:NAME``, ``FILE.py:FACTORY``, a path) cannot be used
-    ├── CheckpointError              a file cannot be read as a checkpoint, or does not fit the model
-    ├── OutputError                  a file cannot be written
-    │   └── OutputExistsError        the file exists and overwriting was not requested
-    ├── DataError                    a data set is missing, empty or malformed
-    ├── TrainingError                a training run cannot continue
-    ├── ExportError                  a model could not be exported, or the exported file is wrong
-    ├── UnsupportedError             the engine does not support a layer of the network
-    ├── UsageError                   an argument is invalid
-    └── MissingDependencyError       an optional package is not installed (also an ImportError)
-
-    NothingFoldedWarning             a conversion was requested and there was nothing to convert
-    NothingExpandedWarning           branches or batch norms were requested, and no convolution got any
-    CacheWarning                     machine code cannot be cached on disk and is compiled again in each process
-    FallbackWarning                  a simpler and slower implementation replaces the one that was requested
-    FreshWeightsWarning              some weights of a model are newly initialized instead of loaded
-    OtherBlockWarning                some layers of a network use another block than the one requested
+    ├── ReparamError
+    │   ├── TrainingModeError, MissingStatisticsError, NotLinearError, BorderError
+    │   └── EquivalenceError
+    ├── UnknownModelError, SourceError, CheckpointError
+    ├── OutputError
+    │   └── OutputExistsError
+    ├── DataError, TrainingError, ExportError, UnsupportedError, UsageError
+    └── MissingDependencyError (also an ImportError)
 """
 
 from __future__ import annotations
@@ -43,7 +27,7 @@ class RepvggError(Exception):
 
 
 class ReparamError(RepvggError):
-    """A model or a block cannot be turned into a plain one."""
+    """A model or a block cannot be converted into a plain one."""
 
 
 class TrainingModeError(ReparamError):
@@ -55,7 +39,7 @@ class MissingStatisticsError(ReparamError):
 
 
 class NotLinearError(ReparamError):
-    """A function in between is not a linear, shift-invariant map of the input."""
+    """A function between input and output is not a linear, shift-invariant map."""
 
 
 class BorderError(ReparamError):
@@ -63,7 +47,7 @@ class BorderError(ReparamError):
 
 
 class EquivalenceError(ReparamError):
-    """The result was run and does not match its source."""
+    """The output of the result differs from that of its source."""
 
 
 class UnknownModelError(RepvggError):
@@ -71,7 +55,7 @@ class UnknownModelError(RepvggError):
 
 
 class SourceError(RepvggError):
-    """A model source cannot be used."""
+    """A model source (``timm:NAME``, ``FILE.py:FACTORY``, a path) cannot be used."""
 
 
 class CheckpointError(RepvggError):
@@ -131,11 +115,11 @@ class CacheWarning(UserWarning):
 
 
 class FallbackWarning(UserWarning):
-    """PyTorch or a single thread replaces what the engine was asked to do."""
+    """The engine runs on PyTorch or on a single thread instead of as requested."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error's message without its full stop, or its type if it has none."""
+    """Return the first line of an error's message without its full stop, or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -11,8 +11,10 @@ from tests.cli.helpers import Files, Outcome, contents
 
 
 @pytest.fixture
-def repvgg(capsys):
-    """Call the command line; what it returned and printed."""
+def repvgg(capsys, monkeypatch):
+    """Return a function that calls the command line and returns its exit code and output."""
+    # On a busy machine a command may take half a minute: without lines of progress on standard error.
+    monkeypatch.setattr("repvgg._progress._SECONDS_BETWEEN_LINES", 1e6)
 
     def call(*arguments):
         capsys.readouterr()
@@ -24,7 +26,7 @@ def repvgg(capsys):
 
 @pytest.fixture
 def refused(repvgg, tmp_path):
-    """Call the command line with something wrong: one sentence on standard error, exit code 2, no file touched."""
+    """Return a function that expects a refusal: one sentence on standard error, exit code 2, no file changed."""
 
     def call(*arguments):
         before = contents(tmp_path)

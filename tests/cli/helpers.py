@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of the command line returned and printed."""
+    """Exit code and output of a call of the command line."""
 
     code: int
     out: str
@@ -18,7 +18,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Files:
-    """Checkpoints of one model in both forms; nobody writes to them."""
+    """Checkpoints of one model in both forms; tests do not write to them."""
 
     train: Path
     plain: Path

@@ -15,7 +15,7 @@ FORMS = ["train form", "batch norms folded", "plain form"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No warm-up: nobody reads these figures."""
+    """No warm-up: the tests do not check times."""
     changes = {
         "interleaved": {"warmup_seconds": 0.0, "min_round_seconds": 1e-4, "rounds": 3},
         "paper": {"warmup_calls": 2, "rounds": 3, "batch": 2},
@@ -117,7 +117,7 @@ def test_the_papers_protocol(repvgg):
     assert "mean ms" in title
 
 
-def test_a_plain_checkpoint_beside_others(repvgg, files, tmp_path):
+def test_a_plain_checkpoint_next_to_others(repvgg, files, tmp_path):
     plain = create_model("repvgg_t0", plain=True)
     save(tmp_path / "plain.safetensors", plain, describe_model(plain, "plain"))
     out = repvgg("bench", tmp_path / "plain.safetensors", "repvgg_t0", "--input-size", 8).out
@@ -278,7 +278,7 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
 
 
 def test_engines_side_by_side(repvgg):
-    """What an engine cannot run is told of, and the others are timed in the same rounds."""
+    """Networks that an engine cannot run are reported, and the others are timed in the same rounds."""
     outcome = repvgg("bench", "repvgg_t0", "--input-size", 9, "--engine", "torch,repvgg", "--batch", "1,2")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()

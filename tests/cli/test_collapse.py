@@ -259,7 +259,7 @@ def test_sizes_that_make_no_sense(refused, source, tmp_path):
     assert "at least one class" in refused("collapse", "repvgg:repvgg_t0", out, "--num-classes", 0)
 
 
-def test_outputs_that_cannot_be_judged(refused, source, tmp_path):
+def test_outputs_that_cannot_be_compared_are_refused(refused, source, tmp_path):
     source = source.replace("make_model", "two_outputs")
     assert "returns a value of type tuple: wrap it" in refused("collapse", source, tmp_path / "plain.pt2")
 

@@ -18,7 +18,7 @@ def picture(path, seed, size=(12, 10), mode="RGB"):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six images to train on and three that are held out, all good."""
+    """Six training images and three validation images, none of them corrupt."""
     for label, name in enumerate(("cat", "dog")):
         for number in range(3):
             picture(tmp_path / "photos" / "train" / name / f"{number}.png", 10 * label + number)
@@ -95,7 +95,7 @@ def test_json_has_everything(repvgg, spoiled):
     assert {bad["kind"] for bad in found["bad"]} == {"empty", "not an image", "truncated"}
 
 
-def test_a_class_that_cannot_be_judged_is_bad(repvgg, photos):
+def test_a_class_in_one_split_only_is_bad(repvgg, photos):
     picture(photos / "train" / "emu" / "0.png", 60)
     outcome = repvgg("data", "check", f"imagefolder:{photos}")
     assert outcome.code == 1
@@ -162,9 +162,11 @@ def test_what_cannot_be_opened(refused, tmp_path):
 
 
 def test_progress_is_told(photos):
-    told = []
-    report = check_data(DataConfig(f"imagefolder:{photos}"), on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 9) for done in range(1, 10)]
+    reported = []
+    report = check_data(
+        DataConfig(f"imagefolder:{photos}"), on_progress=lambda done, total: reported.append((done, total))
+    )
+    assert reported == [(done, 9) for done in range(1, 10)]
     assert report.usable
     with pytest.raises(UsageError):
         check_data(DataConfig("fake:"), limit=-1)

@@ -14,7 +14,7 @@ DATA = "digits:"
 
 @pytest.fixture(scope="module")
 def truth(files):
-    """Predictions of the train form on the held-out digits at 16x16, and the labels."""
+    """Predictions of the train form on the validation digits at 16x16, and the labels."""
     data = open_data(DataConfig(uri=DATA, train_size=16, channels=1))
     images, labels = data.val_images(range(360))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from tests.bn_statistics import trained_like
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Held-out digits as files, in no size of the model, and something that is no image."""
+    """Validation digits as files in another size than the model's, and a file that is no image."""
     folder = tmp_path_factory.mktemp("digits")
     data = open_data(DataConfig(uri="digits:", train_size=16, channels=1))
     images, _ = data.val_images(range(5))

@@ -14,7 +14,7 @@ def lines(text):
     return {line.split("  ")[0]: line for line in text.splitlines()}
 
 
-def test_both_forms_beside_each_other(repvgg):
+def test_both_forms_side_by_side(repvgg):
     outcome = repvgg("profile", "repvgg_a0")
     assert (outcome.code, outcome.err) == (0, "")
     title, header, *rows = outcome.out.splitlines()

@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def replayed(finished, tmp_path, monkeypatch):
-    """Work in an empty folder with stages that return their earlier results at once."""
+    """Work in an empty folder with stages that return their earlier results."""
     home, returned = finished
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "open_data", few_digits)

@@ -64,15 +64,15 @@ def test_tables_are_printed_and_the_page_is_named(repvgg, tmp_path):
     assert data["environment"]["threads"] == str(torch.get_num_threads())
 
 
-def test_interrupted_and_gone_on_with(repvgg, quick, tmp_path):
+def test_interrupted_study_continues(repvgg, quick, tmp_path):
     quick(13)
     outcome = repvgg("study", "table4", *TINY, "--out", "here", "--overwrite")
     assert outcome.code == 130
-    assert outcome.err.startswith("warning: interrupted; go on with: repvgg study table4 ")
+    assert outcome.err.startswith("warning: interrupted; continue with: repvgg study table4 ")
     assert "--overwrite" not in outcome.err
     assert "2 rounds" in outcome.out
     quick(-1)
-    assert repvgg(*outcome.err.split("go on with: repvgg ")[1].split()).code == 0
+    assert repvgg(*outcome.err.split("continue with: repvgg ")[1].split()).code == 0
     assert "3 rounds" in (tmp_path / "here" / "table4.md").read_text(encoding="utf-8")
 
 

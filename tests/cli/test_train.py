@@ -23,7 +23,7 @@ FILES |= {"log.csv", "curve.png", "tensorboard"}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs: its folder, and what it said."""
+    """A run of two epochs: its folder and its output."""
     folder, said = tmp_path_factory.mktemp("train") / "run", io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main(["train", *SMALL, "--optim.lr", "0.05", "--out", str(folder)]) == 0
@@ -201,7 +201,7 @@ def test_another_run_does_not_go_on_there(finished, repvgg, arguments, said):
     assert contents(folder) == before
 
 
-def test_overwrite_begins_anew_and_leaves_other_files(repvgg, tmp_path):
+def test_overwrite_starts_again_and_leaves_other_files(repvgg, tmp_path):
     folder = tmp_path / "run"
     (folder / "tensorboard").mkdir(parents=True)
     for name in ("notes.txt", "best.safetensors", "last.ckpt", "tensorboard/events.old"):

@@ -4,7 +4,7 @@ import torch
 
 from repvgg.measure import IDENTITY, environment
 
-module = import_module("repvgg.measure.environment")
+module = import_module("repvgg.measure.settings")
 
 
 def test_environment_has_text_entries():

@@ -6,7 +6,7 @@ from repvgg.measure import held_memory, memory
 
 
 def test_held_memory_by_hand():
-    """Two tensors at once, then one: 4 MB, 8 MB, 4 MB, 0."""
+    """Two tensors together, then one: 4 MB, 8 MB, 4 MB, 0."""
 
     def call() -> None:
         a = torch.zeros(1_000_000)
@@ -39,7 +39,7 @@ def test_available_memory(tmp_path, monkeypatch):
     assert memory.available_memory("cpu") == 4000
 
 
-def test_peak_starts_anew_with_each_context(tmp_path, monkeypatch):
+def test_peak_is_reset_by_each_context(tmp_path, monkeypatch):
     with memory.track_peak_memory() as peak:
         before = peak()
         held = torch.zeros(40_000_000)

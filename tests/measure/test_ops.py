@@ -17,10 +17,10 @@ from tests.measure.networks import Call
 def macs_and_muls(model: nn.Module, *shapes: tuple[int, ...], device: str = "meta") -> tuple[int, int]:
     done = walk(model.to(device), [torch.ones(shape, device=device) for shape in shapes])
     assert done.unknown == ()
-    return done.macs, done.winograd_muls
+    return done.macs, done.muls()
 
 
-# Convolutions: (module, input shape, multiply-adds by hand, whether Winograd applies)
+# Convolutions: (module, input shape, multiply-adds as a product, whether Winograd applies)
 CONVOLUTIONS = {
     "3x3": (nn.Conv2d(4, 6, 3, padding=1), (1, 4, 8, 8), 6 * 64 * 4 * 9, True),
     "3x3 without padding": (nn.Conv2d(4, 6, 3), (1, 4, 8, 8), 6 * 36 * 4 * 9, True),
@@ -115,7 +115,7 @@ def test_ops_have_their_shapes_in_order():
     assert [op.name for op in ops] == ["aten.convolution", "aten.relu"]
     assert ops[0].inputs == ((1, 3, 8, 8), (4, 3, 3, 3), (4,))
     assert ops[0].outputs == ((1, 4, 6, 6),)
-    assert ops[1].macs == ops[1].winograd_muls == 0
+    assert ops[1].macs == ops[1].muls() == 0
 
 
 def test_layer_called_twice_counts_twice():
@@ -129,7 +129,7 @@ def test_counts_are_the_same_in_inference_mode():
     outside = walk(model, x)
     with torch.inference_mode():
         inside = walk(model, x)
-    assert (inside.macs, inside.winograd_muls, inside.unknown) == (outside.macs, outside.winograd_muls, ())
+    assert (inside.macs, inside.muls(), inside.unknown) == (outside.macs, outside.muls(), ())
     assert inside.macs == 4 * 64 * 27 + 4 * 64 * 5
 
 

@@ -1,4 +1,4 @@
-"""The activation peak: by hand, and against PyTorch's allocator."""
+"""The activation peak: against values computed manually, and against PyTorch's allocator."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from tests.measure.helpers import Clock
 
 
 class Gpu:
-    """A queue of work: calls return at once, and the work is done when the host waits."""
+    """A queue of work: calls return immediately, and the work is done when the host waits."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_timing_as_text_and_json():
     _, fast = timed(Clock(), {"slow": 3.0, "fast": 2.0})
     assert "2000.000" in str(fast)
     assert "x1.50" in str(fast)
-    assert json.loads(json.dumps(fast.to_dict(), allow_nan=False))["ratio_to_baseline"] == 1.5
+    assert json.loads(json.dumps(asdict(fast), allow_nan=False))["ratio_to_baseline"] == 1.5
 
 
 def test_paper_protocol_times_one_candidate_after_the_other():

@@ -1,4 +1,4 @@
-"""Memory traffic: by hand for each kind of op, and listed if unknown."""
+"""Memory traffic of each kind of op against values computed manually; unknown ops are listed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tiny networks and a stopwatch with given seconds, so that a study of speed runs at once."""
+"""Tiny networks and a stopwatch with given seconds, so that a study of speed takes no time."""
 
 import csv
 

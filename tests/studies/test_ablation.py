@@ -84,7 +84,7 @@ def whole(tmp_path_factory):
     return folder, done
 
 
-def test_table6_has_the_paper_columns_beside_ours(whole):
+def test_table6_has_the_paper_columns_next_to_ours(whole):
     folder, done = whole
     assert done.complete
     rows = rows_by_title(folder / "table6.csv")

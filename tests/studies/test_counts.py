@@ -64,7 +64,7 @@ def test_which_rows_differ_and_why():
 
 
 def winograd_macs(name, size):
-    """Return all multiply-adds, and those that a Winograd algorithm can reduce by height of the output."""
+    """Return all multiply-adds, and those that a Winograd algorithm can reduce, by height of the output."""
     done = walk(create_baseline(name, values=False).eval(), torch.empty(1, 3, size, size, device="meta"))
     found = {}
     for op in done.ops:

@@ -8,7 +8,7 @@ from tests.studies.helpers import Tiny, read_rows, run
 
 
 def test_residual_block_holds_two_maps_and_plain_chain_one(tmp_path, monkeypatch):
-    """Weights are small beside maps of 1 MB; libraries pad channels to a multiple of 16."""
+    """Weights are small compared with maps of 1 MB; libraries pad channels to a multiple of 16."""
     monkeypatch.setattr(figure3, "deployed", lambda name: nn.ReLU())
     result = run("figure3", tmp_path / "f", batch=1, channels=16, size=128, input_size=16)
     rows = {row["block"]: row for row in read_rows(tmp_path / "f" / "figure3.csv")}

@@ -1,4 +1,4 @@
-"""What the commands print: lines, JSON, tables, progress, and the report of a conversion."""
+"""Output of the commands: lines, JSON, tables, and the report of a conversion."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from repvgg._progress import busy as busy
-from repvgg._progress import progress_bar as progress_bar
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -18,6 +16,8 @@ if TYPE_CHECKING:
     from repvgg.collapse import Report
     from repvgg.collapse.report import Folded, Skipped
     from repvgg.verify import Evidence
+
+INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
 _PIPE_COLUMNS = 10_000  # nothing is truncated where no terminal limits the width
 _MAX_NAMES = 3  # modules that are named for each reason

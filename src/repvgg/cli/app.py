@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from repvgg.cli._help import Command, description, overview, single_blank_lines
+from repvgg.cli._options import Command, description, overview, single_blank_lines
+from repvgg.cli._output import INTERRUPTED
 from repvgg.errors import RepvggError, UsageError, did_you_mean, is_out_of_memory
 
-BAD_INPUT, INTERRUPTED = 2, 130  # 130 is what shells report for Ctrl-C
+BAD_INPUT = 2
 
 _ABOUT = "Train multi-branch CNNs, convert them exactly into plain ones, and verify the result."
 _ALIASES = {"collapse": "convert"}
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, for one) has closed it. Python would complain again when it flushes at exit.
+        # The reader of the output (head, for example) closed it. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -51,8 +52,7 @@ def commands() -> dict[str, Command]:
     from repvgg.cli.list_models import list_models
     from repvgg.cli.predict import predict
     from repvgg.cli.profile import profile
-    from repvgg.cli.quickstart import quickstart
-    from repvgg.cli.study import study
+    from repvgg.cli.study import quickstart, study
     from repvgg.cli.train import train
     from repvgg.cli.verify import verify
 
@@ -99,7 +99,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _unknown(words: list[str], known: list[str]) -> UsageError:
-    """Return the error for ``words``, of which the last is no command; ``known`` are those that begin like them."""
+    """Return the error for ``words``, whose last one is unknown; ``known`` start with the words before it."""
     last_words = list(dict.fromkeys(name.split()[len(words) - 1] for name in known))
     if not (advice := did_you_mean(words[-1], last_words, most=1)):
         advice = f"choose one of {', '.join(known)}."

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import progress_bar
+from repvgg.cli._options import InputSize, JsonFlag, Number
+from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 from repvgg.errors import UsageError
-from repvgg.measure import RunSettings
+from repvgg.measure import PROTOCOLS, RunSettings, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,23 +20,21 @@ if TYPE_CHECKING:
     from repvgg.studies.candidates import Candidate
     from repvgg.studies.timing import BatchResult, SweepResult
 
-_INTERRUPTED = 130
-
 
 @dataclasses.dataclass(frozen=True)
-class _Setting(RunSettings):
+class _RunOptions(RunSettings):
     __doc__ = RunSettings.__doc__
-    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
+    threads: Number = None
 
 
 def bench(
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ("repvgg_a0",),
     baseline: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="MODEL")] = None,
     batch: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="IMAGES")] = None,
-    input_size: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="PIXELS")] = None,
+    input_size: InputSize = None,
     protocol: Literal["interleaved", "paper"] = "interleaved",
-    rounds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
-    setting: Annotated[_Setting, tyro.conf.arg(name="")] = _Setting(),
+    rounds: Number = None,
+    settings: Annotated[_RunOptions, tyro.conf.arg(name="")] = _RunOptions(),
     engine: Annotated[str, tyro.conf.arg(metavar="ENGINE")] = "torch",
     as_json: JsonFlag = False,
 ) -> int:
@@ -48,8 +48,8 @@ def bench(
     protocol (section 4.1) times 50 batches of 128 after 50 for warm-up, one network after the other; times are means.
     Batch 1 measures latency: on a GPU each call waits for its result. Larger batches are queued back to back.
 
-    The engine "repvgg" is the library's own: it runs plain networks, and networks that it does not support are listed
-    and left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch.
+    The engine "repvgg" is this library's: it runs plain networks, and networks that it does not support are listed and
+    left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch.
 
     Networks that do not fit in memory are listed, and the rest is timed. Ctrl-C stops early and prints the results so
     far.
@@ -68,48 +68,45 @@ def bench(
         input_size: height and width (default: each model's own).
         protocol: how often the networks are timed and in which order.
         rounds: number of timings of each network (default: the protocol's).
-        setting: device, dtype and layout.
+        settings: device, dtype and layout.
         engine: what runs the networks: torch, repvgg, repvgg-searched (which first measures the fastest algorithm of
             each convolution on this machine, and caches it), onnxruntime, openvino, or several separated by commas.
         as_json: print JSON; times are in seconds.
     """
-    from repvgg.cli._output import progress_bar, write_json, write_line
-    from repvgg.measure import environment
     from repvgg.studies.candidates import baseline_among, candidates_of, check_engines, runnable
     from repvgg.studies.timing import sweep
 
-    plan, batches = _plan(protocol, rounds, batch, input_size)
+    chosen, batches = _protocol_and_batches(protocol, rounds, batch, input_size)
     engines = engine.split(",")
-    check_engines(engines, setting)
-    with setting.applied():
-        stamp = environment()
+    check_engines(engines, settings)
+    with settings.applied():
+        machine = environment()
         candidates, left_out = runnable(candidates_of(models, input_size, engines))
         base = baseline_among(candidates, baseline)
         with progress_bar("rounds", auto_refresh=False) as on_progress:
-            result = sweep(candidates, batches, setting, plan, baseline=base, on_progress=on_progress)
-    _refuse_nothing(result)
-    settings = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
-    settings |= {"rounds": plan.rounds, "engine": engine, **dataclasses.asdict(setting)}
+            result = sweep(candidates, batches, settings, chosen, baseline=base, on_progress=on_progress)
+    if not any(one.names for one in result.batches):
+        raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")
+    used = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
+    used |= {"rounds": chosen.rounds, "engine": engine, **dataclasses.asdict(settings)}
     if as_json:
-        write_json(_as_data(result) | {"left_out": left_out, "settings": settings, "environment": stamp})
+        write_json(_as_data(result) | {"left_out": left_out, "settings": used, "environment": machine})
     else:
-        _print(result, candidates, plan)
-        for name, why in left_out.items():
-            write_line(f"{name}: left out, {why}")
-        _print_stamp(settings, candidates, stamp)
-    return 0 if result.complete else _INTERRUPTED
+        _print(result, candidates, chosen)
+        for name, reason in left_out.items():
+            write_line(f"{name}: left out, {reason}")
+        _print_conditions(used, candidates, machine)
+    return 0 if result.complete else INTERRUPTED
 
 
-def _plan(
+def _protocol_and_batches(
     protocol: str, rounds: int | None, batch: str | None, input_size: int | None
 ) -> tuple[SpeedProtocol, tuple[int, ...]]:
-    from repvgg.measure import PROTOCOLS
-
-    plan = PROTOCOLS[protocol]
-    batches = (plan.batch,) if batch is None else _numbers(batch)
+    chosen = PROTOCOLS[protocol]
+    batches = (chosen.batch,) if batch is None else _numbers(batch)
     if min(*batches, 1 if rounds is None else rounds, 1 if input_size is None else input_size) < 1:
         raise UsageError("Batch, input size, rounds and threads are all at least 1.")
-    return (plan if rounds is None else dataclasses.replace(plan, rounds=rounds)), batches
+    return (chosen if rounds is None else dataclasses.replace(chosen, rounds=rounds)), batches
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -121,60 +118,54 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _refuse_nothing(result: SweepResult) -> None:
-    if not any(one.names for one in result.batches):
-        raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")
-
-
 def _as_data(result: SweepResult) -> dict[str, Any]:
     failures = [
-        {"batch": one.batch, "name": name, "reason": why}
+        {"batch": one.batch, "name": name, "reason": reason}
         for one in result.batches
-        for name, why in one.failures.items()
+        for name, reason in one.failures.items()
     ]
     return {
-        "timings": [{"batch": one.batch, **timing.to_dict()} for one in result.batches for timing in one.timings],
+        "timings": [
+            {"batch": one.batch, **dataclasses.asdict(timing)} for one in result.batches for timing in one.timings
+        ],
         "failures": failures,
-        "denormals": {name: found.to_dict() for name, found in result.denormals.items()},
+        "denormals": {name: dataclasses.asdict(found) for name, found in result.denormals.items()},
         "complete": result.complete,
     }
 
 
-def _print(result: SweepResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
-    from repvgg.cli._output import write_line
-
+def _print(result: SweepResult, candidates: Sequence[Candidate], protocol: SpeedProtocol) -> None:
+    several = len(result.batches) > 1
     for one in result.batches:
-        if len(result.batches) > 1:
+        if several:
             write_line(f"batch {one.batch}")
-        _print_batch(one, candidates, plan)
-        if len(result.batches) > 1:
+        _print_batch(one, candidates, protocol)
+        if several:
             write_line()
-    if len(result.batches) > 1:
-        _print_best(result, plan)
+    if several:
+        _print_best(result, protocol)
     for name, found in result.denormals.items():
         if found:
             write_line(f"{name}: {found}; they slow some CPUs down; --flush-denormal rounds them to 0")
 
 
-def _print_batch(one: BatchResult, candidates: Sequence[Candidate], plan: SpeedProtocol) -> None:
-    from repvgg.cli._output import write_line, write_table
-
-    average = "median" if plan.interleaved else "mean"
+def _print_batch(one: BatchResult, candidates: Sequence[Candidate], protocol: SpeedProtocol) -> None:
+    average = "median" if protocol.interleaved else "mean"
     several = len({candidate.model for candidate in candidates}) > 1
     titles = ("model" if several else "form", f"{average} ms", "quartiles", "images/s", "speed-up", "quartiles")
     if one.names:
-        write_table([titles, *(_cells(timing, one.batch, plan) for timing in one.timings)])
+        write_table([titles, *(_cells(timing, one.batch, protocol) for timing in one.timings)])
     for name, reason in one.failures.items():
         write_line(f"{name}: out of memory ({reason})")
-    for line in _verdicts(one, candidates):
+    for line in _not_faster(one, candidates):
         write_line(line)
     fewest = min((timing.rounds for timing in one.timings), default=0)
     if fewest:
-        stopped = "" if fewest == plan.rounds else f", interrupted before {plan.rounds}"
+        stopped = "" if fewest == protocol.rounds else f", interrupted before {protocol.rounds}"
         write_line(f"{fewest} rounds{stopped}; speed-ups over {one.timings[0].baseline}")
 
 
-def _verdicts(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str]:
+def _not_faster(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str]:
     """Yield a sentence for each plain form that is not faster than its train form, or than the baseline."""
     from repvgg.studies.candidates import PLAIN, TRAIN
 
@@ -194,45 +185,43 @@ def _verdicts(one: BatchResult, candidates: Sequence[Candidate]) -> Iterator[str
                 yield f"{whose} is not clearly faster than {words} here."
 
 
-def _seconds(timing: Timing, plan: SpeedProtocol) -> float:
-    return timing.median_seconds if plan.interleaved else timing.mean_seconds
+def _seconds(timing: Timing, protocol: SpeedProtocol) -> float:
+    return timing.median_seconds if protocol.interleaved else timing.mean_seconds
 
 
-def _cells(timing: Timing, batch: int, plan: SpeedProtocol) -> tuple[str, ...]:
-    seconds = _seconds(timing, plan)
+def _cells(timing: Timing, batch: int, protocol: SpeedProtocol) -> tuple[str, ...]:
+    seconds = _seconds(timing, protocol)
     average, q1, q3 = (f"{1e3 * value:.2f}" for value in (seconds, timing.q1, timing.q3))
     ratios = f"{timing.ratio_q1:.2f}-{timing.ratio_q3:.2f}"
     speed = f"{batch / seconds:.1f}"
     return (timing.name, average, f"{q1}-{q3}", speed, f"{timing.ratio_to_baseline:.2f}", ratios)
 
 
-def _print_best(result: SweepResult, plan: SpeedProtocol) -> None:
+def _print_best(result: SweepResult, protocol: SpeedProtocol) -> None:
     """Print the latency of one image, and the highest throughput over all batch sizes."""
-    from repvgg.cli._output import write_table
-
     names = dict.fromkeys(name for one in result.batches for name in one.names)
     rows = []
     for name in names:
-        found = {one.batch: _seconds(t, plan) for one in result.batches for t in one.timings if t.name == name}
+        found = {one.batch: _seconds(t, protocol) for one in result.batches for t in one.timings if t.name == name}
         best = max(found, key=lambda size: size / found[size])
         latency = f"{1e3 * found[1]:.2f}" if 1 in found else "-"
         rows.append((name, latency, f"{best / found[best]:.1f}", str(best)))
     write_table([("model", "ms for one image", "most images/s", "at batch"), *rows])
 
 
-def _print_stamp(settings: dict[str, Any], candidates: Sequence[Candidate], stamp: dict[str, str]) -> None:
-    from repvgg.cli._output import write_line
-
+def _print_conditions(settings: dict[str, Any], candidates: Sequence[Candidate], machine: dict[str, str]) -> None:
     layout = "channels_last" if settings["channels_last"] else "contiguous"
     sizes = " and ".join(dict.fromkeys(f"{one.image[1]} x {one.image[2]}" for one in candidates))
     batches = ", ".join(map(str, settings["batches"]))
     more = [text for flag, text in (("compile", "compiled"), ("flush_denormal", "denormals flushed")) if settings[flag]]
     more += [] if settings["engine"] == "torch" else [f"engine {settings['engine'].replace(',', ', ')}"]
-    what = [f"batch {batches}", sizes, settings["dtype"], layout, *more, f"{stamp['threads']} threads"]
+    what = [f"batch {batches}", sizes, settings["dtype"], layout, *more, f"{machine['threads']} threads"]
     write_line(f"{', '.join(settings['models'])}: {', '.join(what)}, protocol {settings['protocol']}")
-    if "gpu" in stamp:
-        write_line(f"{stamp['gpu']}, driver {stamp.get('driver', 'unknown')}, CUDA {stamp.get('cuda', 'unknown')}")
+    if "gpu" in machine:
+        write_line(
+            f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, CUDA {machine.get('cuda', 'unknown')}"
+        )
     about = {"governor": "governor {}", "load": "load {} at the start"}
-    cpu = [words.format(stamp[key]) for key, words in about.items() if key in stamp]
-    write_line(", ".join((stamp["cpu"], stamp["instructions"], f"{stamp['cores']} cores", *cpu)))
-    write_line(f"PyTorch {stamp['torch']}, Python {stamp['python']}, {stamp['platform']}")
+    cpu = [words.format(machine[key]) for key, words in about.items() if key in machine]
+    write_line(", ".join((machine["cpu"], machine["instructions"], f"{machine['cores']} cores", *cpu)))
+    write_line(f"PyTorch {machine['torch']}, Python {machine['python']}, {machine['platform']}")

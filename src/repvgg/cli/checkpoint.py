@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._files import check_output
+from repvgg._progress import busy
+from repvgg.cli._options import CheckpointSource, JsonFlag, OutFile
+from repvgg.cli._output import equality, write_json, write_line, write_table
+from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from repvgg.checkpoints import Form
@@ -23,7 +27,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def inspect(
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
+    file: CheckpointSource,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what a checkpoint holds: naming scheme, model, form, header, and tensors that are not used.
@@ -37,8 +41,6 @@ def inspect(
         file: safetensors, a torch file, or hub:OWNER/NAME for a repository of the Hugging Face hub.
         as_json: print JSON, with the header and the reason for every tensor that is not used.
     """
-    from repvgg.cli._output import write_json, write_line, write_table
-
     about = _summary(file, _read(file))
     if as_json:
         write_json(about)
@@ -54,8 +56,8 @@ def inspect(
 
 
 def convert(
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    file: CheckpointSource,
+    out: OutFile,
     to: Target = "repvgg",
     form: Annotated[
         Literal["train", "plain"] | None, tyro.conf.arg(help_behavior_hint="", metavar="{train,plain}")
@@ -77,7 +79,6 @@ def convert(
         form: train or plain (default: that of the file).
         overwrite: replace OUT if it exists.
     """
-    from repvgg.cli._output import equality, write_line
     from repvgg.models import save
 
     _check_output(file, out, overwrite)
@@ -101,9 +102,6 @@ def _read(source: str, *, plain: bool | None = None) -> LoadedModel:
 
 
 def _check_output(file: str, out: Path, overwrite: bool) -> None:
-    from repvgg._files import check_output
-    from repvgg.errors import UsageError
-
     if out.suffix not in _SUFFIXES:
         raise UsageError(f"A checkpoint is a safetensors or a torch file: end {str(out)!r} in .safetensors or .pth.")
     check_output(out, overwrite=overwrite)
@@ -113,7 +111,6 @@ def _check_output(file: str, out: Path, overwrite: bool) -> None:
 
 def _in_form(loaded: LoadedModel, form: Form | None) -> tuple[LoadedModel, Evidence | None]:
     """Return the model in the requested form, with evidence if it had to be converted."""
-    from repvgg.cli._output import busy
     from repvgg.models import collapse_loaded
     from repvgg.verify import border_inputs, verify
 

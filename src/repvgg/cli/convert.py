@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from repvgg._files import check_output, write_text
+from repvgg._progress import busy
+from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile
+from repvgg.cli._output import equality, write_line, write_report, write_warning
+from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -23,11 +29,11 @@ _HUB = "hub:"
 
 def convert(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    out: OutFile,
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")] = None,
-    weights: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE")] = None,
+    weights: OptionalFile = None,
     num_classes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="CLASSES")] = None,
-    input_size: Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="H W")] = None,
+    input_size: InputHeightWidth = None,
     input_shape: Annotated[tuple[int, int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="C H W")] = None,
     policy: Literal["cheaper", "always"] = "cheaper",
     report: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE.json")] = None,
@@ -36,13 +42,13 @@ def convert(
     """Convert any network into its plain form, verify it, and write it as .safetensors, .pt2 or .onnx.
 
     SOURCE is a trained checkpoint of a RepVGG (safetensors, or a torch file with a state_dict), hub:OWNER/NAME for one
-    on the Hugging Face hub, timm:NAME, torchvision:NAME, repvgg:NAME (see 'repvgg list'), or PATH.py:FACTORY for a
-    Python file of your own: the file is run, and FACTORY is called without arguments. Models by name are not
-    downloaded: without --weights, their weights are random.
+    on the Hugging Face hub, timm:NAME, torchvision:NAME, repvgg:NAME (see 'repvgg list'), or PATH.py:FACTORY for your
+    Python file: the file is executed, and FACTORY is called without arguments. Models by name are not downloaded:
+    without --weights, their weights are random.
 
-    The plain form is compared with the source in float64, on random images that make differences at borders show, at
-    the input size and at two odd ones; so is the written file, once it is loaded back. A file that differs is not kept.
-    A .safetensors file holds the weights alone; that of a checkpoint keeps its header.
+    The plain form is compared with the source in float64, on random images that reveal differences at borders, at the
+    input size and at two odd ones; so is the written file, after loading it again. A file that differs is removed. A
+    .safetensors file holds only the weights; that of a checkpoint keeps its header.
 
         repvgg convert run.ckpt plain.safetensors
         repvgg convert timm:fastvit_t8 plain.pt2 --weights fastvit.safetensors
@@ -58,12 +64,11 @@ def convert(
         num_classes: logits of a model by name (default: the model's own).
         input_size: height and width of the images for costs, verification and export (default: the model's own).
         input_shape: the same with the number of channels in front.
-        policy: merge only what then takes no more multiply-adds and weights than its parts at that size ("cheaper"), or
-            everything that can be merged ("always").
+        policy: merge only where that takes no more multiply-adds and weights than the parts at that size ("cheaper"),
+            or wherever it is possible ("always").
         report: write what was folded, skipped and verified to this file, as JSON.
         overwrite: replace files that exist.
     """
-    from repvgg.cli._output import busy, equality, write_line, write_warning
     from repvgg.deploy import images_for
     from repvgg.verify import verify
 
@@ -85,7 +90,7 @@ def convert(
         shipped = _write(network, plain, out, overwrite)
         if report:
             _write_report_file(report, network, folded, evidence, shipped, overwrite)
-    # Last: where any of the steps above fails, its one sentence is all that is printed.
+    # Last, so that a failure of any step above prints its one sentence only.
     _write_summary(folded, network.model, plain)
     write_line(f"plain form is {equality(evidence, images)}")
     write_line(f"wrote {out}: {_contents(network, shipped)}")
@@ -98,7 +103,7 @@ class _Network:
     Attributes:
         model: in eval mode.
         shape: (C, H, W) of an image.
-        source: as the user gave it.
+        source: as given on the command line.
         weights: where its weights come from, in words.
         metadata: the header of its checkpoint; None for a model by name or factory.
     """
@@ -120,7 +125,7 @@ def _is_checkpoint(source: str) -> bool:
     if source.startswith(_HUB) or os.path.exists(source):
         return True
     prefix, _, rest = source.rpartition(":")
-    # "timm:NAME" and "net.py:make" are factories. Anything else is a path, and loading explains what is wrong with it.
+    # "timm:NAME" and "net.py:make" are factories. Anything else is a path; loading reports what is wrong with it.
     return not (prefix and rest)
 
 
@@ -132,7 +137,6 @@ def _from_checkpoint(
     input_size: tuple[int, int] | None,
     input_shape: tuple[int, int, int] | None,
 ) -> _Network:
-    from repvgg.errors import CheckpointError, UsageError
     from repvgg.models import from_pretrained, load
 
     if weights is not None or num_classes is not None:
@@ -153,7 +157,6 @@ def _from_factory(
     input_size: tuple[int, int] | None,
     input_shape: tuple[int, int, int] | None,
 ) -> _Network:
-    from repvgg.errors import UsageError
     from repvgg.models import resolve
 
     if model is not None:
@@ -165,9 +168,7 @@ def _from_factory(
 
 
 def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | None, overwrite: bool) -> None:
-    from repvgg._files import check_output
     from repvgg.deploy import check_target
-    from repvgg.errors import UsageError
 
     # First: with --overwrite the other checks would let a source be replaced.
     if any(
@@ -184,8 +185,6 @@ def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | 
 
 
 def _check_images(input_size: tuple[int, int] | None, input_shape: tuple[int, int, int] | None) -> None:
-    from repvgg.errors import UsageError
-
     if input_size and input_shape:
         raise UsageError("Give --input-size or --input-shape, not both.")
     if min(input_size or input_shape or (1,)) < 1:
@@ -196,7 +195,6 @@ def _reparameterize(model: nn.Module, images: Tensor, policy: Literal["cheaper",
     import warnings
 
     from repvgg.collapse import reparameterize
-    from repvgg.errors import NothingFoldedWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingFoldedWarning)  # the summary says it
@@ -204,8 +202,6 @@ def _reparameterize(model: nn.Module, images: Tensor, policy: Literal["cheaper",
 
 
 def _write_summary(report: Report, before: nn.Module, after: nn.Module) -> None:
-    from repvgg.cli._output import write_line, write_report
-
     write_report(report)
     parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (before, after)]
     regions = len(report.folded)
@@ -238,8 +234,6 @@ def _contents(network: _Network, shipped: Shipped) -> str:
 def _write_report_file(
     path: Path, network: _Network, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
 ) -> None:
-    from repvgg._files import write_text
-
     content = {
         **network.notes,
         "out": str(shipped.path),

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import progress_bar
+from repvgg.cli._options import JsonFlag
+from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 
 if TYPE_CHECKING:
     from repvgg.data import CheckReport
 
 _MAX_PATHS = 20  # of each kind of problem; --json lists all
-_INTERRUPTED = 130
 
 
 def check(
@@ -39,7 +40,6 @@ def check(
         limit: images to read from each split (default: all).
         as_json: print JSON, with every path.
     """
-    from repvgg.cli._output import progress_bar, write_json
     from repvgg.data import DataConfig, check_data
 
     with progress_bar("images") as on_progress:
@@ -50,12 +50,10 @@ def check(
         _print(report)
     if not report.usable:
         return 1
-    return 0 if report.complete else _INTERRUPTED
+    return 0 if report.complete else INTERRUPTED
 
 
 def _print(report: CheckReport) -> None:
-    from repvgg.cli._output import write_line
-
     _print_splits(report)
     for note in report.notes:
         write_line(f"note: {note}")
@@ -75,8 +73,6 @@ def _print(report: CheckReport) -> None:
 
 
 def _print_splits(report: CheckReport) -> None:
-    from repvgg.cli._output import write_line, write_table
-
     train, val = report.splits
     names = sorted({*train.classes, *val.classes}, key=_in_order)
     rows = [(name, f"{train.classes[name]}", f"{val.classes[name]}") for name in names]
@@ -95,8 +91,6 @@ def _in_order(name: str) -> tuple[int, str]:
 
 
 def _print_list(what: str, places: list[str]) -> None:
-    from repvgg.cli._output import write_line
-
     if not places:
         return
     write_line(f"{what}: {len(places)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import busy
+from repvgg.cli._options import BatchSize, Checkpoint, InputSize, JsonFlag
+from repvgg.cli._output import write_json, write_line, write_table
 from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    checkpoint: Checkpoint,
     data: Annotated[str, tyro.conf.arg(metavar="URI")],
     form: Literal["both", "train", "plain"] = "both",
-    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 64,
-    input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
+    batch: BatchSize = 64,
+    input_size: InputSize = None,
     crop_fraction: float = 0.875,
     workers: int = 0,
     as_json: JsonFlag = False,
@@ -42,7 +43,6 @@ def evaluate(
         workers: processes that read images.
         as_json: print JSON.
     """
-    from repvgg.cli._output import write_json
     from repvgg.data import DataConfig, open_data
     from repvgg.models import load
 
@@ -81,7 +81,6 @@ def _check_classes(loaded: LoadedModel, data: ImageData) -> None:
 
 
 def _evaluate_forms(loaded: LoadedModel, data: ImageData, form: str, batch: int) -> dict[str, Evaluation]:
-    from repvgg.cli._output import busy
     from repvgg.models import collapse_loaded
     from repvgg.training import evaluate as run_evaluation
 
@@ -99,8 +98,6 @@ def _evaluate_forms(loaded: LoadedModel, data: ImageData, form: str, batch: int)
 
 
 def _print(results: dict[str, Evaluation], data: ImageData) -> None:
-    from repvgg.cli._output import write_line, write_table
-
     rows = [["form", "top-1", "top-5", "class mean", "correct", "images"]]
     for name, result in results.items():
         numbers = [f"{100 * value:.2f}" for value in (result.accuracy, result.top(5), result.macro_accuracy)]

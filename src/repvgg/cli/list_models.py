@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import busy
+from repvgg.cli._options import JsonFlag
+from repvgg.cli._output import write_json, write_table
 
 _TITLES = ("model", "input", "params, train", "params, plain", "GMACs", "Wino GMULs")
 
@@ -18,7 +20,6 @@ def list_models(as_json: JsonFlag = False) -> None:
     Args:
         as_json: print JSON, with exact numbers and the source of each model.
     """
-    from repvgg.cli._output import busy, write_json, write_table
     from repvgg.models import list_models
 
     with busy("Counting"):

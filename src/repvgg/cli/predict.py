@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import busy
+from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, Number
+from repvgg.cli._output import write_json, write_line
 from repvgg.errors import CheckpointError, RepvggError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -26,20 +28,20 @@ _BATCH = 16
 
 
 def predict(
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    checkpoint: Checkpoint,
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
     top: int = 5,
     engine: Literal["auto", "torch", "repvgg"] = "auto",
-    input_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None,
+    input_size: InputSize = None,
     crop_fraction: float = 0.875,
-    threads: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    threads: Number = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the most probable classes of image files.
 
     A checkpoint in the train form is converted first; images are resized and cropped as by 'repvgg eval'. The engine
-    "repvgg" is the library's own; "auto" takes it where it is installed and supports the model. The output names the
-    engine that ran.
+    "repvgg" is this library's; "auto" uses it if it is installed and supports the model. The output names the engine
+    that ran.
 
         repvgg predict plain.safetensors cat.jpg holidays/
 
@@ -54,7 +56,6 @@ def predict(
         as_json: print JSON.
     """
     from repvgg._contexts import num_threads
-    from repvgg.cli._output import write_json, write_line
     from repvgg.data import DataConfig, list_images
     from repvgg.models import collapse_loaded, load
 
@@ -98,7 +99,6 @@ def _predict(
 ) -> list[TopClasses]:
     import torch
 
-    from repvgg.cli._output import busy
     from repvgg.data import read_images
 
     batch, channels, size, _ = shape
@@ -128,8 +128,6 @@ def _as_data(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata
 
 
 def _print(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata) -> None:
-    from repvgg.cli._output import write_line
-
     width = max(len(_name(about, number)) for row in found for _, number in row)
     for path, row in zip(files, found, strict=True):
         write_line(str(path))

@@ -1,22 +1,27 @@
-"""``repvgg profile``."""
+"""``repvgg profile``: what a model costs, in total, by stage or by layer, and the counts of the paper's tables."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import busy
+from repvgg.cli._options import BatchSize, InputHeightWidth, JsonFlag
+from repvgg.cli._output import write_json, write_line, write_table
+from repvgg.errors import CheckpointError, RepvggError, UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
 
-    from repvgg.measure import Profile
+    from repvgg.measure import Profile, Row
     from repvgg.models import ResolvedModel
+    from repvgg.studies.counts import CountRow, Difference
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["train", "plain", "both"]
@@ -45,8 +50,8 @@ class ProfileRequest:
 
 def profile(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = _MODEL,
-    input_size: Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint="", metavar="H W")] = None,
-    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 1,
+    input_size: InputHeightWidth = None,
+    batch: BatchSize = 1,
     form: Form = "both",
     winograd: Literal[2, 4] = 2,
     per: Per = "total",
@@ -77,89 +82,57 @@ def profile(
             convolution for 2, 1/4 for 4, whatever the size of the image.
         per: list layers or stages as well as the total, or the total alone.
         dtype: of weights and images (default: the model's own).
-        paper: instead of one model, all of Table 4 or 5 beside the printed numbers, with each difference explained.
+        paper: instead of one model, all of Table 4 or 5 next to the printed numbers, with each difference explained.
         as_json: print JSON, with exact numbers.
     """
-    from repvgg.cli._output import busy, write_json
-    from repvgg.cli.profile_table import write_profiles
-
-    settings = (model, input_size, batch, form, winograd, per, dtype)
     if paper is not None:
-        _write_paper(paper, as_json, alone=settings == _DEFAULTS)
+        if (model, input_size, batch, form, winograd, per, dtype) != _DEFAULTS:
+            raise UsageError("--paper counts the models of a table as the paper does: give it alone, or with --json.")
+        _write_paper(paper, as_json)
         return
-    _check(batch, input_size)
+    if min(batch, *(input_size or (1, 1))) < 1:
+        raise UsageError("Batch, height and width are all at least 1.")
     with busy("Counting"):
         request, profiles = _profiles(model, input_size, batch, form, winograd, dtype)
     if as_json:
         write_json(_as_data(request, profiles, per))
     else:
-        write_profiles(str(request), profiles, per)
-
-
-def _check(batch: int, input_size: tuple[int, int] | None) -> None:
-    from repvgg.errors import UsageError
-
-    if min(batch, *(input_size or (1, 1))) < 1:
-        raise UsageError("Batch, height and width are all at least 1.")
-
-
-def _write_paper(table: Literal["table4", "table5"], as_json: bool, alone: bool) -> None:
-    from repvgg.cli._output import busy, write_json
-    from repvgg.cli.profile_table import write_counts
-    from repvgg.errors import UsageError
-    from repvgg.studies.counts import count_rows
-
-    if not alone:
-        raise UsageError("--paper counts the models of a table as the paper does: give it alone, or with --json.")
-    with busy("Counting"):
-        rows = count_rows(table)
-    if as_json:
-        write_json([row.to_dict() for row in rows])
-    else:
-        write_counts(rows)
+        _write_profiles(str(request), profiles, per)
 
 
 def _profiles(
     name: str, input_size: tuple[int, int] | None, batch: int, form: Form, tile: int, dtype: Dtype | None
 ) -> tuple[ProfileRequest, dict[str, Profile]]:
-    from repvgg.errors import UsageError
     from repvgg.models import named_model
 
-    sourced = named_model(name, values=False)
-    request = _request(sourced, input_size, batch, dtype)
+    resolved = named_model(name, values=False)
+    channels, *size = resolved.input_shape
+    own = next((p.dtype for p in resolved.model.parameters() if p.is_floating_point()), "float32")
+    height, width = input_size or size
+    dtype_name = dtype or str(own).removeprefix("torch.")
+    request = ProfileRequest(resolved.source, (height, width), channels, batch, dtype_name)
     try:
-        return request, _by_form(sourced, request, form, tile)
+        return request, _by_form(resolved, request, form, tile)
     except UsageError:  # a forward that reads values cannot run on the meta device
         return request, _by_form(named_model(name), request, form, tile)
 
 
-def _request(
-    sourced: ResolvedModel, input_size: tuple[int, int] | None, batch: int, dtype: Dtype | None
-) -> ProfileRequest:
-    channels, *size = sourced.input_shape
-    own = next((p.dtype for p in sourced.model.parameters() if p.is_floating_point()), "float32")
-    height, width = input_size or size
-    return ProfileRequest(sourced.source, (height, width), channels, batch, dtype or str(own).removeprefix("torch."))
-
-
-def _by_form(sourced: ResolvedModel, request: ProfileRequest, form: Form, tile: int) -> dict[str, Profile]:
+def _by_form(resolved: ResolvedModel, request: ProfileRequest, form: Form, tile: int) -> dict[str, Profile]:
     import torch
 
     from repvgg import measure
 
     dtype = getattr(torch, request.dtype)
-    device = next((p.device for p in sourced.model.parameters()), torch.device("meta"))
+    device = next((p.device for p in resolved.model.parameters()), torch.device("meta"))
     images = torch.zeros(request.batch, request.channels, *request.input_size, dtype=dtype, device=device)
     with _one_sentence_errors(request):
-        forms = _forms(sourced.model.to(dtype), images, request, form)
+        forms = _forms(resolved.model.to(dtype), images, request, form)
         return {name: measure.profile(model, images, tile=tile) for name, model in forms.items()}
 
 
 @contextmanager
 def _one_sentence_errors(request: ProfileRequest) -> Iterator[None]:
     """Turn any exception of a foreign forward into one sentence."""
-    from repvgg.errors import RepvggError, UsageError, first_line
-
     try:
         yield
     except (RepvggError, MemoryError):
@@ -169,7 +142,6 @@ def _one_sentence_errors(request: ProfileRequest) -> Iterator[None]:
 
 
 def _forms(model: nn.Module, images: Tensor, request: ProfileRequest, form: Form) -> dict[str, nn.Module]:
-    from repvgg.errors import CheckpointError
     from repvgg.models import RepVGG, form_of
     from repvgg.studies.candidates import plain_form
 
@@ -194,3 +166,115 @@ def _as_data(request: ProfileRequest, profiles: Mapping[str, Profile], per: Per)
     }
     tile = next(iter(profiles.values())).tile
     return {**asdict(request), "winograd": f"F({tile}x{tile}, 3x3)", "forms": forms}
+
+
+_TITLES = ("params", "multiply-adds", "Wino MULs", "bytes moved", "MACs/byte", "activation peak")
+_SCALES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+_SIGNIFICANT_DIGITS = 4
+
+
+def _write_profiles(title: str, profiles: Mapping[str, Profile], per: Per) -> None:
+    """Write a table of layers or stages for each form, and the totals of all forms side by side."""
+    if per != "total":
+        for form, done in profiles.items():
+            write_line(f"{title}, {form} form, by {per}")
+            write_table([(per, *_TITLES), *((row.name or "(root)", *_cells(row)) for row in done.rows(per))])
+            write_line()
+    write_line(title)
+    tile = next(iter(profiles.values())).tile
+    names = (
+        "parameters",
+        "multiply-adds (the paper's FLOPs)",
+        f"Winograd multiplications, F({tile}x{tile}, 3x3)",
+        "bytes moved",
+        "multiply-adds per byte",
+        "activation peak",
+    )
+    rows = [("", *(f"{form} form" for form in profiles))]
+    rows += zip(names, *(_cells(done.total) for done in profiles.values()), strict=True)
+    weights = ("memory of the weights", *(f"{_si(done.weight_bytes)}B" for done in profiles.values()))
+    write_table([*rows[:-1], weights, rows[-1]])
+    for line in dict.fromkeys(line for done in profiles.values() for line in _not_counted(done.total)):
+        write_line(line)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return the values under ``_TITLES``; those that unknown ops make lower bounds are marked."""
+    arithmetic = ">= " if row.unknown else ""
+    traffic = ">= " if row.unknown_traffic else ""
+    return (
+        _si(row.params),
+        arithmetic + _si(row.macs),
+        arithmetic + _si(row.winograd_muls),
+        f"{traffic}{_si(row.bytes_moved)}B",
+        "" if row.intensity is None else f"{row.intensity:.2f}",
+        f"{_si(row.peak_bytes)}B" if row.ops else "not run",
+    )
+
+
+def _si(value: int) -> str:
+    """Return a number with four significant digits and an SI prefix, 8.309 M; below 1000 as an integer."""
+    for scale, prefix in _SCALES:
+        if value >= scale:
+            digits = max(0, _SIGNIFICANT_DIGITS - len(str(value // scale)))
+            return f"{value / scale:.{digits}f} {prefix}"
+    return f"{value} "
+
+
+def _not_counted(row: Row) -> Iterator[str]:
+    for what, names in (("multiply-adds", row.unknown), ("bytes", row.unknown_traffic)):
+        if names:
+            yield f"{what} of these ops are unknown and not in the sums: {', '.join(names)}"
+
+
+_COUNT_TITLES = ("model", "params M, train", "plain", "paper", "GFLOPs", "paper", "Wino GMULs", "paper", "")
+
+
+def _write_paper(table: Literal["table4", "table5"], as_json: bool) -> None:
+    """Write our counts next to the paper's, and below them the reason for each difference."""
+    from repvgg.models import BASELINES
+    from repvgg.studies.counts import count_rows
+
+    with busy("Counting"):
+        rows = count_rows(table)
+    if as_json:
+        write_json([row.to_dict() for row in rows])
+        return
+    recounts: dict[str, list[str]] = {}
+    for row in rows:
+        for difference in row.differences:
+            recounts.setdefault(_reason(difference), []).append(_recount(row, difference))
+    marks = dict(zip(recounts, ascii_lowercase, strict=False))
+    write_table([_COUNT_TITLES, *(_count_cells(row, marks) for row in rows)])
+    write_line()
+    for reason, found in recounts.items():
+        write_line(f"{marks[reason]}: {reason}: {', '.join(found)}.")
+    notes: dict[str, list[str]] = {}  # on how baselines are built
+    for row in rows:
+        if row.model in BASELINES and (note := BASELINES[row.model].note):
+            notes.setdefault(note, []).append(row.title)
+    for note, titles in notes.items():
+        write_line(f"{', '.join(titles)}: {note}.")
+
+
+def _count_cells(row: CountRow, marks: Mapping[str, str]) -> tuple[str, ...]:
+    from repvgg.studies.counts import PRINTED_AS, printed_text, rounded
+
+    cells = []
+    for column in PRINTED_AS:
+        cells += [rounded(column, row.count(column)), printed_text(column, row.paper) or "-"]
+    differences = " ".join(marks[_reason(difference)] for difference in row.differences)
+    return (row.title, f"{row.params_train / 1e6:.2f}", *cells, differences)
+
+
+def _reason(difference: Difference) -> str:
+    return difference.reason if difference.explained else "not explained"
+
+
+def _recount(row: CountRow, difference: Difference) -> str:
+    """Return the model with its count under the paper's counting rule."""
+    from repvgg.studies.counts import PRINTED_AS
+
+    unit, digits = PRINTED_AS[difference.column]
+    count = row.count(difference.column) if difference.recounted is None else difference.recounted
+    return f"{row.title} {count / unit:.{digits + 1}f}"

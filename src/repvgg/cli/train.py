@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from repvgg.cli._help import description, option
+from repvgg.cli._options import description, option
+from repvgg.cli._output import write_warning
 from repvgg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def train(arguments: list[str]) -> int:
     try:
         run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
     except Terminated:
-        from repvgg.cli._output import write_warning
-
         write_warning(f"terminated; continue with: repvgg train --config {folder / 'config.yaml'} --resume")
         return _TERMINATED
     return 0

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from repvgg.cli._help import JsonFlag
+from repvgg._progress import busy
+from repvgg.cli._options import BatchSize, InputSize, JsonFlag
+from repvgg.cli._output import write_json, write_line
+from repvgg.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,17 +21,17 @@ if TYPE_CHECKING:
 def verify(
     reference: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")],
     candidate: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CANDIDATE")],
-    batch: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 4,
+    batch: BatchSize = 4,
     batches: int = 3,
-    input_size: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="PIXELS")] = None,
+    input_size: InputSize = None,
     tolerance: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None,
     seed: int = 0,
     as_json: JsonFlag = False,
 ) -> int:
     """Check whether two models compute the same function; exit code 0 if they do and 1 if not.
 
-    The reference runs in float64, the candidate in its own dtype, on random images that make differences at borders
-    show. The output lists the layers with the largest errors.
+    The reference runs in float64, the candidate in its dtype, on random images that reveal differences at borders. The
+    output lists the layers with the largest errors.
 
         repvgg verify train.safetensors plain.safetensors
         repvgg verify train.safetensors plain.onnx --json
@@ -43,7 +46,6 @@ def verify(
         seed: of the random images.
         as_json: print the evidence as JSON.
     """
-    from repvgg.cli._output import busy, write_json, write_line
     from repvgg.models import load
     from repvgg.verify import verify as run_verify
 
@@ -65,7 +67,6 @@ def _load_candidate(path: Path, reference: Metadata) -> Any:
     Raises:
         CheckpointError: it takes other images than the reference, or has other classes.
     """
-    from repvgg.errors import CheckpointError
     from repvgg.models import load
 
     if path.suffix == ".onnx":
@@ -87,7 +88,6 @@ def _images(
     candidate: Any, reference: Metadata, batch: int, batches: int, input_size: int | None, seed: int
 ) -> list[Tensor]:
     from repvgg.deploy import OnnxRunner
-    from repvgg.errors import UsageError
     from repvgg.verify import border_inputs
 
     if not -(2**63) <= seed < 2**63:
@@ -95,7 +95,7 @@ def _images(
     size = reference.input_size if input_size is None else input_size
     if not isinstance(candidate, OnnxRunner):
         return border_inputs((batch, reference.in_channels, size, size), batches=batches, seed=seed)
-    # An .onnx file may fix the number and the size of images, and has a dtype of its own.
+    # An .onnx file has a dtype, and may fix the number and the size of images.
     number, _, *sides = candidate.input_shape if len(candidate.input_shape) == 4 else (None,) * 4
     height, width = (side if side and input_size is None else size for side in sides)
     shape = (number or batch, reference.in_channels, height, width)

@@ -1,11 +1,10 @@
 """What a model costs: parameters, arithmetic, memory traffic, activation memory and latency."""
 
 from repvgg.measure.denormals import Denormals, count_denormals
-from repvgg.measure.environment import IDENTITY, environment
 from repvgg.measure.memory import LiveStorageTracker, MemoryStep, held_memory
 from repvgg.measure.ops import Counts, Op, Walk, count, walk
 from repvgg.measure.profile import Profile, Row, profile
-from repvgg.measure.settings import RunSettings
+from repvgg.measure.settings import IDENTITY, RunSettings, environment
 from repvgg.measure.timing import (
     INTERLEAVED,
     PAPER,
@@ -27,13 +26,6 @@ from repvgg.measure.timing import (
     take_samples,
 )
 
-# Former names, for compatibility.
-Reading = Sample
-Setting = RunSettings
-measured = sampled_names
-memory_watched = catch_out_of_memory
-take_readings = take_samples
-
 __all__ = [
     "IDENTITY",
     "INTERLEAVED",
@@ -49,11 +41,9 @@ __all__ = [
     "Op",
     "Profile",
     "Ratio",
-    "Reading",
     "Row",
     "RunSettings",
     "Sample",
-    "Setting",
     "SpeedProtocol",
     "Stopwatch",
     "Timing",
@@ -65,13 +55,10 @@ __all__ = [
     "count_denormals",
     "environment",
     "held_memory",
-    "measured",
-    "memory_watched",
     "profile",
     "ratio",
     "sampled_names",
     "summarize",
-    "take_readings",
     "take_samples",
     "walk",
 ]

@@ -1,4 +1,4 @@
-"""Denormal numbers: so close to 0 that many processors slow down on them, so that latency depends on the weights.
+"""Denormal numbers, on which many processors are slow: they make latency depend on the weights.
 
 A number is denormal if its exponent bits are all 0 and its fraction is not: below 1.2e-38 in float32.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _INT_OF_SAME_WIDTH = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-_PARALLEL_PROBE = 1 << 18  # values: above PyTorch's grain size, so that all of its threads take part
+_PARALLEL_PROBE = 1 << 18  # values: more than PyTorch's grain size, so that it uses all of its threads
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ class Denormals:
             f"{self.weights:,} of {self.weights_total:,} weights and {self.activations:,} of "
             f"{self.activations_total:,} activations are denormal"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON types."""
-        return asdict(self)
 
 
 def denormals_in(tensor: Tensor) -> int:
@@ -115,7 +111,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def flushed_denormals(enabled: bool = True) -> Iterator[None]:
-    """Make the CPU treat denormal numbers as 0 on every thread of PyTorch; restore the mode on exit.
+    """Make the CPU treat denormal numbers as 0 on every thread of PyTorch; restore its mode on exit.
 
     Args:
         enabled: False does nothing.
@@ -130,7 +126,7 @@ def flushed_denormals(enabled: bool = True) -> Iterator[None]:
     if not torch.set_flush_denormal(True):
         raise UsageError("This CPU cannot flush denormal numbers: leave out --flush-denormal.")
     try:
-        # Worker threads inherit the flag when they start; those that run already keep their own.
+        # Worker threads inherit the flag when they start; running ones keep theirs.
         if not _flushes(_PARALLEL_PROBE):
             raise UsageError(
                 "PyTorch's threads are running already and keep denormal numbers: flush them before anything is "
@@ -142,6 +138,6 @@ def flushed_denormals(enabled: bool = True) -> Iterator[None]:
 
 
 def _flushes(values: int) -> bool:
-    """Return whether a denormal product comes out as 0 on every thread that shares that many values."""
+    """Return whether denormal products are 0 on every thread that computes a share of that many values."""
     tiny = torch.finfo(torch.float32).tiny
     return not (torch.full((values,), tiny) * 0.5).view(torch.int32).any()

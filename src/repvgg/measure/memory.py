@@ -1,4 +1,4 @@
-"""Memory: live activations of a run, allocations of PyTorch's allocators, peaks, and what the system has left."""
+"""Memory: live activations of a run, allocations of PyTorch's allocators, peaks, and free memory of the system."""
 
 from __future__ import annotations
 

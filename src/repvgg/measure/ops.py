@@ -1,6 +1,6 @@
 """Record every op that a forward pass executes, with its multiply-adds, memory traffic and live activations.
 
-:func:`walk` runs a model once under a ``TorchDispatchMode``; :func:`count` reads the usual totals off it.
+:func:`walk` runs a model once under a ``TorchDispatchMode``; :func:`count` returns the usual totals.
 
 Counting convention (RepVGG, CVPR 2021, §2.4 and Table 4): one multiply-add is one FLOP, and only convolutions and
 matrix products count. Biases, normalization, activations, pooling and interpolation count nothing. Products with the
@@ -82,15 +82,10 @@ class Op:
         """Return the multiplications with Winograd's F(tile x tile, 3x3) where it applies; 0 if unknown."""
         return self.work.muls(tile) if self.work else 0
 
-    @property
-    def winograd_muls(self) -> int:
-        """Multiplications with Winograd's F(2x2, 3x3) where it applies; 0 if unknown."""
-        return self.muls()
-
 
 @dataclass(frozen=True)
 class Walk:
-    """All ops of one forward pass, in the order of execution."""
+    """Ops of one forward pass, in the order of execution."""
 
     ops: tuple[Op, ...]
 
@@ -99,15 +94,24 @@ class Walk:
         """Multiply-adds of all known ops."""
         return sum(op.macs for op in self.ops)
 
+    def muls(self, tile: int = 2) -> int:
+        """Return the multiplications of all known ops with Winograd's F(tile x tile, 3x3)."""
+        return sum(op.muls(tile) for op in self.ops)
+
     @property
-    def winograd_muls(self) -> int:
-        """Multiplications of all known ops with Winograd's F(2x2, 3x3)."""
-        return sum(op.winograd_muls for op in self.ops)
+    def bytes_read(self) -> int:
+        """Bytes read by all ops whose traffic is known."""
+        return sum(op.traffic.read for op in self.ops if op.traffic)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written by all ops whose traffic is known."""
+        return sum(op.traffic.written for op in self.ops if op.traffic)
 
     @property
     def bytes_moved(self) -> int:
         """Bytes read and written by all ops whose traffic is known."""
-        return sum(op.traffic.moved for op in self.ops if op.traffic)
+        return self.bytes_read + self.bytes_written
 
     @property
     def peak(self) -> int:
@@ -172,7 +176,7 @@ def count(model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Co
     image = torch.zeros((1, *input_shape[1:]), dtype=first.dtype, device=first.device)
     done = walk(model, image)
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Counts(params, done.macs, done.winograd_muls, done.unknown)
+    return Counts(params, done.macs, done.muls(), done.unknown)
 
 
 def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
@@ -183,7 +187,7 @@ def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
 
     Args:
         model: any module; it is not changed.
-        inputs: its argument, or its arguments. The caller holds them, so they count as live to the end.
+        inputs: its argument, or its arguments. The caller keeps them alive, so they count to the end.
 
     Raises:
         UsageError: there are no inputs, or one of them is not a tensor.

@@ -1,4 +1,4 @@
-"""Per-layer and per-stage tables of what a model stores, computes and moves."""
+"""Tables of parameters, arithmetic and memory traffic by layer and by stage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from repvgg.errors import UsageError
 from repvgg.measure.memory import weight_bytes
-from repvgg.measure.ops import Op, walk
+from repvgg.measure.ops import Op, Walk, walk
 
 TILES = (2, 4)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one part of a model stores, and what it does in one forward pass of the whole batch.
+    """Cost of one part of a model in one forward pass of the whole batch.
 
     Attributes:
         name: path of a layer or stage; "" for ops outside of them, and for the total.
@@ -27,13 +27,13 @@ class Row:
         ops: number of executed ops; 0 for a part that the forward pass does not reach in eval mode.
         macs: multiply-adds of convolutions and matrix products, which the paper prints as FLOPs (§2.4).
         winograd_muls: multiplications if a Winograd algorithm is used wherever it applies.
-        bytes_read: inputs and weights, each op on its own; see :mod:`repvgg.measure.traffic`.
+        bytes_read: inputs and weights of each op; see :mod:`repvgg.measure.traffic`.
         bytes_written: outputs.
         peak_bytes: peak activation memory while one of its ops runs, wherever in the model the activations were
             created; images count, parameters do not.
         unknown: names of ops whose multiply-adds are unknown: if there are any, ``macs`` and ``winograd_muls`` are
             lower bounds.
-        unknown_traffic: likewise for the bytes read and written.
+        unknown_traffic: the same for the bytes read and written.
     """
 
     name: str
@@ -112,7 +112,7 @@ def profile(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, tile: int = 
 
     def table(key: Callable[[str], str]) -> tuple[Row, ...]:
         parts: dict[str, tuple[list[Op], list[int]]] = {}
-        for op in ops:  # ops first: rows stand in the order of execution
+        for op in ops:  # ops first, so that rows are in the order of execution
             parts.setdefault(key(op.path), ([], []))[0].append(op)
         for path, number in params.items():
             parts.setdefault(key(path), ([], []))[1].append(number)
@@ -123,19 +123,19 @@ def profile(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, tile: int = 
 
 
 def _row(name: str, model: nn.Module, ops: Sequence[Op], params: Iterable[int], tile: int) -> Row:
-    traffic = [op.traffic for op in ops if op.traffic]
+    part = Walk(tuple(ops))
     return Row(
         name=name,
         kind=type(model.get_submodule(name)).__name__,
         params=sum(params),
         ops=len(ops),
-        macs=sum(op.macs for op in ops),
-        winograd_muls=sum(op.muls(tile) for op in ops),
-        bytes_read=sum(one.read for one in traffic),
-        bytes_written=sum(one.written for one in traffic),
-        peak_bytes=max((op.live_bytes for op in ops), default=0),
-        unknown=tuple(sorted({op.name for op in ops if op.work is None})),
-        unknown_traffic=tuple(sorted({op.name for op in ops if op.traffic is None})),
+        macs=part.macs,
+        winograd_muls=part.muls(tile),
+        bytes_read=part.bytes_read,
+        bytes_written=part.bytes_written,
+        peak_bytes=part.peak,
+        unknown=part.unknown,
+        unknown_traffic=part.unknown_traffic,
     )
 
 
@@ -148,10 +148,9 @@ def _own_parameters(model: nn.Module) -> Counter[str]:
 
 
 def stage_paths(model: nn.Module) -> list[str]:
-    """Return the paths of the stages of a model.
+    """Return the paths of the stages of a model: its children, with containers replaced by their own children.
 
-    A stage is a child of the model. Containers are replaced by their children: module lists and dicts, and sequences
-    that contain another sequence, list or dict, as the bodies of many networks do.
+    Containers are module lists and dicts, and sequences that hold another sequence, list or dict.
     """
     return [path for name, child in model.named_children() for path in _expand_containers(name, child)]
 

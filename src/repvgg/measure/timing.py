@@ -1,7 +1,7 @@
 """Latency, measured side by side: two protocols, two clocks, and the summary over the rounds.
 
-In the interleaved protocol every round times every candidate, so that a slow phase of the machine affects all of them
-alike, and speed-ups are ratios within a round.
+In the interleaved protocol every round times every candidate, so that a transient slowdown affects all of them equally;
+speed-ups are ratios within a round.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 
@@ -28,7 +28,7 @@ Sample = Mapping[str, float]
 #: Takes the name of a candidate that ran out of memory, and PyTorch's error.
 OnFailure = Callable[[str, Exception], None]
 
-MIN_ROUNDS_AFTER_INTERRUPT = 3  # quartiles of fewer rounds say nothing
+MIN_ROUNDS_AFTER_INTERRUPT = 3  # quartiles of fewer rounds are meaningless
 
 
 class Stopwatch(Protocol):
@@ -41,7 +41,7 @@ class Stopwatch(Protocol):
 
 @dataclass(frozen=True)
 class WallClock:
-    """Time by a clock of the host. If CUDA is in use, its queues are drained before each reading of the clock.
+    """Time by a clock of the host. If CUDA is in use, wait for its queues before each reading of the clock.
 
     Attributes:
         clock: seconds from any origin; tests pass their own.
@@ -87,8 +87,8 @@ class CudaEvents:
     """Time by the clock of the GPU, between two events on the current stream.
 
     Attributes:
-        waits: wait for the result of each call before the next one starts (latency, as one user sees it). Otherwise
-            calls are queued back to back (throughput, as a busy server runs them).
+        waits: wait for the result of each call before the next one starts (latency). Otherwise calls are queued back
+            to back (throughput).
         event: makes an event; tests pass their own.
     """
 
@@ -121,8 +121,8 @@ class SpeedProtocol:
         warmup_seconds: minimum duration of the warm-up.
         min_round_seconds: shortest duration to read off the clock, above 0. A faster candidate is called 2, 4, 8, …
             times in a row, and the mean is taken.
-        interleaved: each round samples every candidate, starting with the next one each time; otherwise a candidate is
-            warmed up and sampled to the end before the next one begins.
+        interleaved: each round samples every candidate, starting with the next one each time; otherwise all rounds of
+            a candidate are taken before those of the next.
         batch: default number of images in a call.
 
     Raises:
@@ -162,7 +162,7 @@ def take_samples(
     on_failure: OnFailure | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> set[str]:
-    """Time the candidates as the protocol says, and pass on each sample as it comes.
+    """Time the candidates as the protocol says, and pass each sample to ``on_sample``.
 
     Runs in ``torch.inference_mode`` with Python's garbage collector off.
 
@@ -170,7 +170,7 @@ def take_samples(
         candidates: name to a call without arguments.
         protocol: how often and in which order.
         on_sample: takes the seconds for one call, by name; its own time is not measured.
-        on_failure: called for a candidate that runs out of memory, which then drops out; None raises.
+        on_failure: called for a candidate that runs out of memory, which is then left out; None raises.
         stopwatch: None takes the wall clock.
 
     Returns:
@@ -207,7 +207,7 @@ class _Sampler:
             self._warm_up(name)
         for index in range(self.protocol.rounds):
             names = [name for name in self.candidates if name not in self.failed]
-            # Rotating the order gives every candidate every predecessor, whose data it finds in the caches.
+            # Rotate the order, because a candidate finds its predecessor's data in the caches.
             first = index % max(1, len(names))
             if sample := self._sample(names[first:] + names[:first]):
                 yield sample
@@ -223,7 +223,7 @@ class _Sampler:
         """Warm up a candidate, and find how many consecutive calls fill ``min_round_seconds``."""
         call, protocol = self.candidates[name], self.protocol
         with catch_out_of_memory(name, self._drop):
-            self.stopwatch(call, 1)  # the first call may compile, allocate or read files: its time says nothing
+            self.stopwatch(call, 1)  # the first call may compile, allocate or read files: ignore its time
             done, spent, calls = 1, 0.0, 1
             while True:
                 seconds = self.stopwatch(call, calls)
@@ -299,10 +299,6 @@ class Timing:
     mean_seconds: float
     baseline: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON types."""
-        return asdict(self)
-
     def __str__(self) -> str:
         times = " ".join(f"{1e3 * seconds:.3f}" for seconds in (self.q1, self.median_seconds, self.q3))
         ratios = f"x{self.ratio_to_baseline:.2f} ({self.ratio_q1:.2f} to {self.ratio_q3:.2f})"
@@ -327,7 +323,7 @@ def compare(
         protocol: how often and in which order.
         baseline: the candidate that speed-ups refer to; None for the first.
         on_progress: called after each sample with the number done and the total.
-        on_failure: called for a candidate that runs out of memory; the others go on without it. None raises.
+        on_failure: called for a candidate that runs out of memory, which is then left out; None raises.
         stopwatch: None takes the wall clock.
 
     Returns:
@@ -395,9 +391,9 @@ def _timing(samples: Sequence[Sample], name: str, base: str) -> Timing:
 def ratio(samples: Sequence[Sample], name: str, baseline: str) -> Ratio:
     """Return the speed-up of a candidate over ``baseline``.
 
-    If rounds hold both: the median over the rounds of (baseline's time / candidate's time), so that a slow phase of the
-    machine cancels. If they were measured one after the other: the ratio of the means, from (baseline's q1 /
-    candidate's q3) to (baseline's q3 / candidate's q1), which is wide because nothing cancels.
+    If rounds hold both, that is the median over the rounds of (baseline's time / candidate's time), in which a slow
+    phase of the machine cancels. If they were measured one after the other, it is the ratio of the means, from
+    (baseline's q1 / candidate's q3) to (baseline's q3 / candidate's q1): wide, because nothing cancels.
     """
     if pairs := [sample[baseline] / sample[name] for sample in samples if {name, baseline} <= sample.keys()]:
         q1, median, q3 = quartiles(pairs)

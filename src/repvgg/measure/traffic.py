@@ -1,9 +1,8 @@
-"""Bytes that an op moves between memory and the processor: what it reads of its inputs and weights, what it writes.
+"""Bytes that an op moves between memory and the processor: inputs and weights that it reads, outputs that it writes.
 
-The model is eager execution, each op on its own: an op reads every tensor argument once and writes every output once,
-in their dtypes. Cache reuse from one op to the next is not credited, and scratch memory inside a kernel (im2col
-columns, Winograd tiles) is not charged. Views move nothing. Where the traffic depends on the values of the arguments,
-it is unknown.
+The model is eager execution: an op reads every tensor argument once and writes every output once, in their dtypes.
+Cache reuse from one op to the next is not credited, and scratch memory inside a kernel (im2col columns, Winograd tiles)
+is not charged. Views move nothing. Where the traffic depends on the values of the arguments, it is unknown.
 """
 
 from __future__ import annotations
@@ -19,15 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one op moves, in bytes."""
+    """Bytes that one op reads and writes."""
 
     read: int
     written: int
-
-    @property
-    def moved(self) -> int:
-        """Read and written bytes together."""
-        return self.read + self.written
 
 
 _BATCH_NORM_TRAINING = 5  # position of the ``training`` flag among the arguments of native_batch_norm
@@ -37,13 +31,13 @@ def _aten(names: str) -> frozenset[str]:
     return frozenset(f"aten.{name}" for name in names.split())
 
 
-#: Ops that pass memory on, or allocate it without touching it. Views are recognized without being listed.
+#: Ops that return existing memory, or allocate it without touching it. Views are recognized without being listed.
 _MOVES_NOTHING = _aten("""
     _reshape_alias _unsafe_view alias detach empty empty_like empty_strided lift_fresh new_empty new_empty_strided set_
     unsafe_split unsafe_split_with_sizes
 """)
 
-#: Ops that write all of their output and use their tensor argument for its shape or memory only.
+#: Ops that write their output and use their tensor argument for its shape or memory only.
 _WRITES_ONLY = _aten("""
     arange bernoulli_ eye fill fill_ full full_like linspace new_full new_ones new_zeros normal_ ones ones_like rand
     rand_like randint randn randn_like random_ scalar_tensor uniform uniform_ zero_ zeros zeros_like

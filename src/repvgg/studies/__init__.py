@@ -1,7 +1,7 @@
-"""Tables and figures of the paper, made on this machine.
+"""Tables and figures of the paper, reproduced on this machine.
 
-Each study measures cell by cell, stores every cell at once, and writes tables, charts and a page. The modules are
-imported on demand: a study of speed does not load the training stack.
+Each study measures cell by cell, stores every cell at once, and writes tables, charts and a page. Modules are imported
+on demand: a study of speed does not load the training stack.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from repvgg.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from repvgg.studies.base import Study
 
-#: Name of each study, and the module that holds it in its ``STUDIES``.
+#: The module that lists each study in its ``STUDIES``, by the name of the study.
 STUDY_MODULES = {
     "table1": "block_speed",
     "table4": "network_speed",
@@ -23,14 +23,14 @@ STUDY_MODULES = {
     "table6-speed": "block_speed",
     "table7": "ablation",
     "blocks": "ablation",
-    "figure1": "accuracy_speed",
+    "figure1": "network_speed",
     "figure3": "figure3",
-    "mobile": "accuracy_speed",
+    "mobile": "network_speed",
 }
 
 
 def find_study(name: str) -> Study:
-    """Return the study called ``name``.
+    """Return a study by its name.
 
     Raises:
         UsageError: there is none; the text lists the closest names, or all of them.

@@ -1,10 +1,10 @@
-"""Ablations: Tables 6 and 7 of the paper and all blocks, trained small; any number of processes share the trainings.
+"""Ablations: Tables 6 and 7 of the paper and all blocks, on small networks; processes can share the trainings.
 
     repvgg study table6     which branches matter
     repvgg study table7     variants of the block, other re-parameterizations, real shortcuts
     repvgg study blocks     every block of this library in the same network
 
-A cell is one training of one variant with one seed. Processes that share the folder take cells by lock files.
+A cell is one training of one variant with one seed. Processes that share the folder lock the cell that they train.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
 Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
 
 RUNS = "runs"  # folder of checkpoints, logs and locks
-_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})  # how the work is divided, not what it gives
-_NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # settings in which a study may differ and share trainings
+_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})  # they divide the work; results do not depend on them
+_NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # studies that differ in these can share trainings
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MAX_WARMUP = 0.2  # of all epochs: the recipe's warm-up may be longer than a short run
 
@@ -71,7 +71,7 @@ class AblationSettings:
     """Settings of an ablation.
 
     Attributes:
-        model: the architecture that all networks are built on: b0-small, or one of 'repvgg list'.
+        model: the architecture of all networks: b0-small, or one of 'repvgg list'.
         recipe: training recipe; the settings below override it.
         data: URI of the images.
         epochs: passes over the training images; a warm-up takes a fifth of them at most.
@@ -84,10 +84,10 @@ class AblationSettings:
         threads: CPU threads of a process; default: PyTorch's.
         rounds: how often the training step of each network is timed.
         jobs: processes that train at a time on this machine.
-        cells: the share of the trainings that this call takes, such as 1/4. Several calls may also share all
-            trainings: each takes the next free one.
-        part: trainings, or the cost of their steps, for which the machine should be idle; all does both, in turn;
-            tables does neither, and writes the tables of the cells there are.
+        cells: the share of the trainings that this call runs, such as 1/4. Several calls may also share all trainings:
+            each runs the next free one.
+        part: trainings, or the cost of their steps, for which the machine should be idle; all does one after the
+            other; tables does neither, and writes the tables of the cells that exist.
         reuse: folder of another study, from which equal trainings are copied.
 
     Raises:
@@ -125,7 +125,7 @@ class AblationSettings:
 
     @property
     def config(self) -> TrainConfig:
-        """Configuration of every training, except for the seed."""
+        """Configuration of every training, without the seed."""
         recipe = recipe_of(self.recipe)
         epochs, optim = self.epochs or recipe.epochs, recipe.optim
         if self.lr is not None:
@@ -154,7 +154,7 @@ class AblationSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a cell that the finished study has."""
+    """One training, the content of a cell."""
 
     variant: Variant
     seed: int
@@ -173,9 +173,9 @@ class Work:
         variants: rows of the table.
         seeds: trainings of each variant, with seeds 0, 1, 2, …
         spec: the architecture that they are built on.
-        config: of all trainings, except for the seed.
+        config: of all trainings, without the seed.
         run: device, dtype, memory format and threads.
-        share: of the trainings that this process takes.
+        share: the trainings that this process runs.
     """
 
     variants: tuple[Variant, ...]
@@ -196,7 +196,7 @@ class Work:
 
 
 def _resolve(variants: Variants, settings: AblationSettings) -> AblationSettings:
-    # Unknown names are refused now, not after the first training.
+    # Refuse unknown names now, not after the first training.
     base_architecture(settings.model)
     select_variants(variants(), settings.rows)
     config = settings.config
@@ -241,18 +241,18 @@ def _measure(variants: Variants, settings: AblationSettings, store: CellStore, r
 
 
 def copy_cells(work: Work, store: CellStore, other: Path) -> int:
-    """Copy the cells that another study has, if it trained in the same way; return how many.
+    """Copy the cells of another study that trained with the same settings; return how many.
 
     Raises:
         DataError: there is no study in that folder, or a cell cannot be read.
-        UsageError: it trained in another way; the text says what differs.
+        UsageError: a setting differs; the text names it.
     """
     theirs, ours = read_header(other).settings, store.header.settings
     for name in sorted((theirs.keys() | ours.keys()) - _NOT_OF_A_TRAINING):
         if as_stored(theirs.get(name)) != as_stored(ours.get(name)):
             raise UsageError(
                 f"The study in {str(other)!r} has {name} {theirs.get(name)!r}, not {ours.get(name)!r}: its trainings "
-                "do not compare with these."
+                "cannot be reused here."
             )
     found = [job for job in work.missing(store) if (other / CELLS / f"{job.key}.json").is_file()]
     for job in found:
@@ -261,7 +261,7 @@ def copy_cells(work: Work, store: CellStore, other: Path) -> int:
 
 
 def _train_in_processes(work: Work, store: CellStore, processes: int) -> None:
-    # spawn: forked children of a process whose OpenMP threads run already would hang.
+    # Not fork: children of a process whose OpenMP threads are running would hang.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(_train_in_process, work, store.folder, store.header) for _ in range(processes)]:
             future.result()  # raises the error of the process
@@ -277,7 +277,7 @@ def _train_in_process(work: Work, folder: Path, header: Header) -> None:
 
 
 def _train_missing(work: Work, store: CellStore, message: Callable[[str], None], on_progress: OnProgress) -> None:
-    """Train the jobs of the share that have no cell and that no other process works on.
+    """Train the jobs of the share that have no cell and that no other process trains.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, or SIGTERM; the training continues from its last checkpoint next time.
@@ -306,7 +306,7 @@ def _train(work: Work, job: Job, folder: Path) -> Cell:
     training = Training(job.variant, work.spec, config, _open_data(config.data, job.seed))
     try:
         return train_cell(training, folder / RUNS / job.key)
-    except TrainingError as error:  # a diverged loss is a result, too
+    except TrainingError as error:  # a diverged loss is a result
         return {"row": job.variant.name, "seed": job.seed, "failed": str(error)}
     except Terminated:
         raise KeyboardInterrupt from None
@@ -353,9 +353,9 @@ def _missing(variants: Variants, settings: AblationSettings, store: CellStore) -
     work = _work(variants, settings)
     if missing := work.missing(store):
         holders = [(job, lock_holder(_lock_path(store.folder, job))) for job in missing]
-        at_work = ", ".join(f"{job.key} by {holder}" for job, holder in holders if holder is not None)
+        running = ", ".join(f"{job.key} by {holder}" for job, holder in holders if holder is not None)
         return f"{len(missing)} of {len(work.jobs)} trainings are missing" + (
-            f"; at work: {at_work}." if at_work else "."
+            f"; at work: {running}." if running else "."
         )
     if cost_is_complete(store, settings.rounds):
         return ""
@@ -370,11 +370,11 @@ def _outcome(
 
 
 _METHOD = (
-    "Every row is trained in the same way with each seed, which decides initial weights, order and augmentation; the "
-    "weights of the last epoch count, or their average if the recipe asks for it. Each network is then collapsed and "
+    "Every row is trained in the same way with each seed, which determines initial weights, order and augmentation; "
+    "the weights of the last epoch count, or their average if the recipe says so. Each network is then collapsed and "
     "evaluated again on all validation images. The spread is the standard deviation over seeds.\n\n"
     "The cost is that of whole training steps (forward, loss, backward, optimizer) on images in memory, timed in "
-    "rounds that take each network once; memory is the peak of a step beyond weights and the state of the optimizer."
+    "rounds of one step of each network; memory is the peak of a step beyond weights and the state of the optimizer."
 )
 
 
@@ -404,8 +404,8 @@ STUDIES = (
     _ablation(
         "table7",
         "Table 7: variants of the block, and alternatives",
-        "All rows have the layers of the same RepVGG; only what replaces each 3×3 convolution differs, and in Residual "
-        "Reorg the shortcuts, which stay.",
+        "All rows have the layers of the same RepVGG and differ in the block that replaces each 3×3 convolution. "
+        "Residual Reorg has shortcuts across layers, which stay.",
         lambda: TABLE_7_VARIANTS,
         lead_extremes,
     ),
@@ -413,9 +413,9 @@ STUDIES = (
         "blocks",
         "Every block of the table, in the same network",
         "Each block replaces every 3×3 convolution of the same RepVGG. Left out are UniRepLK, which has no such "
-        "kernels, and blocks that equal another row with them: RepLK (RepVGG w/o identity), ExpandNet-CK (conv-BN) and "
-        "QARepVGG S2 (Identity w/o BN). Where a block does not exist for the geometry of some layer, as RepMixer does "
-        "not where the shape changes, that layer is a convolution with its batch norm, and the table says so.",
+        "kernels, and blocks that equal another row at 3×3: RepLK (RepVGG w/o identity), ExpandNet-CK (conv-BN) and "
+        "QARepVGG S2 (Identity w/o BN). Where a block does not support the geometry of a layer, as RepMixer does not "
+        "where the shape changes, that layer is a convolution with a batch norm, and the table says so.",
         block_variants,
         lead_extremes,
     ),

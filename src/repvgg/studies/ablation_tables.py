@@ -1,10 +1,10 @@
-"""Tables and chart of the ablations: accuracy over seeds beside the paper's, and the cost of a training step."""
+"""Tables and chart of the ablations: accuracy over seeds next to the paper's, and the cost of a training step."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from repvgg.studies.base import Outcome
 from repvgg.studies.report.charts import Chart, draw_accuracies
 from repvgg.studies.report.formatting import quantity
 from repvgg.studies.store import Cell
-from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import Speeds
 from repvgg.studies.variants import FULL, MEMORY, Variant
 
@@ -63,7 +63,7 @@ class Results:
     batch: int
 
     def trained(self, name: str) -> list[Cell]:
-        """Return the cells of a variant that were trained to the end, by seed."""
+        """Return the cells of a variant whose training finished, by seed."""
         return sorted((cell for cell in self._cells(name) if "failed" not in cell), key=lambda cell: int(cell["seed"]))
 
     def failed(self, name: str) -> list[Cell]:
@@ -104,14 +104,14 @@ Lead: TypeAlias = Callable[[Results], str]
 
 
 def ablation_outcome(name: str, title: str, results: Results, lead: Lead) -> Outcome:
-    """Return tables, chart and lead of the cells there are."""
+    """Return tables, chart and lead of the cells that exist."""
     drawn = [
         (variant.title, list(results.accuracy(variant.name).values.values()), variant.top1_percent)
         for variant in results.variants
     ]
     chart = Chart(
         name,
-        "Accuracy of each row, a dot for each seed and a line at their mean; the paper's accuracies beside it",
+        "Accuracy of each row, a dot for each seed and a line at their mean, next to the paper's accuracies",
         partial(draw_accuracies, results=drawn),
     )
     tables = (_accuracy_table(name, title, results), _cost_table(name, results), _cell_table(name, results))
@@ -187,7 +187,8 @@ def _accuracy_table(name: str, title: str, results: Results) -> Table:
 
 def _notes(results: Results) -> list[str]:
     notes = [
-        "Differences are taken seed by seed. The paper's accuracies are of RepVGG-B0 on ImageNet after 120 epochs."
+        "Differences are between trainings with the same seed. The paper's accuracies are of RepVGG-B0 on ImageNet "
+        "after 120 epochs."
     ]
     for variant in results.variants:
         cells = results.trained(variant.name)
@@ -203,9 +204,8 @@ def _notes(results: Results) -> list[str]:
 def _cost_table(name: str, results: Results) -> Table:
     columns = (
         Column("row", "Row"),
-        Column("images_per_second", "Training (images/s)", 1),
-        Column("images_per_second_q1", "lower quartile", 1),
-        Column("images_per_second_q3", "upper quartile", 1),
+        replace(SPEED_COLUMNS[0], title="Training (images/s)"),
+        *SPEED_COLUMNS[1:],
         Column("speed_up", "× full block", 2),
         Column("step_megabytes", "Memory of a step (MB)", 1),
         Column("parameters", "Parameters, trained"),
@@ -217,8 +217,7 @@ def _cost_table(name: str, results: Results) -> Table:
         rows.append(
             (
                 variant.title,
-                results.speeds.images_per_second(variant.name),
-                *results.speeds.quartiles(variant.name),
+                *results.speeds.cells(variant.name),
                 results.speeds.speedup(variant.name, FULL),
                 results.step_megabytes(variant.name),
                 first.get("parameters"),
@@ -247,7 +246,7 @@ def _cell_table(name: str, results: Results) -> Table:
             cell["trained"]["top1_percent"],
             cell["deployed"]["top1_percent"],
             cell["deployed"]["same_answers"],
-            float(f"{cell['deployed']['relative_error']:.1e}"),  # more digits of an error say nothing
+            float(f"{cell['deployed']['relative_error']:.1e}"),  # more digits of an error are noise
             cell["loss"],
             cell["seconds"],
             cell["images_per_second"],
@@ -255,5 +254,5 @@ def _cell_table(name: str, results: Results) -> Table:
         for variant in results.variants
         for cell in results.trained(variant.name)
     )
-    note = "Times of trainings are those of machines that did other things, too; see the cost of a step."
+    note = "Other work ran on the machines during trainings: for comparable times see the cost of a step."
     return Table(f"{name}-cells", "Every training", columns, rows, (note,))

@@ -1,4 +1,4 @@
-"""What all studies share: measure the missing cells, then write tables, charts and a page of the cells there are."""
+"""What all studies share: measure the missing cells, then write tables, charts and a page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
 from repvgg._files import write_text
 from repvgg._progress import progress_bar
 from repvgg.errors import UsageError
-from repvgg.measure import RunSettings, environment
+from repvgg.measure import environment
 from repvgg.studies.report.charts import Chart, write_chart
 from repvgg.studies.report.render import render_study
 from repvgg.studies.store import CellStore, Header
@@ -44,23 +44,14 @@ class ProgressReporter:
         self.on_progress(done, total)
 
 
-class Settings(Protocol):
-    """The settings of a study: a frozen dataclass that holds :class:`repvgg.measure.RunSettings`."""
-
-    @property
-    def run(self) -> RunSettings:
-        """Device, dtype, memory format and threads."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the cells of a study say.
+    """The result of a study, complete or not.
 
     Attributes:
         lead: the result in a sentence.
         tables: the most important one first.
-        charts: likewise.
+        charts: the most important one first.
     """
 
     lead: str
@@ -81,10 +72,10 @@ class Study:
         name: in 'repvgg study', and of its files.
         title: what it shows, in a line.
         about: method, in paragraphs.
-        settings: the dataclass of its :class:`Settings`.
+        settings: a frozen dataclass; its ``run`` is a :class:`repvgg.measure.RunSettings`.
         resolve: fills in the defaults that depend on the device.
         measure: adds the missing cells; the run settings are applied already.
-        outcome: of the cells there are.
+        outcome: takes the cells that exist.
         missing: cells that ``measure`` left to other processes, in a sentence; empty if there are none.
         free_settings: settings about how the work is divided: they may change when a study continues.
         mix_machines: accept cells of several machines.
@@ -108,7 +99,7 @@ class StudyResult:
 
     Attributes:
         folder: of the study.
-        outcome: of all cells there are.
+        outcome: of the cells that exist.
         complete: no cell is missing.
         missing: what other processes have to do, if the run was not interrupted.
     """
@@ -130,15 +121,15 @@ def run_study(
 ) -> StudyResult:
     """Measure the missing cells of a study, and write its tables, charts and page.
 
-    Ctrl-C keeps the cells measured so far and writes the tables of them; the same call continues from there.
+    Ctrl-C keeps the cells measured so far and writes their tables; the same call continues from there.
 
     Args:
-        study: which.
+        study: the study to run.
         settings: an instance of ``study.settings``.
         out: the folder; None takes ``runs/studies/NAME``.
         overwrite: remove the study in the folder and start again.
-        command: that continues the study, for its page.
-        console: where progress is shown, if it is a terminal; None takes standard error.
+        command: continues the study; shown on its page.
+        console: where progress is shown; None takes standard error.
 
     Raises:
         OutputExistsError: the folder holds a finished study, or files that are no study.
@@ -175,7 +166,7 @@ def run_study(
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """Return all settings by name, those of the run beside the study's own."""
+    """Return all settings by name: the study's own and those of the run."""
     own = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "run"}
     return own | {field.name: getattr(settings.run, field.name) for field in fields(settings.run)}
 

@@ -3,7 +3,8 @@
     repvgg study table1
     repvgg study table6-speed
 
-Expected on 2 cores: a minute for table1. If its 3x3 is no denser than the others, no Winograd algorithm is used here.
+Expected on 2 cores: a minute for table1. A 3x3 that is no denser than the others does not
+run by a Winograd algorithm.
 """
 
 from __future__ import annotations
@@ -30,13 +31,11 @@ from repvgg.studies.paper import (
 )
 from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.store import Cell, CellStore
-from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import OUT_OF_MEMORY, Speeds, measure_candidates
 
-_KERNEL_SCALE = {
-    "cpu": (1, 512),
-    "cuda": (TABLE_1_BATCH, TABLE_1_CHANNELS),
-}  # batch, channels: the paper's would take a CPU minutes a call
+# Batch and channels; the paper's would take a CPU minutes per call.
+_KERNEL_SCALE = {"cpu": (1, 512), "cuda": (TABLE_1_BATCH, TABLE_1_CHANNELS)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class BranchSettings:
 
 @dataclass(frozen=True)
 class _Form:
-    """A row: which branches are beside the 3x3; None for both in the converted form."""
+    """A row: the branches that blocks have besides the 3x3; None in the converted form."""
 
     name: str
     identity: bool | None
@@ -280,9 +279,7 @@ def _branch_table(speeds: Speeds) -> Table:
         Column("pointwise", "1×1 branch"),
         Column("paper_top1_percent", "Accuracy, paper (%)", 2),
         Column("paper_images_per_second", "Speed, paper (images/s)", 0),
-        Column("images_per_second", "Speed here (images/s)", 1),
-        Column("images_per_second_q1", "lower quartile", 1),
-        Column("images_per_second_q3", "upper quartile", 1),
+        *SPEED_COLUMNS,
         Column("paper_speed_up", "× full block, paper", 2),
         Column("speed_up", "× full block here", 2),
     )
@@ -293,8 +290,7 @@ def _branch_table(speeds: Speeds) -> Table:
             form.pointwise,
             form.top1_percent,
             form.paper_images_per_second,
-            speeds.images_per_second(form.name),
-            *speeds.quartiles(form.name),
+            *speeds.cells(form.name),
             form.paper_images_per_second / _PAPER_FULL_SPEED,
             speeds.speedup(form.name, _FULL),
         )
@@ -314,8 +310,8 @@ STUDIES = (
         title="Table 1: convolutions from 1x1 to 7x7",
         about=(
             "The four convolutions are timed interleaved, stride 1, without bias, on one random image of many "
-            "channels: every round takes the time of each once. Times are medians over the rounds. Sizes scale with "
-            "the device; the paper's figures are of cuDNN 7.5 on a GTX 1080 Ti, whose 3x3 runs by the Winograd "
+            "channels: every round times each of them once. Times are medians over the rounds. Sizes depend on the "
+            "device; the paper's figures are of cuDNN 7.5 on a GTX 1080 Ti, which runs the 3x3 by the Winograd "
             "algorithm."
         ),
         settings=KernelSettings,
@@ -327,8 +323,8 @@ STUDIES = (
         name="table6-speed",
         title="Table 6, speed: RepVGG-B0 before conversion, branches removed",
         about=(
-            "All forms are timed interleaved: every round takes the time of each once. Speeds are medians over the "
-            "rounds; speed-ups are taken within rounds. Weights are random; accuracies are those that the paper prints."
+            "All forms are timed interleaved: every round times each of them once. Speeds are medians over the rounds; "
+            "speed-ups are computed within rounds. Weights are random; accuracies are the paper's."
         ),
         settings=BranchSettings,
         resolve=_resolve_branches,

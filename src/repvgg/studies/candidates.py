@@ -28,7 +28,8 @@ from repvgg.errors import (
 from repvgg.measure import RunSettings
 from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form_of, list_models, named_model
 
-TRAIN, FOLDED, PLAIN = FORMS = ("train form", "batch norms folded", "plain form")
+FORMS = ("train form", "batch norms folded", "plain form")
+TRAIN, PLAIN = FORMS[0], FORMS[-1]
 
 Shape: TypeAlias = tuple[int, int, int]  # (C, H, W)
 Run: TypeAlias = Callable[[Tensor], object]
@@ -44,7 +45,7 @@ class Candidate:
         form: one of :data:`FORMS`.
         make: returns the network, in eval mode on the CPU; called once.
         image: (C, H, W) of its input.
-        engine: that runs it, a key of :data:`ENGINES`.
+        engine: runs it; a key of :data:`ENGINES`.
     """
 
     name: str
@@ -60,8 +61,8 @@ def candidates_of(
 ) -> list[Candidate]:
     """Return every form of each RepVGG, and other models as they would be deployed: batch norms and branches folded.
 
-    A single model is compared in its three forms, whatever it is. A checkpoint in the plain form has no other form.
-    With several engines, each form takes part once an engine, with the engine in its name.
+    A single model is compared in its three forms, even if it is no RepVGG. A checkpoint in the plain form has no other
+    form. With several engines, there is a candidate for each form and engine, with the engine in its name.
 
     Args:
         models: names as :func:`repvgg.models.named_model` reads them.
@@ -97,9 +98,9 @@ def _forms(name: str, single: bool, only_torch: bool) -> list[Candidate]:
         if single and only_torch:
             raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
         return [candidate(name, PLAIN, model)]
-    prove = named.weights != "random"  # trained weights are worth a proof; random ones are about speed only
+    prove = named.weights != "random"  # random weights are for timing only: skip the proof
     with warnings.catch_warnings():
-        # A model without anything to fold has three equal forms: the times show it.
+        # A model with nothing to fold has three equal forms, which the times show.
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain = reparameterize(model, prove=prove)[0]
         if not (single or isinstance(model, RepVGG)):
@@ -129,7 +130,7 @@ def runnable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str
 
 
 def baseline_among(candidates: Sequence[Candidate], wanted: str | None) -> str:
-    """Return the name of the candidate that ``wanted`` means; of a model in several forms the plain one.
+    """Return the name of the candidate that ``wanted`` refers to; for a model in several forms the plain one.
 
     Args:
         candidates: all of them; the first is the baseline if ``wanted`` is None.
@@ -140,7 +141,7 @@ def baseline_among(candidates: Sequence[Candidate], wanted: str | None) -> str:
     """
     if wanted is None:
         return candidates[0].name
-    # The plain form is the last of a model's forms, so that it is what the name of the model ends up meaning.
+    # Later candidates win: the plain form is the last of a model, so the model's name refers to it.
     by_alias = {
         alias: one.name
         for one in candidates
@@ -155,8 +156,7 @@ def baseline_among(candidates: Sequence[Candidate], wanted: str | None) -> str:
 def deployed(name: str) -> nn.Module:
     """Return an architecture with random weights as it would be deployed: a RepVGG plain, a baseline collapsed.
 
-    The paper folds the batch norms of its baselines (§4.1). Collapsing does that, and merges branches, which MobileOne
-    has and the paper's baselines do not.
+    The paper folds the batch norms of its baselines (§4.1). Collapsing does that, and merges the branches of MobileOne.
     """
     if name in list_models():
         return create_model(name, plain=True).eval()
@@ -176,11 +176,11 @@ def plain_form(model: nn.Module, image: Tensor | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that runs a network.
+    """A runtime for networks.
 
     Attributes:
         prepare: takes (model, settings, (C, H, W)) and returns a function of images (N, C, H, W).
-        check: raises UnsupportedError, with the reason, for a model that it cannot run; cheap.
+        check: raises UnsupportedError, with the reason, for a model that it cannot run; takes little time.
         any_device: runs on any device and in any dtype; otherwise in float32 on the CPU.
     """
 
@@ -236,7 +236,7 @@ def _prepare_openvino(model: nn.Module, settings: RunSettings, image: Shape) -> 
 
 
 def _per_batch_size(prepare: Callable[[Tensor], Run]) -> Run:
-    """Prepare anew for each batch size, when its first images arrive."""
+    """Prepare once for each batch size, when its first images arrive."""
     runs: dict[int, Run] = {}
 
     def run(x: Tensor) -> object:

@@ -1,6 +1,6 @@
-"""Parameters, FLOPs and Winograd multiplications of every row of Tables 4 and 5, beside the printed numbers.
+"""Parameters, FLOPs and Winograd multiplications of every row of Tables 4 and 5, next to the printed numbers.
 
-For a count that does not round to the printed number, another counting rule is evaluated, and reported if it gives it.
+A count that does not round to the printed number is explained by another counting rule, if one is known that does.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CountRow:
     """Our counts of one model, and the printed ones.
 
     Attributes:
-        model: name of an architecture of ours, or of a baseline.
+        model: name of an architecture or a baseline.
         title: as the paper prints it.
         input_size: height and width of the image in pixels.
         params_train: parameters in the train form.
@@ -180,7 +180,7 @@ def _count_row(paper: PrintedModel) -> CountRow:
     train, plain = _train_and_plain(name, image)
     done = walk(plain, image)
     params = sum(parameter.numel() for parameter in plain.parameters())
-    counts: dict[Quantity, int] = {"params": params, "macs": done.macs, "winograd_muls": done.winograd_muls}
+    counts: dict[Quantity, int] = {"params": params, "macs": done.macs, "winograd_muls": done.muls()}
     return CountRow(
         model=name,
         title=title_of(name),
@@ -200,7 +200,7 @@ def _train_and_plain(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Modu
     if name in SPECS:
         with torch.device("meta"):
             return create_model(name).eval(), create_model(name, plain=True).eval()
-    # A baseline has no branches to merge: folding its batch norms is what the paper counts.
+    # Baselines have no branches to merge; the paper counts them with batch norms folded.
     model = create_baseline(name, values=False).eval()
     return model, fold_batch_norms(model, image)[0]
 
@@ -213,7 +213,7 @@ def _explain(column: Quantity, count: int, paper: PrintedModel, done: Walk) -> D
         return Difference(column)
     rule = RECOUNTS[paper.model]
     again = sum(op.macs if op.muls() < op.macs and not rule.reduced(op) else op.muls() for op in done.ops)
-    # If the rule reduces nothing, the column would repeat the FLOPs, and the paper prints a dash.
+    # The paper prints a dash where the column would repeat the FLOPs.
     written = None if again == done.macs else rounded(column, again)
     return Difference(column, rule.reason, again, written, explained=written == printed)
 
@@ -243,7 +243,7 @@ def counts_of(model: str, cell: Cell) -> tuple[Value, ...]:
 
 
 def count_table(name: str, rows: Sequence[PrintedModel], cell: Cell) -> Table:
-    """Return the printed counts beside ours, with the reasons for the differences as notes."""
+    """Return the printed counts next to ours, with the reasons for the differences as notes."""
     columns = (
         Column("model", "Model"),
         Column("paper_params_millions", "Params, paper (M)", 2),
@@ -276,7 +276,7 @@ def count_table(name: str, rows: Sequence[PrintedModel], cell: Cell) -> Table:
             )
         )
     notes = (
-        "Counted in the plain form for one image of the size that the paper takes; a multiply-add is one FLOP (§2.4).",
+        "Counted in the plain form for one image of the paper's size; a multiply-add is one FLOP (§2.4).",
         *(f"{', '.join(models)}: {reason}." for reason, models in models_by_reason.items()),
     )
     return Table(f"{name}-counts", "Parameters and arithmetic", columns, tuple(body), notes)

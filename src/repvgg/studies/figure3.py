@@ -3,8 +3,8 @@
     repvgg study figure3
 
 While a layer runs, its input and its output are live; in a plain chain nothing else is. A residual block keeps its
-input until the addition, so that three maps are live while its second layer runs. Beside the map being written that is
-1 and 2 times the input, which is what the paper draws.
+input until the addition, so that three maps are live while its second layer runs. Without the map being written, that
+is 1 and 2 times the input, as the paper draws it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MemorySettings:
 
 
 class _Chain(nn.Module):
-    """Layers one after the other; makes its own input, so that no caller keeps it alive."""
+    """A sequence of layers that creates its own input, so that no caller keeps it alive."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Residual(nn.Module):
         self.first, self.second = _conv(channels), _conv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, as a deployed block runs: otherwise ReLU and addition would allocate maps of their own.
+        # In place, as in a deployed block: otherwise ReLU and addition would each allocate a map.
         out: Tensor = self.second(torch.relu_(self.first(x)))
         out += x
         return out
@@ -98,7 +98,7 @@ def _conv(channels: int) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class _Block:
-    """A row: a name, how to build it for C channels, and the paper's maps beside the one being written."""
+    """A row: a name, how to build it for C channels, and the paper's number of maps without the one being written."""
 
     name: str
     title: str
@@ -167,20 +167,19 @@ def _outcome(settings: MemorySettings, values: Mapping[str, Cell]) -> Outcome:
     lead = (
         "The two blocks were not both measured."
         if residual is None or plain is None
-        else f"Beside the map that it writes, a residual block held {residual:.2f} times its input here "
+        else f"Besides the map being written, a residual block held {residual:.2f} times its input here "
         f"(channels_last), and a plain chain {plain:.2f} times; the paper draws 2 and 1."
     )
     bars = [Bar(block.title, _extra_maps(block, "channels_last", settings, values), block.extra) for block in _BLOCKS]
-    title = "Memory beside the map being written"
+    title = "Memory besides the map being written"
     draw = partial(draw_bars, title=title, unit="times the input of the block", bars=bars)
     chart = Chart("figure3", "Feature maps that each block holds at its peak, in multiples of its input", draw)
     return Outcome(lead, (_block_table(settings, values), _network_table(settings, values)), (chart,))
 
 
 def _extra_maps(block: _Block, layout: str, settings: MemorySettings, values: Mapping[str, Cell]) -> float | None:
-    """Return the maps beside the one being written, in multiples of the input."""
+    """Return the memory without the map being written, in multiples of the input."""
     cell = values.get(_key(block, layout), {})
-    # Minus the map that is being written.
     return cell["bytes"] / settings.map_bytes - 1 if "bytes" in cell else None
 
 
@@ -191,7 +190,7 @@ def _megabytes(cell: Cell) -> Value:
 def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
     columns = (
         Column("block", "Block"),
-        Column("paper_extra", "Beside the map being written, paper (× input)", 0),
+        Column("paper_extra", "Besides the map being written, paper (× input)", 0),
         *(Column(f"extra_{layout}", f"here, {layout} (× input)", 2) for layout in _LAYOUTS),
         *(Column(f"peak_megabytes_{layout}", f"peak here, {layout} (MB)", 2) for layout in _LAYOUTS),
         Column("input_megabytes", "Input (MB)", 2),
@@ -216,7 +215,7 @@ def _block_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
 
 
 def _network_table(settings: MemorySettings, values: Mapping[str, Cell]) -> Table:
-    columns = (Column("model", "Model"), Column("peak_megabytes", "Peak beside weights and images (MB)", 1))
+    columns = (Column("model", "Model"), Column("peak_megabytes", "Peak without weights and images (MB)", 1))
     rows = tuple((title_of(name), _megabytes(values.get(f"network-{name}", {}))) for name in _NETWORKS)
     images = quantity(settings.batch or 1, "image")
     notes = (f"{images}, {settings.input_size} x {settings.input_size}, in eager PyTorch as deployed.",)
@@ -229,9 +228,9 @@ STUDIES = (
         title="Figure 3: peak memory of residual and plain blocks",
         about=(
             "Each block runs once to warm up and once under PyTorch's memory profiler (CPU) or with the statistics of "
-            "CUDA's allocator; the highest sum of allocated and not yet released memory is its peak. While a layer "
-            "runs, its input and output are live; a residual block keeps its input as well, until the addition. Blocks "
-            "run in both memory formats, whole networks in that of the settings."
+            "CUDA's allocator; its peak is the highest sum of memory that is allocated and not yet released. While a "
+            "layer runs, its input and output are live; a residual block also keeps its input until the addition. "
+            "Blocks run in both memory formats, whole networks in that of the settings."
         ),
         settings=MemorySettings,
         resolve=_resolve,

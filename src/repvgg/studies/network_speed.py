@@ -1,9 +1,12 @@
-"""Speed of whole networks: Tables 4 and 5 of the paper, and what other studies of networks share with them.
+"""Speed of whole networks: Tables 4 and 5 and Figure 1 of the paper, and mobile networks that the paper leaves out.
 
-    repvgg study table4     RepVGG beside the classics, trained for 120 epochs
+    repvgg study table4     next to the classics, trained for 120 epochs
     repvgg study table5     the largest networks, trained for 200 epochs
+    repvgg study figure1    accuracy against speed
+    repvgg study mobile     next to ShuffleNet, MobileNet and MobileOne
 
-Expected on 2 cores: under 20 minutes for table4 with the networks up to 12 GMACs.
+Accuracies are the published ones; speeds are measured here. Expected on 2 cores: under 20 minutes for table4 with the
+networks up to 12 GMACs, 2 minutes for mobile.
 """
 
 from __future__ import annotations
@@ -11,22 +14,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from repvgg.errors import UsageError
-from repvgg.measure import INTERLEAVED, PAPER, RunSettings
-from repvgg.models import BASELINES, baseline_of, spec_of
+from repvgg.measure import INTERLEAVED, PAPER, RunSettings, count
+from repvgg.models import BASELINES, baseline_of, named_model, spec_of
 from repvgg.studies.base import OnProgress, Outcome, Study, check_positive
-from repvgg.studies.candidates import PLAIN, Candidate, deployed
+from repvgg.studies.candidates import PLAIN, Candidate, deployed, plain_form
 from repvgg.studies.counts import COUNTS, count_cell, count_table, counts_of, title_of
-from repvgg.studies.paper import TABLE_4, TABLE_5, PrintedModel
-from repvgg.studies.report.charts import Bar, Chart, draw_bars
+from repvgg.studies.paper import FIGURE_1, MOBILE_MODELS, TABLE_4, TABLE_5, FigurePoint, PrintedModel, PublishedModel
+from repvgg.studies.report.charts import Bar, Chart, Point, add_panels, draw_bars, draw_scatter
 from repvgg.studies.report.formatting import quantity
 from repvgg.studies.store import Cell, CellStore
-from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import Speeds, fit_together, measure_candidates, plan_groups
 
-#: What the paper compares (§4.1): a RepVGG with the baseline of about the same accuracy.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: The comparisons of the paper (§4.1): a RepVGG with the baseline of about the same accuracy.
 PAIRS = (
     ("repvgg_a0", "resnet18"),
     ("repvgg_a1", "resnet34"),
@@ -80,26 +88,7 @@ def resolve(settings: NetworkSettings, cpu_gmacs: float) -> NetworkSettings:
     )
 
 
-class PublishedModel(Protocol):
-    """Published figures of a network."""
-
-    @property
-    def model(self) -> str:
-        """Name of an architecture or a baseline."""
-        ...
-
-    @property
-    def params_millions(self) -> float:
-        """Parameters in 10⁶."""
-        ...
-
-    @property
-    def flops_billions(self) -> float:
-        """Multiply-adds for one image, in 10⁹."""
-        ...
-
-
-ModelT = TypeVar("ModelT", bound=PublishedModel)
+ModelT = TypeVar("ModelT", PrintedModel, PublishedModel)
 
 
 def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[ModelT]:
@@ -117,7 +106,7 @@ def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[Mo
 
 
 def measure_networks(
-    models: Sequence[PublishedModel],
+    models: Sequence[ModelT],
     baseline: str,
     settings: NetworkSettings,
     store: CellStore,
@@ -125,7 +114,7 @@ def measure_networks(
 ) -> None:
     """Add the missing rounds of all networks within the limit, as they would be deployed."""
     chosen = within_limit(models, settings)
-    # From the published parameters: building every network just to know its size would take minutes.
+    # From the published parameters, because building every network to know its size would take minutes.
     weights = sum(model.params_millions for model in chosen) * 1e6
     groups = plan_groups([model.model for model in chosen], PAIRS, baseline, fit_together(weights, settings.run))
     candidates = {model.model: _candidate(model.model, settings.input_size) for model in chosen}
@@ -134,24 +123,24 @@ def measure_networks(
 
 
 def _candidate(name: str, input_size: int | None) -> Candidate:
-    # EfficientNet-B3 is made for 300x300, all others of the tables for 224x224.
+    # EfficientNet-B3 takes 300x300, all others of the tables 224x224.
     size = input_size or (baseline_of(name) if name in BASELINES else spec_of(name)).input_size
     return Candidate(name, name, PLAIN, lambda: deployed(name), (3, size, size))
 
 
 def is_repvgg(name: str) -> bool:
-    """Return whether the name is not a baseline's."""
+    """Return whether a network of these studies is a RepVGG: all others are baselines."""
     return name not in BASELINES
 
 
 _ABOUT = (
-    "All networks are timed interleaved: every round takes the time of each once, and starts with the next one. Speeds "
-    "are medians over the rounds; speed-ups are taken within rounds, so that a slow phase of the machine cancels. If "
-    "the weights of all networks do not fit into half of the free memory, each pair is timed on its own, with the "
-    "baseline of the table beside it, and speed-ups are those within its rounds.\n\n"
+    "All networks are timed interleaved: every round times each of them once, and starts with the next one. Speeds are "
+    "medians over the rounds; speed-ups are computed within rounds, so that a slow phase of the machine cancels. If "
+    "the weights of all networks do not fit into half of the free memory, each pair is timed separately, together with "
+    "the baseline of the table, and speed-ups are those within its rounds.\n\n"
     "RepVGGs run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
-    "speed does not depend on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; they "
-    "say nothing about this machine, but their ratios are what the paper claims."
+    "speed does not depend on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; its "
+    "claims are their ratios."
 )
 
 
@@ -183,7 +172,7 @@ def _outcome(
     charts = [_speed_chart(name, rows, speeds)]
     if pairs:
         tables.append(_pair_table(name, pairs, printed, speeds))
-        # First: the ratios are the claim of the paper, the speeds belong to this machine.
+        # First, because the paper claims ratios; speeds depend on the machine.
         charts.insert(0, _pair_chart(name, pairs, printed, speeds))
     return Outcome(_lead(pairs, speeds), (*tables, count_table(name, rows, counts)), tuple(charts))
 
@@ -206,9 +195,7 @@ def _speed_table(
         Column("model", "Model"),
         Column("paper_top1_percent", "Top-1, paper (%)", 2),
         Column("paper_images_per_second", "Speed, paper (images/s)", 0),
-        Column("images_per_second", "Speed here (images/s)", 1),
-        Column("images_per_second_q1", "lower quartile", 1),
-        Column("images_per_second_q3", "upper quartile", 1),
+        *SPEED_COLUMNS,
         Column("paper_speed_up", f"× {title_of(baseline)}, paper", 2),
         Column("speed_up", f"× {title_of(baseline)} here", 2),
         Column("params_millions", "Params (M)", 2),
@@ -221,8 +208,7 @@ def _speed_table(
             title_of(row.model),
             row.top1_percent,
             row.images_per_second,
-            speeds.images_per_second(row.model),
-            *speeds.quartiles(row.model),
+            *speeds.cells(row.model),
             row.images_per_second / paper_baseline if paper_baseline else None,
             speeds.speedup(row.model, baseline),
             *counts_of(row.model, counts),
@@ -232,7 +218,7 @@ def _speed_table(
     notes = [f"{speeds.extent} Parameters and arithmetic as counted here."]
     if left_out:
         notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
-    return Table(name, "Speed, beside what the paper prints", columns, tuple(body), tuple(notes))
+    return Table(name, "Speed, next to the paper's", columns, tuple(body), tuple(notes))
 
 
 def _pair_table(name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds) -> Table:
@@ -282,6 +268,164 @@ def _speed_chart(name: str, rows: Sequence[PrintedModel], speeds: Speeds) -> Cha
     return Chart(f"{name}-speed", "Images per second of each network on this machine", draw)
 
 
+_X_LABEL, _Y_LABEL = "images per second here", "top-1 accuracy (%)"
+
+
+def pareto_front(accuracies: Mapping[str, float], speeds: Speeds) -> list[str]:
+    """Return the measured networks that no other dominates: at least as fast and accurate, and better in one."""
+    found = [
+        (name, accuracy, speed)
+        for name, accuracy in accuracies.items()
+        if isinstance(speed := speeds.images_per_second(name), float)
+    ]
+    return [
+        name
+        for name, accuracy, speed in found
+        if not any(a >= accuracy and s >= speed and (a, s) != (accuracy, speed) for _, a, s in found)
+    ]
+
+
+def _front_lead(front: Sequence[str]) -> str:
+    if not front:
+        return "Nothing was measured yet."
+    ours = sum(map(is_repvgg, front))
+    return f"Of the {len(front)} networks than which none is both faster here and more accurate, {ours} are RepVGG."
+
+
+def scatter_points(accuracies: Mapping[str, float], speeds: Speeds) -> list[Point]:
+    """Return the measured networks as points."""
+    points = [
+        Point(title_of(name), speed, accuracy, is_repvgg(name))
+        for name, accuracy in accuracies.items()
+        if isinstance(speed := speeds.images_per_second(name), float)
+    ]
+    # Only the fastest RepVGG is labelled in full: with the others as "A1", "B2g4" the labels have space.
+    fastest = max((point for point in points if point.ours), key=lambda point: point.x, default=None)
+    return [one if one is fastest else replace(one, label=one.label.removeprefix("RepVGG-")) for one in points]
+
+
+_FIGURE_1_MODELS = tuple({row.model: row for row in (*TABLE_4, *TABLE_5)}.values())  # B2g4 is in both tables
+_PANELS = {120: "120 epochs", 200: "200 epochs"}
+_MIN_POINTS = 3  # in a panel: fewer show no relation
+
+
+def _figure1_outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
+    names = {row.model for row in within_limit(_FIGURE_1_MODELS, settings)}
+    speeds = Speeds.from_cells(values, settings.batch or 1)
+    points = [point for point in FIGURE_1 if point.model in names]
+    # Accuracies after different training lengths are not comparable: one front for each panel.
+    panels = [{p.model: p.top1_percent for p in points if p.epochs == epochs} for epochs in _PANELS]
+    front = list(dict.fromkeys(name for panel in panels for name in pareto_front(panel, speeds)))
+    chart = Chart(
+        "figure1",
+        "Top-1 accuracy as the paper prints it against images per second on this machine",
+        partial(_draw_figure1, points=points, speeds=speeds),
+    )
+    return Outcome(_front_lead(front), (_figure1_table(points, speeds, front),), (chart,))
+
+
+def _figure1_table(points: Sequence[FigurePoint], speeds: Speeds, front: Sequence[str]) -> Table:
+    columns = (
+        Column("model", "Model"),
+        Column("epochs", "Epochs of training, paper"),
+        Column("paper_top1_percent", "Top-1, paper (%)", 2),
+        Column("paper_images_per_second", "Speed, paper (images/s)", 0),
+        *SPEED_COLUMNS,
+        Column("undominated", "none faster and more accurate"),
+    )
+    rows = tuple(
+        (
+            title_of(point.model),
+            point.epochs,
+            point.top1_percent,
+            point.images_per_second,
+            *speeds.cells(point.model),
+            point.model in front,
+        )
+        for point in points
+    )
+    return Table("figure1", "Accuracy and speed", columns, rows, (speeds.extent,))
+
+
+def _draw_figure1(figure: Figure, points: Sequence[FigurePoint], speeds: Speeds) -> None:
+    panels = {
+        epochs: scatter_points({p.model: p.top1_percent for p in points if p.epochs == epochs}, speeds)
+        for epochs in _PANELS
+    }
+    shown = {epochs: panel for epochs, panel in panels.items() if len(panel) >= _MIN_POINTS} or panels
+    for axes, (epochs, panel) in zip(add_panels(figure, len(shown)), shown.items(), strict=True):
+        draw_scatter(axes, f"Trained for {_PANELS[epochs]}", panel, _X_LABEL, _Y_LABEL)
+
+
+_MOBILE_BASELINE = "mobilenet_v2"
+
+
+def _measure_mobile(settings: NetworkSettings, store: CellStore, on_progress: OnProgress) -> None:
+    if COUNTS not in store:  # first, because it takes seconds and the timing minutes
+        store.put(COUNTS, {row.model: _count_plain(row.model) for row in within_limit(MOBILE_MODELS, settings)})
+    measure_networks(MOBILE_MODELS, _MOBILE_BASELINE, settings, store, on_progress)
+
+
+def _count_plain(name: str) -> dict[str, int]:
+    named = named_model(name, values=False)
+    image = torch.empty(1, *named.input_shape, device="meta")  # counts need shapes only
+    counts = count(plain_form(named.model, image), (1, *named.input_shape))
+    return {"params": counts.params, "macs": counts.macs, "winograd_muls": counts.winograd_muls}
+
+
+def _mobile_outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
+    models = within_limit(MOBILE_MODELS, settings)
+    accuracies = {row.model: row.top1_percent for row in models}
+    speeds = Speeds.from_cells(values, settings.batch or 1)
+    front = pareto_front(accuracies, speeds)
+
+    def draw(figure: Figure) -> None:
+        draw_scatter(figure.add_subplot(), "Accuracy and speed", scatter_points(accuracies, speeds), _X_LABEL, _Y_LABEL)
+
+    chart = Chart("mobile", "Top-1 accuracy as published against images per second on this machine", draw)
+    return Outcome(_front_lead(front), (_mobile_table(models, speeds, values.get(COUNTS, {}), front),), (chart,))
+
+
+def _mobile_table(models: Sequence[PublishedModel], speeds: Speeds, counts: Cell, front: Sequence[str]) -> Table:
+    columns = (
+        Column("model", "Model"),
+        Column("published_top1_percent", "Top-1, published (%)", 1),
+        *SPEED_COLUMNS,
+        Column("speed_up", f"× {title_of(_MOBILE_BASELINE)} here", 2),
+        Column("published_params_millions", "Params, published (M)", 1),
+        Column("params_millions", "Params here (M)", 2),
+        Column("published_flops_billions", "Theo FLOPs, published (B)", 3),
+        Column("flops_billions", "Theo FLOPs here (B)", 3),
+        Column("winograd_muls_billions", "Wino MULs here (B)", 3),
+        Column("undominated", "none faster and more accurate"),
+        Column("source", "Published in"),
+    )
+    rows = []
+    for row in models:
+        params, flops, muls = counts_of(row.model, counts)
+        rows.append(
+            (
+                title_of(row.model),
+                row.top1_percent,
+                *speeds.cells(row.model),
+                speeds.speedup(row.model, _MOBILE_BASELINE),
+                row.params_millions,
+                params,
+                row.flops_billions,
+                flops,
+                muls,
+                row.model in front,
+                row.source,
+            )
+        )
+    notes = (
+        f"{speeds.extent} Counted in the plain form, branches merged and batch norms folded.",
+        "The recipes behind the published accuracies differ. RepVGG's is 120 epochs with crops and flips only (the "
+        "paper, §4.1).",
+    )
+    return Table("mobile", "Next to networks for small devices", columns, tuple(rows), notes)
+
+
 def _network_study(name: str, title: str, table: Sequence[PrintedModel], baseline: str, cpu_gmacs: float) -> Study:
     return Study(
         name=name,
@@ -296,7 +440,33 @@ def _network_study(name: str, title: str, table: Sequence[PrintedModel], baselin
 
 STUDIES = (
     _network_study(
-        "table4", "Table 4: speed beside ResNet, ResNeXt, EfficientNet, RegNet", TABLE_4, "resnet50", CPU_GMACS
+        "table4", "Table 4: speed next to ResNet, ResNeXt, EfficientNet, RegNet", TABLE_4, "resnet50", CPU_GMACS
     ),
     _network_study("table5", "Table 5: speed of the largest networks", TABLE_5, "regnetx_12gf", UNLIMITED_GMACS),
+    Study(
+        name="figure1",
+        title="Figure 1: accuracy against speed",
+        about=(
+            "Accuracies are the paper's; nothing is trained here. Speeds are measured as in table4: all networks "
+            "interleaved, RepVGGs in the plain form, batch norms of the others folded, medians over the rounds."
+        ),
+        settings=NetworkSettings,
+        resolve=partial(resolve, cpu_gmacs=CPU_GMACS),
+        measure=partial(measure_networks, _FIGURE_1_MODELS, "resnet50"),
+        outcome=_figure1_outcome,
+    ),
+    Study(
+        name="mobile",
+        title="Next to ShuffleNet, MobileNet and MobileOne, which the paper leaves out",
+        about=(
+            "Accuracies are those that the authors publish; nothing is trained here. Speeds are measured as in table4: "
+            "all networks interleaved, RepVGGs and MobileOnes in the plain form, batch norms of the others folded, "
+            "medians over the rounds. Few multiply-adds alone do not make a network fast: depthwise convolutions move "
+            "many bytes for each."
+        ),
+        settings=NetworkSettings,
+        resolve=partial(resolve, cpu_gmacs=UNLIMITED_GMACS),
+        measure=_measure_mobile,
+        outcome=_mobile_outcome,
+    ),
 )

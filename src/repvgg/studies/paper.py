@@ -1,8 +1,8 @@
-"""The printed numbers of RepVGG (CVPR 2021) as data: Tables 1, 4, 5, 6 and 7, and Figure 1.
+"""Published numbers as data: Tables 1, 4, 5, 6 and 7 and Figure 1 of RepVGG (CVPR 2021), and mobile networks.
 
-Models have the names of our architectures and baselines. Speeds are images per second on one NVIDIA GTX 1080 Ti in
-float32, batches of 128, batch norms folded (§4.1). A multiply-add counts as one FLOP (§2.4). None stands
-for a dash.
+Models have the names of our architectures and baselines. Accuracies are top-1 on the validation set of ImageNet-1K, in
+percent. The paper's speeds are images per second on one NVIDIA GTX 1080 Ti in float32, in batches of 128 with batch
+norms folded (§4.1). One multiply-add is one FLOP (§2.4), except in the TFLOPS of Table 1. None is a dash.
 """
 
 from __future__ import annotations
@@ -12,52 +12,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelSpeed:
-    """A row of Table 1: one convolution with batch 32, 2048 channels in and out, 56x56, stride 1.
+    """A row of Table 1: one convolution with batch 32, 2048 channels in and out, 56x56, stride 1."""
 
-    Attributes:
-        kernel: height and width.
-        flops_billions: multiply-adds, in 10⁹.
-        milliseconds: of one call.
-        tflops: floating point operations a second, in 10¹²; a multiply-add counts as two of them here.
-    """
-
-    kernel: int
+    kernel: int  # height and width
     flops_billions: float
-    milliseconds: float
-    tflops: float
+    milliseconds: float  # of one call
+    tflops: float  # 10¹² operations a second; a multiply-add is two of them
 
 
 @dataclass(frozen=True)
 class PrintedModel:
-    """A row of Table 4 or 5.
-
-    Attributes:
-        model: name of an architecture or a baseline.
-        top1_percent: on the validation set of ImageNet-1K.
-        images_per_second: speed.
-        params_millions: parameters in 10⁶, truncated to two decimals in nearly all rows.
-        flops_billions: multiply-adds for one image, in 10⁹.
-        winograd_muls_billions: multiplications where F(2x2, 3x3) is used (§2.4), in 10⁹.
-    """
+    """A row of Table 4 or 5; parameters are truncated to two decimals in nearly all rows."""
 
     model: str
     top1_percent: float
     images_per_second: float
     params_millions: float
+    flops_billions: float  # for one image
+    winograd_muls_billions: float | None  # multiplications where F(2x2, 3x3) is used (§2.4)
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """Numbers that the authors of a mobile network publish, and where."""
+
+    model: str
+    top1_percent: float
+    params_millions: float
     flops_billions: float
-    winograd_muls_billions: float | None
+    source: str
 
 
 @dataclass(frozen=True)
 class PrintedAblation:
-    """A row of Table 6, on RepVGG-B0 trained for 120 epochs.
-
-    Attributes:
-        identity: whether blocks have the identity branch.
-        pointwise: whether blocks have the 1x1 branch.
-        top1_percent: on the validation set of ImageNet-1K.
-        images_per_second: speed of the train form, before conversion.
-    """
+    """A row of Table 6, on RepVGG-B0 trained for 120 epochs: which branches blocks have, and the train form's speed."""
 
     identity: bool
     pointwise: bool
@@ -67,29 +55,16 @@ class PrintedAblation:
 
 @dataclass(frozen=True)
 class PrintedVariant:
-    """A row of Table 7, on RepVGG-B0 trained for 120 epochs.
+    """A row of Table 7, on RepVGG-B0 trained for 120 epochs."""
 
-    Attributes:
-        name: of our block; for Residual Reorg, which no block makes, of our network.
-        title: as printed.
-        top1_percent: on the validation set of ImageNet-1K.
-    """
-
-    name: str
-    title: str
+    name: str  # of our block; for Residual Reorg, which no block implements, of our network
+    title: str  # as printed
     top1_percent: float
 
 
 @dataclass(frozen=True)
 class FigurePoint:
-    """A point of Figure 1.
-
-    Attributes:
-        model: name of an architecture or a baseline.
-        images_per_second: on the x axis.
-        top1_percent: on the y axis.
-        epochs: 120 in the left panel, 200 in the right one.
-    """
+    """A point of Figure 1; training took 120 epochs in the left panel, 200 in the right one."""
 
     model: str
     images_per_second: float
@@ -153,9 +128,32 @@ TABLE_7 = (
     PrintedVariant("residual_reorg", "Residual Reorg", 74.56),
 )
 
-#: The figure prints no numbers at its points: these are the rows of Tables 4 (left panel) and 5 (right panel).
+#: The figure prints no numbers at its points; they are the rows of Tables 4 (left panel) and 5 (right panel).
 FIGURE_1 = tuple(
     FigurePoint(row.model, row.images_per_second, row.top1_percent, epochs)
     for epochs, table in ((120, TABLE_4), (200, TABLE_5))
     for row in table
+)
+
+_MOBILE_REPVGGS = ("repvgg_a0", "repvgg_a1", "repvgg_b0", "repvgg_a2")
+_SHUFFLENET = "Ma et al., ECCV 2018"
+_MOBILEONE = "Vasu et al., CVPR 2023"
+
+MOBILE_MODELS = (
+    *(
+        PublishedModel(row.model, row.top1_percent, row.params_millions, row.flops_billions, "RepVGG, Table 4")
+        for row in TABLE_4
+        if row.model in _MOBILE_REPVGGS
+    ),
+    # 1x1 and depthwise convolutions: few multiply-adds, many bytes for each.
+    PublishedModel("shufflenet_v2_x0_5", 60.3, 1.4, 0.041, _SHUFFLENET),
+    PublishedModel("shufflenet_v2_x1_0", 69.4, 2.3, 0.146, _SHUFFLENET),
+    PublishedModel("shufflenet_v2_x2_0", 74.9, 7.4, 0.591, _SHUFFLENET),
+    PublishedModel("mobilenet_v2", 72.0, 3.4, 0.300, "Sandler et al., CVPR 2018"),
+    PublishedModel("mobilenet_v3_large", 75.2, 5.4, 0.219, "Howard et al., ICCV 2019"),
+    PublishedModel("mobileone_s0", 71.4, 2.1, 0.275, _MOBILEONE),
+    PublishedModel("mobileone_s1", 75.9, 4.8, 0.825, _MOBILEONE),
+    PublishedModel("mobileone_s2", 77.4, 7.8, 1.299, _MOBILEONE),
+    PublishedModel("mobileone_s3", 78.1, 10.1, 1.896, _MOBILEONE),
+    PublishedModel("mobileone_s4", 79.4, 14.8, 2.978, _MOBILEONE),
 )

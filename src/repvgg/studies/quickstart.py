@@ -120,7 +120,7 @@ def _unused_name(folder: Path) -> Path:
 
 @contextmanager
 def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder beside ``target``, renamed to it on success and removed on failure."""
+    """Yield a temporary folder next to ``target``, renamed to it on success and removed on failure."""
     if target.exists() and not (overwrite and target.is_dir()):
         raise OutputExistsError(f"{str(target)!r} exists: choose another folder, or ask to overwrite it.")
     try:
@@ -373,7 +373,7 @@ def _check_entry(check: _CheckResult) -> page.Check:
 
 
 def _samples(forms: _Forms, data: ImageData) -> tuple[page.Sample, ...]:
-    """Return 24 validation digits, those that the plain form misclassifies first."""
+    """Return 24 validation digits, first the ones that the plain form misclassifies."""
     images, truth = data.val_images(range(data.num_val or 0))
     labels = truth.tolist()
     with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""The results of a study on disk: a header and one JSON file a cell, and locks for processes that share the folder.
+"""The results of a study on disk: a header, one JSON file per cell, and locks for processes that share the folder.
 
 Every cell is written as soon as it is measured, so that an interrupted study continues where it stopped. Cells of other
-settings or of another machine are refused: the numbers of one table have to be comparable.
+settings or of another machine are refused, because the numbers of one table must be comparable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Header:
         study: name.
         settings: of the study, as JSON types.
         environment: the machine, as :func:`repvgg.measure.environment` describes it when the study starts.
-        command: that continues the study.
+        command: continues the study.
         started: ISO 8601 time.
         finished: ISO 8601 time; empty while cells are missing.
     """
@@ -67,26 +67,26 @@ class CellStore:
 
         Args:
             folder: it need not exist.
-            header: of the study that is about to run.
+            header: describes the study that starts.
             overwrite: remove the study in the folder and start again.
             mix_machines: accept cells of several machines, for studies whose cells hold no times.
 
         Raises:
             OutputExistsError: the folder holds a finished study, or files that are no study.
-            UsageError: it holds cells of another study, other settings or another machine; the text says which.
+            UsageError: it holds cells of another study, other settings or another machine; the text names the entry.
             DataError: a file in it cannot be read.
         """
         if not _has_content(folder):
-            return cls(folder, _start(header), {})
+            return cls(folder, replace(header, started=_now()), {})
         if not (folder / HEADER).is_file():
-            # Never remove what is not ours, not even with overwrite.
+            # Never remove files that this class did not write, not even with overwrite.
             raise OutputExistsError(f"{str(folder)!r} is not empty and holds no study: choose another folder.")
         if overwrite:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
                 raise OutputError(f"{str(folder)!r} cannot be removed: {error.strerror or error}.") from error
-            return cls(folder, _start(header), {})
+            return cls(folder, replace(header, started=_now()), {})
         found = read_header(folder)
         _check_comparable(folder, found, header, mix_machines)
         if found.finished:
@@ -118,7 +118,7 @@ class CellStore:
             DataError: its file cannot be read.
         """
         path = self.folder / CELLS / f"{key}.json"
-        # A cell never changes once written, so what was read before stays valid.
+        # Cells never change once they are written.
         if key not in self._values and path.is_file():
             self._values[key] = read_cell(path)
         return key in self._values
@@ -192,7 +192,7 @@ def read_cell(path: Path) -> dict[str, Any]:
 
 
 def as_stored(value: Any) -> Any:
-    """Return ``value`` as it comes back from a JSON file: tuples become lists."""
+    """Return ``value`` as a JSON file would return it: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
@@ -202,10 +202,6 @@ def _to_json(value: Cell) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _start(header: Header) -> Header:
-    return replace(header, started=_now())
 
 
 def _has_content(folder: Path) -> bool:
@@ -218,7 +214,7 @@ def _has_content(folder: Path) -> bool:
 def _check_comparable(folder: Path, found: Header, wanted: Header, mix_machines: bool) -> None:
     ours = {"study": wanted.study, **as_stored(wanted.settings), **({} if mix_machines else wanted.machine)}
     theirs = {"study": found.study, **found.settings, **({} if mix_machines else found.machine)}
-    # A setting that one side does not know counts as None: a new version may add settings with that default.
+    # A setting that one side lacks counts as None: later versions may add settings with that default.
     for name in dict.fromkeys((*theirs, *ours)):
         if theirs.get(name) != ours.get(name):
             raise UsageError(
@@ -229,7 +225,7 @@ def _check_comparable(folder: Path, found: Header, wanted: Header, mix_machines:
 
 @dataclass(frozen=True)
 class CellShare:
-    """Every ``of``-th cell, starting with number ``number`` (from 1).
+    """Every ``of``-th cell, starting with the cell at ``number`` (from 1).
 
     Raises:
         UsageError: ``number`` is not in [1, ``of``].
@@ -277,8 +273,8 @@ class LockResult:
     """Result of trying to lock a cell.
 
     Attributes:
-        acquired: this process holds the lock until the end of the context.
-        holder: who holds it otherwise; if acquired, the dead process that held it before.
+        acquired: whether this process holds the lock until the end of the context.
+        holder: the process that holds it otherwise; if acquired, the dead process that held it before.
     """
 
     acquired: bool
@@ -289,8 +285,8 @@ class LockResult:
 def try_lock(path: Path) -> Iterator[LockResult]:
     """Acquire a lock file without waiting; release it on exit.
 
-    A lock of a dead process of this machine is taken over. Locks of other machines stay until their processes, or a
-    person, remove them: whether those processes are alive cannot be seen from here.
+    The lock of a dead process of this machine is taken over. Locks of other machines stay until their processes or a
+    person remove them, because it is unknown whether those processes are alive.
 
     Raises:
         OutputError: the file cannot be created.
@@ -301,7 +297,7 @@ def try_lock(path: Path) -> Iterator[LockResult]:
     try:
         lock.acquire()
     except Timeout:
-        # Read again: the lock may have changed hands between the two.
+        # Read again, because another process may have acquired the lock since.
         yield LockResult(False, lock_holder(path) or before)
         return
     except OSError as error:
@@ -313,7 +309,7 @@ def try_lock(path: Path) -> Iterator[LockResult]:
 
 
 def lock_holder(path: Path) -> LockHolder | None:
-    """Return who wrote a lock file; None if there is none."""
+    """Return the process that wrote a lock file; None if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

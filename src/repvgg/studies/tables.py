@@ -18,7 +18,7 @@ class Column:
     Attributes:
         key: its name in CSV and JSON, with the unit: ``images_per_second``.
         title: heading for readers.
-        digits: decimal places for readers; None formats a number as it is.
+        digits: decimal places for readers; None for all of them.
     """
 
     key: str
@@ -36,9 +36,17 @@ class Column:
         return str(value)
 
 
+#: Median and quartiles of the images per second; see :meth:`repvgg.studies.timing.Speeds.cells`.
+SPEED_COLUMNS = (
+    Column("images_per_second", "Speed here (images/s)", 1),
+    Column("images_per_second_q1", "lower quartile", 1),
+    Column("images_per_second_q3", "upper quartile", 1),
+)
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows with one value a column; None is what was not measured or not printed.
+    """Rows with one value per column; None for a value that was not measured or not printed.
 
     Attributes:
         name: of its file, without the suffix.

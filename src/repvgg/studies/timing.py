@@ -1,7 +1,7 @@
 """Time networks side by side: sweeps over batch sizes (`repvgg bench`), and rounds stored as cells of a study.
 
-A study stores each round as a cell as soon as it is complete, and continues with the next one after an interruption. A
-round times all networks of its group once, so that speed-ups are ratios within rounds.
+A study stores each round as a cell as soon as it is complete, so that it continues after an interruption. A round times
+all networks of its group once; speed-ups are ratios within rounds.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def make_calls(
     calls: dict[str, Call] = {}
     for network in networks:
         with catch_out_of_memory(network.name, on_failure):
-            # The check itself runs one image: it fails with that size in its message.
+            # The check runs one image: a failure names that size.
             with _explain_failure(network, 1, settings):
                 _check_memory(network, batch, settings)
             if network.image not in images:
@@ -179,8 +179,8 @@ def sweep(
 ) -> SweepResult:
     """Time all candidates side by side, one batch size after the other.
 
-    A candidate that does not fit in memory is left out of that batch size; the others go on. Ctrl-C keeps the samples
-    taken so far, if there are at least 3 rounds. The settings have to be applied already.
+    A candidate that does not fit in memory is left out of that batch size. Ctrl-C keeps the samples taken so far, if
+    there are at least 3 rounds. The settings must be applied already.
 
     Args:
         candidates: networks to time.
@@ -334,7 +334,7 @@ def measure_rounds(
     """
     if _PLAN not in store:
         store.put(_PLAN, {"groups": [list(group) for group in groups]})
-    # From the store: free memory may have changed since the study began, and rounds are numbered by group.
+    # From the store, because rounds are numbered by group and free memory may have changed since the study began.
     groups = store[_PLAN]["groups"]
     total = protocol.rounds * len(groups)
 
@@ -348,7 +348,7 @@ def measure_rounds(
 
     for index, group in enumerate(groups):
         left = protocol.rounds - len(_samples_of(store.values, index))
-        names = [name for name in group if _FAILED + name not in store]  # it would fail again
+        names = [name for name in group if _FAILED + name not in store]  # these would fail again
         if left > 0 and names and (calls := calls_of(names, record_failure)):
             stopwatch = settings.stopwatch(batch)
             rounds = replace(protocol, rounds=left)
@@ -366,7 +366,7 @@ def _samples_of(values: Mapping[str, Cell], group: int) -> list[Sample]:
 
 @dataclass(frozen=True, eq=False)
 class Speeds:
-    """What the rounds of a study say.
+    """The speeds of networks, from the rounds of a study.
 
     Attributes:
         groups: the samples of each group.
@@ -399,9 +399,15 @@ class Speeds:
         return f"{quantity(self.rounds, 'round')}, {quantity(self.batch, 'image')} a call."
 
     def timing(self, name: str) -> Timing | None:
-        """Return the timing in the first group that holds the network; None if it was not measured."""
+        """Return the timing in the first group with the network; None if it was not measured."""
         samples = next(self._groups_with(name), None)
         return None if samples is None else summarize(samples, [name], name)[0]
+
+    def cells(self, name: str) -> tuple[float | str | None, ...]:
+        """Return the median, lower and upper quartile of the images per second, for ``SPEED_COLUMNS``."""
+        timing = self.timing(name)
+        quartiles = (None, None) if timing is None else (self.batch / timing.q3, self.batch / timing.q1)
+        return (self.images_per_second(name), *quartiles)
 
     def images_per_second(self, name: str) -> float | str | None:
         """Return the median speed, :data:`OUT_OF_MEMORY`, or None if the network was not measured."""
@@ -409,11 +415,6 @@ class Speeds:
         if timing is None:
             return OUT_OF_MEMORY if name in self.failures else None
         return self.batch / timing.median_seconds
-
-    def quartiles(self, name: str) -> tuple[float | None, float | None]:
-        """Return the lower and upper quartile of the images per second."""
-        timing = self.timing(name)
-        return (None, None) if timing is None else (self.batch / timing.q3, self.batch / timing.q1)
 
     def ratio(self, name: str, to: str) -> Ratio | None:
         """Return the speed-up over another network within the rounds that hold both; None if there are none."""

@@ -1,4 +1,4 @@
-"""Variants of a network: which ones the ablations compare, how one is trained and collapsed, what its steps cost."""
+"""Variants of a network that the ablations compare: training one, collapsing it, and the cost of its steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from repvgg.verify import verify
 if TYPE_CHECKING:
     from repvgg.training import EpochRecord
 
-# Names of repvgg.training that need Lightning are imported where they are used: listing the studies does not need it.
+# Names of repvgg.training that need Lightning are imported where they are used, so that listing the studies is fast.
 
 #: Takes the architecture, the number of classes and of input channels; returns a freshly initialized network.
 Make: TypeAlias = Callable[[ModelSpec, int, int], nn.Module]
@@ -75,7 +75,7 @@ class Variant:
         make: builds it on an architecture.
         top1_percent: on ImageNet-1K, as the paper prints it for RepVGG-B0; None if it does not.
         identity: whether its blocks have an identity branch; None if the table has no such column.
-        pointwise: likewise the 1x1 branch.
+        pointwise: the same for the 1x1 branch.
     """
 
     name: str
@@ -109,14 +109,14 @@ TABLE_7_VARIANTS = tuple(
     Variant(
         row.name,
         row.title,
-        # Residual Reorg has shortcuts across blocks: it needs its own network class.
+        # Residual Reorg has shortcuts across blocks, so it needs another network class.
         residual_reorg if row.name == "residual_reorg" else partial(_make, row.name),
         row.top1_percent,
     )
     for row in TABLE_7
 )
 
-#: Blocks that equal another one if their kernels are 3x3.
+#: Blocks that are equal to another one if their kernels are 3x3.
 EQUAL_AT_3X3 = {"replk": "repvgg_no_identity", "expand_ck": "conv_bn", "qarepvgg_s2": "repvgg_identity_without_bn"}
 
 
@@ -181,7 +181,7 @@ class Training:
 
 
 def train_cell(training: Training, folder: Path) -> Cell:
-    """Train, collapse and evaluate in a folder, from its last checkpoint if there is one; leave the log there.
+    """Train, collapse and evaluate in a folder, from its last checkpoint if there is one; write the log there.
 
     Raises:
         RepvggError: see :func:`repvgg.training.fit`.
@@ -223,7 +223,7 @@ def train_cell(training: Training, folder: Path) -> Cell:
 
 
 def _initial_model(training: Training) -> tuple[nn.Module, list[str]]:
-    """Return the network with the initial weights of its seed, and the warnings of its builder."""
+    """Return the network with the initial weights of its seed, and the warnings while building it."""
     with warnings.catch_warnings(record=True) as caught, seeded("model", training.config.seed):
         warnings.simplefilter("always", OtherBlockWarning)
         data = training.data
@@ -247,7 +247,7 @@ def _deploy(model: nn.Module, trained: Evaluation, training: Training) -> dict[s
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
     result = evaluate_validation(plain, training.data, training.config)
-    # Verification runs both networks in float64 as well: 256 images suffice, all would take minutes.
+    # 256 images, because verification also runs both networks in float64, which would take minutes for all.
     batches = islice(training.data.val_batches(64), 4)
     images = [training.data.prepare(images) for images, _ in batches]
     evidence = verify(model, plain, images).raise_if_failed()
@@ -269,7 +269,7 @@ _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """The measurement of training steps, all variants side by side.
+    """What to measure of training steps, all variants side by side.
 
     Attributes:
         variants: to measure.
@@ -331,7 +331,7 @@ def _training_steps(cost: StepCost, names: Sequence[str], on_failure: OnFailure)
 
 
 def training_step(variant: Variant, cost: StepCost) -> Call:
-    """Return one training step of the variant, which runs on the same random images every time."""
+    """Return a training step of the variant on the same random images at every call."""
     from repvgg.training import classification_loss
 
     config, device = cost.config, cost.run.device
@@ -340,7 +340,7 @@ def training_step(variant: Variant, cost: StepCost) -> Call:
         warnings.simplefilter("ignore", OtherBlockWarning)  # reported by the trainings
         model = variant.make(cost.spec, cost.num_classes, cost.image[0])
     model = model.to(device, memory_format=memory_format).train()  # type: ignore[call-overload]
-    optimizer, _ = build_optimizer(model, config.optim, 1_000_000, 0)  # the length of the schedule does not matter
+    optimizer, _ = build_optimizer(model, config.optim, 1_000_000, 0)  # any length of the schedule will do
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch_size, *cost.image, generator=generator).to(device, memory_format=memory_format)
     labels = torch.randint(cost.num_classes, (config.batch_size,), generator=generator).to(device)
@@ -359,7 +359,7 @@ def training_step(variant: Variant, cost: StepCost) -> Call:
 
 
 def _peak_bytes(step: Call, device: str) -> int:
-    """Return the peak memory of a step beyond weights, their averages and the state of the optimizer."""
+    """Return the peak memory of a step beyond weights, their averages and the optimizer's state."""
     step()  # the first step allocates that state
     if device == "cuda":
         return gpu_peak_bytes(step)

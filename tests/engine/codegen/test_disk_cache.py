@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg import _cache_folder
+from repvgg._files import CACHE_VARIABLE
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.disk_cache import cache_folder, cached_object_code, clear_cache
 from repvgg.engine.codegen.jit import compile_to_object
@@ -23,7 +23,7 @@ ISA = isas()[-1]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(_cache_folder.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     disk_cache._warn_once.cache_clear()
     return tmp_path / "engine"
 
@@ -118,7 +118,7 @@ def test_a_file_of_another_user_is_not_loaded(compiled, monkeypatch):
 
 
 def test_turned_off(monkeypatch, compiled):
-    monkeypatch.setenv(_cache_folder.VARIABLE, "off")
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
     assert cache_folder() is None
     assert cached_object_code(IR, ISA) == cached_object_code(IR, ISA)
     assert len(compiled) == 2
@@ -127,7 +127,7 @@ def test_turned_off(monkeypatch, compiled):
 
 def test_default_folder(monkeypatch):
     platformdirs = pytest.importorskip("platformdirs")
-    monkeypatch.delenv(_cache_folder.VARIABLE)
+    monkeypatch.delenv(CACHE_VARIABLE)
     assert cache_folder() == platformdirs.user_cache_path("repvgg") / "engine"
 
 

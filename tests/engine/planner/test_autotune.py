@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import repvgg.engine
-from repvgg import _cache_folder
+from repvgg._files import CACHE_VARIABLE
 from repvgg.engine import compiled_model
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
@@ -35,7 +35,7 @@ def problem_of(geometry=PADDED, in_channels=16, out_channels=32, output_size=(9,
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(_cache_folder.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(autotune, "_MAX_CANDIDATES", 3)  # fewer measurements, so that tests are fast
     monkeypatch.setattr(autotune, "_MAX_PARTITIONS", 2)
     return tmp_path / "engine"
@@ -91,7 +91,7 @@ def test_a_copy_uses_the_cached_results(measured):
 
 
 def test_without_a_cache_each_compilation_measures(measured, monkeypatch):
-    monkeypatch.setenv(_cache_folder.VARIABLE, "off")
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
     for _ in range(2):
         repvgg.engine.compile(plain(), (1, 16, 12, 12), 1, search=True)
     assert len(measured) == 4

@@ -19,7 +19,7 @@ def test_json_round_trip(report):
     assert through_json(report) == report
 
 
-def test_file_written_by_the_first_version_is_read_and_written_alike():
+def test_file_of_the_first_version_is_read_and_written_unchanged():
     """A ``report.json`` of the first version of the quickstart, shortened, and with an infinite error put into it."""
     stored = json.loads(V1_FILE.read_text(encoding="utf-8"))
     report = Report.from_dict(stored)
@@ -91,7 +91,7 @@ def test_pixels_must_be_a_rectangle_of_gray_values(pixels):
         Sample(pixels, 0, 0, 1.0)
 
 
-def test_verdict_covers_all_checks(report):
+def test_passed_covers_all_checks(report):
     failed = replace(report.evidence[2], passed=False)
     assert report.passed
     assert not replace(report, evidence=(*report.evidence[:2], failed)).passed

@@ -17,7 +17,7 @@ from typing import Any, final
 
 from filelock import FileLock
 
-from repvgg._cache_folder import cache_folder
+from repvgg._files import cache_folder
 
 _SOURCE = Path(__file__).with_name("fused_bn_sum.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi")

@@ -21,8 +21,8 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from repvgg import _cache_folder
-from repvgg._files import atomic_write
+from repvgg import _files
+from repvgg._files import CACHE_VARIABLE, atomic_write
 from repvgg.engine.codegen.jit import VectorIsa, compile_to_object
 from repvgg.errors import CacheWarning, OutputError, first_line, require
 
@@ -34,8 +34,8 @@ _DIGEST_BYTES = 32
 
 
 def cache_folder() -> Path | None:
-    """Return the engine's folder for cached files, or None if caching is off; see :mod:`repvgg._cache_folder`."""
-    return _cache_folder.cache_folder("engine")
+    """Return the engine's cache folder, or None if caching is off; see :func:`repvgg._files.cache_folder`."""
+    return _files.cache_folder("engine")
 
 
 def cached_object_code(ir: str, isa: VectorIsa) -> bytes:
@@ -133,5 +133,5 @@ def _evict(folder: Path) -> None:
 @cache
 def _warn_once(folder: str, reason: str) -> None:
     text = f"The cache folder {folder!r} cannot be written to ({reason}), so each process compiles again."
-    hint = f"{_cache_folder.VARIABLE} names another folder."
+    hint = f"{CACHE_VARIABLE} names another folder."
     warnings.warn(f"{text} {hint}", CacheWarning, stacklevel=2)

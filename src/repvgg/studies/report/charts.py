@@ -45,7 +45,7 @@ class Chart:
 
     Attributes:
         name: stem of its file names.
-        description: what it shows, for people who do not see it.
+        description: content in words, for screen readers.
         draw: draws it into an empty figure, whose width tells a slide from a phone.
     """
 
@@ -179,7 +179,7 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, 
 
 
 def label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each label beside its point, at the first of 24 positions with the smallest overlap penalty.
+    """Write each label next to its point, at the first of 24 positions with the smallest overlap penalty.
 
     Greedy, in the order of the points; positions are on three rings of eight directions around the point.
     """

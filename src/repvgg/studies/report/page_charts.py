@@ -134,7 +134,7 @@ def _page_chart(
     wide: tuple[float, float],
     narrow: tuple[float, float],
 ) -> str:
-    """Draw a chart of a report page, sizes in CSS pixels; ``draw`` is told whether the figure is the narrow one."""
+    """Draw a chart of a report page, sizes in CSS pixels; ``draw`` takes whether the figure is the narrow one."""
     variants = []
     for variant, (width, height) in (("wide", wide), ("narrow", narrow)):
         with new_figure(width * PX, height * PX, font=_FONT) as figure:

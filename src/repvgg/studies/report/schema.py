@@ -192,7 +192,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class File:
-    """A file beside the report: its name, its size in bytes, and its purpose."""
+    """A file in the folder of the report: its name, its size in bytes, and its purpose."""
 
     name: str
     bytes: int
@@ -211,7 +211,7 @@ class NextCommand:
 class Report:
     """The content of ``report.json``. ``evidence`` and ``timings`` are shown in their order.
 
-    The first check supplies the headline figures; the verdict is that of all checks. ``created`` is an ISO 8601 time,
+    The first check supplies the headline figures; the report passes if all checks do. ``created`` is an ISO 8601 time,
     ``command`` reproduces the run.
 
     Raises:

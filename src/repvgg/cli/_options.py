@@ -1,4 +1,4 @@
-"""How the help texts of commands are laid out: docstrings, wrapped for the terminal before tyro sees them."""
+"""Options that several commands share, and the layout of help texts: docstrings, wrapped before tyro sees them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 Command = Callable[..., int | None]
 
-#: The flag ``--json``, named alike in every command.
+# Without a hint, tyro shows no default: where it is None, the help text of the option describes it.
+_NO_HINT = ""
+
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]
+Number = Annotated[int | None, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
+InputSize = Annotated[int | None, tyro.conf.arg(help_behavior_hint=_NO_HINT, metavar="PIXELS")]
+InputHeightWidth = Annotated[tuple[int, int] | None, tyro.conf.arg(help_behavior_hint=_NO_HINT, metavar="H W")]
+BatchSize = Annotated[int, tyro.conf.arg(metavar="IMAGES")]
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+CheckpointSource = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+OutFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+OptionalFile = Annotated[Path | None, tyro.conf.arg(help_behavior_hint=_NO_HINT, metavar="FILE")]
 
 _MAX_COLUMNS = 100  # longer lines are hard to read, however wide the terminal is
 
 
 def overview(commands: dict[str, Command], about: str) -> str:
     """Return a list of commands, each with the first paragraph of its docstring."""
-    indent = max(map(len, commands)) + 4
+    width = max(map(len, commands)) + 4
     lines = [
         textwrap.fill(
-            _paragraphs(command)[0],
-            _columns(),
-            initial_indent=f"  {name}".ljust(indent),
-            subsequent_indent=" " * indent,
+            _paragraphs(command)[0], _columns(), initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width
         )
         for name, command in commands.items()
     ]
@@ -45,7 +53,7 @@ def description(command: Command) -> str:
 
 
 def wrapped(paragraphs: Sequence[str]) -> str:
-    """Return paragraphs wrapped for the terminal. Indented ones are examples, and stay as they are."""
+    """Return paragraphs wrapped for the terminal. Indented ones are examples, which stay unchanged."""
     # tyro joins the lines of paragraphs that are not indented.
     return "\n\n".join(
         textwrap.indent(part if part.startswith(" ") else textwrap.fill(part, _columns() - 2), "  ")
@@ -55,7 +63,7 @@ def wrapped(paragraphs: Sequence[str]) -> str:
 
 def option(text: str, metavar: str | None = None) -> Any:
     """Return tyro's description of an option without the default that tyro would append."""
-    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=_NO_HINT)
 
 
 @contextmanager
