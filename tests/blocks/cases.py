@@ -12,7 +12,7 @@ from tests.blocks.published_formulas import randomized
 
 EXACT = 1e-10
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-LINEAR = [name for name, row in BLOCKS.items() if row.is_linear]
+LINEAR = [name for name, entry in BLOCKS.items() if entry.is_linear]
 MIN_KERNEL_SIZE = {"unireplk": 5, "expand_ck": 5}  # smaller kernels are unsupported, or a single convolution
 
 GEOMETRIES = {

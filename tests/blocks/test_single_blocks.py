@@ -20,7 +20,7 @@ def test_relu_in_branches_prevents_collapse():
     plain, report = repvgg.reparameterize(block)
     assert not repvgg.is_plain(plain) or len(report.folded) == 3
     assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) >= 2
-    assert [row.name for row in report.left] == ["identity.0"]
+    assert [skipped.name for skipped in report.left] == ["identity.0"]
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("conv_bn", "trivial", "dirac", "doconv")])

@@ -26,7 +26,7 @@ from tests.blocks.published_formulas import PUBLISHED, ungrouped
 
 def test_every_block_has_a_published_formula():
     assert set(PUBLISHED) == set(LINEAR)
-    assert all(row.name == name and row.source and row.formula for name, row in BLOCKS.items())
+    assert all(entry.name == name and entry.source and entry.formula for name, entry in BLOCKS.items())
 
 
 @pytest.mark.parametrize(("name", "key"), cases(GEOMETRIES))

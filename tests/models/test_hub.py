@@ -79,11 +79,11 @@ def assert_logits_close(found, wanted):
 
 def test_table_agrees_with_timm():
     assert sorted(PRETRAINED) == sorted(name for name in SPECS if name in timm.list_models(pretrained=False))
-    for name, row in PRETRAINED.items():
+    for name, published in PRETRAINED.items():
         config = timm.get_pretrained_cfg(name)
-        assert (row.model, row.repository, row.licence) == (name, config.hf_hub_id, config.license)
-        assert (row.input_size, row.crop) == (config.input_size[1], config.crop_pct)
-        assert 72 < row.top1 < 84
+        assert (published.model, published.repository, published.licence) == (name, config.hf_hub_id, config.license)
+        assert (published.input_size, published.crop) == (config.input_size[1], config.crop_pct)
+        assert 72 < published.top1 < 84
         assert config.interpolation == "bilinear"
 
 

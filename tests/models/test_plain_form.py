@@ -24,7 +24,7 @@ def test_every_model(name):
     assert [type(m) for m in collapsed.modules()] == [type(m) for m in skeleton.modules()]
     assert len(report.folded) == 1 + sum(stage.depth for stage in train.spec.stages)
     assert report.left == ()
-    assert [row.name for row in report.dropped] == [f"auxiliary.stage{index}" for index in train.spec.auxiliary]
+    assert [entry.name for entry in report.dropped] == [f"auxiliary.stage{index}" for index in train.spec.auxiliary]
 
 
 @pytest.mark.parametrize("spec", [TINY, TINY_PLUS, "repvgg_t0"])

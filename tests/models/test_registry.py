@@ -15,9 +15,9 @@ from repvgg.models import BASELINES, SPECS, Baseline, baseline_of, create_baseli
 def test_names_are_unique():
     assert list_baselines() == list(BASELINES)
     assert not BASELINES.keys() & SPECS.keys()
-    titles = [row.title for row in BASELINES.values()]
+    titles = [baseline.title for baseline in BASELINES.values()]
     assert len(titles) == len(set(titles))
-    assert {row.input_size for row in BASELINES.values()} == {224, 300}
+    assert {baseline.input_size for baseline in BASELINES.values()} == {224, 300}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "shufflenet_v2_x0_5"])

@@ -69,7 +69,7 @@ def wrapped():
 
 @pytest.fixture
 def file(tmp_path):
-    """Write a file and a neighbour that it imports; afterwards check that the import left nothing behind."""
+    """Write a file and a neighbour that it imports; afterwards check that the import left no files."""
     (tmp_path / "neighbour_of_net.py").write_text("WIDTH = 4\n")
     path = tmp_path / "net.py"
     path.write_text(FILE)

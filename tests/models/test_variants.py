@@ -37,7 +37,7 @@ def parameters(model):
 
 
 @pytest.mark.filterwarnings("ignore::repvgg.errors.OtherBlockWarning")
-@pytest.mark.parametrize("block", [name for name, row in BLOCKS.items() if row.is_linear and name != "unireplk"])
+@pytest.mark.parametrize("block", [name for name, entry in BLOCKS.items() if entry.is_linear and name != "unireplk"])
 def test_variants_collapse_to_the_plain_form_of_their_model(block):
     torch.manual_seed(0)
     model = trained_like(create_variant(SMALL, block, num_classes=5).double())
@@ -181,10 +181,10 @@ def test_resnet50_of_repvgg_blocks():
 def test_every_comparison_builds_and_runs(name):
     with torch.device("meta"):
         model = create_comparison(name, 7)
-    row = COMPARISONS[name]
+    entry = COMPARISONS[name]
     assert model.training
-    assert row.origin
-    assert model(torch.empty(2, 3, row.input_size, row.input_size, device="meta")).shape == (2, 7)
+    assert entry.origin
+    assert model(torch.empty(2, 3, entry.input_size, entry.input_size, device="meta")).shape == (2, 7)
 
 
 def test_source_strings():

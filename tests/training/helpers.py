@@ -77,7 +77,7 @@ class Server:
         return self._job(argv=[str(argument) for argument in argv], stop=stop)
 
     def ranks(self, number, out):
-        """Run ``ddp_script.both`` in ``number`` processes; likewise."""
+        """Run ``ddp_script.both`` in ``number`` processes; return exit code and output."""
         return self._job(ranks=number, out=str(out))
 
     def _job(self, **job):

@@ -117,13 +117,13 @@ def test_no_code_in_a_checkpoint_runs(tmp_path):
     "content",
     [b"", b"half a file", pickle.dumps({"repvgg_place": 1}), json.dumps({"repvgg_place": {}}).encode()],
 )
-def test_damaged(tmp_path, content):
+def test_damaged_files_are_rejected(tmp_path, content):
     (tmp_path / "last.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match="remove it to start again"):
         saved_run(tmp_path, resume=True)
 
 
-def test_foreign(tmp_path):
+def test_checkpoints_of_other_programs_are_rejected(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="is damaged or not the checkpoint of a run"):
         read_position(tmp_path / "last.ckpt")
@@ -146,7 +146,7 @@ def stopped(folder, at):
             saved_run(folder)
 
 
-def test_another_accumulation_in_the_middle_of_an_epoch_is_refused(tmp_path):
+def test_another_accumulation_in_the_middle_of_an_epoch_is_rejected(tmp_path):
     stopped(tmp_path, 5)
     assert read_position(tmp_path / "last.ckpt") == RunPosition(0, 4, 1)
     with pytest.raises(

@@ -149,7 +149,7 @@ def test_missing_fields_take_their_defaults(tmp_path):
         ("1: 2", "has no field 1: there are"),
     ],
 )
-def test_invalid_files_are_refused_in_one_sentence(tmp_path, text, message):
+def test_invalid_files_are_rejected_in_one_sentence(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         read_config(tmp_path / "mine.yaml")
@@ -189,7 +189,7 @@ def test_unknown_recipe():
         {"norm_bias_lr": 0.0},
     ],
 )
-def test_optim_config_refuses(invalid):
+def test_optim_config_rejects_invalid_values(invalid):
     with pytest.raises(UsageError):
         OptimConfig(**invalid)
 
@@ -213,7 +213,7 @@ def test_optim_config_refuses(invalid):
         {"epochs": 3, "optim": OptimConfig(warmup_epochs=3)},
     ],
 )
-def test_train_config_refuses(invalid):
+def test_train_config_rejects_invalid_values(invalid):
     with pytest.raises(UsageError):
         TrainConfig(**({"epochs": 5, "batch_size": 8} | invalid))
 

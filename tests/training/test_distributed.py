@@ -52,7 +52,7 @@ def test_a_plan_multiplies_to_the_global_batch(images, accumulation, devices, lr
 
 
 @given(batch=st.integers(2, 512), devices=st.integers(1, 8), images=st.none() | st.integers(1, 600))
-def test_the_global_batch_is_exact_or_refused(batch, devices, images):
+def test_the_global_batch_is_exact_or_rejected(batch, devices, images):
     config = TrainConfig(batch_size=batch, device_batch=images)
     try:
         plan = plan_batches(config, devices)
@@ -63,7 +63,7 @@ def test_the_global_batch_is_exact_or_refused(batch, devices, images):
         assert plan.device_batch <= (images or batch)
 
 
-def test_refused_plans_name_the_remedy():
+def test_rejected_plans_name_the_remedy():
     with pytest.raises(
         UsageError, match=r"batch of 16 does not divide evenly over 3 devices: choose another batch_size\.$"
     ):

@@ -22,7 +22,7 @@ def look_up(x):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_by_hand(batch_size):
+def test_metrics_of_a_worked_example(batch_size):
     result = evaluate(look_up, batches(batch_size))
     assert_close(result.predictions, PREDICTED)
     assert_close(result.labels, LABELS)
@@ -36,7 +36,7 @@ def test_by_hand(batch_size):
     assert repr(result) == "Evaluation(3 of 5 correct, 60.00%)"
 
 
-def test_top_k_by_hand():
+def test_top_k_of_a_worked_example():
     ranks = torch.tensor([[4.0, 3, 2, 1], [4, 3, 2, 1], [4, 3, 2, 1], [4, 3, 2, 1]])
     result = evaluate(lambda x: ranks, [(torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 2, 3]))])
     assert [result.top(k) for k in (1, 2, 3, 4, 5)] == [0.25, 0.5, 0.75, 1.0, 1.0]

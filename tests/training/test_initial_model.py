@@ -105,7 +105,7 @@ def test_an_expanded_model_computes_the_same(checkpoints, tmp_path):
     assert len(report.folded) == 7
 
 
-def test_refusals(checkpoints):
+def test_unsuitable_checkpoints_are_rejected(checkpoints):
     with pytest.raises(UsageError, match="has its branches already: leave out expand"):
         initial(checkpoints, "same-train", expand=True)
     grey = replace(CONFIG, init=str(checkpoints / "same-train.safetensors"), data=replace(CONFIG.data, channels=1))

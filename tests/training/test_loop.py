@@ -227,7 +227,7 @@ def test_errors_of_the_data_are_raised_unchanged():
         (tiny, {"precision": "fp16"}, "Training in fp16 is not supported on a CPU: take bf16"),
     ],
 )
-def test_refusals(model, change, text):
+def test_unsupported_configs_are_rejected(model, change, text):
     model = model()
     before = fingerprint(model)
     with pytest.raises(UsageError, match=text):
@@ -243,7 +243,7 @@ def test_a_non_finite_loss_ends_the_run(monkeypatch):
         run()
 
 
-def test_loss_with_auxiliary_heads_by_hand():
+def test_loss_with_auxiliary_heads_equals_its_formula():
     labels = torch.tensor([0, 2])
     main, first, second = torch.randn(3, 2, 4)
     cross = [F.cross_entropy(logits, labels, label_smoothing=0.2) for logits in (main, first, second)]
@@ -253,7 +253,7 @@ def test_loss_with_auxiliary_heads_by_hand():
     assert_close(classification_loss(output, labels, 0.2, 0.0), cross[0])
 
 
-def test_label_smoothing_by_hand():
+def test_label_smoothing_equals_its_formula():
     """With ε: ``−(1 − ε) log p_y − ε / K · Σ log p_k``."""
     logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
     p = logits.log_softmax(1)
@@ -283,7 +283,7 @@ def test_mixed_labels_reach_the_loss(monkeypatch, change):
     assert_close(torch.cat(seen).sum(1), torch.ones(12 * 16))
     weights = torch.stack([targets.amax(1).min() for targets in seen])
     assert weights.min() < 0.95
-    assert len(set(weights.tolist())) > 5  # drawn anew for every batch
+    assert len(set(weights.tolist())) > 5  # drawn again for every batch
     assert fingerprint(mixed) != fingerprint(run()[0])
     assert fingerprint(mixed) == fingerprint(run(replace(CONFIG, **change))[0])
 

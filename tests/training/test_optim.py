@@ -1,4 +1,4 @@
-"""Parameter groups by name, SGD and its schedule by hand, and the L2 penalty on equivalent kernels."""
+"""Parameter groups by name, SGD and its schedule, and the L2 penalty on equivalent kernels."""
 
 import math
 from dataclasses import replace
@@ -131,7 +131,7 @@ def test_a_step_with_zero_gradients_shrinks_kernels_only():
         assert_close(parameter.detach(), before[name] * (1 - 0.5 * 0.1 if name == "0.weight" else 1))
 
 
-def test_learning_rate_by_hand():
+def test_learning_rate_equals_its_formula():
     factors = [learning_rate_factor(step, 10, 4) for step in range(11)]
     falling = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(7)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling])
@@ -171,7 +171,7 @@ def test_only_norm_biases_take_a_multiple_of_the_learning_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 3.2])
 
 
-def test_nesterov_by_hand():
+def test_nesterov_equals_its_formula():
     """``g ← g + μ (μ v + g)`` with ``v ← μ v + g``, which is ``g (1 + μ)`` in the first step."""
     layer = nn.Linear(2, 2, bias=False)
     before = layer.weight.detach().clone()
@@ -204,7 +204,7 @@ def test_equivalent_l2_by_loops():
     assert_close(found.item(), by_loops(model), rtol=1e-12, atol=0)
 
 
-def test_equivalent_l2_of_one_channel_by_hand():
+def test_equivalent_l2_of_a_worked_example():
     """K3 = 2 on the ring and 3 in the centre, K1 = 5, t3 = 1/2, t1 = 2: 8·4 + (3/2 + 10)² / (1/4 + 4)."""
     model = create_model(ModelSpec("one", Stage(1, 1, stride=1), (Stage(1, 1),)), 2, 1).double()
     first, second = repvgg_blocks(model)

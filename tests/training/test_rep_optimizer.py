@@ -77,7 +77,7 @@ def test_without_multipliers_it_deviates():
     assert apart > 1e-4
 
 
-def test_multipliers_by_hand():
+def test_multipliers_of_a_worked_example():
     block = ConstantScaleSum(Geometry.square(2, 2), dense=2.0, pointwise=3.0)
     factor = block.multiplier()
     assert factor[0, 0].tolist() == [[4, 4, 4], [4, 4 + 9 + 1, 4], [4, 4, 4]]
@@ -123,7 +123,7 @@ def test_the_registered_block():
     assert [tuple(p.shape) for p in multipliers] == [(3, 3, 3, 3)]
 
 
-def test_refusals():
+def test_invalid_multipliers_and_models_are_rejected():
     plain, multipliers = merge_constant_scale_branches(branched())
     with pytest.raises(UsageError, match="The model has no block of constant scales"):
         merge_constant_scale_branches(plain)

@@ -71,7 +71,7 @@ SERIES = {
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_killed(server, expected, tmp_path, series):
+def test_killed_run_resumes(server, expected, tmp_path, series):
     for event, count in SERIES[series]:
         code, text = start(server, tmp_path / "run", EVERYTHING, (event, count, KILL))
         assert code == -KILL, text
@@ -85,7 +85,7 @@ def test_killed(server, expected, tmp_path, series):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_often_and_anywhere(server, tmp_path, seed, workers):
+def test_run_killed_repeatedly_at_random_steps_resumes(server, tmp_path, seed, workers):
     """Each seed draws an accumulation, memory format, optimizer and save interval; its own uninterrupted run is the
     reference."""
     draw = random.Random(f"{seed} {workers}")
@@ -126,7 +126,7 @@ EVENTS = [
 
 
 @pytest.mark.slow
-def test_killed_with_data_workers(server, expected, tmp_path):
+def test_killed_run_with_data_workers_resumes(server, expected, tmp_path):
     """Batches, and so all bits, are those of a run without workers."""
     config = with_workers(EVERYTHING, 2)
     for event, count in [("step", 7), ("validation", 2), ("step", 5)]:

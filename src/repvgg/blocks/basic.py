@@ -13,12 +13,7 @@ from repvgg.blocks.geometry import Geometry, Pair
 
 
 class ConvBN(nn.Module):
-    """A convolution followed by batch norm: ``y = BN(W * x)``.
-
-    Args:
-        conv: the convolution, normally without a bias.
-        bn: the batch norm; None creates a new one.
-    """
+    """A convolution, normally without a bias, followed by batch norm: ``y = BN(W * x)``; None creates a new ``bn``."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
         super().__init__()

@@ -45,11 +45,8 @@ def expand_cl(geometry: Geometry, rate: int = 4) -> nn.Sequential:
     """Build an ExpandNet-CL: a convolution as three, ``y = W3 ∗ (W2 ∗ (W1 ∗ x))``, with no activations in between.
 
     1x1 from C to rC channels, kxk from rC to rC', 1x1 from rC' to C'. The merged kernel is
-    ``K[o, i] = Σ_m Σ_n W3[o, n]·W2[n, m]·W1[m, i]``. Use it to train small networks.
-
-    Args:
-        geometry: of the merged convolution.
-        rate: r, 4 in the paper.
+    ``K[o, i] = Σ_m Σ_n W3[o, n]·W2[n, m]·W1[m, i]``, of the given geometry. Use it to train small networks. ``rate`` is
+    r, 4 in the paper.
 
     Source: Guo et al., ExpandNets, NeurIPS 2020, §3.1.
     """
@@ -65,11 +62,7 @@ def expand_ck(geometry: Geometry, rate: int = 4) -> nn.Sequential:
     """Build an ExpandNet-CK: a kxk convolution as ``(k − 1) / 2`` convolutions of 3x3 with rC channels in between.
 
     The first layer pads and the last one carries the stride. Plain form: the composition of the kernels, of size k. Use
-    it for kernels of size 5 and more; for 3x3 it is a single convolution.
-
-    Args:
-        geometry: of the merged convolution; its kernel is square and odd.
-        rate: r, 4 in the paper.
+    it for kernels of size 5 and more; for 3x3 it is a single convolution. ``rate`` is r, 4 in the paper.
 
     Raises:
         UsageError: the kernel is not square, odd and at least 3x3.

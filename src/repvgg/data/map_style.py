@@ -79,12 +79,7 @@ class CachedImages(ImageStore):
 
 @final
 class DecodedImages(ImageStore):
-    """Images that are decoded at each access.
-
-    Args:
-        split: the encoded images.
-        crop: brings them to one size.
-    """
+    """Images that are decoded at each access, and brought to one size by ``crop``."""
 
     def __init__(self, split: MapSplit, crop: Crop) -> None:
         self._split = split
@@ -203,7 +198,7 @@ class TrainDataset(Dataset[LoadedBatch]):
     Args:
         store: the images at their final size.
         labels: (N,) int64.
-        transforms: their augmentation.
+        transforms: augmentation of the images.
         on_bad: "raise", or "skip": the next readable image in the order of the epoch replaces a corrupt one.
     """
 

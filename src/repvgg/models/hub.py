@@ -295,17 +295,7 @@ _MAX_CLASSES = 20
 
 
 def model_card(model: RepVGG, about: Metadata, repository: str, licence: str | None) -> str:
-    """Return a README with the YAML front matter that the hub reads; it states nothing that the header does not.
-
-    Args:
-        model: the model, whose parameters are counted.
-        about: its header.
-        repository: OWNER/NAME, for the example code.
-        licence: an identifier of the hub; None makes the card say that none is stated.
-
-    Raises:
-        MissingDependencyError: huggingface_hub is not installed.
-    """
+    """Return a README with the YAML front matter that the hub reads; it states nothing that the header does not."""
     hub = require("huggingface_hub", "hub")
     data = hub.ModelCardData(
         license=licence,

@@ -95,7 +95,13 @@ def model_from_file(path: str | os.PathLike[str], factory: str) -> nn.Module:
             ``nn.Module``. The text names file and line of a failure in the user's own code.
     """
     file = Path(path)
-    _check_file(file)
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a name that is too long, for example
+        raise SourceError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
+    if not is_file:
+        what = "a folder" if file.is_dir() else "no file"
+        raise SourceError(f"There is {what} at {str(file)!r}: give the path of a Python file.")
     with _importable(file.resolve().parent):
         with _errors_located(file, f"{str(file)!r} cannot be imported"):
             module = _import(file)
@@ -109,16 +115,6 @@ def model_from_file(path: str | os.PathLike[str], factory: str) -> nn.Module:
             f"{factory}() of {str(file)!r} returned a value of type {type(model).__name__}, not an nn.Module."
         )
     return model
-
-
-def _check_file(file: Path) -> None:
-    try:
-        is_file = file.is_file()
-    except OSError as error:  # a name that is too long, for example
-        raise SourceError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
-    if not is_file:
-        what = "a folder" if file.is_dir() else "no file"
-        raise SourceError(f"There is {what} at {str(file)!r}: give the path of a Python file.")
 
 
 @contextmanager

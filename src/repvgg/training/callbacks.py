@@ -93,10 +93,7 @@ class MovingAverage(WeightAveraging):
 
     ``d_n = min(decay, (1 + n) / (10 + n))``: the warm-up of the decay forgets the first steps, which are far from the
     final weights, faster than a constant decay (Lightning's ``EMAWeightAveraging``) would. Lightning validates the
-    average and copies it into the model when training ends.
-
-    Args:
-        decay: in (0, 1).
+    average and copies it into the model when training ends. The decay is in (0, 1).
     """
 
     # The class name is Lightning's key of this state in last.ckpt: a renamed class could not resume older runs.

@@ -74,11 +74,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class CheckpointSaver(Checkpoint):
     """Keep ``last.ckpt`` in a folder, from which a run resumes bit for bit.
 
-    It is saved after every epoch, every ``every_steps`` steps, and when SIGTERM arrives.
-
-    Args:
-        folder: where it is written.
-        every_steps: optimizer steps between saves within an epoch; 0 for none.
+    It is saved after every epoch, every ``every_steps`` optimizer steps (0: never within an epoch), and when SIGTERM
+    arrives.
     """
 
     def __init__(self, folder: Path, every_steps: int = 0) -> None:
@@ -99,12 +96,6 @@ class CheckpointSaver(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is due or SIGTERM arrived; after the last step of an epoch, ``on_train_epoch_end`` does.
-
-        Raises:
-            TrainingError: the loss is not finite; the previous checkpoint is unchanged.
-            Terminated: SIGTERM arrived.
-        """
         stop = self._should_stop(trainer)  # before any return: it is a collective operation
         if trainer.is_last_batch:
             return  # on_train_epoch_end saves after the validation

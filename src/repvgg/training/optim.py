@@ -147,12 +147,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
     """Build SGD over :func:`optimizer_groups` and its schedule, which advances after every step.
 
-    Args:
-        model: the model to train.
-        config: the optimizer settings.
-        total_steps: optimizer steps of the run.
-        warmup_steps: steps of the linear warm-up.
-        lr: peak learning rate; ``config.lr`` if None.
+    The peak learning rate is ``lr``, or ``config.lr`` if None.
     """
     peak = config.lr if lr is None else lr
     groups = [{**group, "lr": peak * group["lr_factor"]} for group in optimizer_groups(model, config)]

@@ -112,12 +112,7 @@ def run(
 def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_writer: bool = True) -> bool:
     """Check that a run may start or continue in ``folder``, and return whether it resumes from a checkpoint there.
 
-    Args:
-        folder: of the run.
-        config: the run.
-        resume: continue a run that is there.
-        overwrite: replace a run that is there.
-        is_writer: whether this process writes the files; the others may already see what the writer has created.
+    Processes that are not ``is_writer`` may already see what the writer has created.
 
     Raises:
         OutputExistsError: the folder is not empty, and neither ``resume`` nor ``overwrite`` is set.

@@ -52,9 +52,10 @@ def fused_bn_sum(terms: Sequence[tuple[nn.BatchNorm2d, Tensor]], relu: bool, own
     settings = _Settings(relu, channels_last, running, momentum, [norm.eps for norm in norms], tuple(owned))
     # Gammas and betas are separate inputs so that autograd sees which of them need gradients.
     out: Tensor = _FusedBnSum.apply(settings, *inputs, *gammas, *betas)
-    for norm, (mean, variance) in zip(norms, running, strict=True):
-        _copy_back(norm.running_mean, mean)
-        _copy_back(norm.running_var, variance)
+    for norm, updated in zip(norms, running, strict=True):
+        for target, value in zip((norm.running_mean, norm.running_var), updated, strict=True):
+            if target is not None and value is not None and target is not value:  # else updated in place
+                target.copy_(value)
     return out
 
 
@@ -147,12 +148,6 @@ def _to_common_layout(inputs: Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
 
 def _as_vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _copy_back(target: Tensor | None, updated: Tensor | None) -> None:
-    """Write updated running statistics back, unless they were updated in place."""
-    if target is not None and updated is not None and target is not updated:
-        target.copy_(updated)
 
 
 def _count_batch(norm: nn.BatchNorm2d) -> float:

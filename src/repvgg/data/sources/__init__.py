@@ -12,7 +12,7 @@ from repvgg.data.counter_rng import epoch_order
 from repvgg.data.sources.hf import open_hf
 from repvgg.data.sources.local import open_digits, open_fake, open_folder, open_torchvision
 from repvgg.data.sources.webdataset import open_webdataset
-from repvgg.data.splits import MapSplit, Source, Split
+from repvgg.data.splits import MapSplit, Source, Split, num_images
 from repvgg.errors import DataError
 
 _VAL_FRACTION = 0.1
@@ -90,8 +90,7 @@ def check_splits(source: Source, uri: str) -> None:
     """Check that a classifier can be trained on one split and evaluated on the other.
 
     Raises:
-        DataError: a split is empty, there are fewer than two classes, the classes of the splits differ, a class has no
-            images, or a label is out of range.
+        DataError: see :func:`repvgg.data.open_data`.
     """
     train, val = source.train, source.val
     assert val is not None
@@ -113,8 +112,7 @@ def check_splits(source: Source, uri: str) -> None:
 
 
 def _check_split(split: Split, uri: str, name: str) -> None:
-    empty = len(split) == 0 if isinstance(split, MapSplit) else False
-    if empty or not split.classes:
+    if num_images(split) == 0 or not split.classes:
         raise DataError(f"{uri!r} has no {name} images.")
     if not isinstance(split, MapSplit):  # labels of a stream are checked as they arrive
         return

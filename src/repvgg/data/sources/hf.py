@@ -32,7 +32,6 @@ def open_hf(uri: DataUri) -> Source:
 
     Raises:
         UsageError: an unknown option.
-        MissingDependencyError: datasets is not installed.
         DataError: the dataset, the split or a column does not exist.
     """
     uri.check_options("split", "streaming", "image", "label", "classes", "length", "buffer")

@@ -106,12 +106,8 @@ def load_digits(size: int) -> Digits:
     The scans are 8x8 with 17 grey levels. They are scaled to [0, 1] and resized bilinearly to ``size`` x ``size``, with
     one channel in float32.
 
-    Args:
-        size: height and width in pixels, at least 8.
-
     Raises:
         UsageError: ``size`` is below 8.
-        MissingDependencyError: scikit-learn is not installed.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (its test part), doi 10.24432/C50P49.
     """
@@ -130,12 +126,7 @@ def load_digits(size: int) -> Digits:
 
 
 def open_digits(uri: DataUri, train_size: int | None, test_size: int | None) -> Source:
-    """Open the digits, see :func:`load_digits`, normalized with the statistics of the training images.
-
-    Raises:
-        UsageError: the URI has text after the colon, or a size is below 8.
-        MissingDependencyError: scikit-learn is not installed.
-    """
+    """Open the digits, see :func:`load_digits`, normalized with the statistics of the training images."""
     if uri.rest or uri.options:
         raise UsageError(f"'digits:' takes nothing after the colon, got {uri.rest!r}.")
     size = train_size or _DIGITS_SIZE
@@ -240,7 +231,6 @@ def open_torchvision(uri: DataUri) -> Source:
     Raises:
         UsageError: the dataset is unknown, or the path is missing.
         DataError: it does not exist on disk and ``:download`` is not given, or its labels are not classes.
-        MissingDependencyError: torchvision is not installed.
     """
     uri.check_options()
     name, _, path = uri.rest.partition(":")

@@ -34,7 +34,6 @@ def open_webdataset(uri: DataUri) -> Source:
 
     Raises:
         UsageError: an unknown option.
-        MissingDependencyError: webdataset is not installed.
         DataError: there are no tar files, or the classes are unknown.
     """
     uri.check_options("classes", "length", "buffer")
