@@ -212,7 +212,7 @@ def test_by_name_without_an_import(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr

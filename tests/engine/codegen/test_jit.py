@@ -38,8 +38,9 @@ def inner_loops(text: str) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("size", [20, pytest.param(56, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GENERIC_ISAS)
-def test_inner_loops_do_not_spill(name):
+def test_inner_loops_do_not_spill(name, size):
     """No inner loop with FMAs: direct, stride 2, 1x1, groups, Winograd. Nothing is run, so any processor will do."""
     isa = GENERIC_ISAS[name]
     geometries = [
@@ -49,7 +50,7 @@ def test_inner_loops_do_not_spill(name):
         ConvGeometry((1, 1)),
     ]
     layers = [random_conv(3 if at == 0 else 96, 96, one) for at, one in enumerate([geometries[1], *geometries])]
-    text = compile_to_assembly(build_module(kernel_functions(plan(layers, (2, 3, 56, 56), Target(isa)))[1]), isa)
+    text = compile_to_assembly(build_module(kernel_functions(plan(layers, (2, 3, size, size), Target(isa)))[1]), isa)
     products = [loop for loop in inner_loops(text) if any(word in loop for word in _FMA)]
     assert len(products) >= len(geometries)
     for loop in products:

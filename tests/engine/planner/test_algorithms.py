@@ -7,6 +7,7 @@ from repvgg.engine.codegen.jit import GENERIC_ISAS
 from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.planner.algorithms import ConvProblem, Target, image_partitions
 from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, least_cycles, select_algorithm
+from tests.engine.covering import covering
 
 PADDED = ConvGeometry((3, 3), padding=(1, 1))
 AVX512 = GENERIC_ISAS["avx512"]
@@ -17,12 +18,13 @@ def strided(stride: int) -> ConvGeometry:
     return ConvGeometry((3, 3), (stride, stride), (1, 1))
 
 
-@pytest.mark.parametrize("name", GENERIC_ISAS)
-@pytest.mark.parametrize("batch", [1, 7, 16])
-@pytest.mark.parametrize(("channels", "image"), [(48, (56, 56)), (96, (28, 28)), (192, (14, 14)), (640, (45, 45))])
-def test_large_layers_use_winograd_within_registers_and_stack(channels, image, batch, name):
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "batch", "name"),
+    covering([(48, 56, 56), (96, 28, 28), (192, 14, 14), (640, 45, 45)], [1, 7, 16], GENERIC_ISAS),
+)
+def test_large_layers_use_winograd_within_registers_and_stack(channels, height, width, batch, name):
     isa = GENERIC_ISAS[name]
-    algorithm = select_algorithm(ConvProblem(PADDED, channels, channels, image, batch), Target(isa, 2))
+    algorithm = select_algorithm(ConvProblem(PADDED, channels, channels, (height, width), batch), Target(isa, 2))
     assert algorithm is not None
     for region in algorithm.regions:
         tiling, tile = region.tiling, region.tile
@@ -38,9 +40,10 @@ def end_of(span):
     return start + length * count - (length - last if last else 0)
 
 
-@pytest.mark.parametrize("image", [(14, 14), (28, 28), (13, 7), (9, 18), (1, 1)])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize(
+    ("precision", "stride", "image"),
+    covering(["high", "medium"], [1, 2], [((14, 14),), ((28, 28),), ((13, 7),), ((9, 18),), ((1, 1),)]),
+)
 def test_partitions_cover_each_pixel_once(precision, stride, image):
     problem, target = ConvProblem(strided(stride), 64, 64, image, 4), Target(AVX512, 2, precision)
     partitions = list(image_partitions(problem, target))
@@ -58,8 +61,14 @@ def test_partitions_cover_each_pixel_once(precision, stride, image):
         assert algorithm.end == tuple(max(region.end[axis] for region in algorithm.regions) for axis in (0, 1))
 
 
-@pytest.mark.parametrize("image", [(14, 14), (28, 28), (56, 56), (7, 7)])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("stride", "image"),
+    covering(  # stride 2 first: it has fewer partitions of the largest image
+        [2, 1],
+        [((14, 14),), ((28, 28),), ((56, 56),), ((7, 7),)],
+        views=[lambda stride, image: (stride,), lambda stride, image: (image,)],
+    ),
+)
 def test_pruning_keeps_the_cheapest_partition(stride, image):
     """The lower bound of a region is below the estimate of every candidate for it."""
     problem, target = ConvProblem(strided(stride), 48, 64, image, 4), Target(AVX512, 2, "medium")

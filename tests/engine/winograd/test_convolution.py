@@ -4,7 +4,9 @@ import torch
 from repvgg.engine.graph import ConvGeometry
 from repvgg.engine.kernels.base import RegisterTile
 from repvgg.engine.winograd.filters import POINTS, winograd2d
+from repvgg.engine.winograd.gemm import on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import Tiling
+from tests.engine.covering import covering
 from tests.engine.helpers import expected, isas, random_conv
 from tests.engine.winograd.helpers import compute, compute_regions
 
@@ -37,9 +39,18 @@ EACH = [
 ]
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("name", "stride", "outputs"), EACH)
+@pytest.mark.parametrize(
+    ("name", "stride", "outputs", "schedule", "isa"),
+    covering(
+        EACH,
+        SCHEDULES,
+        isas(),
+        views=[
+            lambda name, stride, outputs, schedule, isa: ((stride, outputs), schedule, isa, CASES[name][3]),
+            lambda name, stride, outputs, schedule, isa: (name, schedule, isa, stride),
+        ],
+    ),
+)
 def test_against_float64(name, stride, outputs, schedule, isa):
     vectors, channels, size, groups, padding = CASES[name]
     geometry = ConvGeometry((3, 3), (stride, stride), (padding, padding), groups=groups)
@@ -49,20 +60,35 @@ def test_against_float64(name, stride, outputs, schedule, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=atol(winograd))
 
 
-@pytest.mark.parametrize("isa", NARROW_AND_WIDE, ids=lambda isa: isa.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def interleaves(inputs, groups, tile, winograd, isa):
+    """Whether the filter transform of the full panels is interleaved with their GEMMs."""
+    free = isa.registers - tile.registers
+    return on_the_fly_channel_block(inputs // groups, winograd, tile.nr * isa.width, free)[1]
+
+
 @pytest.mark.parametrize(
-    "winograd", [winograd2d(2, 7), winograd2d(5, 4), winograd2d(4, 1, 2), winograd2d(1, 3, 2)], ids=str
-)
-@pytest.mark.parametrize(
-    ("inputs", "channels", "groups", "tile"),
-    [
-        (127, 37, 1, RegisterTile(3, 2)),
-        (128, 64, 2, RegisterTile(7, 3)),
-        (16, 16, 1, RegisterTile(2, 1)),
-        (19, 80, 1, RegisterTile(2, 3)),
-        (96, 80, 1, RegisterTile(4, 3)),
-    ],
+    ("inputs", "channels", "groups", "tile", "winograd", "schedule", "isa"),
+    covering(
+        [
+            (127, 37, 1, RegisterTile(3, 2)),
+            (128, 64, 2, RegisterTile(7, 3)),
+            (16, 16, 1, RegisterTile(2, 1)),
+            (19, 80, 1, RegisterTile(2, 3)),
+            (96, 80, 1, RegisterTile(4, 3)),
+        ],
+        [winograd2d(2, 7), winograd2d(5, 4), winograd2d(4, 1, 2), winograd2d(1, 3, 2)],
+        SCHEDULES,
+        NARROW_AND_WIDE,
+        views=[
+            lambda inputs, channels, groups, tile, winograd, schedule, isa: (
+                winograd,
+                schedule,
+                isa,
+                interleaves(inputs, groups, tile, winograd, isa),
+            ),
+            lambda inputs, channels, groups, tile, winograd, schedule, isa: (inputs, schedule, isa),
+        ],
+    ),
 )
 def test_on_the_fly_filter_transform(inputs, channels, groups, tile, winograd, schedule, isa):
     """Several channel blocks, and a last panel with fewer vectors than the others, whose blocks are longer.
@@ -86,8 +112,13 @@ def test_blocks_across_images_and_units_in_any_order(block, tile, parts, schedul
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# Both schedules meet every instruction set above: here each of them once is enough.
+SCHEDULES_AND_ISAS = covering(
+    SCHEDULES, isas(), views=[lambda schedule, isa: (schedule,), lambda schedule, isa: (isa,)]
+)
+
+
+@pytest.mark.parametrize(("schedule", "isa"), SCHEDULES_AND_ISAS)
 def test_regions_with_stride_2(schedule, isa):
     """15 and 14 inputs to 8 and 7 outputs: rows as 4 + 4, columns as 2 · 3 + 1, each region with its own transform."""
     conv = random_conv(2 * isa.width, 3 * isa.width, ConvGeometry((3, 3), (2, 2), (1, 1)))
@@ -99,8 +130,7 @@ def test_regions_with_stride_2(schedule, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ATOL)
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "isa"), SCHEDULES_AND_ISAS)
 def test_regions_with_tiles_of_different_sizes(schedule, isa):
     """14 rows as 3 · 4 + 2, and 9 columns as 2 · 4 + 1, whose last tile overhangs the image."""
     conv = random_conv(2 * isa.width, 3 * isa.width, ConvGeometry((3, 3), padding=(1, 1)))
@@ -114,20 +144,39 @@ def test_regions_with_tiles_of_different_sizes(schedule, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("isa", NARROW_AND_WIDE, ids=lambda isa: isa.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("on_the_fly", [False, True])
 @pytest.mark.parametrize(
-    ("winograd", "size", "groups", "batch"),
-    [
-        (winograd2d(3, 7, edge_tile=(2, 0)), (8, 14), 1, 3),
-        (winograd2d(4, 5, edge_tile=(2, 4)), (6, 14), 1, 3),
-        (winograd2d(5, 4, edge_tile=(1, 3)), (11, 7), 2, 2),
-        (winograd2d(2, 6, edge_tile=(0, 3)), (4, 9), 1, 1),
-        (winograd2d(4, 2, 2, edge_tile=(3, 1)), (14, 9), 1, 3),
-        (winograd2d(1, 3, 2, edge_tile=(0, 1)), (3, 7), 1, 2),
-    ],
-    ids=str,
+    ("winograd", "size", "groups", "batch", "on_the_fly", "schedule", "isa"),
+    covering(
+        [
+            (winograd2d(3, 7, edge_tile=(2, 0)), (8, 14), 1, 3),
+            (winograd2d(4, 5, edge_tile=(2, 4)), (6, 14), 1, 3),
+            (winograd2d(5, 4, edge_tile=(1, 3)), (11, 7), 2, 2),
+            (winograd2d(2, 6, edge_tile=(0, 3)), (4, 9), 1, 1),
+            (winograd2d(4, 2, 2, edge_tile=(3, 1)), (14, 9), 1, 3),
+            (winograd2d(1, 3, 2, edge_tile=(0, 1)), (3, 7), 1, 2),
+        ],
+        [False, True],
+        SCHEDULES,
+        NARROW_AND_WIDE,
+        views=[
+            lambda winograd, size, groups, batch, on_the_fly, schedule, isa: (winograd,),
+            # Which axes have edge tiles; where both have, there are four sizes of tiles.
+            lambda winograd, size, groups, batch, on_the_fly, schedule, isa: (
+                tuple(map(bool, winograd.edge_tile)),
+                on_the_fly,
+                schedule,
+                isa,
+            ),
+            lambda winograd, size, groups, batch, on_the_fly, schedule, isa: (
+                groups,
+                batch > 1,
+                winograd.rows.stride,
+                on_the_fly,
+                schedule,
+                isa,
+            ),
+        ],
+    ),
 )
 def test_edge_tiles(winograd, size, groups, batch, on_the_fly, schedule, isa):
     """Tiles of up to four sizes with the same transformed filters, and more of them than a register tile takes."""
@@ -138,14 +187,13 @@ def test_edge_tiles(winograd, size, groups, batch, on_the_fly, schedule, isa):
     torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=atol(winograd))
 
 
-@pytest.mark.parametrize("isa", NARROW_AND_WIDE, ids=lambda isa: isa.name)
 @pytest.mark.parametrize(
-    ("outputs", "groups", "on_the_fly", "parts"), [(5, 1, False, 1), (5, 1, True, 3), (6, 2, False, 2)]
+    ("outputs", "groups", "on_the_fly", "parts", "splits", "isa"),
+    covering([(5, 1, False, 1), (5, 1, True, 3), (6, 2, False, 2)], (2, 3), NARROW_AND_WIDE),
 )
-def test_out_channel_splits(outputs, groups, on_the_fly, parts, isa):
+def test_out_channel_splits(outputs, groups, on_the_fly, parts, splits, isa):
     """Several units take a block by parts of the panels, of which the last is narrower; each transforms the tiles."""
     channels = groups * (2 * outputs + 1) * isa.width
     conv = random_conv(2 * isa.width * groups, channels, ConvGeometry((3, 3), padding=(1, 1), groups=groups))
-    for splits in (2, 3):
-        out, x = compute(conv, (9, 7), winograd2d(4), isa, "fused", on_the_fly=on_the_fly, splits=splits, parts=parts)
-        torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ATOL)
+    out, x = compute(conv, (9, 7), winograd2d(4), isa, "fused", on_the_fly=on_the_fly, splits=splits, parts=parts)
+    torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=ATOL)
