@@ -15,7 +15,7 @@ from repvgg.data.splits import TensorSplit
 from repvgg.errors import OutputError
 from repvgg.measure import SpeedProtocol, compare
 from repvgg.studies import quickstart as study
-from repvgg.studies import report as page
+from repvgg.studies.report import schema as page
 from repvgg.training import quickstart as recipe
 from tests.cli.helpers import contents
 

@@ -106,7 +106,7 @@ def _check_output(file: str, out: Path, overwrite: bool) -> None:
         raise UsageError(f"A checkpoint is a safetensors or a torch file: end {str(out)!r} in .safetensors or .pth.")
     check_output(out, overwrite=overwrite)
     if out.exists() and Path(file).exists() and out.samefile(file):
-        raise UsageError("The output would replace its own source: give another name.")
+        raise UsageError("The output would replace its source: choose another name.")
 
 
 def _in_form(loaded: LoadedModel, form: Form | None) -> tuple[LoadedModel, Evidence | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +18,7 @@ from repvgg.cli._output import equality, write_line, write_report, write_warning
 from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from repvgg.checkpoints import Metadata
     from repvgg.collapse import Report
@@ -69,21 +70,23 @@ def convert(
         report: write what was folded, skipped and verified to this file, as JSON.
         overwrite: replace files that exist.
     """
+    from repvgg.collapse import reparameterize
     from repvgg.deploy import images_for
     from repvgg.verify import verify
 
     _check_outputs(source, out, report, weights, overwrite)
-    _check_images(input_size, input_shape)
+    if input_size and input_shape:
+        raise UsageError("Give --input-size or --input-shape, not both.")
+    if min(input_size or input_shape or (1,)) < 1:
+        raise UsageError("Channels, height and width of an image are all at least 1.")
     with busy("Loading"):
-        if _is_checkpoint(source):
-            network = _from_checkpoint(source, model, weights, num_classes, input_size, input_shape)
-        else:
-            network = _from_factory(source, model, weights, num_classes, input_size, input_shape)
+        network = _load(source, model, weights, num_classes, input_size, input_shape)
         images = images_for(network.model, network.shape)
     if network.metadata is None and weights is None:
         write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
-    with busy("Converting"):
-        plain, folded = _reparameterize(network.model, images[0], policy)
+    with busy("Converting"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingFoldedWarning)  # the summary says it
+        plain, folded = reparameterize(network.model, images[0], policy=policy)
     with busy("Verifying"):
         evidence = verify(network.model, plain, images).raise_if_failed()
     with busy("Writing"):
@@ -129,7 +132,7 @@ def _is_checkpoint(source: str) -> bool:
     return not (prefix and rest)
 
 
-def _from_checkpoint(
+def _load(
     source: str,
     model: str | None,
     weights: Path | None,
@@ -137,8 +140,15 @@ def _from_checkpoint(
     input_size: tuple[int, int] | None,
     input_shape: tuple[int, int, int] | None,
 ) -> _Network:
-    from repvgg.models import from_pretrained, load
+    from repvgg.models import from_pretrained, load, resolve
 
+    if not _is_checkpoint(source):
+        if model is not None:
+            raise UsageError("--model is for checkpoints: SOURCE names the model already.")
+        channels = input_shape[0] if input_shape else None
+        resolved = resolve(source, weights=weights, num_classes=num_classes, in_channels=channels)
+        shape = input_shape or (resolved.input_shape[0], *(input_size or resolved.input_shape[1:]))
+        return _Network(resolved.model, shape, resolved.source, resolved.weights)
     if weights is not None or num_classes is not None:
         raise UsageError("--weights and --num-classes are for models by name or factory: a checkpoint has its own.")
     loaded = from_pretrained(source.removeprefix(_HUB)) if source.startswith(_HUB) else load(source, model)
@@ -147,24 +157,6 @@ def _from_checkpoint(
         raise CheckpointError(f"{source!r} is in the plain form already: there is nothing to convert.")
     shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
     return _Network(loaded.model, shape, source, f"from {Path(source).name}", about)
-
-
-def _from_factory(
-    source: str,
-    model: str | None,
-    weights: Path | None,
-    num_classes: int | None,
-    input_size: tuple[int, int] | None,
-    input_shape: tuple[int, int, int] | None,
-) -> _Network:
-    from repvgg.models import resolve
-
-    if model is not None:
-        raise UsageError("--model is for checkpoints: SOURCE names the model already.")
-    channels = input_shape[0] if input_shape else None
-    sourced = resolve(source, weights=weights, num_classes=num_classes, in_channels=channels)
-    shape = input_shape or (sourced.input_shape[0], *(input_size or sourced.input_shape[1:]))
-    return _Network(sourced.model, shape, sourced.source, sourced.weights)
 
 
 def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | None, overwrite: bool) -> None:
@@ -182,23 +174,6 @@ def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | 
             raise UsageError("The report and the network are two files: give them two names.")
     if weights and any(path and path.resolve() == weights.resolve() for path in (out, report)):
         raise UsageError("The trained weights would be replaced, and cannot be recovered from the plain form.")
-
-
-def _check_images(input_size: tuple[int, int] | None, input_shape: tuple[int, int, int] | None) -> None:
-    if input_size and input_shape:
-        raise UsageError("Give --input-size or --input-shape, not both.")
-    if min(input_size or input_shape or (1,)) < 1:
-        raise UsageError("Channels, height and width of an image are all at least 1.")
-
-
-def _reparameterize(model: nn.Module, images: Tensor, policy: Literal["cheaper", "always"]) -> tuple[nn.Module, Report]:
-    import warnings
-
-    from repvgg.collapse import reparameterize
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the summary says it
-        return reparameterize(model, images, policy=policy)
 
 
 def _write_summary(report: Report, before: nn.Module, after: nn.Module) -> None:

@@ -27,7 +27,8 @@ from repvgg._serde import to_json
 from repvgg.data import ImageData, open_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
-from repvgg.studies import report as page
+from repvgg.studies.report import schema as page
+from repvgg.studies.report.render import render_quickstart
 from repvgg.training import FitResult, TrainConfig, fit, quickstart, seeded
 from repvgg.verify import Evidence, border_inputs, verify
 
@@ -396,7 +397,7 @@ def _write_report(folder: Path, report: page.Report) -> None:
     sizes = {file.name: file.bytes for file in report.files}
     for _ in range(5):  # a size may get another digit, which changes the size again; two rounds are enough in practice
         report = replace(report, files=_files(sizes))
-        texts = {JSON_FILE: to_json(report, indent=None), HTML_FILE: page.render_quickstart(report)}
+        texts = {JSON_FILE: to_json(report, indent=None), HTML_FILE: render_quickstart(report)}
         new_sizes = sizes | {name: len(text.encode()) for name, text in texts.items()}
         if new_sizes == sizes:
             break

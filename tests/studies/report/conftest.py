@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from repvgg.studies.report import (
+from repvgg.studies.report.schema import (
     Check,
     Data,
     Epoch,

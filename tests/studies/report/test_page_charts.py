@@ -7,8 +7,9 @@ from importlib.resources import files
 import pytest
 from matplotlib.figure import Figure
 
-from repvgg.studies.report import Epoch, page_charts
+from repvgg.studies.report import page_charts
 from repvgg.studies.report.page_charts import LogScale, accuracy_chart, error_chart, loss_chart, timing_chart
+from repvgg.studies.report.schema import Epoch
 
 
 def drawn(monkeypatch, chart, data, narrow=False):

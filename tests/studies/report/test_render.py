@@ -10,8 +10,9 @@ from PIL import Image
 
 from repvgg import errors
 from repvgg.errors import MissingDependencyError
-from repvgg.studies.report import File, NextCommand, Report, render, render_quickstart
-from repvgg.studies.report.render import branch_kind, png_data_uri
+from repvgg.studies.report import render
+from repvgg.studies.report.render import branch_kind, png_data_uri, render_quickstart
+from repvgg.studies.report.schema import File, NextCommand, Report
 
 VOID = {"br", "col", "hr", "img", "link", "meta", "wbr"}
 SECTIONS = ["figures", "network", "learning", "equality", "speed", "confusion", "samples", "folder", "next"]

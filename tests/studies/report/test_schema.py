@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from repvgg.errors import UsageError
-from repvgg.studies.report import Report, Sample
+from repvgg.studies.report.schema import Report, Sample
 
 V1_FILE = Path(__file__).with_name("report_v1.json")
 
