@@ -101,21 +101,13 @@ def convert(
 
 @dataclass(frozen=True, eq=False)
 class _Network:
-    """A network to convert.
+    """A network to convert."""
 
-    Attributes:
-        model: in eval mode.
-        shape: (C, H, W) of an image.
-        source: as given on the command line.
-        weights: where its weights come from, in words.
-        metadata: the header of its checkpoint; None for a model by name or factory.
-    """
-
-    model: nn.Module
-    shape: tuple[int, int, int]
-    source: str
-    weights: str
-    metadata: Metadata | None = None
+    model: nn.Module  # in eval mode
+    shape: tuple[int, int, int]  # (C, H, W) of an image
+    source: str  # as given on the command line
+    weights: str  # where its weights come from, in words
+    metadata: Metadata | None = None  # the header of its checkpoint; None for a model by name or factory
 
     @property
     def notes(self) -> dict[str, str]:

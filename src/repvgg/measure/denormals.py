@@ -28,19 +28,12 @@ _PARALLEL_PROBE = 1 << 18  # values: more than PyTorch's grain size, so that it 
 
 @dataclass(frozen=True)
 class Denormals:
-    """Number of denormal values.
+    """Number of denormal values."""
 
-    Attributes:
-        weights: among parameters and buffers.
-        activations: among the values that the ops of one forward pass wrote.
-        weights_total: parameter and buffer values in all.
-        activations_total: written values in all.
-    """
-
-    weights: int
-    activations: int
-    weights_total: int
-    activations_total: int
+    weights: int  # among parameters and buffers
+    activations: int  # among the values that the ops of one forward pass wrote
+    weights_total: int  # parameter and buffer values in all
+    activations_total: int  # written values in all
 
     def __bool__(self) -> bool:
         return bool(self.weights or self.activations)

@@ -65,15 +65,10 @@ def _storage_id(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class MemoryStep:
-    """One allocation or release.
+    """One allocation or release."""
 
-    Attributes:
-        change: bytes; negative for a release.
-        held: bytes allocated since the start, this change included.
-    """
-
-    change: int
-    held: int
+    change: int  # bytes; negative for a release
+    held: int  # bytes allocated since the start, this change included
 
 
 def held_memory(call: Callable[[], object]) -> tuple[MemoryStep, ...]:

@@ -30,15 +30,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """The multiply-adds of one op.
-
-    Attributes:
-        macs: multiply-adds.
-        winograd_macs: the part of ``macs`` that a Winograd algorithm can reduce: stride-1, undilated 2-D 3x3
-            convolutions.
-    """
+    """The multiply-adds of one op."""
 
     macs: int
+    # The part of `macs` that a Winograd algorithm can reduce: stride-1, undilated 2-D 3x3 convolutions.
     winograd_macs: int = 0
 
     def muls(self, tile: int = 2) -> int:
@@ -53,25 +48,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Op:
-    """One executed op.
+    """One executed op."""
 
-    Attributes:
-        name: such as "aten.convolution", without the overload.
-        inputs: shapes of the tensors among its arguments, in order.
-        outputs: shapes of the tensors that it returned.
-        work: its multiply-adds; None if no rule knows the op.
-        path: of the innermost module that executed it; "" for the model itself.
-        traffic: bytes read and written; None if unknown.
-        live_bytes: activation memory while it runs: its outputs and everything that is still referenced.
-    """
-
-    name: str
-    inputs: tuple[Shape, ...]
-    outputs: tuple[Shape, ...]
-    work: Work | None
-    path: str = ""
-    traffic: Traffic | None = None
-    live_bytes: int = 0
+    name: str  # such as "aten.convolution", without the overload
+    inputs: tuple[Shape, ...]  # shapes of the tensors among its arguments, in order
+    outputs: tuple[Shape, ...]  # shapes of the tensors that it returned
+    work: Work | None  # its multiply-adds; None if no rule knows the op
+    path: str = ""  # of the innermost module that executed it; "" for the model itself
+    traffic: Traffic | None = None  # bytes read and written; None if unknown
+    live_bytes: int = 0  # activation memory while it runs: its outputs and everything that is still referenced
 
     @property
     def macs(self) -> int:
@@ -131,18 +116,12 @@ class Walk:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters and arithmetic of a model for one image.
+    """Parameters and arithmetic of a model for one image."""
 
-    Attributes:
-        params: number of parameter values; shared ones count once, buffers (BN statistics) do not count.
-        macs: multiply-adds of convolutions and matrix products; the paper prints them as FLOPs, in 10⁹.
-        winograd_muls: multiplications if stride-1 3x3 convolutions take 4/9 of them (paper §2.4, "Wino MULs").
-        unknown: names of ops without a rule; if there are any, ``macs`` and ``winograd_muls`` are lower bounds.
-    """
-
-    params: int
-    macs: int
-    winograd_muls: int
+    params: int  # number of parameter values; shared ones count once, buffers (BN statistics) do not count
+    macs: int  # multiply-adds of convolutions and matrix products; the paper prints them as FLOPs, in 10⁹
+    winograd_muls: int  # multiplications if stride-1 3x3 convolutions take 4/9 of them (paper §2.4, "Wino MULs")
+    # Names of ops without a rule; if there are any, `macs` and `winograd_muls` are lower bounds.
     unknown: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,35 +18,22 @@ TILES = (2, 4)
 
 @dataclass(frozen=True)
 class Row:
-    """Cost of one part of a model in one forward pass of the whole batch.
+    """Cost of one part of a model in one forward pass of the whole batch."""
 
-    Attributes:
-        name: path of a layer or stage; "" for ops outside of them, and for the total.
-        kind: class of that module.
-        params: number of parameter values; shared ones count at their first name, buffers do not count.
-        ops: number of executed ops; 0 for a part that the forward pass does not reach in eval mode.
-        macs: multiply-adds of convolutions and matrix products, which the paper prints as FLOPs (§2.4).
-        winograd_muls: multiplications if a Winograd algorithm is used wherever it applies.
-        bytes_read: inputs and weights of each op; see :mod:`repvgg.measure.traffic`.
-        bytes_written: outputs.
-        peak_bytes: peak activation memory while one of its ops runs, wherever in the model the activations were
-            created; images count, parameters do not.
-        unknown: names of ops whose multiply-adds are unknown: if there are any, ``macs`` and ``winograd_muls`` are
-            lower bounds.
-        unknown_traffic: the same for the bytes read and written.
-    """
-
-    name: str
-    kind: str
-    params: int
-    ops: int
-    macs: int
-    winograd_muls: int
-    bytes_read: int
-    bytes_written: int
+    name: str  # path of a layer or stage; "" for ops outside of them, and for the total
+    kind: str  # class of that module
+    params: int  # number of parameter values; shared ones count at their first name, buffers do not count
+    ops: int  # number of executed ops; 0 for a part that the forward pass does not reach in eval mode
+    macs: int  # multiply-adds of convolutions and matrix products, which the paper prints as FLOPs (§2.4)
+    winograd_muls: int  # multiplications if a Winograd algorithm is used wherever it applies
+    bytes_read: int  # inputs and weights of each op; see traffic.py
+    bytes_written: int  # outputs
+    # Peak activation memory while one of its ops runs, wherever in the model the activations were created; images
+    # count, parameters do not.
     peak_bytes: int
+    # Names of ops whose multiply-adds are unknown: if there are any, `macs` and `winograd_muls` are lower bounds.
     unknown: tuple[str, ...] = ()
-    unknown_traffic: tuple[str, ...] = ()
+    unknown_traffic: tuple[str, ...] = ()  # the same for the bytes read and written
 
     @property
     def bytes_moved(self) -> int:
@@ -70,22 +57,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """One forward pass as three tables with equal sums; of the peaks, the total has the highest.
+    """One forward pass as three tables with equal sums; of the peaks, the total has the highest."""
 
-    Attributes:
-        layers: a row for each module that executes ops or owns parameters itself, in the order of execution; modules
-            that were not reached come last.
-        stages: the same by stage; see :func:`stage_paths`.
-        total: the sum.
-        weight_bytes: memory of parameters and buffers.
-        tile: of the Winograd algorithm that was counted, F(tile x tile, 3x3).
-    """
-
+    # A row for each module that executes ops or owns parameters itself, in the order of execution; modules that were
+    # not reached come last.
     layers: tuple[Row, ...]
-    stages: tuple[Row, ...]
-    total: Row
-    weight_bytes: int
-    tile: int
+    stages: tuple[Row, ...]  # the same by stage; see stage_paths
+    total: Row  # the sum
+    weight_bytes: int  # memory of parameters and buffers
+    tile: int  # of the Winograd algorithm that was counted, F(tile x tile, 3x3)
 
     def rows(self, per: Literal["layer", "stage", "total"]) -> tuple[Row, ...]:
         """Return the table at that granularity."""

@@ -41,13 +41,9 @@ class Stopwatch(Protocol):
 
 @dataclass(frozen=True)
 class WallClock:
-    """Time by a clock of the host. If CUDA is in use, wait for its queues before each reading of the clock.
+    """Time by a clock of the host. If CUDA is in use, wait for its queues before each reading of the clock."""
 
-    Attributes:
-        clock: seconds from any origin; tests pass their own.
-    """
-
-    clock: Clock = time.perf_counter
+    clock: Clock = time.perf_counter  # seconds from any origin; tests pass their own
 
     def __call__(self, call: Call, calls: int) -> float:
         """Make the calls; return the seconds of all of them together."""
@@ -84,16 +80,12 @@ def _timing_event() -> Event:
 
 @dataclass(frozen=True)
 class CudaEvents:
-    """Time by the clock of the GPU, between two events on the current stream.
+    """Time by the clock of the GPU, between two events on the current stream."""
 
-    Attributes:
-        waits: wait for the result of each call before the next one starts (latency). Otherwise calls are queued back
-            to back (throughput).
-        event: makes an event; tests pass their own.
-    """
-
+    # Wait for the result of each call before the next one starts (latency). Otherwise calls are queued back to back
+    # (throughput).
     waits: bool = False
-    event: Callable[[], Event] = _timing_event
+    event: Callable[[], Event] = _timing_event  # makes an event; tests pass their own
 
     def __call__(self, call: Call, calls: int) -> float:
         """Make the calls; return the seconds of all of them together."""
@@ -273,31 +265,18 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """The latency of one candidate. Times are seconds for one call; q1 and q3 are quartiles over the rounds.
+    """The latency of one candidate. Times are seconds for one call; q1 and q3 are quartiles over the rounds."""
 
-    Attributes:
-        name: of the candidate.
-        median_seconds: over the rounds.
-        q1: lower quartile.
-        q3: upper quartile.
-        rounds: number of samples.
-        ratio_to_baseline: the speed-up, see :func:`ratio`; 1 for the baseline itself.
-        ratio_q1: lower quartile of the speed-up.
-        ratio_q3: upper quartile of the speed-up.
-        mean_seconds: over the rounds, which is what the paper prints.
-        baseline: the candidate that the speed-up refers to.
-    """
-
-    name: str
-    median_seconds: float
-    q1: float
-    q3: float
-    rounds: int
-    ratio_to_baseline: float
-    ratio_q1: float
-    ratio_q3: float
-    mean_seconds: float
-    baseline: str
+    name: str  # of the candidate
+    median_seconds: float  # over the rounds
+    q1: float  # lower quartile
+    q3: float  # upper quartile
+    rounds: int  # number of samples
+    ratio_to_baseline: float  # the speed-up, see ratio; 1 for the baseline itself
+    ratio_q1: float  # lower quartile of the speed-up
+    ratio_q3: float  # upper quartile of the speed-up
+    mean_seconds: float  # over the rounds, which is what the paper prints
+    baseline: str  # the candidate that the speed-up refers to
 
     def __str__(self) -> str:
         times = " ".join(f"{1e3 * seconds:.3f}" for seconds in (self.q1, self.median_seconds, self.q3))

@@ -167,23 +167,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """All trainings of a study, and the share of this process.
+    """All trainings of a study, and the share of this process."""
 
-    Attributes:
-        variants: rows of the table.
-        seeds: trainings of each variant, with seeds 0, 1, 2, …
-        spec: the architecture that they are built on.
-        config: of all trainings, without the seed.
-        run: device, dtype, memory format and threads.
-        share: the trainings that this process runs.
-    """
-
-    variants: tuple[Variant, ...]
-    seeds: int
-    spec: ModelSpec
-    config: TrainConfig
-    run: RunSettings
-    share: CellShare = field(default_factory=CellShare)
+    variants: tuple[Variant, ...]  # rows of the table
+    seeds: int  # trainings of each variant, with seeds 0, 1, 2, …
+    spec: ModelSpec  # the architecture that they are built on
+    config: TrainConfig  # of all trainings, without the seed
+    run: RunSettings  # device, dtype, memory format and threads
+    share: CellShare = field(default_factory=CellShare)  # the trainings that this process runs
 
     @property
     def jobs(self) -> list[Job]:

@@ -19,13 +19,9 @@ from repvgg.studies.variants import FULL, MEMORY, Variant
 
 @dataclass(frozen=True)
 class Spread:
-    """One quantity over seeds.
+    """One quantity over seeds."""
 
-    Attributes:
-        values: by seed.
-    """
-
-    values: Mapping[int, float]
+    values: Mapping[int, float]  # by seed
 
     @property
     def mean(self) -> float | None:
@@ -50,17 +46,11 @@ class Spread:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All cells of an ablation, complete or not.
+    """All cells of an ablation, complete or not."""
 
-    Attributes:
-        variants: rows of the table.
-        values: the cells by their keys.
-        batch: images in a training step.
-    """
-
-    variants: tuple[Variant, ...]
-    values: Mapping[str, Cell]
-    batch: int
+    variants: tuple[Variant, ...]  # rows of the table
+    values: Mapping[str, Cell]  # the cells by their keys
+    batch: int  # images in a training step
 
     def trained(self, name: str) -> list[Cell]:
         """Return the cells of a variant whose training finished, by seed."""

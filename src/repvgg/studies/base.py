@@ -46,17 +46,11 @@ class ProgressReporter:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The result of a study, complete or not.
+    """The result of a study, complete or not."""
 
-    Attributes:
-        lead: the result in a sentence.
-        tables: the most important one first.
-        charts: the most important one first.
-    """
-
-    lead: str
-    tables: tuple[Table, ...]
-    charts: tuple[Chart, ...]
+    lead: str  # the result in a sentence
+    tables: tuple[Table, ...]  # the most important one first
+    charts: tuple[Chart, ...]  # the most important one first
 
 
 # The default of Study.missing: measure() itself adds every cell.
@@ -66,48 +60,31 @@ def _nothing_missing(settings: Any, store: CellStore) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """A table or figure of the paper, made on this machine.
+    """A table or figure of the paper, made on this machine."""
 
-    Attributes:
-        name: in 'repvgg study', and of its files.
-        title: what it shows, in a line.
-        about: method, in paragraphs.
-        settings: a frozen dataclass; its ``run`` is a :class:`repvgg.measure.RunSettings`.
-        resolve: fills in the defaults that depend on the device.
-        measure: adds the missing cells; the run settings are applied already.
-        outcome: takes the cells that exist.
-        missing: cells that ``measure`` left to other processes, in a sentence; empty if there are none.
-        free_settings: settings about how the work is divided: they may change when a study continues.
-        mix_machines: accept cells of several machines.
-    """
-
-    name: str
-    title: str
-    about: str
-    settings: type[Any]
-    resolve: Callable[[Any], Any]
+    name: str  # in 'repvgg study', and of its files
+    title: str  # one line
+    about: str  # method, in paragraphs
+    settings: type[Any]  # a frozen dataclass; its `run` is a RunSettings
+    resolve: Callable[[Any], Any]  # fills in the defaults that depend on the device
+    # Adds the missing cells; the run settings are applied already.
     measure: Callable[[Any, CellStore, ProgressReporter], None]
-    outcome: Callable[[Any, Mapping[str, Any]], Outcome]
+    outcome: Callable[[Any, Mapping[str, Any]], Outcome]  # takes the cells that exist
+    # Cells that `measure` left to other processes, in a sentence; empty if there are none.
     missing: Callable[[Any, CellStore], str] = _nothing_missing
+    # Settings about how the work is divided: they may change when a study continues.
     free_settings: frozenset[str] = frozenset()
-    mix_machines: bool = False
+    mix_machines: bool = False  # accept cells of several machines
 
 
 @dataclass(frozen=True, eq=False)
 class StudyResult:
-    """State and outcome of a study after a run.
-
-    Attributes:
-        folder: of the study.
-        outcome: of the cells that exist.
-        complete: no cell is missing.
-        missing: what other processes have to do, if the run was not interrupted.
-    """
+    """State and outcome of a study after a run."""
 
     folder: Path
-    outcome: Outcome
-    complete: bool
-    missing: str = ""
+    outcome: Outcome  # of the cells that exist
+    complete: bool  # no cell is missing
+    missing: str = ""  # what other processes have to do, if the run was not interrupted
 
 
 def run_study(

@@ -37,23 +37,14 @@ Run: TypeAlias = Callable[[Tensor], object]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A network to time.
+    """A network to time."""
 
-    Attributes:
-        name: in tables.
-        model: the name it was requested by; its other forms share it.
-        form: one of :data:`FORMS`.
-        make: returns the network, in eval mode on the CPU; called once.
-        image: (C, H, W) of its input.
-        engine: runs it; a key of :data:`ENGINES`.
-    """
-
-    name: str
-    model: str
-    form: str
-    make: Callable[[], nn.Module]
-    image: Shape
-    engine: str = "torch"
+    name: str  # in tables
+    model: str  # the name it was requested by; its other forms share it
+    form: str  # one of FORMS
+    make: Callable[[], nn.Module]  # returns the network, in eval mode on the CPU; called once
+    image: Shape  # (C, H, W) of its input
+    engine: str = "torch"  # runs it; a key of ENGINES
 
 
 def candidates_of(
@@ -176,17 +167,13 @@ def plain_form(model: nn.Module, image: Tensor | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Engine:
-    """A runtime for networks.
+    """A runtime for networks."""
 
-    Attributes:
-        prepare: takes (model, settings, (C, H, W)) and returns a function of images (N, C, H, W).
-        check: raises UnsupportedError, with the reason, for a model that it cannot run; takes little time.
-        any_device: runs on any device and in any dtype; otherwise in float32 on the CPU.
-    """
-
+    # Takes (model, settings, (C, H, W)) and returns a function of images (N, C, H, W).
     prepare: Callable[[nn.Module, RunSettings, Shape], Run]
+    # Raises UnsupportedError, with the reason, for a model that it cannot run; takes little time.
     check: Callable[[nn.Module], object]
-    any_device: bool = False
+    any_device: bool = False  # runs on any device and in any dtype; otherwise in float32 on the CPU
 
 
 def _supports_all(model: nn.Module) -> None:

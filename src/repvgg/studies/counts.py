@@ -35,48 +35,29 @@ COUNTS = "counts"  # key of the cell
 
 @dataclass(frozen=True)
 class Difference:
-    """A count that does not round to the printed number, and another counting rule.
+    """A count that does not round to the printed number, and another counting rule."""
 
-    Attributes:
-        column: which count.
-        reason: how the paper counts or rounds; empty if unknown.
-        recounted: the count by that rule; None if no rule is known.
-        written: the recount as the paper would print it; None for a dash.
-        explained: whether ``written`` is the printed number.
-    """
-
-    column: Quantity
-    reason: str = ""
-    recounted: int | None = None
-    written: str | None = None
-    explained: bool = False
+    column: Quantity  # which count
+    reason: str = ""  # how the paper counts or rounds; empty if unknown
+    recounted: int | None = None  # the count by that rule; None if no rule is known
+    written: str | None = None  # the recount as the paper would print it; None for a dash
+    explained: bool = False  # whether `written` is the printed number
 
 
 @dataclass(frozen=True)
 class CountRow:
-    """Our counts of one model, and the printed ones.
+    """Our counts of one model, and the printed ones."""
 
-    Attributes:
-        model: name of an architecture or a baseline.
-        title: as the paper prints it.
-        input_size: height and width of the image in pixels.
-        params_train: parameters in the train form.
-        params: parameters in the plain form, branches merged and batch norms folded, as the paper counts (§4.1, Eq. 3).
-        macs: multiply-adds of the plain form for one image, which the paper prints as FLOPs (§2.4).
-        winograd_muls: multiplications of the plain form with 4/9 for every stride-1 3x3 convolution (§2.4).
-        paper: the printed row.
-        differences: one for each count that does not round to the printed number.
-    """
-
-    model: str
-    title: str
-    input_size: int
-    params_train: int
+    model: str  # name of an architecture or a baseline
+    title: str  # as the paper prints it
+    input_size: int  # height and width of the image in pixels
+    params_train: int  # parameters in the train form
+    # Parameters in the plain form, branches merged and batch norms folded, as the paper counts (§4.1, Eq. 3).
     params: int
-    macs: int
-    winograd_muls: int
-    paper: PrintedModel
-    differences: tuple[Difference, ...]
+    macs: int  # multiply-adds of the plain form for one image, which the paper prints as FLOPs (§2.4)
+    winograd_muls: int  # multiplications of the plain form with 4/9 for every stride-1 3x3 convolution (§2.4)
+    paper: PrintedModel  # the printed row
+    differences: tuple[Difference, ...]  # one for each count that does not round to the printed number
 
     def count(self, column: Quantity) -> int:
         """Return our count for a column of the paper."""
@@ -89,15 +70,10 @@ class CountRow:
 
 @dataclass(frozen=True)
 class Recount:
-    """Another rule for counting Winograd multiplications.
-
-    Attributes:
-        reason: in words.
-        reduced: whether an op that a Winograd algorithm could compute counts 4/9.
-    """
+    """Another rule for counting Winograd multiplications."""
 
     reason: str
-    reduced: Callable[[Op], bool]
+    reduced: Callable[[Op], bool]  # whether an op that a Winograd algorithm could compute counts 4/9
 
 
 _TRUNCATED = "cut, not rounded, in the paper"

@@ -30,23 +30,14 @@ Cell = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Header:
-    """What all cells of a folder have in common.
-
-    Attributes:
-        study: name.
-        settings: of the study, as JSON types.
-        environment: the machine, as :func:`repvgg.measure.environment` describes it when the study starts.
-        command: continues the study.
-        started: ISO 8601 time.
-        finished: ISO 8601 time; empty while cells are missing.
-    """
+    """What all cells of a folder have in common."""
 
     study: str
-    settings: Mapping[str, Any]
-    environment: Mapping[str, str]
-    command: str = ""
-    started: str = ""
-    finished: str = ""
+    settings: Mapping[str, Any]  # of the study, as JSON types
+    environment: Mapping[str, str]  # the machine when the study starts; see environment()
+    command: str = ""  # continues the study
+    started: str = ""  # ISO 8601 time
+    finished: str = ""  # ISO 8601 time; empty while cells are missing
 
     @property
     def machine(self) -> dict[str, str]:
@@ -270,14 +261,10 @@ class LockHolder:
 
 @dataclass(frozen=True)
 class LockResult:
-    """Result of trying to lock a cell.
+    """Result of trying to lock a cell."""
 
-    Attributes:
-        acquired: whether this process holds the lock until the end of the context.
-        holder: the process that holds it otherwise; if acquired, the dead process that held it before.
-    """
-
-    acquired: bool
+    acquired: bool  # whether this process holds the lock until the end of the context
+    # The process that holds it otherwise; if acquired, the dead process that held it before.
     holder: LockHolder | None = None
 
 

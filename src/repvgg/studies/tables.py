@@ -13,17 +13,11 @@ Value: TypeAlias = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """One column."""
 
-    Attributes:
-        key: its name in CSV and JSON, with the unit: ``images_per_second``.
-        title: heading for readers.
-        digits: decimal places for readers; None for all of them.
-    """
-
-    key: str
-    title: str
-    digits: int | None = None
+    key: str  # its name in CSV and JSON, with the unit: `images_per_second`
+    title: str  # heading for readers
+    digits: int | None = None  # decimal places for readers; None for all of them
 
     def format(self, value: Value) -> str:
         """Format a value for readers: None as a dash, True as a check mark, False as nothing."""
@@ -46,21 +40,13 @@ SPEED_COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with one value per column; None for a value that was not measured or not printed.
+    """Rows with one value per column; None for a value that was not measured or not printed."""
 
-    Attributes:
-        name: of its file, without the suffix.
-        title: heading.
-        columns: the first one names the row.
-        rows: the values.
-        notes: paragraphs below the table.
-    """
-
-    name: str
+    name: str  # of its file, without the suffix
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...]  # the first one names the row
     rows: tuple[tuple[Value, ...], ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # paragraphs below the table
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name

@@ -43,19 +43,12 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True, eq=False)
 class PreparedNetwork:
-    """A candidate that is ready to run.
+    """A candidate that is ready to run."""
 
-    Attributes:
-        name: of the candidate.
-        run: takes images (N, C, H, W).
-        model: the network inside, in its dtype and on its device.
-        image: (C, H, W).
-    """
-
-    name: str
-    run: Run
-    model: nn.Module
-    image: Shape
+    name: str  # of the candidate
+    run: Run  # takes images (N, C, H, W)
+    model: nn.Module  # the network inside, in its dtype and on its device
+    image: Shape  # (C, H, W)
 
 
 def prepare(candidates: Iterable[Candidate], settings: RunSettings, on_failure: OnFailure) -> list[PreparedNetwork]:
@@ -127,21 +120,13 @@ def _explain_failure(network: PreparedNetwork, batch: int, settings: RunSettings
 
 @dataclass(frozen=True, eq=False)
 class BatchResult:
-    """Results of one batch size.
+    """Results of one batch size."""
 
-    Attributes:
-        batch: images in a call.
-        samples: in the order in which they were taken.
-        names: candidates that were measured.
-        failures: the reason for each of the others, by name.
-        baseline: that speed-ups refer to.
-    """
-
-    batch: int
-    samples: tuple[Sample, ...]
-    names: tuple[str, ...]
-    failures: Mapping[str, str]
-    baseline: str
+    batch: int  # images in a call
+    samples: tuple[Sample, ...]  # in the order in which they were taken
+    names: tuple[str, ...]  # candidates that were measured
+    failures: Mapping[str, str]  # the reason for each of the others, by name
+    baseline: str  # that speed-ups refer to
 
     @property
     def timings(self) -> list[Timing]:
@@ -155,17 +140,11 @@ class BatchResult:
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """Results of all batch sizes.
+    """Results of all batch sizes."""
 
-    Attributes:
-        batches: one for each batch size; after Ctrl-C those until then.
-        denormals: of each network on one image, by name.
-        complete: False after Ctrl-C.
-    """
-
-    batches: tuple[BatchResult, ...]
-    denormals: Mapping[str, Denormals]
-    complete: bool
+    batches: tuple[BatchResult, ...]  # one for each batch size; after Ctrl-C those until then
+    denormals: Mapping[str, Denormals]  # of each network on one image, by name
+    complete: bool  # False after Ctrl-C
 
 
 def sweep(
@@ -366,17 +345,11 @@ def _samples_of(values: Mapping[str, Cell], group: int) -> list[Sample]:
 
 @dataclass(frozen=True, eq=False)
 class Speeds:
-    """The speeds of networks, from the rounds of a study.
+    """The speeds of networks, from the rounds of a study."""
 
-    Attributes:
-        groups: the samples of each group.
-        failures: why networks ran out of memory, by name.
-        batch: images in a call.
-    """
-
-    groups: tuple[tuple[Sample, ...], ...]
-    failures: Mapping[str, str]
-    batch: int
+    groups: tuple[tuple[Sample, ...], ...]  # the samples of each group
+    failures: Mapping[str, str]  # why networks ran out of memory, by name
+    batch: int  # images in a call
 
     @classmethod
     def from_cells(cls, values: Mapping[str, Cell], batch: int) -> Speeds:

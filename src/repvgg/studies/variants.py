@@ -67,23 +67,14 @@ SMALL_B0 = ModelSpec(
 
 @dataclass(frozen=True)
 class Variant:
-    """A network to train.
+    """A network to train."""
 
-    Attributes:
-        name: in files, and for ``--rows``.
-        title: as the paper prints it.
-        make: builds it on an architecture.
-        top1_percent: on ImageNet-1K, as the paper prints it for RepVGG-B0; None if it does not.
-        identity: whether its blocks have an identity branch; None if the table has no such column.
-        pointwise: the same for the 1x1 branch.
-    """
-
-    name: str
-    title: str
-    make: Make
-    top1_percent: float | None = None
-    identity: bool | None = None
-    pointwise: bool | None = None
+    name: str  # in files, and for `--rows`
+    title: str  # as the paper prints it
+    make: Make  # builds it on an architecture
+    top1_percent: float | None = None  # on ImageNet-1K, as the paper prints it for RepVGG-B0; None if it does not
+    identity: bool | None = None  # whether its blocks have an identity branch; None if the table has no such column
+    pointwise: bool | None = None  # the same for the 1x1 branch
 
 
 def _make(block: str, spec: ModelSpec, num_classes: int, in_channels: int) -> nn.Module:
@@ -165,19 +156,12 @@ def select_variants(variants: Sequence[Variant], names: Iterable[str]) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """One training of a study.
+    """One training of a study."""
 
-    Attributes:
-        variant: what is trained.
-        spec: the architecture that it is built on.
-        config: with the seed of the cell.
-        data: training and validation images, opened with that seed.
-    """
-
-    variant: Variant
-    spec: ModelSpec
-    config: TrainConfig
-    data: ImageData
+    variant: Variant  # what is trained
+    spec: ModelSpec  # the architecture that it is built on
+    config: TrainConfig  # with the seed of the cell
+    data: ImageData  # training and validation images, opened with that seed
 
 
 def train_cell(training: Training, folder: Path) -> Cell:
@@ -269,25 +253,15 @@ _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """What to measure of training steps, all variants side by side.
+    """What to measure of training steps, all variants side by side."""
 
-    Attributes:
-        variants: to measure.
-        spec: the architecture that they are built on.
-        config: of the training; its batch is that of a step.
-        image: (C, H, W).
-        num_classes: number of logits.
-        run: device, dtype, memory format and threads.
-        rounds: how often each variant is timed.
-    """
-
-    variants: Sequence[Variant]
-    spec: ModelSpec
-    config: TrainConfig
-    image: tuple[int, int, int]
-    num_classes: int
-    run: RunSettings
-    rounds: int
+    variants: Sequence[Variant]  # to measure
+    spec: ModelSpec  # the architecture that they are built on
+    config: TrainConfig  # of the training; its batch is that of a step
+    image: tuple[int, int, int]  # (C, H, W)
+    num_classes: int  # number of logits
+    run: RunSettings  # device, dtype, memory format and threads
+    rounds: int  # how often each variant is timed
 
 
 def measure_cost(

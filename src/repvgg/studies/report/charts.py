@@ -41,17 +41,11 @@ _SLIDE_FONT, _NARROW_FONT = 17.0, 11.0
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """A chart of a study.
+    """A chart of a study."""
 
-    Attributes:
-        name: stem of its file names.
-        description: content in words, for screen readers.
-        draw: draws it into an empty figure, whose width tells a slide from a phone.
-    """
-
-    name: str
-    description: str
-    draw: Callable[[Figure], None]
+    name: str  # stem of its file names
+    description: str  # content in words, for screen readers
+    draw: Callable[[Figure], None]  # draws it into an empty figure, whose width tells a slide from a phone
 
 
 def write_chart(folder: Path, chart: Chart) -> str:
@@ -77,21 +71,13 @@ def write_chart(folder: Path, chart: Chart) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of :func:`draw_bars`.
+    """One bar of :func:`draw_bars`."""
 
-    Attributes:
-        label: left of the bar.
-        value: its length; None if not measured.
-        paper: length of the paper's bar below it; None for no such bar.
-        text: written after the bar in place of the value.
-        ours: whether it is one of ours, for the colour.
-    """
-
-    label: str
-    value: float | None
-    paper: float | None = None
-    text: str = ""
-    ours: bool = True
+    label: str  # left of the bar
+    value: float | None  # its length; None if not measured
+    paper: float | None = None  # length of the paper's bar below it; None for no such bar
+    text: str = ""  # written after the bar in place of the value
+    ours: bool = True  # whether it is one of ours, for the colour
 
 
 def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, line_at: float | None = None) -> None:

@@ -73,35 +73,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Region:
-    """Branches that were merged into one convolution; regions are listed in execution order.
+    """Branches that were merged into one convolution; regions are listed in execution order."""
 
-    Attributes:
-        name: path of the region in the model, ``stages.0.1.conv``.
-        branches: one description per branch, ``3x3 conv + BN``; the branches are summed.
-        kernel: height and width of the merged convolution.
-        stride: vertical and horizontal.
-        groups: of the merged convolution.
-        in_channels: of the merged convolution.
-        out_channels: of the merged convolution.
-        params_before: parameters of all branches.
-        params_after: parameters of the merged convolution.
-        error_made: relative error of this convolution alone, given the reference's input; None if not measured.
-        error_arriving: relative error of its output when the whole plain network runs; None if not measured.
-        then: the layer after the sum, which is the same in both forms.
-    """
-
-    name: str
-    branches: tuple[str, ...]
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    groups: int
-    in_channels: int
-    out_channels: int
-    params_before: int
-    params_after: int
+    name: str  # path of the region in the model, `stages.0.1.conv`
+    branches: tuple[str, ...]  # one description per branch, `3x3 conv + BN`; the branches are summed
+    kernel: tuple[int, ...]  # height and width of the merged convolution
+    stride: tuple[int, ...]  # vertical and horizontal
+    groups: int  # of the merged convolution
+    in_channels: int  # of the merged convolution
+    out_channels: int  # of the merged convolution
+    params_before: int  # parameters of all branches
+    params_after: int  # parameters of the merged convolution
+    # Relative error of this convolution alone, given the reference's input; None if not measured.
     error_made: float | None = None
+    # Relative error of its output when the whole plain network runs; None if not measured.
     error_arriving: float | None = None
-    then: str = "ReLU"
+    then: str = "ReLU"  # the layer after the sum, which is the same in both forms
 
     def __post_init__(self) -> None:
         if not self.branches or not self.kernel or not self.stride:
@@ -118,35 +105,20 @@ class Unchanged:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison with the float64 reference.
+    """One comparison with the float64 reference."""
 
-    Attributes:
-        subject: what was checked, ``Plain form``.
-        inputs: the inputs it ran on, ``360 validation images``.
-        dtype: the dtype it ran in, ``float32``.
-        relative_error: against the float64 reference.
-        absolute_error: largest absolute error against the float64 reference.
-        tolerance: bound on the relative error.
-        tolerance_origin: how that bound was derived.
-        passed: whether the error is within the tolerance.
-        reason: the outcome in words.
-        reference_error: relative error of the train form itself in that dtype; None if not measured.
-        agree: number of equal predictions; None if there are no predictions.
-        total: number of predictions compared.
-    """
-
-    subject: str
-    inputs: str
-    dtype: str
-    relative_error: float
-    absolute_error: float
-    tolerance: float
-    tolerance_origin: str
-    passed: bool
-    reason: str
-    reference_error: float | None = None
-    agree: int | None = None
-    total: int | None = None
+    subject: str  # such as "Plain form"
+    inputs: str  # such as "360 validation images"
+    dtype: str  # of the checked network
+    relative_error: float  # against the float64 reference
+    absolute_error: float  # largest absolute error against the float64 reference
+    tolerance: float  # bound on the relative error
+    tolerance_origin: str  # how that bound was derived
+    passed: bool  # whether the error is within the tolerance
+    reason: str  # the outcome in words
+    reference_error: float | None = None  # relative error of the train form itself in that dtype; None if not measured
+    agree: int | None = None  # number of equal predictions; None if there are no predictions
+    total: int | None = None  # number of predictions compared
 
 
 @dataclass(frozen=True)
