@@ -290,19 +290,12 @@ InTorch = TorchFallback  #: Alias for code written for the old name.
 @final
 @dataclass(frozen=True)
 class StepTime:
-    """The duration of one step of a layer.
+    """The duration of one step of a layer."""
 
-    Attributes:
-        name: of the layer.
-        kernel: with its tile sizes.
-        seconds: the median.
-        num_multiplies: for the whole batch, including tiles that overhang the image; 0 for memory-bound steps.
-    """
-
-    name: str
-    kernel: Kernel
-    seconds: float
-    num_multiplies: int
+    name: str  # of the layer
+    kernel: Kernel  # with its tile sizes
+    seconds: float  # median
+    num_multiplies: int  # for the whole batch, including tiles that overhang the image; 0 for memory-bound steps
 
     @property
     def muls(self) -> int:

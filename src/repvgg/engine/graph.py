@@ -40,19 +40,11 @@ class ConvGeometry:
 @final
 @dataclass(frozen=True, eq=False)
 class Conv:
-    """``y = conv(x) + bias`` with zero padding, and an optional fused ReLU.
+    """``y = conv(x) + bias`` with zero padding, and an optional fused ReLU."""
 
-    Attributes:
-        name: of the layer in the model, for messages.
-        weight: OIHW, where I is the number of channels of one group.
-        bias: (O,).
-        geometry: kernel size, stride, padding, dilation and groups.
-        relu: whether a ReLU follows.
-    """
-
-    name: str
-    weight: Floats
-    bias: Floats
+    name: str  # of the layer in the model, for messages
+    weight: Floats  # OIHW, where I is the number of channels of one group
+    bias: Floats  # (O,)
     geometry: ConvGeometry
     relu: bool = False
 
@@ -60,22 +52,13 @@ class Conv:
 @final
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Squeeze-and-excitation: ``y = x · sigmoid(up · ReLU(down · mean_HW(x) + b_down) + b_up)``, optional fused ReLU.
+    """Squeeze-and-excitation: ``y = x · sigmoid(up · ReLU(down · mean_HW(x) + b_down) + b_up)``, optional ReLU."""
 
-    Attributes:
-        name: of the first convolution of the gate in the model, for messages.
-        down: matrix (hidden, C).
-        down_bias: (hidden,).
-        up: matrix (C, hidden).
-        up_bias: (C,).
-        relu: whether a ReLU follows.
-    """
-
-    name: str
-    down: Floats
-    down_bias: Floats
-    up: Floats
-    up_bias: Floats
+    name: str  # of the first convolution of the gate in the model, for messages
+    down: Floats  # (hidden, C)
+    down_bias: Floats  # (hidden,)
+    up: Floats  # (C, hidden)
+    up_bias: Floats  # (C,)
     relu: bool = False
 
 

@@ -23,17 +23,11 @@ _L2_HINT, _L1_HINT = 2, 3  # locality operand of llvm.prefetch
 @final
 @dataclass(eq=False)
 class Loop:
-    """A loop whose body is being built.
+    """A loop whose body is being built."""
 
-    Attributes:
-        index: the induction variable.
-        carried: loop-carried vectors at the start of an iteration.
-        next: the same at its end; the body assigns them.
-    """
-
-    index: Value
-    carried: list[Value]
-    next: list[Value] = field(default_factory=list)
+    index: Value  # the induction variable
+    carried: list[Value]  # loop-carried vectors at the start of an iteration
+    next: list[Value] = field(default_factory=list)  # the same at its end; the body assigns them
 
     @property
     def results(self) -> list[Value]:

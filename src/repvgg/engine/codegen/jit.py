@@ -18,23 +18,14 @@ _AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw")
 @final
 @dataclass(frozen=True)
 class VectorIsa:
-    """A vector instruction set, and the processor that LLVM generates code for.
+    """A vector instruction set, and the processor that LLVM generates code for."""
 
-    Attributes:
-        name: "avx512", "avx2", "sse2", "neon" or "scalar".
-        width: floats in a vector register.
-        registers: architectural vector registers.
-        cpu: LLVM's name of the processor.
-        features: LLVM's feature string, such as "+fma,-avx512f"; "" for the defaults of ``cpu``.
-        triple: LLVM's name of the platform; "" for this one.
-    """
-
-    name: str
-    width: int
-    registers: int
-    cpu: str
-    features: str = ""
-    triple: str = ""
+    name: str  # "avx512", "avx2", "sse2", "neon" or "scalar"
+    width: int  # floats in a vector register
+    registers: int  # architectural vector registers
+    cpu: str  # LLVM's name of the processor
+    features: str = ""  # LLVM's feature string, such as "+fma,-avx512f"; "" for the defaults of ``cpu``
+    triple: str = ""  # LLVM's name of the platform; "" for this one
 
 
 #: Baseline processors, for code that is compiled on any machine: tests inspect their assembly.

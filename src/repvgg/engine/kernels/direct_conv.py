@@ -192,19 +192,12 @@ def _next_panel(b: IRBuilder, kernel: DirectConvKernel, nr: int) -> Value | None
 @final
 @dataclass(frozen=True)
 class _RowBuilder:
-    """Builder of an output row of a panel.
-
-    Attributes:
-        b: the function.
-        kernel: the kernel.
-        stored_lanes: lanes to store, for each vector of the panel.
-        prefetched: address in the next panel, or None.
-    """
+    """Builder of an output row of a panel."""
 
     b: IRBuilder
     kernel: DirectConvKernel
-    stored_lanes: tuple[int, ...]
-    prefetched: Value | None
+    stored_lanes: tuple[int, ...]  # lanes to store, for each vector of the panel
+    prefetched: Value | None  # address in the next panel, or None
 
     @property
     def nr(self) -> int:

@@ -59,21 +59,13 @@ class Target:
 @final
 @dataclass(frozen=True)
 class ConvProblem:
-    """A convolution and the size of its output: with the target, what the selection of an algorithm depends on.
-
-    Attributes:
-        geometry: kernel size, stride, padding, dilation and groups.
-        in_channels: of all groups.
-        out_channels: of all groups.
-        output_size: height and width.
-        batch: images processed at once.
-    """
+    """A convolution and the size of its output: with the target, what the selection of an algorithm depends on."""
 
     geometry: ConvGeometry
-    in_channels: int
-    out_channels: int
-    output_size: Pair
-    batch: int
+    in_channels: int  # of all groups
+    out_channels: int  # of all groups
+    output_size: Pair  # height and width
+    batch: int  # images processed at once
 
     @property
     def groups(self) -> int:
@@ -99,19 +91,12 @@ class ConvProblem:
 
 
 class TileSpan(NamedTuple):
-    """Neighbouring tiles of one size along an axis.
+    """Neighbouring tiles of one size along an axis."""
 
-    Attributes:
-        start: first output row or column.
-        outputs: the m of F(m, 3).
-        num_tiles: number of tiles.
-        last: outputs of the last tile if it is an edge tile, which uses a subset of the interpolation points; else 0.
-    """
-
-    start: int
-    outputs: int
+    start: int  # first output row or column
+    outputs: int  # the m of F(m, 3)
     num_tiles: int
-    last: int
+    last: int  # outputs of the last tile if it is an edge tile, which uses a subset of the interpolation points; else 0
 
     @property
     def missing(self) -> int:

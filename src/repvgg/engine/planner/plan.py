@@ -99,21 +99,13 @@ class Step:
 @final
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All steps of a network for inputs of one size.
+    """All steps of a network for inputs of one size."""
 
-    Attributes:
-        input_shape: (N, C, H, W), where N is the largest batch.
-        steps: in execution order.
-        buffers: all that the steps read and write, by number.
-        isa: the vector instructions that the kernels use.
-        flat: whether the output is (N, C) and not (N, C, H, W).
-    """
-
-    input_shape: Shape
-    steps: tuple[Step, ...]
-    buffers: tuple[Buffer, ...]
-    isa: VectorIsa
-    flat: bool
+    input_shape: Shape  # (N, C, H, W), where N is the largest batch
+    steps: tuple[Step, ...]  # in execution order
+    buffers: tuple[Buffer, ...]  # all that the steps read and write, by number
+    isa: VectorIsa  # the vector instructions that the kernels use
+    flat: bool  # whether the output is (N, C) and not (N, C, H, W)
 
     @property
     def output(self) -> Buffer:
@@ -160,15 +152,10 @@ def conv_problems(
 @final
 @dataclass(frozen=True)
 class BatchChunks:
-    """Division of the batch for the first layers: each chunk passes through all of them before the next one.
+    """Division of the batch for the first layers: each chunk passes through all of them before the next one."""
 
-    Attributes:
-        num_layers: layers that are chunked; 0 for none.
-        images: in a chunk. It divides the batch, so that no chunk writes beyond the last image.
-    """
-
-    num_layers: int
-    images: int
+    num_layers: int  # layers that are chunked; 0 for none
+    images: int  # in a chunk; a divisor of the batch, so that no chunk writes beyond the last image
 
     def images_at(self, layer: int, batch: int) -> int:
         """Return how many images the layer of this index reads at once."""

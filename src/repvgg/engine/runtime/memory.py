@@ -134,19 +134,12 @@ Images: TypeAlias = "Tensor | Floats"
 
 
 class InputView(NamedTuple):
-    """The caller's images, in memory that the engine reads in place.
+    """The caller's images, in memory that the engine reads in place."""
 
-    Attributes:
-        address: of the first float.
-        shape: (n, C, H, W).
-        strides: floats from one element to the next along each axis.
-        owner: keeps the memory alive.
-    """
-
-    address: int
-    shape: tuple[int, int, int, int]
-    strides: tuple[int, ...]
-    owner: Images
+    address: int  # of the first float
+    shape: tuple[int, int, int, int]  # (n, C, H, W)
+    strides: tuple[int, ...]  # floats from one element to the next along each axis
+    owner: Images  # keeps the memory alive
 
 
 def view_input(x: Images, channels: int) -> InputView:

@@ -91,19 +91,12 @@ class ChannelBlock:
 @final
 @dataclass(frozen=True)
 class WeightStream:
-    """Weights of a channel block, and the weights to prefetch to L1 at the same time.
+    """Weights of a channel block, and the weights to prefetch to L1 at the same time."""
 
-    Attributes:
-        address: of the first vector.
-        stride: from one channel to the next.
-        prefetched: address of the first float to prefetch.
-        prefetched_floats: floats to prefetch for each channel; 0 for none.
-    """
-
-    address: Value
-    stride: int
-    prefetched: Value
-    prefetched_floats: int
+    address: Value  # of the first vector
+    stride: int  # from one channel to the next
+    prefetched: Value  # address of the first float to prefetch
+    prefetched_floats: int  # floats to prefetch for each channel; 0 for none
 
 
 #: Builds work that is interleaved with a rank-1 update, given the index of the channel in its block.
@@ -113,25 +106,15 @@ InterleavedWork: TypeAlias = Callable[[Value], None]
 @final
 @dataclass(frozen=True)
 class PanelGemm:
-    """GEMM of one panel of output channels and the tiles of a block.
+    """GEMM of one panel of output channels and the tiles of a block."""
 
-    Attributes:
-        winograd: F(m x n, 3x3).
-        tile: register tile; ``mr`` counts Winograd tiles.
-        nr: vectors of this panel; the last panel of a group may have fewer than ``tile.nr``.
-        tiling: the tiles.
-        channels: input channels of a group.
-        prefetch_tiles: whether transformed tiles come from L3, so that the next ones are prefetched to L2.
-        free_vector_registers: left by the register tile, for interleaved work.
-    """
-
-    winograd: Winograd2d
-    tile: RegisterTile
-    nr: int
+    winograd: Winograd2d  # F(m x n, 3x3)
+    tile: RegisterTile  # ``mr`` counts Winograd tiles
+    nr: int  # vectors of this panel; the last panel of a group may have fewer than ``tile.nr``
     tiling: Tiling
-    channels: int
-    prefetch_tiles: bool
-    free_vector_registers: int
+    channels: int  # input channels of a group
+    prefetch_tiles: bool  # whether transformed tiles come from L3, so that the next ones are prefetched to L2
+    free_vector_registers: int  # left by the register tile, for interleaved work
 
     @property
     def subsets(self) -> tuple[tuple[TileSubset, ...], ...]:
@@ -220,15 +203,10 @@ class PanelGemm:
 @final
 @dataclass(frozen=True)
 class BatchedGemm:
-    """The GEMMs of all tile elements, for one panel and the tiles of a block.
-
-    Attributes:
-        panel: the panel and the tiles.
-        on_the_fly: whether filters are stored as ``G g``.
-    """
+    """The GEMMs of all tile elements, for one panel and the tiles of a block."""
 
     panel: PanelGemm
-    on_the_fly: bool
+    on_the_fly: bool  # whether filters are stored as ``G g``
 
     def scratch_floats(self, width: int) -> int:
         """Return the floats of scratch memory that :meth:`emit` needs, at least 1."""
@@ -277,41 +255,25 @@ class BatchedGemm:
 @final
 @dataclass(frozen=True)
 class _ColumnGroup:
-    """Columns of tile elements that share a loop.
+    """Columns of tile elements that share a loop."""
 
-    Attributes:
-        columns: of the tile elements.
-        subset: the tiles that have them.
-        tap: the tap that the filters of this column are equal to, or None if they are transformed.
-        before: number of columns that are computed before these.
-        prefetches: whether the loop prefetches weights.
-        interleaves: whether the loop transforms filters of the next columns.
-    """
-
-    columns: range
-    subset: TileSubset
-    tap: int | None
-    before: int
-    prefetches: bool
-    interleaves: bool
+    columns: range  # of the tile elements
+    subset: TileSubset  # the tiles that have them
+    tap: int | None  # the tap that the filters of this column are equal to, or None if they are transformed
+    before: int  # number of columns that are computed before these
+    prefetches: bool  # whether the loop prefetches weights
+    interleaves: bool  # whether the loop transforms filters of the next columns
 
 
 @final
 @dataclass(frozen=True)
 class _BlockFilters:
-    """Addresses of the filters of a channel block.
+    """Addresses of the filters of a channel block."""
 
-    Attributes:
-        stored: ``G g``, (input channel, 3, output channel).
-        transformed: ``G g Gᵀ``, (column, input channel, output channel).
-        next_stored: of the next block to transform; after the last block, of any.
-        points: p² and p of each pair of columns ±p.
-    """
-
-    stored: Value
-    transformed: Value
-    next_stored: Value
-    points: Value
+    stored: Value  # ``G g``, (input channel, 3, output channel)
+    transformed: Value  # ``G g Gᵀ``, (column, input channel, output channel)
+    next_stored: Value  # of the next block to transform (after the last one, of any)
+    points: Value  # p² and p of each pair of columns ±p
 
 
 @final

@@ -25,18 +25,12 @@ class Tiling:
 
     All blocks have the same length: the last one may contain padding tiles, whose outputs are not stored. With edge
     tiles (:attr:`repvgg.engine.winograd.filters.Winograd2d.edge_tile`), all tiles form one block.
-
-    Attributes:
-        grid: tiles of an image, including edge tiles.
-        tiles_per_block: length of a block.
-        batch: images of the largest batch.
-        corner: row and column of the first output of the first tile.
     """
 
-    grid: Pair
-    tiles_per_block: int
-    batch: int
-    corner: Pair = (0, 0)
+    grid: Pair  # tiles of an image, including edge tiles
+    tiles_per_block: int  # length of a block
+    batch: int  # images of the largest batch
+    corner: Pair = (0, 0)  # row and column of the first output of the first tile
 
     @property
     def tiles_per_image(self) -> int:
@@ -60,21 +54,13 @@ class Tiling:
 @final
 @dataclass(frozen=True)
 class TileGroup:
-    """The tiles of a block that have one size: full tiles, or those of the last row, the last column or the corner.
+    """The tiles of a block that have one size: full tiles, or those of the last row, the last column or the corner."""
 
-    Attributes:
-        winograd: their transform, without edge tiles.
-        tiling: of these tiles alone.
-        elements: their tile elements, as indices into those of the full transform.
-        first_row: their first row of tiles.
-        first_tile: tiles of a block that precede them.
-    """
-
-    winograd: Winograd2d
-    tiling: Tiling
-    elements: tuple[int, ...]
-    first_row: int
-    first_tile: int
+    winograd: Winograd2d  # their transform, without edge tiles
+    tiling: Tiling  # of these tiles alone
+    elements: tuple[int, ...]  # their tile elements, as indices into those of the full transform
+    first_row: int  # their first row of tiles
+    first_tile: int  # of the block: the tiles of a group are contiguous
 
 
 @final
@@ -171,17 +157,11 @@ def element_stride(tiles: int, channels: int) -> int:
 @final
 @dataclass(frozen=True)
 class TransformedTiles:
-    """Transformed inputs or products, (tile element, tile, channel): a matrix for each tile element.
+    """Transformed inputs or products, (tile element, tile, channel): a matrix for each tile element."""
 
-    Attributes:
-        address: of the first float.
-        element_stride: floats from one tile element to the next.
-        tile_stride: floats from one tile to the next.
-    """
-
-    address: Value
-    element_stride: int
-    tile_stride: int
+    address: Value  # of the first float
+    element_stride: int  # floats from one tile element to the next
+    tile_stride: int  # floats from one tile to the next
 
     @classmethod
     def allocate(cls, address: Value, tiles: int, channels: int) -> TransformedTiles:

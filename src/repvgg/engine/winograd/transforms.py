@@ -179,19 +179,12 @@ def tiles_of_block(b: IRBuilder, tiling: Tiling, block: Index) -> tuple[Index, I
 @final
 @dataclass(frozen=True)
 class OutputTransform:
-    """``Aᵀ M A`` of the products M of a block's tiles, with bias and optional ReLU.
-
-    Attributes:
-        group: the tiles.
-        target: layout of the output.
-        relu: whether a ReLU follows.
-        vectors: of output channels.
-    """
+    """``Aᵀ M A`` of the products M of a block's tiles, with bias and optional ReLU."""
 
     group: TileGroup
     target: FeatureMapLayout
     relu: bool
-    vectors: int
+    vectors: int  # of output channels
 
     def emit(self, b: IRBuilder, products: TransformedTiles, output: OutputBlock, discarded: Value) -> None:
         """Build the transform of a block. Outputs beyond the image are stored to ``discarded``, a vector of scratch."""
