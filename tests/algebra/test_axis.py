@@ -70,6 +70,6 @@ def test_stays_zero_outside_is_exact(axis):
 
     sizes = range(8, 16)
     in_front = any(reaches(size, range(-8, 0)) for size in sizes)
-    behind = any(reaches(size, range(len(taps(axis, size)), len(taps(axis, size)) + 8)) for size in sizes)
+    after = any(reaches(size, range(len(taps(axis, size)), len(taps(axis, size)) + 8)) for size in sizes)
     assert axis.stays_zero_outside(before=True, after=False) is not in_front
-    assert axis.stays_zero_outside(before=False, after=True) is not behind
+    assert axis.stays_zero_outside(before=False, after=True) is not after

@@ -177,7 +177,7 @@ def test_a_forged_header_length(tmp_path, length):
 )
 def test_forged_header_entries(tmp_path, entry):
     header = json.dumps({"head.weight": entry}).encode()
-    path = tmp_path / "lie.safetensors"
+    path = tmp_path / "wrong.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     assert "is damaged" in refused(path)
 

@@ -113,7 +113,7 @@ LEFT = {
         lambda: norms(nn.BatchNorm2d(4, track_running_stats=False)),
         "without running statistics",
     ),
-    "pool that counts the border otherwise": (
+    "pool that excludes the padding from its average": (
         lambda: summed(Linear2d(), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
         None,
     ),

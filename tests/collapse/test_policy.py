@@ -83,15 +83,15 @@ def test_norm_skipped_for_its_cost_is_reported(act):
 )
 @pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
 def test_policy_function_decides(make, channels, before, after, answer):
-    asked = set()
+    seen = set()
 
     def policy(*costs):
-        asked.add(costs)
+        seen.add(costs)
         return answer
 
     model = trained(make())
     plain, report = repvgg.reparameterize(model, policy=policy)
-    assert asked == {(Cost(before, before), Cost(after, after))}
+    assert seen == {(Cost(before, before), Cost(after, after))}
     assert parts_of(report) == ([["0", "1"]] if answer else [])
     assert_same_outputs(model, plain, image(channels))
 

@@ -243,13 +243,13 @@ def test_shared_block_stays_shared():
     assert plain.a is plain.b
 
 
-@pytest.mark.parametrize("asked", ["stride", "class", "part"])
-def test_block_whose_type_the_code_reads_is_kept(asked):
+@pytest.mark.parametrize("reads", ["stride", "class", "part"])
+def test_block_whose_type_the_code_reads_is_kept(reads):
     def forward(self, x):
         y = self.block(x)
-        if asked == "stride":
+        if reads == "stride":
             special = self.block.stride == 1
-        elif asked == "class":
+        elif reads == "class":
             special = isinstance(self.block, Linear2d)
         else:
             special = self.block.bn.eps > 0
@@ -257,7 +257,9 @@ def test_block_whose_type_the_code_reads_is_kept(asked):
 
     model = trained(module(forward, block=Linear2d(), other=Block()))
     _, report = check(model, image())
-    assert ("block.bn", "depends on what it is") in [(entry.name, entry.reason[-21:]) for entry in report.left]
+    assert ("block.bn", "depends on its class or attributes") in [
+        (entry.name, entry.reason[-34:]) for entry in report.left
+    ]
 
 
 def test_plain_attributes_that_a_parent_reads_are_kept():

@@ -119,11 +119,11 @@ def test_nothing_to_expand_warns(model):
 
 def test_where_gets_names_and_convolutions_of_the_input():
     model = trained(nn.Sequential(*vgg()[:3], nn.Conv2d(8, 8, 1)))
-    asked = {}
+    seen = {}
     expanded, report = untouched(
-        repvgg.expand, model, where=lambda name, part: asked.setdefault(name, part) and name in "23"
+        repvgg.expand, model, where=lambda name, part: seen.setdefault(name, part) and name in "23"
     )
-    assert asked == {"0": model[0], "2": model[2], "3": model[3]}
+    assert seen == {"0": model[0], "2": model[2], "3": model[3]}
     assert [entry.name for entry in report.expanded] == ["2", "3"]  # also a 1x1 convolution, if it is selected
     assert [(entry.name, entry.reason) for entry in report.left] == [("0", "where= leaves it out")]
     assert_same_outputs(model, expanded, image())

@@ -62,7 +62,7 @@ def test_convolutions_without_a_block_stay():
     model = three()
     out, report = repvgg.replace_convs(model, "repmixer")
     assert [entry.name for entry in report.expanded] == ["2"]
-    assert [(kept.name, "stride 1" in kept.reason) for kept in report.left] == [("0", True), ("4", True)]
+    assert [(entry.name, "stride 1" in entry.reason) for entry in report.left] == [("0", True), ("4", True)]
     assert_same_outputs(model, out, image())
     with pytest.warns(NothingExpandedWarning, match="square kernels of 5, 7"):
         repvgg.replace_convs(model, "unireplk")
@@ -92,12 +92,12 @@ def test_where_selects_convolutions_of_a_network():
     model = trained(torchvision.models.resnet18(num_classes=7))
     out, report = repvgg.replace_convs(model, "dbb", where=lambda name, conv: name.startswith("layer1"))
     assert [entry.name for entry in report.expanded] == [f"layer1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]
-    assert all(kept.reason == "where= leaves it out" for kept in report.left)
+    assert all(entry.reason == "where= leaves it out" for entry in report.left)
     assert_same_outputs(model, out, image(3, 40, 33))
 
 
 def test_calibration_on_data():
-    """Exact blocks stay exact; fresh ones are kept."""
+    """Exact blocks stay exact; blocks with new values are kept."""
     torch.manual_seed(0)
     model, data = vgg().double().eval(), image(3, 16, 16, batch=4)
     out, report = repvgg.replace_convs(model, "acb", data=data)

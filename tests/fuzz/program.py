@@ -1,4 +1,4 @@
-"""Descriptions of random networks: frozen values that print as the code that makes them, and know their shapes.
+"""Descriptions of random networks: frozen values with shapes, whose repr is the code that makes them.
 
 A :class:`Program` is a list of steps. Values are numbered: first the inputs, then what each step returns, in order. A
 printed program can be pasted into a test.

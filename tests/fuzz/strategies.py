@@ -255,7 +255,7 @@ class Builder:
         return self.put(self.pick(pads), at) if pads else at
 
     def finish(self, at: int, target: Shape) -> int:
-        """A convolution to the target, and perhaps a norm."""
+        """Append a convolution to the target, and sometimes a norm."""
         conv = self.conv(self.shapes[at], target)
         assert conv, (self.shapes[at], target)
         at = self.put(conv, at)

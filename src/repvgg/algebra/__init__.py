@@ -1,4 +1,4 @@
-"""The algebra of convolutions: tensors in, tensors out. It knows no ``nn.Module``."""
+"""The algebra of convolutions, on tensors; nothing here depends on ``nn.Module``."""
 
 from repvgg.algebra.axis import Axis
 from repvgg.algebra.convmap import Border, ConvMap

@@ -44,7 +44,10 @@ def add(*terms: ConvMap) -> ConvMap:
     """
     if len(terms) == 1:
         return terms[0]
-    _require_same_channels(terms)
+    shapes = {(term.in_channels, term.out_channels) for term in terms}
+    if len(shapes) > 1:
+        text = " and ".join(f"{i}→{o}" for i, o in sorted(shapes))
+        raise NotLinearError(f"maps of different channels ({text}) cannot be added into one convolution")
     axes = _merged_axes(terms)
     groups = gcd(*(term.groups for term in terms))
     kernel, *others = (_embedded(term, axes, groups) for term in terms)
@@ -152,13 +155,6 @@ def _require_same_axes(parts: Sequence[ConvMap]) -> None:
 def _sum(left_O: Tensor, right_O: Tensor) -> Tensor:
     # Meta tensors have no values, and adding them is slow.
     return left_O if left_O.is_meta and right_O.is_meta else left_O + right_O
-
-
-def _require_same_channels(terms: Sequence[ConvMap]) -> None:
-    shapes = {(term.in_channels, term.out_channels) for term in terms}
-    if len(shapes) > 1:
-        text = " and ".join(f"{i}→{o}" for i, o in sorted(shapes))
-        raise NotLinearError(f"maps of different channels ({text}) cannot be added into one convolution")
 
 
 def _merged_axes(parts: Sequence[ConvMap]) -> tuple[Axis, ...]:

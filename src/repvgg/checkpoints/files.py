@@ -217,7 +217,7 @@ def _load_torch(file: Path, start: bytes) -> Any:
     try:
         # timm stores its arguments as a Namespace, which is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-            warnings.simplefilter("ignore")  # torch warns of TorchScript archives, which are refused anyway
+            warnings.simplefilter("ignore")  # torch warns of TorchScript archives, which raise below
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if any(text in str(error) for text in _FOREIGN_CLASS) or _names_a_global(file):

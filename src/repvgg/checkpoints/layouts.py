@@ -2,7 +2,7 @@
 
 A name consists of the path of a block, the path of a part inside it, and a leaf such as ``weight``. Each layout is a
 table of pairs (ours, theirs) of the first two; ``{i}`` and ``{j}`` count stages and blocks from 0, ``{i+1}`` counts
-from 1. Tensors are renamed and never reshaped, in the train form and in the plain form alike.
+from 1. Tensors are renamed and never reshaped, in the train form as in the plain form.
 
 Sources: the repository of the paper's authors (``repvgg.py``, ``repvggplus.py``), timm's ``byobnet.py``, mmpretrain's
 ``backbones/repvgg.py``.
@@ -129,10 +129,7 @@ REPVGG = Layout(
     "repvgg",
     blocks=(("stem", "stem"), ("stages.{i}.{j}", "stages.{i}.{j}")),
     parts=_parts(_OURS[:6], ("act.se.down", "act.se.up")),
-    others=(
-        ("head", "head"),
-        *((name, name) for name in (f"auxiliary.stage{{i}}.{part}" for part, _ in _AUXILIARY)),
-    ),
+    others=(("head", "head"), *((name, name) for name in (f"auxiliary.stage{{i}}.{part}" for part, _ in _AUXILIARY))),
     gate=None,  # act.se is the name in both positions
 )
 UPSTREAM = Layout(
@@ -197,7 +194,7 @@ class Account:
         used: name in the file → our name, for the tensors that were used.
         dropped: name in the file → reason, for the entries that were not.
         filled: our names that the file lacks and inference does not need (the batch counters of batch norms).
-        notes: other decisions that the reader should know.
+        notes: other decisions, one clause each.
         header: whether the file has a header of this library.
     """
 

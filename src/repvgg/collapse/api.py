@@ -20,7 +20,7 @@ from repvgg.collapse.proof import NOT_PROVEN, Proof, find_dependents, prove_modu
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
 from repvgg.collapse.rewrite import apply_plan
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
-from repvgg.symbolic import InputSpec, first_float, refuse_training
+from repvgg.symbolic import InputSpec, check_eval_mode, first_float
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
 
@@ -151,7 +151,7 @@ class _Result:
 def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Module, Report]:
     """Plan, apply, verify; exclude what failed and repeat, until everything that was replaced is verified."""
     model = unwrapped(model)
-    refuse_training(model)  # before anything is planned: the error names the module
+    check_eval_mode(model)  # before anything is planned: the error names the module
     like = first_float(model)
     prove = prove and (like is None or not like.is_meta)  # a model without values cannot be run
     input_specs: tuple[InputSpec | None, ...] = ()

@@ -222,7 +222,7 @@ class ModuleAnalysis:
 
     def effects(self, module: nn.Module) -> Effects:
         """Return what calling ``module`` may do to its inputs; the worst case if it cannot be traced."""
-        # All instances of torch's own leaf modules behave alike, so one analysis serves all of them.
+        # All instances of torch's own leaf modules behave the same, so one analysis serves all of them.
         key: Hashable = (type(module), getattr(module, "inplace", None)) if _is_torch_leaf(module) else module
         if key not in self._effects:
             self._effects[key] = Effects()  # ends the recursion of a module that calls itself

@@ -66,7 +66,7 @@ def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[Callable[[], bool]]:
-    """Restore the random states of Python and PyTorch on exit; the value tells whether they have changed."""
+    """Restore the random states of Python and PyTorch on exit; yield a function that checks for changes."""
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     python, cpu, gpu = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
 
@@ -243,7 +243,7 @@ def trace_forward(
         training: trace as if ``module`` itself (not its submodules) were in training mode.
         concrete_parameters: compute with parameters and buffers instead of recording their use; the graph then
             contains their values as constants.
-        rank: the rank that inputs report to code that asks for it.
+        rank: the rank that inputs report when code reads it.
 
     Raises:
         Exception: whatever torch.fx or the module's own code raises where control flow depends on values.

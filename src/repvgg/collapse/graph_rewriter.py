@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -136,7 +136,8 @@ class ForwardRewriter:
 
     def insert_call(self, conv: nn.Module, source: fx.Node, exit_node: fx.Node) -> str:
         """Replace ``exit_node`` of the scope's graph by a convolution of ``source``; return the convolution's path."""
-        name = next(name for name in _free_names() if not hasattr(self.old, name) and name not in self.new)
+        names = chain(("conv", "merged_conv"), (f"merged_conv{number}" for number in count(2)))
+        name = next(name for name in names if not hasattr(self.old, name) and name not in self.new)
         self.new[name] = conv
         old = self.node_of[exit_node]
         with self.graph.inserting_before(old):
@@ -158,7 +159,7 @@ class ForwardRewriter:
         self.graph.erase_node(node)
         if node.op in ("call_module", "get_attr"):
             self.removed.append(str(node.target))
-        # A folded scale or bias would otherwise stay behind as an unused parameter.
+        # A folded scale or bias would otherwise remain as an unused parameter.
         for constant in inputs:
             if not constant.users and _is_constant(constant):
                 self._erase(constant)
@@ -231,9 +232,3 @@ def _delete(root: nn.Module, path: str) -> None:
     vars(owner).pop(name, None)
     if prefix and not any((owner._modules, owner._parameters, owner._buffers)):
         _delete(root, prefix)
-
-
-def _free_names() -> Iterator[str]:
-    yield "conv"
-    yield "merged_conv"
-    yield from (f"merged_conv{number}" for number in count(2))

@@ -200,7 +200,7 @@ class _Planner:
         )
 
     def visit(self, module: nn.Module, path: str) -> None:
-        """Plan for ``module`` as a whole, else for its graph and for what it calls."""
+        """Plan for ``module`` as a whole, else for its graph and the modules that it calls."""
         module, path = unwrap(module, path)
         # A module that is called from several places is planned once; _why_closed prevents merges across its boundary.
         if module in self.visited or is_leaf(module) or isinstance(module, jit.ScriptModule):
@@ -214,7 +214,8 @@ class _Planner:
         try:
             captured = self.analysis.capture(module)
         except Exception as error:
-            self.plan.untraced.append(Skipped(path, f"its forward cannot be traced ({_first_line(error)})"))
+            line = str(error).partition("\n")[0] if isinstance(error, ReparamError) else typed_line(error)
+            self.plan.untraced.append(Skipped(path, f"its forward cannot be traced ({line})"))
             reason = f"the forward of {path or 'the model'} may access it"
             # Without a graph, only the bytecode shows what this forward may access.
             self.excluded |= dict.fromkeys(parts_read_by_forward(module), reason)
@@ -430,7 +431,3 @@ def _training_only_calls(module: nn.Module, captured: Capture) -> Iterator[str]:
 def is_inside(inner: str, outer: str) -> bool:
     """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
     return inner == outer or not outer or inner.startswith(f"{outer}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] if isinstance(error, ReparamError) else typed_line(error)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, isolated_eval, verify
 
-_IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))  # tried in turn: some networks shrink a small image to nothing
+# The first size that runs is used: some networks reduce a small image to no pixels.
+_IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))
 _DEPTH = 6  # of synthetic volumes
 _NOT_RUN = "not run on its own"
 # Rounding happens in each layer and not only at the input, so a sensitive network is allowed this many times the
@@ -224,14 +225,11 @@ class _SingleTensorModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all numbers that the module returns, as one vector."""
-        leaves = list(_float_leaves(self.module(*self.arguments(x.to(self.device)))))
-        if not leaves:
+        leaves = tree_leaves(self.module(*self.arguments(x.to(self.device))))
+        numbers = [leaf.flatten() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not numbers:
             raise UsageError("it returns no floating-point tensor")
-        return torch.cat(leaves)
-
-
-def _float_leaves(output: Any) -> Iterator[Tensor]:
-    return (leaf.flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return torch.cat(numbers)
 
 
 def find_dependents(model: nn.Module, plain: nn.Module, plan: Plan, excluded: Reasons) -> Reasons:
@@ -247,7 +245,7 @@ def find_dependents(model: nn.Module, plain: nn.Module, plan: Plan, excluded: Re
         if new is None or type(new) is not type(old) or not any(is_inside(inner, path) for inner in replaced):
             continue
         if not is_plain_sequential(new) and not only_calls_children(new) and not _has_same_graphs(captured, new):
-            reason = f"the forward of {path or 'the model'} depends on what it is"
+            reason = f"the forward of {path or 'the model'} depends on its class or attributes"
             found |= {part: reason for part in old.modules() if part is not old and part not in excluded}
     return found
 
@@ -263,7 +261,7 @@ def submodule_or_none(plain: nn.Module, path: str) -> nn.Module | None:
 def _has_same_graphs(captured: Capture, new: nn.Module) -> bool:
     try:
         again = capture(new)
-    except Exception:  # the code does not find what it looks for
+    except Exception:  # the code reads an attribute that a convolution lacks
         return False
     before = [captured.graph, *(variant.graph for variant in captured.variants)]
     after = [again.graph, *(variant.graph for variant in again.variants)]

@@ -1,4 +1,4 @@
-"""The linear regions of an inlined graph: where they end, whether merging them pays, and where the result goes."""
+"""The linear regions of an inlined graph: where they end, whether merging pays, and where the result is inserted."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class InsertionPoint:
             each in its own module; False to replace the region by one call in one forward.
         host: path of the module whose forward calls the convolution.
         rewritten: paths of the modules that get a new forward, or are inlined into that of their caller.
-        inlined: those of them that are inlined.
+        inlined: the subset of them that is inlined.
     """
 
     in_place: bool
@@ -93,7 +93,7 @@ class InsertionPoint:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Replacement:
-    """A region and where its merged convolution goes."""
+    """A region and the insertion point of its merged convolution."""
 
     region: Region
     insertion: InsertionPoint
@@ -143,14 +143,13 @@ def _is_same_chain_in_variants(region: Region, captured: Capture) -> bool:
     targets = [region.inlined.origin[step.node][1].target for step in region.steps]
     if any(step.node.op != "call_module" for step in region.steps):
         return False
-    return all(_is_chain_of(targets, variant.graph) for variant in captured.variants)
-
-
-def _is_chain_of(targets: Collection[object], graph: fx.Graph) -> bool:
-    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
-    # Modules that the variant calls elsewhere, or in another order, would see the merged convolution.
-    linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
-    return not nodes or ([node.target for node in nodes] == list(targets) and linked)
+    for variant in captured.variants:
+        nodes = [node for node in variant.graph.nodes if node.op == "call_module" and node.target in targets]
+        # Modules that the variant calls elsewhere, or in another order, would see the merged convolution.
+        linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
+        if nodes and not (linked and [node.target for node in nodes] == targets):
+            return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,13 +359,13 @@ class _Search:
                 continue
             reason = find_insertion_point(region, self.options.why_frozen)
             # A seam between two forwards is the best place: what remains on either side needs no rewritten code.
-            inputs = set() if isinstance(reason, InsertionPoint) else self._seams(region)
+            inputs = set() if isinstance(reason, InsertionPoint) else self._cut_candidates(region)
             if inputs:
                 self.reasons |= {user: str(reason) for node in inputs for user in node.users}
                 return inputs
         return set()
 
-    def _seams(self, region: Region) -> set[fx.Node]:
+    def _cut_candidates(self, region: Region) -> set[fx.Node]:
         """Return nodes that are read in another forward; if there are none, nodes where branches meet; else all."""
         owner, nodes = self.inlined.owner, [step.node for step in region.steps]
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}

@@ -18,7 +18,7 @@ from repvgg.symbolic import SymbolicTensor
 
 @dataclass(frozen=True)
 class Part:
-    """Something that was folded: a submodule or an operation, and what it consists of."""
+    """A submodule or an operation that was folded, with a description."""
 
     name: str
     description: str
@@ -36,7 +36,7 @@ class Folded:
         parameters_after: number of parameters of the convolution.
         multiply_adds_before: per pixel of the region's input; borders are ignored unless its size is known.
         multiply_adds_after: the same for the convolution.
-        proof: how equal the convolution is to what it replaced; empty without proofs.
+        proof: error of the convolution relative to what it replaced, as text; empty without proofs.
         pixels: number of pixels of the region's input, for the given example inputs; None without these.
     """
 
@@ -76,7 +76,7 @@ class Report:
         folded: the regions that became convolutions.
         left: modules that might have been expected to fold, and did not.
         dropped: submodules that run in training mode only, and that the plain model does not have.
-        proof: how equal the plain model is to the model as a whole, or why that could not be checked; empty without
+        proof: error of the plain model relative to the original, or why it could not be measured; empty without
             proofs.
         in_pieces: modules whose forward cannot be traced; their children were collapsed one by one.
     """

@@ -141,11 +141,7 @@ class _PlanApplier:
             del self.memo[id(part)]
 
     def _replace_region(
-        self,
-        scope: InlinedScope,
-        found: Replacement,
-        rewriters: dict[str, ForwardRewriter],
-        absorbed: list[nn.Module],
+        self, scope: InlinedScope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
     ) -> None:
         region, point = found.region, found.insertion
         symbol = solve_region(region)
@@ -161,7 +157,7 @@ class _PlanApplier:
         if proof.failure:
             self._fail(modules or [host], proof)
             return
-        # A convolution behaves alike in both modes, but code may read the flag.
+        # A convolution is the same function in both modes, but code may read the flag.
         conv.train(host.training)
         if point.in_place:
             name = self._insert_in_place(scope, region, conv, rewriters)
@@ -337,18 +333,14 @@ def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: boo
     return module
 
 
-def _memory_format(like: Tensor, dim: int) -> torch.memory_format:
-    last = _CHANNELS_LAST.get(dim)
-    # A tensor with one channel or one tap is contiguous in both ways; it then counts as contiguous.
-    if last is None or like.dim() != dim or like.is_contiguous() or not like.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
-
 def _dense_weight(conv: ConvMap, like: Tensor) -> Tensor:
     """The kernel, multiplied out chunk by chunk, so that its float64 form never exists as a whole, and cast once."""
-    shape = conv.kernel.shape
-    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like, len(shape)))
+    shape, kept = conv.kernel.shape, torch.contiguous_format
+    # A tensor with one channel or one tap is contiguous in both formats; it then counts as contiguous.
+    if len(shape) in _CHANNELS_LAST and like.dim() == len(shape) and not like.is_contiguous():
+        last = _CHANNELS_LAST[len(shape)]
+        kept = last if like.is_contiguous(memory_format=last) else kept
+    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=kept)
     for channels, sums in conv.kernel.chunks():
         weight[channels].copy_(sums)
     return _require_finite(weight)

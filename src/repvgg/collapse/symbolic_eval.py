@@ -129,7 +129,7 @@ class Evaluator:
         values: dict[fx.Node, Any] = {source: value}
 
         def value_of(node: fx.Node) -> Any:
-            if node not in values:  # a constant, perhaps computed from others
+            if node not in values:  # a constant, or computed from constants
                 values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
             return values[node]
 
@@ -187,7 +187,7 @@ class SymbolicValues:
     Args:
         inlined: the graph.
         aliasing: which nodes share memory.
-        options: see there.
+        options: see :class:`EvaluationOptions`.
         cuts: nodes at which regions must start.
 
     Attributes:
@@ -198,11 +198,7 @@ class SymbolicValues:
     """
 
     def __init__(
-        self,
-        inlined: InlinedGraph,
-        aliasing: AliasAnalysis,
-        options: EvaluationOptions,
-        cuts: Collection[fx.Node] = (),
+        self, inlined: InlinedGraph, aliasing: AliasAnalysis, options: EvaluationOptions, cuts: Collection[fx.Node] = ()
     ) -> None:
         self.by_node: dict[fx.Node, Value] = {}
         opaque = options.opaque
@@ -323,7 +319,7 @@ class SymbolicValues:
         first_error: ReparamError | None = None
         for layout in self._possible_layouts(node):
             try:
-                return channels_of(lambda probe: self._spread(node, probe), certain=True, layout=layout)
+                return channels_of(lambda probe: self._run_probe(node, probe), certain=True, layout=layout)
             except ReparamError as error:
                 first_error = first_error or error
         raise first_error or NotLinearError("it is a number")
@@ -340,7 +336,7 @@ class SymbolicValues:
         if shape:
             yield Layout(len(shape), rows=True)
 
-    def _spread(self, start: fx.Node, probe: ChannelProbe) -> None:
+    def _run_probe(self, start: fx.Node, probe: ChannelProbe) -> None:
         """Run the nodes that the probe reaches, in execution order, until one of them determines the channels."""
         known: dict[fx.Node, Any] = {start: probe}
         errors: list[ReparamError] = []

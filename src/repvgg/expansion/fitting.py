@@ -108,11 +108,6 @@ def _relative_difference(found: Tensor, target: Tensor) -> float:
     return float((found - target).abs().max() / (target.abs().max() or 1.0))
 
 
-def _has_same_geometry(a: ConvMap, b: ConvMap) -> bool:
-    sizes = ((m.in_channels, m.out_channels, m.groups, m.axes, m.border) for m in (a, b))
-    return next(sizes) == next(sizes)
-
-
 def _is_divisor(slope: Tensor) -> bool:
     size = slope.abs()
     return bool(slope.isfinite().all()) and float(size.min()) > _MIN_RELATIVE_SLOPE * float(size.max())
@@ -152,7 +147,8 @@ class _Solver:
     def _trace(self) -> tuple[Tensor, Tensor]:
         """Return kernel and bias of the block with its current parameters."""
         found = trace(self.block, self.conv.in_channels)
-        if not _has_same_geometry(found, self.target):
+        ours, theirs = ((m.in_channels, m.out_channels, m.groups, m.axes, m.border) for m in (found, self.target))
+        if ours != theirs:
             raise NotLinearError(f"the block is a {found}, and the convolution a {self.target}")
         return found.weight.clone(), found.bias_or_zeros().clone()
 

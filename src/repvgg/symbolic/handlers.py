@@ -342,7 +342,7 @@ def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
 
 
 def _view(symbol: SymbolicTensor, layout: Layout) -> SymbolicTensor:
-    """The same numbers, perhaps in the same memory: neither may be modified in place from here on."""
+    """Return the same numbers, which may share memory: neither may be modified in place from here on."""
     # Both are marked: a later write to either would have to show in the other.
     symbol.is_view = True
     return symbol.like(symbol.map, "identity", is_view=True, layout=layout)

@@ -83,11 +83,11 @@ class ChannelProbe(SymbolicTensor):
         probe = found[0] if found else cls()
         handler = HANDLERS.get(func)
         if handler in (handlers.convolution, handlers.linear):
-            probe.meets_kernel(_argument(args, kwargs, 1, "weight"), handler, _argument(args, kwargs, 6, "groups"))
+            probe.infer_from_kernel(_argument(args, kwargs, 1, "weight"), handler, _argument(args, kwargs, 6, "groups"))
         if handler is handlers.batch_norm and (statistics := _argument(args, kwargs, 1, "running_mean")) is not None:
-            return probe.meets_batch_norm(len(statistics))
+            return probe.infer_from_batch_norm(len(statistics))
         if handler in _POOLS:
-            return probe.settle(_POOLS[handler])
+            return probe.set_layout(_POOLS[handler])
         if handler in _KEEP_ALL or probe.keeps_channels(handler, args, kwargs):
             return probe
         # Assume no broadcasting; a wrong number of channels fails at the convolution, with an error.
@@ -98,12 +98,12 @@ class ChannelProbe(SymbolicTensor):
             raise NotLinearError(f"{name} is not a linear, shift-invariant map")
         raise NotLinearError(f"the number of input channels is not known before {name}")
 
-    def meets_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
+    def infer_from_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
         """Take channels and layout from the kernel of a convolution or a linear layer."""
-        self.settle(ROWS if handler is handlers.linear else Layout(weight.dim()))
+        self.set_layout(ROWS if handler is handlers.linear else Layout(weight.dim()))
         raise ChannelsFound(weight.shape[1] * (groups or 1), self.layout)
 
-    def meets_batch_norm(self, channels: int) -> ChannelProbe:
+    def infer_from_batch_norm(self, channels: int) -> ChannelProbe:
         """Take the number of channels from a batch norm, which accepts any layout with channels at axis 1."""
         if (self.known or self.guessed) and not self.layout.is_channel_axis(1):
             raise NotLinearError(f"a batch norm does not take the last axis of {self.layout} as its channels")
@@ -112,7 +112,7 @@ class ChannelProbe(SymbolicTensor):
             raise ChannelsFound(channels, self.layout)
         return self  # a later function may determine the layout
 
-    def settle(self, found: Layout) -> ChannelProbe:
+    def set_layout(self, found: Layout) -> ChannelProbe:
         """Take the layout from a function that accepts only one."""
         if found != self.layout and not (self.known and found == ROWS and self.layout.rows):
             if self.known or self.guessed:
@@ -125,12 +125,12 @@ class ChannelProbe(SymbolicTensor):
     def keeps_channels(self, handler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a slice or a padding keeps all channels, which depends on the layout."""
         if handler is handlers.getitem:
-            return handlers.keeps_channels(args[1], self.assume())
+            return handlers.keeps_channels(args[1], self.guess_layout())
         if handler is handlers.pad:
-            return not any(_argument(args, kwargs, 1, "pad")[2 * self.assume().spatial :])
+            return not any(_argument(args, kwargs, 1, "pad")[2 * self.guess_layout().spatial :])
         return False
 
-    def assume(self) -> Layout:
+    def guess_layout(self) -> Layout:
         """Return the layout, known or guessed, to code that relies on it."""
         # From here on the run is only valid for this layout.
         self.guessed = self.guessed or not self.known
@@ -139,13 +139,13 @@ class ChannelProbe(SymbolicTensor):
     @property
     def shape(self) -> Any:
         """A shape of unknown sizes, for the guessed number of axes."""
-        rank = self.assume().rank
+        rank = self.guess_layout().rank
         return UnknownShape(UnknownSize()) if rank is None else (UnknownSize(),) * rank
 
     @property
     def ndim(self) -> Any:
         """The number of axes, as guessed."""
-        self.assume()
+        self.guess_layout()
         return super().ndim
 
 
@@ -164,11 +164,7 @@ def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def channels_of(
-    forward: Callable[[Any], Any],
-    *,
-    certain: bool = False,
-    channels: int | None = None,
-    layout: Layout | None = None,
+    forward: Callable[[Any], Any], *, certain: bool = False, channels: int | None = None, layout: Layout | None = None
 ) -> InputSpec:
     """Return channels and layout of the input that ``forward`` expects; if ``certain``, the only possible ones.
 
@@ -217,5 +213,5 @@ def _ask(
     except ReparamError as error:
         errors.append(error)
     count = channels if channels is not None and probe.known else probe.channels
-    settled = (probe.known or probe.guessed) and not probe.refuted
-    return InputSpec(count, probe.layout) if count is not None and settled else None
+    has_layout = (probe.known or probe.guessed) and not probe.refuted
+    return InputSpec(count, probe.layout) if count is not None and has_layout else None

@@ -38,7 +38,7 @@ def first_float(module: nn.Module) -> Tensor | None:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def refuse_training(module: nn.Module, name: str = "") -> None:
+def check_eval_mode(module: nn.Module, name: str = "") -> None:
     """Raise TrainingModeError, which names it, if a batch norm or a dropout in ``module`` is in training mode."""
     for inner, part in module.named_modules():
         # Only modules that behave differently in training mode: the flag of all others is harmless.
@@ -80,7 +80,7 @@ def trace(
         NotLinearError: it is not a linear, shift-invariant map.
         BorderError: it is one in the interior of the image, but no convolution equals it at the border.
     """
-    refuse_training(module)
+    check_eval_mode(module)
     device = algebra_device(first_float(module))
     result = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
     if not isinstance(result, SymbolicTensor):

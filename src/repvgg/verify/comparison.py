@@ -10,27 +10,13 @@ from torch import Tensor, nn
 
 from repvgg.errors import UsageError, first_line
 from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
-from repvgg.verify.execution import (
-    as_batches,
-    copied,
-    deviation,
-    dtype_of,
-    isolated_eval,
-    name_of,
-    outputs_of,
-    rounded,
-)
+from repvgg.verify.execution import as_batches, copied, deviation, dtype_of, isolated_eval, name_of, outputs_of, rounded
 from repvgg.verify.layers import compare_layers
 
 Model = Callable[..., object]
 
 #: Unit roundoff of each dtype: the largest relative error of rounding a number once.
-UNIT_ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 #: Roundings, all in the same direction, that any candidate is allowed. Two correct programs that add the same products
 #: in another order differ by a few roundings per layer and by tens over a network. float64 is allowed 9007, which is

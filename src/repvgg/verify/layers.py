@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from repvgg.verify.evidence import LayerEvidence
 from repvgg.verify.execution import deviation, outputs_of
@@ -93,7 +94,7 @@ class _Calls:
         """Forward pre-hook."""
         self.count += 1
         if self.count == 1:
-            self.args, self.kwargs = _map_tensors(args, torch.clone), _map_tensors(kwargs, torch.clone)
+            self.args, self.kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook."""
@@ -111,17 +112,6 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Cal
             stack.callback(module.register_forward_pre_hook(record.before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(record.after).remove)
         yield calls
-
-
-def _map_tensors(value: Any, change: Any) -> Any:
-    """Apply ``change`` to every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):  # not subclasses: a named tuple takes its items one by one
-        return type(value)(_map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    return value
 
 
 def compare_layers(
@@ -173,7 +163,8 @@ def _error_alone(ours: _Calls, theirs: _Calls, unit: nn.Module, dtype: torch.dty
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
     try:
-        output = unit(*_map_tensors(ours.args, rounded), **_map_tensors(ours.kwargs, rounded))
+        args, kwargs = tree_map_only(Tensor, rounded, (ours.args, ours.kwargs))
+        output = unit(*args, **kwargs)
     except Exception:  # a unit may depend on state that its parent sets; the end-to-end error stands without it
         return None
     return _error(ours.output, output)
