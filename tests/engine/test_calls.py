@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg.engine import api, compiled_model
+from repvgg.engine import compiled_model
 from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
 from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
 from repvgg.engine.runtime import thread_pool
@@ -340,7 +340,7 @@ def test_fallback_after_a_failed_compilation(model, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(api, "CompiledModel", fail)
+    monkeypatch.setattr(compiled_model, "CompiledModel", fail)
     with pytest.raises(type(error)):
         repvgg.engine.compile(model, (1, 3, 32, 32))
     with pytest.warns(FallbackWarning, match=r"LLVM does not know this\.$|No llvmlite\.$"):
