@@ -13,7 +13,7 @@ from repvgg.blocks.geometry import Geometry, Pair
 
 
 class ConvBN(nn.Module):
-    """A convolution, normally without a bias, followed by batch norm: ``y = BN(W * x)``; None creates a new ``bn``."""
+    """A convolution, normally without a bias, and a batch norm, by default a new one: ``y = BN(W * x)``."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
