@@ -30,7 +30,7 @@ forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:D
 
 @pytest.fixture(scope="module")
 def model():
-    return plain()
+    return plain(SPECS["plain"])
 
 
 @pytest.fixture
