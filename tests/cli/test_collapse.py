@@ -193,7 +193,7 @@ def test_random_weights_are_said_to_be_random(repvgg, source, tmp_path):
     with safetensors.safe_open(out, "pt") as opened:
         assert json.loads(opened.metadata()["repvgg.plain"])["weights"] == "random"
     outcome = repvgg("collapse", source, out, "--overwrite")
-    assert outcome.err.endswith("are those that make_model() gave, random unless it loads some\n")
+    assert outcome.err.endswith("are set by make_model(), random unless it loads some\n")
 
 
 def test_nothing_to_fold(repvgg, source, tmp_path):
