@@ -27,6 +27,9 @@ from repvgg.models.repvgg import RepVGG, TrainingOutput
 from repvgg.models.spec import ModelSpec, SqueezeExciteSpec, Stage, spec_from_data, spec_to_data
 from repvgg.models.variants import delta_orthogonal_, max_norm_, plain_net, residual_reorg
 
+# Former names, kept for code that uses them.
+Loaded, Sourced, collapsed = LoadedModel, ResolvedModel, collapse_loaded
+
 __all__ = [
     "ARCHITECTURES",
     "BASELINES",
