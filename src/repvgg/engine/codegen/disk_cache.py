@@ -47,7 +47,7 @@ def cached_object_code(ir: str, isa: VectorIsa) -> bytes:
     folder = cache_folder()
     if folder is None:
         return compile_to_object(ir, isa)
-    key = entry_key(*_compiler_versions(), *map(str, astuple(isa)), ir)
+    key = _object_key(ir, isa)
     path = folder / f"{key.hex()}{OBJECT_SUFFIX}"
     code = read_entry(path, key)
     if code is None:
@@ -82,6 +82,10 @@ def entry_key(*parts: str) -> bytes:
     for part in (import_module("repvgg").__version__, *parts):
         digest.update(f"{len(part)} {part}".encode())  # with the length, so that ("ab", "c") is not ("a", "bc")
     return digest.digest()
+
+
+def _object_key(ir: str, isa: VectorIsa) -> bytes:
+    return entry_key(*_compiler_versions(), *map(str, astuple(isa)), ir)
 
 
 @cache
