@@ -12,6 +12,9 @@ and what to do next. Catch by meaning::
     │   └── OutputExistsError
     ├── DataError, TrainingError, ExportError, UnsupportedError, UsageError
     └── MissingDependencyError (also an ImportError)
+
+Warnings: NothingFoldedWarning, NothingExpandedWarning, CacheWarning, FallbackWarning, FreshWeightsWarning,
+OtherBlockWarning.
 """
 
 from __future__ import annotations
