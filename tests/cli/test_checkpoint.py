@@ -144,7 +144,7 @@ def test_conversions_that_are_refused(refused, repvgg, files, tmp_path):
     out.write_text("precious")
     assert "exists" in refused("checkpoint", "convert", files.train, out)
     assert repvgg("checkpoint", "convert", files.train, out, "--overwrite").code == 0
-    assert "would replace its own source" in refused("checkpoint", "convert", out, out, "--overwrite")
+    assert "would replace its source" in refused("checkpoint", "convert", out, out, "--overwrite")
     outcome = repvgg("checkpoint", "convert", files.train, tmp_path / "b.pth", "--to", "keras")
     assert (outcome.code, outcome.out) == (2, "")
 

@@ -26,6 +26,10 @@ from repvgg.measure.timing import (
     take_samples,
 )
 
+# Former names, kept for code that uses them.
+Reading, Setting, measured = Sample, RunSettings, sampled_names
+memory_watched, take_readings = catch_out_of_memory, take_samples
+
 __all__ = [
     "IDENTITY",
     "INTERLEAVED",
