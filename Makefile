@@ -6,7 +6,7 @@ UV     := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
 # One worker a logical core, one thread a worker; beyond 8 workers memory is what runs out.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test test-avx2 slow lint clean
+.PHONY: quickstart test test-avx2 slow lint thread-pool-ir clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/repvgg quickstart
