@@ -35,7 +35,7 @@ def test_converts_and_says_what_it_did(repvgg, files, tmp_path):
     assert folded == "7 regions folded; 203,050 → 181,546 parameters"
     assert equal.startswith("plain form is equal: relative error ")
     assert "; 6 of 6 predictions agree, on images of 16x16, " in equal
-    assert wrote == f"wrote {target}: repvgg_t0, plain form, weights and header"
+    assert wrote == f"wrote {target}: repvgg_t0, plain form, weights and header, read back bit for bit"
     about = same_function(target, files.model)
     assert about == replace(load(files.train).metadata, form="plain")
 
@@ -44,6 +44,24 @@ def test_paths_stay_whole_in_a_narrow_terminal(repvgg, files, tmp_path, monkeypa
     monkeypatch.setenv("COLUMNS", "40")
     target = tmp_path / f"{'x' * 100}.safetensors"
     assert f"wrote {target}: " in repvgg("convert", files.train, target).out
+
+
+def test_a_file_that_differs_from_the_model_is_not_kept(refused, files, tmp_path, monkeypatch):
+    def damaged(path, model, metadata):
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(1)
+            save(path, model, metadata)
+            next(iter(model.parameters())).sub_(1)
+
+    monkeypatch.setattr("repvgg.models.save", damaged)
+    text = refused("convert", files.train, tmp_path / "plain.safetensors")
+    assert "The written file differs from the model" in text
+
+
+def test_model_of_the_hub_has_to_be_the_named_one(refused, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("repvgg.models.from_pretrained", lambda name: load(files.train))
+    text = refused("convert", "hub:owner/name", tmp_path / "plain.safetensors", "--model", "repvgg_a0")
+    assert "'hub:owner/name' is a repvgg_t0, not a repvgg_a0" in text
 
 
 def test_replaces_only_on_request(repvgg, refused, files, tmp_path):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from repvgg._files import check_output, write_text
+from repvgg._files import atomic_write, check_output, write_text
 from repvgg._progress import busy
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile
 from repvgg.cli._output import equality, write_line, write_report, write_warning
-from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
+from repvgg.errors import CheckpointError, ExportError, NothingFoldedWarning, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -145,6 +145,10 @@ def _load(
         raise UsageError("--weights and --num-classes are for models by name or factory: a checkpoint has its own.")
     loaded = from_pretrained(source.removeprefix(_HUB)) if source.startswith(_HUB) else load(source, model)
     about = loaded.metadata
+    if model is not None and about.model != model:  # load() has checked files, from_pretrained() takes no name
+        raise CheckpointError(
+            f"{source!r} is a {about.model}, not a {model}: leave out --model, or name another source."
+        )
     if about.form == "plain":
         raise CheckpointError(f"{source!r} is in the plain form already: there is nothing to convert.")
     shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
@@ -178,12 +182,16 @@ def _write_summary(report: Report, before: nn.Module, after: nn.Module) -> None:
 
 def _write(network: _Network, plain: nn.Module, out: Path, overwrite: bool) -> Shipped:
     from repvgg.deploy import Shipped, ship
-    from repvgg.models import RepVGG, save
+    from repvgg.models import RepVGG, load, save
 
     if network.metadata is None or out.suffix != ".safetensors":
         return ship(network.model, plain, out, network.shape, overwrite=overwrite, notes=network.notes)
     assert isinstance(plain, RepVGG)
-    save(out, plain, replace(network.metadata, form="plain"), overwrite=overwrite)
+    with atomic_write(out, overwrite=overwrite) as part:
+        save(part, plain, replace(network.metadata, form="plain"))
+        written, wanted = load(part).model.state_dict(), plain.state_dict()
+        if written.keys() != wanted.keys() or not all(written[name].equal(wanted[name].cpu()) for name in wanted):
+            raise ExportError("The written file differs from the model: try again, or write to another disk.")
     return Shipped(out)
 
 
@@ -191,7 +199,7 @@ def _contents(network: _Network, shipped: Shipped) -> str:
     if shipped.evidence is None:
         if network.metadata is None:
             return "weights of the plain form, read back bit for bit"
-        return f"{network.metadata.model}, plain form, weights and header"
+        return f"{network.metadata.model}, plain form, weights and header, read back bit for bit"
     number = "any number of images" if shipped.dynamic_batch else "one image at a time"
     size = " x ".join(map(str, network.shape))
     error = f"relative error {shipped.evidence.relative:.1e}, {shipped.evidence.tolerance:.1e} allowed"
