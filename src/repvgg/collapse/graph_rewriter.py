@@ -15,7 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 from repvgg.collapse.capture import Capture, join
 from repvgg.collapse.inline import InlinedGraph, inline
-from repvgg.collapse.regions import InsertionPoint
+from repvgg.collapse.insertion import InsertionPoint
 from repvgg.collapse.symbolic_eval import get_attribute
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in

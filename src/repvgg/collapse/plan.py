@@ -13,7 +13,8 @@ from repvgg.collapse.attribute_access import ModuleAnalysis, names_only_called, 
 from repvgg.collapse.capture import Capture, capture, has_hooks, is_leaf, join, unwrap
 from repvgg.collapse.cost import Cost, Policy
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph, inline
-from repvgg.collapse.regions import InsertionPoint, Regions, SearchOptions, find_regions
+from repvgg.collapse.insertion import InsertionPoint, find_insertion_point
+from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import (
     EvaluationOptions,
@@ -265,7 +266,7 @@ class _Planner:
             shapes=shapes,
             known_maps=lambda target: self.analysis.known_linear_map(module.get_submodule(target)),
             fixed_sizes=has_inputs,
-            why_frozen=lambda inner: self._why_frozen(inlined, inner),
+            find_insertion=lambda region: find_insertion_point(region, lambda path: self._why_frozen(inlined, path)),
             policy=self.options.policy,
         )
         regions = find_regions(inlined, lambda: self._analyse_aliasing(inlined), options)

@@ -4,152 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TypeAlias
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvgg.collapse.capture import Capture, is_leaf
+from repvgg.collapse.capture import is_leaf
 from repvgg.collapse.cost import Cost, Policy, cheaper
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
-from repvgg.collapse.symbolic_eval import EvaluationOptions, Step, SymbolicValues, Value, transposed_conv_at
+from repvgg.collapse.insertion import InsertionPoint, Replacement
+from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import InputSpec, Source, SymbolicTensor, guarded
 
-WhyFrozen: TypeAlias = Callable[[str], str | None]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Region:
-    """Nodes of an inlined graph that are one convolution of ``source``; only the last, ``exit``, is used outside."""
-
-    inlined: InlinedGraph
-    exit: fx.Node
-    value: Value
-
-    @property
-    def source(self) -> fx.Node:
-        """The node whose tensor the region reads."""
-        return self.value.source
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The nodes, in execution order."""
-        return self.value.steps
-
-    @property
-    def span(self) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """The source, and the first and last node of the region."""
-        return self.source, self.steps[0].node, self.exit
-
-    @property
-    def called_modules(self) -> list[str]:
-        """Paths of the submodules that the region calls."""
-        return [str(step.node.target) for step in self.steps if step.node.op == "call_module"]
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether each node is a function of the previous one, and of constants: there are no branches.
-
-        Nodes that only pass a tensor on stay in the graph, and may read the shape of other nodes.
-        """
-        # Constants are inputs of nodes as well, but not inside the region.
-        inside = {self.source, *(step.node for step in self.steps)}
-        previous = self.source
-        for step in self.steps:
-            inputs = [n for n in step.node.all_input_nodes if n in inside]
-            if inputs != [previous] and (step.computes or inputs[:1] != [previous]):
-                return False
-            previous = step.node
-        return True
-
-    @property
-    def first_convolution(self) -> fx.Node:
-        """The node that the merged convolution of a chain replaces: its first convolution.
-
-        If no step is a convolution, the source is one: a transposed convolution that the chain scales.
-        """
-        return next((step.node for step in self.steps if "conv" in step.operations), self.source)
-
-
-@dataclass(frozen=True)
-class InsertionPoint:
-    """Where the merged convolution of a region is called, and which forwards change for it.
-
-    Attributes:
-        in_place: True to put the convolution where the first one of a chain is, and identities where the others are,
-            each in its own module; False to replace the region by one call in one forward.
-        host: path of the module whose forward calls the convolution.
-        rewritten: paths of the modules that get a new forward, or are inlined into that of their caller.
-        inlined: the subset of them that is inlined.
-    """
-
-    in_place: bool
-    host: str
-    rewritten: frozenset[str]
-    inlined: frozenset[str]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Replacement:
-    """A region and the insertion point of its merged convolution."""
-
-    region: Region
-    insertion: InsertionPoint
-
-
-def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoint | str:
-    """Return how to replace ``region``, or the reason why the code around it does not allow that."""
-    point = _insert_along_chain(region) if region.is_chain else _insert_as_one_call(region)
-    # Sorted, so that the reason that a report gives does not depend on hashes.
-    reasons = (why_frozen(path) for path in sorted(point.rewritten))
-    return next((reason for reason in reasons if reason), None) or _conflicting_variant(region, point) or point
-
-
-def _insert_along_chain(region: Region) -> InsertionPoint:
-    # Replacing a called module does not change its caller's code. Only a folded function call needs a new forward.
-    owner = region.inlined.owner
-    functions = (step.node for step in region.steps if step.node.op != "call_module" and step.computes)
-    host = owner(region.first_convolution)
-    return InsertionPoint(True, host, frozenset(map(owner, functions)), frozenset())
-
-
-def _insert_as_one_call(region: Region) -> InsertionPoint:
-    # The call goes into the innermost forward around all of the region; forwards below it are inlined there.
-    stacks = [region.inlined.call_stack(region.inlined.owner(step.node)) for step in region.steps]
-    host = next(path for path in stacks[0] if all(path in stack for stack in stacks))
-    rewritten = frozenset(path for stack in stacks for path in stack[: stack.index(host) + 1])
-    return InsertionPoint(False, host, rewritten, rewritten - {host})
-
-
-def _conflicting_variant(region: Region, point: InsertionPoint) -> str | None:
-    """Why an in-place replacement would change what a forward computes for other values of its optional arguments."""
-    owners = {region.inlined.owner(step.node) for step in region.steps}
-    stacks = [region.inlined.call_stack(path) for path in owners]
-    shared = set(stacks[0]).intersection(*stacks)
-    # The forwards between the region and the innermost one around all of it, that one included.
-    touched = {path for stack in stacks for path in stack if path not in shared} | owners
-    touched.add(next(path for path in stacks[0] if path in shared))
-    for path in sorted(touched):
-        captured = region.inlined.captures[path]
-        if captured.variants and not (owners == {path} and _is_same_chain_in_variants(region, captured)):
-            return f"the forward around it {captured.caveat or 'takes optional arguments'}"
-    return None
-
-
-def _is_same_chain_in_variants(region: Region, captured: Capture) -> bool:
-    """Whether a region of module calls is the same chain, or absent, for other values of optional arguments."""
-    targets = [region.inlined.origin[step.node][1].target for step in region.steps]
-    if any(step.node.op != "call_module" for step in region.steps):
-        return False
-    for variant in captured.variants:
-        nodes = [node for node in variant.graph.nodes if node.op == "call_module" and node.target in targets]
-        # Modules that the variant calls elsewhere, or in another order, would see the merged convolution.
-        linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
-        if nodes and not (linked and [node.target for node in nodes] == targets):
-            return False
-    return True
+FindInsertion: TypeAlias = Callable[[Region], InsertionPoint | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +25,11 @@ class SearchOptions(EvaluationOptions):
     """Options of a search for regions.
 
     Attributes:
-        why_frozen: why the forward of the module at a path cannot be rewritten, or None.
+        find_insertion: where the merged convolution of a region goes, or the reason why it cannot be inserted.
         policy: whether a merge pays.
     """
 
-    why_frozen: WhyFrozen
+    find_insertion: FindInsertion
     policy: Policy
 
 
@@ -267,7 +135,7 @@ class _Search:
         return Regions(merged, scaled, reasons, self.values.spec, self.were_cut)
 
     def _insertable(self, regions: Iterable[Region]) -> tuple[Replacement, ...]:
-        points = ((region, find_insertion_point(region, self.options.why_frozen)) for region in regions)
+        points = ((region, self.options.find_insertion(region)) for region in regions)
         return tuple(Replacement(region, point) for region, point in points if isinstance(point, InsertionPoint))
 
     def _scales_transposed(self, region: Region) -> bool:
@@ -357,7 +225,7 @@ class _Search:
             region = Region(self.inlined, end, self.values.by_node[end])
             if not self._is_worthwhile(region.value) or not self._pays(region.value):
                 continue
-            reason = find_insertion_point(region, self.options.why_frozen)
+            reason = self.options.find_insertion(region)
             # A seam between two forwards is the best place: what remains on either side needs no rewritten code.
             inputs = set() if isinstance(reason, InsertionPoint) else self._cut_candidates(region)
             if inputs:

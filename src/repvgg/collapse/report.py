@@ -11,8 +11,7 @@ from torch import nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.regions import Region
-from repvgg.collapse.symbolic_eval import Step
+from repvgg.collapse.symbolic_eval import Region, Step
 from repvgg.symbolic import SymbolicTensor
 
 

@@ -15,9 +15,9 @@ from repvgg.algebra import ConvMap
 from repvgg.collapse.capture import join
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
+from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.plan import InlinedScope, LinearModule, Plan, Reasons
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
-from repvgg.collapse.regions import Region, Replacement
 from repvgg.collapse.report import (
     Folded,
     Part,
@@ -28,7 +28,7 @@ from repvgg.collapse.report import (
     parts_of_module,
     parts_of_region,
 )
-from repvgg.collapse.symbolic_eval import Evaluator
+from repvgg.collapse.symbolic_eval import Evaluator, Region
 from repvgg.errors import ReparamError, UsageError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
 

@@ -95,6 +95,59 @@ class Value:
         return sum((step.cost for step in self.steps), Cost())
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Region:
+    """Nodes of an inlined graph that are one convolution of ``source``; only the last, ``exit``, is used outside."""
+
+    inlined: InlinedGraph
+    exit: fx.Node
+    value: Value
+
+    @property
+    def source(self) -> fx.Node:
+        """The node whose tensor the region reads."""
+        return self.value.source
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The nodes, in execution order."""
+        return self.value.steps
+
+    @property
+    def span(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The source, and the first and last node of the region."""
+        return self.source, self.steps[0].node, self.exit
+
+    @property
+    def called_modules(self) -> list[str]:
+        """Paths of the submodules that the region calls."""
+        return [str(step.node.target) for step in self.steps if step.node.op == "call_module"]
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each node is a function of the previous one, and of constants: there are no branches.
+
+        Nodes that only pass a tensor on stay in the graph, and may read the shape of other nodes.
+        """
+        # Constants are inputs of nodes as well, but not inside the region.
+        inside = {self.source, *(step.node for step in self.steps)}
+        previous = self.source
+        for step in self.steps:
+            inputs = [n for n in step.node.all_input_nodes if n in inside]
+            if inputs != [previous] and (step.computes or inputs[:1] != [previous]):
+                return False
+            previous = step.node
+        return True
+
+    @property
+    def first_convolution(self) -> fx.Node:
+        """The node that the merged convolution of a chain replaces: its first convolution.
+
+        If no step is a convolution, the source is one: a transposed convolution that the chain scales.
+        """
+        return next((step.node for step in self.steps if "conv" in step.operations), self.source)
+
+
 class Evaluator:
     """Evaluate nodes of an inlined graph, with all parameters and buffers passed through ``convert``.
 
