@@ -33,13 +33,10 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """An empty cache folder: tests do not find the files of other runs, and leave none in the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers have a base folder each, below that of the run. Compiling the C++ passes takes 12 s of CPU time:
-        # the first worker that needs them compiles for all.
-        shared = tmp_path_factory.getbasetemp().parent / "compiled_training_passes"
-        shared.mkdir(exist_ok=True)
-        (folder / "training").symlink_to(shared, target_is_directory=True)
+    # Workers have a base folder each, below that of the run. Compiling the C++ passes takes 12 s of CPU time: the first
+    # worker that needs them compiles for all.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPVGG_CACHE_DIR", str(folder))
         yield

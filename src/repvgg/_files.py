@@ -1,18 +1,15 @@
-"""Atomic file writes (to a temporary name, renamed when complete), and the folder for cached files."""
+"""Atomic file writes: to a temporary name, renamed when complete."""
 
 from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from repvgg.errors import OutputError, OutputExistsError
-
-CACHE_VARIABLE = "REPVGG_CACHE_DIR"
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -82,28 +79,3 @@ def _flush_to_disk(path: Path) -> None:
     # Without it, a crash after the rename may leave the new name with an empty file.
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-
-
-def cache_folder(kind: str) -> Path | None:
-    """Return the folder for cached files of one ``kind``, or None if caching is off. It need not exist yet.
-
-    Caches hold what can be computed again: machine code, tuning results, compiled training kernels. The variable
-    ``REPVGG_CACHE_DIR`` replaces the user's cache folder; ``off`` turns caching off.
-
-    Args:
-        kind: name of the subfolder: ``engine`` or ``training``.
-    """
-    override = os.environ.get(CACHE_VARIABLE)
-    if override:
-        return None if override == "off" else Path(override).expanduser() / kind
-    return _user_cache_folder() / "repvgg" / kind
-
-
-def _user_cache_folder() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    # The XDG specification requires that relative paths are ignored.
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repvgg import create_model, is_plain, reparameterize
 from repvgg.blocks import BranchSum, RepVGGBlock, fused, rep_conv, training_kernels
+from repvgg.blocks._cpu import build as build_module
 from repvgg.blocks._cpu.build import build
 from repvgg.errors import MissingDependencyError, UsageError
 from tests.blocks.helpers import images, is_fused, randomize_norms, training_step
@@ -28,7 +31,7 @@ def block():
 @pytest.mark.usefixtures("compiled")
 def test_block_in_training_mode_is_fused():
     assert is_fused(block()(X))
-    assert "are those in" in fused.status()
+    assert "are loaded" in fused.status()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,51 @@ def test_without_a_compiler(monkeypatch, tmp_path, caplog):
     finally:
         monkeypatch.undo()
         build.cache_clear()
+
+
+PLANTED = {
+    "a bare library": lambda path: path.write_bytes(b"\x7fELF of a stranger"),
+    "cut in the middle": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path: (path.rename(path.with_suffix(".old")), path.symlink_to(path.with_suffix(".old"))),
+    "writable by others": lambda path: path.chmod(0o666),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.timeout(30)
+def test_libraries_that_others_could_have_planted_are_compiled_again(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("REPVGG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++")
+    compiled = []
+    monkeypatch.setattr(build_module, "_compile", lambda compiler: compiled.append(compiler) or b"\x7fELF a library")
+    assert build_module._library() == build_module._library() == b"\x7fELF a library"
+    assert len(compiled) == 1
+    (path,) = (tmp_path / "training").glob("*.so")
+    PLANTED[name](path)
+    compiled.clear()
+    assert build_module._library() == build_module._library() == b"\x7fELF a library"
+    assert compiled == ["c++"]
+
+
+def test_without_a_folder_for_programs(monkeypatch, tmp_path):
+    """Where the folder for temporary files is mounted noexec, the library is loaded from the cache folder."""
+    monkeypatch.setenv("REPVGG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setattr(build_module, "_compile", lambda compiler: b"\x7fELF a library")
+    content = build_module._library()
+    tried = []
+
+    def noexec(path):
+        tried.append(Path(path))
+        if tmp_path not in tried[-1].parents:
+            raise OSError("failed to map segment from shared object")
+        return tried[-1].read_bytes()
+
+    monkeypatch.setattr(build_module.ctypes, "CDLL", noexec)
+    assert build_module._load(content) == content
+    assert len(tried) == 2
+    assert [path.suffix for path in (tmp_path / "training").iterdir()] == [".so"]
 
 
 @pytest.mark.slow

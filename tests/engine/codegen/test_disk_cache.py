@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import repvgg.engine
-from repvgg._files import CACHE_VARIABLE
+from repvgg import _cache
+from repvgg._cache import CACHE_VARIABLE, cache_folder
 from repvgg.engine.codegen import disk_cache
-from repvgg.engine.codegen.disk_cache import cache_folder, cached_object_code, clear_cache
+from repvgg.engine.codegen.disk_cache import cached_object_code, clear_cache
 from repvgg.engine.codegen.jit import compile_to_object
 from repvgg.errors import CacheWarning
 from tests.engine.helpers import isas
@@ -24,7 +25,7 @@ ISA = isas()[-1]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    disk_cache._warn_once.cache_clear()
+    _cache._warn_once.cache_clear()
     return tmp_path / "engine"
 
 
@@ -110,16 +111,30 @@ def test_a_file_with_another_key_is_replaced(compiled, folder):
     assert len(compiled) == 3
 
 
-def test_a_file_of_another_user_is_not_loaded(compiled, monkeypatch):
+def test_code_of_another_user_is_not_loaded(compiled, monkeypatch):
     cached_object_code(IR, ISA)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    cached_object_code(IR, ISA)
+    with pytest.warns(CacheWarning, match="another user"):
+        cached_object_code(IR, ISA)
+    assert len(compiled) == 2
+
+
+def test_a_link_is_replaced_and_not_followed(compiled, folder, tmp_path):
+    reference = cached_object_code(IR, ISA)
+    (path,) = folder.iterdir()
+    profile = tmp_path / ".bashrc"
+    profile.write_text("alias ll='ls -l'\n")
+    path.unlink()
+    path.symlink_to(profile)
+    assert cached_object_code(IR, ISA) == reference
+    assert profile.read_text() == "alias ll='ls -l'\n"
+    assert not path.is_symlink()
     assert len(compiled) == 2
 
 
 def test_turned_off(monkeypatch, compiled):
     monkeypatch.setenv(CACHE_VARIABLE, "off")
-    assert cache_folder() is None
+    assert cache_folder("engine") is None
     assert cached_object_code(IR, ISA) == cached_object_code(IR, ISA)
     assert len(compiled) == 2
     clear_cache()
@@ -128,7 +143,7 @@ def test_turned_off(monkeypatch, compiled):
 def test_default_folder(monkeypatch):
     platformdirs = pytest.importorskip("platformdirs")
     monkeypatch.delenv(CACHE_VARIABLE)
-    assert cache_folder() == platformdirs.user_cache_path("repvgg") / "engine"
+    assert cache_folder("engine") == platformdirs.user_cache_path("repvgg") / "engine"
 
 
 def test_a_folder_that_cannot_be_written_warns_once(compiled, folder):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import repvgg.engine
-from repvgg._files import CACHE_VARIABLE
+from repvgg._cache import CACHE_VARIABLE
 from repvgg.engine import compiled_model
 from repvgg.engine.codegen import disk_cache
 from repvgg.engine.codegen.jit import GENERIC_ISAS, host_isa
@@ -244,15 +244,15 @@ def test_a_malformed_file_is_ignored(name):
     problem = ConvProblem(PADDED, 64, 64, (12, 12), 1)
     algorithm = select_algorithm(problem, HOST)
     autotune.write_cached(problem, HOST, algorithm)
-    path, key = autotune._cache_entry(problem, HOST)
-    regions = json.loads(disk_cache.read_entry(path, key))
+    key = autotune._cache_key(problem, HOST)
+    regions = json.loads(disk_cache.read_entry(key, ".choice"))
     if name == "an unknown register tile":
         regions[0][4] = 99
     if name == "an unknown block size":
         regions[0][-1] = 10**6
     if name == "an unknown partition":
         regions[0][0][2] += 5
-    disk_cache.write_entry(path, key, MALFORMED[name] or json.dumps(regions).encode())
+    disk_cache.write_entry(key, ".choice", MALFORMED[name] or json.dumps(regions).encode())
     assert autotune.read_cached(problem, HOST) is None
 
 

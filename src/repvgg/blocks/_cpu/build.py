@@ -1,4 +1,8 @@
-"""Build the compiled passes once per machine with its own C++ compiler, cache the library, and load it with ctypes."""
+"""Build the compiled passes once per machine with its own C++ compiler, cache the library, and load it with ctypes.
+
+The library runs in this process, so the cached file is trusted only under the rule of :mod:`repvgg._cache`, and what
+is loaded is a copy of the bytes that were checked.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, final
 
-from filelock import FileLock
-
-from repvgg._files import cache_folder
+from repvgg import _cache
 
 _SOURCE = Path(__file__).with_name("fused_bn_sum.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi")
@@ -25,6 +28,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi"
 _OPTIONAL_FLAGS = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_SECONDS = 300
+_KIND = "training"  # of cached files
 
 _LOG = logging.getLogger("repvgg")
 
@@ -42,8 +46,7 @@ class Build:
 def build() -> Build:
     """Build the passes or load them from the cache; a failure is logged once and becomes the report."""
     try:
-        path = _library()
-        function = ctypes.CDLL(str(path)).repvgg_fused_bn_sum
+        function = _load(_library()).repvgg_fused_bn_sum
     except (OSError, subprocess.SubprocessError) as error:
         message = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         report = (
@@ -56,57 +59,65 @@ def build() -> Build:
     function.restype = ctypes.c_int
     size, number = ctypes.c_int64, ctypes.c_int
     function.argtypes = [number, number, number, number, size, size, size, number, ctypes.c_void_p, ctypes.c_void_p]
-    return Build(function, f"The compiled training passes are those in {path}.")
+    folder = _cache.usable_folder(_KIND)
+    return Build(
+        function, f"The compiled training passes are loaded, {f'cached in {folder}' if folder else 'uncached'}."
+    )
 
 
-def _library() -> Path:
-    """Return the shared library; compile it unless it is in the cache.
+def _library() -> bytes:
+    """Return the content of the shared library; compile it unless it is in the cache.
 
     Raises:
-        OSError: there is no compiler, or no writable folder.
+        OSError: there is no compiler, or no folder for temporary files.
         SubprocessError: the compiler fails or times out.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler among {', '.join(_COMPILERS)}; install one, or set CXX")
-    key = "\n".join((_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()))
-    path = _folder() / f"fused_bn_sum-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    if path.exists():
-        return path
-    lock, partial = path.with_suffix(".lock"), path.with_suffix(".partial")
-    # Of processes that start together, such as the ranks of a run, one compiles. A timeout is an OSError.
-    with FileLock(lock, timeout=_TIMEOUT_SECONDS):
-        try:
-            if not path.exists():
-                _compile(compiler, str(partial))
-                os.replace(partial, path)  # atomic, so that no process loads an incomplete file
-        finally:
-            partial.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-    return path
+    text = "\n".join((_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()))
+    key = hashlib.sha256(text.encode()).digest()
+    name = f"fused_bn_sum-{key.hex()[:20]}.so"
+    if cached := _cache.read_entry(_KIND, name, key):
+        return cached
+    # Of processes that start together, such as the ranks of a run, one compiles.
+    with _cache.locked(_KIND, _TIMEOUT_SECONDS):
+        content = _cache.read_entry(_KIND, name, key)
+        if content is None:
+            content = _compile(compiler)
+            _cache.write_entry(_KIND, name, key, content)
+    return content
 
 
-def _compile(compiler: str, target: str) -> None:
+def _compile(compiler: str) -> bytes:
     """Compile with the first set of optional flags that the compiler accepts."""
-    for optional in _OPTIONAL_FLAGS:
-        command = [*compiler.split(), *_FLAGS, *optional, str(_SOURCE), "-o", target]
-        done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False, text=True)
-        if done.returncode == 0:
-            return
+    with tempfile.TemporaryDirectory(prefix="repvgg-") as folder:
+        target = Path(folder) / "library.so"
+        for optional in _OPTIONAL_FLAGS:
+            command = [*compiler.split(), *_FLAGS, *optional, str(_SOURCE), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False, text=True)
+            if done.returncode == 0:
+                return target.read_bytes()
     raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
 
 
-def _folder() -> Path:
-    """Return the cache folder, or a temporary folder if caching is off or the folder is not writable."""
-    folder = cache_folder("training")
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.access(folder, os.W_OK):
-                return folder
-        except OSError:
-            pass
-    return Path(tempfile.mkdtemp(prefix="repvgg-"))
+def _load(content: bytes) -> ctypes.CDLL:
+    """Load a shared library from a private copy: nobody can change it between the check and the loading.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    with suppress(OSError):  # code in the folder for temporary files may be forbidden (noexec)
+        return _load_from(None, content)
+    return _load_from(_cache.usable_folder(_KIND), content)
+
+
+def _load_from(folder: Path | None, content: bytes) -> ctypes.CDLL:
+    # Over NFS a file that is in use cannot be removed completely.
+    with tempfile.TemporaryDirectory(prefix=".repvgg-", dir=folder, ignore_cleanup_errors=True) as private:
+        path = Path(private) / "library.so"
+        path.write_bytes(content)
+        return ctypes.CDLL(str(path))
 
 
 def _processor() -> str:

@@ -16,12 +16,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, cache_folder, entry_key, read_entry, write_entry
+from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, entry_key, read_entry, write_entry
 from repvgg.engine.executable import Executable
 from repvgg.engine.graph import Conv, Layer, Shape, infer_shapes
 from repvgg.engine.kernels.base import placeholder_weights
@@ -211,8 +210,7 @@ _SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
 
 def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
     """Return a tuple of the cached algorithm, which is None for the direct kernel; or None if there is no entry."""
-    entry = _cache_entry(problem, target)
-    content = read_entry(*entry) if entry else None
+    content = read_entry(_cache_key(problem, target), TUNING_SUFFIX)
     try:
         found: Any = None if content is None else json.loads(content)
     except ValueError:
@@ -231,22 +229,15 @@ def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | N
 
 def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm | None) -> None:
     """Cache the fastest algorithm of a convolution."""
-    entry = _cache_entry(problem, target)
-    if entry:
-        content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
-        write_entry(*entry, json.dumps(content).encode())
+    content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
+    write_entry(_cache_key(problem, target), TUNING_SUFFIX, json.dumps(content).encode())
 
 
-def _cache_entry(problem: ConvProblem, target: Target) -> tuple[Path, bytes] | None:
-    """Return the cache file of a convolution and its key; None if caching is off."""
-    folder = cache_folder()
-    if folder is None:
-        return None
+def _cache_key(problem: ConvProblem, target: Target) -> bytes:
     size = problem.in_channels, problem.out_channels, problem.output_size, problem.batch, problem.groups
     # The error budget is part of the key, because a larger one admits tiles that were never measured.
     limit = ERROR_GROWTH_LIMITS[target.precision]
-    key = entry_key(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
-    return folder / f"{key.hex()}{TUNING_SUFFIX}", key
+    return entry_key(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
 
 
 def _matches(
