@@ -143,9 +143,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
+def close_names(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+    """Return the known names closest to ``name``, the closest first; none if all are far from it."""
+    return difflib.get_close_matches(name.lower(), list(known), n=most)
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 3) -> str:
     """Return "did you mean A or B?" with the known names closest to ``name``, or ``otherwise`` if none is close."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=most)
+    close = close_names(name, known, most=most)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 

@@ -223,12 +223,35 @@ def test_commands_of_two_words(repvgg, refused, arguments):
 
 
 @pytest.mark.parametrize("command", COMMAND_LINE)
-def test_unknown_flag(repvgg, command):
-    recipe = ("--recipe", "quickstart") if command == "train" else ()
-    outcome = repvgg(*command.split(), *recipe, "--frobnicate")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "--frobnicate" in outcome.err or "Missing" in outcome.err
-    assert "Traceback" not in outcome.err
+def test_unknown_flag(refused, command):
+    """It is named, whether or not other arguments are missing or wrong."""
+    said = refused(*command.split(), "--frobnicate", "1")
+    assert said.startswith(f"error: repvgg {command} has no option '--frobnicate': ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("train", "--lr", "0.1"), "--optim.lr?"),
+        (("train", "--recipe", "cifar", "--epoch=3"), "--epochs?"),
+        (("convert", "a.pth", "b.onnx", "--imput-size", "3", "3"), "--input-size or --input-shape?"),
+        (("study", "table1", "--overwite"), "--overwrite?"),
+    ],
+)
+def test_misspelt_flag(refused, arguments, meant):
+    assert refused(*arguments).endswith(f"did you mean {meant}\n")
+
+
+def test_other_mistakes_are_explained_once(repvgg):
+    outcome = repvgg("train", "--epochs", "many")
+    assert (outcome.code, outcome.out, outcome.err.count("--epochs INT")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["checkpoint"], ["nonsense"]])
+def test_the_overview_takes_no_torch(arguments):
+    code = f"import sys; from repvgg.cli import main; main({arguments}); print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("arguments", [("convert",), ("convert", "one"), ("collapse", "one"), ("verify", "one")])
@@ -260,13 +283,13 @@ def raising(error):
     ],
 )
 def test_exit_codes(repvgg, monkeypatch, error, code, text):
-    monkeypatch.setattr("repvgg.cli.app.commands", lambda: {"list": raising(error)})
+    monkeypatch.setattr("repvgg.cli.app.load_command", lambda name: raising(error))
     outcome = repvgg("list")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", text)
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("repvgg.cli.app.commands", lambda: {"list": raising(RuntimeError("a bug"))})
+    monkeypatch.setattr("repvgg.cli.app.load_command", lambda name: raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["list"])
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+from repvgg.errors import UsageError, close_names
 
 Command = Callable[..., int | None]
 
@@ -32,14 +36,17 @@ OptionalFile = Annotated[Path | None, tyro.conf.arg(help_behavior_hint=_NO_HINT,
 _MAX_COLUMNS = 100  # longer lines are hard to read, however wide the terminal is
 
 
-def overview(commands: dict[str, Command], about: str) -> str:
+def overview(commands: Mapping[str, str], about: str) -> str:
     """Return a list of commands, each with the first paragraph of its docstring."""
     width = max(map(len, commands)) + 4
     lines = [
         textwrap.fill(
-            _paragraphs(command)[0], _columns(), initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width
+            _paragraphs(docstring)[0],
+            _columns(),
+            initial_indent=f"  {name}".ljust(width),
+            subsequent_indent=" " * width,
         )
-        for name, command in commands.items()
+        for name, docstring in commands.items()
     ]
     last = "'repvgg COMMAND --help' explains a command. To begin: repvgg quickstart"
     return "\n".join(
@@ -49,7 +56,7 @@ def overview(commands: dict[str, Command], about: str) -> str:
 
 def description(command: Command) -> str:
     """Return the text above the options in a command's help: its docstring without ``Args``."""
-    return wrapped(_paragraphs(command))
+    return wrapped(_paragraphs(command.__doc__ or ""))
 
 
 def wrapped(paragraphs: Sequence[str]) -> str:
@@ -64,6 +71,54 @@ def wrapped(paragraphs: Sequence[str]) -> str:
 def option(text: str, metavar: str | None = None) -> Any:
     """Return tyro's description of an option without the default that tyro would append."""
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=_NO_HINT)
+
+
+def parse(target: Any, arguments: Sequence[str], **settings: Any) -> Any:
+    """Return what tyro makes of ``arguments``: an instance of the class ``target``.
+
+    Raises:
+        UsageError: there is an unknown option. tyro names it only where nothing else is wrong.
+        SystemExit: help was requested (0), or tyro has explained what is wrong (2).
+    """
+    try:
+        with redirect_stderr(io.StringIO()):
+            return tyro.cli(target, args=arguments, **settings)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        _refuse_unknown_options(target, arguments, settings)
+        return tyro.cli(target, args=arguments, **settings)  # prints its explanation
+
+
+def bound(command: Command) -> Callable[..., Callable[[], int | None]]:
+    """Return a function with the signature of ``command`` that binds the arguments and does not call it."""
+
+    @wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], int | None]:
+        return partial(command, *args, **kwargs)
+
+    return bind
+
+
+def _refuse_unknown_options(target: Any, arguments: Sequence[str], settings: dict[str, Any]) -> None:
+    known = _options_in_help(target, settings)
+    for argument in arguments:
+        typed = argument.partition("=")[0]
+        name = typed.replace("_", "-")
+        if not name.startswith("--") or name == "--" or name in known:
+            continue
+        inside = [one for one in known if one.endswith(f".{name[2:]}")]  # --lr means --optim.lr
+        close = inside or [f"--{one}" for one in close_names(name[2:], [one[2:] for one in known])]
+        program = settings["prog"]
+        advice = f"did you mean {' or '.join(close)}?" if close else f"'{program} --help' lists its options."
+        raise UsageError(f"{program} has no option {typed!r}: {advice}")
+
+
+def _options_in_help(target: Any, settings: dict[str, Any]) -> list[str]:
+    captured = io.StringIO()
+    with redirect_stdout(captured), suppress(SystemExit):
+        tyro.cli(target, args=["--help"], **settings)
+    return list(dict.fromkeys(re.findall(r"--[a-z][a-z0-9.-]*", captured.getvalue())))
 
 
 @contextmanager
@@ -82,8 +137,8 @@ def single_blank_lines(wanted: bool) -> Iterator[None]:
         sys.stdout.write(captured.read().replace("\n\n\n", "\n\n"))
 
 
-def _paragraphs(command: Command) -> list[str]:
-    return inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0].split("\n\n")
+def _paragraphs(docstring: str) -> list[str]:
+    return inspect.cleandoc(docstring).split("\n\nArgs:")[0].split("\n\n")
 
 
 def _columns() -> int:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
-from repvgg.cli._options import Command, description, overview, single_blank_lines
+from repvgg.cli._options import Command, bound, description, overview, parse, single_blank_lines
 from repvgg.cli._output import INTERRUPTED
 from repvgg.errors import RepvggError, UsageError, did_you_mean, is_out_of_memory
 
 BAD_INPUT = 2
 
 _ABOUT = "Train multi-branch CNNs, convert them exactly into plain ones, and verify the result."
+#: The module and the function of each command.
+_COMMANDS = {
+    "quickstart": "study.quickstart",
+    "list": "list_models.list_models",
+    "profile": "profile.profile",
+    "train": "train.train",
+    "eval": "evaluate.evaluate",
+    "predict": "predict.predict",
+    "convert": "convert.convert",
+    "verify": "verify.verify",
+    "bench": "bench.bench",
+    "study": "study.study",
+    "data check": "data.check",
+    "checkpoint inspect": "checkpoint.inspect",
+    "checkpoint convert": "checkpoint.convert",
+}
 _ALIASES = {"collapse": "convert"}
 _PARSE_THEMSELVES = ("train", "study")  # the defaults of their options depend on other arguments
 
@@ -42,35 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def commands() -> dict[str, Command]:
-    """Return every command by name, in the order of the overview."""
-    from repvgg.cli import checkpoint
-    from repvgg.cli.bench import bench
-    from repvgg.cli.convert import convert
-    from repvgg.cli.data import check
-    from repvgg.cli.evaluate import evaluate
-    from repvgg.cli.list_models import list_models
-    from repvgg.cli.predict import predict
-    from repvgg.cli.profile import profile
-    from repvgg.cli.study import quickstart, study
-    from repvgg.cli.train import train
-    from repvgg.cli.verify import verify
+def commands() -> dict[str, str]:
+    """Return the docstring of every command by name, in the order of the overview."""
+    # Read from the source: importing the commands imports torch, which takes seconds.
+    return {name: _docstring(*place.split(".")) for name, place in _COMMANDS.items()}
 
-    return {
-        "quickstart": quickstart,
-        "list": list_models,
-        "profile": profile,
-        "train": train,
-        "eval": evaluate,
-        "predict": predict,
-        "convert": convert,
-        "verify": verify,
-        "bench": bench,
-        "study": study,
-        "data check": check,
-        "checkpoint inspect": checkpoint.inspect,
-        "checkpoint convert": checkpoint.convert,
-    }
+
+def load_command(name: str) -> Command:
+    """Import a command."""
+    module, function = _COMMANDS[name].split(".")
+    command: Command = getattr(importlib.import_module(f"repvgg.cli.{module}"), function)
+    return command
+
+
+@cache
+def _syntax(module: str) -> ast.Module:
+    return ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+
+
+def _docstring(module: str, function: str) -> str:
+    definitions = (node for node in _syntax(module).body if isinstance(node, ast.FunctionDef))
+    return next(ast.get_docstring(node) or "" for node in definitions if node.name == function)
 
 
 def _report_error(what: object) -> int:
@@ -79,22 +91,24 @@ def _report_error(what: object) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    known = commands()
+    known = _COMMANDS
     first = arguments[0] if arguments else "--help"
     name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in known else first
-    group = {command: run for command, run in known.items() if command.startswith(f"{first} ")}
-    if command := known.get(_ALIASES.get(name, name)):
-        return _call(name, command, arguments[len(name.split()) :])
+    group = [command for command in known if command.startswith(f"{first} ")]
+    if (command := _ALIASES.get(name, name)) in known:
+        return _call(name, load_command(command), arguments[len(name.split()) :])
     if first in ("-h", "--help"):
-        sys.stdout.write(overview(known, _ABOUT))
+        sys.stdout.write(overview(commands(), _ABOUT))
     elif group and arguments[1:2] in ([], ["-h"], ["--help"]):
-        sys.stdout.write(overview(group, _ABOUT))
+        sys.stdout.write(
+            overview({command: about for command, about in commands().items() if command in group}, _ABOUT)
+        )
     elif first == "--version":
         from repvgg import __version__
 
         sys.stdout.write(f"repvgg {__version__}\n")
     else:
-        raise _unknown(arguments[:2] if group else [first], list(group or known))
+        raise _unknown(arguments[:2] if group else [first], group or list(known))
     return 0
 
 
@@ -116,9 +130,9 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
         with single_blank_lines("-h" in arguments or "--help" in arguments):
             if name in _PARSE_THEMSELVES:
                 return command(arguments) or 0
-            code: int | None = tyro.cli(
-                command, prog=f"repvgg {name}", description=description(command), args=arguments, config=marks
+            call = parse(
+                bound(command), arguments, prog=f"repvgg {name}", description=description(command), config=marks
             )
     except SystemExit as end:  # tyro exits after --help, and after it has explained what it cannot parse
         return end.code if isinstance(end.code, int) else 0
-    return code or 0
+    return call() or 0

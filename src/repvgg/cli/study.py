@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from repvgg.cli._options import description, option, wrapped
+from repvgg.cli._options import description, option, parse, wrapped
 from repvgg.cli._output import INTERRUPTED, write_line, write_table, write_warning
 from repvgg.errors import require
 
@@ -95,11 +95,11 @@ def _parse(arguments: list[str], first: tuple[str, Any, Any], about: str, progra
         ("out", Annotated[Path | None, option(_OUT, "FOLDER")], None),
         ("overwrite", Annotated[bool, option("replace the study that the folder holds.")], False),
     ]
-    return tyro.cli(
+    return parse(
         dataclasses.make_dataclass("StudyArguments", fields, frozen=True),
+        arguments,
         prog=program,
         description=about,
-        args=arguments,
         config=(
             tyro.conf.HelptextFromCommentsOff,
             tyro.conf.OmitArgPrefixes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from repvgg.cli._options import description, option
+from repvgg.cli._options import description, option, parse
 from repvgg.cli._output import write_warning
 from repvgg.errors import UsageError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _TERMINATED = 143  # what shells report for a program ended by SIGTERM
 _OUT = "folder of the run (default: runs/MODEL-RECIPE, or that of the config that is resumed)."
+_CHOOSE = "Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'."
 _SHORT = {"--data": "--data.uri"}
 
 
@@ -76,9 +77,9 @@ def _default(arguments: list[str]) -> TrainConfig:
         raise UsageError("A config file holds the whole recipe: give either --config or --recipe.")
     if file is not None:
         return read_config(file)
-    if recipe is None and not {"-h", "--help"} & set(arguments):
-        raise UsageError("Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'.")
-    return recipe_of(recipe or "paper-simple")
+    if recipe is None and "--recipe" in arguments:  # without a value
+        raise UsageError(_CHOOSE)
+    return recipe_of(recipe or "paper-simple")  # the default for help, and for errors in other arguments
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -94,13 +95,16 @@ def _parse(arguments: list[str]) -> Any:
         ("settings", Annotated[TrainConfig, tyro.conf.arg(name="")], _default(arguments)),
     ]
     parsed_type = dataclasses.make_dataclass("TrainArguments", fields, frozen=True)
-    return tyro.cli(
+    parsed = parse(
         parsed_type,
+        arguments,
         prog="repvgg train",
         description=description(train),
-        args=arguments,
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
+    if parsed.config is None and _value_of("--recipe", arguments) is None:
+        raise UsageError(_CHOOSE)
+    return parsed
 
 
 def _folder(parsed: Any) -> Path:
