@@ -9,14 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
+from repvgg.collapse.capture import is_leaf
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.errors import NotLinearError, ReparamError
@@ -36,6 +39,7 @@ Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
 KnownMaps: TypeAlias = "Callable[[str], ModuleMap | None]"
 
 _ASSUMED_SIZES = (224, 224, 32)  # height, width and depth of synthetic inputs; large enough for any network's strides
+_TAKE_IMAGES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED_RANKS = {nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5}
 
 
@@ -63,36 +67,85 @@ class ModuleMap:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A node inside a linear region: the operations that it performs, and their cost."""
+    """A node inside a linear region: the operations that it performs, and their cost.
+
+    Attributes:
+        node: the node.
+        position: its place in execution order.
+        operations: names of the operations of the algebra.
+        cost: what they cost.
+        is_leaf: whether the node calls one of torch's own modules.
+    """
 
     node: fx.Node
+    position: int
     operations: tuple[str, ...]
     cost: Cost
+    is_leaf: bool
 
     @property
     def computes(self) -> bool:
         """Whether it does more than pass a tensor on."""
-        return any(operation != "identity" for operation in self.operations)
+        return self.number_of_operations > 0
+
+    @property
+    def number_of_operations(self) -> int:
+        """How many operations there are to merge."""
+        count = sum(operation != "identity" for operation in self.operations)
+        # A padded nn.Conv2d is two operations of the algebra, but nothing is gained by "merging" it.
+        return min(count, 1) if self.is_leaf else count
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A node as a linear function of an earlier one.
+    """A node as a linear function of an earlier one, linked to the values of its arguments.
 
     Attributes:
         source: the node that it is a function of.
         symbol: the function; on the meta device, without values.
-        steps: the nodes in between, itself included, in execution order; empty for the source itself.
+        step: the node's own step; None for the source itself.
+        inputs: the values of its arguments inside the region, without the source.
+        start: the value of the source; the source's own is None.
     """
 
     source: fx.Node
     symbol: SymbolicTensor
-    steps: tuple[Step, ...] = ()
+    step: Step | None = None
+    inputs: tuple[Value, ...] = ()
+    start: Value | None = None
 
-    @property
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The nodes from the source on, itself included, in execution order; empty for the source itself."""
+        found: dict[fx.Node, Step] = {}
+        waiting = [self]
+        while waiting:  # branches share their first steps
+            value = waiting.pop()
+            if value.step is not None and value.step.node not in found:
+                found[value.step.node] = value.step
+                waiting += value.inputs
+        return tuple(sorted(found.values(), key=lambda step: step.position))
+
+    @cached_property
     def cost(self) -> Cost:
         """The total cost of all steps."""
         return sum((step.cost for step in self.steps), Cost())
+
+    @cached_property
+    def merged_cost(self) -> Cost:
+        """The cost of the one convolution that computes it from the source."""
+        return Cost.of_symbol(self.symbol)
+
+    @cached_property
+    def is_worthwhile(self) -> bool:
+        """Whether it consists of a convolution and at least one more operation."""
+        operations = sum(step.number_of_operations for step in self.steps)
+        has_conv = any("conv" in step.operations for step in self.steps)
+        return operations >= 2 and has_conv and not self.symbol.is_flattened
+
+    def continues(self, node: fx.Node) -> bool:
+        """Whether it is computed from ``node``, and ``node`` is in the same region."""
+        return any(value.step is not None and value.step.node is node for value in self.inputs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,7 +275,8 @@ class EvaluationOptions:
     Attributes:
         opaque: paths of submodules that must stay, below the scope, with the reason.
         merge_branches: whether branches may merge, or only chains.
-        shapes: shapes of tensors, as far as they are known.
+        shapes: shapes of floating-point tensors, as far as they are known.
+        recorded: whether ``shapes`` has all of them: a node without a shape is then no floating-point tensor.
         known_maps: the convolution that the submodule at a path is equal to, if it was computed before.
         fixed_sizes: whether costs are those at ``shapes``, borders included.
     """
@@ -230,12 +284,16 @@ class EvaluationOptions:
     opaque: Mapping[str, str]
     merge_branches: bool
     shapes: Shapes = field(default_factory=dict)
+    recorded: bool = False
     known_maps: KnownMaps = lambda _: None
     fixed_sizes: bool = False
 
 
 class SymbolicValues:
-    """All nodes of a graph that are linear functions of another node, computed in one pass over it.
+    """All nodes of a graph that are linear functions of another node.
+
+    They are computed in one pass over the graph. A cut at a node, where regions must start from then on, only
+    evaluates again what depends on it.
 
     Args:
         inlined: the graph.
@@ -244,7 +302,10 @@ class SymbolicValues:
         cuts: nodes at which regions must start.
 
     Attributes:
+        inlined: the graph.
         by_node: the values.
+        by_source: the nodes that are functions of a node.
+        cuts: nodes at which regions must start.
         order: the position of each node in execution order.
         fixed: nodes that must stay.
         reasons: why a node has no value, or why it starts a new region instead of continuing that of its arguments.
@@ -254,18 +315,54 @@ class SymbolicValues:
         self, inlined: InlinedGraph, aliasing: AliasAnalysis, options: EvaluationOptions, cuts: Collection[fx.Node] = ()
     ) -> None:
         self.by_node: dict[fx.Node, Value] = {}
+        self.by_source: dict[fx.Node, set[fx.Node]] = {}
+        self.cuts = set(cuts)
+        self._modules = {target: inlined.module.get_submodule(target) for _, target in inlined.calls()}
         opaque = options.opaque
         self.reasons = {node: opaque[target] for node, target in inlined.calls() if target in opaque}
         self.reasons |= dict.fromkeys(aliasing.unsafe_writes, "it modifies in place a tensor that is read again")
         self.fixed = frozenset(self.reasons)
-        self._inlined, self._aliasing, self._options, self._cuts = inlined, aliasing, options, cuts
+        self.inlined, self._aliasing, self._options = inlined, aliasing, options
         self._evaluator = Evaluator(inlined, to_meta)
         self._nodes = list(inlined.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
         self._constants: dict[fx.Node, Any] = {}
-        self._starts: dict[fx.Node, Value] = {}
+        self._starts: dict[fx.Node, tuple[Value, ...]] = {}
         for node in self._nodes:
             self._visit(node)
+
+    def cut(self, nodes: Collection[fx.Node]) -> set[fx.Node]:
+        """Let regions start at ``nodes``; return the sources of all regions that change."""
+        self.cuts |= set(nodes)
+        changed: set[fx.Node] = set()
+        waiting: list[tuple[int, fx.Node]] = []
+        queued: set[fx.Node] = set()
+
+        def change(node: fx.Node) -> None:
+            """Note the region that ends at ``node`` from now on, or no longer does, and queue all that read it."""
+            changed.update([self.by_node[node].source] if node in self.by_node else [])
+            for user in node.users:
+                if user not in queued and user in self.order:
+                    queued.add(user)
+                    heapq.heappush(waiting, (self.order[user], user))
+
+        for node in nodes:
+            change(node)
+        while waiting:
+            _, node = heapq.heappop(waiting)
+            before = self.by_node.pop(node, None)
+            if before is not None:
+                changed.add(before.source)
+                self.by_source[before.source].discard(node)
+            if node not in self.fixed:
+                self.reasons.pop(node, None)
+            self._visit(node)
+            changed |= {self.by_node[n].source for n in node.all_input_nodes if n in self.by_node}
+            after = self.by_node.get(node)
+            # What reads a cut only depends on whether it is a tensor of known channels.
+            if (before is not None or after is not None) and not (before and after and node in self.cuts):
+                change(node)
+        return changed
 
     def input_specs(self) -> list[InputSpec | None]:
         """Return what each input of the graph is expected to be, None where the graph does not determine it."""
@@ -274,9 +371,11 @@ class SymbolicValues:
     def spec(self, node: fx.Node) -> InputSpec | None:
         """Return channels and layout of a node's tensor, None where the graph does not determine them."""
         try:
-            symbol = self._start(node).symbol
+            starts = self._starts_at(node)
         except ReparamError:
             return None
+        used = {self.by_node[user].start for user in self.by_source.get(node, ())}
+        symbol = next((start.symbol for start in starts if start in used), starts[0].symbol)
         return InputSpec(symbol.map.out_channels, symbol.layout)
 
     def _visit(self, node: fx.Node) -> None:
@@ -285,45 +384,58 @@ class SymbolicValues:
             self._constants[node] = self._evaluator.constant(node)
         if not node.op.startswith("call") or node in self.fixed:
             return
-        if all(argument in self._constants for argument in node.all_input_nodes):
-            self._try(node, self._fold_constant)
-        # In this order: from the longest region to the shortest.
-        elif not self._try(node, self._continue) and any(n in self.by_node for n in node.all_input_nodes):
-            self._try(node, self._branch) or self._try(node, self._restart)
-
-    def _try(self, node: fx.Node, attempt: Callable[[fx.Node], None]) -> bool:
+        inputs = [n for n in node.all_input_nodes if n not in self._constants]
         try:
-            attempt(node)
+            if not inputs:
+                self._constants[node] = self._evaluator.run(node, self._constants.__getitem__)
+            else:
+                self._evaluate(node, inputs)
         except ReparamError as error:
             self.reasons.setdefault(node, str(error))
-            return False
-        return True
 
-    def _fold_constant(self, node: fx.Node) -> None:
-        self._constants[node] = self._evaluator.run(node, self._constants.__getitem__)
+    def _evaluate(self, node: fx.Node, inputs: Sequence[fx.Node]) -> None:
+        """Set the value of ``node``, for the earliest source that all its arguments are functions of.
 
-    def _continue(self, node: fx.Node) -> None:
-        """Extend the region that the arguments belong to."""
-        self._record(node, lambda n: self.by_node[n] if n in self.by_node and n not in self._cuts else self._start(n))
+        Raises ReparamError if there is none.
+        """
+        if self._options.recorded and node not in self._options.shapes:
+            raise NotLinearError("its output is not one tensor")
+        errors: list[ReparamError] = []
+        for start in self._possible_starts(inputs, errors):
+            values = [value for n in inputs if (value := self._as_function_of(start, n)) is not None]
+            if len(values) < len(inputs):
+                continue
+            try:
+                self._record(node, start, dict(zip(inputs, values, strict=True)))
+            except ReparamError as error:
+                errors.append(error)
+            else:
+                if errors:  # why it does not continue a longer region
+                    self.reasons.setdefault(node, str(errors[0]))
+                return
+        raise errors[0] if errors else NotLinearError("it combines functions of two different tensors")
 
-    def _branch(self, node: fx.Node) -> None:
-        """Use one argument as the source that the others are functions of, as in ``y + conv(y)``."""
-        inputs = [n for n in node.all_input_nodes if n not in self._constants]
-        sources = {self.by_node[n].source for n in inputs if n in self.by_node and n not in self._cuts}
-        source = next((n for n in inputs if n in sources), None)
-        if source is None:
-            raise NotLinearError("none of its arguments is a function of another one")
-        self._record(node, lambda n: self.by_node[n] if n in self.by_node and n is not source else self._start(n))
+    def _possible_starts(self, inputs: Sequence[fx.Node], errors: list[ReparamError]) -> Iterator[Value]:
+        """Yield the sources of the regions that the arguments belong to, then the arguments as sources themselves."""
+        # In this order: from the longest region to the shortest.
+        values = [self.by_node[n] for n in inputs if n in self.by_node and n not in self.cuts]
+        starts = {value.start: None for value in values if value.start is not None}
+        yield from sorted(starts, key=lambda start: self.order[start.source])
+        for n in inputs:
+            try:
+                yield from self._starts_at(n)
+            except ReparamError as error:
+                errors.append(error)
 
-    def _restart(self, node: fx.Node) -> None:
-        """Start a new region at the arguments."""
-        self._record(node, self._start)
+    def _as_function_of(self, start: Value, node: fx.Node) -> Value | None:
+        """Return ``node`` as a function of a source, or None."""
+        if node is start.source:
+            return start
+        value = self.by_node.get(node)
+        return value if value is not None and value.start is start and node not in self.cuts else None
 
-    def _record(self, node: fx.Node, value_of: Callable[[fx.Node], Value]) -> None:
-        inputs = {n: value_of(n) for n in node.all_input_nodes if n not in self._constants}
-        # All inputs share one source, or evaluation raises; its ledger records what this node costs.
-        first = next(iter(inputs.values()))
-        ledger = first.symbol.source
+    def _record(self, node: fx.Node, start: Value, inputs: Mapping[fx.Node, Value]) -> None:
+        ledger = start.symbol.source
         count, before = len(ledger.operations), Cost.of_ledger(ledger)
         symbols = {n: value.symbol.copy() for n, value in inputs.items()}  # an in-place function changes its argument
         result = self._reuse_known_map(node, list(symbols.values()))
@@ -331,10 +443,12 @@ class SymbolicValues:
             result = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
-        step = Step(node, tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before)
-        # A dictionary, because branches share their first steps.
-        earlier = {step.node: step for value in inputs.values() for step in value.steps}
-        self.by_node[node] = Value(first.source, result, (*earlier.values(), step))
+        operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
+        leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])
+        step = Step(node, self.order[node], operations, cost, leaf)
+        inside = tuple([value for value in inputs.values() if value.step is not None])
+        self.by_node[node] = Value(start.source, result, step, inside, start)
+        self.by_source.setdefault(start.source, set()).add(node)
 
     def _reuse_known_map(self, node: fx.Node, symbols: Sequence[SymbolicTensor]) -> SymbolicTensor | None:
         """Return the output of a module whose map is cached for the same channels and layout, else None."""
@@ -349,45 +463,58 @@ class SymbolicValues:
         symbol.source.add(known.operations, known.cost.multiply_adds, known.cost.weights)
         return SymbolicTensor(symbol.source, known.conv, known.layout)
 
-    def _start(self, node: fx.Node) -> Value:
-        """Return the node as the source of a region."""
+    def _starts_at(self, node: fx.Node) -> tuple[Value, ...]:
+        """Return the node as the source of a region: once for each layout that it may have."""
         if node not in self._starts:
-            source = Source(self._options.merge_branches)
-            channels, layout = self._find_spec(node)
-            symbol = SymbolicTensor.of(source, channels, device="meta", layout=layout)
-            # Rows have no borders, so their cost per row is exact without sizes.
-            if self._options.fixed_sizes and node in self._options.shapes and not layout.rows:
-                source.sizes = tuple(self._options.shapes[node][2:])
-            self._starts[node] = Value(node, symbol)
+            self._starts[node] = tuple([self._start(node, spec) for spec in self._possible_specs(node)])
         return self._starts[node]
 
-    def _find_spec(self, node: fx.Node) -> InputSpec:
-        """Infer channels and layout of a node's tensor from the functions that read it."""
+    def _start(self, node: fx.Node, spec: InputSpec) -> Value:
+        source = Source(self._options.merge_branches)
+        symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
+        # Rows have no borders, so their cost per row is exact without sizes.
+        if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
+            source.sizes = tuple(self._options.shapes[node][2:])
+        return Value(node, symbol)
+
+    def _possible_specs(self, node: fx.Node) -> list[InputSpec]:
+        """Return channels and layout of a node's tensor; where its shape leaves two layouts open, the likelier first.
+
+        Raises ReparamError if nothing determines them.
+        """
         if node in self.by_node:
             symbol = self.by_node[node].symbol
-            return InputSpec(symbol.map.out_channels, symbol.layout)
-        known = _spec_from_transposed(self._inlined, node)
-        if known is not None:
-            return known
+            return [InputSpec(symbol.map.out_channels, symbol.layout)]
+        if not self._options.recorded:
+            return [_spec_from_transposed(self.inlined, node) or self._probe(node)]
+        shape = self._options.shapes.get(node)
+        if shape is None:
+            raise NotLinearError("one of its arguments is no floating-point tensor")
+        specs = [InputSpec(shape[-1 if layout.rows else 1], layout) for layout in _possible_layouts(shape)]
+        return specs[::-1] if self._is_read_as_rows(node) else specs
+
+    def _probe(self, node: fx.Node) -> InputSpec:
+        """Infer channels and layout of a node's tensor from the functions that read it."""
         first_error: ReparamError | None = None
-        for layout in self._possible_layouts(node):
+        shape = self._options.shapes.get(node)
+        for layout in (None,) if shape is None else _possible_layouts(shape):
             try:
                 return channels_of(lambda probe: self._run_probe(node, probe), certain=True, layout=layout)
             except ReparamError as error:
                 first_error = first_error or error
         raise first_error or NotLinearError("it is a number")
 
-    def _possible_layouts(self, node: fx.Node) -> Iterator[Layout | None]:
-        """Yield the layouts that fit the shape of a node; None if the shape is not known."""
+    def _is_read_as_rows(self, node: fx.Node, depth: int = 4) -> bool:
+        """Whether a linear layer reads the tensor of a node, perhaps after functions that keep its shape."""
         shape = self._options.shapes.get(node)
-        if shape is None:
-            yield None
-            return
-        # Channels at axis 1 are by far the more common, so they are tried first.
-        if 3 <= len(shape) <= 5:
-            yield Layout(len(shape))
-        if shape:
-            yield Layout(len(shape), rows=True)
+        for user in node.users:
+            function = type(self._modules[str(user.target)]) if user.op == "call_module" else user.target
+            if function in (nn.Linear, F.linear):
+                return True
+            keeps_shape = function not in _TAKE_IMAGES and self._options.shapes.get(user) == shape
+            if depth and keeps_shape and self._is_read_as_rows(user, depth - 1):
+                return True
+        return False
 
     def _run_probe(self, start: fx.Node, probe: ChannelProbe) -> None:
         """Run the nodes that the probe reaches, in execution order, until one of them determines the channels."""
@@ -416,6 +543,15 @@ class SymbolicValues:
                     heapq.heappush(waiting, (self.order[user], user))
         if errors:
             raise errors[0]
+
+
+def _possible_layouts(shape: Sequence[int]) -> Iterator[Layout]:
+    """Yield the layouts that a tensor of a shape may have."""
+    # Channels at axis 1 are by far the more common, so they are tried first.
+    if 3 <= len(shape) <= 5:
+        yield Layout(len(shape))
+    if shape:
+        yield Layout(len(shape), rows=True)
 
 
 def transposed_conv_at(inlined: InlinedGraph, node: fx.Node) -> _ConvTransposeNd | None:
