@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from repvgg._calls import Call, bind
+from repvgg._calls import Inputs as GivenInputs
 from repvgg._contexts import gc_paused
-from repvgg.collapse.attribute_access import ModuleAnalysis, unregistered_modules
-from repvgg.collapse.capture import batch_norms, preserved_random_state, unwrap
+from repvgg.collapse.consistency import find_dependents
 from repvgg.collapse.cost import Cost, cheaper, policy_of
-from repvgg.collapse.plan import Options, Plan, Reasons, is_inside, make_plan
-from repvgg.collapse.proof import NOT_PROVEN, Proof, find_dependents, prove_module, submodule_or_none
+from repvgg.collapse.modules import batch_norms, is_inside, submodule_or_none, without_wrappers
+from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
+from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
 from repvgg.collapse.rewrite import apply_plan
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
-from repvgg.symbolic import InputSpec, check_eval_mode, first_float
+from repvgg.symbolic import check_eval_mode, first_float
 
-Inputs: TypeAlias = Tensor | Sequence[Tensor] | None
+Inputs: TypeAlias = GivenInputs | None
 
 _NAMES_SHOWN = 5  # in a summary
 
@@ -69,7 +71,7 @@ def reparameterize(
     ``inputs`` are single images: a batch norm works on another axis there. The analysis covers the defaults of a
     forward's optional arguments and a few other values of them, and eval mode only.
     """
-    return _collapse(model, Options(True, policy_of(policy), _as_sequence(inputs)), prove)
+    return _collapse(model, Options(True, policy_of(policy), _call(model, inputs)), prove)
 
 
 def fold_batch_norms(model: nn.Module, inputs: Inputs = None, *, prove: bool = True) -> tuple[nn.Module, Report]:
@@ -78,7 +80,7 @@ def fold_batch_norms(model: nn.Module, inputs: Inputs = None, *, prove: bool = T
     This is what deployment tools do, and how the paper folds its baselines (§4.1, Eq. 3). For arguments, errors and
     warnings, see :func:`reparameterize`, which merges branches as well.
     """
-    return _collapse(model, Options(False, cheaper, _as_sequence(inputs)), prove)
+    return _collapse(model, Options(False, cheaper, _call(model, inputs)), prove)
 
 
 def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
@@ -92,45 +94,11 @@ def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that only change how it runs."""
-    return unwrap(model)[0]
+    return without_wrappers(model)
 
 
-def _as_sequence(inputs: Inputs) -> Sequence[Tensor] | None:
-    return [inputs] if isinstance(inputs, Tensor) else inputs
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One pass over a model.
-
-    Attributes:
-        model: the input in the first pass, the result of the previous pass in later ones.
-        excluded: modules that failed verification, and why; the report lists them.
-        conflicts: modules that the current plan may not replace; reset when ``excluded`` grows.
-        analysis: a cache of facts about the modules.
-    """
-
-    model: nn.Module
-    excluded: Reasons
-    analysis: ModuleAnalysis
-    conflicts: Reasons = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reset_conflicts()
-
-    def reset_conflicts(self) -> None:
-        self.conflicts = dict.fromkeys(unregistered_modules(self.model), "another module holds it as well")
-
-    def plan(self, options: Options) -> Plan:
-        return make_plan(self.model, options, self.excluded | self.conflicts, self.analysis)
-
-    def exclude(self, failed: Reasons) -> bool:
-        """Exclude what failed verification from the next plan; return whether any of it is new."""
-        if failed.keys() <= self.excluded.keys():
-            return False
-        self.excluded |= failed
-        self.reset_conflicts()
-        return True
+def _call(model: nn.Module, inputs: Inputs) -> Call | None:
+    return None if inputs is None else bind(unwrapped(model), inputs)
 
 
 @dataclass(eq=False)
@@ -154,21 +122,17 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     check_eval_mode(model)  # before anything is planned: the error names the module
     like = first_float(model)
     prove = prove and (like is None or not like.is_meta)  # a model without values cannot be run
-    input_specs: tuple[InputSpec | None, ...] = ()
-    with preserved_random_state(), gc_paused():
-        first = current = _Pass(model, {}, ModuleAnalysis(options.merge_branches))
-        result: _Result | None = None
+    excluded: Reasons = {}
+    result: _Result | None = None
+    current, current_excluded = model, excluded
+    whole = NOT_PROVEN
+    with gc_paused():
         while True:
-            plan = current.plan(options)
-            # Only a complete walk shows who else uses a module, so the first plan may have to be discarded.
-            if plan.conflicts:
-                current.conflicts |= plan.conflicts
-                continue
-
-            applied = apply_plan(current.model, plan, prove=prove)
-            # A second trace is expensive, and useless for a result that is discarded anyway.
-            failed = applied.failed or find_dependents(current.model, applied.plain, plan, current.excluded)
-            if current.exclude(failed):
+            plan = make_plan(current, options, current_excluded)
+            applied = apply_plan(current, plan, prove=prove)
+            failed = applied.failed or find_dependents(plan, applied.plain)
+            if failed.keys() - current_excluded.keys():
+                current_excluded |= failed
                 continue
 
             is_first = result is None
@@ -179,21 +143,18 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 result = _Result(result.plan, applied.plain, replaced)
             # Where to cut a region is a greedy choice, so there may be more to merge in the result.
             if plan.may_leave_more and (is_first or applied.replaced):
-                excluded = _transfer(model, first.excluded, applied.plain)
-                current = _Pass(applied.plain, excluded, ModuleAnalysis(options.merge_branches))
+                current, current_excluded = applied.plain, _transfer(model, excluded, applied.plain)
                 continue
 
             # Release the copies of the model that later passes made: the proof makes its own copies.
-            current = first
+            current, current_excluded = model, excluded
             del applied
-            whole = NOT_PROVEN
             if prove and not result.plan.is_empty:
-                specs = result.plan.model_inputs()
-                # Exclusions may hide what the inputs are from later plans, so the first complete answer is kept.
-                input_specs = input_specs or (() if None in specs else specs)
-                whole = prove_module(model, result.plain, input_specs or specs, options.inputs)
-            if not prove or not first.exclude(_find_unequal_hosts(model, result, whole, first.excluded)):
+                whole = prove_module(model, result.plain, result.plan.model_inputs(), options.call)
+            failed = _find_unequal_hosts(model, result, whole, excluded) if prove else {}
+            if not failed.keys() - excluded.keys():
                 break
+            excluded |= failed
             # A module of the original was excluded, so the results of all passes are invalid.
             result = None
 
@@ -205,8 +166,8 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
         )
     return result.plain, Report(
         folded=tuple(replaced.entry for replaced in result.replaced),
-        left=_skipped(model, result, first.excluded),
-        dropped=tuple(Skipped(path, "the forward calls it in training mode only") for path in result.plan.dropped),
+        left=_skipped(model, result, excluded),
+        dropped=tuple(result.plan.dropped),
         proof=whole.text,
         in_pieces=tuple(result.plan.untraced),
     )
@@ -246,7 +207,7 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
 def _skipped(model: nn.Module, result: _Result, excluded: Reasons) -> tuple[Skipped, ...]:
     """List batch norms that remain, modules that could not be traced, and modules that failed verification."""
     surviving = {name for name, _ in batch_norms(result.plain)}
-    norms = [Skipped(name, result.plan.reason(m)) for name, m in batch_norms(model) if name in surviving]
+    norms = [Skipped(name, result.plan.reason(name)) for name, m in batch_norms(model) if name in surviving]
     untraced = [skip for skip in result.plan.untraced if any(is_inside(name, skip.name) for name in surviving)]
     skipped = [*norms, *untraced]
     for name, part in model.named_modules():
@@ -307,12 +268,8 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
         inputs: one or several tensors that the model takes: they determine shapes that its functions leave open.
     """
     model = unwrapped(model)
-    with preserved_random_state(), gc_paused():
-        first = _Pass(model, {}, ModuleAnalysis(merge_branches=True))
-        options = Options(True, cheaper, _as_sequence(inputs))
-        # The loop of _collapse without its later steps: a summary applies nothing, so nothing can fail.
-        while (plan := first.plan(options)).conflicts:
-            first.conflicts |= plan.conflicts
+    with gc_paused():
+        plan = make_plan(model, Options(True, cheaper, _call(model, inputs)), {})
     kinds = Counter(_kind(part) for part in model.modules() if isinstance(part, (_ConvNd, nn.Linear)))
     return ModelSummary(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

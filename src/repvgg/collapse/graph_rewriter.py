@@ -1,22 +1,25 @@
-"""Give a module a new forward: a graph module in which regions are single convolutions.
+"""Give a module a new forward, in which regions are single convolutions.
 
-Everything that the graph does not mention is copied: hooks, attributes, and parts that other code uses.
+The module stays what it is: its class, attributes, hooks, methods and the parts that other code uses. Only ``forward``
+is written anew, from the recorded operations.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 from itertools import chain, count
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import reduce_graph_module
+from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.package import sys_importer
 
-from repvgg.collapse.capture import Capture, join
-from repvgg.collapse.inline import InlinedGraph, inline
+from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
-from repvgg.collapse.symbolic_eval import get_attribute
+from repvgg.collapse.modules import join
+from repvgg.collapse.record import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in
 
@@ -55,87 +58,77 @@ def _find_culprit(module: nn.Module, path: str) -> str:
     return ""
 
 
-class RewrittenModule(fx.GraphModule):
-    """A graph module whose copies, unlike those of its base class, keep what its graph does not mention."""
+class NewForward:
+    """Mixin of the classes that :func:`give_forward` makes: they are copied and pickled as what they derive from.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        # torch copies only what the graph names, into a new class with a generic name.
-        own: Any = super().__deepcopy__(memo)
-        type(own).__name__ = type(self).__name__
-        vars(own).update({name: copy.deepcopy(value, memo) for name, value in _module_state(vars(self))})
-        return own  # type: ignore[no-any-return]
+    Attributes:
+        graph: of the forward.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self).__name__, *super().__reduce__()[1])
+    graph: fx.Graph
+    _source: tuple[type[nn.Module], str, str]
 
-
-def _unpickle(name: str, body: dict[str, Any], imports: str) -> RewrittenModule:
-    inner: Any = reduce_graph_module(body, imports)
-    own = RewrittenModule(inner, inner.graph, class_name=name)
-    vars(own).update(_module_state(body))
-    return own
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_instance, type(self)._source, vars(self)
 
 
-def _module_state(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that any module may have, without those that only graph modules have."""
-    internal = vars(fx.GraphModule(nn.Module(), fx.Graph())).keys() - vars(nn.Module()).keys()
-    return ((name, value) for name, value in state.items() if name not in internal)
+def give_forward(module: nn.Module, graph: fx.Graph) -> None:
+    """Replace the forward of a module by the code of a graph; its class becomes a subclass of its own."""
+    code = graph.python_code("self")
+    base = type(module)
+    while issubclass(base, NewForward):  # of an earlier pass
+        base = base.__mro__[2]
+    vars(module).pop("forward", None)
+    module.__class__ = _class_with_forward(base, code.src, _format_import_block(code.globals, sys_importer))
+    type(module).graph = graph  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def _class_with_forward(base: type[nn.Module], source: str, imports: str) -> Any:
+    namespace: dict[str, Any] = {}
+    exec(imports, namespace)  # noqa: S102 - code that was written here, or by the pickle of such a module
+    forward = _forward_from_src(source, namespace)
+    attributes = {"forward": forward, "_source": (base, source, imports), "__module__": base.__module__}
+    return type(base.__name__, (NewForward, base), attributes)
+
+
+def _empty_instance(base: type[nn.Module], source: str, imports: str) -> nn.Module:
+    kind = _class_with_forward(base, source, imports)
+    return object.__new__(kind)  # type: ignore[no-any-return]
 
 
 class ForwardRewriter:
-    """Build the new forward of one module of a scope, with the forwards that are inlined into it.
+    """Build the new forward of one module of a recording, with the forwards that are inlined into it.
 
     Attributes:
         module: the result, complete after :meth:`finish`.
     """
 
-    def __init__(self, inlined: InlinedGraph, host: str, inlined_paths: frozenset[str]) -> None:
-        self.scope_graph = inlined
-        self.host = host
-        self.old = inlined.module.get_submodule(host)
-        inner = [
-            path
-            for path in inlined.captures
-            if path in inlined_paths and _host_of(inlined, path, inlined_paths) == host
-        ]
+    def __init__(self, recording: Recording, host: str, inlined: Collection[str]) -> None:
+        self.recording, self.host = recording, host
+        self.old = recording.module.get_submodule(host)
         # Inlined modules become plain containers: they keep their parameters and children, and have no forward.
-        self.parts: dict[str, nn.Module] = {path: nn.Module() for path in inner}
-        self.own_graph = inline(self.old, inlined.captures[host], self._capture_callee)
-        self.graph = self.own_graph.graph
-        self.node_of = self._map_nodes()
-        self.module = RewrittenModule(nn.Module(), fx.Graph(), class_name=type(self.old).__name__)
+        self.parts: dict[str, nn.Module] = {path: nn.Module() for path in inlined}
+        emission = emit(recording, host, self.parts.keys())
+        self.graph, self.node_of, self.statements = emission.graph, emission.node_of, emission.statements
+        self.module: nn.Module = object.__new__(type(self.old))
         self.new: dict[str, nn.Module] = {}
         self.removed: list[str] = []
 
-    def _capture_callee(self, path: str, caller: Capture, target: str) -> Capture | None:
-        inner = join(self.host, path, target)
-        return self.scope_graph.captures[inner] if inner in self.parts else None
-
-    def _map_nodes(self) -> dict[fx.Node, fx.Node]:
-        """Map the nodes of the scope's graph to those of this forward, as far as they appear in it."""
-        found: dict[fx.Node, fx.Node] = {}
-        skip = len(self.host) + 1 if self.host else 0
-        for (path, node), value in self.scope_graph.inlined.items():
-            if path == self.host or path in self.parts:
-                # An argument of an inlined forward may be a structure in one graph and a single node in the other.
-                for theirs, own in _pairs(value, self.own_graph.inlined[path[skip:], node]):
-                    found.setdefault(theirs, own)
-        return found
-
     def copies(self) -> dict[nn.Module, nn.Module]:
         """Return what replaces the module and those that are inlined; still empty before :meth:`copy_state`."""
-        get = self.scope_graph.module.get_submodule
+        get = self.recording.module.get_submodule
         return {self.old: self.module} | {get(path): part for path, part in self.parts.items()}
 
     def copy_state(self, memo: dict[int, Any], path: str) -> None:
-        """Copy everything that the modules have; ``path`` is that of the scope."""
-        get = self.scope_graph.module.get_submodule
+        """Copy everything that the modules have; ``path`` is that of the recorded module in the model."""
+        get = self.recording.module.get_submodule
         for inner, new in {self.host: self.module, **self.parts}.items():
-            old = get(inner)
-            vars(new).update(deep_copy(dict(_module_state(vars(old))), memo, old, join(path, inner)))
+            state = {name: value for name, value in vars(get(inner)).items() if name != "_compiled_call_impl"}
+            vars(new).update(deep_copy(state, memo, get(inner), join(path, inner)))
 
     def insert_call(self, conv: nn.Module, source: fx.Node, exit_node: fx.Node) -> str:
-        """Replace ``exit_node`` of the scope's graph by a convolution of ``source``; return the convolution's path."""
+        """Replace the recorded ``exit_node`` by a convolution of ``source``; return the convolution's path."""
         names = chain(("conv", "merged_conv"), (f"merged_conv{number}" for number in count(2)))
         name = next(name for name in names if not hasattr(self.old, name) and name not in self.new)
         self.new[name] = conv
@@ -148,10 +141,13 @@ class ForwardRewriter:
         return join(self.host, name)
 
     def remove(self, node: fx.Node, before: fx.Node) -> None:
-        """Remove a node of the scope's graph; its remaining users, which read metadata only, get ``before``."""
-        old = self.node_of[node]
-        old.replace_all_uses_with(self.node_of[before])
-        self._erase(old)
+        """Remove a recorded node; its remaining users, which read metadata only, get ``before``."""
+        if node in self.statements:
+            self.graph.erase_node(self.statements[node])
+        else:
+            old = self.node_of[node]
+            old.replace_all_uses_with(self.node_of[before])
+            self._erase(old)
         self.node_of[node] = self.node_of[before]
 
     def _erase(self, node: fx.Node) -> None:
@@ -161,7 +157,7 @@ class ForwardRewriter:
             self.removed.append(str(node.target))
         # A folded scale or bias would otherwise remain as an unused parameter.
         for constant in inputs:
-            if not constant.users and _is_constant(constant):
+            if not constant.users and is_constant(constant):
                 self._erase(constant)
 
     def finish(self) -> None:
@@ -169,55 +165,39 @@ class ForwardRewriter:
         # Other nodes may still use what a removed node used.
         named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path in self.removed:
-            if path not in named:
+            if path not in named and not self._is_read_elsewhere(join(self.host, path)):
                 _delete(self.module, path)
         for name, conv in self.new.items():
             self.module.register_module(name, conv)
-        for node in self.graph.nodes:
-            if node.op == "get_attr":
-                self._register_constant(node)
         for new in (self.module, *self.parts.values()):
             if "running_mean" not in new._buffers:  # the counter of a batch norm whose statistics were folded
                 new._buffers.pop("num_batches_tracked", None)
-        self.module.graph = self.graph
+        give_forward(self.module, self.graph)
 
-    def _register_constant(self, node: fx.Node) -> None:
-        # torch.fx stores tensors that a forward creates on the traced root; they become buffers here.
-        owner, _, name = str(node.target).rpartition(".")
-        module = self.module.get_submodule(owner)
-        if name.startswith("_tensor_constant") and not hasattr(module, name):
-            value = get_attribute(*self.own_graph.constants[node])
-            module.register_buffer(name, value.clone(), persistent=False)
-
-
-def _host_of(inlined: InlinedGraph, path: str, inlined_paths: frozenset[str]) -> str:
-    return next(outer for outer in inlined.call_stack(path) if outer not in inlined_paths)
+    def _is_read_elsewhere(self, path: str) -> bool:
+        own = {self.host, *self.parts}
+        reads = (node for node in self.recording.graph.nodes if node.op == "get_attr" and node.target == path)
+        return any(
+            self.recording.owner(user) not in own for node in reads for user in node.users if user.op != "output"
+        )
 
 
-def rewriters_for(inlined: InlinedGraph, points: Iterable[InsertionPoint]) -> dict[str, ForwardRewriter]:
-    """Return, by path below the scope, the rewriter that every module to be rewritten is part of."""
+def rewriters_for(recording: Recording, points: Iterable[InsertionPoint]) -> dict[str, ForwardRewriter]:
+    """Return, by path below the recorded module, the rewriter that every module to be rewritten is part of."""
     points = list(points)
-    inlined_paths = frozenset[str]().union(*(point.inlined for point in points))
+    inlined = frozenset[str]().union(*(point.inlined for point in points))
     rewritten = frozenset[str]().union(*(point.rewritten for point in points))
-    hosts = {path: _host_of(inlined, path, inlined_paths) for path in rewritten}
-    rewriters = {host: ForwardRewriter(inlined, host, inlined_paths) for host in sorted(set(hosts.values()))}
+    hosts = {path: _host_of(recording, path, inlined) for path in rewritten}
+    rewriters = {
+        host: ForwardRewriter(recording, host, [path for path in hosts if path != host and hosts[path] == host])
+        for host in sorted(set(hosts.values()))
+    }
     return {path: rewriters[host] for path, host in hosts.items()}
 
 
-def _pairs(theirs: Any, own: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the nodes at the same places of two structures, as far as they have the same shape."""
-    if isinstance(theirs, fx.Node) and isinstance(own, fx.Node):
-        yield theirs, own
-    elif isinstance(theirs, (tuple, list)) and isinstance(own, (tuple, list)):
-        for a, b in zip(theirs, own, strict=True):
-            yield from _pairs(a, b)
-    elif isinstance(theirs, dict) and isinstance(own, dict):
-        for name, a in theirs.items():
-            yield from _pairs(a, own[name])
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes)))
+def _host_of(recording: Recording, path: str, inlined: Collection[str]) -> str:
+    frame = next(frame for frame in recording.root.frames() if frame.path == path)
+    return next(outer.path for outer in frame.stack() if outer.path not in inlined)
 
 
 def _delete(root: nn.Module, path: str) -> None:

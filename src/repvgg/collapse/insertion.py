@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias
+from typing import Literal
 
-from repvgg.collapse.capture import Capture
+from torch import fx, nn
+
+from repvgg.collapse.record import Frame, Recording, is_constant
 from repvgg.collapse.symbolic_eval import Region
-
-WhyFrozen: TypeAlias = Callable[[str], str | None]  # why the forward of the module at a path must stay, or None
 
 
 @dataclass(frozen=True)
@@ -18,17 +17,18 @@ class InsertionPoint:
     """Where the merged convolution of a region is called, and which forwards change for it.
 
     Attributes:
-        in_place: True to put the convolution where the first one of a chain is, and identities where the others are,
-            each in its own module; False to replace the region by one call in one forward.
-        host: path of the module whose forward calls the convolution.
+        kind: "module": it replaces a module as a whole. "chain": it replaces the first convolution of a chain, and
+            the other steps become identities, each in its own module. "call": one forward calls it in place of the
+            region.
+        host: path of the module that it replaces, or whose forward calls it.
         rewritten: paths of the modules that get a new forward, or are inlined into that of their caller.
         inlined: the subset of them that is inlined.
     """
 
-    in_place: bool
+    kind: Literal["module", "chain", "call"]
     host: str
-    rewritten: frozenset[str]
-    inlined: frozenset[str]
+    rewritten: frozenset[str] = frozenset()
+    inlined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,54 +39,57 @@ class Replacement:
     insertion: InsertionPoint
 
 
-def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoint | str:
-    """Return how to replace ``region``, or the reason why the code around it does not allow that."""
-    point = _insert_along_chain(region) if region.is_chain else _insert_as_one_call(region)
-    # Sorted, so that the reason that a report gives does not depend on hashes.
-    reasons = (why_frozen(path) for path in sorted(point.rewritten))
-    return next((reason for reason in reasons if reason), None) or _conflicting_variant(region, point) or point
+def insertion_points(
+    region: Region, recording: Recording, may_replace: Callable[[Frame], bool]
+) -> list[InsertionPoint]:
+    """Return the ways to insert the convolution of a region, the best first.
+
+    ``may_replace`` tells whether the module of a frame may become a convolution as a whole.
+    """
+    frames = [recording.frame_of[step.node] for step in region.steps]
+    stacks = [list(frame.stack()) for frame in frames]
+    host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
+    found: list[InsertionPoint] = []
+    whole = [frame for frame in host.stack() if _is_whole(region, frame) and may_replace(frame)]
+    if whole:
+        found.append(InsertionPoint("module", whole[-1].path))
+    if region.is_chain:
+        functions = [step.node for step in region.steps if step.node.op != "call_module" and step.computes]
+        if functions and region.first_convolution is functions[0] and own_kernel(region, recording):
+            functions = functions[1:]
+        owner = recording.owner(region.first_convolution)
+        found.append(InsertionPoint("chain", owner, frozenset(recording.owner(node) for node in functions)))
+    else:
+        rewritten = {frame.path for stack in stacks for frame in stack[: stack.index(host) + 1]}
+        found.append(InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path})))
+    return found
 
 
-def _insert_along_chain(region: Region) -> InsertionPoint:
-    # Replacing a called module does not change its caller's code. Only a folded function call needs a new forward.
-    owner = region.inlined.owner
-    functions = (step.node for step in region.steps if step.node.op != "call_module" and step.computes)
-    host = owner(region.first_convolution)
-    return InsertionPoint(True, host, frozenset(map(owner, functions)), frozenset())
-
-
-def _insert_as_one_call(region: Region) -> InsertionPoint:
-    # The call goes into the innermost forward around all of the region; forwards below it are inlined there.
-    stacks = [region.inlined.call_stack(region.inlined.owner(step.node)) for step in region.steps]
-    host = next(path for path in stacks[0] if all(path in stack for stack in stacks))
-    rewritten = frozenset(path for stack in stacks for path in stack[: stack.index(host) + 1])
-    return InsertionPoint(False, host, rewritten, rewritten - {host})
-
-
-def _conflicting_variant(region: Region, point: InsertionPoint) -> str | None:
-    """Why an in-place replacement would change what a forward computes for other values of its optional arguments."""
-    owners = {region.inlined.owner(step.node) for step in region.steps}
-    stacks = [region.inlined.call_stack(path) for path in owners]
-    shared = set(stacks[0]).intersection(*stacks)
-    # The forwards between the region and the innermost one around all of it, that one included.
-    touched = {path for stack in stacks for path in stack if path not in shared} | owners
-    touched.add(next(path for path in stacks[0] if path in shared))
-    for path in sorted(touched):
-        captured = region.inlined.captures[path]
-        if captured.variants and not (owners == {path} and _is_same_chain_in_variants(region, captured)):
-            return f"the forward around it {captured.caveat or 'takes optional arguments'}"
-    return None
-
-
-def _is_same_chain_in_variants(region: Region, captured: Capture) -> bool:
-    """Whether a region of module calls is the same chain, or absent, for other values of optional arguments."""
-    targets = [region.inlined.origin[step.node][1].target for step in region.steps]
-    if any(step.node.op != "call_module" for step in region.steps):
+def _is_whole(region: Region, frame: Frame) -> bool:
+    """Whether a module computes a region of its only input and nothing else."""
+    if frame.kwargs or len(frame.args) != 1 or frame.args[0] is not region.source or frame.output is not region.exit:
         return False
-    for variant in captured.variants:
-        nodes = [node for node in variant.graph.nodes if node.op == "call_module" and node.target in targets]
-        # Modules that the variant calls elsewhere, or in another order, would see the merged convolution.
-        linked = all(b.args == (a,) and not b.kwargs and len(a.users) == 1 for a, b in pairwise(nodes))
-        if nodes and not (linked and [node.target for node in nodes] == targets):
-            return False
-    return True
+    inside = {step.node for step in region.steps}
+    return all(node in inside or is_constant(node) for node in frame.nodes())
+
+
+def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
+    """Return the module whose ``weight`` and ``bias`` the first step of a region convolves with, if it may take others.
+
+    Its forward then stays as it is, whatever it does before and after the convolution.
+    """
+    node = region.first_convolution
+    if node.op != "call_function" or getattr(node.target, "__name__", "") not in ("conv1d", "conv2d", "conv3d"):
+        return None
+    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False))
+    given |= node.kwargs
+    weight, bias = given.get("weight"), given.get("bias")
+    path = recording.owner(node)
+    module = recording.module.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    is_own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{prefix}weight"
+    if not is_own or len(weight.users) > 1 or "weight" not in module._parameters or "bias" not in module._parameters:
+        return None
+    if isinstance(bias, fx.Node):
+        is_own = bias.op == "get_attr" and bias.target == f"{prefix}bias" and len(bias.users) == 1
+    return module if is_own and (isinstance(bias, fx.Node) or module._parameters["bias"] is None) else None

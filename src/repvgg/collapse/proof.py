@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.attribute_access import only_calls_children
-from repvgg.collapse.capture import Capture, capture, has_hooks, hooks_of, is_plain_sequential
-from repvgg.collapse.plan import Plan, Reasons, is_inside
+from repvgg.collapse.modules import has_hooks, hooks_of
 from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, Evidence, border_inputs, isolated_eval, verify
@@ -230,45 +228,3 @@ class _SingleTensorModule(nn.Module):
         if not numbers:
             raise UsageError("it returns no floating-point tensor")
         return torch.cat(numbers)
-
-
-def find_dependents(model: nn.Module, plain: nn.Module, plan: Plan, excluded: Reasons) -> Reasons:
-    """Return modules that must stay because a forward around them depends on more than their output.
-
-    Such a forward reads the class or an attribute of a part, and would branch differently on a convolution in its
-    place. Its graph over the new parts is then another one, or it cannot be traced.
-    """
-    found: Reasons = {}
-    replaced = plan.changed_paths()
-    for path, captured in plan.captured.items():
-        old, new = model.get_submodule(path), submodule_or_none(plain, path)
-        if new is None or type(new) is not type(old) or not any(is_inside(inner, path) for inner in replaced):
-            continue
-        if not is_plain_sequential(new) and not only_calls_children(new) and not _has_same_graphs(captured, new):
-            reason = f"the forward of {path or 'the model'} depends on its class or attributes"
-            found |= {part: reason for part in old.modules() if part is not old and part not in excluded}
-    return found
-
-
-def submodule_or_none(plain: nn.Module, path: str) -> nn.Module | None:
-    """Return the submodule at ``path``, or None if it is part of what was replaced."""
-    try:
-        return plain.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _has_same_graphs(captured: Capture, new: nn.Module) -> bool:
-    try:
-        again = capture(new)
-    except Exception:  # the code reads an attribute that a convolution lacks
-        return False
-    before = [captured.graph, *(variant.graph for variant in captured.variants)]
-    after = [again.graph, *(variant.graph for variant in again.variants)]
-    if list(map(str, before)) != list(map(str, after)):
-        return False
-    # Tensors that a forward creates are constants of the graph, which its text does not show.
-    targets = (str(node.target) for node in captured.graph.nodes if node.op == "get_attr")
-    names = [target for target in targets if target.startswith("_tensor")]
-    pairs = [(getattr(captured.root, name), getattr(again.root, name)) for name in names]
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))

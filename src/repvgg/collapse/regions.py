@@ -1,4 +1,4 @@
-"""The linear regions of an inlined graph: where they end, whether merging pays, and where the result is inserted."""
+"""The linear regions of an recording graph: where they end, whether merging pays, and where the result is inserted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TypeAlias
 
 from torch import fx
 
+from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
-from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.collapse.insertion import InsertionPoint, Replacement
+from repvgg.collapse.record import Recording
 from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.symbolic import InputSpec
 
@@ -56,7 +57,7 @@ class Regions:
 
 
 def find_regions(
-    inlined: InlinedGraph, analyse_aliasing: Callable[[], AliasAnalysis], options: SearchOptions
+    recording: Recording, analyse_aliasing: Callable[[], AliasAnalysis], options: SearchOptions
 ) -> Regions:
     """Find the maximal linear regions that are worth replacing by one convolution each.
 
@@ -64,7 +65,7 @@ def find_regions(
     regions would share a node, where merging does not pay, and where the surrounding code cannot be rewritten.
     ``analyse_aliasing`` is called only if there are regions, because it analyses all modules that the graph calls.
     """
-    regions = _search(inlined, AliasAnalysis.without_aliasing(), options)
+    regions = _search(recording, AliasAnalysis.without_aliasing(), options)
     if not regions.all:
         return regions
     # In-place operations rarely matter. Search without them, and only repeat the search if they do.
@@ -72,11 +73,11 @@ def find_regions(
     safe = not aliasing.unsafe_writes and all(
         aliasing.write_between(*found.region.span) is None for found in regions.all
     )
-    return regions if safe else replace(_search(inlined, aliasing, options), were_cut=True)
+    return regions if safe else replace(_search(recording, aliasing, options), were_cut=True)
 
 
-def _search(inlined: InlinedGraph, aliasing: AliasAnalysis, options: SearchOptions) -> Regions:
-    search = _Search(inlined, aliasing, options)
+def _search(recording: Recording, aliasing: AliasAnalysis, options: SearchOptions) -> Regions:
+    search = _Search(recording, aliasing, options)
     search.run()
     return search.result()
 
@@ -84,12 +85,12 @@ def _search(inlined: InlinedGraph, aliasing: AliasAnalysis, options: SearchOptio
 class _Search:
     """Symbolic values over a growing set of cuts, until no region needs another cut."""
 
-    def __init__(self, inlined: InlinedGraph, aliasing: AliasAnalysis, options: SearchOptions) -> None:
-        self.inlined, self.aliasing, self.options = inlined, aliasing, options
+    def __init__(self, recording: Recording, aliasing: AliasAnalysis, options: SearchOptions) -> None:
+        self.recording, self.aliasing, self.options = recording, aliasing, options
         self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
-        self.reasons |= dict.fromkeys(inlined.escaped, "its output is stored where other code can read it")
+        self.reasons |= options.escaped
         self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
-        self.values = SymbolicValues(inlined, aliasing, options, self.reasons)
+        self.values = SymbolicValues(recording, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
 
     def run(self) -> None:
@@ -128,7 +129,7 @@ class _Search:
         """Return the regions that remain."""
         values = self.values
         exits = [node for node in sorted(values.by_node, key=values.order.__getitem__) if not self._is_interior(node)]
-        regions = [Region(self.inlined, node, values.by_node[node]) for node in exits]
+        regions = [Region(self.recording, node, values.by_node[node]) for node in exits]
         regions = [region for region in regions if self.aliasing.write_between(*region.span) is None]
         merged = self._insertable(region for region in regions if self._is_candidate(region.value))
         scaled = self._insertable(filter(self._scales_transposed, regions))
@@ -155,7 +156,7 @@ class _Search:
         return (
             exclusive
             and region.is_chain
-            and transposed_conv_at(self.inlined, source) is not None
+            and transposed_conv_at(self.recording, source) is not None
             and value.symbol.map.is_depthwise
             and value.symbol.map.is_pointwise
             and any(step.computes for step in value.steps)
@@ -220,18 +221,18 @@ class _Search:
     def _cut_overwritten(self, exits: list[fx.Node]) -> set[fx.Node]:
         """Return the inputs of the exit of a region whose source may be modified in place before the region ends."""
         for end in exits:
-            region = Region(self.inlined, end, self.values.by_node[end])
+            region = Region(self.recording, end, self.values.by_node[end])
             inputs = self._inputs_in_region(end)
             write = region.value.is_worthwhile and inputs and self.aliasing.write_between(*region.span)
             if write:
-                self.reasons[end] = f"{describe(self.inlined, write)} may change its input in place before it ends"
+                self.reasons[end] = f"{describe(self.recording, write)} may change its input in place before it ends"
                 return inputs
         return set()
 
     def _cut_not_insertable(self, exits: list[fx.Node]) -> set[fx.Node]:
         """Return the nodes at which to cut a region whose surrounding code cannot be rewritten."""
         for end in exits:
-            region = Region(self.inlined, end, self.values.by_node[end])
+            region = Region(self.recording, end, self.values.by_node[end])
             reason = self._find_insertion(region) if self._is_candidate(region.value) else None
             # A seam between two forwards is the best place: what remains on either side needs no rewritten code.
             inputs = self._cut_candidates(region) if isinstance(reason, str) else set()
@@ -242,7 +243,7 @@ class _Search:
 
     def _cut_candidates(self, region: Region) -> set[fx.Node]:
         """Return nodes that are read in another forward; if there are none, nodes where branches meet; else all."""
-        owner, nodes = self.inlined.owner, [step.node for step in region.steps]
+        owner, nodes = self.recording.owner, [step.node for step in region.steps]
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
         every = {n for node in nodes for n in self._inputs_in_region(node)}
@@ -262,19 +263,19 @@ def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict
         user = next((user for user in node.users if user in reasons), None)
         input_is_fixed = value.source in values.fixed or value.source in firm
         if value.source in reasons and (user is None or input_is_fixed):
-            name = describe(values.inlined, value.source)
+            name = describe(values.recording, value.source)
             derived[node] = f"its input {name} is not folded: {reasons[value.source]}"
         elif user is not None:
-            derived[node] = f"it cannot be folded into {describe(values.inlined, user)}: {reasons[user]}"
+            derived[node] = f"it cannot be folded into {describe(values.recording, user)}: {reasons[user]}"
     return derived | reasons
 
 
-def describe(inlined: InlinedGraph, node: fx.Node) -> str:
+def describe(recording: Recording, node: fx.Node) -> str:
     """Return what a node is in words: the path of the module, or the function and whose forward calls it."""
     if node.op in ("call_module", "placeholder", "get_attr"):
         return repr(str(node.target))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{name} in the forward of {inlined.owner(node) or 'the model'}"
+    return f"{name} in the forward of {recording.owner(node) or 'the model'}"
 
 
 def reads_invariant_metadata(node: fx.Node) -> bool:

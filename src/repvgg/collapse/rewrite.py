@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.capture import join
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
 from repvgg.collapse.insertion import Replacement
-from repvgg.collapse.plan import InlinedScope, LinearModule, Plan, Reasons
+from repvgg.collapse.modules import join, submodule_or_none
+from repvgg.collapse.plan import Plan, Reasons, Scope
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
 from repvgg.collapse.report import (
     Folded,
@@ -25,12 +25,11 @@ from repvgg.collapse.report import (
     describe_module,
     folded_entry,
     part_of_step,
-    parts_of_module,
     parts_of_region,
 )
 from repvgg.collapse.symbolic_eval import Evaluator, Region
 from repvgg.errors import ReparamError, UsageError
-from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, run, shadow_of
+from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, shadow_of
 
 Module = TypeVar("Module", bound=nn.Module)
 PlainConv: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -61,16 +60,19 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
     Raises ReparamError if an attribute of the model cannot be copied.
     """
     applier = _PlanApplier(model, prove)
-    for path in plan.dropped:
-        applier.substitute(model.get_submodule(path), nn.Identity())
+    for skipped in plan.dropped:
+        applier.substitute(model.get_submodule(skipped.name), nn.Identity())
     with torch.no_grad():
-        for linear in plan.linear_modules:
-            applier.replace_module(linear)
         for scope in plan.scopes:
             applier.replace_regions(scope)
         plain = deep_copy(model, applier.memo, model)
-    for path in plan.dropped:
-        _detach(plain, path)
+    for skipped in plan.dropped:
+        _detach(plain, skipped.name)
+    for scope in plan.scopes:
+        for path, guard in scope.placement.guards.items():
+            guarded = submodule_or_none(plain, join(scope.path, path))
+            if guarded is not None:
+                guarded.register_forward_pre_hook(guard, with_kwargs=True)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
     def position(done: Replaced) -> int:
@@ -102,25 +104,9 @@ class _PlanApplier:
         """Let ``new`` be the copy of ``old``."""
         self.memo[id(old)] = new
 
-    def replace_module(self, linear: LinearModule) -> None:
-        """Replace a whole module by one convolution."""
-        module, found = linear.module, linear.map
-        device = algebra_device(_reference_tensor(module))
-        symbol = run(module, Source(), found.conv.in_channels, device=device, layout=found.layout)
-        conv = self._emit(symbol, module, [module])
-        if conv is None:
-            return
-        proof = self._prove(lambda: _module_in_float64(module, device), symbol, conv)
-        if proof.failure:
-            self._fail([module], proof)
-            return
-        self.substitute(module, _with_attributes_of(module, conv))
-        entry = folded_entry(linear.path, parts_of_module(module), symbol, module, found.cost, proof.text)
-        self.done.append(Replaced(entry, conv, list(module.modules())))
-
-    def replace_regions(self, scope: InlinedScope) -> None:
-        """Replace the regions of one scope, in place or by a call in a new forward."""
-        rewriters = rewriters_for(scope.inlined, scope.insertion_points())
+    def replace_regions(self, scope: Scope) -> None:
+        """Replace the regions of one scope: modules, chains in place, or by a call in a new forward."""
+        rewriters = rewriters_for(scope.recording, [found.insertion for found in scope.regions.all])
         distinct = list({id(rewriter): rewriter for rewriter in rewriters.values()}.values())
         for rewriter in distinct:
             for old, new in rewriter.copies().items():
@@ -141,12 +127,14 @@ class _PlanApplier:
             del self.memo[id(part)]
 
     def _replace_region(
-        self, scope: InlinedScope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
+        self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
     ) -> None:
         region, point = found.region, found.insertion
         symbol = solve_region(region)
         modules = [scope.module.get_submodule(path) for path in region.called_modules]
         host = scope.module.get_submodule(point.host)
+        if point.kind == "module":
+            modules = [host]
         # A region of functions only calls no module; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
@@ -159,7 +147,10 @@ class _PlanApplier:
             return
         # A convolution is the same function in both modes, but code may read the flag.
         conv.train(host.training)
-        if point.in_place:
+        if point.kind == "module" and point.host not in rewriters:
+            name = point.host
+            self.substitute(host, _with_attributes_of(host, conv))
+        elif point.kind == "chain":
             name = self._insert_in_place(scope, region, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
@@ -172,7 +163,7 @@ class _PlanApplier:
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
         self.done.append(Replaced(entry, conv, modules or [host]))
 
-    def _scale_transposed(self, scope: InlinedScope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
+    def _scale_transposed(self, scope: Scope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
         path = str(region.source.target)
         old: Any = scope.module.get_submodule(path)
@@ -207,7 +198,7 @@ class _PlanApplier:
         self.done.append(Replaced(entry, new, modules))
 
     def _insert_in_place(
-        self, scope: InlinedScope, region: Region, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
+        self, scope: Scope, region: Region, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
     ) -> str:
         """Put the convolution where the first one was, and identities where the others were; return its path."""
         target, before, name = region.first_convolution, region.source, ""
@@ -218,7 +209,7 @@ class _PlanApplier:
                 self.substitute(module, _with_attributes_of(module, conv if node is target else nn.Identity()))
                 name = str(node.target) if node is target else name
             elif computes:
-                rewriter = rewriters[scope.inlined.owner(node)]
+                rewriter = rewriters[scope.recording.owner(node)]
                 if node is target:
                     name = rewriter.insert_call(conv, before, node)
                 else:
@@ -285,15 +276,15 @@ def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Ten
 
 
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
-    device = algebra_device(first_float(region.inlined.module))
-    evaluator = Evaluator(region.inlined, _float64_on(device), keep_kernels=False)
+    device = algebra_device(first_float(region.recording.module))
+    evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=False)
     return lambda x: evaluator.run_region(region.source, x.to(device), [step.node for step in region.steps])
 
 
 def solve_region(region: Region) -> SymbolicTensor:
     """Return the region's convolution with its values, in float64."""
-    device = algebra_device(first_float(region.inlined.module))
-    evaluator = Evaluator(region.inlined, _float64_on(device))
+    device = algebra_device(first_float(region.recording.module))
+    evaluator = Evaluator(region.recording, _float64_on(device))
     planned = region.value.symbol
     source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
     # The report gives multiply-adds at these sizes.

@@ -1,4 +1,4 @@
-"""Evaluate the nodes of an inlined graph: on symbols, on real tensors, or on meta tensors for their shapes.
+"""Evaluate the nodes of an recording graph: on symbols, on real tensors, or on meta tensors for their shapes.
 
 :class:`SymbolicValues` is the core of the collapse. It assigns to every node the earlier node that it is a linear
 function of, and that function; a maximal linear region is then a node whose users are not part of it.
@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.capture import is_leaf
+from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
+from repvgg.collapse.modules import is_leaf
+from repvgg.collapse.record import Recording
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
     InputSpec,
@@ -150,9 +151,9 @@ class Value:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Region:
-    """Nodes of an inlined graph that are one convolution of ``source``; only the last, ``exit``, is used outside."""
+    """Nodes of an recording graph that are one convolution of ``source``; only the last, ``exit``, is used outside."""
 
-    inlined: InlinedGraph
+    recording: Recording
     exit: fx.Node
     value: Value
 
@@ -202,20 +203,20 @@ class Region:
 
 
 class Evaluator:
-    """Evaluate nodes of an inlined graph, with all parameters and buffers passed through ``convert``.
+    """Evaluate nodes of an recording graph, with all parameters and buffers passed through ``convert``.
 
     Args:
-        inlined: the graph.
+        recording: the graph.
         convert: from a tensor to the tensor to compute with.
         keep_kernels: leave kernels of convolutions and linear layers unconverted; the algebra converts them later.
         strict: raise on modules that change their own state when they are called.
     """
 
     def __init__(
-        self, inlined: InlinedGraph, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
+        self, recording: Recording, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
     ) -> None:
         self.call = unchanged_by_call if strict else guarded
-        self.inlined = inlined
+        self.recording = recording
         self.convert = convert
         self.keep_kernels = keep_kernels
         self._shadows: dict[str, nn.Module] = {}  # converting all weights of a module once per call would dominate
@@ -245,12 +246,12 @@ class Evaluator:
 
     def constant(self, node: fx.Node) -> Any:
         """Return the parameter, buffer or attribute that ``node`` names."""
-        value = get_attribute(*self.inlined.constants[node])
+        value = get_attribute(self.recording.module, str(node.target))
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _shadow(self, path: str) -> nn.Module:
         if path not in self._shadows:
-            part = self.inlined.module.get_submodule(path)
+            part = self.recording.module.get_submodule(path)
             self._shadows[path] = shadow_of(part, self.convert, keep_kernels=self.keep_kernels, training=False)
         return self._shadows[path]
 
@@ -273,7 +274,8 @@ class EvaluationOptions:
     """What is known about a graph before it is evaluated, and what may merge.
 
     Attributes:
-        opaque: paths of submodules that must stay, below the scope, with the reason.
+        opaque: nodes that must stay, with the reason.
+        escaped: nodes whose tensors other code may read, with the reason.
         merge_branches: whether branches may merge, or only chains.
         shapes: shapes of floating-point tensors, as far as they are known.
         recorded: whether ``shapes`` has all of them: a node without a shape is then no floating-point tensor.
@@ -281,7 +283,8 @@ class EvaluationOptions:
         fixed_sizes: whether costs are those at ``shapes``, borders included.
     """
 
-    opaque: Mapping[str, str]
+    opaque: Mapping[fx.Node, str]
+    escaped: Mapping[fx.Node, str]
     merge_branches: bool
     shapes: Shapes = field(default_factory=dict)
     recorded: bool = False
@@ -296,13 +299,13 @@ class SymbolicValues:
     evaluates again what depends on it.
 
     Args:
-        inlined: the graph.
+        recording: the graph.
         aliasing: which nodes share memory.
         options: see :class:`EvaluationOptions`.
         cuts: nodes at which regions must start.
 
     Attributes:
-        inlined: the graph.
+        recording: the graph.
         by_node: the values.
         by_source: the nodes that are functions of a node.
         cuts: nodes at which regions must start.
@@ -312,19 +315,19 @@ class SymbolicValues:
     """
 
     def __init__(
-        self, inlined: InlinedGraph, aliasing: AliasAnalysis, options: EvaluationOptions, cuts: Collection[fx.Node] = ()
+        self, recording: Recording, aliasing: AliasAnalysis, options: EvaluationOptions, cuts: Collection[fx.Node] = ()
     ) -> None:
         self.by_node: dict[fx.Node, Value] = {}
         self.by_source: dict[fx.Node, set[fx.Node]] = {}
         self.cuts = set(cuts)
-        self._modules = {target: inlined.module.get_submodule(target) for _, target in inlined.calls()}
+        self._modules = {target: recording.module.get_submodule(target) for _, target in recording.calls()}
         opaque = options.opaque
-        self.reasons = {node: opaque[target] for node, target in inlined.calls() if target in opaque}
+        self.reasons = dict(opaque)
         self.reasons |= dict.fromkeys(aliasing.unsafe_writes, "it modifies in place a tensor that is read again")
         self.fixed = frozenset(self.reasons)
-        self.inlined, self._aliasing, self._options = inlined, aliasing, options
-        self._evaluator = Evaluator(inlined, to_meta)
-        self._nodes = list(inlined.graph.nodes)
+        self.recording, self._aliasing, self._options = recording, aliasing, options
+        self._evaluator = Evaluator(recording, to_meta)
+        self._nodes = list(recording.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
         self._constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, tuple[Value, ...]] = {}
@@ -486,7 +489,7 @@ class SymbolicValues:
             symbol = self.by_node[node].symbol
             return [InputSpec(symbol.map.out_channels, symbol.layout)]
         if not self._options.recorded:
-            return [_spec_from_transposed(self.inlined, node) or self._probe(node)]
+            return [_spec_from_transposed(self.recording, node) or self._probe(node)]
         shape = self._options.shapes.get(node)
         if shape is None:
             raise NotLinearError("one of its arguments is no floating-point tensor")
@@ -554,23 +557,23 @@ def _possible_layouts(shape: Sequence[int]) -> Iterator[Layout]:
         yield Layout(len(shape), rows=True)
 
 
-def transposed_conv_at(inlined: InlinedGraph, node: fx.Node) -> _ConvTransposeNd | None:
+def transposed_conv_at(recording: Recording, node: fx.Node) -> _ConvTransposeNd | None:
     """Return the transposed convolution that a node calls, if it runs torch's own forward."""
-    module = inlined.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = recording.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if type(module) in _TRANSPOSED_RANKS and isinstance(module, _ConvTransposeNd) and "forward" not in vars(module):
         return module
     return None
 
 
-def _spec_from_transposed(inlined: InlinedGraph, node: fx.Node) -> InputSpec | None:
+def _spec_from_transposed(recording: Recording, node: fx.Node) -> InputSpec | None:
     """Return channels and layout of an output or an input of a transposed convolution; None for other nodes.
 
     The algebra has no map for a transposed convolution, so a probe would not learn anything from one.
     """
-    producer = transposed_conv_at(inlined, node)
+    producer = transposed_conv_at(recording, node)
     if producer is not None:
         return InputSpec(producer.out_channels, Layout(_TRANSPOSED_RANKS[type(producer)]))
-    consumer = next((found for user in node.users if (found := transposed_conv_at(inlined, user)) is not None), None)
+    consumer = next((found for user in node.users if (found := transposed_conv_at(recording, user)) is not None), None)
     return None if consumer is None else InputSpec(consumer.in_channels, Layout(_TRANSPOSED_RANKS[type(consumer)]))
 
 
@@ -591,12 +594,12 @@ def synthetic_inputs(specs: Sequence[InputSpec | None]) -> tuple[Tensor, ...] | 
     return tuple(inputs) or None
 
 
-def run_on_meta(inlined: InlinedGraph, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+def run_on_meta(recording: Recording, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
     """Return the value of every node for meta tensors shaped like ``inputs``; nodes that fail are left out."""
-    evaluator = Evaluator(inlined, to_meta, keep_kernels=False, strict=False)
+    evaluator = Evaluator(recording, to_meta, keep_kernels=False, strict=False)
     given = iter(inputs)
     known: dict[fx.Node, Any] = {}
-    for node in inlined.graph.nodes:
+    for node in recording.graph.nodes:
         try:
             if node.op == "placeholder":
                 value = next(given)

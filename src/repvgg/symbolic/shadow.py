@@ -167,6 +167,13 @@ def fingerprint(module: nn.Module, but: str | None = None) -> object:
     return [(name, _state_of(value)) for name, value in items if not (but and name.startswith(but))]
 
 
+def own_state(part: nn.Module) -> object:
+    """Return the state of a module's own attributes, as :func:`fingerprint` does for all modules inside."""
+    if type(part) in _STATELESS:
+        return None
+    return [(k, _state_of(v)) for k, v in vars(part).items() if k not in _CONSTANT and k not in ("_modules", "forward")]
+
+
 def _state_of(value: Any, depth: int = 3) -> object:
     """The state of a value: the identities of the objects in it, and the versions of its tensors."""
     if isinstance(value, (int, float, str)):

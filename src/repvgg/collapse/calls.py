@@ -1,0 +1,94 @@
+"""Calls to record: made up for a model whose inputs are not given, and similar to a given one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import islice, product
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from repvgg._calls import Call, signature_of
+from repvgg.symbolic import first_float
+
+_SIZES = (224, 64, 256, 32)  # height and width of made-up images: multiples of common strides
+_DEPTH = 16  # of volumes
+_TOKENS = 16  # of sequences of vectors
+_MAX_CALLS = 48
+_STEP = 32  # by which sizes grow in a similar call: networks that need multiples mostly need a divisor of it
+
+
+def made_up_calls(model: nn.Module) -> Iterator[Call]:
+    """Yield calls that the forward of a model may take, the most common first, on meta tensors.
+
+    Each required argument, or the first one if all have defaults, is a tensor with the channels of one of the model's
+    first layers.
+    """
+    signature = signature_of(model)
+    count = 1 if signature is None else _count_inputs(signature)
+    like = first_float(model)
+    dtype = torch.float32 if like is None else like.dtype
+    shapes = list(_shapes(model))
+    if not count or not shapes:
+        return
+    # Inputs of one kind first, then combinations.
+    same = ((shape,) * count for shape in shapes)
+    mixed = (combination for combination in product(shapes, repeat=count) if len(set(combination)) > 1)
+    for combination in islice((*same, *(mixed if count > 1 else ())), _MAX_CALLS):
+        yield Call(tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in combination))
+
+
+def _count_inputs(signature: inspect.Signature) -> int:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in signature.parameters.values() if p.kind in positional]
+    required = [p for p in parameters if p.default is inspect.Parameter.empty]
+    return len(required) or 1
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of inputs for the first layers of a model, without repeats."""
+    seen: set[tuple[int, ...]] = set()
+    layers = [part for part in model.modules() if isinstance(part, (_ConvNd, nn.Linear, _BatchNorm))]
+    for layer in layers[:8]:
+        for shape in _shapes_for(layer):
+            if shape not in seen:
+                seen.add(shape)
+                yield shape
+    kernels = (p for p in model.parameters() if p.dim() == 4)
+    if not layers:  # kernels that a forward uses itself
+        yield from ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES)
+
+
+def _shapes_for(layer: nn.Module) -> Iterator[tuple[int, ...]]:
+    if isinstance(layer, nn.Linear):
+        yield from ((2, layer.in_features), (2, _TOKENS, layer.in_features), (2, 7, 7, layer.in_features))
+        return
+    channels = layer.in_channels if isinstance(layer, _ConvNd) else int(layer.num_features)  # type: ignore[arg-type]
+    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 2
+    for size in _SIZES:
+        yield (2, channels, *{1: (size,), 2: (size, size), 3: (_DEPTH, size, size)}[spatial])
+    if isinstance(layer, nn.BatchNorm1d):
+        yield from ((2, channels), (2, channels, _TOKENS))
+    if isinstance(layer, nn.BatchNorm3d):
+        yield (2, channels, _DEPTH, _SIZES[1], _SIZES[1])
+
+
+def similar_calls(call: Call) -> Iterator[Call]:
+    """Yield calls with other sizes: larger images and another batch, images of one size, another batch."""
+    for batch, step in ((1, _STEP), (0, _STEP), (1, 0)):
+        yield call.map_tensors(lambda x, batch=batch, step=step: _resized(x, batch, step))  # type: ignore[misc]
+
+
+def _resized(x: Tensor, batch: int, step: int) -> Tensor:
+    shape = list(x.shape)
+    if len(shape) < 2 or not x.is_floating_point():
+        return x
+    spatial = range(2, len(shape)) if len(shape) > 3 else range(len(shape) - 1, len(shape))
+    for axis in spatial if len(shape) > 2 else ():
+        shape[axis] += step
+    if len(shape) != 3 or not step:
+        shape[0] += batch
+    return torch.empty(shape, dtype=x.dtype, device="meta")

@@ -1,0 +1,109 @@
+"""What the code of a class says that no recording shows: methods that call its parts, switches that its forward reads.
+
+Only names are read from the bytecode. They keep something unchanged, and never allow a merge.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_EXPORT_SWITCHES = (
+    *("is_in_onnx_export", "is_exporting", "is_compiling", "is_dynamo_compiling"),
+    *("is_scripting", "is_tracing"),
+)
+# Since Python 3.12 the lowest bit of LOAD_ATTR's argument marks a method call; before, LOAD_METHOD is its own opcode.
+_LOAD_ATTR_MARKS_CALLS = sys.version_info >= (3, 12)
+
+
+@dataclass(frozen=True)
+class CodeFacts:
+    """Facts about the code of a module's class.
+
+    Attributes:
+        methods: names of the methods that its author wrote, ``forward`` and dunder methods excepted.
+        calls: by method, the attributes that it calls as ``self.name(...)``.
+        export_switches: functions that the forward, or what it calls, asks whether the model is being exported.
+        reads_training: whether they read ``training``.
+    """
+
+    methods: frozenset[str]
+    calls: dict[str, frozenset[str]]
+    export_switches: tuple[str, ...]
+    reads_training: bool
+
+
+def code_facts(module: nn.Module) -> CodeFacts:
+    """Return the facts about the class of a module."""
+    return _facts_of_class(type(module))
+
+
+@lru_cache(maxsize=1024)
+def _facts_of_class(kind: type[nn.Module]) -> CodeFacts:
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    functions: dict[str, FunctionType] = {}
+    for base in reversed(own):
+        for name, value in vars(base).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if isinstance(function, FunctionType):
+                functions[name] = function
+    names = _reachable_names(functions)
+    methods = {name: f for name, f in functions.items() if name != "forward" and not name.startswith("__")}
+    return CodeFacts(
+        methods=frozenset(methods),
+        calls={name: frozenset(_called_attributes(function)) for name, function in methods.items()},
+        export_switches=tuple(name for name in _EXPORT_SWITCHES if name in names),
+        reads_training="training" in names,
+    )
+
+
+def has_public_methods(kind: type[nn.Module]) -> bool:
+    """Whether a class has methods of its own that a user may call besides ``forward``."""
+    return any(not name.startswith("_") for name in _facts_of_class(kind).methods)
+
+
+def _reachable_names(functions: dict[str, FunctionType]) -> set[str]:
+    """Return all names in the code of ``forward`` and of the methods that it may call."""
+    names: set[str] = set()
+    todo = ["forward"]
+    done: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in done or name not in functions:
+            continue
+        done.add(name)
+        found = {n for code in _nested_code(inspect.unwrap(functions[name]).__code__) for n in code.co_names}
+        names |= found
+        todo += found
+    return names
+
+
+def _nested_code(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:  # lambdas and comprehensions
+        if isinstance(constant, CodeType):
+            yield from _nested_code(constant)
+
+
+def _called_attributes(function: Any) -> Iterator[str]:
+    """Yield the attributes that a method calls on its first argument."""
+    code = inspect.unwrap(function).__code__
+    own = code.co_varnames[:1]
+    for nested in _nested_code(code):
+        before: Any = None
+        for step in dis.get_instructions(nested):
+            marked = _LOAD_ATTR_MARKS_CALLS and bool((step.arg or 0) & 1)
+            if (step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and marked)) and before in own:
+                yield str(step.argval)
+            if step.opname.startswith("LOAD_FAST"):
+                before = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+            elif step.opname not in ("CACHE", "PUSH_NULL"):
+                before = None

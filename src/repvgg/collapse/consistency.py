@@ -1,0 +1,54 @@
+"""Check that the forwards around replaced parts still do the same: they may read the class or attributes of a part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from repvgg.collapse.modules import is_inside, is_leaf, submodule_or_none
+from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
+from repvgg.collapse.record import Frame
+
+
+def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
+    """Return modules that must stay because a forward around them depends on more than their output.
+
+    The plain model is recorded with the call that the model was recorded with; each forward that was not rewritten
+    must run the same functions and call the same modules, in the same order.
+    """
+    found: Reasons = {}
+    for scope in plan.scopes:
+        part = submodule_or_none(plain, scope.path)
+        if part is None or is_leaf(part) or not scope.regions.all:
+            continue
+        for path in _changed_forwards(scope, part):
+            reason = f"the forward of {path or 'the model'} depends on the class or attributes of its parts"
+            old = scope.module.get_submodule(path)
+            found |= {inner: reason for inner in old.modules() if inner is not old}
+    return found
+
+
+def _changed_forwards(scope: Scope, plain: nn.Module) -> list[str]:
+    rewritten, replaced = scope.rewritten_paths(), scope.replaced_paths()
+    try:
+        again = record_call(plain, scope.call)
+    except Exception as error:
+        path = getattr(error, "frame_path", "")
+        return [path] if submodule_or_none(scope.module, path) is not None else [""]
+    mine = {frame.path: _actions(frame) for frame in scope.recording.root.frames()}
+    theirs = {frame.path: _actions(frame) for frame in again.root.frames()}
+    skipped = rewritten | {
+        path for path in mine if any(is_inside(path, done) for done in replaced) or path not in theirs
+    }
+    return [path for path, actions in mine.items() if path not in skipped and theirs[path] != actions]
+
+
+def _actions(frame: Frame) -> list[Any]:
+    actions: list[Any] = []
+    for item in frame.items:
+        if isinstance(item, fx.Node):
+            actions.append(str(item.target) if item.op == "call_module" else item.target)
+        else:
+            actions.append(item.path)
+    return actions

@@ -1,0 +1,110 @@
+"""A check in the plain model: what is known from recorded calls holds for calls like them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg import _structure
+from repvgg.collapse.record import Frame, leaves, map_values
+from repvgg.collapse.variants import signature_of
+from repvgg.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CallGuard:
+    """A forward pre-hook that refuses calls which differ from the recorded one.
+
+    Attributes:
+        path: of the module in the plain model.
+        expected: for each argument by name, its leaves as the recorded call had them: a value, or what is known of a
+            tensor.
+    """
+
+    path: str
+    expected: Mapping[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, path: str, frame: Frame, module: nn.Module, *, sizes: bool) -> CallGuard:
+        """Return the guard for the call of a frame; with ``sizes``, tensors must have the recorded shapes as well."""
+        bound = _bound(module, frame.args, frame.kwargs)
+        return cls(path, {name: tuple(_expected(leaf, sizes) for leaf in leaves(v)) for name, v in bound.items()})
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare a call with the recorded one.
+
+        Raises:
+            UsageError: it differs.
+        """
+        if torch.jit.is_tracing() and not self.expected:
+            return
+        for name, value in _bound(module, args, kwargs).items():
+            given = leaves(value)
+            expected = self.expected.get(name, ())
+            if len(given) != len(expected) or not all(map(_fits, expected, given)):
+                raise UsageError(
+                    f"{self.path or 'This model'} was collapsed for {self._text()}, and is called with "
+                    f"{name}={_describe(value)}: call repvgg.reparameterize with inputs= like this call for another "
+                    "plain model."
+                )
+
+    def _text(self) -> str:
+        return ", ".join(f"{name}={', '.join(map(_shown, known))}" for name, known in self.expected.items())
+
+
+@dataclass(frozen=True)
+class AnyTensor:
+    """A tensor in a recorded call; ``shape`` is None if it does not matter."""
+
+    shape: tuple[int, ...] | None = None
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    signature = signature_of(module)
+    if signature is None:
+        return {str(place): value for place, value in enumerate(args)} | dict(kwargs)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:  # the forward itself raises the error that a caller expects
+        return {}
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if not _is_empty(signature, name, value)}
+
+
+def _is_empty(signature: inspect.Signature, name: str, value: Any) -> bool:
+    kind = signature.parameters[name].kind
+    return kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and not value
+
+
+def _expected(leaf: Any, sizes: bool) -> Any:
+    if isinstance(leaf, fx.Node):
+        if "shape" in leaf.meta:
+            return AnyTensor(leaf.meta["shape"] if sizes else None)
+        return leaf.meta.get("value")
+    return leaf
+
+
+def _fits(expected: Any, given: Any) -> bool:
+    if isinstance(expected, AnyTensor):
+        return isinstance(given, Tensor) and expected.shape in (None, tuple(given.shape))
+    if isinstance(given, Tensor) or type(expected) is not type(given):
+        return False
+    return bool(expected == given) or expected is given
+
+
+def _shown(expected: Any) -> str:
+    if isinstance(expected, AnyTensor):
+        return "a tensor" if expected.shape is None else f"a tensor {expected.shape}"
+    return repr(expected)
+
+
+def _describe(value: Any) -> str:
+    return ", ".join(_structure.describe(leaf) for _, leaf in _structure.leaves(value)) or repr(value)
+
+
+_ = map_values

@@ -1,0 +1,128 @@
+"""Facts about single modules that the collapse depends on: wrappers, hooks, leaves, paths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def join(*names: str) -> str:
+    """Join the non-empty parts of a dotted path."""
+    return ".".join(filter(None, names))
+
+
+def is_inside(inner: str, outer: str) -> bool:
+    """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
+    return inner == outer or not outer or inner.startswith(f"{outer}.")
+
+
+def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """Yield the hook dictionaries in ``module`` that could observe or change activations or gradients."""
+    return (vars(part)[name] for part in module.modules() for name in _HOOKS if vars(part).get(name))
+
+
+def is_torch_utility(hook: Any) -> bool:
+    """Whether a hook is one of torch's own that compute a weight: weight norm, spectral norm, pruning."""
+    modules = (getattr(hook, "__module__", None), type(hook).__module__)
+    return any(str(name).startswith("torch.nn.utils") for name in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether there is any hook of a user in ``module``."""
+    return any(not is_torch_utility(hook) for hooks in hooks_of(module) for hook in hooks.values())
+
+
+def has_own_hooks(part: nn.Module) -> bool:
+    """Whether a user put a hook on this very module."""
+    return any(not is_torch_utility(hook) for name in _HOOKS for hook in (vars(part).get(name) or {}).values())
+
+
+def computes_weights(part: nn.Module) -> bool:
+    """Whether a module computes its weight in each call: weight norm, spectral norm, pruning."""
+    old_style = any(is_torch_utility(hook) for hook in (vars(part).get("_forward_pre_hooks") or {}).values())
+    return old_style or torch.nn.utils.parametrize.is_parametrized(part)
+
+
+def inner_module(module: nn.Module) -> nn.Module | None:
+    """Return the module inside a wrapper that only changes how it runs; None if it is no such wrapper."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    # torch.compile; matched by name because importing torch._dynamo takes seconds
+    inner = vars(module).get("_modules", {}).get("_orig_mod")
+    return inner if type(module).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else None
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module without any wrapper that only changes how it runs, around it or inside.
+
+    If there are wrappers inside, it is a structural copy that shares all tensors.
+    """
+    while (inner := inner_module(module)) is not None:
+        module = inner
+    if all(inner_module(part) is None for part in module.modules()):
+        return module
+    return _copy_without_wrappers(module, {})
+
+
+def _copy_without_wrappers(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    while (inner := inner_module(module)) is not None:
+        module = inner
+    if id(module) not in done:
+        own: Any = object.__new__(type(module))
+        done[id(module)] = own
+        own.__dict__.update(vars(module))
+        own._modules = {name: child and _copy_without_wrappers(child, done) for name, child in module._modules.items()}
+        own.__dict__.pop("_compiled_call_impl", None)
+    return done[id(module)]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own and has no children: it is recorded as one step."""
+    return not any(module.children()) and type(module).__module__.startswith("torch.nn.")
+
+
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return all batch norms of a model with their paths."""
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
+
+
+def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule at ``path``, or None if there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def storage_of(value: Tensor) -> int | None:
+    """Return an identifier of the memory of a tensor; None for sparse and nested ones."""
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[Callable[[], bool]]:
+    """Restore the random states of Python and PyTorch on exit; yield a function that checks for changes."""
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    python, cpu, gpu = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+
+    def changed() -> bool:
+        return random.getstate() != python or not torch.equal(torch.get_rng_state(), cpu)
+
+    try:
+        yield changed
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(gpu)

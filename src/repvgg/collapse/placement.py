@@ -1,0 +1,328 @@
+"""Which regions of a recording may be merged, where their convolutions go, and what the plain model must check."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx, nn
+
+from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
+from repvgg.collapse.emit import why_not_emitted
+from repvgg.collapse.guard import CallGuard
+from repvgg.collapse.insertion import InsertionPoint, insertion_points
+from repvgg.collapse.modules import has_own_hooks, is_inside, is_leaf
+from repvgg.collapse.record import Frame, Recording, leaves, record
+from repvgg.collapse.report import Skipped
+from repvgg.collapse.symbolic_eval import Region
+from repvgg.collapse.variants import Variants, find_variants, is_same_region, signature, signature_of
+from repvgg.symbolic import InputSpec, Layout
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a new forward no longer reads: a flag, or the training mode."""
+
+    path: str
+    what: str
+
+
+class Placement:
+    """Decides for each region whether and where its convolution may be inserted.
+
+    Args:
+        recording: the recorded call.
+        similar: a call with inputs of other sizes; None if the model takes none.
+        trusted: whether the recorded call is how the model is used. What only holds for calls like it is then merged,
+            and guarded; else it is left.
+        excluded: paths of modules that must stay, and why.
+    """
+
+    def __init__(
+        self, recording: Recording, similar: Recording | None, *, trusted: bool, excluded: dict[str, str]
+    ) -> None:
+        self.recording, self.similar, self.trusted, self.excluded = recording, similar, trusted, excluded
+        self.frames: dict[str, list[Frame]] = defaultdict(list)
+        for frame in recording.root.frames():
+            self.frames[frame.path].append(frame)
+        self.similar_frames: dict[str, Frame] = {}
+        for frame in similar.root.frames() if similar else ():
+            self.similar_frames.setdefault(frame.path, frame)
+        self.guards: dict[str, CallGuard] = {}
+        self._frozen: dict[str, str | None] = {}
+        self._variants: dict[str, Variants] = {}
+
+    # What must stay
+
+    @cached_property
+    def _callers(self) -> dict[str, set[str]]:
+        """The modules whose code calls a module, by its path."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for frame in self.recording.root.frames():
+            for item in frame.items:
+                if isinstance(item, Frame):
+                    found[item.path].add(frame.path)
+                elif item.op == "call_module":
+                    found[str(item.target)].add(frame.path)
+        return found
+
+    @cached_property
+    def _shared(self) -> set[str]:
+        """Paths of modules that one forward calls more than once, or that several forwards call."""
+        shared = {path for path, callers in self._callers.items() if len(callers) > 1}
+        for frame in self.recording.root.frames():
+            seen: set[str] = set()
+            for item in frame.items:
+                path = item.path if isinstance(item, Frame) else str(item.target) if item.op == "call_module" else None
+                if path is not None:
+                    shared |= {path} & seen
+                    seen.add(path)
+        return shared
+
+    def fixed_nodes(self) -> dict[fx.Node, str]:
+        """Return the nodes that must stay as they are, with the reason."""
+        found: dict[fx.Node, str] = {}
+        for path, frames in self.frames.items():
+            # Later calls of a module run the code that the first call shows.
+            for frame in frames[1:]:
+                found |= dict.fromkeys(frame.nodes(), "it is used more than once")
+            if path in self.excluded:
+                nodes = (item for item in frames[0].items if isinstance(item, fx.Node))
+                found |= dict.fromkeys(nodes, self.excluded[path])
+        owned = {str(node.target).rpartition(".")[0] for node in self.recording.graph.nodes if node.op == "get_attr"}
+        for node, path in self.recording.calls():
+            part = self.recording.module.get_submodule(path)
+            if path in self._shared:
+                found.setdefault(node, "it is used more than once")
+            elif has_own_hooks(part):
+                found[node] = "it has hooks"
+            elif not is_leaf(part):
+                found[node] = "it is a compiled script"
+            elif path in owned:
+                found[node] = "its parameters are read by something else"
+            elif path in self.excluded:
+                found[node] = self.excluded[path]
+        return found
+
+    def boundaries(self) -> dict[fx.Node, str]:
+        """Return the tensors that go into and come out of modules whose calls must keep both, with the reason."""
+        found: dict[fx.Node, str] = {}
+        for path, frames in self.frames.items():
+            part = self.recording.module.get_submodule(path)
+            reason = "has hooks" if has_own_hooks(part) else "is used more than once" if path in self._shared else None
+            if reason and frames[0].parent is not None:
+                text = f"nothing merges across the boundary of {path!r}: it {reason}"
+                for frame in frames:
+                    inside = leaves((frame.args, frame.kwargs, frame.output))
+                    found |= {node: text for node in inside if isinstance(node, fx.Node) and node.op != "get_attr"}
+        return found
+
+    # Where convolutions go
+
+    def find(self, region: Region) -> InsertionPoint | str:
+        """Return where the convolution of a region goes, or why it cannot go anywhere."""
+        first: str | None = None
+        for point in insertion_points(region, self.recording, self._may_replace):
+            reason = self._why_not(region, point)
+            if reason is None:
+                return point
+            first = first or reason
+        return first or "there is no place for it"
+
+    def _may_replace(self, frame: Frame) -> bool:
+        """Whether a module may become a convolution: nobody calls it in another way, or anything else on it."""
+        path = frame.path
+        part = self.recording.module.get_submodule(path)
+        if path in self._shared or path in self.excluded or path in self.recording.changed or has_own_hooks(part):
+            return False
+        parameters = signature_of(part)
+        if type(part) is nn.Sequential:
+            return True
+        if parameters is None or has_public_methods(type(part)):
+            return False
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [p.kind in kinds and p.default is p.empty for p in parameters.parameters.values()] == [True]
+
+    def _why_not(self, region: Region, point: InsertionPoint) -> str | None:
+        """Return why an insertion would change what some forward computes, or None."""
+        for path in sorted(point.rewritten):
+            reason = self._why_frozen(path)
+            if reason:
+                return reason
+        if point.kind == "call":
+            reason = why_not_emitted(self.recording, point.host, point.inlined)
+            if reason:
+                return f"the forward of {point.host or 'the model'} {reason}"
+        return self._why_conflicting(region, point)
+
+    def _why_frozen(self, path: str) -> str | None:
+        """Return why a module cannot get a new forward, or None."""
+        if path not in self._frozen:
+            reason = self.excluded.get(path) or self._find_why_frozen(path)
+            self._frozen[path] = reason
+        return self._frozen[path]
+
+    def _find_why_frozen(self, path: str) -> str | None:
+        around = f"the forward of {path or 'the model'}"
+        frame, *others = self.frames[path]
+        if frame.caveats:
+            return f"{around} {frame.caveats[0]}"
+        if any(is_inside(changed, path) for changed in self.recording.changed):
+            return f"{around} stores something in an attribute"
+        mine = signature(frame)
+        if any(signature(other) != mine for other in others):
+            return f"{around} computes something else when it is called again"
+        again = self.similar_frames.get(path)
+        if self.similar is None or again is None:
+            return f"{around} could not be run on inputs of another size"
+        if signature(again) != mine:
+            return f"{around} computes with numbers that depend on the size of its input"
+        facts = code_facts(self.recording.module.get_submodule(path))
+        if facts.export_switches and not self.trusted:
+            return f"{around} asks whether it is being exported ({facts.export_switches[0]}): pass inputs="
+        variants = self.variants(path)
+        differs = variants.unknown or next(
+            (
+                "takes optional arguments that change what it computes"
+                for v in variants.recordings
+                if signature(v.root, path) != mine
+            ),
+            None,
+        )
+        if differs is None:
+            return None
+        if not self.trusted:
+            return f"{around} {differs}: pass inputs="
+        self._guard(path)
+        return None
+
+    def variants(self, path: str) -> Variants:
+        """Return the other branches that the forward of a module may take."""
+        if path not in self._variants:
+            self._variants[path] = find_variants(self.recording, self.frames[path][0])
+        return self._variants[path]
+
+    def _why_conflicting(self, region: Region, point: InsertionPoint) -> str | None:
+        """Why a merged region would change what a forward computes in another call of the model."""
+        frames = [self.recording.frame_of[step.node] for step in region.steps]
+        stacks = [list(frame.stack()) for frame in frames]
+        host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
+        touched = {frame.path: frame for stack in stacks for frame in stack[: stack.index(host) + 1]}
+        for path, frame in touched.items():
+            for other in self.frames[path][1:]:
+                if not is_same_region(region, self.recording, frame=other):
+                    return f"{path} computes something else when it is called again"
+        if self.similar is not None and not is_same_region(region, self.similar):
+            return f"the forward of {host.path or 'the model'} branches on the size of its input"
+        return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(region, touched)
+
+    def _why_conflicting_variants(self, region: Region, touched: dict[str, Frame]) -> str | None:
+        for path, frame in touched.items():
+            variants = self.variants(path)
+            bad = variants.unknown or next(
+                ("takes optional arguments" if not frame.decisions else "branches on its input"
+                 for v in variants.recordings if not is_same_region(region, v, path)), None,
+            )  # fmt: skip
+            if bad is None:
+                continue
+            if not self.trusted or any(not decision.known for decision in frame.decisions):
+                return f"the forward of {path or 'the model'} {bad}: pass inputs="
+            self._guard(path)
+        return None
+
+    def _why_conflicting_methods(self, region: Region, touched: dict[str, Frame]) -> str | None:
+        """Why another method of a module would compute something else afterwards."""
+        steps = [step.node for step in region.steps if step.computes]
+        for path in touched:
+            facts = code_facts(self.recording.module.get_submodule(path))
+            method = _separating_method(facts, steps, self.recording, path)
+            if method and not self.trusted:
+                return f"the method {method!r} of {path or 'the model'} calls a part of it on its own: pass inputs="
+        return None
+
+    def _guard(self, path: str) -> None:
+        frame = self.frames[path][0]
+        self.guards[path] = CallGuard.of(
+            path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions)
+        )
+
+    # Facts for the report and the proof
+
+    def input_specs(self, path: str) -> tuple[InputSpec | None, ...]:
+        """Return channels and layout of what the module at ``path`` takes; None where they are not one tensor."""
+        frame = self.frames[path][0]
+        found: list[InputSpec | None] = []
+        for value in (*frame.args, *frame.kwargs.values()):
+            shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
+            found.append(None if shape is None else _spec(shape))
+        return tuple(found)
+
+    def unused(self, prefix: str) -> Iterator[Skipped]:
+        """Yield the modules with parameters that no call in eval mode uses, outermost ones only."""
+        used = {*self.recording.called_paths(), *self.recording.read_paths()}
+        done: list[str] = []
+        for path, part in self.recording.module.named_modules():
+            owner = path.rpartition(".")[0]
+            if not path or any(is_inside(path, other) for other in done) or owner not in self.frames:
+                continue
+            if not any(True for _ in part.parameters()) or any(is_inside(name, path) for name in used):
+                continue
+            reason = self._why_unused(owner, path.rpartition(".")[2], path)
+            if reason:
+                done.append(path)
+                yield Skipped(path, reason)
+
+    def _why_unused(self, owner: str, name: str, path: str) -> str | None:
+        facts = code_facts(self.recording.module.get_submodule(owner))
+        calls = [called for method, called in facts.calls.items() if not method.startswith("_")]
+        if any(name in called for called in calls) or any(is_inside(other, path) for other in self.excluded):
+            return None
+        if facts.reads_training:
+            frame = self.frames[owner][0]
+            try:
+                from repvgg.collapse.variants import _calls
+
+                call = next(_calls(self.recording, frame, self.recording.module.get_submodule(owner)))
+                training = record(self.recording.module.get_submodule(owner), call, mode={"": True})
+            except Exception:
+                return None
+            if any(is_inside(called, name) for called in training.called_paths()):
+                return "the forward calls it in training mode only"
+        return "no call like the given inputs uses it" if self.trusted else None
+
+
+def _spec(shape: tuple[int, ...]) -> InputSpec | None:
+    if not 2 <= len(shape) <= 5:
+        return None
+    return InputSpec(shape[1], Layout(len(shape)))
+
+
+def _separating_method(facts: CodeFacts, steps: list[fx.Node], recording: Recording, path: str) -> str | None:
+    """Return a method of the module at ``path`` that runs some steps of a region and not all."""
+    items = [item for node in steps if (item := _item_of(recording, node, path)) is not None]
+    run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & facts.methods for item in items]
+    executed = set[str]().union(*run)
+    partial = next((name for name in executed if not all(name in methods for methods in run)), None)
+    if partial is not None:
+        return partial
+    skip = len(path) + 1 if path else 0
+    names = {
+        (item.path if isinstance(item, Frame) else str(item.target))[skip:].partition(".")[0]
+        for item in items
+        if isinstance(item, Frame) or item.op == "call_module"
+    }
+    others = ((name, called & names) for name, called in facts.calls.items() if name not in executed)
+    return next((name for name, called in others if called and called != names), None)
+
+
+def _item_of(recording: Recording, node: fx.Node, path: str) -> fx.Node | Frame | None:
+    """Return what the code of the module at ``path`` ran that a node is part of: the node, or the call around it."""
+    item: fx.Node | Frame = node
+    for frame in recording.frame_of[node].stack():
+        if frame.path == path:
+            return item
+        item = frame
+    return None

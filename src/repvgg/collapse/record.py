@@ -1,0 +1,737 @@
+"""Record what a model does when it is called: one flat graph of the functions and torch modules that ran.
+
+The model is run, on meta tensors where it can, on a structural copy that shares its parameters, under a torch function
+mode of this thread. So the Python code in between may be anything, and neither the model nor another thread notices.
+A recording holds for the call that was recorded. What else it holds for is examined in
+:mod:`repvgg.collapse.variants`.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from repvgg import _structure
+from repvgg._calls import Call
+from repvgg.collapse.modules import is_leaf, is_torch_utility, join, preserved_random_state, storage_of
+from repvgg.collapse.tracked import is_tracked, tracked, untracked
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic import shadow_of, things_in
+from repvgg.symbolic.shadow import own_state
+
+_TORCH = (torch.__path__[0], __file__, sys.modules[tracked.__module__].__file__ or "")
+_META = torch.device("meta")
+
+# Tensor methods that return numbers: sizes, which every tensor has, and elements, which only real ones have.
+_SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
+_ELEMENTS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
+_NUMBERS = {"__bool__", "item"}  # the elements that stay known: all others leave PyTorch
+_RANDOM = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+    *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "log_normal_"),
+    *("cauchy_", "geometric_", "trunc_normal_", "rrelu"),
+}
+_SCALARS = {int, float, bool, str, bytes, complex, type(None), torch.memory_format}
+_OPERATORS = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "__getitem__")},
+    **{"div": operator.truediv, "__rpow__": operator.pow, "pow": operator.pow, "__rfloordiv__": operator.floordiv},
+    **{"add_": operator.iadd, "sub_": operator.isub, "mul_": operator.imul, "div_": operator.itruediv},
+    **{"__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv},
+    **{"__rmatmul__": operator.matmul},
+}
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node depends on parameters and numbers only, and is the same in each call."""
+    if "constant" not in node.meta:
+        known = node.op == "get_attr" or (
+            node.op.startswith("call")
+            and node.target is not _unrecorded
+            and all(map(is_constant, node.all_input_nodes))
+        )
+        node.meta["constant"] = known and getattr(node.target, "__name__", node.target) not in _RANDOM
+    return bool(node.meta["constant"])
+
+
+class NeedsValuesError(ReparamError):
+    """The code reads an element of a tensor, which a meta tensor does not have."""
+
+
+class UnknownValueError(ReparamError):
+    """The code does something with an unknown argument that only a known one allows."""
+
+
+def assign_item(target: Any, index: Any, value: Any) -> Any:
+    """Run ``target[index] = value`` and return ``target``: a graph needs a name for the tensor after the assignment."""
+    target[index] = value
+    return target
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A place where the code branched on something that another call may change.
+
+    Attributes:
+        outcome: which way it went.
+        where: file and line.
+        known: whether the other way can be tried.
+    """
+
+    outcome: bool
+    where: str
+    known: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class Frame:
+    """One call of a module that has a Python forward.
+
+    Attributes:
+        path: of the module.
+        parent: the frame of the caller; None for the root.
+        args: positional arguments: nodes for tensors and for numbers read from tensors, in the caller's structure.
+        kwargs: the same for keyword arguments.
+        output: the same for what it returned.
+        items: the nodes that its own code ran and the frames of the modules that it called, in execution order.
+        decisions: on which numbers its own code branched.
+        caveats: effects of its own code that the graph does not show, in words.
+        methods: functions of the caller's code that led to the call, innermost first.
+    """
+
+    path: str
+    parent: Frame | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    items: list[fx.Node | Frame] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    methods: tuple[str, ...] = ()
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield this frame and all below it, callers first."""
+        yield self
+        for item in self.items:
+            if isinstance(item, Frame):
+                yield from item.frames()
+
+    def stack(self) -> Iterator[Frame]:
+        """Yield this frame and those around it, innermost first."""
+        frame: Frame | None = self
+        while frame is not None:
+            yield frame
+            frame = frame.parent
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """Yield all nodes that ran during the call."""
+        for item in self.items:
+            if isinstance(item, Frame):
+                yield from item.nodes()
+            else:
+                yield item
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording:
+    """What one call of a model did.
+
+    Attributes:
+        module: the model.
+        graph: all nodes in execution order. Calls of torch's own leaf modules are ``call_module`` nodes, parameters
+            and buffers are ``get_attr`` nodes; all else are functions, methods and placeholders.
+        root: the frame of the model.
+        frame_of: the frame whose code ran a node.
+        escaped: nodes whose tensors code may read that the recording does not show, with the reason.
+        opaque: nodes that must stay as they are, with the reason.
+        changed: paths of the modules whose attributes the call changed.
+        decisions: those that another call can force: of the root's own code, or on an unknown argument.
+        on_meta: whether it ran on meta tensors.
+    """
+
+    module: nn.Module
+    graph: fx.Graph
+    root: Frame
+    frame_of: dict[fx.Node, Frame]
+    escaped: dict[fx.Node, str]
+    opaque: dict[fx.Node, str]
+    changed: frozenset[str]
+    decisions: tuple[Decision, ...]
+    on_meta: bool
+
+    def owner(self, node: fx.Node) -> str:
+        """Return the path of the module whose forward ran ``node``."""
+        return self.frame_of[node].path
+
+    def calls(self) -> Iterator[tuple[fx.Node, str]]:
+        """Yield the nodes that call a module, with its path."""
+        return ((node, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+
+    def called_paths(self) -> set[str]:
+        """Return the paths of all modules that ran."""
+        return {path for _, path in self.calls()} | {frame.path for frame in self.root.frames()}
+
+    def read_paths(self) -> set[str]:
+        """Return the paths of all parameters and buffers that a forward read itself."""
+        return {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def constant(self, node: fx.Node) -> Any:
+        """Return the parameter, buffer or attribute that a ``get_attr`` node names."""
+        return operator.attrgetter(str(node.target))(self.module)
+
+    @property
+    def constants(self) -> dict[fx.Node, tuple[nn.Module, str]]:
+        """The module and the path of what each ``get_attr`` node names."""
+        return {node: (self.module, str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape of a node's tensor; None if it is not a tensor."""
+        return node.meta.get("shape")
+
+
+def record(
+    model: nn.Module,
+    call: Call,
+    *,
+    forced: Sequence[bool] = (),
+    mode: Mapping[str, bool] | None = None,
+    on_meta: bool = True,
+) -> Recording:
+    """Call a model and record what it does.
+
+    Args:
+        model: the model; neither it nor the inputs change.
+        call: the arguments of the call.
+        forced: which way its first decisions shall go, whatever the numbers say; see :attr:`Recording.decisions`.
+        mode: paths of modules with a training flag other than that of eval mode.
+        on_meta: run on meta tensors of the same shapes.
+
+    Raises:
+        NeedsValuesError: the code reads elements of tensors, and this is a run on meta tensors.
+        Exception: whatever the code itself raises.
+    """
+    recorder = _Recorder(model, on_meta, forced, mode or {})
+    guard: Any = nullcontext() if on_meta else preserved_random_state()
+    with guard, torch.no_grad():
+        return recorder.run(call)
+
+
+class Unknown:
+    """An argument of which nothing is known: functions of it are unknown as well, and branches on it are decisions."""
+
+    def __init__(self, recorder: _Recorder, node: fx.Node) -> None:
+        self.__dict__.update(recorder=recorder, node=node)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._derived(getattr, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnknownValueError("an attribute of an optional argument is set")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._derived(lambda *_: None, *args, *kwargs.values())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._derived(operator.getitem, index)
+
+    def _derived(self, function: Callable[..., Any], *args: Any) -> Any:
+        recorder = self.__dict__["recorder"]
+        return Unknown(recorder, recorder.number_node(function, self, *args))
+
+    def _decide(self, *_: Any) -> bool:
+        return bool(self.__dict__["recorder"].decide(False, self.__dict__["node"]))
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UnknownValueError("an optional argument selects what is computed")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = _decide  # type: ignore[assignment]
+    __hash__ = __index__ = __int__ = __float__ = __iter__ = __len__ = _refuse  # type: ignore[assignment]
+
+
+def _unknown_operators() -> None:
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_"):
+        function, dunder = getattr(operator, name), name.strip("_")
+        setattr(Unknown, f"__{dunder}__", lambda self, other, f=function: self._derived(f, other))
+        setattr(Unknown, f"__r{dunder}__", lambda self, other, f=function: self._derived(f, other))
+    Unknown.__neg__ = lambda self: self._derived(operator.neg)  # type: ignore[attr-defined]
+
+
+_unknown_operators()
+UNKNOWN = object()  # in a Call: becomes an Unknown of the recorder
+
+
+class _Recorder(TorchFunctionMode):
+    """Runs a structural copy of a model and records its functions."""
+
+    def __init__(self, model: nn.Module, on_meta: bool, forced: Sequence[bool], mode: Mapping[str, bool]) -> None:
+        super().__init__()
+        self.model, self.on_meta, self.forced = model, on_meta, list(forced)
+        self.graph = fx.Graph()
+        self.frame_of: dict[fx.Node, Frame] = {}
+        self.escaped: dict[fx.Node, str] = {}
+        self.opaque: dict[fx.Node, str] = {}
+        self.root = self.frame = Frame("", None)
+        self.decisions: list[Decision] = []
+        self.failed_in = ""
+        self.paused = False
+        self.attributes: dict[str, fx.Node] = {}
+        self.known: dict[int, tuple[Any, fx.Node]] = {}
+        self.numbers: dict[tuple[Any, ...], fx.Node] = {}
+        self.device_of: dict[Any, fx.Node] = {}
+        self.shadow = self._make_shadow(mode)
+
+    # The structural copy
+
+    def _make_shadow(self, mode: Mapping[str, bool]) -> nn.Module:
+        convert = (lambda t: t.to(_META)) if self.on_meta else (lambda t: t)
+        shadow = shadow_of(self.model, convert, training=False)
+        self.paths: dict[int, tuple[Any, str]] = {}
+        originals = dict(self.model.named_modules())
+        for path, part in shadow.named_modules():
+            if path in mode:
+                part.training = mode[path]
+            self._wrap(path, part, originals[path])
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+            for store in stores:
+                for name, value in list(store.items()):
+                    if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
+                        if self.on_meta and not value.is_meta:  # integers, which shadows share
+                            value = store[name] = value.to(_META)
+                        self.paths.setdefault(id(value), (value, join(path, name)))
+        return shadow
+
+    def _wrap(self, path: str, part: nn.Module, original: nn.Module) -> None:
+        if isinstance(part, torch.jit.ScriptModule):
+            return
+        # The hooks of users would see our inputs; those of torch's own utilities compute weights.
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = {key: hook for key, hook in vars(part)[name].items() if is_torch_utility(hook)}
+            vars(part)[name] = type(vars(part)[name])(hooks)
+        for name in ("_backward_hooks", "_backward_pre_hooks"):
+            vars(part)[name] = type(vars(part)[name])()
+        # A forward that was replaced on the instance is a function of the user's, on the original.
+        forward = vars(original).get("forward")
+        if forward is None or getattr(forward, "__self__", None) is original:
+            forward = vars(part).get("forward") or MethodType(type(part).forward, part)
+        method = self._leaf if is_leaf(original) else self._call
+        vars(part)["forward"] = partial(method, path, forward)
+
+    def run(self, call: Call) -> Recording:
+        """Run the call and return its recording."""
+        module = self.shadow
+        args, kwargs = map_values(self._inputs, call.args), map_values(self._inputs, dict(call.kwargs))
+        self.root.args, self.root.kwargs = self._nodes_of(args), self._nodes_of(kwargs)
+        scripted = isinstance(module, torch.jit.ScriptModule) or is_leaf(self.model)
+        if scripted:
+            raise ReparamError("there is no Python forward to record")
+        before = {path: own_state(part) for path, part in self.shadow.named_modules()}
+        original = vars(module)["forward"].args[1]
+        try:
+            with self:
+                output = original(*args, **kwargs)
+        except Exception as error:
+            error.decisions = tuple(self.decisions)  # type: ignore[attr-defined]  # what led to it
+            error.frame_path = self.failed_in  # type: ignore[attr-defined]
+            raise
+        self.root.output = self._nodes_of(output)
+        self.paused = True
+        changed = {p for p, part in self.shadow.named_modules() if before.get(p) != own_state(part)}
+        self._find_stored()
+        self.graph.output(leaves(self.root.output))
+        self._drop_unused_numbers()
+        # References to the copy would keep it, and all tensors of the run, alive.
+        self.known.clear()
+        return Recording(
+            self.model, self.graph, self.root, self.frame_of, self.escaped, self.opaque, frozenset(changed),
+            self.on_meta,
+        )  # fmt: skip
+
+    def _inputs(self, value: Any) -> Any:
+        """Return the arguments to run on, with a placeholder for each tensor."""
+        if isinstance(value, Tensor):
+            own = value.detach()
+            own = (
+                torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=_META)
+                if self.on_meta
+                else (own.clone())
+            )
+            self._bind(own, self.graph.placeholder(f"input_{len(self.known)}"))
+            return own
+        if value is UNKNOWN:
+            node = self.graph.placeholder(f"unknown_{len(self.graph.nodes)}")
+            node.meta["unknown"] = True
+            return Unknown(self, node)
+        return value
+
+    # Calls of modules
+
+    def _call(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.paused:
+            return forward(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # for what we do ourselves
+            frame = Frame(path, self.frame, self._nodes_of(args), self._nodes_of(kwargs))
+            frame.methods = _user_code()[1]
+        self.frame.items.append(frame)
+        self.frame = frame
+        try:
+            output = forward(*args, **kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or path
+            raise
+        finally:
+            self.frame = frame.parent or self.root
+        with torch._C.DisableTorchFunction():
+            frame.output = self._nodes_of(output)
+        return output
+
+    def _leaf(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.paused:
+            return forward(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return self._run("call_module", path, forward, args, kwargs)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for each of its functions."""
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._read(func, args[0])
+        is_method = getattr(Tensor, name, None) is func
+        if is_method and name in _SIZES and isinstance(args[0], Tensor):
+            return self._size(name, func, args, kwargs)
+        if is_method and name in _ELEMENTS and isinstance(args[0], Tensor):
+            return self._element(name, func, args)
+        if not is_method:
+            return self._run("call_function", func, func, args, kwargs)
+        if name == "__setitem__":
+            return self._run("call_function", assign_item, assign_item, args, kwargs)
+        if name in _OPERATORS and not kwargs:
+            args = args[::-1] if name.startswith("__r") else args
+            return self._run("call_function", _OPERATORS[name], _OPERATORS[name], args, kwargs)
+        return self._run("call_method", name, func, args, kwargs)
+
+    def _run(self, op: str, target: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a function or a leaf module, and record it as a node."""
+        given = self._nodes_of(args), self._nodes_of(kwargs)
+        tensors = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
+        versions = [None if value.is_inference() else value._version for value in tensors]
+        name = getattr(target, "__name__", str(target))
+        if any(isinstance(value, Unknown) for value in leaves((args, kwargs))):
+            node = self._node(op, target, *given)
+            node.meta["unknown"] = True
+            return Unknown(self, node)
+        paused, self.paused = self.paused, True
+        try:
+            plain_args, plain_kwargs = map_values(_plain, args), map_values(_plain, kwargs)
+            result = func(*plain_args, **plain_kwargs)
+        except NotImplementedError as error:
+            if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
+                raise NeedsValuesError(str(error)) from error
+            raise
+        finally:
+            self.paused = paused
+        node = self._node(op, target, *given)
+        if name in _RANDOM and self._is_random(name, kwargs):
+            self.opaque[node] = f"{name} draws random numbers"
+        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            self.opaque[node] = "it runs under autocast"
+        written = [v for v, old in zip(tensors, versions, strict=True) if old is not None and v._version != old]
+        if written:
+            node.meta["writes"] = [self._node_of(value) for value in written]
+            for value in written:
+                # From here on the written tensor is known under its new name.
+                self._bind(value, node)
+        self._bind_result(result, node)
+        return result
+
+    @staticmethod
+    def _is_random(name: str, kwargs: Mapping[str, Any]) -> bool:
+        return name != "rrelu" or bool(kwargs.get("training"))
+
+    def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, _arguments(args), _arguments(kwargs))
+        self._own(node)
+        return node
+
+    def _own(self, node: fx.Node) -> None:
+        self.frame_of[node] = self.frame
+        self.frame.items.append(node)
+        node.meta["where"], node.meta["methods"] = _user_code()
+        if torch.is_grad_enabled():
+            self.frame.caveats.append("switches autograd on")
+
+    # Tensors
+
+    def _bind(self, value: Tensor, node: fx.Node) -> None:
+        held: Any = (lambda: value) if self.on_meta else weakref.ref(value)
+        self.known[id(value)] = (held, node)
+        node.meta.update(shape=tuple(value.shape), dtype=value.dtype, storage=storage_of(value))
+        node.meta["stride"] = value.stride() if value.layout is torch.strided else None
+
+    def _bind_result(self, result: Any, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+        elif isinstance(result, (tuple, list)):
+            for index, value in enumerate(result):
+                if isinstance(value, (Tensor, tuple, list)):
+                    self._bind_result(value, self._node("call_function", operator.getitem, (node, index), {}))
+        elif isinstance(result, dict):
+            for key, value in result.items():
+                self._bind_result(value, self._node("call_function", operator.getitem, (node, key), {}))
+
+    def _node_of(self, value: Tensor) -> fx.Node:
+        """Return the node that computed a tensor, or names it."""
+        held, node = self.known.get(id(value), (lambda: None, None))
+        if node is not None and held() is value:
+            return node
+        owned, path = self.paths.get(id(value), (None, ""))
+        if owned is value:
+            if path not in self.attributes:
+                node = self.attributes[path] = self.graph.get_attr(path)
+                self.frame_of[node] = self.root
+                self._bind(value, node)
+            return self.attributes[path]
+        if self.on_meta and not value.is_meta and value.dim():
+            raise NeedsValuesError("it uses a tensor that is no parameter, buffer or attribute of a module")
+        return self._unseen(value)
+
+    def _unseen(self, value: Tensor) -> fx.Node:
+        """Return a node for a tensor that code computed without torch functions that can be recorded."""
+        node = self._node("call_function", _unrecorded, (), {})
+        self._bind(value, node)
+        where = node.meta["where"]
+        reason = f"{where} uses a tensor that comes from code which cannot be recorded"
+        self.opaque[node] = reason
+        # Such code may have read any tensor that was reachable when it ran.
+        for frame in self.frame.stack():
+            frame.caveats.append("uses tensors from code that cannot be recorded")
+            seen: list[Any] = [frame.args, frame.kwargs]
+            seen += [item.output if isinstance(item, Frame) else item for item in frame.items]
+            self.escaped |= {n: reason for n in leaves(seen) if isinstance(n, fx.Node)}
+        return node
+
+    def _nodes_of(self, value: Any) -> Any:
+        """Return arguments with tensors and tracked numbers replaced by their nodes."""
+        return map_values(self._named, value)
+
+    def _named(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if is_tracked(value) or isinstance(value, Unknown):
+            return value.node if value.recorder is self else untracked(value)
+        if isinstance(value, (torch.device, torch.dtype)) and value in self.device_of:
+            return self.device_of[value]
+        return value
+
+    # Numbers
+
+    def _read(self, func: Any, value: Tensor) -> Any:
+        """Read a property of a tensor."""
+        name = getattr(func.__self__, "__name__", "") or getattr(func.__self__.fget, "__name__", "")
+        self.paused = True
+        try:
+            result = func(value)
+        finally:
+            self.paused = False
+        if isinstance(result, Tensor):  # such as x.T and x.data
+            node = self._node("call_function", getattr, (self._node_of(value), name), {})
+            self._bind(result, node)
+        elif name in ("shape", "ndim") and not self._is_constant(value):
+            return self.number(result, self.number_node(getattr, value, name))
+        elif name in ("device", "dtype") and not self._is_constant(value):
+            self.device_of[result] = self.number_node(getattr, value, name)
+        return result
+
+    def _size(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.paused = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.paused = False
+        if name == "__len__" or self._is_constant(args[0]):  # len() must return an ordinary integer
+            return result
+        where = args[1] if len(args) > 1 else kwargs.get("dim")
+        if name in ("size",):
+            if where is None:
+                return self.number(result, self.number_node(getattr, args[0], "shape"))
+            shape = self.number_node(getattr, args[0], "shape")
+            return self.number(result, self.number_node(operator.getitem, _Held(shape), where))
+        if name in ("dim", "ndimension"):
+            return self.number(result, self.number_node(getattr, args[0], "ndim"))
+        return self.number(result, self.number_node(Tensor.numel, args[0]))
+
+    def _element(self, name: str, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Read an element of a tensor."""
+        value = args[0]
+        node = self._node_of(value)
+        if self._is_constant(value) and node.op == "get_attr":
+            self.frame.caveats.append("computes with the values of its parameters")
+            original = operator.attrgetter(str(node.target))(self.model)
+            if original.is_meta:
+                raise NeedsValuesError("it reads a parameter without a value")
+            self.paused = True
+            try:
+                return func(original.detach(), *args[1:])
+            finally:
+                self.paused = False
+        if self.on_meta:
+            raise NeedsValuesError("it reads elements of a tensor")
+        self.paused = True
+        try:
+            result = func(*args)
+        finally:
+            self.paused = False
+        where, _ = _user_code()
+        number = self._node("call_method", "item", (node,), {})
+        if name == "__bool__":
+            return self.decide(result, number)
+        if name == "item":
+            return self.number(result, number)
+        self.frame.decisions.append(Decision(True, where, known=False))
+        self.frame.caveats.append(f"turns a tensor into a number at {where}")
+        return result
+
+    def _is_constant(self, value: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer, whose size is that of the model."""
+        owned, _ = self.paths.get(id(value), (None, ""))
+        return owned is value
+
+    def number(self, value: Any, node: fx.Node) -> Any:
+        """Return ``value`` as a tracked number that ``node`` computes."""
+        node.meta["value"] = value
+        return value if self.paused else tracked(value, node, self)
+
+    def number_node(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Return a node that applies ``function`` to numbers."""
+        given = tuple(arg.node if isinstance(arg, _Held) else self._nodes_of(arg) for arg in args)
+        try:
+            key = (id(self.frame), function, given)
+            if key in self.numbers:
+                return self.numbers[key]
+        except TypeError:
+            key = ()
+        node = self._node("call_function", function, given, {})
+        node.meta["number"] = True
+        if any(isinstance(arg, Unknown) for arg in args):
+            node.meta["unknown"] = True
+        if key:
+            self.numbers[key] = node
+        return node
+
+    def decide(self, outcome: bool, node: fx.Node | None) -> bool:
+        """Record that the code branches on a number, and return which way it shall go."""
+        if self.paused:
+            return outcome
+        frame = self.frame
+        can_be_forced = frame is self.root or (node is not None and node.meta.get("unknown"))
+        if can_be_forced and len(self.decisions) < len(self.forced):
+            outcome = self.forced[len(self.decisions)]
+        decision = Decision(outcome, _user_code()[0])
+        frame.decisions.append(decision)
+        if can_be_forced:
+            self.decisions.append(decision)
+        return outcome
+
+    # After the run
+
+    def _find_stored(self) -> None:
+        """Find the tensors that the forwards left in attributes."""
+        for path, part in self.shadow.named_modules():
+            for value in things_in(value for key, value in vars(part).items() if key not in ("_modules", "forward")):
+                held, node = self.known.get(id(value), (lambda: None, None))
+                if node is not None and held() is value and node.op != "get_attr":
+                    self.escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
+
+    def _drop_unused_numbers(self) -> None:
+        """Remove sizes that were read and not used: they would count as users of their tensors."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.meta.get("number") and not node.users:
+                self.frame_of.pop(node).items.remove(node)
+                self.graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A node as an argument of a number."""
+
+    node: fx.Node
+
+
+def _unrecorded() -> Any:
+    raise NotLinearError("it comes from code that cannot be recorded")
+
+
+def _plain(value: Any) -> Any:
+    return untracked(value) if is_tracked(value) else value
+
+
+def map_values(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply ``function`` to the leaves of arguments; a slice is a container here."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is tuple:
+        return tuple([map_values(function, item) for item in value])
+    if kind is list:
+        return [map_values(function, item) for item in value]
+    if kind is dict:
+        return {key: map_values(function, item) for key, item in value.items()}
+    if kind is slice:
+        return slice(*(map_values(function, item) for item in (value.start, value.stop, value.step)))
+    if isinstance(value, (Tensor, fx.Node, nn.Module)) or is_tracked(value) or kind is Unknown or value is UNKNOWN:
+        return function(value)
+    return _structure.mapleaves(function, value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """Return the leaves of arguments, in order."""
+    found: list[Any] = []
+    map_values(lambda item: found.append(item) or item, value)
+    return found
+
+
+def _arguments(value: Any) -> Any:
+    """Return arguments as fx stores them: in its own kinds of containers."""
+    kind = type(value)
+    if kind in _SCALARS or isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (tuple, list, dict, slice)):
+        items = {key: _arguments(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return items if isinstance(value, (dict, slice)) else type_of(value)([_arguments(item) for item in items])
+    inside = leaves(value)
+    return tuple(inside) if any(isinstance(leaf, fx.Node) for leaf in inside) and inside != [value] else value
+
+
+def type_of(value: Any) -> Any:
+    return list if isinstance(value, list) else tuple
+
+
+def _user_code() -> tuple[str, tuple[str, ...]]:
+    """Return file and line of the user's code that is running, and its functions up to the forward."""
+    frame = sys._getframe(2)
+    where, names = "", []
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_TORCH):
+            where = where or f"{code.co_filename}:{frame.f_lineno}"
+            names.append(code.co_name)
+        elif names and code.co_name in ("_call", "run"):
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return where, tuple(names)

@@ -1,0 +1,287 @@
+"""What a recording holds for beyond the call that was recorded.
+
+The forward of a module may branch on sizes, on its optional arguments, or on its mode. Here the other branches are
+recorded as well, as far as they can be: each decision is forced the other way, and each optional argument is replaced
+by an unknown value. A region may be merged if it is the same, or does not run, in all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg._calls import Call
+from repvgg.collapse.modules import join
+from repvgg.collapse.record import UNKNOWN, Frame, Recording, leaves, map_values, record
+from repvgg.collapse.symbolic_eval import Region
+
+_MAX_RUNS = 24  # of one forward; each decision doubles them
+_REFUSALS = (AssertionError, ValueError, NotImplementedError, RuntimeError, TypeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Variants:
+    """Recordings of one module's forward for other calls.
+
+    Attributes:
+        recordings: those that ran to the end.
+        unknown: why there may be others, a clause about the forward; None if all are known.
+    """
+
+    recordings: tuple[Recording, ...] = ()
+    unknown: str | None = None
+
+
+def find_variants(recording: Recording, frame: Frame) -> Variants:
+    """Record the other branches that the code of a frame may take."""
+    module = recording.module.get_submodule(frame.path)
+    lost = next((decision for decision in frame.decisions if not decision.known), None)
+    if lost is not None:
+        return Variants((), f"turns a tensor into a number ({lost.where})")
+    calls = list(_calls(recording, frame, module))
+    if not frame.decisions and len(calls) == 1:
+        return Variants()
+    found: list[Recording] = []
+    waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in calls]
+    runs = 0
+    while waiting:
+        call, forced = waiting.pop()
+        runs += 1
+        if runs > _MAX_RUNS:
+            return Variants(tuple(found), "has too many branches to try them all")
+        try:
+            variant = record(module, call, forced=forced)
+        except Exception as error:
+            if not _is_refusal(error):
+                return Variants(tuple(found), _reason(frame, call, error))
+            outcomes = getattr(error, "decisions", [])
+        else:
+            found.append(variant)
+            outcomes = variant.decisions
+        if any(not decision.known for decision in outcomes):
+            return Variants(tuple(found), "turns a tensor into a number")
+        for place in range(len(forced), len(outcomes)):
+            before = [decision.outcome for decision in outcomes[:place]]
+            waiting.append((call, [*before, not outcomes[place].outcome]))
+    return Variants(tuple(found))
+
+
+def _reason(frame: Frame, call: Call, error: Exception) -> str:
+    if any(value is UNKNOWN for value in (*call.args, *call.kwargs.values())):
+        return "takes optional arguments that select what it computes"
+    where = frame.decisions[0].where if frame.decisions else ""
+    return f"branches on the size of its input ({where})"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether code of the user's raised an error of its own: such a call computes nothing."""
+    if not isinstance(error, _REFUSALS):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, AssertionError) or (
+        not last.filename.startswith(torch.__path__[0]) and (last.line or "").lstrip().startswith("raise ")
+    )
+
+
+def _calls(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
+    """Yield the recorded call of a frame, and calls with other values of its optional arguments."""
+    args = tuple(map_values(_value_of, frame.args))
+    kwargs = {name: map_values(_value_of, value) for name, value in frame.kwargs.items()}
+    yield Call(args, kwargs)
+    signature = signature_of(module)
+    if signature is None:
+        return
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return
+    for name, parameter in signature.parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            continue
+        given = bound.arguments.get(name, parameter.default)
+        if any(isinstance(leaf, Tensor) for leaf in leaves(given)):
+            continue
+        for other in (not given,) if isinstance(given, bool) else (UNKNOWN,):
+            yield _with_argument(signature, args, kwargs, name, other)
+
+
+def _with_argument(signature: inspect.Signature, args: Any, kwargs: Any, name: str, value: Any) -> Call:
+    bound = signature.bind(*args, **kwargs)
+    given = dict(bound.arguments)
+    given[name] = value
+    bound.arguments.clear()
+    # In the order of the signature, or what follows a missing argument would be passed by position.
+    passed: dict[str, Any] = {}
+    positional: list[Any] = []
+    gap = False
+    for parameter in signature.parameters.values():
+        if parameter.name not in given:
+            gap = True
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            positional += given[parameter.name]
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            passed |= given[parameter.name]
+        elif gap or parameter.kind is parameter.KEYWORD_ONLY:
+            passed[parameter.name] = given[parameter.name]
+        else:
+            positional.append(given[parameter.name])
+    return Call(tuple(positional), passed)
+
+
+def signature_of(module: nn.Module) -> inspect.Signature | None:
+    """Return the signature of a module's forward without ``self``; None if it has none."""
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _value_of(node: Any) -> Any:
+    """Return a value like that of a node: a meta tensor, or the recorded number."""
+    if not isinstance(node, fx.Node):
+        return node
+    if "shape" in node.meta:
+        stride = node.meta.get("stride")
+        if stride is None:
+            return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
+        return torch.empty_strided(node.meta["shape"], stride, dtype=node.meta["dtype"], device="meta")
+    return node.meta.get("value")
+
+
+# Equality of recordings
+
+
+def signature(frame: Frame, prefix: str = "") -> list[Any]:
+    """Return what a frame computes, in a form that is equal for frames that compute the same.
+
+    ``prefix`` is the path of the recorded module in the model.
+    """
+    names: dict[fx.Node, Any] = {}
+    for node in leaves((frame.args, frame.kwargs)):
+        if isinstance(node, fx.Node):
+            names.setdefault(node, len(names))
+    found: list[Any] = []
+    for node in frame.nodes():
+        found.append((node.op, _target(node, prefix), _key(node.args, names, prefix), _key(node.kwargs, names, prefix)))
+        names[node] = len(names)
+    found.append(_key(frame.output, names, prefix))
+    return found
+
+
+def _target(node: fx.Node, prefix: str) -> Any:
+    return join(prefix, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
+
+
+def _key(value: Any, names: Mapping[fx.Node, Any], prefix: str) -> Any:
+    if isinstance(value, fx.Node):
+        if value.op == "get_attr":
+            return ("attribute", _target(value, prefix))
+        return ("node", names.get(value, "outside"))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_key(item, names, prefix) for item in value))
+    if isinstance(value, dict):
+        return tuple((key, _key(item, names, prefix)) for key, item in value.items())
+    if isinstance(value, slice):
+        return ("slice", *(_key(item, names, prefix) for item in (value.start, value.stop, value.step)))
+    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+        return (type(value).__name__, value)
+    inside = leaves(value)
+    if inside and any(item is not value for item in inside):
+        return (type(value).__name__, *(_key(item, names, prefix) for item in inside))
+    return (type(value).__name__, id(value) if not isinstance(value, torch.memory_format) else str(value))
+
+
+def is_same_region(region: Region, other: Recording, prefix: str = "", frame: Frame | None = None) -> bool:
+    """Whether another recording runs a region as it is, any number of times, and no part of it on its own."""
+    nodes = list(other.graph.nodes) if frame is None else list(frame.nodes())
+    keys = [_step_key(step.node, "") for step in region.steps]
+    anchors = {key for key in keys if key[0] == "call_module" or any(kind == "attribute" for kind, _ in key[2])}
+    by_key: dict[Any, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            by_key.setdefault(_step_key(node, prefix), []).append(node)
+    touching = [node for key in anchors for node in by_key.get(key, ())]
+    # Weights and modules of the region in any other role than in the region.
+    owned = {name for key in keys for kind, name in key[2] if kind == "attribute"}
+    targets = {key[1] for key in keys if key[0] == "call_module"}
+    for node in nodes:
+        if node in touching or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        reads = {_target(n, prefix) for n in node.all_input_nodes if n.op == "get_attr"}
+        if reads & owned or (node.op == "call_module" and _target(node, prefix) in targets):
+            return False
+    matched: set[fx.Node] = set()
+    first = next((place for place, key in enumerate(keys) if key in anchors), None)
+    if first is None:
+        return True
+    for start in by_key.get(keys[first], ()):
+        occurrence = _match(region, start, first, keys, prefix)
+        if occurrence is None:
+            return False
+        matched |= occurrence
+    return all(node in matched for node in touching)
+
+
+def _match(region: Region, start: fx.Node, first: int, keys: Sequence[Any], prefix: str) -> set[fx.Node] | None:
+    """Find the steps of a region around ``start``, its step number ``first``; None if they are not all there."""
+    image: dict[fx.Node, fx.Node] = {}
+    inside = {step.node for step in region.steps}
+
+    def bind(mine: fx.Node, theirs: Any) -> bool:
+        """Map a node and, through its arguments, all that it depends on inside the region."""
+        if mine.op == "get_attr":
+            return True
+        if mine in image:
+            return image[mine] is theirs
+        if not isinstance(theirs, fx.Node):
+            return False
+        if mine in inside and _step_key(mine, "") != _step_key(theirs, prefix):
+            return False
+        image[mine] = theirs
+        if mine not in inside:
+            return True
+        pairs = list(zip(_node_arguments(mine), _node_arguments(theirs), strict=False))
+        return len(_node_arguments(mine)) == len(_node_arguments(theirs)) and all(bind(a, b) for a, b in pairs)
+
+    if not bind(region.steps[first].node, start):
+        return None
+    for place, step in enumerate(region.steps):
+        if step.node in image:
+            continue
+        reached = [n for n in step.node.all_input_nodes if n in image]
+        users = [user for n in reached[:1] for user in image[n].users if _step_key(user, prefix) == keys[place]]
+        if not any(bind(step.node, user) for user in users):
+            return None
+    ends = {image[region.exit]}
+    for step in region.steps:
+        theirs = image[step.node]
+        if theirs not in ends and any(user not in image.values() and not is_number(user) for user in theirs.users):
+            return None
+    return {image[step.node] for step in region.steps}
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node is a number that was read from a tensor."""
+    return bool(node.meta.get("number"))
+
+
+def _node_arguments(node: fx.Node) -> list[fx.Node]:
+    return [leaf for leaf in leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node) and leaf.op != "get_attr"]
+
+
+def _step_key(node: fx.Node, prefix: str) -> tuple[str, Any, tuple[Any, ...]]:
+    """Return operation, target and constants of a node."""
+    constants: list[Any] = []
+    for leaf in leaves((node.args, node.kwargs)):
+        if isinstance(leaf, fx.Node):
+            if leaf.op == "get_attr":
+                constants.append(("attribute", _target(leaf, prefix)))
+        else:
+            constants.append(_key(leaf, {}, prefix))
+    return node.op, _target(node, prefix), tuple(constants)
