@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import TorchFunctionMode
 
 from repvgg import _structure
@@ -354,9 +355,16 @@ class _Recorder(TorchFunctionMode):
         # References to the copy would keep it, and all tensors of the run, alive.
         self.known.clear()
         return Recording(
-            self.model, self.graph, self.root, self.frame_of, self.escaped, self.opaque, frozenset(changed),
-            self.on_meta,
-        )  # fmt: skip
+            module=self.model,
+            graph=self.graph,
+            root=self.root,
+            frame_of=self.frame_of,
+            escaped=self.escaped,
+            opaque=self.opaque,
+            changed=frozenset(changed),
+            decisions=tuple(self.decisions),
+            on_meta=self.on_meta,
+        )
 
     def _inputs(self, value: Any) -> Any:
         """Return the arguments to run on, with a placeholder for each tensor."""
@@ -688,15 +696,15 @@ def map_values(function: Callable[[Any], Any], value: Any) -> Any:
         return value
     if kind is tuple:
         return tuple([map_values(function, item) for item in value])
-    if kind is list:
+    if kind is list or kind is immutable_list:
         return [map_values(function, item) for item in value]
-    if kind is dict:
+    if kind is dict or kind is immutable_dict:
         return {key: map_values(function, item) for key, item in value.items()}
     if kind is slice:
         return slice(*(map_values(function, item) for item in (value.start, value.stop, value.step)))
     if isinstance(value, (Tensor, fx.Node, nn.Module)) or is_tracked(value) or kind is Unknown or value is UNKNOWN:
         return function(value)
-    return _structure.mapleaves(function, value)
+    return _structure.map_leaves(function, value)
 
 
 def leaves(value: Any) -> list[Any]:
