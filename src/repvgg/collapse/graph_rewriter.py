@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.package import sys_importer
 
 from repvgg.collapse.emit import emit
@@ -66,7 +67,7 @@ class NewForward:
     """
 
     graph: fx.Graph
-    _source: tuple[type[nn.Module], str, str]
+    _source: tuple[type[nn.Module], str, str, str]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty_instance, type(self)._source, vars(self)
@@ -75,25 +76,28 @@ class NewForward:
 def give_forward(module: nn.Module, graph: fx.Graph) -> None:
     """Replace the forward of a module by the code of a graph; its class becomes a subclass of its own."""
     code = graph.python_code("self")
-    base = type(module)
+    base: type[nn.Module] = type(module)
+    name = base.__name__
     while issubclass(base, NewForward):  # of an earlier pass
         base = base.__mro__[2]
+    if issubclass(base, _BatchNorm) and "running_mean" not in module._buffers:
+        base = nn.Module  # what is left of it does not normalize
     vars(module).pop("forward", None)
-    module.__class__ = _class_with_forward(base, code.src, _format_import_block(code.globals, sys_importer))
+    module.__class__ = _class_with_forward(base, name, code.src, _format_import_block(code.globals, sys_importer))
     type(module).graph = graph  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
-def _class_with_forward(base: type[nn.Module], source: str, imports: str) -> Any:
+def _class_with_forward(base: type[nn.Module], name: str, source: str, imports: str) -> Any:
     namespace: dict[str, Any] = {}
     exec(imports, namespace)  # noqa: S102 - code that was written here, or by the pickle of such a module
     forward = _forward_from_src(source, namespace)
-    attributes = {"forward": forward, "_source": (base, source, imports), "__module__": base.__module__}
-    return type(base.__name__, (NewForward, base), attributes)
+    attributes = {"forward": forward, "_source": (base, name, source, imports), "__module__": base.__module__}
+    return type(name, (NewForward, base), attributes)
 
 
-def _empty_instance(base: type[nn.Module], source: str, imports: str) -> nn.Module:
-    kind = _class_with_forward(base, source, imports)
+def _empty_instance(base: type[nn.Module], name: str, source: str, imports: str) -> nn.Module:
+    kind = _class_with_forward(base, name, source, imports)
     return object.__new__(kind)  # type: ignore[no-any-return]
 
 

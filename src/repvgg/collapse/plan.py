@@ -245,7 +245,7 @@ class _Planner:
         for node, reason in {**regions.reasons, **opaque}.items():
             if node.op == "call_module":
                 self.plan.reasons[join(path, str(node.target))] = reason
-            else:  # a batch norm that is no leaf
+            elif node in recording.frame_of:  # a batch norm that is no leaf
                 self.plan.reasons.setdefault(join(path, recording.owner(node)), reason)
         self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused(path)]
 

@@ -39,6 +39,7 @@ from repvgg.symbolic.probe import ChannelProbe, ChannelsFound
 Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
 KnownMaps: TypeAlias = "Callable[[str], ModuleMap | None]"
 
+_ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "neg", "iadd", "isub", "imul", "itruediv", "multiply", "divide"}
 _ASSUMED_SIZES = (224, 224, 32)  # height, width and depth of synthetic inputs; large enough for any network's strides
 _TAKE_IMAGES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED_RANKS = {nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5}
@@ -256,6 +257,11 @@ class Evaluator:
         return self._shadows[path]
 
 
+def _converts(node: fx.Node) -> bool:
+    """Whether a node is arithmetic, which also takes integers, and broadcasts."""
+    return node.op != "call_module" and getattr(node.target, "__name__", node.target) in _ARITHMETIC
+
+
 def to_meta(tensor: Tensor) -> Tensor:
     """Return a float64 meta tensor of the same shape: enough for geometry and costs."""
     return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
@@ -409,6 +415,8 @@ class SymbolicValues:
             if len(values) < len(inputs):
                 continue
             try:
+                if start.source.op == "placeholder" and all(value is start for value in values) and _converts(node):
+                    raise NotLinearError("the model may be called with integers or with one channel")
                 self._record(node, start, dict(zip(inputs, values, strict=True)))
             except ReparamError as error:
                 errors.append(error)

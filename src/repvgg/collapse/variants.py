@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg._calls import Call
-from repvgg.collapse.modules import join
+from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import UNKNOWN, Frame, Recording, leaves, map_values, record
 from repvgg.collapse.symbolic_eval import Region
 
@@ -84,9 +85,7 @@ def _is_refusal(error: Exception) -> bool:
     if not isinstance(error, _REFUSALS):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, AssertionError) or (
-        not last.filename.startswith(torch.__path__[0]) and (last.line or "").lstrip().startswith("raise ")
-    )
+    return isinstance(error, AssertionError) or (last.line or "").lstrip().startswith("raise ")
 
 
 def _calls(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
@@ -197,73 +196,97 @@ def _key(value: Any, names: Mapping[fx.Node, Any], prefix: str) -> Any:
     return (type(value).__name__, id(value) if not isinstance(value, torch.memory_format) else str(value))
 
 
-def is_same_region(region: Region, other: Recording, prefix: str = "", frame: Frame | None = None) -> bool:
-    """Whether another recording runs a region as it is, any number of times, and no part of it on its own."""
-    nodes = list(other.graph.nodes) if frame is None else list(frame.nodes())
-    keys = [_step_key(step.node, "") for step in region.steps]
-    anchors = {key for key in keys if key[0] == "call_module" or any(kind == "attribute" for kind, _ in key[2])}
-    by_key: dict[Any, list[fx.Node]] = {}
-    for node in nodes:
-        if node.op not in ("placeholder", "get_attr", "output"):
-            by_key.setdefault(_step_key(node, prefix), []).append(node)
-    touching = [node for key in anchors for node in by_key.get(key, ())]
-    # Weights and modules of the region in any other role than in the region.
-    owned = {name for key in keys for kind, name in key[2] if kind == "attribute"}
-    targets = {key[1] for key in keys if key[0] == "call_module"}
-    for node in nodes:
-        if node in touching or node.op in ("placeholder", "get_attr", "output"):
-            continue
-        reads = {_target(n, prefix) for n in node.all_input_nodes if n.op == "get_attr"}
-        if reads & owned or (node.op == "call_module" and _target(node, prefix) in targets):
-            return False
-    matched: set[fx.Node] = set()
-    first = next((place for place, key in enumerate(keys) if key in anchors), None)
-    if first is None:
-        return True
-    for start in by_key.get(keys[first], ()):
-        occurrence = _match(region, start, first, keys, prefix)
-        if occurrence is None:
-            return False
-        matched |= occurrence
-    return all(node in matched for node in touching)
+def is_same_region(region: Region, other: Recording, path: str = "", frame: Frame | None = None) -> bool:
+    """Whether another recording runs a region as it is, any number of times, and no part of it on its own.
+
+    Args:
+        region: of a recording of the model.
+        other: the other recording.
+        path: of the module in the model that ``other`` is a recording of; only the steps inside count.
+        frame: only look at this call in ``other``; only the steps inside of its module count.
+    """
+    within = frame.path if frame is not None else path
+    steps = [step.node for step in region.steps if is_inside(region.recording.owner(step.node), within)]
+    prefix = "" if frame is not None else path
+    return _Match(steps, region.exit, prefix).holds(list(other.graph.nodes) if frame is None else list(frame.nodes()))
 
 
-def _match(region: Region, start: fx.Node, first: int, keys: Sequence[Any], prefix: str) -> set[fx.Node] | None:
-    """Find the steps of a region around ``start``, its step number ``first``; None if they are not all there."""
-    image: dict[fx.Node, fx.Node] = {}
-    inside = {step.node for step in region.steps}
+class _Match:
+    """Finds the steps of a region in another recording.
 
-    def bind(mine: fx.Node, theirs: Any) -> bool:
-        """Map a node and, through its arguments, all that it depends on inside the region."""
-        if mine.op == "get_attr":
+    Args:
+        steps: the steps to find.
+        end: the end of the region, whose output may have any reader.
+        prefix: the path of the other recording's module in the model.
+    """
+
+    def __init__(self, steps: list[fx.Node], end: fx.Node, prefix: str) -> None:
+        self.steps, self.inside, self.prefix = steps, set(steps), prefix
+        # Steps that are read outside, by a part of the region that is not to be found here, may have other readers.
+        self.ends = {end, *(n for n in steps if any(user not in self.inside for user in n.users))}
+        self.keys = {node: _step_key(node, "") for node in steps}
+
+    def holds(self, nodes: list[fx.Node]) -> bool:
+        """Whether ``nodes`` run all of the steps together, any number of times."""
+        anchors = {node for node, key in self.keys.items() if _names(key)}
+        if not anchors:
             return True
+        owned = set[Any]().union(*(_names(self.keys[node]) for node in anchors))
+        by_key: dict[Any, list[fx.Node]] = defaultdict(list)
+        touching: set[fx.Node] = set()
+        for node in nodes:
+            if node.op not in ("placeholder", "get_attr", "output"):
+                key = _step_key(node, self.prefix)
+                by_key[key].append(node)
+                if _names(key) & owned:
+                    touching.add(node)
+        first = next(node for node in self.steps if node in anchors)
+        found: set[fx.Node] = set()
+        for start in by_key[self.keys[first]]:
+            occurrence = self._occurrence(first, start)
+            if occurrence is None:
+                return False
+            found |= occurrence
+        return touching <= found
+
+    def _occurrence(self, first: fx.Node, start: fx.Node) -> set[fx.Node] | None:
+        """Find all steps around ``start``, which is the step ``first``; None if they are not all there."""
+        image: dict[fx.Node, fx.Node] = {}
+        if not self._bind(first, start, image):
+            return None
+        for node in self.steps:
+            if node not in image:
+                reached = [n for n in node.all_input_nodes if n in image]
+                users = [user for n in reached[:1] for user in image[n].users]
+                if not any(self._bind(node, user, image) for user in users):
+                    return None
+        theirs = {image[node] for node in self.steps}
+        for node in self.steps:
+            if node not in self.ends and any(user not in theirs and not is_number(user) for user in image[node].users):
+                return None
+        return theirs
+
+    def _bind(self, mine: fx.Node, theirs: Any, image: dict[fx.Node, fx.Node]) -> bool:
+        """Map a node and, through its arguments, all that it depends on inside the region."""
         if mine in image:
             return image[mine] is theirs
         if not isinstance(theirs, fx.Node):
             return False
-        if mine in inside and _step_key(mine, "") != _step_key(theirs, prefix):
-            return False
+        if mine in self.inside:
+            if self.keys[mine] != _step_key(theirs, self.prefix):
+                return False
+            image[mine] = theirs
+            mine_inputs, their_inputs = _node_arguments(mine), _node_arguments(theirs)
+            pairs = zip(mine_inputs, their_inputs, strict=False)
+            return len(mine_inputs) == len(their_inputs) and all(self._bind(a, b, image) for a, b in pairs)
         image[mine] = theirs
-        if mine not in inside:
-            return True
-        pairs = list(zip(_node_arguments(mine), _node_arguments(theirs), strict=False))
-        return len(_node_arguments(mine)) == len(_node_arguments(theirs)) and all(bind(a, b) for a, b in pairs)
+        return True
 
-    if not bind(region.steps[first].node, start):
-        return None
-    for place, step in enumerate(region.steps):
-        if step.node in image:
-            continue
-        reached = [n for n in step.node.all_input_nodes if n in image]
-        users = [user for n in reached[:1] for user in image[n].users if _step_key(user, prefix) == keys[place]]
-        if not any(bind(step.node, user) for user in users):
-            return None
-    ends = {image[region.exit]}
-    for step in region.steps:
-        theirs = image[step.node]
-        if theirs not in ends and any(user not in image.values() and not is_number(user) for user in theirs.users):
-            return None
-    return {image[step.node] for step in region.steps}
+
+def _names(key: Any) -> set[Any]:
+    """Return the modules and parameters in the key of a step."""
+    op, target, constants = key
+    return {("module", target)} if op == "call_module" else {c for c in constants if c[0] == "attribute"}
 
 
 def is_number(node: fx.Node) -> bool:
