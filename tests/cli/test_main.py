@@ -98,6 +98,7 @@ COMMAND_LINE = {
         "--help",
         "--input-size",
         "--json",
+        "--split",
         "--workers",
         "CHECKPOINT",
     ],

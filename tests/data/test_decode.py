@@ -119,3 +119,39 @@ def test_truncated_files_are_corrupt(tmp_path):
     truncate(path)
     assert decode(path, "x").kind == "truncated"
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+# Transforms that turn what a camera stores into the upright picture, by the value of the EXIF tag.
+UPRIGHT = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def sideways(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif.tobytes()} if orientation else {}
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 99])
+@pytest.mark.parametrize(("file_format", "channels"), [("PNG", 3), ("TIFF", 3), ("PNG", 1)])
+def test_the_exif_orientation_is_applied(orientation, file_format, channels):
+    stored = noise(7, (12, 8), channels)
+    transform = UPRIGHT.get(orientation)
+    shown = stored if transform is None else stored.transpose(transform)
+    decoded = roundtrip(stored, file_format, channels, **sideways(orientation))
+    assert decoded.size == shown.size
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(shown))
+
+
+def test_broken_exif_data_are_ignored():
+    image = noise(7, (12, 8))
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\0"):
+        np.testing.assert_array_equal(np.asarray(roundtrip(image, exif=exif)), np.asarray(image))

@@ -111,7 +111,7 @@ def test_missing_folders(tmp_path):
     with pytest.raises(DataError, match="contains no class folders"):
         folder(tmp_path)
     write_class_folders(tmp_path, {"a": 5, "b": 1})
-    with pytest.raises(DataError, match=r"'b' of .* has 1 image"):
+    with pytest.raises(DataError, match=r"'b' of .* has one image.*--val URI"):
         folder(tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_invalid_datasets_are_rejected(tmp_path):
     folder = write_shards(tmp_path / "s")
     with pytest.raises(DataError, match="has label 2, but the classes are 0 … 1"):
         list(opened(folder, "?classes=2", val=f"webdataset:{folder}/part-*.tar?classes=2").train_batches(26))
-    with pytest.raises(DataError, match="pass the URI of the validation images as val"):
+    with pytest.raises(DataError, match="name a validation set with --val URI"):
         open_data(DataConfig(f"webdataset:{folder}/part-0.tar"))
     with pytest.raises(DataError, match="There is no file"):
         opened(folder, pattern="none-*.tar")

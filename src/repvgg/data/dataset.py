@@ -26,7 +26,7 @@ from repvgg.data.map_style import (
     decode_all,
     should_cache,
 )
-from repvgg.data.sources import check_splits, open_source
+from repvgg.data.sources import EvalSplit, check_splits, open_evaluation_source, open_source
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images
 from repvgg.data.streaming import StreamDataset, StreamTrainLoader, StreamValLoader
 from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop
@@ -54,6 +54,23 @@ def open_data(config: DataConfig, *, seed: int = 0) -> ImageData:
     source = open_source(config)
     check_splits(source, config.uri)
     return ImageData(config, source, seed)
+
+
+def open_evaluation_data(config: DataConfig, split: EvalSplit | None = None) -> ImageData:
+    """Open the images of a dataset to evaluate a model on, as the validation images of the result.
+
+    Args:
+        config: the dataset and its transforms.
+        split: "train" or "val", as :func:`open_data` splits the images, or "all"; None takes the validation split of a
+            dataset that has one, and all images of any other, such as a folder of class folders.
+
+    Returns:
+        The data; there are no training images, and the first note says which images these are.
+
+    Raises:
+        UsageError, DataError, MissingDependencyError: see :func:`open_data`; classes may be without images.
+    """
+    return ImageData(config, open_evaluation_source(config, split), seed=0)
 
 
 @final

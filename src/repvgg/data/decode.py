@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, final
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled"]
@@ -71,8 +71,8 @@ def decode(source: Path | bytes, location: str) -> Image.Image | CorruptImage:
     """Decode all pixels of an image, in the mode in which it is stored.
 
     Images of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels are corrupt, and so are truncated files (PIL's
-    ``LOAD_TRUNCATED_IMAGES`` stays off). Of an animation the first frame is used. The EXIF orientation is not applied,
-    as in torchvision's ``ImageFolder``.
+    ``LOAD_TRUNCATED_IMAGES`` stays off). Of an animation the first frame is used. The EXIF orientation is
+    applied, see :func:`upright`; torchvision's ``ImageFolder`` ignores it.
     """
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
@@ -91,7 +91,22 @@ def decode(source: Path | bytes, location: str) -> Image.Image | CorruptImage:
         raise
     except Exception as error:  # PIL's decoders raise anything: SyntaxError, struct.error, KeyError, …
         return _corrupt(error, location)
-    return image
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Rotate and flip an image as its EXIF orientation says, as viewers do: phones store pictures sideways.
+
+    An image without an orientation, or with EXIF data that cannot be read, is returned unchanged.
+    """
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # the parser of EXIF data raises anything, too
+        return image
 
 
 def _corrupt(error: Exception, location: str) -> CorruptImage:

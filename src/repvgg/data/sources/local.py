@@ -19,7 +19,7 @@ from torch import Tensor
 
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataUri
 from repvgg.data.counter_rng import random_bits
-from repvgg.data.decode import CorruptImage, decode, is_image_name, to_pil
+from repvgg.data.decode import CorruptImage, decode, is_image_name, to_pil, upright
 from repvgg.data.splits import DEFAULT_SIZE, FileSplit, MapSplit, Source, TensorSplit
 from repvgg.errors import DataError, UsageError, first_line, require
 
@@ -353,4 +353,4 @@ class TorchvisionSplit(MapSplit):
             return CorruptImage(self.location(index), "broken", f"cannot be decoded: {error}")
         if not isinstance(image, Image.Image):
             raise DataError(f"{self._name} must return images, got {type(image).__name__}.")
-        return image
+        return upright(image)
