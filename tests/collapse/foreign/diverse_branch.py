@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.collapse.foreign.folding import ConvBN, conv_like, fold_pair, identity_kernel, kernel_bias, padded, scaled
+from tests.collapse.foreign.folding import ConvBN, conv_like, identity_kernel, kernel_bias, padded, scaled
 from tests.collapse.foreign.harness import Network, deploy, image
 
 
@@ -47,9 +47,8 @@ class BNAndPad(nn.Module):
         output = self.bn(x)
         if self.pad_pixels > 0:
             if self.bn.affine:
-                pad_values = (
-                    self.bn.bias.detach()
-                    - self.bn.running_mean * self.bn.weight.detach() / torch.sqrt(self.bn.running_var + self.bn.eps)
+                pad_values = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / torch.sqrt(
+                    self.bn.running_var + self.bn.eps
                 )
             else:
                 pad_values = -self.bn.running_mean / torch.sqrt(self.bn.running_var + self.bn.eps)
@@ -178,9 +177,13 @@ class OREPA(nn.Module):
 
     def weight_gen(self) -> Tensor:
         weight_orepa_origin = torch.einsum("oihw,o->oihw", self.weight_orepa_origin, self.vector[0, :])
-        weight_orepa_avg = torch.einsum("oi,hw->oihw", self.weight_orepa_avg_conv.squeeze(3).squeeze(2), self.weight_orepa_avg_avg)
+        weight_orepa_avg = torch.einsum(
+            "oi,hw->oihw", self.weight_orepa_avg_conv.squeeze(3).squeeze(2), self.weight_orepa_avg_avg
+        )
         weight_orepa_avg = torch.einsum("oihw,o->oihw", weight_orepa_avg, self.vector[1, :])
-        weight_orepa_pfir = torch.einsum("oi,ohw->oihw", self.weight_orepa_pfir_conv.squeeze(3).squeeze(2), self.weight_orepa_prior)
+        weight_orepa_pfir = torch.einsum(
+            "oi,ohw->oihw", self.weight_orepa_pfir_conv.squeeze(3).squeeze(2), self.weight_orepa_prior
+        )
         weight_orepa_pfir = torch.einsum("oihw,o->oihw", weight_orepa_pfir, self.vector[2, :])
         if hasattr(self, "weight_orepa_1x1_kxk_idconv1"):
             weight_orepa_1x1_kxk_conv1 = (self.weight_orepa_1x1_kxk_idconv1 + self.id_tensor).squeeze(3).squeeze(2)

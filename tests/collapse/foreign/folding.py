@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def fold_in_order(model: nn.Module) -> nn.Module:
     """
     for host in list(model.modules()):
         names = list(host._modules)
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in pairwise(names):
             layer, norm = host._modules[first], host._modules[second]
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and norm is not None and is_norm(norm):
                 fold_pair(host, first, second)

@@ -227,7 +227,7 @@ class ReparamLargeKernelConv(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if hasattr(self, "lkb_reparam"):
             return self.lkb_reparam(inputs)
-        if self.Decom:
+        if self.Decom:  # noqa: SIM108
             out = self.LoRA1(inputs) + self.LoRA2(inputs)
         else:
             out = self.lkb_origin(inputs)
@@ -281,7 +281,9 @@ class SLaK(nn.Module):
         for i in range(len(dims) - 1):
             norm = LayerNorm(dims[i], "channels_first")
             self.downsample_layers.append(nn.Sequential(norm, nn.Conv2d(dims[i], dims[i + 1], 2, 2)))
-        stages = [nn.Sequential(*(SLaKBlock(d, k) for _ in range(n))) for d, k, n in zip(dims, kernels, depths, strict=True)]
+        stages = [
+            nn.Sequential(*(SLaKBlock(d, k) for _ in range(n))) for d, k, n in zip(dims, kernels, depths, strict=True)
+        ]
         self.stages = nn.ModuleList(stages)
         self.norm, self.head = nn.LayerNorm(dims[-1], eps=1e-6), nn.Linear(dims[-1], classes)
 
@@ -369,5 +371,7 @@ SMALL = [
         make=lambda: SLaK((8, 12), (1, 1), (13, 9), 10),
         inputs=lambda: (image(2, 3, 48, 40),),
     ),
-    replace(NETWORKS[2], name="RSBB, small", make=lambda: RSBBNet(6, (1, 1), 10), inputs=lambda: (image(2, 3, 24, 32),)),
+    replace(
+        NETWORKS[2], name="RSBB, small", make=lambda: RSBBNet(6, (1, 1), 10), inputs=lambda: (image(2, 3, 24, 32),)
+    ),
 ]

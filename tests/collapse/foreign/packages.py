@@ -7,7 +7,6 @@ import tempfile
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tests.collapse.foreign.folding import fold_in_order, kernel_bias, padded
@@ -87,7 +86,7 @@ def levit(teacher: bool) -> nn.Module:
 
 
 def fuse_levit(model: nn.Module) -> nn.Module:
-    """Fold all norms, as ``replace_batchnorm`` of the authors' LeViT does; those of the heads precede a linear layer."""
+    """Fold all norms, as ``replace_batchnorm`` of the authors' LeViT does; in the heads they precede a linear layer."""
     for part in model.modules():
         if type(part).__name__ == "LevitClassificationLayer":
             norm, linear = part.batch_norm, part.linear
@@ -112,9 +111,7 @@ def frozen_faster_rcnn() -> nn.Module:
     from torchvision.ops import FrozenBatchNorm2d
 
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d)
-    return FasterRCNN(
-        backbone, 21, rpn_post_nms_top_n_test=50, box_score_thresh=0.005, min_size=96, max_size=128
-    )
+    return FasterRCNN(backbone, 21, rpn_post_nms_top_n_test=50, box_score_thresh=0.005, min_size=96, max_size=128)
 
 
 def ssdlite() -> nn.Module:

@@ -70,7 +70,9 @@ class SeqConv3x3(nn.Module):
 class ECB(nn.Module):
     """Five branches in training; in eval mode, one convolution whose kernel every forward composes."""
 
-    def __init__(self, c1: int, c2: int, depth_multiplier: float = 2.0, act_type: str = "prelu", with_idt: bool = False):
+    def __init__(
+        self, c1: int, c2: int, depth_multiplier: float = 2.0, act_type: str = "prelu", with_idt: bool = False
+    ):
         super().__init__()
         self.act_type = act_type
         self.with_idt = with_idt and c1 == c2
