@@ -29,6 +29,7 @@ def evaluate(
     input_size: InputSize = None,
     crop_fraction: float = 0.875,
     workers: int = 0,
+    allow_commands: bool = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a checkpoint on labelled images: top-1, top-5, and accuracy by class.
@@ -49,6 +50,7 @@ def evaluate(
         input_size: height and width (default: from the checkpoint).
         crop_fraction: the central crop as a fraction of the short side.
         workers: processes that read images.
+        allow_commands: run the shell command of webdataset:pipe:COMMAND.
         as_json: print JSON.
     """
     from repvgg.data import DataConfig, open_evaluation_data
@@ -67,6 +69,7 @@ def evaluate(
             mean=about.mean or None,
             std=about.std or None,
             workers=workers,
+            allow_commands=allow_commands,
         ),
         split,
     )

@@ -136,6 +136,8 @@ class DataConfig:
         on_bad: "raise" at a corrupt image, or "skip" and count it.
         cache: "memory" keeps decoded images in memory, "none" decodes them every epoch; "auto" caches where all images
             have one size of at most 128 pixels and take at most 1 GiB.
+        allow_commands: run the shell command of ``webdataset:pipe:COMMAND``. Config files cannot set it, because they
+            may come from strangers.
 
     Raises:
         UsageError: a value is out of its range.
@@ -154,6 +156,7 @@ class DataConfig:
     workers: int = 0
     on_bad: OnBad = "raise"
     cache: Cache = "auto"
+    allow_commands: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("interpolation", self.interpolation, get_args(Interpolation))

@@ -334,7 +334,8 @@ def list_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 def _images_in(folder: Path) -> list[Path]:
     try:
-        found = sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+        # A FIFO or a device stays in the list: decode() reports it.
+        found = sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
     except OSError as error:
         raise DataError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
     if not found:

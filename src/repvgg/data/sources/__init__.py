@@ -91,7 +91,7 @@ def _open(uri: DataUri, config: DataConfig) -> Source:
         case "hf":
             return open_hf(uri)
         case _:
-            return open_webdataset(uri)
+            return open_webdataset(uri, config.allow_commands)
 
 
 def _with_val_split(source: Source, uri: str) -> Source:
