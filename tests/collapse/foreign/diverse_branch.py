@@ -245,6 +245,46 @@ class OREPA(nn.Module):
         self.nonlinear, self.orepa_reparam = nonlinear, conv_like(geometry, kernel, bias)
 
 
+class OREPALargeConv(nn.Module):
+    """A 7x7 kernel that every forward composes from three 3x3 ones, found by name; then a norm."""
+
+    def __init__(self, c1: int, c2: int, k: int, stride: int = 1, nonlinear: nn.Module | None = None):
+        super().__init__()
+        self.nonlinear = nonlinear or nn.Identity()
+        self.stride, self.padding, self.layers, self.groups = stride, k // 2, (k - 1) // 2, 1
+        internal = c2
+        for i in range(self.layers):
+            outputs, inputs = c2 if i == self.layers - 1 else internal, c1 if i == 0 else internal
+            self.register_parameter(f"weight{i}", OREPA._weight(outputs, inputs, 3, 3))
+        self.bn = nn.BatchNorm2d(c2)
+
+    def weight_gen(self) -> Tensor:
+        weight = getattr(self, "weight" + str(0)).transpose(0, 1)
+        for i in range(1, self.layers):
+            weight2 = getattr(self, "weight" + str(i))
+            weight = F.conv2d(weight, weight2, groups=self.groups, padding=2)
+        return weight.transpose(0, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if hasattr(self, "or_reparam"):
+            return self.nonlinear(self.or_reparam(inputs))
+        weight = self.weight_gen()
+        return self.nonlinear(self.bn(F.conv2d(inputs, weight, stride=self.stride, padding=self.padding)))
+
+    def switch_to_deploy(self) -> None:
+        kernel, bias = scaled(self.weight_gen(), self.bn)
+        geometry = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:], self.stride, self.padding)
+        for i in range(self.layers):
+            delattr(self, f"weight{i}")
+        del self.bn
+        self.or_reparam = conv_like(geometry, kernel, bias)
+
+
+def orepa(c1: int, c2: int, k: int, stride: int = 1, nonlinear: nn.Module | None = None) -> nn.Module:
+    kind = OREPA if k == 3 else OREPALargeConv
+    return kind(c1, c2, k, stride, nonlinear)
+
+
 Factory = Callable[..., nn.Module]
 
 
@@ -294,7 +334,7 @@ NETWORKS = [
     ),
     Network(
         "OREPA ResNet-18",
-        lambda: ResNet18(OREPA),
+        lambda: ResNet18(orepa),
         lambda: (image(2, 3, 96, 80),),
         deploy,
         "the authors' switch_to_deploy",
@@ -311,7 +351,7 @@ SMALL = [
     replace(
         NETWORKS[1],
         name="OREPA ResNet-18, 1/16 wide",
-        make=lambda: ResNet18(OREPA, 4, 10),
+        make=lambda: ResNet18(orepa, 4, 10),
         inputs=lambda: (image(2, 3, 33, 40),),
     ),
 ]
