@@ -1,6 +1,6 @@
 """Collapse networks of other code bases, compared with the conversions of those code bases.
 
-    python -m benchmarks.collapse_foreign [--networks PATTERN …] [--out FOLDER/NAME] [--small] [--threads 1]
+    python -m benchmarks.collapse_foreign [--networks PATTERN …] [--small] [--out NAME] [--earlier JSON] [--threads 1]
 
 Run it in the repository's folder. The networks are those of ``tests/collapse/foreign``: installed ones (Ultralytics,
 transformers, torchvision, segmentation-models-pytorch; the extra ``foreign``) and rebuilt ones, with random weights and
@@ -9,7 +9,8 @@ the code base's own ("theirs") and after ``repvgg.reparameterize(model, inputs)`
 executed ones if those are more), executed convolutions, parameters; then our largest error relative to the largest
 value of an output, the seconds of one call with its proofs, and how far its peak memory exceeded that before the call,
 in multiples of the float64 weights. "holds" is: nothing of which ours has more than theirs, no norm that could be
-folded, error at most 1e-10. Exit code 1 if a row does not hold. ``--out`` writes NAME.json and NAME.md.
+folded, error at most 1e-10. Exit code 1 if a row does not hold. ``--out`` writes NAME.json and
+NAME.md; ``--earlier`` adds a column with our numbers of an earlier run.
 """
 
 from __future__ import annotations
@@ -99,18 +100,31 @@ def verdict(row: dict[str, Any]) -> str:
     return row.get("failure") or "; ".join(row["missed"]) or "holds"
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the table: a cell of counts has norms, convolutions and parameters."""
-    titles = ["network", "before", "theirs", "ours", "error", "seconds", "peak / weights", "result"]
+def markdown(rows: list[dict[str, Any]], earlier: dict[str, dict[str, Any]]) -> str:
+    """Return the table: a cell of counts has norms, convolutions and parameters.
+
+    Args:
+        rows: those of this run.
+        earlier: rows of an earlier run by the name of the network; none: no column for them.
+    """
+    titles = ["network", "original", "theirs", "ours, earlier", "ours", *NUMBERS, "result"]
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        cells = [counts_cell(row.get(name)) for name in ("before", "theirs", "ours")]
-        numbers = [f"{row[name]:{spec}}" if name in row else "–" for name, spec in NUMBERS.items()]
-        lines.append([row["network"], *cells, *numbers, verdict(row)])
+        old = earlier.get(row["network"], {})
+        counts = [row.get("before"), row.get("theirs"), old.get("ours"), row.get("ours")]
+        numbers = [number_cell(row, old, *field) for field in NUMBERS.values()]
+        lines.append([row["network"], *map(counts_cell, counts), *numbers, verdict(row)])
+    if not earlier:
+        lines = [[*line[:3], *line[4:]] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-NUMBERS = {"error": ".0e", "seconds": ".1f", "peak_to_weights": ".1f"}
+NUMBERS = {"error": ("error", ".0e"), "seconds": ("seconds", ".1f"), "peak / weights": ("peak_to_weights", ".1f")}
+
+
+def number_cell(row: dict[str, Any], old: dict[str, Any], name: str, spec: str) -> str:
+    cells = [f"{source[name]:{spec}}" if name in source else "–" for source in (old, row)]
+    return " → ".join(cells) if old else cells[1]
 
 
 def counts_cell(counts: dict[str, int] | None) -> str:
@@ -122,6 +136,7 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", metavar="PATTERN", default=["*"], help="names, * and ? as in a shell")
     parser.add_argument("--small", action="store_true", help="the small variants that the fast tests run")
     parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
+    parser.add_argument("--earlier", type=Path, metavar="JSON", help="our numbers of an earlier run are shown as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -133,6 +148,9 @@ def main() -> int:
     chosen = [network for network in every if any(fnmatch(network.name, p) for p in arguments.networks)]
     if not chosen:
         parser.error(f"no network is named {' or '.join(arguments.networks)}")
+    earlier = {}
+    if arguments.earlier:
+        earlier = {row["network"]: row for row in json.loads(arguments.earlier.read_text(encoding="utf-8"))["rows"]}
     rows = []
     for index, network in enumerate(chosen, 1):
         rows.append(in_process(network, arguments))
@@ -140,8 +158,8 @@ def main() -> int:
         if arguments.out:  # after each row, for a run that is stopped
             written = {"environment": environment(), "rows": rows}
             arguments.out.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-            arguments.out.with_suffix(".md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    print(markdown(rows))
+            arguments.out.with_suffix(".md").write_text(markdown(rows, earlier) + "\n", encoding="utf-8")
+    print(markdown(rows, earlier))
     holding = sum(verdict(row) == "holds" for row in rows)
     print(f"\n{holding} of {len(rows)} hold")
     return 0 if holding == len(rows) else 1
