@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
+from repvgg._serde import check_finite
 from repvgg.errors import UsageError
 
 Crop = Literal["none", "random-resized", "pad"]
@@ -51,6 +52,7 @@ class AffineJitter:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not (0 <= self.degrees <= 180 and 0 <= self.translate < 1 and 0 <= self.scale < 1):
             raise UsageError(f"A jitter takes degrees in [0, 180] and translate and scale in [0, 1), got {self}.")
 
@@ -95,6 +97,7 @@ class Augment:
     jitter: AffineJitter = field(default_factory=AffineJitter)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check_choice("crop", self.crop, get_args(Crop))
         _check_choice("policy", self.policy, get_args(Policy))
         for name, probability in (("flip", self.flip), ("erase", self.erase)):
@@ -159,6 +162,7 @@ class DataConfig:
     allow_commands: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check_choice("interpolation", self.interpolation, get_args(Interpolation))
         _check_choice("on_bad", self.on_bad, get_args(OnBad))
         _check_choice("cache", self.cache, get_args(Cache))

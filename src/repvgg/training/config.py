@@ -53,6 +53,7 @@ class OptimConfig:
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        _serde.check_finite(self)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.warmup_epochs >= 0):
             raise UsageError(
                 f"SGD needs lr > 0, momentum in [0, 1), weight_decay >= 0 and warmup_epochs >= 0, got {self}."
@@ -134,6 +135,7 @@ class TrainConfig:
     nodes: int | None = None
 
     def __post_init__(self) -> None:
+        _serde.check_finite(self)
         if self.epochs < 1 or self.batch_size < 2:  # batch norm has no variance over a single image
             raise UsageError(
                 f"Training needs at least 1 epoch and 2 images per batch, got {self.epochs} and {self.batch_size}."

@@ -164,7 +164,7 @@ def _label(sample: dict[str, Any]) -> int | None:
             return int(sample["cls"])
         entry = json.loads(sample.get("json", b"{}"))
         return next((int(entry[key]) for key in _LABEL_KEYS if key in entry), None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -198,7 +198,10 @@ def _is_remote(url: str) -> bool:
 def _class_names(folder: Path | None) -> tuple[str, ...] | None:
     if folder is None or not (folder / _CLASSES_FILE).is_file():
         return None
-    lines = (folder / _CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (folder / _CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(folder / _CLASSES_FILE)!r} cannot be read as UTF-8: {error}.") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -209,5 +212,5 @@ def _total_size(folder: Path | None, urls: list[str]) -> int | None:
     try:
         sizes = json.loads((folder / _SIZES_FILE).read_text(encoding="utf-8"))
         return sum(int(sizes[Path(url).name]) for url in urls)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{str(folder / _SIZES_FILE)!r} must give a number for every tar file: {error}.") from error
