@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from functools import cache
 from typing import Any
@@ -14,26 +16,21 @@ from tests.collapse.foreign.harness import Network, image
 
 
 @cache
-def _ultralytics() -> Any:
-    """Import ultralytics so that it writes its settings to a temporary folder and asks nothing of a server."""
-    folder = tempfile.TemporaryDirectory(prefix="ultralytics-")
-    settings = {"YOLO_CONFIG_DIR": folder.name, "YOLO_OFFLINE": "True", "YOLO_AUTOINSTALL": "False"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings | {"YOLO_VERBOSE": "False"})
-    try:
-        import ultralytics.nn.tasks as tasks
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-    tasks.folder = folder  # it lives as long as the module
-    return tasks
+def set_environment() -> None:
+    """Make ultralytics write its settings to a temporary folder and ask nothing of a server, before it is imported.
+
+    It reads the variables whenever it needs a setting, so they stay for the life of the process.
+    """
+    folder = tempfile.mkdtemp(prefix="ultralytics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.update(YOLO_CONFIG_DIR=folder, YOLO_OFFLINE="True", YOLO_AUTOINSTALL="False", YOLO_VERBOSE="False")
 
 
 def detection_model(config: str, *, export: bool = False) -> nn.Module:
     """Return a detector of ultralytics; for export, its head returns the predictions alone."""
-    tasks = _ultralytics()
+    set_environment()
+    from ultralytics.nn import tasks
+
     kind = tasks.RTDETRDetectionModel if config.startswith("rtdetr") else tasks.DetectionModel
     model = kind(config, ch=3, nc=20, verbose=False)
     model.model[-1].export = export

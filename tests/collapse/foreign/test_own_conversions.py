@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.collapse.foreign.catalog import NETWORKS, SMALL
 from tests.collapse.foreign.harness import count, outputs, relative_error
+from tests.collapse.foreign.packages import set_environment
 
 
 def parameters(networks):
@@ -14,6 +15,7 @@ def parameters(networks):
 
 def import_package(network):
     if network.package:
+        set_environment()
         # ImportError: a shared library that the package needs may be missing.
         pytest.importorskip(network.package, exc_type=ImportError)
 
