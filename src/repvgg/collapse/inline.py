@@ -15,16 +15,11 @@ import torch
 from torch import fx, nn
 
 from repvgg.collapse.capture import Capture, join
-from repvgg.symbolic import HANDLERS, handlers
+from repvgg.symbolic import HANDLERS, VIEWS
 
 Origin: TypeAlias = tuple[str, fx.Node]  # path of a module below the scope, and a node in the capture of its forward
 CaptureCallee: TypeAlias = Callable[[str, Capture, str], Capture | None]
 
-# Handlers whose output may be a view of the input, or the input itself.
-_VIEWS = (
-    *(handlers.unchanged, handlers.flatten, handlers.reshape_as, handlers.dropout),
-    *(handlers.getitem, handlers.narrow, handlers.chunk, handlers.split),
-)
 # operator.iadd and its like, recognized by their dunder twins, and ``x[i] = y``.
 _IN_PLACE_OPERATORS = {
     function for name, function in vars(operator).items() if name[:1] == "i" and f"__{name[1:]}__" in vars(operator)
@@ -240,7 +235,7 @@ def _function(node: fx.Node) -> Any:
 def _returns_new_tensor(node: fx.Node) -> bool:
     # Only known functions count: any other one may return a view.
     handler = HANDLERS.get(_function(node))
-    return handler is not None and handler not in _VIEWS
+    return handler is not None and handler not in VIEWS
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -41,7 +41,8 @@ class Replacement:
 
 def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoint | str:
     """Return how to replace ``region``, or the reason why the code around it does not allow that."""
-    point = _insert_along_chain(region) if region.is_chain else _insert_as_one_call(region)
+    in_place = region.is_chain and region.convolves_axes_of_source
+    point = _insert_along_chain(region) if in_place else _insert_as_one_call(region)
     # Sorted, so that the reason that a report gives does not depend on hashes.
     reasons = (why_frozen(path) for path in sorted(point.rewritten))
     return next((reason for reason in reasons if reason), None) or _conflicting_variant(region, point) or point

@@ -144,9 +144,13 @@ class _PlanApplier:
         self, scope: InlinedScope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
     ) -> None:
         region, point = found.region, found.insertion
-        symbol = solve_region(region)
         modules = [scope.module.get_submodule(path) for path in region.called_modules]
         host = scope.module.get_submodule(point.host)
+        try:
+            symbol = solve_region(region)
+        except ReparamError as error:  # with values, more is known than with shapes
+            self.failed |= dict.fromkeys(modules or [host], str(error))
+            return
         # A region of functions only calls no module; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
@@ -298,6 +302,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
+    source.source.shape = planned.source.shape
     result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
     return result
 

@@ -24,6 +24,7 @@ from repvgg.collapse.cost import Cost
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
+    ITEM_ASSIGNMENTS,
     InputSpec,
     Layout,
     Source,
@@ -141,7 +142,7 @@ class Value:
         """Whether it consists of a convolution and at least one more operation."""
         operations = sum(step.number_of_operations for step in self.steps)
         has_conv = any("conv" in step.operations for step in self.steps)
-        return operations >= 2 and has_conv and not self.symbol.is_flattened
+        return operations >= 2 and has_conv and self.symbol.is_convolution
 
     def continues(self, node: fx.Node) -> bool:
         """Whether it is computed from ``node``, and ``node`` is in the same region."""
@@ -199,6 +200,14 @@ class Region:
         If no step is a convolution, the source is one: a transposed convolution that the chain scales.
         """
         return next((step.node for step in self.steps if "conv" in step.operations), self.source)
+
+    @property
+    def convolves_axes_of_source(self) -> bool:
+        """Whether the first convolution of a chain reads the axes of the source, so that the merged one fits there."""
+        value = self.value
+        while value.inputs and value.step is not None and value.step.node is not self.first_convolution:
+            value = value.inputs[0]
+        return all(value.symbol.has_axes_of_source for value in value.inputs)
 
 
 class Evaluator:
@@ -443,6 +452,9 @@ class SymbolicValues:
             result = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
+        # A padding that nothing writes to is read as it is.
+        if not any(user.target in ITEM_ASSIGNMENTS for user in node.users) and (error := result.why_unreadable()):
+            raise error
         operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
         leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])
         step = Step(node, self.order[node], operations, cost, leaf)
@@ -472,6 +484,7 @@ class SymbolicValues:
     def _start(self, node: fx.Node, spec: InputSpec) -> Value:
         source = Source(self._options.merge_branches)
         symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
+        source.shape = tuple(self._options.shapes[node]) if node in self._options.shapes else None
         # Rows have no borders, so their cost per row is exact without sizes.
         if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
             source.sizes = tuple(self._options.shapes[node][2:])
@@ -537,8 +550,8 @@ class SymbolicValues:
                 errors.append(error)
             except KeyError:  # it also needs a tensor that does not depend on the probe
                 continue
-            # Functions that keep the channels return the probe itself: go on with their users.
-            if known.get(node) is probe:
+            # Functions that keep the channels return a probe: go on with their users.
+            if isinstance(known.get(node), ChannelProbe):
                 for user in node.users:
                     heapq.heappush(waiting, (self.order[user], user))
         if errors:
