@@ -41,8 +41,12 @@ class Replacement:
 
 def find_insertion_point(region: Region, why_frozen: WhyFrozen) -> InsertionPoint | str:
     """Return how to replace ``region``, or the reason why the code around it does not allow that."""
-    in_place = region.is_chain and region.convolves_axes_of_source
-    point = _insert_along_chain(region) if in_place else _insert_as_one_call(region)
+    if region.layout_in_place is not None:
+        point = _insert_along_chain(region)
+    elif region.value.symbol.is_convolution:
+        point = _insert_as_one_call(region)
+    else:
+        return "its axes are permuted, reshaped or averaged where its branches meet"
     # Sorted, so that the reason that a report gives does not depend on hashes.
     reasons = (why_frozen(path) for path in sorted(point.rewritten))
     return next((reason for reason in reasons if reason), None) or _conflicting_variant(region, point) or point

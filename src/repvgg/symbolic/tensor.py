@@ -62,9 +62,12 @@ class Source:
         self.operations.append(operation)
         # Batch norms, sums and identities count as free.
         if kernel is not None:
-            per_input = 1 / math.prod(self.sizes or (math.inf,)) if averaged else result.outputs_per_input(self.sizes)
-            self.multiply_adds += kernel.kernel.numel() * per_input
+            self.multiply_adds += kernel.kernel.numel() * self.outputs_per_input(result, averaged)
             self.weights += kernel.kernel.numel()
+
+    def outputs_per_input(self, conv: ConvMap, averaged: bool) -> float:
+        """Return output pixels of ``conv`` per pixel of the source; after a mean over all pixels, next to none."""
+        return 1 / math.prod(self.sizes or (math.inf,)) if averaged else conv.outputs_per_input(self.sizes)
 
     def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
         """Record operations that were computed earlier on another source, with their total cost."""
