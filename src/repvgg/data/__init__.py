@@ -12,7 +12,14 @@ from repvgg.errors import require
 
 if TYPE_CHECKING:
     from repvgg.data.check import CheckReport, check_data
-    from repvgg.data.dataset import ImageData, list_images, open_data, open_evaluation_data, read_images
+    from repvgg.data.dataset import (
+        ImageData,
+        list_images,
+        open_data,
+        open_evaluation_data,
+        read_images,
+        read_usable_images,
+    )
     from repvgg.data.decode import CorruptImageLog
     from repvgg.data.loaders import TrainLoader, ValLoader
 
@@ -31,6 +38,7 @@ _LAZY = {
     "open_data": "dataset",
     "open_evaluation_data": "dataset",
     "read_images": "dataset",
+    "read_usable_images": "dataset",
 }
 _ALIASES = {"BadImages": "CorruptImageLog", "HeldOutLoader": "ValLoader", "OpenedData": "ImageData"}  # former names
 
@@ -51,6 +59,7 @@ __all__ = [
     "open_data",
     "open_evaluation_data",
     "read_images",
+    "read_usable_images",
 ]
 
 

@@ -355,15 +355,31 @@ def read_images(files: Sequence[Path], config: DataConfig, size: int, channels: 
     Raises:
         DataError: an image is corrupt.
     """
+    images, _, corrupt = read_usable_images(files, config, size, channels)
+    if corrupt:
+        raise DataError(f"{corrupt[0]}: fix it, or leave it out.")
+    return images
+
+
+def read_usable_images(
+    files: Sequence[Path], config: DataConfig, size: int, channels: int
+) -> tuple[Tensor, list[Path], list[CorruptImage]]:
+    """Read those images that can be read; see :func:`read_images`.
+
+    Returns:
+        The images, their files, and the corrupt images, each in the order of ``files``.
+    """
     crop = CenterCrop(config, size, channels)
-    pixels = []
+    pixels, usable, corrupt = [], [], []
     for path in files:
         image = decode(path, str(path))
         cropped = image if isinstance(image, CorruptImage) else crop(image, str(path))
         if isinstance(cropped, CorruptImage):
-            raise DataError(f"{cropped}: fix it, or leave it out.")
-        pixels.append(cropped)
+            corrupt.append(cropped)
+        else:
+            pixels.append(cropped)
+            usable.append(path)
     mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
     normalize = Normalize(per_channel("mean", mean, channels), per_channel("std", std, channels))
-    normalized: Tensor = normalize(torch.stack(pixels))
-    return normalized
+    images: Tensor = normalize(torch.stack(pixels)) if pixels else torch.zeros(0, channels, size, size)
+    return images, usable, corrupt
