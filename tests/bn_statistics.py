@@ -8,7 +8,7 @@ def trained_like(model, seed=0):
     """Statistics and parameters of batch norms that training could have left; the model is in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor, low, high in (
                 (module.running_mean, -1, 1),
                 (module.running_var, 0.5, 2),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg._serde import from_plain, read_yaml, to_json, to_plain, to_yaml
+from repvgg._serde import check_finite, from_plain, read_yaml, to_json, to_plain, to_yaml
 from repvgg.errors import UsageError
 
 
@@ -30,14 +30,15 @@ class Outer:
     on: bool = False
 
 
+INT64 = st.integers(-(2**63), 2**63 - 1)
 INNERS = st.builds(Inner, rate=st.floats(allow_nan=False), kind=st.sampled_from(["a", "b", None]))
 OUTERS = st.builds(
     Outer,
     name=st.text(),
-    size=st.tuples(st.integers(), st.integers()),
+    size=st.tuples(INT64, INT64),
     parts=st.lists(INNERS, max_size=3).map(tuple),
-    counts=st.dictionaries(st.text(), st.integers(), max_size=3),
-    limit=st.integers() | st.text(),
+    counts=st.dictionaries(st.text(), INT64, max_size=3),
+    limit=INT64 | st.text(),
     notes=st.dictionaries(st.text(), st.none() | st.booleans() | st.text(), max_size=3),
     on=st.booleans(),
 )
@@ -105,3 +106,90 @@ def test_unreadable_and_malformed_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(UsageError, match=r"^The config '.*bad\.yaml' is not YAML: "):
         read_yaml(Outer, tmp_path / "bad.yaml", what="config")
+
+
+def bomb(levels):
+    """Ten items, ten times, on each level: ten billion in 500 bytes."""
+    names = [chr(98 + level) for level in range(levels)]
+    lines = [f"&{name} [{','.join(['*' + chr(ord(name) - 1)] * 10)}]" for name in names]
+    return f"[&a [x,x,x,x,x,x,x,x,x,x], {', '.join(lines)}]"
+
+
+def merge_bomb(levels):
+    lines = [f"a: &a {{{', '.join(f'k{i}: 1' for i in range(10))}}}"]
+    for level in range(levels):
+        name = chr(98 + level)
+        lines.append(f"{name}: &{name} {{<<: [{', '.join(['*' + chr(97 + level)] * 10)}]}}")
+    return "\n".join(lines)
+
+
+INVALID_YAML = {
+    "a date": "name: 2020-99-99",
+    "a date and time": "size: 2020-13-45 99:99:99",
+    "year 0": "name: 0000-01-01",
+    "time zone": "name: 2001-12-14t21:59:43.10-99:99",
+    "timestamp": "name: !!timestamp foo",
+    "nested lists": "a: " + "[" * 3000 + "]" * 3000,
+    "nested mappings": "{a: " * 3000 + "1" + "}" * 3000,
+    "open lists": "[" * 20_000,
+    "digits": "limit: " + "9" * 5000,
+    "many bits": "limit: 0x" + "f" * 5000,
+    "65 bits": "{name: x, limit: 18446744073709551616}",
+    "a large float": "{name: x, parts: [{rate: " + "9" * 400 + "}]}",
+    "a large key": "{name: x, counts: {0x" + "f" * 5000 + ": 1}}",
+    "a long key": "{name: x, counts: {" + "k" * 1000 + ": x}}",
+    "a long name": "k" * 1000 + ": 1",
+    "!!int": "limit: !!int foo",
+    "!!int ''": "limit: !!int ''",
+    "!!int 0b": "limit: !!int 0b",
+    "!!float": "limit: !!float x",
+    "!!float ''": "limit: !!float ''",
+    "!!bool": "on: !!bool foo",
+    "!!binary": "name: !!binary aaaa=b",
+    "!!omap": "!!omap [a]",
+    "code": "!!python/object/apply:os.system ['true']",
+    "anchors": "limit: " + bomb(6),
+    "merged keys": merge_bomb(6),
+    "itself": "a: &a [*a]",
+    "itself as a key": "&a {? *a : 1}",
+    "a list as a key": "? [a]\n: 2",
+    "two documents": "a: 1\n---\nb: 2",
+    "UTF-16": "name: x".encode("utf-16"),
+    "a long text": "{name: x, parts: " + "x" * 10_000 + "}",
+    "a large file": "name: x\n" + "#" * 2**20,
+    "nothing": "",
+    "a set": "!!set {a}",
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", INVALID_YAML)
+def test_invalid_yaml_is_refused_in_one_short_sentence(tmp_path, name):
+    text = INVALID_YAML[name]
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError) as caught:
+        read_yaml(Outer, path)
+    assert len(str(caught.value).replace(str(path), "c.yaml")) < 500
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_yaml(tmp_path):
+    for path in (tmp_path / "none", tmp_path, tmp_path / "a\0b", "/dev/zero"):
+        with pytest.raises(UsageError, match=r"The file .* (cannot be read|more than)"):
+            read_yaml(Outer, path)
+
+
+def test_anchors_are_allowed(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("parts: [&a {rate: 1}, *a, {<<: *a, kind: b}]\nname: x")
+    assert read_yaml(Outer, path).parts == (Inner(1.0), Inner(1.0), Inner(1.0, "b"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_check_finite(number):
+    check_finite(Inner(1e308))
+    with pytest.raises(UsageError, match="rate must be finite"):
+        check_finite(Inner(number))
+    with pytest.raises(UsageError, match="size must be finite"):
+        check_finite(Outer("x", (1, number)))

@@ -4,6 +4,9 @@ Supported field types: dataclasses, ``tuple[T, ...]``, ``tuple[A, B]``, ``dict[s
 (``T | None``), ``Any``, and the scalars ``bool``, ``int``, ``float`` and ``str``. A ``bool`` is no ``int`` here; an
 ``int`` is accepted where a ``float`` is expected.
 
+Files may come from strangers: a YAML document has a limited size, also after its aliases are expanded, an ``int`` has
+64 bits, and messages quote the beginning of a value that does not fit.
+
 JSON has no NaN and no infinity: :func:`to_json` writes the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and
 :func:`from_plain` reads them where a ``float`` is expected.
 """
@@ -13,15 +16,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from repvgg.errors import UsageError, first_line
+from repvgg.errors import UsageError, first_line, typed_line
 
 T = TypeVar("T")
+
+MAX_YAML_BYTES = 2**20
+_MAX_YAML_NODES = 100_000  # with aliases expanded: ten levels of ten aliases are ten billion nodes in 500 bytes
+_MAX_KEY = 100  # characters of a key in a message
+_INT64 = range(-(2**63), 2**63)
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -85,16 +93,67 @@ def read_yaml(kind: type[T], path: str | os.PathLike[str], *, what: str = "file"
     """
     import yaml
 
+    where = f"The {what} {str(path)!r}"
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"The {what} {str(path)!r} cannot be read: {reason}.") from error
+        raise UsageError(f"{where} cannot be read: {reason}.") from error
+    except ValueError as error:  # a null character in the path
+        raise UsageError(f"{where} cannot be read: {first_line(error)}.") from error
+    if len(content) > MAX_YAML_BYTES:
+        raise UsageError(f"{where} has more than {MAX_YAML_BYTES:,} bytes: give the YAML file of a {what}.")
+    try:
+        data = _load_yaml(text)
+    except UsageError as error:
+        raise UsageError(f"{where} {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{where} is nested too deeply.") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"The {what} {str(path)!r} is not YAML: {first_line(error)}.") from error
+        raise UsageError(f"{where} is not YAML: {first_line(error)}.") from error
+    except Exception as error:  # PyYAML's constructors raise anything: ValueError, KeyError, AttributeError, …
+        reason = typed_line(error).rstrip(".")
+        raise UsageError(f"{where} has a value that cannot be read ({reason}): quote it if it is text.") from error
     value = from_plain(kind, data, str(path))
     assert isinstance(value, kind)
     return value
+
+
+def check_finite(value: Any) -> None:
+    """Raise UsageError if a field of a dataclass is NaN or infinite, or a tuple that holds such a number."""
+    for item in fields(value):
+        content = getattr(value, item.name)
+        numbers = content if isinstance(content, tuple) else (content,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise UsageError(f"{item.name} must be finite, got {content}.")
+
+
+def _load_yaml(text: str) -> Any:
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:  # an empty document
+            return None
+        # Before the values are built: keys that are merged ("<<") are copied into each mapping then.
+        if _num_nodes(root, {}) > _MAX_YAML_NODES:
+            raise UsageError("has too many values, or refers to itself: write it without anchors.")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _num_nodes(node: Any, known: dict[int, float]) -> float:
+    """Count the nodes of a YAML document as if every alias were a copy; infinite if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is being counted
+        children = node.value if isinstance(node.value, list) else []
+        pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+        known[id(node)] = 1 + sum(_num_nodes(child, known) for pair in pairs for child in pair)
+    return known[id(node)]
 
 
 def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "ignore"] = "error") -> Any:
@@ -126,10 +185,13 @@ def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "i
         if not isinstance(data, Mapping):
             raise _mismatch(where, "a mapping", data)
         return {
-            str(key): from_plain(arguments[1], item, f"{where}: {key}", unknown=unknown) for key, item in data.items()
+            _key(key, where): from_plain(arguments[1], item, f"{where}: {str(key)[:_MAX_KEY]}", unknown=unknown)
+            for key, item in data.items()
         }
     if kind is float and isinstance(data, str) and data in _NON_FINITE:
         return _NON_FINITE[data]
+    if kind in (float, int) and type(data) is int and data not in _INT64:
+        raise _mismatch(where, "a number of at most 64 bits", data)
     if kind is float and type(data) is int:
         return float(data)
     if type(data) is not kind:  # not isinstance: True is no int
@@ -137,12 +199,18 @@ def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "i
     return data
 
 
+def _key(key: Any, where: str) -> str:
+    if isinstance(key, int) and key not in _INT64:
+        raise _mismatch(where, "a mapping with short keys", key)
+    return str(key)
+
+
 def _dataclass(kind: Any, data: Any, where: str, unknown: Literal["error", "ignore"]) -> Any:
     if not isinstance(data, Mapping):
         raise _mismatch(where, "a mapping of fields", data)
     hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
     if unknown == "error" and (extra := [name for name in data if name not in known]):
-        raise UsageError(f"{where} has no field {extra[0]!r}: there are {', '.join(sorted(known))}.")
+        raise UsageError(f"{where} has no field {_quoted(extra[0])}: there are {', '.join(sorted(known))}.")
     if missing := [name for name, field in known.items() if _is_required(field) and name not in data]:
         raise UsageError(f"{where} lacks {', '.join(missing)}.")
     return kind(
@@ -189,4 +257,20 @@ def _tuple(kinds: tuple[Any, ...], data: Any, where: str, unknown: Literal["erro
 
 
 def _mismatch(where: str, wanted: str, data: Any) -> UsageError:
-    return UsageError(f"{where} has to be {wanted}, not {data!r}.")
+    return UsageError(f"{where} has to be {wanted}, not {_quoted(data)}.")
+
+
+class _Quoter(reprlib.Repr):
+    """The beginning of the repr of a value, whose size does not depend on that of the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of more than 4300 digits.
+        return repr(value) if value in _INT64 else f"an integer of {value.bit_length()} bits"
+
+
+_quoted = _Quoter().repr

@@ -126,6 +126,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+# Joiners between letters: emoji and several scripts need them, and they move nothing.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with escapes such as ``\x1b`` in place of all that a terminal does not show as a character.
+
+    Text from files may hold escape sequences, which change colours, titles and what was printed before, or marks
+    that reverse the direction of the text after them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return ``text`` as :func:`printable` does, but keep its line feeds and tabs."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 def typed_line(error: BaseException) -> str:
     """Return the type of an error and the first line of its message, for errors raised by a user's code."""
     name = type(error).__name__

@@ -103,6 +103,24 @@ def test_several_models_and_batch_sizes(repvgg, net):
     assert [row.split("  ")[0] for row in lines[start + 1 : start + 5]] == names
 
 
+def test_a_plain_checkpoint_is_timed_alone(repvgg, files):
+    outcome = repvgg("bench", files.plain, "--rounds", 2, "--json")
+    (timing,) = json.loads(outcome.out)["timings"]
+    assert (outcome.code, timing["name"], timing["rounds"]) == (0, str(files.plain), 2)
+    assert timing["median_seconds"] > 0
+    assert "2 rounds" in repvgg("bench", files.plain, "--rounds", 2).out
+
+
+def test_different_image_sizes_are_told_before_the_numbers(repvgg, files):
+    names = ["repvgg_t0", files.train]
+    note, title, *_ = repvgg("bench", *names, "--rounds", 1).out.splitlines()
+    assert f"(repvgg_t0 32 x 32, {files.train} 16 x 16); --input-size" in note
+    assert title.startswith("model")
+    shapes = json.loads(repvgg("bench", *names, "--rounds", 1, "--json").out)["settings"]["image_shapes"]
+    assert shapes == {"repvgg_t0": [3, 32, 32], str(files.train): [1, 16, 16]}
+    assert repvgg("bench", *names, "--rounds", 1, "--input-size", 9).out.startswith("model")
+
+
 def test_a_model_of_somebody_else_alone_has_three_forms_too(repvgg, net):
     result = json.loads(repvgg("bench", net, "--input-size", 9, "--json").out)
     assert [timing["name"] for timing in result["timings"]] == FORMS
@@ -213,7 +231,6 @@ def test_numbers_that_make_no_sense(refused, flag, number):
 
 
 def test_models_that_cannot_be_timed(refused, files, tmp_path):
-    assert "plain form already" in refused("bench", files.plain)
     assert "There is no file" in refused("bench", tmp_path / "missing.safetensors")
     assert "There is a folder" in refused("bench", tmp_path)
     assert "did you mean repvgg_a0" in refused("bench", "repvgg_a00")

@@ -3,6 +3,7 @@ import json
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from repvgg import load
 from repvgg.data import DataConfig, open_data
@@ -39,12 +40,14 @@ def test_both_forms_as_json(files, repvgg, truth):
         for label, name in enumerate("0123456789"):
             assert numbers["per_class"][name] == pytest.approx(float(right[labels == label].double().mean()))
         assert sum(map(sum, numbers["confusion"])) == 360
+        assert numbers["data"] == "the validation images of digits:"
 
 
 def test_table(files, repvgg, truth):
     outcome = repvgg("eval", files.train, "--data", DATA)
     assert (outcome.code, outcome.err) == (0, "")
-    head, train, plain, _, classes, *rows, _, agree = outcome.out.splitlines()
+    what, _, head, train, plain, _, classes, *rows, _, agree = outcome.out.splitlines()
+    assert what == "360 images: the validation images of digits:"
     logits, labels = truth
     correct = int((logits.argmax(1) == labels).sum())
     assert head.split() == ["form", "top-1", "top-5", "class", "mean", "correct", "images"]
@@ -115,3 +118,52 @@ def test_a_checkpoint_of_timm(repvgg, tmp_path):
     outcome = repvgg("eval", tmp_path / "timm.pth", "--data", "fake:40x4", "--input-size", "32", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert {numbers["correct"] for numbers in json.loads(outcome.out).values()} == {right}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The first digits as files in folders of the classes: three quarters to train, a quarter to test."""
+    root = tmp_path_factory.mktemp("photos")
+    data = open_data(DataConfig(uri=DATA, train_size=16, channels=1))
+    images, labels = data.val_images(range(120))
+    for at, (image, label) in enumerate(zip(data.to_pixels(images), labels.tolist(), strict=True)):
+        folder = root / ("test" if at % 4 == 0 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 * image[0]).round().to(torch.uint8).numpy()).save(folder / f"{at:03}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "split", "number", "which"),
+    [
+        ("test", None, 30, "all images"),
+        ("test", "all", 30, "all images"),
+        ("train", "val", 11, "the validation images"),
+        ("train", "train", 79, "the training images"),
+        ("", None, 30, "the validation images"),
+        ("", "val", 30, "the validation images"),
+        ("", "train", 90, "the training images"),
+        ("", "all", 120, "all training and validation images"),
+    ],
+)
+def test_what_is_evaluated(repvgg, files, photos, folder, split, number, which):
+    uri = f"imagefolder:{photos / folder}"
+    options = ["--data", uri, *(["--split", split] if split else []), "--form", "plain"]
+    first = repvgg("eval", files.train, *options).out.splitlines()[0]
+    assert first == f"{number} images: {which} of {uri}"
+    numbers = json.loads(repvgg("eval", files.train, *options, "--json").out)["plain form"]
+    assert (numbers["images"], numbers["data"]) == (number, f"{which} of {uri}")
+
+
+def test_a_whole_folder_gives_the_numbers_of_its_images(repvgg, files, photos):
+    data = open_data(DataConfig(uri=f"imagefolder:{photos}", train_size=16, channels=1))
+    images, labels = data.val_images(range(30))
+    with torch.no_grad():
+        right = int((files.model(images).argmax(1) == labels).sum())
+    options = ["--data", f"imagefolder:{photos / 'test'}", "--json"]
+    assert json.loads(repvgg("eval", files.train, *options).out)["train form"]["correct"] == right
+
+
+def test_an_empty_folder(refused, files, tmp_path):
+    said = refused("eval", files.train, "--data", f"imagefolder:{tmp_path}", "--split", "all")
+    assert "contains no class folders" in said

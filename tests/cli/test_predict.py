@@ -1,3 +1,4 @@
+import csv
 import json
 
 import numpy as np
@@ -99,9 +100,8 @@ def test_pytorch_runs_where_the_engine_is_not_installed(repvgg, refused, files, 
 
 def test_what_is_refused(refused, files, folder, tmp_path):
     image = folder / "0.png"
-    assert "'notes.txt' is not an image" in refused("predict", files.plain, folder / "notes.txt").replace(
-        f"{folder}/", ""
-    )
+    said = refused("predict", files.plain, folder / "notes.txt").replace(f"{folder}/", "")
+    assert "'notes.txt' is not an image" in said
     assert "There is no file" in refused("predict", files.plain, tmp_path / "nothing.png")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("predict", files.plain, tmp_path / "empty")
@@ -110,6 +110,106 @@ def test_what_is_refused(refused, files, folder, tmp_path):
     assert "at least 1" in refused("predict", files.plain, image, "--top", 0)
     assert "Give image files" in refused("predict", files.plain)
     refused("predict", tmp_path / "no.safetensors", image)
+
+
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """A folder of two digits, an empty file, a page that is called an image, and half a digit."""
+    for at in (0, 1):
+        (tmp_path / f"{at}.png").write_bytes((folder / f"{at}.png").read_bytes())
+    (tmp_path / "cut.png").write_bytes((folder / "2.png").read_bytes()[:-40])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.jpg").write_text("<html>")
+    return tmp_path
+
+
+def test_bad_files_do_not_lose_the_others(repvgg, files, mixed, folder, truth):
+    paths = [mixed, mixed / "nowhere.png", folder / "3.png"]
+    outcome = repvgg("predict", files.plain, *paths, "--json")
+    report = json.loads(outcome.out)
+    assert outcome.code == 1
+    assert [image["file"] for image in report["images"]] == [
+        str(path) for path in (mixed / "0.png", mixed / "1.png", folder / "3.png")
+    ]
+    for image, at in zip(report["images"], (0, 1, 3), strict=True):
+        assert image["top"][0]["index"] == int(truth[at].argmax())
+    failures = {one["file"]: one["reason"] for one in report["failures"]}
+    assert failures.keys() == {str(mixed / name) for name in ("nowhere.png", "cut.png", "empty.png", "page.jpg")}
+    assert failures[str(mixed / "nowhere.png")] == "does not exist"
+    assert "truncated" in failures[str(mixed / "cut.png")]
+    assert all(name in outcome.err for name in ("nowhere.png", "cut.png", "empty.png", "page.jpg"))
+    assert outcome.err.endswith("warning: 4 of 7 files could not be read\n")
+
+
+def test_only_bad_files(refused, files, mixed):
+    said = refused("predict", files.plain, mixed / "empty.png", mixed / "page.jpg", mixed / "nowhere.png")
+    assert "nowhere.png' does not exist, and 2 more could not be read" in said
+    assert "nowhere.png' does not exist, and 1 more" in refused(
+        "predict", files.plain, *[mixed / "nowhere.png", mixed / "no.png"]
+    )
+
+
+def test_a_table(repvgg, refused, files, mixed, truth):
+    table = mixed / "predictions.csv"
+    outcome = repvgg("predict", files.plain, mixed, "--top", 2, "--out", table)
+    assert (outcome.code, outcome.out.splitlines()[-1]) == (1, f"wrote {table}: 2 images")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "class_1", "probability_1", "class_2", "probability_2", "error"]
+    assert [row["file"] for row in rows] == [
+        str(mixed / f"{name}") for name in ("0.png", "1.png", "cut.png", "empty.png", "page.jpg")
+    ]
+    for at, row in enumerate(rows[:2]):
+        values, numbers = truth[at].topk(2)
+        assert [row["class_1"], row["class_2"]] == [str(number) for number in numbers.tolist()]
+        assert float(row["probability_1"]) == pytest.approx(values[0].item(), abs=1e-5)
+        assert row["error"] == ""
+    assert [row["class_1"] for row in rows[2:]] == ["", "", ""]
+    assert all(row["error"] for row in rows[2:])
+    assert "exists" in refused("predict", files.plain, mixed, "--out", table)
+    assert "end 'a.txt' in .csv" in refused("predict", files.plain, mixed, "--out", "a.txt")
+    assert repvgg("predict", files.plain, mixed, "--out", table, "--overwrite").code == 1
+
+
+def test_names_of_classes_from_a_file(repvgg, refused, files, folder, truth, tmp_path):
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    out = repvgg("predict", files.plain, folder / "3.png", "--classes", tmp_path / "names.txt", "--json").out
+    assert json.loads(out)["images"][0]["top"][0]["class"] == names[int(truth[3].argmax())]
+    (tmp_path / "names.txt").write_text("\n".join(names[1:]))
+    said = refused("predict", files.plain, folder / "3.png", "--classes", tmp_path / "names.txt")
+    assert "names 9 classes, but the model has 10" in said
+    assert "cannot be read" in refused("predict", files.plain, folder / "3.png", "--classes", tmp_path / "no.txt")
+
+
+def test_images_are_turned_upright(repvgg, files, folder, tmp_path):
+    upright = Image.open(folder / "3.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to show it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif.tobytes())
+    straight, turned = (
+        json.loads(repvgg("predict", files.plain, path, "--json").out)["images"][0]["top"]
+        for path in (folder / "3.png", tmp_path / "turned.png")
+    )
+    assert straight == turned
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("form", ["train", "plain"])
+def test_an_exported_file(repvgg, refused, files, folder, truth, tmp_path, suffix, form):
+    """It knows classes and normalization; the plain form is exported as well."""
+    exported = tmp_path / f"model{suffix}"
+    assert repvgg("convert", getattr(files, form), exported).code == 0
+    outcome = repvgg("predict", exported, folder, "--top", 3, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert (report["engine"], report["model"]) == ("onnxruntime" if suffix == ".onnx" else "torch", "repvgg_t0")
+    for image, wanted in zip(report["images"], truth, strict=True):
+        values, numbers = wanted.topk(3)
+        assert [one["class"] for one in image["top"]] == [str(number) for number in numbers.tolist()]
+        assert [one["probability"] for one in image["top"]] == pytest.approx(values.tolist(), rel=1e-3, abs=1e-5)
+    assert "leave out --engine" in refused("predict", exported, folder, "--engine", "repvgg")
+    assert "takes images of 16 pixels" in refused("predict", exported, folder, "--input-size", 20)
 
 
 def test_broken_weights(refused, folder, tmp_path):

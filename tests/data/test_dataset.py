@@ -124,7 +124,7 @@ def test_no_numbers_are_drawn_without_augmentation(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("module", "uri"),
-    [("PIL", "fake:20x2"), ("torchvision.datasets.folder", "imagefolder:."), ("sklearn.datasets", "digits:")],
+    [("PIL", "fake:20x2"), ("torchvision.datasets", "torchvision:CIFAR10:."), ("sklearn.datasets", "digits:")],
 )
 def test_missing_package_is_one_sentence_that_names_the_extra(monkeypatch, module, uri):
     monkeypatch.setitem(sys.modules, module, None)  # makes importing it raise ModuleNotFoundError

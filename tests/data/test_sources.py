@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,52 @@ def test_files_equal_those_of_torchvision(tmp_path):
     split = open_source(DataConfig(f"imagefolder:{tmp_path}")).train
     assert len(peer) == len(split) == 9
     assert [(split.location(index), int(split.labels[index])) for index in range(9)] == peer.samples
+
+
+def locations(split):
+    return [split.location(index) for index in range(len(split))]
+
+
+def test_each_folder_is_entered_once(tmp_path):
+    """Links in a circle have no end, and two links to one folder in each of 40 levels would be 2 ** 40 folders."""
+    write_splits(tmp_path, {"a": 2, "b": 2}, {"a": 1, "b": 1})
+    source = open_source(DataConfig(f"imagefolder:{tmp_path}"))
+    plain = locations(source.train)
+    train = tmp_path / "train"
+    (train / "a" / "again").symlink_to(".")
+    (train / "a" / "and_again").symlink_to("..")
+    (train / "b" / "zoo").mkdir()
+    noise(0).save(train / "b" / "zoo" / "x.png")
+    (train / "b" / "link").symlink_to("zoo")
+    level = train / "b"
+    for _ in range(40):
+        (level / "one").mkdir()
+        (level / "two").symlink_to("one")
+        level /= "one"
+    noise(1).save(level / "deep.png")
+    source = open_source(DataConfig(f"imagefolder:{tmp_path}"))
+    of_b = [str(train / "b" / name) for name in ("000.png", "001.png", f"{'one/' * 40}deep.png", "zoo/x.png")]
+    # ".." of class a is the folder with all classes.
+    assert [path for path in locations(source.train) if "and_again" not in path] == [*plain[:2], *of_b]
+    assert len(locations(source.train)) == 6 + 4
+    assert len(source.notes) == 1
+    assert "leads to a folder that is read already" in source.notes[0]
+    assert source.notes[0].endswith("more.")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("on_bad", ["raise", "skip"])
+def test_files_that_are_no_images_are_named(tmp_path, on_bad):
+    write_splits(tmp_path, {"a": 2, "b": 2}, {"a": 1, "b": 1})
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    (tmp_path / "train" / "a" / "zero.png").symlink_to("/dev/zero")
+    data = folder(tmp_path, on_bad=on_bad, cache="none")
+    if on_bad == "raise":
+        with pytest.raises(DataError, match=r"pipe.png' is a FIFO .* on_bad='skip'|zero.png' is a device"):
+            run(data.train_batches(6))
+        return
+    assert [len(labels) for _, labels in run(data.train_batches(6))] == [6]
+    assert {reason.split(" and ")[0] for _, reason in data.corrupt.first(9)} == {"is a FIFO", "is a device"}
 
 
 def test_hidden_files_are_ignored(tmp_path):
@@ -111,7 +159,7 @@ def test_missing_folders(tmp_path):
     with pytest.raises(DataError, match="contains no class folders"):
         folder(tmp_path)
     write_class_folders(tmp_path, {"a": 5, "b": 1})
-    with pytest.raises(DataError, match=r"'b' of .* has 1 image"):
+    with pytest.raises(DataError, match=r"'b' of .* has one image.*--val URI"):
         folder(tmp_path)
 
 

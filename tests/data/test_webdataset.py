@@ -165,7 +165,7 @@ def test_invalid_datasets_are_rejected(tmp_path):
     folder = write_shards(tmp_path / "s")
     with pytest.raises(DataError, match="has label 2, but the classes are 0 … 1"):
         list(opened(folder, "?classes=2", val=f"webdataset:{folder}/part-*.tar?classes=2").train_batches(26))
-    with pytest.raises(DataError, match="pass the URI of the validation images as val"):
+    with pytest.raises(DataError, match="name a validation set with --val URI"):
         open_data(DataConfig(f"webdataset:{folder}/part-0.tar"))
     with pytest.raises(DataError, match="There is no file"):
         opened(folder, pattern="none-*.tar")
@@ -184,3 +184,49 @@ def test_invalid_datasets_are_rejected(tmp_path):
                 folder, "?classes=3&length=3", "part-0.tar", f"webdataset:{folder}/part-0.tar?classes=3"
             ).train_batches(3)
         )
+
+
+def test_commands_need_permission(shards, tmp_path):
+    effect = tmp_path / "effect"
+    tar = shards / "part-0.tar"
+    uri = f"webdataset:pipe:touch {effect}; cat {tar}?classes=3"
+    with pytest.raises(UsageError, match=r"runs the shell command 'touch .*--data.allow-commands"):
+        open_data(DataConfig(uri, val=f"webdataset:{tar}"))
+    with pytest.raises(UsageError, match="runs the shell command"):
+        open_data(DataConfig(f"webdataset:{tar}", val=uri))
+    with pytest.raises(UsageError, match="runs the shell command"):  # among others
+        open_data(DataConfig(f"webdataset:{tar}::pipe:touch {effect}", val=f"webdataset:{tar}"))
+    assert not effect.exists()
+    data = open_data(DataConfig(uri, val=uri, train_size=16, allow_commands=True))
+    assert numbers_of(data.val_batches(10)) == list(range(7))
+    assert effect.exists()
+
+
+@pytest.mark.parametrize("name", ["pipe:touch effect #.tar", "-", "http:--x.tar"])
+def test_local_names_are_never_commands(tmp_path, monkeypatch, name):
+    write_shards(tmp_path / "data", counts=(3,))
+    monkeypatch.chdir(tmp_path / "data")
+    (tmp_path / "data" / "sizes.json").unlink()
+    (tmp_path / "data" / "part-0.tar").rename(name)
+    data = open_data(DataConfig("webdataset:[ph-]*?classes=3", val="webdataset:[ph-]*?classes=3", train_size=16))
+    assert numbers_of(data.val_batches(10)) == [0, 1, 2]
+    assert not (tmp_path / "data" / "effect").exists()
+
+
+def test_ranges_of_very_many_files():
+    with pytest.raises(DataError, match="names 1,000,000,000,000 tar files"):
+        open_data(DataConfig("webdataset:{000000..999999}{000000..999999}.tar?classes=3"))
+
+
+def test_entries_that_are_larger_than_an_image_may_be(tmp_path):
+    """A sparse or compressed entry may be a few bytes on disk."""
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        entry = tarfile.TarInfo("0000.png")
+        entry.size = 2**40
+        tar.addfile(entry)
+    data = open_data(
+        DataConfig(f"webdataset:{path}?classes=3", val=f"webdataset:{path}?classes=3", train_size=16, on_bad="skip")
+    )
+    assert list(data.val_batches(4)) == []
+    assert "1,099,511,627,776 bytes" in data.corrupt.first(1)[0][1]

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import repvgg.engine
 from repvgg.engine import compiled_model
@@ -69,6 +71,93 @@ def test_tensors_with_the_negative_bit(fast):
     x = numbers.conj().imag
     assert x.is_neg()
     torch.testing.assert_close(fast(x), fast(-numbers.imag), rtol=0, atol=0)
+
+
+def without_storage(bytes_left: int, first_row: int = 0) -> torch.Tensor:
+    x = batch(2, (32 + first_row, 32))
+    view = x[:, :, first_row:]
+    x.untyped_storage().resize_(bytes_left)  # as FSDP does with what it has sharded
+    return view
+
+
+def masked() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.masked.masked_tensor(batch(), batch() > 0)
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor([*batch()], layout=layout)
+
+
+def quantized() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.quantize_per_tensor(batch(), 0.1, 0, torch.quint8)
+
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError("the engine calls no function on it")
+
+
+WITHOUT_MEMORY = {
+    "fake": (lambda: FakeTensorMode().from_tensor(batch()), "FakeTensor"),
+    "freed": (lambda: without_storage(0), "has 0 bytes of storage: its memory was freed"),
+    "too short": (lambda: without_storage(64), "has 64 bytes of storage"),
+    "a view beyond the end": (lambda: without_storage(4 * 2 * 3 * 34 * 32 - 4, 2), "26,108 bytes of storage"),
+    "zeros of autograd": (lambda: torch._efficientzerotensor((2, 3, 32, 32)), "torch.zeros_like"),
+    "functional": (lambda: torch._to_functional_tensor(batch()), "functionalize"),
+    "masked": (masked, "a MaskedTensor"),
+    "a wrapper": (lambda: Wrapper(batch()), "a Wrapper"),
+    "nested": (lambda: nested(torch.strided), "several tensors"),
+    "nested, jagged": (lambda: nested(torch.jagged), "several tensors"),
+    "sparse": (lambda: batch().to_sparse(), "sparse"),
+    "of oneDNN": (lambda: batch().to_mkldnn(), "float32 images"),
+    "quantized": (quantized, "quint8"),
+    "a masked array": (lambda: np.ma.masked_array(batch().numpy(), batch().numpy() > 0), "float32 images"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+def test_images_without_memory_of_their_own_are_refused(fast, name):
+    make, words = WITHOUT_MEMORY[name]
+    with pytest.raises(UsageError, match=words):
+        fast(make())
+    assert fast(batch()).shape == (2, 10)
+
+
+TRANSFORMS = {
+    "vmap": lambda fast: torch.func.vmap(fast)(torch.stack([batch(), batch()])),
+    "grad": lambda fast: torch.func.grad(lambda x: fast(x).sum())(batch()),
+    "jvp": lambda fast: torch.func.jvp(fast, (batch(),), (batch(),)),
+    "functionalize": lambda fast: torch.func.functionalize(fast)(batch()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of PyTorch's own code
+def test_transforms_of_torch_func_are_refused(fast, name):
+    with pytest.raises(UsageError, match="call the model outside of"):
+        TRANSFORMS[name](fast)
+
+
+class Named(torch.Tensor):
+    """A subclass with memory of its own, as torchvision's images are."""
+
+
+def test_subclasses_and_views_with_memory_are_read_in_place(fast):
+    x = torch.randn(5, 3, 40, 40)[1:3, :, 4:36, 8:]
+    wanted = fast(x.contiguous())
+    for same in (x.as_subclass(Named), torch.nn.Parameter(x), x.contiguous().requires_grad_()):
+        torch.testing.assert_close(fast(same).as_subclass(torch.Tensor), wanted, rtol=0, atol=0)
 
 
 def test_outputs_of_one_pixel_are_not_overwritten_by_the_next_call():

@@ -143,6 +143,34 @@ def test_outputs_are_not_overwritten_by_the_next_call():
     torch.testing.assert_close(first, copy, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_no_images_give_an_empty_output_of_pytorchs_shape(flat):
+    model = plain() if flat else nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.ReLU()).eval()
+    network = repvgg.engine.compile(model, (2, 3, 32, 32))
+    x = torch.zeros(0, 3, 32, 24)
+    out = network(x)
+    assert out.shape == model(x).shape
+    assert (out.dtype, type(network(x.numpy()))) == (torch.float32, np.ndarray)
+    assert_equal(network, model, torch.randn(1, 3, 32, 24))
+    with pytest.raises(UsageError, match="at least one image"):
+        network.profile(x)
+
+
+def test_an_infinite_pixel_stays_local_in_the_highest_precision():
+    """Winograd's transforms subtract pixels of a tile, so that it spreads over the outputs of the tile there."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).eval()
+    x = torch.randn(1, 16, 14, 14)
+    for value in (float("inf"), -float("inf"), float("nan"), 1e30):
+        x[0, 3, 5, 6] = value
+        wanted = model(x).detach()
+        found = repvgg.engine.compile(model, x.shape, 1, precision="highest")(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    x[0, 3, 5, 6] = float("inf")
+    spread = repvgg.engine.compile(model, x.shape, 1)(x)
+    near = spread.isfinite().logical_not().any(1)[0].nonzero()
+    assert (near - torch.tensor([5, 6])).abs().max() < 8  # a tile, not the image
+
+
 def test_feature_maps_as_output():
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 1)).eval()
     assert_equal(repvgg.engine.compile(model, (2, 3, 9, 8)), model, torch.randn(2, 3, 9, 8))
@@ -168,7 +196,7 @@ def test_weights_are_copied():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (torch.zeros(0, 3, 32, 32), r"\(n, 3, H, W\).*got torch.float32 of shape \(0, 3, 32, 32\)"),
+        (torch.zeros(1, 3, 0, 32), r"\(n, 3, H, W\).*got torch.float32 of shape \(1, 3, 0, 32\)"),
         (torch.zeros(1, 4, 32, 32), r"\(1, 4, 32, 32\)"),
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32).double(), "float64"),

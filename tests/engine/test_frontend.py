@@ -1,3 +1,8 @@
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +104,148 @@ def test_modules_functions_and_methods_read_alike(spelling):
     assert layers[0].relu
 
 
+HEADS = {
+    "view": lambda net, y: net.pool(y).view(y.size(0), -1),
+    "view by channels": lambda net, y: net.pool(y).view(-1, y.shape[1]),
+    "reshape": lambda net, y: net.pool(y).reshape(y.shape[0], -1),
+    "view of unpacked sizes": lambda net, y: net.pool(y).view(*y.size()[:2]),
+    "squeeze twice": lambda net, y: net.pool(y).squeeze(-1).squeeze(-1),
+    "squeeze both": lambda net, y: torch.squeeze(net.pool(y), (2, 3)),
+    "indices": lambda net, y: net.pool(y)[:, :, 0, 0],
+    "ellipsis": lambda net, y: net.pool(y)[..., -1, 0],
+    "in place": lambda net, y: torch.flatten(net.pool(F.relu_(y)), 1),
+    "in place again": lambda net, y: (y.relu_(), torch.flatten(net.pool(y), 1))[1],
+    "mean of lists": lambda net, y: y.mean([-1, -2]),
+    "mean of each axis": lambda net, y: y.mean(3).mean(2),
+    "mean of pixels": lambda net, y: y.flatten(2).mean(-1),
+    "mean of viewed pixels": lambda net, y: y.view(y.size(0), y.size(1), -1).mean(dim=2),
+    "mean in float32": lambda net, y: y.mean((2, 3), dtype=torch.float32),
+    "window of the map": lambda net, y: F.avg_pool2d(y, y.shape[2:]).flatten(1),
+    "no-ops": lambda net, y: y.contiguous().to(y.device).float().mean((2, 3)).to(net.head.weight.dtype).clone(),
+    "checked": lambda net, y: net.pool(y).flatten(1) if isinstance(y, torch.Tensor) and y.dim() == 4 else None,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_any_spelling(name):
+    head = HEADS[name]
+    model = Net(
+        lambda net, x: net.head(head(net, net.conv(x).relu())),
+        conv=conv(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        head=nn.Linear(4, 2),
+    ).eval()
+    convolution, pool, linear = read(model)
+    assert convolution.relu
+    assert isinstance(pool, Pool)
+    torch.testing.assert_close(torch.from_numpy(linear.weight), model.head.weight.detach(), rtol=0, atol=0)
+    for x in (torch.randn(1, 4, 6, 5), torch.randn(3, 4, 5, 6)):  # what PyTorch computes is that network
+        with torch.no_grad():
+            wanted = model.head(model.conv(x).relu().mean((2, 3)))
+            torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+class SENet(nn.Module):
+    """The gate of Hu et al.: linear layers between views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.fc = nn.Sequential(nn.Linear(4, 2), nn.ReLU(inplace=True), nn.Linear(2, 4), nn.Sigmoid())
+
+    def forward(self, x):
+        x = self.conv(x)
+        n, c, _, _ = x.size()
+        scale = self.fc(F.adaptive_avg_pool2d(x, 1).view(n, c)).view(n, c, 1, 1)
+        x *= scale
+        return F.relu(x, True)
+
+
+def test_gates_of_linear_layers():
+    model = SENet().eval()
+    convolution, gate = read(model)
+    assert not convolution.relu
+    assert isinstance(gate, Gate)
+    assert gate.relu
+    assert gate.name == "fc.0"
+    torch.testing.assert_close(torch.from_numpy(gate.up), model.fc[2].weight.detach(), rtol=0, atol=0)
+
+
+class Observer(nn.Module):
+    """Its forward looks at what other threads would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.seen, self.calls = conv(), [], 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append((nn.Module.__call__, nn.Module.__getattr__, F.relu))
+        if (nn.Module.__call__, nn.Module.__getattr__, F.relu) != BEFORE:
+            raise RuntimeError("patched")
+        return self.conv(x)
+
+
+BEFORE = nn.Module.__call__, nn.Module.__getattr__, F.relu
+
+
+def test_nothing_is_patched_and_the_model_does_not_notice():
+    model = Observer()
+    assert [type(layer) for layer in read(model)] == [Conv]
+    assert (model.calls, model.seen) == (0, [])
+
+
+def test_models_of_torch_compile_and_replaced_forwards():
+    model = nn.Sequential(conv(), nn.ReLU())
+    model[0].compile()
+    (layer,) = read(torch.compile(nn.Sequential(torch.compile(model))))
+    assert layer.relu
+    assert layer.name.endswith("0.0")
+    model[1].forward = lambda x: x * 2
+    with pytest.raises(UnsupportedError, match="mul"):
+        read(model)
+
+
+def test_the_mode_of_a_submodule_in_a_list():
+    model = Net(lambda net, x: net.parts[1](net.parts[0](x)), first=conv(), second=nn.Dropout()).train()
+    model.parts = [model.first, model.second]
+    assert [type(layer) for layer in read(model)] == [Conv]
+
+
+def test_threads_read_at_once_beside_a_model_that_runs():
+    model, x, wrong, over = nn.Sequential(conv(), nn.ReLU()), torch.randn(1, 4, 5, 5), [], threading.Event()
+    with torch.no_grad():
+        wanted = model(x)
+
+    def run() -> None:
+        with torch.no_grad():
+            while not over.is_set():
+                if not torch.equal(model(x), wanted):
+                    wrong.append("other")
+
+    def compile_in_turn(seed: int) -> None:
+        layers = [conv(bias=bool(seed % 2)) for _ in range(8)]
+        for _ in range(2):
+            found = read(nn.Sequential(*layers))
+            pairs = zip(found, layers, strict=True)
+            wrong.extend(seed for one, each in pairs if (one.weight != each.weight.detach().numpy()).any())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(7) as pool:
+            other = pool.submit(run)
+            for each in [pool.submit(compile_in_turn, seed) for seed in range(6)]:
+                each.result(100)
+            over.set()
+            other.result(100)
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert (nn.Module.__call__, nn.Module.__getattr__, F.relu) == BEFORE
+
+
 def test_padding_given_as_a_string():
     assert read(conv(kernel=5, padding="same", dilation=2))[0].geometry.padding == (4, 4)
     assert read(conv(padding="valid"))[0].geometry.padding == (0, 0)
@@ -112,6 +259,28 @@ class OwnConv(nn.Conv2d):
 def hooked() -> nn.Module:
     model = nn.Sequential(conv())
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    return model
+
+
+def gated(net: nn.Module, x: torch.Tensor, squeezed: bool = False) -> torch.Tensor:
+    x = net.conv(x)
+    scale = net.one(net.one(x.mean((2, 3), True)).relu()).sigmoid()
+    return x * (scale.mean(1, True) if squeezed else scale)
+
+
+def head(function) -> nn.Module:
+    return Net(lambda net, x: function(net.conv(x)), conv=conv())
+
+
+def scripted(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.jit.script(module)
+
+
+def freed() -> nn.Module:
+    model = nn.Sequential(conv())
+    model[0].weight.untyped_storage().resize_(0)
     return model
 
 
@@ -142,6 +311,32 @@ REFUSED = {
     "a computed kernel": (Net(lambda net, x: F.conv2d(x, net.conv.weight * 2), conv=conv()), "float32 tensors"),
     "a product with a number": (Net(lambda net, x: net.conv(x) * 2, conv=conv()), "mul"),
     "a product first": (Net(lambda net, x: net.conv(x * 2), conv=conv()), "mul"),
+    "a product after a gate": (Net(lambda net, x: gated(net, x) * 2, conv=conv(), one=conv(kernel=1)), "'mul_1'"),
+    "a mean in float64": (head(lambda y: y.mean((2, 3), dtype=torch.float64)), "'mean' .* returns float64"),
+    "a mean of channels": (head(lambda y: y.mean((1, 2))), "is not a global average pool"),
+    "a pool of columns": (nn.Sequential(conv(), nn.AdaptiveAvgPool2d((None, 1))), r"'1'.*is not a global average pool"),
+    "a pool of a constant window": (head(lambda y: F.avg_pool2d(y, 4).flatten(1)), "is not a global average pool"),
+    "a squeeze of single images": (head(lambda y: y.mean((2, 3), True).squeeze()), r"is not a flatten\(1\)"),
+    "a constant batch": (head(lambda y: y.mean((2, 3), True).view(2, 4)), r"'view'|cannot be traced"),
+    "reversed channels": (head(lambda y: y.mean((2, 3), True)[:, [3, 2, 1, 0], 0, 0]), r"is not a flatten\(1\)"),
+    "an assignment": (head(lambda y: (y.__setitem__((0, 0), 0), y)[1]), "has two users|__setitem__"),
+    "a write to a weight": (Net(lambda net, x: (net.conv.weight.mul_(2), net.conv(x))[1], conv=conv()), "mul_"),
+    "a branch on the size": (head(lambda y: y if y.shape[2] > 3 else -y), "branches on the number or the size"),
+    "an odd size": (
+        Net(lambda net, x: F.conv2d(x, net.conv.weight, padding=int(x.shape[2]) % 2), conv=conv()),
+        "something else for images of another number or size",
+    ),
+    "a loop over the batch": (
+        Net(lambda net, x: sum(net.conv(x) for _ in range(len(x) % 8)), conv=conv()),
+        "branches on|is used 7 times",
+    ),
+    "TorchScript": (nn.Sequential(scripted(conv())), "'0' is compiled by TorchScript"),
+    "a lazy layer": (nn.Sequential(nn.LazyConv2d(4, 3)), "'0' has no weights yet: run the model once"),
+    "freed weights": (freed(), r"'0' .*has weights that the engine cannot read.*freed"),
+    "an uneven gate": (
+        Net(lambda net, x: gated(net, x, squeezed=True), conv=conv(), one=conv(kernel=1)),
+        "is not a global average",
+    ),
 }
 
 

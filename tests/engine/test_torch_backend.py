@@ -1,5 +1,6 @@
 """Through the real torch.compile."""
 
+import inspect
 import os
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import repvgg
 from repvgg.engine import torch_backend
@@ -175,6 +177,44 @@ def test_gradients_are_right_and_inference_stays_in_the_engine(compiled):
     with torch.inference_mode():
         assert_same(fast, model, x)
     assert len(compiled) == 1
+
+
+def test_no_gradients_are_needed_where_nothing_requires_them(compiled):
+    model, x = plain().requires_grad_(False), torch.randn(2, 3, 32, 32)
+    fast = compiled_by_engine(model)
+    assert torch.is_grad_enabled()
+    assert_same(fast, model, x)
+    assert_same(fast, model, x[:0])
+    assert compiled == [(2, 3, 32, 32), (1, 3, 32, 32)]
+    with pytest.warns(FallbackWarning, match="computes no gradients"):
+        fast(x.requires_grad_()).sum().backward()
+    assert x.grad.any()
+
+
+class Nested(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Nested])
+def test_the_warning_points_to_the_line_of_the_call(wrap):
+    fast, x = compiled_by_engine(wrap(plain())), torch.randn(1, 3, 32, 32)
+    with pytest.warns(FallbackWarning, match="gradients") as caught:
+        fast(x)
+    line = inspect.currentframe().f_lineno - 1
+    assert [(one.filename, one.lineno) for one in caught] == [(__file__, line)]
+
+
+def test_images_without_memory_are_left_to_pytorch(compiled):
+    model = plain()
+    run = repvgg_backend(torch.fx.symbolic_trace(Tuple(model)), [])
+    x = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.randn(1, 3, 32, 32))
+    with torch.inference_mode(), pytest.warns(FallbackWarning, match="memory"):
+        assert run(x)[0].shape == (1, 10)
 
 
 def test_autocast(compiled):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from repvgg import ConvMap, equivalent_conv, trace
 from repvgg.blocks import rep_conv
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
-from repvgg.symbolic import Source, SymbolicTensor
+from repvgg.symbolic import IMAGES, Source, SymbolicTensor
 
 
 def function(forward, **children):
@@ -34,7 +34,8 @@ CONV = {"conv": nn.Conv2d(4, 4, 3, padding=1)}
         (function(lambda m, x: F.relu(m.conv(x)), **CONV), NotLinearError, "relu is not a linear"),
         (function(lambda m, x: m.conv(x) * m.conv(x), **CONV), NotLinearError, "product"),
         (function(lambda m, x: 1 / m.conv(x), **CONV), NotLinearError, "division"),
-        (function(lambda m, x: m.conv(x).mean((2, 3)), **CONV), NotLinearError, "mean"),
+        (function(lambda m, x: m.conv(x).mean((2, 3)), **CONV), NotLinearError, "axes of its output"),
+        (function(lambda m, x: m.conv(x).mean(1), **CONV), NotLinearError, "mean over the channels"),
         (function(lambda m, x: m.conv(x) if x.sum() > 0 else x, **CONV), NotLinearError, "sum"),
         (function(lambda m, x: m.conv(x) if m.conv(x) else x, **CONV), NotLinearError, "control flow depends"),
         (function(lambda m, x: m.conv(x)[:, :, : x.shape[2] // 2], **CONV), NotLinearError, "size of the image"),
@@ -55,7 +56,7 @@ CONV = {"conv": nn.Conv2d(4, 4, 3, padding=1)}
             "is not known before",
         ),
         (function(lambda m, x: x.add_(m.conv(x)), **CONV), NotLinearError, "in place"),
-        (function(lambda m, x: m.conv(x)[:, :2].mul_(2), **CONV), NotLinearError, "in place"),
+        (function(lambda m, x: x[:, :2].mul_(2), **CONV), NotLinearError, "is not known before"),
         (function(lambda m, x: x + 1), NotLinearError, "no convolution and no batch norm"),
         (function(lambda m, x: m.conv(F.pad(x, (1, 1), value=2.0)), **CONV), BorderError, "padded with 2"),
         (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)), BorderError, "leaks"),
@@ -100,6 +101,45 @@ def test_in_place_functions_are_visible_through_aliases():
     module = function(forward, conv=nn.Conv2d(4, 4, 3, padding=1)).double()
     x = torch.randn(1, 4, 7, 6, dtype=torch.float64)
     assert_close(trace(module)(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_views_and_writes():
+    """A write to a view reaches its base: what is read from the base afterwards is refused, not computed wrongly."""
+
+    def write_to_view(m, x):
+        return m.conv(x)[:, :2].mul_(2)
+
+    def read_before_write(m, x):
+        y = m.conv(x)
+        first, copied = y[:, :2] + 1, y.clone()
+        y *= 2
+        return torch.cat((y[:, 2:], first, copied - y), 1)
+
+    x = torch.randn(1, 4, 7, 6, dtype=torch.float64)
+    for forward in (write_to_view, read_before_write):
+        module = function(forward, conv=nn.Conv2d(4, 4, 3, padding=1)).double()
+        assert_close(trace(module)(x), module(x), rtol=1e-12, atol=1e-12)
+
+    def read_base(m, x):
+        y = m.conv(x)
+        y[:, :2].mul_(2)
+        return y
+
+    def read_view(m, x):
+        y = m.conv(x)
+        view = y.contiguous()
+        y += 1
+        return view
+
+    def write_to_view_of_input(m, x):
+        x[:, :2].add_(m.conv(x)[:, :2])
+        return m.conv(x)
+
+    for forward, reason in ((read_base, "modified in place"), (read_view, "modified in place")):
+        with pytest.raises(NotLinearError, match=reason):
+            trace(function(forward, conv=nn.Conv2d(4, 4, 3, padding=1)))
+    with pytest.raises(NotLinearError, match="input, or a view of it"):
+        trace(function(write_to_view_of_input, conv=nn.Conv2d(4, 4, 3, padding=1)), 4, IMAGES)
 
 
 def test_two_inputs_are_not_merged():

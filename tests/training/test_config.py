@@ -221,3 +221,14 @@ def test_train_config_rejects_invalid_values(invalid):
 def test_quickstart_takes_a_seed():
     assert quickstart(seed=3).seed == 3
     assert quickstart() == quickstart(seed=0)
+
+
+def test_a_file_cannot_allow_commands(tmp_path):
+    """Config files may come from strangers, and webdataset:pipe: runs a shell command."""
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {uri: 'webdataset:pipe:touch effect', allow_commands: true}")
+    with pytest.raises(UsageError, match=r"only you can, with --data\.allow-commands"):
+        read_config(path)
+    config = replace(recipe_of("cifar"), data=DataConfig("webdataset:pipe:cat x.tar", allow_commands=True))
+    write_config(path, config, overwrite=True)
+    assert read_config(path) == replace(config, data=DataConfig("webdataset:pipe:cat x.tar"))

@@ -75,6 +75,13 @@ class Kernel:
         terms = (replace(t, places=tuple(map(Placement.within, t.places, places))) for t in self.terms)
         return replace(self, shape=(self.shape[0], inputs, *size), groups=groups, terms=tuple(terms), unit=unit)
 
+    def over_axes(self, spatial: int) -> Kernel:
+        """Return a kernel of one tap as one over ``spatial`` axes, which are of size 1."""
+        ones = (1,) * spatial
+        places = tuple([Placement(0, 1, 1)] * spatial)
+        terms = (replace(t, weight=t.weight.reshape(*t.weight.shape[:2], *ones), places=places) for t in self.terms)
+        return replace(self, shape=(*self.shape[:2], *ones), terms=tuple(terms))
+
     def plus(self, other: Kernel) -> Kernel:
         """Add a kernel of the same shape and number of groups."""
         return replace(self, terms=self.terms + other.terms, unit=False)

@@ -83,6 +83,79 @@ def select_channels(conv: ConvMap, channels: slice) -> ConvMap:
     return replace(conv, kernel=Kernel.of(weight_OIK, 1), bias=bias)
 
 
+def constant(conv: ConvMap, value_O: Tensor) -> ConvMap:
+    """Return the map whose output is ``value`` wherever ``conv`` has an output: a kernel of zeros, and a bias."""
+    zeros = torch.zeros(conv.kernel.shape, dtype=conv.dtype, device=conv.device)
+    return replace(conv, kernel=Kernel.of(zeros, conv.groups), bias=value_O)
+
+
+def replace_channels(conv: ConvMap, channels: slice, part: ConvMap) -> ConvMap:
+    """Return ``conv`` with the output channels ``channels``, a slice of step 1, replaced by those of ``part``.
+
+    Raises:
+        NotLinearError: ``part`` has another number of channels; else see :func:`concatenate`.
+    """
+    start, stop, step = channels.indices(conv.out_channels)
+    if step != 1 or stop - start != part.out_channels:
+        raise NotLinearError(f"{part.out_channels} channels do not fit the channels {start}:{stop}:{step}")
+    ends = [select_channels(conv, rest) for rest in (slice(start), slice(stop, None))]
+    parts = [piece for piece in (ends[0], part, ends[1]) if piece.out_channels]
+    return part if len(parts) == 1 else concatenate(parts)
+
+
+def split_channels(conv: ConvMap, sizes: Sequence[int]) -> list[ConvMap]:
+    """Return ``conv``, a map of each channel on its own, as one map for each part of its input channels.
+
+    ``conv(cat(x_1, …, x_n)) = cat(conv_1(x_1), …, conv_n(x_n))`` where x_k has ``sizes[k]`` channels: so a batch norm
+    after a concatenation is one batch norm after each of its parts.
+
+    Raises:
+        NotLinearError: the map mixes channels, or the sizes do not add up to its channels.
+    """
+    if not conv.is_depthwise or sum(sizes) != conv.in_channels:
+        raise NotLinearError(f"a map of {conv.in_channels} channels, {conv.groups} groups does not split into {sizes}")
+    weight, parts, start = conv.weight, [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        bias = None if conv.bias is None else conv.bias[part]
+        unit = conv.kernel.unit
+        parts.append(replace(conv, kernel=Kernel.of(weight[part], size, unit=unit), bias=bias))
+        start += size
+    return parts
+
+
+def extend_channels(conv: ConvMap, start: int, channels: int) -> ConvMap:
+    """Return a pointwise map of each channel on its own as one of ``channels`` channels, which keeps all others.
+
+    ``y[start : start + C] = conv(x[start : start + C])`` for the C channels of ``conv``, and ``y = x`` elsewhere: so a
+    batch norm on a slice of the channels folds into the convolution before the slice. Inverse of
+    :func:`split_channels`.
+
+    Raises:
+        NotLinearError: the map mixes channels or pixels, or does not fit.
+    """
+    after = channels - start - conv.in_channels
+    if not conv.is_depthwise or not conv.is_pointwise or start < 0 or after < 0:
+        raise NotLinearError(f"a map of {conv.in_channels} channels does not apply to those from {start} of {channels}")
+    weight, zeros = conv.weight, conv.bias_or_zeros()
+    kept = [weight.new_ones((count, *weight.shape[1:])) for count in (start, after)]
+    bias = torch.cat([zeros.new_zeros(start), zeros, zeros.new_zeros(after)])
+    return ConvMap(Kernel.of(torch.cat([kept[0], weight, kept[1]]), channels), None if conv.bias is None else bias)
+
+
+def over_axes(conv: ConvMap, spatial: int) -> ConvMap:
+    """Return the same map of channels over another number of axes, as nn.Linear and a 1x1 convolution are the same.
+
+    Raises:
+        NotLinearError: the map is not pointwise, so its axes matter.
+    """
+    if conv.spatial == spatial:
+        return conv
+    if not conv.is_pointwise:
+        raise NotLinearError(f"a map over {conv.spatial} axes that is not pointwise does not apply to {spatial} axes")
+    return ConvMap(conv.kernel.over_axes(spatial), conv.bias)
+
+
 def open_groups(conv: ConvMap, groups: int) -> ConvMap:
     """Return the same map written with fewer ``groups`` (a divisor); the kernels between groups are zero."""
     if conv.groups % groups:
@@ -143,6 +216,20 @@ def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None
     """
     unit = ConvMap.identity(conv.out_channels, conv.dtype, conv.device, conv.spatial)
     return compose(conv, ConvMap.from_axes(unit.kernel, None, axes, border))
+
+
+def pad_with_bias(conv: ConvMap, axes: tuple[Axis, ...]) -> ConvMap:
+    """Pad the output of ``conv`` with its bias, the value that it has where the input is zero.
+
+    ``axes`` have kernel size 1 and padding of at least 0. The result is ``conv`` with more zero padding, so that a
+    convolution without padding may follow: padding with the bias is how DBB and ECB keep their branches exact.
+
+    Raises:
+        BorderError: next to the border, ``conv`` would not give its bias: its kernel still reads the image there, or it
+            continues the image by anything but zeros.
+    """
+    padded = resample(replace(conv, bias=None), axes, "zeros")
+    return replace(padded, bias=conv.bias)
 
 
 def _require_same_axes(parts: Sequence[ConvMap]) -> None:

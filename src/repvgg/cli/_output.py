@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,12 +24,18 @@ _MAX_NAMES = 3  # modules that are named for each reason
 
 def write_line(text: str = "") -> None:
     """Write a line to standard output. It is never wrapped, so that paths stay whole in a pipe."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(_encodable(text, sys.stdout) + "\n")
 
 
 def write_warning(text: str) -> None:
     """Write a line to standard error, which is seen even if the output is redirected."""
-    sys.stderr.write(f"warning: {text}\n")
+    sys.stderr.write(f"warning: {_encodable(text, sys.stderr)}\n")
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape what ``stream`` cannot encode: arrows in an ASCII locale, file names that are not valid text."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def write_json(data: Any) -> None:

@@ -40,7 +40,8 @@ def bench(
 ) -> int:
     """Time networks side by side: one in its three forms, or several against each other.
 
-    RepVGG models are timed in the train form, with batch norms folded, and in the plain form; other models as they
+    RepVGG models are timed in the train form, with batch norms folded, and in the plain form (a checkpoint in the plain
+    form in that alone); other models as they
     would be deployed, with batch norms (and branches, where that is exact) folded. Models by name have random weights.
 
     The interleaved protocol suits shared machines: each round times every network once, so a transient slowdown affects
@@ -58,6 +59,7 @@ def bench(
         repvgg bench repvgg_a0 resnet18 --baseline resnet18 --batch 1,8,32
         repvgg bench repvgg_a2 resnet50 --protocol paper --device cuda
         repvgg bench train.safetensors --batch 16 --dtype bfloat16
+        repvgg bench plain.safetensors --engine torch,repvgg
         repvgg bench repvgg_a0 --engine torch,repvgg,onnxruntime --batch 1,16
 
     Args:
@@ -88,15 +90,31 @@ def bench(
     if not any(one.names for one in result.batches):
         raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")
     used = {"models": list(models), "batches": list(batches), "input_size": input_size, "protocol": protocol}
+    used |= {"image_shapes": {candidate.model: list(candidate.image) for candidate in candidates}}
     used |= {"rounds": chosen.rounds, "engine": engine, **dataclasses.asdict(settings)}
     if as_json:
         write_json(_as_data(result) | {"left_out": left_out, "settings": used, "environment": machine})
     else:
+        if note := _input_sizes_note(candidates):
+            write_line(f"note: {note}")
         _print(result, candidates, chosen)
         for name, reason in left_out.items():
             write_line(f"{name}: left out, {reason}")
         _print_conditions(used, candidates, machine)
     return 0 if result.complete else INTERRUPTED
+
+
+def _input_sizes_note(candidates: Sequence[Candidate]) -> str:
+    """Return a sentence where models take images of different sizes, whose times do not compare; else nothing."""
+    models: dict[tuple[int, ...], dict[str, None]] = {}
+    for candidate in candidates:
+        models.setdefault(candidate.image[1:], {})[candidate.model] = None
+    if len(models) < 2:
+        return ""
+    sizes = ", ".join(f"{' and '.join(names)} {' x '.join(map(str, size))}" for size, names in models.items())
+    return (
+        f"the models take images of different sizes ({sizes}); --input-size gives all of them the same height and width"
+    )
 
 
 def _protocol_and_batches(

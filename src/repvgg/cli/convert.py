@@ -42,7 +42,8 @@ def convert(
 ) -> None:
     """Convert any network into its plain form, verify it, and write it as .safetensors, .pt2 or .onnx.
 
-    SOURCE is a trained checkpoint of a RepVGG (safetensors, or a torch file with a state_dict), hub:OWNER/NAME for one
+    SOURCE is a trained checkpoint of a RepVGG (safetensors, or a torch file with a state_dict), in the plain form to
+    export it, hub:OWNER/NAME for one
     on the Hugging Face hub, timm:NAME, torchvision:NAME, repvgg:NAME (see 'repvgg list'), or PATH.py:FACTORY for your
     Python file: the file is executed, and FACTORY is called without arguments. Models by name are not downloaded:
     without --weights, their weights are random.
@@ -81,6 +82,10 @@ def convert(
         raise UsageError("Channels, height and width of an image are all at least 1.")
     with busy("Loading"):
         network = _load(source, model, weights, num_classes, input_size, input_shape)
+        if network.metadata and network.metadata.form == "plain" and out.suffix == ".safetensors":
+            raise CheckpointError(
+                f"{source!r} is in the plain form already: copy it, or name an output that ends in .onnx or .pt2."
+            )
         images = images_for(network.model, network.shape)
     if network.metadata is None and weights is None:
         write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
@@ -114,6 +119,15 @@ class _Network:
         from repvgg import __version__
 
         return {"source": self.source, "weights": self.weights, "version": __version__}
+
+    @property
+    def notes_in_file(self) -> dict[str, str]:
+        """The notes, and the header with classes and normalization: 'repvgg predict' reads it."""
+        if self.metadata is None:
+            return self.notes
+        _, height, width = self.shape
+        size = height if height == width else self.metadata.input_size
+        return {**self.notes, **replace(self.metadata, form="plain", input_size=size).to_header()}
 
 
 def _is_checkpoint(source: str) -> bool:
@@ -149,8 +163,6 @@ def _load(
         raise CheckpointError(
             f"{source!r} is a {about.model}, not a {model}: leave out --model, or name another source."
         )
-    if about.form == "plain":
-        raise CheckpointError(f"{source!r} is in the plain form already: there is nothing to convert.")
     shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
     return _Network(loaded.model, shape, source, f"from {Path(source).name}", about)
 
@@ -185,7 +197,7 @@ def _write(network: _Network, plain: nn.Module, out: Path, overwrite: bool) -> S
     from repvgg.models import RepVGG, load, save
 
     if network.metadata is None or out.suffix != ".safetensors":
-        return ship(network.model, plain, out, network.shape, overwrite=overwrite, notes=network.notes)
+        return ship(network.model, plain, out, network.shape, overwrite=overwrite, notes=network.notes_in_file)
     assert isinstance(plain, RepVGG)
     with atomic_write(out, overwrite=overwrite) as part:
         save(part, plain, replace(network.metadata, form="plain"))

@@ -22,6 +22,7 @@ def check(
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="N")] = None,
+    allow_commands: bool = False,
     as_json: JsonFlag = False,
 ) -> int:
     """Read every image of a data set and report problems; exit code 1 if there are any.
@@ -38,12 +39,14 @@ def check(
         val: the validation split, where the URI holds one split only.
         workers: processes that read images (0: the main process).
         limit: images to read from each split (default: all).
+        allow_commands: run the shell command of webdataset:pipe:COMMAND.
         as_json: print JSON, with every path.
     """
     from repvgg.data import DataConfig, check_data
 
+    config = DataConfig(uri=uri, val=val, workers=workers, allow_commands=allow_commands)
     with progress_bar("images") as on_progress:
-        report = check_data(DataConfig(uri=uri, val=val, workers=workers), limit=limit, on_progress=on_progress)
+        report = check_data(config, limit=limit, on_progress=on_progress)
     if as_json:
         write_json(report.to_dict())
     else:

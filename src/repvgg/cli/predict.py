@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from repvgg._progress import busy
-from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, Number
-from repvgg.cli._output import write_json, write_line
-from repvgg.errors import CheckpointError, RepvggError, UsageError, first_line
+from repvgg._files import check_output, write_text
+from repvgg._progress import progress_bar
+from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, Number, OptionalFile
+from repvgg.cli._output import write_json, write_line, write_warning
+from repvgg.errors import CheckpointError, DataError, RepvggError, UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,64 +27,142 @@ if TYPE_CHECKING:
 
     Run: TypeAlias = Callable[[Tensor], Tensor]
     TopClasses: TypeAlias = list[tuple[float, int]]  # (probability, class index), the most probable first
+    Predictions: TypeAlias = list[tuple[Path, TopClasses]]
+    Failures: TypeAlias = dict[str, str]  # the reason by file, as a clause: "is empty: it has 0 bytes"
 
 _BATCH = 16
+_SOME_FAILED = 1  # exit code
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Classifier:
+    run: Run  # images (N, C, H, W) to logits (N, K)
+    about: Metadata
+    engine: str  # what runs it, in words
 
 
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
     top: int = 5,
+    out: OptionalFile = None,
+    classes: OptionalFile = None,
     engine: Literal["auto", "torch", "repvgg"] = "auto",
     input_size: InputSize = None,
     crop_fraction: float = 0.875,
     threads: Number = None,
+    overwrite: bool = False,
     as_json: JsonFlag = False,
-) -> None:
+) -> int:
     """Predict the most probable classes of image files.
 
-    A checkpoint in the train form is converted first; images are resized and cropped as by 'repvgg eval'. The engine
-    "repvgg" is this library's; "auto" uses it if it is installed and supports the model. The output names the engine
-    that ran.
+    A checkpoint in the train form is converted first; .onnx and .pt2 files run as they are. Images are resized and
+    cropped as by 'repvgg eval', and turned as their EXIF orientation says. The engine "repvgg" is this library's;
+    "auto" uses it if it is installed and supports the model. The output names the engine that ran.
+
+    Files that cannot be read are listed with the reason, and the exit code is then 1.
 
         repvgg predict plain.safetensors cat.jpg holidays/
+        repvgg predict plain.onnx holidays/ --top 1 --out predictions.csv
 
     Args:
-        checkpoint: the file, of this library or another one.
+        checkpoint: the file, of this library or another one, or an exported .onnx or .pt2 file.
         images: files, or folders of them.
         top: classes per image.
+        out: write a table to this .csv file, one row an image.
+        classes: a text file with the name of each class on a line of its own (default: from the checkpoint).
         engine: what runs the model.
         input_size: height and width (default: from the checkpoint).
         crop_fraction: the central crop as a fraction of the short side.
         threads: number of CPU threads (default: PyTorch's).
+        overwrite: replace the file given as --out.
         as_json: print JSON.
     """
     from repvgg._contexts import num_threads
-    from repvgg.data import DataConfig, list_images
-    from repvgg.models import collapse_loaded, load
+    from repvgg.data import DataConfig
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
     if not images:
         raise UsageError("Give image files, or folders of them, after the checkpoint.")
-    files = list_images(images)
-    loaded = load(checkpoint)
-    about = loaded.metadata
-    config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
-    size = input_size or about.input_size
-    model = (loaded if about.form == "plain" else collapse_loaded(loaded)).model.float().eval()
-    shape = (min(_BATCH, len(files)), about.in_channels, size, size)
+    if out is not None:
+        if out.suffix != ".csv":
+            raise UsageError(f"Predictions are written as a table: end {str(out)!r} in .csv.")
+        check_output(out, overwrite=overwrite)
+    files, failures = _find(images)
+    if not files:
+        raise _nothing_read(failures)
     with num_threads(threads):
-        run, ran = _compile(model, shape, engine)
-        found = _predict(files, config, shape, run, min(top, about.num_classes))
+        classifier = _load(checkpoint, engine, input_size, min(_BATCH, len(files)), threads)
+        about = classifier.about
+        if classes is not None:
+            about = dataclasses.replace(about, classes=_class_names(classes, about))
+        config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
+        found = _predict(files, config, about, classifier.run, min(top, about.num_classes), failures)
+    if not found:
+        raise _nothing_read(failures)
+    if out is not None:
+        write_text(out, _as_csv(found, failures, about, min(top, about.num_classes)), overwrite=overwrite)
     if as_json:
-        write_json({"engine": ran, "model": about.model, "images": _as_data(files, found, about)})
+        failed = [{"file": file, "reason": reason} for file, reason in failures.items()]
+        images_data = _as_data(found, about)
+        write_json({"engine": classifier.engine, "model": about.model, "images": images_data, "failures": failed})
     else:
-        _print(files, found, about)
-        write_line(f"{about.model}, plain form, {size} x {size}, engine {ran}")
+        if out is None:
+            _print(found, about)
+        size = f"{about.input_size} x {about.input_size}"
+        write_line(f"{about.model}, {about.form} form, {size}, engine {classifier.engine}")
+        if out is not None:
+            write_line(f"wrote {out}: {len(found):,} images")
+    for file, reason in failures.items():
+        write_warning(f"{file!r} {reason}")
+    if failures:
+        write_warning(f"{len(failures):,} of {len(found) + len(failures):,} files could not be read")
+    return _SOME_FAILED if failures else 0
 
 
-def _compile(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tuple[Run, str]:
+def _find(paths: Sequence[Path]) -> tuple[list[Path], Failures]:
+    from repvgg.data import list_images
+
+    files: list[Path] = []
+    failures: Failures = {}
+    for path in paths:
+        try:
+            files += list_images([path])
+        except DataError as error:
+            if len(paths) == 1:
+                raise
+            failures[str(path)] = f"is left out: {first_line(error)}" if path.exists() else "does not exist"
+    return files, failures
+
+
+def _nothing_read(failures: Failures) -> DataError:
+    file, reason = next(iter(failures.items()))
+    more = f", and {len(failures) - 1} more could not be read" if len(failures) > 1 else ""
+    return DataError(f"{file!r} {reason}{more}: name images that can be read.")
+
+
+def _load(path: Path, engine: str, input_size: int | None, batch: int, threads: int | None) -> _Classifier:
+    from repvgg.deploy import PROGRAM_SUFFIXES, load_program
+    from repvgg.models import collapse_loaded, load
+
+    if path.suffix in PROGRAM_SUFFIXES:
+        program = load_program(path, threads=threads)
+        if engine == "repvgg" or (engine == "torch" and program.runtime != "torch"):
+            raise UsageError(f"{str(path)!r} runs in {program.runtime}: leave out --engine.")
+        if input_size not in (None, program.metadata.input_size):
+            raise UsageError(
+                f"{str(path)!r} takes images of {program.metadata.input_size} pixels: leave out --input-size."
+            )
+        return _Classifier(program, program.metadata, program.runtime)
+    loaded = load(path)
+    loaded = loaded if loaded.metadata.form == "plain" else collapse_loaded(loaded)
+    about = dataclasses.replace(loaded.metadata, input_size=input_size or loaded.metadata.input_size)
+    run, ran = _compile(loaded.model.float().eval(), (batch, about.in_channels, *(2 * [about.input_size])), engine)
+    return _Classifier(run, about, ran)
+
+
+def _compile(model: RepVGG, shape: tuple[int, ...], engine: str) -> tuple[Run, str]:
     """Return the function to call on images, and the name of the engine behind it."""
     import repvgg.engine
 
@@ -94,22 +176,38 @@ def _compile(model: RepVGG, shape: tuple[int, int, int, int], engine: str) -> tu
         return model, f"torch ({first_line(error)})"
 
 
+def _class_names(path: Path, about: Metadata) -> tuple[str, ...]:
+    try:
+        names = tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The classes {str(path)!r} cannot be read: {first_line(error)}.") from error
+    if len(names) != about.num_classes:
+        raise UsageError(f"{str(path)!r} names {len(names)} classes, but the model has {about.num_classes}.")
+    return names
+
+
 def _predict(
-    files: Sequence[Path], config: DataConfig, shape: tuple[int, int, int, int], run: Run, top: int
-) -> list[TopClasses]:
+    files: Sequence[Path], config: DataConfig, about: Metadata, run: Run, top: int, failures: Failures
+) -> Predictions:
+    """Return the most probable classes of each file that can be read, and add the others to ``failures``."""
     import torch
 
-    from repvgg.data import read_images
+    from repvgg.data import read_usable_images
 
-    batch, channels, size, _ = shape
-    found: list[TopClasses] = []
-    with busy("Predicting"), torch.inference_mode():
-        for begin in range(0, len(files), batch):
-            logits = run(read_images(files[begin : begin + batch], config, size, channels))
-            if not logits.isfinite().all():
-                raise CheckpointError("The model returns NaN or infinity: its weights are broken.")
-            values, numbers = logits.double().softmax(1).topk(top)
-            found += [list(zip(*row, strict=True)) for row in zip(values.tolist(), numbers.tolist(), strict=True)]
+    found: Predictions = []
+    with progress_bar("images") as on_progress, torch.inference_mode():
+        for begin in range(0, len(files), _BATCH):
+            part = files[begin : begin + _BATCH]
+            images, usable, corrupt = read_usable_images(part, config, about.input_size, about.in_channels)
+            failures |= {image.location: image.reason for image in corrupt}
+            if usable:
+                logits = run(images)
+                if not logits.isfinite().all():
+                    raise CheckpointError("The model returns NaN or infinity: its weights are broken.")
+                values, numbers = logits.double().softmax(1).topk(top)
+                rows = zip(values.tolist(), numbers.tolist(), strict=True)
+                found += [(path, list(zip(*row, strict=True))) for path, row in zip(usable, rows, strict=True)]
+            on_progress(min(begin + _BATCH, len(files)), len(files))
     return found
 
 
@@ -117,19 +215,33 @@ def _name(about: Metadata, number: int) -> str:
     return about.classes[number] if about.classes else f"class {number}"
 
 
-def _as_data(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata) -> list[dict[str, Any]]:
+def _as_data(found: Predictions, about: Metadata) -> list[dict[str, Any]]:
     return [
         {
             "file": str(path),
             "top": [{"class": _name(about, number), "index": number, "probability": value} for value, number in row],
         }
-        for path, row in zip(files, found, strict=True)
+        for path, row in found
     ]
 
 
-def _print(files: Sequence[Path], found: Sequence[TopClasses], about: Metadata) -> None:
-    width = max(len(_name(about, number)) for row in found for _, number in row)
-    for path, row in zip(files, found, strict=True):
+def _as_csv(found: Predictions, failures: Failures, about: Metadata, top: int) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    pairs = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, top + 1)]
+    writer.writerow(["file", *(title for pair in pairs for title in pair), "error"])
+    for path, row in found:
+        cells = [cell for value, number in row for cell in (_name(about, number), f"{value:.6f}")]
+        writer.writerow([str(path), *cells, ""])
+    for file, reason in failures.items():
+        writer.writerow([file, *[""] * (2 * top), reason])
+    # Names of files may be bytes that are no text.
+    return text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _print(found: Predictions, about: Metadata) -> None:
+    width = max(len(_name(about, number)) for _, row in found for _, number in row)
+    for path, row in found:
         write_line(str(path))
         for value, number in row:
             write_line(f"  {_name(about, number):{width}}  {100 * value:6.2f}%")

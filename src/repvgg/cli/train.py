@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TERMINATED = 143  # what shells report for a program ended by SIGTERM
 _OUT = "folder of the run (default: runs/MODEL-RECIPE, or that of the config that is resumed)."
 _CHOOSE = "Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'."
-_SHORT = {"--data": "--data.uri"}
+_SHORT = {"--data": "--data.uri", "--val": "--data.val"}
 
 
 def train(arguments: list[str]) -> int:

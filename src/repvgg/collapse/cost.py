@@ -48,9 +48,10 @@ class Cost:
         return cls(weights * conv.outputs_per_input(sizes), weights)
 
     @classmethod
-    def of_symbol(cls, symbol: SymbolicTensor) -> Cost:
-        """Return the cost of the module that computes ``symbol`` from its source."""
-        return cls.of_map(symbol.map, symbol.source.sizes)
+    def of_symbol(cls, symbol: SymbolicTensor, averaged: bool = False) -> Cost:
+        """Return the cost of the module that computes ``symbol``, from its source or (``averaged``) from its mean."""
+        cost = cls.of_map(symbol.map, symbol.source.sizes)
+        return cls(cost.weights * symbol.source.outputs_per_input(symbol.map, True), cost.weights) if averaged else cost
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.multiply_adds + other.multiply_adds, self.weights + other.weights)

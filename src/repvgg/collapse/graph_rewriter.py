@@ -161,7 +161,7 @@ class ForwardRewriter:
             self.removed.append(str(node.target))
         # A folded scale or bias would otherwise remain as an unused parameter.
         for constant in inputs:
-            if not constant.users and is_constant(constant):
+            if not constant._erased and not constant.users and is_constant(constant):
                 self._erase(constant)
 
     def finish(self) -> None:

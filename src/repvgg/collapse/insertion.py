@@ -51,15 +51,15 @@ def insertion_points(
     host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
     found: list[InsertionPoint] = []
     whole = [frame for frame in host.stack() if _is_whole(region, frame) and may_replace(frame)]
-    if whole:
+    if whole and region.value.symbol.is_convolution:
         found.append(InsertionPoint("module", whole[-1].path))
-    if region.is_chain:
+    if region.layout_in_place is not None:
         functions = [step.node for step in region.steps if step.node.op != "call_module" and step.computes]
         if functions and region.first_convolution is functions[0] and own_kernel(region, recording):
             functions = functions[1:]
         owner = recording.owner(region.first_convolution)
         found.append(InsertionPoint("chain", owner, frozenset(recording.owner(node) for node in functions)))
-    else:
+    elif region.value.symbol.is_convolution:
         rewritten = {frame.path for stack in stacks for frame in stack[: stack.index(host) + 1]}
         found.append(InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path})))
     return found

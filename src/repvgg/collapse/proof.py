@@ -86,8 +86,14 @@ def _rounding_bound(after: nn.Module, exact: nn.Module, image: Tensor) -> float:
     return float(UNIT_ROUNDOFF[dtype] * absolute(image.abs().to(parameter.device)).max())
 
 
-def image_for(conv: ConvMap, layout: Layout) -> Tensor:
-    """Return one small input on which every tap, every phase of the strides and every border counts."""
+def image_for(conv: ConvMap, layout: Layout, shape: Sequence[int] | None = None) -> Tensor:
+    """Return one small input on which every tap, every phase of the strides and every border counts.
+
+    With ``shape``, it has that shape, as code that reshapes to numbers requires it.
+    """
+    if shape is not None:
+        flat = border_inputs((1, 1, math.prod(shape[:-1]), shape[-1]), batches=1, dtype=torch.float64)[0]
+        return flat.view(*shape)
     if layout.rows:
         rows = border_inputs((4, conv.in_channels, 1, 1), batches=1, dtype=torch.float64)[0].flatten(1)
         return rows.view(*(1,) * ((layout.rank or 2) - 2), 4, conv.in_channels)

@@ -242,12 +242,18 @@ class _Search:
         return set()
 
     def _cut_candidates(self, region: Region) -> set[fx.Node]:
-        """Return nodes that are read in another forward; if there are none, nodes where branches meet; else all."""
+        """Return nodes whose axes are then rearranged; else nodes that are read in another forward; else others.
+
+        The others are those where branches meet, or if there are none all.
+        """
         owner, nodes = self.recording.owner, [step.node for step in region.steps]
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
         every = {n for node in nodes for n in self._inputs_in_region(node)}
-        return next((cuts for cuts in (seams, joins, every) if cuts - self.values.cuts), set())
+        kept = {node for node in every if self.values.by_node[node].symbol.has_axes_of_source}
+        ends = {n for node in every - kept for n in self._inputs_in_region(node) & kept}
+        ends |= set() if region.value.symbol.has_axes_of_source else self._inputs_in_region(region.exit) & kept
+        return next((cuts for cuts in (ends, seams, joins, every) if cuts - self.values.cuts), set())
 
     def _is_candidate(self, value: Value) -> bool:
         return value.is_worthwhile and self._pays(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from repvgg.algebra import ConvMap
+from repvgg.algebra import ConvMap, over_axes
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
 from repvgg.collapse.insertion import Replacement
@@ -130,18 +130,25 @@ class _PlanApplier:
         self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
     ) -> None:
         region, point = found.region, found.insertion
-        symbol = solve_region(region)
         modules = [scope.module.get_submodule(path) for path in region.called_modules]
         host = scope.module.get_submodule(point.host)
         if point.kind == "module":
             modules = [host]
+        try:
+            symbol = solve_region(region)
+        except ReparamError as error:  # with values, more is known than with shapes
+            self.failed |= dict.fromkeys(modules or [host], str(error))
+            return
         # A region of functions only calls no module; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
-        conv = self._emit(symbol, like, modules or [host])
+        layout = region.layout_in_place if point.kind == "chain" else None
+        conv = self._emit(symbol, like, modules or [host], layout)
         if conv is None:
             return
-        proof = self._prove(lambda: _region_in_float64(region), symbol, conv)
+        same_axes = symbol.has_axes_of_source and layout in (None, symbol.layout)
+        after = conv if same_axes else _Chain(region, conv)
+        proof = self._prove(lambda: _region_in_float64(region), symbol, after)
         if proof.failure:
             self._fail(modules or [host], proof)
             return
@@ -176,7 +183,8 @@ class _PlanApplier:
         proof = NOT_PROVEN
         if self.prove:
             transposed, scaling = _module_in_float64(old, algebra_device(old.weight)), _region_in_float64(region)
-            proof = prove_region(lambda x: scaling(transposed(x)), image_for_transposed(old), new)
+            chain = _Chain(region, new)
+            proof = prove_region(lambda x: scaling(transposed(x)), image_for_transposed(old), chain)
         if proof.failure:
             self._fail(modules, proof)
             return
@@ -217,24 +225,32 @@ class _PlanApplier:
             before = node
         return name
 
-    def _emit(self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module]) -> PlainConv | None:
-        """The convolution, trainable if anything that it replaces was; None if a weight overflows the dtype."""
+    def _emit(
+        self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module], layout: Layout | None = None
+    ) -> PlainConv | None:
+        """The convolution, trainable if anything that it replaces was; None if a weight overflows the dtype.
+
+        It reads tensors of ``layout``; default: that of the source.
+        """
+        layout = layout or symbol.source.layout
         parameters = list(owner.parameters())
         # Frozen only if everything that it replaces was frozen.
         trainable = not parameters or any(p.requires_grad for p in parameters)
         try:
-            return to_module(symbol.map, _reference_tensor(owner), symbol.layout, requires_grad=trainable)
+            conv = over_axes(symbol.map, layout.spatial)
+            return to_module(conv, _reference_tensor(owner), layout, requires_grad=trainable)
         except ReparamError as error:
             self.failed |= dict.fromkeys(replaced, str(error))
             return None
 
     def _prove(
-        self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: PlainConv
+        self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: nn.Module
     ) -> Proof:
         # ``make_before`` converts weights to float64, so it is only called for a proof.
         if not self.prove:
             return NOT_PROVEN
-        return prove_region(make_before(), image_for(symbol.map, symbol.source.layout), after)
+        image = image_for(symbol.map, symbol.source.layout, symbol.source.shape if isinstance(after, _Chain) else None)
+        return prove_region(make_before(), image, after)
 
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form is not equal to it: {proof.failure}"
@@ -281,6 +297,22 @@ def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     return lambda x: evaluator.run_region(region.source, x.to(device), [step.node for step in region.steps])
 
 
+class _Chain(nn.Module):
+    """A chain with the merged convolution in place, between the permutations, reshapes and means that stay."""
+
+    def __init__(self, region: Region, conv: nn.Module) -> None:
+        super().__init__()
+        self.region, self.conv = region, conv
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Chain:
+        return _Chain(self.region, copy.deepcopy(self.conv, memo))  # the region refers to the whole model
+
+    def forward(self, x: Tensor) -> Any:
+        device = next(self.conv.parameters()).device
+        evaluator = Evaluator(self.region.recording, _float64_on(device), keep_kernels=False)
+        return self.region.run_in_place(evaluator, self.conv, x.to(device))
+
+
 def solve_region(region: Region) -> SymbolicTensor:
     """Return the region's convolution with its values, in float64."""
     device = algebra_device(first_float(region.recording.module))
@@ -289,6 +321,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
+    source.source.shape = planned.source.shape
     result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
     return result
 

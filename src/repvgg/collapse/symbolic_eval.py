@@ -25,6 +25,7 @@ from repvgg.collapse.modules import is_leaf
 from repvgg.collapse.record import Recording
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
+    ITEM_ASSIGNMENTS,
     InputSpec,
     Layout,
     Source,
@@ -134,16 +135,29 @@ class Value:
         return sum((step.cost for step in self.steps), Cost())
 
     @cached_property
+    def read(self) -> SymbolicTensor:
+        """What the first convolution of a chain reads; of the source itself if there is none."""
+        value = self
+        while value.inputs and value.step is not None and not value.is_first_convolution:
+            value = value.inputs[0]
+        return value.inputs[0].symbol if value.inputs else value.start.symbol if value.start else value.symbol
+
+    @property
+    def is_first_convolution(self) -> bool:
+        """Whether its step is the first with a convolution."""
+        return next((step for step in self.steps if "conv" in step.operations), None) is self.step
+
+    @cached_property
     def merged_cost(self) -> Cost:
-        """The cost of the one convolution that computes it from the source."""
-        return Cost.of_symbol(self.symbol)
+        """The cost of the one convolution that computes it."""
+        return Cost.of_symbol(self.symbol, averaged=bool(self.read.arrangement.averaged))
 
     @cached_property
     def is_worthwhile(self) -> bool:
         """Whether it consists of a convolution and at least one more operation."""
         operations = sum(step.number_of_operations for step in self.steps)
         has_conv = any("conv" in step.operations for step in self.steps)
-        return operations >= 2 and has_conv and not self.symbol.is_flattened
+        return operations >= 2 and has_conv and self.symbol.why_unreadable() is None
 
     def continues(self, node: fx.Node) -> bool:
         """Whether it is computed from ``node``, and ``node`` is in the same region."""
@@ -202,6 +216,29 @@ class Region:
         """
         return next((step.node for step in self.steps if "conv" in step.operations), self.source)
 
+    @property
+    def layout_in_place(self) -> Layout | None:
+        """The layout of what the first convolution of a chain reads, if the merged one can take its place; else None.
+
+        Permutations, reshapes and means of a chain stay. A pointwise convolution fits anywhere among them.
+        """
+        symbol = self.value.read
+        fits = symbol.has_axes_of_source or self.value.symbol.map.is_pointwise
+        return symbol.layout if fits and self.is_chain else None
+
+    def run_in_place(self, evaluator: Evaluator, convolution: Callable[[Any], Any], x: Any) -> Any:
+        """Run the chain with ``convolution`` in place of its first one, and without the others."""
+        first = self.first_convolution
+        values = {self.source: convolution(x) if first is self.source else x}
+        previous = self.source
+        for node, step in [(step.node, step) for step in self.steps]:
+            if node is first or step.computes:
+                values[node] = convolution(values[previous]) if node is first else values[previous]
+            else:
+                values[node] = evaluator.run(node, evaluator.with_constants(values))
+            previous = node
+        return values[previous]
+
 
 class Evaluator:
     """Evaluate nodes of an recording graph, with all parameters and buffers passed through ``convert``.
@@ -235,15 +272,20 @@ class Evaluator:
     def run_region(self, source: fx.Node, value: Any, nodes: Sequence[fx.Node]) -> Any:
         """Return the last of ``nodes``, a linear region in execution order, for ``source`` = ``value``."""
         values: dict[fx.Node, Any] = {source: value}
+        value_of = self.with_constants(values)
+        for node in nodes:
+            value_of(node)
+        return values[nodes[-1]]
+
+    def with_constants(self, values: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
+        """Return a function that returns values of nodes, and computes and adds those that are not there yet."""
 
         def value_of(node: fx.Node) -> Any:
             if node not in values:  # a constant, or computed from constants
                 values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
             return values[node]
 
-        for node in nodes:
-            value_of(node)
-        return values[nodes[-1]]
+        return value_of
 
     def constant(self, node: fx.Node) -> Any:
         """Return the parameter, buffer or attribute that ``node`` names."""
@@ -454,6 +496,9 @@ class SymbolicValues:
             result = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
+        # A padding that nothing writes to is read as it is.
+        if not any(user.target in ITEM_ASSIGNMENTS for user in node.users) and (error := result.why_unreadable()):
+            raise error
         operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
         leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])
         step = Step(node, self.order[node], operations, cost, leaf)
@@ -483,6 +528,7 @@ class SymbolicValues:
     def _start(self, node: fx.Node, spec: InputSpec) -> Value:
         source = Source(self._options.merge_branches)
         symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
+        source.shape = tuple(self._options.shapes[node]) if node in self._options.shapes else None
         # Rows have no borders, so their cost per row is exact without sizes.
         if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
             source.sizes = tuple(self._options.shapes[node][2:])
@@ -548,8 +594,8 @@ class SymbolicValues:
                 errors.append(error)
             except KeyError:  # it also needs a tensor that does not depend on the probe
                 continue
-            # Functions that keep the channels return the probe itself: go on with their users.
-            if known.get(node) is probe:
+            # Functions that keep the channels return a probe: go on with their users.
+            if isinstance(known.get(node), ChannelProbe):
                 for user in node.users:
                     heapq.heappush(waiting, (self.order[user], user))
         if errors:

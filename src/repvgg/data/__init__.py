@@ -12,7 +12,14 @@ from repvgg.errors import require
 
 if TYPE_CHECKING:
     from repvgg.data.check import CheckReport, check_data
-    from repvgg.data.dataset import ImageData, list_images, open_data, read_images
+    from repvgg.data.dataset import (
+        ImageData,
+        list_images,
+        open_data,
+        open_evaluation_data,
+        read_images,
+        read_usable_images,
+    )
     from repvgg.data.decode import CorruptImageLog
     from repvgg.data.loaders import TrainLoader, ValLoader
 
@@ -29,7 +36,9 @@ _LAZY = {
     "check_data": "check",
     "list_images": "dataset",
     "open_data": "dataset",
+    "open_evaluation_data": "dataset",
     "read_images": "dataset",
+    "read_usable_images": "dataset",
 }
 _ALIASES = {"BadImages": "CorruptImageLog", "HeldOutLoader": "ValLoader", "OpenedData": "ImageData"}  # former names
 
@@ -48,7 +57,9 @@ __all__ = [
     "check_data",
     "list_images",
     "open_data",
+    "open_evaluation_data",
     "read_images",
+    "read_usable_images",
 ]
 
 

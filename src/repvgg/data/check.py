@@ -24,7 +24,6 @@ from repvgg.errors import DataError, UsageError
 
 TRAIN, VALIDATION = "train", "validation"
 _JSON_NAMES = {TRAIN: "train", VALIDATION: "held out"}  # keys of the JSON report, unchanged since its first version
-_EXIF_ORIENTATION = 0x0112
 _PLAIN_MODES = ("RGB", "L")
 
 
@@ -227,7 +226,5 @@ def _remarks(image: Image.Image) -> Iterable[str]:
         yield f"converted from mode {image.mode}"
     if min(image.size) == 1:
         yield "one pixel high or wide"
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        yield "has an EXIF orientation, which is not applied"
     if getattr(image, "is_animated", False):
         yield "has several frames, of which the first is used"

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
+from repvgg._serde import check_finite
 from repvgg.errors import UsageError
 
 Crop = Literal["none", "random-resized", "pad"]
@@ -51,6 +52,7 @@ class AffineJitter:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not (0 <= self.degrees <= 180 and 0 <= self.translate < 1 and 0 <= self.scale < 1):
             raise UsageError(f"A jitter takes degrees in [0, 180] and translate and scale in [0, 1), got {self}.")
 
@@ -95,6 +97,7 @@ class Augment:
     jitter: AffineJitter = field(default_factory=AffineJitter)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check_choice("crop", self.crop, get_args(Crop))
         _check_choice("policy", self.policy, get_args(Policy))
         for name, probability in (("flip", self.flip), ("erase", self.erase)):
@@ -136,6 +139,8 @@ class DataConfig:
         on_bad: "raise" at a corrupt image, or "skip" and count it.
         cache: "memory" keeps decoded images in memory, "none" decodes them every epoch; "auto" caches where all images
             have one size of at most 128 pixels and take at most 1 GiB.
+        allow_commands: run the shell command of ``webdataset:pipe:COMMAND``. Config files cannot set it, because they
+            may come from strangers.
 
     Raises:
         UsageError: a value is out of its range.
@@ -154,8 +159,10 @@ class DataConfig:
     workers: int = 0
     on_bad: OnBad = "raise"
     cache: Cache = "auto"
+    allow_commands: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check_choice("interpolation", self.interpolation, get_args(Interpolation))
         _check_choice("on_bad", self.on_bad, get_args(OnBad))
         _check_choice("cache", self.cache, get_args(Cache))

@@ -26,7 +26,7 @@ from repvgg.data.map_style import (
     decode_all,
     should_cache,
 )
-from repvgg.data.sources import check_splits, open_source
+from repvgg.data.sources import EvalSplit, check_splits, open_evaluation_source, open_source
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images
 from repvgg.data.streaming import StreamDataset, StreamTrainLoader, StreamValLoader
 from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop
@@ -54,6 +54,23 @@ def open_data(config: DataConfig, *, seed: int = 0) -> ImageData:
     source = open_source(config)
     check_splits(source, config.uri)
     return ImageData(config, source, seed)
+
+
+def open_evaluation_data(config: DataConfig, split: EvalSplit | None = None) -> ImageData:
+    """Open the images of a dataset to evaluate a model on, as the validation images of the result.
+
+    Args:
+        config: the dataset and its transforms.
+        split: "train" or "val", as :func:`open_data` splits the images, or "all"; None takes the validation split of a
+            dataset that has one, and all images of any other, such as a folder of class folders.
+
+    Returns:
+        The data; there are no training images, and the first note says which images these are.
+
+    Raises:
+        UsageError, DataError, MissingDependencyError: see :func:`open_data`; classes may be without images.
+    """
+    return ImageData(config, open_evaluation_source(config, split), seed=0)
 
 
 @final
@@ -317,7 +334,8 @@ def list_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 def _images_in(folder: Path) -> list[Path]:
     try:
-        found = sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+        # A FIFO or a device stays in the list: decode() reports it.
+        found = sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
     except OSError as error:
         raise DataError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
     if not found:
@@ -337,15 +355,31 @@ def read_images(files: Sequence[Path], config: DataConfig, size: int, channels: 
     Raises:
         DataError: an image is corrupt.
     """
+    images, _, corrupt = read_usable_images(files, config, size, channels)
+    if corrupt:
+        raise DataError(f"{corrupt[0]}: fix it, or leave it out.")
+    return images
+
+
+def read_usable_images(
+    files: Sequence[Path], config: DataConfig, size: int, channels: int
+) -> tuple[Tensor, list[Path], list[CorruptImage]]:
+    """Read those images that can be read; see :func:`read_images`.
+
+    Returns:
+        The images, their files, and the corrupt images, each in the order of ``files``.
+    """
     crop = CenterCrop(config, size, channels)
-    pixels = []
+    pixels, usable, corrupt = [], [], []
     for path in files:
         image = decode(path, str(path))
         cropped = image if isinstance(image, CorruptImage) else crop(image, str(path))
         if isinstance(cropped, CorruptImage):
-            raise DataError(f"{cropped}: fix it, or leave it out.")
-        pixels.append(cropped)
+            corrupt.append(cropped)
+        else:
+            pixels.append(cropped)
+            usable.append(path)
     mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
     normalize = Normalize(per_channel("mean", mean, channels), per_channel("std", std, channels))
-    normalized: Tensor = normalize(torch.stack(pixels))
-    return normalized
+    images: Tensor = normalize(torch.stack(pixels)) if pixels else torch.zeros(0, channels, size, size)
+    return images, usable, corrupt

@@ -35,7 +35,7 @@ from repvgg.data.loaders import (
 )
 from repvgg.data.splits import MapSplit
 from repvgg.data.transforms import BatchTransforms, Crop, Uncropped
-from repvgg.errors import DataError, UsageError
+from repvgg.errors import DataError, UsageError, is_out_of_memory
 
 # What "auto" caches: above these, reading a file costs little next to training on it, and memory is short.
 MAX_BYTES = 2**30  # per split
@@ -142,6 +142,7 @@ def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> Cached
 
     Raises:
         DataError: an image is corrupt and ``on_bad`` is "raise", or all are.
+        UsageError: they do not fit into memory.
     """
     images: Tensor | None = None
     corrupt: dict[int, CorruptImage] = {}
@@ -153,13 +154,23 @@ def decode_all(split: MapSplit, crop: Crop, on_bad: str, workers: int) -> Cached
             corrupt[index] = pixels
             continue
         if images is None:  # the first readable image gives the size
-            images = torch.zeros(len(split), *pixels.shape, dtype=torch.uint8)
+            images = _allocate(len(split), pixels)
         if pixels.shape != images.shape[1:]:
             return None
         images[index] = pixels
     if images is None:
         raise DataError(f"None of the {len(split)} images can be read: {next(iter(corrupt.values()))}.")
     return CachedImages(images, corrupt)
+
+
+def _allocate(number: int, like: Tensor) -> Tensor:
+    try:
+        return torch.zeros(number, *like.shape, dtype=torch.uint8)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = number * like.numel() / 2**30
+        raise UsageError(f"{number:,} images take {size:,.0f} GiB of memory: use cache='none'.") from error
 
 
 def _decode_and_crop(split: MapSplit, crop: Crop, index: int) -> Tensor | CorruptImage:

@@ -64,6 +64,28 @@ class SubsetSplit(MapSplit):
 
 
 @final
+class JoinedSplit(MapSplit):
+    """Two splits of the same classes, one after the other."""
+
+    def __init__(self, first: MapSplit, second: MapSplit) -> None:
+        self.classes = first.classes
+        self.labels = torch.cat([first.labels, second.labels])
+        self._splits = first, second
+
+    def location(self, index: int) -> str:
+        split, inside = self._find(index)
+        return split.location(inside)
+
+    def image(self, index: int) -> Image.Image | CorruptImage:
+        split, inside = self._find(index)
+        return split.image(inside)
+
+    def _find(self, index: int) -> tuple[MapSplit, int]:
+        first, second = self._splits
+        return (first, index) if index < len(first) else (second, index - len(first))
+
+
+@final
 class FileSplit(MapSplit):
     """Image files below the folder ``root``; ``paths`` are relative to it."""
 

@@ -1,11 +1,14 @@
 """Export models to files, run them, and ship a file only after it has been verified."""
 
+from repvgg.deploy.loading import PROGRAM_SUFFIXES, LoadedProgram, load_program
 from repvgg.deploy.onnx import OnnxExport, OnnxRunner, export_onnx
 from repvgg.deploy.shipping import SUFFIXES, Shipped, check_target, export_weights, images_for, ship
 from repvgg.deploy.torch_export import ProgramExport, ProgramRunner, export_program
 
 __all__ = [
+    "PROGRAM_SUFFIXES",
     "SUFFIXES",
+    "LoadedProgram",
     "OnnxExport",
     "OnnxRunner",
     "ProgramExport",
@@ -16,5 +19,6 @@ __all__ = [
     "export_program",
     "export_weights",
     "images_for",
+    "load_program",
     "ship",
 ]

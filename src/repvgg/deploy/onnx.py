@@ -52,6 +52,7 @@ def export_onnx(
     *,
     overwrite: bool = False,
     dynamic_batch: bool = True,
+    notes: Mapping[str, str] | None = None,
 ) -> OnnxExport:
     """Write ``model``, as it computes in eval mode, to one ONNX file from ``image`` (N, C, H, W) to ``logits``.
 
@@ -65,6 +66,7 @@ def export_onnx(
         input_shape: (C, H, W) of one image. Height and width are fixed in the file.
         overwrite: replace a file at ``path``.
         dynamic_batch: leave N open; otherwise it is 1.
+        notes: texts to store in the file by name, as its ``metadata_props``.
 
     Raises:
         OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
@@ -81,6 +83,8 @@ def export_onnx(
     checker = require("onnx", "onnx").checker
     # Two images for a dynamic batch: torch.export specializes on sizes of 0 and 1.
     proto = _capture(model, example_input(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
+    for name, text in (notes or {}).items():
+        proto.metadata_props.add(key=name, value=text)
     with atomic_write(target, overwrite=overwrite) as part:
         part.write_bytes(proto.SerializeToString())
         try:
@@ -156,6 +160,7 @@ class OnnxRunner:
         path: the file.
         input_shape: axes of the input; None where the file leaves one open.
         dtype: of the input.
+        notes: the texts that are stored in the file, by name.
 
     Raises:
         ExportError: the file does not exist, is not valid ONNX, or has not one input and one output.
@@ -174,6 +179,7 @@ class OnnxRunner:
         self._input, self._output = inputs[0].name, outputs[0].name
         self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in inputs[0].shape)
         self.dtype = _DTYPES[inputs[0].type]
+        self.notes: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the output of the network on ``x``, on the CPU.

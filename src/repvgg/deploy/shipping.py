@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from repvgg._files import atomic_write, check_output
 from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
-from repvgg.deploy.torch_export import ProgramRunner, export_program
+from repvgg.deploy.torch_export import NOTES, ProgramRunner, export_program
 from repvgg.errors import ExportError, RepvggError, UsageError, first_line
 from repvgg.models import RepVGG, describe_model
 from repvgg.verify import Evidence, border_inputs, isolated_eval, verify
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors")
-NOTES = "repvgg.json"  # name of the notes in a .pt2 file
 HEADER = "repvgg.plain"  # name of the notes in the header of a .safetensors file
 _SIZES = 3  # the given one and two odd ones
 _BATCH = 2
@@ -103,7 +102,7 @@ def _write_and_load(
     plain: nn.Module, path: Path, shape: Shape, notes: Mapping[str, str], *, dynamic_batch: bool
 ) -> Callable[[Tensor], Tensor]:
     if path.suffix == ".onnx":
-        export_onnx(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch)
+        export_onnx(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes=notes)
         return OnnxRunner(path)
     export_program(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes={NOTES: json.dumps(notes)})
     return ProgramRunner(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import warnings
@@ -20,6 +21,8 @@ from torch.export import Dim, ExportedProgram
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
 from repvgg.errors import ExportError, OutputError, UsageError, first_line
+
+NOTES = "repvgg.json"  # name of the notes in a .pt2 file
 
 
 def check_image_shape(shape: tuple[int, int, int]) -> None:
@@ -121,6 +124,8 @@ class ProgramRunner:
         path: the file.
         program: the result of ``torch.export.load``.
         module: the program as a module.
+        input_shape: axes of the input; None where the file leaves one open.
+        notes: the text that is stored in the file under :data:`NOTES`, parsed; empty if there is none.
 
     Raises:
         ExportError: the file does not exist, or is not an exported program with one input.
@@ -128,9 +133,12 @@ class ProgramRunner:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.program = _load(self.path)
+        self.program, self.notes = _load(self.path)
         if len(self.program.graph_signature.user_inputs) != 1:
             raise ExportError(f"{str(path)!r} is not a program with one input.")
+        (name,) = self.program.graph_signature.user_inputs
+        axes = next(node.meta["val"].shape for node in self.program.graph.nodes if node.name == name)
+        self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in axes)
         self.module = self.program.module()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -142,13 +150,16 @@ class ProgramRunner:
         return f"ProgramRunner({str(self.path)!r})"
 
 
-def _load(path: Path) -> ExportedProgram:
+def _load(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     if not path.is_file():
         raise ExportError(f"There is no file {str(path)!r}: export the model first.")
     if not zipfile.is_zipfile(path):  # PyTorch's own error names internals of its archive reader
         raise ExportError(f"{str(path)!r} is not an exported program.")
     try:
         with silence():
-            return torch.export.load(path)
+            texts = {NOTES: ""}  # filled by torch.export.load
+            program = torch.export.load(path, extra_files=texts)
+            notes = json.loads(texts[NOTES]) if texts[NOTES] else {}
+            return program, {name: str(text) for name, text in notes.items()}
     except Exception as error:
         raise ExportError(f"{str(path)!r} cannot be loaded as an exported program: {first_line(error)}.") from error

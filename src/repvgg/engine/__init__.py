@@ -3,7 +3,8 @@
 The passes, from a module to a call, and the values between them::
 
     compiled_model.py  ``compile``, and the callable that it returns, with an executable for each input size
-    frontend.py        nn.Module or FX graph  -> layers           (torch_backend.py: for torch.compile)
+    recorder.py        nn.Module or FX graph  -> calls            (run on a copy, on tensors without values)
+    frontend.py        calls                  -> layers           (torch_backend.py: for torch.compile)
     graph.py           layers, input shape    -> shapes           (the layers; shape inference)
     planner/           layers, shapes, target -> plan             (algorithm selection, layouts, lowering, buffers)
     executable.py      plan                   -> step table       (its code, buffers and packed weights)

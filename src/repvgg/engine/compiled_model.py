@@ -22,7 +22,7 @@ from repvgg._contexts import eval_mode
 from repvgg.engine.codegen.jit import VectorIsa, host_isa
 from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
-from repvgg.engine.graph import Floats, Layer, Shape
+from repvgg.engine.graph import Floats, Layer, Linear, Pool, Shape, infer_shapes
 from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
@@ -97,7 +97,7 @@ def compile(  # noqa: A001 - as torch.compile
         known = ", ".join(map(repr, ERROR_GROWTH_LIMITS))
         raise UsageError(f"precision must be one of {known}, not {precision!r}.")
     try:
-        return CompiledModel(read(model), shape, host_isa(), threads, precision, search)
+        return CompiledModel(read(model, shape[1]), shape, host_isa(), threads, precision, search)
     except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
         if not fallback:
             raise
@@ -169,14 +169,18 @@ class CompiledModel:
         """Compute the output for float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
 
         Images of any strides, including channels_last, are read in place. The output is new memory: (n, O) after a
-        global pool, else (n, O, H, W).
+        global pool, else (n, O, H, W); n may be 0.
 
         Raises:
-            UsageError: the images have the wrong shape, dtype or device, or another thread is running this model.
+            UsageError: the images have the wrong shape, dtype or device, or no memory of their own (as fake, sparse
+                and nested tensors, and those that torch.func passes), or another thread is running this model.
             UnsupportedError: the images are too small for the network.
         """
         images = view_input(x, self.input_shape[1])
         count = images.shape[0]
+        if count == 0:
+            output = self._no_output(images.shape)
+            return torch.from_numpy(output) if isinstance(x, Tensor) else output
         executable = self._enter(images)
         try:
             self._pool.run(executable.step_addresses.start, len(executable.step_addresses), count)
@@ -189,6 +193,8 @@ class CompiledModel:
         """Measure each step: the median of ``repeats`` runs on ``x``. Raises as :meth:`__call__`."""
         images = view_input(x, self.input_shape[1])
         count = images.shape[0]
+        if count == 0:
+            raise UsageError("There is nothing to measure: pass at least one image.")
         executable = self._enter(images)
         try:
             steps = executable.plan.steps
@@ -220,6 +226,12 @@ class CompiledModel:
         isa = None if target.isa == host_isa() else target.isa  # the unpickling machine may have another processor
         arguments = self._layers, self.input_shape, isa, self._requested_threads, target.precision, self._search
         return CompiledModel, arguments
+
+    def _no_output(self, shape: Shape) -> Floats:
+        """Return the output for no images."""
+        output = infer_shapes(self._layers, shape)[-1]
+        flat = any(isinstance(layer, (Pool, Linear)) for layer in self._layers)
+        return np.zeros((0, output.channels, *(() if flat else output.size)), np.float32)
 
     def _enter(self, x: InputView) -> Executable:
         """Return the executable for a checked input, set to read it. On return, the lock is held."""

@@ -1,84 +1,121 @@
-"""The frontend: reads a module or an FX graph into a list of layers, or names the first node that is not supported.
+"""The frontend: reads a module or an FX graph into a list of layers, or names the first call that is not supported.
 
-torch.fx traces the module's own ``forward`` in eval mode. No tensor is computed.
+The model's own ``forward`` is recorded in eval mode; see :mod:`repvgg.engine.recorder`. It is recorded at several
+sizes, and must do the same at all of them, because the layers are used for all sizes.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, TypeAlias, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repvgg._contexts import eval_mode
-from repvgg.engine.graph import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool
+from repvgg.engine.graph import Conv, ConvGeometry, Floats, Gate, Layer, Linear, Pair, Pool, pair
+from repvgg.engine.recorder import ARGUMENTS, Call, ImageSize, Recording, copy_of, record, runs_code_of_torch
+from repvgg.engine.runtime.memory import why_unreadable
 from repvgg.errors import UnsupportedError, typed_line
 
-# What a node calls: the exact class of a module (a subclass may override forward), a function, or a method's name.
-Targets: TypeAlias = tuple[Any, ...]
-CONV: Targets = (nn.Conv2d, torch.conv2d)
-LINEAR: Targets = (nn.Linear, F.linear)
-RELU: Targets = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
-SIGMOID: Targets = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")
-MUL: Targets = (operator.mul, torch.mul, "mul")
-NO_OPS: Targets = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
-DROPOUT: Targets = (F.dropout, F.dropout2d)
-FLATTEN: Targets = (nn.Flatten, torch.flatten, "flatten")
-MEAN: Targets = (torch.mean, "mean")
-POOL: Targets = (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, *MEAN)
+Axes: TypeAlias = tuple[str, ...]
 
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of conv2d and of linear
+# Names of functions, see repvgg.engine.recorder.
+RELU = ("relu", "relu_")
+SIGMOID = ("sigmoid", "sigmoid_")
+MUL = ("mul", "mul_", "multiply", "multiply_")
+POOL = ("adaptive_avg_pool2d", "avg_pool2d", "mean")
+RESHAPE = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as", "reshape_as", "__getitem__")
+NO_OPS = ("contiguous", "to", "cpu", "float", "type_as", "detach", "clone", "alias")  # if dtype and shape stay
+
+# What the axes of a value are.
+MAPS: Axes = ("N", "C", "H", "W")
+VECTORS: Axes = ("N", "C")
+
+#: Batch, height and width of the recordings: prime numbers, so that a shape tells its axes apart; even and odd ones;
+#: and a single image, which some functions treat differently. Large enough for networks of any stride.
+RECORDED_SIZES = ((7919, 4099, 4111), (2, 4096, 6144), (1, 4098, 2999))
 
 
-def read(model: nn.Module) -> list[Layer]:
+def read(model: nn.Module, channels: int | None = None) -> list[Layer]:
     """Read the layers of a plain network in execution order, with copies of their weights.
 
     Args:
         model: convolutions, ReLUs and squeeze-and-excitation gates in a chain, then optionally a global average pool
-            and linear layers. It is traced in eval mode, and not changed.
+            and linear layers. It is read in eval mode, and not changed.
+        channels: of the images; by default those that the first convolution takes.
 
     Raises:
         UnsupportedError: a part of the model is not supported; the message names it.
     """
-    if fx.Tracer().is_leaf_module(model, ""):  # the root is always traced into, even if it is a single nn.Conv2d
-        model = nn.Sequential(model)
-    return _Reader(_trace(model), model, {}).layers()
+    if runs_code_of_torch(model) and not isinstance(model, nn.Sequential):
+        model = nn.Sequential(model)  # messages name the layers inside of a model
+    copied, paths = copy_of(model)
+    if channels is None:
+        channels = next((one.in_channels for one in model.modules() if isinstance(one, nn.Conv2d)), 3)
+    found: list[Layer] | None = None
+    for batch, height, width in RECORDED_SIZES:
+        recording = record(copied, (batch, channels, height, width), paths)
+        layers = _Reader(recording, type(model).__name__).layers()
+        if found is not None and not _are_same(found, layers):
+            raise UnsupportedError(
+                f"{type(model).__name__} computes something else for images of another number or size: "
+                "remove what depends on their shape."
+            )
+        found = layers
+    assert found is not None
+    return [_with_own_memory(layer) for layer in found]
 
 
-def read_graph(graph: fx.Graph, root: nn.Module, constants: Mapping[fx.Node, object]) -> list[Layer]:
-    """Read the layers of a traced graph that returns a tuple of one tensor.
+def read_graph(graph: fx.GraphModule, arguments: Sequence[Any], images: int) -> list[Layer]:
+    """Read the layers of a graph of torch.compile, which returns a tuple of one tensor.
 
     Args:
-        graph: calls torch functions and modules.
-        root: the module that its nodes refer to.
-        constants: the values of all placeholders except the images.
+        graph: calls torch functions on its arguments.
+        arguments: of a call. The graph is read for images of this shape.
+        images: index of the images among them; the others are weights and sizes.
 
     Raises:
         UnsupportedError: see :func:`read`.
     """
-    return _Reader(graph, root, constants, returns_tuple=True).layers()
+
+    def forward(x: Tensor) -> Any:
+        return graph(*arguments[:images], x, *arguments[images + 1 :])
+
+    batch, channels, height, width = arguments[images].shape
+    recording = record(forward, (batch, channels, height, width))
+    layers = _Reader(recording, "the graph", returns_tuple=True).layers()
+    return [_with_own_memory(layer) for layer in layers]
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedError(
-                f"{repr(name) if name else 'The model'} has forward hooks, which the engine would not call: "
-                "remove them first."
-            )
-    try:
-        with eval_mode(model):
-            return fx.Tracer().trace(model)
-    except Exception as error:
-        raise UnsupportedError(
-            f"The forward of {type(model).__name__} cannot be traced ({typed_line(error)}): "
-            "remove control flow that depends on values."
-        ) from error
+def _are_same(layers: Sequence[Layer], others: Sequence[Layer]) -> bool:
+    return len(layers) == len(others) and all(map(_is_same, layers, others))
+
+
+def _is_same(layer: Layer, other: Layer) -> bool:
+    if type(layer) is not type(other):
+        return False
+    return all(
+        _is_same_array(one, two) if isinstance(one, np.ndarray) else one == two
+        for one, two in ((getattr(layer, each.name), getattr(other, each.name)) for each in fields(layer))
+    )
+
+
+def _is_same_array(one: Floats, two: Floats) -> bool:
+    same_memory = (one.ctypes.data, one.shape, one.strides) == (two.ctypes.data, two.shape, two.strides)
+    return same_memory or np.array_equal(one, two, equal_nan=True)
+
+
+def _with_own_memory(layer: Layer) -> Layer:
+    """Copy the arrays of a layer, which are those of the model until then."""
+    values: dict[str, Any] = {each.name: getattr(layer, each.name) for each in fields(layer)}
+    arrays: dict[str, Any] = {name: np.array(one, order="C") for name, one in values.items() if _is_array(one)}
+    return replace(layer, **arrays)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)
 
 
 @final
@@ -86,241 +123,297 @@ def _trace(model: nn.Module) -> fx.Graph:
 class _WeightedCall:
     """The arguments of a convolution or of a linear layer, as the model passes them."""
 
-    weight: Any  # a tensor, or a node if the graph computes it
-    bias: Any = None  # the same, or None
+    weight: Any
+    bias: Any = None
     stride: Any = 1
     padding: Any = 0
     dilation: Any = 1
     groups: int = 1
-    padding_mode: str = "zeros"
 
 
 @final
 class _Reader:
-    """Follows the chain of nodes from the input to the output; for the arguments, see :func:`read_graph`."""
+    """Follows the chain of calls from the images to the output."""
 
-    def __init__(
-        self, graph: fx.Graph, root: nn.Module, constants: Mapping[fx.Node, object], *, returns_tuple: bool = False
-    ) -> None:
-        self._root, self._constants, self._returns_tuple = root, constants, returns_tuple
-        self._modules = dict(root.named_modules())
-        self._inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in constants]
+    def __init__(self, recording: Recording, model: str, *, returns_tuple: bool = False) -> None:
+        self._recording, self._model, self._returns_tuple = recording, model, returns_tuple
         self._layers: list[Layer] = []
-        self._flat = False  # set once values are (N, C)
-        handlers: list[tuple[Targets, Callable[[fx.Node], None]]] = [
-            (CONV, self._conv),
+        self._axes = MAPS
+        handlers: list[tuple[Sequence[str], Callable[[Call], None]]] = [
+            (("conv2d",), self._conv),
+            (("pad",), self._refuse_padding),
             (RELU, self._relu),
-            (NO_OPS, lambda node: None),
-            (DROPOUT, self._dropout),
+            (("dropout", "dropout2d"), self._dropout),
             (POOL, self._pool),
-            (FLATTEN, self._flatten),
-            (LINEAR, self._linear),
+            (RESHAPE, self._reshape),
+            (NO_OPS, self._check_no_op),
+            (("linear",), self._linear),
         ]
-        self._handlers = {target: handler for targets, handler in handlers for target in targets}
+        self._handlers = {function: handler for functions, handler in handlers for function in functions}
 
     def layers(self) -> list[Layer]:
-        if len(self._inputs) != 1:
-            raise UnsupportedError(f"The engine needs a network with one input, not {len(self._inputs)}.")
-        previous = node = self._inputs[0]
-        while (node := self._next(node)).op != "output":
-            self._read(node)
-            previous = node
-        if node.args != (((previous,),) if self._returns_tuple else (previous,)):
+        if isinstance(self._recording.error, UnsupportedError):
+            raise self._recording.error
+        call = self._recording.images
+        while (users := self._users(call)) and users[0].function != "output":
+            if len(users) == 2:
+                call = self._gate(call, users)
+                continue
+            if len(users) != 1:
+                self._refuse(call, f"is used {len(users)} times, but the engine needs a chain")
+            call = users[0]
+            self._read(call)
+        output = self._recording.output
+        if self._returns_tuple and isinstance(output, (tuple, list)) and len(output) == 1:
+            output = output[0]
+        if output is not call:
             raise UnsupportedError("The engine needs a network that returns one tensor: return it alone.")
         if not self._layers:
             raise UnsupportedError("The network has no layer: there is nothing to compile.")
-        if isinstance(self._layers[-1], Pool) and not self._flat:
+        if self._pooled() and self._axes != VECTORS:
             raise UnsupportedError("The network ends with a pool of four axes: add a flatten(1) after it.")
+        if self._axes not in (MAPS, VECTORS):
+            self._refuse(call, "returns neither feature maps nor vectors")
         return self._layers
 
-    def _next(self, node: fx.Node) -> fx.Node:
-        """Return the next node of the chain; if a gate begins here, read it and return its final multiplication."""
-        users = list(node.users)
-        if len(users) == 2:
-            return self._gate(node, users)
-        if len(users) != 1:
-            self._refuse(node, f"is used {len(users)} times, but the engine needs a chain")
-        return users[0]
+    def _users(self, call: Call) -> list[Call]:
+        error = self._recording.error
+        if error is not None and not call.users:  # everything up to the failure is supported
+            raise UnsupportedError(
+                f"The forward of {self._model} cannot be traced ({typed_line(error)}): "
+                "remove control flow that depends on values."
+            ) from error
+        return call.users
 
-    def _read(self, node: fx.Node) -> None:
-        target = self._target(node)
-        if target in MUL and self._layers and isinstance(self._layers[-1], Gate):
-            return  # the last node of a gate, which _gate has read
-        handler = self._handlers.get(target)
+    def _read(self, call: Call) -> None:
+        handler = self._handlers.get(call.function)
         if handler is None:
-            self._refuse(node, "is not supported by the engine")
-        handler(node)
+            self._refuse(call, "is not supported by the engine")
+        self._check_dtype(call)
+        handler(call)
 
-    # Nodes: what they call, and with which arguments
+    def _check_dtype(self, call: Call) -> None:
+        if call.dtype is not torch.float32:
+            kind = str(call.dtype).removeprefix("torch.") if call.dtype else "something else than a tensor"
+            self._refuse(call, f"returns {kind}, but the engine computes in float32 only")
 
-    def _target(self, node: fx.Node) -> Any:
-        return type(self._module(node)) if node.op == "call_module" else node.target
+    # Layers
 
-    def _module(self, node: fx.Node) -> Any:
-        return self._modules[str(node.target)]
+    def _conv(self, call: Call) -> None:
+        self._check_maps(call)
+        self._layers.append(self._read_conv(call))
 
-    def _name(self, node: fx.Node) -> str:
-        return str(node.target) if node.op == "call_module" else node.name
+    def _check_maps(self, call: Call) -> None:
+        if self._axes != MAPS:
+            self._refuse(call, "follows the global pool, where the engine supports linear layers only")
 
-    def _weighted_call(self, node: fx.Node) -> _WeightedCall:
-        if node.op != "call_module":
-            given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
-            return _WeightedCall(**{name: self._value(value) for name, value in given.items() if name != "input"})
-        module = self._module(node)
-        # Not module.weight, which a parametrization would compute.
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if type(module) is nn.Linear:
-            return _WeightedCall(weight, bias)
-        return _WeightedCall(
-            weight, bias, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
-        )
-
-    def _value(self, value: Any) -> Any:
-        """Return the value of an argument if it is known before anything runs, else the node that computes it."""
-        if not isinstance(value, fx.Node):
-            return value
-        if value.op != "get_attr":
-            return self._constants.get(value, value)
-        found: Any = self._root
-        for part in str(value.target).split("."):
-            found = getattr(found, part)
-        return found
-
-    def _is_global_pool(self, node: fx.Node) -> bool:
-        target = self._target(node)
-        if target is nn.AdaptiveAvgPool2d:
-            return _pair(self._module(node).output_size) == (1, 1)
-        values = [*node.args[1:], *(value for name, value in node.kwargs.items() if name != "keepdim")]
-        if target is F.adaptive_avg_pool2d:
-            return len(values) == 1 and _pair(values[0]) == (1, 1)
-        axes = values[0] if values and target in MEAN else None
-        return isinstance(axes, (tuple, list)) and sorted(axis % 4 for axis in axes) == [2, 3]
-
-    def _drops_axes(self, pool: fx.Node) -> bool:
-        """Whether a pool returns two axes."""
-        keeps = pool.kwargs.get("keepdim", (*pool.args, False)[2:3] == (True,))  # mean(x, dim, keepdim)
-        return self._target(pool) in MEAN and not keeps
-
-    # Handlers of the nodes of a chain
-
-    def _conv(self, node: fx.Node) -> None:
-        self._check_before_pool(node)
-        self._layers.append(self._read_conv(node))
-
-    def _read_conv(self, node: fx.Node) -> Conv:
-        if self._target(node) not in CONV:
-            self._refuse(node, "is not a convolution, which the engine expects here")
-        call = self._weighted_call(node)
-        if call.padding_mode != "zeros":
-            self._refuse(node, f"has the padding mode {call.padding_mode!r}, but the engine supports 'zeros' only")
-        weight, bias = self._floats(node, call.weight), self._bias(node, call.weight, call.bias)
+    def _read_conv(self, call: Call) -> Conv:
+        given = self._weighted_call(call)
+        weight, bias = self._floats(call, given.weight), self._bias(call, given.weight, given.bias)
         kernel: Pair = weight.shape[2:]
-        stride, dilation = _pair(call.stride), _pair(call.dilation)
-        padding = self._padding(node, call.padding, kernel, dilation)
-        return Conv(self._name(node), weight, bias, ConvGeometry(kernel, stride, padding, dilation, call.groups))
+        stride, dilation = pair(given.stride), pair(given.dilation)
+        padding = self._padding(call, given.padding, kernel, dilation)
+        return Conv(call.name, weight, bias, ConvGeometry(kernel, stride, padding, dilation, int(given.groups)))
 
-    def _padding(self, node: fx.Node, padding: Any, kernel: Pair, dilation: Pair) -> Pair:
+    def _padding(self, call: Call, padding: Any, kernel: Pair, dilation: Pair) -> Pair:
         if padding == "valid":
             return 0, 0
         if not isinstance(padding, str):
-            return _pair(padding)
+            return pair(padding)
         total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
         if any(pixels % 2 for pixels in total):
-            self._refuse(node, "pads one side more than the other: use a kernel of odd size")
+            self._refuse(call, "pads one side more than the other: use a kernel of odd size")
         return total[0] // 2, total[1] // 2
 
-    def _relu(self, node: fx.Node) -> None:
+    def _refuse_padding(self, call: Call) -> None:
+        mode = call.given("input", "pad", "mode").get("mode", "constant")
+        if mode == "constant":
+            self._refuse(call, "pads feature maps by itself: use the padding of the convolution")
+        self._refuse(call, f"has the padding mode {mode!r}, but the engine supports 'zeros' only")
+
+    def _relu(self, call: Call) -> None:
         before = self._layers[-1] if self._layers else None
-        if before is None or isinstance(before, Pool):
-            self._refuse(node, "does not follow a layer that the engine can fuse it into")
+        if before is None or isinstance(before, Pool) or self._axes not in (MAPS, VECTORS):
+            self._refuse(call, "does not follow a layer that the engine can fuse it into")
         self._layers[-1] = replace(before, relu=True)
 
-    def _dropout(self, node: fx.Node) -> None:
-        given = dict(zip(("p", "training"), node.args[1:], strict=False)) | node.kwargs
+    def _dropout(self, call: Call) -> None:
+        given = call.given("input", "p", "training")
         if given.get("training", True) is not False:
-            self._refuse(node, "drops values at random, as in training: pass training=False")
+            self._refuse(call, "drops values at random, as in training: pass training=False")
 
-    def _pool(self, node: fx.Node) -> None:
-        self._check_before_pool(node)
-        if not self._is_global_pool(node):
-            self._refuse(node, "is not a global average pool, the only pooling that the engine supports")
-        self._layers.append(Pool(self._name(node)))
-        self._flat = self._drops_axes(node)
+    def _linear(self, call: Call) -> None:
+        if self._axes != VECTORS:
+            self._refuse(call, "does not follow a global average pool and a flatten(1)")
+        self._layers.append(self._read_linear(call))
 
-    def _check_before_pool(self, node: fx.Node) -> None:
-        if any(isinstance(layer, (Pool, Linear)) for layer in self._layers):
-            self._refuse(node, "follows the global pool, where the engine supports linear layers only")
+    def _read_linear(self, call: Call) -> Linear:
+        given = self._weighted_call(call)
+        return Linear(call.name, self._floats(call, given.weight), self._bias(call, given.weight, given.bias))
 
-    def _flatten(self, node: fx.Node) -> None:
-        if node.op == "call_module":
-            axes = self._module(node).start_dim, self._module(node).end_dim
+    # Pooling and axes
+
+    def _pooled(self) -> bool:
+        return not {"H", "W", "HW"} & {*self._axes}
+
+    def _pool(self, call: Call) -> None:
+        if self._pooled():
+            self._check_maps(call)
+        self._axes = self._axes_after_pool(call, self._axes)
+        if self._pooled():
+            self._layers.append(Pool(call.name))
+
+    def _axes_after_pool(self, call: Call, axes: Axes) -> Axes:
+        """Return the axes of what a pool returns; refuse it if it computes anything but the mean over whole axes."""
+        if call.function == "mean":
+            places = self._reduced(call, len(axes))
+            known = places and all(axes[place] in ("H", "W", "HW", "1") for place in places)
         else:
-            given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
-            axes = given.get("start_dim", 0), given.get("end_dim", -1)
-        follows_pool = bool(self._layers) and isinstance(self._layers[-1], Pool)
-        if axes not in ((1, -1), (1, 3)) or not follows_pool:
-            self._refuse(node, "is not a flatten(1) right after a global average pool")
-        self._flat = True
+            places = (2, 3)
+            known = axes == MAPS and call.shape[2:] == (1, 1) and self._covers_all(call)
+        if not known:
+            self._refuse(call, "is not a global average pool, the only pooling that the engine supports")
+        kept = ["1" if place in places else axis for place, axis in enumerate(axes)]
+        return tuple(axis for place, axis in enumerate(kept) if len(call.shape) == len(axes) or place not in places)
 
-    def _linear(self, node: fx.Node) -> None:
-        if not self._flat:
-            self._refuse(node, "does not follow a global average pool and a flatten(1)")
-        call = self._weighted_call(node)
-        weight, bias = self._floats(node, call.weight), self._bias(node, call.weight, call.bias)
-        self._layers.append(Linear(self._name(node), weight, bias))
+    @staticmethod
+    def _reduced(call: Call, rank: int) -> tuple[int, ...]:
+        """Return the axes that a mean reduces; none if they are not given as numbers."""
+        given = call.given("input", "dim")
+        found = given.get("dim", given.get("axis"))
+        axes: Sequence[Any] = found if isinstance(found, (tuple, list)) else [found]
+        return tuple(axis % rank for axis in axes) if all(isinstance(axis, int) for axis in axes) else ()
+
+    @staticmethod
+    def _covers_all(call: Call) -> bool:
+        """Whether the window of a pool is the whole map at every size."""
+        if call.function == "adaptive_avg_pool2d":
+            return True
+        # avg_pool2d(x, x.shape[2:]): a window of constant size covers the maps of one size of images only.
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        given = call.given(*names)
+        window = given["kernel_size"]
+        whole = isinstance(window, (tuple, list)) and [*map(type, window)] == [ImageSize] * 2
+        return (
+            whole
+            and tuple(map(int, window)) == given["input"].shape[2:]
+            and _is_zero(given.get("padding", 0))
+            and given.get("divisor_override") is None
+        )
+
+    def _reshape(self, call: Call) -> None:
+        self._axes = self._axes_after_reshape(call, self._axes)
+
+    def _axes_after_reshape(self, call: Call, axes: Axes) -> Axes:
+        """Return the axes after a function that keeps the order of the elements; refuse it unless these are known."""
+        before, after = call.args[0].shape, call.shape
+        found: Axes | None = None
+        if call.function == "__getitem__" and not _selects_all(call.args[1]):
+            pass
+        elif after == before:
+            found = axes
+        elif axes == MAPS and after == (*before[:2], before[2] * before[3]):
+            found = "N", "C", "HW"
+        elif not {"H", "W", "HW"} & {*axes} and after[:2] == before[:2] and {*after[2:]} <= {1}:
+            found = *VECTORS, *["1"] * (len(after) - 2)
+        if found is None:
+            self._refuse(call, "is not a flatten(1) right after a global average pool")
+        return found
+
+    def _check_no_op(self, call: Call) -> None:
+        if call.shape != call.args[0].shape:
+            self._refuse(call, "is not supported by the engine")
 
     # Squeeze-and-excitation: x * sigmoid(conv(relu(conv(pool(x)))))
 
-    def _gate(self, node: fx.Node, users: list[fx.Node]) -> fx.Node:
-        """Read the gate that begins at ``node``, and return the multiplication that ends it."""
-        first, product = sorted(users, key=lambda user: self._target(user) in MUL)
-        if self._target(product) not in MUL or not self._layers or not self._is_global_pool(first):
-            self._refuse(node, "has two users that do not form a squeeze-and-excitation gate")
-        self._check_before_pool(first)
-        down, relu, up, sigmoid = self._following(first, 4)
-        if not (self._target(relu) in RELU and self._target(sigmoid) in SIGMOID and set(sigmoid.users) == {product}):
+    def _gate(self, call: Call, users: list[Call]) -> Call:
+        """Read the gate that begins at ``call``, and return the multiplication that ends it."""
+        first, product = sorted(users, key=lambda user: user.function in MUL)
+        if product.function not in MUL or first.function in MUL or not self._layers:
             self._refuse(
-                down, "does not begin a squeeze-and-excitation gate of convolution, ReLU, convolution and sigmoid"
+                call,
+                "has two users that do not form a squeeze-and-excitation gate: merge branches first, "
+                "with repvgg.reparameterize",
             )
-        squeeze, excite = self._matrix(down), self._matrix(up)
-        self._layers.append(Gate(squeeze.name, squeeze.weight, squeeze.bias, excite.weight, excite.bias))
+        if first.function in POOL:
+            self._check_maps(first)
+        steps: list[Any] = []
+        axes, before, following = self._axes, call, first
+        while following is not product:
+            self._check_dtype(following)
+            if following.function in POOL:
+                axes = self._axes_after_pool(following, axes)
+            elif following.function in RESHAPE:
+                axes = self._axes_after_reshape(following, axes)
+            elif following.function in NO_OPS:
+                self._check_no_op(following)
+            else:
+                steps.append(self._step_of_gate(following, axes))
+            users = self._users(following)
+            if len(users) != 1:
+                self._refuse(following, f"is used {len(users)} times inside of a gate")
+            before, following = following, users[0]
+        kinds = [one if isinstance(one, str) else "matrix" for one in steps]
+        if kinds != ["matrix", "relu", "matrix", "sigmoid"] or before.shape != (*call.shape[:2], 1, 1):
+            what = "convolution, ReLU, convolution and sigmoid"
+            self._refuse(first, f"does not begin a squeeze-and-excitation gate of pool, {what}")
+        self._check_dtype(product)
+        down, _, up, _ = steps
+        self._layers.append(Gate(down.name, down.weight, down.bias, up.weight, up.bias))
         return product
 
-    def _following(self, node: fx.Node, count: int) -> list[fx.Node]:
-        """Return the next nodes, each of which is the only user of the one before."""
-        nodes = [node]
-        while len(nodes) <= count:
-            if len(nodes[-1].users) != 1:
-                self._refuse(nodes[-1], "has several users inside of a gate")
-            nodes.append(next(iter(nodes[-1].users)))
-        return nodes[1:]
-
-    def _matrix(self, node: fx.Node) -> Linear:
-        """Read a 1x1 convolution of a single pixel as a matrix."""
-        conv = self._read_conv(node)
+    def _step_of_gate(self, call: Call, axes: Axes) -> Linear | str:
+        if call.function in RELU:
+            return "relu"
+        if call.function in SIGMOID:
+            return "sigmoid"
+        if call.function == "linear" and axes == VECTORS:
+            return self._read_linear(call)
+        if call.function != "conv2d" or axes != (*VECTORS, "1", "1"):
+            self._refuse(call, "is not a convolution of a single pixel, which the engine expects in a gate")
+        conv = self._read_conv(call)
         if conv.geometry != ConvGeometry((1, 1)):
-            self._refuse(node, "is not a 1x1 convolution without groups, as the engine expects in a gate")
+            self._refuse(call, "is not a 1x1 convolution without groups, as the engine expects in a gate")
         return Linear(conv.name, conv.weight[:, :, 0, 0], conv.bias)
 
     # Weights
 
-    def _bias(self, node: fx.Node, weight: Any, bias: Any) -> Floats:
-        return np.zeros(len(weight), np.float32) if bias is None and weight is not None else self._floats(node, bias)
+    def _weighted_call(self, call: Call) -> _WeightedCall:
+        given = call.given(*ARGUMENTS)
+        return _WeightedCall(**{name: value for name, value in given.items() if name != "input"})
 
-    def _floats(self, node: fx.Node, tensor: Any) -> Floats:
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            self._refuse(node, "has weights that are not float32 tensors on the CPU: call model.float().cpu() first")
-        return np.array(tensor.detach().contiguous().numpy(), np.float32, order="C")  # a copy
+    def _bias(self, call: Call, weight: Any, bias: Any) -> Floats:
+        return np.zeros(len(weight), np.float32) if bias is None else self._floats(call, bias)
 
-    def _refuse(self, node: fx.Node, reason: str) -> NoReturn:
-        target = self._target(node)
-        what = target if isinstance(target, str) else target.__name__
-        hint = " Fold batch norms first, with repvgg.reparameterize." if "BatchNorm" in what else ""
-        subject = "The input" if node.op == "placeholder" else f"{self._name(node)!r} ({what})"
+    def _floats(self, call: Call, tensor: Any) -> Floats:
+        if not isinstance(tensor, Tensor) or id(tensor) in self._recording.computed:
+            self._refuse(call, "has weights that its forward computes: the engine needs float32 tensors of the model")
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            self._refuse(call, "has weights that are not float32 tensors on the CPU: call model.float().cpu() first")
+        reason = why_unreadable(tensor)
+        if reason is not None:
+            self._refuse(call, f"has weights that the engine cannot read ({reason})")
+        values: Floats = tensor.detach().resolve_neg().numpy()
+        return values
+
+    def _refuse(self, call: Call, reason: str) -> NoReturn:
+        batch_norm = "BatchNorm" in call.what or "batch_norm" in call.what
+        hint = " Fold batch norms first, with repvgg.reparameterize." if batch_norm else ""
+        subject = "The input" if call.function == "input" else f"{call.name!r} ({call.what})"
         raise UnsupportedError(f"{subject} {reason}.{hint}")
 
 
-def _pair(value: Any) -> Pair:
-    """Expand a number to both axes."""
-    first, second = (value, value) if isinstance(value, int) else (*value, *value)[:2]
-    return int(first), int(second)
+def _selects_all(index: Any) -> bool:
+    """Whether an index selects all elements of its axes, or the first or last, which may be the only one."""
+    index = index if isinstance(index, tuple) else (index,)
+    return all(
+        one is Ellipsis
+        or one is None
+        or (type(one) is int and one in (0, -1))
+        or (type(one) is slice and one.start in (None, 0) and one.step in (None, 1))
+        for one in index
+    )
+
+
+def _is_zero(value: Any) -> bool:
+    return value == 0 or (isinstance(value, (tuple, list)) and all(one == 0 for one in value))

@@ -19,6 +19,12 @@ Pair: TypeAlias = tuple[int, int]
 Shape: TypeAlias = tuple[int, int, int, int]  # (N, C, H, W)
 
 
+def pair(value: int | Sequence[int]) -> Pair:
+    """Expand a number to both axes."""
+    first, second = (value, value) if isinstance(value, int) else (*value, *value)[:2]
+    return int(first), int(second)
+
+
 @final
 @dataclass(frozen=True)
 class ConvGeometry:

@@ -10,9 +10,11 @@ PyTorch finds the name through an entry point of the installed package. Without 
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
+from types import FrameType
 from typing import Any, TypeAlias, final
 
 import torch
@@ -57,8 +59,9 @@ class _CompiledGraph:
 
     def __init__(self, graph: fx.GraphModule, threads: int | None) -> None:
         self._graph, self._threads = graph, threads
-        self._placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self._images = _first_node(graph.graph)
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        first = _first_node(graph.graph)
+        self._images = placeholders.index(first) if first in placeholders else len(placeholders)  # their index
         self._model: CompiledModel | None = None
         self._fingerprint: Fingerprint | None = None
         self._weights: list[Any] = []  # kept alive, so that no new tensor gets the id() of a fingerprinted one
@@ -67,45 +70,69 @@ class _CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         with self._lock:
-            model = None if self._refused else self._current_model(arguments)
-            if model is not None:
-                return (model(arguments[self._placeholders.index(self._images)]),)
+            try:
+                model = None if self._refused else self._current_model(arguments)
+                if model is not None:
+                    return (model(arguments[self._images]),)
+            except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
+                self._refused, self._model, self._weights = True, None, []
+                message = f"PyTorch runs this graph, because the engine cannot: {first_line(error)}."
+                warnings.warn(message, FallbackWarning, stacklevel=_stacklevel_of_caller())
         return self._graph(*arguments)
 
-    def _current_model(self, arguments: Sequence[Any]) -> CompiledModel | None:
-        """Return the model compiled with the current weights, or None if the engine cannot run it."""
-        try:
-            values = dict(zip(self._placeholders, arguments, strict=True))
-            images = values.pop(self._images, None)
-            weights = [*values.values(), *self._graph.parameters(), *self._graph.buffers()]
-            fingerprint = _fingerprint(weights)
-            if fingerprint != self._fingerprint:
-                self._model = self._compile(images, values)
-                self._fingerprint, self._weights = fingerprint, weights
-        except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
-            self._refused, self._model = True, None
-            message = f"PyTorch runs this graph, because the engine cannot: {first_line(error)}."
-            warnings.warn(message, FallbackWarning, stacklevel=2)
+    def _current_model(self, arguments: Sequence[Any]) -> CompiledModel:
+        """Return the model compiled with the current weights."""
+        others = [value for index, value in enumerate(arguments) if index != self._images]
+        weights = [*others, *self._graph.parameters(), *self._graph.buffers()]
+        fingerprint = _fingerprint(weights)
+        if self._model is None or fingerprint != self._fingerprint:
+            _check_inference([*arguments, *weights])
+            self._model = self._compile(arguments)
+            self._fingerprint, self._weights = fingerprint, weights
         return self._model
 
-    def _compile(self, images: Any, others: Mapping[fx.Node, Any]) -> CompiledModel:
-        _check_inference([images, *others.values()])
-        layers = read_graph(self._graph.graph, self._graph, others)
+    def _compile(self, arguments: Sequence[Any]) -> CompiledModel:
+        images = arguments[self._images] if self._images < len(arguments) else None
+        if not isinstance(images, Tensor):
+            raise UnsupportedError("The engine needs a network of images: pass them as a tensor.")
         if images.ndim != 4 or images.dtype != torch.float32 or images.device.type != "cpu":
             raise UnsupportedError(
                 "The engine needs float32 images (N, C, H, W) on the CPU, "
                 f"not {images.dtype} of {images.ndim} axes on {images.device.type}: convert them with .float().cpu()."
             )
+        layers = read_graph(self._graph, arguments, self._images)
         batch, channels, height, width = images.shape
-        return CompiledModel(layers, (batch, channels, height, width), host_isa(), self._threads)
+        return CompiledModel(layers, (max(batch, 1), channels, height, width), host_isa(), self._threads)
 
 
-def _check_inference(arguments: Sequence[Any]) -> None:
+def _check_inference(values: Iterable[Any]) -> None:
     # Checking once is enough: PyTorch compiles another graph when gradients or autocast are turned on or off.
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
-        raise UnsupportedError("The engine computes no gradients: call the model under torch.inference_mode().")
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise UnsupportedError(
+            "The engine computes no gradients: call the model under torch.inference_mode() or torch.no_grad(), "
+            "or set model.requires_grad_(False)."
+        )
     if torch.is_autocast_enabled("cpu"):
         raise UnsupportedError("The engine computes in float32: call the model without autocast.")
+
+
+def _stacklevel_of_caller() -> int:
+    """Return the level, for the function that calls this one, of the line that called the compiled model.
+
+    That is the first frame outside of PyTorch around the wrapper of torch.compile; else around this module.
+    """
+    folder = torch.__path__[0]
+    levels = list(enumerate(_frames(), 1))[1:]  # without the frame of this function
+    outside = [level for level, frame in levels if not frame.f_code.co_filename.startswith((folder, __file__))]
+    wrapper = next((level for level, frame in levels if frame.f_code.co_name == "compile_wrapper"), 0)
+    return next((level - 1 for level in outside if level > wrapper), 1)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _first_node(graph: fx.Graph) -> fx.Node:

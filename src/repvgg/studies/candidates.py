@@ -17,7 +17,6 @@ from repvgg.collapse import fold_batch_norms, reparameterize
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.engine.frontend import read
 from repvgg.errors import (
-    CheckpointError,
     NothingFoldedWarning,
     UnsupportedError,
     UsageError,
@@ -52,8 +51,9 @@ def candidates_of(
 ) -> list[Candidate]:
     """Return every form of each RepVGG, and other models as they would be deployed: batch norms and branches folded.
 
-    A single model is compared in its three forms, even if it is no RepVGG. A checkpoint in the plain form has no other
-    form. With several engines, there is a candidate for each form and engine, with the engine in its name.
+    A single model is compared in its three forms, even if it is no RepVGG; a checkpoint in the plain form has no other
+    form, and is timed alone. With several engines, there is a candidate for each form and engine, with the engine in
+    its name.
 
     Args:
         models: names as :func:`repvgg.models.named_model` reads them.
@@ -63,11 +63,10 @@ def candidates_of(
     Raises:
         UsageError: a model is named twice, or none is named.
         UnknownModelError: a model does not exist.
-        CheckpointError: the only model is in the plain form already, and PyTorch the only engine.
     """
     if not models or len(set(models)) < len(models):
         raise UsageError("Name the models to time, each once.")
-    found = [candidate for name in models for candidate in _forms(name, len(models) == 1, [*engines] == ["torch"])]
+    found = [candidate for name in models for candidate in _forms(name, len(models) == 1)]
     if input_size is not None:
         found = [replace(candidate, image=(candidate.image[0], input_size, input_size)) for candidate in found]
     several = len(engines) > 1
@@ -78,7 +77,7 @@ def candidates_of(
     ]
 
 
-def _forms(name: str, single: bool, only_torch: bool) -> list[Candidate]:
+def _forms(name: str, single: bool) -> list[Candidate]:
     named = named_model(name)
     model = named.model
 
@@ -86,8 +85,6 @@ def _forms(name: str, single: bool, only_torch: bool) -> list[Candidate]:
         return Candidate(label, name, form, lambda: network, named.input_shape)
 
     if isinstance(model, RepVGG) and form_of(model) == "plain":
-        if single and only_torch:
-            raise CheckpointError(f"{name!r} is in the plain form already: give a checkpoint in the train form.")
         return [candidate(name, PLAIN, model)]
     prove = named.weights != "random"  # random weights are for timing only: skip the proof
     with warnings.catch_warnings():

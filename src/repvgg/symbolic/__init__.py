@@ -1,16 +1,14 @@
 """The symbolic forward: torch functions as algebra, each implemented by one short handler."""
 
-import repvgg.symbolic.handlers  # noqa: F401 - registers the handlers in HANDLERS
+import repvgg.symbolic.reshaping
+import repvgg.symbolic.slicing  # noqa: F401 - both register handlers in HANDLERS
+from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Arrangement, Layout
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, InputSpec, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import (
     HANDLERS,
-    IMAGES,
-    ROWS,
-    SEQUENCES,
-    VECTORS,
-    VOLUMES,
-    Layout,
+    ITEM_ASSIGNMENTS,
+    VIEWS,
     Source,
     SymbolicTensor,
     dispatch,
@@ -30,10 +28,13 @@ from repvgg.symbolic.trace import (
 __all__ = [
     "HANDLERS",
     "IMAGES",
+    "ITEM_ASSIGNMENTS",
     "ROWS",
     "SEQUENCES",
     "VECTORS",
+    "VIEWS",
     "VOLUMES",
+    "Arrangement",
     "ChannelProbe",
     "ChannelsFound",
     "EquivalentConv",

@@ -17,18 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg import algebra
-from repvgg.algebra import Axis, ConvMap, Kernel
+from repvgg.algebra import ConvMap, Kernel
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
-from repvgg.symbolic.tensor import RANK_UNKNOWN, VECTORS, Layout, SymbolicTensor, handles
+from repvgg.symbolic.tensor import SymbolicTensor, handles
 
 _T = torch.Tensor
-_ALL = slice(None)
 
 
 def numbers(value: Any, count: int) -> tuple[int, ...]:
     """Return ``count`` integers for an argument that torch takes as one number for all axes, or one per axis."""
     if isinstance(value, int):
-        return (value,) * count
+        return (int(value),) * count
     given = tuple([int(number) for number in value])
     return given * count if len(given) == 1 else given
 
@@ -40,11 +39,14 @@ def constant(value: Any, like: SymbolicTensor) -> Tensor:
     return torch.as_tensor(value).to(device=like.device, dtype=like.dtype)
 
 
-def per_channel(value: Any, like: SymbolicTensor) -> Tensor:
-    """Return a constant operand as a vector (O,); raise NotLinearError if it is not one number per channel."""
+def per_channel(value: Any, like: SymbolicTensor, channels: int | None = None) -> Tensor:
+    """Return a constant operand as a vector (O,); raise NotLinearError if it is not one number per channel.
+
+    ``channels`` is O if the operand is for a part of the channels of ``like`` only.
+    """
     # Broadcasting aligns trailing axes, so the channel axis is counted from the end.
     operand = constant(value, like)
-    channels, rank = like.map.out_channels, like.layout.rank
+    channels, rank = channels or like.map.out_channels, like.layout.rank
     shape = tuple(operand.shape)
     place = len(shape) + like.layout.axis  # negative if the operand has no channel axis
     elsewhere = shape[: max(place, 0)] + shape[place + 1 :]
@@ -62,7 +64,7 @@ def same_source(symbols: Sequence[SymbolicTensor]) -> SymbolicTensor:
     # fold_batch_norms merges chains only; the sum then ends the region.
     if not first.source.merge_branches:
         raise NotLinearError("branches stay unmerged here: only batch norms are folded")
-    if any(symbol.layout != first.layout for symbol in symbols):
+    if any(symbol.arrangement != first.arrangement for symbol in symbols):
         raise NotLinearError("it combines tensors of different layouts")
     return first
 
@@ -115,7 +117,7 @@ def _after(
     # The dtype of the kernel is converted when it is multiplied out.
     kernel = Kernel.of(weight.to(symbol.device), groups, symbol.dtype)
     outer = ConvMap(kernel, None if bias is None else constant(bias, symbol), *geometry)
-    return symbol.like(algebra.compose(symbol.map, outer), "conv", outer)
+    return symbol.then(outer, "conv")
 
 
 def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]) -> tuple[int, ...]:
@@ -144,8 +146,7 @@ def batch_norm(
         raise MissingStatisticsError("a batch norm without running statistics normalizes with batch statistics")
     if training:
         raise TrainingModeError("a batch norm is in training mode; call .eval() first")
-    if input.layout.rank is None:
-        raise NotLinearError(RANK_UNKNOWN)
+    input.arrangement.known_axes()  # of tensors of unknown rank, axis 1 may be any
     if not input.layout.is_channel_axis(1):
         raise NotLinearError(f"a batch norm has its channels at axis 1, and those of {input.layout} are the last axis")
     if len(running_var) != input.map.out_channels:
@@ -183,7 +184,7 @@ def _average_pool(
     weight = torch.full((channels, 1, *size), part, dtype=input.dtype, device=input.device)
     steps = numbers(kernel_size if stride is None or stride in ([], ()) else stride, spatial)
     pool = ConvMap.of(weight, None, steps, sides, groups=channels, border="zeros")
-    return input.like(algebra.compose(input.map, pool), "avg_pool", pool)
+    return input.then(pool, "avg_pool")
 
 
 avg_pool1d = handles(torch.avg_pool1d)(partial(_average_pool, 1))
@@ -194,6 +195,7 @@ avg_pool3d = handles(F.avg_pool3d)(partial(_average_pool, 3))
 @handles(
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.feature_dropout),
+    view=True,
 )
 def dropout(input: SymbolicTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SymbolicTensor:  # noqa: A002
     """Return the input: dropout in eval mode."""
@@ -211,10 +213,7 @@ def _in_place(function: Callable[..., SymbolicTensor]) -> Callable[..., Symbolic
             raise NotLinearError("a constant is modified in place")
         if not isinstance(target, SymbolicTensor):  # a number, as in ``total = 0; total += branch(x)``
             return function(target, *args, **kwargs)
-        # Another tensor would change with it, which this object alone cannot represent.
-        if target.is_source or target.is_view:
-            raise NotLinearError("the input, or a view of a tensor, is modified in place")
-        target.map = function(target, *args, **kwargs).map
+        target.write(function(target, *args, **kwargs).map)
         return target
 
     return change
@@ -286,134 +285,3 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> SymbolicTensor:
     if len(parts) < len(tensors) or not parts[0].layout.is_channel_axis(dim):
         raise NotLinearError("a concatenation along pixels or images, or with constants, is not a convolution")
     return same_source(parts).like(algebra.concatenate([part.map for part in parts]), "cat")
-
-
-@handles(F.pad, torch.constant_pad_nd)
-def pad(
-    input: SymbolicTensor,  # noqa: A002 - torch's own name
-    pad: Sequence[int],
-    mode: str = "constant",
-    value: float | None = None,
-) -> SymbolicTensor:
-    """Pad or crop the spatial axes; ``pad`` starts with the last one."""
-    spatial = input.layout.spatial
-    sides = [int(side) for side in pad] + [0] * (2 * spatial - len(pad))
-    if any(sides[2 * spatial :]):
-        raise NotLinearError("a padding of channels or images is not a convolution")
-    if mode == "constant" and value not in (None, 0):
-        raise BorderError(f"the image is padded with {value}, and a convolution pads with 0")
-    # The order of padding and cropping matters for a reflection.
-    if mode != "constant" and min(sides, default=0) < 0 < max(sides):
-        raise BorderError(f"a {mode} padding that crops as well is not a convolution")
-    border: Any = "zeros" if mode == "constant" else mode
-    # A padding is a convolution with a 1x1 identity kernel, so composition checks that it is exact.
-    axes = [Axis(before=sides[2 * i], after=sides[2 * i + 1]) for i in range(spatial)]
-    return input.like(algebra.resample(input.map, tuple(reversed(axes)), border), "pad")
-
-
-@handles(_T.contiguous, _T.clone, torch.clone)
-def unchanged(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
-    """Return the same values: these functions change at most the memory layout, and may return their input."""
-    return _view(input, input.layout)
-
-
-@handles(torch.flatten, _T.flatten)
-def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:  # noqa: A002
-    """View rows (N, L, C) as vectors (N·L, C): the same numbers in the same order."""
-    if input.layout.rows and input.layout.rank is None:
-        raise NotLinearError(RANK_UNKNOWN)
-    if input.layout != Layout(3, rows=True) or start_dim not in (0, -3) or end_dim not in (1, -2):
-        raise NotLinearError("flatten is linear in this algebra only as flatten(0, 1) of rows (N, L, C)")
-    return _view(input, VECTORS)
-
-
-@handles(_T.reshape_as, _T.view_as)
-def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
-    """View rows in the shape of other rows of the same source.
-
-    Maps of rows keep their number and order, so the two have the same number of rows in the same order.
-    """
-    if not isinstance(input, SymbolicTensor) or not isinstance(other, SymbolicTensor):
-        raise NotLinearError("a reshape between a constant and the image is not a convolution")
-    rows = input.source is other.source and input.layout.rows and other.layout.rows
-    if not rows or input.map.out_channels != other.map.out_channels:
-        raise NotLinearError("a reshape is linear in this algebra only between rows of one source and one width")
-    return _view(input, other.layout)
-
-
-def _view(symbol: SymbolicTensor, layout: Layout) -> SymbolicTensor:
-    """Return the same numbers, which may share memory: neither may be modified in place from here on."""
-    # Both are marked: a later write to either would have to show in the other.
-    symbol.is_view = True
-    return symbol.like(symbol.map, "identity", is_view=True, layout=layout)
-
-
-@handles(operator.getitem, _T.__getitem__)
-def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 - torch's own name
-    """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the result is a view."""
-    channels, pixels = _slices(index, input.layout)
-    conv = algebra.select_channels(input.map, channels)
-    if any(part != _ALL for part in pixels):
-        conv = algebra.resample(conv, tuple(map(_pixels, pixels)))
-    input.is_view = True  # the two share memory: neither may be modified in place from here on
-    return input.like(conv, "slice", is_view=True)
-
-
-def keeps_channels(index: Any, layout: Layout) -> bool:
-    """Whether an index takes all channels."""
-    return _slices(index, layout)[0] == _ALL
-
-
-def _slices(index: Any, layout: Layout) -> tuple[slice, list[slice]]:
-    """Return the slice of the channels, and those of the spatial axes."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    rank = layout.rank
-    if rank is None:  # an Ellipsis may be empty; without one, at least the channels must follow
-        rank = len(entries) if Ellipsis in entries else len(entries) + 1
-    if Ellipsis in entries:
-        place = entries.index(Ellipsis)
-        entries[place : place + 1] = [_ALL] * (rank + 1 - len(entries))
-    entries += [_ALL] * (rank - len(entries))
-    place = rank + layout.axis
-    if (
-        len(entries) != rank
-        or not all(isinstance(entry, slice) for entry in entries)
-        or entries[:place] != [_ALL] * place
-    ):
-        raise NotLinearError("an index other than slices of channels, rows and columns is not a convolution")
-    return entries[place], entries[place + 1 :]
-
-
-def _pixels(part: slice) -> Axis:
-    """Return ``start : -stop : step`` along a spatial axis of unknown size as a padding and a stride."""
-    start, stop, step = part.start or 0, part.stop, part.step or 1
-    # A start from the front and a stop from the end are the only bounds that hold for every size.
-    if start < 0 or step < 1 or (stop is not None and stop >= 0):
-        raise NotLinearError("which pixels this slice keeps depends on the size of the image")
-    return Axis(stride=step, before=-start, after=stop or 0)
-
-
-@handles(torch.narrow, _T.narrow)
-def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> SymbolicTensor:  # noqa: A002
-    """``length`` channels from ``start`` on."""
-    if not input.layout.is_channel_axis(dim):
-        raise NotLinearError("a part of an image of unknown size is not a convolution")
-    start += input.map.out_channels if start < 0 else 0
-    channels = slice(start, start + length)
-    return getitem(input, (..., channels) if input.layout.rows else (_ALL, channels))
-
-
-@handles(torch.chunk, _T.chunk)
-def chunk(input: SymbolicTensor, chunks: int, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
-    """Split the channels into ``chunks`` parts."""
-    return split(input, -(-input.map.out_channels // chunks), dim)
-
-
-@handles(torch.split, _T.split)
-def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
-    """Split the channels into parts of one size, or of given sizes."""
-    total, sizes = input.map.out_channels, split_size_or_sections
-    if isinstance(sizes, int):
-        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(narrow(input, dim, start, size) for start, size in zip(starts, sizes, strict=True))

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import handlers
-from repvgg.symbolic.tensor import (
-    HANDLERS,
+from repvgg.symbolic import handlers, reshaping, slicing
+from repvgg.symbolic.layout import (
     IMAGES,
     ROWS,
     SEQUENCES,
     VECTORS,
     VOLUMES,
+    Arrangement,
     Layout,
-    Source,
-    SymbolicTensor,
     UnknownShape,
     UnknownSize,
 )
+from repvgg.symbolic.tensor import HANDLERS, Source, SymbolicTensor
 
 _POOLS = {handlers.avg_pool1d: SEQUENCES, handlers.avg_pool2d: IMAGES, handlers.avg_pool3d: VOLUMES}
-_KEEP_ALL = {handlers.dropout, handlers.unchanged}
+_KEEP_ALL = {handlers.dropout, reshaping.contiguous, reshaping.clone}
+_REARRANGE = {
+    *(reshaping.permute, reshaping.transpose, reshaping.movedim, reshaping.flatten, reshaping.squeeze),
+    *(reshaping.unsqueeze, reshaping.mean),
+    *(reshaping.adaptive_avg_pool1d, reshaping.adaptive_avg_pool2d, reshaping.adaptive_avg_pool3d),
+}
 _MAY_BROADCAST = {
     HANDLERS[function] for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
 }
@@ -49,7 +54,7 @@ class ChannelsFound(Exception):  # noqa: N818 - an answer, not an error
 class ChannelProbe(SymbolicTensor):
     """An input of which nothing is known; it raises :class:`ChannelsFound` at the first function that determines it.
 
-    Functions that keep the number of channels return the probe; all others raise NotLinearError. Code that reads the
+    Functions that keep the number of channels return a probe; all others raise NotLinearError. Code that reads the
     number of axes, or slices some of them, gets a guess, and is run again for every other guess.
 
     Attributes:
@@ -59,6 +64,7 @@ class ChannelProbe(SymbolicTensor):
         guessed: whether the forward relied on a layout that was not known.
         refuted: whether a function contradicts the guess.
         channels: the number of channels that a batch norm has.
+        input: the probe of the input, which this one is, or was rearranged from.
     """
 
     def __init__(self, certain: bool = False, layout: Layout = IMAGES, *, known: bool = False) -> None:
@@ -67,6 +73,7 @@ class ChannelProbe(SymbolicTensor):
         self.known = known
         self.guessed = self.refuted = False
         self.channels: int | None = None
+        self.input = self
 
     @classmethod
     def __torch_function__(
@@ -90,6 +97,8 @@ class ChannelProbe(SymbolicTensor):
             return probe.set_layout(_POOLS[handler])
         if handler in _KEEP_ALL or probe.keeps_channels(handler, args, kwargs):
             return probe
+        if handler in _REARRANGE:
+            return probe.rearranged(handler, args, kwargs)
         # Assume no broadcasting; a wrong number of channels fails at the convolution, with an error.
         if handler in _MAY_BROADCAST and not probe.certain:
             return probe
@@ -101,34 +110,43 @@ class ChannelProbe(SymbolicTensor):
     def infer_from_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
         """Take channels and layout from the kernel of a convolution or a linear layer."""
         self.set_layout(ROWS if handler is handlers.linear else Layout(weight.dim()))
-        raise ChannelsFound(weight.shape[1] * (groups or 1), self.layout)
+        raise ChannelsFound(weight.shape[1] * (groups or 1), self.input.layout)
 
     def infer_from_batch_norm(self, channels: int) -> ChannelProbe:
         """Take the number of channels from a batch norm, which accepts any layout with channels at axis 1."""
         if (self.known or self.guessed) and not self.layout.is_channel_axis(1):
             raise NotLinearError(f"a batch norm does not take the last axis of {self.layout} as its channels")
-        self.channels = channels
-        if self.known or (self.guessed and self.layout == IMAGES):
-            raise ChannelsFound(channels, self.layout)
+        self.input.channels = channels
+        if self.known or (self.guessed and self.input.layout == IMAGES):
+            raise ChannelsFound(channels, self.input.layout)
         return self  # a later function may determine the layout
 
     def set_layout(self, found: Layout) -> ChannelProbe:
         """Take the layout from a function that accepts only one."""
-        if found != self.layout and not (self.known and found == ROWS and self.layout.rows):
+        is_definite = self.known or self is not self.input
+        if found != self.layout and not (is_definite and found == ROWS and self.layout.rows):
             if self.known or self.guessed:
-                self.refuted = True
+                self.input.refuted = True
                 raise NotLinearError(f"a function of tensors {found} is applied to one {self.layout}")
-            self.layout = found
+            self.arrangement = Arrangement.of(found)
         self.known = True
         return self
 
     def keeps_channels(self, handler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a slice or a padding keeps all channels, which depends on the layout."""
-        if handler is handlers.getitem:
-            return handlers.keeps_channels(args[1], self.guess_layout())
-        if handler is handlers.pad:
+        if handler is slicing.getitem:
+            self.guess_layout()
+            return slicing.keeps_channels(args[1], self)
+        if handler is slicing.pad:
             return not any(_argument(args, kwargs, 1, "pad")[2 * self.guess_layout().spatial :])
         return False
+
+    def rearranged(self, handler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ChannelProbe:
+        """Return a probe of the same input with other axes."""
+        self.guess_layout()
+        probe: ChannelProbe = copy.copy(self)
+        probe.arrangement = handler(*args, **kwargs).arrangement
+        return probe
 
     def guess_layout(self) -> Layout:
         """Return the layout, known or guessed, to code that relies on it."""

@@ -168,24 +168,25 @@ def fingerprint(module: nn.Module, but: str | None = None) -> object:
 
 
 def own_state(part: nn.Module) -> object:
-    """Return the state of a module's own attributes, as :func:`fingerprint` does for all modules inside."""
+    """Return the state of a module's own attributes, with tensors by identity: a write to one does not change it."""
     if type(part) in _STATELESS:
         return None
-    return [(k, _state_of(v)) for k, v in vars(part).items() if k not in _CONSTANT and k not in ("_modules", "forward")]
+    kept = ((k, v) for k, v in vars(part).items() if k not in _CONSTANT and k not in ("_modules", "forward"))
+    return [(name, _state_of(value, versions=False)) for name, value in kept]
 
 
-def _state_of(value: Any, depth: int = 3) -> object:
+def _state_of(value: Any, depth: int = 3, versions: bool = True) -> object:
     """The state of a value: the identities of the objects in it, and the versions of its tensors."""
     if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Tensor):
         # Lazy parameters and inference tensors have no version counter.
-        versioned = not nn.parameter.is_lazy(value) and not value.is_inference()
+        versioned = versions and not nn.parameter.is_lazy(value) and not value.is_inference()
         return id(value), value._version if versioned else None
     if isinstance(value, (nn.Module, type)) or not depth:
         return id(value)
     if isinstance(value, dict):
-        return [(k if isinstance(k, (int, str)) else id(k), _state_of(v, depth - 1)) for k, v in value.items()]
+        return [(k if isinstance(k, (int, str)) else id(k), _state_of(v, depth - 1, versions)) for k, v in value.items()]
     if isinstance(value, (list, tuple, set, deque)):
-        return [_state_of(v, depth - 1) for v in value]
-    return id(value), _state_of(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+        return [_state_of(v, depth - 1, versions) for v in value]
+    return id(value), _state_of(vars(value), depth - 1, versions) if hasattr(value, "__dict__") else None

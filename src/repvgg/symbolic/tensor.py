@@ -1,123 +1,35 @@
-"""The symbolic tensor: it passes through a ``forward`` in place of a real one and records what is computed.
-
-Letters: N images, C channels, L length, D, H and W depth, height and width; ``...`` any number of axes.
-"""
+"""The symbolic tensor: it passes through a ``forward`` in place of a real one and records what is computed."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
-from repvgg.algebra import ConvMap
-from repvgg.errors import NotLinearError, UsageError
-
-_SHAPES = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which axes a tensor has: (N, C, *X) with the channels at axis 1, or *rows* (..., C) with the channels last.
-
-    (N, C) is both at once: ``Layout(2) == Layout(2, rows=True)``.
-
-    Attributes:
-        rank: the number of axes; None, which only rows allow, if it is not known.
-        rows: whether the channels are the last axis.
-
-    Raises:
-        UsageError: there is no such shape.
-    """
-
-    rank: int | None
-    rows: bool = False
-
-    def __post_init__(self) -> None:
-        # Equal layouts must compare as equal, and (N, C) can be described in both ways.
-        if self.rank == 2:
-            object.__setattr__(self, "rows", True)
-        if (self.rank is None or not 3 <= self.rank <= 5) and not self.rows:
-            raise UsageError(f"A tensor with channels at axis 1 must have 2 to 5 axes, got {self.rank}.")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"Rows must have at least 1 axis, got {self.rank}.")
-
-    @property
-    def spatial(self) -> int:
-        """The number of spatial axes, along which a convolution slides; 0 for rows."""
-        return 0 if self.rows or self.rank is None else self.rank - 2
-
-    @property
-    def axis(self) -> int:
-        """The axis of the channels, counted from the end."""
-        return -1 - self.spatial
-
-    def is_channel_axis(self, dim: int) -> bool:
-        """Whether ``dim``, counted from the start or from the end, is the axis of the channels."""
-        return dim == self.axis or (self.rank is not None and dim == self.axis + self.rank)
-
-    def __str__(self) -> str:
-        """Return the shape, such as (N, C, H, W)."""
-        if self.rows and self.rank not in (None, 2):
-            return f"({'·, ' * ((self.rank or 1) - 1)}C)"
-        return "(..., C)" if self.rank is None else _SHAPES[self.rank]
-
-
-IMAGES = Layout(4)
-SEQUENCES = Layout(3)
-VOLUMES = Layout(5)
-VECTORS = Layout(2)
-ROWS = Layout(None, rows=True)
-
+from repvgg.algebra import ConvMap, compose, over_axes
+from repvgg.errors import NotLinearError, ReparamError
+from repvgg.symbolic.border import PaddedBorder
+from repvgg.symbolic.layout import CHANNELS, IMAGES, RANK_UNKNOWN, Arrangement, Layout, Part, UnknownShape, UnknownSize
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; a function without an entry is not linear
+VIEWS: set[Callable[..., Any]] = set()  # handlers of functions whose result may share memory with an argument
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
-    """Register a handler in ``HANDLERS`` for each of the torch ``functions``."""
+def handles(*functions: Any, view: bool = False) -> Callable[[Handler], Handler]:
+    """Register a handler in ``HANDLERS`` for each of the torch ``functions``, and in ``VIEWS`` if they are views."""
 
     def register(handler: Handler) -> Handler:
-        for function in functions:
-            HANDLERS[function] = handler
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        if view:
+            VIEWS.add(handler)
         return handler
 
     return register
-
-
-class UnknownSize:
-    """The height, width or batch size of a symbolic input. A convolution does not depend on it, so every use raises."""
-
-    def __init__(self, reason: str = "the result depends on the size of the image") -> None:
-        self._reason = reason
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise NotLinearError(self._reason)
-
-    # Passing a size on is fine; every operator that would use its value raises.
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __mod__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __index__ = __neg__ = _refuse
-    __hash__ = object.__hash__  # defining __eq__ removes it
-
-
-RANK_UNKNOWN = (
-    "the shape of the input is not known: a linear layer takes any number of axes, and what follows depends on it"
-)
-
-
-class UnknownShape(UnknownSize):
-    """The shape (..., C), of which only the last size is known."""
-
-    def __init__(self, channels: Any) -> None:
-        super().__init__(RANK_UNKNOWN)
-        self.channels = channels
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.channels if index == -1 else UnknownSize(RANK_UNKNOWN)
-
-    __len__ = __iter__ = UnknownSize._refuse
 
 
 class Source:
@@ -126,7 +38,8 @@ class Source:
     Attributes:
         merge_branches: whether sums and concatenations of several functions of this source may become one map.
         operations: names of the operations so far; a convolution is called ``conv``.
-        sizes: spatial sizes of the source, if they are known.
+        sizes: spatial sizes of the source, if costs are those at these sizes.
+        shape: its whole shape, if it is known: then a reshape to given numbers can be followed.
         multiply_adds: their total cost per pixel of the source; borders are ignored unless the sizes are known.
         weights: total size of their kernels.
         layout: that of the real tensor, once a symbol represents it.
@@ -136,17 +49,25 @@ class Source:
         self.merge_branches = merge_branches
         self.operations: list[str] = []
         self.sizes: tuple[int, ...] | None = None
+        self.shape: tuple[int, ...] | None = None
         self.multiply_adds = 0.0
         self.weights = 0
         self.layout = IMAGES
 
-    def record(self, operation: str, result: ConvMap, kernel: ConvMap | None = None) -> None:
-        """Record one operation with its ``result``, a map of the source; for a convolution also its kernel."""
+    def record(self, operation: str, result: ConvMap, kernel: ConvMap | None = None, averaged: bool = False) -> None:
+        """Record one operation with its ``result``, a map of the source; for a convolution also its kernel.
+
+        After a mean over the pixels (``averaged``), one output is computed and not one for each pixel.
+        """
         self.operations.append(operation)
         # Batch norms, sums and identities count as free.
         if kernel is not None:
-            self.multiply_adds += kernel.kernel.numel() * result.outputs_per_input(self.sizes)
+            self.multiply_adds += kernel.kernel.numel() * self.outputs_per_input(result, averaged)
             self.weights += kernel.kernel.numel()
+
+    def outputs_per_input(self, conv: ConvMap, averaged: bool) -> float:
+        """Return output pixels of ``conv`` per pixel of the source; after a mean over all pixels, next to none."""
+        return 1 / math.prod(self.sizes or (math.inf,)) if averaged else conv.outputs_per_input(self.sizes)
 
     def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
         """Record operations that were computed earlier on another source, with their total cost."""
@@ -155,27 +76,50 @@ class Source:
         self.weights += weights
 
 
+class _Memory:
+    """What symbolic tensors have in common that may be views of each other.
+
+    Attributes:
+        writes: how often one of them was modified in place.
+        is_source: whether the source is one of them, which must not be modified.
+    """
+
+    def __init__(self, is_source: bool = False) -> None:
+        self.writes = 0
+        self.is_source = is_source
+
+
 class SymbolicTensor:
     """A tensor that is known only as ``map(source)``, an affine function of one real tensor.
 
     Torch functions called on it are dispatched to their handlers, which act on the map. A function without a handler
     is not linear and raises NotLinearError. In-place functions update this object, so that aliases see the result as
-    they would with a real tensor; if they would modify a view or the source itself, they raise.
+    they would with a real tensor; views of it, which would change too, are not readable from then on.
 
     Attributes:
         source: the real tensor.
-        map: the function.
-        layout: the axes of the tensor, which say where the channels are.
-        is_view: whether it may share memory with another tensor.
+        map: the function, over as many spatial axes as the source has. If axes were averaged, the tensor is the mean
+            of its output, and all that follows is pointwise, so that it may be computed before or after the mean.
+        arrangement: the axes of the tensor.
+        border: that of a tensor that was just padded, else None; until it is right, the tensor is not readable.
         is_source: whether it is the source itself.
     """
 
-    def __init__(self, source: Source, conv: ConvMap, layout: Layout = IMAGES, *, is_view: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        conv: ConvMap,
+        axes: Layout | Arrangement = IMAGES,
+        *,
+        view_of: SymbolicTensor | None = None,
+    ) -> None:
         self.source = source
         self.map = conv
-        self.layout = layout
-        self.is_view = is_view
+        self.arrangement = axes if isinstance(axes, Arrangement) else Arrangement.of(axes)
+        self.border: PaddedBorder | None = None
         self.is_source = False
+        self._memory = _Memory() if view_of is None else view_of._memory
+        self._writes = self._memory.writes
 
     @classmethod
     def of(
@@ -188,21 +132,48 @@ class SymbolicTensor:
     ) -> SymbolicTensor:
         """Return the source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
         symbol = cls(source, ConvMap.identity(channels, dtype, device, layout.spatial), layout)
-        symbol.is_source = True
+        symbol.is_source = symbol._memory.is_source = True
         source.layout = layout
         return symbol
 
     def copy(self) -> SymbolicTensor:
         """Return a copy, so that an in-place function on one leaves the other unchanged."""
-        # The copy is no view: an in-place function may change it without affecting anything else.
-        symbol = SymbolicTensor(self.source, self.map, self.layout)
-        symbol.is_source = self.is_source
+        symbol = SymbolicTensor(self.source, self.map, self.arrangement)
+        symbol.is_source = symbol._memory.is_source = self.is_source
+        symbol.border = self.border and self.border.copy()
         return symbol
 
+    def write(self, conv: ConvMap, border: PaddedBorder | None = None) -> None:
+        """Modify the tensor in place to ``conv``; raise NotLinearError if the source would change with it."""
+        if self._memory.is_source:
+            raise NotLinearError("the input, or a view of it, is modified in place")
+        self._memory.writes += 1
+        self.map, self.border, self._writes = conv, border, self._memory.writes
+
+    def why_overwritten(self) -> NotLinearError | None:
+        """Return the error that the values are no longer ``map(source)``, or None."""
+        if self._writes == self._memory.writes:
+            return None
+        return NotLinearError("it is read after another view of its memory was modified in place")
+
+    def why_unreadable(self) -> ReparamError | None:
+        """Return the error that the next function which reads the tensor raises, or None."""
+        return self.why_overwritten() or (self.border and self.border.error(self.map.bias))
+
     @property
-    def is_flattened(self) -> bool:
-        """Whether the tensor has another number of axes than the source; no convolution returns such a tensor."""
-        return self.layout != self.source.layout
+    def layout(self) -> Layout:
+        """The layout of the tensor, which says where the channels are."""
+        return self.arrangement.layout
+
+    @property
+    def has_axes_of_source(self) -> bool:
+        """Whether its axes are those of the source: neither permuted, nor merged, split or averaged over."""
+        return self.arrangement == Arrangement.of(self.source.layout)
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether one convolution of the source, in its layout, returns the tensor."""
+        return self.has_axes_of_source and self.why_unreadable() is None
 
     def like(
         self,
@@ -210,12 +181,24 @@ class SymbolicTensor:
         operation: str,
         kernel: ConvMap | None = None,
         *,
-        is_view: bool = False,
-        layout: Layout | None = None,
+        arrangement: Arrangement | None = None,
+        view: bool = False,
     ) -> SymbolicTensor:
         """Return another function of the same source after one more ``operation``; a convolution has a ``kernel``."""
-        self.source.record(operation, conv, kernel)
-        return SymbolicTensor(self.source, conv, layout or self.layout, is_view=is_view)
+        self.source.record(operation, conv, kernel, bool(self.arrangement.averaged))
+        return SymbolicTensor(self.source, conv, arrangement or self.arrangement, view_of=self if view else None)
+
+    def then(self, outer: ConvMap, operation: str) -> SymbolicTensor:
+        """Return ``outer`` applied to the tensor, over its axes as they are now.
+
+        Raises:
+            NotLinearError: the axes are not those of the source, and ``outer`` is not pointwise.
+            BorderError: see :func:`repvgg.algebra.compose`.
+        """
+        if not outer.is_pointwise and not self.has_axes_of_source:
+            raise NotLinearError(f"its axes were rearranged, and over them a {operation} is not one of its input")
+        outer = over_axes(outer, self.map.spatial)
+        return self.like(compose(self.map, outer), operation, outer)
 
     @classmethod
     def __torch_function__(
@@ -228,19 +211,30 @@ class SymbolicTensor:
         """Called by torch for any of its functions with a symbolic argument."""
         return dispatch(func, args, kwargs or {})
 
+    def size_of(self, position: Hashable) -> UnknownSize:
+        """Return the size of an axis of the arrangement, as the map leaves it."""
+        shape, key, value = self.source.shape, (self.source, position), None
+        if isinstance(position, Part):
+            return UnknownSize(factors=(key,), value=position.sizes[position.index])
+        if position and self.map.spatial:
+            axis = self.map.axes[position - 1]
+            value = None if shape is None else axis.output_size(shape[position + 1])
+            return UnknownSize(factors=((*key, axis.stride, axis.growth),), value=value)
+        return UnknownSize(factors=(key,), value=None if shape is None else shape[position])
+
     @property
     def shape(self) -> Any:
-        """The shape by the layout, such as (N, C, H, W); only C is a known number."""
-        rank = self.layout.rank
-        if rank is None:
-            return UnknownShape(self.map.out_channels)
-        place = rank + self.layout.axis
-        return tuple(self.map.out_channels if axis == place else UnknownSize() for axis in range(rank))
+        """The shape, such as (N, C, H, W); only C is a known number."""
+        axes, channels = self.arrangement.axes, self.map.out_channels
+        if axes is None:
+            return UnknownShape(channels)
+        return tuple(channels if axis == CHANNELS else math.prod(map(self.size_of, axis)) for axis in axes)
 
     @property
     def ndim(self) -> Any:
         """The number of axes; if it is not known, an object that raises when it is used."""
-        return UnknownSize(RANK_UNKNOWN) if self.layout.rank is None else self.layout.rank
+        axes = self.arrangement.axes
+        return UnknownSize(RANK_UNKNOWN) if axes is None else len(axes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,6 +245,11 @@ class SymbolicTensor:
     def device(self) -> torch.device:
         """The device that the algebra runs on."""
         return self.map.device
+
+    @property
+    def mT(self) -> Any:  # noqa: N802 - torch's own name
+        """The tensor with its last two axes swapped."""
+        return self.__torch_function__(Tensor.transpose, (), (self, -2, -1))
 
     def dim(self) -> Any:
         """Return the number of axes; see :attr:`ndim`."""
@@ -274,6 +273,9 @@ class SymbolicTensor:
     def __getitem__(self, index: Any) -> Any:
         return self.__torch_function__(operator.getitem, (), (self, index))
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.__torch_function__(operator.setitem, (), (self, index, value))
+
     def __bool__(self) -> NoReturn:
         raise NotLinearError("control flow depends on the values of the image")
 
@@ -281,11 +283,19 @@ class SymbolicTensor:
         return f"SymbolicTensor({self.map})"
 
 
+ITEM_ASSIGNMENTS = (operator.setitem, Tensor.__setitem__)
+
+
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call the handler of ``func``; raise NotLinearError if there is none, so that it is not known to be linear."""
     handler = HANDLERS.get(func)
     if handler is None:
         raise NotLinearError(f"{getattr(func, '__name__', func)} is not a linear, shift-invariant map")
+    for value in (*args[func in ITEM_ASSIGNMENTS :], *kwargs.values()):  # an assignment does not read its target
+        for symbol in value if isinstance(value, (list, tuple)) else (value,):
+            error = symbol.why_unreadable() if isinstance(symbol, SymbolicTensor) else None
+            if error is not None:
+                raise error
     return handler(*args, **kwargs)
 
 

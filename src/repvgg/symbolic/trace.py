@@ -12,9 +12,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, TrainingModeError
+from repvgg.symbolic.layout import Layout
 from repvgg.symbolic.probe import channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of
-from repvgg.symbolic.tensor import Layout, Source, SymbolicTensor
+from repvgg.symbolic.tensor import Source, SymbolicTensor
 
 
 class EquivalentConv(NamedTuple):
@@ -111,9 +112,11 @@ def run(
         in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
     call = unchanged_by_call if strict else guarded
     result = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
-    # A convolution returns as many axes as it takes.
-    if isinstance(result, SymbolicTensor) and result.is_flattened:
-        raise NotLinearError("its output has another number of axes than its input")
+    if isinstance(result, SymbolicTensor):
+        if (error := result.why_unreadable()) is not None:
+            raise error
+        if not result.has_axes_of_source:
+            raise NotLinearError("the axes of its output are not those of its input")
     return result
 
 

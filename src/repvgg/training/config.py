@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -53,6 +53,7 @@ class OptimConfig:
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        _serde.check_finite(self)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.warmup_epochs >= 0):
             raise UsageError(
                 f"SGD needs lr > 0, momentum in [0, 1), weight_decay >= 0 and warmup_epochs >= 0, got {self}."
@@ -134,6 +135,7 @@ class TrainConfig:
     nodes: int | None = None
 
     def __post_init__(self) -> None:
+        _serde.check_finite(self)
         if self.epochs < 1 or self.batch_size < 2:  # batch norm has no variance over a single image
             raise UsageError(
                 f"Training needs at least 1 epoch and 2 images per batch, got {self.epochs} and {self.batch_size}."
@@ -161,7 +163,8 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """Return every field of ``config`` as YAML, nested, in declaration order."""
-    return _serde.to_yaml(config)
+    # Permission to run commands is that of one call: whoever repeats it with this file gives it again.
+    return _serde.to_yaml(replace(config, data=replace(config.data, allow_commands=False)))
 
 
 def write_config(path: str | os.PathLike[str], config: TrainConfig, *, overwrite: bool = False) -> Path:
@@ -173,9 +176,13 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     """Read a config from YAML, written by :func:`write_config` or a person; missing fields take their defaults.
 
     Raises:
-        UsageError: the file does not exist or is not YAML, a field does not exist, or a value does not fit its field.
+        UsageError: the file does not exist or is not YAML, a field does not exist, or a value does not fit its field;
+            or it allows itself to run commands.
     """
-    return _serde.read_yaml(TrainConfig, path, what="config")
+    config = _serde.read_yaml(TrainConfig, path, what="config")
+    if config.data.allow_commands:
+        raise UsageError(f"{str(path)!r} sets data.allow_commands: only you can, with --data.allow-commands.")
+    return config
 
 
 def differences(one: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -41,7 +41,7 @@ REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
 _RUN_FILES = (LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
 # Config fields that do not decide the weights, and may differ when a run resumes.
-_CHANGEABLE = ("data.workers", "dry_run", "save_steps", "devices", "nodes", "device_batch")
+_CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
 _VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from repvgg.data.counter_rng import epoch_order
 from repvgg.data.sources.hf import open_hf
 from repvgg.data.sources.local import open_digits, open_fake, open_folder, open_torchvision
 from repvgg.data.sources.webdataset import open_webdataset
-from repvgg.data.splits import MapSplit, Source, Split, num_images
-from repvgg.errors import DataError
+from repvgg.data.splits import JoinedSplit, MapSplit, Source, Split, num_images
+from repvgg.errors import DataError, UsageError
+
+EvalSplit = Literal["train", "val", "all"]
 
 _VAL_FRACTION = 0.1
 
@@ -40,6 +43,41 @@ def open_source(config: DataConfig) -> Source:
     return replace(source, val=other.train if other.val is None else other.val, notes=notes)
 
 
+def open_evaluation_source(config: DataConfig, split: EvalSplit | None = None) -> Source:
+    """Open the URI of ``config`` to evaluate a model on it: the images are the validation split of the result.
+
+    Args:
+        config: its ``uri`` matters.
+        split: "train" or "val" as :func:`open_source` splits the images, or "all"; None takes the validation split of
+            a dataset that has one, and all images of any other.
+
+    Returns:
+        A source with an empty training split. Its first note says which images these are.
+
+    Raises:
+        UsageError: a URI is malformed, or ``split`` is "all" of two streams.
+        MissingDependencyError: an extra is not installed.
+        DataError: the dataset does not exist, has no images, or cannot be split.
+    """
+    uri = config.uri
+    source = _open(parse_uri(uri), config)
+    if source.val is None and split in ("train", "val"):
+        source = _with_val_split(source, uri)
+    train, val = source.train, source.val
+    if val is None:
+        chosen, which = train, "all images"
+    elif split == "all":
+        if not (isinstance(train, MapSplit) and isinstance(val, MapSplit)):
+            raise UsageError(f"The splits of {uri!r} are streams: evaluate one after the other, as train and val.")
+        _check_same_classes(train, val, uri)
+        chosen, which = JoinedSplit(train, val), "all training and validation images"
+    else:
+        chosen, which = (train, "the training images") if split == "train" else (val, "the validation images")
+    _check_split(chosen, uri, "images")
+    nothing = chosen.select(torch.empty(0, dtype=torch.int64)) if isinstance(chosen, MapSplit) else chosen
+    return replace(source, train=nothing, val=chosen, notes=(f"{which} of {uri}", *source.notes))
+
+
 def _open(uri: DataUri, config: DataConfig) -> Source:
     match uri.scheme:
         case "imagefolder":
@@ -53,14 +91,16 @@ def _open(uri: DataUri, config: DataConfig) -> Source:
         case "hf":
             return open_hf(uri)
         case _:
-            return open_webdataset(uri)
+            return open_webdataset(uri, config.allow_commands)
 
 
 def _with_val_split(source: Source, uri: str) -> Source:
     """Split the only split of a source in two, stratified by class."""
     split = source.train
     if not isinstance(split, MapSplit):
-        raise DataError(f"{uri!r} is a stream with a single split: pass the URI of the validation images as val.")
+        raise DataError(
+            f"{uri!r} is a stream with a single split; name a validation set with --val URI (val in a config)."
+        )
     train, val = _stratified(split, uri)
     note = (
         f"{uri!r} holds a single split: {len(val)} of its {len(split)} images, always the same ones and stratified by "
@@ -79,8 +119,8 @@ def _stratified(split: MapSplit, uri: str) -> tuple[Tensor, Tensor]:
         members = shuffled[labels == label]
         if len(members) == 1:
             raise DataError(
-                f"Class {name!r} of {uri!r} has 1 image, which is too few for two splits: add images, or pass the URI "
-                f"of the validation images as val."
+                f"Class {name!r} of {uri!r} has one image, which is too few for two splits; name a validation set with "
+                f"--val URI (val in a config)."
             )
         is_val[members[: max(1, round(_VAL_FRACTION * len(members))) if len(members) else 0]] = True
     return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
@@ -94,10 +134,16 @@ def check_splits(source: Source, uri: str) -> None:
     """
     train, val = source.train, source.val
     assert val is not None
-    _check_split(train, uri, "training")
-    _check_split(val, uri, "validation")
+    _check_split(train, uri, "training images")
+    _check_split(val, uri, "validation images")
     if len(train.classes) < 2:
         raise DataError(f"{uri!r} has one class, {train.classes[0]!r}: a classifier needs at least two.")
+    _check_same_classes(train, val, uri)
+    _check_no_empty_class(train, uri, "training")
+    _check_no_empty_class(val, uri, "validation")
+
+
+def _check_same_classes(train: Split, val: Split, uri: str) -> None:
     # Labels are indices into the classes of their own split: they mean the same only if the classes are equal.
     missing = sorted(set(train.classes) - set(val.classes))
     extra = sorted(set(val.classes) - set(train.classes))
@@ -107,13 +153,11 @@ def check_splits(source: Source, uri: str) -> None:
         raise DataError(f"{_list(extra)} of {uri!r} has validation images but no training images: add or remove some.")
     if train.classes != val.classes:
         raise DataError(f"The validation split of {uri!r} has the same classes in another order.")
-    _check_no_empty_class(train, uri, "training")
-    _check_no_empty_class(val, uri, "validation")
 
 
 def _check_split(split: Split, uri: str, name: str) -> None:
     if num_images(split) == 0 or not split.classes:
-        raise DataError(f"{uri!r} has no {name} images.")
+        raise DataError(f"{uri!r} has no {name}.")
     if not isinstance(split, MapSplit):  # labels of a stream are checked as they arrive
         return
     invalid = (split.labels < 0) | (split.labels >= len(split.classes))

@@ -6,7 +6,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataUri
 from repvgg.data.counter_rng import random_bits
-from repvgg.data.decode import CorruptImage, decode, is_image_name, to_pil
+from repvgg.data.decode import CorruptImage, decode, is_image_name, to_pil, upright
 from repvgg.data.splits import DEFAULT_SIZE, FileSplit, MapSplit, Source, TensorSplit
 from repvgg.errors import DataError, UsageError, first_line, require
 
@@ -42,28 +43,64 @@ def open_folder(uri: DataUri) -> Source:
     root = Path(os.path.expanduser(uri.rest))
     if not uri.rest or not root.is_dir():
         raise DataError(f"There is no folder {str(root) if uri.rest else ''!r}: give one as imagefolder:PATH.")
+    notes: list[str] = []
     if not (root / _TRAIN_FOLDER).is_dir():
-        return Source(_read_folder(root), None)
+        return Source(_read_folder(root, notes), None, notes=tuple(notes))
+    train = _read_folder(root / _TRAIN_FOLDER, notes)
     present = [name for name in _VAL_FOLDERS if (root / name).is_dir()]
-    if not present:
-        return Source(_read_folder(root / _TRAIN_FOLDER), None)
-    notes = [f"{name}/ is ignored: the validation images are those of {present[0]}/." for name in present[1:]]
-    return Source(_read_folder(root / _TRAIN_FOLDER), _read_folder(root / present[0]), notes=tuple(notes))
+    val = _read_folder(root / present[0], notes) if present else None
+    notes += [f"{name}/ is ignored: the validation images are those of {present[0]}/." for name in present[1:]]
+    return Source(train, val, notes=tuple(notes))
 
 
-def _read_folder(folder: Path) -> FileSplit:
-    make_dataset = require("torchvision.datasets.folder", "train").make_dataset
+def _read_folder(folder: Path, notes: list[str]) -> FileSplit:
+    """Read the names of the images in the class folders of ``folder``; append to ``notes`` what was not read."""
     try:
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_class_name(entry.name))
         if not classes:
             raise DataError(f"{str(folder)!r} contains no class folders: put the images of each class in a folder.")
-        indices = {name: index for index, name in enumerate(classes)}
-        found = make_dataset(str(folder), indices, is_valid_file=is_image_name, allow_empty=True)
+        found: list[tuple[str, int]] = []
+        repeated: list[str] = []
+        for label, name in enumerate(classes):
+            # The order of torchvision's ImageFolder.
+            for below, files in _walk(folder / name, repeated):
+                found += [(os.path.join(below, file), label) for file in files if is_image_name(file)]
     except OSError as error:
         raise DataError(f"{str(folder)!r} cannot be read: {error.strerror or error}.") from error
     start = len(os.path.join(folder, ""))  # keep paths relative: the folder is the same for a million of them
+    if repeated:
+        more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        notes.append(f"Not entered, because it leads to a folder that is read already: {repeated[0]!r}{more}.")
     labels = torch.tensor([label for _, label in found], dtype=torch.int64)
     return FileSplit(folder, [path[start:] for path, _ in found], labels, tuple(classes))
+
+
+def _walk(folder: Path, repeated: list[str]) -> list[tuple[str, list[str]]]:
+    """Return ``folder`` and all folders below it, each with its file names, both sorted; links are followed.
+
+    Each folder is entered once: links in a circle would have no end, and several in one folder grow exponentially.
+    The others are appended to ``repeated``.
+    """
+    found = []
+    entered = {_identity(os.stat(folder))}
+    for below, folders, files in os.walk(folder, followlinks=True):
+        found.append((below, sorted(files)))
+        fresh = []
+        # Links last: where a folder lies beside a link to it, its files get its own name.
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(below, name)), name)):
+            path = os.path.join(below, name)
+            identity = _identity(os.stat(path))
+            if identity in entered:
+                repeated.append(path)
+            else:
+                entered.add(identity)
+                fresh.append(name)
+        folders[:] = fresh
+    return sorted(found)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _is_class_name(name: str) -> bool:
@@ -74,8 +111,8 @@ def ignored_files(folder: Path) -> list[str]:
     """Return the files in the class folders of ``folder`` that are not hidden and have no image extension."""
     found = []
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_class_name(entry.name)):
-        for below, _, files in sorted(os.walk(folder / name, followlinks=True)):
-            paths = (os.path.join(below, file) for file in sorted(files) if _is_class_name(file))
+        for below, files in _walk(folder / name, []):
+            paths = (os.path.join(below, file) for file in files if _is_class_name(file))
             found += [path for path in paths if not is_image_name(path)]
     return found
 
@@ -348,9 +385,21 @@ class TorchvisionSplit(MapSplit):
         if self._paths:  # our decoder: torchvision's loader converts to RGB and does not name the file in its errors
             return decode(Path(self._paths[index]), self.location(index))
         try:
-            image = self._dataset[index][0]
+            with _without_ghostscript():
+                image = self._dataset[index][0]
         except (OSError, ValueError, SyntaxError) as error:
             return CorruptImage(self.location(index), "broken", f"cannot be decoded: {error}")
         if not isinstance(image, Image.Image):
             raise DataError(f"{self._name} must return images, got {type(image).__name__}.")
-        return image
+        return upright(image)
+
+
+@contextmanager
+def _without_ghostscript() -> Iterator[None]:
+    """Keep PIL from running Ghostscript on a file, where torchvision opens files in all formats that PIL knows."""
+    plugin: Any = require("PIL.EpsImagePlugin")
+    before, plugin.gs_binary = plugin.gs_binary, False
+    try:
+        yield
+    finally:
+        plugin.gs_binary = before

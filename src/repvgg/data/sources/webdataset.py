@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import glob
 import json
+import math
+import os
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,30 +18,42 @@ import numpy as np
 
 from repvgg.data.config import DataUri
 from repvgg.data.counter_rng import epoch_order, random_bits
-from repvgg.data.decode import IMAGE_EXTENSIONS, CorruptImage
+from repvgg.data.decode import IMAGE_EXTENSIONS, MAX_FILE_BYTES, CorruptImage
 from repvgg.data.splits import Example, IterableSplit, Shuffle, Source
-from repvgg.errors import DataError, require
+from repvgg.errors import DataError, UsageError, require
 
 _CLASSES_FILE, _SIZES_FILE = "classes.txt", "sizes.json"
 _BUFFER = 1000  # examples
 _IMAGE_KEYS = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
+_COMMAND = "pipe:"
+_REMOTE = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://|{_COMMAND}|-\Z")
+_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")  # {0000..0123}
+_MAX_TAR_FILES = 10**6
 _LABEL_KEYS = ("label", "cls", "class")
 
 
-def open_webdataset(uri: DataUri) -> Source:
+def open_webdataset(uri: DataUri, allow_commands: bool = False) -> Source:
     """Open samples ``KEY.jpg`` (or another image) and ``KEY.cls`` (a number) or ``KEY.json`` (with "label").
 
     ``PATTERN`` takes braces and, for local files, wildcards. Class names are the lines of ``classes.txt`` next to the
     tar files, or numbers with ``?classes=N``. The number of images is the sum over ``sizes.json`` (name → number) next
     to them, or ``?length=N``, or unknown. ``?buffer=N`` is the size of the shuffle buffer in examples.
 
+    ``pipe:COMMAND`` in place of a path runs a shell command, so it is refused unless ``allow_commands`` is set.
+
     Raises:
-        UsageError: an unknown option.
+        UsageError: an unknown option, or a command that is not allowed.
         DataError: there are no tar files, or the classes are unknown.
     """
     uri.check_options("classes", "length", "buffer")
     number, length, buffer = uri.number("classes"), uri.number("length"), uri.number("buffer")
     urls = _tar_files(uri)
+    command = next((url for url in urls if url.startswith(_COMMAND)), None)
+    if command is not None and not allow_commands:
+        raise UsageError(
+            f"{uri.text!r} runs the shell command {command.removeprefix(_COMMAND)!r}: if you trust it, say "
+            "--data.allow-commands (train) or --allow-commands, or DataConfig(allow_commands=True)."
+        )
     # classes.txt and sizes.json are read from local folders only.
     folder = None if _is_remote(urls[0]) else Path(urls[0]).parent
     classes = _class_names(folder) if number is None else tuple(map(str, range(number)))
@@ -107,13 +122,29 @@ class WebDatasetSplit(IterableSplit):
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    # Only webdataset's two parsing steps: its complete pipeline would also split shards and handle errors.
-    tar = require("webdataset.tariterators", "data")
-    stream = require("webdataset.gopen", "data").gopen(url)
+    # Only webdataset's step that groups entries: its complete pipeline would also split shards and handle errors.
+    group_by_keys = require("webdataset.tariterators", "data").group_by_keys
+    # webdataset's gopen runs a shell command for "pipe:…", even where that is the name of a local file.
+    stream = require("webdataset.gopen", "data").gopen(url) if _is_remote(url) else open(url, "rb")  # noqa: SIM115 - closed below
     try:
-        yield from tar.group_by_keys(tar.tar_file_expander([{"url": url, "stream": stream}]))
+        yield from group_by_keys(_entries(url, stream))
     finally:
         stream.close()
+
+
+def _entries(url: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """Yield the files in a tar file as webdataset does, but none that is larger than an image may be."""
+    with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        for entry in archive:
+            # Names between double underscores are metadata of webdataset.
+            if not entry.isreg() or re.match(r"__[^/]*__($|/)", entry.name):
+                continue
+            if entry.size > MAX_FILE_BYTES:  # sparse or compressed, it may be small on disk
+                raise tarfile.ReadError(f"{entry.name!r} has {entry.size:,} bytes")
+            file = archive.extractfile(entry)
+            assert file is not None  # a regular file
+            yield {"fname": entry.name, "data": file.read(), "__url__": url}
+            archive.members = []  # type: ignore[attr-defined] # tarfile keeps every entry that it has seen
 
 
 def _example(sample: dict[str, Any], location: str) -> Example | CorruptImage:
@@ -133,32 +164,44 @@ def _label(sample: dict[str, Any]) -> int | None:
             return int(sample["cls"])
         entry = json.loads(sample.get("json", b"{}"))
         return next((int(entry[key]) for key in _LABEL_KEYS if key in entry), None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _tar_files(uri: DataUri) -> list[str]:
     expand = require("webdataset", "data").shardlists.expand_urls
+    expanded = math.prod(abs(int(stop) - int(start)) + 1 for start, stop in _RANGE.findall(uri.rest))
+    if expanded > _MAX_TAR_FILES:
+        raise DataError(f"{uri.text!r} names {expanded:,} tar files: at most {_MAX_TAR_FILES:,} are possible.")
     try:
         urls: list[str] = expand(uri.rest) if uri.rest else []
     except Exception as error:  # an unclosed brace, an unset variable
         raise DataError(f"{uri.text!r} is not a valid pattern: {error}") from error
     # A pattern without a match stays in the list, to be reported as missing.
-    found = [path for url in urls for path in ([url] if _is_remote(url) else sorted(glob.glob(url)) or [url])]
+    found = [path for url in urls for path in ([url] if _is_remote(url) else _local_files(url))]
     missing = [path for path in found if not _is_remote(path) and not Path(path).is_file()]
     if missing or not found:
         raise DataError(f"There is no file {(missing or [uri.rest])[0]!r}: give tar files as webdataset:FOLDER/*.tar.")
     return found
 
 
+def _local_files(pattern: str) -> list[str]:
+    # A file in the working directory may have any name, such as "pipe:rm -r *": as a path it starts with "./".
+    found = sorted(glob.glob(pattern)) or [pattern]
+    return [os.path.join(".", path) if _is_remote(path) else path for path in found]
+
+
 def _is_remote(url: str) -> bool:
-    return "://" in url or url.startswith(("pipe:", "-"))
+    return _REMOTE.match(url) is not None
 
 
 def _class_names(folder: Path | None) -> tuple[str, ...] | None:
     if folder is None or not (folder / _CLASSES_FILE).is_file():
         return None
-    lines = (folder / _CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (folder / _CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(folder / _CLASSES_FILE)!r} cannot be read as UTF-8: {error}.") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -169,5 +212,5 @@ def _total_size(folder: Path | None, urls: list[str]) -> int | None:
     try:
         sizes = json.loads((folder / _SIZES_FILE).read_text(encoding="utf-8"))
         return sum(int(sizes[Path(url).name]) for url in urls)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{str(folder / _SIZES_FILE)!r} must give a number for every tar file: {error}.") from error

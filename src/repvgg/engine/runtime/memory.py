@@ -146,13 +146,16 @@ def view_input(x: Images, channels: int) -> InputView:
     """Check images and return a view of their memory. They are copied only if they are not aligned to floats.
 
     Raises:
-        UsageError: ``x`` is not float32 of shape (n, channels, H, W) on the CPU, or is empty.
+        UsageError: ``x`` is not float32 of shape (n, channels, H, W) on the CPU, an axis other than n is empty, or it
+            is a tensor without memory of its own; n may be 0.
     """
     if isinstance(x, Tensor):
+        if x.is_nested:  # its shape cannot be asked for
+            raise UsageError(f"The engine takes one tensor of images: {_REASONS['Nested']}.")
         valid = x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided
     else:
-        valid = isinstance(x, np.ndarray) and x.dtype == np.float32
-    if not valid or x.ndim != 4 or 0 in x.shape or x.shape[1] != channels:
+        valid = isinstance(x, np.ndarray) and x.dtype == np.float32 and not isinstance(x, np.ma.MaskedArray)
+    if not valid or x.ndim != 4 or 0 in x.shape[1:] or x.shape[1] != channels:
         raise UsageError(
             f"This model takes float32 images of shape (n, {channels}, H, W) on the CPU, got {_describe(x)}."
         )
@@ -160,10 +163,50 @@ def view_input(x: Images, channels: int) -> InputView:
 
 
 def _view_tensor(x: Tensor) -> InputView:
+    reason = why_unreadable(x)
+    if reason is not None:
+        raise UsageError(f"The engine reads the memory of its images, and it cannot here: {reason}.")
     if x.is_neg():  # a lazy negation, as of the imaginary part of a conjugate: the sign in memory is the opposite
         x = x.resolve_neg()
     batch, channels, height, width = x.shape
     return InputView(x.data_ptr(), (batch, channels, height, width), x.stride(), x)
+
+
+# PyTorch's dispatch keys of tensors that are nothing but numbers in memory, and why others are not.
+_PLAIN_KEYS = frozenset({"CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU", "Negative"})
+_REASONS = {
+    "FuncTorch": "torch.func.vmap, grad and jvp pass wrapped tensors; call the model outside of them",
+    "Functionalize": "torch.func.functionalize passes wrapped tensors; call the model outside of it",
+    "ZeroTensor": "a zero tensor of autograd has no memory; call torch.zeros_like",
+    "Nested": "a nested tensor is several tensors; pass each of them",
+    "Sparse": "a sparse tensor has no zeros in memory; call to_dense()",
+    "Quantized": "a quantized tensor has no floats in memory; call dequantize()",
+}
+
+
+def why_unreadable(x: Tensor) -> str | None:
+    """Return why a tensor of the CPU is not an array of numbers in memory that holds all its elements, or None."""
+    reason = _why_wrapped(torch._C._dispatch_keys(x).raw_repr(), x)
+    if reason is None and x.numel() > 0:
+        last = x.storage_offset() + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        size = x.untyped_storage().nbytes()
+        if size < (last + 1) * x.element_size() or x.data_ptr() == 0:
+            return f"the tensor of shape {tuple(x.shape)} has {size:,} bytes of storage: its memory was freed"
+    return reason
+
+
+def _why_wrapped(keys: int, x: Tensor) -> str | None:
+    if keys not in _known_keys:
+        names = str(torch._C._dispatch_keys(x)).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+        _known_keys[keys] = next((name for name in names if name not in _PLAIN_KEYS), None)
+    strange = _known_keys[keys]
+    if strange is None:
+        return None
+    otherwise = f"a {type(x).__name__} ({strange}) has no memory of its own; pass an ordinary tensor"
+    return next((reason for prefix, reason in _REASONS.items() if strange.startswith(prefix)), otherwise)
+
+
+_known_keys: dict[int, str | None] = {}  # the first unusual key of a set of dispatch keys
 
 
 def _view_array(x: Floats) -> InputView:

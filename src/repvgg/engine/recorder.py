@@ -1,0 +1,439 @@
+"""Records which torch functions a model calls on its images, without a change to anything outside of this thread.
+
+The model's own ``forward`` runs on a structural copy, with meta tensors for everything that depends on the images: they
+have shapes but no values. A ``TorchFunctionMode`` sees each call; such modes belong to one thread. (The tracer of
+torch.fx patches ``nn.Module`` for the whole process while it runs.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, TypeAlias, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repvgg.engine.graph import ConvGeometry, Shape, pair
+from repvgg.errors import UnsupportedError
+from repvgg.symbolic import shadow_of
+
+MAX_CALLS = 50_000  # a forward that loops over pixels would not end
+
+#: Torch functions and methods by name; a name stands for the function, the method and their aliases in all namespaces.
+_NAMES = (
+    *("conv2d", "linear", "relu", "relu_", "sigmoid", "sigmoid_", "mul", "mul_", "multiply", "multiply_"),
+    *("dropout", "dropout2d", "mean", "adaptive_avg_pool2d", "avg_pool2d", "__getitem__"),
+    *("flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as", "reshape_as"),
+    *("batch_norm", "add", "add_", "silu", "gelu", "hardswish"),  # not supported, but met often
+    *("pad", "contiguous", "to", "cpu", "float", "type_as", "detach", "clone", "alias"),
+)
+_FUNCTIONS = {
+    getattr(namespace, name): name for namespace in (torch, F, Tensor) for name in _NAMES if hasattr(namespace, name)
+}
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of conv2d and of linear
+# The parameters of functions whose results have known shapes.
+_PARAMETERS = {
+    **dict.fromkeys(("conv2d", "linear"), ARGUMENTS),
+    "adaptive_avg_pool2d": ("input", "output_size"),
+    "mean": ("input", "dim", "keepdim"),
+    **dict.fromkeys(("mul", "multiply", "add"), ("input", "other")),
+    **dict.fromkeys(("relu", "relu_", "sigmoid", "sigmoid_", "silu", "hardswish"), ("input", "inplace")),
+    **dict.fromkeys(("batch_norm", "add_", "mul_", "multiply_", "gelu"), ("input",)),
+    **dict.fromkeys(("dropout", "dropout2d"), ("input", "p", "training", "inplace")),
+}
+_SIZES = (Tensor.shape.__get__, Tensor.size, Tensor.__len__)  # type: ignore[attr-defined]
+_DEVICE = Tensor.device.__get__
+_CONVERSIONS = ("__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "__contains__")
+_VALUES = frozenset(("item", "tolist", "numpy", "nonzero", "is_nonzero", "equal", "allclose", *_CONVERSIONS))
+_CPU = torch.device("cpu")
+
+
+@final
+@dataclass(eq=False)
+class Call:
+    """One call of a torch function on tensors that depend on the images.
+
+    Attributes:
+        function: name of the function; "input" and "output" are the first and the last of a recording.
+        args: the arguments, with calls in place of the tensors that they returned.
+        kwargs: the same.
+        name: path of the torch module that made the call, or a unique name of the function, for messages.
+        what: class of that module, or the name of the function, for messages.
+        shape: of the tensor that it returned; () if it returned something else.
+        dtype: of that tensor, or None.
+        users: the calls that take what it returned, in execution order.
+    """
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str
+    what: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    users: list[Call] = field(default_factory=list)
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return the arguments by name; ``names`` are those of the positional ones."""
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+
+
+class Recording(NamedTuple):
+    """The calls of one run; they are linked by their arguments and users.
+
+    Attributes:
+        images: the first call, whose value is the images.
+        output: what the model returned, with calls in place of tensors; None if it raised.
+        error: what the model raised, or None.
+        computed: ids of tensors that the model computed from something else than the images.
+    """
+
+    images: Call
+    output: Any
+    error: Exception | None
+    computed: Mapping[int, object]
+
+
+Forward: TypeAlias = Callable[[Tensor], Any]
+
+
+def record(forward: Forward, shape: Shape, paths: ModulePaths | None = None) -> Recording:
+    """Run ``forward`` on images of this shape that have no values, and return its calls.
+
+    Args:
+        forward: a function of the images. It must not refer to modules whose state it changes; see :func:`copy_of`.
+        shape: (N, C, H, W).
+        paths: the modules of :func:`copy_of`, to name the calls.
+    """
+    recorder = _Recorder(paths or ModulePaths())
+    images = _floats(shape)
+    first = recorder.add("input", (), {}, images)
+    output, error = None, None
+    try:
+        with torch.no_grad(), recorder:
+            output = forward(images)
+    except Exception as raised:  # a user's forward may raise anything
+        error = raised
+    else:
+        output = recorder.add("output", (output,), {}, None).args[0]
+    return Recording(first, output, error, recorder.computed)
+
+
+@final
+class ModulePaths:
+    """The stack of modules that are running."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[str, nn.Module]] = []
+
+    def watch(self, path: str, module: nn.Module) -> None:
+        """Let a module of a copy report when it runs."""
+        module.register_forward_pre_hook(lambda *_: self._running.append((path, module)))
+        module.register_forward_hook(self._leave)
+
+    def reset(self) -> None:
+        """Forget modules that were left by an exception."""
+        self._running.clear()
+
+    def _leave(self, *_: object) -> None:
+        self._running.pop()
+
+    def name_of_call(self, function: str, taken: Counter[str]) -> tuple[str, str]:
+        """Return a name and a description: of the torch module that is running, else of the function."""
+        path, module = self._running[-1] if self._running else ("", None)
+        if module is not None and runs_code_of_torch(module):
+            return path, type(module).__name__
+        name = f"{path}.{function}" if path else function
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}_{taken[name] - 1}", function
+
+
+def runs_code_of_torch(module: nn.Module) -> bool:
+    """Whether the forward of a module is one of PyTorch's own."""
+    return "forward" not in vars(module) and type(module).forward.__module__.startswith("torch.")
+
+
+def copy_of(model: nn.Module) -> tuple[nn.Module, ModulePaths]:
+    """Return a copy in eval mode that shares the parameters of ``model``, for :func:`record`.
+
+    Raises:
+        UnsupportedError: a module has hooks or is compiled by TorchScript.
+    """
+    for name, module in model.named_modules():
+        subject = repr(name) if name else "The model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{subject} is compiled by TorchScript, which the engine cannot look into: pass the nn.Module "
+                "that it was made from."
+            )
+        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+            raise UnsupportedError(f"{subject} has no weights yet: run the model once, on real images.")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedError(f"{subject} has forward hooks, which the engine would not call: remove them first.")
+    # Buffers need another identity, or shadow_of would read and copy their memory.
+    copied = shadow_of(
+        model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach(), training=False
+    )
+    paths = ModulePaths()
+    for (path, module), original in zip(copied.named_modules(), model.modules(), strict=True):
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        if "forward" in vars(original):
+            _copy_forward(module, original)
+        paths.watch(path.replace("_orig_mod.", ""), module)  # without what torch.compile adds
+    return copied, paths
+
+
+def _copy_forward(module: Any, original: nn.Module) -> None:
+    """Let a copy of a module whose forward was replaced on the instance run the same code."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # not imported: a compiled model has done so
+    if dynamo is not None and isinstance(original, dynamo.OptimizedModule):
+        vars(module)["forward"] = module._modules["_orig_mod"].__call__
+    elif getattr(vars(original)["forward"], "__self__", None) is not original:
+        vars(module)["forward"] = vars(original)["forward"]
+
+
+@final
+class _Recorder(TorchFunctionMode):
+    def __init__(self, paths: ModulePaths) -> None:
+        super().__init__()
+        self._paths = paths
+        paths.reset()
+        # By id(), with the tensors, so that no new tensor gets the same id. A tensor that is written to is returned by
+        # several calls: the last one counts.
+        self._calls: dict[int, tuple[Call, Tensor]] = {}
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.computed: dict[int, Tensor] = {}
+        self._names: Counter[str] = Counter()
+        self._count = 0
+
+    def add(self, function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Call:
+        """Add a call; ``result`` is what it returned."""
+        name, what = self._paths.name_of_call(function, self._names)
+        replaced = _mapped(self._as_call, args), _mapped(self._as_call, dict(kwargs))
+        call = Call(function, *replaced, name, what)
+        if isinstance(result, Tensor):
+            call.shape, call.dtype = tuple(result.shape), result.dtype
+        for tensor in _tensors(result):
+            self._calls[id(tensor)] = call, tensor
+        for before in dict.fromkeys(one for one in _leaves(replaced) if isinstance(one, Call)):
+            before.users.append(call)
+        return call
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(id(tensor) in self._calls for tensor in _tensors((args, kwargs))):
+            return self._without_images(func, args, kwargs)
+        if func == _DEVICE:
+            return _CPU
+        if func in _SIZES:
+            return _as_sizes(func(*args, **kwargs), args[1] if len(args) > 1 else kwargs.get("dim"))
+        function = _name_of(func)
+        if function in _VALUES:
+            raise UnsupportedError(
+                f"The forward cannot be traced, because it reads values that depend on the images, by {function}: "
+                "remove control flow that depends on values."
+            )
+        try:
+            result = self._run(func, function, args, kwargs)
+        except Exception:
+            self.add(function, args, kwargs, None).dtype = torch.float32  # so that the call before has all its users
+            raise
+        # What returns None may write to its arguments, as x[0] = 1 does.
+        if result is None or any(True for _ in _tensors(result)):
+            self._count += 1
+            if self._count > MAX_CALLS:
+                raise UnsupportedError(f"The model calls more than {MAX_CALLS:,} functions: remove loops over pixels.")
+            self.add(function, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function with tensors that have no values."""
+        args, kwargs = _mapped(self._stand_in, args), _mapped(self._stand_in, kwargs)
+        if function == "cpu":
+            return args[0]
+        if function == "to":
+            args, kwargs = _mapped(_not_on_cpu, args), _mapped(_not_on_cpu, kwargs)
+        result = _own_result(function, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+    def _without_images(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = list(_tensors((args, kwargs)))
+        name = str(getattr(func, "__name__", ""))
+        writes = (
+            (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or "out" in kwargs
+        )
+        if writes and any(id(tensor) not in self.computed for tensor in inputs):
+            raise UnsupportedError(f"The forward changes tensors of the model by {_name_of(func)}: remove that first.")
+        result = func(*args, **kwargs)
+        known = set(map(id, inputs))  # weight.to(dtype) may return the weight itself
+        self.computed.update((id(tensor), tensor) for tensor in _tensors(result) if id(tensor) not in known)
+        return result
+
+    def _as_call(self, value: Any) -> Any:
+        return self._calls[id(value)][0] if id(value) in self._calls else value
+
+    def _stand_in(self, value: Any) -> Any:
+        """Return a tensor without values in place of a weight."""
+        if not isinstance(value, Tensor) or id(value) in self._calls:
+            return value
+        if id(value) not in self._stand_ins:
+            self._stand_ins[id(value)] = torch.empty(value.shape, dtype=value.dtype, device="meta"), value
+        return self._stand_ins[id(value)][0]
+
+
+def _name_of(func: Any) -> str:
+    name = str(getattr(func, "__name__", type(func).__name__))
+    # The name of a property is that of its descriptor.
+    return _FUNCTIONS.get(func) or (str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name)
+
+
+def _not_on_cpu(value: Any) -> Any:
+    return torch.device("meta") if isinstance(value, (str, torch.device)) and str(value) == "cpu" else value
+
+
+def _own_result(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return a tensor of the shape that a function returns, or None if PyTorch shall find the shape.
+
+    PyTorch's meta kernels of these functions are in Python and import SymPy and Dynamo: that takes two seconds.
+    """
+    if function not in _PARAMETERS:
+        return None
+    given = dict(zip(_PARAMETERS[function], args, strict=False)) | kwargs
+    x = given.get("input")
+    if not isinstance(x, Tensor) or x.dtype is not torch.float32:
+        return None
+    if function == "conv2d":
+        return _floats((len(x), *_conv2d_shape(x.shape, given))) if x.ndim == 4 else None
+    if function == "linear":
+        return _floats((*x.shape[:-1], given["weight"].shape[0]))
+    if function == "adaptive_avg_pool2d":
+        wanted = given["output_size"]
+        wanted = wanted if isinstance(wanted, (tuple, list)) else (wanted, wanted)
+        sizes = (before if after is None else after for before, after in zip(x.shape[2:], wanted, strict=True))
+        return _floats((*x.shape[:2], *sizes)) if x.ndim == 4 else None
+    if function == "mean":
+        return _floats(_mean_shape(x.shape, given)) if given.get("dtype") in (None, torch.float32) else None
+    if function in ("mul", "multiply", "add"):
+        other = given.get("other")
+        if isinstance(other, Tensor) and other.dtype is torch.float32:
+            return _floats(np.broadcast_shapes(x.shape, other.shape))
+        return _floats(x.shape) if isinstance(other, (int, float)) else None
+    return x if function.endswith("_") or given.get("inplace") else _floats(x.shape)
+
+
+def _conv2d_shape(shape: Sequence[int], given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (C, H, W) of the output. The input channels need not fit: the inference of shapes names the layer then."""
+    outputs, _, *kernel = given["weight"].shape
+    padding = given.get("padding", 0)
+    if padding == "same":
+        return outputs, shape[2], shape[3]
+    pairs = given.get("stride", 1), 0 if padding == "valid" else padding, given.get("dilation", 1)
+    stride, padding, dilation = map(pair, pairs)
+    return outputs, *ConvGeometry(pair(kernel), stride, padding, dilation).output_size((shape[2], shape[3]))
+
+
+def _mean_shape(shape: Sequence[int], given: Mapping[str, Any]) -> list[int]:
+    reduced = given.get("dim", given.get("axis"))
+    reduced = range(len(shape)) if reduced is None else [reduced] if isinstance(reduced, int) else reduced
+    places = {range(len(shape))[axis] for axis in reduced}  # raises for an axis that does not exist
+    keeps = given.get("keepdim", False)
+    return [1 if place in places else size for place, size in enumerate(shape) if keeps or place not in places]
+
+
+def _floats(shape: Iterable[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
+
+
+# Nested arguments
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Replace the leaves of nested tuples, lists, dictionaries and slices."""
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(function, one) for one in value)
+    if type(value) is dict:
+        return {key: _mapped(function, one) for key, one in value.items()}
+    if type(value) is slice:
+        return slice(*(_mapped(function, one) for one in (value.start, value.stop, value.step)))
+    return function(value)
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        for one in value:
+            yield from _leaves(one)
+    elif isinstance(value, Mapping):
+        yield from _leaves(list(value.values()))
+    elif type(value) is slice:
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    return (one for one in _leaves(value) if isinstance(one, Tensor))
+
+
+# Sizes
+
+
+class ImageSize(int):
+    """Number of images, height or width: it may be passed to functions, and no branch may depend on it.
+
+    The network is read once for all sizes.
+    """
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise UnsupportedError(
+            "The forward branches on the number or the size of its images, but the engine reads it once for all: "
+            "remove that branch."
+        )
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
+    __truediv__ = __rtruediv__ = __float__ = __round__ = __floor__ = __ceil__ = _refuse
+    __hash__ = int.__hash__
+
+    def __add__(self, other: Any) -> Any:
+        return _size(int.__add__(self, other))
+
+    def __sub__(self, other: Any) -> Any:
+        return _size(int.__sub__(self, other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return _size(int.__rsub__(self, other))
+
+    def __mul__(self, other: Any) -> Any:
+        return _size(int.__mul__(self, other))
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _size(int.__floordiv__(self, other))
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return _size(int.__rfloordiv__(self, other))
+
+    def __mod__(self, other: Any) -> Any:
+        return _size(int.__mod__(self, other))
+
+    def __neg__(self) -> Any:
+        return _size(int.__neg__(self))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _size(value: Any) -> Any:
+    return ImageSize(value) if isinstance(value, int) else value  # NotImplemented, for other types
+
+
+def _as_sizes(found: Any, axis: int | None) -> Any:
+    """Return what ``shape``, ``size`` or ``len`` gave, with sizes that no branch may depend on; channels are known."""
+    if isinstance(found, int):
+        return found if axis == 1 else ImageSize(found)
+    return torch.Size([one if axis == 1 else ImageSize(one) for axis, one in enumerate(found)])
