@@ -26,6 +26,9 @@ from repvgg.symbolic import things_in
 
 Copied = TypeVar("Copied")
 
+# A compiled call would run the old code; the others are what graph modules have besides the attributes of a module.
+_NOT_COPIED = {"_compiled_call_impl"} | (vars(fx.GraphModule(nn.Module(), fx.Graph())).keys() - vars(nn.Module()).keys())
+
 
 def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
     """Return copies of tensors in attributes that were computed with gradients, by id, as a memo for ``deepcopy``.
@@ -80,8 +83,8 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
     name = base.__name__
     while issubclass(base, NewForward):  # of an earlier pass
         base = base.__mro__[2]
-    if issubclass(base, _BatchNorm) and "running_mean" not in module._buffers:
-        base = nn.Module  # what is left of it does not normalize
+    if issubclass(base, fx.GraphModule) or (issubclass(base, _BatchNorm) and "running_mean" not in module._buffers):
+        base = nn.Module  # what is left of it has no graph of its own, or does not normalize
     vars(module).pop("forward", None)
     module.__class__ = _class_with_forward(base, name, code.src, _format_import_block(code.globals, sys_importer))
     type(module).graph = graph  # type: ignore[attr-defined]
@@ -128,7 +131,7 @@ class ForwardRewriter:
         """Copy everything that the modules have; ``path`` is that of the recorded module in the model."""
         get = self.recording.module.get_submodule
         for inner, new in {self.host: self.module, **self.parts}.items():
-            state = {name: value for name, value in vars(get(inner)).items() if name != "_compiled_call_impl"}
+            state = {name: value for name, value in vars(get(inner)).items() if name not in _NOT_COPIED}
             vars(new).update(deep_copy(state, memo, get(inner), join(path, inner)))
 
     def insert_call(self, conv: nn.Module, source: fx.Node, exit_node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg.symbolic import things_in
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -56,8 +59,8 @@ def inner_module(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     # torch.compile; matched by name because importing torch._dynamo takes seconds
-    inner = vars(module).get("_modules", {}).get("_orig_mod")
-    return inner if type(module).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else None
+    inner = module._modules.get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def without_wrappers(module: nn.Module) -> nn.Module:
@@ -75,6 +78,8 @@ def without_wrappers(module: nn.Module) -> nn.Module:
 def _copy_without_wrappers(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     while (inner := inner_module(module)) is not None:
         module = inner
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     if id(module) not in done:
         own: Any = object.__new__(type(module))
         done[id(module)] = own
@@ -92,6 +97,26 @@ def is_leaf(module: nn.Module) -> bool:
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return all batch norms of a model with their paths."""
     return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether the code of a module is no longer in Python."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def held_elsewhere(model: nn.Module) -> set[nn.Module]:
+    """Return modules that are registered in several places, or that another module holds without registering them."""
+    references = Counter(child for part in model.modules() for child in part._modules.values() if child is not None)
+    found = {part for part, count in references.items() if count > 1}
+    for holder in model.modules():
+        if is_scripted(holder):
+            continue
+        own = set(holder.modules())
+        for module in (value for value in things_in(vars(holder).values()) if isinstance(value, nn.Module)):
+            # A reference to a parent is common, and does not mean that the parent is called.
+            if module not in own and not any(part is holder for part in module.modules()):
+                found |= set(module.modules())
+    return found
 
 
 def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:

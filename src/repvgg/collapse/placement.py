@@ -14,7 +14,7 @@ from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, insertion_points
-from repvgg.collapse.modules import has_own_hooks, is_inside, is_leaf
+from repvgg.collapse.modules import has_own_hooks, held_elsewhere, is_inside, is_leaf
 from repvgg.collapse.record import Frame, Recording, leaves, record
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import Region
@@ -73,6 +73,9 @@ class Placement:
     def _shared(self) -> set[str]:
         """Paths of modules that one forward calls more than once, or that several forwards call."""
         shared = {path for path, callers in self._callers.items() if len(callers) > 1}
+        if not self.trusted:
+            elsewhere = held_elsewhere(self.recording.module)
+            shared |= {path for path, part in self.recording.module.named_modules() if part in elsewhere}
         for frame in self.recording.root.frames():
             seen: set[str] = set()
             for item in frame.items:

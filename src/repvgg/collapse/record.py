@@ -8,6 +8,7 @@ A recording holds for the call that was recorded. What else it holds for is exam
 
 from __future__ import annotations
 
+import gc
 import operator
 import sys
 import weakref
@@ -25,7 +26,15 @@ from torch.overrides import TorchFunctionMode
 
 from repvgg import _structure
 from repvgg._calls import Call
-from repvgg.collapse.modules import is_leaf, is_torch_utility, join, preserved_random_state, storage_of
+from repvgg.collapse.modules import (
+    is_leaf,
+    is_scripted,
+    is_torch_utility,
+    join,
+    preserved_random_state,
+    storage_of,
+    submodule_or_none,
+)
 from repvgg.collapse.tracked import is_tracked, tracked, untracked
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import shadow_of, things_in
@@ -38,6 +47,7 @@ _META = torch.device("meta")
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
 _ELEMENTS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
 _NUMBERS = {"__bool__", "item"}  # the elements that stay known: all others leave PyTorch
+_MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
 _RANDOM = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
     *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "log_normal_"),
@@ -223,7 +233,8 @@ def record(
     """
     recorder = _Recorder(model, on_meta, forced, mode or {})
     guard: Any = nullcontext() if on_meta else preserved_random_state()
-    with guard, torch.no_grad():
+    with guard, torch.inference_mode(False), torch.no_grad():
+        recorder.modes = _modes()
         return recorder.run(call)
 
 
@@ -285,10 +296,12 @@ class _Recorder(TorchFunctionMode):
         self.opaque: dict[fx.Node, str] = {}
         self.root = self.frame = Frame("", None)
         self.decisions: list[Decision] = []
+        self.modes = _modes()
         self.failed_in = ""
         self.paused = False
         self.attributes: dict[str, fx.Node] = {}
         self.known: dict[int, tuple[Any, fx.Node]] = {}
+        self.seen: list[tuple[Any, fx.Node]] = []
         self.numbers: dict[tuple[Any, ...], fx.Node] = {}
         self.device_of: dict[Any, fx.Node] = {}
         self.shadow = self._make_shadow(mode)
@@ -300,7 +313,10 @@ class _Recorder(TorchFunctionMode):
         shadow = shadow_of(self.model, convert, training=False)
         self.paths: dict[int, tuple[Any, str]] = {}
         originals = dict(self.model.named_modules())
-        for path, part in shadow.named_modules():
+        for path, part in list(shadow.named_modules()):
+            if is_scripted(part):
+                self._enclose(shadow, path, part)
+                continue
             if path in mode:
                 part.training = mode[path]
             self._wrap(path, part, originals[path])
@@ -314,8 +330,6 @@ class _Recorder(TorchFunctionMode):
         return shadow
 
     def _wrap(self, path: str, part: nn.Module, original: nn.Module) -> None:
-        if isinstance(part, torch.jit.ScriptModule):
-            return
         # The hooks of users would see our inputs; those of torch's own utilities compute weights.
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = {key: hook for key, hook in vars(part)[name].items() if is_torch_utility(hook)}
@@ -329,15 +343,24 @@ class _Recorder(TorchFunctionMode):
         method = self._leaf if is_leaf(original) else self._call
         vars(part)["forward"] = partial(method, path, forward)
 
+    def _enclose(self, shadow: nn.Module, path: str, scripted: nn.Module) -> None:
+        """Let calls of a compiled script be recorded as those of a leaf."""
+        owner_path, _, name = path.rpartition(".")
+        owner = submodule_or_none(shadow, owner_path)
+        if path and owner is not None and not isinstance(owner, _Scripted) and not is_scripted(owner):
+            own = owner._modules[name] = _Scripted(scripted)
+            vars(own)["forward"] = partial(self._leaf, path, scripted)
+
     def run(self, call: Call) -> Recording:
         """Run the call and return its recording."""
         module = self.shadow
         args, kwargs = map_values(self._inputs, call.args), map_values(self._inputs, dict(call.kwargs))
         self.root.args, self.root.kwargs = self._nodes_of(args), self._nodes_of(kwargs)
-        scripted = isinstance(module, torch.jit.ScriptModule) or is_leaf(self.model)
+        scripted = is_scripted(module) or is_leaf(self.model)
         if scripted:
             raise ReparamError("there is no Python forward to record")
-        before = {path: own_state(part) for path, part in self.shadow.named_modules()}
+        parts = [(p, part) for p, part in self.shadow.named_modules() if not is_scripted(part)]
+        before = {path: own_state(part) for path, part in parts}
         original = vars(module)["forward"].args[1]
         try:
             with self:
@@ -348,7 +371,8 @@ class _Recorder(TorchFunctionMode):
             raise
         self.root.output = self._nodes_of(output)
         self.paused = True
-        changed = {p for p, part in self.shadow.named_modules() if before.get(p) != own_state(part)}
+        del args, kwargs, output
+        changed = {path for path, part in parts if before[path] != own_state(part)}
         self._find_stored()
         self.graph.output(leaves(self.root.output))
         self._drop_unused_numbers()
@@ -420,6 +444,9 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._read(func, args[0])
+        if name in _MODE_SWITCHES:
+            self.frame.caveats.append("switches autograd or autocast")
+            return func(*args, **kwargs)
         is_method = getattr(Tensor, name, None) is func
         if is_method and name in _SIZES and isinstance(args[0], Tensor):
             return self._size(name, func, args, kwargs)
@@ -481,14 +508,15 @@ class _Recorder(TorchFunctionMode):
         self.frame_of[node] = self.frame
         self.frame.items.append(node)
         node.meta["where"], node.meta["methods"] = _user_code()
-        if torch.is_grad_enabled():
-            self.frame.caveats.append("switches autograd on")
+        modes = _modes()
+        if modes != self.modes:
+            self.frame.caveats.append("switches autograd or autocast")
 
     # Tensors
 
     def _bind(self, value: Tensor, node: fx.Node) -> None:
-        held: Any = (lambda: value) if self.on_meta else weakref.ref(value)
-        self.known[id(value)] = (held, node)
+        self.known[id(value)] = (weakref.ref(value), node)
+        self.seen.append((weakref.ref(value), node))
         node.meta.update(shape=tuple(value.shape), dtype=value.dtype, storage=storage_of(value))
         node.meta["stride"] = value.stride() if value.layout is torch.strided else None
 
@@ -659,12 +687,21 @@ class _Recorder(TorchFunctionMode):
     # After the run
 
     def _find_stored(self) -> None:
-        """Find the tensors that the forwards left in attributes."""
+        """Find the tensors that the forwards left where other code can read them."""
         for path, part in self.shadow.named_modules():
-            for value in things_in(value for key, value in vars(part).items() if key not in ("_modules", "forward")):
+            if is_scripted(part):
+                continue
+            for value in things_in(v for key, v in vars(part).items() if key not in ("_modules", "forward")):
                 held, node = self.known.get(id(value), (lambda: None, None))
                 if node is not None and held() is value and node.op != "get_attr":
                     self.escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
+        for generation in (1, 2):  # a tensor in a reference cycle is garbage; nearly all of them are young
+            alive = {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
+            if not alive - self.escaped.keys():
+                return
+            gc.collect(generation)
+        alive = {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
+        self.escaped = dict.fromkeys(alive, "its output is stored where other code can read it") | self.escaped
 
     def _drop_unused_numbers(self) -> None:
         """Remove sizes that were read and not used: they would count as users of their tensors."""
@@ -674,11 +711,27 @@ class _Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
 
 
+class _Scripted(nn.Module):
+    """A compiled script in the structural copy."""
+
+    def __init__(self, scripted: nn.Module) -> None:
+        super().__init__()
+        vars(self)["scripted"] = scripted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["scripted"], name)
+
+
 @dataclass(frozen=True)
 class _Held:
     """A node as an argument of a number."""
 
     node: fx.Node
+
+
+def _modes() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
 def _unrecorded() -> Any:
