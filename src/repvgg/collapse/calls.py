@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from repvgg._calls import Call, signature_of
 from repvgg.symbolic import first_float
 
-_SIZES = (224, 64, 256, 32)  # height and width of made-up images: multiples of common strides
+_SIZES = (64, 224, 256, 32)  # height and width of made-up images: multiples of common strides
 _DEPTH = 16  # of volumes
 _TOKENS = 16  # of sequences of vectors
 _MAX_CALLS = 48

@@ -18,7 +18,7 @@ from repvgg.collapse.modules import has_own_hooks, held_elsewhere, is_inside, is
 from repvgg.collapse.record import Frame, Recording, leaves, record
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import Region
-from repvgg.collapse.variants import Variants, find_variants, is_same_region, signature, signature_of
+from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature, signature_of
 from repvgg.symbolic import InputSpec, Layout
 
 
@@ -286,10 +286,8 @@ class Placement:
         if facts.reads_training:
             frame = self.frames[owner][0]
             try:
-                from repvgg.collapse.variants import _calls
-
-                call = next(_calls(self.recording, frame, self.recording.module.get_submodule(owner)))
-                training = record(self.recording.module.get_submodule(owner), call, mode={"": True})
+                call = next(calls_of(self.recording, frame, self.recording.module.get_submodule(owner)))
+                training = record(self.recording.module.get_submodule(owner), call, mode={"": True}, on_meta=self.recording.on_meta)
             except Exception:
                 return None
             if any(is_inside(called, name) for called in training.called_paths()):

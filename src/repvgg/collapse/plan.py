@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
@@ -16,7 +17,7 @@ from repvgg.collapse.cost import Policy
 from repvgg.collapse.insertion import InsertionPoint, Replacement
 from repvgg.collapse.modules import is_inside, is_leaf, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import Frame, NeedsValuesError, Recording, record
+from repvgg.collapse.record import Frame, Recording, record
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.errors import ReparamError, typed_line
@@ -153,32 +154,21 @@ def make_plan(model: nn.Module, options: Options, excluded: Reasons) -> Plan:
 
 
 def record_call(model: nn.Module, call: Call) -> Recording:
-    """Record a call on meta tensors, or on real ones if the code reads their elements.
+    """Record a call; tensors without values get some, unless the model has none either.
 
     Raises:
         Exception: whatever the code of the model raises.
     """
-    try:
-        return record(model, call)
-    except Exception as first:
-        like = first_float(model)
-        if like is not None and like.is_meta:
-            raise
-        device = "cpu" if like is None else like.device
-        real = call.map_tensors(lambda x: x.to(device) if not x.is_meta else _border_like(x, device))
-        try:
-            return record(model, real, on_meta=False)
-        except Exception:
-            if not isinstance(first, NeedsValuesError):
-                raise first from None
-            raise
+    like = first_float(model)
+    if like is not None and like.is_meta:
+        return record(model, call, on_meta=True)
+    device = torch.device("cpu") if like is None else like.device
+    return record(model, call.map_tensors(lambda x: _values_like(x, device) if x.is_meta else x.to(device)))
 
 
-def _border_like(x: Any, device: Any) -> Any:
-    import torch
-
+def _values_like(x: Tensor, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(device)
+    return torch.randn(x.shape, generator=generator).to(device=device, dtype=x.dtype)
 
 
 class _Planner:

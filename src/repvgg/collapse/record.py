@@ -1,6 +1,6 @@
 """Record what a model does when it is called: one flat graph of the functions and torch modules that ran.
 
-The model is run, on meta tensors where it can, on a structural copy that shares its parameters, under a torch function
+The model is run on a structural copy that shares its parameters, under a torch function
 mode of this thread. So the Python code in between may be anything, and neither the model nor another thread notices.
 A recording holds for the call that was recorded. What else it holds for is examined in
 :mod:`repvgg.collapse.variants`.
@@ -47,6 +47,8 @@ _META = torch.device("meta")
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
 _ELEMENTS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
 _NUMBERS = {"__bool__", "item"}  # the elements that stay known: all others leave PyTorch
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
 _RANDOM = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
@@ -216,7 +218,7 @@ def record(
     *,
     forced: Sequence[bool] = (),
     mode: Mapping[str, bool] | None = None,
-    on_meta: bool = True,
+    on_meta: bool = False,
 ) -> Recording:
     """Call a model and record what it does.
 
@@ -225,7 +227,7 @@ def record(
         call: the arguments of the call.
         forced: which way its first decisions shall go, whatever the numbers say; see :attr:`Recording.decisions`.
         mode: paths of modules with a training flag other than that of eval mode.
-        on_meta: run on meta tensors of the same shapes.
+        on_meta: run on meta tensors of the same shapes: for models without values.
 
     Raises:
         NeedsValuesError: the code reads elements of tensors, and this is a run on meta tensors.
@@ -474,7 +476,8 @@ class _Recorder(TorchFunctionMode):
         paused, self.paused = self.paused, True
         try:
             plain_args, plain_kwargs = map_values(_plain, args), map_values(_plain, kwargs)
-            result = func(*plain_args, **plain_kwargs)
+            run = (self.on_meta and self._shortcut(op, target)) or func
+            result = run(*plain_args, **plain_kwargs)
         except NotImplementedError as error:
             if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
                 raise NeedsValuesError(str(error)) from error
@@ -494,6 +497,15 @@ class _Recorder(TorchFunctionMode):
                 self._bind(value, node)
         self._bind_result(result, node)
         return result
+
+    def _shortcut(self, op: str, target: Any) -> Callable[..., Any] | None:
+        """Return what gives the shape of a frequent layer whose meta kernel is slow, as it is written in Python."""
+        if op != "call_module":
+            return None
+        part: Any = self.model.get_submodule(target)
+        if type(part) in _NORMS and part.track_running_stats:
+            return partial(_normalized, part)
+        return torch.empty_like if type(part) in _ELEMENTWISE and not getattr(part, "inplace", False) else None
 
     @staticmethod
     def _is_random(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -709,6 +721,13 @@ class _Recorder(TorchFunctionMode):
             if node.meta.get("number") and not node.users:
                 self.frame_of.pop(node).items.remove(node)
                 self.graph.erase_node(node)
+
+
+def _normalized(norm: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+    norm._check_input_dim(input)
+    if input.shape[1] != norm.num_features:
+        raise ValueError(f"a batch norm of {norm.num_features} channels gets {input.shape[1]}")
+    return torch.empty_like(input)
 
 
 class _Scripted(nn.Module):

@@ -21,6 +21,7 @@ from repvgg._calls import Call
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import UNKNOWN, Frame, Recording, leaves, map_values, record
 from repvgg.collapse.symbolic_eval import Region
+from repvgg.symbolic import first_float
 
 _MAX_RUNS = 24  # of one forward; each decision doubles them
 _REFUSALS = (AssertionError, ValueError, NotImplementedError, RuntimeError, TypeError)
@@ -45,7 +46,7 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
     lost = next((decision for decision in frame.decisions if not decision.known), None)
     if lost is not None:
         return Variants((), f"turns a tensor into a number ({lost.where})")
-    calls = list(_calls(recording, frame, module))
+    calls = list(calls_of(recording, frame, module))
     if not frame.decisions and len(calls) == 1:
         return Variants()
     found: list[Recording] = []
@@ -57,7 +58,7 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
         if runs > _MAX_RUNS:
             return Variants(tuple(found), "has too many branches to try them all")
         try:
-            variant = record(module, call, forced=forced)
+            variant = record(module, call, forced=forced, on_meta=recording.on_meta)
         except Exception as error:
             if not _is_refusal(error):
                 return Variants(tuple(found), _reason(frame, call, error))
@@ -88,10 +89,11 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, AssertionError) or (last.line or "").lstrip().startswith("raise ")
 
 
-def _calls(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
+def calls_of(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
     """Yield the recorded call of a frame, and calls with other values of its optional arguments."""
-    args = tuple(map_values(_value_of, frame.args))
-    kwargs = {name: map_values(_value_of, value) for name, value in frame.kwargs.items()}
+    like = first_float(recording.module)
+    device = torch.device("cpu") if like is None else like.device
+    args, kwargs = map_values(lambda value: _value_of(value, device), (frame.args, frame.kwargs))
     yield Call(args, kwargs)
     signature = signature_of(module)
     if signature is None:
@@ -141,15 +143,16 @@ def signature_of(module: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def _value_of(node: Any) -> Any:
-    """Return a value like that of a node: a meta tensor, or the recorded number."""
+def _value_of(node: Any, device: torch.device) -> Any:
+    """Return a value like that of a node: a tensor, or the recorded number."""
     if not isinstance(node, fx.Node):
         return node
     if "shape" in node.meta:
         stride = node.meta.get("stride")
-        if stride is None:
-            return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
-        return torch.empty_strided(node.meta["shape"], stride, dtype=node.meta["dtype"], device="meta")
+        kept = {"dtype": node.meta["dtype"], "device": device}
+        if stride is None or 0 in stride:
+            return torch.zeros(node.meta["shape"], **kept)
+        return torch.empty_strided(node.meta["shape"], stride, **kept).zero_()
     return node.meta.get("value")
 
 
