@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from torch import fx
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.inline import AliasAnalysis, InlinedGraph
 from repvgg.collapse.insertion import InsertionPoint, Replacement
+from repvgg.collapse.sums import parts_of_sums
 from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.symbolic import InputSpec
 
@@ -88,6 +89,7 @@ class _Search:
         self.inlined, self.aliasing, self.options = inlined, aliasing, options
         self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
         self.reasons |= dict.fromkeys(inlined.escaped, "its output is stored where other code can read it")
+        self.firm = frozenset(self.reasons)
         self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
         self.values = SymbolicValues(inlined, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
@@ -130,10 +132,20 @@ class _Search:
         exits = [node for node in sorted(values.by_node, key=values.order.__getitem__) if not self._is_interior(node)]
         regions = [Region(self.inlined, node, values.by_node[node]) for node in exits]
         regions = [region for region in regions if self.aliasing.write_between(*region.span) is None]
-        merged = self._insertable(region for region in regions if self._is_candidate(region.value))
+        sums = self._insertable(self._parts_of_sums())
+        addends = {addend for found in sums for addend in found.region.addends}
+        regions = [region for region in regions if region.exit not in addends]
+        merged = (*self._insertable(region for region in regions if self._is_candidate(region.value)), *sums)
         scaled = self._insertable(filter(self._scales_transposed, regions))
         reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
         return Regions(merged, scaled, reasons, values.spec, self.were_cut)
+
+    def _parts_of_sums(self) -> Iterator[Region]:
+        """Return the parts of sums that become one convolution each."""
+        if self.options.merge_branches:
+            for region in parts_of_sums(self.values, self.firm, self.options.policy, self._is_candidate):
+                if self.aliasing.write_between(*region.span) is None:
+                    yield region
 
     def _insertable(self, regions: Iterable[Region]) -> tuple[Replacement, ...]:
         points = ((region, self._find_insertion(region)) for region in regions)
@@ -269,7 +281,9 @@ def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict
         input_is_fixed = value.source in values.fixed or value.source in firm
         if value.source in reasons and (user is None or input_is_fixed):
             name = describe(values.inlined, value.source)
-            derived[node] = f"its input {name} is not folded: {reasons[value.source]}"
+            is_call = value.source.op in ("call_function", "call_method")
+            text = f"its input comes from {name}, which" if is_call else f"its input {name}"
+            derived[node] = f"{text} is not folded: {reasons[value.source]}"
         elif user is not None:
             derived[node] = f"it cannot be folded into {describe(values.inlined, user)}: {reasons[user]}"
     return derived | reasons

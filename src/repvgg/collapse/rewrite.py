@@ -170,10 +170,9 @@ class _PlanApplier:
             name = self._insert_in_place(scope, region, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
-            name = rewriter.insert_call(conv, region.source, region.exit)
-            # From the end, so that only readers of metadata still use a node when it is removed.
-            for step in reversed(region.steps[:-1]):
-                rewriter.remove(step.node, region.source)
+            name = rewriter.insert_call(conv, region.source, region.replaced)
+            for node, remaining in region.removed:
+                rewriter.remove(node, remaining)
             absorbed += modules
         parts = parts_of_region(scope.module, region)
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
@@ -303,7 +302,7 @@ def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Ten
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     device = algebra_device(first_float(region.inlined.module))
     evaluator = Evaluator(region.inlined, _float64_on(device), keep_kernels=False)
-    return lambda x: evaluator.run_region(region.source, x.to(device), [step.node for step in region.steps])
+    return lambda x: evaluator.run_region(region, x.to(device))
 
 
 class _Chain(nn.Module):
@@ -331,7 +330,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
     source.source.shape = planned.source.shape
-    result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
+    result: SymbolicTensor = evaluator.run_region(region, source)
     return result
 
 
