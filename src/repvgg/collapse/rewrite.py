@@ -295,7 +295,7 @@ def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    shadow = shadow_of(module, _float64_on(device), training=False)
+    shadow = shadow_of(module, _float64_on(device), training=False, compute_weights=True)
     return lambda x: shadow(x.to(device))
 
 

@@ -335,7 +335,9 @@ class Evaluator:
     def _shadow(self, path: str) -> nn.Module:
         if path not in self._shadows:
             part = self.inlined.module.get_submodule(path)
-            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=self.keep_kernels, training=False)
+            self._shadows[path] = shadow_of(
+                part, self.convert, keep_kernels=self.keep_kernels, training=False, compute_weights=True
+            )
         return self._shadows[path]
 
 

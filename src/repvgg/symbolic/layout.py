@@ -138,8 +138,9 @@ class UnknownShape(UnknownSize):
 
 
 CHANNELS = "C"
-Positions: TypeAlias = tuple[Hashable, ...]  # axes of the source, or parts of them, that one axis runs over, in order
-SizeOf: TypeAlias = Callable[[Hashable], UnknownSize]
+Position: TypeAlias = "int | Part"  # an axis of the source, or a part of it
+Positions: TypeAlias = tuple[Position, ...]  # what one axis runs over, in order
+SizeOf: TypeAlias = Callable[[Position], UnknownSize]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Arrangement:
     """
 
     axes: tuple[str | Positions, ...] | None
-    averaged: frozenset[Hashable] = frozenset()
+    averaged: frozenset[Position] = frozenset()
 
     @classmethod
     def of(cls, layout: Layout) -> Arrangement:

@@ -137,8 +137,8 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
     """
     if not isinstance(target, SymbolicTensor):
         raise NotLinearError("a constant is modified in place")
-    if (error := target.why_overwritten()) is not None:
-        raise error
+    if (overwritten := target.why_overwritten()) is not None:
+        raise overwritten
     entries, place = _entries(index, target)
     if target.border is not None and any(entry != _ALL for entry in entries[place + 1 :]):
         border = target.border.copy()

@@ -106,7 +106,13 @@ def run(
     See :func:`trace` for the errors.
     """
     # Kernels are not converted here; the algebra converts them once they are multiplied out.
-    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
+    shadow = shadow_of(
+        module,
+        lambda tensor: tensor.to(device=device, dtype=dtype),
+        keep_kernels=True,
+        training=False,
+        compute_weights=True,
+    )
     # Even if one of them is given, the other must be inferred in agreement with it.
     if in_channels is None or layout is None:
         in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
