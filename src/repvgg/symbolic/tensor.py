@@ -13,7 +13,17 @@ from torch import Tensor
 from repvgg.algebra import ConvMap, compose, over_axes
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic.border import PaddedBorder
-from repvgg.symbolic.layout import CHANNELS, IMAGES, RANK_UNKNOWN, Arrangement, Layout, Part, Position, UnknownShape, UnknownSize
+from repvgg.symbolic.layout import (
+    CHANNELS,
+    IMAGES,
+    RANK_UNKNOWN,
+    Arrangement,
+    Layout,
+    Part,
+    Position,
+    UnknownShape,
+    UnknownSize,
+)
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; a function without an entry is not linear
