@@ -2,7 +2,7 @@
 
     repvgg quickstart
 
-Expected: at least 99.0 % of the 360 validation digits, every check passed, within 2 minutes on 2 cores.
+Expected: at least 99.0 % of the 360 validation digits, every check passed, within a minute on 2 cores.
 """
 
 from __future__ import annotations
