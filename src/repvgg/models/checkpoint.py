@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg import __version__
+from repvgg._html import table as html_table
 from repvgg.checkpoints import (
     Account,
     Checkpoint,
@@ -40,13 +41,38 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 _MAX_LISTED = 2  # names in a message
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedModel:
     """A model rebuilt from a file."""
 
     model: RepVGG  # in eval mode
     metadata: Metadata  # what is known about it
     account: Account  # what became of each tensor in the file
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self._summary})"
+
+    def _repr_html_(self) -> str:
+        about = self.metadata
+        rows: list[tuple[object, ...]] = [
+            ("model", about.model),
+            ("form", about.form),
+            ("classes", about.num_classes),
+            ("images", f"{about.in_channels} x {about.input_size} x {about.input_size}"),
+            ("parameters", sum(parameter.numel() for parameter in self.model.parameters())),
+            ("tensor names", self.account.layout),
+            *(("metric", f"{name}: {value:g}") for name, value in about.metrics.items()),
+            *(("not used", f"{name}: {reason}") for name, reason in self.account.dropped.items()),
+            *(("note", note) for note in self.account.notes),
+        ]
+        return html_table(self._summary, ("", ""), rows)
+
+    @property
+    def _summary(self) -> str:
+        about = self.metadata
+        dropped = f", {len(self.account.dropped)} tensors not used" if self.account.dropped else ""
+        size = f"{about.in_channels} x {about.input_size} x {about.input_size}"
+        return f"{about.model}, {about.form} form, {about.num_classes} classes, images of {size}{dropped}"
 
 
 def describe_model(model: RepVGG, form: Form, **more: Any) -> Metadata:

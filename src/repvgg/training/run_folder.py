@@ -137,7 +137,7 @@ def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: 
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
     if is_writer and occupied and not overwrite:
-        raise OutputExistsError(f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.")
+        raise OutputExistsError(f"{str(folder)!r} exists: add --resume or --overwrite, or choose another folder.")
     return False
 
 
