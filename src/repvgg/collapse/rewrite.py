@@ -160,7 +160,9 @@ class _PlanApplier:
             return
         same_axes = symbol.has_axes_of_source and layout in (None, symbol.layout)
         after = conv if same_axes else _Chain(region, conv)
-        proof = self._prove(lambda: _region_in_float64(region), symbol, after)
+        # Code that reshapes to recorded sizes only runs on a tensor of the recorded shape.
+        shape = symbol.source.shape if region.reads_sizes or not same_axes else None
+        proof = self._prove(lambda: _region_in_float64(region), symbol, after, shape)
         if proof.failure:
             self._fail(modules or [host], proof)
             return
@@ -252,13 +254,16 @@ class _PlanApplier:
             return None
 
     def _prove(
-        self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: nn.Module
+        self,
+        make_before: Callable[[], Callable[[Tensor], Tensor]],
+        symbol: SymbolicTensor,
+        after: nn.Module,
+        shape: tuple[int, ...] | None = None,
     ) -> Proof:
         # ``make_before`` converts weights to float64, so it is only called for a proof.
         if not self.prove:
             return NOT_PROVEN
-        image = image_for(symbol.map, symbol.source.layout, symbol.source.shape if isinstance(after, _Chain) else None)
-        return prove_region(make_before(), image, after)
+        return prove_region(make_before(), image_for(symbol.map, symbol.source.layout, shape), after)
 
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form is not equal to it: {proof.failure}"

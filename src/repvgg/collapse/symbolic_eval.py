@@ -30,6 +30,7 @@ from repvgg.symbolic import (
     Layout,
     Source,
     SymbolicTensor,
+    UnknownSize,
     channels_of,
     guarded,
     shadow_of,
@@ -256,6 +257,11 @@ class Region:
         return next((step.node for step in self.steps if "conv" in step.operations), self.source)
 
     @property
+    def reads_sizes(self) -> bool:
+        """Whether a step is given a size that the recorded run read from a tensor."""
+        return any(_recorded_number(n) is not None for step in self.steps for n in step.node.all_input_nodes)
+
+    @property
     def layout_in_place(self) -> Layout | None:
         """The layout of what the first convolution of a chain reads, if the merged one can take its place; else None.
 
@@ -319,10 +325,15 @@ class Evaluator:
 
     def with_constants(self, values: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
         """Return a function that returns values of nodes, and computes and adds those that are not there yet."""
+        is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
 
         def value_of(node: fx.Node) -> Any:
-            if node not in values:  # a constant, or computed from constants
-                values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            if node in values:
+                return values[node]
+            if (number := _recorded_number(node)) is not None:
+                return number if is_symbolic else node.meta["value"]
+            # A constant, or computed from constants.
+            values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
             return values[node]
 
         return value_of
@@ -339,6 +350,17 @@ class Evaluator:
                 part, self.convert, keep_kernels=self.keep_kernels, training=False, compute_weights=True
             )
         return self._shadows[path]
+
+
+def _recorded_number(node: fx.Node) -> Any:
+    """Return the size or the shape that a node of a recorded run read from a tensor; None for all other nodes.
+
+    Another call may have another one, so the algebra may only pass it on, to follow a reshape.
+    """
+    value = node.meta.get("value") if node.meta.get("number") else None
+    if isinstance(value, tuple):
+        return tuple([UnknownSize(value=int(size)) for size in value])
+    return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def to_meta(tensor: Tensor) -> Tensor:
@@ -469,6 +491,9 @@ class SymbolicValues:
         # A clobbered tensor is no constant: a write changes it while the graph runs.
         if node.op == "get_attr" and node not in self._aliasing.clobbered:
             self.constants[node] = self._evaluator.constant(node)
+        if (number := _recorded_number(node)) is not None:
+            self.constants[node] = number
+            return
         if not node.op.startswith("call") or node in self.fixed:
             return
         inputs = [n for n in node.all_input_nodes if n not in self.constants]
@@ -531,7 +556,8 @@ class SymbolicValues:
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
         # A padding that nothing writes to is read as it is.
-        if not any(user.target in ITEM_ASSIGNMENTS for user in node.users) and (error := result.why_unreadable()):
+        is_written = any(user.target in ITEM_ASSIGNMENTS for user in node.users)
+        if not is_written and (error := result.why_unreadable()) is not None:
             raise error
         operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
         leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])

@@ -144,6 +144,7 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
         border = target.border.copy()
         border.assign(tuple(entries), constant(value, target))
         target.write(target.map, border)
+        target.source.record("assign", target.map)
         return target
     channels, pixels = _slices(index, target)
     if any(entry != _ALL for entry in pixels):
@@ -157,6 +158,7 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
         part = algebra.select_channels(target.map, channels)
         part = algebra.constant(part, per_channel(value, target, part.out_channels))
     target.write(algebra.replace_channels(target.map, channels, part))
+    target.source.record("assign", target.map)
     return target
 
 

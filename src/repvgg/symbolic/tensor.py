@@ -300,7 +300,13 @@ class SymbolicTensor:
         return f"SymbolicTensor({self.map})"
 
 
-ITEM_ASSIGNMENTS = (operator.setitem, Tensor.__setitem__)
+def assign_item(target: Any, index: Any, value: Any) -> Any:
+    """Run ``target[index] = value`` and return ``target``, as a graph needs a name for the tensor that it becomes."""
+    target[index] = value
+    return target
+
+
+ITEM_ASSIGNMENTS = (operator.setitem, Tensor.__setitem__, assign_item)
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
