@@ -9,9 +9,10 @@
 A pair is an architecture and a baseline. First, the best settings of each other engine are found: PyTorch eager and
 compiled, in either memory format; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the
 hints for latency and for throughput, pinned or not. The library's engine is autotuned (``search=True``). Then rounds
-alternate between the engines. Each reading pauses, runs once untimed, and times calls for 0.1 s. The output has medians
-of images per second with quartiles, the largest error of the logits against float64 relative to the largest logit, and
-ratios within rounds: to the fastest other engine on the same network, and to the baseline in OpenVINO.
+alternate between the engines, by the protocol of ``repvgg bench``: each reading waits until the threads of the engine
+before are idle, runs once untimed, and times calls for 0.1 s or more. The output has medians of images per second with
+quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
+the fastest other engine on the same network, and to the baseline in OpenVINO.
 
 ``--idle`` times single calls, each after that many milliseconds of rest. ``--busy`` runs another process on one core.
 ``--checkpoint`` evaluates all engines against float64 on a validation split instead of timing them. ``--floor`` shows
@@ -29,7 +30,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -44,13 +45,12 @@ import repvgg.engine
 from repvgg.deploy import export_onnx
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS
 from repvgg.errors import MissingDependencyError, require
-from repvgg.measure import environment
+from repvgg.measure import REST_SECONDS, Sample, SpeedProtocol, environment, take_samples
 from repvgg.measure.timing import quartiles
 from repvgg.models import load
 from repvgg.studies.candidates import deployed
 
 READING_SECONDS = 0.1
-REST_SECONDS = 0.02  # before a reading, so that the spinning threads of other engines go to sleep
 # Table 4, and B1. The bottlenecks have the strides whose FLOPs the paper counts; torchvision's ResNet-50 is added.
 PAIRS = "repvgg_a0:resnet18,repvgg_a1:resnet34,repvgg_a2:resnet50+resnet50_v1_5,repvgg_b1g4:resnet101,repvgg_b1:"
 Run = Callable[[Tensor], Tensor]
@@ -125,15 +125,23 @@ def _exported(model: nn.Module, shape: Shape) -> Iterator[Path]:
         yield path
 
 
-def reading(run: Run, images: Tensor) -> float:
-    """Measure images per second."""
-    time.sleep(REST_SECONDS)
-    run(images)
-    start, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < READING_SECONDS:
-        run(images)
-        calls += 1
-    return calls * len(images) / passed
+def readings(runs: Mapping[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Measure images per second, in turns, as ``repvgg bench`` does: after a rest and an untimed call."""
+    protocol = SpeedProtocol(
+        rounds=rounds,
+        warmup_calls=1,
+        warmup_seconds=0.0,
+        min_round_seconds=READING_SECONDS,
+        rest_seconds=REST_SECONDS,
+    )
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def keep(sample: Sample) -> None:
+        for name, seconds in sample.items():
+            speeds[name].append(len(images) / seconds)
+
+    take_samples({name: partial(run, images) for name, run in runs.items()}, protocol, keep)
+    return speeds
 
 
 def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequence[str]) -> dict[str, Run]:
@@ -145,20 +153,11 @@ def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequenc
         except MissingDependencyError as error:
             print(f"{name} is skipped: {error}")
             continue
-        speeds = {words: [reading(run, images) for _ in range(5)] for words, run in settings.items()}
+        speeds = readings(settings, images, 5)
         best = max(speeds, key=lambda words: float(np.median(speeds[words])))
         print(f"  {name}:", ", ".join(f"{words} {np.median(speeds[words]):.1f}" for words in speeds))
         found[f"{name} ({best})"] = settings[best]
     return found
-
-
-def alternate(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Take readings of all engines in turns."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            speeds[name].append(reading(run, images))
-    return speeds
 
 
 def after_rest(runs: dict[str, Run], images: Tensor, seconds: float, rounds: int) -> dict[str, list[float]]:
@@ -318,7 +317,7 @@ def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespa
     with background_load(args.busy):
         for rest in args.idle or [None]:
             if rest is None:
-                speeds = alternate(runs, images, args.rounds)
+                speeds = readings(runs, images, args.rounds)
             else:
                 print(f"  after {rest:g} ms of rest:")
                 speeds = after_rest(runs, images, rest / 1e3, args.rounds)

@@ -61,7 +61,7 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "folder").mkdir()
     before = listing(tmp_path)
     for name, error, text, overwrite in (
-        ("a.txt", OutputExistsError, "exists: ask to overwrite it", False),
+        ("a.txt", OutputExistsError, "exists: add --overwrite", False),
         ("folder", OutputExistsError, "is a folder", True),
         ("missing/a.txt", OutputError, "no folder", True),
         ("a.txt/b.txt", OutputError, "no folder", True),

@@ -26,7 +26,9 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         if target.is_dir():
             raise OutputExistsError(f"{str(target)!r} is a folder: give the name of a file.")
         if target.exists() and not overwrite:
-            raise OutputExistsError(f"{str(target)!r} exists: ask to overwrite it, or choose another name.")
+            raise OutputExistsError(
+                f"{str(target)!r} exists: add --overwrite (overwrite=True), or choose another name."
+            )
     except OSError as error:
         raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}.") from error
     return target

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from repvgg import create_model, load
@@ -226,3 +227,130 @@ def test_save_torch_is_atomic(tmp_path, monkeypatch):
         save_torch(path, {"a": torch.zeros(2)}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     assert path.read_bytes() == before
+
+
+OTHER_FILES = {
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 32\n",
+    "HTML": b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>",
+    "(HTML)": b"<html><body>404",
+    "ONNX": b"\x08\x08\x12\x07pytorch\x1a\x052.9.0:",
+    "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(20),
+    "NumPy": b"\x93NUMPY\x01\x00" + bytes(20),
+    "XML": b"<?xml version='1.0'?><net/>",
+    "TensorFlow Lite": b"\x1c\0\0\0TFL3" + bytes(20),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_files_are_named(tmp_path, name):
+    (tmp_path / "x.pth").write_bytes(OTHER_FILES[name])
+    text = refused(tmp_path / "x.pth")
+    assert "is not a checkpoint but" in text
+    assert name in text
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"), [("archive_format", "an exported program"), ("data/0", "without a data.pkl")]
+)
+def test_other_archives_are_named(tmp_path, entry, what):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr(f"x/{entry}", b"")
+    assert what in refused(tmp_path / "x.pt")
+
+
+def test_a_real_onnx_file_is_named(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph, producer_name="pytorch"), tmp_path / "x.onnx")
+    assert "an ONNX file" in refused(tmp_path / "x.onnx")
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "y.onnx")
+    assert "an ONNX file" in refused(tmp_path / "y.onnx")
+
+
+def many_names(path, number):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"stages.0.{index}.{'x' * 100}.weight": entry for index in range(number)}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [40_000, 150_000])
+def test_very_many_names_in_a_safetensors_file(tmp_path, number):
+    many_names(tmp_path / "x.safetensors", number)
+    assert "is no network" in refused(tmp_path / "x.safetensors").replace("damaged, or no", "is no")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["torch", "legacy", "bare"])
+def test_very_many_names_in_a_pickle(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("repvgg.checkpoints.torch_files.MAX_OPCODES", 20_000)
+    content = {f"stages.0.{index}": 0.5 for index in range(10_000)}
+    if kind == "bare":
+        (tmp_path / "x.pth").write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=kind == "torch")
+    assert "is no network: its pickle has more than 20,000 opcodes" in refused(tmp_path / "x.pth")
+
+
+def test_very_many_entries_in_an_archive(tmp_path):
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0, 0, 0)
+    (tmp_path / "x.pth").write_bytes(b"PK\3\4" + bytes(100) + end)
+    assert "more than 65,534 entries" in refused(tmp_path / "x.pth")
+
+
+def test_one_tensor_under_many_names(tmp_path):
+    """Each name is looked at once; different views of one storage may not add up to much more than the file."""
+    base = torch.zeros(1000, 100)
+    torch.save({f"k{index}": base for index in range(500)}, tmp_path / "same.pth")
+    assert len(read_checkpoint(tmp_path / "same.pth").tensors) == 500
+    torch.save({f"k{index}": base.view(-1)[index:] for index in range(500)}, tmp_path / "views.pth")
+    assert "larger than the file" in refused(tmp_path / "views.pth")
+
+
+@pytest.mark.parametrize(("dtype", "entry"), [("F4", [4]), ("F8_E8M0", [2])])
+def test_number_formats_of_few_bits(tmp_path, dtype, entry):
+    header = json.dumps({"head.weight": {"dtype": dtype, "shape": entry, "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    refused(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_float8(tmp_path, dtype):
+    state = create_model(SPEC, 3).state_dict()
+    torch.save({name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}, tmp_path / "x.pth")
+    assert "which has no convolution: save them as float16 or float32" in refused(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["repvgg", "upstream", "timm", "mmpretrain"])
+def test_negative_variances(tmp_path, layout, dtype):
+    model = create_model(SPEC, 3).to(dtype)
+    for name, tensor in model.state_dict().items():
+        if name == "stages.1.0.conv.dense.bn.running_var":
+            tensor[0] = -1e-3
+    save(tmp_path / "x.pth", model, describe_model(model, "train"), layout=layout)
+    assert "negative variances" in refused(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"mean": [10**400] * 3}, {"mean": [float("nan")] * 3}, {"std": [0, 0, 0]}, {"std": [-1, 1, 1]}),
+        *(
+            {"std": [float("inf")] * 3},
+            {"input_size": 2**31 - 1},
+            {"input_size": 40_000},
+            {"metrics": {"a": float("nan")}},
+        ),
+        *({"metrics": {"a": 10**400}}, {"form": "plain"}, {"num_classes": 10**400}),
+        {"recipe": {"a": json.loads("[" * 300 + "]" * 300)}},
+    ],
+    ids=str,
+)
+def test_headers_with_impossible_values(tmp_path, originals, changed):
+    model = create_model(SPEC, 3)
+    header = json.loads(describe_model(model, "train").to_header()["repvgg"])
+    save_file(model.state_dict(), tmp_path / "x.safetensors", {"repvgg": json.dumps({**header, **changed})})
+    refused(tmp_path / "x.safetensors")

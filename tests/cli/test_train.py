@@ -179,7 +179,7 @@ def test_a_folder_that_exists_is_left_alone(finished, repvgg):
     before = contents(folder)
     outcome = repvgg("train", *SMALL, "--out", folder)
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: {str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.\n"
+    assert outcome.err == f"error: {str(folder)!r} exists: add --resume or --overwrite, or choose another folder.\n"
     assert contents(folder) == before
 
 

@@ -9,6 +9,8 @@ import torch
 
 from repvgg.errors import UsageError
 from repvgg.measure import PAPER, SpeedProtocol, WallClock, compare, ratio
+from repvgg.measure import timing as timing_module
+from repvgg.measure.timing import rest_until_idle
 from tests.measure.helpers import Clock, Interrupting
 
 SHORT = SpeedProtocol(rounds=4, min_round_seconds=1.0, warmup_seconds=1.0)
@@ -55,6 +57,33 @@ def test_candidates_alternate_and_the_order_rotates():
     clock = Clock()
     timed(clock, {"a": 1.0, "b": 1.0, "c": 1.0}, rounds=4)
     assert "".join(clock.log) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_another_candidate_runs_after_a_rest_and_an_untimed_call(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing_module, "rest_until_idle", lambda seconds: clock.log.append(f"rest {seconds}"))
+    cold = {"a": lambda n: 9.0 if n in (2, 4) else 1.0, "b": lambda n: 9.0 if n in (2, 5) else 2.0}
+    a, b = timed(clock, cold, rounds=3, rest_seconds=0.5)
+    assert (a.median_seconds, a.q3, b.median_seconds) == (1.0, 1.0, 2.0)  # the slow calls were not timed
+    rest = "rest 0.5"
+    assert clock.log == [*"aa", rest, *"bb", rest, *"aa", rest, *"bb", *"b", rest, *"aa", *"a", rest, *"bb"]
+    clock.log.clear()
+    timed(clock, {"a": 1.0, "b": 1.0}, rounds=2, rest_seconds=0.5, interleaved=False)
+    assert clock.log == [*"aaaa", rest, *"bbbb"]
+    clock.log.clear()
+    timed(clock, {"a": 1.0}, rounds=2, rest_seconds=0.5)
+    assert clock.log == [*"aaaa"]
+
+
+@pytest.mark.parametrize(("spinning", "is_idle", "slept"), [(0.0, True, 0.02), (0.2, True, 0.21), (9.0, False, 0.5)])
+def test_a_rest_lasts_until_threads_stop_spinning(monkeypatch, spinning, is_idle, slept):
+    clock = Clock()
+    clock.now = 0.0
+    monkeypatch.setattr(timing_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(timing_module.time, "process_time", lambda: min(clock.now, spinning))
+    monkeypatch.setattr(timing_module.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    assert rest_until_idle(0.02) == is_idle
+    assert slept <= clock.now <= slept + 0.03
 
 
 def test_short_calls_are_repeated_and_averaged():
@@ -126,6 +155,7 @@ def test_real_clock():
         ({"a": 1.0}, {"batch": 0}),
         ({"a": 1.0}, {"baseline": "b"}),
         ({"a": 1.0}, {"min_round_seconds": 0.0}),
+        ({"a": 1.0}, {"rest_seconds": -1.0}),
     ],
 )
 def test_invalid_arguments_are_refused(candidates, options):

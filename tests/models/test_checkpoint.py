@@ -178,7 +178,7 @@ def test_headers_that_do_not_fit_the_tensors(tmp_path, about, text):
         (lambda t: drop(t, "head.weight"), "holds no RepVGG"),
         (lambda t: set_tensor(t, "head.weight", torch.zeros(())), "holds no RepVGG"),
         (lambda t: set_tensor(t, "head.weight", torch.zeros(0, 128)), "holds no RepVGG"),
-        (lambda t: {f"net.{name}": tensor for name, tensor in t.items()}, "holds no RepVGG"),
+        (lambda t: {f"other.{name}": tensor for name, tensor in t.items()}, "holds no RepVGG"),
         (lambda t: {name: tensor.long() for name, tensor in t.items()}, "of type int64"),
     ],
 )

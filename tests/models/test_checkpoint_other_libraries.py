@@ -116,6 +116,25 @@ def test_wrappers_are_removed_and_reported(tmp_path, wrapping):
     assert loaded.account.prefix == prefixes.get(wrapping, "")
 
 
+@pytest.mark.parametrize(
+    "name", ["criterion.weight", "model.loss_fn.class_weights", "ce_loss.weight", "loss.0.log_vars"]
+)
+def test_weights_of_losses_are_told(tmp_path, name):
+    _, _, tensors = network("upstream")
+    content = {**{f"model.{key}": tensor for key, tensor in tensors.items()}, name: torch.ones(10)}
+    loaded = load(written(tmp_path / "a.pth", content))
+    (told,) = loaded.account.dropped.items()
+    assert told[1] == "it belongs to a loss"
+    assert set(loaded.account.used.values()) == set(loaded.model.state_dict()) - set(loaded.account.filled)
+
+
+def test_two_networks_in_one_file(tmp_path):
+    _, _, tensors = network("upstream")
+    content = {f"{prefix}.{key}": tensor for prefix in ("encoder", "net") for key, tensor in tensors.items()}
+    text = rejection(written(tmp_path / "a.pth", content))
+    assert "holds several networks, such as 'net.' and 'encoder.': save one of them" in text
+
+
 def rejection(path, *arguments, **keywords):
     with pytest.raises(CheckpointError) as caught:
         load(path, *arguments, **keywords)

@@ -224,7 +224,7 @@ def test_errors_of_the_data_are_raised_unchanged():
         (lambda: tiny(in_channels=1), {}, r"images of shape \(3, 8, 8\)"),
         (tiny, {"batch_size": 97}, "96 training images do not fill one batch of 97"),
         (tiny, {"device_batch": 1}, "at least 2 images at a time"),
-        (tiny, {"precision": "fp16"}, "Training in fp16 is not supported on a CPU: take bf16"),
+        (tiny, {"precision": "fp16"}, "Training in fp16 is not supported on a CPU: take auto"),
     ],
 )
 def test_unsupported_configs_are_rejected(model, change, text):

@@ -2,7 +2,6 @@
 
 from repvgg.checkpoints.files import (
     Checkpoint,
-    common_prefix,
     read_checkpoint,
     save_checkpoint,
     save_tensors,
@@ -21,6 +20,7 @@ from repvgg.checkpoints.layouts import (
     translate,
 )
 from repvgg.checkpoints.metadata import Form, Metadata
+from repvgg.checkpoints.wrappers import common_prefix
 
 __all__ = [
     "LAYOUTS",

@@ -1,19 +1,14 @@
 """Read and write checkpoint files. Foreign files are data: no code in them is ever run.
 
-safetensors files hold tensors only; torch archives are unpickled with ``weights_only``.
+safetensors files hold tensors only; torch files are read by :mod:`repvgg.checkpoints.torch_files`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import pickletools
-import warnings
-import zipfile
-from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +17,13 @@ from torch import Tensor
 
 from repvgg._files import atomic_write
 from repvgg.checkpoints.metadata import KEY, Metadata
-from repvgg.errors import CheckpointError, OutputError, UsageError, first_line, require
+from repvgg.checkpoints.torch_files import load_torch
+from repvgg.checkpoints.wrappers import is_averaged, unwrap
+from repvgg.errors import CheckpointError, OutputError, UsageError, first_line, is_out_of_memory, require
 
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
-# Texts of torch's weights_only unpickler (2.11 to 2.15) about a class or function that it does not allow.
-_FOREIGN_CLASS = ("GLOBAL ", "Can only create new object", "Can only build")
-
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in this order: averaged weights come first
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, a Lightning module
-_MAX_NESTING = 8
+MAX_TENSORS = 2**15  # each takes about 0.1 ms to read and check; networks for images have thousands
+_MAX_HEADER_BYTES = 2**24  # of a safetensors file
+_VARIANCE = "running_var"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +49,7 @@ class Checkpoint:
     @property
     def averaged(self) -> bool:
         """Whether the tensors are a moving average of the training weights."""
-        return self.section.endswith("ema")
+        return is_averaged(self.section)
 
 
 def save_checkpoint(
@@ -141,25 +133,28 @@ def save_torch(
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a safetensors file, or a torch file that holds only tensors and plain data.
+    """Read a safetensors file, or a torch file that holds only tensors, NumPy numbers and plain data.
 
     In a torch file, wrapping dictionaries (``state_dict``, ``model``, …) are opened and wrapping prefixes (``module.``,
-    …) removed. Averaged weights (``state_dict_ema``, ``model_ema``) take precedence.
+    …) removed, see :func:`repvgg.checkpoints.wrappers.unwrap`.
 
     Raises:
         CheckpointError: the file does not exist, is not a checkpoint, is damaged, would have to run code to be read,
-            or has weights that are not finite.
+            has weights that are not finite or variances that are negative, or more than :data:`MAX_TENSORS` tensors.
     """
     file = Path(path)
     start = _first_bytes(file)
     # A header length of 8 bytes, then JSON: no header is as long as 2**40 bytes.
     is_safetensors = start[5:9] == b"\0\0\0{"
-    checkpoint = _read_safetensors(file) if is_safetensors else _read_torch(file, start)
-    size = file.stat().st_size
-    for name, tensor in checkpoint.tensors.items():
-        if problem := _find_problem(tensor, size):
-            raise CheckpointError(f"{str(file)!r} holds {problem}, in {name!r} first.")
+    checkpoint = _read_safetensors(file, start) if is_safetensors else _read_torch(file, start)
+    if len(checkpoint.tensors) > MAX_TENSORS:
+        raise _too_many(file)
+    _check_values(file, checkpoint.tensors)
     return checkpoint
+
+
+def _too_many(file: Path) -> CheckpointError:
+    return CheckpointError(f"{str(file)!r} is no network: it has more than {MAX_TENSORS:,} tensors.")
 
 
 def _first_bytes(file: Path) -> bytes:
@@ -168,29 +163,66 @@ def _first_bytes(file: Path) -> bytes:
             what = "a folder" if file.is_dir() else "no file"
             raise CheckpointError(f"There is {what} at {str(file)!r}: give the path of a checkpoint.")
         with file.open("rb") as stream:
-            return stream.read(9)
+            return stream.read(256)
     except OSError as error:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # a null character in the path
+        raise CheckpointError(f"{str(file)!r} cannot be read: {first_line(error)}.") from error
 
 
-def _find_problem(tensor: Tensor, file_size: int) -> str | None:
-    """What makes a tensor of a file of ``file_size`` bytes unusable, or None."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        return "weights that are not plain numbers"
-    if tensor.numel() * tensor.itemsize > file_size:  # strides of 0 repeat one number: 4 bytes could become terabytes
-        return "weights that are larger than the file"
-    if not tensor.is_floating_point():
+def _check_values(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that cannot be used; each view is looked at once, and all views together have a limit."""
+    size = file.stat().st_size
+    checked: set[tuple[Any, ...]] = set()
+    total = 0
+    for name, tensor in tensors.items():
+        problem = _wrong_kind(tensor)
+        if problem is None:
+            view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            total += 0 if view in checked else tensor.numel() * tensor.itemsize
+            # Strides of 0 repeat one number, so 4 bytes could become terabytes; so could thousands of views.
+            if tensor.numel() * tensor.itemsize > size or total > 4 * size:
+                problem = "weights that are larger than the file"
+            elif view not in checked:
+                problem = _wrong_values(name, tensor)
+            checked.add(view)
+        if problem:
+            raise CheckpointError(f"{str(file)!r} holds {problem}, in {name!r} first.")
+
+
+def _wrong_kind(tensor: Tensor) -> str | None:
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return None if plain else "weights that are not plain numbers"
+
+
+def _wrong_values(name: str, tensor: Tensor) -> str | None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
-    finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()  # float8 has no isfinite
-    return None if bool(finite) else "values that are not finite"
+    try:
+        # float8 and smaller types have few functions of their own.
+        values = tensor.float() if tensor.itemsize == 1 else tensor
+        if not bool(torch.isfinite(values).all()):
+            return "values that are not finite"
+        return "negative variances" if name.endswith(_VARIANCE) and bool((values < 0).any()) else None
+    except (NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"weights of type {str(tensor.dtype).removeprefix('torch.')}, with which PyTorch cannot compute"
 
 
-def _read_safetensors(file: Path) -> Checkpoint:
+def _read_safetensors(file: Path, start: bytes) -> Checkpoint:
     safetensors = require("safetensors")
+    if int.from_bytes(start[:8], "little") > min(_MAX_HEADER_BYTES, file.stat().st_size):
+        raise CheckpointError(f"{str(file)!r} is damaged, or no network: its header is larger than it can be.")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
+            names = opened.keys()
+            if len(names) > MAX_TENSORS:
+                raise _too_many(file)
+            tensors = {name: opened.get_tensor(name) for name in names}
             header = opened.metadata()
+    except CheckpointError:
+        raise
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged: {first_line(error)}.") from error
     except Exception as error:  # for example a number format that safetensors knows and torch does not
@@ -199,94 +231,14 @@ def _read_safetensors(file: Path) -> Checkpoint:
 
 
 def _read_torch(file: Path, start: bytes) -> Checkpoint:
-    content = _load_torch(file, start)
-    found = _unwrap(file, content)
+    content = load_torch(file, start)
+    found = unwrap(content)
     if not found.tensors:
+        if found.elsewhere:
+            names = ", ".join(map(repr, found.elsewhere[:3]))
+            raise CheckpointError(f"{str(file)!r} holds weights as {names}: save the one to be read as 'state_dict'.")
         raise CheckpointError(f"{str(file)!r} holds no named weights: save a model's state_dict.")
     header = content.get(KEY)
     skipped = {name: reason for name, reason in found.skipped.items() if name != KEY}
     metadata = Metadata.from_header({KEY: header}, str(file)) if isinstance(header, str) else None
-    return replace(found, metadata=metadata, skipped=skipped)
-
-
-def _load_torch(file: Path, start: bytes) -> Any:
-    if not start.startswith((_ZIP_MAGIC, *_PICKLE_MAGIC)):
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint.")
-    if start.startswith(_ZIP_MAGIC):
-        _refuse_compressed(file)
-    try:
-        # timm stores its arguments as a Namespace, which is plain data.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-            warnings.simplefilter("ignore")  # torch warns of TorchScript archives, which raise below
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(text in str(error) for text in _FOREIGN_CLASS) or _names_a_global(file):
-            reason = "would run code when it is read; save its state_dict alone, as safetensors"
-        else:
-            reason = "is not a checkpoint, or is damaged"
-        raise CheckpointError(f"{str(file)!r} {reason}.") from error
-    except Exception as error:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
-
-
-def _names_a_global(file: Path) -> bool:
-    """Whether a bare pickle refers to a class or function; its opcodes are listed, not executed."""
-    try:
-        with file.open("rb") as stream:
-            return any(code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(stream))
-    except Exception:  # not a pickle, or a damaged one
-        return False
-
-
-def _refuse_compressed(file: Path) -> None:
-    # torch.save never compresses, and a compressed entry may unpack to any size (a zip bomb).
-    try:
-        with zipfile.ZipFile(file) as archive:
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint, or is damaged: {first_line(error)}.") from error
-    if compressed:
-        raise CheckpointError(f"{str(file)!r} is not a checkpoint: it is a compressed archive.")
-
-
-def _unwrap(file: Path, content: Any) -> Checkpoint:
-    """Open the dictionaries and remove the prefixes that training scripts wrap around a state dict."""
-    opened: list[str] = []
-    skipped: dict[str, str] = {}
-    while isinstance(content, dict) and len(opened) < _MAX_NESTING:  # a dictionary may contain itself
-        wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
-        if wrapper is None:
-            break
-        for name, value in content.items():
-            if name != wrapper:
-                copy_of_weights = name in _WRAPPERS and isinstance(value, dict)
-                other = f"another copy of the weights; {wrapper} was taken"
-                reason = other if copy_of_weights else "state of a training run, not of the model"
-                skipped[".".join((*opened, str(name)))] = reason
-        opened.append(wrapper)
-        content = content[wrapper]
-    entries = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
-    skipped |= {str(name): "not a tensor" for name, _ in entries if name not in tensors}
-    prefix = common_prefix(tensors)
-    stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return Checkpoint(file, stripped, None, ".".join(opened), prefix, skipped)
-
-
-def common_prefix(names: Iterable[str]) -> str:
-    """Return the concatenation of wrapper prefixes with which all names start; empty if there is none."""
-    rest, prefix = list(names), ""
-    while more := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), None):
-        rest, prefix = [name.removeprefix(more) for name in rest], prefix + more
-    return prefix
-
-
-def candidate_prefixes(names: Iterable[str]) -> list[str]:
-    """Return every prefix that wrappers may have added to some of the names, the empty one first."""
-    found = {""}
-    for name in names:
-        prefix = ""
-        while more := next((p for p in _PREFIXES if name.startswith(p, len(prefix))), None):
-            prefix += more
-            found.add(prefix)
-    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+    return Checkpoint(file, found.tensors, metadata, found.section, found.prefix, skipped)

@@ -18,8 +18,9 @@ from typing import Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from repvgg.checkpoints.files import Checkpoint, candidate_prefixes
-from repvgg.errors import UsageError
+from repvgg.checkpoints.files import Checkpoint
+from repvgg.checkpoints.wrappers import candidate_prefixes
+from repvgg.errors import CheckpointError, UsageError
 
 Pair: TypeAlias = tuple[str, str]
 GatePlace: TypeAlias = Literal["before_relu", "after_relu"]
@@ -176,10 +177,11 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (REPVGG, UPSTREAM, UPSTREAM_PLUS, TIMM, MMPRETRAIN)
 }  # the first one is taken where several match equally well
 
-# Buffers that tools leave in a state dict: torch's AveragedModel, and thop, a FLOP counter.
-_FOREIGN_BUFFERS = (
+# What others leave in a state dict: torch's AveragedModel, thop (a FLOP counter), and modules that hold a loss as well.
+_NOT_OF_A_NETWORK = (
     (r"(?:.*\.)?n_averaged", "it counts the models in an average"),
     (r"(?:.*\.)?total_(?:ops|params)", "a FLOP counter left it there"),
+    (r"(?:.*\.)?\w*(?:criterion|loss(?:es|_fn|_func)?)(?:\..*)?", "it belongs to a loss"),
 )
 
 
@@ -234,10 +236,18 @@ def recognize_names(names: Iterable[str]) -> Naming | None:
     """Find the layout and prefix that recognize the most names; None if they recognize no more than half of them.
 
     Only the names are considered, neither the file name nor a header.
+
+    Raises:
+        CheckpointError: there are several networks, under different prefixes; the text continues the sentence "PATH
+            holds".
     """
     given = list(names)
-    candidates = [_naming(given, prefix, layout) for layout in LAYOUTS.values() for prefix in candidate_prefixes(given)]
+    prefixes = candidate_prefixes(given)
+    candidates = [_naming(given, prefix, layout) for layout in LAYOUTS.values() for prefix in prefixes]
     best = max(candidates, key=lambda naming: len(naming.used))
+    twin = next((one for one in candidates if one.prefix != best.prefix and len(one.used) == len(best.used)), None)
+    if best.used and twin is not None and twin.used.keys().isdisjoint(best.used):
+        raise CheckpointError(f"several networks, such as {best.prefix!r} and {twin.prefix!r}: save one of them")
     # Most, not all: a mixed file is reported with the names that do not fit, rather than as unknown.
     return best if 2 * len(best.used) > len(given) else None
 
@@ -254,8 +264,8 @@ def _naming(names: list[str], prefix: str, layout: Layout) -> Naming:
 def translate(checkpoint: Checkpoint, naming: Naming) -> tuple[dict[str, Tensor], Account]:
     """Return the tensors of a file under our names, and the account.
 
-    Auxiliary heads next to plain blocks are dropped, and buffers that tools are known to add. Other unrecognized names
-    are in neither: the caller decides whether to refuse them.
+    Auxiliary heads next to plain blocks are dropped, buffers that tools are known to add, and weights of losses. Other
+    unrecognized names are in neither: the caller decides whether to refuse them.
     """
     dropped = dict(checkpoint.skipped)
     tensors, used = {}, {}
@@ -278,7 +288,7 @@ def identity_naming(checkpoint: Checkpoint) -> Naming:
 
 def _reason_to_drop(name: str, ours: str | None, plain: bool) -> str | None:
     if ours is None:
-        return next((reason for pattern, reason in _FOREIGN_BUFFERS if re.fullmatch(pattern, name)), None)
+        return next((reason for pattern, reason in _NOT_OF_A_NETWORK if re.fullmatch(pattern, name)), None)
     return "an auxiliary head serves training only" if plain and ours.startswith("auxiliary.") else None
 
 

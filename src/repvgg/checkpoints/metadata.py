@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from repvgg.errors import CheckpointError
+from repvgg.errors import CheckpointError, first_line
 
 KEY = "repvgg"
-_LARGEST_COUNT = 2**31  # exclusive; sizes beyond it are errors or attacks, not models
+# Exclusive; what is beyond them is an error or an attack, not a model.
+_LARGEST_COUNT = 2**31
+_LARGEST_INPUT = 2**14  # pixels
+_LARGEST_STATISTIC = 1e6  # of pixels in [0, 1]
+_MAX_NESTING = 50
 Form = Literal["train", "plain"]
 
 
@@ -69,11 +74,14 @@ class Metadata:
         try:
             data = json.loads(header[KEY])
             known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+            if _nesting(known) > _MAX_NESTING:
+                raise ValueError("it is nested too deeply")
             for name in ("mean", "std", "classes"):
                 known[name] = tuple(known.get(name, ()))
             metadata = cls(**known)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path!r} has a header that cannot be read ({error}): save it again.") from error
+            reason = first_line(error)
+            raise CheckpointError(f"{path!r} has a header that cannot be read ({reason}): save it again.") from error
         if invalid := metadata.invalid_field():
             raise CheckpointError(f"{path!r} has a header with an invalid {invalid!r}: save it again.")
         return metadata
@@ -83,14 +91,19 @@ class Metadata:
         return next((name for name, valid in self._validity() if not valid), None)
 
     def _validity(self) -> Iterator[tuple[str, bool]]:
-        for name in ("num_classes", "in_channels", "input_size"):
+        limits = {"num_classes": _LARGEST_COUNT, "in_channels": _LARGEST_COUNT, "input_size": _LARGEST_INPUT}
+        for name, limit in limits.items():
             # type() rather than isinstance: True is an int. The limit keeps a forged header from allocating memory.
-            yield name, type(getattr(self, name)) is int and 0 < getattr(self, name) < _LARGEST_COUNT
+            yield name, type(getattr(self, name)) is int and 0 < getattr(self, name) < limit
         yield "model", isinstance(self.model, str)
         yield "form", self.form in ("train", "plain")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            yield name, all(map(_is_number, values)) and len(values) in (0, self.in_channels)
+            valid = all(_is_number(value) and abs(value) < _LARGEST_STATISTIC for value in values)
+            yield (
+                name,
+                valid and len(values) in (0, self.in_channels) and (name == "mean" or all(v > 0 for v in values)),
+            )
         yield "classes", all(isinstance(c, str) for c in self.classes) and len(self.classes) in (0, self.num_classes)
         yield "recipe", isinstance(self.recipe, dict)
         yield "metrics", isinstance(self.metrics, dict) and all(map(_is_number, self.metrics.values()))
@@ -101,4 +114,19 @@ class Metadata:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return whether a value is a finite number in the range of a float."""
+    # Comparisons, because math.isfinite raises for integers beyond that range; NaN compares false.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _nesting(value: object) -> int:
+    """Return how deeply lists and dictionaries are nested."""
+    level, depth = [value], 0
+    while level := [child for item in level for child in _children(item)]:
+        depth += 1
+    return depth
+
+
+def _children(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

@@ -11,7 +11,7 @@ from repvgg._progress import progress_bar
 from repvgg.cli._options import InputSize, JsonFlag, Number
 from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 from repvgg.errors import UsageError
-from repvgg.measure import PROTOCOLS, RunSettings, environment
+from repvgg.measure import PROTOCOLS, REST_SECONDS, RunSettings, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,7 +50,8 @@ def bench(
     Batch 1 measures latency: on a GPU each call waits for its result. Larger batches are queued back to back.
 
     The engine "repvgg" is this library's: it runs plain networks, and networks that it does not support are listed and
-    left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch.
+    left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch. Before
+    a network in an engine is timed, the threads of the one before come to rest, and the network runs once untimed.
 
     Networks that do not fit in memory are listed, and the rest is timed. Ctrl-C stops early and prints the results so
     far.
@@ -235,6 +236,11 @@ def _print_conditions(settings: dict[str, Any], candidates: Sequence[Candidate],
     more += [] if settings["engine"] == "torch" else [f"engine {settings['engine'].replace(',', ', ')}"]
     what = [f"batch {batches}", sizes, settings["dtype"], layout, *more, f"{machine['threads']} threads"]
     write_line(f"{', '.join(settings['models'])}: {', '.join(what)}, protocol {settings['protocol']}")
+    if any(candidate.engine != "torch" for candidate in candidates):
+        write_line(
+            f"Between networks: rest until the threads are idle, {1e3 * REST_SECONDS:.0f} ms or longer, because idle "
+            "threads of an engine spin; then one untimed call."
+        )
     if "gpu" in machine:
         write_line(
             f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, CUDA {machine.get('cuda', 'unknown')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.insertion import InsertionPoint, Replacement
 from repvgg.collapse.record import Recording
+from repvgg.collapse.sums import parts_of_sums
 from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.symbolic import InputSpec
 
@@ -89,6 +90,7 @@ class _Search:
         self.recording, self.aliasing, self.options = recording, aliasing, options
         self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
         self.reasons |= options.escaped
+        self.firm = frozenset(self.reasons)
         self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
         self.values = SymbolicValues(recording, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
@@ -131,10 +133,20 @@ class _Search:
         exits = [node for node in sorted(values.by_node, key=values.order.__getitem__) if not self._is_interior(node)]
         regions = [Region(self.recording, node, values.by_node[node]) for node in exits]
         regions = [region for region in regions if self.aliasing.write_between(*region.span) is None]
-        merged = self._insertable(region for region in regions if self._is_candidate(region.value))
+        sums = self._insertable(self._parts_of_sums())
+        addends = {addend for found in sums for addend in found.region.addends}
+        regions = [region for region in regions if region.exit not in addends]
+        merged = (*self._insertable(region for region in regions if self._is_candidate(region.value)), *sums)
         scaled = self._insertable(filter(self._scales_transposed, regions))
         reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
         return Regions(merged, scaled, reasons, values.spec, self.were_cut)
+
+    def _parts_of_sums(self) -> Iterator[Region]:
+        """Return the parts of sums that become one convolution each."""
+        if self.options.merge_branches:
+            for region in parts_of_sums(self.values, self.firm, self.options.policy, self._is_candidate):
+                if self.aliasing.write_between(*region.span) is None:
+                    yield region
 
     def _insertable(self, regions: Iterable[Region]) -> tuple[Replacement, ...]:
         points = ((region, self._find_insertion(region)) for region in regions)
@@ -270,7 +282,9 @@ def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict
         input_is_fixed = value.source in values.fixed or value.source in firm
         if value.source in reasons and (user is None or input_is_fixed):
             name = describe(values.recording, value.source)
-            derived[node] = f"its input {name} is not folded: {reasons[value.source]}"
+            is_call = value.source.op in ("call_function", "call_method")
+            text = f"its input comes from {name}, which" if is_call else f"its input {name}"
+            derived[node] = f"{text} is not folded: {reasons[value.source]}"
         elif user is not None:
             derived[node] = f"it cannot be folded into {describe(values.recording, user)}: {reasons[user]}"
     return derived | reasons

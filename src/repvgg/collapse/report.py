@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.symbolic_eval import Region, Step
@@ -67,7 +68,7 @@ class Skipped:
 LeftAlone = Skipped  # the former name, kept for code that imports it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Everything that a collapse folded, skipped and dropped.
 
@@ -95,8 +96,33 @@ class Report:
         """Return the report as plain data, for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return f"Report({self._summary})"
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            (
+                region.name or "(root)",
+                " + ".join(part.description for part in region.parts),
+                region.convolution,
+                region.parameters_before,
+                region.parameters_after,
+            )
+            for region in self.folded
+        ]
+        rows += [(one.name or "(root)", f"skipped: {one.reason}", "", "", "") for one in self.left]
+        rows += [(one.name or "(root)", f"dropped: {one.reason}", "", "", "") for one in self.dropped]
+        columns = ("region", "before", "after", "parameters before", "parameters after")
+        return html_table(self._summary + (f"; {self.proof}" if self.proof else ""), columns, rows)
+
+    @property
+    def _summary(self) -> str:
+        counts = f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
+        others = {"skipped": self.left, "dropped": self.dropped}
+        return counts + "".join(f", {len(entries)} {what}" for what, entries in others.items() if entries)
 
     def _lines(self) -> Iterator[str]:
         yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"

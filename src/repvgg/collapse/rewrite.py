@@ -148,7 +148,9 @@ class _PlanApplier:
             return
         same_axes = symbol.has_axes_of_source and layout in (None, symbol.layout)
         after = conv if same_axes else _Chain(region, conv)
-        proof = self._prove(lambda: _region_in_float64(region), symbol, after)
+        # Code that reshapes to recorded sizes only runs on a tensor of the recorded shape.
+        shape = symbol.source.shape if region.reads_sizes or not same_axes else None
+        proof = self._prove(lambda: _region_in_float64(region), symbol, after, shape)
         if proof.failure:
             self._fail(modules or [host], proof)
             return
@@ -161,10 +163,9 @@ class _PlanApplier:
             name = self._insert_in_place(scope, region, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
-            name = rewriter.insert_call(conv, region.source, region.exit)
-            # From the end, so that only readers of metadata still use a node when it is removed.
-            for step in reversed(region.steps[:-1]):
-                rewriter.remove(step.node, region.source)
+            name = rewriter.insert_call(conv, region.source, region.replaced)
+            for node, remaining in region.removed:
+                rewriter.remove(node, remaining)
             absorbed += modules
         parts = parts_of_region(scope.module, region)
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
@@ -244,13 +245,16 @@ class _PlanApplier:
             return None
 
     def _prove(
-        self, make_before: Callable[[], Callable[[Tensor], Tensor]], symbol: SymbolicTensor, after: nn.Module
+        self,
+        make_before: Callable[[], Callable[[Tensor], Tensor]],
+        symbol: SymbolicTensor,
+        after: nn.Module,
+        shape: tuple[int, ...] | None = None,
     ) -> Proof:
         # ``make_before`` converts weights to float64, so it is only called for a proof.
         if not self.prove:
             return NOT_PROVEN
-        image = image_for(symbol.map, symbol.source.layout, symbol.source.shape if isinstance(after, _Chain) else None)
-        return prove_region(make_before(), image, after)
+        return prove_region(make_before(), image_for(symbol.map, symbol.source.layout, shape), after)
 
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form is not equal to it: {proof.failure}"
@@ -287,14 +291,14 @@ def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    shadow = shadow_of(module, _float64_on(device), training=False)
+    shadow = shadow_of(module, _float64_on(device), training=False, compute_weights=True)
     return lambda x: shadow(x.to(device))
 
 
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     device = algebra_device(first_float(region.recording.module))
     evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=False)
-    return lambda x: evaluator.run_region(region.source, x.to(device), [step.node for step in region.steps])
+    return lambda x: evaluator.run_region(region, x.to(device))
 
 
 class _Chain(nn.Module):
@@ -322,7 +326,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
     source.source.shape = planned.source.shape
-    result: SymbolicTensor = evaluator.run_region(region.source, source, [step.node for step in region.steps])
+    result: SymbolicTensor = evaluator.run_region(region, source)
     return result
 
 

@@ -7,9 +7,10 @@ function of, and that function; a maximal linear region is then a node whose use
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -30,6 +31,7 @@ from repvgg.symbolic import (
     Layout,
     Source,
     SymbolicTensor,
+    UnknownSize,
     channels_of,
     guarded,
     shadow_of,
@@ -137,15 +139,11 @@ class Value:
     @cached_property
     def read(self) -> SymbolicTensor:
         """What the first convolution of a chain reads; of the source itself if there is none."""
+        first = next((step for step in self.steps if "conv" in step.operations), None)
         value = self
-        while value.inputs and value.step is not None and not value.is_first_convolution:
+        while value.inputs and value.step is not first:
             value = value.inputs[0]
         return value.inputs[0].symbol if value.inputs else value.start.symbol if value.start else value.symbol
-
-    @property
-    def is_first_convolution(self) -> bool:
-        """Whether its step is the first with a convolution."""
-        return next((step for step in self.steps if "conv" in step.operations), None) is self.step
 
     @cached_property
     def merged_cost(self) -> Cost:
@@ -164,13 +162,37 @@ class Value:
         return any(value.step is not None and value.step.node is node for value in self.inputs)
 
 
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """An addition inside a part of a sum: ``merged``, if any, is the addend that belongs to it, ``kept`` the other."""
+
+    step: Step
+    merged: fx.Node | None
+    kept: fx.Node
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Region:
-    """Nodes of an recording graph that are one convolution of ``source``; only the last, ``exit``, is used outside."""
+    """Nodes of an recorded graph that are one convolution of ``source``; only the last, ``exit``, is used outside.
+
+    A region may also be a part of a sum: ``a + b + c`` where one convolution computes ``a + c``. Its exit is then the
+    addition that completes the part, here the last one. The convolution takes the place of one addend, and the
+    additions of the others go: :attr:`replaced` and :attr:`removed` say so for both kinds of region.
+
+    Attributes:
+        recording: the graph.
+        exit: the last node.
+        value: the convolution.
+        addends: for a part of a sum, the addends that the convolution computes together; it replaces the first.
+        additions: for a part of a sum, the additions from its first addend to its exit, in execution order, each with
+            the operands that are among ``addends``, at most one, and all others.
+    """
 
     recording: Recording
     exit: fx.Node
     value: Value
+    addends: tuple[fx.Node, ...] = ()
+    additions: tuple[Addition, ...] = ()
 
     @property
     def source(self) -> fx.Node:
@@ -180,7 +202,25 @@ class Region:
     @property
     def steps(self) -> tuple[Step, ...]:
         """The nodes, in execution order."""
-        return self.value.steps
+        inside = {step.node: step for step in self.value.steps} | {add.step.node: add.step for add in self.additions}
+        return tuple(sorted(inside.values(), key=lambda step: step.position)) if self.additions else self.value.steps
+
+    @property
+    def replaced(self) -> fx.Node:
+        """The node whose place the convolution takes, where it is called by a forward."""
+        return self.addends[0] if self.addends else self.exit
+
+    @property
+    def removed(self) -> list[tuple[fx.Node, fx.Node]]:
+        """The other nodes that go, in the order in which they can be removed, each with the node that remains for it.
+
+        The second node is for whoever still reads the first one: for an addition the sum, for all others, of which only
+        rank, dtype and device are still read, the source.
+        """
+        vanishing = [(add.step.node, add.kept) for add in self.additions if add.merged not in (None, self.replaced)]
+        additions = {add.step.node for add in self.additions}
+        others = [step.node for step in self.steps if step.node is not self.replaced and step.node not in additions]
+        return vanishing + [(node, self.source) for node in reversed(others)]
 
     @property
     def span(self) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -194,10 +234,12 @@ class Region:
 
     @property
     def is_chain(self) -> bool:
-        """Whether each node is a function of the previous one, and of constants: there are no branches.
+        """Whether each node is a function of the previous one, and of constants: there are no branches and no sums.
 
         Nodes that only pass a tensor on stay in the graph, and may read the shape of other nodes.
         """
+        if self.addends:
+            return False
         # Constants are inputs of nodes as well, but not inside the region.
         inside = {self.source, *(step.node for step in self.steps)}
         previous = self.source
@@ -215,6 +257,11 @@ class Region:
         If no step is a convolution, the source is one: a transposed convolution that the chain scales.
         """
         return next((step.node for step in self.steps if "conv" in step.operations), self.source)
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether a step is given a size that the recorded run read from a tensor."""
+        return any(_recorded_number(n) is not None for step in self.steps for n in step.node.all_input_nodes)
 
     @property
     def layout_in_place(self) -> Layout | None:
@@ -269,20 +316,26 @@ class Evaluator:
             return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
         return guarded(node.target, *args, **kwargs)
 
-    def run_region(self, source: fx.Node, value: Any, nodes: Sequence[fx.Node]) -> Any:
-        """Return the last of ``nodes``, a linear region in execution order, for ``source`` = ``value``."""
-        values: dict[fx.Node, Any] = {source: value}
-        value_of = self.with_constants(values)
-        for node in nodes:
-            value_of(node)
-        return values[nodes[-1]]
+    def run_region(self, region: Region, value: Any) -> Any:
+        """Return what the convolution of a region computes, for ``value`` in place of its source."""
+        value_of = self.with_constants({region.source: value})
+        additions = {add.step.node for add in region.additions}
+        for step in region.steps:
+            if step.node not in additions:
+                value_of(step.node)
+        return reduce(operator.add, map(value_of, region.addends or (region.exit,)))
 
     def with_constants(self, values: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
         """Return a function that returns values of nodes, and computes and adds those that are not there yet."""
+        is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
 
         def value_of(node: fx.Node) -> Any:
-            if node not in values:  # a constant, or computed from constants
-                values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            if node in values:
+                return values[node]
+            if (number := _recorded_number(node)) is not None:
+                return number if is_symbolic else node.meta["value"]
+            # A constant, or computed from constants.
+            values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
             return values[node]
 
         return value_of
@@ -295,8 +348,21 @@ class Evaluator:
     def _shadow(self, path: str) -> nn.Module:
         if path not in self._shadows:
             part = self.recording.module.get_submodule(path)
-            self._shadows[path] = shadow_of(part, self.convert, keep_kernels=self.keep_kernels, training=False)
+            self._shadows[path] = shadow_of(
+                part, self.convert, keep_kernels=self.keep_kernels, training=False, compute_weights=True
+            )
         return self._shadows[path]
+
+
+def _recorded_number(node: fx.Node) -> Any:
+    """Return the size or the shape that a node of a recorded run read from a tensor; None for all other nodes.
+
+    Another call may have another one, so the algebra may only pass it on, to follow a reshape.
+    """
+    value = node.meta.get("value") if node.meta.get("number") else None
+    if isinstance(value, tuple):
+        return tuple([UnknownSize(value=int(size)) for size in value])
+    return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _converts(node: fx.Node) -> bool:
@@ -356,6 +422,7 @@ class SymbolicValues:
         recording: the graph.
         by_node: the values.
         by_source: the nodes that are functions of a node.
+        constants: the values of nodes that depend on no input, on the meta device.
         cuts: nodes at which regions must start.
         order: the position of each node in execution order.
         fixed: nodes that must stay.
@@ -377,7 +444,7 @@ class SymbolicValues:
         self._evaluator = Evaluator(recording, to_meta)
         self._nodes = list(recording.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
-        self._constants: dict[fx.Node, Any] = {}
+        self.constants: dict[fx.Node, Any] = {}
         self._starts: dict[fx.Node, tuple[Value, ...]] = {}
         for node in self._nodes:
             self._visit(node)
@@ -389,30 +456,30 @@ class SymbolicValues:
         waiting: list[tuple[int, fx.Node]] = []
         queued: set[fx.Node] = set()
 
-        def change(node: fx.Node) -> None:
-            """Note the region that ends at ``node`` from now on, or no longer does, and queue all that read it."""
-            changed.update([self.by_node[node].source] if node in self.by_node else [])
+        def queue_users(node: fx.Node) -> None:
             for user in node.users:
-                if user not in queued and user in self.order:
+                if user not in queued:
                     queued.add(user)
                     heapq.heappush(waiting, (self.order[user], user))
 
         for node in nodes:
-            change(node)
+            changed |= {self.by_node[node].source} if node in self.by_node else set()
+            queue_users(node)
         while waiting:
             _, node = heapq.heappop(waiting)
             before = self.by_node.pop(node, None)
             if before is not None:
-                changed.add(before.source)
                 self.by_source[before.source].discard(node)
             if node not in self.fixed:
                 self.reasons.pop(node, None)
             self._visit(node)
-            changed |= {self.by_node[n].source for n in node.all_input_nodes if n in self.by_node}
             after = self.by_node.get(node)
+            # Its region, and those of its arguments, which may end there from now on or no longer do.
+            inputs = (self.by_node.get(n) for n in node.all_input_nodes)
+            changed |= {value.source for value in (before, after, *inputs) if value is not None}
             # What reads a cut only depends on whether it is a tensor of known channels.
-            if (before is not None or after is not None) and not (before and after and node in self.cuts):
-                change(node)
+            if (before or after) and not (before and after and node in self.cuts):
+                queue_users(node)
         return changed
 
     def input_specs(self) -> list[InputSpec | None]:
@@ -432,13 +499,16 @@ class SymbolicValues:
     def _visit(self, node: fx.Node) -> None:
         # A clobbered tensor is no constant: a write changes it while the graph runs.
         if node.op == "get_attr" and node not in self._aliasing.clobbered:
-            self._constants[node] = self._evaluator.constant(node)
+            self.constants[node] = self._evaluator.constant(node)
+        if (number := _recorded_number(node)) is not None:
+            self.constants[node] = number
+            return
         if not node.op.startswith("call") or node in self.fixed:
             return
-        inputs = [n for n in node.all_input_nodes if n not in self._constants]
+        inputs = [n for n in node.all_input_nodes if n not in self.constants]
         try:
             if not inputs:
-                self._constants[node] = self._evaluator.run(node, self._constants.__getitem__)
+                self.constants[node] = self._evaluator.run(node, self.constants.__getitem__)
             else:
                 self._evaluate(node, inputs)
         except ReparamError as error:
@@ -493,11 +563,12 @@ class SymbolicValues:
         symbols = {n: value.symbol.copy() for n, value in inputs.items()}  # an in-place function changes its argument
         result = self._reuse_known_map(node, list(symbols.values()))
         if result is None:
-            result = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self._constants[n])
+            result = self._evaluator.run(node, lambda n: symbols[n] if n in symbols else self.constants[n])
         if not isinstance(result, SymbolicTensor):
             raise NotLinearError("its output is not one tensor")
         # A padding that nothing writes to is read as it is.
-        if not any(user.target in ITEM_ASSIGNMENTS for user in node.users) and (error := result.why_unreadable()):
+        is_written = any(user.target in ITEM_ASSIGNMENTS for user in node.users)
+        if not is_written and (error := result.why_unreadable()) is not None:
             raise error
         operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
         leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])
@@ -587,7 +658,7 @@ class SymbolicValues:
                 continue
             seen.add(node)
             try:
-                known[node] = self._evaluator.run(node, lambda n: known[n] if n in known else self._constants[n])
+                known[node] = self._evaluator.run(node, lambda n: known[n] if n in known else self.constants[n])
             except ChannelsFound:
                 raise
             except ReparamError as error:

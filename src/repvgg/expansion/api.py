@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg._contexts import eval_mode
+from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.blocks import ConvBN, Geometry, block_of
 from repvgg.errors import FreshWeightsWarning, NothingExpandedWarning, ReparamError, UsageError
@@ -74,7 +75,7 @@ class Skipped:
 Kept = Skipped  # the former name, kept for code that imports it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpandReport:
     """What an expansion did with each convolution of a model.
 
@@ -100,8 +101,31 @@ class ExpandReport:
         """Return the report as plain data, for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return f"ExpandReport({self._summary})"
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            (
+                entry.name or "(root)",
+                entry.convolution,
+                f"new weights: {entry.fresh}" if entry.error is None else f"error {entry.error:.1e}",
+                entry.parameters_before,
+                entry.parameters_after,
+            )
+            for entry in self.expanded
+        ]
+        rows += [(one.name or "(root)", "", f"skipped: {one.reason}", "", "") for one in self.left]
+        columns = ("convolution", "geometry", "result", "parameters before", "parameters after")
+        return html_table(self._summary, columns, rows)
+
+    @property
+    def _summary(self) -> str:
+        counts = f"{len(self.expanded)} convolutions expanded, {self.parameters_added:,} parameters added"
+        return counts + (f", {len(self.left)} skipped" if self.left else "")
 
     def _lines(self) -> Iterator[str]:
         yield f"{len(self.expanded)} convolutions expanded, {self.parameters_added:,} parameters added"

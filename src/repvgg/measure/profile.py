@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from repvgg._html import table as html_table
 from repvgg.errors import UsageError
 from repvgg.measure.memory import weight_bytes
 from repvgg.measure.ops import Op, Walk, walk
@@ -55,7 +56,7 @@ class Row:
         return {**asdict(self), "bytes_moved": self.bytes_moved, "macs_per_byte": self.intensity, **lists}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """One forward pass as three tables with equal sums; of the peaks, the total has the highest."""
 
@@ -70,6 +71,26 @@ class Profile:
     def rows(self, per: Literal["layer", "stage", "total"]) -> tuple[Row, ...]:
         """Return the table at that granularity."""
         return {"layer": self.layers, "stage": self.stages, "total": (self.total,)}[per]
+
+    def __repr__(self) -> str:
+        return f"Profile({self._summary})"
+
+    def _repr_html_(self) -> str:
+        columns = ("layer", "parameters", "multiply-adds", "bytes moved", "activation peak (bytes)")
+        rows = [
+            (row.name or "(root)", row.params, row.macs, row.bytes_moved, row.peak_bytes)
+            for row in (*self.layers, self.total)
+        ]
+        rows[-1] = ("total", *rows[-1][1:])
+        return html_table(self._summary, columns, rows)
+
+    @property
+    def _summary(self) -> str:
+        total, bound = self.total, "at least " if self.total.unknown else ""
+        return (
+            f"{len(self.layers)} layers, {total.params:,} parameters, {bound}{total.macs:,} multiply-adds, "
+            f"activation peak {total.peak_bytes:,} bytes"
+        )
 
 
 def profile(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, tile: int = 2) -> Profile:

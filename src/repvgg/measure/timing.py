@@ -30,6 +30,11 @@ OnFailure = Callable[[str, Exception], None]
 
 MIN_ROUNDS_AFTER_INTERRUPT = 3  # quartiles of fewer rounds are meaningless
 
+#: Seconds of rest for contenders with threads of their own. Most runtimes let idle threads spin for less (libgomp, ONNX
+#: Runtime, OpenVINO: milliseconds); Intel's OpenMP spins for 200 ms, which :func:`rest_until_idle` waits for.
+REST_SECONDS = 0.02
+MAX_REST_SECONDS = 0.5
+
 
 class Stopwatch(Protocol):
     """Times ``calls`` consecutive calls."""
@@ -115,10 +120,14 @@ class SpeedProtocol:
             times in a row, and the mean is taken.
         interleaved: each round samples every candidate, starting with the next one each time; otherwise all rounds of
             a candidate are taken before those of the next.
+        rest_seconds: when the candidate changes, shortest rest before its sample, followed by an untimed call that
+            wakes its own threads. 0 for candidates that share their threads; :data:`REST_SECONDS` for engines, whose
+            idle threads spin for a while on the cores that the next candidate needs.
         batch: default number of images in a call.
 
     Raises:
-        UsageError: ``rounds`` or ``batch`` is below 1, or ``min_round_seconds`` is not positive.
+        UsageError: ``rounds`` or ``batch`` is below 1, ``min_round_seconds`` is not positive, or ``rest_seconds`` is
+            negative.
     """
 
     rounds: int = 30
@@ -127,12 +136,15 @@ class SpeedProtocol:
     min_round_seconds: float = 0.01
     interleaved: bool = True
     batch: int = 1
+    rest_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.batch < 1:
             raise UsageError(f"rounds and batch must be at least 1, got {self.rounds} and {self.batch}.")
         if not self.min_round_seconds > 0.0:
             raise UsageError(f"min_round_seconds must be above 0, got {self.min_round_seconds}.")
+        if not self.rest_seconds >= 0.0:
+            raise UsageError(f"rest_seconds must be at least 0, got {self.rest_seconds}.")
 
 
 #: Suited to shared machines: many short rounds, medians, ratios within each round.
@@ -192,6 +204,7 @@ class _Sampler:
         self.candidates, self.protocol, self.stopwatch = candidates, protocol, stopwatch
         self.on_failure = on_failure
         self.calls: dict[str, int] = {}  # consecutive calls for one sample, by candidate
+        self.last: str | None = None  # the candidate that ran last
         self.failed: set[str] = set()
 
     def interleaved(self) -> Iterator[Sample]:
@@ -214,6 +227,7 @@ class _Sampler:
     def _warm_up(self, name: str) -> None:
         """Warm up a candidate, and find how many consecutive calls fill ``min_round_seconds``."""
         call, protocol = self.candidates[name], self.protocol
+        self._rest_before(name)
         with catch_out_of_memory(name, self._drop):
             self.stopwatch(call, 1)  # the first call may compile, allocate or read files: ignore its time
             done, spent, calls = 1, 0.0, 1
@@ -229,15 +243,43 @@ class _Sampler:
     def _sample(self, names: Sequence[str]) -> Sample:
         sample = {}
         for name in names:
+            rested = self._rest_before(name)
             with catch_out_of_memory(name, self._drop):
+                if rested:
+                    self.stopwatch(self.candidates[name], 1)
                 sample[name] = self.stopwatch(self.candidates[name], self.calls[name]) / self.calls[name]
         return sample
+
+    def _rest_before(self, name: str) -> bool:
+        """Rest if the protocol says so and another candidate ran last; return whether it did."""
+        before, self.last = self.last, name
+        if not self.protocol.rest_seconds or before in (None, name):
+            return False
+        rest_until_idle(self.protocol.rest_seconds)
+        return True
 
     def _drop(self, name: str, error: Exception) -> None:
         if self.on_failure is None:
             raise error
         self.failed.add(name)
         self.on_failure(name, error)
+
+
+def rest_until_idle(at_least: float, at_most: float = MAX_REST_SECONDS) -> bool:
+    """Sleep until no thread of this process uses a processor; return False if one still does after ``at_most`` seconds.
+
+    Args:
+        at_least: shortest sleep, in seconds.
+        at_most: longest sleep, in seconds.
+    """
+    start = time.perf_counter()
+    while True:
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(max(at_least, 0.005) / 2)
+        now = time.perf_counter()
+        is_idle = time.process_time() - used < 0.1 * (now - begin)  # the process time of all threads together
+        if now - start >= (at_least if is_idle else at_most):
+            return is_idle
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg import __version__
+from repvgg._html import table as html_table
 from repvgg.checkpoints import (
     Account,
     Checkpoint,
@@ -30,23 +31,49 @@ from repvgg.checkpoints import (
 )
 from repvgg.collapse import reparameterize
 from repvgg.errors import CheckpointError, UnknownModelError, UsageError
-from repvgg.models.infer_spec import Shape, infer_spec
+from repvgg.models.infer_spec import MAX_BLOCKS, Shape, infer_spec
 from repvgg.models.registry import SPECS, spec_of
 from repvgg.models.repvgg import RepVGG
 from repvgg.models.spec import ModelSpec, spec_from_data, spec_to_data
 
 _COUNTER = "num_batches_tracked"  # counts training steps; inference ignores it, and older files do not have it
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_LISTED = 2  # names in a message
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedModel:
     """A model rebuilt from a file."""
 
     model: RepVGG  # in eval mode
     metadata: Metadata  # what is known about it
     account: Account  # what became of each tensor in the file
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self._summary})"
+
+    def _repr_html_(self) -> str:
+        about = self.metadata
+        rows: list[tuple[object, ...]] = [
+            ("model", about.model),
+            ("form", about.form),
+            ("classes", about.num_classes),
+            ("images", f"{about.in_channels} x {about.input_size} x {about.input_size}"),
+            ("parameters", sum(parameter.numel() for parameter in self.model.parameters())),
+            ("tensor names", self.account.layout),
+            *(("metric", f"{name}: {value:g}") for name, value in about.metrics.items()),
+            *(("not used", f"{name}: {reason}") for name, reason in self.account.dropped.items()),
+            *(("note", note) for note in self.account.notes),
+        ]
+        return html_table(self._summary, ("", ""), rows)
+
+    @property
+    def _summary(self) -> str:
+        about = self.metadata
+        dropped = f", {len(self.account.dropped)} tensors not used" if self.account.dropped else ""
+        size = f"{about.in_channels} x {about.input_size} x {about.input_size}"
+        return f"{about.model}, {about.form} form, {about.num_classes} classes, images of {size}{dropped}"
 
 
 def describe_model(model: RepVGG, form: Form, **more: Any) -> Metadata:
@@ -144,9 +171,13 @@ def collapse_loaded(loaded: LoadedModel) -> LoadedModel:
 
     Raises:
         EquivalenceError: they are not.
+        CheckpointError: blocks of the result have branches, because they cannot be merged.
     """
     plain, report = reparameterize(loaded.model)
-    assert isinstance(plain, RepVGG)
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in plain.modules())
+    if not isinstance(plain, RepVGG) or form_of(plain) != "plain" or has_norms:
+        left = f": {report.left[0].name}: {report.left[0].reason}" if report.left else ""
+        raise CheckpointError(f"The {loaded.metadata.model} in this file cannot be converted to the plain form{left}.")
     account = loaded.account
     # The collapse removes auxiliary heads, which eval mode never calls: say so instead of losing them silently.
     heads = {file: ours for file, ours in account.used.items() if ours.startswith("auxiliary.")}
@@ -199,9 +230,12 @@ def _translate(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Nami
     """Return the tensors of a file by our names.
 
     Raises:
-        CheckpointError: the names belong to no layout, and there is no header of ours.
+        CheckpointError: the names belong to no layout, and there is no header of ours; or to several networks.
     """
-    naming = recognize_names(checkpoint.tensors)
+    try:
+        naming = recognize_names(checkpoint.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(checkpoint.path)!r} holds {error}.") from error
     if naming is None and checkpoint.metadata is None:
         raise CheckpointError(
             f"{str(checkpoint.path)!r} holds no RepVGG: its names are not ours, nor upstream's, timm's or mmpretrain's."
@@ -221,8 +255,11 @@ def _spec_in_header(metadata: Metadata, checkpoint: Checkpoint) -> ModelSpec:
     except UsageError as error:
         raise CheckpointError(f"{str(checkpoint.path)!r} has a header with an invalid 'spec': {error}") from error
     # Building a model takes time per block, even without weights: a header must not cause more than the file has.
-    if sum(stage.depth for stage in spec.stages) > len(checkpoint.tensors):
+    depth = sum(stage.depth for stage in spec.stages)
+    if depth > len(checkpoint.tensors):
         raise CheckpointError(f"{str(checkpoint.path)!r} has a header that names more blocks than it has tensors.")
+    if depth > MAX_BLOCKS:
+        raise CheckpointError(f"{str(checkpoint.path)!r} has a header that names {depth:,} blocks.")
     return spec
 
 
@@ -264,12 +301,16 @@ def _counted(names: Sequence[str], one: str, many: str) -> str:
 
 
 def _dtype_mismatch(model: RepVGG, tensors: Mapping[str, Tensor]) -> str | None:
-    """Describe weights that are not of one floating-point dtype; None if they are."""
+    """Describe weights that are not of one floating-point dtype of convolutions; None if they are."""
     weights = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in weights})
     if len(dtypes) > 1:
         return f"its weights are of several types, {' and '.join(dtypes)}"
-    return None if tensors[weights[0]].is_floating_point() else f"its weights are of type {dtypes[0]}"
+    dtype = tensors[weights[0]].dtype
+    if dtype in _DTYPES:
+        return None
+    advice = ", which has no convolution: save them as float16 or float32" if dtype.is_floating_point else ""
+    return f"its weights are of type {dtypes[0]}{advice}"
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "the model") -> None:

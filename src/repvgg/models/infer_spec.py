@@ -8,6 +8,7 @@ size. A registered model that fits provides both; any other model gets the famil
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,7 @@ from repvgg.models.spec import ModelSpec, SqueezeExciteSpec, Stage
 
 Shape: TypeAlias = tuple[int, ...]
 
+MAX_BLOCKS = 1000  # building one takes about a millisecond, even without memory for its weights
 CUSTOM = "custom"  # name of a model that is not registered
 # [0-9], not \d, which also matches digits of other scripts.
 _KERNEL = re.compile(r"(?:stem|stages\.([0-9]+)\.([0-9]+))\.conv(\.dense\.conv)?\.weight")
@@ -81,8 +83,11 @@ def _observe(shapes: Mapping[str, Shape], gate: GatePlace | None, halves: Collec
         raise CheckpointError("no RepVGG: it has no stem, or no block after it")
     if len(is_plain) > 1:
         raise CheckpointError("no RepVGG: some of its blocks have branches, and some are plain")
-    stages = sorted({stage for stage, _ in positions})
-    complete = [(stage, block) for stage in stages for block in range(sum(at == stage for at, _ in positions))]
+    if len(positions) > MAX_BLOCKS:
+        raise CheckpointError(f"no RepVGG: it has {len(positions):,} blocks, of which each takes time to build")
+    depths = Counter(stage for stage, _ in positions)
+    stages = sorted(depths)
+    complete = [(stage, block) for stage in stages for block in range(depths[stage])]
     if stages != list(range(-1, len(stages) - 1)) or complete != sorted(positions):
         raise CheckpointError("an incomplete RepVGG: a stage or a block between others is missing")
     blocks: dict[tuple[int, int], _Block] = {}
@@ -97,7 +102,7 @@ def _observe(shapes: Mapping[str, Shape], gate: GatePlace | None, halves: Collec
     return _Observed(
         "plain" if is_plain == {True} else "train",
         blocks[-1, 0],
-        [[blocks[position] for position in complete if position[0] == stage] for stage in stages[1:]],
+        [[blocks[stage, block] for block in range(depths[stage])] for stage in stages[1:]],
         tuple(auxiliary),
         gate,
         halves,

@@ -12,7 +12,7 @@ from repvgg.errors import UsageError
 
 # Bounds for data from files: a header must not be able to request absurd amounts of memory or time.
 _MAX_COUNT = 2**20
-_MAX_PIXELS = 2**31
+_MAX_PIXELS = 2**14
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,14 @@ from repvgg.studies.variants import (
     select_variants,
     train_cell,
 )
-from repvgg.training import TrainConfig, recipe_of
+from repvgg.training import TrainConfig, recipe_of, settle_precision
 
 Part: TypeAlias = Literal["all", "trainings", "cost", "tables"]
 Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
 
 RUNS = "runs"  # folder of checkpoints, logs and locks
-_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse"})  # they divide the work; results do not depend on them
+# They divide the work; results do not depend on them. The precision is in the header as the dtype.
+_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse", "precision"})
 _NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # studies that differ in these can share trainings
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MAX_WARMUP = 0.2  # of all epochs: the recipe's warm-up may be longer than a short run
@@ -81,6 +82,7 @@ class AblationSettings:
         seeds: trainings of each row, with seeds 0, 1, 2, …
         rows: names of the rows to train; default: all.
         device: cpu or cuda; default: cuda if there is one.
+        precision: of the arithmetic; default: the recipe's, which may depend on the machine.
         threads: CPU threads of a process; default: PyTorch's.
         rounds: how often the training step of each network is timed.
         jobs: processes that train at a time on this machine.
@@ -104,6 +106,7 @@ class AblationSettings:
     seeds: int = 3
     rows: tuple[str, ...] = ()
     device: Device | None = None
+    precision: Literal["float32", "bf16", "fp16"] | None = None
     threads: int | None = None
     rounds: int = 10
     jobs: int = 1
@@ -131,7 +134,7 @@ class AblationSettings:
         if self.lr is not None:
             optim = replace(optim, lr=self.lr, lr_batch=None)  # lr_batch would scale it with the batch
         size = recipe.data.train_size if self.input_size is None else self.input_size
-        return replace(
+        config = replace(
             recipe,
             model=self.model,
             epochs=epochs,
@@ -140,8 +143,11 @@ class AblationSettings:
             optim=replace(optim, warmup_epochs=min(optim.warmup_epochs, _MAX_WARMUP * epochs)),
             threads=self.threads,
             accelerator="cpu" if self.device == "cpu" else "auto",
+            precision=self.precision or recipe.precision,
             dry_run=False,  # even if the recipe says so
         )
+        # Not left to each training: the precision is part of the header, which every machine of a study must have.
+        return settle_precision(config)[0]
 
     @property
     def run(self) -> RunSettings:

@@ -2,7 +2,7 @@
 
     repvgg quickstart
 
-Expected: at least 99.0 % of the 360 validation digits, every check passed, within 2 minutes on 2 cores.
+Expected: at least 99.0 % of the 360 validation digits, every check passed, within a minute on 2 cores.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _unused_name(folder: Path) -> Path:
 def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder next to ``target``, renamed to it on success and removed on failure."""
     if target.exists() and not (overwrite and target.is_dir()):
-        raise OutputExistsError(f"{str(target)!r} exists: choose another folder, or ask to overwrite it.")
+        raise OutputExistsError(f"{str(target)!r} exists: add --overwrite, or choose another folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))

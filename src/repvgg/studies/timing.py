@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repvgg.errors import UsageError, first_line, is_out_of_memory
 from repvgg.measure import (
+    REST_SECONDS,
     Call,
     Denormals,
     OnFailure,
@@ -147,6 +148,14 @@ class SweepResult:
     complete: bool  # False after Ctrl-C
 
 
+def protocol_for(candidates: Iterable[Candidate], protocol: SpeedProtocol) -> SpeedProtocol:
+    """Return the protocol with rests between candidates if any of them runs in an engine with threads of its own."""
+    # PyTorch's models share one pool of threads, which is idle after each call.
+    if all(candidate.engine == "torch" for candidate in candidates):
+        return protocol
+    return replace(protocol, rest_seconds=REST_SECONDS)
+
+
 def sweep(
     candidates: Sequence[Candidate],
     batches: Sequence[int],
@@ -174,6 +183,7 @@ def sweep(
         UsageError: a candidate cannot run, or an engine does not exist.
     """
     failures: dict[str, str] = {}
+    protocol = protocol_for(candidates, protocol)
     networks = prepare(candidates, settings, _record_in(failures))
     denormals = _count_denormals(networks, settings, _record_in(failures))
     results: list[BatchResult] = []
@@ -288,6 +298,7 @@ def measure_candidates(
         networks = prepare([candidates[name] for name in names], settings, on_failure)
         return make_calls(networks, batch, settings, on_failure)
 
+    protocol = protocol_for(candidates.values(), protocol)
     measure_rounds(groups, calls_of, store, settings, protocol, batch, on_progress)
 
 

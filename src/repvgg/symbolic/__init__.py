@@ -2,7 +2,7 @@
 
 import repvgg.symbolic.reshaping
 import repvgg.symbolic.slicing  # noqa: F401 - both register handlers in HANDLERS
-from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Arrangement, Layout
+from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Arrangement, Layout, UnknownSize
 from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, InputSpec, channels_of, guarded
 from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import (
@@ -11,6 +11,7 @@ from repvgg.symbolic.tensor import (
     VIEWS,
     Source,
     SymbolicTensor,
+    assign_item,
     dispatch,
     handles,
 )
@@ -42,7 +43,9 @@ __all__ = [
     "Layout",
     "Source",
     "SymbolicTensor",
+    "UnknownSize",
     "algebra_device",
+    "assign_item",
     "channels_of",
     "check_eval_mode",
     "dispatch",

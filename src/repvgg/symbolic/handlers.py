@@ -104,6 +104,20 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTenso
     return _after(input, weight, bias)
 
 
+@handles(operator.matmul, torch.matmul, _T.matmul, _T.__matmul__)
+def matmul(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
+    """Compose with a matrix (I, O) on the right: a linear layer without a bias."""
+    if not isinstance(other, Tensor) or other.dim() != 2:
+        raise NotLinearError("only a product of rows with one constant matrix on its right is a linear layer")
+    return linear(input, other.mT)
+
+
+@handles(torch.addmm, _T.addmm)
+def addmm(bias: Any, input: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> SymbolicTensor:  # noqa: A002
+    """Return ``beta·bias + alpha·(input @ weight)``."""
+    return add(multiply(matmul(input, weight), alpha), bias * beta)
+
+
 def _require_constant(symbol: Any, weight: Any, bias: Any) -> None:
     if not isinstance(symbol, SymbolicTensor) or isinstance(weight, SymbolicTensor) or isinstance(bias, SymbolicTensor):
         raise NotLinearError("the kernel of a convolution depends on the image")
@@ -234,13 +248,19 @@ def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
     return symbol.like(algebra.shift(symbol.map, per_channel(other, symbol)), "shift")
 
 
-@handles(operator.neg, torch.neg, _T.neg, _T.__neg__)
+@handles(operator.neg, torch.neg, torch.negative, _T.neg, _T.negative, _T.__neg__)
 def negate(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
     """Return ``−x``."""
     return multiply(input, -1)
 
 
-@handles(operator.sub, torch.sub, _T.sub, _T.__sub__)
+@handles(operator.pos, torch.positive, _T.positive, _T.__pos__, view=True)
+def positive(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
+    """Return the input."""
+    return input
+
+
+@handles(operator.sub, torch.sub, torch.subtract, _T.sub, _T.subtract, _T.__sub__)
 def subtract(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
     """Return ``left − alpha·right``."""
     return add(left, right * -alpha)
@@ -252,7 +272,7 @@ def reflected_subtract(left: Any, right: Any) -> SymbolicTensor:
     return subtract(right, left)
 
 
-@handles(operator.mul, torch.mul, _T.mul, _T.__mul__, _T.__rmul__)
+@handles(operator.mul, torch.mul, torch.multiply, _T.mul, _T.multiply, _T.__mul__, _T.__rmul__)
 def multiply(left: Any, right: Any) -> SymbolicTensor:
     """Multiply by a number or a constant per channel."""
     if isinstance(left, SymbolicTensor) and isinstance(right, SymbolicTensor):
@@ -261,7 +281,10 @@ def multiply(left: Any, right: Any) -> SymbolicTensor:
     return symbol.like(algebra.scale(symbol.map, per_channel(other, symbol)), "scale")
 
 
-@handles(operator.truediv, torch.div, torch.true_divide, _T.div, _T.true_divide, _T.__truediv__)
+@handles(
+    *(operator.truediv, torch.div, torch.divide, torch.true_divide),
+    *(_T.div, _T.divide, _T.true_divide, _T.__truediv__),
+)
 def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> SymbolicTensor:
     """Divide by a number or a constant per channel."""
     if isinstance(right, SymbolicTensor) or rounding_mode is not None:
@@ -269,12 +292,21 @@ def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> Symbol
     return multiply(left, 1 / constant(right, left))
 
 
-for _function, _names in {
+@handles(torch.addcmul, _T.addcmul)
+def add_product(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> SymbolicTensor:  # noqa: A002
+    """Return ``input + value·tensor1·tensor2``, as batch norms by hand compute it."""
+    return add(input, tensor1 * tensor2 * value)
+
+
+_IN_PLACE: dict[Callable[..., SymbolicTensor], tuple[Any, ...]] = {
     add: (operator.iadd, _T.add_, _T.__iadd__),
-    subtract: (operator.isub, _T.sub_, _T.__isub__),
-    multiply: (operator.imul, _T.mul_, _T.__imul__),
-    divide: (operator.itruediv, _T.div_, _T.__itruediv__),
-}.items():
+    subtract: (operator.isub, _T.sub_, _T.subtract_, _T.__isub__),
+    multiply: (operator.imul, _T.mul_, _T.multiply_, _T.__imul__),
+    divide: (operator.itruediv, _T.div_, _T.divide_, _T.__itruediv__),
+    negate: (_T.neg_, _T.negative_),
+    add_product: (_T.addcmul_,),
+}
+for _function, _names in _IN_PLACE.items():
     handles(*_names)(_in_place(_function))
 
 

@@ -138,8 +138,9 @@ class UnknownShape(UnknownSize):
 
 
 CHANNELS = "C"
-Positions: TypeAlias = tuple[Hashable, ...]  # axes of the source, or parts of them, that one axis runs over, in order
-SizeOf: TypeAlias = Callable[[Hashable], UnknownSize]
+Position: TypeAlias = "int | Part"  # an axis of the source, or a part of it
+Positions: TypeAlias = tuple[Position, ...]  # what one axis runs over, in order
+SizeOf: TypeAlias = Callable[[Position], UnknownSize]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Arrangement:
     """
 
     axes: tuple[str | Positions, ...] | None
-    averaged: frozenset[Hashable] = frozenset()
+    averaged: frozenset[Position] = frozenset()
 
     @classmethod
     def of(cls, layout: Layout) -> Arrangement:
@@ -237,7 +238,7 @@ class Arrangement:
         given = [size if isinstance(size, UnknownSize) else int(size) for size in sizes]
         # The axis that it is now comes first, because a size may equal that of the channels by chance.
         for i in sorted(range(len(given)), key=lambda index: index != place):
-            if not isinstance(given[i], UnknownSize) and given[i] in (channels, -1):
+            if _value(given[i]) in (channels, -1):
                 left = _grouped(before, given[:i], size_of)
                 right = None if left is None else _grouped(after, given[i + 1 :], size_of)
                 if left is not None and right is not None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, ReparamError
@@ -171,10 +177,37 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
     return args[place] if len(args) > place else kwargs.get(name)
 
 
+class _PromotedDtypes(TorchFunctionMode):
+    """Inside, a function that refuses tensors of several floating-point dtypes gets all of them in the widest one.
+
+    Constants that a forward makes have the default dtype, and meet weights in float64.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            floats = {value.dtype for value in tensors if value.is_floating_point()}
+            if len(floats) < 2:
+                raise
+            widest = reduce(torch.promote_types, floats)
+
+            def widen(value: Any) -> Any:
+                return value.to(widest) if isinstance(value, Tensor) and value.dtype in floats else value
+
+            args, kwargs = tree_map(widen, (args, dict(kwargs)))
+            return func(*args, **kwargs)
+
+
 def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``forward``; any error that user code raises on a symbolic input means that it is not linear."""
     try:
-        return forward(*args, **kwargs)
+        with _PromotedDtypes():
+            return forward(*args, **kwargs)
     except (ReparamError, ChannelsFound):
         raise
     except Exception as error:

@@ -5,12 +5,13 @@ All of these count as the identity in the ledger: they stay in the code, and wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from repvgg.errors import NotLinearError
 from repvgg.symbolic.handlers import numbers, require_spatial
@@ -41,6 +42,25 @@ def clone(input: SymbolicTensor, *, memory_format: Any = None) -> SymbolicTensor
     return input.like(input.map, "identity")
 
 
+@handles(_T.to, _T.type_as, view=True)
+def to(input: SymbolicTensor, *args: Any, **kwargs: Any) -> SymbolicTensor:  # noqa: A002
+    """Return the same values, if their dtype stays: on another device, or in another memory format."""
+    given = [*args, *kwargs.values()]
+    dtypes = [value if isinstance(value, torch.dtype) else getattr(value, "dtype", input.dtype) for value in given]
+    if any(dtype != input.dtype for dtype in dtypes):
+        raise NotLinearError("a cast to another dtype rounds")
+    return _view(input, input.arrangement)
+
+
+def _new(factory: Callable[..., Tensor], input: SymbolicTensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    """Return a constant, as ``x.new_ones(1, C, 1, 1)``, whose sizes are known."""
+    return factory(*args, **{"dtype": input.dtype, "device": input.device} | kwargs)
+
+
+for _name in ("ones", "zeros", "full", "tensor"):
+    handles(getattr(_T, f"new_{_name}"))(partial(_new, getattr(torch, _name)))
+
+
 @handles(torch.permute, _T.permute, view=True)
 def permute(input: SymbolicTensor, *dims: Any) -> SymbolicTensor:  # noqa: A002
     """Reorder the axes, so that only the channels move."""
@@ -56,7 +76,7 @@ def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:  #
     return _view(input, input.arrangement.permuted(order))
 
 
-@handles(_T.mT.__get__, view=True)
+@handles(_T.mT.__get__, view=True)  # type: ignore[attr-defined]
 def matrix_transpose(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
     """Swap the last two axes."""
     return transpose(input, -2, -1)

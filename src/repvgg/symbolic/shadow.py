@@ -10,6 +10,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from repvgg.errors import NotLinearError
 
@@ -26,15 +29,27 @@ _STATELESS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential, nn
 _FORWARDS = {kind.forward: kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
+def computes_weight(hook: Any) -> bool:
+    """Whether a forward pre-hook is one of torch's that compute a weight from other parameters, and do nothing else."""
+    return isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod))
+
+
 def _only_convolves(module: nn.Module) -> bool:
     """Whether a module passes its parameters to a convolution or ``linear`` and does nothing else with them."""
+    if module._forward_pre_hooks:
+        return False
     kind: Any = type(module)
     standard: Any = _FORWARDS.get(kind.forward)
     return standard is nn.Linear or (standard is not None and kind._conv_forward is standard._conv_forward)
 
 
 def shadow_of(
-    module: Module, convert: Callable[[Tensor], Tensor], *, keep_kernels: bool = False, training: bool | None = None
+    module: Module,
+    convert: Callable[[Tensor], Tensor],
+    *,
+    keep_kernels: bool = False,
+    training: bool | None = None,
+    compute_weights: bool = False,
 ) -> Module:
     """Return a module that runs the code of ``module`` with every parameter and buffer passed through ``convert``.
 
@@ -48,8 +63,10 @@ def shadow_of(
         keep_kernels: leave the parameters of ``nn.Linear`` and of convolutions unconverted: the algebra converts them
             when they are multiplied out.
         training: the mode of all shadows; default: that of the modules.
+        compute_weights: compute once what hooks of torch (``weight_norm``, ``spectral_norm``, pruning) compute in every
+            call, and leave these hooks out; in eval mode, they always compute the same.
     """
-    return _Shadows(convert, keep_kernels, training).of(module)
+    return _Shadows(convert, keep_kernels, training, compute_weights).of(module)
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -61,10 +78,13 @@ def _is_patched(module: nn.Module) -> bool:
 class _Shadows:
     """Shadows of modules that share tensors, submodules and containers as the originals do."""
 
-    def __init__(self, convert: Callable[[Tensor], Tensor], keep_kernels: bool, training: bool | None) -> None:
+    def __init__(
+        self, convert: Callable[[Tensor], Tensor], keep_kernels: bool, training: bool | None, compute_weights: bool
+    ) -> None:
         self.convert = convert
         self.keep_kernels = keep_kernels
         self.training = training
+        self.compute_weights = compute_weights
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, Tensor] = {}
         self.containers: dict[int, Any] = {}
@@ -77,6 +97,8 @@ class _Shadows:
             shadow: Any = object.__new__(type(module))
             self.modules[id(module)] = shadow
             shadow.__dict__.update(self._state(module))
+            if self.compute_weights and not shadow.training and shadow._forward_pre_hooks:
+                _compute_weights(shadow)
         return self.modules[id(module)]  # type: ignore[return-value]
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
@@ -128,6 +150,15 @@ class _Shadows:
             shared = converted is value and not isinstance(value, nn.Parameter)
             self.tensors[id(value)] = converted.clone() if shared else converted
         return self.tensors[id(value)]
+
+
+def _compute_weights(shadow: nn.Module) -> None:
+    """Run the hooks that compute weights, and remove them."""
+    found = [hook for hook in shadow._forward_pre_hooks.values() if computes_weight(hook)]
+    for hook in found * len(found):  # one of them may compute what an earlier one reads
+        hook(shadow, ())
+    others = ((key, hook) for key, hook in shadow._forward_pre_hooks.items() if not computes_weight(hook))
+    shadow._forward_pre_hooks = type(shadow._forward_pre_hooks)(others)
 
 
 def _copy_of_plain_object(value: Any) -> Any:

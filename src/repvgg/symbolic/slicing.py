@@ -137,13 +137,14 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
     """
     if not isinstance(target, SymbolicTensor):
         raise NotLinearError("a constant is modified in place")
-    if (error := target.why_overwritten()) is not None:
-        raise error
+    if (overwritten := target.why_overwritten()) is not None:
+        raise overwritten
     entries, place = _entries(index, target)
     if target.border is not None and any(entry != _ALL for entry in entries[place + 1 :]):
         border = target.border.copy()
         border.assign(tuple(entries), constant(value, target))
         target.write(target.map, border)
+        target.source.record("assign", target.map)
         return target
     channels, pixels = _slices(index, target)
     if any(entry != _ALL for entry in pixels):
@@ -157,6 +158,7 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
         part = algebra.select_channels(target.map, channels)
         part = algebra.constant(part, per_channel(value, target, part.out_channels))
     target.write(algebra.replace_channels(target.map, channels, part))
+    target.source.record("assign", target.map)
     return target
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -13,7 +13,17 @@ from torch import Tensor
 from repvgg.algebra import ConvMap, compose, over_axes
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic.border import PaddedBorder
-from repvgg.symbolic.layout import CHANNELS, IMAGES, RANK_UNKNOWN, Arrangement, Layout, Part, UnknownShape, UnknownSize
+from repvgg.symbolic.layout import (
+    CHANNELS,
+    IMAGES,
+    RANK_UNKNOWN,
+    Arrangement,
+    Layout,
+    Part,
+    Position,
+    UnknownShape,
+    UnknownSize,
+)
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; a function without an entry is not linear
@@ -118,7 +128,7 @@ class SymbolicTensor:
         self.arrangement = axes if isinstance(axes, Arrangement) else Arrangement.of(axes)
         self.border: PaddedBorder | None = None
         self.is_source = False
-        self._memory = _Memory() if view_of is None else view_of._memory
+        self._memory: _Memory = _Memory() if view_of is None else view_of._memory
         self._writes = self._memory.writes
 
     @classmethod
@@ -132,14 +142,16 @@ class SymbolicTensor:
     ) -> SymbolicTensor:
         """Return the source itself, with ``channels`` channels; the algebra runs in ``dtype`` on ``device``."""
         symbol = cls(source, ConvMap.identity(channels, dtype, device, layout.spatial), layout)
-        symbol.is_source = symbol._memory.is_source = True
+        symbol.is_source = True
+        symbol._memory.is_source = True
         source.layout = layout
         return symbol
 
     def copy(self) -> SymbolicTensor:
         """Return a copy, so that an in-place function on one leaves the other unchanged."""
         symbol = SymbolicTensor(self.source, self.map, self.arrangement)
-        symbol.is_source = symbol._memory.is_source = self.is_source
+        symbol.is_source = self.is_source
+        symbol._memory.is_source = self.is_source
         symbol.border = self.border and self.border.copy()
         return symbol
 
@@ -158,7 +170,9 @@ class SymbolicTensor:
 
     def why_unreadable(self) -> ReparamError | None:
         """Return the error that the next function which reads the tensor raises, or None."""
-        return self.why_overwritten() or (self.border and self.border.error(self.map.bias))
+        if self.border is None or self.why_overwritten() is not None:
+            return self.why_overwritten()
+        return self.border.error(self.map.bias)
 
     @property
     def layout(self) -> Layout:
@@ -211,7 +225,7 @@ class SymbolicTensor:
         """Called by torch for any of its functions with a symbolic argument."""
         return dispatch(func, args, kwargs or {})
 
-    def size_of(self, position: Hashable) -> UnknownSize:
+    def size_of(self, position: Position) -> UnknownSize:
         """Return the size of an axis of the arrangement, as the map leaves it."""
         shape, key, value = self.source.shape, (self.source, position), None
         if isinstance(position, Part):
@@ -267,6 +281,9 @@ class SymbolicTensor:
             raise AttributeError(f"a symbolic tensor has no attribute {name!r}")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
+    def __pos__(self) -> Any:
+        return self.__torch_function__(operator.pos, (), (self,))
+
     def __neg__(self) -> Any:
         return self.__torch_function__(operator.neg, (), (self,))
 
@@ -283,7 +300,13 @@ class SymbolicTensor:
         return f"SymbolicTensor({self.map})"
 
 
-ITEM_ASSIGNMENTS = (operator.setitem, Tensor.__setitem__)
+def assign_item(target: Any, index: Any, value: Any) -> Any:
+    """Run ``target[index] = value`` and return ``target``, as a graph needs a name for the tensor that it becomes."""
+    target[index] = value
+    return target
+
+
+ITEM_ASSIGNMENTS = (operator.setitem, Tensor.__setitem__, assign_item)
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -308,7 +331,7 @@ def _reflected(function: Callable[..., Any]) -> Callable[[SymbolicTensor, Any], 
 
 
 # In-place operators map to operator.iadd etc., whose handlers update the symbol, as torch updates the tensor.
-for _name in ("add", "sub", "mul", "truediv"):
+for _name in ("add", "sub", "mul", "truediv", "matmul"):
     setattr(SymbolicTensor, f"__{_name}__", _binary(getattr(operator, _name)))
     setattr(SymbolicTensor, f"__r{_name}__", _reflected(getattr(operator, _name)))
     setattr(SymbolicTensor, f"__i{_name}__", _binary(getattr(operator, f"i{_name}")))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, TrainingModeError
 from repvgg.symbolic.layout import Layout
@@ -23,6 +24,17 @@ class EquivalentConv(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+    def __repr__(self) -> str:
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        return f"EquivalentConv(weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)}, {dtype})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), str(tensor.device))
+            for name, tensor in zip(self._fields, self, strict=True)
+        ]
+        return html_table("Convolution or linear layer that equals the module", ("", "shape", "dtype", "device"), rows)
 
 
 def algebra_device(tensor: Tensor | None) -> torch.device:
@@ -106,7 +118,13 @@ def run(
     See :func:`trace` for the errors.
     """
     # Kernels are not converted here; the algebra converts them once they are multiplied out.
-    shadow = shadow_of(module, lambda tensor: tensor.to(device=device, dtype=dtype), keep_kernels=True, training=False)
+    shadow = shadow_of(
+        module,
+        lambda tensor: tensor.to(device=device, dtype=dtype),
+        keep_kernels=True,
+        training=False,
+        compute_weights=True,
+    )
     # Even if one of them is given, the other must be inferred in agreement with it.
     if in_channels is None or layout is None:
         in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)

@@ -19,6 +19,7 @@ from repvgg.training.optim import (
     merge_constant_scale_branches,
     parameter_groups,
 )
+from repvgg.training.precision import ChosenPrecision, fastest_precision, settle_precision
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "LAST_CHECKPOINT",
     "RECIPES",
     "BatchPlan",
+    "ChosenPrecision",
     "ClassificationTask",
     "DecayPolicy",
     "DryRunResult",
@@ -76,6 +78,7 @@ __all__ = [
     "equivalent_l2",
     "evaluate",
     "evaluate_validation",
+    "fastest_precision",
     "fit",
     "learning_rate_factor",
     "merge_constant_scale_branches",
@@ -88,6 +91,7 @@ __all__ = [
     "recipe_of",
     "run",
     "seeded",
+    "settle_precision",
     "to_yaml",
     "write_config",
     "write_log",

@@ -13,7 +13,7 @@ from repvgg.data import DataConfig
 from repvgg.errors import UsageError
 
 DecayPolicy = Literal["paper", "upstream", "upstream-2021", "no-1d"]
-Precision = Literal["float32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
 @final
@@ -91,7 +91,8 @@ class TrainConfig:
         ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0 for none.
         init: checkpoint to start from; its classifier is replaced if the classes differ.
         expand: expand a plain ``init`` into branches that compute the same, before training.
-        precision: of the arithmetic; weights and statistics stay in float32.
+        precision: of the arithmetic; weights and statistics stay in float32. "auto" takes what this machine is fast at
+            and says what that is; the config of the run folder names it.
         channels_last: compute in NHWC, which is faster on most devices; saved weights are contiguous.
         compile: run the model through torch.compile.
         sync_bn: normalize with the statistics of the global batch over all devices.

@@ -36,11 +36,12 @@ from repvgg.training.distributed import (
     synchronized_batch_norm,
 )
 from repvgg.training.evaluation import Evaluation, device_of, evaluate
+from repvgg.training.precision import runs_on_cpu, settle_precision
 from repvgg.training.task import ClassificationTask
 
 TENSORBOARD_FOLDER = "tensorboard"  # inside the folder of the run
 _VALIDATION_BATCH = 256
-_PRECISION = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_LIGHTNING_PRECISION = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _STEPS_PER_LOG_POINT = 50
 
 OnEpoch = Callable[[tuple[EpochRecord, ...], Mapping[str, Tensor]], None]
@@ -101,10 +102,13 @@ def fit(
         Terminated: SIGTERM arrived, and the checkpoint is saved.
         KeyboardInterrupt: Ctrl-C, immediately; ``model`` has the weights of that moment.
     """
+    config, notes = settle_precision(config)
     job = TrainingJob(model, data, config, process_layout(config) if layout is None else layout, folder, resume)
     _check_shapes(model, data)
     start, history = time.perf_counter(), History()
     visible = progress and job.layout.rank == 0
+    for note in notes if visible else ():
+        (console or Console()).print(note, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         # Left in reverse order: the synchronized norms are gone before the model moves back to the CPU.
         for context in (
@@ -130,11 +134,6 @@ def evaluate_validation(model: nn.Module, data: ImageData, config: TrainConfig) 
         model.cpu()  # frees the memory of the accelerator
 
 
-def runs_on_cpu(config: TrainConfig) -> bool:
-    """Return whether a run with ``config`` computes on the CPU of this machine."""
-    return config.accelerator == "cpu" or not torch.accelerator.is_available()
-
-
 @final
 @dataclass(frozen=True, eq=False)
 class TrainingJob:
@@ -155,7 +154,7 @@ class TrainingJob:
     def __post_init__(self) -> None:
         plan, images = self.plan, self.data.num_train
         if self.config.precision == "fp16" and runs_on_cpu(self.config):
-            raise UsageError("Training in fp16 is not supported on a CPU: take bf16 as the precision.")
+            raise UsageError("Training in fp16 is not supported on a CPU: take auto, bf16 or float32 as the precision.")
         if plan.device_batch < 2:
             # A 1x1 feature map of a single image has one value per channel, which has no variance.
             raise UsageError("Batch norm needs at least 2 images at a time on each device: take a larger batch.")
@@ -217,7 +216,7 @@ class TrainingJob:
             devices=self.layout.devices,
             num_nodes=self.layout.nodes,
             strategy="auto" if self.layout.world_size == 1 else ddp_strategy(on_cpu=on_cpu),
-            precision=_PRECISION[self.config.precision],  # type: ignore[arg-type]
+            precision=_LIGHTNING_PRECISION[self.config.precision],  # type: ignore[arg-type]
             accumulate_grad_batches=self.plan.accumulation,
             gradient_clip_val=self.config.optim.clip,
             # Lightning would step on an incomplete accumulation at the end of an epoch: leave those batches out.

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from repvgg.training.evaluation import Evaluation
 from repvgg.training.initial_model import InitialModel, build_initial_model
 from repvgg.training.loop import TENSORBOARD_FOLDER, FitResult, TrainingJob, evaluate_validation, fit
 from repvgg.training.optim import describe_groups, optimizer_groups
+from repvgg.training.precision import settle_precision
 from repvgg.verify import Evidence, verify
 
 CONFIG_FILE = "config.yaml"
@@ -82,12 +83,15 @@ def run(
     layout = process_layout(config)
     is_writer = layout.rank == 0
     console = (console or Console()) if is_writer else Console(quiet=True)
+    if resume and config.precision == "auto" and (folder / CONFIG_FILE).exists():
+        config = replace(config, precision=read_config(folder / CONFIG_FILE).precision)  # of the machine it began on
+    config, precision_notes = settle_precision(config)
     # Refused before the data set is opened, which may take minutes.
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
     data = open_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
     job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
-    _print_setup(job, initial, console)
+    _print_setup(job, initial, precision_notes, console)
     if resuming:
         _print(console, f"  resumes from {folder / LAST_CHECKPOINT}")
     elif config.dry_run:
@@ -133,7 +137,7 @@ def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: 
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
     if is_writer and occupied and not overwrite:
-        raise OutputExistsError(f"{str(folder)!r} exists: resume it, choose another folder, or ask to overwrite it.")
+        raise OutputExistsError(f"{str(folder)!r} exists: add --resume or --overwrite, or choose another folder.")
     return False
 
 
@@ -279,7 +283,7 @@ def _print(console: Console, line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_setup(job: TrainingJob, initial: InitialModel, console: Console) -> None:
+def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], console: Console) -> None:
     """Print everything that decides the outcome of the run."""
     data, config = job.data, job.config
     shape = "x".join(map(str, data.input_shape))
@@ -287,6 +291,7 @@ def _print_setup(job: TrainingJob, initial: InitialModel, console: Console) -> N
     lines = (
         *initial.notes,
         *data.notes,
+        *notes,
         f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}",
         *describe_groups(optimizer_groups(initial.model, config.optim)),
     )

@@ -1,0 +1,81 @@
+"""Flat graphs of small models for tests of the search, and the models that its regions give."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg.collapse.cost import cheaper
+from repvgg.collapse.inline import AliasAnalysis, Effects, InlinedGraph
+from repvgg.collapse.insertion import InsertionPoint
+from repvgg.collapse.regions import Regions, SearchOptions, find_regions
+from repvgg.collapse.rewrite import solve_region
+
+ANYWHERE = InsertionPoint(False, "", frozenset({""}), frozenset())
+
+
+def search(model: nn.Module, x: Tensor, **options: object) -> Regions:
+    """Find the regions of a model that torch.fx can trace, with the shapes of a run on ``x``."""
+    inlined, known = flat_graph(model, x, **options)
+    aliasing = AliasAnalysis(inlined.graph, lambda path: Effects(False, False), frozenset())
+    return find_regions(inlined, lambda: aliasing, known)
+
+
+def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[InlinedGraph, SearchOptions]:
+    """Return the graph of a model, and options with the shapes of a run on ``x``."""
+    graph = fx.Tracer().trace(model)
+    constants = {node: (model, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+    origin = {node: ("", node) for node in graph.nodes}
+    inlined = InlinedGraph(model, graph, {}, origin=origin, constants=constants)
+    run = _Shapes(fx.GraphModule(model, graph), graph=graph)
+    with torch.no_grad():
+        run.run(x)
+    given = {"opaque": {}, "merge_branches": True, "shapes": run.shapes, "recorded": True, "policy": cheaper}
+    given |= {"find_insertion": lambda region: ANYWHERE}
+    return inlined, SearchOptions(**given | options)
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def plain(model: nn.Module, found: Regions) -> fx.GraphModule:
+    """Return the model with its regions replaced: the graph that was searched, edited as :class:`Region` says."""
+    graph = found.merged[0].region.inlined.graph
+    convs = nn.Module()
+    new = {node: node for node in graph.nodes}
+    for number, done in enumerate(found.merged):  # before the first edit: a region refers to nodes of the graph
+        convs.register_module(f"merged{number}", _Conv(solve_region(done.region).map))
+    for number, region in enumerate(done.region for done in found.merged):
+        old = new[region.replaced]
+        with graph.inserting_before(old):
+            call = graph.create_node("call_module", f"merged{number}", (new[region.source],))
+        old.replace_all_uses_with(call)
+        graph.erase_node(old)
+        new[region.replaced] = call
+        for node, remaining in region.removed:
+            new[node].replace_all_uses_with(new[remaining])
+            graph.erase_node(new[node])
+            new[node] = new[remaining]
+    root = nn.Module()
+    root.__dict__.update({**model.__dict__, "_modules": {**model._modules, **convs._modules}})
+    result = fx.GraphModule(root, graph)
+    graph.lint()
+    return result
+
+
+class _Conv(nn.Module):
+    def __init__(self, conv: object) -> None:
+        super().__init__()
+        self.map = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x.double()).to(x.dtype)
