@@ -87,7 +87,7 @@ def average(self, x):
 
 
 CASES = {
-    between: 0,
+    between: 1,
     assigned: 1,
     afterwards: 1,
     input_first: 1,

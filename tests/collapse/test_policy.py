@@ -11,7 +11,7 @@ from torch import nn
 import repvgg
 from repvgg.collapse import api, rewrite
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.graph_rewriter import ForwardRewriter
+from repvgg.collapse.graph_rewriter import ForwardRewriter, give_forward
 from repvgg.errors import EquivalenceError, NothingFoldedWarning, UsageError
 from tests.collapse.models import Branches, Linear2d, assert_same_outputs, conv, image, module, trained
 
@@ -156,7 +156,7 @@ def raise_when_run(rewriter):
     end = next(node for node in graph.nodes if node.op == "output")
     with graph.inserting_before(end):
         end.args = (graph.call_function(operator.getitem, (end.args[0], 10**6)),)
-    rewriter.module.recompile()
+    give_forward(rewriter.module, graph)
 
 
 def shift_output(rewriter):
@@ -224,8 +224,7 @@ def test_the_report_is_data_and_text():
 def test_inputs_that_cannot_be_synthesized():
     model = trained(nn.Sequential(nn.ReLU(), Linear2d()))
     _, report = repvgg.reparameterize(model)
-    assert report.proof == "not run on its own: the forward does not determine its inputs"
-    assert report.proof in str(report)
+    assert report.proof.startswith("relative error")  # inputs are made up
     _, report = repvgg.reparameterize(model, image())
     assert report.proof.startswith("relative error")
 
@@ -236,4 +235,4 @@ def test_several_inputs():
     assert report.proof.startswith("relative error")
     assert_same_outputs(model, plain, image(), image(seed=2))
     _, report = repvgg.reparameterize(model)
-    assert "does not determine its inputs" in report.proof
+    assert report.proof.startswith("relative error")

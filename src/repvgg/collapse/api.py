@@ -16,7 +16,7 @@ from repvgg._calls import Inputs as GivenInputs
 from repvgg._contexts import gc_paused
 from repvgg.collapse.consistency import find_dependents
 from repvgg.collapse.cost import Cost, cheaper, policy_of
-from repvgg.collapse.modules import batch_norms, is_inside, submodule_or_none, without_wrappers
+from repvgg.collapse.modules import batch_norms, is_inside, preserved_random_state, submodule_or_none, without_wrappers
 from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
 from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
@@ -126,7 +126,7 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     result: _Result | None = None
     current, current_excluded = model, excluded
     whole = NOT_PROVEN
-    with gc_paused():
+    with preserved_random_state(), gc_paused():
         while True:
             plan = make_plan(current, options, current_excluded)
             applied = apply_plan(current, plan, prove=prove)
@@ -208,7 +208,12 @@ def _skipped(model: nn.Module, result: _Result, excluded: Reasons) -> tuple[Skip
     """List batch norms that remain, modules that could not be traced, and modules that failed verification."""
     surviving = {name for name, _ in batch_norms(result.plain)}
     norms = [Skipped(name, result.plan.reason(name)) for name, m in batch_norms(model) if name in surviving]
-    untraced = [skip for skip in result.plan.untraced if any(is_inside(name, skip.name) for name in surviving)]
+    told = {norm.reason for norm in norms}
+    untraced = [
+        skip
+        for skip in result.plan.untraced
+        if skip.reason not in told and any(is_inside(name, skip.name) for name in surviving)
+    ]
     skipped = [*norms, *untraced]
     for name, part in model.named_modules():
         reason = excluded.get(part)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.collapse.modules import is_inside
-from repvgg.collapse.record import Frame, Recording, assign_item, leaves
+from repvgg.collapse.record import Frame, Recording, leaves
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import ReparamError
+from repvgg.symbolic import assign_item
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.memory_format, torch.layout)
 

@@ -182,11 +182,15 @@ class ForwardRewriter:
         give_forward(self.module, self.graph)
 
     def _is_read_elsewhere(self, path: str) -> bool:
+        """Whether code that stays reads a parameter, or calls a module."""
         own = {self.host, *self.parts}
-        reads = (node for node in self.recording.graph.nodes if node.op == "get_attr" and node.target == path)
-        return any(
-            self.recording.owner(user) not in own for node in reads for user in node.users if user.op != "output"
-        )
+        for node in self.recording.graph.nodes:
+            if node.op == "get_attr" and node.target == path:
+                if any(user.op != "output" and self.recording.owner(user) not in own for user in node.users):
+                    return True
+            elif node.op == "call_module" and node.target == path and self.recording.owner(node) not in own:
+                return True
+        return False
 
 
 def rewriters_for(recording: Recording, points: Iterable[InsertionPoint]) -> dict[str, ForwardRewriter]:

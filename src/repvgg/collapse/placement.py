@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
@@ -95,20 +96,35 @@ class Placement:
             if path in self.excluded:
                 nodes = (item for item in frames[0].items if isinstance(item, fx.Node))
                 found |= dict.fromkeys(nodes, self.excluded[path])
-        owned = {str(node.target).rpartition(".")[0] for node in self.recording.graph.nodes if node.op == "get_attr"}
+        reads = (self.recording.constant(node) for node in self.recording.graph.nodes if node.op == "get_attr")
+        read = {id(tensor) for tensor in reads}  # tied parameters are one tensor
         for node, path in self.recording.calls():
             part = self.recording.module.get_submodule(path)
-            if path in self._shared:
-                found.setdefault(node, "it is used more than once")
-            elif has_own_hooks(part):
+            if has_own_hooks(part):
                 found[node] = "it has hooks"
             elif not is_leaf(part):
                 found[node] = "it is a compiled script"
-            elif path in owned:
+            elif any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values())):
                 found[node] = "its parameters are read by something else"
             elif path in self.excluded:
                 found[node] = self.excluded[path]
+        if not self.trusted:
+            text = "the shape of the input is not known, and a batch norm alone does not determine it: pass inputs="
+            found |= {node: text for node in self._norms_of_unknown_rank()}
         return found
+
+    def _norms_of_unknown_rank(self) -> Iterator[fx.Node]:
+        """Yield norms over axis 1 of what only layers for any number of axes have computed from the input."""
+        spatial: set[fx.Node] = set()
+        for node in self.recording.graph.nodes:
+            part = self.recording.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            name = getattr(node.target, "__name__", "")
+            if isinstance(part, (_ConvNd, nn.BatchNorm2d, nn.BatchNorm3d)) or name.startswith("conv"):
+                spatial.add(node)
+            elif any(n in spatial for n in node.all_input_nodes):
+                spatial.add(node)
+            elif isinstance(part, nn.BatchNorm1d) or name == "batch_norm":
+                yield node
 
     def boundaries(self) -> dict[fx.Node, str]:
         """Return the tensors that go into and come out of modules whose calls must keep both, with the reason."""
@@ -151,6 +167,8 @@ class Placement:
 
     def _why_not(self, region: Region, point: InsertionPoint) -> str | None:
         """Return why an insertion would change what some forward computes, or None."""
+        if point.kind == "chain" and any(path in self._shared for path in region.called_modules):
+            return "it is used more than once"
         for path in sorted(point.rewritten):
             reason = self._why_frozen(path)
             if reason:
@@ -263,19 +281,23 @@ class Placement:
             found.append(None if shape is None else _spec(shape))
         return tuple(found)
 
-    def unused(self, prefix: str) -> Iterator[Skipped]:
-        """Yield the modules with parameters that no call in eval mode uses, outermost ones only."""
+    def not_run(self) -> Iterator[str]:
+        """Yield the outermost modules with parameters that did not run, and whose parameters nothing read."""
         used = {*self.recording.called_paths(), *self.recording.read_paths()}
         done: list[str] = []
         for path, part in self.recording.module.named_modules():
-            owner = path.rpartition(".")[0]
-            if not path or any(is_inside(path, other) for other in done) or owner not in self.frames:
+            if not path or any(is_inside(path, other) for other in done) or not any(True for _ in part.parameters()):
                 continue
-            if not any(True for _ in part.parameters()) or any(is_inside(name, path) for name in used):
-                continue
-            reason = self._why_unused(owner, path.rpartition(".")[2], path)
-            if reason:
+            if not any(is_inside(name, path) for name in used):
                 done.append(path)
+                yield path
+
+    def unused(self) -> Iterator[Skipped]:
+        """Yield the modules with parameters that no call in eval mode uses, outermost ones only."""
+        for path in self.not_run():
+            owner, _, name = path.rpartition(".")
+            reason = self._why_unused(owner, name, path) if owner in self.frames else None
+            if reason:
                 yield Skipped(path, reason)
 
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:

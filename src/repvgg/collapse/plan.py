@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
-from repvgg.collapse.insertion import InsertionPoint, Replacement
-from repvgg.collapse.modules import is_inside, is_leaf, join
+from repvgg.collapse.insertion import Replacement
+from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import Frame, Recording, record
+from repvgg.collapse.record import Recording, record
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
-from repvgg.errors import ReparamError, typed_line
-from repvgg.symbolic import InputSpec, Layout, first_float
+from repvgg.errors import typed_line
+from repvgg.symbolic import InputSpec, first_float
 
 Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay, and why
 
@@ -99,8 +98,9 @@ class Plan:
 
     def reason(self, path: str) -> str:
         """Return why a batch norm stays."""
+        outer = next((skipped for skipped in self.untraced if is_inside(path, skipped.name)), None)
         if path not in self.called:
-            return "the recorded call does not run it"
+            return outer.reason if outer is not None else "the recorded call does not run it"
         return self.reasons.get(path, "there is no convolution next to it in one linear region")
 
     def rewritten_hosts(self) -> Iterator[tuple[str, tuple[InputSpec | None, ...]]]:
@@ -184,6 +184,8 @@ class _Planner:
         """Record a module, else its children one by one."""
         if is_leaf(module):
             return
+        if path and not any(True for _ in module.parameters()):
+            return  # such as an activation with a forward of its own
         first: Exception | None = None
         for candidate in [call] if call is not None else made_up_calls(module):
             try:
@@ -195,8 +197,15 @@ class _Planner:
             return
         if call is not None and first is not None:
             raise first
-        reason = "no inputs could be made up for it" if first is None else typed_line(first)
-        self.plan.untraced.append(Skipped(path, f"it could not be run without inputs ({reason}): pass inputs="))
+        if any(map(nn.parameter.is_lazy, module.parameters())):
+            why = "it has parameters without a shape: call it once before"
+        elif is_scripted(module):
+            why = "it is a compiled script: collapse the module that it was made from"
+        elif first is None:
+            why = "no inputs could be made up for it: pass inputs="
+        else:
+            why = f"it could not be run without inputs ({typed_line(first)}): pass inputs="
+        self.plan.untraced.append(Skipped(path, why))
         for name, child in module.named_children():
             self.visit(child, join(path, name), None)
 
@@ -237,8 +246,9 @@ class _Planner:
                 self.plan.reasons[join(path, str(node.target))] = reason
             elif node in recording.frame_of:  # a batch norm that is no leaf
                 self.plan.reasons.setdefault(join(path, recording.owner(node)), reason)
-        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused(path)]
+        if self.options.call is None:  # what this call does not run, another one may
+            for inner in placement.not_run():
+                self.visit(recording.module.get_submodule(inner), join(path, inner), None)
+        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused()]
 
 
-__all__ = ["Options", "Plan", "Reasons", "Scope", "make_plan", "record_call"]
-_ = (Counter, Mapping, fx, Frame, InsertionPoint, is_inside, ReparamError, Layout)

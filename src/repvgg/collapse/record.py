@@ -37,7 +37,7 @@ from repvgg.collapse.modules import (
 )
 from repvgg.collapse.tracked import is_tracked, tracked, untracked
 from repvgg.errors import NotLinearError, ReparamError
-from repvgg.symbolic import shadow_of, things_in
+from repvgg.symbolic import assign_item, shadow_of, things_in
 from repvgg.symbolic.shadow import own_state
 
 _TORCH = (torch.__path__[0], __file__, sys.modules[tracked.__module__].__file__ or "")
@@ -83,12 +83,6 @@ class NeedsValuesError(ReparamError):
 
 class UnknownValueError(ReparamError):
     """The code does something with an unknown argument that only a known one allows."""
-
-
-def assign_item(target: Any, index: Any, value: Any) -> Any:
-    """Run ``target[index] = value`` and return ``target``: a graph needs a name for the tensor after the assignment."""
-    target[index] = value
-    return target
 
 
 @dataclass(frozen=True)
