@@ -172,7 +172,7 @@ class SymbolicTensor:
         """Return the error that the next function which reads the tensor raises, or None."""
         if self.border is None or self.why_overwritten() is not None:
             return self.why_overwritten()
-        return self.border.error(self.map.bias)
+        return self.border.error()
 
     @property
     def layout(self) -> Layout:
