@@ -20,8 +20,8 @@ _ZEROS_AFTER_BIAS = (
     "drop it"
 )
 _NOT_THE_BIAS = (
-    "what is assigned to the padding differs from what the layer before it gives for zeros, or does not fill it: assign "
-    "exactly that to all of it"
+    "what is assigned to the padding differs from what the layer before it gives for zeros, or does not fill it: "
+    "assign exactly that to all of it"
 )
 
 
