@@ -69,8 +69,8 @@ class PaddedBorder:
             self.written[index] = True
         except (RuntimeError, IndexError, TypeError) as error:
             raise NotLinearError(f"what is assigned to the padding is not one number per channel: {error}") from error
-        pixel = tuple(axis.before for axis in self.axes)
-        if bool(self.written[(slice(None), slice(None), *pixel)].any()):
+        pixel: Any = (slice(None), slice(None), *(axis.before for axis in self.axes))
+        if bool(self.written[pixel].any()):
             raise NotLinearError("an item assignment after a padding overwrites the image itself")
 
     def error(self) -> BorderError | None:

@@ -14,7 +14,6 @@ from repvgg.algebra import ConvMap, compose, over_axes
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic.border import PaddedBorder
 from repvgg.symbolic.layout import (
-    CHANNELS,
     IMAGES,
     RANK_UNKNOWN,
     Arrangement,
@@ -242,7 +241,7 @@ class SymbolicTensor:
         axes, channels = self.arrangement.axes, self.map.out_channels
         if axes is None:
             return UnknownShape(channels)
-        return tuple(channels if axis == CHANNELS else math.prod(map(self.size_of, axis)) for axis in axes)
+        return tuple(channels if isinstance(axis, str) else math.prod(map(self.size_of, axis)) for axis in axes)
 
     @property
     def ndim(self) -> Any:
