@@ -5,34 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import cheaper
-from repvgg.collapse.inline import AliasAnalysis, Effects, InlinedGraph
 from repvgg.collapse.insertion import InsertionPoint
+from repvgg.collapse.record import Frame, Recording
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.rewrite import solve_region
 
-ANYWHERE = InsertionPoint(False, "", frozenset({""}), frozenset())
+ANYWHERE = InsertionPoint("call", "", frozenset({""}))
 
 
 def search(model: nn.Module, x: Tensor, **options: object) -> Regions:
     """Find the regions of a model that torch.fx can trace, with the shapes of a run on ``x``."""
-    inlined, known = flat_graph(model, x, **options)
-    aliasing = AliasAnalysis(inlined.graph, lambda path: Effects(False, False), frozenset())
-    return find_regions(inlined, lambda: aliasing, known)
+    recording, known = flat_graph(model, x, **options)
+    return find_regions(recording, AliasAnalysis.without_aliasing, known)
 
 
-def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[InlinedGraph, SearchOptions]:
+def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recording, SearchOptions]:
     """Return the graph of a model, and options with the shapes of a run on ``x``."""
     graph = fx.Tracer().trace(model)
-    constants = {node: (model, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
-    origin = {node: ("", node) for node in graph.nodes}
-    inlined = InlinedGraph(model, graph, {}, origin=origin, constants=constants)
+    root = Frame("", None)
+    frame_of = {node: root for node in graph.nodes}
+    recording = Recording(model, graph, root, frame_of, {}, {}, frozenset(), (), on_meta=False)
     run = _Shapes(fx.GraphModule(model, graph), graph=graph)
     with torch.no_grad():
         run.run(x)
-    given = {"opaque": {}, "merge_branches": True, "shapes": run.shapes, "recorded": True, "policy": cheaper}
+    given = {"opaque": {}, "escaped": {}, "merge_branches": True, "shapes": run.shapes, "recorded": True, "policy": cheaper}
     given |= {"find_insertion": lambda region: ANYWHERE}
-    return inlined, SearchOptions(**given | options)
+    return recording, SearchOptions(**given | options)
 
 
 class _Shapes(fx.Interpreter):
@@ -49,7 +49,7 @@ class _Shapes(fx.Interpreter):
 
 def plain(model: nn.Module, found: Regions) -> fx.GraphModule:
     """Return the model with its regions replaced: the graph that was searched, edited as :class:`Region` says."""
-    graph = found.merged[0].region.inlined.graph
+    graph = found.merged[0].region.recording.graph
     convs = nn.Module()
     new = {node: node for node in graph.nodes}
     for number, done in enumerate(found.merged):  # before the first edit: a region refers to nodes of the graph

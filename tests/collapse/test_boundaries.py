@@ -48,7 +48,7 @@ def stored_by_the_convolutions_module():
     ("make", "reason"),
     [
         (called_twice, "it is used more than once"),
-        (convolution_called_twice, "its input 'a' is not folded: it is used more than once"),
+        (convolution_called_twice, "it is used more than once"),
         (hooked, "it has hooks"),
         (held_and_called, "it is used more than once"),
         (held_by_another_module, "is used more than once"),

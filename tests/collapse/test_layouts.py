@@ -108,7 +108,9 @@ def test_norm_over_another_axis_than_a_linear_layer_is_skipped(length):
 
 def test_norm_over_the_first_axis_of_maps_read_by_a_linear_layer_is_skipped():
     layers = (nn.Conv1d(4, 6, 3, padding=1), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
-    assert "at axis 1" in stays(nn.Sequential(*layers), given(2, 4, 6))
+    x = given(2, 4, 6)
+    assert "at axis 1" in stays(nn.Sequential(*layers), x, x)
+    assert "pass inputs=" in stays(nn.Sequential(*layers), x)
 
 
 @pytest.mark.parametrize("act", [[nn.ReLU()], pytest.param([])])
@@ -171,7 +173,7 @@ def test_attention_alone_needs_inputs():
     with pytest.warns(NothingFoldedWarning):
         _, report = repvgg.reparameterize(trained(Attention()))
     assert {entry.reason for entry in report.left} == {
-        "the shape of the input is not known, and a batch norm alone does not determine it"
+        "the shape of the input is not known, and a batch norm alone does not determine it: pass inputs="
     }
 
 

@@ -221,12 +221,14 @@ def test_the_report_is_data_and_text():
     assert "relative error" in report.proof
 
 
-def test_inputs_that_cannot_be_synthesized():
+def test_inputs_that_the_forward_does_not_determine_are_made_up():
     model = trained(nn.Sequential(nn.ReLU(), Linear2d()))
     _, report = repvgg.reparameterize(model)
     assert report.proof.startswith("relative error")  # inputs are made up
+    assert report.proof in str(report)
     _, report = repvgg.reparameterize(model, image())
     assert report.proof.startswith("relative error")
+    assert report.proof.endswith("on the given inputs")
 
 
 def test_several_inputs():

@@ -57,7 +57,7 @@ def test_a_border_that_holds_the_bias_is_part_of_the_region():
 def test_with_values_another_border_is_refused():
     model = trained_like(NormAndPad(factor=2.0)).double()
     (merged,) = search(model, X).merged
-    with pytest.raises(BorderError, match="differs by up to"):
+    with pytest.raises(BorderError, match="differs from what the layer"):
         solve_region(merged.region)
 
 

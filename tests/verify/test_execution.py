@@ -1,5 +1,6 @@
 import ast
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,30 @@ def test_full_float32_inside_and_restored_flags_afterwards(state):
     assert snapshot() == before
     with pytest.raises(ZeroDivisionError), full_float32():
         raise ZeroDivisionError
+    assert snapshot() == before
+
+
+@pytest.mark.usefixtures("flags")
+def test_of_two_threads_the_last_one_restores_the_flags():
+    torch.backends.fp32_precision = "tf32"
+    before = snapshot()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with full_float32():
+            inside.set()
+            leave.wait(10)
+            seen.append({get(*node) for node in NODES})
+
+    seen = []
+    thread = threading.Thread(target=other)
+    with full_float32():
+        thread.start()
+        assert inside.wait(10)
+    assert get("cuda", "matmul") == "ieee", "the other thread is inside"
+    leave.set()
+    thread.join()
+    assert seen == [{"ieee"}]
     assert snapshot() == before
 
 
@@ -228,15 +253,17 @@ def test_tolerances_are_at_least_the_floors():
         assert tolerance_for(dtype, 0.0)[0] == FLOORS[dtype] < 0.04
         assert tolerance_for(dtype, float("inf"))[0] == FLOORS[dtype]
     assert tolerance_for(torch.float32, 1e-3) == (4e-3, tolerance_for(torch.float32, 1e-3)[1])
-    assert "4 x the error of the reference itself in float32, 1.0e-03" in tolerance_for(torch.float32, 1e-3)[1]
+    assert "4 x the reference's own error, 1.0e-03" in tolerance_for(torch.float32, 1e-3)[1]
     assert tolerance_for(torch.float64, 1.0)[0] == FLOORS[torch.float64]
 
 
-def test_verify_imports_only_torch_and_the_standard_library():
+def test_verify_imports_only_torch_numpy_and_the_standard_library():
     for path in sorted(Path(comparison.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 allowed = name.startswith(("repvgg.verify", "repvgg.algebra", "repvgg.errors", "repvgg._"))
-                assert allowed or name.partition(".")[0] in {"torch", *sys.stdlib_module_names}, f"{path.name}: {name}"
+                assert allowed or name.partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names}, (
+                    f"{path.name}: {name}"
+                )

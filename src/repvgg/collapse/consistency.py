@@ -23,8 +23,11 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
         if part is None or is_leaf(part) or not scope.regions.all:
             continue
         for path in _changed_forwards(scope, part):
-            reason = f"the forward of {path or 'the model'} depends on the class or attributes of its parts"
             old = scope.module.get_submodule(path)
+            if path in scope.rewritten_paths():
+                found[old] = "its new forward does not run"
+                continue
+            reason = f"the forward of {path or 'the model'} depends on the class or attributes of its parts"
             found |= {inner: reason for inner in old.modules() if inner is not old}
     return found
 

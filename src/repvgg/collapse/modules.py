@@ -84,7 +84,10 @@ def _copy_without_wrappers(module: nn.Module, done: dict[int, nn.Module]) -> nn.
         own: Any = object.__new__(type(module))
         done[id(module)] = own
         own.__dict__.update(vars(module))
-        own._modules = {name: child and _copy_without_wrappers(child, done) for name, child in module._modules.items()}
+        own._modules = {
+            name: None if child is None else _copy_without_wrappers(child, done)
+            for name, child in module._modules.items()
+        }
         own.__dict__.pop("_compiled_call_impl", None)
     return done[id(module)]
 

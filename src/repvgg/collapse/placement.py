@@ -16,7 +16,7 @@ from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, insertion_points
 from repvgg.collapse.modules import has_own_hooks, held_elsewhere, is_inside, is_leaf
-from repvgg.collapse.record import Frame, Recording, leaves, record
+from repvgg.collapse.record import Frame, Recording, is_constant, leaves, record
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import Region
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature, signature_of
@@ -115,16 +115,18 @@ class Placement:
 
     def _norms_of_unknown_rank(self) -> Iterator[fx.Node]:
         """Yield norms over axis 1 of what only layers for any number of axes have computed from the input."""
-        spatial: set[fx.Node] = set()
+        known: set[fx.Node] = set()  # tensors whose number of axes a layer determines
+        norms: list[fx.Node] = []
         for node in self.recording.graph.nodes:
             part = self.recording.module.get_submodule(str(node.target)) if node.op == "call_module" else None
             name = getattr(node.target, "__name__", "")
             if isinstance(part, (_ConvNd, nn.BatchNorm2d, nn.BatchNorm3d)) or name.startswith("conv"):
-                spatial.add(node)
-            elif any(n in spatial for n in node.all_input_nodes):
-                spatial.add(node)
-            elif isinstance(part, nn.BatchNorm1d) or name == "batch_norm":
-                yield node
+                known |= {node, *node.all_input_nodes}
+            elif any(n in known for n in node.all_input_nodes):
+                known.add(node)
+            elif isinstance(part, nn.BatchNorm1d) or (name == "batch_norm" and not is_constant(node)):
+                norms.append(node)
+        return (node for node in norms if not any(n in known for n in node.all_input_nodes))
 
     def boundaries(self) -> dict[fx.Node, str]:
         """Return the tensors that go into and come out of modules whose calls must keep both, with the reason."""
@@ -167,7 +169,9 @@ class Placement:
 
     def _why_not(self, region: Region, point: InsertionPoint) -> str | None:
         """Return why an insertion would change what some forward computes, or None."""
-        if point.kind == "chain" and any(path in self._shared for path in region.called_modules):
+        first = region.first_convolution
+        changed = [*region.called_modules, *([str(first.target)] if first.op == "call_module" else [])]
+        if point.kind == "chain" and any(path in self._shared for path in changed):
             return "it is used more than once"
         for path in sorted(point.rewritten):
             reason = self._why_frozen(path)

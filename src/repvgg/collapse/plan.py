@@ -98,7 +98,8 @@ class Plan:
 
     def reason(self, path: str) -> str:
         """Return why a batch norm stays."""
-        outer = next((skipped for skipped in self.untraced if is_inside(path, skipped.name)), None)
+        around = [skipped for skipped in self.untraced if is_inside(path, skipped.name)]
+        outer = max(around, key=lambda skipped: len(skipped.name), default=None)
         if path not in self.called:
             return outer.reason if outer is not None else "the recorded call does not run it"
         return self.reasons.get(path, "there is no convolution next to it in one linear region")

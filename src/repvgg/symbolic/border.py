@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,36 +19,37 @@ _ZEROS_AFTER_BIAS = (
     "a bias in front of a zero padding leaks into it: assign the bias to the border before the next convolution, or "
     "drop it"
 )
+_NOT_THE_BIAS = (
+    "what is assigned to the padding differs from what the layer before it gives for zeros, or does not fill it: "
+    "assign exactly that to all of it"
+)
 
 
-@dataclass(frozen=True)
 class PaddedBorder:
     """The border of a padded tensor until something reads it.
 
     A convolution follows the padding exactly iff the border holds what the map before it gives for zeros: its bias.
 
     Attributes:
-        template: the padded tensor (1, C, *sizes) of an image of one pixel, which is never read itself.
-        written: (1, C, *sizes), on the CPU: where an item was assigned.
+        conv: the map before the padding.
         axes: the padding along each spatial axis.
         value: what the tensor was padded with.
+        template: the padded tensor (1, C, *sizes) of an image of one pixel, which is never read itself; None until an
+            item is assigned.
+        written: in the same shape, on the CPU: where an item was assigned.
     """
 
-    template: Tensor
-    written: Tensor
-    axes: tuple[Axis, ...]
-    value: float
-
-    @classmethod
-    def of(cls, conv: ConvMap, axes: tuple[Axis, ...], value: float) -> PaddedBorder:
-        """Return the border of the output of ``conv`` after a padding with ``value``."""
-        shape = (1, conv.out_channels, *(axis.before + 1 + axis.after for axis in axes))
-        template = torch.full(shape, float(value), dtype=conv.dtype, device=conv.device)
-        return cls(template, torch.zeros(shape, dtype=torch.bool), axes, value)
+    def __init__(self, conv: ConvMap, axes: tuple[Axis, ...], value: float) -> None:
+        self.conv, self.axes, self.value = conv, axes, value
+        self.template: Tensor | None = None
+        self.written: Tensor | None = None
 
     def copy(self) -> PaddedBorder:
         """Return a copy, which further assignments to this one do not reach."""
-        return replace(self, template=self.template.clone(), written=self.written.clone())
+        border = PaddedBorder(self.conv, self.axes, self.value)
+        border.template = None if self.template is None else self.template.clone()
+        border.written = None if self.written is None else self.written.clone()
+        return border
 
     def assign(self, index: tuple[Any, ...], value: Tensor) -> None:
         """Assign to places of the border; ``index`` has an entry for each axis of the tensor.
@@ -60,36 +60,43 @@ class PaddedBorder:
         """
         if index[0] != slice(None) or not all(map(_is_in_border, index[2:], self.axes)):
             raise NotLinearError("an item assignment after a padding is linear only in the padding, in all images")
+        if self.template is None or self.written is None:
+            shape = (1, self.conv.out_channels, *(axis.before + 1 + axis.after for axis in self.axes))
+            self.template = torch.full(shape, self.value, dtype=self.conv.dtype, device=self.conv.device)
+            self.written = torch.zeros(shape, dtype=torch.bool)
         try:
             self.template[index] = value.detach()
             self.written[index] = True
         except (RuntimeError, IndexError, TypeError) as error:
             raise NotLinearError(f"what is assigned to the padding is not one number per channel: {error}") from error
-        pixel = tuple(axis.before for axis in self.axes)
-        if bool(self.written[(slice(None), slice(None), *pixel)].any()):
+        pixel: Any = (slice(None), slice(None), *(axis.before for axis in self.axes))
+        if bool(self.written[pixel].any()):
             raise NotLinearError("an item assignment after a padding overwrites the image itself")
 
-    def error(self, bias: Tensor | None) -> BorderError | None:
-        """Return why the border does not hold the ``bias`` (C,), or None if it does."""
+    def error(self) -> BorderError | None:
+        """Return why the border does not hold the bias, or None if it does."""
+        bias = self.conv.bias
+        if self.template is None or self.written is None:
+            if self.value:
+                fits = bias is not None and not bias.is_meta and self._is_bias(torch.full_like(bias, self.value))
+                return None if fits else BorderError(f"the image is padded with {self.value}")
+            fits = bias is None or (not bias.is_meta and not bool(bias.any()))
+            return None if fits else BorderError(_ZEROS_AFTER_BIAS)
         border = torch.ones(self.written.shape[2:], dtype=torch.bool)
         border[tuple(axis.before for axis in self.axes)] = False
-        any_written, all_written = bool(self.written.any()), bool(self.written[0, :, border].all())
-        before = _ZEROS_AFTER_BIAS if not self.value else f"the image is padded with {self.value}"
         # Without values, the places are all there is to know. With values, they decide.
         if self.template.is_meta:
-            holds = all_written or (bias is None and not self.value and not any_written)
-            return None if holds else BorderError(before)
-        values = self.template[0, :, border.to(self.template.device)]  # (C, places)
-        wanted = torch.zeros_like(values) if bias is None else bias.detach()[:, None].expand_as(values)
-        difference, scale = (values - wanted).abs().max(), torch.maximum(values.abs(), wanted.abs()).max()
-        if bool(difference <= _ROUNDINGS * torch.finfo(values.dtype).eps * scale):
-            return None
-        return BorderError(
-            f"what is assigned to the padding differs by up to {float(difference):.2g} from what the layer before it "
-            "gives for zeros: assign exactly that, to all of the padding"
-            if any_written
-            else before
-        )
+            return None if bool(self.written[0, :, border].all()) else BorderError(_NOT_THE_BIAS)
+        fits = self._is_bias(self.template[0, :, border.to(self.template.device)])
+        return None if fits else BorderError(_NOT_THE_BIAS)
+
+    def _is_bias(self, values: Tensor) -> bool:
+        """Whether ``values`` (C,) or (C, places) are the bias, up to rounding."""
+        bias = self.conv.bias
+        places = values.flatten(1) if values.dim() > 1 else values[:, None]
+        wanted = torch.zeros_like(places) if bias is None else bias.detach()[:, None].expand_as(places)
+        difference, scale = (places - wanted).abs().max(), torch.maximum(places.abs(), wanted.abs()).max()
+        return bool(difference <= _ROUNDINGS * torch.finfo(places.dtype).eps * scale)
 
 
 def _is_in_border(entry: Any, axis: Axis) -> bool:

@@ -247,7 +247,7 @@ class Arrangement:
 
 
 def _positions(axes: Sequence[str | Positions]) -> Positions:
-    return tuple([position for axis in axes if axis != CHANNELS for position in axis])
+    return tuple([position for axis in axes if not isinstance(axis, str) for position in axis])
 
 
 def _grouped(positions: Positions, sizes: Sequence[Any], size_of: SizeOf) -> list[Positions] | None:

@@ -14,7 +14,6 @@ from repvgg.algebra import ConvMap, compose, over_axes
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic.border import PaddedBorder
 from repvgg.symbolic.layout import (
-    CHANNELS,
     IMAGES,
     RANK_UNKNOWN,
     Arrangement,
@@ -172,7 +171,7 @@ class SymbolicTensor:
         """Return the error that the next function which reads the tensor raises, or None."""
         if self.border is None or self.why_overwritten() is not None:
             return self.why_overwritten()
-        return self.border.error(self.map.bias)
+        return self.border.error()
 
     @property
     def layout(self) -> Layout:
@@ -242,7 +241,7 @@ class SymbolicTensor:
         axes, channels = self.arrangement.axes, self.map.out_channels
         if axes is None:
             return UnknownShape(channels)
-        return tuple(channels if axis == CHANNELS else math.prod(map(self.size_of, axis)) for axis in axes)
+        return tuple(channels if isinstance(axis, str) else math.prod(map(self.size_of, axis)) for axis in axes)
 
     @property
     def ndim(self) -> Any:
