@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repvgg.collapse.inline import AliasAnalysis
+from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.symbolic_eval import SymbolicValues
 from repvgg.symbolic import IMAGES, Layout
 from tests.collapse.flat import flat_graph, plain, search
@@ -44,9 +44,9 @@ def facts(values):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_cut_gives_the_values_of_a_new_evaluation(seed):
-    inlined, options = flat_graph(trained(Random(seed)), image(dtype=torch.float64))
+    recording, options = flat_graph(trained(Random(seed)), image(dtype=torch.float64))
     aliasing = AliasAnalysis.without_aliasing()
-    values = SymbolicValues(inlined, aliasing, options)
+    values = SymbolicValues(recording, aliasing, options)
     choose = random.Random(seed)
     for _ in range(6):
         if not values.by_node.keys() - values.cuts:
@@ -54,7 +54,7 @@ def test_a_cut_gives_the_values_of_a_new_evaluation(seed):
         before = facts(values.by_node)
         node = choose.choice(sorted(values.by_node.keys() - values.cuts, key=values.order.__getitem__))
         changed = values.cut({node})
-        fresh = SymbolicValues(inlined, aliasing, options, values.cuts)
+        fresh = SymbolicValues(recording, aliasing, options, values.cuts)
         assert facts(values.by_node) == facts(fresh.by_node)
         assert values.reasons == fresh.reasons
         # The search looks at these regions again, and at no others.
@@ -93,7 +93,7 @@ def test_a_cut_evaluates_only_what_depends_on_it(monkeypatch):
     visited, visit = [], SymbolicValues._visit
     monkeypatch.setattr(SymbolicValues, "_visit", lambda self, node: (visited.append(node), visit(self, node)))
     found = search(trained(Net()), image())
-    nodes = len(found.merged[0].region.inlined.graph.nodes)
+    nodes = len(found.merged[0].region.recording.graph.nodes)
     assert len(found.merged) == 20
     assert found.were_cut
     assert nodes < len(visited) < 2 * nodes

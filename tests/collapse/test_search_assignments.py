@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.testing import assert_close
 
-from repvgg.collapse.inline import AliasAnalysis, Effects
+from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.regions import find_regions
 from repvgg.collapse.rewrite import solve_region
 from repvgg.errors import BorderError
@@ -104,10 +104,10 @@ def record_sizes(graph, module, x):
 def test_a_reshape_to_recorded_sizes_is_followed_and_arithmetic_with_them_is_not(scale):
     model = trained_like(Tokens(scale)).double()
     expected = model(X)
-    inlined, options = flat_graph(model, X)
-    record_sizes(inlined.graph, model, X)
-    aliasing = AliasAnalysis(inlined.graph, lambda path: Effects(False, False), frozenset())
-    found = find_regions(inlined, lambda: aliasing, options)
+    recording, options = flat_graph(model, X)
+    record_sizes(recording.graph, model, X)
+    aliasing = AliasAnalysis.without_aliasing()
+    found = find_regions(recording, lambda: aliasing, options)
     targets = {str(step.node.target) for done in found.merged for step in done.region.steps}
     if scale:
         assert "linear" not in targets

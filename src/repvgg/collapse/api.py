@@ -149,6 +149,7 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
             # Release the copies of the model that later passes made: the proof makes its own copies.
             current, current_excluded = model, excluded
             del applied
+            whole = NOT_PROVEN
             if prove and not result.plan.is_empty:
                 whole = prove_module(model, result.plain, result.plan.model_inputs(), options.call)
             failed = _find_unequal_hosts(model, result, whole, excluded) if prove else {}

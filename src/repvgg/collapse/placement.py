@@ -236,11 +236,13 @@ class Placement:
         stacks = [list(frame.stack()) for frame in frames]
         host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
         touched = {frame.path: frame for stack in stacks for frame in stack[: stack.index(host) + 1]}
+        # Only a chain changes the modules themselves; else others may go on calling them.
+        unchanged = frozenset[str]() if point.kind == "chain" else frozenset(self._shared)
         for path, frame in touched.items():
             for other in self.frames[path][1:]:
-                if not is_same_region(region, self.recording, frame=other):
+                if not is_same_region(region, self.recording, frame=other, unchanged=unchanged):
                     return f"{path} computes something else when it is called again"
-        if self.similar is not None and not is_same_region(region, self.similar):
+        if self.similar is not None and not is_same_region(region, self.similar, unchanged=unchanged):
             return f"the forward of {host.path or 'the model'} branches on the size of its input"
         return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(region, touched)
 
@@ -296,13 +298,16 @@ class Placement:
                 done.append(path)
                 yield path
 
-    def unused(self) -> Iterator[Skipped]:
-        """Yield the modules with parameters that no call in eval mode uses, outermost ones only."""
+    @cached_property
+    def unused(self) -> list[Skipped]:
+        """The modules with parameters that no call in eval mode uses, outermost ones only."""
+        found: list[Skipped] = []
         for path in self.not_run():
             owner, _, name = path.rpartition(".")
             reason = self._why_unused(owner, name, path) if owner in self.frames else None
             if reason:
-                yield Skipped(path, reason)
+                found.append(Skipped(path, reason))
+        return found
 
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:
         facts = code_facts(self.recording.module.get_submodule(owner))

@@ -248,8 +248,9 @@ class _Planner:
             elif node in recording.frame_of:  # a batch norm that is no leaf
                 self.plan.reasons.setdefault(join(path, recording.owner(node)), reason)
         if self.options.call is None:  # what this call does not run, another one may
-            for inner in placement.not_run():
+            dropped = {skipped.name for skipped in placement.unused}
+            for inner in (inner for inner in placement.not_run() if inner not in dropped):
                 self.visit(recording.module.get_submodule(inner), join(path, inner), None)
-        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused()]
+        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused]
 
 

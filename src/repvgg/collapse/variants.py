@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,7 +199,13 @@ def _key(value: Any, names: Mapping[fx.Node, Any], prefix: str) -> Any:
     return (type(value).__name__, id(value) if not isinstance(value, torch.memory_format) else str(value))
 
 
-def is_same_region(region: Region, other: Recording, path: str = "", frame: Frame | None = None) -> bool:
+def is_same_region(
+    region: Region,
+    other: Recording,
+    path: str = "",
+    frame: Frame | None = None,
+    unchanged: Collection[str] = (),
+) -> bool:
     """Whether another recording runs a region as it is, any number of times, and no part of it on its own.
 
     Args:
@@ -207,11 +213,12 @@ def is_same_region(region: Region, other: Recording, path: str = "", frame: Fram
         other: the other recording.
         path: of the module in the model that ``other`` is a recording of; only the steps inside count.
         frame: only look at this call in ``other``; only the steps inside of its module count.
+        unchanged: paths of modules of the region that stay as they are for other callers.
     """
     within = frame.path if frame is not None else path
     steps = [step.node for step in region.steps if is_inside(region.recording.owner(step.node), within)]
     prefix = "" if frame is not None else path
-    return _Match(steps, region.exit, prefix).holds(list(other.graph.nodes) if frame is None else list(frame.nodes()))
+    return _Match(steps, region.exit, prefix, unchanged).holds(list(other.graph.nodes) if frame is None else list(frame.nodes()))
 
 
 class _Match:
@@ -221,10 +228,11 @@ class _Match:
         steps: the steps to find.
         end: the end of the region, whose output may have any reader.
         prefix: the path of the other recording's module in the model.
+        unchanged: see :func:`is_same_region`.
     """
 
-    def __init__(self, steps: list[fx.Node], end: fx.Node, prefix: str) -> None:
-        self.steps, self.inside, self.prefix = steps, set(steps), prefix
+    def __init__(self, steps: list[fx.Node], end: fx.Node, prefix: str, unchanged: Collection[str]) -> None:
+        self.steps, self.inside, self.prefix, self.unchanged = steps, set(steps), prefix, unchanged
         # Steps that are read outside, by a part of the region that is not to be found here, may have other readers.
         self.ends = {end, *(n for n in steps if any(user not in self.inside for user in n.users))}
         self.keys = {node: _step_key(node, "") for node in steps}
@@ -235,6 +243,7 @@ class _Match:
         if not anchors:
             return True
         owned = set[Any]().union(*(_names(self.keys[node]) for node in anchors))
+        owned -= {("module", path) for path in self.unchanged}
         by_key: dict[Any, list[fx.Node]] = defaultdict(list)
         touching: set[fx.Node] = set()
         for node in nodes:
@@ -248,6 +257,8 @@ class _Match:
         for start in by_key[self.keys[first]]:
             occurrence = self._occurrence(first, start)
             if occurrence is None:
+                if not _names(self.keys[first]) & owned:
+                    continue
                 return False
             found |= occurrence
         return touching <= found
