@@ -209,13 +209,7 @@ def _skipped(model: nn.Module, result: _Result, excluded: Reasons) -> tuple[Skip
     """List batch norms that remain, modules that could not be traced, and modules that failed verification."""
     surviving = {name for name, _ in batch_norms(result.plain)}
     norms = [Skipped(name, result.plan.reason(name)) for name, m in batch_norms(model) if name in surviving]
-    told = {norm.reason for norm in norms}
-    untraced = [
-        skip
-        for skip in result.plan.untraced
-        if skip.reason not in told and any(is_inside(name, skip.name) for name in surviving)
-    ]
-    skipped = [*norms, *untraced]
+    skipped = norms
     for name, part in model.named_modules():
         reason = excluded.get(part)
         # One entry per cause: a failed region would otherwise be listed again for each module inside it.

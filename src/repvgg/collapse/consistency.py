@@ -9,6 +9,7 @@ from torch import fx, nn
 from repvgg.collapse.modules import is_inside, is_leaf, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
 from repvgg.collapse.record import Frame
+from repvgg.errors import typed_line
 
 
 def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
@@ -22,29 +23,30 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
         part = submodule_or_none(plain, scope.path)
         if part is None or is_leaf(part) or not scope.regions.all:
             continue
-        for path in _changed_forwards(scope, part):
+        for path, error in _changed_forwards(scope, part):
             old = scope.module.get_submodule(path)
             if path in scope.rewritten_paths():
-                found[old] = "its new forward does not run"
+                found[old] = f"its new forward is not equal to the old one: it does not run ({error})"
                 continue
             reason = f"the forward of {path or 'the model'} depends on the class or attributes of its parts"
             found |= {inner: reason for inner in old.modules() if inner is not old}
     return found
 
 
-def _changed_forwards(scope: Scope, plain: nn.Module) -> list[str]:
+def _changed_forwards(scope: Scope, plain: nn.Module) -> list[tuple[str, str]]:
+    """Return the paths of the forwards that do something else, with the error of the one that does not run."""
     rewritten, replaced = scope.rewritten_paths(), scope.replaced_paths()
     try:
         again = record_call(plain, scope.call)
     except Exception as error:
         path = getattr(error, "frame_path", "")
-        return [path] if submodule_or_none(scope.module, path) is not None else [""]
+        return [(path if submodule_or_none(scope.module, path) is not None else "", typed_line(error))]
     mine = {frame.path: _actions(frame) for frame in scope.recording.root.frames()}
     theirs = {frame.path: _actions(frame) for frame in again.root.frames()}
     skipped = rewritten | {
         path for path in mine if any(is_inside(path, done) for done in replaced) or path not in theirs
     }
-    return [path for path, actions in mine.items() if path not in skipped and theirs[path] != actions]
+    return [(path, "") for path, actions in mine.items() if path not in skipped and theirs[path] != actions]
 
 
 def _actions(frame: Frame) -> list[Any]:

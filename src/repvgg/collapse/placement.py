@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
@@ -100,7 +100,9 @@ class Placement:
         read = {id(tensor) for tensor in reads}  # tied parameters are one tensor
         for node, path in self.recording.calls():
             part = self.recording.module.get_submodule(path)
-            if has_own_hooks(part):
+            if path in self._shared and isinstance(part, _ConvTransposeNd):
+                found[node] = "it is used more than once"  # what follows could only be folded into it
+            elif has_own_hooks(part):
                 found[node] = "it has hooks"
             elif not is_leaf(part):
                 found[node] = "it is a compiled script"
