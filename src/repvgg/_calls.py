@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
@@ -83,6 +84,20 @@ def bind(model: Callable[..., Any], inputs: Inputs | Call) -> Call:
             hint = "; for one argument that is a list, put it into a list of its own"
         raise UsageError(f"{problem}: give its arguments in order, or by name in a dictionary{hint}.")
     return call
+
+
+def check_model(model: object, who: str) -> None:
+    """Raise UsageError, a sentence that begins with ``who``, unless ``model`` is a module or a function."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise UsageError(f"{who} is the class {model.__name__}, not a model: call it, {model.__name__}(…).")
+    if isinstance(model, (str, bytes, os.PathLike)):
+        raise UsageError(
+            f"{who} is a path, {os.fspath(model)!r}, not a model: read it first, for example with repvgg.load(path)."
+        )
+    if isinstance(model, Mapping) and any(isinstance(value, Tensor) for value in model.values()):
+        raise UsageError(f"{who} is a state dict, not a model: pass the model after model.load_state_dict(…).")
+    if not callable(model):
+        raise UsageError(f"{who} must be an nn.Module or a function, got a {type(model).__name__}.")
 
 
 def with_tensors(value: Any) -> Any:

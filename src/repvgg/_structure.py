@@ -92,7 +92,8 @@ def _children(value: Any, above: tuple[int, ...]) -> _Children | None:
 
 def _known_children(value: Any) -> _Children | None:
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return _Children([f".{field}" for field in value._fields], value, value._make)
+        named: Any = value  # a named tuple
+        return _Children([f".{field}" for field in named._fields], value, named._make)
     if isinstance(value, (list, tuple, deque)):
         return _Children([f"[{place}]" for place in range(len(value))], list(value), lambda parts: _like(value, parts))
     if isinstance(value, Mapping):

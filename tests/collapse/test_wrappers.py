@@ -75,14 +75,14 @@ def test_every_region_and_the_model_are_proven():
 
 @pytest.mark.parametrize("mistake", [1e-9, float("nan")])
 def test_a_region_that_fails_its_proof_stays_as_it_was(monkeypatch, mistake):
-    real, calls = proof.verify, []
+    real, calls = proof.run_in_float64, []
 
-    def compare(reference, candidate, images, **kwargs):
+    def run(convolution, image):
         calls.append(1)
         wrong = len(calls) == 1  # the first region
-        return real(reference, (lambda x: candidate(x) * (1 + mistake)) if wrong else candidate, images, **kwargs)
+        return real(convolution, image) * (1 + mistake if wrong else 1)
 
-    monkeypatch.setattr(proof, "verify", compare)
+    monkeypatch.setattr(proof, "run_in_float64", run)
     model = trained(nn.Sequential(Branches(), Block()))
     plain, report = check_quietly(model)
     assert [entry.name for entry in report.folded] == ["1.conv"]
@@ -92,14 +92,11 @@ def test_a_region_that_fails_its_proof_stays_as_it_was(monkeypatch, mistake):
 
 
 def test_model_that_fails_its_proof_is_not_returned(monkeypatch):
-    real, calls = proof.verify, []
+    class Wrong(proof.Comparison):
+        def __init__(self, reference, candidate, calls, **options):
+            super().__init__(reference, lambda x: candidate(x) * (1 + 1e-9), calls, **options)
 
-    def compare(reference, candidate, images, **kwargs):
-        calls.append("region" if "tolerance" in kwargs else "whole")
-        wrong = calls.count("whole") == 1  # the next call compares the model with itself
-        return real(reference, (lambda x: candidate(x) * (1 + 1e-9)) if wrong else candidate, images, **kwargs)
-
-    monkeypatch.setattr(proof, "verify", compare)
+    monkeypatch.setattr(proof, "Comparison", Wrong)
     with pytest.raises(repvgg.errors.EquivalenceError, match="not equal to the model"):
         repvgg.reparameterize(trained(nn.Sequential(Block(), Block())))
 

@@ -73,6 +73,6 @@ def test_to_dict_is_json_even_if_numbers_are_not_finite():
     assert read["passed"] is False
     assert read["relative"] is None
     assert read["agreement"] == {"agreed": 3, "total": 4, "widest_margin": 1e-7}
-    assert read["layers"][3] == {"name": "block3", "made_here": None, "arriving": pytest.approx(6e-7)}
+    assert read["layers"][3] == {"name": "block3", "own_error": None, "accumulated_error": pytest.approx(6e-7)}
     assert GOOD.to_dict()["passed"] is True
     assert set(read) == {"passed", *(field.name for field in dataclasses.fields(Evidence))}

@@ -49,12 +49,12 @@ def test_own_error_is_separated_from_that_of_earlier_layers():
         candidate.second[0].weight.mul_(1.01)
     table = by_name(verify(model, candidate, IMAGES))
     assert list(table) == ["first.0", "first.1", "second.0", "second.1", "head"]
-    assert table["second.0"].made_here == pytest.approx(0.01, rel=1e-3)
-    assert table["second.0"].arriving == pytest.approx(0.01, rel=1e-3)
+    assert table["second.0"].own_error == pytest.approx(0.01, rel=1e-3)
+    assert table["second.0"].accumulated_error == pytest.approx(0.01, rel=1e-3)
     for name in ("first.0", "first.1", "second.1", "head"):
-        assert table[name].made_here < 1e-5
-    assert table["first.1"].arriving < 1e-5
-    assert min(table["second.1"].arriving, table["head"].arriving) > 1e-3
+        assert table[name].own_error < 1e-5
+    assert table["first.1"].accumulated_error < 1e-5
+    assert min(table["second.1"].accumulated_error, table["head"].accumulated_error) > 1e-3
 
 
 def test_in_place_relu_does_not_change_captured_outputs():
@@ -65,9 +65,9 @@ def test_in_place_relu_does_not_change_captured_outputs():
         candidate.first[1].bias.sub_(100.0)
         model.first[1].bias.sub_(50.0)
     table = by_name(verify(model, candidate, IMAGES))
-    assert table["first.1"].made_here > 0.5
-    assert table["first.1"].arriving > 0.5
-    assert table["second.0"].made_here == 0.0, "all zeros on both sides"
+    assert table["first.1"].own_error > 0.5
+    assert table["first.1"].accumulated_error > 0.5
+    assert table["second.0"].own_error == 0.0, "all zeros on both sides"
 
 
 def test_captured_input_survives_a_later_in_place_add():
@@ -81,7 +81,7 @@ def test_captured_input_survives_a_later_in_place_add():
             return x.add_(self.body(x))
 
     model = Residual()
-    assert by_name(verify(model, copy.deepcopy(model), IMAGES))["body"].made_here < 1e-6
+    assert by_name(verify(model, copy.deepcopy(model), IMAGES))["body"].own_error < 1e-6
 
 
 class Pair(nn.Conv2d):
@@ -141,8 +141,8 @@ def test_unit_that_cannot_run_alone_has_no_own_error():
     evidence = verify(model, copy.deepcopy(model), IMAGES)
     assert evidence.passed
     table = by_name(evidence)
-    assert table["guarded"].made_here is None
-    assert table["guarded"].arriving < 1e-6
+    assert table["guarded"].own_error is None
+    assert table["guarded"].accumulated_error < 1e-6
     assert "guarded" not in [layer.name for layer in evidence.worst_layers()]
 
 
@@ -151,7 +151,7 @@ def test_keyword_arguments_are_passed_to_a_unit_run_alone():
     model.guarded.__dict__["open"] = True
     candidate = copy.deepcopy(model)
     candidate.guarded.register_forward_pre_hook(lambda module, args: module.__dict__.update(open=True))
-    assert by_name(verify(model, candidate, IMAGES))["guarded"].made_here < 1e-6
+    assert by_name(verify(model, candidate, IMAGES))["guarded"].own_error < 1e-6
 
 
 def test_only_four_images_are_used():

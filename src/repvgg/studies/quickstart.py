@@ -347,8 +347,8 @@ def _regions(forms: _Forms, evidence: Evidence) -> tuple[page.Region, ...]:
                 out_channels=conv.out_channels,
                 params_before=folded.parameters_before,
                 params_after=folded.parameters_after,
-                error_made=layer.made_here if layer else None,
-                error_arriving=layer.arriving if layer else None,
+                error_made=layer.own_error if layer else None,
+                error_arriving=layer.accumulated_error if layer else None,
             )
         )
     return tuple(regions)

@@ -1,7 +1,7 @@
 """Check that two callables compute the same function: inputs in, :class:`Evidence` out."""
 
 from repvgg.verify.comparison import UNIT_ROUNDOFF, verify
-from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence
+from repvgg.verify.evidence import Agreement, Evidence, LayerEvidence, OutputEvidence
 from repvgg.verify.execution import border_inputs, isolated_eval
 
 judging = isolated_eval  # former name
@@ -11,6 +11,7 @@ __all__ = [
     "Agreement",
     "Evidence",
     "LayerEvidence",
+    "OutputEvidence",
     "border_inputs",
     "isolated_eval",
     "judging",

@@ -19,14 +19,53 @@ class LayerEvidence:
 
     Attributes:
         name: qualified name of the unit.
-        made_here: error of the candidate's unit alone, on the float64 input of the reference's unit rounded to the
+        own_error: error of the candidate's unit alone, on the float64 input of the reference's unit rounded to the
             candidate's dtype. None where the candidate's unit cannot be run on that input.
-        arriving: error of the unit's output when both models run end to end; it includes the errors of earlier units.
+        accumulated_error: error of the unit's output when both models run end to end; it includes the errors of
+            earlier units.
     """
 
     name: str
-    made_here: float | None
-    arriving: float
+    own_error: float | None
+    accumulated_error: float
+
+
+@dataclass(frozen=True)
+class OutputEvidence:
+    """The error of one tensor of an output that holds several.
+
+    Attributes:
+        name: the expression that reads it, such as ``output['boxes'][0]``.
+        absolute: ``max|y - y64|``; of integers and booleans, 1 where any differs.
+        relative: ``absolute / max|y64|``, of this tensor alone; of integers and booleans, the fraction that differs.
+        tolerance: the largest relative error that passes.
+        mismatches: number of integers or booleans that differ; None for floating-point numbers.
+        total: number of values in all batches.
+    """
+
+    name: str
+    absolute: float
+    relative: float
+    tolerance: float
+    mismatches: int | None
+    total: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether ``relative <= tolerance``."""
+        return self.relative <= self.tolerance
+
+    @property
+    def excess(self) -> float:
+        """``relative / tolerance``: above 1 it fails."""
+        if self.tolerance:
+            return self.relative / self.tolerance
+        return math.inf if self.relative else 0.0
+
+    def __str__(self) -> str:
+        if self.mismatches is not None:
+            return f"{self.name}: {self.mismatches:,} of {self.total:,} values differ"
+        return f"{self.name}: relative error {self.relative:.1e}, {self.tolerance:.1e} allowed"
 
 
 @dataclass(frozen=True)
@@ -52,11 +91,14 @@ class Agreement:
 class Evidence:
     """The result of :func:`repvgg.verify.verify`. Errors are relative unless their name says otherwise.
 
+    Where an output holds several tensors, ``outputs`` has one entry for each, and the errors and the tolerance are
+    those of the worst: the one with the largest ``relative / tolerance``.
+
     Attributes:
         dtype: the dtype in which the candidate ran, as "float32".
         batches: number of batches.
         samples: number of samples in all batches.
-        absolute: ``max|y - y64|`` over all outputs of all batches; infinite where it is not finite.
+        absolute: ``max|y - y64|`` over all batches; infinite where it is not finite.
         relative: ``absolute / max|y64|``, with the largest reference output of all batches. 0 where both are 0,
             infinite where only the reference is all zeros or where a value is not finite.
         tolerance: the largest relative error that passes.
@@ -66,6 +108,7 @@ class Evidence:
         fold_error: relative error of the candidate's weights in float64 arithmetic, or None: the error of the
             conversion and of rounding the stored weights, without the rounding of the arithmetic.
         agreement: top-1 agreement where outputs are (N, classes) with at least two classes, else None.
+        outputs: one entry per tensor, where the output holds several or one that is not of floating-point numbers.
         layers: one entry per unit, in the order of the reference's modules; empty where no modules match.
         problems: why the two cannot be compared (a NaN, different shapes), one clause each. Any problem fails.
         notes: remarks, such as a measurement that was not possible, one clause each. Notes never fail.
@@ -82,36 +125,44 @@ class Evidence:
     reference_error: float | None = None
     fold_error: float | None = None
     agreement: Agreement | None = None
+    outputs: tuple[OutputEvidence, ...] = ()
     layers: tuple[LayerEvidence, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether there is no problem and ``relative <= tolerance``."""
-        return not self.problems and self.relative <= self.tolerance
+        """Whether there is no problem and ``relative <= tolerance``, for each output."""
+        return not self.problems and self.relative <= self.tolerance and all(one.passed for one in self.outputs)
+
+    @property
+    def worst_output(self) -> OutputEvidence | None:
+        """The output with the largest error for its tolerance, None where there is only one."""
+        return max(self.outputs, key=lambda one: one.excess, default=None)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why it failed, one clause each; empty if it passed."""
         if self.problems or self.passed:
             return self.problems
-        excess = (
-            f"the relative error {self.relative:.1e} is over the tolerance {self.tolerance:.1e} "
-            f"({self.tolerance_origin})"
-        )
+        worst = self.worst_output
+        if worst is not None and worst.mismatches is not None:
+            return (str(worst),)
+        where = f" of {worst.name}" if worst is not None and len(self.outputs) > 1 else ""
+        allowed = f"the {self.tolerance:.1e} allowed ({self.tolerance_origin})"
+        excess = f"the relative error {self.relative:.1e}{where} is more than {allowed}"
         if self.fold_error is not None and self.fold_error <= self.tolerance:
             # The weights are right, so the layer with the largest error would be a red herring.
             return (excess, f"in float64 arithmetic it is {self.fold_error:.1e}, so this is rounding in {self.dtype}")
-        worst = self.worst_layers(1)
-        if not worst:
+        layer = next(iter(self.worst_layers(1)), None)
+        if layer is None:
             return (excess,)
-        return (excess, f"the layer that adds the largest error is {worst[0].name} ({worst[0].made_here:.1e})")
+        return (excess, f"the layer that adds the largest error is {layer.name} ({layer.own_error:.1e})")
 
     def worst_layers(self, count: int = _SHOWN_LAYERS) -> tuple[LayerEvidence, ...]:
-        """Return the ``count`` units with the largest ``made_here``, largest first."""
-        known = [layer for layer in self.layers if layer.made_here is not None]
-        return tuple(sorted(known, key=lambda layer: layer.made_here or 0.0, reverse=True)[:count])
+        """Return the ``count`` units with the largest ``own_error``, largest first."""
+        known = [layer for layer in self.layers if layer.own_error is not None]
+        return tuple(sorted(known, key=lambda layer: layer.own_error or 0.0, reverse=True)[:count])
 
     def raise_if_failed(self) -> Evidence:
         """Return the evidence itself; raise EquivalenceError with the reasons if it failed."""
@@ -125,12 +176,20 @@ class Evidence:
 
     def __repr__(self) -> str:
         result = "passed" if self.passed else "FAILED: " + "; ".join(self.reasons)
-        formula = f"max|y - y64| / max|y64| in {self.dtype}, {_count(self.samples, 'sample')} "
-        rows = [
-            ("relative error", f"{self.relative:.1e}", formula + f"in {_count(self.batches, 'batch', 'batches')}"),
-            ("absolute error", f"{self.absolute:.1e}", "max|y - y64|"),
-            ("tolerance", f"{self.tolerance:.1e}", self.tolerance_origin),
-        ]
+        inputs = f"{_count(self.samples, 'sample')} in {_count(self.batches, 'batch', 'batches')}"
+        worst_output = self.worst_output
+        rows = []
+        if worst_output is not None and len(self.outputs) > 1:
+            rows.append(("outputs", str(len(self.outputs)), f"the worst is {worst_output.name}, with these errors:"))
+        if worst_output is None or worst_output.mismatches is None:
+            rows += [
+                ("relative error", f"{self.relative:.1e}", f"max|y - y64| / max|y64| in {self.dtype}, {inputs}"),
+                ("absolute error", f"{self.absolute:.1e}", "max|y - y64|"),
+                ("allowed", f"{self.tolerance:.1e}", self.tolerance_origin),
+            ]
+        else:
+            rows.append(("differing", f"{worst_output.mismatches:,}", f"of {worst_output.total:,} values, {inputs}"))
+        rows += [("whole numbers", str(one), "") for one in self.outputs if one.mismatches and one is not worst_output]
         if self.reference_error is not None:
             rows.append(("reference error", f"{self.reference_error:.1e}", f"the reference itself in {self.dtype}"))
         if self.fold_error is not None:
@@ -145,7 +204,7 @@ class Evidence:
             width = max(len(layer.name) for layer in worst)
             lines.append(f"  {_count(len(self.layers), 'layer')}, largest errors first:")
             lines += [
-                f"    {layer.name:<{width}}  its own {layer.made_here:.1e}  end to end {layer.arriving:.1e}"
+                f"    {layer.name:<{width}}  own error {layer.own_error:.1e}  accumulated {layer.accumulated_error:.1e}"
                 for layer in worst
             ]
         return "\n".join([result, *lines])

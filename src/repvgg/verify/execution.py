@@ -1,13 +1,13 @@
-"""Run models for a comparison: inputs that expose the border, an isolated state, and the error between outputs."""
+"""Run models for a comparison: inputs that expose the border, and an isolated state."""
 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,24 +72,27 @@ def _border_image(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.where(inside, x_NCHW, _BORDER_GAIN * x_NCHW)
 
 
-def as_batches(inputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Return one batch or several as a list; raise UsageError if one is empty or not a tensor, or there is none."""
-    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    if not batches:
-        raise UsageError("There are no inputs to verify on: pass at least one batch.")
-    for batch in batches:
-        if not isinstance(batch, Tensor):
-            raise UsageError(f"Each batch of inputs must be a tensor, got a {type(batch).__name__}.")
-        if batch.dim() == 0 or batch.numel() == 0:
-            raise UsageError(f"A batch must hold at least one sample, got the shape {tuple(batch.shape)}.")
-    return batches
+def structural_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode that shares the parameters, and nothing else, with the model.
 
-
-def rounded(batches: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the batches in ``dtype``, integers unchanged; raise UsageError if a value is not finite then."""
-    out = [batch.to(dtype) if batch.is_floating_point() else batch for batch in batches]
-    if not all(bool(torch.isfinite(batch).all()) for batch in out):
-        raise UsageError(f"The inputs hold a NaN or an infinity when rounded to {name_of(dtype)}: pass finite ones.")
+    A forward may write to buffers and attributes of the copy without changing the model, and another thread may run
+    the model meanwhile. Parts that ``torch.compile`` made are as they were before. A model that cannot be copied is
+    returned itself.
+    """
+    # The memo of a copy holds what each object is replaced by.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for part in model.modules():
+        computed = (value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf)
+        memo |= {id(value): value for value in computed}  # PyTorch copies leaves only
+    try:
+        for part in model.modules():
+            if isinstance(compiled := getattr(part, "_orig_mod", None), nn.Module):
+                memo[id(part)] = copy.deepcopy(compiled, memo)
+        out: nn.Module = copy.deepcopy(model, memo)
+    except Exception:  # of any kind: attributes are of the user's classes
+        return model
+    for part in out.modules():
+        part.training = False
     return out
 
 
@@ -213,73 +216,10 @@ def _quietly(function: Callable[..., Any], *args: object) -> Any:
         return function(*args)
 
 
-def dtype_of(model: object, batches: Iterable[Tensor]) -> torch.dtype:
-    """Return the dtype of the first floating-point parameter, else of the first floating-point batch, else float32."""
+def dtype_of(model: object, tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter, else of the first floating-point tensor, else float32."""
     parameters: Iterable[Tensor] = model.parameters() if isinstance(model, nn.Module) else ()
-    for tensor in (*parameters, *batches):
+    for tensor in chain(parameters, tensors):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
-
-
-def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a deep copy in ``dtype``, in the mode of the model, on the CPU if its device has no float64 (MPS)."""
-    out = copy.deepcopy(model)
-    if dtype is torch.float64 and _device_of(model, torch.device("cpu")).type == "mps":
-        out = out.cpu()
-    return out.to(dtype)
-
-
-def outputs_of(model: Callable[..., object], batches: Iterable[Tensor], who: str) -> list[Tensor]:
-    """Return the model's output for each batch, on the CPU; raise UsageError if one is not a floating-point tensor."""
-    # copy=True: the model may write to its input, which both sides share.
-    return [_checked(model(batch.to(_device_of(model, batch.device), copy=True)), who) for batch in batches]
-
-
-def _device_of(model: object, default: torch.device) -> torch.device:
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return default if first is None else first.device
-
-
-def _checked(output: object, who: str) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise UsageError(
-            f"Only tensors can be compared, but {who} returned a {type(output).__name__}: wrap it in a function that "
-            "returns one tensor."
-        )
-    if not output.is_floating_point():
-        raise UsageError(f"Only floating-point outputs can be compared, but {who} returned {name_of(output.dtype)}.")
-    return output.detach().to("cpu", copy=True)  # copy: a later forward may write to the same memory
-
-
-class Deviation(NamedTuple):
-    """The largest difference between two lists of outputs, absolute and relative to the largest exact output."""
-
-    absolute: float
-    relative: float
-
-
-def deviation(exact: Sequence[Tensor], other: Sequence[Tensor]) -> Deviation:
-    """Return the error of ``other``, over all pairs of tensors.
-
-    ``absolute = max|y - y64|`` and ``relative = absolute / max|y64|``. Where ``max|y64|`` is 0, relative is 0 if the
-    absolute error is 0, and infinite if not. Different shapes and values that are not finite make both infinite.
-    """
-    infinite = Deviation(math.inf, math.inf)
-    if any(a.shape != b.shape for a, b in zip(exact, other, strict=True)):
-        return infinite  # before the subtraction, which would broadcast
-    absolute = max(_largest(b.double() - a.double()) for a, b in zip(exact, other, strict=True))
-    scale = max(_largest(a) for a in exact)
-    if not math.isfinite(absolute) or not math.isfinite(scale):
-        return infinite
-    if absolute == 0.0:
-        return Deviation(0.0, 0.0)
-    return Deviation(absolute, absolute / scale if scale else math.inf)
-
-
-def _largest(values: Tensor) -> float:
-    """Return ``max|v|``: infinite where a value is not finite, 0 for an empty tensor."""
-    if values.numel() == 0:
-        return 0.0
-    largest = float(values.abs().max())  # max propagates NaN
-    return largest if math.isfinite(largest) else math.inf

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from repvgg._calls import Call
+from repvgg._structure import map_tensors
 from repvgg.verify.evidence import LayerEvidence
-from repvgg.verify.execution import deviation, outputs_of
+from repvgg.verify.float64 import Float64Runner, on_device_of
+from repvgg.verify.inputs import first_samples
+from repvgg.verify.outputs import errors_of, leaves_of
 
 #: Number of images that are used, which bounds the memory for the captured inputs and outputs.
 IMAGES = 4
@@ -94,7 +97,7 @@ class _Calls:
         """Forward pre-hook."""
         self.count += 1
         if self.count == 1:
-            self.args, self.kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+            self.args, self.kwargs = map_tensors(torch.clone, (args, kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook."""
@@ -115,23 +118,21 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Cal
 
 
 def compare_layers(
-    reference64: nn.Module, candidate: nn.Module, batch: Tensor, dtype: torch.dtype
+    reference: Float64Runner, candidate: nn.Module, call64: Call, call: Call, dtype: torch.dtype
 ) -> tuple[tuple[LayerEvidence, ...], str | None]:
     """Return the errors of each unit, and a clause that names the units left out, or None.
 
-    Both models are in eval mode, ``reference64`` in float64. The first :data:`IMAGES` inputs of ``batch`` are used, in
-    the candidate's ``dtype``. Units that are not called exactly once on either side, or that do not return one tensor,
-    are left out.
+    Both models are in eval mode. The first :data:`IMAGES` samples of the inputs are used, in float64 (``call64``) and
+    in the candidate's ``dtype`` (``call``). Units that are not called exactly once on either side, or that do not
+    return one tensor, are left out.
     """
-    names = matching_units(reference64, candidate)
+    names = matching_units(reference.module, candidate)
     if not names:
         return (), "no table of layers, as the two have no module with parameters of the same name"
-    few = batch[:IMAGES]
-    exact = few.double() if few.is_floating_point() else few
-    with _recorded(reference64, names) as ours:
-        outputs_of(reference64, [exact], "the reference")
+    with _recorded(reference.module, names) as ours:
+        reference(first_samples(call64, IMAGES))
     with _recorded(candidate, names) as theirs:
-        outputs_of(candidate, [few], "the candidate")
+        on_device_of(candidate, first_samples(call, IMAGES))(candidate)
     usable = [name for name in names if _usable(ours[name]) and _usable(theirs[name])]
     layers = tuple(
         LayerEvidence(
@@ -163,7 +164,7 @@ def _error_alone(ours: _Calls, theirs: _Calls, unit: nn.Module, dtype: torch.dty
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
     try:
-        args, kwargs = tree_map_only(Tensor, rounded, (ours.args, ours.kwargs))
+        args, kwargs = map_tensors(rounded, (ours.args, ours.kwargs))
         output = unit(*args, **kwargs)
     except Exception:  # a unit may depend on state that its parent sets; the end-to-end error stands without it
         return None
@@ -172,6 +173,5 @@ def _error_alone(ours: _Calls, theirs: _Calls, unit: nn.Module, dtype: torch.dty
 
 def _error(exact: object, other: object) -> float:
     """Return the relative error; infinite if either is not a tensor."""
-    if not isinstance(exact, Tensor) or not isinstance(other, Tensor):
-        return float("inf")
-    return deviation([exact.cpu()], [other.cpu()]).relative
+    error = errors_of([leaves_of(exact)], [leaves_of(other)]).get("output")
+    return float("inf") if error is None else error.relative
