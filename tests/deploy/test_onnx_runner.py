@@ -46,12 +46,22 @@ def test_invalid_files_are_rejected(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_networks_with_other_inputs_are_rejected(tmp_path):
-    two = write(tmp_path / "two.onnx", inputs=("a", "b"), op="Add")
-    integers = write(tmp_path / "int.onnx", kind=TensorProto.INT32)
-    for path in (two, integers):
-        with pytest.raises(ExportError, match="is not a network from one"):
-            OnnxRunner(path)
+def test_several_inputs_in_order_and_by_name(tmp_path):
+    runner = OnnxRunner(write(tmp_path / "two.onnx", inputs=("a", "b"), op="Sub"))
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -3.0]])
+    assert runner.inputs == {"a": (None, 2), "b": (None, 2)}
+    for found in (runner(a, b), runner(a, b=b), runner(b=b, a=a)):
+        assert_close(found, a - b, rtol=0, atol=0)
+    for args, kwargs in (((a,), {}), ((a, b, a), {}), ((a,), {"a": b}), ((a,), {"c": b})):
+        with pytest.raises(UsageError, match="takes a, b, not"):
+            runner(*args, **kwargs)
+    with pytest.raises(UsageError, match=r"takes for b torch\.float32"):
+        runner(a, b.double())
+
+
+def test_inputs_that_are_no_numbers_are_rejected(tmp_path):
+    with pytest.raises(ExportError, match="is not a network from tensors of numbers"):
+        OnnxRunner(write(tmp_path / "text.onnx", kind=TensorProto.STRING, op="Identity"))
 
 
 def test_invalid_threads_are_rejected(tmp_path):

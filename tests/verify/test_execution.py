@@ -1,5 +1,6 @@
 import ast
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,30 @@ def test_full_float32_inside_and_restored_flags_afterwards(state):
     assert snapshot() == before
     with pytest.raises(ZeroDivisionError), full_float32():
         raise ZeroDivisionError
+    assert snapshot() == before
+
+
+@pytest.mark.usefixtures("flags")
+def test_of_two_threads_the_last_one_restores_the_flags():
+    torch.backends.fp32_precision = "tf32"
+    before = snapshot()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with full_float32():
+            inside.set()
+            leave.wait(10)
+            seen.append({get(*node) for node in NODES})
+
+    seen = []
+    thread = threading.Thread(target=other)
+    with full_float32():
+        thread.start()
+        assert inside.wait(10)
+    assert get("cuda", "matmul") == "ieee", "the other thread is inside"
+    leave.set()
+    thread.join()
+    assert seen == [{"ieee"}]
     assert snapshot() == before
 
 

@@ -13,13 +13,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from repvgg._calls import Call, Inputs
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
-from repvgg.deploy.torch_export import check_image_shape, example_input, silence
+from repvgg.deploy.flat import FlatModule
+from repvgg.deploy.torch_export import batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
-INPUT = "image"
-OUTPUT = "logits"
 _MAX_BYTES = 2**31 - 2**20  # a protobuf message is limited to 2 GiB; 1 MiB is left for the graph around the weights
 
 
@@ -48,41 +48,47 @@ class OnnxExport:
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int] | None = None,
     *,
+    inputs: Inputs | Call | None = None,
     overwrite: bool = False,
     dynamic_batch: bool = True,
     notes: Mapping[str, str] | None = None,
 ) -> OnnxExport:
     """Write ``model``, as it computes in eval mode, to one ONNX file from ``image`` (N, C, H, W) to ``logits``.
 
+    A model with several inputs or outputs, in containers of any kind, becomes a graph from named tensors to named
+    tensors: ``output['boxes'][0]`` is called ``boxes_0``, and an input after the parameter of the forward.
+
     The file is checked (``onnx.checker``, with shape inference) under a temporary name and then renamed, so a file at
     ``path`` is always complete and valid. The model is not changed. The exporter folds each batch norm that follows a
     convolution into it; a batch norm that is a branch by itself remains.
 
     Args:
-        model: any module from one tensor to one tensor that ``torch.export`` can capture.
+        model: any module that ``torch.export`` can capture and that returns a tensor, or several.
         path: the file; its folder must exist.
         input_shape: (C, H, W) of one image. Height and width are fixed in the file.
+        inputs: instead, example inputs: a tensor, arguments in order, or arguments by name. Axis 0 counts samples in
+            the tensors whose axis 0 is as long as that of the first. All other sizes and arguments are fixed.
         overwrite: replace a file at ``path``.
         dynamic_batch: leave N open; otherwise it is 1.
         notes: texts to store in the file by name, as its ``metadata_props``.
 
     Raises:
         OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
-        UsageError: ``input_shape`` is not three positive numbers.
-        ExportError: the model cannot be captured or has 2 GiB or more, or the file fails its check.
+        UsageError: ``input_shape`` is not three positive numbers, or the forward does not take the ``inputs``.
+        ExportError: the model does not run on the inputs, cannot be captured or has 2 GiB or more, or the file fails
+            its check.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     target = check_output(path, overwrite=overwrite)
-    check_image_shape(input_shape)
+    call = example_call(model, input_shape, inputs, dynamic_batch)
     # Checked first: otherwise the serialization fails, after minutes of exporting.
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > _MAX_BYTES:
         raise ExportError(f"The model has {size / 2**30:.1f} GiB, but one ONNX file holds less than 2 GiB.")
     checker = require("onnx", "onnx").checker
-    # Two images for a dynamic batch: torch.export specializes on sizes of 0 and 1.
-    proto = _capture(model, example_input(model, input_shape, 2 if dynamic_batch else 1), dynamic_batch)
+    proto = _capture(model, call, dynamic_batch)
     for name, text in (notes or {}).items():
         proto.metadata_props.add(key=name, value=text)
     with atomic_write(target, overwrite=overwrite) as part:
@@ -97,29 +103,28 @@ def export_onnx(
     return OnnxExport(target, opset, operators, _plain_violations(proto.graph))
 
 
-def _capture(model: nn.Module, example: Tensor, dynamic_batch: bool) -> Any:
+def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
     """Return the model as an ``onnx.ModelProto``."""
     require("onnxscript", "onnx")  # torch.onnx imports it late and reports its absence in a traceback
+    flat = FlatModule(model, call)
+    examples = tuple(call.tensors())
+    axes = batch_axes(call, "batch") if dynamic_batch else None
     try:
         with eval_mode(model), silence():
             program = torch.onnx.export(
-                model,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
+                model if flat.is_plain else flat,
+                examples,
+                input_names=flat.inputs,
+                output_names=flat.outputs,
+                dynamic_shapes=axes if flat.is_plain or axes is None else (axes,),
                 dynamo=True,  # through torch.export: the older exporter bakes data-dependent branches into the graph
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:
         reason = first_line(error.__cause__ or error)  # the outer error is a page of advice on reporting bugs
-        shape = tuple(example.shape[1:])
-        raise ExportError(f"The model cannot be exported for an image of {shape}: {reason}.") from error
+        raise ExportError(f"The model cannot be exported for {text_of(call)}: {reason}.") from error
     assert program is not None
-    outputs = len(program.model_proto.graph.output)
-    if outputs != 1:
-        raise ExportError(f"The model returns {outputs} tensors: only models that return one can be exported.")
     return program.model_proto
 
 
@@ -144,13 +149,23 @@ def _plain_violations(graph: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-_DTYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
 _LOG_ERRORS = 3  # severity levels of ONNX Runtime: 2 is warnings
 
 
 @final
 class OnnxRunner:
-    """An ONNX file with one input and one output, loaded in ONNX Runtime on the CPU: ``logits = runner(images)``.
+    """An ONNX file, loaded in ONNX Runtime on the CPU: ``logits = runner(images)``.
+
+    A file with several inputs takes them in order or by name. One with several outputs returns a dictionary of them.
 
     Args:
         path: the file.
@@ -158,12 +173,14 @@ class OnnxRunner:
 
     Attributes:
         path: the file.
-        input_shape: axes of the input; None where the file leaves one open.
-        dtype: of the input.
+        input_shape: axes of the first input; None where the file leaves one open.
+        dtype: of the first input.
+        inputs: the axes of each input by name.
+        outputs: the names of the outputs.
         notes: the texts that are stored in the file, by name.
 
     Raises:
-        ExportError: the file does not exist, is not valid ONNX, or has not one input and one output.
+        ExportError: the file does not exist, is not valid ONNX, or takes something else than tensors of numbers.
         UsageError: ``threads`` below 1.
         MissingDependencyError: onnxruntime is not installed.
     """
@@ -173,30 +190,44 @@ class OnnxRunner:
             raise UsageError(f"threads must be at least 1, got {threads}.")
         self.path = Path(path)
         self._session = _session(self.path, threads)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type not in _DTYPES:
-            raise ExportError(f"{str(path)!r} is not a network from one floating-point tensor to one tensor.")
-        self._input, self._output = inputs[0].name, outputs[0].name
-        self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in inputs[0].shape)
-        self.dtype = _DTYPES[inputs[0].type]
+        inputs = self._session.get_inputs()
+        if not inputs or any(one.type not in _DTYPES for one in inputs):
+            raise ExportError(f"{str(path)!r} is not a network from tensors of numbers to tensors.")
+        self.outputs = tuple(one.name for one in self._session.get_outputs())
+        self.inputs = {one.name: tuple(axis if isinstance(axis, int) else None for axis in one.shape) for one in inputs}
+        self._dtypes = {one.name: _DTYPES[one.type] for one in inputs}
+        self.input_shape = self.inputs[inputs[0].name]
+        self.dtype = self._dtypes[inputs[0].name]
         self.notes: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the output of the network on ``x``, on the CPU.
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Return the output of the network on the CPU: a tensor, or a dictionary where the file has several outputs.
 
         Raises:
-            UsageError: ``x`` has another shape or dtype than the file takes.
+            UsageError: other inputs than the file has, or one of another shape or dtype than it takes.
         """
-        fits = x.ndim == len(self.input_shape) and all(
-            expected in (None, axis) for expected, axis in zip(self.input_shape, x.shape, strict=True)
-        )
-        if not fits or x.dtype != self.dtype:
-            expected = ", ".join("N" if axis is None else str(axis) for axis in self.input_shape)
+        given = dict(zip(self.inputs, args, strict=False)) | kwargs
+        if given.keys() != self.inputs.keys() or len(args) + len(kwargs) != len(self.inputs):
             raise UsageError(
-                f"{str(self.path)!r} takes {self.dtype} of shape ({expected}), not {x.dtype} of shape {tuple(x.shape)}."
+                f"{str(self.path)!r} takes {', '.join(self.inputs)}, not {len(args) + len(kwargs)} inputs."
             )
-        (out,) = self._session.run([self._output], {self._input: x.detach().cpu().contiguous().numpy()})
-        return torch.from_numpy(out)
+        arrays = {name: self._array(name, x) for name, x in given.items()}
+        found = [torch.from_numpy(array) for array in self._session.run(list(self.outputs), arrays)]
+        return found[0] if len(found) == 1 else dict(zip(self.outputs, found, strict=True))
+
+    def _array(self, name: str, x: Tensor) -> Any:
+        shape, dtype = self.inputs[name], self._dtypes[name]
+        fits = x.ndim == len(shape) and all(
+            expected in (None, axis) for expected, axis in zip(shape, x.shape, strict=True)
+        )
+        if not fits or x.dtype != dtype:
+            expected = ", ".join("N" if axis is None else str(axis) for axis in shape)
+            which = f"for {name} " if len(self.inputs) > 1 else ""
+            raise UsageError(
+                f"{str(self.path)!r} takes {which}{dtype} of shape ({expected}), not {x.dtype} of shape "
+                f"{tuple(x.shape)}."
+            )
+        return x.detach().cpu().contiguous().numpy()
 
     def __repr__(self) -> str:
         return f"OnnxRunner({str(self.path)!r})"

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from repvgg._calls import Call, Inputs, bind
 from repvgg._files import atomic_write, check_output
+from repvgg._structure import describe, tensors
 from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
 from repvgg.deploy.torch_export import NOTES, ProgramRunner, export_program
 from repvgg.errors import ExportError, RepvggError, UsageError, first_line
 from repvgg.models import RepVGG, describe_model
 from repvgg.verify import Evidence, border_inputs, isolated_eval, verify
+from repvgg.verify.inputs import first_samples
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors")
 HEADER = "repvgg.plain"  # name of the notes in the header of a .safetensors file
@@ -67,15 +70,18 @@ def ship(
     *,
     overwrite: bool = False,
     notes: Mapping[str, str] | None = None,
+    inputs: Inputs | Call | None = None,
 ) -> Shipped:
     """Write ``plain`` under a temporary name, load the file, and rename it to ``path`` if it equals ``reference``.
 
     A ``.pt2`` or ``.onnx`` file is run on border-exposing images and compared with the reference in float64. It takes
     any batch size where the model can be captured so, and one image otherwise. A ``.safetensors`` file holds the
-    weights alone and is compared bit for bit.
+    weights alone and is compared bit for bit. Outputs may have any structure; ``inputs`` are example inputs of a model
+    that takes something else than one batch of images.
 
     Raises:
-        UsageError: the suffix is none of :data:`SUFFIXES`, or the shape is invalid.
+        UsageError: the suffix is none of :data:`SUFFIXES`, the shape is invalid, or the forward does not take the
+            inputs.
         OutputError: the file cannot be written, or exists and ``overwrite`` is not set.
         ExportError: the model cannot be exported.
         EquivalenceError: the file computes a different function.
@@ -87,9 +93,11 @@ def ship(
             return Shipped(target)
 
         def write_and_verify(dynamic_batch: bool) -> Shipped:
-            run = _write_and_load(plain, part, input_shape, notes or {}, dynamic_batch=dynamic_batch)
-            evidence = _verify_file(reference, plain, run, input_shape, dynamic_batch=dynamic_batch)
-            return Shipped(target, dynamic_batch, evidence)
+            run = _write_and_load(plain, part, input_shape, inputs, notes or {}, dynamic_batch=dynamic_batch)
+            # Not 2, the batch size of the capture: a constant that it left in the graph would not show.
+            sizes = (3, 1) if dynamic_batch else (1, 1)
+            calls = _images(plain, input_shape, sizes) if inputs is None else _calls(reference, inputs, dynamic_batch)
+            return Shipped(target, dynamic_batch, _verify_file(reference, run, calls))
 
         try:
             return write_and_verify(dynamic_batch=True)
@@ -99,40 +107,52 @@ def ship(
 
 
 def _write_and_load(
-    plain: nn.Module, path: Path, shape: Shape, notes: Mapping[str, str], *, dynamic_batch: bool
-) -> Callable[[Tensor], Tensor]:
+    plain: nn.Module,
+    path: Path,
+    shape: Shape,
+    inputs: Inputs | Call | None,
+    notes: Mapping[str, str],
+    *,
+    dynamic_batch: bool,
+) -> Callable[..., Any]:
+    image = shape if inputs is None else None
     if path.suffix == ".onnx":
-        export_onnx(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes=notes)
+        export_onnx(plain, path, image, inputs=inputs, overwrite=True, dynamic_batch=dynamic_batch, notes=notes)
         return OnnxRunner(path)
-    export_program(plain, path, shape, overwrite=True, dynamic_batch=dynamic_batch, notes={NOTES: json.dumps(notes)})
+    text = {NOTES: json.dumps(notes)}
+    export_program(plain, path, image, inputs=inputs, overwrite=True, dynamic_batch=dynamic_batch, notes=text)
     return ProgramRunner(path)
 
 
-def _verify_file(
-    reference: nn.Module, plain: nn.Module, run: Callable[[Tensor], Tensor], shape: Shape, *, dynamic_batch: bool
-) -> Evidence:
-    def call(x: Tensor) -> Tensor:
+def _images(plain: nn.Module, shape: Shape, sizes: Sequence[int]) -> list[Call]:
+    dtype = _dtype_of(plain)
+    return [
+        Call((border_inputs((size, *shape), batches=1, seed=seed, dtype=dtype)[0],)) for seed, size in enumerate(sizes)
+    ]
+
+
+def _calls(reference: nn.Module, inputs: Inputs | Call, dynamic_batch: bool) -> list[Call]:
+    call = bind(reference, inputs)
+    return [call, first_samples(call, 1)] if dynamic_batch else [call]
+
+
+def _verify_file(reference: nn.Module, run: Callable[..., Any], calls: Sequence[Call]) -> Evidence:
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return run(x)
+            return run(*tensors((args, kwargs)))
         except RepvggError:
             raise
         except Exception as error:  # each runtime has its own exceptions
             raise ExportError(f"The written file does not run: {first_line(error)}.") from error
 
-    # Not 2, the batch size of the capture: a constant that it left in the graph would not show.
-    batch_sizes = (3, 1) if dynamic_batch else (1, 1)
-    dtype = _dtype_of(plain)
-    batches = [
-        border_inputs((size, *shape), batches=1, seed=seed, dtype=dtype)[0] for seed, size in enumerate(batch_sizes)
-    ]
-    return verify(reference, call, batches).raise_if_failed()
+    return verify(reference, call, calls).raise_if_failed()
 
 
 def images_for(model: nn.Module, input_shape: Shape) -> list[Tensor]:
     """Return images to verify ``model`` on: of the given size, and of odd sizes where it accepts those.
 
     Raises:
-        UsageError: it does not run on the given size, or does not return one floating-point tensor.
+        UsageError: it does not run on the given size, or returns no number.
     """
     if min(input_shape) < 1:
         raise UsageError(f"An image must have at least one channel, row and column, got {input_shape}.")
@@ -140,16 +160,15 @@ def images_for(model: nn.Module, input_shape: Shape) -> list[Tensor]:
     out = _output_or_error(model, first)
     if isinstance(out, Exception):
         raise UsageError(f"The model cannot run on images of the shape {input_shape}: {first_line(out)}.") from out
-    if not isinstance(out, Tensor) or not out.is_floating_point():
-        what = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else f"a value of type {type(out).__name__}"
-        raise UsageError(f"The model returns {what}: wrap it in a module that returns one floating-point tensor.")
-    return [first, *(images for images in others if isinstance(_output_or_error(model, images), Tensor))]
+    if not any(tensor.is_floating_point() for tensor in tensors(out)):
+        raise UsageError(f"The model returns {describe(out)}: there are no floating-point numbers to compare.")
+    return [first, *(images for images in others if not isinstance(_output_or_error(model, images), Exception))]
 
 
 def _output_or_error(model: nn.Module, images: Tensor) -> object:
     with isolated_eval(model):
         try:
-            return model(images)
+            return model(images.clone())
         except Exception as error:
             return error
 

@@ -211,7 +211,7 @@ class Comparison:
 
     def varies(self) -> bool:
         """Whether the reference returns something else when it is run again."""
-        assert self.runner is not None
+        assert isinstance(self.reference, nn.Module)
         again = [leaves_of(Float64Runner(self.reference, "the reference")(self.calls64[0]))]
         errors = errors_of(self.exact[:1], again, same_infinities=self.same_infinities)
         return any(error.relative > FLOORS[torch.float64] for error in errors.values())
@@ -325,7 +325,7 @@ def _outputs(model: Model, calls: Sequence[Call], who: str, runner: Float64Runne
 
     Raises UsageError if it does not run, for the reasons for which PyTorch refuses a shape or a dtype.
     """
-    found = []
+    found: list[Leaves] = []
     for call in calls:
         try:
             found.append(leaves_of(runner(call) if runner else on_device_of(model, call)(model)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,17 +154,44 @@ def full_float32() -> Iterator[None]:
     (``torch.set_float32_matmul_precision``, ``allow_tf32``) has separate flags, and both PyTorch's getters and its CUDA
     kernels raise where the two disagree. So both are set here, and both are restored.
 
-    PyTorch's flags are global to the process, so other threads see the change. Inside, reading the old flag
+    PyTorch's flags are global to the process, so other threads see the change: of several threads that are inside at
+    once, the first sets the flags and the last restores them. Inside, reading the old flag
     ``torch.backends.cudnn.allow_tf32`` raises PyTorch's own error about mixed APIs where that flag is on: writing it
     would overwrite the default of ``cuda.conv``, which no API can restore.
     """
-    with ExitStack() as stack:
-        stack.enter_context(preserve_fp32_precision())
-        # Parents first: a node that is not "ieee" under parents that are must have its own value.
-        for node in PRECISION_NODES:
-            stack.enter_context(_at_ieee(node))
-        stack.enter_context(_legacy_highest())
+    _full_float32.enter()
+    try:
         yield
+    finally:
+        _full_float32.leave()
+
+
+class _FullFloat32:
+    """Count who is inside, so that one thread does not restore flags which another one still needs."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.restore = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                with ExitStack() as stack:
+                    stack.enter_context(preserve_fp32_precision())
+                    # Parents first: a node that is not "ieee" under parents that are must have its own value.
+                    for node in PRECISION_NODES:
+                        stack.enter_context(_at_ieee(node))
+                    stack.enter_context(_legacy_highest())
+                    self.restore = stack.pop_all()
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.restore.close()
+
+
+_full_float32 = _FullFloat32()
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def _why_unlike(name: str, a: Any, b: Any) -> str | None:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
-    if type(a) is type(b) and type(a).__eq__ is object.__eq__:  # no tensor inside, and no notion of equality
+    compares: object = type(a).__eq__
+    if type(a) is type(b) and compares is object.__eq__:  # no tensor inside, and no notion of equality
         return True
     try:
         return bool(a == b)
