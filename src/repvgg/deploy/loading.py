@@ -74,10 +74,11 @@ def load_program(path: str | os.PathLike[str], *, threads: int | None = None) ->
     images = torch.zeros(shape[0] or 1, channels, size, size)
     try:
         logits = runner(images)
-    except RuntimeError as error:  # a program may have been exported for another device
+    except Exception as error:  # a program may have several inputs, or have been exported for another device
         raise ExportError(f"{str(file)!r} cannot run on images of {size} x {size}: {first_line(error)}.") from error
-    if logits.ndim != 2:
-        raise ExportError(f"{str(file)!r} returns a tensor of shape {tuple(logits.shape)}, not logits of classes.")
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"{len(logits)} tensors"
+        raise ExportError(f"{str(file)!r} returns {what}, not logits of classes.")
     known = metadata or Metadata(file.name, "plain", logits.shape[1], channels, size)
     if (known.num_classes, known.in_channels) != (logits.shape[1], channels):
         raise ExportError(f"{str(file)!r} has a header that does not fit the program: export it again.")
