@@ -1,7 +1,10 @@
+from contextlib import ExitStack
+
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from repvgg._contexts import derived_seed, seeded
+from repvgg._contexts import derived_seed, eval_mode, seeded
 
 
 def draw(*keys):
@@ -26,3 +29,21 @@ def test_the_state_outside_is_restored():
 def test_seed_is_the_same_on_every_machine():
     assert derived_seed("shuffle", 0, 1) == 6569738021446964816
     assert 0 <= derived_seed(-5) < 2**63
+
+
+def test_contexts_of_eval_mode_that_overlap_restore_at_the_last_end():
+    """As those of two threads do, which need not end in the order in which they began."""
+    model, other = nn.Sequential(nn.Dropout(), nn.Identity()), nn.Dropout()
+    model[1].eval()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(eval_mode(model, None))
+    second.enter_context(eval_mode(model, other))
+    first.close()
+    assert [part.training for part in model.modules()] == [False] * 3
+    with eval_mode(model[0]):
+        second.close()
+        assert [part.training for part in model.modules()] == [True, False, False]
+    assert [part.training for part in (*model.modules(), other)] == [True, True, False, True]
+    with eval_mode(model):
+        assert not model[0].training
+    assert model[0].training

@@ -10,6 +10,7 @@ import gc
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import nn
@@ -24,20 +25,34 @@ PRECISION_NODES: tuple[PrecisionNode, ...] = (
 )
 
 
+# The modules that are in an eval_mode, by id: the module, its mode before, and the number of contexts.
+_in_eval_mode: dict[int, tuple[nn.Module, bool, int]] = {}
+_modes_lock = Lock()
+
+
 @contextmanager
 def eval_mode(*models: object) -> Iterator[None]:
     """Set every module of ``models`` to eval mode, and restore each module's mode afterwards.
 
-    Objects that are not an ``nn.Module`` are ignored.
+    Several threads may do so with one model: the mode is restored at the end of the last context. Objects that are not
+    an ``nn.Module`` are ignored.
     """
-    modes = {module: module.training for model in models if isinstance(model, nn.Module) for module in model.modules()}
-    try:
-        for module in modes:
+    modules = list({module: None for model in models if isinstance(model, nn.Module) for module in model.modules()})
+    with _modes_lock:
+        for module in modules:
+            _, mode, count = _in_eval_mode.get(id(module), (module, module.training, 0))
+            _in_eval_mode[id(module)] = module, mode, count + 1
             module.training = False  # not .eval(): modules made by torch.export refuse it
+    try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        with _modes_lock:
+            for module in modules:
+                _, mode, count = _in_eval_mode.pop(id(module))
+                if count > 1:
+                    _in_eval_mode[id(module)] = module, mode, count - 1
+                else:
+                    module.training = mode
 
 
 @contextmanager

@@ -44,15 +44,6 @@ def make_model():
     return Net()
 
 
-def two_outputs():
-    class Two(Net):
-        def forward(self, x):
-            y = super().forward(x)
-            return {"logits": y, "double": [2 * y]}
-
-    return Two()
-
-
 def no_output():
     class Silent(Net):
         def forward(self, x):
@@ -271,17 +262,6 @@ def test_sizes_that_make_no_sense(refused, source, tmp_path):
 def test_outputs_that_cannot_be_compared_are_refused(refused, source, tmp_path):
     source = source.replace("make_model", "no_output")
     assert "returns None: there are no floating-point numbers" in refused("collapse", source, tmp_path / "plain.pt2")
-
-
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
-def test_outputs_in_a_dictionary_are_written_and_compared(repvgg, source, tmp_path, suffix):
-    out = tmp_path / f"plain.{suffix}"
-    outcome = repvgg("collapse", source.replace("make_model", "two_outputs"), out)
-    assert outcome.code == 0, outcome.err
-    assert "loaded back and equal" in outcome.out
-    found = (ProgramRunner if suffix == "pt2" else OnnxRunner)(out)(torch.randn(2, 3, 20, 16))
-    single, double = found if suffix == "pt2" else (found["logits"], found["double_0"])
-    torch.testing.assert_close(double, 2 * single)
 
 
 def test_weights_that_do_not_fit(refused, source, trained, tmp_path):

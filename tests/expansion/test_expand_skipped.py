@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 import repvgg
 from repvgg.errors import NothingExpandedWarning, ReparamError
+from repvgg.expansion.sites import find_sites
 from tests.expansion.models import assert_same_outputs, image, module, trained, untouched, vgg
 
 
@@ -100,6 +101,20 @@ def test_skipped_with_a_reason(name):
     for entry in report.left:
         assert re.search(reason, entry.reason), entry.reason
         assert type(expanded.get_submodule(entry.name)) is type(model.get_submodule(entry.name))
+
+
+def test_nothing_is_patched_while_a_forward_is_examined():
+    """Other threads run their models meanwhile."""
+    before, seen = (nn.Module.__call__, nn.Module.__getattr__), []
+
+    def forward(self, x):
+        seen.append((nn.Module.__call__, nn.Module.__getattr__))
+        height, width = x.shape[2:]
+        return self.a(x).reshape(1, -1, height, width) + self.b.weight.sum()
+
+    model = module(forward, a=conv(), b=conv())
+    assert [site.refusal for site in find_sites(model)] == [None, "its parameters are read from outside of it"]
+    assert set(seen) == {before}
 
 
 def test_convolutions_with_other_paddings_still_run():

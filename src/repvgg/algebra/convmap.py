@@ -105,7 +105,9 @@ class ConvMap:
         spatial: int = 2,
     ) -> ConvMap:
         """Return ``y = x`` on ``channels`` channels and ``spatial`` axes; it is never multiplied out."""
-        ones = torch.ones((channels, 1, *(1,) * spatial), dtype=dtype, device=device)
+        # On the meta device, which has no values, torch.empty is much faster.
+        make = torch.empty if torch.device(device or "cpu").type == "meta" else torch.ones
+        ones = make((channels, 1, *(1,) * spatial), dtype=dtype, device=device)
         return cls(Kernel.of(ones, channels, unit=True))
 
     @classmethod

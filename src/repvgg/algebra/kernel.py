@@ -65,6 +65,8 @@ class Kernel:
 
     def scaled(self, factor_O: Tensor) -> Kernel:
         """Multiply each output channel by its factor."""
+        if self.device.type == "meta":  # arithmetic on meta tensors is slow
+            return replace(self, unit=False)
         terms = (replace(t, factor=factor_O if t.factor is None else t.factor * factor_O) for t in self.terms)
         return replace(self, terms=tuple(terms), unit=False)
 
@@ -99,6 +101,8 @@ class Kernel:
 
     def dense(self) -> Tensor:
         """Return the kernel multiplied out, (O, I, *K), with gradients to weights and factors."""
+        if self.device.type == "meta":  # only the shape is known, and arithmetic on meta tensors is slow
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         first = self.terms[0]
         if len(self.terms) == 1 and self._is_full(first):
             weight_OIK = first.weight.to(self.dtype)

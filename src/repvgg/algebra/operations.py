@@ -24,7 +24,7 @@ from repvgg.errors import BorderError, NotLinearError
 
 def scale(conv: ConvMap, factor_O: Tensor) -> ConvMap:
     """Return ``factor · conv(x)``, channel by channel: kernel and bias are multiplied, the geometry stays."""
-    bias = None if conv.bias is None else conv.bias * factor_O
+    bias = conv.bias if conv.bias is None or conv.bias.is_meta else conv.bias * factor_O
     return replace(conv, kernel=conv.kernel.scaled(factor_O), bias=bias)
 
 
@@ -288,8 +288,10 @@ def _require_zeros_outside(inner: ConvMap, outer: ConvMap) -> None:
 
 
 def _composed_bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
-    if inner.bias is None:
+    if inner.bias is None or (outer.bias is not None and outer.bias.is_meta):
         return outer.bias
+    if inner.bias.is_meta:
+        return inner.bias.new_empty(outer.out_channels)
     over_taps = outer.weight.sum(tuple(range(2, 2 + outer.spatial))) if outer.spatial else outer.weight
     sums = over_taps.view(outer.groups, -1, outer.kernel.shape[1])
     passed = torch.bmm(sums, inner.bias.view(outer.groups, -1, 1)).flatten()
@@ -299,13 +301,15 @@ def _composed_bias(inner: ConvMap, outer: ConvMap) -> Tensor | None:
 def _composed_kernel(inner: ConvMap, outer: ConvMap, axes: tuple[Axis, ...]) -> Kernel:
     """The merged kernel, accumulated over the taps of the outer one."""
     groups = gcd(inner.groups, outer.groups)
+    shape = (outer.out_channels, inner.in_channels // groups, *(axis.kernel for axis in axes))
+    if outer.device.type == "meta":  # only the shape is known, and arithmetic on meta tensors is slow
+        return Kernel.of(torch.empty(shape, dtype=outer.dtype, device="meta"), groups)
     # A depthwise map only scales channels, and needs no common number of groups.
     if not inner.is_depthwise and not outer.is_depthwise:
         inner, outer = open_groups(inner, groups), open_groups(outer, groups)
     first, second = inner.weight, outer.weight
     if max(outer.kernel_size, default=1) == 1:
         return Kernel.of(_mix(inner, first, outer, second.flatten(1)), groups)
-    shape = (outer.out_channels, inner.in_channels // groups, *(axis.kernel for axis in axes))
     weight_OIK = second.new_zeros(shape)
     for taps in product(*map(range, outer.kernel_size)):
         places = map(inner_placement, inner.axes, outer.axes, axes, taps)

@@ -185,7 +185,7 @@ class ForwardRewriter:
         """Whether code that stays reads a parameter, or calls a module."""
         own = {self.host, *self.parts}
         for node in self.recording.graph.nodes:
-            if node.op == "get_attr" and node.target == path:
+            if node.op == "get_attr" and is_inside(str(node.target), path):
                 if any(user.op != "output" and self.recording.owner(user) not in own for user in node.users):
                     return True
             elif node.op == "call_module" and node.target == path and self.recording.owner(node) not in own:

@@ -86,6 +86,18 @@ class Placement:
                     seen.add(path)
         return shared
 
+    @cached_property
+    def _read_by_others(self) -> set[str]:
+        """Paths of leaf modules whose tensors a forward reads past them."""
+        reads = (self.recording.constant(node) for node in self.recording.graph.nodes if node.op == "get_attr")
+        read = {id(tensor) for tensor in reads}  # tied parameters are one tensor
+        parts = {path: self.recording.module.get_submodule(path) for _, path in self.recording.calls()}
+        return {
+            path
+            for path, part in parts.items()
+            if any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
+        }
+
     def fixed_nodes(self) -> dict[fx.Node, str]:
         """Return the nodes that must stay as they are, with the reason."""
         found: dict[fx.Node, str] = {}
@@ -96,8 +108,6 @@ class Placement:
             if path in self.excluded:
                 nodes = (item for item in frames[0].items if isinstance(item, fx.Node))
                 found |= dict.fromkeys(nodes, self.excluded[path])
-        reads = (self.recording.constant(node) for node in self.recording.graph.nodes if node.op == "get_attr")
-        read = {id(tensor) for tensor in reads}  # tied parameters are one tensor
         for node, path in self.recording.calls():
             part = self.recording.module.get_submodule(path)
             if path in self._shared and isinstance(part, _ConvTransposeNd):
@@ -106,8 +116,6 @@ class Placement:
                 found[node] = "it has hooks"
             elif not is_leaf(part):
                 found[node] = "it is a compiled script"
-            elif any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values())):
-                found[node] = "its parameters are read by something else"
             elif path in self.excluded:
                 found[node] = self.excluded[path]
         if not self.trusted:
@@ -175,6 +183,8 @@ class Placement:
         changed = [*region.called_modules, *([str(first.target)] if first.op == "call_module" else [])]
         if point.kind == "chain" and any(path in self._shared for path in changed):
             return "it is used more than once"
+        if point.kind == "chain" and any(path in self._read_by_others for path in changed):
+            return "its parameters are read by something else"
         for path in sorted(point.rewritten):
             reason = self._why_frozen(path)
             if reason:

@@ -87,6 +87,7 @@ class Step:
     operations: tuple[str, ...]
     cost: Cost
     is_leaf: bool
+    makes_kernel: bool = False
 
     @property
     def computes(self) -> bool:
@@ -98,7 +99,7 @@ class Step:
         """How many operations there are to merge."""
         count = sum(operation != "identity" for operation in self.operations)
         # A padded nn.Conv2d is two operations of the algebra, but nothing is gained by "merging" it.
-        return min(count, 1) if self.is_leaf else count
+        return min(count, 1) + self.makes_kernel if self.is_leaf else count + self.makes_kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -445,7 +446,8 @@ class SymbolicValues:
         self._nodes = list(recording.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
         self.constants: dict[fx.Node, Any] = {}
-        self._starts: dict[fx.Node, tuple[Value, ...]] = {}
+        self._specs: dict[fx.Node, list[InputSpec]] = {}
+        self._starts: dict[tuple[fx.Node, InputSpec], Value] = {}
         for node in self._nodes:
             self._visit(node)
 
@@ -489,12 +491,11 @@ class SymbolicValues:
     def spec(self, node: fx.Node) -> InputSpec | None:
         """Return channels and layout of a node's tensor, None where the graph does not determine them."""
         try:
-            starts = self._starts_at(node)
+            specs = self._possible_specs(node)
         except ReparamError:
             return None
         used = {self.by_node[user].start for user in self.by_source.get(node, ())}
-        symbol = next((start.symbol for start in starts if start in used), starts[0].symbol)
-        return InputSpec(symbol.map.out_channels, symbol.layout)
+        return next((spec for spec in specs if self._starts.get((node, spec)) in used), next(iter(specs), None))
 
     def _visit(self, node: fx.Node) -> None:
         # A clobbered tensor is no constant: a write changes it while the graph runs.
@@ -546,7 +547,8 @@ class SymbolicValues:
         yield from sorted(starts, key=lambda start: self.order[start.source])
         for n in inputs:
             try:
-                yield from self._starts_at(n)
+                for spec in self._possible_specs(n):
+                    yield self._start(n, spec)
             except ReparamError as error:
                 errors.append(error)
 
@@ -572,7 +574,8 @@ class SymbolicValues:
             raise error
         operations, cost = tuple(ledger.operations[count:]), Cost.of_ledger(ledger) - before
         leaf = node.op == "call_module" and is_leaf(self._modules[str(node.target)])
-        step = Step(node, self.order[node], operations, cost, leaf)
+        makes_kernel = "conv" in operations and self._makes_kernel(node)
+        step = Step(node, self.order[node], operations, cost, leaf, makes_kernel)
         inside = tuple([value for value in inputs.values() if value.step is not None])
         self.by_node[node] = Value(start.source, result, step, inside, start)
         self.by_source.setdefault(start.source, set()).add(node)
@@ -590,36 +593,38 @@ class SymbolicValues:
         symbol.source.add(known.operations, known.cost.multiply_adds, known.cost.weights)
         return SymbolicTensor(symbol.source, known.conv, known.layout)
 
-    def _starts_at(self, node: fx.Node) -> tuple[Value, ...]:
-        """Return the node as the source of a region: once for each layout that it may have."""
-        if node not in self._starts:
-            self._starts[node] = tuple([self._start(node, spec) for spec in self._possible_specs(node)])
-        return self._starts[node]
-
     def _start(self, node: fx.Node, spec: InputSpec) -> Value:
-        source = Source(self._options.merge_branches)
-        symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
-        source.shape = tuple(self._options.shapes[node]) if node in self._options.shapes else None
-        # Rows have no borders, so their cost per row is exact without sizes.
-        if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
-            source.sizes = tuple(self._options.shapes[node][2:])
-        return Value(node, symbol)
+        """Return the node as the source of a region."""
+        if (node, spec) not in self._starts:
+            source = Source(self._options.merge_branches)
+            symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
+            source.shape = tuple(self._options.shapes[node]) if node in self._options.shapes else None
+            # Rows have no borders, so their cost per row is exact without sizes.
+            if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
+                source.sizes = tuple(self._options.shapes[node][2:])
+            self._starts[node, spec] = Value(node, symbol)
+        return self._starts[node, spec]
 
     def _possible_specs(self, node: fx.Node) -> list[InputSpec]:
         """Return channels and layout of a node's tensor; where its shape leaves two layouts open, the likelier first.
 
         Raises ReparamError if nothing determines them.
         """
-        if node in self.by_node:
-            symbol = self.by_node[node].symbol
-            return [InputSpec(symbol.map.out_channels, symbol.layout)]
+        if node not in self._specs:
+            self._specs[node] = self._find_specs(node)
+        return self._specs[node]
+
+    def _find_specs(self, node: fx.Node) -> list[InputSpec]:
+        known = self.by_node[node].symbol if node in self.by_node else None
+        specs = [] if known is None else [InputSpec(known.map.out_channels, known.layout)]
         if not self._options.recorded:
-            return [_spec_from_transposed(self.recording, node) or self._probe(node)]
+            return specs or [_spec_from_transposed(self.recording, node) or self._probe(node)]
         shape = self._options.shapes.get(node)
         if shape is None:
             raise NotLinearError("one of its arguments is no floating-point tensor")
-        specs = [InputSpec(shape[-1 if layout.rows else 1], layout) for layout in _possible_layouts(shape)]
-        return specs[::-1] if self._is_read_as_rows(node) else specs
+        possible = [InputSpec(shape[-1 if layout.rows else 1], layout) for layout in _possible_layouts(shape)]
+        specs += possible[::-1] if self._is_read_as_rows(node) else possible
+        return list(dict.fromkeys(specs))
 
     def _probe(self, node: fx.Node) -> InputSpec:
         """Infer channels and layout of a node's tensor from the functions that read it."""

@@ -79,7 +79,10 @@ def compile(  # noqa: A001 - as torch.compile
             processor of this process.
         precision: the error budget. "highest" uses direct convolutions only. "high" uses the Winograd tiles whose RMS
             error in a layer is below 4x that of OpenVINO's fp32 layers: up to F(4x4) anywhere, F(5x5) from 71 input
-            channels, F(4x7) from 178, F(5x7) from 361. "medium" allows 9x: F(7x7) from 359 channels.
+            channels, F(4x7) from 178, F(5x7) from 361. "medium" allows 9x: F(7x7) from 359 channels. Winograd's
+            errors are relative to the largest value in a tile of pixels: a pixel of 1e6 among values of 1 changes the
+            outputs around it by up to 12 % ("high") or 27 % ("medium"), and an infinite one makes them NaN. For images
+            with such outliers, use "highest", which keeps them where PyTorch does.
         search: measure the best candidate algorithms of each convolution for ``input_shape`` on this machine, and use
             the fastest. This takes some seconds for each kind of convolution, once: results are cached on disk. By
             default, a cost model selects the algorithms. The outputs of both differ by rounding errors.
@@ -291,7 +294,7 @@ class TorchFallback:
     def __call__(self, x: Images) -> Images:
         view_input(x, self._channels)  # raises as CompiledModel.__call__ does
         images = x if isinstance(x, Tensor) else torch.from_numpy(x.copy())
-        with torch.no_grad(), eval_mode(self.model):
+        with torch.no_grad(), eval_mode(self.model):  # threads may do so at once
             output: Tensor = self.model(images)
         return output if isinstance(x, Tensor) else output.numpy()
 

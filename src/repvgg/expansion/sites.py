@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -113,30 +112,48 @@ def _read_from_outside(model: nn.Module) -> set[int]:
 
 
 def _reads(part: nn.Module) -> set[int]:
-    """Return the ids of the tensors that a forward reads itself: trace it on a shadow, with submodules as leaves."""
-    tracer = _Reader()
-    # Control flow that depends on values ends the trace; reads up to there count.
-    with warnings.catch_warnings(), suppress(Exception):
-        warnings.simplefilter("ignore")
-        tracer.trace(shadow_of(part, lambda tensor: tensor))
-    return tracer.reads
+    """Return the ids of the parameters that a forward reads itself: run it on a shadow, with submodules as leaves.
+
+    Tensors are proxies of torch.fx. Its tracer is not used: it patches ``nn.Module`` for all threads while it runs.
+    """
+    reads: set[int] = set()
+    shadow = shadow_of(part, lambda tensor: tensor)
+    tracer = _Tracer()
+    tracer.root, tracer.graph, tracer.tensor_attrs = shadow, fx.Graph(), {}
+    for module in shadow.modules():
+        module.__dict__["_parameters"] = _ReadParameters(module._parameters, reads)
+        if module is not shadow and not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__["forward"] = _leaf(tracer)
+            module.__dict__.update({name: {} for name in _HOOKS})
+    # Control flow that depends on values ends the run; reads up to there count.
+    with suppress(Exception):
+        forward, arguments = tracer.create_args_for_root(type(shadow).forward, True)
+        forward(*arguments)
+    return reads
 
 
-class _Reader(fx.Tracer):
-    """Record the tensors that are read as attributes."""
+class _Tracer(fx.Tracer):
+    """Makes proxies; what they are computed from does not matter."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: set[int] = set()
+    def create_arg(self, a: Any) -> Any:
+        return None if isinstance(a, Tensor) else super().create_arg(a)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # Return the value itself instead of a proxy: only the access matters.
-        if isinstance(attr_val, Tensor):
-            self.reads.add(id(attr_val))
-        return attr_val
+def _leaf(tracer: fx.Tracer) -> Callable[..., fx.Proxy]:
+    return lambda *args, **kwargs: tracer.create_proxy("call_function", _leaf, (), {})
+
+
+class _ReadParameters(dict[str, Any]):
+    """The parameters of a module; records the ids of those that are read as attributes."""
+
+    def __init__(self, parameters: Mapping[str, Any], reads: set[int]) -> None:
+        super().__init__(parameters)
+        self.reads = reads
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        self.reads.add(id(value))
+        return value
 
 
 def why_not_replaceable(conv: nn.Conv2d, owners: Mapping[int, int]) -> str | None:
