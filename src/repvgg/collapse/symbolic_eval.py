@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from repvgg.algebra import ConvMap
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.modules import is_leaf
+from repvgg.collapse.modules import computes_weights, is_leaf
 from repvgg.collapse.record import Recording
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
@@ -80,6 +80,7 @@ class Step:
         operations: names of the operations of the algebra.
         cost: what they cost.
         is_leaf: whether the node calls one of torch's own modules.
+        makes_kernel: whether it convolves with a kernel that it computes in each call.
     """
 
     node: fx.Node
@@ -558,6 +559,12 @@ class SymbolicValues:
             return start
         value = self.by_node.get(node)
         return value if value is not None and value.start is start and node not in self.cuts else None
+
+    def _makes_kernel(self, node: fx.Node) -> bool:
+        """Whether the kernel of a convolution is computed from other parameters in each call."""
+        if node.op == "call_module":
+            return computes_weights(self._modules[str(node.target)])
+        return any(n.op.startswith("call") for n in node.all_input_nodes if n in self.constants)
 
     def _record(self, node: fx.Node, start: Value, inputs: Mapping[fx.Node, Value]) -> None:
         ledger = start.symbol.source
