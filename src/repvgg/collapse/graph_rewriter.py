@@ -19,7 +19,7 @@ from torch.package import sys_importer
 
 from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
-from repvgg.collapse.modules import join
+from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in

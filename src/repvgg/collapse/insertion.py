@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
-from repvgg.collapse.record import Frame, Recording, is_constant
+from repvgg.algebra import ConvMap
+from repvgg.collapse.record import Frame, Recording, is_constant, leaves
 from repvgg.collapse.symbolic_eval import Region
+from repvgg.symbolic.handlers import numbers
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ def _is_whole(region: Region, frame: Frame) -> bool:
     return all(node in inside or is_constant(node) for node in frame.nodes())
 
 
+def _has_geometry(conv: ConvMap, given: dict[str, Any]) -> bool:
+    """Whether a merged convolution has the geometry that the arguments of a function say."""
+    axes = conv.spatial
+    kernel = given["weight"].meta.get("shape", ()) if isinstance(given.get("weight"), fx.Node) else ()
+    values = [given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    if any(isinstance(leaf, (fx.Node, str)) for leaf in leaves(values)):
+        return False
+    stride, padding, dilation = (numbers(value, axes) for value in values)
+    sides = tuple(side for side in padding for _ in (0, 1))
+    expected = (tuple(kernel[2:]), stride, sides, dilation, given.get("groups", 1))
+    return expected == (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     """Return the module whose ``weight`` and ``bias`` the first step of a region convolves with, if it may take others.
 
@@ -84,6 +99,8 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False))
     given |= node.kwargs
     weight, bias = given.get("weight"), given.get("bias")
+    if not _has_geometry(region.value.symbol.map, given):
+        return None
     path = recording.owner(node)
     module = recording.module.get_submodule(path)
     prefix = f"{path}." if path else ""

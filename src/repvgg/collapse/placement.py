@@ -15,7 +15,7 @@ from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, insertion_points
-from repvgg.collapse.modules import has_own_hooks, held_elsewhere, is_inside, is_leaf
+from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
 from repvgg.collapse.record import Frame, Recording, is_constant, leaves, record
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import Region
@@ -95,7 +95,8 @@ class Placement:
         return {
             path
             for path, part in parts.items()
-            if any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
+            if not computes_weights(part)  # torch's own hooks read them
+            and any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
         }
 
     def fixed_nodes(self) -> dict[fx.Node, str]:

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from repvgg.algebra import ConvMap, over_axes
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
-from repvgg.collapse.insertion import Replacement
+from repvgg.collapse.insertion import Replacement, own_kernel
 from repvgg.collapse.modules import join, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
@@ -98,6 +98,7 @@ class _PlanApplier:
         self.prove = prove
         self.memo: dict[int, Any] = copies_of_computed_tensors(model)
         self.done: list[Replaced] = []
+        self.taken_by: dict[nn.Module, nn.Module] = {}
         self.failed: Reasons = {}
 
     def substitute(self, old: nn.Module, new: nn.Module) -> None:
@@ -169,7 +170,7 @@ class _PlanApplier:
             absorbed += modules
         parts = parts_of_region(scope.module, region)
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
-        self.done.append(Replaced(entry, conv, modules or [host]))
+        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), modules or [host]))
 
     def _scale_transposed(self, scope: Scope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
@@ -217,6 +218,12 @@ class _PlanApplier:
                 module = scope.module.get_submodule(str(node.target))
                 self.substitute(module, _with_attributes_of(module, conv if node is target else nn.Identity()))
                 name = str(node.target) if node is target else name
+            elif computes and node is target and own_kernel(region, scope.recording) is not None:
+                name = scope.recording.owner(node)
+                old = scope.module.get_submodule(name)
+                taken = _with_kernel_of(old, conv, self.memo)
+                self.substitute(old, taken)
+                self.taken_by[conv] = taken
             elif computes:
                 rewriter = rewriters[scope.recording.owner(node)]
                 if node is target:
@@ -265,6 +272,16 @@ class _PlanApplier:
         inside = set(plain.modules())
         lost = [done.modules for done in self.done if done.conv not in inside]
         return {part: "the module around it has its own __deepcopy__" for modules in lost for part in modules}
+
+
+def _with_kernel_of(old: Module, conv: nn.Module, memo: dict[int, Any]) -> Module:
+    """Return a copy of a module that convolves by a function of its ``weight`` and ``bias``, with those of ``conv``."""
+    new = object.__new__(type(old))
+    state = {name: value for name, value in vars(old).items() if name not in ("_parameters", "_compiled_call_impl")}
+    vars(new).update(deep_copy(state, memo, old))
+    others = {name: value for name, value in old._parameters.items() if name not in ("weight", "bias")}
+    vars(new)["_parameters"] = {**deep_copy(others, memo, old), **conv._parameters}
+    return new
 
 
 def _with_attributes_of(old: nn.Module, new: Module) -> Module:
