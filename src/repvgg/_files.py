@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 
 from repvgg.errors import OutputError, OutputExistsError
 
+TEMPORARY_PREFIX = ".repvgg-"  # of folders in which a file is written before it gets its name
+
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Check that a file may be written at ``path``; call it before the work that makes the content.
@@ -49,7 +51,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     real = Path(os.path.realpath(target))  # replace the file that a symbolic link points to, not the link
     try:
         # The same file system as the target: a rename across file systems is not atomic.
-        with TemporaryDirectory(prefix=".repvgg-", dir=real.parent) as folder:
+        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=real.parent) as folder:
             part = Path(folder) / target.name
             mode = _permissions(real, Path(folder) / "mode")
             yield part
@@ -66,6 +68,35 @@ def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = Fal
     with atomic_write(path, overwrite=overwrite) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def create_text(path: str | os.PathLike[str], text: str, *, temporary_prefix: str = TEMPORARY_PREFIX) -> bool:
+    """Create a file with this text, which is complete as soon as it exists; return False if it exists already.
+
+    Of several processes, exactly one gets True.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    target = Path(path)
+    try:
+        with TemporaryDirectory(prefix=temporary_prefix, dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            part.write_text(text, encoding="utf-8")
+            _flush_to_disk(part)
+            try:
+                os.link(part, target)  # unlike a rename, it fails if the name exists
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                try:
+                    with target.open("x", encoding="utf-8") as file:
+                        file.write(text)
+                except FileExistsError:
+                    return False
+            return True
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} could not be created: {error.strerror or error}.") from error
 
 
 def _permissions(target: Path, probe: Path) -> int:

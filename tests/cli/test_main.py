@@ -33,6 +33,7 @@ COMMAND_LINE = {
         "--compile",
         "--config",
         "--cutmix",
+        "--data.allow-commands",
         "--data.augment.crop",
         "--data.augment.crop-padding",
         "--data.augment.crop-ratio",
@@ -91,6 +92,7 @@ COMMAND_LINE = {
         "--threads",
     ],
     "eval": [
+        "--allow-commands",
         "--batch",
         "--crop-fraction",
         "--data",
@@ -158,7 +160,7 @@ COMMAND_LINE = {
         "MODEL",
     ],
     "study": ["--help", "--out", "--overwrite", "NAME"],
-    "data check": ["--help", "--json", "--limit", "--val", "--workers", "URI"],
+    "data check": ["--allow-commands", "--help", "--json", "--limit", "--val", "--workers", "URI"],
     "checkpoint inspect": ["--help", "--json", "FILE"],
     "checkpoint convert": ["--form", "--help", "--overwrite", "--to", "FILE", "OUT"],
 }

@@ -134,6 +134,20 @@ def test_images_without_memory_of_their_own_are_refused(fast, name):
     assert fast(batch()).shape == (2, 10)
 
 
+@forking
+@pytest.mark.parametrize("name", ["fake", "freed", "too short", "zeros of autograd"])
+def test_images_without_memory_do_not_end_the_process(fast, name):
+    """In a child, which a read of such memory would kill."""
+    child = os.fork()
+    if child == 0:
+        try:
+            fast(WITHOUT_MEMORY[name][0]())
+        except UsageError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 TRANSFORMS = {
     "vmap": lambda fast: torch.func.vmap(fast)(torch.stack([batch(), batch()])),
     "grad": lambda fast: torch.func.grad(lambda x: fast(x).sum())(batch()),

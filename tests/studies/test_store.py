@@ -1,9 +1,12 @@
 """A folder of cells: written one by one, continued, never mixed; and locks between processes."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -244,3 +247,144 @@ def test_shares_partition_all_cells():
 def test_invalid_shares_are_refused(text):
     with pytest.raises(UsageError, match="share"):
         CellShare.parse(text)
+
+
+@pytest.mark.parametrize("age", [0, 10**6])
+def test_an_empty_lock_is_taken_over_when_it_is_old(tmp_path, age):
+    """A process of an earlier version was killed between creating and writing it."""
+    path = tmp_path / "a.lock"
+    path.write_text("")
+    os.utime(path, (time.time() - age,) * 2)
+    with try_lock(path) as lock:
+        assert lock.acquired == (age > 0)
+    assert path.exists() == (age == 0)
+
+
+def test_a_process_number_that_is_used_again(tmp_path):
+    """The lock of a dead process whose number another process, here this one, has got."""
+    path = tmp_path / "a.lock"
+    path.write_text(f"{os.getpid()}\n{socket.gethostname()}\nanother boot 12345\n")
+    with try_lock(path) as lock:
+        assert lock.acquired
+        assert lock.holder == LockHolder(str(os.getpid()), socket.gethostname())
+
+
+def test_lock_files_are_complete_and_leave_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    (tmp_path / f".lock-{socket.gethostname()}-killed").mkdir()
+    (tmp_path / ".lock-some-other-machine-busy").mkdir()
+    with try_lock(path) as lock:
+        assert lock.acquired
+        assert path.read_text().splitlines()[:2] == [str(os.getpid()), socket.gethostname()]
+        assert {entry.name for entry in tmp_path.iterdir()} == {"a.lock", ".lock-some-other-machine-busy"}
+
+    def no_hard_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_hard_links)
+    with try_lock(path) as lock, try_lock(path) as second:
+        assert (lock.acquired, second.acquired) == (True, False)
+
+
+def test_a_lock_that_was_given_to_another_is_not_removed(tmp_path):
+    path = tmp_path / "a.lock"
+    with try_lock(path):
+        path.write_text("1\nsome-other-machine\n")
+    assert path.exists()
+
+
+HAMMER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from repvgg.studies.store import lock_holder, try_lock
+
+folder = Path(sys.argv[1])
+lock, owner, log = folder / "a.lock", folder / "owner", folder / "log"
+
+def work():
+    while True:
+        with try_lock(lock) as result:
+            if not result.acquired:
+                continue
+            before = owner.read_text() if owner.exists() else ""
+            if before and Path(f"/proc/{before}").exists() and int(before) != os.getpid():
+                with log.open("a") as file:
+                    file.write(f"{before} and {os.getpid()} hold it at once;")
+            owner.write_text(str(os.getpid()))
+            time.sleep(random.uniform(0, 0.003))
+            owner.write_text("")
+            with log.with_name("held").open("a") as file:
+                file.write("x")
+
+def start():
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return child
+
+children = [start() for _ in range(4)]
+for kill in range(24):
+    time.sleep(random.uniform(0.005, 0.06))
+    at = kill % 4
+    os.kill(children[at], signal.SIGKILL)
+    assert os.waitpid(children[at], 0)[1] == signal.SIGKILL  # and not an exception before
+    children[at] = start()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+with try_lock(lock) as result:
+    pass
+left = sorted(path.name for path in folder.iterdir())
+print(json.dumps({"free": result.acquired, "left": left}))
+"""
+
+
+def test_killed_processes_leave_no_lock_and_never_share_one(tmp_path):
+    command = [sys.executable, "-c", HAMMER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "log").exists(), (tmp_path / "log").read_text()
+    assert json.loads(done.stdout) == {"free": True, "left": ["held", "owner"]}
+
+
+def test_the_header_is_the_first_file(tmp_path, monkeypatch):
+    """Whoever looks between the header and the folder of cells finds a study."""
+    folder = tmp_path / "s"
+    seen = []
+    mkdir = Path.mkdir
+
+    def look(path, *args, **options):
+        if path.name == "cells":
+            seen.append(CellStore.open(folder, header()).header.study)
+        return mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", look)
+    CellStore.open(folder, header()).create()
+    assert seen == [header().study]
+
+
+@pytest.mark.parametrize("leftover", [".repvgg-killed", "cells", "runs"])
+def test_what_killed_processes_leave_is_no_study(tmp_path, leftover):
+    (tmp_path / "s" / leftover).mkdir(parents=True)
+    if leftover.startswith("."):
+        (tmp_path / "s" / leftover / "study.json").write_text("{")
+    CellStore.open(tmp_path / "s", header()).put("a", {"x": 1})
+    assert len(CellStore.open(tmp_path / "s", header())) == 1
+
+
+def test_studies_that_start_at_once_do_not_mix(tmp_path):
+    one = CellStore.open(tmp_path / "s", header(settings={"a": 1}))
+    same = CellStore.open(tmp_path / "s", header(settings={"a": 1}))
+    other = CellStore.open(tmp_path / "s", header(settings={"a": 2}))
+    one.put("x", {})
+    same.put("y", {})
+    with pytest.raises(UsageError, match="results with a 1, not 2"):
+        other.put("z", {})
+    assert sorted(path.name for path in (tmp_path / "s" / "cells").iterdir()) == ["x.json", "y.json"]
+    # Started again with other settings while the first ones still run:
+    CellStore.open(tmp_path / "s", header(settings={"a": 3}), overwrite=True).put("x", {})
+    with pytest.raises(UsageError, match="results with a 3, not 1"):
+        one.put("w", {})

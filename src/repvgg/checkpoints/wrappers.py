@@ -121,7 +121,7 @@ def _choose(found: Mapping[str, _Opened]) -> tuple[str, dict[str, str]]:
     """Return the copy of the weights to take, and the averages that lack a tensor → its name."""
     current = next((name for name in found if name in _CURRENT), None)
     wanted = set() if current is None else _names(found[current])
-    incomplete = {}
+    incomplete: dict[str, str] = {}
     for name in found:
         missing = wanted - _names(found[name]) if name in _AVERAGED else set()
         if not missing:

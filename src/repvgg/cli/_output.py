@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from repvgg._serde import json_ready
+from repvgg.errors import printable, printable_lines
+
 if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
@@ -32,21 +35,28 @@ def write_warning(text: str) -> None:
     sys.stderr.write(f"warning: {_encodable(text, sys.stderr)}\n")
 
 
+def write_error(text: str) -> None:
+    """Write the reason why a command failed to standard error, as one line."""
+    sys.stderr.write(f"error: {_encodable(' '.join(text.split()), sys.stderr)}\n")
+
+
 def _encodable(text: str, stream: TextIO) -> str:
-    """Escape what ``stream`` cannot encode: arrows in an ASCII locale, file names that are not valid text."""
+    """Escape what ``stream`` cannot encode (arrows in an ASCII locale), and what would steer a terminal."""
     encoding = stream.encoding or "utf-8"
+    text = printable_lines(text)  # names of classes, files and layers may come from strangers
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def write_json(data: Any) -> None:
     """Write a JSON document to standard output."""
-    write_line(json.dumps(data, indent=1, allow_nan=False))
+    write_line(json.dumps(json_ready(data), indent=1, allow_nan=False))
 
 
 def write_table(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
     """Write rows in columns as wide as their content; all but the first are right-aligned if ``numbers``."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
         cells = [
             cell.rjust(width) if numbers and index else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -75,7 +85,7 @@ def write_report(report: Report) -> None:
     groups = {"not folded": report.left, "dropped": report.dropped, "searched part by part": report.in_pieces}
     for what, skipped in groups.items():
         for line in _by_reason(what, skipped):
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
 
 
 def equality(evidence: Evidence, images: Sequence[Tensor] = ()) -> str:
@@ -94,7 +104,8 @@ def _region_cells(region: Folded) -> tuple[Text, ...]:
     before = " + ".join(f"{number} x {kind}" if number > 1 else kind for kind, number in kinds.items())
     parameters = f"{region.parameters_before:,} → {region.parameters_after:,}"
     macs = " → ".join(f"{count:,}" for count in region.macs) + ("" if region.pixels else " a pixel")
-    return tuple(map(Text, (region.name or "(root)", before, region.convolution, parameters, macs)))
+    cells = region.name or "(root)", before, region.convolution, parameters, macs
+    return tuple(Text(printable(cell)) for cell in cells)
 
 
 def _by_reason(what: str, skipped: Iterable[Skipped]) -> list[str]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from repvgg.cli._options import Command, bound, description, overview, parse, single_blank_lines
-from repvgg.cli._output import INTERRUPTED
+from repvgg.cli._output import INTERRUPTED, write_error
 from repvgg.errors import RepvggError, UsageError, did_you_mean, is_out_of_memory
 
 BAD_INPUT = 2
@@ -86,7 +86,7 @@ def _docstring(module: str, function: str) -> str:
 
 
 def _report_error(what: object) -> int:
-    sys.stderr.write(f"error: {' '.join(str(what).split())}\n")
+    write_error(str(what))
     return BAD_INPUT
 
 

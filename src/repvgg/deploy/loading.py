@@ -36,7 +36,8 @@ class LoadedProgram:
     def __call__(self, images: Tensor) -> Tensor:
         batch = self.runner.input_shape[0]
         if batch is None:
-            return self.runner(images)
+            logits: Tensor = self.runner(images)
+            return logits
         # The file has a fixed batch size: fill the last batch with zeros.
         parts = []
         for part in images.split(batch):

@@ -284,6 +284,7 @@ def _train_missing(work: Work, store: CellStore, message: Callable[[str], None],
         if not work.share.holds(index):
             continue
         if not store.refresh(job.key):
+            store.create()  # before the lock: the header is the first file in the folder
             with try_lock(_lock_path(store.folder, job)) as lock:
                 if not lock.acquired:
                     message(f"{job.key}: left to {lock.holder}")
@@ -327,6 +328,7 @@ def _lock_path(folder: Path, job: Job) -> Path:
 
 
 def _measure_cost(work: Work, settings: AblationSettings, store: CellStore, reporter: ProgressReporter) -> None:
+    store.create()
     with try_lock(store.folder / RUNS / "cost.lock") as lock:
         store.refresh_all()
         if not lock.acquired:

@@ -7,22 +7,24 @@ settings or of another machine are refused, because the numbers of one table mus
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import SoftFileLock, Timeout
-
-from repvgg._files import write_text
+from repvgg._files import TEMPORARY_PREFIX, create_text, write_text
 from repvgg.errors import DataError, OutputError, OutputExistsError, UsageError
 from repvgg.measure import IDENTITY
 
 HEADER, CELLS = "study.json", "cells"
+_EMPTY_LOCK_SECONDS = 60  # a process writes its number within milliseconds
 _KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 Cell = Mapping[str, Any]
@@ -48,9 +50,10 @@ class Header:
 class CellStore:
     """The cells of one study in one folder. Nothing is written before the first cell or :meth:`create`."""
 
-    def __init__(self, folder: Path, header: Header, values: Mapping[str, Cell]) -> None:
+    def __init__(self, folder: Path, header: Header, values: Mapping[str, Cell], *, mix_machines: bool = False) -> None:
         self.folder, self.header = folder, header
         self._values = dict(values)
+        self._mix_machines = mix_machines
 
     @classmethod
     def open(cls, folder: Path, header: Header, *, overwrite: bool = False, mix_machines: bool = False) -> CellStore:
@@ -68,7 +71,7 @@ class CellStore:
             DataError: a file in it cannot be read.
         """
         if not _has_content(folder):
-            return cls(folder, replace(header, started=_now()), {})
+            return cls(folder, replace(header, started=_now()), {}, mix_machines=mix_machines)
         if not (folder / HEADER).is_file():
             # Never remove files that this class did not write, not even with overwrite.
             raise OutputExistsError(f"{str(folder)!r} is not empty and holds no study: choose another folder.")
@@ -77,14 +80,14 @@ class CellStore:
                 shutil.rmtree(folder)
             except OSError as error:
                 raise OutputError(f"{str(folder)!r} cannot be removed: {error.strerror or error}.") from error
-            return cls(folder, replace(header, started=_now()), {})
+            return cls(folder, replace(header, started=_now()), {}, mix_machines=mix_machines)
         found = read_header(folder)
         _check_comparable(folder, found, header, mix_machines)
         if found.finished:
             raise OutputExistsError(
                 f"{str(folder)!r} holds a finished study: choose another folder, or pass --overwrite."
             )
-        store = cls(folder, found, {})
+        store = cls(folder, found, {}, mix_machines=mix_machines)
         store.refresh_all()
         return store
 
@@ -128,6 +131,7 @@ class CellStore:
 
         Raises:
             OutputError: it cannot be written.
+            UsageError: another process has started another study in the folder.
         """
         assert _KEY.fullmatch(key), key  # it becomes a file name
         self.create()
@@ -135,18 +139,23 @@ class CellStore:
         self._values[key] = value
 
     def create(self) -> None:
-        """Create the folder and its header if they do not exist.
+        """Create the folder and its header if they do not exist; the header is the first file in it.
 
         Raises:
             OutputError: they cannot be created.
+            UsageError: another process has started another study in the folder.
         """
-        if (self.folder / HEADER).exists():
-            return
         try:
-            (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Of processes that start at once, one creates the header. It is compared before every cell, because
+            # another process may have replaced the study.
+            if not create_text(self.folder / HEADER, _to_json(asdict(self.header))):
+                found = read_header(self.folder)
+                _check_comparable(self.folder, found, self.header, self._mix_machines)
+                self.header = found
+            (self.folder / CELLS).mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be created: {error.strerror or error}.") from error
-        write_text(self.folder / HEADER, _to_json(asdict(self.header)), overwrite=True)
 
     def finish(self) -> None:
         """Record in the header that no cell is missing."""
@@ -175,7 +184,7 @@ def read_cell(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{str(path)!r} cannot be read: remove it to measure that cell again.") from error
     if not isinstance(data, dict):
         raise DataError(f"{str(path)!r} is not a cell: remove it to measure that cell again.")
@@ -197,9 +206,16 @@ def _now() -> str:
 
 def _has_content(folder: Path) -> bool:
     try:
-        return folder.exists() and any(folder.iterdir())
+        return folder.exists() and not all(_is_unfinished(path) for path in folder.iterdir())
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a process that was killed before there was a header has left this behind."""
+    if path.name.startswith(TEMPORARY_PREFIX):
+        return True
+    return path.name in (CELLS, "runs") and path.is_dir() and not any(path.iterdir())
 
 
 def _check_comparable(folder: Path, found: Header, wanted: Header, mix_machines: bool) -> None:
@@ -272,33 +288,112 @@ class LockResult:
 def try_lock(path: Path) -> Iterator[LockResult]:
     """Acquire a lock file without waiting; release it on exit.
 
-    The lock of a dead process of this machine is taken over. Locks of other machines stay until their processes or a
-    person remove them, because it is unknown whether those processes are alive.
+    The file is complete as soon as it exists. The lock of a dead process of this machine is taken over, and so is a
+    file without content that nobody has filled. Locks of other machines stay until their processes or a person remove
+    them, because it is unknown whether those processes are alive.
 
     Raises:
         OutputError: the file cannot be created.
     """
-    before = lock_holder(path)  # filelock overwrites the file of a dead process
-    # A soft lock is a file created exclusively: unlike flock it works on every file system that machines share.
-    lock = SoftFileLock(str(path), timeout=0)
+    abandoned = None
     try:
-        lock.acquire()
-    except Timeout:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(path.parent)!r} cannot be created: {error.strerror or error}.") from error
+    with _one_process_of_this_machine(path.parent) as alone:
+        for leftover in path.parent.glob(f"{_lock_prefix()}*") if alone else ():  # of processes killed in here
+            shutil.rmtree(leftover, ignore_errors=True)
+        before = lock_holder(path)
+        if before is not None and _is_abandoned(path, before):
+            abandoned = before
+            path.unlink(missing_ok=True)
+        acquired = create_text(path, "\n".join(_identity()) + "\n", temporary_prefix=_lock_prefix())
+    if not acquired:
         # Read again, because another process may have acquired the lock since.
         yield LockResult(False, lock_holder(path) or before)
         return
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be created: {error.strerror or error}.") from error
     try:
-        yield LockResult(True, before)
+        yield LockResult(True, abandoned)
     finally:
-        lock.release()
+        with _one_process_of_this_machine(path.parent):
+            if _lines(path) == _identity():  # unless a person has removed it and another process has acquired it
+                path.unlink(missing_ok=True)
 
 
 def lock_holder(path: Path) -> LockHolder | None:
     """Return the process that wrote a lock file; None if there is none."""
+    lines = _lines(path)
+    return None if lines is None else LockHolder(*lines[:2])
+
+
+def _lines(path: Path) -> list[str] | None:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         return None
-    return LockHolder(*(line.strip() for line in lines[:2]))
+
+
+@contextmanager
+def _one_process_of_this_machine(folder: Path) -> Iterator[bool]:
+    """Let one process of this machine at a time run the body; yield False where the system cannot do that.
+
+    Without it, of two processes that find the same dead holder, the second could remove the lock of the first. The
+    lock files themselves exclude other machines, which never remove a file of this one.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise OutputError(f"{str(folder)!r} cannot be opened: {error.strerror or error}.") from error
+        stack.callback(os.close, descriptor)  # which releases the lock, as the end of the process does
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield False
+            return
+        yield True
+
+
+def _identity() -> list[str]:
+    """The lines of a lock file of this process: its number, machine and start, by which a reused number is told."""
+    return [str(os.getpid()), socket.gethostname(), _started(os.getpid())]
+
+
+def _started(process: int) -> str:
+    """Return when a process started, in clock ticks since the machine did; "unknown" if the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The name of the program, in brackets, may contain spaces and brackets.
+        ticks = (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, IndexError):
+        return "unknown"
+    return f"{boot} {ticks}"
+
+
+def _is_abandoned(path: Path, holder: LockHolder) -> bool:
+    if not holder.process.isdecimal():
+        with suppress(OSError):
+            return time.time() - path.stat().st_mtime > _EMPTY_LOCK_SECONDS
+        return False
+    if holder.machine != socket.gethostname():
+        return False
+    process = int(holder.process)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    started = (_lines(path) or [])[2:3]
+    return bool(started) and "unknown" not in (started[0], now := _started(process)) and started[0] != now
+
+
+def _lock_prefix() -> str:
+    return f".lock-{socket.gethostname()}-"

@@ -23,7 +23,7 @@ from repvgg._files import atomic_write, write_text
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
 from repvgg.data import ImageData, open_data
-from repvgg.errors import OutputError, OutputExistsError, UsageError, require
+from repvgg.errors import OutputError, OutputExistsError, UsageError, printable, require
 from repvgg.training.callbacks import EpochRecord
 from repvgg.training.checkpoint import LAST_CHECKPOINT
 from repvgg.training.config import TrainConfig, differences, read_config, write_config
@@ -280,7 +280,7 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
 
 def _print(console: Console, line: str) -> None:
     """Print a line without changes: not wrapped, highlighted or parsed as markup."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], console: Console) -> None:
