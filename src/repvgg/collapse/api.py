@@ -16,7 +16,14 @@ from repvgg._calls import Inputs as GivenInputs
 from repvgg._contexts import gc_paused
 from repvgg.collapse.consistency import find_dependents
 from repvgg.collapse.cost import Cost, cheaper, policy_of
-from repvgg.collapse.modules import batch_norms, is_inside, preserved_random_state, submodule_or_none, without_wrappers
+from repvgg.collapse.modules import (
+    batch_norms,
+    is_inside,
+    norms_in_graphs,
+    preserved_random_state,
+    submodule_or_none,
+    without_wrappers,
+)
 from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
 from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
@@ -274,7 +281,7 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
     return ModelSummary(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         convolutions=dict(kinds.most_common()),
-        batch_norms=tuple(name for name, _ in batch_norms(model)),
+        batch_norms=(*(name for name, _ in batch_norms(model)), *norms_in_graphs(model), *plan.norm_functions()),
         mergeable=tuple(plan.first_convolutions()),
     )
 

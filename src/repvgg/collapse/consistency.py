@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from repvgg.collapse.modules import is_inside, is_leaf, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
-from repvgg.collapse.record import Frame
+from repvgg.collapse.record import Frame, is_constant
 from repvgg.errors import typed_line
 
 
@@ -53,6 +53,8 @@ def _actions(frame: Frame) -> list[Any]:
     actions: list[Any] = []
     for item in frame.items:
         if isinstance(item, fx.Node):
+            if is_constant(item):  # such as a weight that is folded now
+                continue
             actions.append(str(item.target) if item.op == "call_module" else item.target)
         else:
             actions.append(item.path)

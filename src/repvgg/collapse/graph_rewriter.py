@@ -7,6 +7,7 @@ is written anew, from the recorded operations.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import chain, count
@@ -27,7 +28,9 @@ from repvgg.symbolic import things_in
 Copied = TypeVar("Copied")
 
 # A compiled call would run the old code; the others are what graph modules have besides the attributes of a module.
-_NOT_COPIED = {"_compiled_call_impl"} | (vars(fx.GraphModule(nn.Module(), fx.Graph())).keys() - vars(nn.Module()).keys())
+_NOT_COPIED = {"_compiled_call_impl"} | (
+    vars(fx.GraphModule(nn.Module(), fx.Graph())).keys() - vars(nn.Module()).keys()
+)
 
 
 def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
@@ -169,6 +172,7 @@ class ForwardRewriter:
 
     def finish(self) -> None:
         """Complete the new module."""
+        self._drop_unused_constants()
         # Other nodes may still use what a removed node used.
         named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path in self.removed:
@@ -180,6 +184,23 @@ class ForwardRewriter:
             if "running_mean" not in new._buffers:  # the counter of a batch norm whose statistics were folded
                 new._buffers.pop("num_batches_tracked", None)
         give_forward(self.module, self.graph)
+
+    def _drop_unused_constants(self) -> None:
+        """Remove what only computed kernels that are folded now."""
+        live = {node for node in self.graph.nodes if not is_constant(node)}
+        waiting = list(live)
+        while waiting:
+            node = waiting.pop()
+            # An assignment belongs to the tensor that it writes to.
+            assignments = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
+            found = {*node.all_input_nodes, *assignments} - live
+            live |= found
+            waiting += found
+        for node in reversed(list(self.graph.nodes)):
+            if node not in live:
+                self.graph.erase_node(node)
+                if node.op == "get_attr":
+                    self.removed.append(str(node.target))
 
     def _is_read_elsewhere(self, path: str) -> bool:
         """Whether code that stays reads a parameter, or calls a module."""

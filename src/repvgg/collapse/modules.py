@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.symbolic import things_in
@@ -119,6 +119,21 @@ def held_elsewhere(model: nn.Module) -> set[nn.Module]:
             # A reference to a parent is common, and does not mean that the parent is called.
             if module not in own and not any(part is holder for part in module.modules()):
                 found |= set(module.modules())
+    return found
+
+
+def norms_in_graphs(model: nn.Module) -> list[str]:
+    """Return the paths of scripts, traces and graph modules whose graphs contain batch norms."""
+    found: list[str] = []
+    for path, part in model.named_modules():
+        if is_scripted(part):
+            inside = hasattr(part, "inlined_graph") and "batch_norm" in str(part.inlined_graph)
+        elif isinstance(part, fx.GraphModule):
+            inside = any("batch_norm" in str(node.target) for node in part.graph.nodes if node.op == "call_function")
+        else:
+            continue
+        if inside and not any(is_inside(path, outer) for outer in found):
+            found.append(path)
     return found
 
 

@@ -331,7 +331,9 @@ class Placement:
             frame = self.frames[owner][0]
             try:
                 call = next(calls_of(self.recording, frame, self.recording.module.get_submodule(owner)))
-                training = record(self.recording.module.get_submodule(owner), call, mode={"": True}, on_meta=self.recording.on_meta)
+                training = record(
+                    self.recording.module.get_submodule(owner), call, mode={"": True}, on_meta=self.recording.on_meta
+                )
             except Exception:
                 return None
             if any(is_inside(called, name) for called in training.called_paths()):

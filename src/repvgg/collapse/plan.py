@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
@@ -16,7 +17,7 @@ from repvgg.collapse.cost import Policy
 from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import Recording, record
+from repvgg.collapse.record import Recording, is_constant, record
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.errors import typed_line
@@ -129,6 +130,18 @@ class Plan:
                 node = done.region.first_convolution
                 inner = str(node.target) if node.op == "call_module" else scope.recording.owner(node)
                 yield join(scope.path, done.insertion.host if done.insertion.kind == "module" else inner)
+
+    def norm_functions(self) -> list[str]:
+        """Return the paths of the modules whose own forwards run a batch norm as a function, on what is no constant."""
+        found: dict[str, None] = {}
+        for scope in self.scopes:
+            for node in scope.recording.graph.nodes:
+                name = getattr(node.target, "__name__", "")
+                if node.op == "call_function" and "batch_norm" in name and not is_constant(node):
+                    inner = scope.recording.owner(node)
+                    if not isinstance(scope.module.get_submodule(inner), _BatchNorm):
+                        found[join(scope.path, inner)] = None
+        return list(found)
 
     @property
     def may_leave_more(self) -> bool:
@@ -252,5 +265,3 @@ class _Planner:
             for inner in (inner for inner in placement.not_run() if inner not in dropped):
                 self.visit(recording.module.get_submodule(inner), join(path, inner), None)
         self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused]
-
-

@@ -255,5 +255,3 @@ def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:
         return x_NCHW[:, :, 0, 0]
     x = x_NCHW.flatten(2) if layout.rank == 3 else x_NCHW
     return x.movedim(1, -1) if layout.rows else x
-
-

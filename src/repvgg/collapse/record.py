@@ -702,7 +702,9 @@ class _Recorder(TorchFunctionMode):
                 if node is not None and held() is value and node.op != "get_attr":
                     self.escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
         for generation in (1, 2):  # a tensor in a reference cycle is garbage; nearly all of them are young
-            alive = {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
+            alive = {
+                node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")
+            }
             if not alive - self.escaped.keys():
                 return
             gc.collect(generation)

@@ -218,7 +218,9 @@ def is_same_region(
     within = frame.path if frame is not None else path
     steps = [step.node for step in region.steps if is_inside(region.recording.owner(step.node), within)]
     prefix = "" if frame is not None else path
-    return _Match(steps, region.exit, prefix, unchanged).holds(list(other.graph.nodes) if frame is None else list(frame.nodes()))
+    return _Match(steps, region.exit, prefix, unchanged).holds(
+        list(other.graph.nodes) if frame is None else list(frame.nodes())
+    )
 
 
 class _Match:

@@ -55,7 +55,7 @@ def check_eval_mode(module: nn.Module, name: str = "") -> None:
     """Raise TrainingModeError, which names it, if a batch norm or a dropout in ``module`` is in training mode."""
     for inner, part in module.named_modules():
         # Only modules that behave differently in training mode: the flag of all others is harmless.
-        if part.training and isinstance(part, (_BatchNorm, _DropoutNd)):
+        if getattr(part, "training", False) and isinstance(part, (_BatchNorm, _DropoutNd)):
             path = ".".join(filter(None, (name, inner))) or type(part).__name__
             raise TrainingModeError(f"{path!r} ({type(part).__name__}) is in training mode: call .eval() on the model.")
 
