@@ -33,12 +33,14 @@ class CodeFacts:
         calls: by method, the attributes that it calls as ``self.name(...)``.
         export_switches: functions that the forward, or what it calls, asks whether the model is being exported.
         reads_training: whether they read ``training``.
+        names: all names in that code.
     """
 
     methods: frozenset[str]
     calls: dict[str, frozenset[str]]
     export_switches: tuple[str, ...]
     reads_training: bool
+    names: frozenset[str]
 
 
 def code_facts(module: nn.Module) -> CodeFacts:
@@ -62,7 +64,15 @@ def _facts_of_class(kind: type[nn.Module]) -> CodeFacts:
         calls={name: frozenset(_called_attributes(function)) for name, function in methods.items()},
         export_switches=tuple(name for name in _EXPORT_SWITCHES if name in names),
         reads_training="training" in names,
+        names=frozenset(names),
     )
+
+
+def flags_read(module: nn.Module) -> list[str]:
+    """Return the boolean attributes of a module that its forward may branch on."""
+    own = [name for name, value in vars(module).items() if isinstance(value, bool) and not name.startswith("_")]
+    names = code_facts(module).names
+    return [name for name in own if name != "training" and name in names]
 
 
 def has_public_methods(kind: type[nn.Module]) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from repvgg import _structure
-from repvgg.collapse.record import Frame, leaves, map_values
+from repvgg.collapse.record import Frame
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import UsageError
 
@@ -24,16 +23,18 @@ class CallGuard:
         path: of the module in the plain model.
         expected: for each argument by name, its leaves as the recorded call had them: a value, or what is known of a
             tensor.
+        flags: boolean attributes of the module that its forward branches on.
     """
 
     path: str
     expected: Mapping[str, tuple[Any, ...]]
+    flags: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: str, frame: Frame, module: nn.Module, *, sizes: bool) -> CallGuard:
         """Return the guard for the call of a frame; with ``sizes``, tensors must have the recorded shapes as well."""
         bound = _bound(module, frame.args, frame.kwargs)
-        return cls(path, {name: tuple(_expected(leaf, sizes) for leaf in leaves(v)) for name, v in bound.items()})
+        return cls(path, {name: tuple(_expected(leaf, sizes) for leaf in _leaves(v)) for name, v in bound.items()})
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare a call with the recorded one.
@@ -41,16 +42,18 @@ class CallGuard:
         Raises:
             UsageError: it differs.
         """
-        if torch.jit.is_tracing() and not self.expected:
+        name = self.path or type(module).__name__
+        for flag, value in self.flags.items():
+            if getattr(module, flag, value) != value:
+                raise UsageError(f"{name} was collapsed for {flag}={value}: collapse the model with the other value.")
+        if not self.expected:
             return
-        for name, value in _bound(module, args, kwargs).items():
-            given = leaves(value)
-            expected = self.expected.get(name, ())
+        for argument, value in _bound(module, args, kwargs).items():
+            given, expected = _leaves(value), self.expected.get(argument, ())
             if len(given) != len(expected) or not all(map(_fits, expected, given)):
                 raise UsageError(
-                    f"{self.path or 'This model'} was collapsed for {self._text()}, and is called with "
-                    f"{name}={_describe(value)}: call repvgg.reparameterize with inputs= like this call for another "
-                    "plain model."
+                    f"{name} was collapsed for {self._text()}, and is called with {argument}={_describe(value)}: call "
+                    "repvgg.reparameterize with inputs= like this call for another plain model."
                 )
 
     def _text(self) -> str:
@@ -62,6 +65,14 @@ class AnyTensor:
     """A tensor in a recorded call; ``shape`` is None if it does not matter."""
 
     shape: tuple[int, ...] | None = None
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    return [value]
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +116,3 @@ def _shown(expected: Any) -> str:
 
 def _describe(value: Any) -> str:
     return ", ".join(_structure.describe(leaf) for _, leaf in _structure.leaves(value)) or repr(value)
-
-
-_ = map_values

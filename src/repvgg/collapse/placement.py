@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx, nn
@@ -98,6 +98,11 @@ class Placement:
             if not computes_weights(part)  # torch's own hooks read them
             and any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
         }
+
+    def used_elsewhere(self, region: Region) -> set[nn.Module]:
+        """Return the modules of a region that other code calls, or reads the parameters of."""
+        paths = {path for path in region.called_modules if path in self._shared or path in self._read_by_others}
+        return {self.recording.module.get_submodule(path) for path in paths}
 
     def fixed_nodes(self) -> dict[fx.Node, str]:
         """Return the nodes that must stay as they are, with the reason."""
@@ -222,6 +227,9 @@ class Placement:
         if facts.export_switches and not self.trusted:
             return f"{around} asks whether it is being exported ({facts.export_switches[0]}): pass inputs="
         variants = self.variants(path)
+        for flag, other in variants.flags:
+            if signature(other.root, path) != mine:
+                self._guard_flag(path, flag)
         differs = variants.unknown or next(
             (
                 "takes optional arguments that change what it computes"
@@ -257,14 +265,21 @@ class Placement:
                     return f"{path} computes something else when it is called again"
         if self.similar is not None and not is_same_region(region, self.similar, unchanged=unchanged):
             return f"the forward of {host.path or 'the model'} branches on the size of its input"
-        return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(region, touched)
+        return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(
+            region, touched, unchanged
+        )
 
-    def _why_conflicting_variants(self, region: Region, touched: dict[str, Frame]) -> str | None:
+    def _why_conflicting_variants(
+        self, region: Region, touched: dict[str, Frame], unchanged: frozenset[str]
+    ) -> str | None:
         for path, frame in touched.items():
             variants = self.variants(path)
+            for flag, other in variants.flags:
+                if not is_same_region(region, other, path, unchanged=unchanged):
+                    self._guard_flag(path, flag)
             bad = variants.unknown or next(
                 ("takes optional arguments" if not frame.decisions else "branches on its input"
-                 for v in variants.recordings if not is_same_region(region, v, path)), None,
+                 for v in variants.recordings if not is_same_region(region, v, path, unchanged=unchanged)), None,
             )  # fmt: skip
             if bad is None:
                 continue
@@ -283,11 +298,16 @@ class Placement:
                 return f"the method {method!r} of {path or 'the model'} calls a part of it on its own: pass inputs="
         return None
 
+    def _guard_flag(self, path: str, flag: str) -> None:
+        known = self.guards.get(path, CallGuard(path, {}))
+        value = vars(self.recording.module.get_submodule(path))[flag]
+        self.guards[path] = replace(known, flags={**known.flags, flag: value})
+
     def _guard(self, path: str) -> None:
         frame = self.frames[path][0]
-        self.guards[path] = CallGuard.of(
-            path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions)
-        )
+        guard = CallGuard.of(path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions))
+        known = self.guards.get(path, guard)
+        self.guards[path] = replace(guard, flags=known.flags)
 
     # Facts for the report and the proof
 

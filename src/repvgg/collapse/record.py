@@ -178,7 +178,7 @@ class Recording:
 
     def owner(self, node: fx.Node) -> str:
         """Return the path of the module whose forward ran ``node``."""
-        return self.frame_of[node].path
+        return self.frame_of.get(node, self.root).path
 
     def calls(self) -> Iterator[tuple[fx.Node, str]]:
         """Yield the nodes that call a module, with its path."""
@@ -212,6 +212,7 @@ def record(
     *,
     forced: Sequence[bool] = (),
     mode: Mapping[str, bool] | None = None,
+    flags: Mapping[str, bool] | None = None,
     on_meta: bool = False,
 ) -> Recording:
     """Call a model and record what it does.
@@ -221,6 +222,7 @@ def record(
         call: the arguments of the call.
         forced: which way its first decisions shall go, whatever the numbers say; see :attr:`Recording.decisions`.
         mode: paths of modules with a training flag other than that of eval mode.
+        flags: other values of boolean attributes of the model itself.
         on_meta: run on meta tensors of the same shapes: for models without values.
 
     Raises:
@@ -228,6 +230,7 @@ def record(
         Exception: whatever the code itself raises.
     """
     recorder = _Recorder(model, on_meta, forced, mode or {})
+    vars(recorder.shadow).update(flags or {})
     guard: Any = nullcontext() if on_meta else preserved_random_state()
     with guard, torch.inference_mode(False), torch.no_grad():
         recorder.modes = _modes()

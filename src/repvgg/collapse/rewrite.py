@@ -125,7 +125,7 @@ class _PlanApplier:
             rewriter.copy_state(self.memo, scope.path)
             rewriter.finish()
         for part in absorbed:
-            del self.memo[id(part)]
+            self.memo.pop(id(part), None)
 
     def _replace_region(
         self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
@@ -167,7 +167,9 @@ class _PlanApplier:
             name = rewriter.insert_call(conv, region.source, region.replaced)
             for node, remaining in region.removed:
                 rewriter.remove(node, remaining)
-            absorbed += modules
+            # A module that other code calls or reads needs a real copy.
+            kept = scope.placement.used_elsewhere(region)
+            absorbed += [part for part in modules if part not in kept]
         parts = parts_of_region(scope.module, region)
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
         self.done.append(Replaced(entry, self.taken_by.get(conv, conv), modules or [host]))

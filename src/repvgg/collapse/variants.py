@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg._calls import Call
+from repvgg.collapse.code import flags_read
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import UNKNOWN, Frame, Recording, leaves, map_values, record
 from repvgg.collapse.symbolic_eval import Region
@@ -34,21 +35,24 @@ class Variants:
     Attributes:
         recordings: those that ran to the end.
         unknown: why there may be others, a clause about the forward; None if all are known.
+        flags: recordings with one boolean attribute of the module negated, by its name.
     """
 
     recordings: tuple[Recording, ...] = ()
     unknown: str | None = None
+    flags: tuple[tuple[str, Recording], ...] = ()
 
 
 def find_variants(recording: Recording, frame: Frame) -> Variants:
     """Record the other branches that the code of a frame may take."""
     module = recording.module.get_submodule(frame.path)
+    flipped = tuple(_flag_variants(recording, frame, module))
     lost = next((decision for decision in frame.decisions if not decision.known), None)
     if lost is not None:
-        return Variants((), f"turns a tensor into a number ({lost.where})")
+        return Variants((), f"turns a tensor into a number ({lost.where})", flipped)
     calls = list(calls_of(recording, frame, module))
     if not frame.decisions and len(calls) == 1:
-        return Variants()
+        return Variants(flags=flipped)
     found: list[Recording] = []
     waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in calls]
     runs = 0
@@ -56,22 +60,33 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
         call, forced = waiting.pop()
         runs += 1
         if runs > _MAX_RUNS:
-            return Variants(tuple(found), "has too many branches to try them all")
+            return Variants(tuple(found), "has too many branches to try them all", flipped)
         try:
             variant = record(module, call, forced=forced, on_meta=recording.on_meta)
         except Exception as error:
             if not _is_refusal(error):
-                return Variants(tuple(found), _reason(frame, call, error))
+                return Variants(tuple(found), _reason(frame, call, error), flipped)
             outcomes = getattr(error, "decisions", [])
         else:
             found.append(variant)
             outcomes = variant.decisions
         if any(not decision.known for decision in outcomes):
-            return Variants(tuple(found), "turns a tensor into a number")
+            return Variants(tuple(found), "turns a tensor into a number", flipped)
         for place in range(len(forced), len(outcomes)):
             before = [decision.outcome for decision in outcomes[:place]]
             waiting.append((call, [*before, not outcomes[place].outcome]))
-    return Variants(tuple(found))
+    return Variants(tuple(found), None, flipped)
+
+
+def _flag_variants(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[tuple[str, Recording]]:
+    """Yield recordings with the boolean attributes that the code of a module reads negated, one at a time."""
+    for name in flags_read(module):
+        try:
+            call = next(calls_of(recording, frame, module))
+            other = record(module, call, flags={name: not vars(module)[name]}, on_meta=recording.on_meta)
+        except Exception:  # the module was not built for it
+            continue
+        yield name, other
 
 
 def _reason(frame: Frame, call: Call, error: Exception) -> str:
@@ -301,8 +316,8 @@ class _Match:
 
 def _names(key: Any) -> set[Any]:
     """Return the modules and parameters in the key of a step."""
-    op, target, constants = key
-    return {("module", target)} if op == "call_module" else {c for c in constants if c[0] == "attribute"}
+    op, target, _, reads = key
+    return {("module", target)} if op == "call_module" else set(reads)
 
 
 def is_number(node: fx.Node) -> bool:
@@ -314,13 +329,11 @@ def _node_arguments(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node) and leaf.op != "get_attr"]
 
 
-def _step_key(node: fx.Node, prefix: str) -> tuple[str, Any, tuple[Any, ...]]:
-    """Return operation, target and constants of a node."""
-    constants: list[Any] = []
-    for leaf in leaves((node.args, node.kwargs)):
-        if isinstance(leaf, fx.Node):
-            if leaf.op == "get_attr":
-                constants.append(("attribute", _target(leaf, prefix)))
-        else:
-            constants.append(_key(leaf, {}, prefix))
-    return node.op, _target(node, prefix), tuple(constants)
+def _step_key(node: fx.Node, prefix: str) -> tuple[str, Any, Any, frozenset[Any]]:
+    """Return operation, target, constants and parameters of a node."""
+    reads = frozenset(
+        ("attribute", _target(leaf, prefix)) for leaf in leaves((node.args, node.kwargs))
+        if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
+    )  # fmt: skip
+    constants = (_key(node.args, {}, prefix), _key(node.kwargs, {}, prefix))
+    return node.op, _target(node, prefix), constants, reads
