@@ -43,11 +43,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One point of the learning curves: mean training loss, and validation accuracy in [0, 1]."""
+    """One point of the learning curves: mean training loss, validation accuracy in [0, 1], and validation loss."""
 
     epoch: int
     loss: float
     accuracy: float
+    val_loss: float | None = None  # None in reports that do not have it
 
 
 @dataclass(frozen=True)
