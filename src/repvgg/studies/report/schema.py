@@ -238,6 +238,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``json.dumps(..., allow_nan=False)`` accepts."""
         data: dict[str, Any] = json_ready(self)
+        for epoch in data["training"]["history"]:
+            if epoch["val_loss"] is None:  # a report that was written before there was this field
+                del epoch["val_loss"]
         return data
 
     @classmethod
