@@ -1,12 +1,16 @@
+import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from repvgg import __version__
-from repvgg.cli import main
+from repvgg.cli import _interrupt, main
+from repvgg.cli._interrupt import interrupt_message
 from repvgg.errors import RepvggError
 
 # A change here is a change of what people type: make it on purpose, and say so.
@@ -292,6 +296,45 @@ def test_exit_codes(repvgg, monkeypatch, error, code, text):
     monkeypatch.setattr("repvgg.cli.app.load_command", lambda name: raising(error))
     outcome = repvgg("list")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", text)
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_is_busy(repvgg, monkeypatch):
+    """A kernel that runs for a second delays Python's own handler, not the message."""
+    seen = []
+
+    def command() -> None:
+        """Compute."""
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            with interrupt_message(lambda: "interrupted; continue with: repvgg list"):
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+        except KeyboardInterrupt:
+            seen.append("in time")
+            raise
+
+    def tell():
+        seen.append(threading.current_thread().name)
+        real()
+
+    real = _interrupt.tell
+    monkeypatch.setattr(_interrupt, "tell", tell)
+    monkeypatch.setattr("repvgg.cli.app.load_command", lambda name: command)
+    outcome = repvgg("list")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted; continue with: repvgg list\n")
+    assert seen[0] == "repvgg-interrupt"
+
+
+def test_errors_after_ctrl_c_are_its_consequences(repvgg, monkeypatch):
+    def command() -> None:
+        """Fail when interrupted."""
+        try:
+            with interrupt_message(lambda: "interrupted"):
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("a worker died") from None
+
+    monkeypatch.setattr("repvgg.cli.app.load_command", lambda name: command)
+    assert repvgg("list").code == 130
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch):

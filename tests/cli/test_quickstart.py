@@ -145,7 +145,7 @@ def test_a_failed_run_leaves_nothing(replayed, repvgg, monkeypatch, stage, error
     outcome = repvgg("quickstart")
     assert outcome.code == (130 if error is KeyboardInterrupt else 2)
     messages = {
-        KeyboardInterrupt: "interrupted\n",
+        KeyboardInterrupt: "interrupted; nothing was written; start again with: repvgg quickstart --seed 0\n",
         OSError: "error: 'runs/quickstart' could not be written: No space left.\n",
     }
     assert outcome.err == messages.get(

@@ -18,7 +18,7 @@ SMALL = (
     *("--batch-size", "12", "--optim.warmup-epochs", "1", "--no-channels-last", "--seed", "5"),
 )
 FILES = {"config.yaml", "last.ckpt", "train.safetensors", "plain.safetensors", "best.safetensors", "report.json"}
-FILES |= {"log.csv", "curve.png", "tensorboard"}
+FILES |= {"log.csv", "curve.png", "report.html", "tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,11 @@ def test_says_what_decides_the_outcome(finished):
     ]
     assert lines[4].startswith("dry run: loss ")
     assert "epoch 2/2" in said
-    assert lines[-4].startswith("plain form: relative error ")
-    assert lines[-3].startswith("train form  top-1 ")
-    assert lines[-2].startswith("plain form  top-1 ")
-    assert lines[-1] == f"wrote {folder}"
+    assert lines[-5].startswith("plain form: relative error ")
+    assert lines[-4].startswith("train form  top-1 ")
+    assert lines[-3].startswith("plain form  top-1 ")
+    assert lines[-2] == f"wrote {folder}"
+    assert lines[-1] == f"report: {folder / 'report.html'}"
 
 
 def test_config_is_the_recipe_with_what_was_changed(finished):

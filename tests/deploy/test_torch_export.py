@@ -63,7 +63,7 @@ def test_models_with_a_fixed_batch(tmp_path):
 def test_unsupported_models_are_rejected(tmp_path, capfd):
     with pytest.raises(ExportError, match="cannot be exported for an image"):
         export_program(DataDependent(), tmp_path / "a.pt2", (3, 8, 8), dynamic_batch=False)
-    with pytest.raises(UsageError, match="three positive numbers"):
+    with pytest.raises(UsageError, match="3 positive integers"):
         export_program(nn.ReLU(), tmp_path / "a.pt2", (3, 0, 8))
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")

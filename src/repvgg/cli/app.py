@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from repvgg.cli._interrupt import announced_interrupts, tell, was_told
 from repvgg.cli._options import Command, bound, description, overview, parse, single_blank_lines
 from repvgg.cli._output import INTERRUPTED, write_error
 from repvgg.errors import RepvggError, UsageError, did_you_mean, is_out_of_memory
@@ -43,22 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: the answer is negative (two models differ). 2: bad input, explained in one sentence on standard
     error. 130: interrupted by Ctrl-C.
     """
+    with announced_interrupts():
+        return _exit_code(list(sys.argv[1:] if argv is None else argv))
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(arguments)
         sys.stdout.flush()
-    except RepvggError as error:
-        return _report_error(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _report_error("There is not enough memory for this: take smaller or fewer images.")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        tell()
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of the output (head, for example) closed it. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if was_told():  # a worker process that Ctrl-C has ended, an import that it has broken off
+            return INTERRUPTED
+        if isinstance(error, RepvggError):
+            return _report_error(error)
+        if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+            return _report_error("There is not enough memory for this: take smaller or fewer images.")
+        raise
     return code
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from repvgg._progress import progress_bar
+from repvgg.cli._interrupt import interrupt_message
 from repvgg.cli._options import InputSize, JsonFlag, Number
 from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 from repvgg.errors import UsageError
@@ -86,7 +87,7 @@ def bench(
         machine = environment()
         candidates, left_out = runnable(candidates_of(models, input_size, engines))
         base = baseline_among(candidates, baseline)
-        with progress_bar("rounds", auto_refresh=False) as on_progress:
+        with interrupt_message(None), progress_bar("rounds", auto_refresh=False) as on_progress:
             result = sweep(candidates, batches, settings, chosen, baseline=base, on_progress=on_progress)
     if not any(one.names for one in result.batches):
         raise UsageError("There is not enough memory for any of these: take smaller or fewer images.")

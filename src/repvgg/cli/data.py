@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from repvgg._progress import progress_bar
+from repvgg.cli._interrupt import interrupt_message
 from repvgg.cli._options import JsonFlag
 from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 
@@ -45,7 +46,7 @@ def check(
     from repvgg.data import DataConfig, check_data
 
     config = DataConfig(uri=uri, val=val, workers=workers, allow_commands=allow_commands)
-    with progress_bar("images") as on_progress:
+    with interrupt_message(None), progress_bar("images") as on_progress:
         report = check_data(config, limit=limit, on_progress=on_progress)
     if as_json:
         write_json(report.to_dict())

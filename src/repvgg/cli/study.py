@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from repvgg.cli._interrupt import interrupt_message, tell
 from repvgg.cli._options import description, option, parse, wrapped
 from repvgg.cli._output import INTERRUPTED, write_line, write_table, write_warning
 from repvgg.errors import require
@@ -46,12 +47,13 @@ def quickstart(
         seed: of all random numbers; the same seed gives the same weights bit for bit.
         overwrite: replace the folder if it exists.
     """
-    for package in _QUICKSTART_NEEDS:
-        require(package, "study")  # before training, not after it
+    command = shlex.join(["repvgg", "quickstart", *(["--out", str(out)] if out else []), "--seed", str(seed)])
+    with interrupt_message(lambda: f"interrupted; nothing was written; start again with: {command}"):
+        for package in _QUICKSTART_NEEDS:
+            require(package, "study")  # before training, not after it
+        from repvgg.studies.quickstart import run
 
-    from repvgg.studies.quickstart import run
-
-    run(out, seed, overwrite=overwrite)
+        run(out, seed, overwrite=overwrite)
 
 
 def study(arguments: list[str]) -> int:
@@ -112,14 +114,17 @@ def _parse(arguments: list[str], first: tuple[str, Any, Any], about: str, progra
 def _run(chosen: Study, parsed: Any, command: str) -> int:
     from repvgg.studies.base import run_study
 
-    done = run_study(chosen, parsed.settings, parsed.out, overwrite=parsed.overwrite, command=command)
+    told = f"interrupted; continue with: {command.replace(' --overwrite', '')}"
+    with interrupt_message(lambda: told):
+        done = run_study(chosen, parsed.settings, parsed.out, overwrite=parsed.overwrite, command=command)
+        if not done.complete and not done.missing:
+            tell()
     _print(done)
     if done.complete:
         return 0
     if done.missing:
         write_warning(done.missing)
         return 0
-    write_warning(f"interrupted; continue with: {command.replace(' --overwrite', '')}")
     return INTERRUPTED
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from repvgg.cli._interrupt import interrupt_message
 from repvgg.cli._options import description, option, parse
-from repvgg.cli._output import write_warning
-from repvgg.errors import UsageError
+from repvgg.cli._output import write_line, write_warning
+from repvgg.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from repvgg.training import TrainConfig
@@ -24,8 +26,9 @@ _SHORT = {"--data": "--data.uri", "--val": "--data.val"}
 def train(arguments: list[str]) -> int:
     """Train a model by a recipe, with any setting changed, and convert the result into its plain form.
 
-    A run writes a folder: both forms of the model, the best checkpoint, the log, the learning curve, and config.yaml,
-    which repeats the run. A run that is killed and started again with --resume ends with the same weights.
+    A run writes a folder: both forms of the model, the best checkpoint, the log, the learning curve, a page to open in
+    a browser (report.html), and config.yaml, which repeats the run. A run that is killed and started again with
+    --resume ends with the same weights.
 
         repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:imagenet
         repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
@@ -37,16 +40,39 @@ def train(arguments: list[str]) -> int:
     Args:
         arguments: everything after ``repvgg train``.
     """
+    again = shlex.join(["repvgg", "train", *arguments])
+    with interrupt_message(lambda: f"interrupted; start again with: {again}"):  # the imports alone take seconds
+        return _train(arguments, again)
+
+
+def _train(arguments: list[str], again: str) -> int:
     parsed = _parse(_spelled_out(arguments))
-    from repvgg.training import Terminated, run  # after parsing: the help text needs neither Lightning nor its seconds
+    from repvgg.training import CONFIG_FILE, Terminated, run  # after parsing: the help text needs no Lightning
 
     config, folder = parsed.settings, _folder(parsed)
+    resume = shlex.join(["repvgg", "train", "--config", str(folder / CONFIG_FILE), "--resume"])
+
+    def next_step() -> str:
+        return f"continue with: {resume}" if (folder / CONFIG_FILE).exists() else f"start again with: {again}"
+
     try:
-        run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
+        with interrupt_message(lambda: f"interrupted; {next_step()}"):
+            result = run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
+            if result is not None:  # on rank 0
+                _write_page(folder)
     except Terminated:
-        write_warning(f"terminated; continue with: repvgg train --config {folder / 'config.yaml'} --resume")
+        write_warning(f"terminated; {next_step()}")
         return _TERMINATED
     return 0
+
+
+def _write_page(folder: Path) -> None:
+    from repvgg.studies.report.run_page import write_run_page
+
+    try:
+        write_line(f"  report: {write_run_page(folder)}")
+    except MissingDependencyError as error:  # the run is complete without it
+        write_warning(f"no report.html was written: {error}")
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from repvgg._arguments import check_model
 from repvgg._calls import Call, Inputs
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
@@ -81,6 +82,7 @@ def export_onnx(
             its check.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
+    check_model(model, "export_onnx")
     target = check_output(path, overwrite=overwrite)
     call = example_call(model, input_shape, inputs, dynamic_batch)
     # Checked first: otherwise the serialization fails, after minutes of exporting.

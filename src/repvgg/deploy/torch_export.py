@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from repvgg._arguments import check_model, check_shape
 from repvgg._calls import Call, Inputs, bind
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
@@ -29,8 +30,7 @@ NOTES = "repvgg.json"  # name of the notes in a .pt2 file
 
 def check_image_shape(shape: tuple[int, int, int]) -> None:
     """Raise UsageError unless ``shape`` is (C, H, W)."""
-    if len(shape) != 3 or min(shape) < 1:
-        raise UsageError(f"The shape of an image must be (C, H, W), three positive numbers, got {shape}.")
+    check_shape(shape, "(C, H, W)")
 
 
 def example_input(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Tensor:
@@ -133,6 +133,7 @@ def export_program(
         UsageError: ``input_shape`` is not three positive numbers, or the forward does not take the ``inputs``.
         ExportError: the model does not run on the inputs, or cannot be captured, or not for any batch size.
     """
+    check_model(model, "export_program")
     target = check_output(path, overwrite=overwrite)
     program = _capture(model, example_call(model, input_shape, inputs, dynamic_batch), dynamic_batch)
     with atomic_write(target, overwrite=overwrite) as part:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvgg._arguments import check_model
 from repvgg._contexts import eval_mode
 from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
@@ -182,6 +183,7 @@ def expand(
 
     Source: Ding et al., CVPR 2021, Eq. 3 and 4, solved for the kernel of the largest branch.
     """
+    check_model(model, "expand")
     return _replace_with_blocks(model, block, where, data, allow_fresh=False)
 
 
@@ -208,6 +210,7 @@ def replace_convs(
     Warns:
         FreshWeightsWarning: some blocks start with new values, and the model computes another function.
     """
+    check_model(model, "replace_convs")
     # Resolved before any work, so that a wrong name fails at once.
     make = _block_by_name(block) if isinstance(block, str) else block
     out, report = _replace_with_blocks(model, make, where, data, allow_fresh=True)
@@ -250,6 +253,7 @@ def insert_bn(model: nn.Module, data: Data, *, where: Where | None = None) -> tu
     Limits: a bias before a batch norm gets no gradient in training mode; β takes its role. Convolutions that a
     batch norm follows already are skipped. Hooks on the model run on ``data``.
     """
+    check_model(model, "insert_bn")
     with isolated_eval():
         out = deep_copy(model)
         expansion = _Expansion(model, out)

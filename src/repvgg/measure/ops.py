@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from repvgg._arguments import check_model
 from repvgg._contexts import eval_mode
 from repvgg.errors import UsageError
 from repvgg.measure.memory import LiveStorageTracker
@@ -149,6 +150,7 @@ def count(model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Co
 
     Limits: see :func:`walk`.
     """
+    check_model(model, "count")
     if len(input_shape) < 2 or min(input_shape) < 1:
         raise UsageError(f"input_shape must be (N, …) with every size at least 1, got {tuple(input_shape)}.")
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -175,6 +177,7 @@ def walk(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Walk:
     is the scratch memory of a kernel. Attention is one op on the CPU and on a GPU; on the meta device it is decomposed
     into its matrix products, which move more bytes.
     """
+    check_model(model, "walk")
     arguments = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not arguments or not all(isinstance(argument, Tensor) for argument in arguments):
         raise UsageError("walk() needs at least one input, and every input must be a tensor.")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from repvgg._arguments import check_model
 from repvgg._html import table as html_table
 from repvgg.errors import UsageError
 from repvgg.measure.memory import weight_bytes
@@ -107,6 +108,7 @@ def profile(model: nn.Module, inputs: Tensor | Sequence[Tensor], *, tile: int = 
 
     Limits: see :func:`repvgg.measure.walk`.
     """
+    check_model(model, "profile")
     if tile not in TILES:
         raise UsageError(f"Winograd multiplications are counted for tiles of 2 or 4 outputs, not {tile}.")
     ops, params, stages = walk(model, inputs).ops, _own_parameters(model), stage_paths(model)

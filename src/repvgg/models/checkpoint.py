@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg import __version__
+from repvgg._arguments import check_model
 from repvgg._html import table as html_table
 from repvgg.checkpoints import (
     Account,
@@ -117,6 +118,7 @@ def save(
         OutputError: the file cannot be written.
         UsageError: a field of the header is invalid, or the layout does not support the model.
     """
+    check_model(model, "save")
     gate = model.spec.squeeze_excite  # the authors name the gates of RepVGGplus differently
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
     tensors = rename_to(layout, ours, gate.place if gate else None)
@@ -329,6 +331,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "th
         CheckpointError: the file cannot be read, or a tensor is missing, unexpected, or of another shape; the text
             counts each kind and names the first two. Or the file is plain and the model has branches.
     """
+    check_model(model, "load_weights")
     checkpoint = read_checkpoint(path)
     # get_extra_state() may put objects other than tensors into a state dict.
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from repvgg._arguments import check_model
 from repvgg._files import write_text
 from repvgg.checkpoints import Metadata
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD
@@ -259,6 +260,7 @@ def push_to_hub(
         UsageError: the repository is not OWNER/NAME, or the header is invalid or describes another model.
         OutputError: the hub refuses the upload or cannot be reached.
     """
+    check_model(model, "push_to_hub")
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"A repository is named OWNER/NAME, not {repository!r}.")
     about = metadata or describe_model(model, form_of(model))

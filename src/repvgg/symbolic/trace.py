@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from repvgg._arguments import check_model
 from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.errors import NotLinearError, TrainingModeError
@@ -93,6 +94,7 @@ def trace(
         NotLinearError: it is not a linear, shift-invariant map.
         BorderError: it is one in the interior of the image, but no convolution equals it at the border.
     """
+    check_model(module, "trace")
     check_eval_mode(module)
     device = algebra_device(first_float(module))
     result = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
@@ -145,6 +147,7 @@ def equivalent_conv(module: nn.Module, in_channels: int | None = None, layout: L
     regularizers on the equivalent kernel and for quantization-aware training. For arguments and errors see
     :func:`trace`, which returns stride, padding and the rest as well.
     """
+    check_model(module, "equivalent_conv")
     conv = trace(module, in_channels, layout)
     like = first_float(module)
     weight, bias = conv.weight, conv.bias_or_zeros()

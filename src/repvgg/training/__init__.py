@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from repvgg.training.checkpoint import LAST_CHECKPOINT, Terminated
     from repvgg.training.dry_run import DryRunResult, perform_dry_run
     from repvgg.training.loop import FitResult, evaluate_validation, fit
-    from repvgg.training.run_folder import RunResult, run, write_log
+    from repvgg.training.run_folder import CONFIG_FILE, RunResult, run, write_log
     from repvgg.training.task import ClassificationTask, classification_loss
 
 _LIGHTNING_MODULES = {
+    "CONFIG_FILE": "run_folder",
     "ClassificationTask": "task",
     "DryRunResult": "dry_run",
     "EpochRecord": "callbacks",
@@ -56,6 +57,7 @@ _FORMER_NAMES = {
 }
 
 __all__ = [
+    "CONFIG_FILE",
     "LAST_CHECKPOINT",
     "RECIPES",
     "BatchPlan",

@@ -32,6 +32,7 @@ class EpochRecord:
     lr: float = float("nan")  # learning rate of the last step
     seconds: float = float("nan")  # wall time, including validation
     images_per_second: float = float("nan")  # training throughput over all devices, without validation
+    held_out_loss: float = float("nan")  # mean cross entropy of the validation images, without label smoothing
 
 
 @final
@@ -72,18 +73,26 @@ class History(L.Callback):
         assert isinstance(pl_module, ClassificationTask)
         loss = pl_module.mean_loss()
         top1, top5 = float(pl_module.top1.compute()), float(pl_module.top5.compute())
+        val_loss = float(pl_module.val_loss.compute())
         # Lightning resets only metrics that are logged as objects.
-        for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5):
+        for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5, pl_module.val_loss):
             metric.reset()
         now = time.perf_counter()
         speed = self._images / max(self._last_step_end - self._epoch_start, 1e-9)
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         epoch = trainer.current_epoch + 1
-        self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._epoch_start, speed))
+        self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._epoch_start, speed, val_loss))
         if trainer.loggers:
             # The tags of version 0.1.0, so that TensorBoard overlays older and newer runs.
             pl_module.log_dict(
-                {"loss": loss, "held_out_accuracy": top1, "held_out_top5": top5, "img/s": speed, "lr": lr}
+                {
+                    "loss": loss,
+                    "held_out_loss": val_loss,
+                    "held_out_accuracy": top1,
+                    "held_out_top5": top5,
+                    "img/s": speed,
+                    "lr": lr,
+                }
             )
 
 

@@ -127,8 +127,8 @@ def finetune() -> TrainConfig:
 def quickstart(seed: int = 0) -> TrainConfig:
     """Return the recipe for ``repvgg_t0`` on scikit-learn's digits at 20x20, on one CPU core.
 
-    Command: ``repvgg quickstart``. Expected: at least QQQ % of the 360 validation digits (QQQ to 360 correct over
-    seeds 0 to 7), in 16 s of CPU time with AVX2 instructions only.
+    Command: ``repvgg quickstart``. Expected: at least 99.4 % of the 360 validation digits (358 to 360 correct over
+    seeds 0 to 7), in 16 s of CPU time of one Xeon core limited to AVX2, a third of what 20 epochs at 32x32 take.
 
     Settings were chosen by five-fold cross-validation within the 1437 training images; the validation images were
     evaluated afterwards. 12 or 16 epochs at 20 pixels gave 7 errors, 12 or 20 epochs at 16 pixels 10 and 9, 10 or 14

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from repvgg import models
 from repvgg._files import atomic_write, write_text
+from repvgg._serde import to_json
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
 from repvgg.data import ImageData, open_data
@@ -39,7 +39,8 @@ from repvgg.verify import Evidence, verify
 CONFIG_FILE = "config.yaml"
 TRAIN_FILE, PLAIN_FILE, BEST_FILE = "train.safetensors", "plain.safetensors", "best.safetensors"
 REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
-_RUN_FILES = (LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
+PAGE_FILE = "report.html"  # written by the command line
+_RUN_FILES = (PAGE_FILE, LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
 # Config fields that do not decide the weights, and may differ when a run resumes.
 _CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
@@ -201,11 +202,12 @@ class RunFolder:
             "classes": self.data.classes,
             "train_form": result.validation.to_dict(),
             "plain_form": None if collapsed is None else collapsed[0].to_dict(),
+            "evidence": None if collapsed is None else collapsed[1].to_dict(),
             "seconds": result.seconds,
             "history": [asdict(record) for record in result.history],
             "skipped_images": self.data.corrupt.count,
         }
-        write_text(self.path / REPORT_FILE, json.dumps(report, indent=1), overwrite=True)
+        write_text(self.path / REPORT_FILE, to_json(report), overwrite=True)
         return collapsed
 
     def _collapse(self) -> tuple[Evaluation, Evidence]:
@@ -248,31 +250,32 @@ def write_log(folder: Path, history: Sequence[EpochRecord]) -> Path:
 
 
 def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path:
-    """Draw ``curve.png``: training loss and validation accuracy over the epochs, with the learning rate below."""
+    """Draw ``curve.png``: both losses, validation accuracy and learning rate over the epochs, one below the other."""
     # Figure and canvas without pyplot: no global state, no backend that needs a screen, safe in any thread.
     canvas = require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg
-    figure = require("matplotlib.figure", "train").Figure(figsize=(8, 5), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(8, 7), layout="constrained")
+    locator = require("matplotlib.ticker", "train").MaxNLocator
     canvas(figure)
+    figure.suptitle(title, x=0.01, ha="left")
     epochs = [record.epoch for record in history]
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     best = max(history, key=lambda record: record.held_out_accuracy)
-    upper.plot(epochs, [record.loss for record in history], color="tab:orange")
-    upper.set_ylabel("training loss", color="tab:orange")
-    upper.set_title(title, loc="left")
-    right = upper.twinx()
-    right.plot(epochs, [100 * record.held_out_accuracy for record in history], color="tab:blue")
-    right.set_ylabel("validation accuracy (%)", color="tab:blue")
-    right.annotate(
-        f"best {best.held_out_accuracy:.2%}",
-        (best.epoch, 100 * best.held_out_accuracy),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
+    losses, accuracies, rates = figure.subplots(3, 1, sharex=True, height_ratios=(4, 4, 1))
+    style = {"marker": "o", "markersize": 3}  # a run of one epoch is a point
+    losses.plot(epochs, [record.loss for record in history], color="tab:orange", label="training", **style)
+    losses.plot(
+        epochs, [record.held_out_loss for record in history], color="tab:blue", label="validation", ls="--", **style
     )
-    lower.plot(epochs, [record.lr for record in history], color="tab:gray")
-    lower.set(xlabel="epoch", ylabel="learning rate")
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
+    losses.set_ylabel("loss")
+    # Above the axes, as the numbers below: nothing is written over a line.
+    losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    accuracies.plot(epochs, [100 * record.held_out_accuracy for record in history], color="tab:blue", **style)
+    accuracies.set_ylabel("validation accuracy (%)")
+    accuracies.set_title(f"best {best.held_out_accuracy:.2%}, after epoch {best.epoch}", loc="right", size="medium")
+    rates.plot(epochs, [record.lr for record in history], color="tab:gray", **style)
+    rates.set(xlabel="epoch", ylabel="learning rate")
+    rates.xaxis.set_major_locator(locator(integer=True, min_n_ticks=1))  # there is no epoch 2.5
+    for axes in (losses, accuracies, rates):
+        axes.grid(alpha=0.3)
     with atomic_write(folder / CURVE_FILE, overwrite=True) as part:
         figure.savefig(part, dpi=120, format="png")
     return folder / CURVE_FILE

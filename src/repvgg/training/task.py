@@ -71,6 +71,7 @@ class ClassificationTask(L.LightningModule):
         self.mix = _mixing(config, num_classes)
         # All strategies but "disable" skip or replace NaN, which would hide a diverged run.
         self.train_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self._compiled: Callable[[Tensor], Any] | None = None
@@ -122,6 +123,8 @@ class ClassificationTask(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(self._to_memory_format(self.prepare(images)))
+        # In float32 and summed by image: the last batch is smaller.
+        self.val_loss.update(F.cross_entropy(logits.float(), labels), len(labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 

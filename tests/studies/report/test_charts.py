@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from matplotlib.figure import Figure
@@ -107,3 +108,22 @@ def test_panels_are_side_by_side_on_a_slide_and_stacked_on_a_phone():
 def test_a_missing_folder(tmp_path):
     with pytest.raises(OutputError, match="no folder"):
         write_chart(tmp_path / "missing", Chart("p", "words", lambda figure: None))
+
+
+@pytest.mark.parametrize("size", [NARROW_INCHES, SLIDE_INCHES])
+@pytest.mark.parametrize("values", [(1.0, 2.0), (123456.789, 98765.4), (0.01, 3000.0)])
+def test_values_after_bars_are_inside_and_free_of_labels(size, values):
+    labels = ("repvgg_b1g4, train form, onnxruntime", "a")
+    figure = Figure(size, layout="constrained")
+    draw_bars(
+        figure, "Bars", "times", [Bar(label, value, 2 * value) for label, value in zip(labels, values, strict=True)]
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    right = figure.bbox.x1
+    ticks = [tick.label1.get_window_extent() for tick in axes.yaxis.get_major_ticks()]
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert box.x1 <= right
+        assert not any(box.overlaps(label) for label in ticks)
+    assert not any(one.overlaps(other) for one, other in pairwise(ticks))

@@ -31,12 +31,13 @@ from repvgg.studies.report.page_charts import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
+    from matplotlib.text import Annotation, Text
     from matplotlib.transforms import Bbox
 
 SLIDE_INCHES = (12.0, 6.75)  # 16:9
 _SLIDE_DPI = 160
 _SLIDE_FONT, _NARROW_FONT = 17.0, 11.0
+_NARROW_LABEL = 18  # characters of a line in the labels of rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +92,10 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
         line_at: a length to mark with a line, such as 1 for ratios.
     """
     paper = any(bar.paper is not None for bar in bars)
+    labels = [fill(bar.label, _NARROW_LABEL) if _is_narrow(figure) else bar.label for bar in bars]
     if _is_narrow(figure):
-        figure.set_figheight((90 + len(bars) * (44 if paper else 26)) * PX)
+        lines = max((label.count("\n") + 1 for label in labels), default=1)
+        figure.set_figheight((90 + len(bars) * max(44 if paper else 26, 16 * lines + 6)) * PX)
     # The title begins at the edge of the figure, not of the axes: on a phone it needs the width of the labels, too.
     figure.suptitle(title, x=0.01, ha="left", weight="bold", size="large")
     axes = figure.add_subplot()
@@ -105,20 +108,33 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
         axes.barh([row + paper_down for row in rows], [bar.paper or 0.0 for bar in bars], 0.3, color=PAPER)
     longest = max((length for bar in bars for length in (bar.value, bar.paper) if length is not None), default=1.0)
     gap = longest * 0.012
+    texts: list[tuple[float, Text]] = []  # each with the length of its bar
     for row, bar in enumerate(bars):
         text = bar.text or ("not measured" if bar.value is None else f"{bar.value:.2f}{' here' if paper else ''}")
-        axes.text(lengths[row] + gap, row - ours_up, text, va="center", color=colors[row], fontsize=_font(0.94))
+        style: dict[str, Any] = {"va": "center", "color": colors[row], "fontsize": _font(0.94)}
+        texts.append((lengths[row], axes.text(lengths[row] + gap, row - ours_up, text, **style)))
         if bar.paper is not None:
-            label = f"{bar.paper:,.2f} paper"
-            axes.text(bar.paper + gap, row + paper_down, label, va="center", color=PAPER_TEXT, fontsize=_font(0.76))
+            label, style = f"{bar.paper:,.2f} paper", {"va": "center", "color": PAPER_TEXT, "fontsize": _font(0.76)}
+            texts.append((bar.paper, axes.text(bar.paper + gap, row + paper_down, label, **style)))
     if line_at is not None:
         axes.axvline(line_at, color=INK, linewidth=1.2)
-    axes.set_yticks(list(rows), [bar.label for bar in bars])
+    axes.set_yticks(list(rows), labels)
     axes.set_ylim(len(bars) - 0.4, -0.6)  # downwards: the first bar is on top
-    # Space for the value after the longest bar; a phone has fewer pixels for the same text.
-    axes.set_xlim(0.0, longest * (1.4 if _is_narrow(figure) else 1.25))
+    axes.set_xlim(0.0, longest * 1.25)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(unit)
+    _make_space(figure, axes, texts)
+
+
+def _make_space(figure: Figure, axes: Axes, texts: Sequence[tuple[float, Text]]) -> None:
+    """Extend the x axis until each text, which begins at the end of its bar, ends inside of the axes."""
+    figure.draw_without_rendering()  # the layout decides how wide the axes are
+    width = axes.get_window_extent().width
+    limit = axes.get_xlim()[1]
+    for length, text in texts:
+        free = width - text.get_window_extent().width - _font(0.5)
+        limit = max(limit, length * width / max(free, width / 10))  # a text may be as long as the axes
+    axes.set_xlim(0.0, limit)
 
 
 def add_panels(figure: Figure, count: int) -> list[Axes]:
@@ -240,15 +256,15 @@ def draw_accuracies(figure: Figure, results: Sequence[Accuracies]) -> None:
     """
     narrow = _is_narrow(figure)
     if narrow:
-        figure.set_figheight((90 + 40 * len(results)) * PX)
+        figure.set_figheight((90 + 44 * len(results)) * PX)
     printed = any(paper is not None for _, _, paper in results)
     panels = figure.subplots(1, 2 if printed else 1, sharey=True, squeeze=False, width_ratios=(3, 2)[: 1 + printed])[0]
     size = _font(0.88 if narrow or len(results) <= _MOST_LARGE_ROWS else 0.59)
     _accuracy_panel(panels[0], "Here", [seeds for _, seeds, _ in results], OURS, size)
     if printed:
         paper = [[] if value is None else [value] for _, _, value in results]
-        _accuracy_panel(panels[1], "Paper, ImageNet", paper, PAPER_TEXT, size)
-    titles = [fill(title, 18) if narrow else title for title, _, _ in results]
+        _accuracy_panel(panels[1], "Paper" if narrow else "Paper, ImageNet", paper, PAPER_TEXT, size)
+    titles = [fill(title, _NARROW_LABEL) if narrow else title for title, _, _ in results]
     panels[0].set_yticks(range(len(results)), titles, fontsize=size)
     panels[0].set_ylim(len(results) - 0.4, -0.6)
 
@@ -257,8 +273,9 @@ def _accuracy_panel(axes: Axes, title: str, rows: Sequence[Sequence[float]], col
     axes.set_title(title)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("top-1 accuracy (%)")
-    axes.margins(x=0.2)  # space for the mean after the last dot
+    narrow = _is_narrow(axes.get_figure())
+    axes.set_xlabel("top-1 (%)" if narrow else "top-1 accuracy (%)")
+    axes.margins(x=0.5 if narrow else 0.2)  # space for the mean after the last dot
     for row, values in enumerate(rows):
         # Transparent: seeds with the same accuracy are darker.
         axes.plot(values, [row] * len(values), "o", color=color, markersize=size * 0.6, alpha=0.75, zorder=3)
@@ -276,7 +293,7 @@ def _accuracy_panel(axes: Axes, title: str, rows: Sequence[Sequence[float]], col
             )
 
 
-def _is_narrow(figure: Figure) -> bool:
+def _is_narrow(figure: Any) -> bool:
     """Whether the figure is for a phone; a drawing function may then set another height."""
     return bool(figure.get_figwidth() < 0.6 * SLIDE_INCHES[0])
 

@@ -178,11 +178,14 @@ class LogScale:
 
 
 def loss_chart(history: Sequence[Epoch]) -> str:
-    """Draw the mean training loss by epoch on a logarithmic scale."""
-    scale = LogScale.around(epoch.loss for epoch in history)
+    """Draw the mean training loss by epoch on a logarithmic scale, and the validation loss as a dashed line."""
+    validation = [(epoch.epoch, epoch.val_loss) for epoch in history if epoch.val_loss is not None]
+    scale = LogScale.around([epoch.loss for epoch in history] + [loss for _, loss in validation])
     points = [(epoch.epoch, scale.clip(epoch.loss), f"{epoch.loss:.3g}") for epoch in history]
     ticks = {10.0**e: f"{10.0**e:g}" if -3 <= e <= 3 else power_of_ten(e) for e in scale.ticks(6)}
-    return _curve("loss", "Training loss", points, ticks, (10.0**scale.low, 10.0**scale.high), "log")
+    limits = (10.0**scale.low, 10.0**scale.high)
+    second = [(epoch, scale.clip(loss)) for epoch, loss in validation]
+    return _curve("loss", "Training loss", points, ticks, limits, "log", second)
 
 
 #: Lower ends of the accuracy axis, and the number of ticks above each.
@@ -205,8 +208,12 @@ def _curve(
     ticks: dict[float, str],
     limits: tuple[float, float],
     scale: str,
+    second: Sequence[tuple[int, float]] = (),
 ) -> str:
-    """Draw a curve of (epoch, value, label) points over the gridlines of ``ticks``, with a tooltip at each point."""
+    """Draw a curve of (epoch, value, label) points over the gridlines of ``ticks``, with a tooltip at each point.
+
+    ``second`` are the points (epoch, value) of a dashed line.
+    """
     epochs, values, labels = zip(*points, strict=True)
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -218,6 +225,8 @@ def _curve(
         axes.grid(axis="y", color=RULE, linewidth=1)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, labelcolor=SOFT, pad=6)
+        if second:
+            axes.plot(*zip(*second, strict=True), "--", color=SOFT, linewidth=1.6, clip_on=False, zorder=2)
         # Not clipped: the best accuracy lies on the upper edge.
         axes.plot(epochs, values, color=ACCENT, linewidth=2, clip_on=False, zorder=3)
         for epoch, value, label in points:

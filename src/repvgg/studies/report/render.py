@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+_Charts: TypeAlias = "dict[str, Markup]"
+
 _MOST_BRANCHES = 6  # boxes side by side in a diagram; the last one says how many more there are
 _STAMP = {"gpu": "{}", "cpu": "{}", "torch": "torch {}", "threads": "{} threads"}
 
@@ -102,6 +104,24 @@ def render_study(
     )
 
 
+def render_page(template: str, *, created: str, machine: Mapping[str, str], **context: Any) -> str:
+    """Render a template with a stamp of time and machine.
+
+    Raises:
+        MissingDependencyError: Jinja2 is not installed.
+    """
+    return _render(template, stamp=_stamp(created, machine), **context)
+
+
+def training_charts(history: tuple[Epoch, ...]) -> _Charts:
+    """Return the drawings ``loss`` and ``accuracy`` of a training.
+
+    Raises:
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    return _charts(history, (), ())
+
+
 def _render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
@@ -139,9 +159,6 @@ def _environment() -> Environment:
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {"quantity": formatting.quantity, "relative_change": formatting.relative_change}
     return environment
-
-
-_Charts: TypeAlias = "dict[str, Markup]"
 
 
 # The quickstart renders its page until the file sizes in it are right; the charts are the same each time.

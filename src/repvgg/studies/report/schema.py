@@ -43,11 +43,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One point of the learning curves: mean training loss, and validation accuracy in [0, 1]."""
+    """One point of the learning curves: mean training loss, validation accuracy in [0, 1], and validation loss."""
 
     epoch: int
     loss: float
     accuracy: float
+    val_loss: float | None = None  # None in reports that do not have it
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``json.dumps(..., allow_nan=False)`` accepts."""
         data: dict[str, Any] = json_ready(self)
+        for epoch in data["training"]["history"]:
+            if epoch["val_loss"] is None:  # a report that was written before there was this field
+                del epoch["val_loss"]
         return data
 
     @classmethod

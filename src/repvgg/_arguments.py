@@ -1,0 +1,59 @@
+"""Checks of arguments that public functions share: a model where one is expected, shapes and ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from repvgg.errors import UsageError
+
+
+def check_model(model: Any, function: str) -> None:
+    """Check that ``model`` is an ``nn.Module``.
+
+    Args:
+        model: the argument.
+        function: what was called, for the message: ``reparameterize``.
+
+    Raises:
+        UsageError: it is something else; the text says how to get a model from what it is.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, (str, os.PathLike)):
+        what, advice = f"the path {os.fspath(model)!r}", "load it first, with repvgg.load(PATH).model"
+    elif isinstance(model, type):
+        what, advice = f"the class {model.__name__}", f"make a model of it first, {model.__name__}(…)"
+    elif isinstance(model, Mapping):
+        what, advice = "a state dict", "load it into a model first, with model.load_state_dict"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        what, advice = f"a {type(model).__name__}", "pass its .model"
+    elif callable(model):
+        what, advice = f"a function ({getattr(model, '__name__', type(model).__name__)})", "wrap it in an nn.Module"
+    else:
+        what, advice = f"a value of type {type(model).__name__}", "pass an nn.Module"
+    raise UsageError(f"{function} takes a model, not {what}: {advice}.")
+
+
+def check_shape(shape: Any, axes: str, name: str = "input_shape") -> tuple[int, ...]:
+    """Return ``shape`` as a tuple of positive integers, one for each of ``axes``.
+
+    Args:
+        shape: the argument.
+        axes: their names: ``(N, C, H, W)``.
+        name: of the argument, for the message.
+
+    Raises:
+        UsageError: another number of axes, or an entry that is no positive integer.
+    """
+    count = axes.count(",") + 1
+    given = tuple(shape.shape) if isinstance(shape, Tensor) else shape
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == count:
+        numbers = tuple(given)
+        if all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers):
+            return numbers
+    what = f"a tensor of shape {given}" if isinstance(shape, Tensor) else repr(shape)
+    raise UsageError(f"{name} must be {axes}, {count} positive integers, got {what}.")
