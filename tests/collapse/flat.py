@@ -30,7 +30,14 @@ def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recordin
     run = _Shapes(fx.GraphModule(model, graph), graph=graph)
     with torch.no_grad():
         run.run(x)
-    given = {"opaque": {}, "escaped": {}, "merge_branches": True, "shapes": run.shapes, "recorded": True, "policy": cheaper}
+    given = {
+        "opaque": {},
+        "escaped": {},
+        "merge_branches": True,
+        "shapes": run.shapes,
+        "recorded": True,
+        "policy": cheaper,
+    }
     given |= {"find_insertion": lambda region: ANYWHERE}
     return recording, SearchOptions(**given | options)
 

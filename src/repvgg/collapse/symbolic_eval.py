@@ -367,6 +367,13 @@ def _recorded_number(node: fx.Node) -> Any:
     return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _parameters_of(node: fx.Node) -> set[fx.Node]:
+    """Return the parameters that a constant is computed from."""
+    if node.op == "get_attr":
+        return {node}
+    return set[fx.Node]().union(*map(_parameters_of, node.all_input_nodes))
+
+
 def _converts(node: fx.Node) -> bool:
     """Whether a node is arithmetic, which also takes integers, and broadcasts."""
     return node.op != "call_module" and getattr(node.target, "__name__", node.target) in _ARITHMETIC
@@ -564,7 +571,11 @@ class SymbolicValues:
         """Whether the kernel of a convolution is computed from other parameters in each call."""
         if node.op == "call_module":
             return computes_weights(self._modules[str(node.target)])
-        return any(n.op.startswith("call") for n in node.all_input_nodes if n in self.constants)
+        computed = [n for n in node.all_input_nodes if n in self.constants and n.op.startswith("call")]
+        read = {n for made in computed for n in _parameters_of(made)}
+        before = sum(self.constants[n].numel() for n in read)
+        # A kernel that is larger than what it is made of stays as it is.
+        return bool(computed) and sum(self.constants[n].numel() for n in computed) <= before
 
     def _record(self, node: fx.Node, start: Value, inputs: Mapping[fx.Node, Value]) -> None:
         ledger = start.symbol.source

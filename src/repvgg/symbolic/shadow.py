@@ -217,7 +217,9 @@ def _state_of(value: Any, depth: int = 3, versions: bool = True) -> object:
     if isinstance(value, (nn.Module, type)) or not depth:
         return id(value)
     if isinstance(value, dict):
-        return [(k if isinstance(k, (int, str)) else id(k), _state_of(v, depth - 1, versions)) for k, v in value.items()]
+        return [
+            (k if isinstance(k, (int, str)) else id(k), _state_of(v, depth - 1, versions)) for k, v in value.items()
+        ]
     if isinstance(value, (list, tuple, set, deque)):
         return [_state_of(v, depth - 1, versions) for v in value]
     return id(value), _state_of(vars(value), depth - 1, versions) if hasattr(value, "__dict__") else None

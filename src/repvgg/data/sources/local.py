@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataUri
@@ -397,7 +397,7 @@ class TorchvisionSplit(MapSplit):
 @contextmanager
 def _without_ghostscript() -> Iterator[None]:
     """Keep PIL from running Ghostscript on a file, where torchvision opens files in all formats that PIL knows."""
-    plugin: Any = require("PIL.EpsImagePlugin")
+    plugin: Any = EpsImagePlugin
     before, plugin.gs_binary = plugin.gs_binary, False
     try:
         yield
