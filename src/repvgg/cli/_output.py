@@ -83,6 +83,7 @@ def write_report(report: Report) -> None:
     if report.folded:
         console.print(table, soft_wrap=False)
     groups = {"not folded": report.left, "dropped": report.dropped, "searched part by part": report.in_pieces}
+    groups["guarded: holds for calls like the given inputs"] = report.guards
     for what, skipped in groups.items():
         for line in _by_reason(what, skipped):
             console.print(printable(line), markup=False)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from repvgg._arguments import check_model
 from repvgg._calls import Call, bind
 from repvgg._calls import Inputs as GivenInputs
 from repvgg._contexts import gc_paused
@@ -47,16 +48,22 @@ def reparameterize(
 
     Every maximal linear region of the model, across module boundaries (parallel branches of convolutions, batch norms,
     identities, scales, pools, and chains of them), is replaced by one convolution. Its kernel and bias are derived from
-    the model's own ``forward`` in float64 and cast once. Nothing is assumed about names or classes. Where a forward
-    cannot be traced, the largest traceable modules in it are collapsed one by one. A chain of modules merges into its
-    first convolution, and no forward changes; where branches meet, the innermost module around them gets a new forward.
-    Submodules that only the training forward calls, and that nothing else can reach, are dropped.
+    the model's own ``forward`` in float64 and cast once. Nothing is assumed about names or classes: the model is run
+    on a copy that shares its parameters, and what it does is recorded, whatever the Python code in between is. A chain
+    of modules merges into its first convolution, and no forward changes; where branches meet, the innermost module
+    around them gets a new forward, and keeps its class, methods and attributes. Submodules that only the training
+    forward calls, or with ``inputs`` nothing calls, and that nothing else can reach, are dropped.
+
+    With ``inputs``, what holds for calls like this one is merged. Where another argument, or another value of a flag
+    that a forward reads, would select something else, the plain model checks it in each call and refuses a call that
+    differs with a UsageError; ``report.guards`` lists these checks. Without ``inputs``, they are made up, and only
+    what holds for other calls as well is merged: branches on sizes and on optional arguments are tried.
 
     Args:
         model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
             torch.compile is removed.
-        inputs: one or several tensors to run the model on: they determine shapes, and the proof of the whole model runs
-            on them. Without them the proof uses synthetic images.
+        inputs: how the model is called: a tensor, a sequence of arguments, or a mapping of arguments by name, of any
+            structure. The proof of the whole model runs on them. Without them both run on made-up inputs.
         policy: which merges pay. "cheaper": all that increase neither multiply-adds nor weights; parallel branches
             never do. "always": all. Or a function of the costs before and after.
         prove: compare each region with its convolution in float64, and the whole model at the end. What is not proved
@@ -75,8 +82,8 @@ def reparameterize(
         NothingFoldedWarning: there was nothing to fold; the result is a copy.
 
     Limits: a model that takes both batches and single images without a batch axis is collapsed for batches, unless
-    ``inputs`` are single images: a batch norm works on another axis there. The analysis covers the defaults of a
-    forward's optional arguments and a few other values of them, and eval mode only.
+    ``inputs`` are single images: a batch norm works on another axis there. Code that reads tensors without PyTorch's
+    functions cannot be recorded; what it may have read stays. Only eval mode is preserved.
     """
     return _collapse(model, Options(True, policy_of(policy), _call(model, inputs)), prove)
 
@@ -105,7 +112,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Call | None:
-    return None if inputs is None else bind(unwrapped(model), inputs)
+    return None if inputs is None or not isinstance(model, nn.Module) else bind(unwrapped(model), inputs)
 
 
 @dataclass(eq=False)
@@ -125,6 +132,7 @@ class _Result:
 
 def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Module, Report]:
     """Plan, apply, verify; exclude what failed and repeat, until everything that was replaced is verified."""
+    check_model(model, "reparameterize")
     model = unwrapped(model)
     check_eval_mode(model)  # before anything is planned: the error names the module
     like = first_float(model)
@@ -166,19 +174,27 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
             # A module of the original was excluded, so the results of all passes are invalid.
             result = None
 
-    if not result.replaced:
-        warnings.warn(
-            "Nothing was folded: there is no linear region of more than one operation in this model.",
-            NothingFoldedWarning,
-            stacklevel=3,
-        )
-    return result.plain, Report(
+    report = Report(
         folded=tuple(replaced.entry for replaced in result.replaced),
         left=_skipped(model, result, excluded),
         dropped=tuple(result.plan.dropped),
         proof=whole.text,
         in_pieces=tuple(result.plan.untraced),
+        guards=tuple(result.plan.guards()),
     )
+    if not result.replaced:
+        warnings.warn(_why_nothing(report), NothingFoldedWarning, stacklevel=3)
+    return result.plain, report
+
+
+def _why_nothing(report: Report) -> str:
+    if report.number_with_inputs:
+        return f"Nothing was folded: {report.number_with_inputs} parts may fold with inputs= (see the report)."
+    if report.left:
+        return f"Nothing was folded: {report.left[0].name or 'the model'} stays because {report.left[0].reason}."
+    if report.in_pieces:
+        return f"Nothing was folded: {report.in_pieces[0].reason}."
+    return "Nothing was folded: there is no linear region of more than one operation in this model."
 
 
 def _transfer(model: nn.Module, excluded: Reasons, plain: nn.Module) -> Reasons:
@@ -274,6 +290,7 @@ def model_summary(model: nn.Module, inputs: Inputs = None) -> ModelSummary:
         model: any module.
         inputs: one or several tensors that the model takes: they determine shapes that its functions leave open.
     """
+    check_model(model, "model_summary")
     model = unwrapped(model)
     with gc_paused():
         plan = make_plan(model, Options(True, cheaper, _call(model, inputs)), {})

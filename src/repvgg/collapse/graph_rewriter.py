@@ -142,6 +142,8 @@ class ForwardRewriter:
         names = chain(("conv", "merged_conv"), (f"merged_conv{number}" for number in count(2)))
         name = next(name for name in names if not hasattr(self.old, name) and name not in self.new)
         self.new[name] = conv
+        if exit_node in self.statements:  # its tensor is that of the node that it writes to
+            self.graph.erase_node(self.statements[exit_node])
         old = self.node_of[exit_node]
         with self.graph.inserting_before(old):
             node = self.graph.call_module(name, (self.node_of[source],))
@@ -156,8 +158,9 @@ class ForwardRewriter:
             self.graph.erase_node(self.statements[node])
         else:
             old = self.node_of[node]
-            old.replace_all_uses_with(self.node_of[before])
-            self._erase(old)
+            if not old._erased:
+                old.replace_all_uses_with(self.node_of[before])
+                self._erase(old)
         self.node_of[node] = self.node_of[before]
 
     def _erase(self, node: fx.Node) -> None:

@@ -56,6 +56,10 @@ class CallGuard:
                     "repvgg.reparameterize with inputs= like this call for another plain model."
                 )
 
+    def __str__(self) -> str:
+        flags = [f"{name}={value}" for name, value in self.flags.items()]
+        return ", ".join(filter(None, [self._text(), *flags]))
+
     def _text(self) -> str:
         return ", ".join(f"{name}={', '.join(map(_shown, known))}" for name, known in self.expected.items())
 

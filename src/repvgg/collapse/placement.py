@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from torch import fx, nn
@@ -21,14 +21,6 @@ from repvgg.collapse.report import Skipped
 from repvgg.collapse.symbolic_eval import Region
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature, signature_of
 from repvgg.symbolic import InputSpec, Layout
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What a new forward no longer reads: a flag, or the training mode."""
-
-    path: str
-    what: str
 
 
 class Placement:

@@ -131,6 +131,12 @@ class Plan:
                 inner = str(node.target) if node.op == "call_module" else scope.recording.owner(node)
                 yield join(scope.path, done.insertion.host if done.insertion.kind == "module" else inner)
 
+    def guards(self) -> Iterator[Skipped]:
+        """Yield what the plain model checks in each call."""
+        for scope in self.scopes:
+            for path, guard in scope.placement.guards.items():
+                yield Skipped(join(scope.path, path), str(guard))
+
     def norm_functions(self) -> list[str]:
         """Return the paths of the modules whose own forwards run a batch norm as a function, on what is no constant."""
         found: dict[str, None] = {}

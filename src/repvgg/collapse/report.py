@@ -78,7 +78,8 @@ class Report:
         dropped: submodules that run in training mode only, and that the plain model does not have.
         proof: error of the plain model relative to the original, or why it could not be measured; empty without
             proofs.
-        in_pieces: modules whose forward cannot be traced; their children were collapsed one by one.
+        in_pieces: modules that could not be run; their children were collapsed one by one.
+        guards: what the plain model checks in each call of a module, because it holds for the recorded calls only.
     """
 
     folded: tuple[Folded, ...]
@@ -86,6 +87,12 @@ class Report:
     dropped: tuple[Skipped, ...]
     proof: str = ""
     in_pieces: tuple[Skipped, ...] = ()
+    guards: tuple[Skipped, ...] = ()
+
+    @property
+    def number_with_inputs(self) -> int:
+        """How many parts that stay may fold if it is known how the model is called."""
+        return sum("pass inputs=" in skipped.reason for skipped in self.left)
 
     @property
     def parameters_saved(self) -> int:
@@ -125,7 +132,8 @@ class Report:
         return counts + "".join(f", {len(entries)} {what}" for what, entries in others.items() if entries)
 
     def _lines(self) -> Iterator[str]:
-        yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
+        more = f"; {self.number_with_inputs} more parts may fold with inputs=" if self.number_with_inputs else ""
+        yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved{more}"
         for region in self.folded:
             parts = " + ".join(f"{p.name} ({p.description})" if p.name else p.description for p in region.parts)
             yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"
@@ -134,6 +142,7 @@ class Report:
             numbers = f"{region.parameters_before:,} → {region.parameters_after:,} parameters"
             yield f"    {numbers}, {macs} multiply-adds{per}{'; ' if region.proof else ''}{region.proof}"
         groups = {"skipped": self.left, "dropped": self.dropped, "searched part by part": self.in_pieces}
+        groups["guarded: holds for calls like the given inputs"] = self.guards
         for title, entries in groups.items():
             if entries:
                 yield f"{len(entries)} {title}"
