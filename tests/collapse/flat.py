@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import cheaper
 from repvgg.collapse.insertion import InsertionPoint
-from repvgg.collapse.record import Frame, Recording
+from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.rewrite import solve_region
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from repvgg.collapse.record import Recording
+from repvgg.collapse.recording import Recording
 
 # What these return shares memory with their input or not, depending on strides, dtype or mode. Whether any other
 # function returns a view does not depend on the input, so the recorded memory addresses tell.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -45,11 +45,11 @@ class CodeFacts:
 
 def code_facts(module: nn.Module) -> CodeFacts:
     """Return the facts about the class of a module."""
-    return _facts_of_class(type(module))
+    return _facts_of_class(cast(Any, type(module)))
 
 
 @lru_cache(maxsize=1024)
-def _facts_of_class(kind: type[nn.Module]) -> CodeFacts:
+def _facts_of_class(kind: Any) -> CodeFacts:
     own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
     functions: dict[str, FunctionType] = {}
     for base in reversed(own):
@@ -77,7 +77,7 @@ def flags_read(module: nn.Module) -> list[str]:
 
 def has_public_methods(kind: type[nn.Module]) -> bool:
     """Whether a class has methods of its own that a user may call besides ``forward``."""
-    return any(not name.startswith("_") for name in _facts_of_class(kind).methods)
+    return any(not name.startswith("_") for name in _facts_of_class(cast(Any, kind)).methods)
 
 
 def _reachable_names(functions: dict[str, FunctionType]) -> set[str]:

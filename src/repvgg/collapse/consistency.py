@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from repvgg.collapse.modules import is_inside, is_leaf, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
-from repvgg.collapse.record import Frame, is_constant
+from repvgg.collapse.recording import Frame, is_constant
 from repvgg.errors import typed_line
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.collapse.modules import is_inside
-from repvgg.collapse.record import Frame, Recording, leaves
+from repvgg.collapse.recording import Frame, Recording, leaves
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item
@@ -75,7 +75,8 @@ class _Emitter:
             raise ReparamError("has no signature")
         bound = signature.bind(*frame.args, **frame.kwargs).arguments
         for name, parameter in signature.parameters.items():
-            stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+            stars = "**" if parameter.kind is parameter.VAR_KEYWORD else stars
             if stars:
                 if bound.get(name):
                     raise ReparamError(f"is called with {stars}{name}")

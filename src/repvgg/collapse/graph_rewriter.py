@@ -11,17 +11,17 @@ import operator
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import chain, count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
 from repvgg.collapse.modules import is_inside, join
-from repvgg.collapse.record import Recording, is_constant
+from repvgg.collapse.recording import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in
 
@@ -89,12 +89,12 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
     if issubclass(base, fx.GraphModule) or (issubclass(base, _BatchNorm) and "running_mean" not in module._buffers):
         base = nn.Module  # what is left of it has no graph of its own, or does not normalize
     vars(module).pop("forward", None)
-    module.__class__ = _class_with_forward(base, name, code.src, _format_import_block(code.globals, sys_importer))
+    module.__class__ = _class_with_forward(cast(Any, base), name, code.src, _format_import_block(code.globals, sys_importer))
     type(module).graph = graph  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
-def _class_with_forward(base: type[nn.Module], name: str, source: str, imports: str) -> Any:
+def _class_with_forward(base: Any, name: str, source: str, imports: str) -> Any:
     namespace: dict[str, Any] = {}
     exec(imports, namespace)  # noqa: S102 - code that was written here, or by the pickle of such a module
     forward = _forward_from_src(source, namespace)
@@ -103,7 +103,7 @@ def _class_with_forward(base: type[nn.Module], name: str, source: str, imports: 
 
 
 def _empty_instance(base: type[nn.Module], name: str, source: str, imports: str) -> nn.Module:
-    kind = _class_with_forward(base, name, source, imports)
+    kind = _class_with_forward(cast(Any, base), name, source, imports)
     return object.__new__(kind)  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from repvgg import _structure
-from repvgg.collapse.record import Frame
+from repvgg.collapse.recording import Frame
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import UsageError
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.record import Frame, Recording, is_constant, leaves
+from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.symbolic_eval import Region
 from repvgg.symbolic.handlers import numbers
 
@@ -96,7 +96,9 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     node = region.first_convolution
     if node.op != "call_function" or getattr(node.target, "__name__", "") not in ("conv1d", "conv2d", "conv3d"):
         return None
-    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False))
+    given: dict[str, Any] = dict(
+        zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
+    )
     given |= node.kwargs
     weight, bias = given.get("weight"), given.get("bias")
     if not _has_geometry(region.value.symbol.map, given):
@@ -105,7 +107,7 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     module = recording.module.get_submodule(path)
     prefix = f"{path}." if path else ""
     is_own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{prefix}weight"
-    if not is_own or len(weight.users) > 1 or "weight" not in module._parameters or "bias" not in module._parameters:
+    if weight is None or not is_own or len(weight.users) > 1 or "weight" not in module._parameters or "bias" not in module._parameters:
         return None
     if isinstance(bias, fx.Node):
         is_own = bias.op == "get_attr" and bias.target == f"{prefix}bias" and len(bias.users) == 1

@@ -57,7 +57,7 @@ def computes_weights(part: nn.Module) -> bool:
 def inner_module(module: nn.Module) -> nn.Module | None:
     """Return the module inside a wrapper that only changes how it runs; None if it is no such wrapper."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return module.module
+        return module.module  # type: ignore[no-any-return]
     # torch.compile; matched by name because importing torch._dynamo takes seconds
     inner = module._modules.get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
     return inner if isinstance(inner, nn.Module) else None
@@ -148,7 +148,7 @@ def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
 def storage_of(value: Tensor) -> int | None:
     """Return an identifier of the memory of a tensor; None for sparse and nested ones."""
     try:
-        return value.untyped_storage()._cdata
+        return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -17,7 +17,8 @@ from repvgg.collapse.cost import Policy
 from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import Recording, is_constant, record
+from repvgg.collapse.record import record
+from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.errors import typed_line

@@ -12,19 +12,17 @@ import gc
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import TorchFunctionMode
 
-from repvgg import _structure
 from repvgg._calls import Call
 from repvgg.collapse.modules import (
     is_leaf,
@@ -35,8 +33,18 @@ from repvgg.collapse.modules import (
     storage_of,
     submodule_or_none,
 )
-from repvgg.collapse.tracked import is_tracked, tracked, untracked
-from repvgg.errors import NotLinearError, ReparamError
+from repvgg.collapse.recording import (
+    RANDOM,
+    Decision,
+    Frame,
+    Recording,
+    as_fx_arguments,
+    leaves,
+    map_values,
+    unrecorded,
+)
+from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked, tracked, untracked
+from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item, shadow_of, things_in
 from repvgg.symbolic.shadow import own_state
 
@@ -50,12 +58,6 @@ _NUMBERS = {"__bool__", "item"}  # the elements that stay known: all others leav
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
-_RANDOM = {
-    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
-    *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "log_normal_"),
-    *("cauchy_", "geometric_", "trunc_normal_", "rrelu"),
-}
-_SCALARS = {int, float, bool, str, bytes, complex, type(None), torch.memory_format}
 _OPERATORS = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "__getitem__")},
     **{"div": operator.truediv, "__rpow__": operator.pow, "pow": operator.pow, "__rfloordiv__": operator.floordiv},
@@ -65,145 +67,8 @@ _OPERATORS = {
 }
 
 
-def is_constant(node: fx.Node) -> bool:
-    """Whether a node depends on parameters and numbers only, and is the same in each call."""
-    if "constant" not in node.meta:
-        known = node.op == "get_attr" or (
-            node.op.startswith("call")
-            and node.target is not _unrecorded
-            and all(map(is_constant, node.all_input_nodes))
-        )
-        node.meta["constant"] = known and getattr(node.target, "__name__", node.target) not in _RANDOM
-    return bool(node.meta["constant"])
-
-
 class NeedsValuesError(ReparamError):
     """The code reads an element of a tensor, which a meta tensor does not have."""
-
-
-class UnknownValueError(ReparamError):
-    """The code does something with an unknown argument that only a known one allows."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A place where the code branched on something that another call may change.
-
-    Attributes:
-        outcome: which way it went.
-        where: file and line.
-        known: whether the other way can be tried.
-    """
-
-    outcome: bool
-    where: str
-    known: bool = True
-
-
-@dataclass(eq=False, repr=False)
-class Frame:
-    """One call of a module that has a Python forward.
-
-    Attributes:
-        path: of the module.
-        parent: the frame of the caller; None for the root.
-        args: positional arguments: nodes for tensors and for numbers read from tensors, in the caller's structure.
-        kwargs: the same for keyword arguments.
-        output: the same for what it returned.
-        items: the nodes that its own code ran and the frames of the modules that it called, in execution order.
-        decisions: on which numbers its own code branched.
-        caveats: effects of its own code that the graph does not show, in words.
-        methods: functions of the caller's code that led to the call, innermost first.
-    """
-
-    path: str
-    parent: Frame | None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    items: list[fx.Node | Frame] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    caveats: list[str] = field(default_factory=list)
-    methods: tuple[str, ...] = ()
-
-    def frames(self) -> Iterator[Frame]:
-        """Yield this frame and all below it, callers first."""
-        yield self
-        for item in self.items:
-            if isinstance(item, Frame):
-                yield from item.frames()
-
-    def stack(self) -> Iterator[Frame]:
-        """Yield this frame and those around it, innermost first."""
-        frame: Frame | None = self
-        while frame is not None:
-            yield frame
-            frame = frame.parent
-
-    def nodes(self) -> Iterator[fx.Node]:
-        """Yield all nodes that ran during the call."""
-        for item in self.items:
-            if isinstance(item, Frame):
-                yield from item.nodes()
-            else:
-                yield item
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Recording:
-    """What one call of a model did.
-
-    Attributes:
-        module: the model.
-        graph: all nodes in execution order. Calls of torch's own leaf modules are ``call_module`` nodes, parameters
-            and buffers are ``get_attr`` nodes; all else are functions, methods and placeholders.
-        root: the frame of the model.
-        frame_of: the frame whose code ran a node.
-        escaped: nodes whose tensors code may read that the recording does not show, with the reason.
-        opaque: nodes that must stay as they are, with the reason.
-        changed: paths of the modules whose attributes the call changed.
-        decisions: those that another call can force: of the root's own code, or on an unknown argument.
-        on_meta: whether it ran on meta tensors.
-    """
-
-    module: nn.Module
-    graph: fx.Graph
-    root: Frame
-    frame_of: dict[fx.Node, Frame]
-    escaped: dict[fx.Node, str]
-    opaque: dict[fx.Node, str]
-    changed: frozenset[str]
-    decisions: tuple[Decision, ...]
-    on_meta: bool
-
-    def owner(self, node: fx.Node) -> str:
-        """Return the path of the module whose forward ran ``node``."""
-        return self.frame_of.get(node, self.root).path
-
-    def calls(self) -> Iterator[tuple[fx.Node, str]]:
-        """Yield the nodes that call a module, with its path."""
-        return ((node, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
-
-    def called_paths(self) -> set[str]:
-        """Return the paths of all modules that ran."""
-        return {path for _, path in self.calls()} | {frame.path for frame in self.root.frames()}
-
-    def read_paths(self) -> set[str]:
-        """Return the paths of all parameters and buffers that a forward read itself."""
-        return {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-
-    def constant(self, node: fx.Node) -> Any:
-        """Return the parameter, buffer or attribute that a ``get_attr`` node names."""
-        return operator.attrgetter(str(node.target))(self.module)
-
-    @property
-    def constants(self) -> dict[fx.Node, tuple[nn.Module, str]]:
-        """The module and the path of what each ``get_attr`` node names."""
-        return {node: (self.module, str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
-
-    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Return the shape of a node's tensor; None if it is not a tensor."""
-        return node.meta.get("shape")
 
 
 def record(
@@ -235,52 +100,6 @@ def record(
     with guard, torch.inference_mode(False), torch.no_grad():
         recorder.modes = _modes()
         return recorder.run(call)
-
-
-class Unknown:
-    """An argument of which nothing is known: functions of it are unknown as well, and branches on it are decisions."""
-
-    def __init__(self, recorder: _Recorder, node: fx.Node) -> None:
-        self.__dict__.update(recorder=recorder, node=node)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._derived(getattr, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise UnknownValueError("an attribute of an optional argument is set")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._derived(lambda *_: None, *args, *kwargs.values())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._derived(operator.getitem, index)
-
-    def _derived(self, function: Callable[..., Any], *args: Any) -> Any:
-        recorder = self.__dict__["recorder"]
-        return Unknown(recorder, recorder.number_node(function, self, *args))
-
-    def _decide(self, *_: Any) -> bool:
-        return bool(self.__dict__["recorder"].decide(False, self.__dict__["node"]))
-
-    def _refuse(self, *_: Any) -> Any:
-        raise UnknownValueError("an optional argument selects what is computed")
-
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = _decide  # type: ignore[assignment]
-    __hash__ = __index__ = __int__ = __float__ = __iter__ = __len__ = _refuse  # type: ignore[assignment]
-
-
-def _unknown_operators() -> None:
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_"):
-        function, dunder = getattr(operator, name), name.strip("_")
-        setattr(Unknown, f"__{dunder}__", lambda self, other, f=function: self._derived(f, other))
-        setattr(Unknown, f"__r{dunder}__", lambda self, other, f=function: self._derived(f, other))
-    Unknown.__neg__ = lambda self: self._derived(operator.neg)  # type: ignore[attr-defined]
-
-
-_unknown_operators()
-UNKNOWN = object()  # in a Call: becomes an Unknown of the recorder
 
 
 class _Recorder(TorchFunctionMode):
@@ -482,7 +301,7 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.paused = paused
         node = self._node(op, target, *given)
-        if name in _RANDOM and self._is_random(name, kwargs):
+        if name in RANDOM and self._is_random(name, kwargs):
             self.opaque[node] = f"{name} draws random numbers"
         if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             self.opaque[node] = "it runs under autocast"
@@ -509,7 +328,7 @@ class _Recorder(TorchFunctionMode):
         return name != "rrelu" or bool(kwargs.get("training"))
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.graph.create_node(op, target, _arguments(args), _arguments(kwargs))
+        node = self.graph.create_node(op, target, as_fx_arguments(args), as_fx_arguments(kwargs))
         self._own(node)
         return node
 
@@ -558,7 +377,7 @@ class _Recorder(TorchFunctionMode):
 
     def _unseen(self, value: Tensor) -> fx.Node:
         """Return a node for a tensor that code computed without torch functions that can be recorded."""
-        node = self._node("call_function", _unrecorded, (), {})
+        node = self._node("call_function", unrecorded, (), {})
         self._bind(value, node)
         where = node.meta["where"]
         reason = f"{where} uses a tensor that comes from code which cannot be recorded"
@@ -665,18 +484,14 @@ class _Recorder(TorchFunctionMode):
     def number_node(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         """Return a node that applies ``function`` to numbers."""
         given = tuple(arg.node if isinstance(arg, _Held) else self._nodes_of(arg) for arg in args)
-        try:
-            key = (id(self.frame), function, given)
-            if key in self.numbers:
-                return self.numbers[key]
-        except TypeError:
-            key = ()
+        key = (id(self.frame), function, *map(repr, given))
+        if key in self.numbers:
+            return self.numbers[key]
         node = self._node("call_function", function, given, {})
         node.meta["number"] = True
         if any(isinstance(arg, Unknown) for arg in args):
             node.meta["unknown"] = True
-        if key:
-            self.numbers[key] = node
+        self.numbers[key] = node
         return node
 
     def decide(self, outcome: bool, node: fx.Node | None) -> bool:
@@ -752,53 +567,8 @@ def _modes() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
-def _unrecorded() -> Any:
-    raise NotLinearError("it comes from code that cannot be recorded")
-
-
 def _plain(value: Any) -> Any:
     return untracked(value) if is_tracked(value) else value
-
-
-def map_values(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply ``function`` to the leaves of arguments; a slice is a container here."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return value
-    if kind is tuple:
-        return tuple([map_values(function, item) for item in value])
-    if kind is list or kind is immutable_list:
-        return [map_values(function, item) for item in value]
-    if kind is dict or kind is immutable_dict:
-        return {key: map_values(function, item) for key, item in value.items()}
-    if kind is slice:
-        return slice(*(map_values(function, item) for item in (value.start, value.stop, value.step)))
-    if isinstance(value, (Tensor, fx.Node, nn.Module)) or is_tracked(value) or kind is Unknown or value is UNKNOWN:
-        return function(value)
-    return _structure.map_leaves(function, value)
-
-
-def leaves(value: Any) -> list[Any]:
-    """Return the leaves of arguments, in order."""
-    found: list[Any] = []
-    map_values(lambda item: found.append(item) or item, value)
-    return found
-
-
-def _arguments(value: Any) -> Any:
-    """Return arguments as fx stores them: in its own kinds of containers."""
-    kind = type(value)
-    if kind in _SCALARS or isinstance(value, fx.Node):
-        return value
-    if isinstance(value, (tuple, list, dict, slice)):
-        items = {key: _arguments(item) for key, item in value.items()} if isinstance(value, dict) else value
-        return items if isinstance(value, (dict, slice)) else type_of(value)([_arguments(item) for item in items])
-    inside = leaves(value)
-    return tuple(inside) if any(isinstance(leaf, fx.Node) for leaf in inside) and inside != [value] else value
-
-
-def type_of(value: Any) -> Any:
-    return list if isinstance(value, list) else tuple
 
 
 def _user_code() -> tuple[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from torch import fx
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.insertion import InsertionPoint, Replacement
-from repvgg.collapse.record import Recording
+from repvgg.collapse.recording import Recording
 from repvgg.collapse.sums import parts_of_sums
 from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
 from repvgg.symbolic import InputSpec

@@ -23,7 +23,7 @@ from repvgg.algebra import ConvMap
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.modules import computes_weights, is_leaf
-from repvgg.collapse.record import Recording
+from repvgg.collapse.recording import Recording
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
     ITEM_ASSIGNMENTS,

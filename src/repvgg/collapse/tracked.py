@@ -6,11 +6,14 @@ anew. A comparison or a truth value is a decision: another input might take anot
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import fx
+
+from repvgg.errors import ReparamError
 
 
 class NumberRecorder(Protocol):
@@ -82,6 +85,47 @@ class TrackedShape(tuple[int, ...]):
         return total
 
 
+class UnknownValueError(ReparamError):
+    """The code does something with an unknown argument that only a known one allows."""
+
+
+class Unknown:
+    """An argument of which nothing is known: functions of it are unknown as well, and branches on it are decisions."""
+
+    def __init__(self, recorder: Any, node: fx.Node) -> None:
+        self.__dict__.update(recorder=recorder, node=node)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._derived(getattr, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnknownValueError("an attribute of an optional argument is set")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._derived(lambda *_: None, *args, *kwargs.values())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._derived(operator.getitem, index)
+
+    def _derived(self, function: Callable[..., Any], *args: Any) -> Any:
+        recorder = self.__dict__["recorder"]
+        return Unknown(recorder, recorder.number_node(function, self, *args))
+
+    def _decide(self, *_: Any) -> bool:
+        return bool(self.__dict__["recorder"].decide(False, self.__dict__["node"]))
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UnknownValueError("an optional argument selects what is computed")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = _decide
+    __hash__ = __index__ = __int__ = __float__ = __iter__ = __len__ = _refuse
+
+
+UNKNOWN = object()  # in a call that is to be recorded: stands for an Unknown
+
+
 def tracked(value: Any, node: fx.Node, recorder: NumberRecorder) -> Any:
     """Return ``value`` (a number, or a tuple of integers) as a tracked one; anything else as it is."""
     kind: Any
@@ -134,11 +178,18 @@ def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
     return compare
 
 
-def _define_operators() -> None:
-    import math
+def _derive(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *others: self._derived(function, *others)
 
+
+def _define_operators() -> None:
     binary = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-    unary = {"__neg__": operator.neg, "__abs__": operator.abs, "__pos__": operator.pos, "__round__": round}
+    unary: dict[str, Callable[..., Any]] = {
+        "__neg__": operator.neg,
+        "__abs__": operator.abs,
+        "__pos__": operator.pos,
+        "__round__": round,
+    }
     unary |= {"__ceil__": math.ceil, "__floor__": math.floor, "__trunc__": math.trunc}
     for kind in (TrackedInt, TrackedFloat):
         for name in binary:
@@ -149,6 +200,11 @@ def _define_operators() -> None:
         for name in ("eq", "ne", "lt", "le", "gt", "ge"):
             setattr(kind, f"__{name}__", _comparison(getattr(operator, name)))
         setattr(kind, "__bool__", lambda self: self.recorder.decide(bool(untracked(self)), self.node))
+    for name in (*binary, "matmul", "and_", "or_"):
+        dunder = name.strip("_")
+        setattr(Unknown, f"__{dunder}__", _derive(getattr(operator, name)))
+        setattr(Unknown, f"__r{dunder}__", _derive(getattr(operator, name)))
+    setattr(Unknown, "__neg__", _derive(operator.neg))  # noqa: B010 - as the others
 
 
 _define_operators()

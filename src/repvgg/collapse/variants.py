@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 from repvgg._calls import Call
 from repvgg.collapse.code import flags_read
 from repvgg.collapse.modules import is_inside, join
-from repvgg.collapse.record import UNKNOWN, Frame, Recording, leaves, map_values, record
+from repvgg.collapse.record import record
+from repvgg.collapse.recording import Frame, Recording, leaves, map_values
 from repvgg.collapse.symbolic_eval import Region
+from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import first_float
 
 _MAX_RUNS = 24  # of one forward; each decision doubles them

@@ -1,0 +1,204 @@
+"""What one call of a model did: a flat graph, and the calls of modules in it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from repvgg import _structure
+from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked
+from repvgg.errors import NotLinearError
+
+_SCALARS = {int, float, bool, str, bytes, complex, type(None), torch.memory_format}
+RANDOM = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+    *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "log_normal_"),
+    *("cauchy_", "geometric_", "trunc_normal_", "rrelu"),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A place where the code branched on something that another call may change.
+
+    Attributes:
+        outcome: which way it went.
+        where: file and line.
+        known: whether the other way can be tried.
+    """
+
+    outcome: bool
+    where: str
+    known: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class Frame:
+    """One call of a module that has a Python forward.
+
+    Attributes:
+        path: of the module.
+        parent: the frame of the caller; None for the root.
+        args: positional arguments: nodes for tensors and for numbers read from tensors, in the caller's structure.
+        kwargs: the same for keyword arguments.
+        output: the same for what it returned.
+        items: the nodes that its own code ran and the frames of the modules that it called, in execution order.
+        decisions: on which numbers its own code branched.
+        caveats: effects of its own code that the graph does not show, in words.
+        methods: functions of the caller's code that led to the call, innermost first.
+    """
+
+    path: str
+    parent: Frame | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    items: list[fx.Node | Frame] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    methods: tuple[str, ...] = ()
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield this frame and all below it, callers first."""
+        yield self
+        for item in self.items:
+            if isinstance(item, Frame):
+                yield from item.frames()
+
+    def stack(self) -> Iterator[Frame]:
+        """Yield this frame and those around it, innermost first."""
+        frame: Frame | None = self
+        while frame is not None:
+            yield frame
+            frame = frame.parent
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """Yield all nodes that ran during the call."""
+        for item in self.items:
+            if isinstance(item, Frame):
+                yield from item.nodes()
+            else:
+                yield item
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording:
+    """What one call of a model did.
+
+    Attributes:
+        module: the model.
+        graph: all nodes in execution order. Calls of torch's own leaf modules are ``call_module`` nodes, parameters
+            and buffers are ``get_attr`` nodes; all else are functions, methods and placeholders.
+        root: the frame of the model.
+        frame_of: the frame whose code ran a node.
+        escaped: nodes whose tensors code may read that the recording does not show, with the reason.
+        opaque: nodes that must stay as they are, with the reason.
+        changed: paths of the modules whose attributes the call changed.
+        decisions: those that another call can force: of the root's own code, or on an unknown argument.
+        on_meta: whether it ran on meta tensors.
+    """
+
+    module: nn.Module
+    graph: fx.Graph
+    root: Frame
+    frame_of: dict[fx.Node, Frame]
+    escaped: dict[fx.Node, str]
+    opaque: dict[fx.Node, str]
+    changed: frozenset[str]
+    decisions: tuple[Decision, ...]
+    on_meta: bool
+
+    def owner(self, node: fx.Node) -> str:
+        """Return the path of the module whose forward ran ``node``."""
+        return self.frame_of.get(node, self.root).path
+
+    def calls(self) -> Iterator[tuple[fx.Node, str]]:
+        """Yield the nodes that call a module, with its path."""
+        return ((node, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+
+    def called_paths(self) -> set[str]:
+        """Return the paths of all modules that ran."""
+        return {path for _, path in self.calls()} | {frame.path for frame in self.root.frames()}
+
+    def read_paths(self) -> set[str]:
+        """Return the paths of all parameters and buffers that a forward read itself."""
+        return {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def constant(self, node: fx.Node) -> Any:
+        """Return the parameter, buffer or attribute that a ``get_attr`` node names."""
+        return operator.attrgetter(str(node.target))(self.module)
+
+    @property
+    def constants(self) -> dict[fx.Node, tuple[nn.Module, str]]:
+        """The module and the path of what each ``get_attr`` node names."""
+        return {node: (self.module, str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape of a node's tensor; None if it is not a tensor."""
+        return node.meta.get("shape")
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node depends on parameters and numbers only, and is the same in each call."""
+    if "constant" not in node.meta:
+        known = node.op == "get_attr" or (
+            node.op.startswith("call") and node.target is not unrecorded and all(map(is_constant, node.all_input_nodes))
+        )
+        node.meta["constant"] = known and getattr(node.target, "__name__", node.target) not in RANDOM
+    return bool(node.meta["constant"])
+
+
+def unrecorded() -> Any:
+    """Stand for code that computed a tensor and could not be recorded.
+
+    Raises:
+        NotLinearError: always.
+    """
+    raise NotLinearError("it comes from code that cannot be recorded")
+
+
+def map_values(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply ``function`` to the leaves of arguments; a slice is a container here."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is tuple:
+        return tuple([map_values(function, item) for item in value])
+    if kind is list or kind is immutable_list:
+        return [map_values(function, item) for item in value]
+    if kind is dict or kind is immutable_dict:
+        return {key: map_values(function, item) for key, item in value.items()}
+    if kind is slice:
+        return slice(*(map_values(function, item) for item in (value.start, value.stop, value.step)))
+    if isinstance(value, (Tensor, fx.Node, nn.Module)) or is_tracked(value) or kind is Unknown or value is UNKNOWN:
+        return function(value)
+    return _structure.map_leaves(function, value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """Return the leaves of arguments, in order."""
+    found: list[Any] = []
+    map_values(found.append, value)
+    return found
+
+
+def as_fx_arguments(value: Any) -> Any:
+    """Return arguments as fx stores them: in its own kinds of containers."""
+    kind = type(value)
+    if kind in _SCALARS or isinstance(value, fx.Node):
+        return value
+    if isinstance(value, slice):
+        return value
+    if isinstance(value, dict):
+        return {key: as_fx_arguments(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [as_fx_arguments(item) for item in tuple.__iter__(value)] if isinstance(value, tuple) else list(value)
+        return tuple(items) if isinstance(value, tuple) else [as_fx_arguments(item) for item in items]
+    inside = leaves(value)
+    return tuple(inside) if any(isinstance(leaf, fx.Node) for leaf in inside) and inside != [value] else value
