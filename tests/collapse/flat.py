@@ -35,7 +35,6 @@ def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recordin
         "escaped": {},
         "merge_branches": True,
         "shapes": run.shapes,
-        "recorded": True,
         "policy": cheaper,
     }
     given |= {"find_insertion": lambda region: ANYWHERE}

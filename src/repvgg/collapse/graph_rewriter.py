@@ -89,7 +89,9 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
     if issubclass(base, fx.GraphModule) or (issubclass(base, _BatchNorm) and "running_mean" not in module._buffers):
         base = nn.Module  # what is left of it has no graph of its own, or does not normalize
     vars(module).pop("forward", None)
-    module.__class__ = _class_with_forward(cast(Any, base), name, code.src, _format_import_block(code.globals, sys_importer))
+    module.__class__ = _class_with_forward(
+        cast(Any, base), name, code.src, _format_import_block(code.globals, sys_importer)
+    )
     type(module).graph = graph  # type: ignore[attr-defined]
 
 

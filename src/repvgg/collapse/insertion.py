@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
-from repvgg.collapse.symbolic_eval import Region
+from repvgg.collapse.region import Region
 from repvgg.symbolic.handlers import numbers
 
 
@@ -107,7 +107,13 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     module = recording.module.get_submodule(path)
     prefix = f"{path}." if path else ""
     is_own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{prefix}weight"
-    if weight is None or not is_own or len(weight.users) > 1 or "weight" not in module._parameters or "bias" not in module._parameters:
+    if (
+        weight is None
+        or not is_own
+        or len(weight.users) > 1
+        or "weight" not in module._parameters
+        or "bias" not in module._parameters
+    ):
         return None
     if isinstance(bias, fx.Node):
         is_own = bias.op == "get_attr" and bias.target == f"{prefix}bias" and len(bias.users) == 1

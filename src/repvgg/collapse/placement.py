@@ -18,8 +18,8 @@ from repvgg.collapse.insertion import InsertionPoint, insertion_points
 from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
+from repvgg.collapse.region import Region
 from repvgg.collapse.report import Skipped
-from repvgg.collapse.symbolic_eval import Region
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature, signature_of
 from repvgg.symbolic import InputSpec, Layout
 

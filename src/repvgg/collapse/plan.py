@@ -254,7 +254,6 @@ class _Planner:
             escaped=escaped,
             merge_branches=self.options.merge_branches,
             shapes=shapes,
-            recorded=True,
             fixed_sizes=self.options.call is not None,
             find_insertion=placement.find,
             policy=self.options.policy,

@@ -13,8 +13,9 @@ from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.insertion import InsertionPoint, Replacement
 from repvgg.collapse.recording import Recording
+from repvgg.collapse.region import Region, Step, Value
 from repvgg.collapse.sums import parts_of_sums
-from repvgg.collapse.symbolic_eval import EvaluationOptions, Region, Step, SymbolicValues, Value, transposed_conv_at
+from repvgg.collapse.symbolic_eval import EvaluationOptions, SymbolicValues, transposed_conv_at
 from repvgg.symbolic import InputSpec
 
 FindInsertion: TypeAlias = Callable[[Region], InsertionPoint | str]

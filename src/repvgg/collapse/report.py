@@ -12,7 +12,7 @@ from torch import nn
 from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.symbolic_eval import Region, Step
+from repvgg.collapse.region import Region, Step
 from repvgg.symbolic import SymbolicTensor
 
 

@@ -13,11 +13,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.algebra import ConvMap, over_axes
 from repvgg.collapse.cost import emitted_map
+from repvgg.collapse.evaluator import Evaluator
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
 from repvgg.collapse.insertion import Replacement, own_kernel
 from repvgg.collapse.modules import join, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
+from repvgg.collapse.region import Region
 from repvgg.collapse.report import (
     Folded,
     Part,
@@ -27,7 +29,6 @@ from repvgg.collapse.report import (
     part_of_step,
     parts_of_region,
 )
-from repvgg.collapse.symbolic_eval import Evaluator, Region
 from repvgg.errors import ReparamError, UsageError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, shadow_of
 
@@ -317,7 +318,7 @@ def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Ten
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
     device = algebra_device(first_float(region.recording.module))
     evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=False)
-    return lambda x: evaluator.run_region(region, x.to(device))
+    return lambda x: region.run(evaluator, x.to(device))
 
 
 class _Chain(nn.Module):
@@ -345,7 +346,7 @@ def solve_region(region: Region) -> SymbolicTensor:
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
     source.source.shape = planned.source.shape
-    result: SymbolicTensor = evaluator.run_region(region, source)
+    result: SymbolicTensor = region.run(evaluator, source)
     return result
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.collapse.cost import Cost, Policy
-from repvgg.collapse.symbolic_eval import Addition, Region, Step, SymbolicValues, Value
+from repvgg.collapse.region import Addition, Region, Step, Value
+from repvgg.collapse.symbolic_eval import SymbolicValues
 from repvgg.errors import ReparamError
 
 _IN_PLACE: set[Any] = {operator.iadd, Tensor.add_, "add_"}

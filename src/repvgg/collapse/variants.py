@@ -22,7 +22,7 @@ from repvgg.collapse.code import flags_read
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, leaves, map_values
-from repvgg.collapse.symbolic_eval import Region
+from repvgg.collapse.region import Region
 from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import first_float
 

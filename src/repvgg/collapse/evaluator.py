@@ -1,0 +1,102 @@
+"""Evaluate the nodes of a recording, on symbols or on real tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg.collapse.recording import Recording
+from repvgg.symbolic import (
+    SymbolicTensor,
+    UnknownSize,
+    guarded,
+    shadow_of,
+    unchanged_by_call,
+)
+
+Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
+
+
+class Evaluator:
+    """Evaluate nodes of an recording graph, with all parameters and buffers passed through ``convert``.
+
+    Args:
+        recording: the graph.
+        convert: from a tensor to the tensor to compute with.
+        keep_kernels: leave kernels of convolutions and linear layers unconverted; the algebra converts them later.
+        strict: raise on modules that change their own state when they are called.
+    """
+
+    def __init__(
+        self, recording: Recording, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
+    ) -> None:
+        self.call = unchanged_by_call if strict else guarded
+        self.recording = recording
+        self.convert = convert
+        self.keep_kernels = keep_kernels
+        self._shadows: dict[str, nn.Module] = {}  # converting all weights of a module once per call would dominate
+
+    def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """Return the result of ``node`` for the values of its arguments; raise ReparamError if it is not linear."""
+        args = fx.map_arg(node.args, value_of)
+        kwargs = fx.map_arg(node.kwargs, value_of)
+        if node.op == "call_module":
+            return self.call(self._shadow(str(node.target)), *args, **kwargs)
+        if node.op == "call_method":
+            return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
+        return guarded(node.target, *args, **kwargs)
+
+    def with_constants(self, values: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
+        """Return a function that returns values of nodes, and computes and adds those that are not there yet."""
+        is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
+
+        def value_of(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            if (number := recorded_number(node)) is not None:
+                return number if is_symbolic else node.meta["value"]
+            # A constant, or computed from constants.
+            values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            return values[node]
+
+        return value_of
+
+    def constant(self, node: fx.Node) -> Any:
+        """Return the parameter, buffer or attribute that ``node`` names."""
+        value = get_attribute(self.recording.module, str(node.target))
+        return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _shadow(self, path: str) -> nn.Module:
+        if path not in self._shadows:
+            part = self.recording.module.get_submodule(path)
+            self._shadows[path] = shadow_of(
+                part, self.convert, keep_kernels=self.keep_kernels, training=False, compute_weights=True
+            )
+        return self._shadows[path]
+
+
+def recorded_number(node: fx.Node) -> Any:
+    """Return the size or the shape that a node of a recorded run read from a tensor; None for all other nodes.
+
+    Another call may have another one, so the algebra may only pass it on, to follow a reshape.
+    """
+    value = node.meta.get("value") if node.meta.get("number") else None
+    if isinstance(value, tuple):
+        return tuple([UnknownSize(value=int(size)) for size in value])
+    return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """Return a float64 meta tensor of the same shape: enough for geometry and costs."""
+    return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
+
+
+def get_attribute(root: nn.Module, path: str) -> Any:
+    """Resolve a dotted ``path`` below ``root``."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
