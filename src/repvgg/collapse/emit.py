@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.collapse.modules import is_inside
-from repvgg.collapse.recording import Frame, Recording, leaves
+from repvgg.collapse.recording import Frame, Recording, leaves, mark_constants
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item
@@ -56,6 +56,7 @@ def emit(recording: Recording, path: str, inlined: Collection[str]) -> Emission:
     emitter.copy(frame)
     emitter.graph.output(emitter.mapped(frame.output))
     _drop_unused(emitter.graph)
+    mark_constants(emitter.graph)
     node_of = {old: new for old, new in emitter.names.items() if isinstance(new, fx.Node)}
     return Emission(emitter.graph, node_of, emitter.statements)
 

@@ -41,6 +41,7 @@ from repvgg.collapse.recording import (
     as_fx_arguments,
     leaves,
     map_values,
+    mark_constants,
     unrecorded,
 )
 from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked, tracked, untracked
@@ -194,6 +195,7 @@ class _Recorder(TorchFunctionMode):
         self._find_stored()
         self.graph.output(leaves(self.root.output))
         self._drop_unused_numbers()
+        mark_constants(self.graph)
         # References to the copy would keep it, and all tensors of the run, alive.
         self.known.clear()
         return Recording(

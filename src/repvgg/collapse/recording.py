@@ -144,6 +144,12 @@ class Recording:
         return node.meta.get("shape")
 
 
+def mark_constants(graph: fx.Graph) -> None:
+    """Find all constants of a graph, in execution order, so that :func:`is_constant` need not recur deeply."""
+    for node in graph.nodes:
+        is_constant(node)
+
+
 def is_constant(node: fx.Node) -> bool:
     """Whether a node depends on parameters and numbers only, and is the same in each call."""
     if "constant" not in node.meta:
