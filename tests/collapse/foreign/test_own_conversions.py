@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.collapse.foreign.catalog import NETWORKS, SMALL
+from tests.collapse.foreign.catalog import FAST, SLOW
 from tests.collapse.foreign.harness import count, outputs, relative_error
 from tests.collapse.foreign.packages import set_environment
 
@@ -30,14 +30,14 @@ def check_own_conversion(network):
     assert after.norms < before.norms or after.convolutions < before.convolutions
 
 
-@pytest.mark.parametrize("network", parameters(SMALL))
+@pytest.mark.parametrize("network", parameters(FAST))
 def test_own_conversion_of_a_small_network(network):
     check_own_conversion(network)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the packages
-@pytest.mark.parametrize("network", parameters(NETWORKS))
+@pytest.mark.parametrize("network", parameters(SLOW))
 def test_own_conversion(network):
     import_package(network)
     check_own_conversion(network)
