@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from repvgg.collapse.modules import is_inside
+from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.recording import Frame, Recording, leaves, mark_constants
 from repvgg.collapse.variants import signature_of
 from repvgg.errors import ReparamError
@@ -168,9 +168,18 @@ class _Emitter:
         return self.attributes[name]
 
     def _inner(self, path: str) -> str:
-        if not is_inside(path, self.path) or path == self.path:
-            raise ReparamError(f"uses {path!r}, which is outside of it")
-        return path[len(self.path) + 1 :] if self.path else path
+        if is_inside(path, self.path) and path != self.path:
+            return path[len(self.path) + 1 :] if self.path else path
+        # The recording names a module or tensor that is held in several places by the first of them.
+        wanted = operator.attrgetter(path)(self.recording.module)
+        host = self.recording.module.get_submodule(self.path)
+        for alias, part in host.named_modules(remove_duplicate=False):
+            if part is wanted and alias:
+                return alias
+            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is wanted:
+                    return join(alias, name)
+        raise ReparamError(f"uses {path!r}, which is outside of it")
 
 
 def _holds_new_node(value: Any, names: dict[fx.Node, Any]) -> bool:
