@@ -201,11 +201,14 @@ def compose(inner: ConvMap, outer: ConvMap) -> ConvMap:
     border = _composed_border(inner, outer)
     axes = tuple(map(compose_axes, inner.axes, outer.axes))
     # Identities are common (they start every symbolic trace) and must not cost a product.
-    if outer.kernel.unit:
+    if outer.kernel.unit and outer.bias is None:
         return ConvMap.from_axes(inner.kernel, inner.bias, axes, border)
+    bias = _composed_bias(inner, outer)  # a shift is an identity with a bias
+    if outer.kernel.unit:
+        return ConvMap.from_axes(inner.kernel, bias, axes, border)
     if inner.kernel.unit:
-        return ConvMap.from_axes(outer.kernel, outer.bias, axes, border)
-    return ConvMap.from_axes(_composed_kernel(inner, outer, axes), _composed_bias(inner, outer), axes, border)
+        return ConvMap.from_axes(outer.kernel, bias, axes, border)
+    return ConvMap.from_axes(_composed_kernel(inner, outer, axes), bias, axes, border)
 
 
 def resample(conv: ConvMap, axes: tuple[Axis, ...], border: Border | None = None) -> ConvMap:

@@ -36,7 +36,9 @@ def constant(value: Any, like: SymbolicTensor) -> Tensor:
     """Return a number or a real tensor in the dtype and on the device of the algebra."""
     if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
         raise NotLinearError("a complex operand does not give a convolution of real numbers")
-    return torch.as_tensor(value).to(device=like.device, dtype=like.dtype)
+    if not isinstance(value, Tensor):  # by way of the default dtype, a number would lose digits
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value.to(device=like.device, dtype=like.dtype)
 
 
 def per_channel(value: Any, like: SymbolicTensor, channels: int | None = None) -> Tensor:
