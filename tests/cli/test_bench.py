@@ -285,7 +285,7 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
         seen.append({thread.name for thread in threading.enumerate()})
         return take(*arguments, **more)
 
-    before = {thread.name for thread in threading.enumerate()}
+    before = {thread.name for thread in threading.enumerate()} | {"repvgg-interrupt"}  # the command line's own
     monkeypatch.setattr(timing, "take_samples", taking)
     outcome = repvgg("bench", files.train, "--rounds", 2)
     assert outcome.code == 0

@@ -30,7 +30,7 @@ def test_converts_and_says_what_it_did(repvgg, files, tmp_path):
     _, _, *regions, folded, equal, wrote = outcome.out.splitlines()
     assert len(regions) == 7
     assert regions[0].split("  ")[0] == "stem.conv"
-    assert "3x3 Conv2d + BatchNorm2d + 1x1 PointwiseConv2d + BatchNorm2d + BatchNorm2d" in regions[2]
+    assert "3x3 Conv2d + 3 x BatchNorm2d + 1x1 PointwiseConv2d + 2 x add" in regions[2]
     assert "3x3 conv 32→32" in regions[2]
     assert folded == "7 regions folded; 203,050 → 181,546 parameters"
     assert equal.startswith("plain form is equal: relative error ")

@@ -100,7 +100,6 @@ def single(conv):
 
 
 NOT = {
-    "float32 only": (single, "cannot be run in float64 (RuntimeError"),
     "nothing": (lambda conv: None, "there is no block for it"),
     "an error": (failing, "cannot be made (KeyError"),
     "not linear": (lambda conv: nn.Sequential(like(conv), nn.ReLU()), "not a linear"),

@@ -320,6 +320,8 @@ class Placement:
         for path, part in self.recording.module.named_modules():
             if not path or any(is_inside(path, other) for other in done) or not any(True for _ in part.parameters()):
                 continue
+            if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # code may iterate over it
+                continue
             if not any(is_inside(name, path) for name in used):
                 done.append(path)
                 yield path
@@ -329,8 +331,10 @@ class Placement:
         """The modules with parameters that no call in eval mode uses, outermost ones only."""
         found: list[Skipped] = []
         for path in self.not_run():
-            owner, _, name = path.rpartition(".")
-            reason = self._why_unused(owner, name, path) if owner in self.frames else None
+            owner = path.rpartition(".")[0]
+            while owner and owner not in self.frames:
+                owner = owner.rpartition(".")[0]
+            reason = self._why_unused(owner, path[len(owner) + 1 :] if owner else path, path)
             if reason:
                 found.append(Skipped(path, reason))
         return found
@@ -338,7 +342,9 @@ class Placement:
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:
         facts = code_facts(self.recording.module.get_submodule(owner))
         calls = [called for method, called in facts.calls.items() if not method.startswith("_")]
-        if any(name in called for called in calls) or any(is_inside(other, path) for other in self.excluded):
+        if any(name.partition(".")[0] in called for called in calls) or any(
+            is_inside(other, path) for other in self.excluded
+        ):
             return None
         if facts.reads_training:
             frame = self.frames[owner][0]
@@ -363,7 +369,8 @@ def _spec(shape: tuple[int, ...]) -> InputSpec | None:
 def _separating_method(facts: CodeFacts, steps: list[fx.Node], recording: Recording, path: str) -> str | None:
     """Return a method of the module at ``path`` that runs some steps of a region and not all."""
     items = [item for node in steps if (item := _item_of(recording, node, path)) is not None]
-    run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & facts.methods for item in items]
+    public = {name for name in facts.methods if not name.startswith("_")}  # nobody else calls the others
+    run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & public for item in items]
     executed = set[str]().union(*run)
     partial = next((name for name in executed if not all(name in methods for methods in run)), None)
     if partial is not None:
@@ -374,7 +381,7 @@ def _separating_method(facts: CodeFacts, steps: list[fx.Node], recording: Record
         for item in items
         if isinstance(item, Frame) or item.op == "call_module"
     }
-    others = ((name, called & names) for name, called in facts.calls.items() if name not in executed)
+    others = ((name, facts.calls[name] & names) for name in public - executed)
     return next((name for name, called in others if called and called != names), None)
 
 

@@ -17,7 +17,7 @@ from repvgg.collapse.cost import Policy
 from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import record
+from repvgg.collapse.record import NeedsValuesError, record
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
@@ -216,7 +216,8 @@ class _Planner:
                 continue
             self._search(path, recording, candidate)
             return
-        if call is not None and first is not None:
+        # A model without values may still run with some.
+        if call is not None and first is not None and not isinstance(first, NeedsValuesError):
             raise first
         if any(map(nn.parameter.is_lazy, module.parameters())):
             why = "it has parameters without a shape: call it once before"

@@ -190,7 +190,12 @@ def map_values(function: Callable[[Any], Any], value: Any) -> Any:
 def leaves(value: Any) -> list[Any]:
     """Return the leaves of arguments, in order."""
     found: list[Any] = []
-    map_values(found.append, value)
+
+    def visit(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf  # containers are built anew, and may refuse anything else
+
+    map_values(visit, value)
     return found
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
@@ -223,11 +225,14 @@ def parts_of_region(scope: nn.Module, region: Region) -> list[Part]:
     steps = [step for step in region.steps if step.computes]
     if len(steps) == 1 and steps[0].node.op == "call_module":
         return parts_of_module(scope.get_submodule(str(steps[0].node.target)))
-    return [part_of_step(scope, step) for step in steps]
+    return [part_of_step(scope, step, region.recording.owner(step.node)) for step in steps]
 
 
-def part_of_step(scope: nn.Module, step: Step) -> Part:
-    """Return the description of one step of a region."""
+def part_of_step(scope: nn.Module, step: Step, owner: str = "") -> Part:
+    """Return the description of one step of a region, which the forward of the module at ``owner`` runs."""
+    layer = scope.get_submodule(owner)
+    if step.node.op != "call_module" and isinstance(layer, (_ConvNd, _BatchNorm, nn.Linear)):
+        return Part(owner, _leaf(layer))  # a layer with a forward of its own
     if step.node.op == "call_module":
         return Part(str(step.node.target), describe_module(scope.get_submodule(str(step.node.target))))
     return Part(step.node.name, ", ".join(step.operations))

@@ -190,7 +190,7 @@ class SymbolicValues:
             if len(values) < len(inputs):
                 continue
             try:
-                if start.source.op == "placeholder" and all(value is start for value in values) and _converts(node):
+                if self._may_be_converted(start.source) and all(value is start for value in values) and _converts(node):
                     raise NotLinearError("the model may be called with integers or with one channel")
                 self._record(node, start, dict(zip(inputs, values, strict=True)))
             except ReparamError as error:
@@ -213,6 +213,11 @@ class SymbolicValues:
                     yield self._start(n, spec)
             except ReparamError as error:
                 errors.append(error)
+
+    def _may_be_converted(self, source: fx.Node) -> bool:
+        """Whether a node is an input of which no layer determines that it has real numbers and its channels."""
+        users = (type(self._modules[str(u.target)]) if u.op == "call_module" else u.target for u in source.users)
+        return source.op == "placeholder" and not any(user in _TAKE_IMAGES or user is nn.Linear for user in users)
 
     def _as_function_of(self, start: Value, node: fx.Node) -> Value | None:
         """Return ``node`` as a function of a source, or None."""

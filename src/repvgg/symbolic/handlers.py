@@ -19,6 +19,7 @@ from torch import Tensor
 from repvgg import algebra
 from repvgg.algebra import ConvMap, Kernel
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
+from repvgg.symbolic.layout import UnknownSize
 from repvgg.symbolic.tensor import SymbolicTensor, handles
 
 _T = torch.Tensor
@@ -36,6 +37,8 @@ def constant(value: Any, like: SymbolicTensor) -> Tensor:
     """Return a number or a real tensor in the dtype and on the device of the algebra."""
     if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
         raise NotLinearError("a complex operand does not give a convolution of real numbers")
+    if isinstance(value, UnknownSize):
+        raise NotLinearError("a number depends on the size of the image")
     if not isinstance(value, Tensor):  # by way of the default dtype, a number would lose digits
         return torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return value.to(device=like.device, dtype=like.dtype)
