@@ -25,7 +25,7 @@ def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recordin
     """Return the graph of a model, and options with the shapes of a run on ``x``."""
     graph = fx.Tracer().trace(model)
     root = Frame("", None)
-    frame_of = {node: root for node in graph.nodes}
+    frame_of = dict.fromkeys(graph.nodes, root)
     recording = Recording(model, graph, root, frame_of, {}, {}, frozenset(), (), on_meta=False)
     run = _Shapes(fx.GraphModule(model, graph), graph=graph)
     with torch.no_grad():

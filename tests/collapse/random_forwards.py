@@ -60,7 +60,7 @@ def random_model(seed: int) -> tuple[nn.Module, str]:
     result = rng.choice((last, f"({last}, {other})", f"{{'out': {last}, 'more': [{other}]}}"))
     code = "def forward(self, x, flag=False, mode='a'):\n    " + "\n    ".join([*lines, f"return {result}"])
     namespace: dict[str, Any] = {"torch": torch, "F": F}
-    exec(code, namespace)  # noqa: S102 - written above
+    exec(code, namespace)
     methods = {"forward": namespace["forward"], "encode": lambda self, x: self.p(x)}
     model: Any = type("Random", (nn.Module,), methods)()
     for name in "pqrs":

@@ -45,7 +45,7 @@ def test_a_call_that_differs_from_the_recorded_one_is_refused():
     assert "mode='tensor'" in report.guards[0].reason
     assert_same_outputs(model, plain, image(seed=5))
     for other in (plain, copy.deepcopy(plain)):
-        with pytest.raises(UsageError, match="was collapsed for .*mode='tensor', and is called with mode='feature'"):
+        with pytest.raises(UsageError, match=r"was collapsed for .*mode='tensor', and is called with mode='feature'"):
             other(image(), mode="feature")
     with pytest.warns(NothingFoldedWarning):
         features, report = repvgg.reparameterize(model, {"x": image(), "mode": "feature"})

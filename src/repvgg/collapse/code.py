@@ -45,7 +45,7 @@ class CodeFacts:
 
 def code_facts(module: nn.Module) -> CodeFacts:
     """Return the facts about the class of a module."""
-    return _facts_of_class(cast(Any, type(module)))
+    return _facts_of_class(cast("Any", type(module)))
 
 
 @lru_cache(maxsize=1024)
@@ -77,7 +77,7 @@ def flags_read(module: nn.Module) -> list[str]:
 
 def has_public_methods(kind: type[nn.Module]) -> bool:
     """Whether a class has methods of its own that a user may call besides ``forward``."""
-    return any(not name.startswith("_") for name in _facts_of_class(cast(Any, kind)).methods)
+    return any(not name.startswith("_") for name in _facts_of_class(cast("Any", kind)).methods)
 
 
 def _reachable_names(functions: dict[str, FunctionType]) -> set[str]:

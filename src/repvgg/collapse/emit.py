@@ -175,7 +175,7 @@ class _Emitter:
         host = self.recording.module.get_submodule(self.path)
         for alias, part in host.named_modules(remove_duplicate=False):
             if part is wanted and alias:
-                return alias
+                return str(alias)
             for name, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is wanted:
                     return join(alias, name)

@@ -90,7 +90,7 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
         base = nn.Module  # what is left of it has no graph of its own, or does not normalize
     vars(module).pop("forward", None)
     module.__class__ = _class_with_forward(
-        cast(Any, base), name, code.src, _format_import_block(code.globals, sys_importer)
+        cast("Any", base), name, code.src, _format_import_block(code.globals, sys_importer)
     )
     type(module).graph = graph  # type: ignore[attr-defined]
 
@@ -98,14 +98,14 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
 @lru_cache(maxsize=4096)
 def _class_with_forward(base: Any, name: str, source: str, imports: str) -> Any:
     namespace: dict[str, Any] = {}
-    exec(imports, namespace)  # noqa: S102 - code that was written here, or by the pickle of such a module
+    exec(imports, namespace)
     forward = _forward_from_src(source, namespace)
     attributes = {"forward": forward, "_source": (base, name, source, imports), "__module__": base.__module__}
     return type(name, (NewForward, base), attributes)
 
 
 def _empty_instance(base: type[nn.Module], name: str, source: str, imports: str) -> nn.Module:
-    kind = _class_with_forward(cast(Any, base), name, source, imports)
+    kind = _class_with_forward(cast("Any", base), name, source, imports)
     return object.__new__(kind)  # type: ignore[no-any-return]
 
 

@@ -119,7 +119,7 @@ class Placement:
                 found[node] = self.excluded[path]
         if not self.trusted:
             text = "the shape of the input is not known, and a batch norm alone does not determine it: pass inputs="
-            found |= {node: text for node in self._norms_of_unknown_rank()}
+            found |= dict.fromkeys(self._norms_of_unknown_rank(), text)
         return found
 
     def _norms_of_unknown_rank(self) -> Iterator[fx.Node]:
@@ -252,7 +252,7 @@ class Placement:
         touched = {frame.path: frame for stack in stacks for frame in stack[: stack.index(host) + 1]}
         # Only a chain changes the modules themselves; else others may go on calling them.
         unchanged = frozenset[str]() if point.kind == "chain" else frozenset(self._shared)
-        for path, frame in touched.items():
+        for path in touched:
             for other in self.frames[path][1:]:
                 if not is_same_region(region, self.recording, frame=other, unchanged=unchanged):
                     return f"{path} computes something else when it is called again"

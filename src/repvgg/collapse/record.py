@@ -61,10 +61,18 @@ _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoi
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
 _OPERATORS = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "__getitem__")},
-    **{"div": operator.truediv, "__rpow__": operator.pow, "pow": operator.pow, "__rfloordiv__": operator.floordiv},
-    **{"add_": operator.iadd, "sub_": operator.isub, "mul_": operator.imul, "div_": operator.itruediv},
-    **{"__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv},
-    **{"__rmatmul__": operator.matmul},
+    "div": operator.truediv,
+    "__rpow__": operator.pow,
+    "pow": operator.pow,
+    "__rfloordiv__": operator.floordiv,
+    "add_": operator.iadd,
+    "sub_": operator.isub,
+    "mul_": operator.imul,
+    "div_": operator.itruediv,
+    "__rsub__": operator.sub,
+    "__rdiv__": operator.truediv,
+    "__rtruediv__": operator.truediv,
+    "__rmatmul__": operator.matmul,
 }
 
 

@@ -40,7 +40,7 @@ class LoadedProgram:
             return logits
         # The file has a fixed batch size: fill the last batch with zeros.
         parts = []
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             missing = batch - len(part)
             full = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
             parts.append(self.runner(full)[: len(part)])
