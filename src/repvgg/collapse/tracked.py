@@ -199,7 +199,7 @@ def _define_operators() -> None:
             setattr(kind, dunder, _arithmetic(function, reflected=False))
         for name in ("eq", "ne", "lt", "le", "gt", "ge"):
             setattr(kind, f"__{name}__", _comparison(getattr(operator, name)))
-        kind.__bool__ = lambda self: self.recorder.decide(bool(untracked(self)), self.node)
+        kind.__bool__ = lambda self: self.recorder.decide(bool(untracked(self)), self.node)  # type: ignore[method-assign]
     for name in (*binary, "matmul", "and_", "or_"):
         dunder = name.strip("_")
         setattr(Unknown, f"__{dunder}__", _derive(getattr(operator, name)))
