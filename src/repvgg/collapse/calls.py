@@ -15,7 +15,7 @@ from repvgg._calls import Call, signature_of
 from repvgg.symbolic import first_float
 
 _SIZES = (64, 224, 256, 32)  # height and width of made-up images: multiples of common strides
-_DEPTH = 16  # of volumes
+_VOLUMES = ((8, 32, 32), (16, 64, 64), (16, 224, 224))  # their work grows with the cube of the size
 _TOKENS = 16  # of sequences of vectors
 _MAX_CALLS = 48
 _STEP = 32  # by which sizes grow in a similar call: networks that need multiples mostly need a divisor of it
@@ -68,12 +68,14 @@ def _shapes_for(layer: nn.Module) -> Iterator[tuple[int, ...]]:
         return
     channels = layer.in_channels if isinstance(layer, _ConvNd) else int(layer.num_features)  # type: ignore[arg-type]
     spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 2
-    for size in _SIZES:
-        yield (2, channels, *{1: (size,), 2: (size, size), 3: (_DEPTH, size, size)}[spatial])
+    if spatial == 3:
+        yield from ((2, channels, *sizes) for sizes in _VOLUMES)
+    for size in _SIZES if spatial < 3 else ():
+        yield (2, channels, *(size,) * spatial)
     if isinstance(layer, nn.BatchNorm1d):
         yield from ((2, channels), (2, channels, _TOKENS))
     if isinstance(layer, nn.BatchNorm3d):
-        yield (2, channels, _DEPTH, _SIZES[1], _SIZES[1])
+        yield from ((2, channels, *sizes) for sizes in _VOLUMES)
 
 
 def similar_calls(call: Call) -> Iterator[Call]:
@@ -88,7 +90,7 @@ def _resized(x: Tensor, batch: int, step: int) -> Tensor:
         return x
     spatial = range(2, len(shape)) if len(shape) > 3 else range(len(shape) - 1, len(shape))
     for axis in spatial if len(shape) > 2 else ():
-        shape[axis] += step
+        shape[axis] += step // 4 if len(shape) == 5 else step
     if len(shape) != 3 or not step:
         shape[0] += batch
     return torch.empty(shape, dtype=x.dtype, device="meta")
