@@ -232,3 +232,25 @@ def test_threads_collapse_at_once_beside_one_that_runs_a_model():
     server.join()
     assert problems == []
     assert (nn.Module.__call__, nn.Module.__getattr__) == (call, getter)
+
+
+class Quantized(nn.Module):
+    """Rounds its weights in the forward; they lie half-way between two steps, where float64 rounds the other way."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randint(-40, 41, (8, 4, 3, 3), generator=generator).float() * 0.05)
+        self.step, self.bn = nn.Parameter(torch.tensor(0.1)), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        kernel = torch.round(self.weight / self.step).clamp(-128, 127) * self.step
+        return F.relu(self.bn(F.conv2d(x, kernel, padding=1)))
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_constants_are_computed_in_the_dtype_of_the_model(prove):
+    model = trained(Quantized(), torch.float32)
+    plain, report = repvgg.reparameterize(model, prove=prove)
+    assert len(report.folded) == 1
+    assert_same_outputs(model, plain, image(dtype=torch.float32), tolerance=1e-5)

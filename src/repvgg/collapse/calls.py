@@ -57,9 +57,12 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
             if shape not in seen:
                 seen.add(shape)
                 yield shape
+    # Kernels that a forward uses itself.
     kernels = (p for p in model.parameters() if p.dim() == 4)
-    if not layers:  # kernels that a forward uses itself
-        yield from ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES)
+    for shape in ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES):
+        if shape not in seen:
+            seen.add(shape)
+            yield shape
 
 
 def _shapes_for(layer: nn.Module) -> Iterator[tuple[int, ...]]:

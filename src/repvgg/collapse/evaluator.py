@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.collapse.recording import Recording
+from repvgg.collapse.recording import Recording, is_constant
 from repvgg.symbolic import (
     SymbolicTensor,
     UnknownSize,
@@ -58,11 +58,32 @@ class Evaluator:
                 return values[node]
             if (number := recorded_number(node)) is not None:
                 return number if is_symbolic else node.meta["value"]
-            # A constant, or computed from constants.
-            values[node] = self.constant(node) if node.op == "get_attr" else self.run(node, value_of)
+            if node.op == "get_attr":
+                values[node] = self.constant(node)
+            else:
+                values[node] = self.computed(node) if is_constant(node) else self.run(node, value_of)
             return values[node]
 
         return value_of
+
+    def computed(self, node: fx.Node) -> Any:
+        """Return a constant that a forward computes: as the model computes it, in its own dtype, and then converted.
+
+        In float64, a rounding in the forward could fall the other way.
+        """
+        raw: dict[fx.Node, Any] = {}
+
+        def value_of(inner: fx.Node) -> Any:
+            if inner not in raw:
+                if inner.op == "get_attr":
+                    value = self.recording.constant(inner)
+                    raw[inner] = value.detach().clone() if isinstance(value, Tensor) else value  # it may be written to
+                else:
+                    raw[inner] = self.run(inner, value_of)
+            return raw[inner]
+
+        value = value_of(node)
+        return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def constant(self, node: fx.Node) -> Any:
         """Return the parameter, buffer or attribute that ``node`` names."""
