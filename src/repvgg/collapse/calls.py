@@ -58,7 +58,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
                 seen.add(shape)
                 yield shape
     # Kernels that a forward uses itself.
-    kernels = (p for p in model.parameters() if p.dim() == 4)
+    kernels = (p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.dim() == 4)
     for shape in ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES):
         if shape not in seen:
             seen.add(shape)
