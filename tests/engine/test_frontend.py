@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import repvgg
 from repvgg import create_model
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, Gate, Linear, Pool
@@ -345,3 +346,22 @@ def test_the_message_names_what_is_unsupported(name):
     model, words = REFUSED[name]
     with pytest.raises(UnsupportedError, match=words):
         read(model)
+
+
+def test_models_with_a_new_forward_compile():
+    """Their forward is generated code, without a file."""
+    torch.manual_seed(0)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.pointwise = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return torch.relu(self.dense(x) + self.pointwise(x))
+
+    model = nn.Sequential(Branches(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    plain, _ = repvgg.reparameterize(model)
+    x = torch.randn(2, 3, 12, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(repvgg.engine.compile(plain, (2, 3, 12, 12))(x), model(x), rtol=1e-4, atol=1e-5)

@@ -97,7 +97,7 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
 
 @lru_cache(maxsize=4096)
 def _class_with_forward(base: Any, name: str, source: str, imports: str) -> Any:
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"__name__": base.__module__}  # whoever looks at the caller's module finds one
     exec(imports, namespace)
     forward = _forward_from_src(source, namespace)
     attributes = {"forward": forward, "_source": (base, name, source, imports), "__module__": base.__module__}
