@@ -1,7 +1,7 @@
 r"""Cached files that only this user can have written: machine code, tuning results, compiled training kernels.
 
-What is read from here is executed, and the names of the files can be computed by anybody. So one rule holds for every
-cache of the library: the folder and each file in it belong to this user, nobody else may write to them, neither is a
+Cached code is executed, and file names are predictable, so another user of the machine could plant a file. One rule
+holds for every cache: the folder and each file in it are owned by this user and writable by no one else, neither is a
 symbolic link, and a file is a regular file whose checksum and key match. A file that breaks the rule counts as
 missing and is replaced; a folder that breaks it is not used, with a :class:`repvgg.errors.CacheWarning`.
 

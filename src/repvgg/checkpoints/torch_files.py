@@ -49,7 +49,7 @@ _OTHER_FILES = (
 
 
 class _Path:
-    """Stands for a path among the arguments of a script, which nobody reads."""
+    """Placeholder for a ``pathlib.Path`` in a pickle, such as in a script's saved arguments; never used."""
 
     def __init__(self, *parts: object) -> None:
         self.parts = parts

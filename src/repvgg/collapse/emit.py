@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from repvgg._calls import signature_of
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.recording import Frame, Recording, leaves, mark_constants
-from repvgg.collapse.variants import signature_of
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item
 

@@ -87,7 +87,7 @@ class Evaluator:
 
     def constant(self, node: fx.Node) -> Any:
         """Return the parameter, buffer or attribute that ``node`` names."""
-        value = get_attribute(self.recording.module, str(node.target))
+        value = self.recording.constant(node)
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _shadow(self, path: str) -> nn.Module:
@@ -113,11 +113,3 @@ def recorded_number(node: fx.Node) -> Any:
 def to_meta(tensor: Tensor) -> Tensor:
     """Return a float64 meta tensor of the same shape: enough for geometry and costs."""
     return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
-
-
-def get_attribute(root: nn.Module, path: str) -> Any:
-    """Resolve a dotted ``path`` below ``root``."""
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

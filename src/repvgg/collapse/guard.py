@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from repvgg import _structure
+from repvgg._calls import signature_of
 from repvgg.collapse.recording import Frame
-from repvgg.collapse.variants import signature_of
 from repvgg.errors import UsageError
 
 

@@ -41,6 +41,13 @@ class Replacement:
     insertion: InsertionPoint
 
 
+def frames_around(region: Region, recording: Recording) -> tuple[Frame, list[list[Frame]]]:
+    """Return the innermost frame around all steps of a region, and the frames from each step's own up to it."""
+    stacks = [list(recording.frame_of[step.node].stack()) for step in region.steps]
+    host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
+    return host, [stack[: stack.index(host) + 1] for stack in stacks]
+
+
 def insertion_points(
     region: Region, recording: Recording, may_replace: Callable[[Frame], bool]
 ) -> list[InsertionPoint]:
@@ -48,9 +55,7 @@ def insertion_points(
 
     ``may_replace`` tells whether the module of a frame may become a convolution as a whole.
     """
-    frames = [recording.frame_of[step.node] for step in region.steps]
-    stacks = [list(frame.stack()) for frame in frames]
-    host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
+    host, stacks = frames_around(region, recording)
     found: list[InsertionPoint] = []
     whole = [frame for frame in host.stack() if _is_whole(region, frame) and may_replace(frame)]
     if whole and region.value.symbol.is_convolution:
@@ -62,7 +67,7 @@ def insertion_points(
         owner = recording.owner(region.first_convolution)
         found.append(InsertionPoint("chain", owner, frozenset(recording.owner(node) for node in functions)))
     elif region.value.symbol.is_convolution:
-        rewritten = {frame.path for stack in stacks for frame in stack[: stack.index(host) + 1]}
+        rewritten = {frame.path for stack in stacks for frame in stack}
         found.append(InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path})))
     return found
 

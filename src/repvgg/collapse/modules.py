@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,11 +36,6 @@ def is_torch_utility(hook: Any) -> bool:
     """Whether a hook is one of torch's own that compute a weight: weight norm, spectral norm, pruning."""
     modules = (getattr(hook, "__module__", None), type(hook).__module__)
     return any(str(name).startswith("torch.nn.utils") for name in modules)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether there is any hook of a user in ``module``."""
-    return any(not is_torch_utility(hook) for hooks in hooks_of(module) for hook in hooks.values())
 
 
 def has_own_hooks(part: nn.Module) -> bool:
@@ -78,7 +73,7 @@ def without_wrappers(module: nn.Module) -> nn.Module:
 def _copy_without_wrappers(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     while (inner := inner_module(module)) is not None:
         module = inner
-    if isinstance(module, torch.jit.ScriptModule):
+    if is_scripted(module):
         return module
     if id(module) not in done:
         own: Any = object.__new__(type(module))
@@ -154,16 +149,13 @@ def storage_of(value: Tensor) -> int | None:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[Callable[[], bool]]:
-    """Restore the random states of Python and PyTorch on exit; yield a function that checks for changes."""
+def preserved_random_state() -> Iterator[None]:
+    """Restore the random states of Python and PyTorch on exit."""
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     python, cpu, gpu = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
 
-    def changed() -> bool:
-        return random.getstate() != python or not torch.equal(torch.get_rng_state(), cpu)
-
     try:
-        yield changed
+        yield
     finally:
         random.setstate(python)
         torch.set_rng_state(cpu)

@@ -11,16 +11,17 @@ from functools import cached_property
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from repvgg._calls import signature_of
 from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
-from repvgg.collapse.insertion import InsertionPoint, insertion_points
+from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
 from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.report import Skipped
-from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature, signature_of
+from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature
 from repvgg.symbolic import InputSpec, Layout
 
 
@@ -246,10 +247,8 @@ class Placement:
 
     def _why_conflicting(self, region: Region, point: InsertionPoint) -> str | None:
         """Why a merged region would change what a forward computes in another call of the model."""
-        frames = [self.recording.frame_of[step.node] for step in region.steps]
-        stacks = [list(frame.stack()) for frame in frames]
-        host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
-        touched = {frame.path: frame for stack in stacks for frame in stack[: stack.index(host) + 1]}
+        host, stacks = frames_around(region, self.recording)
+        touched = {frame.path: frame for stack in stacks for frame in stack}
         # Only a chain changes the modules themselves; else others may go on calling them.
         unchanged = frozenset[str]() if point.kind == "chain" else frozenset(self._shared)
         for path in touched:

@@ -14,7 +14,6 @@ from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
-from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
 from repvgg.collapse.record import NeedsValuesError, record
@@ -65,10 +64,6 @@ class Scope:
         """The module."""
         return self.recording.module
 
-    def replacements(self) -> tuple[Replacement, ...]:
-        """Return the regions with their insertion points."""
-        return self.regions.all
-
     def replaced_paths(self) -> set[str]:
         """Return the paths below the module of the submodules that become parts of convolutions."""
         found = {path for done in self.regions.all for path in done.region.called_modules}
@@ -112,13 +107,6 @@ class Plan:
             inlined = {path for done in scope.regions.all for path in done.insertion.inlined}
             for path in sorted(scope.rewritten_paths() - inlined):
                 yield join(scope.path, path), scope.placement.input_specs(path)
-
-    def changed_paths(self) -> list[str]:
-        """Return the paths of all modules that are replaced, rewritten or dropped."""
-        found = [skipped.name for skipped in self.dropped]
-        for scope in self.scopes:
-            found += [join(scope.path, path) for path in {*scope.replaced_paths(), *scope.rewritten_paths()}]
-        return found
 
     def model_inputs(self) -> tuple[InputSpec | None, ...]:
         """Return what the model takes, as far as it was recorded."""

@@ -1,9 +1,8 @@
 """Record what a model does when it is called: one flat graph of the functions and torch modules that ran.
 
-The model is run on a structural copy that shares its parameters, under a torch function
-mode of this thread. So the Python code in between may be anything, and neither the model nor another thread notices.
-A recording holds for the call that was recorded. What else it holds for is examined in
-:mod:`repvgg.collapse.variants`.
+The model is run on a structural copy that shares its parameters, under a torch function mode of this thread. So the
+Python code in between may be anything, and neither the model nor another thread notices. A recording holds for the call
+that was recorded; :mod:`repvgg.collapse.variants` examines what else it holds for.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ _META = torch.device("meta")
 # Tensor methods that return numbers: sizes, which every tensor has, and elements, which only real ones have.
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
 _ELEMENTS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
-_NUMBERS = {"__bool__", "item"}  # the elements that stay known: all others leave PyTorch
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
@@ -183,8 +181,7 @@ class _Recorder(TorchFunctionMode):
         module = self.shadow
         args, kwargs = map_values(self._inputs, call.args), map_values(self._inputs, dict(call.kwargs))
         self.root.args, self.root.kwargs = self._nodes_of(args), self._nodes_of(kwargs)
-        scripted = is_scripted(module) or is_leaf(self.model)
-        if scripted:
+        if is_scripted(module) or is_leaf(self.model):
             raise ReparamError("there is no Python forward to record")
         parts = [(p, part) for p, part in self.shadow.named_modules() if not is_scripted(part)]
         before = {path: own_state(part) for path, part in parts}
@@ -222,11 +219,7 @@ class _Recorder(TorchFunctionMode):
         """Return the arguments to run on, with a placeholder for each tensor."""
         if isinstance(value, Tensor):
             own = value.detach()
-            own = (
-                torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=_META)
-                if self.on_meta
-                else (own.clone())
-            )
+            own = torch.empty_like(own, device=_META) if self.on_meta else own.clone()
             self._bind(own, self.graph.placeholder(f"input_{len(self.known)}"))
             return own
         if value is UNKNOWN:
@@ -289,6 +282,14 @@ class _Recorder(TorchFunctionMode):
             return self._run("call_function", _OPERATORS[name], _OPERATORS[name], args, kwargs)
         return self._run("call_method", name, func, args, kwargs)
 
+    def _without_recording(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function without recording what it does."""
+        paused, self.paused = self.paused, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.paused = paused
+
     def _run(self, op: str, target: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function or a leaf module, and record it as a node."""
         given = self._nodes_of(args), self._nodes_of(kwargs)
@@ -299,17 +300,13 @@ class _Recorder(TorchFunctionMode):
             node = self._node(op, target, *given)
             node.meta["unknown"] = True
             return Unknown(self, node)
-        paused, self.paused = self.paused, True
+        run = (self.on_meta and self._shortcut(op, target)) or func
         try:
-            plain_args, plain_kwargs = map_values(_plain, args), map_values(_plain, kwargs)
-            run = (self.on_meta and self._shortcut(op, target)) or func
-            result = run(*plain_args, **plain_kwargs)
+            result = self._without_recording(run, *map_values(_plain, args), **map_values(_plain, kwargs))
         except NotImplementedError as error:
             if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
                 raise NeedsValuesError(str(error)) from error
             raise
-        finally:
-            self.paused = paused
         node = self._node(op, target, *given)
         if name in RANDOM and self._is_random(name, kwargs):
             self.opaque[node] = f"{name} draws random numbers"
@@ -418,27 +415,19 @@ class _Recorder(TorchFunctionMode):
     def _read(self, func: Any, value: Tensor) -> Any:
         """Read a property of a tensor."""
         name = getattr(func.__self__, "__name__", "") or getattr(func.__self__.fget, "__name__", "")
-        self.paused = True
-        try:
-            result = func(value)
-        finally:
-            self.paused = False
+        result = self._without_recording(func, value)
         if isinstance(result, Tensor):  # such as x.T and x.data
             node = self._node("call_function", getattr, (self._node_of(value), name), {})
             self._bind(result, node)
-        elif name in ("shape", "ndim") and not self._is_constant(value):
+        elif name in ("shape", "ndim") and not self._is_own(value):
             return self.number(result, self.number_node(getattr, value, name))
-        elif name in ("device", "dtype") and not self._is_constant(value):
+        elif name in ("device", "dtype") and not self._is_own(value):
             self.device_of[result] = self.number_node(getattr, value, name)
         return result
 
     def _size(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.paused = True
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            self.paused = False
-        if name == "__len__" or self._is_constant(args[0]):  # len() must return an ordinary integer
+        result = self._without_recording(func, *args, **kwargs)
+        if name == "__len__" or self._is_own(args[0]):  # len() must return an ordinary integer
             return result
         where = args[1] if len(args) > 1 else kwargs.get("dim")
         if name in ("size",):
@@ -454,23 +443,15 @@ class _Recorder(TorchFunctionMode):
         """Read an element of a tensor."""
         value = args[0]
         node = self._node_of(value)
-        if self._is_constant(value) and node.op == "get_attr":
+        if self._is_own(value) and node.op == "get_attr":
             self.frame.caveats.append("computes with the values of its parameters")
             original = operator.attrgetter(str(node.target))(self.model)
             if original.is_meta:
                 raise NeedsValuesError("it reads a parameter without a value")
-            self.paused = True
-            try:
-                return func(original.detach(), *args[1:])
-            finally:
-                self.paused = False
+            return self._without_recording(func, original.detach(), *args[1:])
         if self.on_meta:
             raise NeedsValuesError("it reads elements of a tensor")
-        self.paused = True
-        try:
-            result = func(*args)
-        finally:
-            self.paused = False
+        result = self._without_recording(func, *args)
         where, _ = _user_code()
         number = self._node("call_method", "item", (node,), {})
         if name == "__bool__":
@@ -481,7 +462,7 @@ class _Recorder(TorchFunctionMode):
         self.frame.caveats.append(f"turns a tensor into a number at {where}")
         return result
 
-    def _is_constant(self, value: Tensor) -> bool:
+    def _is_own(self, value: Tensor) -> bool:
         """Whether a tensor is a parameter or a buffer, whose size is that of the model."""
         owned, _ = self.paths.get(id(value), (None, ""))
         return owned is value
@@ -530,14 +511,15 @@ class _Recorder(TorchFunctionMode):
                 if node is not None and held() is value and node.op != "get_attr":
                     self.escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
         for generation in (1, 2):  # a tensor in a reference cycle is garbage; nearly all of them are young
-            alive = {
-                node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")
-            }
-            if not alive - self.escaped.keys():
+            if not self._alive() - self.escaped.keys():
                 return
             gc.collect(generation)
-        alive = {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
-        self.escaped = dict.fromkeys(alive, "its output is stored where other code can read it") | self.escaped
+        reason = "its output is stored where other code can read it"
+        self.escaped = dict.fromkeys(self._alive(), reason) | self.escaped
+
+    def _alive(self) -> set[fx.Node]:
+        """Return the nodes whose tensors something still holds, inputs and parameters aside."""
+        return {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
 
     def _drop_unused_numbers(self) -> None:
         """Remove sizes that were read and not used: they would count as users of their tensors."""

@@ -134,15 +134,6 @@ class Recording:
         """Return the parameter, buffer or attribute that a ``get_attr`` node names."""
         return operator.attrgetter(str(node.target))(self.module)
 
-    @property
-    def constants(self) -> dict[fx.Node, tuple[nn.Module, str]]:
-        """The module and the path of what each ``get_attr`` node names."""
-        return {node: (self.module, str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
-
-    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Return the shape of a node's tensor; None if it is not a tensor."""
-        return node.meta.get("shape")
-
 
 def mark_constants(graph: fx.Graph) -> None:
     """Find all constants of a graph, in execution order, so that :func:`is_constant` need not recur deeply."""
@@ -202,14 +193,13 @@ def leaves(value: Any) -> list[Any]:
 def as_fx_arguments(value: Any) -> Any:
     """Return arguments as fx stores them: in its own kinds of containers."""
     kind = type(value)
-    if kind in _SCALARS or isinstance(value, fx.Node):
-        return value
-    if isinstance(value, slice):
+    if kind in _SCALARS or isinstance(value, (fx.Node, slice)):
         return value
     if isinstance(value, dict):
         return {key: as_fx_arguments(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [as_fx_arguments(item) for item in tuple.__iter__(value)] if isinstance(value, tuple) else list(value)
-        return tuple(items) if isinstance(value, tuple) else [as_fx_arguments(item) for item in items]
+    if isinstance(value, tuple):  # the iterator of a tracked shape would record each size
+        return tuple([as_fx_arguments(item) for item in tuple.__iter__(value)])
+    if isinstance(value, list):
+        return [as_fx_arguments(item) for item in value]
     inside = leaves(value)
     return tuple(inside) if any(isinstance(leaf, fx.Node) for leaf in inside) and inside != [value] else value

@@ -126,7 +126,7 @@ class Addition:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Region:
-    """Nodes of an recorded graph that are one convolution of ``source``; only the last, ``exit``, is used outside.
+    """Nodes of a recorded graph that are one convolution of ``source``; only the last, ``exit``, is used outside.
 
     A region may also be a part of a sum: ``a + b + c`` where one convolution computes ``a + c``. Its exit is then the
     addition that completes the part, here the last one. The convolution takes the place of one addend, and the

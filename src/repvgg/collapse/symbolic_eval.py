@@ -146,10 +146,6 @@ class SymbolicValues:
                 queue_users(node)
         return changed
 
-    def input_specs(self) -> list[InputSpec | None]:
-        """Return what each input of the graph is expected to be, None where the graph does not determine it."""
-        return [self.spec(node) for node in self._nodes if node.op == "placeholder"]
-
     def spec(self, node: fx.Node) -> InputSpec | None:
         """Return channels and layout of a node's tensor, None where the graph does not determine them."""
         try:

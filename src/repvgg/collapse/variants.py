@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg._calls import Call
+from repvgg._calls import Call, signature_of
 from repvgg.collapse.code import flags_read
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
@@ -83,8 +83,8 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
 def _flag_variants(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[tuple[str, Recording]]:
     """Yield recordings with the boolean attributes that the code of a module reads negated, one at a time."""
     for name in flags_read(module):
+        call = next(calls_of(recording, frame, module))
         try:
-            call = next(calls_of(recording, frame, module))
             other = record(module, call, flags={name: not vars(module)[name]}, on_meta=recording.on_meta)
         except Exception:  # the module was not built for it
             continue
@@ -150,14 +150,6 @@ def _with_argument(signature: inspect.Signature, args: Any, kwargs: Any, name: s
         else:
             positional.append(given[parameter.name])
     return Call(tuple(positional), passed)
-
-
-def signature_of(module: nn.Module) -> inspect.Signature | None:
-    """Return the signature of a module's forward without ``self``; None if it has none."""
-    try:
-        return inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return None
 
 
 def _value_of(node: Any, device: torch.device) -> Any:

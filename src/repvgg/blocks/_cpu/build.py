@@ -102,7 +102,7 @@ def _compile(compiler: str) -> bytes:
 
 
 def _load(content: bytes) -> ctypes.CDLL:
-    """Load a shared library from a private copy: nobody can change it between the check and the loading.
+    """Load a shared library from a private copy, so that the bytes that were checked are the bytes that are loaded.
 
     Raises:
         OSError: it cannot be loaded.
