@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -127,6 +128,8 @@ class _Recorder(TorchFunctionMode):
         self.attributes: dict[str, fx.Node] = {}
         self.known: dict[int, tuple[Any, fx.Node]] = {}
         self.seen: list[tuple[Any, fx.Node]] = []
+        self.memories: dict[int, tuple[int, list[Any]]] = {}
+        self.memory_numbers = count()
         self.numbers: dict[tuple[Any, ...], fx.Node] = {}
         self.device_of: dict[Any, fx.Node] = {}
         self.shadow = self._make_shadow(mode)
@@ -203,6 +206,7 @@ class _Recorder(TorchFunctionMode):
         mark_constants(self.graph)
         # References to the copy would keep it, and all tensors of the run, alive.
         self.known.clear()
+        self.memories.clear()
         return Recording(
             module=self.model,
             graph=self.graph,
@@ -352,8 +356,20 @@ class _Recorder(TorchFunctionMode):
     def _bind(self, value: Tensor, node: fx.Node) -> None:
         self.known[id(value)] = (weakref.ref(value), node)
         self.seen.append((weakref.ref(value), node))
-        node.meta.update(shape=tuple(value.shape), dtype=value.dtype, storage=storage_of(value))
+        node.meta.update(shape=tuple(value.shape), dtype=value.dtype, storage=self._memory_of(value))
         node.meta["stride"] = value.stride() if value.layout is torch.strided else None
+
+    def _memory_of(self, value: Tensor) -> int | None:
+        """Return a number that is the same for tensors which share memory, and for no others."""
+        address = storage_of(value)
+        if address is None:
+            return None
+        number, holders = self.memories.get(address, (0, []))
+        if all(holder() is None for holder in holders):  # the address was freed, and is used anew
+            number, holders = next(self.memory_numbers), []
+            self.memories[address] = number, holders
+        holders.append(weakref.ref(value))
+        return number
 
     def _bind_result(self, result: Any, node: fx.Node) -> None:
         if isinstance(result, Tensor):
