@@ -9,11 +9,9 @@ def trained_like(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in (
-                (module.running_mean, -1, 1),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -1, 1),
-            ):
+            bounds = [(module.running_mean, -1, 1), (module.running_var, 0.5, 2)]
+            if module.affine:
+                bounds += [(module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)]
+            for tensor, low, high in bounds:
                 tensor.uniform_(low, high, generator=generator)
     return model.eval()

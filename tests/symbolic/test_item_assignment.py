@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from repvgg import trace
 from repvgg.errors import BorderError, NotLinearError, ReparamError
 from repvgg.symbolic import IMAGES, Source, SymbolicTensor, run
+from tests.bn_statistics import trained_like
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -18,14 +19,7 @@ def numbers(*shape, seed=1):
 
 
 def trained(module):
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.running_mean.copy_(numbers(part.num_features, seed=2))
-            part.running_var.copy_(numbers(part.num_features, seed=3).abs() + 0.1)
-            if part.affine:
-                part.weight.data.copy_(numbers(part.num_features, seed=4) + 0.5)
-                part.bias.data.copy_(numbers(part.num_features, seed=5))
-    return module.double().eval()
+    return trained_like(module).double()
 
 
 def four_sides(y, v, p):

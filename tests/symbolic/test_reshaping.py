@@ -20,6 +20,7 @@ from repvgg.symbolic import (
     SymbolicTensor,
     channels_of,
 )
+from tests.bn_statistics import trained_like
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ROWS_OF_3, ROWS_OF_4 = Layout(3, rows=True), Layout(4, rows=True)
@@ -30,13 +31,7 @@ def numbers(*shape, seed=1):
 
 
 def trained(module):
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.running_mean.copy_(numbers(part.num_features, seed=2))
-            part.running_var.copy_(numbers(part.num_features, seed=3).abs() + 0.1)
-            part.weight.data.copy_(numbers(part.num_features, seed=4) + 0.5)
-            part.bias.data.copy_(numbers(part.num_features, seed=5))
-    return module.double().eval()
+    return trained_like(module).double()
 
 
 class Parts(nn.Module):
