@@ -26,7 +26,7 @@ def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recordin
     graph = fx.Tracer().trace(model)
     root = Frame("", None)
     frame_of = dict.fromkeys(graph.nodes, root)
-    recording = Recording(model, graph, root, frame_of, {}, {}, frozenset(), (), on_meta=False)
+    recording = Recording(model, graph, root, frame_of, {}, {}, frozenset(), (), {}, on_meta=False)
     run = _Shapes(fx.GraphModule(model, graph), graph=graph)
     with torch.no_grad():
         run.run(x)

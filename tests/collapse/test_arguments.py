@@ -63,6 +63,17 @@ def test_branches_are_not_merged_for_the_defaults_alone():
     model = trained(module(forward, **parts()))
     plain, report = check(model, image())
     assert_same_outputs(model, plain, image(), 3.0)
+    assert [entry.name for entry in report.folded] == ["conv"]  # the norm alone
+    assert report.left == ()
+
+
+def test_a_norm_is_not_folded_for_the_defaults_alone():
+    def forward(self, x, scale=2.0):
+        return self.act(self.bn(self.conv(x) * scale) + self.other(x))
+
+    model = trained(module(forward, **parts()))
+    plain, report = check(model, image())
+    assert_same_outputs(model, plain, image(), 3.0)
     assert "optional arguments" in report.left[0].reason
 
 

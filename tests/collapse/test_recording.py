@@ -254,3 +254,40 @@ def test_constants_are_computed_in_the_dtype_of_the_model(prove):
     plain, report = repvgg.reparameterize(model, prove=prove)
     assert len(report.folded) == 1
     assert_same_outputs(model, plain, image(dtype=torch.float32), tolerance=1e-5)
+
+
+class OnDevice(nn.Module):
+    """A kernel and a mask that are made from plain tensors, on the device of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 4, 1, 1))
+        self.identity, self.mask = torch.eye(4)[:, :, None, None], torch.rand(13, 18)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        kernel = self.weight + self.identity.to(self.weight.device).type_as(self.weight)
+        y = self.bn(F.conv2d(x, kernel)) + x
+        return torch.maximum(y, self.mask.to(self.weight.device))
+
+
+def test_tensors_that_a_forward_moves_to_the_device_of_a_parameter():
+    model = trained(OnDevice())
+    plain, report = repvgg.reparameterize(model, image())
+    assert len(report.folded) == 1
+    assert repvgg.is_plain(plain, image())
+    assert_same_outputs(model, plain, image())
+    assert plain.to("meta")(image().to("meta")).is_meta  # the mask is no buffer: the forward moves it
+
+
+def test_a_forward_with_a_device_that_no_tensor_has_is_not_rewritten():
+    def forward(self, x):
+        mask = torch.ones(4, 1, 1, device=torch.device("cpu"), dtype=x.dtype)
+        return torch.maximum(F.relu(self.bn(self.conv(x)) * self.scale), mask)
+
+    model = module(forward, conv=conv(), bn=nn.BatchNorm2d(4), scale=nn.Parameter(torch.rand(4, 1, 1)))
+    model = trained(model)
+    plain, report = repvgg.reparameterize(model, image())
+    assert len(report.folded) == 1  # the norm, and not the scale
+    assert hasattr(plain, "scale")
+    assert_same_outputs(model, plain, image())

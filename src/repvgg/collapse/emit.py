@@ -149,12 +149,20 @@ class _Emitter:
         if isinstance(value, slice):
             return slice(*(self.mapped(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, torch.device):
-            raise ReparamError("creates tensors on a device that it does not read from a tensor")
+            return self._device(value)
         if any(isinstance(leaf, fx.Node) for leaf in leaves(value)):
             raise ReparamError(f"passes on a {type(value).__name__}")
         if not isinstance(value, (*_PLAIN, complex, type(...))) and not callable(value):
             raise ReparamError(f"uses a {type(value).__name__} that cannot be written down")
         return value
+
+    def _device(self, device: torch.device) -> fx.Node:
+        """Read a device from the parameter or buffer that the forward read it from, so that the module can move."""
+        paths = self.recording.own_devices.get(device, [])
+        inside = [path for path in paths if is_inside(path, self.path)]
+        if not inside:
+            raise ReparamError("creates tensors on a device that it does not read from a tensor")
+        return self.graph.call_function(getattr, (self._attribute(inside[-1]), "device"))
 
     def _named(self, node: fx.Node) -> Any:
         if node not in self.names:

@@ -189,10 +189,10 @@ class Placement:
             reason = self._why_frozen(path)
             if reason:
                 return reason
-        if point.kind == "call":
-            reason = why_not_emitted(self.recording, point.host, point.inlined)
+        for path in sorted(point.rewritten - point.inlined):
+            reason = why_not_emitted(self.recording, path, point.inlined)
             if reason:
-                return f"the forward of {point.host or 'the model'} {reason}"
+                return f"the forward of {path or 'the model'} {reason}"
         return self._why_conflicting(region, point)
 
     def _why_frozen(self, path: str) -> str | None:

@@ -132,6 +132,7 @@ class _Recorder(TorchFunctionMode):
         self.memory_numbers = count()
         self.numbers: dict[tuple[Any, ...], fx.Node] = {}
         self.device_of: dict[Any, fx.Node] = {}
+        self.own_devices: dict[torch.device, list[str]] = {}
         self.shadow = self._make_shadow(mode)
 
     # The structural copy
@@ -216,6 +217,7 @@ class _Recorder(TorchFunctionMode):
             opaque=self.opaque,
             changed=frozenset(changed),
             decisions=tuple(self.decisions),
+            own_devices=self.own_devices,
             on_meta=self.on_meta,
         )
 
@@ -322,6 +324,8 @@ class _Recorder(TorchFunctionMode):
             for value in written:
                 # From here on the written tensor is known under its new name.
                 self._bind(value, node)
+        elif isinstance(result, Tensor) and self._is_own(result):  # such as a buffer that is on the device already
+            node.meta["own"] = True
         self._bind_result(result, node)
         return result
 
@@ -439,6 +443,8 @@ class _Recorder(TorchFunctionMode):
             return self.number(result, self.number_node(getattr, value, name))
         elif name in ("device", "dtype") and not self._is_own(value):
             self.device_of[result] = self.number_node(getattr, value, name)
+        elif name == "device":
+            self.own_devices.setdefault(result, []).append(self.paths[id(value)][1])
         return result
 
     def _size(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -524,7 +530,7 @@ class _Recorder(TorchFunctionMode):
                 continue
             for value in things_in(v for key, v in vars(part).items() if key not in ("_modules", "forward")):
                 held, node = self.known.get(id(value), (lambda: None, None))
-                if node is not None and held() is value and node.op != "get_attr":
+                if node is not None and held() is value and not _is_own(node):
                     self.escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
         for generation in (1, 2):  # a tensor in a reference cycle is garbage; nearly all of them are young
             if not self._alive() - self.escaped.keys():
@@ -535,7 +541,8 @@ class _Recorder(TorchFunctionMode):
 
     def _alive(self) -> set[fx.Node]:
         """Return the nodes whose tensors something still holds, inputs and parameters aside."""
-        return {node for held, node in self.seen if held() is not None and node.op not in ("get_attr", "placeholder")}
+        alive = {node for held, node in self.seen if held() is not None}
+        return {node for node in alive if node.op != "placeholder" and not _is_own(node)}
 
     def _drop_unused_numbers(self) -> None:
         """Remove sizes that were read and not used: they would count as users of their tensors."""
@@ -543,6 +550,11 @@ class _Recorder(TorchFunctionMode):
             if node.meta.get("number") and not node.users:
                 self.frame_of.pop(node).items.remove(node)
                 self.graph.erase_node(node)
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Whether a node's tensor is a parameter, buffer or attribute of the model, as it was before the call."""
+    return node.op == "get_attr" or "own" in node.meta
 
 
 def _normalized(norm: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name

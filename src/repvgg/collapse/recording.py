@@ -101,6 +101,7 @@ class Recording:
         opaque: nodes that must stay as they are, with the reason.
         changed: paths of the modules whose attributes the call changed.
         decisions: those that another call can force: of the root's own code, or on an unknown argument.
+        own_devices: for a device, the paths of the parameters and buffers that a forward read it from.
         on_meta: whether it ran on meta tensors.
     """
 
@@ -112,6 +113,7 @@ class Recording:
     opaque: dict[fx.Node, str]
     changed: frozenset[str]
     decisions: tuple[Decision, ...]
+    own_devices: dict[torch.device, list[str]]
     on_meta: bool
 
     def owner(self, node: fx.Node) -> str:

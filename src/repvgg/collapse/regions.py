@@ -257,16 +257,19 @@ class _Search:
     def _cut_candidates(self, region: Region) -> set[fx.Node]:
         """Return nodes whose axes are then rearranged; else nodes that are read in another forward; else others.
 
-        The others are those where branches meet, or if there are none all.
+        The others are those where branches meet, or if there are none, those around functions, as calls of modules
+        can merge in place, or if there are none, all.
         """
         owner, nodes = self.recording.owner, [step.node for step in region.steps]
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
         every = {n for node in nodes for n in self._inputs_in_region(node)}
+        functions = {step.node for step in region.steps if step.computes and step.node.op != "call_module"}
+        around = {n for node in functions for n in self._inputs_in_region(node)} | functions & every
         kept = {node for node in every if self.values.by_node[node].symbol.has_axes_of_source}
         ends = {n for node in every - kept for n in self._inputs_in_region(node) & kept}
         ends |= set() if region.value.symbol.has_axes_of_source else self._inputs_in_region(region.exit) & kept
-        return next((cuts for cuts in (ends, seams, joins, every) if cuts - self.values.cuts), set())
+        return next((cuts for cuts in (ends, seams, joins, around, every) if cuts - self.values.cuts), set())
 
     def _is_candidate(self, value: Value) -> bool:
         return value.is_worthwhile and self._pays(value)

@@ -20,7 +20,7 @@ from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.evaluator import Evaluator, recorded_number, to_meta
 from repvgg.collapse.modules import computes_weights, is_leaf
-from repvgg.collapse.recording import Recording
+from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.region import Step, Value
 from repvgg.errors import NotLinearError, ReparamError
 from repvgg.symbolic import (
@@ -167,11 +167,18 @@ class SymbolicValues:
         inputs = [n for n in node.all_input_nodes if n not in self.constants]
         try:
             if not inputs:
-                self.constants[node] = self._evaluator.run(node, self.constants.__getitem__)
+                self.constants[node] = self._constant(node)
             else:
                 self._evaluate(node, inputs)
         except ReparamError as error:
             self.reasons.setdefault(node, str(error))
+
+    def _constant(self, node: fx.Node) -> Any:
+        """Return the value of a node that depends on no input, on the meta device."""
+        shape = self._options.shapes.get(node)
+        if shape is not None and is_constant(node):  # not every function runs on meta tensors
+            return torch.empty(shape, dtype=torch.float64, device="meta")
+        return self._evaluator.run(node, self.constants.__getitem__)
 
     def _evaluate(self, node: fx.Node, inputs: Sequence[fx.Node]) -> None:
         """Set the value of ``node``, for the earliest source that all its arguments are functions of.
