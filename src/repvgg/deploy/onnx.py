@@ -18,7 +18,7 @@ from repvgg._calls import Call, Inputs
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
 from repvgg.deploy.flat import FlatModule
-from repvgg.deploy.torch_export import batch_axes, example_call, silence, text_of
+from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
 _MAX_BYTES = 2**31 - 2**20  # a protobuf message is limited to 2 GiB; 1 MiB is left for the graph around the weights
@@ -125,6 +125,7 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
             )
     except Exception as error:
         reason = first_line(error.__cause__ or error)  # the outer error is a page of advice on reporting bugs
+        reason = NOT_PORTABLE if ENGINE_OPERATOR in reason else reason
         raise ExportError(f"The model cannot be exported for {text_of(call)}: {reason}.") from error
     assert program is not None
     return program.model_proto

@@ -27,6 +27,9 @@ from repvgg.errors import ExportError, OutputError, UsageError, first_line
 
 NOTES = "repvgg.json"  # name of the notes in a .pt2 file
 
+ENGINE_OPERATOR = "repvgg.compiled_model.default"  # see repvgg.engine.operator
+NOT_PORTABLE = "it calls a model of repvgg.engine, which only this process has; export the network that was compiled"
+
 
 def check_image_shape(shape: tuple[int, int, int]) -> None:
     """Raise UsageError unless ``shape`` is (C, H, W)."""
@@ -151,10 +154,13 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> ExportedProgr
     module, shapes = (model, axes) if flat.is_plain else (flat, axes and (axes,))
     try:
         with eval_mode(model), silence(), torch.no_grad():
-            return torch.export.export(module, tuple(call.tensors()), dynamic_shapes=shapes)
+            program = torch.export.export(module, tuple(call.tensors()), dynamic_shapes=shapes)
     except Exception as error:
         what = text_of(call, "any number of images" if dynamic_batch else "an image")
         raise ExportError(f"The model cannot be exported for {what}: {first_line(error)}.") from error
+    if any(str(node.target) == ENGINE_OPERATOR for node in program.graph.nodes):
+        raise ExportError(f"The model cannot be exported: {NOT_PORTABLE}.")
+    return program
 
 
 @final

@@ -3,6 +3,7 @@
 The passes, from a module to a call, and the values between them::
 
     compiled_model.py  ``compile``, and the callable that it returns, with an executable for each input size
+    operator.py        the callable as one operator in the graphs of torch.compile and torch.export
     recorder.py        nn.Module or FX graph  -> calls            (run on a copy, on tensors without values)
     frontend.py        calls                  -> layers           (torch_backend.py: for torch.compile)
     graph.py           layers, input shape    -> shapes           (the layers; shape inference)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Literal, final, overload
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Floats, Layer, Linear, Pool, Shape, infer_shapes
 from repvgg.engine.kernels.base import Kernel
+from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
 from repvgg.engine.planner.cost_model import select_algorithm
@@ -163,6 +165,8 @@ class CompiledModel:
         self._executables = [first]  # least recently used first
         self.plan: Plan = first.plan
         self._lock, self._process = Lock(), os.getpid()
+        self._name = uuid4().hex
+        register(self._name, self)
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -172,17 +176,20 @@ class CompiledModel:
         """Compute the output for float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
 
         Images of any strides, including channels_last, are read in place. The output is new memory: (n, O) after a
-        global pool, else (n, O, H, W); n may be 0.
+        global pool, else (n, O, H, W); n may be 0. While PyTorch traces, the call is one operator: see
+        :mod:`repvgg.engine.operator`.
 
         Raises:
-            UsageError: the images have the wrong shape, dtype or device, or no memory of their own (as fake, sparse
-                and nested tensors, and those that torch.func passes), or another thread is running this model.
+            UsageError: the images have the wrong shape, dtype or device, or no memory of their own (as sparse and
+                nested tensors, and those that torch.func passes), or another thread is running this model.
             UnsupportedError: the images are too small for the network.
         """
+        if isinstance(x, Tensor) and is_traced():
+            return call_traced(x, self._name)
         images = view_input(x, self.input_shape[1])
         count = images.shape[0]
         if count == 0:
-            output = self._no_output(images.shape)
+            output = np.zeros(self.output_shape(images.shape), np.float32)
             return torch.from_numpy(output) if isinstance(x, Tensor) else output
         executable = self._enter(images)
         try:
@@ -191,6 +198,20 @@ class CompiledModel:
         finally:
             self._lock.release()
         return torch.from_numpy(output) if isinstance(x, Tensor) else output
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output for images of this shape: (n, O) after a global pool, else (n, O, H, W).
+
+        Raises:
+            UsageError: the shape is not (n, C, H, W), with the channels of the network.
+            UnsupportedError: the images are too small for the network.
+        """
+        if len(shape) != 4 or shape[1] != self.input_shape[1]:
+            raise UsageError(f"This model takes images of shape (n, {self.input_shape[1]}, H, W), got {shape}.")
+        batch, channels, height, width = shape
+        output = infer_shapes(self._layers, (batch, channels, height, width))[-1]
+        flat = any(isinstance(layer, (Pool, Linear)) for layer in self._layers)
+        return batch, output.channels, *(() if flat else output.size)
 
     def profile(self, x: Images, repeats: int = 20) -> Profile:
         """Measure each step: the median of ``repeats`` runs on ``x``. Raises as :meth:`__call__`."""
@@ -229,12 +250,6 @@ class CompiledModel:
         isa = None if target.isa == host_isa() else target.isa  # the unpickling machine may have another processor
         arguments = self._layers, self.input_shape, isa, self._requested_threads, target.precision, self._search
         return CompiledModel, arguments
-
-    def _no_output(self, shape: Shape) -> Floats:
-        """Return the output for no images."""
-        output = infer_shapes(self._layers, shape)[-1]
-        flat = any(isinstance(layer, (Pool, Linear)) for layer in self._layers)
-        return np.zeros((0, output.channels, *(() if flat else output.size)), np.float32)
 
     def _enter(self, x: InputView) -> Executable:
         """Return the executable for a checked input, set to read it. On return, the lock is held."""
