@@ -219,8 +219,21 @@ def test_layers_that_do_not_fit_the_input_are_named():
         repvgg.engine.compile(plain(), (1, 4, 32, 32))
     with pytest.raises(UnsupportedError, match=r"'1' has no output for feature maps of 1x1: pass larger images"):
         repvgg.engine.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), (1, 3, 3, 3))
-    with pytest.raises(UsageError, match="four positive integers"):
+    with pytest.raises(UsageError, match="4 positive integers"):
         repvgg.engine.compile(plain(), (1, 3, 0, 32))
+
+
+def test_what_is_no_plain_model_is_refused_with_what_to_do():
+    train = create_model("repvgg_t0", num_classes=10)
+    with pytest.raises(UnsupportedError, match=r"This model still has branches: call repvgg\.reparameterize first"):
+        repvgg.engine.compile(train, (1, 3, 32, 32))
+    for wrong, words in [
+        ("plain.pt", "load it first"),
+        (train.state_dict(), "load_state_dict"),
+        (type(train), "RepVGG"),
+    ]:
+        with pytest.raises(UsageError, match=f"^repvgg.engine.compile takes a model, not .*{words}"):
+            repvgg.engine.compile(wrong, (1, 3, 32, 32))
 
 
 def test_a_call_from_a_second_thread_is_refused():

@@ -286,7 +286,15 @@ def freed() -> nn.Module:
 
 
 REFUSED = {
-    "a batch norm": (nn.Sequential(conv(), nn.BatchNorm2d(4)), r"'1' \(BatchNorm2d\).*repvgg.reparameterize"),
+    "a batch norm": (
+        nn.Sequential(conv(), nn.BatchNorm2d(4)),
+        r"batch norms: call repvgg\.reparameterize first \('1' \(BatchNorm2d\) is one\)",
+    ),
+    "a batch norm as a function": (head(lambda y: F.batch_norm(y, torch.zeros(4), torch.ones(4))), "batch norms: call"),
+    "branches": (
+        Net(lambda net, x: net.conv(x) + net.norm(x), conv=conv(kernel=1), norm=nn.BatchNorm2d(4)),
+        r"^This model still has branches: call repvgg\.reparameterize first \(the input is used 2 times\)\.$",
+    ),
     "a max pool": (nn.Sequential(conv(), nn.MaxPool2d(2)), r"'1' \(MaxPool2d\)"),
     "another activation": (nn.Sequential(conv(), nn.SiLU()), r"'1' \(SiLU\)"),
     "a residual": (Net(lambda net, x: x + net.conv(x), conv=conv()), "has two users"),

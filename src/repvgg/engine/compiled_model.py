@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repvgg._arguments import check_model, check_shape
 from repvgg._contexts import eval_mode
 from repvgg.engine.codegen.jit import VectorIsa, host_isa
 from repvgg.engine.executable import Executable
@@ -92,17 +93,19 @@ def compile(  # noqa: A001 - as torch.compile
 
     Raises:
         UnsupportedError: the engine does not support a layer; the message names it.
-        UsageError: ``input_shape``, ``threads`` or ``precision`` is invalid, or the engine has no code for this
-            platform.
+        UsageError: ``model`` is no module, ``input_shape``, ``threads`` or ``precision`` is invalid, or the engine has
+            no code for this platform.
         MissingDependencyError: llvmlite is not installed.
     """
-    shape = _checked_shape(input_shape)
+    check_model(model, "repvgg.engine.compile")
+    batch, channels, height, width = check_shape(input_shape, "(N, C, H, W)")
     check_threads(threads)
     if precision not in ERROR_GROWTH_LIMITS:
         known = ", ".join(map(repr, ERROR_GROWTH_LIMITS))
         raise UsageError(f"precision must be one of {known}, not {precision!r}.")
     try:
-        return CompiledModel(read(model, shape[1]), shape, host_isa(), threads, precision, search)
+        layers = read(model, channels)
+        return CompiledModel(layers, (batch, channels, height, width), host_isa(), threads, precision, search)
     except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
         if not fallback:
             raise
@@ -111,15 +114,7 @@ def compile(  # noqa: A001 - as torch.compile
             FallbackWarning,
             stacklevel=2,
         )
-        return TorchFallback(model, shape[1])
-
-
-def _checked_shape(input_shape: Sequence[int]) -> Shape:
-    shape: Any = tuple(input_shape)
-    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
-        raise UsageError(f"input_shape must be (N, C, H, W), four positive integers, not {shape}.")
-    batch, channels, height, width = shape
-    return batch, channels, height, width
+        return TorchFallback(model, channels)
 
 
 @final

@@ -156,6 +156,8 @@ class _Reader:
             raise self._recording.error
         call = self._recording.images
         while (users := self._users(call)) and users[0].function != "output":
+            if len(users) > 1 and self._has_batch_norm():
+                self._refuse_train_form("branches", call, f"is used {len(users)} times")
             if len(users) == 2:
                 call = self._gate(call, users)
                 continue
@@ -187,6 +189,8 @@ class _Reader:
 
     def _read(self, call: Call) -> None:
         handler = self._handlers.get(call.function)
+        if _is_batch_norm(call):
+            self._refuse_train_form("batch norms", call, "is one")
         if handler is None:
             self._refuse(call, "is not supported by the engine")
         self._check_dtype(call)
@@ -397,10 +401,32 @@ class _Reader:
         return values
 
     def _refuse(self, call: Call, reason: str) -> NoReturn:
-        batch_norm = "BatchNorm" in call.what or "batch_norm" in call.what
-        hint = " Fold batch norms first, with repvgg.reparameterize." if batch_norm else ""
-        subject = "The input" if call.function == "input" else f"{call.name!r} ({call.what})"
-        raise UnsupportedError(f"{subject} {reason}.{hint}")
+        text = f"{_subject(call)} {reason}."
+        raise UnsupportedError(text[0].upper() + text[1:])
+
+    def _has_batch_norm(self) -> bool:
+        seen, waiting = set(), [self._recording.images]
+        while waiting:
+            call = waiting.pop()
+            if _is_batch_norm(call):
+                return True
+            if id(call) not in seen:
+                seen.add(id(call))
+                waiting += call.users
+        return False
+
+    def _refuse_train_form(self, what: str, call: Call, reason: str) -> NoReturn:
+        raise UnsupportedError(
+            f"This model still has {what}: call repvgg.reparameterize first ({_subject(call)} {reason})."
+        )
+
+
+def _subject(call: Call) -> str:
+    return "the input" if call.function == "input" else f"{call.name!r} ({call.what})"
+
+
+def _is_batch_norm(call: Call) -> bool:
+    return call.function == "batch_norm" or "BatchNorm" in call.what
 
 
 def _selects_all(index: Any) -> bool:
