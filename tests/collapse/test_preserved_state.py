@@ -212,6 +212,19 @@ def test_a_training_only_name_of_something_that_runs_is_not_dropped():
     assert report.dropped == ()
 
 
+def test_a_part_whose_parameter_is_read_only_is_not_dropped_and_costs_no_merge():
+    def forward(self, x):
+        width = len(self.embedding.weight)  # no function is called, so that a recording shows nothing
+        return F.relu(self.bn(self.conv(x))) / width
+
+    model = trained(module(forward, conv=conv(), bn=nn.BatchNorm2d(4), embedding=nn.Embedding(3, 4)))
+    plain, report = repvgg.reparameterize(model, image())
+    assert len(report.folded) == 1
+    assert report.dropped == ()
+    assert [skipped.name for skipped in report.left] == ["embedding"]
+    assert_same_outputs(model, plain, image())
+
+
 def test_training_only_part_used_by_the_outer_model_is_not_dropped():
     def inner(self, x):
         return (self.head(x), self.aux(x)) if self.training else self.head(x)

@@ -161,6 +161,27 @@ def test_arithmetic_in_a_coarser_dtype_fails():
     assert verify(model, half, IMAGES).passed, "as a float16 model it passes"
 
 
+class Positions(nn.Module):
+    """Adds positions that are computed in float32, whatever the dtype of the model is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        step = 1.0 / (10000.0 ** torch.arange(3, dtype=torch.float32, device=x.device) + x.new_zeros(1).float())
+        return y + step.sin().view(3, 1, 1)
+
+
+def test_float32_constants_of_a_float64_model_are_part_of_it():
+    model = Positions().double().eval()
+    assert verify(model, copy.deepcopy(model), IMAGES).passed
+    other = copy.deepcopy(model)
+    other.conv.weight.data[0, 0, 0, 0] += 1e-10
+    assert not verify(model, other, IMAGES).passed
+
+
 def test_other_output_shape_fails():
     evidence = verify(lambda x: x, lambda x: x[..., 1:], IMAGES)
     assert not evidence.passed

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg.collapse.modules import is_inside, is_leaf, submodule_or_none
+from repvgg.collapse.modules import is_inside, is_leaf, join, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
 from repvgg.collapse.recording import Frame, is_constant
 from repvgg.errors import typed_line
@@ -25,12 +25,23 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
             continue
         for path, error in _changed_forwards(scope, part):
             old = scope.module.get_submodule(path)
+            if missing := _dropped_inside(plan, scope, path):
+                reason = f"the forward of {path or 'the model'} does not call it and reads it"
+                found |= dict.fromkeys(missing, reason)
+                continue
             if path in scope.rewritten_paths():
                 found[old] = f"its new forward is not equal to the old one: it does not run ({error})"
                 continue
             reason = f"the forward of {path or 'the model'} depends on the class or attributes of its parts"
             found |= {inner: reason for inner in old.modules() if inner is not old}
     return found
+
+
+def _dropped_inside(plan: Plan, scope: Scope, path: str) -> list[nn.Module]:
+    """Return the dropped modules inside the module at ``path`` of a scope: without them its forward may not run."""
+    outer = join(scope.path, path)
+    names = [skipped.name for skipped in plan.dropped if is_inside(skipped.name, outer)]
+    return [scope.module.get_submodule(name[len(scope.path) + 1 :] if scope.path else name) for name in names]
 
 
 def _changed_forwards(scope: Scope, plain: nn.Module) -> list[tuple[str, str]]:

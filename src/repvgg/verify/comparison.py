@@ -57,7 +57,8 @@ def verify(
     :func:`repvgg.verify.isolated_eval`). The dtype is that of the candidate's first floating-point parameter, else of
     the inputs. Inputs are rounded to it before either model sees them, so that their rounding is not an error.
 
-    A reference that is an ``nn.Module`` is computed in float64 (see :class:`repvgg.verify.float64.Float64Mode`). Any
+    A reference that is an ``nn.Module`` is computed in float64 (see :class:`repvgg.verify.float64.Float64Mode`); one
+    whose parameters are float64 runs as it is. Any
     other callable is run as given, on inputs of their original dtype, and the evidence says so: its own errors are
     then part of the result.
 

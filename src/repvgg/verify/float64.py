@@ -115,8 +115,10 @@ def _is_in_place(func: Callable[..., Any]) -> bool:
 class Float64Runner:
     """A model as a function of a :class:`~repvgg._calls.Call`, computed in float64 and in eval mode.
 
-    It runs under :class:`Float64Mode`, and shares its parameters with the model. A model that cannot (a compiled
-    script, an LSTM, a device without float64) is copied to float64 once; that needs memory for its weights in float64.
+    It runs under :class:`Float64Mode`, and shares its parameters with the model. A model whose parameters all are
+    float64 runs as it is: what its forward computes in float32 on purpose is part of the function. A model that runs in
+    neither way (a compiled script, an LSTM, a device without float64) is copied to float64 once; that needs memory for
+    its weights in float64.
 
     Args:
         model: the model; it is not changed. Call the runner inside :func:`repvgg.verify.isolated_eval`.
@@ -128,6 +130,7 @@ class Float64Runner:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.dtype = torch.get_default_dtype() if first is None else first.dtype
         self.copy: nn.Module | None = None
+        self.is_float64 = {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float64}
         if first is not None and first.device.type == "mps":  # Metal has no float64
             self.copy = _copied_or_error(model, who)
 
@@ -143,6 +146,11 @@ class Float64Runner:
             UsageError: the model cannot run in float64. What it raises on these inputs in its own dtype is raised as
                 it is.
         """
+        if self.is_float64:
+            try:
+                return on_device_of(self.model, call)(self.model)
+            except Exception:  # such as constants in the default dtype, which then has to be float64
+                self.is_float64 = False
         if self.copy is None:
             try:
                 return self._run(self.model, call, noise)

@@ -15,12 +15,6 @@ from tests.collapse.foreign.test_own_conversions import import_package, paramete
 MISSED = frozenset(
     (
         "YOLOv10n, export=True",
-        "rtdetr-l",
-        "RT-DETR r50, frozen norms",
-        "RT-DETR r50",
-        "LeViT-128",
-        "LeViT-128 with teacher",
-        "ssdlite320",
         "Faster R-CNN resnet50, frozen norms",
         "Unet over mobileone_s0",
         "YOLO-NAS",
