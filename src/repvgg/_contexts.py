@@ -57,12 +57,19 @@ def eval_mode(*models: object) -> Iterator[None]:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Disable automatic garbage collection, which visits every live object in its full passes."""
-    enabled = gc.isenabled()
+    """Disable automatic garbage collection, which visits every live object in its full passes.
+
+    Explicit calls of ``gc.collect`` inside only visit objects that were created inside, and so are cheap.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
+    if not frozen:  # unfreezing would also thaw what the user froze
+        gc.freeze()
     try:
         yield
     finally:
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -110,6 +110,6 @@ def recorded_number(node: fx.Node) -> Any:
     return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def to_meta(tensor: Tensor) -> Tensor:
-    """Return a float64 meta tensor of the same shape: enough for geometry and costs."""
-    return torch.empty(tensor.shape, dtype=torch.float64, device="meta")
+def meta_tensor(shape: Sequence[int]) -> Tensor:
+    """Return a float64 meta tensor: enough for geometry and costs."""
+    return torch.empty(tuple(shape), dtype=torch.float64, device="meta")

@@ -52,6 +52,7 @@ class Frame:
         decisions: on which numbers its own code branched.
         caveats: effects of its own code that the graph does not show, in words.
         methods: functions of the caller's code that led to the call, innermost first.
+        indexes: of its nodes, by the path of the recorded module, for :mod:`repvgg.collapse.variants`.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Frame:
     decisions: list[Decision] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
     methods: tuple[str, ...] = ()
+    indexes: dict[str, Any] = field(default_factory=dict)
 
     def frames(self) -> Iterator[Frame]:
         """Yield this frame and all below it, callers first."""

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.evaluator import Evaluator, recorded_number, to_meta
+from repvgg.collapse.evaluator import Evaluator, meta_tensor, recorded_number
 from repvgg.collapse.modules import computes_weights, is_leaf
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.region import Step, Value
@@ -104,7 +104,7 @@ class SymbolicValues:
         self.reasons |= dict.fromkeys(aliasing.unsafe_writes, "it modifies in place a tensor that is read again")
         self.fixed = frozenset(self.reasons)
         self.recording, self._aliasing, self._options = recording, aliasing, options
-        self._evaluator = Evaluator(recording, to_meta)
+        self._evaluator = Evaluator(recording, lambda tensor: meta_tensor(tensor.shape))
         self._nodes = list(recording.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
         self.constants: dict[fx.Node, Any] = {}
@@ -177,7 +177,7 @@ class SymbolicValues:
         """Return the value of a node that depends on no input, on the meta device."""
         shape = self._options.shapes.get(node)
         if shape is not None and is_constant(node):  # not every function runs on meta tensors
-            return torch.empty(shape, dtype=torch.float64, device="meta")
+            return meta_tensor(shape)
         return self._evaluator.run(node, self.constants.__getitem__)
 
     def _evaluate(self, node: fx.Node, inputs: Sequence[fx.Node]) -> None:

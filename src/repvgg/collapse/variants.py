@@ -12,7 +12,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,7 @@ from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import first_float
 
 _MAX_RUNS = 24  # of one forward; each decision doubles them
+_Key: TypeAlias = tuple[str, Any, Any, frozenset[Any]]
 _REFUSALS = (AssertionError, ValueError, NotImplementedError, RuntimeError, TypeError)
 
 
@@ -227,9 +228,29 @@ def is_same_region(
     within = frame.path if frame is not None else path
     steps = [step.node for step in region.steps if is_inside(region.recording.owner(step.node), within)]
     prefix = "" if frame is not None else path
-    return _Match(steps, region.exit, prefix, unchanged).holds(
-        list(other.graph.nodes) if frame is None else list(frame.nodes())
-    )
+    return _Match(steps, region.exit, prefix, unchanged).holds(_index_of(frame or other.root, prefix))
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """The nodes that ran during a call, by what they compute, and by the modules and parameters that they use."""
+
+    by_key: Mapping[_Key, list[fx.Node]]
+    by_name: Mapping[Any, list[fx.Node]]
+
+
+def _index_of(frame: Frame, prefix: str) -> _Index:
+    """Return the index of a call, made once: every region of a model is compared with the same calls."""
+    index: _Index | None = frame.indexes.get(prefix)
+    if index is None:
+        index = frame.indexes[prefix] = _Index(defaultdict(list), defaultdict(list))
+        for node in frame.nodes():
+            if node.op not in ("placeholder", "get_attr"):
+                key = _step_key(node, prefix)
+                index.by_key[key].append(node)
+                for name in _names(key):
+                    index.by_name[name].append(node)
+    return index
 
 
 class _Match:
@@ -248,24 +269,17 @@ class _Match:
         self.ends = {end, *(n for n in steps if any(user not in self.inside for user in n.users))}
         self.keys = {node: _step_key(node, "") for node in steps}
 
-    def holds(self, nodes: list[fx.Node]) -> bool:
-        """Whether ``nodes`` run all of the steps together, any number of times."""
+    def holds(self, index: _Index) -> bool:
+        """Whether a call runs all of the steps together, any number of times."""
         anchors = {node for node, key in self.keys.items() if _names(key)}
         if not anchors:
             return True
         owned = set[Any]().union(*(_names(self.keys[node]) for node in anchors))
         owned -= {("module", path) for path in self.unchanged}
-        by_key: dict[Any, list[fx.Node]] = defaultdict(list)
-        touching: set[fx.Node] = set()
-        for node in nodes:
-            if node.op not in ("placeholder", "get_attr", "output"):
-                key = _step_key(node, self.prefix)
-                by_key[key].append(node)
-                if _names(key) & owned:
-                    touching.add(node)
+        touching = {node for name in owned for node in index.by_name.get(name, ())}
         first = next(node for node in self.steps if node in anchors)
         found: set[fx.Node] = set()
-        for start in by_key[self.keys[first]]:
+        for start in index.by_key.get(self.keys[first], ()):
             occurrence = self._occurrence(first, start)
             if occurrence is None:
                 if not _names(self.keys[first]) & owned:
@@ -308,10 +322,10 @@ class _Match:
         return True
 
 
-def _names(key: Any) -> set[Any]:
+def _names(key: _Key) -> frozenset[Any]:
     """Return the modules and parameters in the key of a step."""
     op, target, _, reads = key
-    return {("module", target)} if op == "call_module" else set(reads)
+    return frozenset((("module", target),)) if op == "call_module" else reads
 
 
 def is_number(node: fx.Node) -> bool:
@@ -323,11 +337,14 @@ def _node_arguments(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node) and leaf.op != "get_attr"]
 
 
-def _step_key(node: fx.Node, prefix: str) -> tuple[str, Any, Any, frozenset[Any]]:
+def _step_key(node: fx.Node, prefix: str) -> _Key:
     """Return operation, target, constants and parameters of a node."""
-    reads = frozenset(
-        ("attribute", _target(leaf, prefix)) for leaf in leaves((node.args, node.kwargs))
-        if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
-    )  # fmt: skip
-    constants = (_key(node.args, {}, prefix), _key(node.kwargs, {}, prefix))
-    return node.op, _target(node, prefix), constants, reads
+    keys: dict[str, _Key] = node.meta.setdefault("step_keys", {})
+    if prefix not in keys:
+        reads = frozenset(
+            ("attribute", _target(leaf, prefix)) for leaf in leaves((node.args, node.kwargs))
+            if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
+        )  # fmt: skip
+        constants = (_key(node.args, {}, prefix), _key(node.kwargs, {}, prefix))
+        keys[prefix] = node.op, _target(node, prefix), constants, reads
+    return keys[prefix]

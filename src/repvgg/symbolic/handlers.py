@@ -294,7 +294,8 @@ def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> Symbol
     """Divide by a number or a constant per channel."""
     if isinstance(right, SymbolicTensor) or rounding_mode is not None:
         raise NotLinearError("a division by the image, or a rounded one, is not linear")
-    return multiply(left, 1 / constant(right, left))
+    divisor = constant(right, left)
+    return multiply(left, divisor if divisor.is_meta else 1 / divisor)  # arithmetic on meta tensors is slow
 
 
 @handles(torch.addcmul, _T.addcmul)
