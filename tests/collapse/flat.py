@@ -10,7 +10,7 @@ from repvgg.collapse.cost import cheaper
 from repvgg.collapse.insertion import InsertionPoint
 from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
-from repvgg.collapse.rewrite import solve_region
+from repvgg.collapse.rewrite import solve
 
 ANYWHERE = InsertionPoint("call", "", frozenset({""}))
 
@@ -59,7 +59,7 @@ def plain(model: nn.Module, found: Regions) -> fx.GraphModule:
     convs = nn.Module()
     new = {node: node for node in graph.nodes}
     for number, done in enumerate(found.merged):  # before the first edit: a region refers to nodes of the graph
-        convs.register_module(f"merged{number}", _Conv(solve_region(done.region).map))
+        convs.register_module(f"merged{number}", _Conv(solve(done).map))
     for number, region in enumerate(done.region for done in found.merged):
         old = new[region.replaced]
         with graph.inserting_before(old):
@@ -71,6 +71,9 @@ def plain(model: nn.Module, found: Regions) -> fx.GraphModule:
             new[node].replace_all_uses_with(new[remaining])
             graph.erase_node(new[node])
             new[node] = new[remaining]
+    for norm in (done.region for done in found.absorbed):
+        new[norm.exit].replace_all_uses_with(new[norm.source])
+        graph.erase_node(new[norm.exit])
     root = nn.Module()
     root.__dict__.update({**model.__dict__, "_modules": {**model._modules, **convs._modules}})
     result = fx.GraphModule(root, graph)

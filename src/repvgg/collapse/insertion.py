@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from repvgg.algebra import ConvMap
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
-from repvgg.collapse.region import Region
+from repvgg.collapse.region import Absorbed, Region
 from repvgg.symbolic.handlers import numbers
 
 
@@ -35,10 +35,11 @@ class InsertionPoint:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Replacement:
-    """A region and the insertion point of its merged convolution."""
+    """A region and the insertion point of its merged convolution, which also absorbs parts of norms after it."""
 
     region: Region
     insertion: InsertionPoint
+    absorbed: tuple[Absorbed, ...] = ()
 
 
 def frames_around(region: Region, recording: Recording) -> tuple[Frame, list[list[Frame]]]:

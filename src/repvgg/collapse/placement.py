@@ -163,6 +163,22 @@ class Placement:
             first = first or reason
         return first or "there is no place for it"
 
+    def why_not_absorbed(self, region: Region) -> str | None:
+        """Return why the convolutions in a region may not absorb the norm at its end, or None."""
+        paths = [*region.called_modules]
+        if any(path in self._shared for path in paths):
+            return "it is used more than once, or a convolution before it"
+        if any(path in self._read_by_others for path in paths):
+            return "its parameters, or those of a convolution before it, are read by something else"
+        owner = self.recording.owner(region.exit)
+        if region.exit.op != "call_module":
+            reason = self._why_frozen(owner)
+            if reason is None and (clause := why_not_emitted(self.recording, owner, ())):
+                reason = f"the forward of {owner or 'the model'} {clause}"
+            if reason is not None:
+                return reason
+        return self._why_conflicting(region, InsertionPoint("chain", owner))
+
     def _may_replace(self, frame: Frame) -> bool:
         """Whether a module may become a convolution: nobody calls it in another way, or anything else on it."""
         path = frame.path

@@ -115,7 +115,7 @@ class Plan:
     def first_convolutions(self) -> Iterator[str]:
         """Yield the path of the first part of everything that becomes one convolution."""
         for scope in self.scopes:
-            for done in scope.regions.all:
+            for done in (*scope.regions.merged, *scope.regions.scaled):
                 node = done.region.first_convolution
                 inner = str(node.target) if node.op == "call_module" else scope.recording.owner(node)
                 yield join(scope.path, done.insertion.host if done.insertion.kind == "module" else inner)
@@ -245,6 +245,7 @@ class _Planner:
             shapes=shapes,
             fixed_sizes=self.options.call is not None,
             find_insertion=placement.find,
+            why_not_absorbed=placement.why_not_absorbed,
             policy=self.options.policy,
         )
         regions = find_regions(recording, lambda: AliasAnalysis(recording), options)

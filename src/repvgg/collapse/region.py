@@ -247,3 +247,39 @@ class Region:
             if step.node not in additions:
                 value_of(step.node)
         return reduce(operator.add, map(value_of, self.addends or (self.exit,)))
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """A part of a norm that the convolution of a region absorbs.
+
+    Attributes:
+        norm: the norm alone, as a region: a map ``a·x + b`` of each channel.
+        channels: for each output channel of the convolution, the channel of the norm that applies to it, or None.
+        shifts: whether the offset ``b`` applies as well; in a sum, only to one of the addends.
+    """
+
+    norm: Region
+    channels: tuple[int | None, ...]
+    shifts: bool
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """The output channels of the convolution that change, and the channel of the norm for each of them."""
+        pairs = [(place, channel) for place, channel in enumerate(self.channels) if channel is not None]
+        return [place for place, _ in pairs], [channel for _, channel in pairs]
+
+
+def describe(recording: Recording, node: fx.Node) -> str:
+    """Return what a node is in words: the path of the module, or the function and whose forward calls it."""
+    if node.op in ("call_module", "placeholder", "get_attr"):
+        return repr(str(node.target))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{name} in the forward of {recording.owner(node) or 'the model'}"
+
+
+def reads_invariant_metadata(node: fx.Node) -> bool:
+    """Whether a node reads rank, dtype or device of a tensor, which are the same at both ends of a linear region."""
+    if node.op == "call_method":
+        return node.target in ("dim", "ndimension") and len(node.args) == 1
+    return node.target is getattr and node.args[1] in ("ndim", "dtype", "device")

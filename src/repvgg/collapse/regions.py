@@ -9,11 +9,12 @@ from typing import TypeAlias
 
 from torch import fx
 
+from repvgg.collapse.absorb import absorb_norms
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.insertion import InsertionPoint, Replacement
 from repvgg.collapse.recording import Recording
-from repvgg.collapse.region import Region, Step, Value
+from repvgg.collapse.region import Region, Step, Value, describe, reads_invariant_metadata
 from repvgg.collapse.sums import parts_of_sums
 from repvgg.collapse.symbolic_eval import EvaluationOptions, SymbolicValues, transposed_conv_at
 from repvgg.symbolic import InputSpec
@@ -28,10 +29,13 @@ class SearchOptions(EvaluationOptions):
     Attributes:
         find_insertion: where the merged convolution of a region goes, or the reason why it cannot be inserted.
         policy: whether a merge pays.
+        why_not_absorbed: why the nodes of a region may not all change together where convolutions absorb a norm; the
+            region is that of the norm and all of them.
     """
 
     find_insertion: FindInsertion
     policy: Policy
+    why_not_absorbed: Callable[[Region], str | None] = lambda _: None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +45,7 @@ class Regions:
     Attributes:
         merged: regions that become one convolution.
         scaled: regions that scale and shift the output of a transposed convolution.
+        absorbed: norms that convolutions in ``merged`` absorb.
         reasons: why a node is in no region.
         spec: returns channels and layout of a node's tensor, None where the graph does not determine them.
         were_cut: whether regions were cut. A cut is a greedy choice, so a search over the result may find more.
@@ -51,11 +56,12 @@ class Regions:
     reasons: dict[fx.Node, str]
     spec: Callable[[fx.Node], InputSpec | None] = lambda _: None
     were_cut: bool = False
+    absorbed: tuple[Replacement, ...] = ()
 
     @property
     def all(self) -> tuple[Replacement, ...]:
         """All replacements."""
-        return (*self.merged, *self.scaled)
+        return (*self.merged, *self.scaled, *self.absorbed)
 
 
 def find_regions(
@@ -139,8 +145,24 @@ class _Search:
         regions = [region for region in regions if region.exit not in addends]
         merged = (*self._insertable(region for region in regions if self._is_candidate(region.value)), *sums)
         scaled = self._insertable(filter(self._scales_transposed, regions))
+        absorption = absorb_norms(
+            values, {n: self.reasons[n] for n in self.firm}, merged, self._convolution_at, self.options.why_not_absorbed
+        )
+        targets = dict(absorption.targets)
+        merged = (*(targets.pop(found.region.exit, found) for found in merged), *targets.values())
         reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
-        return Regions(merged, scaled, reasons, values.spec, self.were_cut)
+        reasons |= absorption.reasons
+        return Regions(merged, scaled, reasons, values.spec, self.were_cut, absorption.norms)
+
+    def _convolution_at(self, end: fx.Node) -> Replacement | str:
+        """Return the region of a convolution that ends at a node and has nothing to merge, or why there is none."""
+        region = Region(self.recording, end, self.values.by_node[end])
+        if self._is_interior(end) or not self._pays(region.value) or region.value.symbol.why_unreadable() is not None:
+            return "its convolution is no region of its own"
+        if self.aliasing.write_between(*region.span) is not None:
+            return "its input is modified in place"
+        point = self._find_insertion(region)
+        return point if isinstance(point, str) else Replacement(region, point)
 
     def _parts_of_sums(self) -> Iterator[Region]:
         """Return the parts of sums that become one convolution each."""
@@ -292,18 +314,3 @@ def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict
         elif user is not None:
             derived[node] = f"it cannot be folded into {describe(values.recording, user)}: {reasons[user]}"
     return derived | reasons
-
-
-def describe(recording: Recording, node: fx.Node) -> str:
-    """Return what a node is in words: the path of the module, or the function and whose forward calls it."""
-    if node.op in ("call_module", "placeholder", "get_attr"):
-        return repr(str(node.target))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{name} in the forward of {recording.owner(node) or 'the model'}"
-
-
-def reads_invariant_metadata(node: fx.Node) -> bool:
-    """Whether a node reads rank, dtype or device of a tensor, which are the same at both ends of a linear region."""
-    if node.op == "call_method":
-        return node.target in ("dim", "ndimension") and len(node.args) == 1
-    return node.target is getattr and node.args[1] in ("ndim", "dtype", "device")

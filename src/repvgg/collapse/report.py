@@ -220,10 +220,10 @@ def _leaf(part: nn.Module) -> str:
     return prefix + type(part).__name__
 
 
-def parts_of_region(scope: nn.Module, region: Region) -> list[Part]:
-    """Return the steps of a region; if it is a single module, the children of that."""
+def parts_of_region(scope: nn.Module, region: Region, *, alone: bool = True) -> list[Part]:
+    """Return the steps of a region; if it is a single module and nothing else is folded, the children of that."""
     steps = [step for step in region.steps if step.computes]
-    if len(steps) == 1 and steps[0].node.op == "call_module":
+    if alone and len(steps) == 1 and steps[0].node.op == "call_module":
         return parts_of_module(scope.get_submodule(str(steps[0].node.target)))
     return [part_of_step(scope, step, region.recording.owner(step.node)) for step in steps]
 

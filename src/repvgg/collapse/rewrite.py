@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from repvgg import algebra
 from repvgg.algebra import ConvMap, over_axes
 from repvgg.collapse.cost import emitted_map
 from repvgg.collapse.evaluator import Evaluator
@@ -19,7 +20,7 @@ from repvgg.collapse.insertion import Replacement, own_kernel
 from repvgg.collapse.modules import join, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
-from repvgg.collapse.region import Region
+from repvgg.collapse.region import Absorbed, Region
 from repvgg.collapse.report import (
     Folded,
     Part,
@@ -118,6 +119,8 @@ class _PlanApplier:
             self._replace_region(scope, found, rewriters, absorbed)
         for found in scope.regions.scaled:
             self._scale_transposed(scope, found.region, rewriters)
+        for found in scope.regions.absorbed:
+            self._remove(scope, found.region.exit, found.region.source, rewriters)
         # While the rewriters copy their state, absorbed modules count as copied, or their weights would be copied.
         # Afterwards the entries go: another owner of the same module needs a real copy.
         for part in absorbed:
@@ -137,7 +140,7 @@ class _PlanApplier:
         if point.kind == "module":
             modules = [host]
         try:
-            symbol = solve_region(region)
+            symbol = solve(found)
         except ReparamError as error:  # with values, more is known than with shapes
             self.failed |= dict.fromkeys(modules or [host], str(error))
             return
@@ -152,7 +155,7 @@ class _PlanApplier:
         after = conv if same_axes else _Chain(region, conv)
         # Code that reshapes to recorded sizes only runs on a tensor of the recorded shape.
         shape = symbol.source.shape if region.reads_sizes or not same_axes else None
-        proof = self._prove(lambda: _region_in_float64(region), symbol, after, shape)
+        proof = self._prove(lambda: _in_float64(found), symbol, after, shape)
         if proof.failure:
             self._fail(modules or [host], proof)
             return
@@ -171,9 +174,12 @@ class _PlanApplier:
             # A module that other code calls or reads needs a real copy.
             kept = scope.placement.used_elsewhere(region)
             absorbed += [part for part in modules if part not in kept]
-        parts = parts_of_region(scope.module, region)
+        parts = parts_of_region(scope.module, region, alone=not found.absorbed)
         entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
-        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), modules or [host]))
+        norms = [more.norm for more in found.absorbed]
+        entry = _with_norms(entry, scope.module, found.absorbed)
+        folded = [scope.module.get_submodule(path) for norm in norms for path in norm.called_modules]
+        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), [*(modules or [host]), *folded]))
 
     def _scale_transposed(self, scope: Scope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
@@ -217,24 +223,30 @@ class _PlanApplier:
         target, before, name = region.first_convolution, region.source, ""
         nodes = [(step.node, step.computes) for step in region.steps]
         for node, computes in [(target, True), *nodes] if target is before else nodes:
-            if node.op == "call_module":
-                module = scope.module.get_submodule(str(node.target))
-                self.substitute(module, _with_attributes_of(module, conv if node is target else nn.Identity()))
-                name = str(node.target) if node is target else name
+            if node.op == "call_module" and node is target:
+                name = str(node.target)
+                module = scope.module.get_submodule(name)
+                self.substitute(module, _with_attributes_of(module, conv))
             elif computes and node is target and own_kernel(region, scope.recording) is not None:
                 name = scope.recording.owner(node)
                 old = scope.module.get_submodule(name)
                 taken = _with_kernel_of(old, conv, self.memo)
                 self.substitute(old, taken)
                 self.taken_by[conv] = taken
-            elif computes:
-                rewriter = rewriters[scope.recording.owner(node)]
-                if node is target:
-                    name = rewriter.insert_call(conv, before, node)
-                else:
-                    rewriter.remove(node, before)
+            elif computes and node is target:
+                name = rewriters[scope.recording.owner(node)].insert_call(conv, before, node)
+            elif computes or node.op == "call_module":
+                self._remove(scope, node, before, rewriters)
             before = node
         return name
+
+    def _remove(self, scope: Scope, node: fx.Node, before: fx.Node, rewriters: dict[str, ForwardRewriter]) -> None:
+        """Let a node that returned a function of ``before`` return that as it is."""
+        if node.op == "call_module":
+            module = scope.module.get_submodule(str(node.target))
+            self.substitute(module, _with_attributes_of(module, nn.Identity()))
+        else:
+            rewriters[scope.recording.owner(node)].remove(node, before)
 
     def _emit(
         self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module], layout: Layout | None = None
@@ -313,6 +325,56 @@ def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
 def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     shadow = shadow_of(module, _float64_on(device), training=False, compute_weights=True)
     return lambda x: shadow(x.to(device))
+
+
+def solve(found: Replacement) -> SymbolicTensor:
+    """Return the convolution that replaces a region, with the parts of norms that it absorbs."""
+    symbol = solve_region(found.region)
+    for more in found.absorbed:
+        norm = solve_region(more.norm).map
+        places, channels = more.places
+        factor_O, offset_O = (symbol.map.bias_or_zeros().new_full((symbol.map.out_channels,), x) for x in (1.0, 0.0))
+        factor_O[places] = norm.weight.flatten()[channels]
+        if more.shifts:
+            offset_O[places] = norm.bias_or_zeros()[channels]
+        symbol = symbol.like(algebra.shift(algebra.scale(symbol.map, factor_O), offset_O), "batch_norm")
+    return symbol
+
+
+def _in_float64(found: Replacement) -> Callable[[Tensor], Tensor]:
+    """Return what a region and the norms after it compute, run as the model runs them."""
+    region = _region_in_float64(found.region)
+    axis = found.region.value.symbol.layout.axis
+    norms = [(more, _region_in_float64(more.norm)) for more in found.absorbed]
+
+    def run(x: Tensor) -> Tensor:
+        y = region(x).movedim(axis, 0).clone()
+        for more, norm in norms:
+            places, channels = more.places
+            # The norm takes all of its channels; those of other convolutions are zero.
+            given = y.new_zeros((more.norm.value.symbol.map.in_channels, *y.shape[1:]))
+            given[channels] = y[places]
+            result, zeros = (norm(part.movedim(0, axis)).movedim(axis, 0) for part in (given, torch.zeros_like(given)))
+            y[places] = (result if more.shifts else result - zeros)[channels]
+        return y.movedim(0, axis)
+
+    return run if norms else region
+
+
+def _with_norms(entry: Folded, scope: nn.Module, absorbed: Sequence[Absorbed]) -> Folded:
+    """Return the entry of a region with the parts of norms that it absorbs."""
+    for more in absorbed:
+        node, channels = more.norm.exit, more.norm.value.symbol.map.out_channels
+        numbers = 0
+        if node.op == "call_module":
+            numbers = sum(p.numel() for p in scope.get_submodule(str(node.target)).parameters())
+        part = part_of_step(scope, more.norm.steps[0], more.norm.recording.owner(node))
+        places, _ = more.places
+        if len(places) < channels:
+            part = Part(part.name, f"{part.description} of {len(places)} of {channels} channels")
+        before = entry.parameters_before + numbers * len(places) // channels
+        entry = replace(entry, parts=(*entry.parts, part), parameters_before=before)
+    return entry
 
 
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:

@@ -89,7 +89,7 @@ def parts_of_sums(
                 yield region
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return the operands of an addition of two tensors, or None for other nodes."""
     if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
         return None
@@ -101,10 +101,10 @@ def _chains(values: SymbolicValues, fixed: Collection[fx.Node]) -> list[list[fx.
     """Return the chains of additions that are not merged, each in execution order, the whole sum last."""
     chains: dict[fx.Node, list[fx.Node]] = {}
     for node in values.order:
-        if node in values.by_node or node in values.fixed or (operands := _operands(node)) is None:
+        if node in values.by_node or node in values.fixed or (both := operands_of(node)) is None:
             continue
         # A partial sum that something else reads must keep its value.
-        inner = [n for n in operands if n in chains and list(n.users) == [node] and n not in fixed]
+        inner = [n for n in both if n in chains and list(n.users) == [node] and n not in fixed]
         chains[node] = [addition for n in dict.fromkeys(inner) for addition in chains.pop(n)] + [node]
     order = values.order.__getitem__
     long = [sorted(additions, key=order) for additions in chains.values() if len(additions) > 1]
@@ -118,12 +118,12 @@ def _addends(
     is_candidate: Callable[[Value], bool],
 ) -> list[_Addend]:
     """Return the addends of a sum that may become part of a convolution."""
-    operands = [(n, node) for node in additions for n in _operands(node) or () if n not in additions]
+    operands = [(n, node) for node in additions for n in operands_of(node) or () if n not in additions]
     found: list[_Addend] = []
     for n, addition in operands:
         value = values.by_node.get(n)
         # It goes, so that nothing else may read it.
-        if value is not None and list(n.users) == [addition] and n not in fixed and _operands(addition) != (n, n):
+        if value is not None and list(n.users) == [addition] and n not in fixed and operands_of(addition) != (n, n):
             found.append(_Addend(n, addition, value, value.merged_cost if is_candidate(value) else value.cost))
     # The sources themselves, as in ``conv(x) + b + x``.
     starts = {addend.value.start: None for addend in found if addend.value.start is not None}
@@ -145,14 +145,14 @@ def _region(values: SymbolicValues, group: _Group, additions: list[fx.Node], gon
     merged = {addend.addition: addend.node for addend in addends}
     below: dict[fx.Node, set[fx.Node]] = {}
     for node in additions:  # the additions of the group that each one contains
-        inner = [below[n] for n in _operands(node) or () if n in below]
+        inner = [below[n] for n in operands_of(node) or () if n in below]
         below[node] = ({node} & merged.keys()).union(*inner)
     # The first addition that contains all of them, and those between it and them.
     exit_node = next(node for node in additions if below[node] == merged.keys())
     found: list[Addition] = []
     for node in additions:
         if below[node] and _contains(additions, exit_node, node):
-            first, second = _operands(node) or (node, node)
+            first, second = operands_of(node) or (node, node)
             step = Step(node, values.order[node], ("add",), Cost(), False)
             found.append(Addition(step, merged.get(node), second if merged.get(node) is first else first))
     value = replace(group.value, step=found[-1].step, inputs=tuple([addend.value for addend in computed]))

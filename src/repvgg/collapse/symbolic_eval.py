@@ -239,7 +239,37 @@ class SymbolicValues:
         # A kernel that is larger than what it is made of stays as it is.
         return bool(computed) and sum(self.constants[n].numel() for n in computed) <= before
 
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of all floating-point tensors."""
+        return self._options.shapes
+
+    def alone(self, node: fx.Node) -> Value | None:
+        """Return a node by itself as a function of its only argument; None if it is no linear one."""
+        inputs = [n for n in node.all_input_nodes if n not in self.constants]
+        if len(inputs) != 1 or node not in self._options.shapes:
+            return None
+        try:
+            specs = self._possible_specs(inputs[0])
+        except ReparamError:
+            return None
+        for spec in specs:
+            start = self._start(inputs[0], spec)
+            try:
+                return self._function(node, start, {inputs[0]: start})
+            except ReparamError:
+                continue
+        return None
+
+    def ends_with_conv(self, node: fx.Node) -> bool:
+        """Whether a node is a function of an earlier one with a convolution in it."""
+        return node in self.by_node and any("conv" in step.operations for step in self.by_node[node].steps)
+
     def _record(self, node: fx.Node, start: Value, inputs: Mapping[fx.Node, Value]) -> None:
+        self.by_node[node] = self._function(node, start, inputs)
+        self.by_source.setdefault(start.source, set()).add(node)
+
+    def _function(self, node: fx.Node, start: Value, inputs: Mapping[fx.Node, Value]) -> Value:
         ledger = start.symbol.source
         count, before = len(ledger.operations), Cost.of_ledger(ledger)
         symbols = {n: value.symbol.copy() for n, value in inputs.items()}  # an in-place function changes its argument
@@ -255,8 +285,7 @@ class SymbolicValues:
         makes_kernel = "conv" in operations and self._makes_kernel(node)
         step = Step(node, self.order[node], operations, cost, leaf, makes_kernel)
         inside = tuple([value for value in inputs.values() if value.step is not None])
-        self.by_node[node] = Value(start.source, result, step, inside, start)
-        self.by_source.setdefault(start.source, set()).add(node)
+        return Value(start.source, result, step, inside, start)
 
     def _start(self, node: fx.Node, spec: InputSpec) -> Value:
         """Return the node as the source of a region."""
@@ -287,6 +316,8 @@ class SymbolicValues:
             raise NotLinearError("one of its arguments is no floating-point tensor")
         possible = [InputSpec(shape[-1 if layout.rows else 1], layout) for layout in _possible_layouts(shape)]
         specs += possible[::-1] if self._is_read_as_rows(node) else possible
+        if not all(spec.channels for spec in specs):
+            raise NotLinearError("one of its arguments has no channels")
         return list(dict.fromkeys(specs))
 
     def _is_read_as_rows(self, node: fx.Node, depth: int = 4) -> bool:

@@ -266,7 +266,7 @@ class _Match:
     def __init__(self, steps: list[fx.Node], end: fx.Node, prefix: str, unchanged: Collection[str]) -> None:
         self.steps, self.inside, self.prefix, self.unchanged = steps, set(steps), prefix, unchanged
         # Steps that are read outside, by a part of the region that is not to be found here, may have other readers.
-        self.ends = {end, *(n for n in steps if any(user not in self.inside for user in n.users))}
+        self.ends = {end, *(n for n in steps if any(u not in self.inside and not is_number(u) for u in n.users))}
         self.keys = {node: _step_key(node, "") for node in steps}
 
     def holds(self, index: _Index) -> bool:
@@ -293,12 +293,14 @@ class _Match:
         image: dict[fx.Node, fx.Node] = {}
         if not self._bind(first, start, image):
             return None
-        for node in self.steps:
-            if node not in image:
-                reached = [n for n in node.all_input_nodes if n in image]
-                users = [user for n in reached[:1] for user in image[n].users]
-                if not any(self._bind(node, user, image) for user in users):
-                    return None
+        missing = [node for node in self.steps if node not in image]
+        while missing:
+            reachable = ((node, next((n for n in node.all_input_nodes if n in image), None)) for node in missing)
+            # The inputs of some are found only once something after them is.
+            node, read = next((found for found in reachable if found[1] is not None), (None, None))
+            if node is None or read is None or not any(self._bind(node, user, image) for user in image[read].users):
+                return None
+            missing = [other for other in missing if other not in image]
         theirs = {image[node] for node in self.steps}
         for node in self.steps:
             if node not in self.ends and any(user not in theirs and not is_number(user) for user in image[node].users):
