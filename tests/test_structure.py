@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repvgg._structure import describe, leaves, map_leaves, map_tensors, tensors
+from repvgg._structure import as_builtins, describe, leaves, map_leaves, map_tensors, tensors
 
 Pair = namedtuple("Pair", ["boxes", "labels"])
 
@@ -119,3 +119,14 @@ def test_outputs_of_transformers_are_read_as_mappings():
     assert type(doubled) is type(value)
     assert_close(doubled.logits, 2 * A, rtol=0, atol=0)
     assert_close(doubled["hidden_states"][0], 2 * B, rtol=0, atol=0)
+
+
+def test_other_containers_become_builtin_ones():
+    value = {"a": Output(A, Pair(B, None)), 3: deque([A]), "b": MappingProxyType({"x": (A, [B])}), "c": Instances(A)}
+    assert as_builtins(value) == {
+        "a": {"logits": A, "aux": {"boxes": B, "labels": None}, "count": 0},
+        3: [A],
+        "b": {"x": (A, [B])},
+        "c": {"size": (4, 5), "_fields_": {"boxes": A}},
+    }
+    assert as_builtins(A) is A

@@ -54,6 +54,23 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
+def as_builtins(value: Any) -> Any:
+    """Return ``value`` with dictionaries, lists and tuples as its only containers: of an object, its attributes."""
+    return _as_builtins(value, ())
+
+
+def _as_builtins(value: Any, above: tuple[int, ...]) -> Any:
+    children = _children(value, above)
+    if children is None:
+        return value
+    parts = [_as_builtins(child, (*above, id(value))) for child in children.values]
+    if isinstance(value, Mapping):
+        return dict(zip(value, parts, strict=True))
+    if children.names[0].startswith("."):
+        return {name[1:]: part for name, part in zip(children.names, parts, strict=True)}
+    return tuple(parts) if isinstance(value, tuple) else parts
+
+
 def describe(leaf: Any) -> str:
     """Return ``float32 (2, 3, 8, 8)`` for a tensor, and the shortened ``repr`` of anything else."""
     if isinstance(leaf, Tensor):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from repvgg import is_plain, load, reparameterize
 from repvgg.deploy import OnnxRunner, ProgramRunner
 from repvgg.models import resolve
-from repvgg.verify import isolated_eval
+from repvgg.verify import isolated_eval, verify
 from tests.bn_statistics import trained_like
 
 MODEL = """
@@ -67,6 +67,15 @@ def one_image():
             return torch.cat([super(OneImage, self).forward(image[None]) for image in x.unbind()])
 
     return OneImage()
+
+
+def structured():
+    class Structured(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"logits": y, "double": [2 * y]}
+
+    return Structured()
 
 
 def gray():
@@ -142,6 +151,27 @@ def test_programs(repvgg, source, trained, tmp_path, suffix):
     assert content["evidence"]["passed"]
     assert content["evidence_of_file"]["passed"]
     assert sorted(os.listdir(tmp_path)) == sorted(["net.py", out.name, report.name, weights.name])
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_outputs_in_a_dictionary_are_kept(repvgg, source, trained, tmp_path, suffix):
+    model, weights = trained
+    out = tmp_path / f"plain.{suffix}"
+    source = source.replace("make_model", "structured")
+    outcome = repvgg("collapse", source, out, "--weights", weights, "--input-size", 15, 18)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "2 regions folded; 1,645 → 1,437 parameters" in outcome.out
+    assert "any number of images of 3 x 15 x 18, loaded back and equal" in outcome.out
+    runner = (ProgramRunner if suffix == "pt2" else OnnxRunner)(out)
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 15, 18)
+        y = run(model, x)
+        names = {"logits": y, "double": [2 * y]} if suffix == "pt2" else {"logits": y, "double_0": 2 * y}
+        assert_close(runner(x), names, rtol=1e-4, atol=1e-5)
+    packed = run(resolve(source, weights=weights).model, x)
+    assert verify(lambda x: packed, runner, x).passed
+    swapped = {"logits": packed["double"][0], "double": [packed["logits"]]}
+    assert not verify(lambda x: swapped, runner, x).passed
 
 
 def test_weights_alone(repvgg, source, trained, tmp_path):

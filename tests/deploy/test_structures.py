@@ -93,11 +93,13 @@ def test_onnx_and_programs_with_several_inputs(tmp_path, inputs):
         for name in ("y", "pooled"):
             assert_close(found[name], expected[name].detach())
         program = ProgramRunner(tmp_path / "a.pt2")(*tensors.values())
-        assert_close(program, tuple(value.detach() for value in expected.values()))
+        assert_close(program, {name: value.detach() for name, value in expected.items()})
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("pack", [None, lambda y: {"logits": y, "nested": [(y,)], "none": None}, lambda y: [y]])
+@pytest.mark.parametrize(
+    "pack", [None, lambda y: {"logits": y, "nested": [(y,)], "none": None, "text": "a"}, lambda y: [y]]
+)
 def test_files_are_verified_whatever_the_structure(tmp_path, suffix, pack):
     model = Head(pack) if pack else Head()
     shipped = ship(model.eval(), Head(model.pack).eval(), tmp_path / f"a{suffix}", (3, 9, 8))
@@ -120,6 +122,22 @@ def test_several_inputs_are_shipped(tmp_path, suffix):
     assert shipped.evidence.passed
     assert len(shipped.evidence.outputs) == 2
     json.dumps(shipped.evidence.to_dict(), allow_nan=False)
+
+
+def test_programs_keep_the_structure_of_outputs(tmp_path):
+    def pack(y):
+        return {"one": y, "more": [2 * y, (Output(3 * y, []), None, 7, "text", object())], "size": y.shape[1:]}
+
+    model = Head(pack).eval()
+    export_program(model, tmp_path / "a.pt2", (3, 9, 8))
+    y, found = model(X)["one"].detach(), ProgramRunner(tmp_path / "a.pt2")(X)
+    inside = {"scores": 3 * y, "boxes": [], "name": None}
+    assert_close(found["more"][1][0].pop("scores"), inside.pop("scores"))
+    assert_close([found.pop("one"), found["more"].pop(0)], [y, 2 * y])
+    assert found == {"more": [(inside, None, 7, None, None)], "size": (4,)}
+    tuples = Head(lambda y: (y, [y])).eval()
+    export_program(tuples, tmp_path / "b.pt2", (3, 9, 8))
+    assert_close(ProgramRunner(tmp_path / "b.pt2")(X), (y, [y]))
 
 
 def test_images_are_found_for_outputs_of_any_structure():

@@ -151,6 +151,33 @@ def test_a_function_may_return_the_tensors_in_another_container():
     assert not verify(Wrapped(model, lambda y: {"a": y, "b": 3 * y}), session, IMAGES).passed
 
 
+@dataclass
+class Boxes:
+    scores: Tensor
+    boxes: list[Tensor]
+
+
+def test_outputs_in_another_container_are_paired_by_name():
+    def reference(x):
+        return Boxes(x, [2 * x, 3 * x])
+
+    for same in (
+        lambda x: {"boxes_1": 3 * x, "scores": x, "boxes_0": 2 * x},  # as of an ONNX file, in another order
+        lambda x: {"boxes": (2 * x, 3 * x), "scores": x},
+        lambda x: (x, 2 * x, 3 * x),
+    ):
+        assert verify(reference, same, IMAGES).passed
+    assert not verify(reference, lambda x: {"scores": x, "boxes_0": 3 * x, "boxes_1": 2 * x}, IMAGES).passed
+    assert not verify(reference, lambda x: (x, 3 * x, 2 * x), IMAGES).passed
+
+
+def test_outputs_of_other_names_are_not_paired():
+    evidence = verify(lambda x: {"a": x, "b": x}, lambda x: {"a": x, "c": x}, IMAGES)
+    assert evidence.problems == ("only the reference returned output['b']", "only the candidate returned output['c']")
+    assert verify(lambda x: {"logits": x}, lambda x: x, IMAGES).passed
+    assert verify(lambda x: {"a b": x, "a-b": 2 * x}, lambda x: {"a_b": x, "a_b__1": 2 * x}, IMAGES).passed
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()

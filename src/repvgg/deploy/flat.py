@@ -1,4 +1,7 @@
-"""A model with inputs and outputs of any structure, as files hold it: from named tensors to named tensors."""
+"""A model with inputs and outputs of any structure, as files hold it: from named tensors to named tensors.
+
+A program of ``torch.export`` also holds the structure of its output.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from torch import Tensor, nn
 
 from repvgg._calls import Call, signature_of
 from repvgg._contexts import eval_mode
-from repvgg._structure import describe, leaves, tensors
+from repvgg._structure import as_builtins, describe, leaves, map_leaves, tensors
 from repvgg.errors import ExportError, typed_line
 
 IMAGE = "image"
 LOGITS = "logits"
+
+_STORED = (Tensor, bool, int, float, torch.SymInt)  # torch.export saves texts and cannot load them
 
 
 class FlatModule(nn.Module):
@@ -25,6 +30,8 @@ class FlatModule(nn.Module):
     Args:
         model: the model.
         call: how it is called.
+        structured: return dictionaries, lists and tuples, as the model does, in place of one tuple: a dictionary for
+            a dataclass or another object, and None for values that are neither tensors nor numbers.
 
     Attributes:
         inputs: names of the tensors, from the parameters of the forward; ``image`` for a single one.
@@ -35,9 +42,9 @@ class FlatModule(nn.Module):
         ExportError: the model does not run on the call, or returns no tensor.
     """
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: Call, *, structured: bool = False) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model, self.call, self.structured = model, call, structured
         self.training = model.training
         found = _named_leaves(model, call)
         single = len(found) == 1 and len(call.args) == 1 and isinstance(call.args[0], Tensor)
@@ -50,10 +57,11 @@ class FlatModule(nn.Module):
         self.is_plain = single and isinstance(output, Tensor)
         self.outputs = [LOGITS] if len(names) == 1 else _distinct([_identifier(name) for name in names])
 
-    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *flat: Tensor) -> Any:
         """Return the tensors of the model's output, for the tensors of its arguments."""
         values = iter(flat)
-        return tuple(tensors(self.call.map_tensors(lambda _: next(values))(self.model)))
+        output = self.call.map_tensors(lambda _: next(values))(self.model)
+        return as_builtins(map_leaves(_stored, output)) if self.structured else tuple(tensors(output))
 
 
 def _named_leaves(model: nn.Module, call: Call) -> list[tuple[str, Any]]:
@@ -72,6 +80,12 @@ def _output_of(model: nn.Module, call: Call) -> Any:
             return call.map_tensors(torch.clone)(model)
     except Exception as error:  # user code
         raise ExportError(f"The model cannot be exported for {call!r}: {typed_line(error)}.") from error
+
+
+def _stored(leaf: Any) -> Any:
+    """Return what a program can hold of a leaf."""
+    is_empty = type(leaf) in (tuple, list, dict)  # an empty container is a leaf
+    return leaf if isinstance(leaf, _STORED) or is_empty else None
 
 
 def _identifier(name: str) -> str:

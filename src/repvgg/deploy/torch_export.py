@@ -122,8 +122,8 @@ def export_program(
 
     Args:
         model: any module that ``torch.export`` can capture; it is not changed. The program takes the
-            tensors of the inputs in order. Where there are several, or an output is no single tensor, it returns a
-            tuple of all tensors.
+            tensors of the inputs in order, and returns what the model does, with a dictionary in place of a dataclass
+            or another object.
         path: the file; its folder must exist.
         input_shape: (C, H, W) of one image. Height and width are fixed in the file.
         inputs: instead, example inputs, as for :func:`repvgg.deploy.export_onnx`.
@@ -150,7 +150,7 @@ def export_program(
 
 def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> ExportedProgram:
     axes = batch_axes(call, Dim("batch", min=1)) if dynamic_batch else None  # min=1: an empty batch need not work
-    flat = FlatModule(model, call)
+    flat = FlatModule(model, call, structured=True)
     module, shapes = (model, axes) if flat.is_plain else (flat, axes and (axes,))
     try:
         with eval_mode(model), silence(), torch.no_grad():
@@ -167,7 +167,8 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> ExportedProgr
 class ProgramRunner:
     """A .pt2 file, loaded on the device on which it was exported: ``logits = runner(images)``.
 
-    Several inputs are passed in order, and several outputs are a tuple.
+    Several inputs are passed in order. Outputs have the structure that the model gave them, with a dictionary in place
+    of a dataclass or another object.
 
     Such a file is a program: load only files that you trust.
 

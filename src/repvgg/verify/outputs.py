@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,16 +83,36 @@ _INFINITE = LeafError(math.inf, math.inf, None, 0)
 def paired(exact: Sequence[Leaves], other: Sequence[Leaves], by_order: bool) -> list[Leaves]:
     """Return ``other`` with the names of ``exact``, if the names differ and ``by_order`` is set.
 
-    A function or a file may return the same tensors in another container; they are then paired in order.
+    A function or a file may return the same tensors in another container. They are paired by their names, where those
+    are the same but for punctuation (``output.boxes[0]``, ``output['boxes_0']``); and in order, where one side has no
+    names (a tuple, a single tensor). Text and other values that a file does not hold are those of ``exact``.
     """
-    out = []
+    out: list[Leaves] = []
     for a, b in zip(exact, other, strict=True):
-        ours = [name for name, leaf in a.items() if isinstance(leaf, Tensor)]
-        theirs = [leaf for leaf in b.values() if isinstance(leaf, Tensor)]
-        rename = by_order and a.keys() != b.keys() and len(ours) == len(theirs)
-        values = {name: leaf for name, leaf in a.items() if not isinstance(leaf, Tensor)}
-        out.append({**values, **dict(zip(ours, theirs, strict=True))} if rename else b)
+        ours, theirs = ([name for name, leaf in one.items() if isinstance(leaf, Tensor)] for one in (a, b))
+        is_unlike = a.keys() != b.keys() or any(b[name] is None and not isinstance(a[name], Tensor) for name in a)
+        if by_order and is_unlike and (order := _places_of(ours, theirs)) is not None:
+            values = {name: leaf for name, leaf in a.items() if not isinstance(leaf, Tensor)}
+            out.append({**values, **{name: b[theirs[place]] for name, place in zip(ours, order, strict=True)}})
+        else:
+            out.append(b)
     return out
+
+
+def _places_of(ours: Sequence[str], theirs: Sequence[str]) -> Sequence[int] | None:
+    """Return the place in ``theirs`` of each of ``ours``, None if they cannot be paired."""
+    if len(ours) != len(theirs):
+        return None
+    a, b = ([_identifier(name) for name in names] for names in (ours, theirs))
+    if set(a) == set(b) and len(set(a)) == len(a):
+        return [b.index(name) for name in a]
+    nameless = any(all(not name.strip("_0123456789") for name in names) for names in (a, b))
+    # Names that differ in punctuation alone are numbered in files.
+    return range(len(ours)) if nameless or len(ours) == 1 or len(set(a)) < len(a) or len(set(b)) < len(b) else None
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W+", "_", name.removeprefix("output")).strip("_")
 
 
 def problems_of(exact: Sequence[Leaves], other: Sequence[Leaves], *, same_infinities: bool = False) -> list[str]:
