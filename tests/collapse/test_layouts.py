@@ -94,6 +94,20 @@ def test_linear_layer_after_a_function_that_determines_its_shape():
     assert [entry.name for entry in report.folded] == ["3"]
 
 
+@pytest.mark.parametrize("size", [(9, 11), (1, 1)])
+@pytest.mark.parametrize("with_inputs", [True, False])
+@pytest.mark.parametrize(
+    "before", [(), (nn.ReLU(),), (nn.Conv2d(4, 4, 3, padding=1),)], ids=["input", "relu", "convolution"]
+)
+def test_pool_to_one_pixel_stays_before_the_convolution_it_feeds(before, with_inputs, size):
+    # As the image pooling of DeepLab, PSPNet's 1x1 grid and squeeze-excite with batch norms.
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+    x = given(2, 4, *size)
+    plain, _ = same(nn.Sequential(*before, *pool), x, x if with_inputs else None)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert any(isinstance(module, nn.AdaptiveAvgPool2d) for module in plain)
+
+
 def test_linear_layer_of_unknown_shape_is_skipped():
     reason = stays(linear(6), given(5, 4))
     assert "the shape of the input is not known" in reason

@@ -99,12 +99,9 @@ def _rounding_bound(after: nn.Module, image: Tensor) -> float:
     if dtype is torch.float64:
         return 0.0
     smallest = torch.finfo(dtype).smallest_normal  # below it the rounding error no longer shrinks with the weight
-    sizes = {
-        name: weight if weight is None else nn.Parameter(weight.detach().abs().clamp_min_(smallest), False)
-        for name, weight in after._parameters.items()
-    }
-    absolute = copy.copy(after)
-    absolute.__dict__ = {**vars(after), "_parameters": sizes}  # copy.copy shares the dictionary of parameters
+    absolute = copy.deepcopy(after)
+    for weight in absolute.parameters():  # of submodules too: a chain holds its convolution in one
+        weight.abs_().clamp_min_(smallest)
     x = image.abs().to(next(after.parameters()).device)
     total = run_in_float64(absolute, x) if dtype is not torch.float32 else absolute(x.float())
     # All terms are positive, so that even products in bfloat16 are right to 0.4 %.
