@@ -19,11 +19,10 @@ from repvgg.errors import CheckpointError, DataError, RepvggError, UsageError, f
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from repvgg.checkpoints import Metadata
     from repvgg.data import DataConfig
-    from repvgg.models import RepVGG
 
     Run: TypeAlias = Callable[[Tensor], Tensor]
     TopClasses: TypeAlias = list[tuple[float, int]]  # (probability, class index), the most probable first
@@ -162,7 +161,7 @@ def _load(path: Path, engine: str, input_size: int | None, batch: int, threads: 
     return _Classifier(run, about, ran)
 
 
-def _compile(model: RepVGG, shape: tuple[int, ...], engine: str) -> tuple[Run, str]:
+def _compile(model: nn.Module, shape: tuple[int, ...], engine: str) -> tuple[Run, str]:
     """Return the function to call on images, and the name of the engine behind it."""
     import repvgg.engine
 

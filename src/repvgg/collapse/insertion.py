@@ -58,8 +58,9 @@ def insertion_points(
     """
     host, stacks = frames_around(region, recording)
     found: list[InsertionPoint] = []
-    whole = [frame for frame in host.stack() if _is_whole(region, frame) and may_replace(frame)]
-    if whole and region.value.symbol.is_convolution:
+    last = recording.frame_of[region.exit]  # inside the host: what stays of a chain may lie outside the module
+    whole = [frame for frame in last.stack() if _is_whole(region, frame) and may_replace(frame)]
+    if whole:
         found.append(InsertionPoint("module", whole[-1].path))
     if region.layout_in_place is not None:
         functions = [step.node for step in region.steps if step.node.op != "call_module" and step.computes]
@@ -74,8 +75,9 @@ def insertion_points(
 
 
 def _is_whole(region: Region, frame: Frame) -> bool:
-    """Whether a module computes a region of its only input and nothing else."""
-    if frame.kwargs or len(frame.args) != 1 or frame.args[0] is not region.source or frame.output is not region.exit:
+    """Whether a module computes the convolution of a region from its only input, and nothing else."""
+    read = region.read_by_convolution
+    if frame.kwargs or len(frame.args) != 1 or frame.args[0] is not read or frame.output is not region.exit:
         return False
     inside = {step.node for step in region.steps}
     return all(node in inside or is_constant(node) for node in frame.nodes())

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 from torch import fx
@@ -225,6 +226,20 @@ class Region:
         symbol = self.value.read
         fits = symbol.has_axes_of_source or self.value.symbol.map.is_pointwise
         return symbol.layout if fits and self.is_chain else None
+
+    @property
+    def read_by_convolution(self) -> fx.Node | None:
+        """The node of which the exit is one convolution: the source, or what a chain has after a mean; None if none is.
+
+        After a mean the convolution is pointwise, and no later step may rearrange the axes.
+        """
+        value = self.value
+        if value.symbol.is_convolution:
+            return self.source
+        if self.layout_in_place is None or value.symbol.arrangement != value.read.arrangement:
+            return None
+        before = [step.node for step in takewhile(lambda step: not step.computes, self.steps)]
+        return before[-1] if before else self.source
 
     def run_in_place(self, evaluator: Evaluator, convolution: Callable[[Any], Any], x: Any) -> Any:
         """Run the chain with ``convolution`` in place of its first one, and without the others."""

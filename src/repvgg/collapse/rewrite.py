@@ -147,7 +147,8 @@ class _PlanApplier:
         # A region of functions only calls no module; its weights are those of the host.
         owner = nn.ModuleList(modules) if modules else host
         like = owner if any(True for _ in owner.parameters()) else host
-        layout = region.layout_in_place if point.kind == "chain" else None
+        stays = point.kind == "chain" or region.read_by_convolution is not region.source
+        layout = region.layout_in_place if stays else None
         conv = self._emit(symbol, like, modules or [host], layout)
         if conv is None:
             return

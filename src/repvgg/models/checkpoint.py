@@ -31,11 +31,13 @@ from repvgg.checkpoints import (
     translate,
 )
 from repvgg.collapse import reparameterize
-from repvgg.errors import CheckpointError, UnknownModelError, UsageError
+from repvgg.errors import CheckpointError, UnknownModelError, UsageError, first_line
+from repvgg.models.backbones import build_pspnet
 from repvgg.models.infer_spec import MAX_BLOCKS, Shape, infer_spec
-from repvgg.models.registry import SPECS, spec_of
+from repvgg.models.pspnet import Model, PSPNet
+from repvgg.models.registry import ARCHITECTURES, PSPNETS, pspnet_spec_of, spec_of
 from repvgg.models.repvgg import RepVGG
-from repvgg.models.spec import ModelSpec, spec_from_data, spec_to_data
+from repvgg.models.spec import ModelSpec, PSPNetSpec, pspnet_spec_from_data, spec_from_data, spec_to_data
 
 _COUNTER = "num_batches_tracked"  # counts training steps; inference ignores it, and older files do not have it
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -47,7 +49,7 @@ _MAX_LISTED = 2  # names in a message
 class LoadedModel:
     """A model rebuilt from a file."""
 
-    model: RepVGG  # in eval mode
+    model: Model  # in eval mode
     metadata: Metadata  # what is known about it
     account: Account  # what became of each tensor in the file
 
@@ -77,25 +79,31 @@ class LoadedModel:
         return f"{about.model}, {about.form} form, {about.num_classes} classes, images of {size}{dropped}"
 
 
-def describe_model(model: RepVGG, form: Form, **more: Any) -> Metadata:
+def describe_model(model: Model, form: Form, **more: Any) -> Metadata:
     """Return the header for a checkpoint of ``model``; ``more`` are further fields of :class:`Metadata`."""
     return replace(_metadata(model.spec, form, model.num_classes, model.in_channels), **more)
 
 
-def _metadata(spec: ModelSpec, form: Form, num_classes: int, in_channels: int) -> Metadata:
+def _metadata(spec: ModelSpec | PSPNetSpec, form: Form, num_classes: int, in_channels: int) -> Metadata:
     # A registered model is identified by its name; any other one needs its specification in the header.
-    data = None if SPECS.get(spec.name) == spec else spec_to_data(spec)
+    data = None if ARCHITECTURES.get(spec.name) == spec else spec_to_data(spec)
     return Metadata(spec.name, form, num_classes, in_channels, spec.input_size, version=__version__, spec=data)
 
 
-def form_of(model: RepVGG) -> Form:
-    """Return "train" if the blocks of a model have branches, "plain" if they have one convolution each."""
+def form_of(model: Model) -> Form:
+    """Return "train" if a model has branches or batch norms, "plain" if each block has one convolution."""
+    if isinstance(model, PSPNet):
+        return "plain" if model.auxiliary is None and not _has_norms(model) else "train"
     return "plain" if is_plain_form(model.state_dict()) else "train"
+
+
+def _has_norms(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def save(
     path: str | os.PathLike[str],
-    model: RepVGG,
+    model: Model,
     metadata: Metadata,
     *,
     layout: str = "repvgg",
@@ -119,9 +127,12 @@ def save(
         UsageError: a field of the header is invalid, or the layout does not support the model.
     """
     check_model(model, "save")
-    gate = model.spec.squeeze_excite  # the authors name the gates of RepVGGplus differently
-    ours = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
-    tensors = rename_to(layout, ours, gate.place if gate else None)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
+    if isinstance(model, RepVGG):
+        gate = model.spec.squeeze_excite  # the authors name the gates of RepVGGplus differently
+        tensors = rename_to(layout, tensors, gate.place if gate else None)
+    elif layout != "repvgg":
+        raise UsageError(f"The layout {layout!r} has no names for a {model.spec.name}: take the layout 'repvgg'.")
     if Path(path).suffix not in _TORCH_SUFFIXES:
         save_checkpoint(path, tensors, metadata, overwrite=overwrite)
     elif invalid := metadata.invalid_field():
@@ -153,7 +164,7 @@ def load(path: str | os.PathLike[str], model: str | None = None, *, plain: bool 
     Limits: shapes do not determine strides and image size. A file without a header whose model is not registered gets
     strides of 2 and 224 pixels, and a note in its account.
     """
-    if model is not None:
+    if model is not None and model not in PSPNETS:
         spec_of(model)  # reject a misspelled name before reading the file
     loaded = _rebuild(read_checkpoint(path))
     metadata = loaded.metadata
@@ -176,8 +187,7 @@ def collapse_loaded(loaded: LoadedModel) -> LoadedModel:
         CheckpointError: blocks of the result have branches, because they cannot be merged.
     """
     plain, report = reparameterize(loaded.model)
-    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in plain.modules())
-    if not isinstance(plain, RepVGG) or form_of(plain) != "plain" or has_norms:
+    if not isinstance(plain, RepVGG | PSPNet) or form_of(plain) != "plain" or _has_norms(plain):
         left = f": {report.left[0].name}: {report.left[0].reason}" if report.left else ""
         raise CheckpointError(f"The {loaded.metadata.model} in this file cannot be converted to the plain form{left}.")
     account = loaded.account
@@ -195,6 +205,8 @@ def collapse_loaded(loaded: LoadedModel) -> LoadedModel:
 def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
     """Rebuild the model in a file, in the form of the file."""
     path = str(checkpoint.path)
+    if checkpoint.metadata is not None and _names_pspnet(checkpoint.metadata):
+        return _rebuild_pspnet(checkpoint, checkpoint.metadata)
     tensors, account, naming = _translate(checkpoint)
     if checkpoint.metadata is not None:
         metadata, claim = checkpoint.metadata, "says it is"
@@ -226,6 +238,55 @@ def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
     model.load_state_dict(tensors, assign=True)  # meta parameters have no storage to copy into
     account = replace(account, filled=filled, header=checkpoint.metadata is not None)
     return LoadedModel(model.eval(), metadata, account)
+
+
+def _names_pspnet(metadata: Metadata) -> bool:
+    """Return whether a header names a PSPNet; a specification in it has precedence over a registered name."""
+    return metadata.model in PSPNETS if metadata.spec is None else "bins" in metadata.spec
+
+
+def _rebuild_pspnet(checkpoint: Checkpoint, metadata: Metadata) -> LoadedModel:
+    """Rebuild the PSPNet that a header names; files without a header of ours are not recognized."""
+    path, form = str(checkpoint.path), metadata.form
+    try:
+        if metadata.spec is None:
+            spec = pspnet_spec_of(metadata.model)
+        else:
+            spec = pspnet_spec_from_data({**metadata.spec, "name": metadata.model})
+        with torch.device("meta"):  # no memory for weights that the file replaces
+            model = build_pspnet(spec, metadata.num_classes, metadata.in_channels, form == "plain")
+    except (UsageError, UnknownModelError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path!r} is of a model that cannot be built: {first_line(error)}.") from error
+    expected, tensors = _shapes(model.state_dict()), dict(checkpoint.tensors)
+    if problem := _mismatch(expected, _shapes(tensors)) or _dtype_mismatch(model, tensors):
+        raise CheckpointError(f"{path!r} says it is {metadata.model} in the {form} form, but {problem}.")
+    model.load_state_dict(tensors, assign=True)  # meta parameters have no storage to copy into
+    account = Account("repvgg", used={name: name for name in tensors}, header=True)
+    return LoadedModel(model.eval(), metadata, account)
+
+
+def set_backbone(model: PSPNet, classifier: nn.Module) -> None:
+    """Copy the weights of a classifier into the backbone of a segmentation model, in place; heads stay as they are.
+
+    Args:
+        model: the segmentation model.
+        classifier: a RepVGG of the same architecture, channels and form, or a ResNet with torchvision's names; its
+            classifier and auxiliary heads are not used.
+
+    Raises:
+        CheckpointError: the weights do not fit the backbone.
+    """
+    expected = model.backbone.state_dict()
+    given = {name: tensor for name, tensor in classifier.state_dict().items() if _is_of_backbone(name)}
+    if problem := _mismatch(_shapes(expected), _shapes(given)):
+        raise CheckpointError(
+            f"The weights do not fit the backbone of {model.spec.name}, {model.spec.backbone}: {problem}."
+        )
+    model.backbone.load_state_dict(given)
+
+
+def _is_of_backbone(name: str) -> bool:
+    return not name.startswith(("head.", "auxiliary.", "fc."))
 
 
 def _translate(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Account, Naming]:
@@ -302,7 +363,7 @@ def _counted(names: Sequence[str], one: str, many: str) -> str:
     return f"{len(names)} {f'key {one}' if len(names) == 1 else f'keys {many}'} ({shown})"
 
 
-def _dtype_mismatch(model: RepVGG, tensors: Mapping[str, Tensor]) -> str | None:
+def _dtype_mismatch(model: Model, tensors: Mapping[str, Tensor]) -> str | None:
     """Describe weights that are not of one floating-point dtype of convolutions; None if they are."""
     weights = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in weights})

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import nn
@@ -14,16 +15,29 @@ from torch.nn.parameter import is_lazy
 
 from repvgg.blocks import BranchSum, ConvBN, Geometry, RepVGGBlock, block_of
 from repvgg.errors import BorderError, OtherBlockWarning, SourceError, UnknownModelError, UsageError, did_you_mean
-from repvgg.models.checkpoint import load, load_weights
+from repvgg.models.backbones import build_pspnet
+from repvgg.models.checkpoint import load, load_weights, set_backbone
+from repvgg.models.dilation import DilationRule
 from repvgg.models.hub import load_pretrained
-from repvgg.models.registry import ARCHITECTURES, BASELINES, COMPARISONS, SPECS, baseline_of, comparison_of, spec_of
+from repvgg.models.pspnet import Model, PSPNet
+from repvgg.models.registry import (
+    ARCHITECTURES,
+    BASELINES,
+    COMPARISONS,
+    PSPNETS,
+    SPECS,
+    baseline_of,
+    comparison_of,
+    spec_of,
+)
 from repvgg.models.repvgg import RepVGG, require_counts
 from repvgg.models.sources import DEFAULT_SHAPE, Built, Shape, build_timm, build_torchvision, model_from_file
-from repvgg.models.spec import ModelSpec
+from repvgg.models.spec import ModelSpec, PSPNetSpec
 from repvgg.models.variants import move_strides_to_first_conv
 
 _SOURCE_FORMS = "timm:NAME, torchvision:NAME, repvgg:NAME or PATH.py:FACTORY"
 _DEFAULT_CLASSES, _DEFAULT_CHANNELS = 1000, 3  # ImageNet-1k
+_SEGMENTATION_CLASSES = 19  # Cityscapes, the data set of the paper's §4.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +50,57 @@ class ResolvedModel:
     weights: str  # where its weights come from, in words; "random" for an initialized model
 
 
+@overload
 def create_model(
-    name: str | ModelSpec,
+    name: ModelSpec,
+    num_classes: int = ...,
+    in_channels: int = ...,
+    plain: bool = ...,
+    *,
+    pretrained: bool = ...,
+) -> RepVGG: ...
+@overload
+def create_model(
+    name: PSPNetSpec,
+    num_classes: int = ...,
+    in_channels: int = ...,
+    plain: bool = ...,
+    *,
+    pretrained: bool = ...,
+) -> PSPNet: ...
+@overload
+def create_model(
+    name: str,
+    num_classes: int = ...,
+    in_channels: int = ...,
+    plain: bool = ...,
+    *,
+    pretrained: bool = ...,
+    dilation: DilationRule | None = ...,
+) -> Model: ...
+
+
+def create_model(
+    name: str | ModelSpec | PSPNetSpec,
     num_classes: int = _DEFAULT_CLASSES,
     in_channels: int = _DEFAULT_CHANNELS,
     plain: bool = False,
     *,
     pretrained: bool = False,
-) -> RepVGG:
-    """Build a RepVGG, initialized with PyTorch's defaults or with published weights.
+    dilation: DilationRule | None = None,
+) -> Model:
+    """Build a RepVGG or a PSPNet, initialized with PyTorch's defaults or with published weights.
 
     Args:
-        name: a name from :func:`list_models`, or your own :class:`ModelSpec`.
-        num_classes: number of logits, at least 1.
+        name: a name from :func:`list_models` or :func:`list_segmentation_models`, or your own specification.
+        num_classes: number of logits (of each pixel, for a PSPNet), at least 1.
         in_channels: channels of the input images, at least 1.
         plain: build the plain form, with the keys, shapes and geometry that collapsing the train form gives.
         pretrained: load the ImageNet-1k weights that timm publishes on the Hugging Face hub, through its cache. For
             another number of classes the classifier is newly initialized, for another number of channels the first
-            block.
+            block. A PSPNet over a RepVGG gets them in its backbone.
+        dilation: how the backbone of a PSPNet is dilated, see :func:`repvgg.models.dilation.dilate_`; None takes the
+            rule of the specification, which is "paper" or "fast".
 
     Returns:
         The model in training mode, like every new module, also with published weights: call ``eval()`` before you
@@ -61,7 +108,9 @@ def create_model(
 
     Raises:
         UnknownModelError: there is no such model.
-        UsageError: a count is below 1, or there are no published weights of the model.
+        UsageError: a count is below 1, there are no published weights of the model, or ``dilation`` is given for a
+            classifier.
+        MissingDependencyError: a ResNet backbone needs torchvision.
         SourceError: the weights are not in the cache and the hub cannot be reached.
         CheckpointError: the published file is of another model.
 
@@ -69,11 +118,25 @@ def create_model(
         FreshWeightsWarning: some weights are newly initialized because of other classes or channels.
     """
     require_counts(num_classes, in_channels)  # before a download
+    spec = _spec_of(name) if isinstance(name, str) else name
+    if isinstance(spec, PSPNetSpec):
+        spec = spec if dilation is None else replace(spec, dilation=dilation)
+        model = build_pspnet(spec, num_classes, in_channels, plain)
+        if pretrained:
+            weights = load_pretrained(spec.backbone, in_channels=in_channels, plain=plain).model
+            set_backbone(model, weights)
+        return model
+    if dilation is not None:
+        raise UsageError(f"dilation is for segmentation models, such as {next(iter(PSPNETS))}.")
     if pretrained:
-        loaded = load_pretrained(name, num_classes=num_classes, in_channels=in_channels, plain=plain)
-        return loaded.model.train()
-    spec = name if isinstance(name, ModelSpec) else spec_of(name)
+        loaded = load_pretrained(spec, num_classes=num_classes, in_channels=in_channels, plain=plain).model
+        assert isinstance(loaded, RepVGG)  # all published weights are of classifiers
+        return loaded.train()
     return RepVGG(spec, num_classes, in_channels, plain)
+
+
+def _spec_of(name: str) -> ModelSpec | PSPNetSpec:
+    return pspnet_spec_of(name) if name.startswith("pspnet") else spec_of(name)
 
 
 def create_variant(
@@ -253,13 +316,16 @@ def _hint(source: str) -> str:
 
 
 def _build_repvgg(name: str, num_classes: int | None, in_channels: int | None) -> Built:
-    """Build a RepVGG or a comparison network."""
+    """Build a RepVGG, a comparison network or a segmentation model."""
     classes, channels = num_classes or _DEFAULT_CLASSES, in_channels or _DEFAULT_CHANNELS
+    if name.startswith("pspnet"):
+        size = pspnet_spec_of(name).input_size
+        return Built(create_model(name, num_classes or _SEGMENTATION_CLASSES, channels), (3, size, size))
     if name in COMPARISONS:
         size = COMPARISONS[name].input_size
         return Built(create_comparison(name, classes, channels), (3, size, size))
-    size = spec_of(name).input_size
-    return Built(create_model(name, classes, channels), (3, size, size))
+    spec = spec_of(name)
+    return Built(create_model(spec, classes, channels), (3, spec.input_size, spec.input_size))
 
 
 _COLLECTIONS: dict[str, Callable[[str, int | None, int | None], Built]] = {

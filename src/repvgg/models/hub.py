@@ -210,6 +210,7 @@ def load_pretrained(
 def _adapted(loaded: LoadedModel, num_classes: int, in_channels: int, plain: bool) -> LoadedModel:
     """Copy the weights into a model with other numbers of classes or channels; what does not fit stays initialized."""
     about = loaded.metadata
+    assert isinstance(loaded.model, RepVGG)  # all published weights are of classifiers
     model = RepVGG(loaded.model.spec, num_classes, in_channels, plain)
     fresh = ["head"] * (num_classes != about.num_classes) + ["stem.conv"] * (in_channels != about.in_channels)
     kept = {

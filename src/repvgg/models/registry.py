@@ -1,4 +1,4 @@
-"""The registry of architectures: RepVGG models (paper Tables 2 and 3, and later ones), baselines and comparisons.
+"""The registry of architectures: RepVGG models (paper Tables 2 and 3, and later ones), baselines, comparisons, PSPNets.
 
 Entries are frozen data; :mod:`repvgg.models.factory` builds models from them.
 """
@@ -13,7 +13,8 @@ from typing import TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from repvgg.errors import UnknownModelError, did_you_mean
-from repvgg.models.spec import ModelSpec, SqueezeExciteSpec, Stage
+from repvgg.models.dilation import DilationRule
+from repvgg.models.spec import ModelSpec, PSPNetSpec, SqueezeExciteSpec, Stage
 from repvgg.models.variants import delta_orthogonal_, dirac_net, plain_net, residual_reorg, resnet50_repvgg
 
 T = TypeVar("T")
@@ -212,17 +213,42 @@ _COMPARISONS = (
 COMPARISONS: dict[str, Comparison] = {comparison.name: comparison for comparison in _COMPARISONS}
 
 
+# --- Segmentation ----------------------------------------------------------------------------------------------------
+
+#: ResNet backbones of segmentation models: names of baselines, which torchvision builds.
+RESNETS = ("resnet18", "resnet50", "resnet101")
+_PSPNET_DILATIONS: tuple[tuple[str, DilationRule], ...] = (("", "paper"), ("_fast", "fast"))
+_PSPNET_BACKBONES = ("a0", "a1", "a2", "b0", "b1g2", "b1", "b2")
+
+_PSPNETS = (
+    *(
+        PSPNetSpec(f"pspnet_repvgg_{size}{suffix}", f"repvgg_{size}", dilation)
+        for size in _PSPNET_BACKBONES
+        for suffix, dilation in _PSPNET_DILATIONS
+    ),
+    *(PSPNetSpec(f"pspnet_{resnet}", resnet) for resnet in RESNETS),
+)
+
+#: Specifications of all segmentation models by name.
+PSPNETS: dict[str, PSPNetSpec] = {spec.name: spec for spec in _PSPNETS}
+
+
 # --- Lookup ----------------------------------------------------------------------------------------------------------
 
-Architecture: TypeAlias = ModelSpec | Baseline | Comparison
+Architecture: TypeAlias = ModelSpec | Baseline | Comparison | PSPNetSpec
 
-#: All architectures by name. Names are unique across the three groups.
-ARCHITECTURES: dict[str, Architecture] = {**SPECS, **BASELINES, **COMPARISONS}
+#: All architectures by name. Names are unique across the groups.
+ARCHITECTURES: dict[str, Architecture] = {**SPECS, **BASELINES, **COMPARISONS, **PSPNETS}
 
 
 def list_models() -> list[str]:
     """Return the names of all RepVGG models."""
     return list(SPECS)
+
+
+def list_segmentation_models() -> list[str]:
+    """Return the names of all segmentation models."""
+    return list(PSPNETS)
 
 
 def list_baselines() -> list[str]:
@@ -237,6 +263,15 @@ def spec_of(name: str) -> ModelSpec:
         UnknownModelError: there is no such model; the text suggests the closest names, or lists all of them.
     """
     return _look_up(name, SPECS, "model")
+
+
+def pspnet_spec_of(name: str) -> PSPNetSpec:
+    """Look up the specification of a segmentation model.
+
+    Raises:
+        UnknownModelError: there is no such model; the text suggests the closest names, or lists all of them.
+    """
+    return _look_up(name, PSPNETS, "segmentation model")
 
 
 def baseline_of(name: str) -> Baseline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,48 +14,36 @@ from repvgg.models.spec import ModelSpec
 
 
 class TrainingOutput(NamedTuple):
-    """The output of a model with auxiliary heads in training mode; each tensor is (N, num_classes)."""
+    """The output of a model with auxiliary heads in training mode.
+
+    Each tensor is (N, num_classes), or (N, num_classes, H, W) of a segmentation model.
+    """
 
     logits: Tensor
     auxiliary: tuple[Tensor, ...]
 
 
-class RepVGG(nn.Module):
-    """A stack of RepVGG blocks, a global average pool and a linear classifier (paper §3.4).
+class RepVGGBackbone(nn.Module):
+    """The blocks of a RepVGG: a stem and stages, without a classifier.
 
     Both forms are this class and differ in ``block.conv`` only: three branches in the train form, one ``nn.Conv2d`` in
-    the plain form. ``forward`` returns the logits (N, num_classes). In training mode, a model with auxiliary heads
-    returns a :class:`TrainingOutput` instead.
-
-    Args:
-        spec: depths, widths, strides, groups and gates.
-        num_classes: number of logits.
-        in_channels: channels of the input images.
-        plain: build the plain form, which has no auxiliary heads.
-
-    Raises:
-        UsageError: ``num_classes`` or ``in_channels`` is below 1.
+    the plain form. The arguments are those of :class:`RepVGG`.
     """
 
-    def __init__(self, spec: ModelSpec, num_classes: int, in_channels: int, plain: bool) -> None:
+    def __init__(self, spec: ModelSpec, in_channels: int, plain: bool) -> None:
         super().__init__()
-        require_counts(num_classes, in_channels)
+        require_counts(1, in_channels)
         # An iterator consumed in order: layer numbers for groups, and random numbers for a seed, follow the depth.
         blocks = _build_blocks(spec, in_channels, plain)
         self.spec = spec
         self.in_channels = in_channels
         self.stem = next(blocks)
         self.stages = nn.ModuleList(nn.Sequential(*(next(blocks) for _ in range(stage.depth))) for stage in spec.stages)
-        self.auxiliary = nn.ModuleDict()  # empty in the plain form, which therefore has no keys for it
-        if not plain:
-            for index in spec.auxiliary:
-                self.auxiliary[f"stage{index}"] = _auxiliary_head(spec.stages[index].channels, num_classes)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(spec.stages[-1].channels, num_classes)
 
     @property
-    def num_classes(self) -> int:
-        return self.head.out_features
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the maps that :meth:`features` returns."""
+        return (self.spec.stem.channels, *(stage.channels for stage in self.spec.stages))
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps after the stem and after each stage, finest first, for use by other heads.
@@ -70,6 +58,46 @@ class RepVGG(nn.Module):
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return maps
+
+    def forward(self, x: Tensor) -> Any:
+        """Return :meth:`features`; subclasses return logits."""
+        return self.features(x)
+
+
+class RepVGG(RepVGGBackbone):
+    """A stack of RepVGG blocks, a global average pool and a linear classifier (paper §3.4).
+
+    ``forward`` returns the logits (N, num_classes). In training mode, a model with auxiliary heads returns a
+    :class:`TrainingOutput` instead.
+
+    Args:
+        spec: depths, widths, strides, groups and gates.
+        num_classes: number of logits.
+        in_channels: channels of the input images.
+        plain: build the plain form, which has no auxiliary heads.
+
+    Raises:
+        UsageError: ``num_classes`` or ``in_channels`` is below 1.
+    """
+
+    def __init__(self, spec: ModelSpec, num_classes: int, in_channels: int, plain: bool) -> None:
+        require_counts(num_classes, in_channels)
+        super().__init__(spec, in_channels, plain)
+        self.auxiliary = nn.ModuleDict()  # empty in the plain form, which therefore has no keys for it
+        if not plain:
+            for index in spec.auxiliary:
+                self.auxiliary[f"stage{index}"] = _auxiliary_head(spec.stages[index].channels, num_classes)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(spec.stages[-1].channels, num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def replace_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one for another number of classes; auxiliary heads stay."""
+        require_counts(num_classes, 1)
+        self.head = nn.Linear(self.head.in_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor | TrainingOutput:
         """Return the logits of images (N, in_channels, H, W); see the class for training mode."""

@@ -1,4 +1,4 @@
-"""Specification of a RepVGG: depths, widths, strides, groups and gates, and its form as plain data for file headers."""
+"""Specifications of a RepVGG and of a PSPNet, and their form as plain data for file headers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from repvgg._serde import from_plain, to_plain
 from repvgg.errors import UsageError
+from repvgg.models.dilation import DilationRule
 
 # Bounds for data from files: a header must not be able to request absurd amounts of memory or time.
 _MAX_COUNT = 2**20
 _MAX_PIXELS = 2**14
+_MAX_BINS = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,33 @@ class ModelSpec:
         return math.prod(stage.stride for stage in (self.stem, *self.stages))
 
 
-def spec_to_data(spec: ModelSpec) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PSPNetSpec:
+    """Everything that defines a PSPNet except its numbers of classes and input channels.
+
+    The defaults are those of the paper (RepVGG, §4.3) and of PSPNet's own code.
+    """
+
+    name: str  # the key for create_model
+    backbone: str  # name of a RepVGG model or of a ResNet baseline
+    dilation: DilationRule = "paper"  # see repvgg.models.dilation.dilate_
+    output_stride: int = 8  # image pixels per pixel of the last feature map
+    bins: tuple[int, ...] = (1, 2, 3, 6)  # the pyramid pools to bins x bins cells
+    head_channels: int = 512  # of the 3x3 convolution before the classifier
+    auxiliary_channels: int = 256  # of the 3x3 convolution in the auxiliary head
+    dropout: float = 0.1  # probability of whole channels, in both heads
+    input_size: int = 713  # height and width in pixels of the training crops
+    source: str = "RepVGG (CVPR 2021), §4.3"  # where the specification is published
+
+    def __post_init__(self) -> None:
+        sizes = (self.output_stride, *self.bins, self.head_channels, self.auxiliary_channels, self.input_size)
+        if not self.bins or not all(1 <= size < _MAX_PIXELS for size in sizes) or len(self.bins) > _MAX_BINS:
+            raise UsageError(f"A PSPNet needs positive sizes and 1 to {_MAX_BINS} bins, not {self}.")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout must be in [0, 1), got {self.dropout}.")
+
+
+def spec_to_data(spec: ModelSpec | PSPNetSpec) -> dict[str, Any]:
     """Return the specification as data that JSON can represent."""
     data: dict[str, Any] = to_plain(spec)
     return data
@@ -86,4 +114,17 @@ def spec_from_data(data: Mapping[str, Any]) -> ModelSpec:
             raise UsageError("it has no stage.")
     except UsageError as error:
         raise UsageError(f"This describes no model: {error}") from error
+    return spec
+
+
+def pspnet_spec_from_data(data: Mapping[str, Any]) -> PSPNetSpec:
+    """Rebuild the specification of a PSPNet that :func:`spec_to_data` wrote; unknown fields are ignored.
+
+    Raises:
+        UsageError: the data do not describe one.
+    """
+    try:
+        spec: PSPNetSpec = from_plain(PSPNetSpec, {"source": "", **data}, "spec", unknown="ignore")
+    except UsageError as error:
+        raise UsageError(f"This describes no PSPNet: {error}") from error
     return spec

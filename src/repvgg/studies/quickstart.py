@@ -159,7 +159,7 @@ def _replace_folder(folder: Path, target: Path) -> None:
 def _train(data: ImageData, config: TrainConfig, console: Console) -> tuple[models.RepVGG, FitResult]:
     console.print(f"[bold]Train[/] {MODEL} on {data.num_train} digits, validate on {data.num_val} others")
     with seeded("model", config.seed):  # the same weights whatever was drawn before
-        model = models.create_model(MODEL, len(data.classes), data.input_shape[0])
+        model = models.create_model(models.spec_of(MODEL), len(data.classes), data.input_shape[0])
     result = fit(model, data, config, console=console)
     console.print(f"  {result.accuracy:.2%} of the validation digits are correct, after {result.seconds:.0f} s")
     return model, result

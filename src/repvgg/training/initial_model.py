@@ -12,7 +12,7 @@ from repvgg._contexts import seeded
 from repvgg.data import ImageData
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
-from repvgg.models import RepVGG, create_model, load
+from repvgg.models import Model, RepVGG, create_model, load
 from repvgg.training.config import TrainConfig
 
 _EXPANSION_BATCHES = 4
@@ -26,7 +26,7 @@ _PLAIN_WARNING = (
 class InitialModel:
     """A model ready to train, and one line for the user on each thing that was done to it."""
 
-    model: RepVGG
+    model: Model
     notes: tuple[str, ...] = field(default=())
 
 
@@ -57,6 +57,8 @@ def build_initial_model(config: TrainConfig, data: ImageData) -> InitialModel:
         if config.expand and metadata.form != "plain":
             raise UsageError(f"{config.init!r} has its branches already: leave out expand.")
         if config.expand:
+            if not isinstance(model, RepVGG):
+                raise UsageError(f"{config.init!r} is a segmentation model, which is not expanded: leave out expand.")
             model, note = _expand(model, data, min(64, config.batch_size))
             notes.append(note)
         elif metadata.form == "plain":
@@ -64,7 +66,7 @@ def build_initial_model(config: TrainConfig, data: ImageData) -> InitialModel:
         if model.num_classes != len(data.classes) or metadata.classes != data.classes:
             notes.append(f"new classifier for {len(data.classes)} classes in place of {model.num_classes}")
             # Inside the seeded context: its weights are drawn here.
-            model.head = nn.Linear(model.head.in_features, len(data.classes))
+            model.replace_classifier(len(data.classes))
     return InitialModel(model, tuple(notes))
 
 

@@ -169,7 +169,7 @@ class RunFolder:
     path: Path  # the folder
     config: TrainConfig  # the run
     data: ImageData  # the training and validation images
-    model: models.RepVGG  # the model being trained
+    model: models.Model  # the model being trained
 
     def write_epoch(self, history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
         """Write log and curve, and ``weights`` as the best checkpoint if no earlier epoch was as accurate."""
@@ -212,7 +212,7 @@ class RunFolder:
 
     def _collapse(self) -> tuple[Evaluation, Evidence]:
         plain, _ = reparameterize(self.model, torch.zeros(1, *self.data.test_shape))
-        assert isinstance(plain, models.RepVGG)
+        assert isinstance(plain, models.RepVGG | models.PSPNet)
         batches = islice(self.data.val_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
         images = [self.data.prepare(images) for images, _ in batches]
         evidence = verify(self.model, plain, images).raise_if_failed()
@@ -220,12 +220,12 @@ class RunFolder:
         self._save(plain, result)
         return result, evidence
 
-    def _save(self, model: models.RepVGG, result: Evaluation) -> None:
+    def _save(self, model: models.Model, result: Evaluation) -> None:
         metadata = self._metadata(model, {"held_out_accuracy": result.accuracy, "held_out_top5": result.top(5)})
         name = PLAIN_FILE if metadata.form == "plain" else TRAIN_FILE
         models.save(self.path / name, model, metadata, overwrite=True)
 
-    def _metadata(self, model: models.RepVGG, metrics: dict[str, float]) -> Metadata:
+    def _metadata(self, model: models.Model, metrics: dict[str, float]) -> Metadata:
         return models.describe_model(
             model,
             models.form_of(model),
