@@ -28,6 +28,7 @@ from repvgg.models.registry import (
     SPECS,
     baseline_of,
     comparison_of,
+    pspnet_spec_of,
     spec_of,
 )
 from repvgg.models.repvgg import RepVGG, require_counts
