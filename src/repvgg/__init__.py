@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from repvgg.algebra import ConvMap
     from repvgg.collapse import ModelSummary, Report, fold_batch_norms, is_plain, model_summary, reparameterize
     from repvgg.expansion import ExpandReport, expand, insert_bn, replace_convs
-    from repvgg.models import ModelSpec, RepVGG, create_model, from_pretrained, list_models, load, push_to_hub
+    from repvgg.models import (
+        ModelSpec,
+        RepVGG,
+        create_model,
+        dilate_by_phases,
+        from_pretrained,
+        list_models,
+        load,
+        push_to_hub,
+    )
     from repvgg.symbolic import equivalent_conv
     from repvgg.symbolic.trace import trace  # not from the package, which has a module of that name
     from repvgg.verify import Evidence, verify
@@ -45,6 +54,7 @@ __all__ = [
     "RepVGG",
     "Report",
     "create_model",
+    "dilate_by_phases",
     "equivalent_conv",
     "expand",
     "fold_batch_norms",
@@ -69,7 +79,17 @@ _PACKAGE_OF = {
     ),
     **dict.fromkeys(("ExpandReport", "expand", "insert_bn", "replace_convs"), "expansion"),
     **dict.fromkeys(
-        ("ModelSpec", "RepVGG", "create_model", "from_pretrained", "list_models", "load", "push_to_hub"), "models"
+        (
+            "ModelSpec",
+            "RepVGG",
+            "create_model",
+            "dilate_by_phases",
+            "from_pretrained",
+            "list_models",
+            "load",
+            "push_to_hub",
+        ),
+        "models",
     ),
     **dict.fromkeys(("equivalent_conv", "trace"), "symbolic"),
     **dict.fromkeys(("Evidence", "verify"), "verify"),

@@ -22,6 +22,7 @@ from repvgg.models.factory import (
     resolve,
 )
 from repvgg.models.hub import PRETRAINED, Pretrained, from_pretrained, load_pretrained, push_to_hub
+from repvgg.models.phases import PhaseImages, PhaseReport, dilate_by_phases
 from repvgg.models.pspnet import Model, PSPNet
 from repvgg.models.registry import (
     ARCHITECTURES,
@@ -59,6 +60,8 @@ __all__ = [
     "ModelSpec",
     "PSPNet",
     "PSPNetSpec",
+    "PhaseImages",
+    "PhaseReport",
     "Pretrained",
     "RepVGG",
     "RepVGGBackbone",
@@ -77,6 +80,7 @@ __all__ = [
     "delta_orthogonal_",
     "describe_model",
     "dilate_",
+    "dilate_by_phases",
     "form_of",
     "from_pretrained",
     "list_baselines",

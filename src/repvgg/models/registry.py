@@ -217,6 +217,7 @@ COMPARISONS: dict[str, Comparison] = {comparison.name: comparison for comparison
 
 #: ResNet backbones of segmentation models: names of baselines, which torchvision builds.
 RESNETS = ("resnet18", "resnet50", "resnet101")
+_SMALL_PSPNET = "made here for small data sets"
 _PSPNET_DILATIONS: tuple[tuple[str, DilationRule], ...] = (("", "paper"), ("_fast", "fast"))
 _PSPNET_BACKBONES = ("a0", "a1", "a2", "b0", "b1g2", "b1", "b2")
 
@@ -227,6 +228,18 @@ _PSPNETS = (
         for suffix, dilation in _PSPNET_DILATIONS
     ),
     *(PSPNetSpec(f"pspnet_{resnet}", resnet) for resnet in RESNETS),
+    # For small data sets and few cores: a quarter of the arithmetic of output stride 8, and half of the head.
+    *(
+        PSPNetSpec(
+            f"pspnet_small_{backbone}",
+            backbone,
+            output_stride=16,
+            head_channels=256,
+            input_size=241,
+            source=_SMALL_PSPNET,
+        )
+        for backbone in ("repvgg_a0", "resnet18")
+    ),
 )
 
 #: Specifications of all segmentation models by name.
