@@ -64,7 +64,8 @@ class PhaseImages(nn.Sequential):
         """Run the phases of one size; the result is padded to the size of the largest phases."""
         (top, bottom, height), (left, right, width) = i, j
         x = phases[top:bottom, left:right, :, :, :height, :width]
-        y = F.pad(super().forward(x.reshape(-1, *x.shape[3:])), (0, columns - width, 0, rows - height))
+        y: Tensor = super().forward(x.reshape(-1, *x.shape[3:]))  # type: ignore[no-untyped-call]
+        y = F.pad(y, (0, columns - width, 0, rows - height))
         return y.reshape(bottom - top, right - left, phases.shape[2], *y.shape[1:])
 
 
@@ -101,8 +102,10 @@ def dilate_by_phases(model: nn.Module) -> tuple[nn.Module, PhaseReport]:
     reasons: dict[str, str] = {}
     for path, sequence in list(result.named_modules()):
         # A sequence inside a layer that was replaced is no longer there.
-        if type(sequence) is nn.Sequential and dict(result.named_modules()).get(path) is sequence:
-            _replace_runs(path, sequence, runs, reasons)
+        current = dict(result.named_modules()).get(path)
+        # Not subclasses, which may have a forward of their own.
+        if isinstance(current, nn.Sequential) and type(current) is nn.Sequential and current is sequence:
+            _replace_runs(path, current, runs, reasons)
     skipped: dict[str, str] = {}
     for path, module in result.named_modules():
         if isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
