@@ -1,10 +1,16 @@
 """Forwards with optional arguments, several inputs or outputs, and data-dependent control flow."""
 
+import enum
+import warnings
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import repvgg
+from repvgg.errors import NothingFoldedWarning, UsageError
 from tests.collapse.models import (
     Block,
     Branches,
@@ -75,6 +81,100 @@ def test_a_norm_is_not_folded_for_the_defaults_alone():
     plain, report = check(model, image())
     assert_same_outputs(model, plain, image(), 3.0)
     assert "optional arguments" in report.left[0].reason
+
+
+class Task(enum.Enum):
+    FEATURES, CLASSES = 1, 2
+
+
+@dataclass(frozen=True)
+class Options:
+    features: bool = False
+
+
+def by_text(self, x, task="classes"):
+    y = self.conv(x)
+    return y if task == "features" else self.bn(y)
+
+
+def by_enum(self, x, task=Task.CLASSES):
+    y = self.conv(x)
+    return y if task is Task.FEATURES else self.bn(y)
+
+
+def by_config(self, x, options=Options()):
+    y = self.conv(x)
+    return y if options.features else self.bn(y) * 2.0
+
+
+def by_any_number(self, x, *others):
+    return self.bn(self.conv(x) + sum(map(self.other, others)))
+
+
+def by_any_name(self, x, **options):
+    y = self.conv(x)
+    return y if options.get("features") else self.bn(y)
+
+
+def by_two(self, x, features=False, early=False):
+    y = self.conv(x)
+    return y if features and early else self.bn(y)
+
+
+def by_class(self, x, layers=(0,)):
+    y = self.conv(x)
+    return y if isinstance(layers, int) else self.bn(y)
+
+
+def by_identity(self, x, early=None):
+    y = self.conv(x)
+    return y if early is True else self.bn(y)
+
+
+def by_structure(self, x):
+    return [self.bn(self.other(y)) for y in x] if isinstance(x, list) else self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("given", [None, "default", "other"])
+@pytest.mark.parametrize(
+    ("forward", "args", "kwargs"),
+    [
+        (by_text, (), {"task": "features"}),
+        (by_enum, (), {"task": Task.FEATURES}),
+        (by_config, (), {"options": Options(True)}),
+        (by_any_number, (image(seed=5),), {}),
+        (by_any_name, (), {"features": True}),
+        (by_two, (), {"features": True, "early": True}),
+        (by_class, (), {"layers": 0}),
+        (by_identity, (), {"early": True}),
+        (by_structure, None, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_argument_that_selects_never_changes_an_answer(forward, args, kwargs, given):
+    """The plain model answers as the model does, or refuses the call."""
+    model = trained(module(forward, **parts()))
+    calls = {
+        "default": ((image(),), {}),
+        "other": (([image(), image(seed=3)],) if args is None else (image(), *args), kwargs),
+    }
+    inputs = None
+    if given:
+        positional, named = calls[given]
+        inputs = {"x": positional[0], **named} if named else positional
+    with warnings.catch_warnings(action="ignore", category=NothingFoldedWarning):
+        plain, _ = repvgg.reparameterize(model, inputs)
+    for name, (positional, named) in calls.items():
+        refusal = ""
+        try:
+            plain(*positional, **named)
+        except UsageError as error:
+            refusal = str(error)
+        if refusal:
+            assert "collapsed for" in refusal
+            assert given not in (None, name)
+        else:
+            assert_same_outputs(model, plain, *positional, **named)
 
 
 def gathered(self, *images, **rest):

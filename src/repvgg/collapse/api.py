@@ -83,7 +83,8 @@ def reparameterize(
 
     Limits: a model that takes both batches and single images without a batch axis is collapsed for batches, unless
     ``inputs`` are single images: a batch norm works on another axis there. Code that reads tensors without PyTorch's
-    functions cannot be recorded; what it may have read stays. Only eval mode is preserved.
+    functions cannot be recorded; what it may have read stays. Branches on global variables, and on attributes that are
+    no booleans, keep the way that they took. Only eval mode is preserved.
     """
     return _collapse(model, Options(True, policy_of(policy), _call(model, inputs)), prove)
 

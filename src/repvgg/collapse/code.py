@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ _EXPORT_SWITCHES = (
     *("is_in_onnx_export", "is_exporting", "is_compiling", "is_dynamo_compiling"),
     *("is_scripting", "is_tracing"),
 )
+_INSPECTIONS = ("type", "id", "callable", "hasattr")
 # Since Python 3.12 the lowest bit of LOAD_ATTR's argument marks a method call; before, LOAD_METHOD is its own opcode.
 _LOAD_ATTR_MARKS_CALLS = sys.version_info >= (3, 12)
 
@@ -34,6 +36,9 @@ class CodeFacts:
         export_switches: functions that the forward, or what it calls, asks whether the model is being exported.
         reads_training: whether they read ``training``.
         names: all names in that code.
+        reads_rest: whether the forward reads what it takes as ``*args`` or ``**kwargs``.
+        inspects_objects: whether that code may ask which object a value is, by ``is`` or a function such as ``type``;
+            comparisons with None aside.
     """
 
     methods: frozenset[str]
@@ -41,6 +46,8 @@ class CodeFacts:
     export_switches: tuple[str, ...]
     reads_training: bool
     names: frozenset[str]
+    reads_rest: bool
+    inspects_objects: bool
 
 
 def code_facts(module: nn.Module) -> CodeFacts:
@@ -57,7 +64,8 @@ def _facts_of_class(kind: Any) -> CodeFacts:
             function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if isinstance(function, FunctionType):
                 functions[name] = function
-    names = _reachable_names(functions)
+    codes = list(_reachable_code(functions))
+    names = {name for code in codes for name in code.co_names}
     methods = {name: f for name, f in functions.items() if name != "forward" and not name.startswith("__")}
     return CodeFacts(
         methods=frozenset(methods),
@@ -65,6 +73,8 @@ def _facts_of_class(kind: Any) -> CodeFacts:
         export_switches=tuple(name for name in _EXPORT_SWITCHES if name in names),
         reads_training="training" in names,
         names=frozenset(names),
+        reads_rest=_reads_rest(functions.get("forward")),
+        inspects_objects=any(map(_inspects_objects, codes)),
     )
 
 
@@ -80,9 +90,8 @@ def has_public_methods(kind: type[nn.Module]) -> bool:
     return any(not name.startswith("_") for name in _facts_of_class(cast("Any", kind)).methods)
 
 
-def _reachable_names(functions: dict[str, FunctionType]) -> set[str]:
-    """Return all names in the code of ``forward`` and of the methods that it may call."""
-    names: set[str] = set()
+def _reachable_code(functions: dict[str, FunctionType]) -> Iterator[CodeType]:
+    """Yield the code of ``forward`` and of the methods that it may call."""
     todo = ["forward"]
     done: set[str] = set()
     while todo:
@@ -90,10 +99,31 @@ def _reachable_names(functions: dict[str, FunctionType]) -> set[str]:
         if name in done or name not in functions:
             continue
         done.add(name)
-        found = {n for code in _nested_code(inspect.unwrap(functions[name]).__code__) for n in code.co_names}
-        names |= found
-        todo += found
-    return names
+        for code in _nested_code(inspect.unwrap(functions[name]).__code__):
+            todo += code.co_names
+            yield code
+
+
+def _reads_rest(forward: FunctionType | None) -> bool:
+    if forward is None:
+        return False
+    code = inspect.unwrap(forward).__code__
+    first = code.co_argcount + code.co_kwonlyargcount
+    count = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    rest = set(code.co_varnames[first : first + count])
+    reads = (step for step in dis.get_instructions(code) if step.opname.startswith("LOAD_"))
+    return any(
+        bool(rest.intersection(step.argval if isinstance(step.argval, tuple) else (step.argval,))) for step in reads
+    )
+
+
+def _inspects_objects(code: CodeType) -> bool:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    if any(step.opname == "LOAD_GLOBAL" and step.argval in _INSPECTIONS for step in steps):
+        return True
+    # Comparing with None loads it just before, or is an opcode of its own.
+    pairs = pairwise(steps)
+    return any(step.opname == "IS_OP" and before.argrepr != "None" for before, step in pairs)
 
 
 def _nested_code(code: CodeType) -> Iterator[CodeType]:

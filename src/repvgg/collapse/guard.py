@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,8 +21,8 @@ class CallGuard:
 
     Attributes:
         path: of the module in the plain model.
-        expected: for each argument by name, its leaves as the recorded call had them: a value, or what is known of a
-            tensor.
+        expected: for each argument by name, its structures and leaves as the recorded call had them: a value, or what
+            is known of a tensor.
         flags: boolean attributes of the module that its forward branches on.
     """
 
@@ -48,13 +48,22 @@ class CallGuard:
                 raise UsageError(f"{name} was collapsed for {flag}={value}: collapse the model with the other value.")
         if not self.expected:
             return
-        for argument, value in _bound(module, args, kwargs).items():
-            given, expected = _leaves(value), self.expected.get(argument, ())
+        values = _bound(module, args, kwargs)
+        for argument in dict.fromkeys((*values, *self.expected)) if values else ():
+            given = _leaves(values[argument]) if argument in values else []
+            expected = self.expected.get(argument, ())
             if len(given) != len(expected) or not all(map(_fits, expected, given)):
+                called = f"with {argument}={_describe(values[argument])}" if given else f"without {argument}"
                 raise UsageError(
-                    f"{name} was collapsed for {self._text()}, and is called with {argument}={_describe(value)}: call "
+                    f"{name} was collapsed for {self._text()}, and is called {called}: call "
                     "repvgg.reparameterize with inputs= like this call for another plain model."
                 )
+
+    def for_convolution(self, conv: nn.Module) -> CallGuard:
+        """Return the guard for a convolution in place of the module, whose only argument has another name."""
+        signature = signature_of(conv)
+        names = () if signature is None else signature.parameters
+        return replace(self, expected=dict(zip(names, self.expected.values(), strict=False)))
 
     def __str__(self) -> str:
         flags = [f"{name}={value}" for name, value in self.flags.items()]
@@ -71,11 +80,20 @@ class AnyTensor:
     shape: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Structure:
+    """A list, a tuple or a dictionary in a call, which its items follow."""
+
+    kind: type
+    keys: tuple[Any, ...]
+
+
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
-        return [leaf for item in value for leaf in _leaves(item)]
+        own = Structure(type(value), tuple(range(len(value))))
+        return [own, *(leaf for item in value for leaf in _leaves(item))]
     if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
+        return [Structure(type(value), tuple(value)), *(leaf for item in value.values() for leaf in _leaves(item))]
     return [value]
 
 
@@ -115,6 +133,8 @@ def _fits(expected: Any, given: Any) -> bool:
 def _shown(expected: Any) -> str:
     if isinstance(expected, AnyTensor):
         return "a tensor" if expected.shape is None else f"a tensor {expected.shape}"
+    if isinstance(expected, Structure):
+        return f"a {expected.kind.__name__} of {len(expected.keys)}"
     return repr(expected)
 
 

@@ -16,13 +16,15 @@ from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
-from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
+from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf, join
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature
 from repvgg.symbolic import InputSpec, Layout
+
+_NOT_IN_CALL = "no call like the given inputs uses it"
 
 
 class Placement:
@@ -350,9 +352,22 @@ class Placement:
             while owner and owner not in self.frames:
                 owner = owner.rpartition(".")[0]
             reason = self._why_unused(owner, path[len(owner) + 1 :] if owner else path, path)
+            if reason == _NOT_IN_CALL and self._may_run(owner, path):
+                self._guard(owner)
             if reason:
                 found.append(Skipped(path, reason))
         return found
+
+    def _may_run(self, owner: str, path: str) -> bool:
+        """Whether another call of ``owner`` may run the module at ``path``, as far as is known."""
+        frame = self.frames[owner][0]
+        variants = self.variants(owner)
+        takes_structures = any(not isinstance(value, fx.Node) for value in frame.args)
+        return (
+            takes_structures
+            or variants.unknown is not None
+            or any(is_inside(join(owner, called), path) for v in variants.recordings for called in v.called_paths())
+        )
 
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:
         facts = code_facts(self.recording.module.get_submodule(owner))
@@ -372,7 +387,9 @@ class Placement:
                 return None
             if any(is_inside(called, name) for called in training.called_paths()):
                 return "the forward calls it in training mode only"
-        return "no call like the given inputs uses it" if self.trusted else None
+        if not self.trusted or (self.frames[owner][0].decisions and self._may_run(owner, path)):
+            return None  # no guard sees which way a decision will go
+        return _NOT_IN_CALL
 
 
 def _spec(shape: tuple[int, ...]) -> InputSpec | None:

@@ -16,7 +16,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from types import MethodType
+from pathlib import Path
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ from repvgg.symbolic import assign_item, shadow_of, things_in
 from repvgg.symbolic.shadow import own_state
 
 _TORCH = (torch.__path__[0], __file__, sys.modules[tracked.__module__].__file__ or "")
+_PACKAGE = Path(__file__).parents[1]
+_OWN_CODE = tuple(str(_PACKAGE / name) for name in ("_structure.py", "_calls.py", "collapse", "symbolic"))
 _META = torch.device("meta")
 
 # Tensor methods that return numbers: sizes, which every tensor has, and elements, which only real ones have.
@@ -520,6 +523,15 @@ class _Recorder(TorchFunctionMode):
         if can_be_forced:
             self.decisions.append(decision)
         return outcome
+
+    def asks_for_class(self, frame: FrameType) -> bool:
+        """Whether code of the model runs in a Python frame, and asks for the class of a value.
+
+        PyTorch asks for classes as well, from the frame of the code that calls it.
+        """
+        code = frame.f_code
+        own = code.co_filename.startswith((torch.__path__[0], *_OWN_CODE))
+        return not self.paused and not own and "isinstance" in code.co_names
 
     # After the run
 

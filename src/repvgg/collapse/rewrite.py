@@ -74,6 +74,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
         for path, guard in scope.placement.guards.items():
             guarded = submodule_or_none(plain, join(scope.path, path))
             if guarded is not None:
+                if not isinstance(guarded, type(scope.module.get_submodule(path))):
+                    guard = guard.for_convolution(guarded)
                 guarded.register_forward_pre_hook(guard, with_kwargs=True)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 

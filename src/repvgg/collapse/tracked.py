@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -99,6 +100,13 @@ class Unknown:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._derived(getattr, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance() reads it: a branch that cannot be tried.
+        if self.__dict__["recorder"].asks_for_class(sys._getframe(1)):
+            raise UnknownValueError("an optional argument selects by its class what is computed")
+        return Unknown
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise UnknownValueError("an attribute of an optional argument is set")

@@ -8,17 +8,20 @@ by an unknown value. A region may be merged if it is the same, or does not run, 
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from repvgg._calls import Call, signature_of
-from repvgg.collapse.code import flags_read
+from repvgg.collapse.code import code_facts, flags_read
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, leaves, map_values
@@ -26,7 +29,9 @@ from repvgg.collapse.region import Region
 from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import first_float
 
-_MAX_RUNS = 24  # of one forward; each decision doubles them
+_MAX_RUNS = 32  # of one forward; each decision doubles them
+_MAX_COMBINATIONS = 16  # of the values of optional arguments
+_MAX_MEMBERS = 8  # of an enum
 _Key: TypeAlias = tuple[str, Any, Any, frozenset[Any]]
 _REFUSALS = (AssertionError, ValueError, NotImplementedError, RuntimeError, TypeError)
 
@@ -53,11 +58,18 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
     lost = next((decision for decision in frame.decisions if not decision.known), None)
     if lost is not None:
         return Variants((), f"turns a tensor into a number ({lost.where})", flipped)
+    facts = code_facts(module)
+    if facts.reads_rest:
+        return Variants((), "takes any number of arguments", flipped)
     calls = list(calls_of(recording, frame, module))
-    if not frame.decisions and len(calls) == 1:
+    nested = _nested_calls(calls[0]) if "isinstance" in facts.names else []
+    if not nested and not frame.decisions and len(calls) == 1:
         return Variants(flags=flipped)
+    if facts.inspects_objects and any(map(_has_unknown, calls)):
+        # The object that stands for unknown values is none of those that the code asks for.
+        return Variants((), "takes optional arguments and may ask which object they are", flipped)
     found: list[Recording] = []
-    waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in calls]
+    waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in (*nested, *calls)]
     runs = 0
     while waiting:
         call, forced = waiting.pop()
@@ -67,6 +79,8 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
         try:
             variant = record(module, call, forced=forced, on_meta=recording.on_meta)
         except Exception as error:
+            if call in nested:  # most forwards do not take such a structure
+                continue
             if not _is_refusal(error):
                 return Variants(tuple(found), _reason(frame, call, error), flipped)
             outcomes = getattr(error, "decisions", [])
@@ -93,7 +107,7 @@ def _flag_variants(recording: Recording, frame: Frame, module: nn.Module) -> Ite
 
 
 def _reason(frame: Frame, call: Call, error: Exception) -> str:
-    if any(value is UNKNOWN for value in (*call.args, *call.kwargs.values())):
+    if _has_unknown(call):
         return "takes optional arguments that select what it computes"
     where = frame.decisions[0].where if frame.decisions else ""
     return f"branches on the size of its input ({where})"
@@ -120,20 +134,66 @@ def calls_of(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[
         bound = signature.bind(*args, **kwargs)
     except TypeError:
         return
+    given: dict[str, Any] = {}
+    states: dict[str, list[Any]] = {}
     for name, parameter in signature.parameters.items():
-        if parameter.default is inspect.Parameter.empty:
+        value = bound.arguments.get(name, parameter.default)
+        if parameter.default is inspect.Parameter.empty or any(isinstance(leaf, Tensor) for leaf in leaves(value)):
             continue
-        given = bound.arguments.get(name, parameter.default)
-        if any(isinstance(leaf, Tensor) for leaf in leaves(given)):
-            continue
-        for other in (not given,) if isinstance(given, bool) else (UNKNOWN,):
-            yield _with_argument(signature, args, kwargs, name, other)
+        given[name] = value
+        others = _other_values(value)
+        for other in others:
+            yield _with_arguments(signature, args, kwargs, {name: other})
+        # An unknown value stands for the recorded one as well, unless code treats that apart from all others.
+        states[name] = [*others, value] if value is None or UNKNOWN not in others else others
+    # Two arguments together may select what neither does alone.
+    if math.prod(map(len, states.values())) > _MAX_COMBINATIONS:
+        states = {name: [UNKNOWN] for name in states}
+    for values in product(*states.values()) if len(states) > 1 else ():
+        chosen = dict(zip(states, values, strict=True))
+        if sum(value is not given[name] for name, value in chosen.items()) > 1:
+            yield _with_arguments(signature, args, kwargs, chosen)
 
 
-def _with_argument(signature: inspect.Signature, args: Any, kwargs: Any, name: str, value: Any) -> Call:
+def _other_values(given: Any) -> list[Any]:
+    """Return values that stand for all others of an optional argument."""
+    if isinstance(given, bool):
+        return [not given]
+    if isinstance(given, Enum) and len(type(given)) <= _MAX_MEMBERS:
+        # Of an enum that is compared like a number or a string, or combined, there are values beside its members.
+        beside = [] if type(given).__mro__[1] is Enum else [UNKNOWN]
+        return [*(member for member in type(given) if member is not given), *beside]
+    return [UNKNOWN]
+
+
+def _has_unknown(call: Call) -> bool:
+    return any(value is UNKNOWN for value in (*call.args, *call.kwargs.values()))
+
+
+def _nested_calls(call: Call) -> list[Call]:
+    """Return calls with structures in place of the tensors among the positional arguments."""
+    return [
+        Call((*call.args[:place], nested, *call.args[place + 1 :]), call.kwargs)
+        for place, value in enumerate(call.args)
+        if isinstance(value, Tensor)
+        for nested in ([value, value], (value, value), _Any(value))
+    ]
+
+
+class _Any(dict[str, Any]):
+    """A dictionary that has a value for every key."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def __missing__(self, key: str) -> Any:
+        return self.value
+
+
+def _with_arguments(signature: inspect.Signature, args: Any, kwargs: Any, values: Mapping[str, Any]) -> Call:
     bound = signature.bind(*args, **kwargs)
-    given = dict(bound.arguments)
-    given[name] = value
+    given = {**bound.arguments, **values}
     bound.arguments.clear()
     # In the order of the signature, or what follows a missing argument would be passed by position.
     passed: dict[str, Any] = {}
