@@ -1,5 +1,6 @@
 """Models run in float64 without a copy, under a mode that is local to the thread."""
 
+import copy
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg._calls import Call
 from repvgg.errors import UsageError
-from repvgg.verify import border_inputs, isolated_eval, verify
+from repvgg.verify import border_inputs, float64, isolated_eval, verify
 from repvgg.verify.float64 import Float64Mode, Float64Runner
 from tests.verify.models import net, trained_like
 
@@ -203,3 +204,22 @@ def test_compiled_parts_run_eagerly(how):
     found, was_copied = exact(compiled, IMAGES[0])
     assert not was_copied
     torch.testing.assert_close(found, exact(model, IMAGES[0])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 7, 3, padding=1, stride=2), (2, 4, 6, 5)),
+        (nn.Conv2d(4, 7, 3, bias=False), (4, 6, 5)),
+        (nn.Conv1d(4, 7, 3, padding="same"), (2, 4, 6)),
+        (nn.Conv3d(2, 7, 1), (1, 2, 3, 4, 5)),
+        (nn.Linear(4, 7), (2, 5, 4)),
+        (nn.Conv2d(4, 8, 3, groups=2), (2, 4, 6, 5)),
+    ],
+)
+def test_large_kernels_are_converted_in_parts(layer, shape, monkeypatch):
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = copy.deepcopy(layer).double()(x)
+    monkeypatch.setattr(float64, "_NUMBERS_PER_PART", 8)
+    with Float64Mode(torch.float32):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)

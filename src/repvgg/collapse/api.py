@@ -28,7 +28,7 @@ from repvgg.collapse.modules import (
 from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
 from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
-from repvgg.collapse.rewrite import apply_plan
+from repvgg.collapse.rewrite import Applied, apply_plan
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
 from repvgg.symbolic import check_eval_mode, first_float
 
@@ -145,7 +145,10 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     with preserved_random_state(), gc_paused():
         while True:
             plan = make_plan(current, options, current_excluded)
-            applied = apply_plan(current, plan, prove=prove)
+            if result is not None and plan.is_empty:
+                applied = Applied(result.plain, (), {})
+            else:
+                applied = apply_plan(current, plan, prove=prove, take_tensors=current is not model)
             failed = applied.failed or find_dependents(plan, applied.plain)
             if failed.keys() - current_excluded.keys():
                 current_excluded |= failed

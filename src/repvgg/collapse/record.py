@@ -40,11 +40,13 @@ from repvgg.collapse.recording import (
     Frame,
     Recording,
     as_fx_arguments,
+    is_constant,
     leaves,
     map_values,
     mark_constants,
     unrecorded,
 )
+from repvgg.collapse.shape_inference import meta_shortcut, output_without_values, shapes_suffice
 from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked, tracked, untracked
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item, shadow_of, things_in
@@ -58,8 +60,6 @@ _META = torch.device("meta")
 # Tensor methods that return numbers: sizes, which every tensor has, and elements, which only real ones have.
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
 _ELEMENTS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
 _OPERATORS = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "__getitem__")},
@@ -79,7 +79,7 @@ _OPERATORS = {
 
 
 class NeedsValuesError(ReparamError):
-    """The code reads an element of a tensor, which a meta tensor does not have."""
+    """The code reads an element of a tensor that has no values."""
 
 
 def record(
@@ -105,19 +105,35 @@ def record(
         NeedsValuesError: the code reads elements of tensors, and this is a run on meta tensors.
         Exception: whatever the code itself raises.
     """
-    recorder = _Recorder(model, on_meta, forced, mode or {})
-    vars(recorder.shadow).update(flags or {})
-    guard: Any = nullcontext() if on_meta else preserved_random_state()
-    with guard, torch.inference_mode(False), torch.no_grad():
-        recorder.modes = _modes()
-        return recorder.run(call)
+    guard: Any = nullcontext if on_meta else preserved_random_state
+    for values in (False, True):
+        recorder = _Recorder(model, on_meta, forced, mode or {}, values)
+        vars(recorder.shadow).update(flags or {})
+        with guard(), torch.inference_mode(False), torch.no_grad():
+            recorder.modes = _modes()
+            try:
+                recording = recorder.run(call)
+            except Exception:
+                if not recorder.left_out:
+                    raise
+            else:
+                # The code may have caught the error that says so.
+                if not recorder.needs_values:
+                    return recording
+            finally:
+                recorder.release()
+    raise AssertionError("a run with all values needs no values")
 
 
 class _Recorder(TorchFunctionMode):
     """Runs a structural copy of a model and records its functions."""
 
-    def __init__(self, model: nn.Module, on_meta: bool, forced: Sequence[bool], mode: Mapping[str, bool]) -> None:
+    def __init__(
+        self, model: nn.Module, on_meta: bool, forced: Sequence[bool], mode: Mapping[str, bool], values: bool
+    ) -> None:
         super().__init__()
+        self.values = values or on_meta  # whether convolutions are computed
+        self.left_out = self.needs_values = False
         self.model, self.on_meta, self.forced = model, on_meta, list(forced)
         self.graph = fx.Graph()
         self.frame_of: dict[fx.Node, Frame] = {}
@@ -208,9 +224,6 @@ class _Recorder(TorchFunctionMode):
         self.graph.output(leaves(self.root.output))
         self._drop_unused_numbers()
         mark_constants(self.graph)
-        # References to the copy would keep it, and all tensors of the run, alive.
-        self.known.clear()
-        self.memories.clear()
         return Recording(
             module=self.model,
             graph=self.graph,
@@ -223,6 +236,15 @@ class _Recorder(TorchFunctionMode):
             own_devices=self.own_devices,
             on_meta=self.on_meta,
         )
+
+    def release(self) -> None:
+        """Release the copy and all tensors of the run, which are in reference cycles with the recorder."""
+        for part in self.shadow.modules():
+            vars(part).pop("forward", None)
+        self.known.clear()
+        self.seen.clear()
+        self.memories.clear()
+        self.paths.clear()
 
     def _inputs(self, value: Any) -> Any:
         """Return the arguments to run on, with a placeholder for each tensor."""
@@ -309,9 +331,13 @@ class _Recorder(TorchFunctionMode):
             node = self._node(op, target, *given)
             node.meta["unknown"] = True
             return Unknown(self, node)
-        run = (self.on_meta and self._shortcut(op, target)) or func
+        if self.left_out and op != "call_module" and not shapes_suffice(name, tensors):
+            self._require_values(given)
+        run = (self.on_meta and op == "call_module" and meta_shortcut(self.model.get_submodule(target))) or func
         try:
-            result = self._without_recording(run, *map_values(_plain, args), **map_values(_plain, kwargs))
+            result = None if self.values or op != "call_module" else self._left_out(func, given, args, kwargs)
+            if result is None:
+                result = self._without_recording(run, *map_values(_plain, args), **map_values(_plain, kwargs))
         except NotImplementedError as error:
             if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
                 raise NeedsValuesError(str(error)) from error
@@ -332,14 +358,21 @@ class _Recorder(TorchFunctionMode):
         self._bind_result(result, node)
         return result
 
-    def _shortcut(self, op: str, target: Any) -> Callable[..., Any] | None:
-        """Return what gives the shape of a frequent layer whose meta kernel is slow, as it is written in Python."""
-        if op != "call_module":
+    def _left_out(self, forward: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Return the output of a layer without its values; None if it has to be computed."""
+        layer = getattr(forward, "__self__", None)  # none of a compiled script
+        # What is computed from parameters may be stored.
+        if layer is None or all(map(_is_constant_or_number, leaves(given))):
             return None
-        part: Any = self.model.get_submodule(target)
-        if type(part) in _NORMS and part.track_running_stats:
-            return partial(_normalized, part)
-        return torch.empty_like if type(part) in _ELEMENTWISE and not getattr(part, "inplace", False) else None
+        result: Tensor | None = self._without_recording(output_without_values, layer, *args, **kwargs)
+        self.left_out = self.left_out or result is not None
+        return result
+
+    def _require_values(self, given: Any = None) -> None:
+        """Stop a run without values if something depends on them: other than the constants ``given``."""
+        if self.left_out and not (given and all(map(_is_constant_or_number, leaves(given)))):
+            self.needs_values = True
+            raise NeedsValuesError("it depends on the values of a tensor")
 
     @staticmethod
     def _is_random(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -407,6 +440,7 @@ class _Recorder(TorchFunctionMode):
 
     def _unseen(self, value: Tensor) -> fx.Node:
         """Return a node for a tensor that code computed without torch functions that can be recorded."""
+        self._require_values()
         node = self._node("call_function", unrecorded, (), {})
         self._bind(value, node)
         where = node.meta["where"]
@@ -476,6 +510,7 @@ class _Recorder(TorchFunctionMode):
             return self._without_recording(func, original.detach(), *args[1:])
         if self.on_meta:
             raise NeedsValuesError("it reads elements of a tensor")
+        self._require_values()
         result = self._without_recording(func, *args)
         where, _ = _user_code()
         number = self._node("call_method", "item", (node,), {})
@@ -569,13 +604,6 @@ def _is_own(node: fx.Node) -> bool:
     return node.op == "get_attr" or "own" in node.meta
 
 
-def _normalized(norm: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-    norm._check_input_dim(input)
-    if input.shape[1] != norm.num_features:
-        raise ValueError(f"a batch norm of {norm.num_features} channels gets {input.shape[1]}")
-    return torch.empty_like(input)
-
-
 class _Scripted(nn.Module):
     """A compiled script in the structural copy."""
 
@@ -597,6 +625,10 @@ class _Held:
 def _modes() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _is_constant_or_number(value: Any) -> bool:
+    return not isinstance(value, fx.Node) or is_constant(value) or bool(value.meta.get("number"))
 
 
 def _plain(value: Any) -> Any:

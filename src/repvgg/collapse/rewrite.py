@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -32,6 +33,7 @@ from repvgg.collapse.report import (
 )
 from repvgg.errors import ReparamError, UsageError
 from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, shadow_of
+from repvgg.verify.float64 import Float64Mode
 
 Module = TypeVar("Module", bound=nn.Module)
 PlainConv: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -56,12 +58,16 @@ class Applied:
     failed: Reasons
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, prove: bool) -> Applied:
+def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool = False) -> Applied:
     """Build the plain model; with ``prove``, compare each convolution with what it replaces.
+
+    With ``take_tensors``, what stays is shared with ``model``, the result of an earlier pass, in place of a copy.
 
     Raises ReparamError if an attribute of the model cannot be copied.
     """
     applier = _PlanApplier(model, prove)
+    if take_tensors:
+        applier.memo |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for skipped in plan.dropped:
         applier.substitute(model.get_submodule(skipped.name), nn.Identity())
     with torch.no_grad():
@@ -381,9 +387,18 @@ def _with_norms(entry: Folded, scope: nn.Module, absorbed: Sequence[Absorbed]) -
 
 
 def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
-    device = algebra_device(first_float(region.recording.module))
-    evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=False)
-    return lambda x: region.run(evaluator, x.to(device))
+    like = first_float(region.recording.module)
+    device = algebra_device(like)
+    # Kernels are converted by the mode, while they are used.
+    has_float64 = like is not None and like.device == device
+    evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=has_float64)
+
+    def run(x: Tensor) -> Any:
+        mode = nullcontext() if like is None or like.dtype is torch.float64 else Float64Mode(like.dtype)
+        with mode:
+            return region.run(evaluator, x.to(device))
+
+    return run
 
 
 class _Chain(nn.Module):
@@ -398,7 +413,7 @@ class _Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         device = next(self.conv.parameters()).device
-        evaluator = Evaluator(self.region.recording, _float64_on(device), keep_kernels=False)
+        evaluator = Evaluator(self.region.recording, _float64_on(device))
         return self.region.run_in_place(evaluator, self.conv, x.to(device))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +19,8 @@ from repvgg.verify.execution import structural_copy
 _FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.linspace, torch.rand, torch.randn)
 _DEFAULT_DTYPE = frozenset((*_FACTORIES, torch.tensor, torch.as_tensor, torch.arange, torch.logspace))
 _CASTS = frozenset((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type))
+_KERNELS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d, F.linear))
+_NUMBERS_PER_PART = 1 << 19  # 4 MiB of float64, which stay in the cache and need no new pages
 _NEVER_CAST = frozenset((Tensor.__setitem__, Tensor.copy_))  # they convert to the dtype of the target themselves
 
 
@@ -53,10 +56,31 @@ class Float64Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _CASTS and func not in (Tensor.to, Tensor.type):
             return args[0].double()
+        if func in _KERNELS and not kwargs and (found := self._in_parts(func, *args)) is not None:
+            return found
         # In-place functions convert to the dtype of their target themselves, which must stay the same tensor.
         written = args[0] if args and _is_in_place(func) else None
         args, kwargs = self._cast(args, written), self._cast(kwargs, None)
         return func(*args, **kwargs)
+
+    def _in_parts(
+        self, func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any
+    ) -> Tensor | None:
+        """Compute a convolution by a large kernel for some of its output channels at a time, else return None.
+
+        Only the kernels of these are in float64 then.
+        """
+        parts = min(weight.numel() // _NUMBERS_PER_PART, len(weight))
+        has_groups = len(geometry) > 3 and geometry[3] != 1
+        if parts < 2 or has_groups or weight.dtype not in _WIDE or weight.dtype is torch.float64:
+            return None
+        kernels = weight.tensor_split(parts)
+        biases = [None] * len(kernels) if bias is None else bias.tensor_split(parts)
+        outputs = [
+            func(x, self._cast_tensor(kernel), own if own is None else self._cast_tensor(own), *geometry)
+            for kernel, own in zip(kernels, biases, strict=True)
+        ]
+        return torch.cat(outputs, 1 - weight.dim())
 
     def _make_constant(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if kwargs.get("dtype") is None and torch.get_default_dtype() is not torch.float64:

@@ -1,0 +1,107 @@
+"""Recordings without the values of convolutions, and with them where the code depends on one."""
+
+import pytest
+import torch
+from torch import nn
+
+from repvgg._calls import Call
+from repvgg.collapse.record import record
+from repvgg.collapse.shape_inference import output_without_values
+
+LAYERS = {
+    "plain": (nn.Conv2d(4, 6, 3), (2, 4, 9, 11)),
+    "padded": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 9, 11)),
+    "strided": (nn.Conv2d(4, 6, (3, 5), stride=(2, 3), padding=(0, 2)), (2, 4, 9, 11)),
+    "dilated": (nn.Conv2d(4, 8, 3, dilation=(1, 2), padding=2, groups=2, bias=False), (1, 4, 9, 11)),
+    "sequence": (nn.Conv1d(4, 6, 4, stride=2, padding=1), (2, 4, 15)),
+    "volume": (nn.Conv3d(2, 3, (1, 2, 3), padding=(0, 1, 1)), (1, 2, 5, 6, 7)),
+    "half": (nn.Conv2d(4, 6, 1).bfloat16(), (2, 4, 5, 5)),
+    "vectors": (nn.Linear(4, 3), (2, 4)),
+    "rows": (nn.Linear(4, 3), (2, 5, 4)),
+}
+COMPUTED = {
+    "other channels": (nn.Conv2d(4, 6, 3), torch.ones(1, 3, 9, 9)),
+    "too small": (nn.Conv2d(4, 6, 3), torch.ones(1, 4, 2, 9)),
+    "without a batch": (nn.Conv2d(4, 6, 3), torch.ones(4, 9, 9)),
+    "padded by name": (nn.Conv2d(4, 6, 3, padding="same"), torch.ones(1, 4, 9, 9)),
+    "reflected": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), torch.ones(1, 4, 9, 9)),
+    "another format": (nn.Conv2d(4, 6, 3), torch.ones(1, 4, 9, 9).contiguous(memory_format=torch.channels_last)),
+    "another dtype": (nn.Conv2d(4, 6, 3), torch.ones(1, 4, 9, 9, dtype=torch.float64)),
+    "no convolution": (nn.BatchNorm2d(4), torch.ones(1, 4, 9, 9)),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
+def test_output_without_values_is_like_the_output(layer, shape):
+    x = torch.ones(shape, dtype=layer.weight.dtype)
+    found, expected = output_without_values(layer, x), layer(x)
+    assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+@pytest.mark.parametrize(("layer", "x"), COMPUTED.values(), ids=COMPUTED)
+def test_what_is_not_known_to_be_like_it_is_computed(layer, x):
+    assert output_without_values(layer, x) is None
+
+
+class Positive(nn.Module):
+    """A convolution whose outputs are all positive, with the other layer called where code sees that."""
+
+    def __init__(self, sees):
+        super().__init__()
+        self.conv, self.other, self.sees = nn.Conv2d(3, 4, 1), nn.ReLU(), sees
+        nn.init.zeros_(self.conv.weight)
+        nn.init.ones_(self.conv.bias)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.other(y) if self.sees(y.mul(2)) else y
+
+
+def swallowed(y):
+    try:
+        return bool(y.sum() > 0)
+    except Exception:
+        return False
+
+
+SEEN = {
+    "element": lambda y: y.mean() > 0.5,
+    "item": lambda y: y.max().item() > 0.5,
+    "list": lambda y: y.tolist()[0][0][0][0] > 0.5,
+    "array": lambda y: y.numpy().sum() > 0.5,
+    "shape": lambda y: y.nonzero().shape[0] > 0,
+    "mask": lambda y: len(y[y > 0]) > 0,
+    "answer": lambda y: not torch.equal(y, torch.zeros_like(y)),
+    "caught": swallowed,
+}
+
+
+@pytest.mark.parametrize("sees", SEEN.values(), ids=SEEN)
+def test_code_that_depends_on_values_gets_them(sees):
+    recording = record(Positive(sees).eval(), Call((torch.zeros(1, 3, 4, 4),)))
+    assert "other" in recording.called_paths()
+
+
+class Folding(nn.Module):
+    """A forward that computes a kernel by a layer, and passes it to the function ``kept``."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.conv, self.mix, self.kernel, self.kept = (
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(3, 5),
+            nn.Parameter(torch.ones(2, 3)),
+            kept,
+        )
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.kept(self.mix(self.kernel))
+        return y
+
+
+def test_what_is_computed_from_parameters_has_values():
+    kept = []
+    model = Folding(kept.append).eval()
+    record(model, Call((torch.zeros(1, 3, 4, 4),)))
+    torch.testing.assert_close(kept[-1], model.mix(model.kernel).detach())
