@@ -106,6 +106,20 @@ def test_what_is_refused(refused):
     assert "use --device cuda" in refused("study", "table1", "--dtype", "tf32")
 
 
+def test_commands_as_data_need_permission(repvgg, tmp_path):
+    effect = tmp_path / "effect"
+    chosen = ("--data", f"webdataset:pipe:touch {effect}?classes=3", "--model", "repvgg_t0", "--part", "trainings")
+    refused = repvgg("study", "table6", *chosen)
+    assert refused.code == 2
+    assert "runs the shell command 'touch" in refused.err
+    assert "--allow-commands" in refused.err
+    assert not effect.exists()
+    allowed = repvgg("study", "table6", *chosen, "--allow-commands")  # continues; what is missing is a validation set
+    assert allowed.code == 2
+    assert "shell command" not in allowed.err
+    assert "--val" in allowed.err
+
+
 def test_flags_that_it_does_not_have(repvgg):
     outcome = repvgg("study", "table1", "--max-gmacs", 3)
     assert (outcome.code, outcome.out) == (2, "")

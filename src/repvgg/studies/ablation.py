@@ -61,7 +61,7 @@ Variants: TypeAlias = Callable[[], tuple[Variant, ...]]
 
 RUNS = "runs"  # folder of checkpoints, logs and locks
 # They divide the work; results do not depend on them. The precision is in the header as the dtype.
-_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse", "precision"})
+_FREE_SETTINGS = frozenset({"jobs", "cells", "part", "reuse", "precision", "allow_commands"})
 _NOT_OF_A_TRAINING = {"rows", "seeds", "rounds"}  # studies that differ in these can share trainings
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MAX_WARMUP = 0.2  # of all epochs: the recipe's warm-up may be longer than a short run
@@ -91,6 +91,7 @@ class AblationSettings:
         part: trainings, or the cost of their steps, for which the machine should be idle; all does one after the
             other; tables does neither, and writes the tables of the cells that exist.
         reuse: folder of another study, from which equal trainings are copied.
+        allow_commands: run the shell command of webdataset:pipe:COMMAND.
 
     Raises:
         UsageError: a number is out of its range, or there is no such share.
@@ -113,6 +114,7 @@ class AblationSettings:
     cells: str = "1/1"
     part: Part = "all"
     reuse: Path | None = None
+    allow_commands: bool = False
 
     def __post_init__(self) -> None:
         check_positive(
@@ -139,7 +141,12 @@ class AblationSettings:
             model=self.model,
             epochs=epochs,
             batch_size=self.batch or recipe.batch_size,
-            data=replace(recipe.data, uri=self.data or recipe.data.uri, train_size=size),
+            data=replace(
+                recipe.data,
+                uri=self.data or recipe.data.uri,
+                train_size=size,
+                allow_commands=self.allow_commands,
+            ),
             optim=replace(optim, warmup_epochs=min(optim.warmup_epochs, _MAX_WARMUP * epochs)),
             threads=self.threads,
             accelerator="cpu" if self.device == "cpu" else "auto",
