@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import torch
@@ -64,6 +65,8 @@ _SAFE_GLOBALS: list[Any] = [
     *((_Path, f"{module}.{name}") for module in (pathlib.__name__, "pathlib._local") for name in _PATHS),
 ]
 
+_loading = Lock()  # both contexts below replace lists of the process: two at once would restore the wrong ones
+
 
 def load_torch(file: Path, start: bytes) -> Any:
     """Return the content of a torch file whose first bytes are ``start``.
@@ -77,8 +80,8 @@ def load_torch(file: Path, start: bytes) -> Any:
         raise CheckpointError(f"{name} is not a checkpoint{f' but {other}' if other else ''}.")
     names = _check_archive(file) if start.startswith(_ZIP_MAGIC) else _check_legacy(file)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
-            warnings.simplefilter("ignore")  # of pickle protocols
+        with _loading, warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+            warnings.simplefilter("ignore")  # of pickle protocols, and of the time that checks of sparse tensors take
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if any(text in str(error) for text in _FOREIGN_CLASS) or (names and start.startswith(_PICKLE_MAGIC)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +65,7 @@ def prove_region(before: Callable[[Tensor], Tensor], image: Tensor, after: nn.Mo
     weight = next(after.parameters())
     device = algebra_device(weight)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad():
             expected = before(image).to(device)
             del before  # and its float64 weights
             # Not every device has float64.
@@ -201,8 +199,7 @@ def _compare(old: nn.Module, new: nn.Module, call: Call, where: str) -> Proof:
     if reference is None or candidate is None:
         return Proof(None, f"{_NOT_RUN}: it has hooks and cannot be copied", ran=False)
     comparison = Comparison(reference, candidate, [call], dtype=_dtype_of(old), same_infinities=True)
-    with isolated_eval(*comparison.models), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with isolated_eval(*comparison.models):
         try:
             _ = comparison.exact
         except Exception as error:  # user code, on images of a size that it may not accept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +96,11 @@ def decode(source: Path | bytes, location: str) -> Image.Image | CorruptImage:
     if not data:
         return CorruptImage(location, "empty", "is empty: it has 0 bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # PIL only warns between one and two times MAX_IMAGE_PIXELS: treat that as an error, too.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            image.load()  # Image.open reads the header only
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        # PIL only warns between one and two times MAX_IMAGE_PIXELS: treat that as an error, too.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()  # Image.open reads the header only
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise anything: SyntaxError, struct.error, KeyError, …

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -101,6 +100,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
 def isolated_eval(*models: object) -> Iterator[None]:
     """Run models in eval mode and full precision, and restore all state afterwards, even after an error.
 
+    Several threads may be inside at once: what belongs to the process (random states, precision) is saved by the first
+    and restored by the last of them. What another thread draws meanwhile is drawn again afterwards.
+
     Inside: no gradients, no autocast, float32 products in full float32 (see
     :func:`full_float32`), and every module of ``models`` in eval mode. Restored afterwards: the
     ``training`` flag of every module, the values of every buffer, the precision flags, and PyTorch's random states
@@ -109,11 +111,8 @@ def isolated_eval(*models: object) -> Iterator[None]:
     Args:
         models: the models to run; objects that are no ``nn.Module`` are ignored.
     """
-    # Only where CUDA runs already: asking for its random state would initialize it.
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if in_use else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_forked_random())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -159,39 +158,51 @@ def full_float32() -> Iterator[None]:
     ``torch.backends.cudnn.allow_tf32`` raises PyTorch's own error about mixed APIs where that flag is on: writing it
     would overwrite the default of ``cuda.conv``, which no API can restore.
     """
-    _full_float32.enter()
-    try:
+    with _ieee():
         yield
-    finally:
-        _full_float32.leave()
 
 
-class _FullFloat32:
-    """Count who is inside, so that one thread does not restore flags which another one still needs."""
+class _Shared:
+    """A context of the process: the first thread inside enters it, the last one leaves it, in any order."""
 
-    def __init__(self) -> None:
-        self.lock, self.inside, self.restore = threading.Lock(), 0, ExitStack()
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self.context, self.lock, self.inside, self.restore = context, threading.Lock(), 0, ExitStack()
 
-    def enter(self) -> None:
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
         with self.lock:
             if self.inside == 0:
-                with ExitStack() as stack:
-                    stack.enter_context(preserve_fp32_precision())
-                    # Parents first: a node that is not "ieee" under parents that are must have its own value.
-                    for node in PRECISION_NODES:
-                        stack.enter_context(_at_ieee(node))
-                    stack.enter_context(_legacy_highest())
-                    self.restore = stack.pop_all()
+                self.restore = ExitStack()
+                self.restore.enter_context(self.context())
             self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0:
+                    self.restore.close()
 
-    def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.restore.close()
+
+@_Shared
+@contextmanager
+def _forked_random() -> Iterator[None]:
+    # Only where CUDA runs already: asking for its random state would initialize it.
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if in_use else []):
+        yield
 
 
-_full_float32 = _FullFloat32()
+@_Shared
+@contextmanager
+def _ieee() -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(preserve_fp32_precision())
+        # Parents first: a node that is not "ieee" under parents that are must have its own value.
+        for node in PRECISION_NODES:
+            stack.enter_context(_at_ieee(node))
+        stack.enter_context(_legacy_highest())
+        yield
 
 
 @contextmanager
@@ -210,16 +221,16 @@ def _at_ieee(node: PrecisionNode) -> Iterator[None]:
 @contextmanager
 def _legacy_highest() -> Iterator[None]:
     """Set the old flag for matrix products to "highest". Every node of the tree is at "ieee" already."""
-    flag = _quietly(torch.get_float32_matmul_precision)
+    flag = torch._C._get_float32_matmul_precision()
     if flag == "highest":
         yield
         return
     own = {(backend, "matmul"): _own_matmul_value(backend) for backend in _BACKENDS}
-    _quietly(torch.set_float32_matmul_precision, "highest")
+    torch._C._set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        _quietly(torch.set_float32_matmul_precision, flag)  # overwrites both matmul nodes
+        torch._C._set_float32_matmul_precision(flag)  # overwrites both matmul nodes
         for node, value in own.items():
             set_precision(node, value)
 
@@ -236,12 +247,6 @@ def _own_value(node: PrecisionNode, parent: PrecisionNode, own_of_parent: str) -
     inherits = precision_of(node) == "tf32"
     set_precision(parent, own_of_parent)
     return "none" if inherits else "ieee"
-
-
-def _quietly(function: Callable[..., Any], *args: object) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions of PyTorch warn that the old API is deprecated
-        return function(*args)
 
 
 def dtype_of(model: object, tensors: Iterable[Tensor]) -> torch.dtype:
