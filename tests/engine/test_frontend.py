@@ -315,6 +315,7 @@ REFUSED = {
         "follows the global pool",
     ),
     "two outputs": (Net(lambda net, x: (net.conv(x),), conv=conv()), "one tensor"),
+    "outputs in a dictionary": (head(lambda y: {"a": y, "b": [2 * y]}), "returns one tensor: return it alone"),
     "a ReLU of the input": (nn.Sequential(nn.ReLU(), conv()), "'0'"),
     "a dropout that drops": (Net(lambda net, x: F.dropout(net.conv(x)), conv=conv()), "at random"),
     "a computed kernel": (Net(lambda net, x: F.conv2d(x, net.conv.weight * 2), conv=conv()), "float32 tensors"),

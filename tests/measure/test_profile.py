@@ -1,5 +1,7 @@
 """Profile tables: every op and parameter is in exactly one row, and the rows sum up to the total."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from repvgg.measure import Profile, Row, profile, walk
 from repvgg.models import create_baseline, create_model
 from tests.measure.networks import Call
 
+Named = namedtuple("Named", ["scores", "boxes"])
 SUMS = ("params", "ops", "macs", "winograd_muls", "bytes_read", "bytes_written")
 
 
@@ -159,3 +162,11 @@ def test_path_is_right_after_an_error_that_the_model_catches():
 def test_unsupported_tile():
     with pytest.raises(UsageError, match="tiles of 2 or 4 outputs, not 3"):
         profile(nn.ReLU(), torch.ones(1), tile=3)
+
+
+@pytest.mark.parametrize("pack", [lambda y: {"a": y, "b": [2 * y]}, lambda y: (y, (2 * y,)), lambda y: Named(y, 2 * y)])
+def test_outputs_of_any_structure(pack):
+    conv = nn.Conv2d(3, 4, 3)
+    done = profile(Call(lambda x: pack(conv(x))), torch.empty(2, 3, 8, 9))
+    assert done.total.macs == 2 * 4 * 27 * 6 * 7
+    assert done.total.ops == 2

@@ -33,6 +33,8 @@ NO_OPS = ("contiguous", "to", "cpu", "float", "type_as", "detach", "clone", "ali
 MAPS: Axes = ("N", "C", "H", "W")
 VECTORS: Axes = ("N", "C")
 
+_ONE_OUTPUT = "The engine needs a network that returns one tensor: return it alone."
+
 #: Batch, height and width of the recordings: prime numbers, so that a shape tells its axes apart; even and odd ones;
 #: and a single image, which some functions treat differently. Large enough for networks of any stride.
 RECORDED_SIZES = ((7919, 4099, 4111), (2, 4096, 6144), (1, 4098, 2999))
@@ -158,6 +160,8 @@ class _Reader:
         while (users := self._users(call)) and users[0].function != "output":
             if len(users) > 1 and self._has_batch_norm():
                 self._refuse_train_form("branches", call, f"is used {len(users)} times")
+            if len(users) > 1 and users[-1].function == "output" and self._recording.output is not call:
+                raise UnsupportedError(_ONE_OUTPUT)
             if len(users) == 2:
                 call = self._gate(call, users)
                 continue
@@ -169,7 +173,7 @@ class _Reader:
         if self._returns_tuple and isinstance(output, (tuple, list)) and len(output) == 1:
             output = output[0]
         if output is not call:
-            raise UnsupportedError("The engine needs a network that returns one tensor: return it alone.")
+            raise UnsupportedError(_ONE_OUTPUT)
         if not self._layers:
             raise UnsupportedError("The network has no layer: there is nothing to compile.")
         if self._pooled() and self._axes != VECTORS:
