@@ -33,6 +33,20 @@ def write_splits(root, train, val, **options):
     return root
 
 
+def write_masks(folder, count, size=(24, 20), classes=4, suffix=".png", seed=0):
+    """Write ``count`` images and index masks of blocks of noise; return the masks (count, H, W)."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    width, height = size
+    masks = []
+    for number in range(count):
+        noise(1000 * seed + number, size).save(folder / "images" / f"{number:03}{suffix}")
+        blocks = np.random.default_rng(1000 * seed + number).integers(0, classes, (height // 4, width // 4), np.uint8)
+        masks.append(blocks.repeat(4, 0).repeat(4, 1))
+        Image.fromarray(masks[-1]).save(folder / "labels" / f"{number:03}.png")
+    return np.stack(masks)
+
+
 def encoded(image, file_format="PNG", **options):
     file = io.BytesIO()
     image.save(file, file_format, **options)

@@ -53,13 +53,13 @@ def evaluate(
         allow_commands: run the shell command of webdataset:pipe:COMMAND.
         as_json: print JSON.
     """
-    from repvgg.data import DataConfig, open_evaluation_data
+    from repvgg.data import DataConfig, open_image_evaluation_data
     from repvgg.models import load
 
     loaded = load(checkpoint)
     about = loaded.metadata
     size = input_size or about.input_size
-    opened = open_evaluation_data(
+    opened = open_image_evaluation_data(
         DataConfig(
             uri=data,
             train_size=size,

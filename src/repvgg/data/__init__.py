@@ -7,7 +7,7 @@ import than all of repvgg, and come with the extra ``train``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from repvgg.data.config import AffineJitter, Augment, DataConfig
+from repvgg.data.config import AffineJitter, Augment, DataConfig, MaskAugment
 from repvgg.errors import require
 
 if TYPE_CHECKING:
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from repvgg.data.dataset import (
         ImageData,
         list_images,
-        open_data,
-        open_evaluation_data,
         read_images,
         read_usable_images,
     )
     from repvgg.data.decode import CorruptImageLog
     from repvgg.data.loaders import TrainLoader, ValLoader
+    from repvgg.data.opening import open_data, open_evaluation_data, open_image_data, open_image_evaluation_data
+    from repvgg.data.segmentation import MaskExample, SegmentationData
 
     BadImages = CorruptImageLog
     HeldOutLoader = ValLoader
@@ -31,12 +31,16 @@ _LAZY = {
     "CheckReport": "check",
     "CorruptImageLog": "decode",
     "ImageData": "dataset",
+    "MaskExample": "segmentation",
+    "SegmentationData": "segmentation",
     "TrainLoader": "loaders",
     "ValLoader": "loaders",
     "check_data": "check",
     "list_images": "dataset",
-    "open_data": "dataset",
-    "open_evaluation_data": "dataset",
+    "open_data": "opening",
+    "open_evaluation_data": "opening",
+    "open_image_data": "opening",
+    "open_image_evaluation_data": "opening",
     "read_images": "dataset",
     "read_usable_images": "dataset",
 }
@@ -51,13 +55,18 @@ __all__ = [
     "DataConfig",
     "HeldOutLoader",
     "ImageData",
+    "MaskAugment",
+    "MaskExample",
     "OpenedData",
+    "SegmentationData",
     "TrainLoader",
     "ValLoader",
     "check_data",
     "list_images",
     "open_data",
     "open_evaluation_data",
+    "open_image_data",
+    "open_image_evaluation_data",
     "read_images",
     "read_usable_images",
 ]

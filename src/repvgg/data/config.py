@@ -19,7 +19,8 @@ OnBad = Literal["raise", "skip"]
 Cache = Literal["auto", "memory", "none"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCHEMES = ("imagefolder", "torchvision", "hf", "webdataset", "digits", "fake")
+MASK_SCHEMES = ("masks", "cityscapes", "ade20k", "voc")  # images with a label per pixel
+SCHEMES = ("imagefolder", "torchvision", "hf", "webdataset", "digits", "fake", *MASK_SCHEMES)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -59,8 +60,62 @@ class AffineJitter:
 
 @final
 @dataclass(frozen=True)
+class MaskAugment:
+    """Random transforms of an image together with its mask, and of its colours alone.
+
+    Geometry is one affine map per image, sampled bilinearly (or bicubically) from the image and at the nearest pixel
+    from the mask: zoom and rotation about the centre, then a crop of ``train_size`` at a random position. Beyond the
+    image, the crop holds the mean colour and ignored pixels. Then blur, brightness, contrast, saturation and hue, in
+    that order, as torchvision computes them.
+
+    Attributes:
+        scale: range of the zoom, drawn uniformly; 0.5 halves the image.
+        degrees: rotation in −degrees … +degrees.
+        rotation: probability of a rotation.
+        blur: probability of a Gaussian blur.
+        blur_sigma: its standard deviation in pixels; 1.1 is that of OpenCV's 5x5 kernel.
+        brightness: factor in 1 − brightness … 1 + brightness.
+        contrast: factor in 1 − contrast … 1 + contrast.
+        saturation: factor in 1 − saturation … 1 + saturation.
+        hue: shift in −hue … +hue, as a fraction of the colour circle.
+
+    Raises:
+        UsageError: a value is out of its range.
+
+    Source: H. Zhao et al., Pyramid Scene Parsing Network, 2017: scale 0.5 … 2, 10 degrees and blur, each of the latter
+    with probability 0.5.
+    """
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    degrees: float = 0.0
+    rotation: float = 0.5
+    blur: float = 0.0
+    blur_sigma: float = 1.1
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        _check_range("scale", self.scale, highest=math.inf)
+        if not 0 <= self.degrees <= 180:
+            raise UsageError(f"degrees must be in [0, 180], got {self.degrees}.")
+        for name in ("rotation", "blur", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 < self.blur_sigma <= 100:
+            raise UsageError(f"blur_sigma must be in (0, 100] pixels, got {self.blur_sigma}.")
+        if not 0 <= self.hue <= 0.5:
+            raise UsageError(f"hue must be in [0, 0.5], got {self.hue}.")
+
+
+@final
+@dataclass(frozen=True)
 class Augment:
     """Random transforms of training images, applied in this order: crop, jitter, pad-crop, flip, policy, erase.
+
+    Images with masks take ``mask`` and ``flip`` only.
 
     Attributes:
         crop: "random-resized": a random region, resized (Inception); "pad": a window of the image padded by
@@ -76,6 +131,7 @@ class Augment:
         erase: probability that a square is filled with grey (cutout).
         erase_size: side of the square as a fraction of the image's; its centre may be any pixel.
         jitter: rotation, shift and zoom.
+        mask: transforms of images that have masks.
 
     Raises:
         UsageError: a value is out of its range.
@@ -95,6 +151,7 @@ class Augment:
     erase: float = 0.0
     erase_size: float = 0.25  # 8 of the 32 pixels of CIFAR
     jitter: AffineJitter = field(default_factory=AffineJitter)
+    mask: MaskAugment = field(default_factory=MaskAugment)
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -125,8 +182,10 @@ class DataConfig:
         uri: the dataset, see :func:`repvgg.data.open_data`.
         val: URI of the validation images, where ``uri`` holds a single split.
         train_size: height and width of training images; None: the source's default (digits, CIFAR and fake 32,
-            folders, Hugging Face and WebDataset 224, other torchvision arrays their stored size).
-        test_size: height and width of validation images; None: ``train_size``.
+            folders, Hugging Face and WebDataset 224, other torchvision arrays their stored size, images with masks
+            321, ade20k and voc 473, cityscapes 713).
+        test_size: height and width of validation images; None: ``train_size``. Validation images with masks keep
+            their stored size.
         crop_fraction: validation images are resized so that the short side is ``test_size / crop_fraction``, and
             cropped at the centre; images that already have ``test_size`` are left unchanged. Training images without a
             random crop are cropped the same way.
@@ -138,9 +197,12 @@ class DataConfig:
         workers: worker processes per loader; 0 loads in the main process.
         on_bad: "raise" at a corrupt image, or "skip" and count it.
         cache: "memory" keeps decoded images in memory, "none" decodes them every epoch; "auto" caches where all images
-            have one size of at most 128 pixels and take at most 1 GiB.
+            have one size of at most 128 pixels and take at most 1 GiB. Images with masks may have any sizes; "auto"
+            caches the training images if they take at most 1 GiB.
         allow_commands: run the shell command of ``webdataset:pipe:COMMAND``. Config files cannot set it, because they
             may come from strangers.
+        ignore_index: label of the pixels of stored masks that are left out of loss and metrics; None: the source's
+            (255, and 0 for ade20k). Masks are delivered with 255 there.
 
     Raises:
         UsageError: a value is out of its range.
@@ -160,6 +222,7 @@ class DataConfig:
     on_bad: OnBad = "raise"
     cache: Cache = "auto"
     allow_commands: bool = False
+    ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -174,6 +237,8 @@ class DataConfig:
             raise UsageError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}.")
         if self.workers < 0:
             raise UsageError(f"workers must be at least 0 processes, got {self.workers}.")
+        if self.ignore_index is not None and not 0 <= self.ignore_index <= 255:
+            raise UsageError(f"ignore_index must be a label in 0 … 255, got {self.ignore_index}.")
         for name, values in (("mean", self.mean), ("std", self.std)):
             # Where the source decides the channels, both counts are possible: ImageData checks the final one.
             if values is not None and len(values) not in ({1, 3} if self.channels is None else {self.channels}):

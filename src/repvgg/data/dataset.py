@@ -1,4 +1,4 @@
-"""Open a dataset: from a :class:`~repvgg.data.DataConfig` to loaders, normalization and metadata."""
+"""Labelled images, opened: loaders, normalization and metadata for classification."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -26,51 +26,12 @@ from repvgg.data.map_style import (
     decode_all,
     should_cache,
 )
-from repvgg.data.sources import EvalSplit, check_splits, open_evaluation_source, open_source
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images
 from repvgg.data.streaming import StreamDataset, StreamTrainLoader, StreamValLoader
 from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop
 from repvgg.errors import DataError, UsageError
 
 Shape = tuple[int, int, int]
-
-
-def open_data(config: DataConfig, *, seed: int = 0) -> ImageData:
-    """Open a dataset, check its splits, and load it if it is cached in memory.
-
-    URIs: ``imagefolder:PATH``, ``torchvision:NAME:PATH[:download]``, ``hf:NAME[:CONFIG]`` and ``webdataset:PATTERN``
-    (both need the extra ``data``), ``digits:``, ``fake:[N][xCLASSES]``. See the modules of ``repvgg.data.sources``.
-
-    Args:
-        config: the dataset and its transforms.
-        seed: of the order of the epochs and of the augmentation.
-
-    Raises:
-        UsageError: the config does not fit these images.
-        DataError: the dataset does not exist, a split is empty, there is one class, the classes of the splits differ, a
-            class has no images, a label is out of range, or an image to be cached cannot be read.
-        MissingDependencyError: the source needs an extra.
-    """
-    source = open_source(config)
-    check_splits(source, config.uri)
-    return ImageData(config, source, seed)
-
-
-def open_evaluation_data(config: DataConfig, split: EvalSplit | None = None) -> ImageData:
-    """Open the images of a dataset to evaluate a model on, as the validation images of the result.
-
-    Args:
-        config: the dataset and its transforms.
-        split: "train" or "val", as :func:`open_data` splits the images, or "all"; None takes the validation split of a
-            dataset that has one, and all images of any other, such as a folder of class folders.
-
-    Returns:
-        The data; there are no training images, and the first note says which images these are.
-
-    Raises:
-        UsageError, DataError, MissingDependencyError: see :func:`open_data`; classes may be without images.
-    """
-    return ImageData(config, open_evaluation_source(config, split), seed=0)
 
 
 @final
@@ -96,6 +57,8 @@ class ImageData:
         corrupt: the corrupt images that were skipped so far.
         notes: remarks for the user, a sentence each.
     """
+
+    task: Literal["classification"] = "classification"
 
     def __init__(self, config: DataConfig, source: Source, seed: int) -> None:
         assert source.val is not None  # open_source splits a URI that has none

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled"]
+Problem = Literal["unreadable", "empty", "not an image", "truncated", "broken", "huge", "mode", "unlabelled", "mask"]
 
 # PIL recognizes formats by content, and knows formats whose decoders run other programs: EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
@@ -43,13 +43,14 @@ class CorruptImage:
     """An image that cannot be used."""
 
     location: str  # path of the file, or of the archive and the entry in it
-    kind: Problem  # "huge": a decompression bomb; "mode": a pixel format that cannot be converted
+    kind: Problem  # "huge": a decompression bomb; "mode": a pixel format that cannot be converted; "mask": its labels
     reason: str  # the problem as a clause, as in "is empty: it has 0 bytes"
+    remedy: str = "fix or remove it, or set on_bad='skip' to skip corrupt images"
 
     @property
     def advice(self) -> str:
         """The problem and what to do about it, as one sentence."""
-        return f"{self}: fix or remove it, or set on_bad='skip' to skip corrupt images."
+        return f"{self}: {self.remedy}."
 
     def __str__(self) -> str:
         return f"{self.location!r} {self.reason}"
@@ -106,6 +107,19 @@ def decode(source: Path | bytes, location: str) -> Image.Image | CorruptImage:
     except Exception as error:  # PIL's decoders raise anything: SyntaxError, struct.error, KeyError, …
         return _corrupt(error, location)
     return upright(image)
+
+
+def stored_size(path: Path) -> tuple[int, int] | None:
+    """Return width and height from the header of an image file, before any EXIF orientation; None if it has none."""
+    try:
+        if _special(os.stat(path)):
+            return None
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except MemoryError:
+        raise
+    except Exception:  # as in decode(), which reports the problem
+        return None
 
 
 def upright(image: Image.Image) -> Image.Image:

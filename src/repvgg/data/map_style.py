@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, final
@@ -202,7 +202,6 @@ class BatchRequest(NamedTuple):
     stop: int
 
 
-@final
 class TrainDataset(Dataset[LoadedBatch]):
     """Augmented training batches by position in an epoch. A copy of it lives in each worker.
 
@@ -264,7 +263,6 @@ class TrainDataset(Dataset[LoadedBatch]):
         return torch.tensor(indices), torch.stack(images)
 
 
-@final
 class ValDataset(Dataset[LoadedBatch]):
     """Validation batches by index; corrupt images are left out if ``on_bad`` is "skip"."""
 
@@ -344,13 +342,34 @@ class _TrainSampler:
 
 @final
 class MapValLoader(ValLoader):
-    """The :class:`ValLoader` of a map-style split: rank r of R loads the images N·r // R … N·(r + 1) // R − 1."""
+    """The :class:`ValLoader` of a map-style split: rank r of R loads the images N·r // R … N·(r + 1) // R − 1.
 
-    def __init__(self, dataset: ValDataset, shard: RankShard, workers: int, log: CorruptImageLog) -> None:
+    Args:
+        dataset: the images.
+        shard: batch size and rank.
+        workers: processes that load.
+        log: takes the corrupt images.
+        sizes: of the images where they differ: a batch ends where the size changes.
+    """
+
+    def __init__(
+        self,
+        dataset: ValDataset,
+        shard: RankShard,
+        workers: int,
+        log: CorruptImageLog,
+        sizes: Sequence[object] | None = None,
+    ) -> None:
         # Contiguous, and equal to within one image: the order over all ranks is that of the split.
         start, stop = (len(dataset) * (shard.rank + end) // shard.world_size for end in (0, 1))
-        size = shard.batch_size
-        self._requests = [BatchRequest(0, first, min(first + size, stop)) for first in range(start, stop, size)]
+        self._requests: list[BatchRequest] = []
+        for index in range(start, stop):
+            last = self._requests[-1] if self._requests else None
+            fits = last is not None and last.stop - last.start < shard.batch_size
+            if last is not None and fits and (sizes is None or sizes[index] == sizes[last.start]):
+                self._requests[-1] = last._replace(stop=index + 1)
+            else:
+                self._requests.append(BatchRequest(0, index, index + 1))
         self._loader = data_loader(dataset, workers, self._requests)
         self._log = log
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from rich.console import Console
 
-from repvgg.data import DataConfig, ImageData, open_data
+from repvgg.data import DataConfig, ImageData, open_image_data
 from repvgg.errors import DataError, TrainingError, UsageError
 from repvgg.measure import IDENTITY, RunSettings, environment
 from repvgg.measure.settings import Device, Dtype
@@ -319,7 +319,7 @@ def _train(work: Work, job: Job, folder: Path) -> Cell:
 
 @lru_cache(maxsize=1)  # jobs with the same seed follow each other
 def _open_data(data: DataConfig, seed: int) -> ImageData:
-    return open_data(data, seed=seed)
+    return open_image_data(data, seed=seed)
 
 
 def _summary(cell: Mapping[str, Any]) -> str:
@@ -342,7 +342,7 @@ def _measure_cost(work: Work, settings: AblationSettings, store: CellStore, repo
             reporter.message(f"cost of a step: left to {lock.holder}")
         elif not cost_is_complete(store, settings.rounds):
             machine = {name: value for name, value in environment().items() if name in IDENTITY}
-            data = open_data(work.config.data)
+            data = open_image_data(work.config.data)
             cost = StepCost(
                 variants=work.variants,
                 spec=work.spec,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from repvgg import collapse, measure, models
 from repvgg._files import write_text
 from repvgg._serde import to_json
-from repvgg.data import ImageData, open_data
+from repvgg.data import ImageData, open_image_data
 from repvgg.deploy import OnnxRunner, export_onnx
 from repvgg.errors import EquivalenceError, ExportError, OutputError, OutputExistsError
 from repvgg.studies.report import schema as page
@@ -96,7 +96,7 @@ def run(out: Path | None = None, seed: int = 0, *, overwrite: bool = False, cons
     target = _unused_name(FOLDER) if out is None else out
     with _atomic_folder(target, overwrite) as folder:
         config = quickstart(seed)
-        data = open_data(config.data, seed=seed)
+        data = open_image_data(config.data, seed=seed)
         trained, result = _train(data, config, console)
         forms = _collapse(trained, console)
         checks = _verify(forms, data, console)

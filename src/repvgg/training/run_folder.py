@@ -22,7 +22,7 @@ from repvgg._files import atomic_write, write_text
 from repvgg._serde import to_json
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
-from repvgg.data import ImageData, open_data
+from repvgg.data import ImageData, open_image_data
 from repvgg.errors import OutputError, OutputExistsError, UsageError, printable, require
 from repvgg.training.callbacks import EpochRecord
 from repvgg.training.checkpoint import LAST_CHECKPOINT
@@ -79,7 +79,7 @@ def run(
     Raises:
         OutputExistsError: ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         UsageError: the run to resume had another config.
-        RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_data`.
+        RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_image_data`.
     """
     layout = process_layout(config)
     is_writer = layout.rank == 0
@@ -89,7 +89,7 @@ def run(
     config, precision_notes = settle_precision(config)
     # Refused before the data set is opened, which may take minutes.
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
-    data = open_data(config.data, seed=config.seed)
+    data = open_image_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
     job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
     _print_setup(job, initial, precision_notes, console)

@@ -26,8 +26,8 @@ from repvgg.errors import DataError, UsageError, first_line, require
 
 # imagefolder:
 
-_TRAIN_FOLDER = "train"
-_VAL_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
+TRAIN_FOLDER = "train"
+VAL_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
 _NOT_CLASSES = ("__MACOSX", "__pycache__")  # left behind by archivers and Python
 
 
@@ -44,10 +44,10 @@ def open_folder(uri: DataUri) -> Source:
     if not uri.rest or not root.is_dir():
         raise DataError(f"There is no folder {str(root) if uri.rest else ''!r}: give one as imagefolder:PATH.")
     notes: list[str] = []
-    if not (root / _TRAIN_FOLDER).is_dir():
+    if not (root / TRAIN_FOLDER).is_dir():
         return Source(_read_folder(root, notes), None, notes=tuple(notes))
-    train = _read_folder(root / _TRAIN_FOLDER, notes)
-    present = [name for name in _VAL_FOLDERS if (root / name).is_dir()]
+    train = _read_folder(root / TRAIN_FOLDER, notes)
+    present = [name for name in VAL_FOLDERS if (root / name).is_dir()]
     val = _read_folder(root / present[0], notes) if present else None
     notes += [f"{name}/ is ignored: the validation images are those of {present[0]}/." for name in present[1:]]
     return Source(train, val, notes=tuple(notes))
@@ -63,7 +63,7 @@ def _read_folder(folder: Path, notes: list[str]) -> FileSplit:
         repeated: list[str] = []
         for label, name in enumerate(classes):
             # The order of torchvision's ImageFolder.
-            for below, files in _walk(folder / name, repeated):
+            for below, files in walk(folder / name, repeated):
                 found += [(os.path.join(below, file), label) for file in files if is_image_name(file)]
     except OSError as error:
         raise DataError(f"{str(folder)!r} cannot be read: {error.strerror or error}.") from error
@@ -75,7 +75,7 @@ def _read_folder(folder: Path, notes: list[str]) -> FileSplit:
     return FileSplit(folder, [path[start:] for path, _ in found], labels, tuple(classes))
 
 
-def _walk(folder: Path, repeated: list[str]) -> list[tuple[str, list[str]]]:
+def walk(folder: Path, repeated: list[str]) -> list[tuple[str, list[str]]]:
     """Return ``folder`` and all folders below it, each with its file names, both sorted; links are followed.
 
     Each folder is entered once: links in a circle would have no end, and several in one folder grow exponentially.
@@ -111,7 +111,7 @@ def ignored_files(folder: Path) -> list[str]:
     """Return the files in the class folders of ``folder`` that are not hidden and have no image extension."""
     found = []
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_class_name(entry.name)):
-        for below, files in _walk(folder / name, []):
+        for below, files in walk(folder / name, []):
             paths = (os.path.join(below, file) for file in files if _is_class_name(file))
             found += [path for path in paths if not is_image_name(path)]
     return found
