@@ -6,6 +6,8 @@ in-place operation changes the region's input, or a tensor inside the region, be
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from repvgg.collapse.recording import Recording
@@ -42,8 +44,9 @@ class AliasAnalysis:
             if _may_share(node):
                 for other in node.all_input_nodes[:1]:
                     self._join(node, other)
+        self._members: dict[fx.Node, list[fx.Node]] = {}
         self._escaped = frozenset() if recording is None else frozenset(recording.escaped)
-        members: dict[fx.Node, list[fx.Node]] = {}
+        members = self._members
         if self._writes:
             for node in nodes:
                 members.setdefault(self._class(node), []).append(node)
@@ -63,6 +66,13 @@ class AliasAnalysis:
             if within and self._class(node) is self._class(source):
                 return node
         return None
+
+    def is_seen(self, write: fx.Node, read: Collection[fx.Node]) -> bool:
+        """Whether a tensor that ``write`` may modify is among those that are ``read``, or is known outside."""
+        return any(
+            node in read or node in self._escaped or node.op in ("placeholder", "get_attr")
+            for node in self._members[self._class(write)]
+        )
 
     def _join(self, one: fx.Node, other: fx.Node) -> None:
         self._parent[self._class(one)] = self._class(other)

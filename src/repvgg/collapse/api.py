@@ -34,6 +34,7 @@ from repvgg.symbolic import check_eval_mode, first_float
 
 Inputs: TypeAlias = GivenInputs | None
 
+_UNREAD = "it is computed, but no output depends on the result"
 _NAMES_SHOWN = 5  # in a summary
 
 
@@ -52,7 +53,8 @@ def reparameterize(
     on a copy that shares its parameters, and what it does is recorded, whatever the Python code in between is. A chain
     of modules merges into its first convolution, and no forward changes; where branches meet, the innermost module
     around them gets a new forward, and keeps its class, methods and attributes. Submodules that only the training
-    forward calls, or with ``inputs`` nothing calls, and that nothing else can reach, are dropped.
+    forward calls, or with ``inputs`` nothing calls, and that nothing else can reach, are dropped. So are those on whose
+    results no output depends: a stand-in of the same shape takes their place.
 
     With ``inputs``, what holds for calls like this one is merged. Where another argument, or another value of a flag
     that a forward reads, would select something else, the plain model checks it in each call and refuses a call that
@@ -181,7 +183,7 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     report = Report(
         folded=tuple(replaced.entry for replaced in result.replaced),
         left=_skipped(model, result, excluded),
-        dropped=tuple(result.plan.dropped),
+        dropped=(*result.plan.dropped, *(Skipped(path, _UNREAD) for path in result.plan.unread())),
         proof=whole.text,
         in_pieces=tuple(result.plan.untraced),
         guards=tuple(result.plan.guards()),
@@ -224,6 +226,9 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
         proof = whole if old is model else prove_module(old, new, specs)
         if proof.failure:
             found[old] = f"its new forward is not equal to the old one: {proof.failure}"
+    if whole.failure:
+        reason = f"without it the model is not equal: {whole.failure}"
+        found |= {model.get_submodule(path): reason for path in result.plan.unread()}
     if whole.failure and not found.keys() - excluded.keys():
         raise EquivalenceError(
             f"The plain model is not equal to the model ({whole.failure}), though each of its regions is: please "

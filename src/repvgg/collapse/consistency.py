@@ -21,9 +21,14 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
     found: Reasons = {}
     for scope in plan.scopes:
         part = submodule_or_none(plain, scope.path)
-        if part is None or is_leaf(part) or not scope.regions.all:
+        if part is None or is_leaf(part) or not (scope.regions.all or scope.placement.unread):
             continue
-        for path, error in _changed_forwards(scope, part):
+        changed = _changed_forwards(scope, part)
+        if changed and scope.placement.unread:  # perhaps because of a stand-in
+            reason = f"the forward of {changed[0][0] or 'the model'} depends on a part, although on no result of it"
+            found |= {scope.module.get_submodule(path): reason for path in scope.placement.unread}
+            continue
+        for path, error in changed:
             old = scope.module.get_submodule(path)
             if missing := _dropped_inside(plan, scope, path):
                 reason = f"the forward of {path or 'the model'} does not call it and reads it"

@@ -21,6 +21,7 @@ from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.report import Skipped
+from repvgg.collapse.unread import Unread, is_read, unread_modules
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature
 from repvgg.symbolic import InputSpec, Layout
 
@@ -120,6 +121,9 @@ class Placement:
                 found[node] = "it is a compiled script"
             elif path in self.excluded:
                 found[node] = self.excluded[path]
+        unread = (node for frame in self.recording.root.frames() if frame.path in self.unread for node in frame.nodes())
+        unread_leaves = (node for node, path in self.recording.calls() if path in self.unread)
+        found |= dict.fromkeys((*unread, *unread_leaves), "no output depends on its result")
         if not self.trusted:
             text = "the shape of the input is not known, and a batch norm alone does not determine it: pass inputs="
             found |= dict.fromkeys(self._norms_of_unknown_rank(), text)
@@ -330,6 +334,38 @@ class Placement:
             found.append(None if shape is None else _spec(shape))
         return tuple(found)
 
+    @cached_property
+    def unread(self) -> dict[str, Unread]:
+        """The modules whose results no output depends on, each with what takes its place."""
+        found: dict[str, Unread] = {}
+        if self.similar is None:
+            return found
+        for frame, path, axes in unread_modules(self.recording, self.similar):
+            if not self._is_called_by_a_method(frame.path, path) and self._stays_unread(frame, path):
+                found[path] = Unread(axes)
+        return found
+
+    def _stays_unread(self, frame: Frame, path: str) -> bool:
+        """Whether a module is not read in other calls either, those aside that the plain model refuses."""
+        if any(is_inside(other, path) or is_inside(path, other) for other in self.excluded):
+            return False
+        variants = self.variants(frame.path)
+        name = path[len(frame.path) + 1 :] if frame.path else path
+        if variants.unknown or any(is_read(other, name) for other in variants.recordings):
+            if not self.trusted or any(not decision.known for decision in frame.decisions):
+                return False
+            self._guard(frame.path)
+        for flag, other in variants.flags:
+            if is_read(other, name):
+                self._guard_flag(frame.path, flag)
+        return True
+
+    def _is_called_by_a_method(self, owner: str, path: str) -> bool:
+        """Whether a public method of a module calls a part of it at ``path`` by its name."""
+        facts = code_facts(self.recording.module.get_submodule(owner))
+        name = (path[len(owner) + 1 :] if owner else path).partition(".")[0]
+        return any(name in called for method, called in facts.calls.items() if not method.startswith("_"))
+
     def not_run(self) -> Iterator[str]:
         """Yield the outermost modules with parameters that did not run, and whose parameters nothing read."""
         used = {*self.recording.called_paths(), *self.recording.read_paths()}
@@ -371,10 +407,7 @@ class Placement:
 
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:
         facts = code_facts(self.recording.module.get_submodule(owner))
-        calls = [called for method, called in facts.calls.items() if not method.startswith("_")]
-        if any(name.partition(".")[0] in called for called in calls) or any(
-            is_inside(other, path) for other in self.excluded
-        ):
+        if self._is_called_by_a_method(owner, path) or any(is_inside(other, path) for other in self.excluded):
             return None
         if facts.reads_training:
             frame = self.frames[owner][0]

@@ -20,6 +20,7 @@ from repvgg.collapse.record import NeedsValuesError, record
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
+from repvgg.collapse.unread import Unread
 from repvgg.errors import typed_line
 from repvgg.symbolic import InputSpec, first_float
 
@@ -68,6 +69,7 @@ class Scope:
         """Return the paths below the module of the submodules that become parts of convolutions."""
         found = {path for done in self.regions.all for path in done.region.called_modules}
         found |= {str(done.region.source.target) for done in self.regions.scaled}
+        found |= self.placement.unread.keys()
         return found | {done.insertion.host for done in self.regions.all if done.insertion.kind == "module"}
 
     def rewritten_paths(self) -> set[str]:
@@ -120,6 +122,11 @@ class Plan:
                 inner = str(node.target) if node.op == "call_module" else scope.recording.owner(node)
                 yield join(scope.path, done.insertion.host if done.insertion.kind == "module" else inner)
 
+    def unread(self) -> dict[str, Unread]:
+        """Return the modules whose results no output depends on, by their paths, each with what takes its place."""
+        found = ((scope.path, path, new) for scope in self.scopes for path, new in scope.placement.unread.items())
+        return {join(outer, path): new for outer, path, new in found}
+
     def guards(self) -> Iterator[Skipped]:
         """Yield what the plain model checks in each call."""
         for scope in self.scopes:
@@ -146,7 +153,7 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to replace."""
-        return not any(scope.regions.all for scope in self.scopes)
+        return not any(scope.regions.all or scope.placement.unread for scope in self.scopes)
 
 
 def make_plan(model: nn.Module, options: Options, excluded: Reasons) -> Plan:

@@ -77,7 +77,8 @@ class Report:
     Attributes:
         folded: the regions that became convolutions.
         left: modules that might have been expected to fold, and did not.
-        dropped: submodules that run in training mode only, and that the plain model does not have.
+        dropped: submodules that run in training mode only, or whose results no output depends on, and that the plain
+            model does not have.
         proof: error of the plain model relative to the original, or why it could not be measured; empty without
             proofs.
         in_pieces: modules that could not be run; their children were collapsed one by one.

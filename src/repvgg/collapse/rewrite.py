@@ -70,6 +70,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool 
         applier.memo |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for skipped in plan.dropped:
         applier.substitute(model.get_submodule(skipped.name), nn.Identity())
+    for path, stand_in in plan.unread().items():
+        applier.substitute(model.get_submodule(path), stand_in)
     with torch.no_grad():
         for scope in plan.scopes:
             applier.replace_regions(scope)
