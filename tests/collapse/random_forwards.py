@@ -1,4 +1,4 @@
-"""Random forwards: loops, options, lists, item assignment, in-place arithmetic, methods, flags, several outputs."""
+"""Random forwards: loops, options, lists, splits, item assignment, in-place arithmetic, methods, flags, outputs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ _STATEMENTS = (
     "{v} = sum([self.{c}({a}), self.{d}({a}), {b}])",
     "{v} = F.dropout(self.{n}(self.{c}({a})), 0.5, self.training)",
     "{v} = self.block({a}, flag)",
+    "one, two = self.wide({a}).split([4, 3], 1)\n    {v} = self.{n}(one) + two.mean()",
+    "wide = self.wide({a})\n    {v} = torch.cat([self.few(wide[:, :2]).relu(), wide[:, 5:].tanh()], 1)",
+    "{v} = self.{n}(self.wide({a})[:, ::2]) + {b}",
+    "pair = torch.cat([self.thin({a}), self.even({b})], 1)\n    {v} = torch.relu(self.{n}(pair))",
+    "{v} = torch.relu(self.{n}(self.{c}({a}) + self.{d}({b})))",
+    "unread = self.{n}(self.{c}({a}))\n    {v} = self.{d}({b})",
+    "unread = self.block({a})\n    {v} = {b} + 1",
+    "aside = self.wide({a})\n    {v} = {b} if flag else {b} * 2\n    if mode == 'b': {v} = {v} + aside[:, :4]",
 )
 
 
@@ -68,6 +76,9 @@ def random_model(seed: int) -> tuple[nn.Module, str]:
     for name in "tuw":
         model.add_module(name, nn.BatchNorm2d(4))
     model.sequence = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()])
+    model.wide, model.thin = nn.Conv2d(4, 7, 3, padding=1), nn.Conv2d(4, 2, 1)
+    model.even = nn.Conv2d(4, 2, 3, padding=1)
+    model.few = nn.BatchNorm2d(2)
     model.block = _Block()
     model.switch = rng.random() < 0.5
     return trained(model), code

@@ -23,15 +23,10 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
         part = submodule_or_none(plain, scope.path)
         if part is None or is_leaf(part) or not (scope.regions.all or scope.placement.unread):
             continue
-        changed = _changed_forwards(scope, part)
-        if changed and scope.placement.unread:  # perhaps because of a stand-in
-            reason = f"the forward of {changed[0][0] or 'the model'} depends on a part, although on no result of it"
-            found |= {scope.module.get_submodule(path): reason for path in scope.placement.unread}
-            continue
-        for path, error in changed:
+        for path, error in _changed_forwards(scope, part):
             old = scope.module.get_submodule(path)
             if missing := _dropped_inside(plan, scope, path):
-                reason = f"the forward of {path or 'the model'} does not call it and reads it"
+                reason = f"the forward of {path or 'the model'} uses no result of it and reads it"
                 found |= dict.fromkeys(missing, reason)
                 continue
             if path in scope.rewritten_paths():
@@ -45,7 +40,8 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
 def _dropped_inside(plan: Plan, scope: Scope, path: str) -> list[nn.Module]:
     """Return the dropped modules inside the module at ``path`` of a scope: without them its forward may not run."""
     outer = join(scope.path, path)
-    names = [skipped.name for skipped in plan.dropped if is_inside(skipped.name, outer)]
+    dropped = [*(skipped.name for skipped in plan.dropped), *plan.unread()]
+    names = [name for name in dropped if is_inside(name, outer)]
     return [scope.module.get_submodule(name[len(scope.path) + 1 :] if scope.path else name) for name in names]
 
 
