@@ -60,7 +60,9 @@ def random_model(seed: int) -> tuple[nn.Module, str]:
     names, lines = ["x"], []
     for number in range(rng.randint(2, 6)):
         value = f"v{number}"
-        choices = {"v": value, "a": rng.choice(names), "b": rng.choice(names), "n": rng.choice(("t", "u", "w"))}
+        # Mostly of the last value, so that not too much is without effect on the result.
+        a, b = rng.choice((names[-1], names[-1], rng.choice(names))), rng.choice(names)
+        choices = {"v": value, "a": a, "b": b, "n": rng.choice(("t", "u", "w"))}
         convs = dict(zip("cd", rng.sample("pqrs", 2), strict=True))
         lines.append(rng.choice(_STATEMENTS).format(**choices, **convs))
         names.append(value)

@@ -147,6 +147,17 @@ def test_a_norm_stays_where_something_else_reads_its_channels(take, reason):
     check_kept(model, reason)
 
 
+def test_a_convolution_whose_numbers_are_read_stays():
+    def forward(self, x):
+        y = self.conv(x)
+        numbers = torch.tensor(y.flatten()[:2].tolist()) if self.flat else y.tolist()
+        a, b = y.chunk(2, 1)
+        return torch.relu(self.bn(a)) + b * len(numbers)
+
+    for flat in (False, True):
+        check_kept(module(forward, conv=conv(4, 8), bn=nn.BatchNorm2d(4), flat=flat), "read elsewhere too")
+
+
 def test_a_part_that_is_read_before_its_norm_stays():
     def forward(self, x):
         a, b = self.conv(x).chunk(2, 1)
