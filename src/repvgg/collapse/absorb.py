@@ -226,6 +226,8 @@ class _Search:
         for reader in _readers(base):
             ends = [reader] if reader in self.values.shapes or reader.op == "output" else [*_readers(reader)]
             found += [reader] if reader not in ends else []
+            if not ends:  # it turns numbers into Python's
+                raise NotLinearError(f"{describe(self.recording, base)} in front of it is read elsewhere too")
             for end in ends:
                 if end is mine:
                     continue
