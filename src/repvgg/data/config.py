@@ -66,18 +66,18 @@ class MaskAugment:
     Geometry is one affine map per image, sampled bilinearly (or bicubically) from the image and at the nearest pixel
     from the mask: zoom and rotation about the centre, then a crop of ``train_size`` at a random position. Beyond the
     image, the crop holds the mean colour and ignored pixels. Then blur, brightness, contrast, saturation and hue, in
-    that order, as torchvision computes them.
+    that order.
 
     Attributes:
         scale: range of the zoom, drawn uniformly; 0.5 halves the image.
         degrees: rotation in −degrees … +degrees.
         rotation: probability of a rotation.
         blur: probability of a Gaussian blur.
-        blur_sigma: its standard deviation in pixels; 1.1 is that of OpenCV's 5x5 kernel.
+        blur_sigma: its standard deviation in pixels, of a kernel that ends at twice that; 1.1 gives OpenCV's 5x5.
         brightness: factor in 1 − brightness … 1 + brightness.
         contrast: factor in 1 − contrast … 1 + contrast.
         saturation: factor in 1 − saturation … 1 + saturation.
-        hue: shift in −hue … +hue, as a fraction of the colour circle.
+        hue: turn about the grey axis by −hue … +hue, as a fraction of the circle.
 
     Raises:
         UsageError: a value is out of its range.

@@ -6,22 +6,18 @@ Every random number comes from :mod:`repvgg.data.counter_rng`: a transform is a 
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ImageFilter
 from torch import Tensor
 
 from repvgg.data.config import MaskAugment
 from repvgg.data.counter_rng import uniforms
-from repvgg.data.decode import to_pil
 from repvgg.data.label_sets import IGNORED
 from repvgg.data.mask_files import Pair
-from repvgg.data.transforms import pixels_of
-from repvgg.errors import require
 
 # Columns of the uniforms of an image. Always all are drawn, so that enabling one transform leaves the numbers of the
 # others unchanged.
@@ -55,7 +51,7 @@ class MaskCrop:
         self._augment = augment
         self._flip = flip
         self._size = size
-        self._fill_C11 = torch.tensor(fill, dtype=torch.uint8).reshape(-1, 1, 1)
+        self._fill_C11 = torch.tensor(fill, dtype=torch.float32).reshape(-1, 1, 1)
         self._interpolation = interpolation
         self._seed = seed
 
@@ -64,11 +60,17 @@ class MaskCrop:
         draws = uniforms(self._seed, epoch, torch.tensor([key]), _NUM_UNIFORMS)[0].tolist()
         height, width = pair.mask.shape
         visible, matrix = _visible(pair, self._matrix(draws, height, width), self._size)
-        image, mask, outside = self._sample(visible, matrix)
+        image, mask = self._sample(visible, matrix)
+        outside = mask < 0
+        if self._augment.blur > draws[_BLUR]:
+            image = gaussian_blur(image, self._augment.blur_sigma)
+        colours = self._colour_map(image, outside, draws)
+        if colours is not None:
+            image = torch.addmm(colours[1], colours[0], image.flatten(1)).reshape(image.shape)
         both = torch.empty(len(image) + 1, *mask.shape, dtype=torch.uint8)
         # After the colours: what lies beyond the image keeps the mean, as in a padded image at test time.
-        torch.where(outside, self._fill_C11, self._appearance(image, draws), out=both[:-1])
-        both[-1] = mask
+        both[:-1] = torch.where(outside, self._fill_C11, image.clamp_(0, 255).add_(0.5))
+        both[-1] = mask.masked_fill_(outside, IGNORED)
         return both
 
     def _matrix(self, draws: list[float], height: int, width: int) -> Matrix:
@@ -88,19 +90,18 @@ class MaskCrop:
         shift = rotation @ from_centre + np.array([width / 2, height / 2])
         return np.column_stack((rotation[:, 0] * mirror, rotation[:, 1], shift))
 
-    def _sample(self, pair: Pair, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the crop of the image (C, S, S) and of the mask (S, S), uint8, and where neither has a pixel."""
+    def _sample(self, pair: Pair, matrix: Matrix) -> tuple[Tensor, Tensor]:
+        """Return the crop of the image (C, S, S) and of the mask (S, S), float32.
+
+        Beyond the image, the former repeats its border, and the latter is −1.
+        """
         grid_1SS2 = self._grid(matrix, *pair.mask.shape)
         image_1CHW = torch.from_numpy(pair.pixels).permute(2, 0, 1).unsqueeze(0).float()
         image = F.grid_sample(image_1CHW, grid_1SS2, self._interpolation, "border", align_corners=False)[0]
-        if self._interpolation == "bicubic":
-            image = image.clamp_(0, 255)  # it overshoots at edges
         # One more than each class, so that the zeros of the padding are none.
         shifted_11HW = torch.from_numpy(pair.mask)[None, None].float().add_(1)
         mask = F.grid_sample(shifted_11HW, grid_1SS2, "nearest", "zeros", align_corners=False)[0, 0]
-        outside = mask == 0
-        mask = mask.sub_(1).masked_fill_(outside, IGNORED)
-        return image.add_(0.5).to(torch.uint8), mask.to(torch.uint8), outside
+        return image, mask.sub_(1)
 
     def _grid(self, matrix: Matrix, height: int, width: int) -> Tensor:
         """Return the position (1, S, S, 2) of each pixel of the crop in the image, in [−1, 1]."""
@@ -111,30 +112,59 @@ class MaskCrop:
             grid_1SS2[0, :, :, axis] = (along_x * steps)[None, :] + (along_y * steps + (shift - 1))[:, None]
         return grid_1SS2
 
-    def _appearance(self, image: Tensor, draws: list[float]) -> Tensor:
+    def _colour_map(self, image: Tensor, outside: Tensor, draws: list[float]) -> tuple[Tensor, Tensor] | None:
+        """Return matrix and shift of the map of colours; None for the identity."""
         augment = self._augment
-        adjustments = [
-            (name, (2 * draws[column] - 1) * strength)
-            for name, column, strength in (
-                ("brightness", _BRIGHTNESS, augment.brightness),
-                ("contrast", _CONTRAST, augment.contrast),
-                ("saturation", _SATURATION, augment.saturation),
-                ("hue", _HUE, augment.hue),
-            )
-            if strength
-        ]
-        if not adjustments and draws[_BLUR] >= augment.blur:
-            return image
-        functional: Any = require("torchvision.transforms.v2.functional", "train")
-        # As a PIL image, whose filters work on 8 bits and are several times faster.
-        changed = to_pil(image)
-        if draws[_BLUR] < augment.blur:
-            changed = changed.filter(ImageFilter.GaussianBlur(augment.blur_sigma))
-        for name, amount in adjustments:
-            # A hue is shifted, the others are multiplied.
-            value = amount if name == "hue" else 1 + amount
-            changed = getattr(functional, f"adjust_{name}")(changed, value)
-        return pixels_of(changed)
+        strengths = augment.brightness, augment.contrast, augment.saturation, augment.hue
+        if not any(strengths):
+            return None
+        columns = _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE
+        amounts = [(2 * draws[column] - 1) * strength for column, strength in zip(columns, strengths, strict=True)]
+        inside = (~outside).float()
+        means_C = image.flatten(1) @ inside.flatten() / inside.sum().clamp_min(1)
+        return colour_map(means_C, 1 + amounts[0], 1 + amounts[1], 1 + amounts[2], amounts[3])
+
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+_YIQ = ((*_LUMA,), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # of NTSC: the last two are the plane of hues
+
+
+def colour_map(
+    means_C: Tensor, brightness: float, contrast: float, saturation: float, hue: float
+) -> tuple[Tensor, Tensor]:
+    """Return matrix A (C, C) and shift t (C, 1) of the colours ``A·x + t``.
+
+    x is multiplied by ``brightness``, then blended with the mean grey of the image (weight ``contrast`` of the pixel),
+    then with the grey of the pixel (``saturation``), then turned by ``hue`` of a circle about the grey axis. Nothing is
+    rounded or clipped in between; greys stay grey.
+
+    Args:
+        means_C: mean of each channel.
+        brightness: factor.
+        contrast: factor.
+        saturation: factor; greyscale images have none.
+        hue: part of the circle; greyscale images have none.
+    """
+    if len(means_C) == 1:
+        shift = (1 - contrast) * brightness * means_C
+        return torch.full((1, 1), contrast * brightness), shift[:, None]
+    luma, identity = torch.tensor(_LUMA), torch.eye(3)
+    shift = (1 - contrast) * brightness * (luma @ means_C)
+    saturate = saturation * identity + (1 - saturation) * luma.expand(3, 3)
+    yiq, angle = torch.tensor(_YIQ), 2 * math.pi * hue
+    turn = torch.eye(3)
+    turn[1:, 1:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = torch.linalg.solve(yiq, turn @ yiq) @ saturate * (contrast * brightness)
+    return matrix, shift.expand(3, 1)
+
+
+def gaussian_blur(image_CHW: Tensor, sigma: float) -> Tensor:
+    """Blur an image with a Gaussian kernel, which ends at the pixel nearest to 2 sigma; the border is repeated."""
+    radius = max(1, round(2 * sigma))
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    padded = F.pad(image_CHW.unsqueeze(1), (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, taps.reshape(1, 1, 1, -1)), taps.reshape(1, 1, -1, 1)).squeeze(1)
 
 
 def _visible(pair: Pair, matrix: Matrix, size: int) -> tuple[Pair, Matrix]:
