@@ -173,3 +173,39 @@ def test_progress_is_told(photos):
     assert report.usable
     with pytest.raises(UsageError):
         check_data(DataConfig("fake:"), limit=-1)
+
+
+def test_masks(repvgg, tmp_path):
+    for split, seed in (("train", 1), ("val", 2)):
+        picture(tmp_path / split / "images" / "a.png", seed)
+        picture(tmp_path / split / "images" / "b.png", 10 * seed)
+        (tmp_path / split / "labels").mkdir()
+        labels = np.array([0, 0, 3, 11], np.uint8).repeat(30).reshape(10, 12)
+        Image.fromarray(labels).save(tmp_path / split / "labels" / "a.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
+    command = ("data", "check", f"masks:{tmp_path}", "--ignore-index", 11)
+    outcome = repvgg(*command)
+    assert (outcome.code, outcome.err) == (1, "")
+    assert outcome.out.splitlines() == [
+        "class    train images  train pixels  validation images  validation pixels",
+        "sky                 1        50.00%                  1             50.00%",
+        "road                0         0.00%                  0              0.00%",
+        "car                 0         0.00%                  0              0.00%",
+        "tree                1        25.00%                  1             25.00%",
+        "ignored             1        25.00%                  1             25.00%",
+        "train: 1 images: 1 of 12 x 10 pixels",
+        "train: never seen: road, car",
+        "validation: 1 images: 1 of 12 x 10 pixels",
+        "validation: never seen: road, car",
+        "bad, image without mask: 2",
+        f"  {tmp_path}/train/images/b.png",
+        f"  {tmp_path}/val/images/b.png",
+        "2 images read, 2 bad",
+    ]
+    report = json.loads(repvgg(*command, "--json").out)
+    assert (report["task"], report["usable"], report["classes"]) == (
+        "segmentation",
+        False,
+        ["sky", "road", "car", "tree"],
+    )
+    assert report["parts"]["train"]["ignored_share"] == 0.25

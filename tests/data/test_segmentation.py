@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
+from torchvision.transforms.v2 import functional
 
 from repvgg.data import (
     Augment,
@@ -15,7 +17,7 @@ from repvgg.data import (
     open_image_data,
 )
 from repvgg.data.mask_files import Pair
-from repvgg.data.mask_transforms import MaskCrop
+from repvgg.data.mask_transforms import MaskCrop, colour_map, gaussian_blur
 from repvgg.errors import DataError, UsageError
 from tests.data.helpers import assert_same_batches, order_of, run, truncate, write_masks
 
@@ -195,6 +197,38 @@ def test_colours_change_the_image_alone_and_leave_its_surroundings():
         border = plain[3] == 255
         assert_close(changed[:3, border], plain[:3, border], atol=0, rtol=0)
         assert (changed[:3, ~border] != plain[:3, ~border]).float().mean() > 0.5
+
+
+def test_colour_map_agrees_with_torchvision():
+    image = torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.3  # nothing is clipped
+    means = image.flatten(1).mean(1)
+    expected = functional.adjust_contrast(functional.adjust_brightness(image, 1.2), 0.8)
+    expected = functional.adjust_saturation(expected, 1.3)
+    matrix, shift = colour_map(means, 1.2, 0.8, 1.3, 0.0)
+    # torchvision's grey uses weights with four digits.
+    assert_close((matrix @ image.flatten(1) + shift).reshape(image.shape), expected, atol=2e-4, rtol=0)
+    grey = functional.adjust_contrast(functional.adjust_brightness(image[:1], 1.2), 0.8)
+    matrix, shift = colour_map(means[:1], 1.2, 0.8, 1.3, 0.3)
+    assert_close((matrix @ image[:1].flatten(1) + shift).reshape(grey.shape), grey)
+
+
+def test_hue_turns_about_the_grey_axis():
+    colours = torch.tensor([[0.5, 0.5, 0.5], [0.9, 0.1, 0.2]]).T
+    full, half = (colour_map(torch.zeros(3), 1, 1, 1, hue)[0] for hue in (1.0, 0.5))
+    assert_close(full, torch.eye(3), atol=1e-5, rtol=0)
+    assert_close(half @ half, torch.eye(3), atol=1e-5, rtol=0)
+    turned = half @ colours
+    assert_close(turned[:, 0], colours[:, 0])
+    grey = colours[:, 1] @ torch.tensor([0.299, 0.587, 0.114])
+    assert_close(turned[:, 1], 2 * grey - colours[:, 1], atol=1e-5, rtol=0)
+
+
+def test_blur_is_opencvs_5x5():
+    image = torch.rand(3, 12, 13, generator=torch.Generator().manual_seed(0))
+    taps = torch.exp(-0.5 * (torch.arange(-2, 3) / 1.1) ** 2)
+    kernel = (taps[:, None] * taps).div(taps.sum() ** 2).expand(3, 1, 5, 5)
+    expected = F.conv2d(F.pad(image[None], (2, 2, 2, 2), mode="replicate"), kernel, groups=3)[0]
+    assert_close(gaussian_blur(image, 1.1), expected)
 
 
 def test_greyscale_images(folder):

@@ -13,7 +13,7 @@ from repvgg.cli._options import JsonFlag
 from repvgg.cli._output import INTERRUPTED, write_json, write_line, write_table
 
 if TYPE_CHECKING:
-    from repvgg.data import CheckReport
+    from repvgg.data import CheckReport, CorruptImage, MaskReport
 
 _MAX_PATHS = 20  # of each kind of problem; --json lists all
 
@@ -23,6 +23,7 @@ def check(
     val: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     limit: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="N")] = None,
+    ignore_index: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="LABEL")] = None,
     allow_commands: bool = False,
     as_json: JsonFlag = False,
 ) -> int:
@@ -32,26 +33,37 @@ def check(
     training and the validation split. URIs: imagefolder:PATH, torchvision:NAME:PATH, hf:NAME, webdataset:PATTERN,
     digits:, fake:. Ctrl-C stops early and reports what was read.
 
+    Images with masks (masks:PATH, cityscapes:PATH, ade20k:PATH, voc:PATH): also finds images without masks, masks
+    without images, sizes that differ and labels out of range, and counts the pixels of each class.
+
         repvgg data check imagefolder:photos --workers 4
         repvgg data check torchvision:CIFAR10:data --json
+        repvgg data check masks:street --ignore-index 11
 
     Args:
         uri: the data set.
         val: the validation split, where the URI holds one split only.
         workers: processes that read images (0: the main process).
         limit: images to read from each split (default: all).
+        ignore_index: label of unlabelled pixels in masks (default: 255).
         allow_commands: run the shell command of webdataset:pipe:COMMAND.
         as_json: print JSON, with every path.
     """
-    from repvgg.data import DataConfig, check_data
+    from repvgg.data import CheckReport, DataConfig, check_data, check_masks, is_mask_uri
 
-    config = DataConfig(uri=uri, val=val, workers=workers, allow_commands=allow_commands)
+    config = DataConfig(uri=uri, val=val, workers=workers, allow_commands=allow_commands, ignore_index=ignore_index)
+    report: CheckReport | MaskReport
     with interrupt_message(None), progress_bar("images") as on_progress:
-        report = check_data(config, limit=limit, on_progress=on_progress)
+        if is_mask_uri(uri):
+            report = check_masks(config, limit=limit, on_progress=on_progress)
+        else:
+            report = check_data(config, limit=limit, on_progress=on_progress)
     if as_json:
         write_json(report.to_dict())
-    else:
+    elif isinstance(report, CheckReport):
         _print(report)
+    else:
+        _print_masks(report)
     if not report.usable:
         return 1
     return 0 if report.complete else INTERRUPTED
@@ -63,9 +75,7 @@ def _print(report: CheckReport) -> None:
         write_line(f"note: {note}")
     if report.mismatch is not None:
         write_line(f"bad: {report.mismatch}")
-    kinds = Counter(bad.kind for bad in report.corrupt)
-    for kind in kinds:
-        _print_list(f"bad, {kind}", [f"{bad.location}: {bad.reason}" for bad in report.corrupt if bad.kind == kind])
+    _print_corrupt(report.corrupt)
     for remark, places in report.remarks.items():
         _print_list(remark, places)
     _print_list("in both splits", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
@@ -74,6 +84,36 @@ def _print(report: CheckReport) -> None:
     if not report.complete:
         write_line(f"interrupted after {read} of {report.total or 'unknown'} images")
     write_line(f"{read} images read, {len(report.corrupt)} bad")
+
+
+def _print_masks(report: MaskReport) -> None:
+    header = [f"{split.name} {what}" for split in report.splits for what in ("images", "pixels")]
+    rows = []
+    for label, name in (*enumerate(report.classes), (255, "ignored")):
+        shares = [(split.present[label], split.pixels[label] / max(1, split.pixels.sum())) for split in report.splits]
+        rows.append((name, *(text for images, share in shares for text in (f"{images}", f"{share:.2%}"))))
+    write_table([("class", *header), *rows])
+    for split in report.splits:
+        sizes = ", ".join(f"{count} of {width} x {height}" for (width, height), count in split.sizes.most_common(3))
+        more = f" and {len(split.sizes) - 3} other sizes" if len(split.sizes) > 3 else ""
+        write_line(f"{split.name}: {split.images} images: {sizes or 'none readable'}{more} pixels")
+        if split.images and (names := report.never_seen(split)):
+            write_line(f"{split.name}: never seen: {', '.join(names)}")
+    for note in report.notes:
+        write_line(f"note: {note}")
+    _print_corrupt(report.corrupt)
+    _print_list("bad, image without mask", report.unmasked)
+    _print_list("mask without image", report.unused)
+    _print_list("in both splits", [f"{ours} = {theirs}" for ours, theirs in report.duplicates])
+    read = sum(split.images for split in report.splits)
+    if not report.complete:
+        write_line(f"interrupted after {read} of {report.total} images")
+    write_line(f"{read} images read, {len(report.corrupt) + len(report.unmasked)} bad")
+
+
+def _print_corrupt(corrupt: list[CorruptImage]) -> None:
+    for kind in Counter(bad.kind for bad in corrupt):
+        _print_list(f"bad, {kind}", [f"{bad.location}: {bad.reason}" for bad in corrupt if bad.kind == kind])
 
 
 def _print_splits(report: CheckReport) -> None:

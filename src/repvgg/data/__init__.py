@@ -7,7 +7,7 @@ import than all of repvgg, and come with the extra ``train``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from repvgg.data.config import AffineJitter, Augment, DataConfig, MaskAugment
+from repvgg.data.config import AffineJitter, Augment, DataConfig, MaskAugment, is_mask_uri
 from repvgg.errors import require
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from repvgg.data.decode import CorruptImageLog
     from repvgg.data.loaders import TrainLoader, ValLoader
+    from repvgg.data.mask_check import MaskReport, check_masks
     from repvgg.data.opening import open_data, open_evaluation_data, open_image_data, open_image_evaluation_data
     from repvgg.data.segmentation import MaskExample, SegmentationData
 
@@ -32,10 +33,12 @@ _LAZY = {
     "CorruptImageLog": "decode",
     "ImageData": "dataset",
     "MaskExample": "segmentation",
+    "MaskReport": "mask_check",
     "SegmentationData": "segmentation",
     "TrainLoader": "loaders",
     "ValLoader": "loaders",
     "check_data": "check",
+    "check_masks": "mask_check",
     "list_images": "dataset",
     "open_data": "opening",
     "open_evaluation_data": "opening",
@@ -57,11 +60,14 @@ __all__ = [
     "ImageData",
     "MaskAugment",
     "MaskExample",
+    "MaskReport",
     "OpenedData",
     "SegmentationData",
     "TrainLoader",
     "ValLoader",
     "check_data",
+    "check_masks",
+    "is_mask_uri",
     "list_images",
     "open_data",
     "open_evaluation_data",

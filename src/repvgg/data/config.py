@@ -278,6 +278,11 @@ class DataUri:
         return int(value)
 
 
+def is_mask_uri(uri: str) -> bool:
+    """Return whether a dataset URI names images with masks."""
+    return uri.partition(":")[0] in MASK_SCHEMES
+
+
 def parse_uri(text: str) -> DataUri:
     """Split a URI into scheme, rest and options.
 

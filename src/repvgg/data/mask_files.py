@@ -150,18 +150,23 @@ def _labels_of(mask: Image.Image, labels: LabelSet, path: str) -> Bytes | Corrup
     return found.astype(np.uint8)
 
 
-def largest_label(split: MaskSplit, workers: int) -> int:
+def largest_label(split: MaskSplit, workers: int, *, strict: bool) -> int:
     """Return the largest label in any mask of a split, without the ignored one.
 
     Raises:
-        DataError: a mask cannot be read.
+        DataError: a mask cannot be read and ``strict`` is set, or none can.
     """
-    largest = 0
+    largest, corrupt = -1, None
     # partial, not a closure: worker processes unpickle it.
     for found in parallel_map(partial(_largest_label, split), len(split), workers):
-        if isinstance(found, CorruptImage):
+        if not isinstance(found, CorruptImage):
+            largest = max(largest, found)
+        elif strict:
             raise DataError(found.advice)
-        largest = max(largest, found)
+        else:
+            corrupt = corrupt or found
+    if largest < 0 and corrupt is not None:
+        raise DataError(corrupt.advice)
     return largest
 
 

@@ -161,10 +161,16 @@ def colour_map(
 def gaussian_blur(image_CHW: Tensor, sigma: float) -> Tensor:
     """Blur an image with a Gaussian kernel, which ends at the pixel nearest to 2 sigma; the border is repeated."""
     radius = max(1, round(2 * sigma))
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    taps /= taps.sum()
-    padded = F.pad(image_CHW.unsqueeze(1), (radius,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, taps.reshape(1, 1, 1, -1)), taps.reshape(1, 1, -1, 1)).squeeze(1)
+    weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(-radius, radius + 1)]
+    taps = [weight / sum(weights) for weight in weights]
+    for axis in (1, 2):
+        length = image_CHW.shape[axis]
+        padded = image_CHW.index_select(axis, torch.arange(-radius, length + radius).clamp_(0, length - 1))
+        image_CHW = taps[0] * padded.narrow(axis, 0, length)
+        # Sums of shifted images: several times faster than conv2d with one channel.
+        for tap in range(1, len(taps)):
+            image_CHW.add_(padded.narrow(axis, tap, length), alpha=taps[tap])
+    return image_CHW
 
 
 def _visible(pair: Pair, matrix: Matrix, size: int) -> tuple[Pair, Matrix]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from repvgg.data.config import DataConfig, MaskAugment
+from repvgg.data.config import DataConfig, MaskAugment, is_mask_uri
 from repvgg.data.dataset import ImageData
 from repvgg.data.segmentation import SegmentationData
 from repvgg.data.sources import EvalSplit, check_splits, open_evaluation_source, open_source
-from repvgg.data.sources.masks import is_mask_uri, open_mask_evaluation_source, open_mask_source
+from repvgg.data.sources.masks import open_mask_evaluation_source, open_mask_source
 from repvgg.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
-from repvgg.data.config import MASK_SCHEMES, DataConfig, DataUri, parse_uri
+from repvgg.data.config import DataConfig, DataUri, is_mask_uri, parse_uri
 from repvgg.data.counter_rng import epoch_order
 from repvgg.data.decode import is_image_name
 from repvgg.data.label_sets import (
@@ -47,11 +47,6 @@ class MaskSource:
     notes: tuple[str, ...] = ()  # remarks for the user, a sentence each
 
 
-def is_mask_uri(uri: str) -> bool:
-    """Return whether a dataset URI names images with masks."""
-    return uri.partition(":")[0] in MASK_SCHEMES
-
-
 def open_mask_source(config: DataConfig, *, strict: bool = True) -> MaskSource:
     """Open the URIs of ``config``; the result has a training and a validation split.
 
@@ -79,7 +74,7 @@ def open_mask_source(config: DataConfig, *, strict: bool = True) -> MaskSource:
         source = replace(source, val=other.train if other.val is None else other.val, notes=notes)
     elif source.val is None:
         source = _with_val_split(source, config.uri)
-    source = _same_labels(source, config)
+    source = _same_labels(source, config, strict=strict and config.on_bad == "raise")
     return _checked(source, config) if strict else source
 
 
@@ -95,7 +90,7 @@ def open_mask_evaluation_source(config: DataConfig, split: EvalSplit | None = No
     source = _open(parse_uri(uri), config)
     if source.val is None and split in ("train", "val"):
         source = _with_val_split(source, uri)
-    source = _same_labels(source, config)
+    source = _same_labels(source, config, strict=config.on_bad == "raise")
     train, val = source.train, source.val
     if val is None:
         chosen, which = train, "all images"
@@ -338,8 +333,10 @@ def _with_val_split(source: MaskSource, uri: str) -> MaskSource:
     return replace(source, train=train, val=val, notes=(*source.notes, note))
 
 
-def _same_labels(source: MaskSource, config: DataConfig) -> MaskSource:
+def _same_labels(source: MaskSource, config: DataConfig, *, strict: bool) -> MaskSource:
     """Return a source whose splits have the same classes, counted in the masks where no file names them.
+
+    Masks that cannot be read are not counted, unless ``strict``.
 
     Raises:
         DataError: the classes differ, or a mask that has to be counted cannot be read.
@@ -354,7 +351,7 @@ def _same_labels(source: MaskSource, config: DataConfig) -> MaskSource:
     if named:
         labels = named[0]
     else:
-        number = 1 + max(largest_label(split, config.workers) for split in splits)
+        number = 1 + max(largest_label(split, config.workers, strict=strict) for split in splits)
         labels = numbered_labels(number, splits[0].labels.ignore_index)
         notes += (
             f"{config.uri!r} has no classes.txt: the masks hold labels up to {number - 1}, which gives {len(labels)} "
