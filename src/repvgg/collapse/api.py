@@ -17,6 +17,7 @@ from repvgg._calls import Inputs as GivenInputs
 from repvgg._contexts import gc_paused
 from repvgg.collapse.consistency import find_dependents
 from repvgg.collapse.cost import Cost, cheaper, policy_of
+from repvgg.collapse.graph_rewriter import copies_of_computed_tensors, deep_copy
 from repvgg.collapse.modules import (
     batch_norms,
     is_inside,
@@ -136,7 +137,7 @@ class _Result:
 def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Module, Report]:
     """Plan, apply, verify; exclude what failed and repeat, until everything that was replaced is verified."""
     check_model(model, "reparameterize")
-    model = unwrapped(model)
+    model = given = unwrapped(model)
     check_eval_mode(model)  # before anything is planned: the error names the module
     like = first_float(model)
     prove = prove and (like is None or not like.is_meta)  # a model without values cannot be run
@@ -147,6 +148,10 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     with preserved_random_state(), gc_paused():
         while True:
             plan = make_plan(current, options, current_excluded)
+            if current is given and any(scope.recording.writes_parameters for scope in plan.scopes):
+                # Each call would change the parameters of the user, in the proofs as well.
+                model = current = deep_copy(model, copies_of_computed_tensors(model), model)
+                continue
             if result is not None and plan.is_empty:
                 applied = Applied(result.plain, (), {})
             else:

@@ -122,6 +122,10 @@ class _Emitter:
     def _copy_node(self, node: fx.Node) -> None:
         if node in self.recording.opaque and node.op != "call_module":
             raise ReparamError(self.recording.opaque[node])
+        if node in self.recording.assigned:
+            own = {self.path, *self.inlined}
+            if any(self.recording.owner(user) not in own for user in node.users):
+                raise ReparamError("writes into a parameter that another forward reads")
         args, kwargs = self.mapped(node.args), self.mapped(node.kwargs)
         if node.target is assign_item:
             self.statements[node] = self.graph.call_function(operator.setitem, args, kwargs)

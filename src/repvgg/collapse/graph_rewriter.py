@@ -20,7 +20,7 @@ from torch.package.importer import sys_importer
 
 from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
-from repvgg.collapse.modules import is_inside, join
+from repvgg.collapse.modules import is_computed_attribute, is_inside, is_leaf, join
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in
@@ -182,7 +182,12 @@ class ForwardRewriter:
         named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         for path in self.removed:
             if path not in named and not self._is_read_elsewhere(join(self.host, path)):
-                _delete(self.module, path)
+                owner = path.rpartition(".")[0]
+                # What hooks of torch computed it from: nobody calls the module that has them.
+                is_computed = owner and is_computed_attribute(self.recording.module, join(self.host, path))
+                if is_computed and owner not in named and not self._is_read_elsewhere(join(self.host, owner)):
+                    path = owner
+                _delete(self.module, path, named)
         for name, conv in self.new.items():
             self.module.register_module(name, conv)
         for new in (self.module, *self.parts.values()):
@@ -204,15 +209,25 @@ class ForwardRewriter:
         for node in reversed(list(self.graph.nodes)):
             if node not in live:
                 self.graph.erase_node(node)
-                if node.op == "get_attr":
+                if node.op in ("get_attr", "call_module"):
                     self.removed.append(str(node.target))
+        for path in self.parts:  # what a caller put other tensors in place of
+            part = self.recording.module.get_submodule(path)
+            if is_leaf(part) and not self._is_read_elsewhere(path):
+                inner = path[len(self.host) + 1 :] if self.host else path
+                self.removed += [join(inner, name) for name in (*part._parameters, *part._buffers)]
+        for node, path in self.recording.assigned.items():  # nothing but the assignment names the parameter
+            is_own = self.recording.owner(node) in (self.host, *self.parts) and is_inside(path, self.host)
+            if is_own and self.node_of[node] not in live:
+                self.removed.append(path[len(self.host) + 1 :] if self.host else path)
 
     def _is_read_elsewhere(self, path: str) -> bool:
         """Whether code that stays reads a parameter, or calls a module."""
         own = {self.host, *self.parts}
         for node in self.recording.graph.nodes:
             if node.op == "get_attr" and is_inside(str(node.target), path):
-                if any(user.op != "output" and self.recording.owner(user) not in own for user in node.users):
+                readers = {self.recording.owner(user) for user in node.users if user.op != "output"} - own
+                if not all(is_inside(reader, path) for reader in readers):
                     return True
             elif node.op == "call_module" and node.target == path and self.recording.owner(node) not in own:
                 return True
@@ -237,8 +252,8 @@ def _host_of(recording: Recording, path: str, inlined: Collection[str]) -> str:
     return next(outer.path for outer in frame.stack() if outer.path not in inlined)
 
 
-def _delete(root: nn.Module, path: str) -> None:
-    """Delete a submodule or tensor, and the containers that are empty without it."""
+def _delete(root: nn.Module, path: str, called: Collection[str]) -> None:
+    """Delete a submodule or tensor, and the containers that are empty without it and not ``called``."""
     prefix, _, name = path.rpartition(".")
     try:
         owner = root.get_submodule(prefix)
@@ -247,5 +262,5 @@ def _delete(root: nn.Module, path: str) -> None:
     for entries in (owner._modules, owner._parameters, owner._buffers):
         entries.pop(name, None)
     vars(owner).pop(name, None)
-    if prefix and not any((owner._modules, owner._parameters, owner._buffers)):
-        _delete(root, prefix)
+    if prefix not in ("", *called) and not any((owner._modules, owner._parameters, owner._buffers)):
+        _delete(root, prefix, called)

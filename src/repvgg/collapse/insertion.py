@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import fx, nn
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
+from repvgg.collapse.modules import is_inside
+from repvgg.collapse.recording import Frame, Recording, constants_of, is_constant, leaves
 from repvgg.collapse.region import Absorbed, Region
+from repvgg.symbolic import things_in
 from repvgg.symbolic.handlers import numbers
 
 
@@ -25,12 +28,15 @@ class InsertionPoint:
         host: path of the module that it replaces, or whose forward calls it.
         rewritten: paths of the modules that get a new forward, or are inlined into that of their caller.
         inlined: the subset of them that is inlined.
+        whole: for a chain, path of a module whose forward runs the first convolution and nothing else: it becomes the
+            merged one.
     """
 
     kind: Literal["module", "chain", "call"]
     host: str
     rewritten: frozenset[str] = frozenset()
     inlined: frozenset[str] = frozenset()
+    whole: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,10 +49,24 @@ class Replacement:
 
 
 def frames_around(region: Region, recording: Recording) -> tuple[Frame, list[list[Frame]]]:
-    """Return the innermost frame around all steps of a region, and the frames from each step's own up to it."""
-    stacks = [list(recording.frame_of[step.node].stack()) for step in region.steps]
+    """Return the innermost frame around all steps of a region, and the frames from each step's own up to it.
+
+    Callers that compute a kernel and put it into a module belong to it: their code would overwrite the new one.
+    """
+    nodes = [*(step.node for step in region.steps), *_given_constants(region, recording)]
+    stacks = [list(recording.frame_of[node].stack()) for node in nodes]
     host = next(frame for frame in stacks[0] if all(frame in stack for stack in stacks))
     return host, [stack[: stack.index(host) + 1] for stack in stacks]
+
+
+def _given_constants(region: Region, recording: Recording) -> list[fx.Node]:
+    """Return the constants that other modules than the one that uses them, and those inside of it, compute."""
+    found: list[fx.Node] = []
+    for step in region.steps:
+        user = recording.frame_of[step.node]
+        computed = [n for n in constants_of(step.node) if n.op != "get_attr"]
+        found += [n for n in computed if user not in recording.frame_of[n].stack()]
+    return found
 
 
 def insertion_points(
@@ -59,28 +79,53 @@ def insertion_points(
     host, stacks = frames_around(region, recording)
     found: list[InsertionPoint] = []
     last = recording.frame_of[region.exit]  # inside the host: what stays of a chain may lie outside the module
-    whole = [frame for frame in last.stack() if _is_whole(region, frame) and may_replace(frame)]
+    whole = [frame for frame in last.stack() if _is_whole(region, recording, frame) and may_replace(frame)]
     if whole:
         found.append(InsertionPoint("module", whole[-1].path))
-    if region.layout_in_place is not None:
+    if region.layout_in_place is not None and not _given_constants(region, recording):
         functions = [step.node for step in region.steps if step.node.op != "call_module" and step.computes]
-        if functions and region.first_convolution is functions[0] and own_kernel(region, recording):
-            functions = functions[1:]
-        owner = recording.owner(region.first_convolution)
-        found.append(InsertionPoint("chain", owner, frozenset(recording.owner(node) for node in functions)))
+        owner, replaced = recording.owner(region.first_convolution), ""
+        if functions and region.first_convolution is functions[0]:
+            frame = recording.frame_of[functions[0]]
+            if own_kernel(region, recording):
+                functions = functions[1:]
+            elif _only_runs(functions[0], recording, frame) and may_replace(frame):
+                functions, replaced = functions[1:], frame.path
+        changed = frozenset(recording.owner(node) for node in functions)
+        found.append(InsertionPoint("chain", owner, changed, whole=replaced))
     elif region.value.symbol.is_convolution:
         rewritten = {frame.path for stack in stacks for frame in stack}
         found.append(InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path})))
     return found
 
 
-def _is_whole(region: Region, frame: Frame) -> bool:
-    """Whether a module computes the convolution of a region from its only input, and nothing else."""
-    read = region.read_by_convolution
-    if frame.kwargs or len(frame.args) != 1 or frame.args[0] is not read or frame.output is not region.exit:
+def _is_whole(region: Region, recording: Recording, frame: Frame) -> bool:
+    """Whether a module computes the convolution of a region from its only input, with constants of its own."""
+    is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] is region.read_by_convolution
+    nodes = {step.node for step in region.steps}.intersection(frame.nodes())
+    return is_of_input and frame.output is region.exit and _runs_nothing_else(nodes, recording, frame)
+
+
+def _only_runs(node: fx.Node, recording: Recording, frame: Frame) -> bool:
+    """Whether a module applies ``node`` to its only input, with constants of its own, and does nothing else."""
+    is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] in node.all_input_nodes
+    return is_of_input and frame.output is node and _runs_nothing_else({node}, recording, frame)
+
+
+def _runs_nothing_else(nodes: set[fx.Node], recording: Recording, frame: Frame) -> bool:
+    """Whether a module runs ``nodes`` and computes constants for them, from its own tensors only."""
+    ran = set(frame.nodes())
+    constants = {n for node in nodes for n in constants_of(node)}
+    if any(n not in ran for n in constants if n.op != "get_attr"):
         return False
-    inside = {step.node for step in region.steps}
-    return all(node in inside or is_constant(node) for node in frame.nodes())
+    read = [str(n.target) for n in constants if n.op == "get_attr"]
+    elsewhere = [attrgetter(path)(recording.module) for path in read if not is_inside(path, frame.path)]
+    if elsewhere:  # perhaps shared ones
+        parts = recording.module.get_submodule(frame.path).modules()
+        own = {id(t) for part in parts for t in things_in((part._parameters, part._buffers, vars(part)))}
+        if any(id(tensor) not in own for tensor in elsewhere):
+            return False
+    return all(n in nodes or is_constant(n) for n in ran)
 
 
 def _has_geometry(conv: ConvMap, given: dict[str, Any]) -> bool:

@@ -49,6 +49,13 @@ def computes_weights(part: nn.Module) -> bool:
     return old_style or torch.nn.utils.parametrize.is_parametrized(part)
 
 
+def is_computed_attribute(model: nn.Module, path: str) -> bool:
+    """Whether a tensor is one that hooks of torch compute from parameters, as the last call of the module left it."""
+    owner_path, _, name = path.rpartition(".")
+    owner = submodule_or_none(model, owner_path)
+    return owner is not None and name in vars(owner) and not is_scripted(owner) and computes_weights(owner)
+
+
 def inner_module(module: nn.Module) -> nn.Module | None:
     """Return the module inside a wrapper that only changes how it runs; None if it is no such wrapper."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

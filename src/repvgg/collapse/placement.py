@@ -96,6 +96,20 @@ class Placement:
             and any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
         }
 
+    @cached_property
+    def _with_readers(self) -> set[str]:
+        """Paths of modules that have a parameter which the code of another module reads, one that is not inside."""
+        found: set[str] = set()
+        for node in self.recording.graph.nodes:
+            if node.op == "get_attr":
+                readers = {self.recording.owner(user) for user in node.users if user.op != "output"}
+                path = str(node.target).rpartition(".")[0]
+                while path:
+                    if any(not is_inside(reader, path) for reader in readers):
+                        found.add(path)
+                    path = path.rpartition(".")[0]
+        return found
+
     def used_elsewhere(self, region: Region) -> set[nn.Module]:
         """Return the modules of a region that other code calls, or reads the parameters of."""
         paths = {path for path in region.called_modules if path in self._shared or path in self._read_by_others}
@@ -191,6 +205,8 @@ class Placement:
         part = self.recording.module.get_submodule(path)
         if path in self._shared or path in self.excluded or path in self.recording.changed or has_own_hooks(part):
             return False
+        if path in self._with_readers:
+            return False
         parameters = signature_of(part)
         if type(part) is nn.Sequential:
             return True
@@ -202,7 +218,7 @@ class Placement:
     def _why_not(self, region: Region, point: InsertionPoint) -> str | None:
         """Return why an insertion would change what some forward computes, or None."""
         first = region.first_convolution
-        changed = [*region.called_modules, *([str(first.target)] if first.op == "call_module" else [])]
+        changed = [*region.called_modules, *([str(first.target)] if first.op == "call_module" else [point.whole])]
         if point.kind == "chain" and any(path in self._shared for path in changed):
             return "it is used more than once"
         if point.kind == "chain" and any(path in self._read_by_others for path in changed):

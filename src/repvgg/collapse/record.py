@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from repvgg._calls import Call
+from repvgg.collapse.effects import Effects, tensors_of_leaf
 from repvgg.collapse.modules import (
     is_leaf,
     is_scripted,
@@ -51,6 +52,7 @@ from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked, tracked, untra
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item, shadow_of, things_in
 from repvgg.symbolic.shadow import own_state
+from repvgg.verify.execution import parameter_of
 
 _TORCH = (torch.__path__[0], __file__, sys.modules[tracked.__module__].__file__ or "")
 _PACKAGE = Path(__file__).parents[1]
@@ -76,6 +78,7 @@ _OPERATORS = {
     "__rtruediv__": operator.truediv,
     "__rmatmul__": operator.matmul,
 }
+_WRITING = {assign_item.__name__, *(_OPERATORS[name].__name__ for name in ("add_", "sub_", "mul_", "div_"))}
 
 
 class NeedsValuesError(ReparamError):
@@ -106,34 +109,48 @@ def record(
         Exception: whatever the code itself raises.
     """
     guard: Any = nullcontext if on_meta else preserved_random_state
-    for values in (False, True):
-        recorder = _Recorder(model, on_meta, forced, mode or {}, values)
+    values = copy_parameters = False
+    while True:
+        recorder = _Recorder(model, on_meta, forced, mode or {}, values, copy_parameters)
         vars(recorder.shadow).update(flags or {})
         with guard(), torch.inference_mode(False), torch.no_grad():
             recorder.modes = _modes()
             try:
                 recording = recorder.run(call)
             except Exception:
-                if not recorder.left_out:
+                if not (recorder.left_out or recorder.writes_parameter):
                     raise
             else:
-                # The code may have caught the error that says so.
-                if not recorder.needs_values:
+                # The code may have caught the errors that say so.
+                if not (recorder.needs_values or recorder.writes_parameter):
                     return recording
             finally:
                 recorder.release()
-    raise AssertionError("a run with all values needs no values")
+        if recorder.writes_parameter:
+            copy_parameters = True
+        else:
+            values = True
+
+
+class _WritesParameterError(Exception):
+    """The code is about to write to the memory of a parameter of the model."""
 
 
 class _Recorder(TorchFunctionMode):
     """Runs a structural copy of a model and records its functions."""
 
     def __init__(
-        self, model: nn.Module, on_meta: bool, forced: Sequence[bool], mode: Mapping[str, bool], values: bool
+        self,
+        model: nn.Module,
+        on_meta: bool,
+        forced: Sequence[bool],
+        mode: Mapping[str, bool],
+        values: bool,
+        copy_parameters: bool,
     ) -> None:
         super().__init__()
         self.values = values or on_meta  # whether convolutions are computed
-        self.left_out = self.needs_values = False
+        self.left_out = self.needs_values = self.writes_parameter = False
         self.model, self.on_meta, self.forced = model, on_meta, list(forced)
         self.graph = fx.Graph()
         self.frame_of: dict[fx.Node, Frame] = {}
@@ -152,13 +169,16 @@ class _Recorder(TorchFunctionMode):
         self.numbers: dict[tuple[Any, ...], fx.Node] = {}
         self.device_of: dict[Any, fx.Node] = {}
         self.own_devices: dict[torch.device, list[str]] = {}
+        self.assigned: dict[fx.Node, str] = {}
+        self.tensors_of: dict[nn.Module, list[Tensor | None]] = {}
+        self.copy_parameters = copy_parameters
         self.shadow = self._make_shadow(mode)
 
     # The structural copy
 
     def _make_shadow(self, mode: Mapping[str, bool]) -> nn.Module:
-        convert = (lambda t: t.to(_META)) if self.on_meta else (lambda t: t)
-        shadow = shadow_of(self.model, convert, training=False)
+        shadow = shadow_of(self.model, self._own_tensor, training=False)
+        self.parameter_memory = {storage_of(parameter) for parameter in self.model.parameters()} - {None}
         self.paths: dict[int, tuple[Any, str]] = {}
         originals = dict(self.model.named_modules())
         for path, part in list(shadow.named_modules()):
@@ -175,7 +195,18 @@ class _Recorder(TorchFunctionMode):
                         if self.on_meta and not value.is_meta:  # integers, which shadows share
                             value = store[name] = value.to(_META)
                         self.paths.setdefault(id(value), (value, join(path, name)))
+            if is_leaf(originals[path]):
+                self.tensors_of[part] = tensors_of_leaf(part)
         return shadow
+
+    def _own_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of the copy: a parameter shares its memory, but may be given other data."""
+        if self.on_meta:
+            return tensor.to(_META)
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        data = tensor.detach().clone() if self.copy_parameters else tensor.detach()
+        return parameter_of(data, tensor)
 
     def _wrap(self, path: str, part: nn.Module, original: nn.Module) -> None:
         # The hooks of users would see our inputs; those of torch's own utilities compute weights.
@@ -188,8 +219,8 @@ class _Recorder(TorchFunctionMode):
         forward = vars(original).get("forward")
         if forward is None or getattr(forward, "__self__", None) is original:
             forward = vars(part).get("forward") or MethodType(type(part).forward, part)
-        method = self._leaf if is_leaf(original) else self._call
-        vars(part)["forward"] = partial(method, path, forward)
+        record_call = partial(self._leaf, part) if is_leaf(original) else self._call
+        vars(part)["forward"] = partial(record_call, path, forward)
 
     def _enclose(self, shadow: nn.Module, path: str, scripted: nn.Module) -> None:
         """Let calls of a compiled script be recorded as those of a leaf."""
@@ -197,7 +228,7 @@ class _Recorder(TorchFunctionMode):
         owner = submodule_or_none(shadow, owner_path)
         if path and owner is not None and not isinstance(owner, _Scripted) and not is_scripted(owner):
             own = owner._modules[name] = _Scripted(scripted)
-            vars(own)["forward"] = partial(self._leaf, path, scripted)
+            vars(own)["forward"] = partial(self._leaf, own, path, scripted)
 
     def run(self, call: Call) -> Recording:
         """Run the call and return its recording."""
@@ -208,7 +239,7 @@ class _Recorder(TorchFunctionMode):
             raise ReparamError("there is no Python forward to record")
         parts = [(p, part) for p, part in self.shadow.named_modules() if not is_scripted(part)]
         before = {path: own_state(part) for path, part in parts}
-        original = vars(module)["forward"].args[1]
+        original = vars(module)["forward"].args[-1]
         try:
             with self:
                 output = original(*args, **kwargs)
@@ -218,8 +249,16 @@ class _Recorder(TorchFunctionMode):
             raise
         self.root.output = self._nodes_of(output)
         self.paused = True
+        mark_constants(self.graph)
+        effects = Effects(self)
+        changed, constant = effects.changed(before)
+        effects.check_assignments()
+        if (constant or self.assigned) and self.left_out:
+            self.needs_values = True  # to compare with another call
+        elif (constant or self.assigned) and not effects.same_again(original, call, output):
+            constant = set()
+            effects.refuse_assignments()
         del args, kwargs, output
-        changed = {path for path, part in parts if before[path] != own_state(part)}
         self._find_stored()
         self.graph.output(leaves(self.root.output))
         self._drop_unused_numbers()
@@ -231,10 +270,12 @@ class _Recorder(TorchFunctionMode):
             frame_of=self.frame_of,
             escaped=self.escaped,
             opaque=self.opaque,
-            changed=frozenset(changed),
+            changed=frozenset(changed - constant),
+            assigned=dict(self.assigned),
             decisions=tuple(self.decisions),
             own_devices=self.own_devices,
             on_meta=self.on_meta,
+            writes_parameters=self.copy_parameters,
         )
 
     def release(self) -> None:
@@ -280,11 +321,30 @@ class _Recorder(TorchFunctionMode):
             frame.output = self._nodes_of(output)
         return output
 
-    def _leaf(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _leaf(self, part: nn.Module, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.paused:
             return forward(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return self._run("call_module", path, forward, args, kwargs)
+            if not self._has_other_tensors(part):
+                return self._run("call_module", path, forward, args, kwargs)
+        if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and part.running_mean is not None:
+            forward = partial(_normalize, part)
+        return self._call(path, forward, *args, **kwargs)
+
+    def _has_other_tensors(self, part: nn.Module) -> bool:
+        """Whether a leaf computes with other tensors than a call of the original by itself would."""
+        if any(is_torch_utility(hook) for hook in part._forward_pre_hooks.values()):
+            # They compute a weight; a direct call of forward reads the one of the last call.
+            return any(isinstance(value, Tensor) and self._is_own(value) for value in vars(part).values())
+        now, before = tensors_of_leaf(part), self.tensors_of.get(part, [])
+        return len(now) != len(before) or any(
+            value is not old or (self.assigned and self._is_assigned(value))
+            for value, old in zip(now, before, strict=True)
+        )
+
+    def _is_assigned(self, value: Tensor | None) -> bool:
+        held, node = self.known.get(id(value), (lambda: None, None))
+        return node in self.assigned and held() is value
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -296,6 +356,8 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._read(func, args[0])
+        if name == "__set__" and func.__self__ is Tensor.data:  # type: ignore[attr-defined]
+            return self._assign_data(*args)
         if name in _MODE_SWITCHES:
             self.frame.caveats.append("switches autograd or autocast")
             return func(*args, **kwargs)
@@ -327,6 +389,11 @@ class _Recorder(TorchFunctionMode):
         tensors = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
         versions = [None if value.is_inference() else value._version for value in tensors]
         name = getattr(target, "__name__", str(target))
+        if tensors and not (self.copy_parameters or self.on_meta) and _writes(name, kwargs):
+            written_to = kwargs.get("out", tensors[0])
+            if any(isinstance(v, Tensor) and storage_of(v) in self.parameter_memory for v in leaves(written_to)):
+                self.writes_parameter = True
+                raise _WritesParameterError
         if any(isinstance(value, Unknown) for value in leaves((args, kwargs))):
             node = self._node(op, target, *given)
             node.meta["unknown"] = True
@@ -357,6 +424,14 @@ class _Recorder(TorchFunctionMode):
             node.meta["own"] = True
         self._bind_result(result, node)
         return result
+
+    def _assign_data(self, target: Tensor, value: Tensor) -> None:
+        """Assign to ``target.data``: from here on, the tensor is that of ``value``."""
+        _, path = self.paths.get(id(target), (None, "")) if self._is_own(target) else (None, "")
+        node = self._node("call_function", getattr, (self._node_of(value), "data"), {})
+        self._without_recording(setattr, target, "data", value)
+        self._bind(target, node)
+        self.assigned[node] = path
 
     def _left_out(self, forward: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Return the output of a layer without its values; None if it has to be computed."""
@@ -602,6 +677,20 @@ class _Recorder(TorchFunctionMode):
 def _is_own(node: fx.Node) -> bool:
     """Whether a node's tensor is a parameter, buffer or attribute of the model, as it was before the call."""
     return node.op == "get_attr" or "own" in node.meta
+
+
+def _normalize(norm: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+    """Do what a batch norm with running statistics does in eval mode, without a branch on its input."""
+    with torch._C.DisableTorchFunction():
+        norm._check_input_dim(input)
+    mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return torch.nn.functional.batch_norm(input, mean, variance, weight, bias, False, 0.0, norm.eps)
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function writes to its first argument, or to ``out``, by its name."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _WRITING or kwargs.get("out") is not None
 
 
 class _Scripted(nn.Module):

@@ -101,10 +101,13 @@ class Recording:
         frame_of: the frame whose code ran a node.
         escaped: nodes whose tensors code may read that the recording does not show, with the reason.
         opaque: nodes that must stay as they are, with the reason.
-        changed: paths of the modules whose attributes the call changed.
+        changed: paths of the modules whose attributes the call changed, other than to constants.
         decisions: those that another call can force: of the root's own code, or on an unknown argument.
         own_devices: for a device, the paths of the parameters and buffers that a forward read it from.
         on_meta: whether it ran on meta tensors.
+        assigned: nodes whose tensor the forward assigned to ``.data`` of a parameter, with its path. It is a constant,
+            and read under this name from there on; or the node is opaque.
+        writes_parameters: whether the forward writes to the memory of parameters.
     """
 
     module: nn.Module
@@ -117,6 +120,8 @@ class Recording:
     decisions: tuple[Decision, ...]
     own_devices: dict[torch.device, list[str]]
     on_meta: bool
+    assigned: dict[fx.Node, str] = field(default_factory=dict)
+    writes_parameters: bool = False
 
     def owner(self, node: fx.Node) -> str:
         """Return the path of the module whose forward ran ``node``."""
@@ -153,6 +158,18 @@ def is_constant(node: fx.Node) -> bool:
         )
         node.meta["constant"] = known and getattr(node.target, "__name__", node.target) not in RANDOM
     return bool(node.meta["constant"])
+
+
+def constants_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the constants that a node is computed from, itself excepted."""
+    waiting = [n for n in node.all_input_nodes if is_constant(n)]
+    found: set[fx.Node] = set()
+    while waiting:
+        constant = waiting.pop()
+        if constant not in found:
+            found.add(constant)
+            waiting += constant.all_input_nodes
+            yield constant
 
 
 def unrecorded() -> Any:

@@ -128,7 +128,7 @@ class _PlanApplier:
         for found in scope.regions.merged:
             self._replace_region(scope, found, rewriters, absorbed)
         for found in scope.regions.scaled:
-            self._scale_transposed(scope, found.region, rewriters)
+            self._scale_transposed(scope, found, rewriters)
         for found in scope.regions.absorbed:
             self._remove(scope, found.region.exit, found.region.source, rewriters)
         # While the rewriters copy their state, absorbed modules count as copied, or their weights would be copied.
@@ -176,7 +176,7 @@ class _PlanApplier:
             name = point.host
             self.substitute(host, _with_attributes_of(host, conv))
         elif point.kind == "chain":
-            name = self._insert_in_place(scope, region, conv, rewriters)
+            name = self._insert_in_place(scope, found, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
             name = rewriter.insert_call(conv, region.source, region.replaced)
@@ -192,8 +192,9 @@ class _PlanApplier:
         folded = [scope.module.get_submodule(path) for norm in norms for path in norm.called_modules]
         self.done.append(Replaced(entry, self.taken_by.get(conv, conv), [*(modules or [host]), *folded]))
 
-    def _scale_transposed(self, scope: Scope, region: Region, rewriters: dict[str, ForwardRewriter]) -> None:
+    def _scale_transposed(self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
+        region = found.region
         path = str(region.source.target)
         old: Any = scope.module.get_submodule(path)
         modules = [old, *map(scope.module.get_submodule, region.called_modules)]
@@ -210,7 +211,7 @@ class _PlanApplier:
         if proof.failure:
             self._fail(modules, proof)
             return
-        self._insert_in_place(scope, region, new, rewriters)
+        self._insert_in_place(scope, found, new, rewriters)
         steps = [part_of_step(scope.module, step) for step in region.steps if step.computes]
         before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
         # Per input pixel, every weight of a transposed convolution is used once, whatever its stride.
@@ -228,9 +229,10 @@ class _PlanApplier:
         self.done.append(Replaced(entry, new, modules))
 
     def _insert_in_place(
-        self, scope: Scope, region: Region, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
+        self, scope: Scope, found: Replacement, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
     ) -> str:
         """Put the convolution where the first one was, and identities where the others were; return its path."""
+        region, whole = found.region, found.insertion.whole
         target, before, name = region.first_convolution, region.source, ""
         nodes = [(step.node, step.computes) for step in region.steps]
         for node, computes in [(target, True), *nodes] if target is before else nodes:
@@ -238,6 +240,9 @@ class _PlanApplier:
                 name = str(node.target)
                 module = scope.module.get_submodule(name)
                 self.substitute(module, _with_attributes_of(module, conv))
+            elif node is target and whole:
+                name, old = whole, scope.module.get_submodule(whole)
+                self.substitute(old, _with_attributes_of(old, conv))
             elif computes and node is target and own_kernel(region, scope.recording) is not None:
                 name = scope.recording.owner(node)
                 old = scope.module.get_submodule(name)

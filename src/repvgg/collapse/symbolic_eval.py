@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.evaluator import Evaluator, meta_tensor, recorded_number
-from repvgg.collapse.modules import computes_weights, is_leaf
+from repvgg.collapse.modules import computes_weights, is_computed_attribute, is_leaf
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.region import Step, Value
 from repvgg.errors import NotLinearError, ReparamError
@@ -157,7 +157,7 @@ class SymbolicValues:
 
     def _visit(self, node: fx.Node) -> None:
         # A clobbered tensor is no constant: a write changes it while the graph runs.
-        if node.op == "get_attr" and node not in self._aliasing.clobbered:
+        if node.op == "get_attr" and is_constant(node) and node not in self._aliasing.clobbered:
             self.constants[node] = self._evaluator.constant(node)
         if (number := recorded_number(node)) is not None:
             self.constants[node] = number
@@ -168,7 +168,7 @@ class SymbolicValues:
         try:
             if not inputs:
                 self.constants[node] = self._constant(node)
-            else:
+            elif not is_constant(node):  # of a tensor that a write changes while the graph runs
                 self._evaluate(node, inputs)
         except ReparamError as error:
             self.reasons.setdefault(node, str(error))
@@ -233,6 +233,9 @@ class SymbolicValues:
         """Whether the kernel of a convolution is computed from other parameters in each call."""
         if node.op == "call_module":
             return computes_weights(self._modules[str(node.target)])
+        attributes = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        if any(is_computed_attribute(self.recording.module, path) for path in attributes):
+            return True
         computed = [n for n in node.all_input_nodes if n in self.constants and n.op.startswith("call")]
         read = {n for made in computed for n in _parameters_of(made)}
         before = sum(self.constants[n].numel() for n in read)

@@ -24,7 +24,7 @@ from repvgg._calls import Call, signature_of
 from repvgg.collapse.code import code_facts, flags_read
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
-from repvgg.collapse.recording import Frame, Recording, leaves, map_values
+from repvgg.collapse.recording import Frame, Recording, constants_of, is_constant, leaves, map_values
 from repvgg.collapse.region import Region
 from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import first_float
@@ -328,6 +328,8 @@ class _Match:
         # Steps that are read outside, by a part of the region that is not to be found here, may have other readers.
         self.ends = {end, *(n for n in steps if any(u not in self.inside and not is_number(u) for u in n.users))}
         self.keys = {node: _step_key(node, "") for node in steps}
+        computed = {n for node in steps for n in constants_of(node) if n.op != "get_attr"}
+        self.constants = {_step_key(n, "") for n in computed}
 
     def holds(self, index: _Index) -> bool:
         """Whether a call runs all of the steps together, any number of times."""
@@ -337,6 +339,8 @@ class _Match:
         owned = set[Any]().union(*(_names(self.keys[node]) for node in anchors))
         owned -= {("module", path) for path in self.unchanged}
         touching = {node for name in owned for node in index.by_name.get(name, ())}
+        # What the kernels of the region are computed from.
+        touching -= {node for key in self.constants for node in index.by_key.get(key, ()) if is_constant(node)}
         first = next(node for node in self.steps if node in anchors)
         found: set[fx.Node] = set()
         for start in index.by_key.get(self.keys[first], ()):

@@ -72,15 +72,23 @@ def _border_image(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.where(inside, x_NCHW, _BORDER_GAIN * x_NCHW)
 
 
+def parameter_of(data: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with this data, else as ``like``; assigning to its ``data`` leaves ``like`` as it is."""
+    own: nn.Parameter = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
+    vars(own).update(vars(like))
+    return own
+
+
 def structural_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode that shares the parameters, and nothing else, with the model.
+    """Return a copy in eval mode that shares the memory of the parameters, and nothing else, with the model.
 
     A forward may write to buffers and attributes of the copy without changing the model, and another thread may run
     the model meanwhile. Parts that ``torch.compile`` made are as they were before. A model that cannot be copied is
     returned itself.
     """
     # The memo of a copy holds what each object is replaced by.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    lazy = nn.parameter.is_lazy
+    memo: dict[int, Any] = {id(p): p if lazy(p) else parameter_of(p.detach(), p) for p in model.parameters()}
     for part in model.modules():
         computed = (value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value for value in computed}  # PyTorch copies leaves only
