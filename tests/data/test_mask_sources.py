@@ -130,6 +130,16 @@ def test_files_that_do_not_fit_together(folder):
         open_data(DataConfig(f"masks:{folder}"))
 
 
+def test_single_split_says_once_what_is_left_out(tmp_path):
+    write_masks(tmp_path, 4)
+    (tmp_path / "labels" / "003.png").rename(tmp_path / "labels" / "004.png")
+    notes = open_data(DataConfig(f"masks:{tmp_path}?classes=4", on_bad="skip", train_size=8)).notes
+    assert [note.split(":")[0] for note in notes[1:]] == [
+        "Left out, because it has no mask",
+        "Not used, because it is a mask without an image",
+    ]
+
+
 def test_jpeg_masks_are_refused(folder):
     noise(1, (4, 2)).save(folder / "train" / "labels" / "a.jpg")
     (folder / "train" / "labels" / "a.png").unlink()

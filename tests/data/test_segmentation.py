@@ -111,6 +111,14 @@ def test_validation_batches_are_whole_images(folder):
         assert_close(torch.cat([masks for rank in ranks for _, masks in rank]), masks, atol=0, rtol=0)
 
 
+def test_prepared_images_map_back_to_pixels(folder):
+    data = opened(folder)
+    pixels = data.val_example(0).pixels
+    normalized = data.prepare(pixels[None])
+    assert_close(normalized[0, 0], (pixels[0] / 255 - 0.485) / 0.229)
+    assert_close(data.to_pixels(normalized)[0], pixels / 255)
+
+
 def test_validation_batches_end_where_the_size_changes(tmp_path):
     write_masks(tmp_path / "train", 2)
     write_masks(tmp_path / "val", 3, size=(24, 20))

@@ -138,11 +138,7 @@ class ImageData:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Map normalized images (…, C, H, W) back to pixels in [0, 1], for display."""
-        mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return (images * std + mean).clamp(0, 1)
+        return denormalized(images, self.mean, self.std)
 
     # Former names.
     held_out_batches = val_batches
@@ -261,6 +257,14 @@ class Normalize(nn.Module):
             return x_NCHW
         # In place on the fresh float32 tensor; this order of operations is bitwise torchvision's.
         return x_NCHW.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+def denormalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Map normalized images (…, C, H, W) back to pixels in [0, 1]."""
+    shift, scale = (
+        torch.tensor(values, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for values in (mean, std)
+    )
+    return (images * scale + shift).clamp(0, 1)
 
 
 def per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, Augment, DataConfig
-from repvgg.data.dataset import Normalize, per_channel
+from repvgg.data.dataset import Normalize, denormalized, per_channel
 from repvgg.data.decode import CorruptImage, CorruptImageLog
 from repvgg.data.label_sets import IGNORED
 from repvgg.data.loaders import LoadedBatch, RankShard, TrainLoader, ValLoader
@@ -126,11 +126,7 @@ class SegmentationData:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Map normalized images (…, C, H, W) back to pixels in [0, 1], for display."""
-        mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return (images * std + mean).clamp(0, 1)
+        return denormalized(images, self.mean, self.std)
 
 
 def _check_config(config: DataConfig) -> None:

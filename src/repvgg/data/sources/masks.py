@@ -366,7 +366,8 @@ def _checked(source: MaskSource, config: DataConfig) -> MaskSource:
     notes = source.notes
     for split, uri in ((source.train, config.uri), (source.val, config.val or config.uri)):
         notes += _require_masks(split, uri, config.on_bad)
-    return replace(source, notes=notes)
+    # The parts of a single split both carry its images without masks.
+    return replace(source, notes=tuple(dict.fromkeys(notes)))
 
 
 def _require_masks(split: MaskSplit, uri: str, on_bad: str) -> tuple[str, ...]:
