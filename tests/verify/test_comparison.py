@@ -98,6 +98,19 @@ def test_other_padding_mode_fails(mode):
     assert evidence.relative > 1e-2
 
 
+def test_a_candidate_that_changes_the_reference_does_not_widen_the_tolerance():
+    reference = conv_bn_relu(3, 4)
+    trained_like(reference)
+
+    def candidate(x: Tensor) -> Tensor:
+        reference[1].running_mean.add_(1.0)  # as a batch norm in training mode changes it, but more
+        return 1.5 * reference[2](reference[1](F.conv2d(x, reference[0].weight, padding=1)))
+
+    evidence = verify(reference, candidate, IMAGES)
+    assert not evidence.passed
+    assert evidence.reference_error < 1e-5
+
+
 def test_zero_padding_before_a_batch_norm_fails():
     bn, conv = trained_like(nn.BatchNorm2d(2)).eval(), nn.Conv2d(2, 2, 3, padding=1, bias=False)
     scale = bn.weight / (bn.running_var + bn.eps).sqrt()

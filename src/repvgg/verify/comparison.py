@@ -219,8 +219,9 @@ class Comparison:
 
     def evidence(self, tolerance: float | None, notes: Sequence[str] = ()) -> Evidence:
         """Compare, and measure what explains the error."""
-        problems = self.problems()
+        # All runs of the reference come first: a candidate that writes to its buffers must not widen the tolerance.
         own = self.own_errors()
+        problems = self.problems()
         outputs = self._outputs(tolerance, own)
         worst = max(outputs, key=lambda one: one.excess)
         reference_error = own[worst.name].relative if worst.name in own else None
