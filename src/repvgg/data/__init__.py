@@ -17,8 +17,9 @@ if TYPE_CHECKING:
         list_images,
         read_images,
         read_usable_images,
+        read_whole_image,
     )
-    from repvgg.data.decode import CorruptImageLog
+    from repvgg.data.decode import CorruptImage, CorruptImageLog
     from repvgg.data.loaders import TrainLoader, ValLoader
     from repvgg.data.mask_check import MaskReport, check_masks
     from repvgg.data.opening import open_data, open_evaluation_data, open_image_data, open_image_evaluation_data
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "CheckReport": "check",
+    "CorruptImage": "decode",
     "CorruptImageLog": "decode",
     "ImageData": "dataset",
     "MaskExample": "segmentation",
@@ -46,6 +48,7 @@ _LAZY = {
     "open_image_evaluation_data": "opening",
     "read_images": "dataset",
     "read_usable_images": "dataset",
+    "read_whole_image": "dataset",
 }
 _ALIASES = {"BadImages": "CorruptImageLog", "HeldOutLoader": "ValLoader", "OpenedData": "ImageData"}  # former names
 
@@ -54,6 +57,7 @@ __all__ = [
     "Augment",
     "BadImages",
     "CheckReport",
+    "CorruptImage",
     "CorruptImageLog",
     "DataConfig",
     "HeldOutLoader",
@@ -75,6 +79,7 @@ __all__ = [
     "open_image_evaluation_data",
     "read_images",
     "read_usable_images",
+    "read_whole_image",
 ]
 
 

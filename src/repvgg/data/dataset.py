@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from repvgg.data.decode import CorruptImage, CorruptImageLog, decode, is_image_name
+from repvgg.data.decode import CorruptImage, CorruptImageLog, decode, is_image_name, to_channels
 from repvgg.data.loaders import RankShard, TrainLoader, ValLoader
 from repvgg.data.map_style import (
     CachedImages,
@@ -28,7 +28,7 @@ from repvgg.data.map_style import (
 )
 from repvgg.data.splits import IterableSplit, MapSplit, Source, Split, TensorSplit, num_images
 from repvgg.data.streaming import StreamDataset, StreamTrainLoader, StreamValLoader
-from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop
+from repvgg.data.transforms import BatchTransforms, CenterCrop, Crop, PolicyTransform, RandomResizedCrop, pixels_of
 from repvgg.errors import DataError, UsageError
 
 Shape = tuple[int, int, int]
@@ -328,6 +328,30 @@ def read_images(files: Sequence[Path], config: DataConfig, size: int, channels: 
     return images
 
 
+def read_whole_image(path: Path, config: DataConfig, channels: int) -> tuple[Tensor, Tensor] | CorruptImage:
+    """Read an image as a segmentation network takes it: in its own size.
+
+    Args:
+        path: the file.
+        config: supplies mean and std (default: ImageNet's).
+        channels: 1 or 3.
+
+    Returns:
+        The pixels (C, H, W) uint8, and the same normalized, (1, C, H, W) in float32; or what is wrong with the file.
+    """
+    image = decode(path, str(path))
+    converted = image if isinstance(image, CorruptImage) else to_channels(image, channels, str(path))
+    if isinstance(converted, CorruptImage):
+        return converted
+    pixels = pixels_of(converted)
+    return pixels, _normalization(config, channels)(pixels[None])
+
+
+def _normalization(config: DataConfig, channels: int) -> Normalize:
+    mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
+    return Normalize(per_channel("mean", mean, channels), per_channel("std", std, channels))
+
+
 def read_usable_images(
     files: Sequence[Path], config: DataConfig, size: int, channels: int
 ) -> tuple[Tensor, list[Path], list[CorruptImage]]:
@@ -346,7 +370,7 @@ def read_usable_images(
         else:
             pixels.append(cropped)
             usable.append(path)
-    mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
-    normalize = Normalize(per_channel("mean", mean, channels), per_channel("std", std, channels))
-    images: Tensor = normalize(torch.stack(pixels)) if pixels else torch.zeros(0, channels, size, size)
+    images: Tensor = (
+        _normalization(config, channels)(torch.stack(pixels)) if pixels else torch.zeros(0, channels, size, size)
+    )
     return images, usable, corrupt
