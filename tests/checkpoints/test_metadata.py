@@ -48,6 +48,7 @@ def test_unreadable_headers(tmp_path, header):
         *(("recipe", value) for value in ("x", [1], 5)),
         *(("metrics", value) for value in ([0.5], {"top1": "high"}, 5)),
         ("version", 3),
+        *(("palette", value) for value in ([[0, 0, 0]], [[0, 0], [1, 1]], [[0, 0, 256]] * 2, [["a", 1, 2]] * 2)),
     ],
 )
 def test_invalid_fields(tmp_path, field, value):

@@ -128,7 +128,7 @@ def test_missing_fields_take_their_defaults(tmp_path):
     ("text", "message"),
     [
         ("epoch: 3", "has no field 'epoch': there are accelerator, auxiliary_weight"),
-        ("optim: {rate: 1}", ": optim has no field 'rate': there are clip, custom_l2, decay, lr, lr_batch"),
+        ("optim: {rate: 1}", ": optim has no field 'rate': there are clip, custom_l2, decay, head_lr, lr"),
         ("data: {augment: {flips: 1}}", ": data: augment has no field 'flips'"),
         ("epochs: three", ": epochs has to be of type int, not 'three'."),
         ("epochs: true", ": epochs has to be of type int, not True."),
@@ -187,6 +187,8 @@ def test_unknown_recipe():
         {"clip": 0.0},
         {"lr_batch": 0},
         {"norm_bias_lr": 0.0},
+        {"head_lr": 0.0},
+        {"schedule": "step"},
     ],
 )
 def test_optim_config_rejects_invalid_values(invalid):
@@ -211,11 +213,17 @@ def test_optim_config_rejects_invalid_values(invalid):
         {"save_steps": -1},
         {"expand": True},
         {"epochs": 3, "optim": OptimConfig(warmup_epochs=3)},
+        {"data": DataConfig("masks:street"), "batch_size": 0},
+        {"data": DataConfig("masks:street"), "mixup": 0.2},
     ],
 )
 def test_train_config_rejects_invalid_values(invalid):
     with pytest.raises(UsageError):
         TrainConfig(**({"epochs": 5, "batch_size": 8} | invalid))
+
+
+def test_images_with_masks_train_one_at_a_time():
+    assert TrainConfig(data=DataConfig("cityscapes:street"), batch_size=1).batch_size == 1
 
 
 def test_quickstart_takes_a_seed():

@@ -142,6 +142,12 @@ def test_synchronized_norms_use_the_global_batch(two_ranks):
         assert_close(found["buffers"], expected["buffers"])
 
 
+def test_a_confusion_matrix_is_summed_over_ranks(two_ranks):
+    """Rank 0 has pixels (true 0, predicted 0) and (0, 1), rank 1 has (0, 1) and an ignored one."""
+    for found in two_ranks:
+        assert found["confusion"].tolist() == [[1, 2], [0, 0]]
+
+
 def test_norms_are_restored():
     model = tiny()
     model.extra = nn.ModuleList([model.stem.conv.dense.bn, nn.SyncBatchNorm(3)])  # a shared norm, and a user's own

@@ -7,12 +7,14 @@ import torch
 from torch.testing import assert_close
 
 from repvgg.collapse import is_plain, reparameterize
+from repvgg.data import open_data
 from repvgg.errors import CheckpointError, UnknownModelError, UsageError
-from repvgg.models import create_model, describe_model, load, save
+from repvgg.models import create_model, describe_model, load, registry, resolve, save
 from repvgg.training import fit, seeded
 from repvgg.training.initial_model import build_initial_model
 from tests.bn_statistics import trained_like
 from tests.training.helpers import CONFIG, fingerprint, opened
+from tests.training.masks import SPEC, config_of, make_masks
 
 CLASSES = ("0", "1", "2", "3")  # of the data
 
@@ -117,3 +119,52 @@ def test_unsuitable_checkpoints_are_rejected(checkpoints):
         build_initial_model(
             replace(CONFIG, model="repvgg_a0", init=str(checkpoints / "same-train.safetensors")), opened()
         )
+
+
+@pytest.fixture
+def tiny_network(monkeypatch):
+    monkeypatch.setitem(registry.PSPNETS, SPEC.name, SPEC)
+    monkeypatch.setitem(registry.ARCHITECTURES, SPEC.name, SPEC)
+
+
+def segmenter(uri, checkpoint, **changes):
+    config = config_of(uri, init=str(checkpoint), **changes)
+    return build_initial_model(config, open_data(config.data))
+
+
+def test_a_segmentation_network_takes_the_backbone_of_a_classifier(tiny_network, checkpoints, tmp_path):
+    """In the train form as it is; a plain one is expanded into branches that compute the same."""
+    uri = make_masks(tmp_path / "shapes")
+    path = checkpoints / "same-train.safetensors"
+    trained, classifier = segmenter(uri, path), load(path).model
+    assert trained.notes == (f"the backbone starts from {path}, repvgg_t0 in the train form; the heads are new",)
+    for name, value in trained.model.backbone.state_dict().items():
+        assert_close(value, classifier.state_dict()[name], rtol=0, atol=0)
+    x = torch.randn(2, 3, 33, 33)
+    features = classifier.eval().features(x)[-1]
+    assert_close(trained.model.eval().backbone.features(x)[-1], features)
+    expanded = segmenter(uri, checkpoints / "same-plain.safetensors")
+    assert expanded.notes[1].startswith("expanded 7 convolutions into branches")
+    assert not is_plain(expanded.model)
+    assert_close(expanded.model.eval().backbone.features(x)[-1], features, rtol=1e-3, atol=1e-4)
+    heads = [fingerprint(one.model.head) for one in (trained, expanded, segmenter(uri, path))]
+    assert heads[0] == heads[2]  # seeded
+
+
+def test_backbones_that_do_not_fit_are_rejected(tiny_network, checkpoints, tmp_path):
+    uri = make_masks(tmp_path / "shapes")
+    with pytest.raises(UsageError, match="has its branches already"):
+        segmenter(uri, checkpoints / "same-train.safetensors", expand=True)
+    with pytest.raises(CheckpointError, match="is a checkpoint of repvgg_t0, not of repvgg_a0"):
+        segmenter(uri, checkpoints / "same-train.safetensors", model="pspnet_repvgg_a0")
+    with pytest.raises(UsageError, match="has masks, but repvgg_t0 is a classifier"):
+        segmenter(uri, checkpoints / "same-train.safetensors", model="")
+
+
+def test_a_resnet_backbone_starts_from_torchvisions_names(tmp_path):
+    uri = make_masks(tmp_path / "shapes")
+    resnet = resolve("torchvision:resnet18", num_classes=7).model
+    torch.save(trained_like(resnet).state_dict(), tmp_path / "resnet18.pth")
+    initial = segmenter(uri, tmp_path / "resnet18.pth", model="pspnet_resnet18")
+    for name, value in initial.model.backbone.state_dict().items():
+        assert_close(value, resnet.state_dict()[name], rtol=0, atol=0)

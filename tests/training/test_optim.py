@@ -140,6 +140,12 @@ def test_learning_rate_equals_its_formula():
     assert factors[10] == pytest.approx(0, abs=1e-15)
 
 
+def test_poly_equals_its_formula():
+    factors = [learning_rate_factor(step, 10, 2, "poly") for step in range(11)]
+    assert factors == pytest.approx([0.5, 1.0, *((1 - k / 8) ** 0.9 for k in range(9))])
+    assert factors[10] == 0
+
+
 def test_learning_rate_without_warm_up_starts_at_the_peak():
     assert learning_rate_factor(0, 5, 0) == 1
 
@@ -169,6 +175,33 @@ def test_only_norm_biases_take_a_multiple_of_the_learning_rate():
         assert_close(parameter.detach(), before[name] - (1.6 if name == "1.bias" else 0.1))
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 3.2])
+
+
+class _Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1)
+
+
+def test_heads_take_a_multiple_of_the_learning_rate_of_the_backbone():
+    config = OptimConfig(lr=0.01, head_lr=10.0, schedule="poly", weight_decay=0.1)
+    groups = optimizer_groups(_Segmenter(), config)
+    assert describe_groups(groups, 0.01) == [
+        "backbone, decay: 108 parameters in 1 tensors, weight decay 0.1, learning rate 0.01",
+        "backbone, no decay: 12 parameters in 3 tensors, learning rate 0.01",
+        "heads, decay: 8 parameters in 1 tensors, weight decay 0.1, 10 times the learning rate, learning rate 0.1",
+        "heads, no decay: 2 parameters in 1 tensors, 10 times the learning rate, learning rate 0.1",
+    ]
+    optimizer, schedule = build_optimizer(_Segmenter(), config, 4, 0)
+    for step in range(4):
+        factor = (1 - step / 4) ** 0.9
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.01 * factor] * 2 + [0.1 * factor] * 2)
+        optimizer.step()
+        schedule.step()
+    without_backbone = optimizer_groups(nn.Linear(2, 2), config)
+    assert [group["lr_factor"] for group in without_backbone] == [1, 1]
 
 
 def test_nesterov_equals_its_formula():

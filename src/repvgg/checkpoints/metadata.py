@@ -39,6 +39,7 @@ class Metadata:
         source: where the weights were taken from, if they were not trained where the file was written.
         spec: the whole architecture as plain data, if ``model`` is not a built-in one; see
             :func:`repvgg.models.spec_to_data`.
+        palette: a colour (red, green, blue, each 0 … 255) per class, of a segmentation network; empty if unknown.
     """
 
     model: str
@@ -55,11 +56,15 @@ class Metadata:
     ema: bool = False
     source: str = ""
     spec: dict[str, Any] | None = None
+    palette: tuple[tuple[int, int, int], ...] = ()
 
     def to_header(self) -> dict[str, str]:
         """Return the header as safetensors stores it: strings only, the fields as one JSON document."""
         # "format" is what safetensors' loaders of other libraries (transformers) ask for.
-        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+        data = asdict(self)
+        if not self.palette:
+            del data["palette"]  # headers of classifiers are as they were
+        return {"format": "pt", KEY: json.dumps(data, sort_keys=True)}
 
     @classmethod
     def from_header(cls, header: dict[str, str] | None, path: str) -> Metadata | None:
@@ -78,6 +83,7 @@ class Metadata:
                 raise ValueError("it is nested too deeply")
             for name in ("mean", "std", "classes"):
                 known[name] = tuple(known.get(name, ()))
+            known["palette"] = tuple(tuple(colour) for colour in known.get("palette", ()))
             metadata = cls(**known)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = first_line(error)
@@ -111,6 +117,11 @@ class Metadata:
         yield "ema", isinstance(self.ema, bool)
         yield "source", isinstance(self.source, str)
         yield "spec", self.spec is None or isinstance(self.spec, dict)
+        yield (
+            "palette",
+            len(self.palette) in (0, self.num_classes)
+            and all(len(rgb) == 3 and all(type(v) is int and 0 <= v <= 255 for v in rgb) for rgb in self.palette),
+        )
 
 
 def _is_number(value: object) -> bool:

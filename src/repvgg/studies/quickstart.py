@@ -290,7 +290,7 @@ def _build_report(
 ) -> page.Report:
     shape = (1, *data.input_shape)
     cost_train, cost_plain = measure.count(forms.train, shape), measure.count(forms.plain, shape)
-    history = tuple(page.Epoch(e.epoch, e.loss, e.held_out_accuracy, e.held_out_loss) for e in result.history)
+    history = tuple(page.Epoch(e.epoch, e.loss, e.score, e.held_out_loss) for e in result.history)
     train, plain = target / TRAIN_FILE, target / PLAIN_FILE
     return page.Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

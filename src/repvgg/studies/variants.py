@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,8 @@ from repvgg.studies.store import Cell, CellStore
 from repvgg.studies.timing import measure_rounds
 from repvgg.training import Evaluation, TrainConfig, seeded
 from repvgg.training.optim import build_optimizer
+from repvgg.training.records import Record
 from repvgg.verify import verify
-
-if TYPE_CHECKING:
-    from repvgg.training import EpochRecord
 
 # Names of repvgg.training that need Lightning are imported where they are used, so that listing the studies is fast.
 
@@ -181,11 +179,12 @@ def train_cell(training: Training, folder: Path) -> Cell:
     data, config = training.data, training.config
     model, remarks = _initial_model(training)
 
-    def log(history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
+    def log(history: Sequence[Record], weights: Mapping[str, Tensor]) -> None:
         write_log(folder, history)
 
     with track_peak_memory(config.accelerator) as peak_bytes:
         result = fit(model, data, config, folder=folder, resume=True, progress=False, on_epoch=log)
+    assert isinstance(result.validation, Evaluation)
     speeds = [record.images_per_second for record in result.history]
     cell: dict[str, Any] = {
         "row": training.variant.name,
@@ -231,6 +230,7 @@ def _deploy(model: nn.Module, trained: Evaluation, training: Training) -> dict[s
         warnings.simplefilter("ignore", NothingFoldedWarning)
         plain, report = reparameterize(model, torch.zeros(1, *training.data.test_shape))
     result = evaluate_validation(plain, training.data, training.config)
+    assert isinstance(result, Evaluation)
     # 256 images, because verification also runs both networks in float64, which would take minutes for all.
     batches = islice(training.data.val_batches(64), 4)
     images = [training.data.prepare(images) for images, _ in batches]

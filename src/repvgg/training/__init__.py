@@ -21,29 +21,38 @@ from repvgg.training.optim import (
 )
 from repvgg.training.precision import ChosenPrecision, fastest_precision, settle_precision
 from repvgg.training.recipes import RECIPES, quickstart, recipe_of
+from repvgg.training.records import EpochRecord, SegmentationRecord
+from repvgg.training.segmentation_evaluation import (
+    MaskAgreement,
+    SegmentationEvaluation,
+    compare_segmentations,
+    evaluate_segmentation,
+)
+from repvgg.training.segmentation_inference import MULTI_SCALE, SegmentationInference
 
 if TYPE_CHECKING:
-    from repvgg.training.callbacks import EpochRecord
     from repvgg.training.checkpoint import LAST_CHECKPOINT, Terminated
     from repvgg.training.dry_run import DryRunResult, perform_dry_run
     from repvgg.training.loop import FitResult, evaluate_validation, fit
     from repvgg.training.run_folder import CONFIG_FILE, RunResult, run, write_log
+    from repvgg.training.segmentation_task import SegmentationTask, segmentation_loss
     from repvgg.training.task import ClassificationTask, classification_loss
 
 _LIGHTNING_MODULES = {
     "CONFIG_FILE": "run_folder",
     "ClassificationTask": "task",
     "DryRunResult": "dry_run",
-    "EpochRecord": "callbacks",
     "FitResult": "loop",
     "LAST_CHECKPOINT": "checkpoint",
     "RunResult": "run_folder",
+    "SegmentationTask": "segmentation_task",
     "Terminated": "checkpoint",
     "classification_loss": "task",
     "evaluate_validation": "loop",
     "fit": "loop",
     "perform_dry_run": "dry_run",
     "run": "run_folder",
+    "segmentation_loss": "segmentation_task",
     "write_log": "run_folder",
 }
 
@@ -59,6 +68,7 @@ _FORMER_NAMES = {
 __all__ = [
     "CONFIG_FILE",
     "LAST_CHECKPOINT",
+    "MULTI_SCALE",
     "RECIPES",
     "BatchPlan",
     "ChosenPrecision",
@@ -68,17 +78,24 @@ __all__ = [
     "EpochRecord",
     "Evaluation",
     "FitResult",
+    "MaskAgreement",
     "OptimConfig",
     "Precision",
     "ProcessLayout",
     "RepOptimizer",
     "RunResult",
+    "SegmentationEvaluation",
+    "SegmentationInference",
+    "SegmentationRecord",
+    "SegmentationTask",
     "SyncBatchNorm",
     "Terminated",
     "TrainConfig",
     "classification_loss",
+    "compare_segmentations",
     "equivalent_l2",
     "evaluate",
+    "evaluate_segmentation",
     "evaluate_validation",
     "fastest_precision",
     "fit",
@@ -93,6 +110,7 @@ __all__ = [
     "recipe_of",
     "run",
     "seeded",
+    "segmentation_loss",
     "settle_precision",
     "to_yaml",
     "write_config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, final
 
 import lightning as L
@@ -15,29 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from repvgg._progress import periodic_lines
-from repvgg.training.task import ClassificationTask
+from repvgg.training.records import Record, record_from
+from repvgg.training.task import TrainingTask
 
 _REFRESH_SECONDS = 0.25
-
-
-@final
-@dataclass(frozen=True)
-class EpochRecord:
-    """The metrics of one epoch. The field names are also the keys in ``log.csv``, ``report.json`` and ``last.ckpt``."""
-
-    epoch: int  # counted from 1
-    loss: float  # mean training loss over the steps, without weight decay
-    held_out_accuracy: float  # top-1 accuracy on the validation images after the epoch, in [0, 1]
-    held_out_top5: float = float("nan")  # top-5 accuracy on them
-    lr: float = float("nan")  # learning rate of the last step
-    seconds: float = float("nan")  # wall time, including validation
-    images_per_second: float = float("nan")  # training throughput over all devices, without validation
-    held_out_loss: float = float("nan")  # mean cross entropy of the validation images, without label smoothing
+_TAGS, _NOT_LOGGED = {"images_per_second": "img/s"}, ("epoch", "seconds")  # of TensorBoard
 
 
 @final
 class History(L.Callback):
-    """Append an :class:`EpochRecord` per epoch to ``records``, which are part of the checkpoint.
+    """Append a record per epoch to ``records``, which are part of the checkpoint.
 
     Raises:
         TrainingError: the loss of an epoch is not finite; earlier checkpoints are unchanged.
@@ -46,7 +33,7 @@ class History(L.Callback):
     # The class name is Lightning's key of this state in last.ckpt: a renamed class could not resume older runs.
 
     def __init__(self) -> None:
-        self.records: list[EpochRecord] = []
+        self.records: list[Record] = []
         self._epoch_start = self._last_step_end = 0.0
         self._images = 0
 
@@ -54,7 +41,7 @@ class History(L.Callback):
         return {"records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.records = [EpochRecord(**record) for record in state_dict["records"]]
+        self.records = [record_from(record) for record in state_dict["records"]]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # on_train_epoch_start is not called for the epoch in whose middle a run resumes.
@@ -70,30 +57,16 @@ class History(L.Callback):
         self._last_step_end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ClassificationTask)
-        loss = pl_module.mean_loss()
-        top1, top5 = float(pl_module.top1.compute()), float(pl_module.top5.compute())
-        val_loss = float(pl_module.val_loss.compute())
-        # Lightning resets only metrics that are logged as objects.
-        for metric in (pl_module.train_loss, pl_module.top1, pl_module.top5, pl_module.val_loss):
-            metric.reset()
+        assert isinstance(pl_module, TrainingTask)
         now = time.perf_counter()
         speed = self._images / max(self._last_step_end - self._epoch_start, 1e-9)
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-        epoch = trainer.current_epoch + 1
-        self.records.append(EpochRecord(epoch, loss, top1, top5, lr, now - self._epoch_start, speed, val_loss))
+        record = pl_module.finish_epoch(trainer.current_epoch + 1, lr, now - self._epoch_start, speed)
+        self.records.append(record)
         if trainer.loggers:
             # The tags of version 0.1.0, so that TensorBoard overlays older and newer runs.
-            pl_module.log_dict(
-                {
-                    "loss": loss,
-                    "held_out_loss": val_loss,
-                    "held_out_accuracy": top1,
-                    "held_out_top5": top5,
-                    "img/s": speed,
-                    "lr": lr,
-                }
-            )
+            named = {_TAGS.get(name, name): value for name, value in asdict(record).items()}
+            pl_module.log_dict({name: value for name, value in named.items() if name not in _NOT_LOGGED})
 
 
 @final
@@ -185,7 +158,8 @@ class ProgressBar(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         record = self._history.records[-1]
         self._loss = f"loss {record.loss:.3f}"
-        self._accuracy = f"  validation {record.held_out_accuracy:.1%}"
+        what = "" if record.score_name == "accuracy" else f" {record.score_name}"
+        self._accuracy = f"  validation{what} {record.score:.1%}"
         self._show(trainer, 0)
 
     def _text(self) -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from repvgg._files import atomic_write
 from repvgg.errors import CheckpointError, OutputError
-from repvgg.training.task import ClassificationTask
+from repvgg.training.task import TrainingTask
 
 LAST_CHECKPOINT = "last.ckpt"
 _POSITION_KEY = "repvgg_place"  # in last.ckpt; checkpoints in the field have it
@@ -104,7 +104,7 @@ class CheckpointSaver(Checkpoint):
         step = trainer.global_step
         due = self._every_steps and step % self._every_steps == 0 and step != self._saved_step
         if stop or due:
-            assert isinstance(pl_module, ClassificationTask)
+            assert isinstance(pl_module, TrainingTask)
             pl_module.mean_loss()  # raises if the loss is not finite: such weights must not replace the last good ones
             self._save(trainer, trainer.current_epoch, batch_idx + 1)
         if stop:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from repvgg import _serde
 from repvgg._files import write_text
 from repvgg.data import DataConfig
+from repvgg.data.config import MASK_SCHEMES
 from repvgg.errors import UsageError
 
 DecayPolicy = Literal["paper", "upstream", "upstream-2021", "no-1d"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
+Schedule = Literal["cosine", "poly"]
 
 
 @final
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum, a linear warm-up and a cosine decay to 0, updated every step.
+    """SGD with momentum, a linear warm-up and a decay of the learning rate to 0, updated every step.
 
     Attributes:
         lr: peak learning rate, reached at the end of the warm-up, for a global batch of ``lr_batch`` images.
@@ -34,6 +36,9 @@ class OptimConfig:
         norm_bias_lr: learning-rate multiplier of batch norm biases: in short runs they have to move far in few steps
             (K. Jordan 2024, arXiv 2404.00498, among the optimization tricks).
         warmup_epochs: length of the warm-up, fractions allowed; 0 for none.
+        schedule: the decay after the warm-up: "cosine", half a period; "poly", ``(1 − step/total)^0.9``, which is usual
+            in semantic segmentation.
+        head_lr: learning-rate multiplier of everything that is not in the backbone, for models that have one.
         clip: maximum L2 norm of all gradients together; None for no clipping.
 
     Raises:
@@ -50,6 +55,8 @@ class OptimConfig:
     custom_l2: bool = False
     norm_bias_lr: float = 1.0
     warmup_epochs: float = 0.0
+    schedule: Schedule = "cosine"
+    head_lr: float = 1.0
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +68,11 @@ class OptimConfig:
         # PyTorch refuses this too, but only when the optimizer is built, after the data set is loaded.
         if self.nesterov and self.momentum == 0:
             raise UsageError("Nesterov momentum needs a momentum above 0.")
-        if not self.norm_bias_lr > 0:
-            raise UsageError(f"norm_bias_lr must be greater than 0, got {self.norm_bias_lr}.")
+        for name in ("norm_bias_lr", "head_lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be greater than 0, got {getattr(self, name)}.")
+        if self.schedule not in get_args(Schedule):
+            raise UsageError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}.")
         if self.clip is not None and self.clip <= 0:
             raise UsageError(f"clip must be greater than 0, or None for no clipping, got {self.clip}.")
         if self.lr_batch is not None and self.lr_batch < 1:
@@ -78,8 +88,8 @@ class TrainConfig:
         model: name of the architecture to train.
         recipe: name of the recipe that this config started from.
         epochs: passes over the training images, at least 1.
-        batch_size: the global batch: images per optimizer step over all devices, at least 2; an incomplete last batch
-            of an epoch is dropped.
+        batch_size: the global batch: images per optimizer step over all devices, at least 2, or 1 of images with masks;
+            an incomplete last batch of an epoch is dropped.
         device_batch: images that one device processes at a time; if that is less than its part of the global batch,
             gradients are accumulated.
         data: the training and validation images.
@@ -89,7 +99,8 @@ class TrainConfig:
         cutmix: α of CutMix (Yun et al., ICCV 2019), 0 for none; with both, one is drawn for each batch.
         auxiliary_weight: weight of each auxiliary loss, for models with auxiliary heads.
         ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0 for none.
-        init: checkpoint to start from; its classifier is replaced if the classes differ.
+        init: checkpoint to start from; its classifier is replaced if the classes differ. A segmentation network also
+            starts from a classification checkpoint of its backbone, a plain one expanded into branches.
         expand: expand a plain ``init`` into branches that compute the same, before training.
         precision: of the arithmetic; weights and statistics stay in float32. "auto" takes what this machine is fast at
             and says what that is; the config of the run folder names it.
@@ -137,15 +148,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _serde.check_finite(self)
-        if self.epochs < 1 or self.batch_size < 2:  # batch norm has no variance over a single image
+        # Batch norm has no variance over a single image in a 1x1 map; feature maps of images with masks are larger.
+        has_masks = self.data.uri.partition(":")[0] in MASK_SCHEMES
+        smallest = 1 if has_masks else 2
+        if self.epochs < 1 or self.batch_size < smallest:
+            images = "1 image" if smallest == 1 else "2 images"
             raise UsageError(
-                f"Training needs at least 1 epoch and 2 images per batch, got {self.epochs} and {self.batch_size}."
+                f"Training needs at least 1 epoch and {images} per batch, got {self.epochs} and {self.batch_size}."
             )
         if not 0 <= self.label_smoothing < 1 or min(self.auxiliary_weight, self.mixup, self.cutmix) < 0:
             raise UsageError(
                 "Training needs label_smoothing in [0, 1) and auxiliary_weight, mixup and cutmix >= 0, got "
                 f"{self.label_smoothing}, {self.auxiliary_weight}, {self.mixup} and {self.cutmix}."
             )
+        if has_masks and (self.mixup or self.cutmix):
+            raise UsageError(f"mixup and cutmix are for labels, and {self.data.uri!r} has masks: set both to 0.")
         if not 0 <= self.ema < 1:
             raise UsageError(f"ema must be in [0, 1), got {self.ema}.")
         for name in ("device_batch", "threads", "devices", "nodes"):

@@ -16,13 +16,14 @@ from torch import nn
 
 from repvgg._contexts import seeded
 from repvgg.collapse import is_plain, reparameterize
-from repvgg.data import ImageData
+from repvgg.data import SegmentationData
 from repvgg.errors import EquivalenceError, TrainingError
 from repvgg.training.config import TrainConfig
-from repvgg.training.task import classification_loss
+from repvgg.training.tasks import TrainingData, loss_function
 from repvgg.verify import Evidence, verify
 
-_IMAGES = 8
+_IMAGES, _MASKED_IMAGES = 8, 2
+_LARGEST = 97  # pixels of images with masks: 8k + 1
 _LR = 0.01
 
 
@@ -43,7 +44,7 @@ class DryRunResult:
         return f"{start}; collapses into {self.regions} convolutions, {error}"
 
 
-def perform_dry_run(model: nn.Module, data: ImageData, config: TrainConfig) -> DryRunResult:
+def perform_dry_run(model: nn.Module, data: TrainingData, config: TrainConfig) -> DryRunResult:
     """Take one step on a copy of ``model`` with a few training images, in float32 on the CPU, and collapse it.
 
     Raises:
@@ -53,10 +54,15 @@ def perform_dry_run(model: nn.Module, data: ImageData, config: TrainConfig) -> D
     # On the CPU in float32 whatever the run uses: this is about the model, and a reproducible result.
     model = copy.deepcopy(model).cpu().float().train()
     with seeded("trial", config.seed):
-        count = _IMAGES if data.num_train is None else min(_IMAGES, data.num_train)
-        images, labels = next(iter(data.train_batches(count)))
+        has_masks = isinstance(data, SegmentationData)
+        count = _MASKED_IMAGES if has_masks else _IMAGES
+        images, targets = next(
+            iter(data.train_batches(count if data.num_train is None else min(count, data.num_train)))
+        )
         images = data.prepare(images)
-        loss = classification_loss(model(images), labels, config.label_smoothing, config.auxiliary_weight)
+        if has_masks:  # a crop of the crops: the model is the same at any size
+            images, targets = images[..., :_LARGEST, :_LARGEST], targets[..., :_LARGEST, :_LARGEST]
+        loss = loss_function(data, config)(model(images), targets)
         loss.backward()  # type: ignore[no-untyped-call]
     initial_loss = float(loss.detach())
     _check_gradients(model, initial_loss)

@@ -38,6 +38,17 @@ class Evaluation:
         return self.correct / len(self.labels)
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics for the header of a checkpoint."""
+        return {"held_out_accuracy": self.accuracy, "held_out_top5": self.top(5)}
+
+    @property
+    def summary(self) -> str:
+        """The result in a line."""
+        correct = f"{self.correct:,} of {len(self.labels):,} correct"
+        return f"top-1 {self.accuracy:.2%}  top-5 {self.top(5):.2%}  {correct}"
+
+    @property
     def macro_accuracy(self) -> float:
         """Mean of the per-class accuracies over the classes that occur, in [0, 1]."""
         present = self.confusion.sum(1) > 0

@@ -1,4 +1,7 @@
-"""The model that a run starts from: new, from a checkpoint, or a plain checkpoint expanded into branches."""
+"""The model that a run starts from: new, from a checkpoint, or a plain checkpoint expanded into branches.
+
+A segmentation network may also start from a classification checkpoint of its backbone.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import final
 from torch import nn
 
 from repvgg._contexts import seeded
-from repvgg.data import ImageData
+from repvgg.checkpoints import read_checkpoint
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
-from repvgg.models import Model, RepVGG, create_model, load
+from repvgg.models import PSPNETS, SPECS, Model, RepVGG, create_model, load, load_weights, resolve, set_backbone
 from repvgg.training.config import TrainConfig
+from repvgg.training.tasks import TrainingData, check_task
 
 _EXPANSION_BATCHES = 4
 _PLAIN_WARNING = (
@@ -30,47 +34,95 @@ class InitialModel:
     notes: tuple[str, ...] = field(default=())
 
 
-def build_initial_model(config: TrainConfig, data: ImageData) -> InitialModel:
+def build_initial_model(config: TrainConfig, data: TrainingData) -> InitialModel:
     """Build the model of ``config`` for the classes and channels of ``data``; random weights follow from the seed.
 
-    The classifier of a checkpoint is replaced if its classes differ from those of ``data``.
+    The classifier of a checkpoint is replaced if its classes differ from those of ``data``. If the model is a
+    segmentation network and the checkpoint a classifier, the backbone gets its weights, and the heads are new.
 
     Raises:
-        UsageError: no model is named, the checkpoint takes images with another number of channels, or it cannot be
-            expanded.
+        UsageError: no model is named, it is not for the task of the data, the checkpoint takes images with other
+            channels, or it cannot be expanded.
         CheckpointError: the checkpoint cannot be read, or is of another model.
     """
+    channels = data.input_shape[0]
     if config.init is None:
         if not config.model:
             raise UsageError("There is no model to train: name one of 'repvgg list', or give a checkpoint as init.")
         with seeded("model", config.seed):
-            return InitialModel(create_model(config.model, len(data.classes), data.input_shape[0]))
+            model = create_model(config.model, len(data.classes), channels)
+        check_task(model, config.model, data)
+        return InitialModel(model)
+    if config.model in PSPNETS and not _is_segmentation_checkpoint(config.init):
+        return _with_backbone_of(config.init, config, data)
     loaded = load(config.init, config.model or None)
     model, metadata = loaded.model, loaded.metadata
-    if model.in_channels != data.input_shape[0]:
-        raise UsageError(
-            f"{config.init!r} takes images of {model.in_channels} channels, but {data.uri} has {data.input_shape[0]}: "
-            f"set data.channels to {model.in_channels}."
-        )
+    check_task(model, metadata.model, data)
+    _check_channels(config.init, model.in_channels, data)
     notes = [f"starts from {config.init}, {metadata.model} in the {metadata.form} form"]
     with seeded("model", config.seed):
         if config.expand and metadata.form != "plain":
             raise UsageError(f"{config.init!r} has its branches already: leave out expand.")
         if config.expand:
             if not isinstance(model, RepVGG):
-                raise UsageError(f"{config.init!r} is a segmentation model, which is not expanded: leave out expand.")
+                raise UsageError(
+                    f"{config.init!r} is plain, and segmentation networks are not expanded: start from its train form."
+                )
             model, note = _expand(model, data, min(64, config.batch_size))
             notes.append(note)
         elif metadata.form == "plain":
             notes.append(_PLAIN_WARNING)
         if model.num_classes != len(data.classes) or metadata.classes != data.classes:
             notes.append(f"new classifier for {len(data.classes)} classes in place of {model.num_classes}")
-            # Inside the seeded context: its weights are drawn here.
-            model.replace_classifier(len(data.classes))
+            model.replace_classifier(len(data.classes))  # inside the seeded context: its weights are drawn here
     return InitialModel(model, tuple(notes))
 
 
-def _expand(plain: RepVGG, data: ImageData, batch_size: int) -> tuple[RepVGG, str]:
+def _check_channels(path: str, channels: int, data: TrainingData) -> None:
+    if channels != data.input_shape[0]:
+        raise UsageError(
+            f"{path!r} takes images of {channels} channels, but {data.uri} has {data.input_shape[0]}: "
+            f"set data.channels to {channels}."
+        )
+
+
+def _is_segmentation_checkpoint(path: str) -> bool:
+    metadata = read_checkpoint(path).metadata
+    return metadata is not None and (metadata.model in PSPNETS or "bins" in (metadata.spec or {}))
+
+
+def _with_backbone_of(path: str, config: TrainConfig, data: TrainingData) -> InitialModel:
+    """Build a segmentation network with new heads, and the weights of a classification checkpoint in its backbone."""
+    spec = PSPNETS[config.model]
+    with seeded("model", config.seed):
+        model = create_model(spec, len(data.classes), data.input_shape[0])
+    check_task(model, config.model, data)
+    notes: tuple[str, ...] = ()
+    if spec.backbone not in SPECS:
+        classifier, what = _torchvision_classifier(path, spec.backbone), f"{spec.backbone} with torchvision's names"
+    else:
+        loaded = load(path, spec.backbone)
+        classifier, what = loaded.model, f"{loaded.metadata.model} in the {loaded.metadata.form} form"
+        _check_channels(path, loaded.model.in_channels, data)
+        if loaded.metadata.form == "plain":  # a plain backbone would train without batch norms
+            assert isinstance(loaded.model, RepVGG)
+            classifier, note = _expand(loaded.model, data, min(64, config.batch_size))
+            notes = (note,)
+        elif config.expand:
+            raise UsageError(f"{path!r} has its branches already: leave out expand.")
+    set_backbone(model, classifier)
+    return InitialModel(model, (f"the backbone starts from {path}, {what}; the heads are new", *notes))
+
+
+def _torchvision_classifier(path: str, name: str) -> nn.Module:
+    """Return a ResNet of torchvision with the weights of a file."""
+    head = read_checkpoint(path).tensors.get("fc.weight")
+    classifier = resolve(f"torchvision:{name}", num_classes=None if head is None else len(head)).model
+    load_weights(classifier, path, name)
+    return classifier
+
+
+def _expand(plain: RepVGG, data: TrainingData, batch_size: int) -> tuple[RepVGG, str]:
     # The new batch norms start with the statistics of real batches, so that the first training steps compute nearly
     # what eval mode does.
     batches = itertools.islice(data.train_batches(batch_size), _EXPANSION_BATCHES)

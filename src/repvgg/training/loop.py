@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode, num_threads, seeded
-from repvgg.data import ImageData, TrainLoader, ValLoader
+from repvgg.data import SegmentationData, TrainLoader, ValLoader
 from repvgg.errors import UsageError, first_line
-from repvgg.training.callbacks import EpochRecord, History, MovingAverage, ProgressBar
+from repvgg.training.callbacks import History, MovingAverage, ProgressBar
 from repvgg.training.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, CheckpointSaver, read_position
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import (
@@ -35,16 +35,25 @@ from repvgg.training.distributed import (
     process_layout,
     synchronized_batch_norm,
 )
-from repvgg.training.evaluation import Evaluation, device_of, evaluate
+from repvgg.training.evaluation import device_of
 from repvgg.training.precision import runs_on_cpu, settle_precision
-from repvgg.training.task import ClassificationTask
+from repvgg.training.records import Record
+from repvgg.training.segmentation_inference import require_grid_size
+from repvgg.training.task import TrainingTask
+from repvgg.training.tasks import (
+    TrainingData,
+    ValidationResult,
+    build_task,
+    check_shapes,
+    evaluate_on,
+    validation_batch,
+)
 
 TENSORBOARD_FOLDER = "tensorboard"  # inside the folder of the run
-_VALIDATION_BATCH = 256
 _LIGHTNING_PRECISION = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _STEPS_PER_LOG_POINT = 50
 
-OnEpoch = Callable[[tuple[EpochRecord, ...], Mapping[str, Tensor]], None]
+OnEpoch = Callable[[tuple[Record, ...], Mapping[str, Tensor]], None]
 
 
 @final
@@ -54,19 +63,19 @@ class FitResult:
 
     config: TrainConfig  # the run
     plan: BatchPlan  # its batch split and learning rate
-    history: tuple[EpochRecord, ...]  # one record per epoch
-    validation: Evaluation  # the model of the last epoch on the validation images
+    history: tuple[Record, ...]  # one record per epoch
+    validation: ValidationResult  # the model of the last epoch on the validation images
     seconds: float  # wall time of the epochs in this process
 
     @property
     def accuracy(self) -> float:
-        """Validation accuracy after the last epoch, in [0, 1]; no epoch is selected by it."""
+        """Top-1 or pixel accuracy after the last epoch, in [0, 1]; no epoch is selected by it."""
         return self.validation.accuracy
 
 
 def fit(
     model: nn.Module,
-    data: ImageData,
+    data: TrainingData,
     config: TrainConfig,
     *,
     folder: Path | None = None,
@@ -83,8 +92,9 @@ def fit(
     interrupted and resumed. Torch's random state, number of threads and global switches are restored.
 
     Args:
-        model: from images (N, C, H, W) to logits (N, K), in training mode optionally to a ``TrainingOutput``.
-        data: the training and validation images.
+        model: from images (N, C, H, W) to logits (N, K), or (N, K, H, W) for data with masks; in training mode
+            optionally to a ``TrainingOutput``.
+        data: the training and validation images, with labels or masks.
         config: the run.
         folder: where ``last.ckpt`` and TensorBoard's files are written; None writes no file.
         resume: continue from ``last.ckpt`` in ``folder``, if it exists.
@@ -106,7 +116,7 @@ def fit(
     job = TrainingJob(model, data, config, process_layout(config) if layout is None else layout, folder, resume)
     _check_shapes(model, data)
     start, history = time.perf_counter(), History()
-    visible = progress and job.layout.rank == 0
+    visible, several = progress and job.layout.rank == 0, job.layout.world_size > 1
     for note in notes if visible else ():
         (console or Console()).print(note, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
@@ -116,7 +126,7 @@ def fit(
             _training_mode(model, config.channels_last),
             seeded("fit", config.seed),
             isolate_lightning(),
-            synchronized_batch_norm(model, config.sync_bn, on_cpu=runs_on_cpu(config)),
+            synchronized_batch_norm(model, config.sync_bn and several, on_cpu=runs_on_cpu(config)),
         ):
             stack.enter_context(context)
         bar = stack.enter_context(ProgressBar(history, console) if visible else nullcontext())
@@ -125,13 +135,23 @@ def fit(
     return FitResult(config, job.plan, tuple(history.records), evaluate_validation(model, data, config), seconds)
 
 
-def evaluate_validation(model: nn.Module, data: ImageData, config: TrainConfig) -> Evaluation:
+def evaluate_validation(model: nn.Module, data: TrainingData, config: TrainConfig) -> ValidationResult:
     """Evaluate ``model`` on all validation images on the device of the run; it returns to the CPU."""
+    with on_device_of(config, model):
+        return evaluate_on(model, data)
+
+
+@contextmanager
+def on_device_of(config: TrainConfig, *models: nn.Module) -> Iterator[None]:
+    """Move ``models`` to the device of the run inside the context, and to the CPU afterwards."""
     device = "cpu" if runs_on_cpu(config) else torch.accelerator.current_accelerator()
     try:
-        return evaluate(model.to(device), data.val_batches(_VALIDATION_BATCH), data.prepare)
+        for model in models:
+            model.to(device)
+        yield
     finally:
-        model.cpu()  # frees the memory of the accelerator
+        for model in models:
+            model.cpu()  # frees the memory of the accelerator
 
 
 @final
@@ -145,7 +165,7 @@ class TrainingJob:
     """
 
     model: nn.Module  # the model to train
-    data: ImageData  # the training and validation images
+    data: TrainingData  # the training and validation images
     config: TrainConfig  # the run
     layout: ProcessLayout  # the processes of the run, and the rank of this one
     folder: Path | None = None  # where files are written; None writes none
@@ -155,7 +175,9 @@ class TrainingJob:
         plan, images = self.plan, self.data.num_train
         if self.config.precision == "fp16" and runs_on_cpu(self.config):
             raise UsageError("Training in fp16 is not supported on a CPU: take auto, bf16 or float32 as the precision.")
-        if plan.device_batch < 2:
+        if isinstance(self.data, SegmentationData):
+            require_grid_size("A training crop", self.data.input_shape[1])
+        elif plan.device_batch < 2:
             # A 1x1 feature map of a single image has one value per channel, which has no variance.
             raise UsageError("Batch norm needs at least 2 images at a time on each device: take a larger batch.")
         if images is not None and images < plan.global_batch:  # the incomplete batch would be dropped: no step at all
@@ -196,11 +218,11 @@ class TrainingJob:
         return loader
 
     def validation_loader(self) -> ValLoader:
-        size, layout = min(_VALIDATION_BATCH, self.plan.device_batch), self.layout
+        size, layout = min(validation_batch(self.data), self.plan.device_batch), self.layout
         return self.data.val_batches(size, rank=layout.rank, world_size=layout.world_size)
 
-    def task(self) -> ClassificationTask:
-        return ClassificationTask(self.model, self.config, len(self.data.classes), self.data.prepare, self.plan)
+    def task(self) -> TrainingTask:
+        return build_task(self.model, self.data, self.config, self.plan)
 
     def trainer(self, callbacks: list[L.Callback], batches: int) -> L.Trainer:
         """Return a Trainer for epochs of ``batches`` batches on this process."""
@@ -276,18 +298,15 @@ def _training_mode(model: nn.Module, channels_last: bool) -> Iterator[None]:
             model.to(memory_format=torch.contiguous_format)
 
 
-def _check_shapes(model: nn.Module, data: ImageData) -> None:
+def _check_shapes(model: nn.Module, data: TrainingData) -> None:
     """Run the model on one blank image, before hours of data loading show that it does not fit."""
     try:
         with eval_mode(model), torch.no_grad():
-            shape = tuple(model(torch.zeros(1, *data.test_shape, device=device_of(model))).shape)
+            problem = check_shapes(model, data, device_of(model))
     except RuntimeError as error:
         raise UsageError(f"The model does not take images of shape {data.test_shape}: {first_line(error)}.") from error
-    if shape != (1, len(data.classes)):
-        raise UsageError(
-            f"{data.uri} has {len(data.classes)} classes, but the model returns {shape} for one image: "
-            f"build it with num_classes={len(data.classes)}."
-        )
+    if problem is not None:
+        raise UsageError(problem)
 
 
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")

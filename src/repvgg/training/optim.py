@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from repvgg.blocks import BranchSum, ComputedConv2d, ConstantScaleSum, ConvBN
 from repvgg.errors import UsageError
 from repvgg.symbolic import equivalent_conv
-from repvgg.training.config import DecayPolicy, OptimConfig
+from repvgg.training.config import DecayPolicy, OptimConfig, Schedule
 
+_POLY_POWER = 0.9
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -94,7 +95,9 @@ def parameter_groups(
 def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Return the non-empty parameter groups of ``config``, each with its learning-rate multiplier ``lr_factor``.
 
-    Biases of batch norms form a third group, "norm biases", if ``config.norm_bias_lr`` is not 1.
+    Biases of batch norms form a group of their own, "norm biases", if ``config.norm_bias_lr`` is not 1. If
+    ``config.head_lr`` is not 1, the groups of :func:`parameter_groups` are split into those of ``model.backbone`` and
+    those of all other modules, the heads; a model without a backbone has no heads.
     """
     decaying, rest = parameter_groups(model, config.weight_decay, config.decay, custom_l2=config.custom_l2)
     norm_biases: set[int] = set()
@@ -109,36 +112,57 @@ def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         {**rest, "params": others, "lr_factor": 1.0},
         {**rest, "name": "norm biases", "params": faster, "lr_factor": config.norm_bias_lr},
     ]
+    backbone = getattr(model, "backbone", None)
+    if config.head_lr != 1 and isinstance(backbone, nn.Module):
+        inside = {id(parameter) for parameter in backbone.parameters()}
+        groups = [_part(group, inside, wanted, config) for wanted in (True, False) for group in groups]
     return [group for group in groups if group["params"]]
 
 
-def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
-    """Describe each group in one line: number of parameters and tensors, weight decay, learning-rate multiplier."""
+def _part(group: dict[str, Any], inside: set[int], wanted: bool, config: OptimConfig) -> dict[str, Any]:
+    """Return the parameters of a group that are in the backbone, or with the learning rate of the heads all others."""
+    parameters = [parameter for parameter in group["params"] if (id(parameter) in inside) is wanted]
+    place, factor = ("backbone", 1.0) if wanted else ("heads", config.head_lr)
+    name, lr_factor = f"{place}, {group['name']}", group["lr_factor"] * factor
+    return {**group, "name": name, "params": parameters, "lr_factor": lr_factor}
+
+
+def describe_groups(groups: list[dict[str, Any]], lr: float | None = None) -> list[str]:
+    """Describe each group in one line: number of parameters and tensors, weight decay, learning-rate multiplier.
+
+    Where groups have different learning rates, each line says its own if the peak rate ``lr`` is given.
+    """
+    several = len({group.get("lr_factor", 1) for group in groups}) > 1
     return [
         f"{group['name']}: {sum(p.numel() for p in group['params']):,} parameters in {len(group['params'])} tensors"
         + (f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else "")
         + (f", {group['lr_factor']:g} times the learning rate" if group.get("lr_factor", 1) != 1 else "")
+        + (f", learning rate {lr * group['lr_factor']:g}" if lr is not None and several else "")
         for group in groups
     ]
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedule = "cosine") -> float:
     """Return the learning rate of a step as a fraction of the peak rate.
 
-    Linear warm-up, then a half cosine: ``(step + 1) / warmup`` while ``step < warmup``, after that
-    ``(1 + cos(π (step − warmup) / (total − warmup))) / 2``, which reaches 0 at ``step = total_steps``, one step after
-    the last.
+    Linear warm-up, ``(step + 1) / warmup`` while ``step < warmup``; then, with
+    ``p = (step − warmup) / (total − warmup)``, half a cosine ``(1 + cos(π p)) / 2``, or poly ``(1 − p)^0.9``.
+    Both reach 0 at ``step = total_steps``, one step after the last.
 
     Args:
         step: counted from 0.
         total_steps: optimizer steps of the run, more than ``warmup_steps``.
         warmup_steps: steps of the linear rise.
+        schedule: "cosine" or "poly".
 
-    Source: I. Loshchilov, F. Hutter, SGDR (ICLR 2017), Eq. 5, without restarts.
+    Sources: I. Loshchilov, F. Hutter, SGDR (ICLR 2017), Eq. 5, without restarts; H. Zhao et al.,
+    PSPNet (CVPR 2017), §5.1, for poly.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    if schedule == "poly":
+        return float((1 - progress) ** _POLY_POWER)
     return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -159,7 +183,7 @@ def build_optimizer(
         groups, lr=peak, momentum=config.momentum, nesterov=config.nesterov, fused=True if fused else None
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, warmup_steps)
+        optimizer, lambda step: learning_rate_factor(step, total_steps, warmup_steps, config.schedule)
     )
     return optimizer, schedule
 

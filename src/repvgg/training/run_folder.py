@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from rich.console import Console
@@ -22,18 +22,20 @@ from repvgg._files import atomic_write, write_text
 from repvgg._serde import to_json
 from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
-from repvgg.data import ImageData, open_image_data
+from repvgg.data import ImageData, SegmentationData, open_data
 from repvgg.errors import OutputError, OutputExistsError, UsageError, printable, require
-from repvgg.training.callbacks import EpochRecord
 from repvgg.training.checkpoint import LAST_CHECKPOINT
 from repvgg.training.config import TrainConfig, differences, read_config, write_config
 from repvgg.training.distributed import process_layout
 from repvgg.training.dry_run import perform_dry_run
-from repvgg.training.evaluation import Evaluation
 from repvgg.training.initial_model import InitialModel, build_initial_model
-from repvgg.training.loop import TENSORBOARD_FOLDER, FitResult, TrainingJob, evaluate_validation, fit
+from repvgg.training.loop import TENSORBOARD_FOLDER, FitResult, TrainingJob, evaluate_validation, fit, on_device_of
 from repvgg.training.optim import describe_groups, optimizer_groups
 from repvgg.training.precision import settle_precision
+from repvgg.training.records import EpochRecord, Record, SegmentationRecord
+from repvgg.training.samples import SAMPLES_FOLDER, SampleCollector, write_samples
+from repvgg.training.segmentation_evaluation import MaskAgreement, compare_segmentations
+from repvgg.training.tasks import TrainingData, ValidationResult, palette_of, validation_batch
 from repvgg.verify import Evidence, verify
 
 CONFIG_FILE = "config.yaml"
@@ -45,6 +47,7 @@ _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a f
 # Config fields that do not decide the weights, and may differ when a run resumes.
 _CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
 _VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
+_VERIFY_MASKED = 2  # images with masks
 
 
 @final
@@ -54,7 +57,9 @@ class RunResult:
 
     folder: Path  # the folder with all files of the run
     fit: FitResult  # the training
-    plain: Evaluation | None  # the plain form on the validation images; None where the trained model was plain already
+    plain: (
+        ValidationResult | None
+    )  # the plain form on the validation images; None where the trained model was plain already
 
 
 def run(
@@ -79,7 +84,7 @@ def run(
     Raises:
         OutputExistsError: ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         UsageError: the run to resume had another config.
-        RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_image_data`.
+        RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_data`.
     """
     layout = process_layout(config)
     is_writer = layout.rank == 0
@@ -89,7 +94,7 @@ def run(
     config, precision_notes = settle_precision(config)
     # Refused before the data set is opened, which may take minutes.
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
-    data = open_image_data(config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
     job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
     _print_setup(job, initial, precision_notes, console)
@@ -150,7 +155,8 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resuming: bool) -> None
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (*folder.glob(_TEMPORARY), *([] if resuming else [folder / TENSORBOARD_FOLDER])):
+        old = [] if resuming else [folder / TENSORBOARD_FOLDER, folder / SAMPLES_FOLDER]
+        for path in (*folder.glob(_TEMPORARY), *old):
             shutil.rmtree(path, ignore_errors=True)
         for name in () if resuming else _RUN_FILES:
             (folder / name).unlink(missing_ok=True)
@@ -163,37 +169,52 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resuming: bool) -> None
 
 @final
 @dataclass(frozen=True, eq=False)
+class CollapsedRun:
+    """The plain form of a trained model."""
+
+    validation: ValidationResult  # on the validation images
+    evidence: Evidence  # of its equality to the train form
+    agreement: MaskAgreement | None = None  # in how many pixels both predict the same class; None without masks
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class RunFolder:
     """Writes the files of a run after each epoch and at the end."""
 
     path: Path  # the folder
     config: TrainConfig  # the run
-    data: ImageData  # the training and validation images
+    data: TrainingData  # the training and validation images
     model: models.Model  # the model being trained
 
-    def write_epoch(self, history: Sequence[EpochRecord], weights: Mapping[str, Tensor]) -> None:
-        """Write log and curve, and ``weights`` as the best checkpoint if no earlier epoch was as accurate."""
+    def write_epoch(self, history: Sequence[Record], weights: Mapping[str, Tensor]) -> None:
+        """Write log and curve, and ``weights`` as the best checkpoint if no earlier epoch had as high a score."""
         write_log(self.path, history)
         draw_curve(self.path, history, f"{self.model.spec.name}, {self.config.recipe}, {self.data.uri}")
         last = history[-1]
         # Strictly greater: of equally accurate epochs the first one stays.
-        if all(last.held_out_accuracy > record.held_out_accuracy for record in history[:-1]):
+        if all(last.score > record.score for record in history[:-1]):
             # The metric names of version 0.1.0: programs read them from checkpoint headers.
-            metrics = {"held_out_accuracy": last.held_out_accuracy, "epoch": float(last.epoch)}
+            name = "held_out_miou" if isinstance(last, SegmentationRecord) else "held_out_accuracy"
+            metrics = {name: last.score, "epoch": float(last.epoch)}
             save_checkpoint(self.path / BEST_FILE, weights, self._metadata(self.model, metrics), overwrite=True)
 
-    def finish(self, result: FitResult) -> tuple[Evaluation, Evidence] | None:
+    def finish(self, result: FitResult) -> CollapsedRun | None:
         """Write the trained model, collapse it, verify and evaluate the plain form, and write that and the report.
 
         Returns:
-            The plain form on the validation images, and the evidence of its equality; None where the model was plain
-            already.
+            The plain form; None where the model was plain already.
 
         Raises:
             EquivalenceError: the plain form is not equal to the trained model.
         """
         self._save(self.model, result.validation)
-        collapsed = None if models.form_of(self.model) == "plain" else self._collapse()
+        is_plain = models.form_of(self.model) == "plain"
+        about_masks: dict[str, Any] = {}
+        if isinstance(self.data, SegmentationData):
+            collapsed, about_masks = self._finish_segmentation(self.data, is_plain)
+        else:
+            collapsed = None if is_plain else self._collapse(self.data)
         # Last of all: a folder with a report is complete.
         report = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -201,56 +222,97 @@ class RunFolder:
             "config": asdict(self.config),
             "classes": self.data.classes,
             "train_form": result.validation.to_dict(),
-            "plain_form": None if collapsed is None else collapsed[0].to_dict(),
-            "evidence": None if collapsed is None else collapsed[1].to_dict(),
+            "plain_form": None if collapsed is None else collapsed.validation.to_dict(),
+            "evidence": None if collapsed is None else collapsed.evidence.to_dict(),
             "seconds": result.seconds,
             "history": [asdict(record) for record in result.history],
             "skipped_images": self.data.corrupt.count,
+            **about_masks,
         }
         write_text(self.path / REPORT_FILE, to_json(report), overwrite=True)
         return collapsed
 
-    def _collapse(self) -> tuple[Evaluation, Evidence]:
-        plain, _ = reparameterize(self.model, torch.zeros(1, *self.data.test_shape))
-        assert isinstance(plain, models.RepVGG | models.PSPNet)
-        batches = islice(self.data.val_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
-        images = [self.data.prepare(images) for images, _ in batches]
+    def _collapse(self, data: ImageData) -> CollapsedRun:
+        plain, _ = reparameterize(self.model, torch.zeros(1, *data.test_shape))
+        assert isinstance(plain, models.RepVGG)
+        batches = islice(data.val_batches(_VERIFY_BATCH), _VERIFY_BATCHES)
+        images = [data.prepare(images) for images, _ in batches]
         evidence = verify(self.model, plain, images).raise_if_failed()
-        result = evaluate_validation(plain, self.data, self.config)
+        result = evaluate_validation(plain, data, self.config)
         self._save(plain, result)
-        return result, evidence
+        return CollapsedRun(result, evidence)
 
-    def _save(self, model: models.Model, result: Evaluation) -> None:
-        metadata = self._metadata(model, {"held_out_accuracy": result.accuracy, "held_out_top5": result.top(5)})
+    def _finish_segmentation(
+        self, data: SegmentationData, is_plain: bool
+    ) -> tuple[CollapsedRun | None, dict[str, Any]]:
+        """Collapse the model and count in how many pixels both forms agree; return that, and what a report adds."""
+        forms: list[models.Model] = [self.model]
+        evidence = None
+        if not is_plain:
+            plain, _ = reparameterize(self.model)  # without inputs: for images of any size
+            assert isinstance(plain, models.PSPNet)
+            forms.append(plain)
+            side = data.input_shape[1]
+            batches = islice(data.val_batches(1), _VERIFY_MASKED)
+            images = [data.prepare(images)[..., :side, :side] for images, _ in batches]
+            evidence = verify(self.model, plain, images).raise_if_failed()
+        collector = SampleCollector(data.num_val, data.to_pixels)
+        with on_device_of(self.config, *forms):
+            results, agreement = compare_segmentations(
+                forms,
+                data.val_batches(validation_batch(data)),
+                data.prepare,
+                num_classes=len(data.classes),
+                ignore_index=data.ignore_index,
+                on_batch=collector.add,
+            )
+        about = {
+            "task": "segmentation",
+            "palette": palette_of(data),
+            "ignore_index": data.ignore_index,
+            "mask_agreement": None if is_plain else asdict(agreement),
+            "samples": write_samples(self.path / SAMPLES_FOLDER, collector.samples, palette_of(data)),
+        }
+        if evidence is None:
+            return None, about
+        self._save(forms[1], results[1])
+        return CollapsedRun(results[1], evidence, agreement), about
+
+    def _save(self, model: models.Model, result: ValidationResult) -> None:
+        metadata = self._metadata(model, result.metrics)
         name = PLAIN_FILE if metadata.form == "plain" else TRAIN_FILE
         models.save(self.path / name, model, metadata, overwrite=True)
 
     def _metadata(self, model: models.Model, metrics: dict[str, float]) -> Metadata:
+        has_masks = isinstance(self.data, SegmentationData)
         return models.describe_model(
             model,
             models.form_of(model),
-            input_size=self.data.test_shape[1],
+            # Whole images have any size: that of the crops says at which one the network was trained.
+            input_size=(self.data.input_shape if has_masks else self.data.test_shape)[1],
             mean=self.data.mean,
             std=self.data.std,
             classes=self.data.classes,
             recipe=asdict(self.config),
             metrics=metrics,
             ema=self.config.ema > 0,
+            palette=palette_of(self.data) if isinstance(self.data, SegmentationData) else (),
         )
 
 
-def write_log(folder: Path, history: Sequence[EpochRecord]) -> Path:
+def write_log(folder: Path, history: Sequence[Record]) -> Path:
     """Write ``log.csv`` atomically, one line per epoch."""
     text = io.StringIO()
     # csv ends lines with \r\n by default, which shows as ^M in a terminal.
-    writer = csv.DictWriter(text, [field.name for field in fields(EpochRecord)], lineterminator="\n")
+    kind = type(history[0]) if history else EpochRecord
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(record) for record in history)
     return write_text(folder / LOG_FILE, text.getvalue(), overwrite=True)
 
 
-def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path:
-    """Draw ``curve.png``: both losses, validation accuracy and learning rate over the epochs, one below the other."""
+def draw_curve(folder: Path, history: Sequence[Record], title: str) -> Path:
+    """Draw ``curve.png``: both losses, accuracy or mIoU, and learning rate over the epochs, one below the other."""
     # Figure and canvas without pyplot: no global state, no backend that needs a screen, safe in any thread.
     canvas = require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg
     figure = require("matplotlib.figure", "train").Figure(figsize=(8, 7), layout="constrained")
@@ -258,7 +320,7 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
     canvas(figure)
     figure.suptitle(title, x=0.01, ha="left")
     epochs = [record.epoch for record in history]
-    best = max(history, key=lambda record: record.held_out_accuracy)
+    best = max(history, key=lambda record: record.score)
     losses, accuracies, rates = figure.subplots(3, 1, sharex=True, height_ratios=(4, 4, 1))
     style = {"marker": "o", "markersize": 3}  # a run of one epoch is a point
     losses.plot(epochs, [record.loss for record in history], color="tab:orange", label="training", **style)
@@ -268,9 +330,9 @@ def draw_curve(folder: Path, history: Sequence[EpochRecord], title: str) -> Path
     losses.set_ylabel("loss")
     # Above the axes, as the numbers below: nothing is written over a line.
     losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    accuracies.plot(epochs, [100 * record.held_out_accuracy for record in history], color="tab:blue", **style)
-    accuracies.set_ylabel("validation accuracy (%)")
-    accuracies.set_title(f"best {best.held_out_accuracy:.2%}, after epoch {best.epoch}", loc="right", size="medium")
+    accuracies.plot(epochs, [100 * record.score for record in history], color="tab:blue", **style)
+    accuracies.set_ylabel(f"validation {best.score_name} (%)")
+    accuracies.set_title(f"best {best.score:.2%}, after epoch {best.epoch}", loc="right", size="medium")
     rates.plot(epochs, [record.lr for record in history], color="tab:gray", **style)
     rates.set(xlabel="epoch", ylabel="learning rate")
     rates.xaxis.set_major_locator(locator(integer=True, min_n_ticks=1))  # there is no epoch 2.5
@@ -295,8 +357,8 @@ def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], 
         *initial.notes,
         *data.notes,
         *notes,
-        f"{job.plan}, {config.epochs} epochs, decay policy {config.optim.decay!r}",
-        *describe_groups(optimizer_groups(initial.model, config.optim)),
+        f"{job.plan}, {config.epochs} epochs, {_schedule(config)}decay policy {config.optim.decay!r}",
+        *describe_groups(optimizer_groups(initial.model, config.optim), job.plan.lr),
     )
     images = f"{train} training images of {shape} in {len(data.classes)} classes, {validation} validation images"
     _print(console, f"Train {initial.model.spec.name} on {data.uri}: {images}")
@@ -304,18 +366,23 @@ def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], 
         _print(console, f"  {line}")
 
 
+def _schedule(config: TrainConfig) -> str:
+    return "" if config.optim.schedule == "cosine" else f"{config.optim.schedule} schedule, "
+
+
 def _finish(run_folder: RunFolder, result: FitResult, console: Console) -> RunResult:
     collapsed = run_folder.finish(result)
     forms = {"train form" if collapsed else "model": result.validation}
     if collapsed is not None:
-        forms["plain form"], evidence = collapsed
+        forms["plain form"], evidence = collapsed.validation, collapsed.evidence
         error = f"relative error {evidence.relative:.1e} (tolerance {evidence.tolerance:.1e})"
         _print(console, f"  plain form: {error}")
     for name, one in forms.items():
-        correct = f"{one.correct:,} of {len(one.labels):,} correct"
-        _print(console, f"  {name:10}  top-1 {one.accuracy:.2%}  top-5 {one.top(5):.2%}  {correct}")
+        _print(console, f"  {name:10}  {one.summary}")
+    if collapsed is not None and collapsed.agreement is not None:
+        _print(console, f"  train form and plain form: {collapsed.agreement}")
     bad = run_folder.data.corrupt
     if bad.count:
         _print(console, f"  skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
     _print(console, f"  wrote {run_folder.path}")
-    return RunResult(run_folder.path, result, collapsed[0] if collapsed else None)
+    return RunResult(run_folder.path, result, collapsed.validation if collapsed else None)

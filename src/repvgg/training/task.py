@@ -1,8 +1,9 @@
-"""The classification task as a LightningModule: one training step, one validation step, metrics, optimizer."""
+"""The tasks as LightningModules: what every task does in a training step, and classification."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
@@ -19,6 +20,7 @@ from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan, plan_batches
 from repvgg.training.optim import build_optimizer, equivalent_l2
+from repvgg.training.records import EpochRecord, Record
 
 _LOSS_KEY = "repvgg_losses"  # in last.ckpt; checkpoints in the field have it
 
@@ -43,38 +45,48 @@ def classification_loss(
     return main + auxiliary_weight * sum(auxiliary, torch.zeros_like(main))
 
 
-@final
-class ClassificationTask(L.LightningModule):
-    """Train ``model`` on labelled images; its weights are updated in place.
+class TrainingTask(L.LightningModule, ABC):
+    """Train ``model``, whose weights are updated in place; a subclass adds the loss and the metrics.
 
     Args:
-        model: from images (N, C, H, W) to logits (N, K) or a :class:`~repvgg.models.TrainingOutput`.
+        model: from images (N, C, H, W) to the output of the task.
         config: the run.
-        num_classes: K.
         prepare: from a batch of the loader to the input of the model; runs on the device.
         plan: the batch split and the learning rate; None plans for a single device.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        num_classes: int,
-        prepare: nn.Module | None = None,
-        plan: BatchPlan | None = None,
+        self, model: nn.Module, config: TrainConfig, prepare: nn.Module | None = None, plan: BatchPlan | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.prepare = nn.Identity() if prepare is None else prepare
         self.plan = plan_batches(config) if plan is None else plan
-        self.mix = _mixing(config, num_classes)
         # All strategies but "disable" skip or replace NaN, which would hide a diverged run.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.val_loss = MeanMetric(nan_strategy="disable")
-        self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self._compiled: Callable[[Tensor], Any] | None = None
+
+    @abstractmethod
+    def loss(self, output: Tensor | TrainingOutput, targets: Tensor) -> Tensor:
+        """Return the training loss of a batch, a scalar."""
+
+    @abstractmethod
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Update the validation metrics with a batch of images and targets."""
+
+    @abstractmethod
+    def finish_epoch(self, epoch: int, lr: float, seconds: float, images_per_second: float) -> Record:
+        """Return the metrics of an epoch over all processes, and reset them.
+
+        Raises:
+            TrainingError: the training loss is not finite.
+        """
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine the images of a batch with each other; the default is none of that."""
+        return images, targets
 
     def on_fit_start(self) -> None:
         # Compiled only now: the moving average deep-copies the task before this hook, and torch.compile's module must
@@ -88,12 +100,12 @@ class ClassificationTask(L.LightningModule):
         return out
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = batch
         # Seeded by position, not by history: a resumed run draws the same mixing weights and dropout masks.
         with seeded("step", self.config.seed, self.global_step, batch_idx, self.global_rank):
-            images, targets = self.mix(self.prepare(images), labels)
-            output = self(self._to_memory_format(images))
-        loss = classification_loss(output, targets, self.config.label_smoothing, self.config.auxiliary_weight)
+            images, targets = self.mix(self.prepare(images), targets)
+            output = self(self.to_memory_format(images))
+        loss = self.loss(output, targets)
         self.train_loss.update(loss.detach())  # before the penalty, so that recorded losses are comparable
         if self.trainer.loggers:
             self.log("step_loss", loss.detach(), on_step=True, on_epoch=False)
@@ -120,14 +132,6 @@ class ClassificationTask(L.LightningModule):
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self(self._to_memory_format(self.prepare(images)))
-        # In float32 and summed by image: the last batch is smaller.
-        self.val_loss.update(F.cross_entropy(logits.float(), labels), len(labels))
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A run may resume in the middle of an epoch: the losses so far, summed over all processes, go with it.
         with self.train_loss.sync_context():
@@ -144,20 +148,67 @@ class ClassificationTask(L.LightningModule):
         optimizer, schedule = build_optimizer(self.model, self.config.optim, total, warmup, self.plan.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _to_memory_format(self, images: Tensor) -> Tensor:
+    def to_memory_format(self, images: Tensor) -> Tensor:
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return images.contiguous(memory_format=memory_format)
 
 
-class _NoMixing(nn.Module):
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return images, labels
+@final
+class ClassificationTask(TrainingTask):
+    """Train ``model`` on labelled images.
+
+    Args:
+        model: from images (N, C, H, W) to logits (N, K) or a :class:`~repvgg.models.TrainingOutput`.
+        config: the run.
+        num_classes: K.
+        prepare: see :class:`TrainingTask`.
+        plan: see :class:`TrainingTask`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        num_classes: int,
+        prepare: nn.Module | None = None,
+        plan: BatchPlan | None = None,
+    ) -> None:
+        super().__init__(model, config, prepare, plan)
+        self.mixing = _mixing(config, num_classes)
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixing is None:
+            return images, targets
+        mixed: tuple[Tensor, Tensor] = self.mixing(images, targets)
+        return mixed
+
+    def loss(self, output: Tensor | TrainingOutput, targets: Tensor) -> Tensor:
+        return classification_loss(output, targets, self.config.label_smoothing, self.config.auxiliary_weight)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(self.to_memory_format(self.prepare(images)))
+        # In float32 and summed by image: the last batch is smaller.
+        self.val_loss.update(F.cross_entropy(logits.float(), labels), len(labels))
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def finish_epoch(self, epoch: int, lr: float, seconds: float, images_per_second: float) -> EpochRecord:
+        loss = self.mean_loss()
+        top1, top5 = float(self.top1.compute()), float(self.top5.compute())
+        val_loss = float(self.val_loss.compute())
+        # Lightning resets only metrics that are logged as objects.
+        for metric in (self.train_loss, self.top1, self.top5, self.val_loss):
+            metric.reset()
+        return EpochRecord(epoch, loss, top1, top5, lr, seconds, images_per_second, val_loss)
 
 
-def _mixing(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Mixup or CutMix; with both, one of them is drawn for each batch."""
+def _mixing(config: TrainConfig, num_classes: int) -> nn.Module | None:
+    """Mixup or CutMix, if wanted; with both, one of them is drawn for each batch."""
     if not (config.mixup or config.cutmix):
-        return _NoMixing()
+        return None
     v2 = require("torchvision.transforms.v2", "train")
     choices = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
     choices += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []

@@ -1,0 +1,259 @@
+"""Evaluate a segmentation network on images with masks: one confusion matrix of pixels, and what follows from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from repvgg._contexts import eval_mode
+from repvgg.errors import DataError
+from repvgg.training.evaluation import device_of
+from repvgg.training.segmentation_inference import SegmentationInference, Segmenter
+
+IGNORE_INDEX = 255
+
+#: How a class without pixels in truth and prediction counts in a mean: not at all, or as 0.
+AbsentClasses = Literal["ignore", "zero"]
+
+
+@final
+@dataclass(frozen=True)
+class SegmentationEvaluation:
+    """The pixels of N images by true and predicted class; ignored pixels are in no number.
+
+    A class that is in neither truth nor prediction has no IoU (0/0). ``absent="ignore"`` leaves it out of the mean (as
+    mmsegmentation), ``"zero"`` counts it as 0 (as hszhao/semseg). A class that is predicted but never true has IoU 0
+    under both rules.
+    """
+
+    confusion: Tensor  # (K, K) int64, rows are true classes and columns predicted ones
+    images: int  # N
+    absent: AbsentClasses = "ignore"
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels that are not ignored."""
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def iou(self) -> Tensor:
+        """(K,) float64, ``TP / (TP + FP + FN)`` of each class; NaN for an absent one."""
+        intersection = self.confusion.diagonal().double()
+        return intersection / (self.confusion.sum(0) + self.confusion.sum(1) - intersection)
+
+    @property
+    def per_class(self) -> Tensor:
+        """(K,) float64, share of the pixels of each class that are right; NaN for a class without pixels."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU in [0, 1]."""
+        return self._mean(self.iou)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean of the accuracies per class, in [0, 1]; under ``"ignore"`` over the classes that the truth has."""
+        return self._mean(self.per_class)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of the pixels that are right, in [0, 1]; NaN where all pixels are ignored."""
+        return self.correct / self.pixels if self.pixels else float("nan")
+
+    accuracy = pixel_accuracy
+
+    @property
+    def rule(self) -> str:
+        """The rule for absent classes, in words, with their number."""
+        count = int(self.iou.isnan().sum())
+        if not count:
+            return "every class occurs"
+        left_out = "left out of the means" if self.absent == "ignore" else "counted as 0"
+        return f"{count} {'class' if count == 1 else 'classes'} in neither truth nor prediction, {left_out}"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics for the header of a checkpoint, those that are numbers."""
+        found = {"held_out_miou": self.miou, "held_out_pixel_accuracy": self.pixel_accuracy}
+        return {name: value for name, value in found.items() if value == value}
+
+    @property
+    def summary(self) -> str:
+        """The result in a line."""
+        return (
+            f"mIoU {self.miou:.2%}  mean accuracy {self.mean_accuracy:.2%}  pixel accuracy {self.pixel_accuracy:.2%}"
+            f"  {self.images:,} images"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics as plain data; NaN is None."""
+        return {
+            "miou": _number(self.miou),
+            "mean_accuracy": _number(self.mean_accuracy),
+            "pixel_accuracy": _number(self.pixel_accuracy),
+            "iou": [_number(value) for value in self.iou.tolist()],
+            "accuracy": [_number(value) for value in self.per_class.tolist()],
+            "absent_classes": self.absent,
+            "correct": self.correct,
+            "pixels": self.pixels,
+            "images": self.images,
+            "confusion": self.confusion.tolist(),
+        }
+
+    def __repr__(self) -> str:
+        return f"SegmentationEvaluation(mIoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%})"
+
+    def _mean(self, values: Tensor) -> float:
+        return float(values.nanmean() if self.absent == "ignore" else values.nan_to_num(0.0).mean())
+
+
+def confusion_matrix(prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Count pixels by class: (K, K) int64, rows are true classes and columns predicted ones.
+
+    Args:
+        prediction: classes in 0 … K − 1, of any shape.
+        truth: classes in 0 … K − 1, or ``ignore_index``; of the same shape.
+        num_classes: K.
+        ignore_index: label of the pixels that are not counted.
+
+    Raises:
+        DataError: the truth has another label.
+    """
+    truth = truth.long()
+    counted = truth != ignore_index
+    labels = truth[counted]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        wrong = labels[(labels < 0) | (labels >= num_classes)][0]
+        raise DataError(
+            f"A mask has the label {int(wrong)}, but there are {num_classes} classes and {ignore_index} is ignored: "
+            "see 'repvgg data check'."
+        )
+    pairs = labels * num_classes + prediction[counted]
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class MaskBatch(NamedTuple):
+    """Images, their masks, and the masks that each model predicts."""
+
+    images: Tensor  # (n, C, H, W), as the loader yields them
+    truth: Tensor  # (n, H, W)
+    predictions: tuple[Tensor, ...]  # (n, H, W) int64 of each model, on the CPU
+
+
+@final
+@dataclass(frozen=True)
+class MaskAgreement:
+    """In how many pixels two models predict the same class; ignored pixels count, too."""
+
+    same: int
+    pixels: int
+
+    def __str__(self) -> str:
+        if self.same == self.pixels:
+            return f"the same class in all {self.pixels:,} pixels"
+        return f"another class in {self.pixels - self.same:,} of {self.pixels:,} pixels"
+
+
+def predicted_masks(
+    models: Sequence[Segmenter],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    inference: SegmentationInference | None = None,
+) -> Iterator[MaskBatch]:
+    """Run each of ``models`` on every batch, in eval mode and without gradients; see :func:`evaluate_segmentation`."""
+    inference = inference or SegmentationInference()
+    device = device_of(models[0])
+    if isinstance(prepare, nn.Module):
+        prepare = copy.deepcopy(prepare).to(device)  # the caller's stays where it is
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(eval_mode(model))
+        for images, truth in batches:
+            with torch.no_grad():  # not around the yield, which runs the caller's code
+                x_NCHW = images.to(device) if prepare is None else prepare(images.to(device))
+                masks = tuple(inference.scores(model, x_NCHW).argmax(1).cpu() for model in models)
+            yield MaskBatch(images, truth.cpu(), masks)
+
+
+def evaluate_segmentation(
+    model: Segmenter,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    *,
+    num_classes: int,
+    ignore_index: int = IGNORE_INDEX,
+    inference: SegmentationInference | None = None,
+    absent: AbsentClasses = "ignore",
+) -> SegmentationEvaluation:
+    """Run ``model`` over images with masks, and count pixels by true and predicted class.
+
+    Args:
+        model: any callable from (N, C, H, W) to logits (N, K, H, W); a module receives the images on its own device,
+            and its training flags are restored.
+        batches: images (n, C, H, W) and masks (n, H, W), as ``SegmentationData.val_batches`` yields them.
+        prepare: from those images to the input of the model; a module is copied to the device of the model.
+        num_classes: K.
+        ignore_index: label of the pixels that are not counted.
+        inference: whole images in one pass if None.
+        absent: see :class:`SegmentationEvaluation`.
+
+    Raises:
+        DataError: a mask has a label out of range.
+    """
+    (result,), _ = compare_segmentations(
+        [model],
+        batches,
+        prepare,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        inference=inference,
+        absent=absent,
+    )
+    return result
+
+
+def compare_segmentations(
+    models: Sequence[Segmenter],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    *,
+    num_classes: int,
+    ignore_index: int = IGNORE_INDEX,
+    inference: SegmentationInference | None = None,
+    absent: AbsentClasses = "ignore",
+    on_batch: Callable[[MaskBatch], None] | None = None,
+) -> tuple[list[SegmentationEvaluation], MaskAgreement]:
+    """Evaluate several models on the same batches, and count the pixels where all predict what the first one does.
+
+    The arguments are those of :func:`evaluate_segmentation`; ``on_batch`` receives the predictions of each batch.
+    """
+    confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in models]
+    images = same = pixels = 0
+    for batch in predicted_masks(models, batches, prepare, inference):
+        images += len(batch.images)
+        for confusion, prediction in zip(confusions, batch.predictions, strict=True):
+            confusion += confusion_matrix(prediction, batch.truth, num_classes, ignore_index)
+        first = batch.predictions[0]
+        agrees = torch.ones_like(first, dtype=torch.bool)
+        for other in batch.predictions[1:]:
+            agrees &= other == first
+        same, pixels = same + int(agrees.sum()), pixels + first.numel()
+        if on_batch is not None:
+            on_batch(batch)
+    results = [SegmentationEvaluation(confusion, images, absent) for confusion in confusions]
+    return results, MaskAgreement(same, pixels)
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None  # JSON has no NaN
