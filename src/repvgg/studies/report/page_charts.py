@@ -192,13 +192,13 @@ def loss_chart(history: Sequence[Epoch]) -> str:
 _ACCURACY_FLOORS = ((0.95, 5), (0.9, 5), (0.8, 4), (0.6, 4), (0.5, 5), (0.2, 4), (0.0, 4))
 
 
-def accuracy_chart(history: Sequence[Epoch]) -> str:
-    """Draw the validation accuracy by epoch."""
+def accuracy_chart(history: Sequence[Epoch], title: str = "Validation accuracy") -> str:
+    """Draw the validation accuracy, or another share that ``title`` names, by epoch."""
     lowest = min(epoch.accuracy for epoch in history)
     floor, steps = next((row for row in _ACCURACY_FLOORS if row[0] <= lowest), _ACCURACY_FLOORS[-1])
     points = [(epoch.epoch, epoch.accuracy, percentage(epoch.accuracy)) for epoch in history]
     ticks = {tick: f"{100 * tick:.0f}%" for step in range(steps + 1) for tick in [floor + (1 - floor) * step / steps]}
-    return _curve("accuracy", "Validation accuracy", points, ticks, (floor, 1.0), "linear")
+    return _curve("accuracy", title, points, ticks, (floor, 1.0), "linear")
 
 
 def _curve(
@@ -291,6 +291,32 @@ def error_chart(checks: Sequence[Check]) -> str:
     description = f"Relative errors on a logarithmic scale. {'; '.join(words)}"
     wide, narrow = (_WIDE_PX, 46 * len(checks) + 34), (NARROW_PX, 76 * len(checks) + 34)
     return _page_chart("errors", description, draw, wide=wide, narrow=narrow)
+
+
+@dataclass(frozen=True)
+class IouBar:
+    """One bar of :func:`iou_chart`."""
+
+    name: str  # of a class
+    iou: float | None  # None: the class is absent
+
+
+def iou_chart(bars: Sequence[IouBar]) -> str:
+    """Draw the intersection over union of each class as a bar from 0 to 100 %."""
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        axes, bar = _labelled_rows(figure, [(one.name, "") for one in bars], narrow, right=0 if narrow else 80)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_visible(False)
+        for row, one in enumerate(bars):
+            axes.barh(row, 1, height=bar, color=RULE, linewidth=0)
+            axes.barh(row, one.iou or 0.0, height=bar, color=ACCENT, linewidth=0)
+            text = "absent" if one.iou is None else percentage(one.iou)
+            _write(axes, row, text, x=1, right=0 if narrow else 80, above=narrow, **_NAME)
+
+    words = (f"{one.name}: {'absent' if one.iou is None else percentage(one.iou)}" for one in bars)
+    wide, narrow = (_WIDE_PX, 34 * len(bars)), (NARROW_PX, 54 * len(bars))
+    return _page_chart("iou", f"IoU of each class. {'; '.join(words)}", draw, wide=wide, narrow=narrow)
 
 
 _ROLE_COLORS: dict[Role, tuple[str, float]] = {  # with the opacity

@@ -113,13 +113,13 @@ def render_page(template: str, *, created: str, machine: Mapping[str, str], **co
     return _render(template, stamp=_stamp(created, machine), **context)
 
 
-def training_charts(history: tuple[Epoch, ...]) -> _Charts:
-    """Return the drawings ``loss`` and ``accuracy`` of a training.
+def training_charts(history: tuple[Epoch, ...], accuracy_title: str = "Validation accuracy") -> _Charts:
+    """Return the drawings ``loss`` and ``accuracy`` of a training; the title says what the accuracy is.
 
     Raises:
         MissingDependencyError: Matplotlib is not installed.
     """
-    return _charts(history, (), ())
+    return _charts(history, (), (), accuracy_title)
 
 
 def _render(template: str, **context: Any) -> str:
@@ -163,16 +163,30 @@ def _environment() -> Environment:
 
 # The quickstart renders its page until the file sizes in it are right; the charts are the same each time.
 @lru_cache(maxsize=2)
-def _charts(history: tuple[Epoch, ...], checks: tuple[Check, ...], timings: tuple[Timing, ...]) -> _Charts:
-    markupsafe = require("markupsafe", "study")
+def _charts(
+    history: tuple[Epoch, ...],
+    checks: tuple[Check, ...],
+    timings: tuple[Timing, ...],
+    accuracy_title: str = "Validation accuracy",
+) -> _Charts:
     drawings: dict[str, str] = {}
     if history:
-        drawings |= {"loss": loss_chart(history), "accuracy": accuracy_chart(history)}
+        drawings |= {"loss": loss_chart(history), "accuracy": accuracy_chart(history, accuracy_title)}
     if checks:
         drawings["errors"] = error_chart(checks)
     if timings:
         drawings["timings"] = timing_chart(timings)
-    return {name: markupsafe.Markup(drawing) for name, drawing in drawings.items()}
+    return {name: as_markup(drawing) for name, drawing in drawings.items()}
+
+
+def as_markup(html: str) -> Markup:
+    """Mark HTML of our own as such, so that a template does not escape it.
+
+    Raises:
+        MissingDependencyError: Jinja2 is not installed.
+    """
+    markup: Markup = require("markupsafe", "study").Markup(html)
+    return markup
 
 
 def _stamp(created: str, environment: Mapping[str, str]) -> list[str]:

@@ -12,6 +12,8 @@ from repvgg._files import write_text
 from repvgg.measure import environment
 from repvgg.studies.report.render import render_page, training_charts
 from repvgg.studies.report.schema import Epoch, File
+from repvgg.studies.report.segmentation_page import SegmentationPage, epochs_of
+from repvgg.training.samples import SAMPLES_FOLDER, read_samples
 
 PAGE = "report.html"
 _MOST_CLASSES = 50  # rows of the table by class
@@ -44,7 +46,44 @@ def write_run_page(folder: Path) -> Path:
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sizes = {name: (folder / name).stat().st_size for name in _PURPOSES if (folder / name).exists()}
-    return write_text(folder / PAGE, _render(report, sizes), overwrite=True)
+    page = _segmentation_page(folder, report, sizes).render() if "palette" in report else _render(report, sizes)
+    return write_text(folder / PAGE, page, overwrite=True)
+
+
+def _segmentation_page(folder: Path, report: Mapping[str, Any], sizes: Mapping[str, int]) -> SegmentationPage:
+    config, agreement = report["config"], report["mask_agreement"]
+    name, recipe = _title(config)
+    return SegmentationPage(
+        name=name,
+        headline=f"Trained on {config['data']['uri']} by the recipe {recipe}.",
+        created=report["created"],
+        command=report["command"],
+        classes=report["classes"],
+        palette=report["palette"],
+        forms=_forms(report),
+        ignore_index=report["ignore_index"],
+        agreement=None if agreement is None else (agreement["same"], agreement["pixels"]),
+        evidence=report.get("evidence"),
+        samples=read_samples(folder / SAMPLES_FOLDER, report["samples"]),
+        history=epochs_of(report["history"]),
+        seconds=report["seconds"],
+        skipped=report["skipped_images"],
+        files=[File(name, sizes[name], _PURPOSES[name]) for name in sizes],
+        facts={name: value for name, value in _flat(config) if value not in (None, "", {}, [])},
+    )
+
+
+def _title(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the names of the model and of the recipe."""
+    return config["model"] or Path(config["init"] or "model").stem, config["recipe"] or "custom"
+
+
+def _forms(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of the forms of the model by their names."""
+    plain = report["plain_form"]
+    if plain is None:
+        return {"model": report["train_form"]}
+    return {"train form": report["train_form"], "plain form": plain}
 
 
 def _render(report: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
@@ -53,22 +92,19 @@ def _render(report: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         Epoch(row["epoch"], float(row["loss"]), row["held_out_accuracy"], _finite(row.get("held_out_loss")))
         for row in report["history"]
     )
-    plain = report["plain_form"]
-    forms = (
-        {"model": report["train_form"]} if plain is None else {"train form": report["train_form"], "plain form": plain}
-    )
+    name, recipe = _title(config)
     classes = _class_rows(report["classes"], report["train_form"]["confusion"])
     return render_page(
         "run.html.j2",
         created=report["created"],
         machine=environment(),
-        name=config["model"] or Path(config["init"] or "model").stem,
-        recipe=config["recipe"] or "custom",
+        name=name,
+        recipe=recipe,
         data=config["data"]["uri"],
         history=history,
         charts=training_charts(history),
         result=report["train_form"],
-        forms=forms,
+        forms=_forms(report),
         evidence=report.get("evidence"),
         seconds=report["seconds"],
         skipped=report["skipped_images"],
