@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from repvgg._progress import busy
-from repvgg.cli._options import BatchSize, Checkpoint, InputSize, JsonFlag, option
+from repvgg.cli._evaluate_masks import MaskOptions, check_classes, evaluate_masks
+from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, option
 from repvgg.cli._output import write_json, write_line, write_table
 from repvgg.errors import UsageError
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from repvgg.training import Evaluation
 
 
+_BATCH = "images per batch (default: 64, or 1 with masks)."
+_LABEL_BATCH, _MASK_BATCH = 64, 1
+_NO_MASK_OPTIONS = MaskOptions()
 _SPLIT = "train, val (of a data set with a single split: what training would use) or all (default: val, or else all)."
 
 
@@ -25,36 +31,97 @@ def evaluate(
     data: Annotated[str, tyro.conf.arg(metavar="URI")],
     split: Annotated[Literal["train", "val", "all"] | None, option(_SPLIT, "{train,val,all}")] = None,
     form: Literal["both", "train", "plain"] = "both",
-    batch: BatchSize = 64,
+    batch: Annotated[int | None, option(_BATCH, "IMAGES")] = None,
     input_size: InputSize = None,
     crop_fraction: float = 0.875,
     workers: int = 0,
     allow_commands: bool = False,
     as_json: JsonFlag = False,
+    masks: Annotated[MaskOptions, tyro.conf.arg(name="")] = _NO_MASK_OPTIONS,
 ) -> None:
-    """Evaluate a checkpoint on labelled images: top-1, top-5, and accuracy by class.
+    """Evaluate a checkpoint on labelled images, or on images with masks.
 
-    A checkpoint in the train form is also converted, and both forms are evaluated. A data set with a validation split
-    is evaluated on that; any other, such as a folder of class folders, as a whole.
+    Labels: top-1, top-5, and accuracy by class. Masks: IoU by class, mIoU, mean accuracy and pixel accuracy.
+
+    A checkpoint in the train form is also converted, both forms are evaluated, and the equal predictions are counted:
+    of images, or of all pixels. A data set with a validation split is evaluated on that; any other, such as a folder of
+    class folders, as a whole.
 
         repvgg eval runs/a0/train.safetensors --data imagefolder:/data/imagenet
         repvgg eval plain.safetensors --data imagefolder:photos/test
         repvgg eval plain.safetensors --data imagefolder:photos --split all
+        repvgg eval segment.safetensors --data masks:street --window 321 --flip
 
     Args:
         checkpoint: the file, of this library or another one.
         data: the data set, such as imagefolder:PATH or torchvision:CIFAR10:PATH.
         split: see above.
         form: which form to evaluate.
-        batch: images per batch.
-        input_size: height and width (default: from the checkpoint).
+        batch: see above.
+        input_size: height and width (default: from the checkpoint). Images with masks keep their size.
         crop_fraction: the central crop as a fraction of the short side.
         workers: processes that read images.
         allow_commands: run the shell command of webdataset:pipe:COMMAND.
         as_json: print JSON.
+        masks: see there.
     """
+    from repvgg.data.config import MASK_SCHEMES
+
+    if data.partition(":")[0] in MASK_SCHEMES:
+        _evaluate_masks(checkpoint, data, split, form, _MASK_BATCH if batch is None else batch, workers, as_json, masks)
+        return
+    if masks != _NO_MASK_OPTIONS:
+        given = next(f.name for f in fields(MaskOptions) if getattr(masks, f.name) != f.default).replace("_", "-")
+        raise UsageError(f"--{given} is for images with masks, but {data!r} has labels: leave it out.")
+    batch = _LABEL_BATCH if batch is None else batch
+    _evaluate_labels(checkpoint, data, split, form, batch, input_size, crop_fraction, workers, allow_commands, as_json)
+
+
+def _evaluate_masks(
+    checkpoint: Path,
+    data: str,
+    split: Literal["train", "val", "all"] | None,
+    form: str,
+    batch: int,
+    workers: int,
+    as_json: bool,
+    options: MaskOptions,
+) -> None:
+    from repvgg.data import DataConfig, SegmentationData, open_evaluation_data
+    from repvgg.models import load
+
+    loaded = load(checkpoint)
+    about = loaded.metadata
+    opened = open_evaluation_data(
+        DataConfig(
+            uri=data,
+            channels=1 if about.in_channels == 1 else 3,
+            mean=about.mean or None,
+            std=about.std or None,
+            ignore_index=options.ignore_index,
+            workers=workers,
+        ),
+        split,
+    )
+    assert isinstance(opened, SegmentationData)
+    evaluate_masks(loaded, opened, options, form=form, batch=batch, as_json=as_json)
+
+
+def _evaluate_labels(
+    checkpoint: Path,
+    data: str,
+    split: Literal["train", "val", "all"] | None,
+    form: str,
+    batch: int,
+    input_size: int | None,
+    crop_fraction: float,
+    workers: int,
+    allow_commands: bool,
+    as_json: bool,
+) -> None:
     from repvgg.data import DataConfig, open_image_evaluation_data
     from repvgg.models import load
+    from repvgg.training.tasks import check_task
 
     loaded = load(checkpoint)
     about = loaded.metadata
@@ -73,7 +140,8 @@ def evaluate(
         ),
         split,
     )
-    _check_classes(loaded, opened)
+    check_task(loaded.model, about.model, opened)
+    check_classes(loaded, opened)
     results = _evaluate_forms(loaded, opened, form, batch)
     if as_json:
         write_json(
@@ -84,17 +152,6 @@ def evaluate(
         )
     else:
         _print(results, opened)
-
-
-def _check_classes(loaded: LoadedModel, data: ImageData) -> None:
-    ours, theirs = loaded.metadata.classes, data.classes
-    if loaded.model.num_classes != len(theirs):
-        raise UsageError(f"The model has {loaded.model.num_classes} classes, but {data.uri} has {len(theirs)}.")
-    if ours and ours != theirs:
-        first = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
-        raise UsageError(
-            f"The classes differ: number {first} is {ours[first]!r} in the model and {theirs[first]!r} in the data."
-        )
 
 
 def _evaluate_forms(loaded: LoadedModel, data: ImageData, form: str, batch: int) -> dict[str, Evaluation]:

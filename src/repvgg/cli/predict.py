@@ -12,6 +12,7 @@ import tyro
 
 from repvgg._files import check_output, write_text
 from repvgg._progress import progress_bar
+from repvgg.cli._mask_options import InferenceOptions
 from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, Number, OptionalFile
 from repvgg.cli._output import write_json, write_line, write_warning
 from repvgg.errors import CheckpointError, DataError, RepvggError, UsageError, first_line
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from repvgg.checkpoints import Metadata
     from repvgg.data import DataConfig
+    from repvgg.models import LoadedModel
 
     Run: TypeAlias = Callable[[Tensor], Tensor]
     TopClasses: TypeAlias = list[tuple[float, int]]  # (probability, class index), the most probable first
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _SOME_FAILED = 1  # exit code
+_NO_MASK_OPTIONS = InferenceOptions()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,30 +55,37 @@ def predict(
     threads: Number = None,
     overwrite: bool = False,
     as_json: JsonFlag = False,
+    masks: Annotated[InferenceOptions, tyro.conf.arg(name="")] = _NO_MASK_OPTIONS,
 ) -> int:
-    """Predict the most probable classes of image files.
+    """Predict the most probable classes of image files, or the class of each of their pixels.
 
     A checkpoint in the train form is converted first; .onnx and .pt2 files run as they are. Images are resized and
     cropped as by 'repvgg eval', and turned as their EXIF orientation says. The engine "repvgg" is this library's;
     "auto" uses it if it is installed and supports the model. The output names the engine that ran.
 
+    A segmentation network writes two files for each image into the folder --out: a PNG whose pixels are class indices,
+    with the colours as its palette, and the image with these colours over it and a legend. Without --out it lists the
+    share of each class. Images keep their size.
+
     Files that cannot be read are listed with the reason, and the exit code is then 1.
 
         repvgg predict plain.safetensors cat.jpg holidays/
         repvgg predict plain.onnx holidays/ --top 1 --out predictions.csv
+        repvgg predict segment.safetensors street/ --out masks/
 
     Args:
         checkpoint: the file, of this library or another one, or an exported .onnx or .pt2 file.
         images: files, or folders of them.
         top: classes per image.
-        out: write a table to this .csv file, one row an image.
+        out: write a table to this .csv file, one row an image; or masks to this folder.
         classes: a text file with the name of each class on a line of its own (default: from the checkpoint).
         engine: what runs the model.
         input_size: height and width (default: from the checkpoint).
         crop_fraction: the central crop as a fraction of the short side.
         threads: number of CPU threads (default: PyTorch's).
-        overwrite: replace the file given as --out.
+        overwrite: replace the file given as --out, or files in that folder.
         as_json: print JSON.
+        masks: see there.
     """
     from repvgg._contexts import num_threads
     from repvgg.data import DataConfig
@@ -84,6 +94,17 @@ def predict(
         raise UsageError("--top, --input-size and --threads are all at least 1.")
     if not images:
         raise UsageError("Give image files, or folders of them, after the checkpoint.")
+    segmenter = _load_segmenter(checkpoint)
+    if segmenter is not None:
+        if input_size is not None:
+            raise UsageError("A segmentation network takes images of any size: leave out --input-size.")
+        if classes is not None:
+            about = dataclasses.replace(segmenter.metadata, classes=_class_names(classes, segmenter.metadata))
+            segmenter = dataclasses.replace(segmenter, metadata=about)
+        with num_threads(threads):
+            return _segment(segmenter, images, top, out, engine, masks, overwrite=overwrite, as_json=as_json)
+    if masks != _NO_MASK_OPTIONS:
+        raise UsageError("--window, --stride, --flip, --scales, --tta are for segmentation networks: leave them out.")
     if out is not None:
         if out.suffix != ".csv":
             raise UsageError(f"Predictions are written as a table: end {str(out)!r} in .csv.")
@@ -113,11 +134,93 @@ def predict(
         write_line(f"{about.model}, {about.form} form, {size}, engine {classifier.engine}")
         if out is not None:
             write_line(f"wrote {out}: {len(found):,} images")
+    return _warn_of(failures, len(found))
+
+
+def _warn_of(failures: Failures, num_found: int) -> int:
+    """List the files that could not be read, and return the exit code."""
     for file, reason in failures.items():
         write_warning(f"{file!r} {reason}")
     if failures:
-        write_warning(f"{len(failures):,} of {len(found) + len(failures):,} files could not be read")
+        write_warning(f"{len(failures):,} of {num_found + len(failures):,} files could not be read")
     return _SOME_FAILED if failures else 0
+
+
+def _load_segmenter(path: Path) -> LoadedModel | None:
+    """Return the plain form of a segmentation network; None if the file holds something else."""
+    from repvgg.deploy import PROGRAM_SUFFIXES
+    from repvgg.models import PSPNet, collapse_loaded, load
+
+    if path.suffix in PROGRAM_SUFFIXES:
+        return None
+    loaded = load(path)
+    if not isinstance(loaded.model, PSPNet):
+        return None
+    return loaded if loaded.metadata.form == "plain" else collapse_loaded(loaded)
+
+
+def _segment(
+    loaded: LoadedModel,
+    images: Sequence[Path],
+    top: int,
+    out: Path | None,
+    engine: str,
+    masks: InferenceOptions,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> int:
+    """Predict masks; the arguments are those of :func:`predict`."""
+    from repvgg.cli._predict_masks import (
+        PredictedMask,
+        Segmenter,
+        class_names,
+        compiled,
+        output_names,
+        predict_files,
+        prepare_outputs,
+    )
+
+    if out is not None and (out.suffix or (out.exists() and not out.is_dir())):
+        raise UsageError(f"Masks are written to a folder, and {str(out)!r} names a file: give a folder as --out.")
+    inference = masks.inference
+    files, failures = _find(images)
+    if not files:
+        raise _nothing_read(failures)
+    names = None
+    if out is not None:
+        names = output_names(files, out)
+        prepare_outputs(names, out, overwrite=overwrite)
+    run, what_ran = compiled(loaded.model.float().eval(), engine)
+    about = loaded.metadata
+    found: list[PredictedMask] = []
+    for result in predict_files(Segmenter(run, about, inference), files, names, overwrite=overwrite):
+        if isinstance(result, PredictedMask):
+            found.append(result)
+            if out is None and not as_json:
+                shares = ", ".join(f"{class_names(about)[index]} {share:.1%}" for index, share in result.shares[:top])
+                write_line(f"{result.file}: {shares}")
+        else:
+            failures[str(result[0])] = result[1]
+    if not found:
+        raise _nothing_read(failures)
+    if as_json:
+        rows = [
+            {
+                "file": str(one.file),
+                "mask": None if one.mask is None else str(one.mask),
+                "overlay": None if one.overlay is None else str(one.overlay),
+                "shares": {class_names(about)[index]: share for index, share in one.shares},
+            }
+            for one in found
+        ]
+        failed = [{"file": file, "reason": reason} for file, reason in failures.items()]
+        write_json({"engine": what_ran(), "model": about.model, "images": rows, "failures": failed})
+    else:
+        write_line(f"{about.model}, {about.form} form, {inference}, engine {what_ran()}")
+        if out is not None:
+            write_line(f"wrote {len(found):,} masks and overlays to {out}")
+    return _warn_of(failures, len(found))
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], Failures]:

@@ -32,10 +32,11 @@ def train(arguments: list[str]) -> int:
 
         repvgg train repvgg_a0 --recipe paper-simple --data imagefolder:imagenet
         repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
+        repvgg train pspnet_repvgg_a0 --recipe pspnet-small --data masks:camvid
         repvgg train --config runs/repvgg_t1-cifar/config.yaml --resume
         torchrun --nproc-per-node 8 -m repvgg train --config b1.yaml --sync-bn
 
-    Recipes: paper-simple, paper-heavy, plus, cifar, finetune, quickstart.
+    Recipes: paper-simple, paper-heavy, plus, cifar, finetune, quickstart; for images with masks pspnet, pspnet-small.
 
     Args:
         arguments: everything after ``repvgg train``.
