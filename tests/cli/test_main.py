@@ -191,7 +191,7 @@ COMMAND_LINE = {
         "MODEL",
     ],
     "study": ["--help", "--out", "--overwrite", "NAME"],
-    "data check": ["--allow-commands", "--help", "--json", "--limit", "--val", "--workers", "URI"],
+    "data check": ["--allow-commands", "--help", "--ignore-index", "--json", "--limit", "--val", "--workers", "URI"],
     "checkpoint inspect": ["--help", "--json", "FILE"],
     "checkpoint convert": ["--form", "--help", "--overwrite", "--to", "FILE", "OUT"],
 }

@@ -20,9 +20,9 @@ from repvgg.training.config import TrainConfig
 from repvgg.training.tasks import TrainingData, check_task
 
 _EXPANSION_BATCHES = 4
-_PLAIN_WARNING = (
-    "warning: trains a plain model, without branches and batch norms; set expand to train an equivalent branched one"
-)
+_PLAIN_WARNING = "warning: trains a plain model, without branches and batch norms; "
+_EXPAND_ADVICE = "set expand to train an equivalent branched one"
+_TRAIN_FORM_ADVICE = "start from its train form to train those"
 
 
 @final
@@ -71,7 +71,7 @@ def build_initial_model(config: TrainConfig, data: TrainingData) -> InitialModel
             model, note = _expand(model, data, min(64, config.batch_size))
             notes.append(note)
         elif metadata.form == "plain":
-            notes.append(_PLAIN_WARNING)
+            notes.append(_PLAIN_WARNING + (_EXPAND_ADVICE if isinstance(model, RepVGG) else _TRAIN_FORM_ADVICE))
         if model.num_classes != len(data.classes) or metadata.classes != data.classes:
             notes.append(f"new classifier for {len(data.classes)} classes in place of {model.num_classes}")
             model.replace_classifier(len(data.classes))  # inside the seeded context: its weights are drawn here
