@@ -98,6 +98,7 @@ class _Search:
         self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
         self.reasons |= options.escaped
         self.firm = frozenset(self.reasons)
+        self.unprofitable: set[fx.Node] = set()  # steps that larger regions were cut at for their cost
         self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
         self.values = SymbolicValues(recording, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
@@ -151,7 +152,9 @@ class _Search:
         targets = dict(absorption.targets)
         merged = (*(targets.pop(found.region.exit, found) for found in merged), *targets.values())
         reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
-        reasons |= absorption.reasons
+        # That the larger region would not pay says more than why the smaller one does not exist.
+        unpaid = {node for node, value in values.by_node.items() if value.source in self.unprofitable}
+        reasons |= {node: reason for node, reason in absorption.reasons.items() if node not in unpaid}
         return Regions(merged, scaled, reasons, values.spec, self.were_cut, absorption.norms)
 
     def _convolution_at(self, end: fx.Node) -> Replacement | str:
@@ -240,6 +243,7 @@ class _Search:
             if self._relative_increase(step) > 0 or self.options.policy is not cheaper:
                 after, before = value.merged_cost, value.cost
                 times = f"{after.multiply_adds / max(before.multiply_adds, 1e-9):.2g} times the multiply-adds"
+                self.unprofitable.add(step.node)
                 self.reasons[step.node] = (
                     f"merging it would cost {times} and {after.weights:,} instead of {before.weights:,} weights"
                 )
