@@ -18,6 +18,7 @@ from repvgg._calls import Call, Inputs
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
 from repvgg.deploy.flat import FlatModule
+from repvgg.deploy.onnx_operators import translations
 from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
@@ -107,7 +108,6 @@ def export_onnx(
 
 def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
     """Return the model as an ``onnx.ModelProto``."""
-    require("onnxscript", "onnx")  # torch.onnx imports it late and reports its absence in a traceback
     flat = FlatModule(model, call)
     examples = tuple(call.tensors())
     axes = batch_axes(call, "batch") if dynamic_batch else None
@@ -119,6 +119,7 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
                 input_names=flat.inputs,
                 output_names=flat.outputs,
                 dynamic_shapes=axes if flat.is_plain or axes is None else (axes,),
+                custom_translation_table=translations(),
                 dynamo=True,  # through torch.export: the older exporter bakes data-dependent branches into the graph
                 optimize=True,
                 verbose=False,
