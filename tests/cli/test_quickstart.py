@@ -21,7 +21,7 @@ from tests.cli.helpers import contents
 
 FILES = {"train.safetensors", "plain.safetensors", "plain.onnx", "report.json", "report.html"}
 STAGES = [
-    "open_data",
+    "open_image_data",
     "_train",
     "_collapse",
     "_verify",
@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(study, "open_data", few_digits)
+        patch.setattr(study, "open_image_data", few_digits)
         patch.setattr(study, "quickstart", one_epoch)
         patch.setattr(study.measure, "compare", quick_compare)
         for name in ("_train", "_collapse", "_verify", "_export", "_check", "_time"):
@@ -78,7 +78,7 @@ def replayed(finished, tmp_path, monkeypatch):
     """Work in an empty folder with stages that return their earlier results."""
     home, returned = finished
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "open_data", few_digits)
+    monkeypatch.setattr(study, "open_image_data", few_digits)
     for name, value in returned.items():
         monkeypatch.setattr(study, name, partial(lambda value, *arguments, **keywords: value, value))
 

@@ -148,7 +148,7 @@ REFUSED = {
     "a batch norm": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), {}, "batch_norm"),
     "float64": (nn.Sequential(nn.Conv2d(3, 4, 3)).double(), {"dtype": torch.float64}, "float32"),
     "a residual": (Twice(), {}, "has two users"),
-    "two outputs": (Pair(), {}, "has two users"),
+    "two outputs": (Pair(), {}, "returns one tensor"),
 }
 
 
