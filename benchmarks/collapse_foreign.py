@@ -7,10 +7,11 @@ transformers, torchvision, segmentation-models-pytorch; the extra ``foreign``) a
 the statistics of their inputs, in float64. Each runs in a process of its own. A row shows, before the conversion, after
 the code base's own ("theirs") and after ``repvgg.reparameterize(model, inputs)`` ("ours"): batch norms (modules, or
 executed ones if those are more), executed convolutions, parameters; then our largest error relative to the largest
-value of an output, the seconds of one call with its proofs, and how far its peak memory exceeded that before the call,
-in multiples of the float64 weights. "holds" is: nothing of which ours has more than theirs, no norm that could be
-folded, error at most 1e-10. Exit code 1 if a row does not hold. ``--out`` writes NAME.json and
-NAME.md; ``--earlier`` adds a column with our numbers of an earlier run.
+value of an output, the CPU seconds of one call with its proofs (other programs disturb them less than the time on the
+clock, which is in the JSON file), and how far its peak memory exceeded that before the call, in multiples of the
+float64 weights. "holds" is: nothing of which ours has more than theirs, no norm that could be folded, error at most
+1e-10. Exit code 1 if a row does not hold. ``--out`` writes NAME.json and NAME.md; ``--earlier`` adds a column with our
+numbers of an earlier run.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def measure(network: Network) -> dict[str, Any]:
     gc.collect()
     with track_peak_memory() as peak:
         resident = peak() or 0  # the peak was just reset to it
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
             plain, report = collapse(model, inputs)
         except Exception as error:
             return row | {"failure": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
         row["seconds"] = time.perf_counter() - start
+        row["cpu_seconds"] = time.process_time() - cpu_start
         row["peak_to_weights"] = ((peak() or 0) - resident) / weights
     ours = count(plain, inputs)
     row["ours"] = dataclasses.asdict(ours)
@@ -119,7 +121,11 @@ def markdown(rows: list[dict[str, Any]], earlier: dict[str, dict[str, Any]]) -> 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-NUMBERS = {"error": ("error", ".0e"), "seconds": ("seconds", ".1f"), "peak / weights": ("peak_to_weights", ".1f")}
+NUMBERS = {
+    "error": ("error", ".0e"),
+    "CPU seconds": ("cpu_seconds", ".1f"),
+    "peak / weights": ("peak_to_weights", ".1f"),
+}
 
 
 def number_cell(row: dict[str, Any], old: dict[str, Any], name: str, spec: str) -> str:
