@@ -150,6 +150,8 @@ INVALID_YAML = {
     "code": "!!python/object/apply:os.system ['true']",
     "anchors": "limit: " + bomb(6),
     "merged keys": merge_bomb(6),
+    "a key twice": "name: x\nname: y",
+    "a key twice, inside": "name: x\nparts: [{rate: 1}, {rate: 1, kind: a, 'rate': 2}]",
     "itself": "a: &a [*a]",
     "itself as a key": "&a {? *a : 1}",
     "a list as a key": "? [a]\n: 2",
@@ -172,6 +174,13 @@ def test_invalid_yaml_is_refused_in_one_short_sentence(tmp_path, name):
         read_yaml(Outer, path)
     assert len(str(caught.value).replace(str(path), "c.yaml")) < 500
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: x\nparts:\n  - {rate: 1}\n  - rate: 2\n    rate: 3\n")
+    with pytest.raises(UsageError, match="'rate' twice, again in line 5: remove one"):
+        read_yaml(Outer, path)
 
 
 def test_files_that_are_no_yaml(tmp_path):

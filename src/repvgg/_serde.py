@@ -141,6 +141,9 @@ def _load_yaml(text: str) -> Any:
         # Before the values are built: keys that are merged ("<<") are copied into each mapping then.
         if _num_nodes(root, {}) > _MAX_YAML_NODES:
             raise UsageError("has too many values, or refers to itself: write it without anchors.")
+        if (repeated := _repeated_key(root, set())) is not None:
+            where = f"line {repeated.start_mark.line + 1}"
+            raise UsageError(f"has the key {repeated.value!r} twice, again in {where}: remove one of them.")
         return loader.construct_document(root)
     finally:
         loader.dispose()
@@ -154,6 +157,22 @@ def _num_nodes(node: Any, known: dict[int, float]) -> float:
         pairs = (child if isinstance(child, tuple) else (child,) for child in children)
         known[id(node)] = 1 + sum(_num_nodes(child, known) for pair in pairs for child in pair)
     return known[id(node)]
+
+
+def _repeated_key(node: Any, known: set[int]) -> Any:
+    """Return a key that a mapping of a YAML document has already, of which PyYAML would take the last; None if none."""
+    if not isinstance(node.value, list) or id(node) in known:
+        return None
+    known.add(id(node))
+    if isinstance(node.value[0] if node.value else None, tuple):
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str):
+                if (key.tag, key.value) in seen:
+                    return key
+                seen.add((key.tag, key.value))
+    children = (child for item in node.value for child in (item if isinstance(item, tuple) else (item,)))
+    return next((found for child in children if (found := _repeated_key(child, known)) is not None), None)
 
 
 def from_plain(kind: Any, data: Any, where: str, *, unknown: Literal["error", "ignore"] = "error") -> Any:
