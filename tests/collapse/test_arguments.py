@@ -293,3 +293,29 @@ def test_model_without_norms_in_training_mode_gives_its_eval_form():
     plain, _ = collapse(model)
     model.eval()
     assert_same_outputs(model, plain.eval(), image())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (torch.zeros(1, 3, 8, 8), r"float32 \(1, 3, 8, 8\).*'conv'"),
+        (torch.zeros(4, dtype=torch.float64), r"float64 \(4,\).*'conv'"),
+        ({"y": image()}, r"inputs\[0\]\['y'\]"),
+        ([image(), image()], r"takes \(x\)"),
+    ],
+)
+@pytest.mark.parametrize("function", [repvgg.reparameterize, repvgg.is_plain])
+def test_inputs_that_a_model_does_not_take(function, inputs, said):
+    """The sentence names the shapes, and what the first layer or the forward takes."""
+    model = trained(module(lambda self, x: self.act(self.bn(self.conv(x))), **parts()))
+    with pytest.raises(UsageError, match=said) as caught:
+        function(model, inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_forward_that_raises_an_error_of_its_own():
+    def forward(self, x):
+        raise KeyError("size of the window")
+
+    with pytest.raises(UsageError, match=r"does not run on .* \(KeyError: 'size of the window'\)"):
+        repvgg.reparameterize(trained(module(forward, **parts())), image())

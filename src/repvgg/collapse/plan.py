@@ -21,8 +21,9 @@ from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.unread import Unread
-from repvgg.errors import typed_line
+from repvgg.errors import RepvggError, UsageError, typed_line
 from repvgg.symbolic import InputSpec, first_float
+from repvgg.verify.comparison import does_not_run
 
 Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay, and why
 
@@ -213,7 +214,9 @@ class _Planner:
             return
         # A model without values may still run with some.
         if call is not None and first is not None and not isinstance(first, NeedsValuesError):
-            raise first
+            if isinstance(first, RepvggError):
+                raise first
+            raise UsageError(does_not_run(module, call, "the model", first)) from first
         if any(map(nn.parameter.is_lazy, module.parameters())):
             why = "it has parameters without a shape: call it once before"
         elif is_scripted(module):
