@@ -57,10 +57,11 @@ def reparameterize(
     forward calls, or with ``inputs`` nothing calls, and that nothing else can reach, are dropped. So are those on whose
     results no output depends: a stand-in of the same shape takes their place.
 
-    With ``inputs``, what holds for calls like this one is merged. Where another argument, or another value of a flag
-    that a forward reads, would select something else, the plain model checks it in each call and refuses a call that
-    differs with a UsageError; ``report.guards`` lists these checks. Without ``inputs``, they are made up, and only
-    what holds for other calls as well is merged: branches on sizes and on optional arguments are tried.
+    With ``inputs``, what holds for calls like this one is merged. Where another argument would select something else,
+    the plain model checks it in each call and refuses a call that differs with a UsageError. So it does, with or
+    without ``inputs``, for attributes, configurations, global and closure variables that a forward reads and may branch
+    on; ``report.guards`` lists these checks. Without ``inputs``, they are made up, and only what holds for other calls
+    as well is merged: branches on sizes and on optional arguments are tried.
 
     Args:
         model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
@@ -86,8 +87,8 @@ def reparameterize(
 
     Limits: a model that takes both batches and single images without a batch axis is collapsed for batches, unless
     ``inputs`` are single images: a batch norm works on another axis there. Code that reads tensors without PyTorch's
-    functions cannot be recorded; what it may have read stays. Branches on global variables, and on attributes that are
-    no booleans, keep the way that they took. Only eval mode is preserved.
+    functions cannot be recorded; what it may have read stays. Numbers that are attributes are constants, as weights
+    are, unless the code branches on them. Only eval mode is preserved.
     """
     return _collapse(model, Options(True, policy_of(policy), _call(model, inputs)), prove)
 

@@ -78,13 +78,6 @@ def _facts_of_class(kind: Any) -> CodeFacts:
     )
 
 
-def flags_read(module: nn.Module) -> list[str]:
-    """Return the boolean attributes of a module that its forward may branch on."""
-    own = [name for name, value in vars(module).items() if isinstance(value, bool) and not name.startswith("_")]
-    names = code_facts(module).names
-    return [name for name in own if name != "training" and name in names]
-
-
 def has_public_methods(kind: type[nn.Module]) -> bool:
     """Whether a class has methods of its own that a user may call besides ``forward``."""
     return any(not name.startswith("_") for name in _facts_of_class(cast("Any", kind)).methods)
@@ -99,7 +92,7 @@ def _reachable_code(functions: dict[str, FunctionType]) -> Iterator[CodeType]:
         if name in done or name not in functions:
             continue
         done.add(name)
-        for code in _nested_code(inspect.unwrap(functions[name]).__code__):
+        for code in nested_code(inspect.unwrap(functions[name]).__code__):
             todo += code.co_names
             yield code
 
@@ -126,18 +119,19 @@ def _inspects_objects(code: CodeType) -> bool:
     return any(step.opname == "IS_OP" and before.argrepr != "None" for before, step in pairs)
 
 
-def _nested_code(code: CodeType) -> Iterator[CodeType]:
+def nested_code(code: CodeType) -> Iterator[CodeType]:
+    """Yield code and that of the functions that are defined in it."""
     yield code
     for constant in code.co_consts:  # lambdas and comprehensions
         if isinstance(constant, CodeType):
-            yield from _nested_code(constant)
+            yield from nested_code(constant)
 
 
 def _called_attributes(function: Any) -> Iterator[str]:
     """Yield the attributes that a method calls on its first argument."""
     code = inspect.unwrap(function).__code__
     own = code.co_varnames[:1]
-    for nested in _nested_code(code):
+    for nested in nested_code(code):
         before: Any = None
         for step in dis.get_instructions(nested):
             marked = _LOAD_ATTR_MARKS_CALLS and bool((step.arg or 0) & 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from repvgg import _structure
 from repvgg._calls import signature_of
 from repvgg.collapse.recording import Frame
+from repvgg.collapse.settings import Setting
 from repvgg.errors import UsageError
 
 
@@ -23,12 +24,12 @@ class CallGuard:
         path: of the module in the plain model.
         expected: for each argument by name, its structures and leaves as the recorded call had them: a value, or what
             is known of a tensor.
-        flags: boolean attributes of the module that its forward branches on.
+        settings: attributes, and variables around its code, that its forward branches on.
     """
 
     path: str
     expected: Mapping[str, tuple[Any, ...]]
-    flags: Mapping[str, bool] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
 
     @classmethod
     def of(cls, path: str, frame: Frame, module: nn.Module, *, sizes: bool) -> CallGuard:
@@ -43,9 +44,9 @@ class CallGuard:
             UsageError: it differs.
         """
         name = self.path or type(module).__name__
-        for flag, value in self.flags.items():
-            if getattr(module, flag, value) != value:
-                raise UsageError(f"{name} was collapsed for {flag}={value}: collapse the model with the other value.")
+        for setting in self.settings:
+            if setting.differs(module):
+                raise UsageError(f"{name} was collapsed for {setting}: collapse the model with the other value.")
         if not self.expected:
             return
         values = _bound(module, args, kwargs)
@@ -66,8 +67,7 @@ class CallGuard:
         return replace(self, expected=dict(zip(names, self.expected.values(), strict=False)))
 
     def __str__(self) -> str:
-        flags = [f"{name}={value}" for name, value in self.flags.items()]
-        return ", ".join(filter(None, [self._text(), *flags]))
+        return ", ".join(filter(None, [self._text(), *map(str, self.settings)]))
 
     def _text(self) -> str:
         return ", ".join(f"{name}={', '.join(map(_shown, known))}" for name, known in self.expected.items())

@@ -21,6 +21,7 @@ from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.report import Skipped
+from repvgg.collapse.settings import Setting
 from repvgg.collapse.unread import Unread, is_read, unread_modules
 from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature
 from repvgg.symbolic import InputSpec, Layout
@@ -259,9 +260,11 @@ class Placement:
         if facts.export_switches and not self.trusted:
             return f"{around} asks whether it is being exported ({facts.export_switches[0]}): pass inputs="
         variants = self.variants(path)
-        for flag, other in variants.flags:
-            if signature(other.root, path) != mine:
-                self._guard_flag(path, flag)
+        for setting, other in variants.settings:
+            if (other is None or signature(other.root, path) != mine) and (
+                reason := self._guard_setting(path, setting)
+            ):
+                return reason
         differs = variants.unknown or next(
             (
                 "takes optional arguments that change what it computes"
@@ -304,9 +307,10 @@ class Placement:
     ) -> str | None:
         for path, frame in touched.items():
             variants = self.variants(path)
-            for flag, other in variants.flags:
-                if not is_same_region(region, other, path, unchanged=unchanged):
-                    self._guard_flag(path, flag)
+            for setting, other in variants.settings:
+                steers = other is None or not is_same_region(region, other, path, unchanged=unchanged)
+                if steers and (reason := self._guard_setting(path, setting)):
+                    return reason
             bad = variants.unknown or next(
                 ("takes optional arguments" if not frame.decisions else "branches on its input"
                  for v in variants.recordings if not is_same_region(region, v, path, unchanged=unchanged)), None,
@@ -328,16 +332,20 @@ class Placement:
                 return f"the method {method!r} of {path or 'the model'} calls a part of it on its own: pass inputs="
         return None
 
-    def _guard_flag(self, path: str, flag: str) -> None:
+    def _guard_setting(self, path: str, setting: Setting) -> str | None:
+        """Let the plain model check a value that the code of a module reads, or return why it cannot."""
+        if setting.is_changed and not setting.is_attribute:
+            return f"the forward of {path or 'the model'} reads {setting.name}, which it may change"
         known = self.guards.get(path, CallGuard(path, {}))
-        value = vars(self.recording.module.get_submodule(path))[flag]
-        self.guards[path] = replace(known, flags={**known.flags, flag: value})
+        if setting not in known.settings:
+            self.guards[path] = replace(known, settings=(*known.settings, setting))
+        return None
 
     def _guard(self, path: str) -> None:
         frame = self.frames[path][0]
         guard = CallGuard.of(path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions))
         known = self.guards.get(path, guard)
-        self.guards[path] = replace(guard, flags=known.flags)
+        self.guards[path] = replace(guard, settings=known.settings)
 
     # Facts for the report and the proof
 
@@ -371,10 +379,8 @@ class Placement:
             if not self.trusted or any(not decision.known for decision in frame.decisions):
                 return False
             self._guard(frame.path)
-        for flag, other in variants.flags:
-            if is_read(other, name):
-                self._guard_flag(frame.path, flag)
-        return True
+        changing = [setting for setting, other in variants.settings if other is None or is_read(other, name)]
+        return not any(self._guard_setting(frame.path, setting) for setting in changing)
 
     def _is_called_by_a_method(self, owner: str, path: str) -> bool:
         """Whether a public method of a module calls a part of it at ``path`` by its name."""
@@ -403,10 +409,18 @@ class Placement:
             owner = path.rpartition(".")[0]
             while owner and owner not in self.frames:
                 owner = owner.rpartition(".")[0]
-            reason = self._why_unused(owner, path[len(owner) + 1 :] if owner else path, path)
+            name = path[len(owner) + 1 :] if owner else path
+            reason = self._why_unused(owner, name, path)
+            if reason is None:
+                continue
             if reason == _NOT_IN_CALL and self._may_run(owner, path):
                 self._guard(owner)
-            if reason:
+            changing = [
+                setting
+                for setting, other in self.variants(owner).settings
+                if other is None or any(is_inside(called, name) for called in other.called_paths())
+            ]
+            if not any(self._guard_setting(owner, setting) for setting in changing):
                 found.append(Skipped(path, reason))
         return found
 

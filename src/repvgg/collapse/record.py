@@ -91,7 +91,7 @@ def record(
     *,
     forced: Sequence[bool] = (),
     mode: Mapping[str, bool] | None = None,
-    flags: Mapping[str, bool] | None = None,
+    attributes: Mapping[str, Any] | None = None,
     on_meta: bool = False,
 ) -> Recording:
     """Call a model and record what it does.
@@ -101,7 +101,7 @@ def record(
         call: the arguments of the call.
         forced: which way its first decisions shall go, whatever the numbers say; see :attr:`Recording.decisions`.
         mode: paths of modules with a training flag other than that of eval mode.
-        flags: other values of boolean attributes of the model itself.
+        attributes: other values of attributes of the model itself, such as ``UNKNOWN``.
         on_meta: run on meta tensors of the same shapes: for models without values.
 
     Raises:
@@ -112,7 +112,7 @@ def record(
     values = copy_parameters = False
     while True:
         recorder = _Recorder(model, on_meta, forced, mode or {}, values, copy_parameters)
-        vars(recorder.shadow).update(flags or {})
+        vars(recorder.shadow).update({name: recorder._inputs(value) for name, value in (attributes or {}).items()})
         with guard(), torch.inference_mode(False), torch.no_grad():
             recorder.modes = _modes()
             try:
@@ -628,7 +628,7 @@ class _Recorder(TorchFunctionMode):
         can_be_forced = frame is self.root or (node is not None and node.meta.get("unknown"))
         if can_be_forced and len(self.decisions) < len(self.forced):
             outcome = self.forced[len(self.decisions)]
-        decision = Decision(outcome, _user_code()[0])
+        decision = Decision(outcome, _user_code()[0], unknown=node is not None and bool(node.meta.get("unknown")))
         frame.decisions.append(decision)
         if can_be_forced:
             self.decisions.append(decision)

@@ -31,11 +31,13 @@ class Decision:
         outcome: which way it went.
         where: file and line.
         known: whether the other way can be tried.
+        unknown: whether it was on an unknown value.
     """
 
     outcome: bool
     where: str
     known: bool = True
+    unknown: bool = False
 
 
 @dataclass(eq=False, repr=False)

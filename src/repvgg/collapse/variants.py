@@ -11,7 +11,7 @@ import inspect
 import math
 import traceback
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg._calls import Call, signature_of
-from repvgg.collapse.code import code_facts, flags_read
+from repvgg.collapse.code import code_facts
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
-from repvgg.collapse.recording import Frame, Recording, constants_of, is_constant, leaves, map_values
+from repvgg.collapse.recording import Decision, Frame, Recording, constants_of, is_constant, leaves, map_values
 from repvgg.collapse.region import Region
-from repvgg.collapse.tracked import UNKNOWN
+from repvgg.collapse.settings import Setting, settings_read
+from repvgg.collapse.tracked import UNKNOWN, UnknownValueError
 from repvgg.symbolic import first_float
 
 _MAX_RUNS = 32  # of one forward; each decision doubles them
@@ -43,31 +44,32 @@ class Variants:
     Attributes:
         recordings: those that ran to the end.
         unknown: why there may be others, a clause about the forward; None if all are known.
-        flags: recordings with one boolean attribute of the module negated, by its name.
+        settings: attributes and variables that the code reads, each with a recording with a boolean attribute negated;
+            None for any other one that may select what is computed.
     """
 
     recordings: tuple[Recording, ...] = ()
     unknown: str | None = None
-    flags: tuple[tuple[str, Recording], ...] = ()
+    settings: tuple[tuple[Setting, Recording | None], ...] = ()
 
 
 def find_variants(recording: Recording, frame: Frame) -> Variants:
     """Record the other branches that the code of a frame may take."""
     module = recording.module.get_submodule(frame.path)
-    flipped = tuple(_flag_variants(recording, frame, module))
+    settings = tuple(_setting_variants(recording, frame, module))
     lost = next((decision for decision in frame.decisions if not decision.known), None)
     if lost is not None:
-        return Variants((), f"turns a tensor into a number ({lost.where})", flipped)
+        return Variants((), f"turns a tensor into a number ({lost.where})", settings)
     facts = code_facts(module)
     if facts.reads_rest:
-        return Variants((), "takes any number of arguments", flipped)
+        return Variants((), "takes any number of arguments", settings)
     calls = list(calls_of(recording, frame, module))
     nested = _nested_calls(calls[0]) if "isinstance" in facts.names else []
     if not nested and not frame.decisions and len(calls) == 1:
-        return Variants(flags=flipped)
+        return Variants(settings=settings)
     if facts.inspects_objects and any(map(_has_unknown, calls)):
         # The object that stands for unknown values is none of those that the code asks for.
-        return Variants((), "takes optional arguments and may ask which object they are", flipped)
+        return Variants((), "takes optional arguments and may ask which object they are", settings)
     found: list[Recording] = []
     waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in (*nested, *calls)]
     runs = 0
@@ -75,35 +77,58 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
         call, forced = waiting.pop()
         runs += 1
         if runs > _MAX_RUNS:
-            return Variants(tuple(found), "has too many branches to try them all", flipped)
+            return Variants(tuple(found), "has too many branches to try them all", settings)
         try:
             variant = record(module, call, forced=forced, on_meta=recording.on_meta)
         except Exception as error:
             if call in nested:  # most forwards do not take such a structure
                 continue
             if not _is_refusal(error):
-                return Variants(tuple(found), _reason(frame, call, error), flipped)
+                return Variants(tuple(found), _reason(frame, call, error), settings)
             outcomes = getattr(error, "decisions", [])
         else:
             found.append(variant)
             outcomes = variant.decisions
         if any(not decision.known for decision in outcomes):
-            return Variants(tuple(found), "turns a tensor into a number", flipped)
+            return Variants(tuple(found), "turns a tensor into a number", settings)
         for place in range(len(forced), len(outcomes)):
             before = [decision.outcome for decision in outcomes[:place]]
             waiting.append((call, [*before, not outcomes[place].outcome]))
-    return Variants(tuple(found), None, flipped)
+    return Variants(tuple(found), None, settings)
 
 
-def _flag_variants(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[tuple[str, Recording]]:
-    """Yield recordings with the boolean attributes that the code of a module reads negated, one at a time."""
-    for name in flags_read(module):
-        call = next(calls_of(recording, frame, module))
+def _setting_variants(
+    recording: Recording, frame: Frame, module: nn.Module
+) -> Iterator[tuple[Setting, Recording | None]]:
+    """Yield what the code of a module reads and may branch on; see :class:`Variants`."""
+    settings = settings_read(module)
+    yield from ((setting, None) for setting in settings if not setting.is_attribute)
+    attributes = [setting for setting in settings if setting.is_attribute]
+    if not attributes:
+        return
+    call = next(calls_of(recording, frame, module))
+    unknown = [setting for setting in attributes if not isinstance(setting.value, bool)]
+    for flag in (setting for setting in attributes if setting not in unknown):
         try:
-            other = record(module, call, flags={name: not vars(module)[name]}, on_meta=recording.on_meta)
+            yield flag, record(module, call, attributes={flag.name: not flag.value}, on_meta=recording.on_meta)
         except Exception:  # the module was not built for it
             continue
-        yield name, other
+    if unknown and _may_select(recording, module, call, unknown):
+        yield from ((setting, None) for setting in unknown)
+
+
+def _may_select(recording: Recording, module: nn.Module, call: Call, settings: list[Setting]) -> bool:
+    """Whether the code of a module may branch on one of its attributes, which are tried together."""
+    values = {setting.name: UNKNOWN for setting in settings}
+    try:
+        decisions: Sequence[Decision] = record(module, call, attributes=values, on_meta=recording.on_meta).decisions
+    except Exception as error:
+        # Numbers are computed with, as parameters are.
+        are_numbers = all(isinstance(setting.value, (int, float)) for setting in settings)
+        if isinstance(error, UnknownValueError) or not (are_numbers or _is_refusal(error)):
+            return True
+        decisions = getattr(error, "decisions", ())
+    return any(decision.unknown for decision in decisions)
 
 
 def _reason(frame: Frame, call: Call, error: Exception) -> str:
