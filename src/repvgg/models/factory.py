@@ -23,6 +23,7 @@ from repvgg.models.pspnet import Model, PSPNet
 from repvgg.models.registry import (
     ARCHITECTURES,
     BASELINES,
+    CITYSCAPES_CLASSES,
     COMPARISONS,
     PSPNETS,
     SPECS,
@@ -38,7 +39,6 @@ from repvgg.models.variants import move_strides_to_first_conv
 
 _SOURCE_FORMS = "timm:NAME, torchvision:NAME, repvgg:NAME or PATH.py:FACTORY"
 _DEFAULT_CLASSES, _DEFAULT_CHANNELS = 1000, 3  # ImageNet-1k
-_SEGMENTATION_CLASSES = 19  # Cityscapes, the data set of the paper's §4.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +321,7 @@ def _build_repvgg(name: str, num_classes: int | None, in_channels: int | None) -
     classes, channels = num_classes or _DEFAULT_CLASSES, in_channels or _DEFAULT_CHANNELS
     if name.startswith("pspnet"):
         size = pspnet_spec_of(name).input_size
-        return Built(create_model(name, num_classes or _SEGMENTATION_CLASSES, channels), (3, size, size))
+        return Built(create_model(name, num_classes or CITYSCAPES_CLASSES, channels), (3, size, size))
     if name in COMPARISONS:
         size = COMPARISONS[name].input_size
         return Built(create_comparison(name, classes, channels), (3, size, size))

@@ -215,6 +215,8 @@ COMPARISONS: dict[str, Comparison] = {comparison.name: comparison for comparison
 
 # --- Segmentation ----------------------------------------------------------------------------------------------------
 
+CITYSCAPES_CLASSES = 19  # the data set of the paper's §4.3
+
 #: ResNet backbones of segmentation models: names of baselines, which torchvision builds.
 RESNETS = ("resnet18", "resnet50", "resnet101")
 _SMALL_PSPNET = "made here for small data sets"

@@ -22,6 +22,7 @@ STUDY_MODULES = {
     "table6": "ablation",
     "table6-speed": "block_speed",
     "table7": "ablation",
+    "table8": "segmentation",
     "blocks": "ablation",
     "figure1": "network_speed",
     "figure3": "figure3",

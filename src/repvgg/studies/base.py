@@ -17,7 +17,7 @@ from repvgg.errors import UsageError
 from repvgg.measure import environment
 from repvgg.studies.report.charts import Chart, write_chart
 from repvgg.studies.report.render import render_study
-from repvgg.studies.store import CellStore, Header
+from repvgg.studies.store import HEADER, CellStore, Header
 from repvgg.studies.tables import Table, as_csv, as_data, as_markdown
 
 FOLDER = Path("runs/studies")
@@ -75,6 +75,8 @@ class Study:
     # Settings about how the work is divided: they may change when a study continues.
     free_settings: frozenset[str] = frozenset()
     mix_machines: bool = False  # accept cells of several machines
+    # Name of the default folder, for a study whose settings select one of several; None takes its name.
+    default_folder: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,8 @@ def run_study(
         # Only settings that decide the numbers go into the header: the others may differ when the study continues.
         settled = {name: value for name, value in flatten(chosen).items() if name not in study.free_settings}
         header = Header(study.name, settled, environment(), command)  # before measuring, for an honest load average
-        folder = FOLDER / study.name if out is None else out
+        default = study.name if study.default_folder is None else study.default_folder(chosen)
+        folder = FOLDER / default if out is None else out
         store = CellStore.open(folder, header, overwrite=overwrite, mix_machines=study.mix_machines)
         interrupted = False
         try:
@@ -129,7 +132,7 @@ def run_study(
                 study.measure(chosen, store, ProgressReporter(on_progress, message))
         except KeyboardInterrupt:
             # Without a cell there is nothing to write, unless a training left a checkpoint to continue from.
-            if not (len(store) or study.mix_machines):
+            if not (len(store) or (store.folder / HEADER).exists()):
                 raise
             interrupted = True
     missing = "" if interrupted else study.missing(chosen, store)

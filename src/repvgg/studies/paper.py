@@ -1,4 +1,4 @@
-"""Published numbers as data: Tables 1, 4, 5, 6 and 7 and Figure 1 of RepVGG (CVPR 2021), and mobile networks.
+"""Published numbers as data: Tables 1, 4 to 8 and Figure 1 of RepVGG (CVPR 2021), and mobile networks.
 
 Models have the names of our architectures and baselines. Accuracies are top-1 on the validation set of ImageNet-1K, in
 percent. The paper's speeds are images per second on one NVIDIA GTX 1080 Ti in float32, in batches of 128 with batch
@@ -60,6 +60,20 @@ class PrintedVariant:
     name: str  # of our block; for Residual Reorg, which no block implements, of our network
     title: str  # as printed
     top1_percent: float
+
+
+@dataclass(frozen=True)
+class PrintedSegmentation:
+    """A row of Table 8: a PSPNet on the validation set of Cityscapes.
+
+    The speed is that of images of 713x713 pixels in batches of 16, in float32 on a GTX 1080 Ti.
+    """
+
+    backbone: str  # name of an architecture or a baseline
+    is_fast: bool  # dilation in five layers only
+    miou_percent: float
+    pixel_accuracy_percent: float
+    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,16 @@ TABLE_7 = (
     PrintedVariant("acb", "ACB", 73.58),
     PrintedVariant("residual_reorg", "Residual Reorg", 74.56),
 )
+
+TABLE_8 = (
+    PrintedSegmentation("repvgg_b1g2", True, 78.88, 96.19, 10.9),
+    PrintedSegmentation("resnet50", False, 77.17, 95.99, 10.4),
+    PrintedSegmentation("repvgg_b1g2", False, 78.70, 96.27, 8.0),
+    PrintedSegmentation("repvgg_b2", True, 79.52, 96.36, 6.9),
+    PrintedSegmentation("resnet101", False, 78.51, 96.30, 6.7),
+    PrintedSegmentation("repvgg_b2", False, 80.57, 96.50, 4.5),
+)
+TABLE_8_BATCH, TABLE_8_SIZE = 16, 713
 
 #: The figure prints no numbers at its points; they are the rows of Tables 4 (left panel) and 5 (right panel).
 FIGURE_1 = tuple(

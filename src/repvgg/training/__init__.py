@@ -33,8 +33,10 @@ from repvgg.training.segmentation_inference import MULTI_SCALE, SegmentationInfe
 if TYPE_CHECKING:
     from repvgg.training.checkpoint import LAST_CHECKPOINT, Terminated
     from repvgg.training.dry_run import DryRunResult, perform_dry_run
+    from repvgg.training.initial_model import build_initial_model
     from repvgg.training.loop import FitResult, evaluate_validation, fit
     from repvgg.training.run_folder import CONFIG_FILE, RunResult, run, write_log
+    from repvgg.training.segmentation_collapse import collapse_segmentation
     from repvgg.training.segmentation_task import SegmentationTask, segmentation_loss
     from repvgg.training.task import ClassificationTask, classification_loss
 
@@ -47,7 +49,9 @@ _LIGHTNING_MODULES = {
     "RunResult": "run_folder",
     "SegmentationTask": "segmentation_task",
     "Terminated": "checkpoint",
+    "build_initial_model": "initial_model",
     "classification_loss": "task",
+    "collapse_segmentation": "segmentation_collapse",
     "evaluate_validation": "loop",
     "fit": "loop",
     "perform_dry_run": "dry_run",
@@ -91,7 +95,9 @@ __all__ = [
     "SyncBatchNorm",
     "Terminated",
     "TrainConfig",
+    "build_initial_model",
     "classification_loss",
+    "collapse_segmentation",
     "compare_segmentations",
     "equivalent_l2",
     "evaluate",

@@ -15,7 +15,18 @@ from repvgg._contexts import seeded
 from repvgg.checkpoints import read_checkpoint
 from repvgg.errors import UsageError
 from repvgg.expansion import expand
-from repvgg.models import PSPNETS, SPECS, Model, RepVGG, create_model, load, load_weights, resolve, set_backbone
+from repvgg.models import (
+    PSPNETS,
+    SPECS,
+    Model,
+    PSPNetSpec,
+    RepVGG,
+    create_model,
+    load,
+    load_weights,
+    resolve,
+    set_backbone,
+)
 from repvgg.training.config import TrainConfig
 from repvgg.training.tasks import TrainingData, check_task
 
@@ -34,11 +45,16 @@ class InitialModel:
     notes: tuple[str, ...] = field(default=())
 
 
-def build_initial_model(config: TrainConfig, data: TrainingData) -> InitialModel:
+def build_initial_model(config: TrainConfig, data: TrainingData, spec: PSPNetSpec | None = None) -> InitialModel:
     """Build the model of ``config`` for the classes and channels of ``data``; random weights follow from the seed.
 
     The classifier of a checkpoint is replaced if its classes differ from those of ``data``. If the model is a
     segmentation network and the checkpoint a classifier, the backbone gets its weights, and the heads are new.
+
+    Args:
+        config: the run.
+        data: the images that it trains on.
+        spec: a segmentation network that is not registered, in place of ``config.model``; it starts from a classifier.
 
     Raises:
         UsageError: no model is named, it is not for the task of the data, the checkpoint takes images with other
@@ -47,14 +63,14 @@ def build_initial_model(config: TrainConfig, data: TrainingData) -> InitialModel
     """
     channels = data.input_shape[0]
     if config.init is None:
-        if not config.model:
+        if not config.model and spec is None:
             raise UsageError("There is no model to train: name one of 'repvgg list', or give a checkpoint as init.")
         with seeded("model", config.seed):
-            model = create_model(config.model, len(data.classes), channels)
-        check_task(model, config.model, data)
+            model = create_model(spec or config.model, len(data.classes), channels)
+        check_task(model, model.spec.name, data)
         return InitialModel(model)
-    if config.model in PSPNETS and not _is_segmentation_checkpoint(config.init):
-        return _with_backbone_of(config.init, config, data)
+    if spec is not None or (config.model in PSPNETS and not _is_segmentation_checkpoint(config.init)):
+        return _with_backbone_of(config.init, spec or PSPNETS[config.model], config, data)
     loaded = load(config.init, config.model or None)
     model, metadata = loaded.model, loaded.metadata
     check_task(model, metadata.model, data)
@@ -91,12 +107,11 @@ def _is_segmentation_checkpoint(path: str) -> bool:
     return metadata is not None and (metadata.model in PSPNETS or "bins" in (metadata.spec or {}))
 
 
-def _with_backbone_of(path: str, config: TrainConfig, data: TrainingData) -> InitialModel:
+def _with_backbone_of(path: str, spec: PSPNetSpec, config: TrainConfig, data: TrainingData) -> InitialModel:
     """Build a segmentation network with new heads, and the weights of a classification checkpoint in its backbone."""
-    spec = PSPNETS[config.model]
     with seeded("model", config.seed):
         model = create_model(spec, len(data.classes), data.input_shape[0])
-    check_task(model, config.model, data)
+    check_task(model, spec.name, data)
     notes: tuple[str, ...] = ()
     if spec.backbone not in SPECS:
         classifier, what = _torchvision_classifier(path, spec.backbone), f"{spec.backbone} with torchvision's names"

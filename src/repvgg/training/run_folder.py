@@ -34,6 +34,7 @@ from repvgg.training.optim import describe_groups, optimizer_groups
 from repvgg.training.precision import settle_precision
 from repvgg.training.records import EpochRecord, Record, SegmentationRecord
 from repvgg.training.samples import SAMPLES_FOLDER, SampleCollector, write_samples
+from repvgg.training.segmentation_collapse import CollapsedSegmentation, collapse_segmentation
 from repvgg.training.segmentation_evaluation import MaskAgreement, compare_segmentations
 from repvgg.training.tasks import TrainingData, ValidationResult, palette_of, validation_batch
 from repvgg.verify import Evidence, verify
@@ -47,7 +48,6 @@ _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a f
 # Config fields that do not decide the weights, and may differ when a run resumes.
 _CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
 _VERIFY_BATCH, _VERIFY_BATCHES = 64, 4
-_VERIFY_MASKED = 2  # images with masks
 
 
 @final
@@ -246,37 +246,32 @@ class RunFolder:
         self, data: SegmentationData, is_plain: bool
     ) -> tuple[CollapsedRun | None, dict[str, Any]]:
         """Collapse the model and count in how many pixels both forms agree; return that, and what a report adds."""
-        forms: list[models.Model] = [self.model]
-        evidence = None
-        if not is_plain:
-            plain, _ = reparameterize(self.model)  # without inputs: for images of any size
-            assert isinstance(plain, models.PSPNet)
-            forms.append(plain)
-            side = data.input_shape[1]
-            batches = islice(data.val_batches(1), _VERIFY_MASKED)
-            images = [data.prepare(images)[..., :side, :side] for images, _ in batches]
-            evidence = verify(self.model, plain, images).raise_if_failed()
         collector = SampleCollector(data.num_val, data.to_pixels)
-        with on_device_of(self.config, *forms):
-            results, agreement = compare_segmentations(
-                forms,
-                data.val_batches(validation_batch(data)),
-                data.prepare,
-                num_classes=len(data.classes),
-                ignore_index=data.ignore_index,
-                on_batch=collector.add,
-            )
+        collapsed: CollapsedSegmentation | None = None
+        if is_plain:
+            with on_device_of(self.config, self.model):
+                compare_segmentations(
+                    [self.model],
+                    data.val_batches(validation_batch(data)),
+                    data.prepare,
+                    num_classes=len(data.classes),
+                    ignore_index=data.ignore_index,
+                    on_batch=collector.add,
+                )
+        else:
+            assert isinstance(self.model, models.PSPNet)
+            collapsed = collapse_segmentation(self.model, data, self.config, collector.add)
         about = {
             "task": "segmentation",
             "palette": palette_of(data),
             "ignore_index": data.ignore_index,
-            "mask_agreement": None if is_plain else asdict(agreement),
+            "mask_agreement": None if collapsed is None else asdict(collapsed.agreement),
             "samples": write_samples(self.path / SAMPLES_FOLDER, collector.samples, palette_of(data)),
         }
-        if evidence is None:
+        if collapsed is None:
             return None, about
-        self._save(forms[1], results[1])
-        return CollapsedRun(results[1], evidence, agreement), about
+        self._save(collapsed.model, collapsed.plain)
+        return CollapsedRun(collapsed.plain, collapsed.evidence, collapsed.agreement), about
 
     def _save(self, model: models.Model, result: ValidationResult) -> None:
         metadata = self._metadata(model, result.metrics)

@@ -249,7 +249,7 @@ Accuracies = tuple[str, Sequence[float], float | None]
 _MOST_LARGE_ROWS = 14  # a slide has space for as many rows in the usual font
 
 
-def draw_accuracies(figure: Figure, results: Sequence[Accuracies]) -> None:
+def draw_accuracies(figure: Figure, results: Sequence[Accuracies], metric: str = "top-1 accuracy") -> None:
     """Draw a dot per seed and a line at their mean for each variant; at the right the paper's accuracies, if any.
 
     The two panels share their rows but not their scales: the order is to be compared, and its spread over seeds.
@@ -260,21 +260,24 @@ def draw_accuracies(figure: Figure, results: Sequence[Accuracies]) -> None:
     printed = any(paper is not None for _, _, paper in results)
     panels = figure.subplots(1, 2 if printed else 1, sharey=True, squeeze=False, width_ratios=(3, 2)[: 1 + printed])[0]
     size = _font(0.88 if narrow or len(results) <= _MOST_LARGE_ROWS else 0.59)
-    _accuracy_panel(panels[0], "Here", [seeds for _, seeds, _ in results], OURS, size)
+    unit = f"{metric.split()[0] if narrow else metric} (%)"
+    _accuracy_panel(panels[0], "Here", [seeds for _, seeds, _ in results], OURS, size, unit)
     if printed:
         paper = [[] if value is None else [value] for _, _, value in results]
-        _accuracy_panel(panels[1], "Paper" if narrow else "Paper, ImageNet", paper, PAPER_TEXT, size)
+        _accuracy_panel(panels[1], "Paper" if narrow else "Paper, ImageNet", paper, PAPER_TEXT, size, unit)
     titles = [fill(title, _NARROW_LABEL) if narrow else title for title, _, _ in results]
     panels[0].set_yticks(range(len(results)), titles, fontsize=size)
     panels[0].set_ylim(len(results) - 0.4, -0.6)
 
 
-def _accuracy_panel(axes: Axes, title: str, rows: Sequence[Sequence[float]], color: str, size: float) -> None:
+def _accuracy_panel(
+    axes: Axes, title: str, rows: Sequence[Sequence[float]], color: str, size: float, unit: str
+) -> None:
     axes.set_title(title)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
     narrow = _is_narrow(axes.get_figure())
-    axes.set_xlabel("top-1 (%)" if narrow else "top-1 accuracy (%)")
+    axes.set_xlabel(unit)
     axes.margins(x=0.5 if narrow else 0.2)  # space for the mean after the last dot
     for row, values in enumerate(rows):
         # Transparent: seeds with the same accuracy are darker.
