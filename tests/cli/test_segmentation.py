@@ -209,6 +209,23 @@ def test_what_does_not_fit_is_refused_in_one_sentence(finished, refused, uri, fi
     assert "has no masks" in refused("train", "pspnet_tiny", "--data", "fake:60x3", *quick)
 
 
+def test_data_that_does_not_fit_is_refused_in_one_sentence(refused, tmp_path):
+    uri = make_masks(tmp_path / "shapes")
+    arguments = ("train", *SMALL, "--data", uri, "--out", tmp_path / "run")
+    assert "A training crop has a side of 8k + 1 pixels, not 32" in refused(*arguments, "--data.train-size", 32)
+    mask = tmp_path / "shapes" / "train" / "labels" / "3.png"
+    Image.new("RGB", (41, 36)).save(mask)
+    assert "has colours (mode RGB) in place of labels" in refused(*arguments)
+    mask.unlink()
+    assert "has no mask: add the mask, remove the image" in refused(*arguments)
+    (tmp_path / "shapes" / "train" / "images" / "3.png").unlink()
+    arguments = ("train", *SMALL, "--data", f"{uri}?ignore=11", "--out", tmp_path / "run")
+    assert "holds label 255 in 144 pixels" in refused(*arguments)
+    (tmp_path / "shapes" / "classes.txt").unlink()
+    assert "hold label 255, which marks unlabelled pixels" in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_starts_from_a_segmentation_network(finished, repvgg, uri, tmp_path):
     init = finished[0] / "train.safetensors"
     arguments = ("--data", uri, "--init", init, "--epochs", 1, "--optim.warmup-epochs", 0, "--out", tmp_path / "run")

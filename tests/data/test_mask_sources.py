@@ -114,6 +114,16 @@ def test_labels_out_of_range_are_refused(folder):
         delivered(f"masks:{folder}?classes=3&ignore=3")
 
 
+def test_label_255_that_is_not_ignored_makes_no_classes(folder):
+    """Without a number of classes, one unlabelled pixel would make 255 of them."""
+    message = r"hold label 255, which marks unlabelled pixels .*, but 3 is ignored: ignore 255, or name the classes"
+    with pytest.raises(DataError, match=message):
+        open_data(DataConfig(f"masks:{folder}?ignore=3"))
+    with pytest.raises(DataError, match=message):
+        open_evaluation_data(DataConfig(f"masks:{folder}?ignore=3"))
+    assert len(open_data(DataConfig(f"masks:{folder}")).classes) == 4
+
+
 def test_files_that_do_not_fit_together(folder):
     save_photo(folder / "train" / "images" / "b.jpg")
     with pytest.raises(

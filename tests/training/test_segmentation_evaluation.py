@@ -68,6 +68,18 @@ def test_equals_torchmetrics():
     assert_close(ours.iou.nan_to_num(0).float(), theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the package
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_segmentation_models_pytorch(seed):
+    metrics = pytest.importorskip("segmentation_models_pytorch.metrics", exc_type=ImportError)
+    truth, prediction = masks(seed)
+    counts = metrics.get_stats(prediction, truth.long(), mode="multiclass", num_classes=K, ignore_index=IGNORED)
+    hits, false_alarms, misses, _ = (count.sum(0).double() for count in counts)
+    ours = SegmentationEvaluation(confusion_matrix(prediction, truth, K), 3)
+    assert_close(ours.iou, hits / (hits + false_alarms + misses), rtol=1e-12, atol=0, equal_nan=True)
+
+
 def test_the_rule_for_absent_classes_is_told():
     truth, prediction = masks()
     matrix = confusion_matrix(prediction, truth, K)

@@ -129,6 +129,19 @@ def reparameterize_mobileone(model: nn.Module) -> nn.Module:
     return reparameterize_model(model)
 
 
+def pspnet_repvgg() -> nn.Module:
+    """Return a PSPNet whose backbone is dilated by timm's rule; fewer stages would leave out most of it."""
+    import segmentation_models_pytorch as smp
+
+    return smp.PSPNet("tu-repvgg_a0", encoder_weights=None, encoder_depth=5, output_stride=8, classes=5)
+
+
+def reparameterize_timm(model: nn.Module) -> nn.Module:
+    from timm.utils.model import reparameterize_model
+
+    return fold_in_order(reparameterize_model(model))
+
+
 def images() -> tuple[list[Tensor]]:
     """Return a list of two images of different sizes, with values in [0, 1]."""
     return ([image(3, 90, 120).sigmoid(), image(3, 96, 80, seed=2).sigmoid()],)
@@ -245,6 +258,15 @@ NETWORKS = [
         lambda: (image(2, 3, 64, 96),),
         reparameterize_mobileone,
         "reparameterize_model",
+        "PyPI segmentation-models-pytorch",
+        "segmentation_models_pytorch",
+    ),
+    Network(
+        "PSPNet over timm's repvgg_a0",
+        pspnet_repvgg,
+        lambda: (image(2, 3, 64, 96),),
+        reparameterize_timm,
+        "timm's reparameterize_model and folded norms",
         "PyPI segmentation-models-pytorch",
         "segmentation_models_pytorch",
     ),

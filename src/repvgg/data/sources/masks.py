@@ -339,7 +339,8 @@ def _same_labels(source: MaskSource, config: DataConfig, *, strict: bool) -> Mas
     Masks that cannot be read are not counted, unless ``strict``.
 
     Raises:
-        DataError: the classes differ, or a mask that has to be counted cannot be read.
+        DataError: the classes differ, or a mask that has to be counted cannot be read or holds label 255, which is not
+            ignored.
     """
     splits = [source.train] if source.val is None else [source.train, source.val]
     named = [split.labels for split in splits if split.labels.names]
@@ -352,6 +353,11 @@ def _same_labels(source: MaskSource, config: DataConfig, *, strict: bool) -> Mas
         labels = named[0]
     else:
         number = 1 + max(largest_label(split, config.workers, strict=strict) for split in splits)
+        if number > IGNORED:
+            raise DataError(
+                f"The masks of {config.uri!r} hold label {IGNORED}, which marks unlabelled pixels nearly everywhere, "
+                f"but {splits[0].labels.ignore_index} is ignored: ignore {IGNORED}, or name the classes in classes.txt."
+            )
         labels = numbered_labels(number, splits[0].labels.ignore_index)
         notes += (
             f"{config.uri!r} has no classes.txt: the masks hold labels up to {number - 1}, which gives {len(labels)} "
