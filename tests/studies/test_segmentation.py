@@ -124,6 +124,8 @@ def test_settings_that_do_not_fit_are_refused():
         ({"data": "masks:x"}, "--data is for trainings: add --train"),
         ({"resnet_init": "x"}, "--resnet-init is for trainings"),
         ({"engine": "openvino", "run": RunSettings(dtype="bfloat16")}, "computes in float32 on the CPU"),
+        ({"train": True, "engine": "openvino"}, "--engine are for timing: with --train, take --precision"),
+        ({"train": True, "run": RunSettings(dtype="bfloat16")}, "take --precision"),
         ({"rounds": 0}, "rounds must be at least 1"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -75,7 +75,7 @@ class SegmentationSettings:
 
     Raises:
         UsageError: a number is out of its range, a backbone is named twice or does not exist, or a setting of
-            trainings is given without ``train``.
+            trainings is given without ``train``, or one of timing with it.
     """
 
     run: RunSettings = field(default_factory=RunSettings)
@@ -106,6 +106,8 @@ class SegmentationSettings:
         if not self.backbones or len(set(self.backbones)) < len(self.backbones):
             raise UsageError("Name the backbones, each once.")
         check_engines([self.engine], self.run)
+        if self.train and (self.run.dtype != "float32" or self.run.compile or self.engine != "torch"):
+            raise UsageError("--dtype, --compile and --engine are for timing: with --train, take --precision.")
         for name in ("data", "init", "resnet_init", "rows", "epochs", "lr", "precision"):
             if not self.train and getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')} is for trainings: add --train, or leave it out.")
