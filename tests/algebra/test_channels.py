@@ -10,11 +10,9 @@ from repvgg.algebra import (
     ConvMap,
     compose,
     constant,
-    extend_channels,
     over_axes,
     pad_with_bias,
     replace_channels,
-    split_channels,
 )
 from repvgg.errors import BorderError, NotLinearError
 
@@ -31,51 +29,6 @@ def conv(cin, cout, k=3, groups=1, bias=True, spatial=2, **geometry):
 
 
 X = numbers(2, 6, 7, 8, seed=9)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("k", [1, 3])
-def test_a_norm_after_a_concatenation_is_one_after_each_part(bias, k):
-    norm = conv(6, 6, k, groups=6, bias=bias, padding=(k // 2,) * 4)
-    parts = split_channels(norm, [1, 3, 2])
-    assert [part.in_channels for part in parts] == [1, 3, 2]
-    assert_close(
-        torch.cat([part(x) for part, x in zip(parts, X.split((1, 3, 2), 1), strict=True)], 1), norm(X), **EXACT
-    )
-    inner = [conv(6, part.in_channels, padding=(1,) * 4) for part in parts]
-    merged = [compose(first, part) for first, part in zip(inner, parts, strict=True)] if k == 1 else []
-    if merged:
-        expected = norm(torch.cat([first(X) for first in inner], 1))
-        assert_close(torch.cat([part(X) for part in merged], 1), expected, **EXACT)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("start", [0, 1, 3])
-def test_a_norm_of_a_slice_keeps_the_other_channels(bias, start):
-    norm = conv(3, 3, 1, groups=3, bias=bias)
-    whole = extend_channels(norm, start, 6)
-    expected = X.clone()
-    expected[:, start : start + 3] = norm(X[:, start : start + 3])
-    assert_close(whole(X), expected, **EXACT)
-    assert whole.is_depthwise
-    before = conv(6, 6, padding=(1,) * 4, groups=2)
-    assert_close(compose(before, whole)(X), whole(before(X)), **EXACT)
-    assert compose(before, whole).groups == 2
-    if start == 1:
-        assert_close(split_channels(whole, [1, 3, 2])[1](X[:, :3]), norm(X[:, :3]), **EXACT)
-
-
-def test_maps_that_mix_channels_or_pixels_do_not_split_or_extend():
-    for wrong, sizes in (
-        (conv(6, 6, 1), (3, 3)),
-        (conv(6, 6, 1, groups=6), (3, 2)),
-        (conv(6, 12, 1, groups=6), (3, 3)),
-    ):
-        with pytest.raises(NotLinearError, match="does not split"):
-            split_channels(wrong, sizes)
-    for wrong, start in ((conv(3, 3, 1), 0), (conv(3, 3, 3, groups=3), 0), (conv(3, 3, 1, groups=3), 4)):
-        with pytest.raises(NotLinearError, match="does not apply"):
-            extend_channels(wrong, start, 6)
 
 
 @pytest.mark.parametrize("channels", [slice(0, 2), slice(1, 4), slice(4, None), slice(None)])

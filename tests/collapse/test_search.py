@@ -105,7 +105,8 @@ def test_the_layout_is_that_which_the_first_layer_takes():
     found = search(model, torch.randn(2, 6, 4, 5))
     (region,) = (done.region for done in found.merged)
     assert region.value.symbol.layout == Layout(4, rows=True)
-    assert found.spec(region.source) == (5, Layout(4, rows=True))
+    source = region.value.start.symbol
+    assert (source.map.out_channels, source.layout) == (5, Layout(4, rows=True))
     maps = trained(nn.Sequential(nn.ReLU(), conv(6, 2), nn.BatchNorm2d(2)), torch.float32)
     (region,) = (done.region for done in search(maps, torch.randn(2, 6, 4, 5)).merged)
     assert region.value.symbol.layout == IMAGES

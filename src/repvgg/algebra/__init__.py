@@ -10,7 +10,6 @@ from repvgg.algebra.operations import (
     concatenate,
     constant,
     embed,
-    extend_channels,
     open_groups,
     over_axes,
     pad_with_bias,
@@ -19,7 +18,6 @@ from repvgg.algebra.operations import (
     scale,
     select_channels,
     shift,
-    split_channels,
     with_symmetric_padding,
 )
 
@@ -34,7 +32,6 @@ __all__ = [
     "concatenate",
     "constant",
     "embed",
-    "extend_channels",
     "open_groups",
     "over_axes",
     "pad_with_bias",
@@ -43,6 +40,5 @@ __all__ = [
     "scale",
     "select_channels",
     "shift",
-    "split_channels",
     "with_symmetric_padding",
 ]

@@ -103,46 +103,6 @@ def replace_channels(conv: ConvMap, channels: slice, part: ConvMap) -> ConvMap:
     return part if len(parts) == 1 else concatenate(parts)
 
 
-def split_channels(conv: ConvMap, sizes: Sequence[int]) -> list[ConvMap]:
-    """Return ``conv``, a map of each channel on its own, as one map for each part of its input channels.
-
-    ``conv(cat(x_1, …, x_n)) = cat(conv_1(x_1), …, conv_n(x_n))`` where x_k has ``sizes[k]`` channels: so a batch norm
-    after a concatenation is one batch norm after each of its parts.
-
-    Raises:
-        NotLinearError: the map mixes channels, or the sizes do not add up to its channels.
-    """
-    if not conv.is_depthwise or sum(sizes) != conv.in_channels:
-        raise NotLinearError(f"a map of {conv.in_channels} channels, {conv.groups} groups does not split into {sizes}")
-    weight, parts, start = conv.weight, [], 0
-    for size in sizes:
-        part = slice(start, start + size)
-        bias = None if conv.bias is None else conv.bias[part]
-        unit = conv.kernel.unit
-        parts.append(replace(conv, kernel=Kernel.of(weight[part], size, unit=unit), bias=bias))
-        start += size
-    return parts
-
-
-def extend_channels(conv: ConvMap, start: int, channels: int) -> ConvMap:
-    """Return a pointwise map of each channel on its own as one of ``channels`` channels, which keeps all others.
-
-    ``y[start : start + C] = conv(x[start : start + C])`` for the C channels of ``conv``, and ``y = x`` elsewhere: so a
-    batch norm on a slice of the channels folds into the convolution before the slice. Inverse of
-    :func:`split_channels`.
-
-    Raises:
-        NotLinearError: the map mixes channels or pixels, or does not fit.
-    """
-    after = channels - start - conv.in_channels
-    if not conv.is_depthwise or not conv.is_pointwise or start < 0 or after < 0:
-        raise NotLinearError(f"a map of {conv.in_channels} channels does not apply to those from {start} of {channels}")
-    weight, zeros = conv.weight, conv.bias_or_zeros()
-    kept = [weight.new_ones((count, *weight.shape[1:])) for count in (start, after)]
-    bias = torch.cat([zeros.new_zeros(start), zeros, zeros.new_zeros(after)])
-    return ConvMap(Kernel.of(torch.cat([kept[0], weight, kept[1]]), channels), None if conv.bias is None else bias)
-
-
 def over_axes(conv: ConvMap, spatial: int) -> ConvMap:
     """Return the same map of channels over another number of axes, as nn.Linear and a 1x1 convolution are the same.
 

@@ -2,12 +2,11 @@
 
 from repvgg.collapse.api import ModelSummary, fold_batch_norms, is_plain, model_summary, reparameterize, unwrapped
 from repvgg.collapse.cost import Cost
-from repvgg.collapse.report import Folded, LeftAlone, Part, Report, Skipped
+from repvgg.collapse.report import Folded, Part, Report, Skipped
 
 __all__ = [
     "Cost",
     "Folded",
-    "LeftAlone",
     "ModelSummary",
     "Part",
     "Report",

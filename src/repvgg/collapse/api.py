@@ -24,7 +24,7 @@ from repvgg.collapse.modules import (
     norms_in_graphs,
     preserved_random_state,
     submodule_or_none,
-    without_wrappers,
+    unwrapped,
 )
 from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
 from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
@@ -109,11 +109,6 @@ def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
     the residual additions of a ResNet. :func:`model_summary` lists what is left, and takes the same arguments.
     """
     return model_summary(model, inputs).is_plain
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that only change how it runs."""
-    return without_wrappers(model)
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Call | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +17,6 @@ from repvgg.symbolic import (
     unchanged_by_call,
 )
 
-Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
-
 
 class Evaluator:
     """Evaluate nodes of an recording graph, with all parameters and buffers passed through ``convert``.
@@ -27,13 +25,9 @@ class Evaluator:
         recording: the graph.
         convert: from a tensor to the tensor to compute with.
         keep_kernels: leave kernels of convolutions and linear layers unconverted; the algebra converts them later.
-        strict: raise on modules that change their own state when they are called.
     """
 
-    def __init__(
-        self, recording: Recording, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True, strict: bool = True
-    ) -> None:
-        self.call = unchanged_by_call if strict else guarded
+    def __init__(self, recording: Recording, convert: Callable[[Tensor], Tensor], keep_kernels: bool = True) -> None:
         self.recording = recording
         self.convert = convert
         self.keep_kernels = keep_kernels
@@ -44,7 +38,7 @@ class Evaluator:
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
         if node.op == "call_module":
-            return self.call(self._shadow(str(node.target)), *args, **kwargs)
+            return unchanged_by_call(self._shadow(str(node.target)), *args, **kwargs)
         if node.op == "call_method":
             return guarded(getattr(args[0], str(node.target)), *args[1:], **kwargs)
         return guarded(node.target, *args, **kwargs)

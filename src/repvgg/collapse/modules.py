@@ -65,7 +65,7 @@ def inner_module(module: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
-def without_wrappers(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module without any wrapper that only changes how it runs, around it or inside.
 
     If there are wrappers inside, it is a structural copy that shares all tensors.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from repvgg._calls import Call, Inputs, bind
 from repvgg.algebra import ConvMap
-from repvgg.collapse.modules import hooks_of
+from repvgg.collapse.modules import hooks_of, is_torch_utility
 from repvgg.errors import UsageError, typed_line
 from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, border_inputs, isolated_eval
@@ -251,15 +251,10 @@ def _without_hooks(module: nn.Module) -> nn.Module | None:
     copied = structural_copy(module)
     if copied is not module:
         for hooks in list(hooks_of(copied)):
-            for key in [key for key, hook in hooks.items() if not _computes_weights(hook)]:
+            for key in [key for key, hook in hooks.items() if not is_torch_utility(hook)]:
                 del hooks[key]
         return copied
     return None if any(True for _ in hooks_of(copied)) else copied
-
-
-def _computes_weights(hook: object) -> bool:
-    """Whether a hook is one of PyTorch's own, as of ``weight_norm``: without it the weights are old ones."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:

@@ -564,11 +564,10 @@ class _Recorder(TorchFunctionMode):
         if name == "__len__" or self._is_own(args[0]):  # len() must return an ordinary integer
             return result
         where = args[1] if len(args) > 1 else kwargs.get("dim")
-        if name in ("size",):
-            if where is None:
-                return self.number(result, self.number_node(getattr, args[0], "shape"))
+        if name == "size":
             shape = self.number_node(getattr, args[0], "shape")
-            return self.number(result, self.number_node(operator.getitem, _Held(shape), where))
+            node = shape if where is None else self.number_node(operator.getitem, _Held(shape), where)
+            return self.number(result, node)
         if name in ("dim", "ndimension"):
             return self.number(result, self.number_node(getattr, args[0], "ndim"))
         return self.number(result, self.number_node(Tensor.numel, args[0]))

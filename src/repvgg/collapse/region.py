@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import takewhile
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import fx
 
@@ -18,8 +18,6 @@ from repvgg.symbolic import (
     Layout,
     SymbolicTensor,
 )
-
-Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +244,8 @@ class Region:
         first = self.first_convolution
         values = {self.source: convolution(x) if first is self.source else x}
         previous = self.source
-        for node, step in [(step.node, step) for step in self.steps]:
+        for step in self.steps:
+            node = step.node
             if node is first or step.computes:
                 values[node] = convolution(values[previous]) if node is first else values[previous]
             else:

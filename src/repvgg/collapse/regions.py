@@ -17,7 +17,6 @@ from repvgg.collapse.recording import Recording
 from repvgg.collapse.region import Region, Step, Value, describe, reads_invariant_metadata
 from repvgg.collapse.sums import parts_of_sums
 from repvgg.collapse.symbolic_eval import EvaluationOptions, SymbolicValues, transposed_conv_at
-from repvgg.symbolic import InputSpec
 
 FindInsertion: TypeAlias = Callable[[Region], InsertionPoint | str]
 
@@ -47,14 +46,12 @@ class Regions:
         scaled: regions that scale and shift the output of a transposed convolution.
         absorbed: norms that convolutions in ``merged`` absorb.
         reasons: why a node is in no region.
-        spec: returns channels and layout of a node's tensor, None where the graph does not determine them.
         were_cut: whether regions were cut. A cut is a greedy choice, so a search over the result may find more.
     """
 
     merged: tuple[Replacement, ...]
     scaled: tuple[Replacement, ...]
     reasons: dict[fx.Node, str]
-    spec: Callable[[fx.Node], InputSpec | None] = lambda _: None
     were_cut: bool = False
     absorbed: tuple[Replacement, ...] = ()
 
@@ -155,7 +152,7 @@ class _Search:
         # That the larger region would not pay says more than why the smaller one does not exist.
         unpaid = {node for node, value in values.by_node.items() if value.source in self.unprofitable}
         reasons |= {node: reason for node, reason in absorption.reasons.items() if node not in unpaid}
-        return Regions(merged, scaled, reasons, values.spec, self.were_cut, absorption.norms)
+        return Regions(merged, scaled, reasons, self.were_cut, absorption.norms)
 
     def _convolution_at(self, end: fx.Node) -> Replacement | str:
         """Return the region of a convolution that ends at a node and has nothing to merge, or why there is none."""

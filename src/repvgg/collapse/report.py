@@ -67,9 +67,6 @@ class Skipped:
     reason: str
 
 
-LeftAlone = Skipped  # the former name, kept for code that imports it
-
-
 @dataclass(frozen=True, repr=False)
 class Report:
     """Everything that a collapse folded, skipped and dropped.

@@ -146,15 +146,6 @@ class SymbolicValues:
                 queue_users(node)
         return changed
 
-    def spec(self, node: fx.Node) -> InputSpec | None:
-        """Return channels and layout of a node's tensor, None where the graph does not determine them."""
-        try:
-            specs = self._possible_specs(node)
-        except ReparamError:
-            return None
-        used = {self.by_node[user].start for user in self.by_source.get(node, ())}
-        return next((spec for spec in specs if self._starts.get((node, spec)) in used), next(iter(specs), None))
-
     def _visit(self, node: fx.Node) -> None:
         # A clobbered tensor is no constant: a write changes it while the graph runs.
         if node.op == "get_attr" and is_constant(node) and node not in self._aliasing.clobbered:

@@ -8,7 +8,6 @@ from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
 from repvgg.symbolic.tensor import (
     HANDLERS,
     ITEM_ASSIGNMENTS,
-    VIEWS,
     Source,
     SymbolicTensor,
     assign_item,
@@ -33,7 +32,6 @@ __all__ = [
     "ROWS",
     "SEQUENCES",
     "VECTORS",
-    "VIEWS",
     "VOLUMES",
     "Arrangement",
     "ChannelProbe",

@@ -214,7 +214,6 @@ avg_pool3d = handles(F.avg_pool3d)(partial(_average_pool, 3))
 @handles(
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.feature_dropout),
-    view=True,
 )
 def dropout(input: SymbolicTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SymbolicTensor:  # noqa: A002
     """Return the input: dropout in eval mode."""
@@ -259,7 +258,7 @@ def negate(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
     return multiply(input, -1)
 
 
-@handles(operator.pos, torch.positive, _T.positive, _T.__pos__, view=True)
+@handles(operator.pos, torch.positive, _T.positive, _T.__pos__)
 def positive(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
     """Return the input."""
     return input

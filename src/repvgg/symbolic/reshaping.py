@@ -30,7 +30,7 @@ def _listed(given: tuple[Any, ...]) -> Sequence[Any]:
     return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
-@handles(_T.contiguous, view=True)
+@handles(_T.contiguous)
 def contiguous(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
     """Return the same values; whether in new memory depends on the strides."""
     return _view(input, input.arrangement)
@@ -42,7 +42,7 @@ def clone(input: SymbolicTensor, *, memory_format: Any = None) -> SymbolicTensor
     return input.like(input.map, "identity")
 
 
-@handles(_T.to, _T.type_as, view=True)
+@handles(_T.to, _T.type_as)
 def to(input: SymbolicTensor, *args: Any, **kwargs: Any) -> SymbolicTensor:  # noqa: A002
     """Return the same values, if their dtype stays: on another device, or in another memory format."""
     given = [*args, *kwargs.values()]
@@ -61,13 +61,13 @@ for _name in ("ones", "zeros", "full", "tensor"):
     handles(getattr(_T, f"new_{_name}"))(partial(_new, getattr(torch, _name)))
 
 
-@handles(torch.permute, _T.permute, view=True)
+@handles(torch.permute, _T.permute)
 def permute(input: SymbolicTensor, *dims: Any) -> SymbolicTensor:  # noqa: A002
     """Reorder the axes, so that only the channels move."""
     return _view(input, input.arrangement.permuted(_listed(dims)))
 
 
-@handles(*(torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes, torch.swapdims, _T.swapdims), view=True)
+@handles(*(torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes, torch.swapdims, _T.swapdims))
 def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:  # noqa: A002
     """Swap two axes."""
     order = list(range(len(input.arrangement.known_axes())))
@@ -76,13 +76,7 @@ def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:  #
     return _view(input, input.arrangement.permuted(order))
 
 
-@handles(_T.mT.__get__, view=True)  # type: ignore[attr-defined]
-def matrix_transpose(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
-    """Swap the last two axes."""
-    return transpose(input, -2, -1)
-
-
-@handles(torch.movedim, _T.movedim, torch.moveaxis, _T.moveaxis, view=True)
+@handles(torch.movedim, _T.movedim, torch.moveaxis, _T.moveaxis)
 def movedim(input: SymbolicTensor, source: Any, destination: Any) -> SymbolicTensor:  # noqa: A002
     """Move axes to other places; the rest keeps its order."""
     index = input.arrangement.index
@@ -93,20 +87,20 @@ def movedim(input: SymbolicTensor, source: Any, destination: Any) -> SymbolicTen
     return _view(input, input.arrangement.permuted(order))
 
 
-@handles(torch.flatten, _T.flatten, view=True)
+@handles(torch.flatten, _T.flatten)
 def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:  # noqa: A002
     """Merge axes."""
     return _view(input, input.arrangement.flattened(start_dim, end_dim))
 
 
-@handles(torch.unflatten, _T.unflatten, view=True)
+@handles(torch.unflatten, _T.unflatten)
 def unflatten(input: SymbolicTensor, dim: int, sizes: Sequence[Any]) -> SymbolicTensor:  # noqa: A002
     """Split an axis."""
     place, shape = input.arrangement.index(dim), list(input.shape)
     return reshape(input, [*shape[:place], *sizes, *shape[place + 1 :]])
 
 
-@handles(torch.reshape, _T.reshape, _T.view, view=True)
+@handles(torch.reshape, _T.reshape, _T.view)
 def reshape(input: SymbolicTensor, *shape: Any) -> SymbolicTensor:  # noqa: A002
     """View the tensor in a shape that keeps the channels as one of the axes."""
     sizes = _listed(shape)
@@ -115,7 +109,7 @@ def reshape(input: SymbolicTensor, *shape: Any) -> SymbolicTensor:  # noqa: A002
     return _view(input, input.arrangement.viewed(sizes, input.map.out_channels, input.size_of))
 
 
-@handles(_T.reshape_as, _T.view_as, view=True)
+@handles(_T.reshape_as, _T.view_as)
 def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
     """View the tensor in the shape of another one."""
     if not isinstance(input, SymbolicTensor):
@@ -123,7 +117,7 @@ def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
     return reshape(input, list(other.shape))
 
 
-@handles(torch.squeeze, _T.squeeze, view=True)
+@handles(torch.squeeze, _T.squeeze)
 def squeeze(input: SymbolicTensor, dim: Any = None) -> SymbolicTensor:  # noqa: A002
     """Remove axes of size 1 that a mean left."""
     if dim is None:
@@ -135,7 +129,7 @@ def squeeze(input: SymbolicTensor, dim: Any = None) -> SymbolicTensor:  # noqa: 
     return _view(input, Arrangement(tuple(kept), input.arrangement.averaged))
 
 
-@handles(torch.unsqueeze, _T.unsqueeze, view=True)
+@handles(torch.unsqueeze, _T.unsqueeze)
 def unsqueeze(input: SymbolicTensor, dim: int) -> SymbolicTensor:  # noqa: A002
     """Insert an axis of size 1."""
     axes = list(input.arrangement.known_axes())

@@ -188,14 +188,11 @@ def things_in(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
                 yield from things_in(list(vars(value).values()), depth - 2)
 
 
-def fingerprint(module: nn.Module, but: str | None = None) -> object:
-    """Return the state of the attributes of all modules; it differs after code that stored or modified something.
-
-    Attributes whose names start with ``but`` are ignored.
-    """
+def fingerprint(module: nn.Module) -> object:
+    """Return the state of the attributes of all modules; it differs after code that stored or modified something."""
     parts = (part for part in module.modules() if type(part) not in _STATELESS)
     items = ((name, value) for part in parts for name, value in vars(part).items() if name not in _CONSTANT)
-    return [(name, _state_of(value)) for name, value in items if not (but and name.startswith(but))]
+    return [(name, _state_of(value)) for name, value in items]
 
 
 def own_state(part: nn.Module) -> object:

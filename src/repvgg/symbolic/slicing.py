@@ -55,7 +55,7 @@ def _require_axes_of_source(symbol: SymbolicTensor, axes: tuple[Axis, ...]) -> N
         raise NotLinearError("its axes were rearranged, and a part of them, or a padding, is not one of its input")
 
 
-@handles(operator.getitem, _T.__getitem__, view=True)
+@handles(operator.getitem, _T.__getitem__)
 def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 - torch's own name
     """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the result is a view."""
     channels, pixels = _slices(index, input)
@@ -103,7 +103,7 @@ def _pixels(part: slice) -> Axis:
     return Axis(stride=step, before=-start, after=stop or 0)
 
 
-@handles(torch.narrow, _T.narrow, view=True)
+@handles(torch.narrow, _T.narrow)
 def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> SymbolicTensor:  # noqa: A002
     """``length`` channels from ``start`` on."""
     if not input.layout.is_channel_axis(dim):
@@ -113,13 +113,13 @@ def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> Symbolic
     return getitem(input, (..., channels) if input.layout.rows else (_ALL, channels))
 
 
-@handles(torch.chunk, _T.chunk, view=True)
+@handles(torch.chunk, _T.chunk)
 def chunk(input: SymbolicTensor, chunks: int, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
     """Split the channels into ``chunks`` parts."""
     return split(input, -(-input.map.out_channels // chunks), dim)
 
 
-@handles(torch.split, _T.split, view=True)
+@handles(torch.split, _T.split)
 def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
     """Split the channels into parts of one size, or of given sizes."""
     total, sizes = input.map.out_channels, split_size_or_sections
@@ -129,7 +129,7 @@ def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> t
     return tuple(narrow(input, dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
-@handles(*ITEM_ASSIGNMENTS, view=True)
+@handles(*ITEM_ASSIGNMENTS)
 def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
     """Assign to the border of a tensor that was just padded, or to channels; return the target.
 

@@ -26,16 +26,13 @@ from repvgg.symbolic.layout import (
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; a function without an entry is not linear
-VIEWS: set[Callable[..., Any]] = set()  # handlers of functions whose result may share memory with an argument
 
 
-def handles(*functions: Any, view: bool = False) -> Callable[[Handler], Handler]:
-    """Register a handler in ``HANDLERS`` for each of the torch ``functions``, and in ``VIEWS`` if they are views."""
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register a handler in ``HANDLERS`` for each of the torch ``functions``."""
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(functions, handler))
-        if view:
-            VIEWS.add(handler)
         return handler
 
     return register
@@ -77,12 +74,6 @@ class Source:
     def outputs_per_input(self, conv: ConvMap, averaged: bool) -> float:
         """Return output pixels of ``conv`` per pixel of the source; after a mean over all pixels, next to none."""
         return 1 / math.prod(self.sizes or (math.inf,)) if averaged else conv.outputs_per_input(self.sizes)
-
-    def add(self, operations: Iterable[str], multiply_adds: float, weights: int) -> None:
-        """Record operations that were computed earlier on another source, with their total cost."""
-        self.operations += operations
-        self.multiply_adds += multiply_adds
-        self.weights += weights
 
 
 class _Memory:
