@@ -10,7 +10,7 @@ from repvgg.collapse.cost import cheaper
 from repvgg.collapse.insertion import InsertionPoint
 from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
-from repvgg.collapse.rewrite import solve
+from repvgg.collapse.solution import solve
 
 ANYWHERE = InsertionPoint("call", "", frozenset({""}))
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import repvgg
@@ -179,3 +180,47 @@ def test_uncopyable_attribute_raises_reparam_error():
     model.stream = (part for part in ())
     with pytest.raises(ReparamError, match="'stream' of the model"):
         repvgg.reparameterize(model)
+
+
+def number_of_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class OfFunctions(nn.Module):
+    """A convolution by a function and one by a module, scaled by a parameter, next to a layer that stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.ones(4, 4, 3, 3)), nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.scale.data.uniform_(0.5, 1.5)
+        self.conv, self.last = conv(kernel=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, padding=1) * self.scale + self.conv(x)
+        return self.last(torch.relu(y))
+
+
+class OfFunctionsOnly(OfFunctions):
+    def forward(self, x):
+        y = F.conv2d(x, self.weight * self.scale, padding=1) * self.scale
+        return self.last(torch.relu(y)) * torch.sigmoid(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", [OfFunctions, OfFunctionsOnly])
+def test_the_parameters_that_functions_read_count(kind):
+    model = trained(kind())
+    plain, report = collapse(model)
+    saved = number_of_parameters(model) - number_of_parameters(plain)
+    assert saved == report.parameters_saved
+    assert report.parameters_saved == (4 + 16 if kind is OfFunctions else 4 - 4)  # of which 4 become a bias
+
+
+@pytest.mark.parametrize("frozen", ["conv", "functions", "all"])
+def test_a_convolution_is_trainable_if_anything_in_it_was(frozen):
+    model = trained(OfFunctions())
+    own = {"conv": model.conv.parameters(), "functions": (model.weight, model.scale), "all": model.parameters()}
+    for parameter in own[frozen]:
+        parameter.requires_grad_(False)
+    plain, report = collapse(model)
+    merged = plain.get_submodule(report.folded[0].name)
+    assert [p.requires_grad for p in merged.parameters()] == [frozen != "all"] * 2

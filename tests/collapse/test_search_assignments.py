@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.regions import find_regions
-from repvgg.collapse.rewrite import solve_region
+from repvgg.collapse.solution import solve_region
 from repvgg.errors import BorderError
 from repvgg.symbolic import assign_item
 from tests.bn_statistics import trained_like

@@ -9,8 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg import equivalent_conv, trace
+from repvgg.collapse.plain_conv import to_module
 from repvgg.collapse.report import describe
-from repvgg.collapse.rewrite import to_module
 from repvgg.errors import NotLinearError, ReparamError, UsageError
 from repvgg.symbolic import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout, Source, SymbolicTensor, channels_of, run
 

@@ -27,6 +27,11 @@ def is_inside(inner: str, outer: str) -> bool:
     return inner == outer or not outer or inner.startswith(f"{outer}.")
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, has a parameter."""
+    return any(True for _ in module.parameters())
+
+
 def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
     """Yield the hook dictionaries in ``module`` that could observe or change activations or gradients."""
     return (vars(part)[name] for part in module.modules() for name in _HOOKS if vars(part).get(name))

@@ -16,7 +16,15 @@ from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
-from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf, join
+from repvgg.collapse.modules import (
+    computes_weights,
+    has_own_hooks,
+    has_parameters,
+    held_elsewhere,
+    is_inside,
+    is_leaf,
+    join,
+)
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
@@ -393,7 +401,7 @@ class Placement:
         used = {*self.recording.called_paths(), *self.recording.read_paths()}
         done: list[str] = []
         for path, part in self.recording.module.named_modules():
-            if not path or any(is_inside(path, other) for other in done) or not any(True for _ in part.parameters()):
+            if not path or any(is_inside(path, other) for other in done) or not has_parameters(part):
                 continue
             if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # code may iterate over it
                 continue

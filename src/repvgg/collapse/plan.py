@@ -14,7 +14,7 @@ from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
-from repvgg.collapse.modules import is_inside, is_leaf, is_scripted, join
+from repvgg.collapse.modules import has_parameters, is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
 from repvgg.collapse.record import NeedsValuesError, record
 from repvgg.collapse.recording import Recording, is_constant
@@ -201,7 +201,7 @@ class _Planner:
         """Record a module, else its children one by one."""
         if is_leaf(module):
             return
-        if path and not any(True for _ in module.parameters()):
+        if path and not has_parameters(module):
             return  # such as an activation with a forward of its own
         first: Exception | None = None
         for candidate in [call] if call is not None else made_up_calls(module):

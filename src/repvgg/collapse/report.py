@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg._html import table as html_table
 from repvgg.algebra import ConvMap
 from repvgg.collapse.cost import Cost
+from repvgg.collapse.insertion import Replacement
+from repvgg.collapse.modules import is_computed_attribute
+from repvgg.collapse.recording import constants_of
 from repvgg.collapse.region import Region, Step
 from repvgg.symbolic import SymbolicTensor
 
@@ -188,18 +191,22 @@ def _with_parts_of(entry: Folded, earlier: Sequence[Folded]) -> Folded:
 
 
 def folded_entry(
-    path: str, parts: list[Part], symbol: SymbolicTensor, owner: nn.Module, cost: Cost, proof: str
+    path: str, found: Replacement, symbol: SymbolicTensor, parameters: Sequence[Tensor], proof: str
 ) -> Folded:
-    """Return the entry of a region: what ``owner`` holds, at ``cost``, becomes the convolution of ``symbol``."""
+    """Return the entry of a region, which computes with ``parameters`` and becomes the convolution of ``symbol``."""
     sizes = symbol.source.sizes
     merged = Cost.of_map(symbol.map, sizes)
+    count = sum(parameter.numel() for parameter in parameters)
+    for more in found.absorbed:
+        numbers = sum(parameter.numel() for parameter in parameters_of(more.norm))
+        count += numbers * len(more.places[0]) // more.norm.value.symbol.map.out_channels
     return Folded(
         path,
-        tuple(parts),
+        tuple(parts_of(found)),
         describe(symbol.map),
-        parameters_before=sum(p.numel() for p in owner.parameters()),
+        parameters_before=count,
         parameters_after=merged.weights + symbol.map.out_channels,
-        multiply_adds_before=cost.multiply_adds,
+        multiply_adds_before=found.region.value.cost.multiply_adds,
         multiply_adds_after=merged.multiply_adds,
         proof=proof,
         pixels=None if sizes is None else math.prod(sizes),
@@ -218,12 +225,35 @@ def _leaf(part: nn.Module) -> str:
     return prefix + type(part).__name__
 
 
-def parts_of_region(scope: nn.Module, region: Region, *, alone: bool = True) -> list[Part]:
-    """Return the steps of a region; if it is a single module and nothing else is folded, the children of that."""
+def parameters_of(region: Region, modules: Sequence[nn.Module] = ()) -> list[Tensor]:
+    """Return the parameters of ``modules``, and those that the functions of a region compute with."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    model = region.recording.module
+    for node in [n for step in region.steps for n in (step.node, *constants_of(step.node))]:
+        path = str(node.target)
+        if node.op == "call_module":
+            parameters += model.get_submodule(path).parameters()
+        elif node.op == "get_attr" and is_computed_attribute(model, path):
+            parameters += model.get_submodule(path.rpartition(".")[0]).parameters()
+        elif node.op == "get_attr" and isinstance(value := region.recording.constant(node), nn.Parameter):
+            parameters.append(value)
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def parts_of(found: Replacement) -> list[Part]:
+    """Return the steps of a region and the norms that it absorbs; if it is a single module, the children of that."""
+    region, model = found.region, found.region.recording.module
     steps = [step for step in region.steps if step.computes]
-    if alone and len(steps) == 1 and steps[0].node.op == "call_module":
-        return parts_of_module(scope.get_submodule(str(steps[0].node.target)))
-    return [part_of_step(scope, step, region.recording.owner(step.node)) for step in steps]
+    if not found.absorbed and len(steps) == 1 and steps[0].node.op == "call_module":
+        return parts_of_module(model.get_submodule(str(steps[0].node.target)))
+    parts = [part_of_step(model, step, region.recording.owner(step.node)) for step in steps]
+    for more in found.absorbed:
+        part = part_of_step(model, more.norm.steps[0], more.norm.recording.owner(more.norm.exit))
+        taken, channels = len(more.places[0]), more.norm.value.symbol.map.out_channels
+        if taken < channels:
+            part = Part(part.name, f"{part.description} of {taken} of {channels} channels")
+        parts.append(part)
+    return parts
 
 
 def part_of_step(scope: nn.Module, step: Step, owner: str = "") -> Part:

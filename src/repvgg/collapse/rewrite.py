@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch import fx, nn
 
-from repvgg import algebra
-from repvgg.algebra import ConvMap, over_axes
-from repvgg.collapse.cost import emitted_map
-from repvgg.collapse.evaluator import Evaluator
+from repvgg.algebra import over_axes
 from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
 from repvgg.collapse.insertion import Replacement, own_kernel
-from repvgg.collapse.modules import join, submodule_or_none
+from repvgg.collapse.modules import has_parameters, join, submodule_or_none
+from repvgg.collapse.plain_conv import reference_tensor, scale_transposed, to_module
 from repvgg.collapse.plan import Plan, Reasons, Scope
 from repvgg.collapse.proof import NOT_PROVEN, Proof, image_for, image_for_transposed, prove_region
-from repvgg.collapse.region import Absorbed, Region
 from repvgg.collapse.report import (
     Folded,
     Part,
     Replaced,
     describe_module,
     folded_entry,
+    parameters_of,
     part_of_step,
-    parts_of_region,
 )
-from repvgg.errors import ReparamError, UsageError
-from repvgg.symbolic import Layout, Source, SymbolicTensor, algebra_device, first_float, shadow_of
-from repvgg.verify.float64 import Float64Mode
+from repvgg.collapse.solution import (
+    MergedChain,
+    module_in_float64,
+    original_in_float64,
+    region_in_float64,
+    solve,
+    solve_region,
+)
+from repvgg.errors import ReparamError
+from repvgg.symbolic import algebra_device
 
 Module = TypeVar("Module", bound=nn.Module)
-PlainConv: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PLAIN_DATA = (bool, int, float, str, tuple, list, type(None))
 
 
@@ -144,31 +141,32 @@ class _PlanApplier:
     def _replace_region(
         self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter], absorbed: list[nn.Module]
     ) -> None:
-        region, point = found.region, found.insertion
-        modules = [scope.module.get_submodule(path) for path in region.called_modules]
-        host = scope.module.get_submodule(point.host)
-        if point.kind == "module":
-            modules = [host]
+        region, point, get = found.region, found.insertion, scope.module.get_submodule
+        host = get(point.host)
+        modules = [host] if point.kind == "module" else [get(path) for path in region.called_modules]
+        replaced = modules or [host]  # a region of functions only calls no module
+        parameters = parameters_of(region, modules)
+        # Frozen only if everything that it replaces was frozen.
+        trainable = not parameters or any(p.requires_grad for p in parameters)
+        owner = nn.ModuleList(replaced)
+        stays = point.kind == "chain" or region.read_by_convolution is not region.source
         try:
             symbol = solve(found)
-        except ReparamError as error:  # with values, more is known than with shapes
-            self.failed |= dict.fromkeys(modules or [host], str(error))
+            layout = (region.layout_in_place if stays else None) or symbol.source.layout
+            like = reference_tensor(owner if has_parameters(owner) else host)
+            conv = to_module(over_axes(symbol.map, layout.spatial), like, layout, requires_grad=trainable)
+        except ReparamError as error:  # with values, more is known than with shapes; or a weight overflows the dtype
+            self.failed |= dict.fromkeys(replaced, str(error))
             return
-        # A region of functions only calls no module; its weights are those of the host.
-        owner = nn.ModuleList(modules) if modules else host
-        like = owner if any(True for _ in owner.parameters()) else host
-        stays = point.kind == "chain" or region.read_by_convolution is not region.source
-        layout = region.layout_in_place if stays else None
-        conv = self._emit(symbol, like, modules or [host], layout)
-        if conv is None:
-            return
-        same_axes = symbol.has_axes_of_source and layout in (None, symbol.layout)
-        after = conv if same_axes else _Chain(region, conv)
+        same_axes = symbol.has_axes_of_source and layout == symbol.layout
         # Code that reshapes to recorded sizes only runs on a tensor of the recorded shape.
         shape = symbol.source.shape if region.reads_sizes or not same_axes else None
-        proof = self._prove(lambda: _in_float64(found), symbol, after, shape)
+        proof = NOT_PROVEN
+        if self.prove:
+            image = image_for(symbol.map, symbol.source.layout, shape)
+            proof = prove_region(original_in_float64(found), image, conv if same_axes else MergedChain(region, conv))
         if proof.failure:
-            self._fail(modules or [host], proof)
+            self._fail(replaced, proof)
             return
         # A convolution is the same function in both modes, but code may read the flag.
         conv.train(host.training)
@@ -185,12 +183,9 @@ class _PlanApplier:
             # A module that other code calls or reads needs a real copy.
             kept = scope.placement.used_elsewhere(region)
             absorbed += [part for part in modules if part not in kept]
-        parts = parts_of_region(scope.module, region, alone=not found.absorbed)
-        entry = folded_entry(join(scope.path, name), parts, symbol, owner, region.value.cost, proof.text)
-        norms = [more.norm for more in found.absorbed]
-        entry = _with_norms(entry, scope.module, found.absorbed)
-        folded = [scope.module.get_submodule(path) for norm in norms for path in norm.called_modules]
-        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), [*(modules or [host]), *folded]))
+        entry = folded_entry(join(scope.path, name), found, symbol, parameters, proof.text)
+        norms = [get(path) for more in found.absorbed for path in more.norm.called_modules]
+        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), [*replaced, *norms]))
 
     def _scale_transposed(self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
@@ -205,23 +200,22 @@ class _PlanApplier:
             return
         proof = NOT_PROVEN
         if self.prove:
-            transposed, scaling = _module_in_float64(old, algebra_device(old.weight)), _region_in_float64(region)
-            chain = _Chain(region, new)
+            transposed, scaling = module_in_float64(old, algebra_device(old.weight)), region_in_float64(region)
+            chain = MergedChain(region, new)
             proof = prove_region(lambda x: scaling(transposed(x)), image_for_transposed(old), chain)
         if proof.failure:
             self._fail(modules, proof)
             return
         self._insert_in_place(scope, found, new, rewriters)
         steps = [part_of_step(scope.module, step) for step in region.steps if step.computes]
-        before, after = (sum(p.numel() for p in part.parameters()) for part in (nn.ModuleList(modules), new))
         # Per input pixel, every weight of a transposed convolution is used once, whatever its stride.
         macs = float(old.weight.numel())
         entry = Folded(
             join(scope.path, path),
             (Part(path, describe_module(old)), *steps),
             describe_module(new),
-            parameters_before=before,
-            parameters_after=after,
+            parameters_before=sum(p.numel() for p in parameters_of(region, modules)),
+            parameters_after=sum(p.numel() for p in new.parameters()),
             multiply_adds_before=macs,
             multiply_adds_after=macs,
             proof=proof.text,
@@ -264,36 +258,6 @@ class _PlanApplier:
         else:
             rewriters[scope.recording.owner(node)].remove(node, before)
 
-    def _emit(
-        self, symbol: SymbolicTensor, owner: nn.Module, replaced: list[nn.Module], layout: Layout | None = None
-    ) -> PlainConv | None:
-        """The convolution, trainable if anything that it replaces was; None if a weight overflows the dtype.
-
-        It reads tensors of ``layout``; default: that of the source.
-        """
-        layout = layout or symbol.source.layout
-        parameters = list(owner.parameters())
-        # Frozen only if everything that it replaces was frozen.
-        trainable = not parameters or any(p.requires_grad for p in parameters)
-        try:
-            conv = over_axes(symbol.map, layout.spatial)
-            return to_module(conv, _reference_tensor(owner), layout, requires_grad=trainable)
-        except ReparamError as error:
-            self.failed |= dict.fromkeys(replaced, str(error))
-            return None
-
-    def _prove(
-        self,
-        make_before: Callable[[], Callable[[Tensor], Tensor]],
-        symbol: SymbolicTensor,
-        after: nn.Module,
-        shape: tuple[int, ...] | None = None,
-    ) -> Proof:
-        # ``make_before`` converts weights to float64, so it is only called for a proof.
-        if not self.prove:
-            return NOT_PROVEN
-        return prove_region(make_before(), image_for(symbol.map, symbol.source.layout, shape), after)
-
     def _fail(self, modules: list[nn.Module], proof: Proof) -> None:
         reason = f"its merged form is not equal to it: {proof.failure}"
         self.failed |= {part: reason for module in modules for part in module.modules()}
@@ -321,198 +285,6 @@ def _with_attributes_of(old: nn.Module, new: Module) -> Module:
         if isinstance(value, _PLAIN_DATA) and not name.startswith("_") and not hasattr(new, name):
             setattr(new, name, copy.copy(value))
     new.training = old.training
-    return new
-
-
-def _reference_tensor(module: nn.Module) -> Tensor:
-    """The tensor that determines dtype, device and memory format: the largest kernel, else the first float tensor."""
-    # The largest: a 1x1 kernel is contiguous in every memory format.
-    kernels = [p for p in module.parameters() if p.dim() == 4]
-    like = max(kernels, key=Tensor.numel) if kernels else first_float(module)
-    if like is None:
-        raise ReparamError("a module without any floating-point tensor cannot become a convolution")
-    return like
-
-
-def _float64_on(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(device=device, dtype=torch.float64)
-
-
-def _module_in_float64(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    shadow = shadow_of(module, _float64_on(device), training=False, compute_weights=True)
-    return lambda x: shadow(x.to(device))
-
-
-def solve(found: Replacement) -> SymbolicTensor:
-    """Return the convolution that replaces a region, with the parts of norms that it absorbs."""
-    symbol = solve_region(found.region)
-    for more in found.absorbed:
-        norm = solve_region(more.norm).map
-        places, channels = more.places
-        factor_O, offset_O = (symbol.map.bias_or_zeros().new_full((symbol.map.out_channels,), x) for x in (1.0, 0.0))
-        factor_O[places] = norm.weight.flatten()[channels]
-        if more.shifts:
-            offset_O[places] = norm.bias_or_zeros()[channels]
-        symbol = symbol.like(algebra.shift(algebra.scale(symbol.map, factor_O), offset_O), "batch_norm")
-    return symbol
-
-
-def _in_float64(found: Replacement) -> Callable[[Tensor], Tensor]:
-    """Return what a region and the norms after it compute, run as the model runs them."""
-    region = _region_in_float64(found.region)
-    axis = found.region.value.symbol.layout.axis
-    norms = [(more, _region_in_float64(more.norm)) for more in found.absorbed]
-
-    def run(x: Tensor) -> Tensor:
-        y = region(x).movedim(axis, 0).clone()
-        for more, norm in norms:
-            places, channels = more.places
-            # The norm takes all of its channels; those of other convolutions are zero.
-            given = y.new_zeros((more.norm.value.symbol.map.in_channels, *y.shape[1:]))
-            given[channels] = y[places]
-            result, zeros = (norm(part.movedim(0, axis)).movedim(axis, 0) for part in (given, torch.zeros_like(given)))
-            y[places] = (result if more.shifts else result - zeros)[channels]
-        return y.movedim(0, axis)
-
-    return run if norms else region
-
-
-def _with_norms(entry: Folded, scope: nn.Module, absorbed: Sequence[Absorbed]) -> Folded:
-    """Return the entry of a region with the parts of norms that it absorbs."""
-    for more in absorbed:
-        node, channels = more.norm.exit, more.norm.value.symbol.map.out_channels
-        numbers = 0
-        if node.op == "call_module":
-            numbers = sum(p.numel() for p in scope.get_submodule(str(node.target)).parameters())
-        part = part_of_step(scope, more.norm.steps[0], more.norm.recording.owner(node))
-        places, _ = more.places
-        if len(places) < channels:
-            part = Part(part.name, f"{part.description} of {len(places)} of {channels} channels")
-        before = entry.parameters_before + numbers * len(places) // channels
-        entry = replace(entry, parts=(*entry.parts, part), parameters_before=before)
-    return entry
-
-
-def _region_in_float64(region: Region) -> Callable[[Tensor], Tensor]:
-    like = first_float(region.recording.module)
-    device = algebra_device(like)
-    # Kernels are converted by the mode, while they are used.
-    has_float64 = like is not None and like.device == device
-    evaluator = Evaluator(region.recording, _float64_on(device), keep_kernels=has_float64)
-
-    def run(x: Tensor) -> Any:
-        mode = nullcontext() if like is None or like.dtype is torch.float64 else Float64Mode(like.dtype)
-        with mode:
-            return region.run(evaluator, x.to(device))
-
-    return run
-
-
-class _Chain(nn.Module):
-    """A chain with the merged convolution in place, between the permutations, reshapes and means that stay."""
-
-    def __init__(self, region: Region, conv: nn.Module) -> None:
-        super().__init__()
-        self.region, self.conv = region, conv
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Chain:
-        return _Chain(self.region, copy.deepcopy(self.conv, memo))  # the region refers to the whole model
-
-    def forward(self, x: Tensor) -> Any:
-        device = next(self.conv.parameters()).device
-        evaluator = Evaluator(self.region.recording, _float64_on(device))
-        return self.region.run_in_place(evaluator, self.conv, x.to(device))
-
-
-def solve_region(region: Region) -> SymbolicTensor:
-    """Return the region's convolution with its values, in float64."""
-    device = algebra_device(first_float(region.recording.module))
-    evaluator = Evaluator(region.recording, _float64_on(device))
-    planned = region.value.symbol
-    source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
-    # The report gives multiply-adds at these sizes.
-    source.source.sizes = planned.source.sizes
-    source.source.shape = planned.source.shape
-    result: SymbolicTensor = region.run(evaluator, source)
-    return result
-
-
-def to_module(conv: ConvMap, like: Tensor, layout: Layout, *, requires_grad: bool = True) -> PlainConv:
-    """Return the module that computes ``conv`` on tensors of a ``layout``: an nn.Linear for rows, else an nn.ConvNd.
-
-    Its dtype, device and memory format are those of the kernel ``like``; the weights are cast once, here.
-
-    Raises:
-        ReparamError: a weight is finite in float64 and not in the dtype of ``like``, or there is no module that
-            computes ``conv``: a grouped linear map of rows.
-        UsageError: ``conv`` does not apply to tensors of that layout.
-    """
-    if conv.spatial != layout.spatial:
-        raise UsageError(f"A map over {conv.spatial} axes does not apply to tensors {layout}.")
-    if not conv.spatial and conv.groups > 1:
-        raise ReparamError(f"no nn.Linear computes a linear map of rows in {conv.groups} groups")
-    conv = emitted_map(conv)
-    channels, before, after = (conv.in_channels, conv.out_channels), conv.padding[::2], conv.padding[1::2]
-    module: PlainConv
-    # The meta device skips the random initialization.
-    if conv.spatial:
-        padding = before if before == after else "same"
-        geometry = (conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
-        kind, mode = _CONVOLUTIONS[conv.spatial], conv.border or "zeros"
-        module = kind(*channels, *geometry, padding_mode=mode, device="meta", dtype=like.dtype)
-    else:
-        module = nn.Linear(*channels, device="meta", dtype=like.dtype)
-    # Assigning to the meta module keeps its constructor arguments and costs no second copy.
-    module.weight = nn.Parameter(_dense_weight(conv, like), requires_grad)
-    module.bias = nn.Parameter(cast(conv.bias_or_zeros(), like).clone(), requires_grad)
-    return module
-
-
-def _dense_weight(conv: ConvMap, like: Tensor) -> Tensor:
-    """The kernel, multiplied out chunk by chunk, so that its float64 form never exists as a whole, and cast once."""
-    shape, kept = conv.kernel.shape, torch.contiguous_format
-    # A tensor with one channel or one tap is contiguous in both formats; it then counts as contiguous.
-    if len(shape) in _CHANNELS_LAST and like.dim() == len(shape) and not like.is_contiguous():
-        last = _CHANNELS_LAST[len(shape)]
-        kept = last if like.is_contiguous(memory_format=last) else kept
-    weight = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=kept)
-    for channels, sums in conv.kernel.chunks():
-        weight[channels].copy_(sums)
-    return _require_finite(weight)
-
-
-def cast(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value`` in the dtype and on the device of ``like``; raise ReparamError if a number overflows."""
-    return _require_finite(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
-
-
-def _require_finite(cast: Tensor) -> Tensor:
-    if not cast.is_meta and cast.numel() and any(bool(torch.isinf(end)) for end in torch.aminmax(cast)):
-        raise ReparamError(f"the merged weights do not fit into {str(cast.dtype).removeprefix('torch.')}")
-    return cast
-
-
-def scale_transposed(transposed: _ConvTransposeNd, scaling: ConvMap) -> _ConvTransposeNd:
-    """Return ``scaling(transposed(x))`` as one transposed convolution.
-
-    With kernel W (I, O / groups, *K), bias b and ``y ↦ a·y + c`` per channel: the kernel is ``a·W``, where the output
-    channels of each group are those of axis 1, and the bias ``a·b + c``. Computed in float64 and cast once.
-
-    Raises:
-        ReparamError: a weight does not fit into the dtype.
-    """
-    weight_IOK, groups = transposed.weight.detach(), transposed.groups
-    factor_O = scaling.weight.flatten().to(weight_IOK.device)
-    by_group = factor_O.view(groups, 1, -1, *(1,) * (weight_IOK.dim() - 2))  # (g, 1, O/g, 1, …)
-    kernel = weight_IOK.double().view(groups, -1, *weight_IOK.shape[1:]) * by_group
-    offset_O = scaling.bias_or_zeros().to(weight_IOK.device)
-    if transposed.bias is not None:
-        offset_O = offset_O + factor_O * transposed.bias.detach().double()
-    new = copy.copy(transposed)
-    new.__dict__ = {**vars(transposed), "_parameters": {}}  # copy.copy shares the dictionary of parameters
-    for name, value in {"weight": kernel.view(weight_IOK.shape), "bias": offset_O}.items():
-        own = cast(value, weight_IOK).clone(memory_format=torch.preserve_format)
-        setattr(new, name, nn.Parameter(own, transposed.weight.requires_grad))
     return new
 
 

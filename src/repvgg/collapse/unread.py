@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg.collapse.alias import AliasAnalysis
-from repvgg.collapse.modules import has_own_hooks, is_inside, is_leaf
+from repvgg.collapse.modules import has_own_hooks, has_parameters, is_inside, is_leaf
 from repvgg.collapse.recording import Frame, Recording, leaves
 
 # The size of an output's axis: a number, or that of an axis of the input, as (axis,).
@@ -119,7 +119,7 @@ def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[F
     for path, frame, call in _calls(recording):
         if frame not in live.frames or path in done or any(is_inside(name, path) for name in needed):
             continue
-        if not any(True for _ in recording.module.get_submodule(path).parameters()):
+        if not has_parameters(recording.module.get_submodule(path)):
             continue
         done.add(path)
         axes = _axes(call, calls.get(path))
