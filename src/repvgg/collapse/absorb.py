@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.evaluator import Evaluator
 from repvgg.collapse.insertion import InsertionPoint, Replacement
+from repvgg.collapse.recording import is_number
 from repvgg.collapse.region import Absorbed, Region, Step, Value, describe, reads_invariant_metadata
 from repvgg.collapse.sums import operands_of
 from repvgg.collapse.symbolic_eval import SymbolicValues
@@ -310,4 +311,4 @@ def _selected_channels(symbol: SymbolicTensor) -> list[int] | None:
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the users of a node that read its elements: sizes, rank, dtype and device stay the same."""
-    return (user for user in node.users if not user.meta.get("number") and not reads_invariant_metadata(user))
+    return (user for user in node.users if not is_number(user) and not reads_invariant_metadata(user))

@@ -5,139 +5,103 @@ What every call computes anew from parameters alone is a constant, and may be fo
 
 from __future__ import annotations
 
+import gc
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from repvgg._calls import Call
-from repvgg.collapse.modules import join
-from repvgg.collapse.recording import Frame, is_constant, leaves, map_values
+from repvgg.collapse.graph_builder import GraphBuilder
+from repvgg.collapse.instrument import tensors_of_leaf
+from repvgg.collapse.modules import is_scripted, join
+from repvgg.collapse.recording import is_constant, leaves, map_values
 from repvgg.collapse.tracked import UNKNOWN
+from repvgg.symbolic import things_in
 from repvgg.symbolic.shadow import own_state
 
 
-class Run(Protocol):
-    """What is needed of a recorder after its call.
-
-    Attributes:
-        model: the model.
-        shadow: the copy that was called.
-        graph: the nodes.
-        frame_of: the frame whose code ran a node.
-        attributes: nodes of the parameters, buffers and attributes that were read, by path.
-        known: by object id, tensors and the nodes that computed them.
-        assigned: see :attr:`Recording.assigned`; "" for tensors that are no parameters.
-        opaque: nodes that must stay, with the reason.
-        tensors_of: parameters and buffers of each leaf module before the call.
-        forced: decisions that were forced.
-        on_meta: whether there were no values.
-    """
-
-    model: nn.Module
-    shadow: nn.Module
-    graph: fx.Graph
-    frame_of: dict[fx.Node, Frame]
-    attributes: dict[str, fx.Node]
-    known: dict[int, tuple[Any, fx.Node]]
-    assigned: dict[fx.Node, str]
-    opaque: dict[fx.Node, str]
-    tensors_of: dict[nn.Module, list[Tensor | None]]
-    forced: list[bool]
-    on_meta: bool
-
-
-def tensors_of_leaf(leaf: nn.Module) -> list[Tensor | None]:
-    """Return the parameters and buffers of a module without children."""
-    return [*leaf._parameters.values(), *leaf._buffers.values()]
-
-
 class Effects:
-    """Examine what a call left behind, and mark what must stay for it."""
+    """Examines what a call leaves behind, and marks what must stay for it; made before the call."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, builder: GraphBuilder) -> None:
+        self.builder, self.copy = builder, builder.copy
+        parts = [(path, part) for path, part in self.copy.module.named_modules() if not is_scripted(part)]
+        self.before = {path: own_state(part) for path, part in parts}
 
-    def changed(self, before: Mapping[str, object]) -> tuple[set[str], set[str]]:
-        """Return the paths of modules that the call changed, and of those that only got constants.
+    def changed(self) -> tuple[set[str], set[str]]:
+        """Return the paths of modules that the call changed, and of those that only got constants."""
+        get = self.copy.module.get_submodule
+        found = {path for path, state in self.before.items() if own_state(get(path)) != state}
+        return found | self._check_leaves(), {path for path in found if self._stores_constants(path)}
 
-        Args:
-            before: the states of all modules before the call.
-        """
-        now = {path: own_state(self.run.shadow.get_submodule(path)) for path in before}
-        found = {path for path in before if before[path] != now[path]}
-        return found | self._check_leaves(), {path for path in found if self._stores_constants(path, before[path])}
-
-    def _stores_constants(self, path: str, before: object) -> bool:
+    def _stores_constants(self, path: str) -> bool:
         """Whether all that a call changed in the attributes of a module are tensors that each call computes anew.
 
         They depend on parameters only, and nothing read the attributes before.
         """
-        part = self.run.shadow.get_submodule(path)
-        known = dict(before)  # type: ignore[call-overload]
+        part = self.copy.module.get_submodule(path)
+        known = dict(self.before[path])  # type: ignore[call-overload]
         for name, state in own_state(part):  # type: ignore[attr-defined]
             if known.pop(name, None) == state:
                 continue
-            value = vars(part)[name]
-            held, node = self.run.known.get(id(value), (lambda: None, None))
-            if not isinstance(value, Tensor) or held() is not value or node is None or not is_constant(node):
-                return False
-            if join(path, name) in self.run.attributes:
+            node = self.builder.tensors.get(vars(part)[name])
+            if node is None or not is_constant(node) or join(path, name) in self.builder.attributes:
                 return False
         return not known  # nothing was deleted
 
     def _check_leaves(self) -> set[str]:
         """Return the paths of leaf modules that are left with other tensors; their calls stay as they are."""
-        paths = {part: path for path, part in self.run.shadow.named_modules()}
+        paths = {part: path for path, part in self.copy.module.named_modules()}
         left = {
             paths[part]
-            for part, before in self.run.tensors_of.items()
+            for part, before in self.copy.tensors_of.items()
             if part in paths and list(map(id, tensors_of_leaf(part))) != list(map(id, before))
         }
-        calls = [node for node in self.run.graph.nodes if left and node.op == "call_module" and node.target in left]
-        self.run.opaque |= dict.fromkeys(calls, "a forward gives it other parameters")
+        calls = [node for node in self.builder.graph.nodes if left and node.op == "call_module" and node.target in left]
+        self.builder.opaque |= dict.fromkeys(calls, "a forward gives it other parameters")
         return left
 
     def check_assignments(self) -> None:
         """Refuse assignments of what is no constant, and to tensors whose old data something reads."""
-        is_known = all(path and is_constant(node) for node, path in self.run.assigned.items())
+        is_known = all(path and is_constant(node) for node, path in self.builder.assigned.items())
         if (
             not is_known
             or self._calls_with_old_data()
-            or any(path in self.run.attributes for path in self.run.assigned.values())
+            or any(path in self.builder.attributes for path in self.builder.assigned.values())
         ):
             self.refuse_assignments()
 
     def _calls_with_old_data(self) -> list[fx.Node]:
         """Return the calls of leaf modules before an assignment to their parameters."""
-        targets = {id(operator.attrgetter(path)(self.run.model)) for path in self.run.assigned.values() if path}
-        calls = [node for node in self.run.graph.nodes if targets and node.op == "call_module"]
-        parts = [self.run.model.get_submodule(str(node.target)) for node in calls]
+        targets = {id(operator.attrgetter(path)(self.copy.original)) for path in self.builder.assigned.values() if path}
+        calls = [node for node in self.builder.graph.nodes if targets and node.op == "call_module"]
+        parts = [self.copy.original.get_submodule(str(node.target)) for node in calls]
         owned = [{id(value) for value in (*part._parameters.values(), *part._buffers.values())} for part in parts]
         return [node for node, ids in zip(calls, owned, strict=True) if ids & targets]
 
     def refuse_assignments(self) -> None:
         """Let everything around assignments to the data of tensors stay as it is."""
         reason = "assigns to the data of a tensor"
-        for node, path in self.run.assigned.items():
+        for node, path in self.builder.assigned.items():
             node.meta["constant"] = False
-            self.run.opaque[node] = f"its forward {reason}"
-            for frame in self.run.frame_of[node].stack():
+            self.builder.opaque[node] = f"its forward {reason}"
+            for frame in self.builder.frame_of[node].stack():
                 frame.caveats.append(reason)
-            if path in self.run.attributes:
-                self.run.attributes[path].meta["constant"] = False
-        self.run.opaque |= dict.fromkeys(self._calls_with_old_data(), f"a forward {reason} that it reads")
-        for node in self.run.graph.nodes:
+            if path in self.builder.attributes:
+                self.builder.attributes[path].meta["constant"] = False
+        self.builder.opaque |= dict.fromkeys(self._calls_with_old_data(), f"a forward {reason} that it reads")
+        for node in self.builder.graph.nodes:
             if any(not n.meta.get("constant") for n in node.all_input_nodes):
                 node.meta["constant"] = False
 
-    def same_again(self, forward: Callable[..., Any], call: Call, output: Any) -> bool:
+    def same_again(self, forward: Callable[..., Any], call: Call, output: Any, is_forced: bool) -> bool:
         """Whether another call of the copy, which the first one has changed, returns the same."""
-        if self.run.on_meta:
+        if self.builder.on_meta:
             return False
-        if self.run.forced or any(value is UNKNOWN for value in leaves((call.args, dict(call.kwargs)))):
+        if is_forced or any(value is UNKNOWN for value in leaves((call.args, dict(call.kwargs)))):
             return True  # only compared with a call that is not forced
 
         def copied(value: Any) -> Any:
@@ -153,3 +117,30 @@ class Effects:
             for one, other in pairs
             if isinstance(one, Tensor) and isinstance(other, Tensor)
         )
+
+    def find_stored(self) -> None:
+        """Find the tensors that the forwards left where other code can read them."""
+        escaped = self.builder.escaped
+        for path, part in self.copy.module.named_modules():
+            if is_scripted(part):
+                continue
+            for value in things_in(v for key, v in vars(part).items() if key not in ("_modules", "forward")):
+                node = self.builder.tensors.get(value)
+                if node is not None and not _is_of_model(node):
+                    escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"
+        for generation in (1, 2):  # a tensor in a reference cycle is garbage; nearly all of them are young
+            if not self._alive() - escaped.keys():
+                return
+            gc.collect(generation)
+        for node in self._alive():
+            escaped.setdefault(node, "its output is stored where other code can read it")
+
+    def _alive(self) -> set[fx.Node]:
+        """Return the nodes whose tensors something still holds, inputs and parameters aside."""
+        alive = self.builder.tensors.alive()
+        return {node for node in alive if node.op != "placeholder" and not _is_of_model(node)}
+
+
+def _is_of_model(node: fx.Node) -> bool:
+    """Whether a node's tensor is a parameter, buffer or attribute of the model, as it was before the call."""
+    return node.op == "get_attr" or "own" in node.meta

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.collapse.recording import Recording, is_constant
+from repvgg.collapse.recording import Recording, is_constant, is_number
 from repvgg.symbolic import (
     SymbolicTensor,
     UnknownSize,
@@ -98,7 +98,7 @@ def recorded_number(node: fx.Node) -> Any:
 
     Another call may have another one, so the algebra may only pass it on, to follow a reshape.
     """
-    value = node.meta.get("value") if node.meta.get("number") else None
+    value = node.meta.get("value") if is_number(node) else None
     if isinstance(value, tuple):
         return tuple([UnknownSize(value=int(size)) for size in value])
     return UnknownSize(value=int(value)) if isinstance(value, int) and not isinstance(value, bool) else None

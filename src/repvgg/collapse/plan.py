@@ -14,9 +14,10 @@ from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
+from repvgg.collapse.graph_builder import NeedsValuesError
 from repvgg.collapse.modules import has_parameters, is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
-from repvgg.collapse.record import NeedsValuesError, record
+from repvgg.collapse.record import record
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
 from repvgg.collapse.report import Skipped

@@ -162,6 +162,11 @@ def is_constant(node: fx.Node) -> bool:
     return bool(node.meta["constant"])
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether a node is a number that was read from a tensor."""
+    return bool(node.meta.get("number"))
+
+
 def constants_of(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the constants that a node is computed from, itself excepted."""
     waiting = [n for n in node.all_input_nodes if is_constant(n)]

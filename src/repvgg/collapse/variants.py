@@ -24,7 +24,16 @@ from repvgg._calls import Call, signature_of
 from repvgg.collapse.code import code_facts
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.record import record
-from repvgg.collapse.recording import Decision, Frame, Recording, constants_of, is_constant, leaves, map_values
+from repvgg.collapse.recording import (
+    Decision,
+    Frame,
+    Recording,
+    constants_of,
+    is_constant,
+    is_number,
+    leaves,
+    map_values,
+)
 from repvgg.collapse.region import Region
 from repvgg.collapse.settings import Setting, settings_read
 from repvgg.collapse.tracked import UNKNOWN, UnknownValueError
@@ -417,11 +426,6 @@ def _names(key: _Key) -> frozenset[Any]:
     """Return the modules and parameters in the key of a step."""
     op, target, _, reads = key
     return frozenset((("module", target),)) if op == "call_module" else reads
-
-
-def is_number(node: fx.Node) -> bool:
-    """Whether a node is a number that was read from a tensor."""
-    return bool(node.meta.get("number"))
 
 
 def _node_arguments(node: fx.Node) -> list[fx.Node]:
