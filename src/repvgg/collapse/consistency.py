@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg.collapse.modules import is_inside, is_leaf, join, submodule_or_none
+from repvgg.collapse.modules import is_inside, is_leaf, join, path_below, submodule_or_none
 from repvgg.collapse.plan import Plan, Reasons, Scope, record_call
 from repvgg.collapse.recording import Frame, is_constant
 from repvgg.errors import typed_line
@@ -21,7 +21,7 @@ def find_dependents(plan: Plan, plain: nn.Module) -> Reasons:
     found: Reasons = {}
     for scope in plan.scopes:
         part = submodule_or_none(plain, scope.path)
-        if part is None or is_leaf(part) or not (scope.regions.all or scope.placement.unread):
+        if part is None or is_leaf(part) or not (scope.regions.all or scope.unread):
             continue
         for path, error in _changed_forwards(scope, part):
             old = scope.module.get_submodule(path)
@@ -42,7 +42,7 @@ def _dropped_inside(plan: Plan, scope: Scope, path: str) -> list[nn.Module]:
     outer = join(scope.path, path)
     dropped = [*(skipped.name for skipped in plan.dropped), *plan.unread()]
     names = [name for name in dropped if is_inside(name, outer)]
-    return [scope.module.get_submodule(name[len(scope.path) + 1 :] if scope.path else name) for name in names]
+    return [scope.module.get_submodule(path_below(name, scope.path)) for name in names]
 
 
 def _changed_forwards(scope: Scope, plain: nn.Module) -> list[tuple[str, str]]:

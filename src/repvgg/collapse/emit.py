@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from repvgg._calls import signature_of
-from repvgg.collapse.modules import is_inside, join
+from repvgg.collapse.modules import is_inside, join, path_below
 from repvgg.collapse.recording import Frame, Recording, leaves, mark_constants
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item
@@ -51,7 +51,7 @@ def emit(recording: Recording, path: str, inlined: Collection[str]) -> Emission:
         ReparamError: the recording does not show all that the forward does; the text is a clause about the forward.
     """
     emitter = _Emitter(recording, path, inlined)
-    frame = next(frame for frame in recording.root.frames() if frame.path == path)
+    frame = recording.first_call(path)
     emitter.bind_arguments(frame)
     emitter.copy(frame)
     emitter.graph.output(emitter.mapped(frame.output))
@@ -147,9 +147,9 @@ class _Emitter:
             return {key: self.mapped(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             items = [self.mapped(item) for item in value]
-            return (
-                items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-            )
+            if isinstance(value, list):
+                return items
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if isinstance(value, slice):
             return slice(*(self.mapped(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, torch.device):
@@ -181,7 +181,7 @@ class _Emitter:
 
     def _inner(self, path: str) -> str:
         if is_inside(path, self.path) and path != self.path:
-            return path[len(self.path) + 1 :] if self.path else path
+            return path_below(path, self.path)
         # The recording names a module or tensor that is held in several places by the first of them.
         wanted = operator.attrgetter(path)(self.recording.module)
         host = self.recording.module.get_submodule(self.path)

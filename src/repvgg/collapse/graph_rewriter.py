@@ -20,7 +20,7 @@ from torch.package.importer import sys_importer
 
 from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
-from repvgg.collapse.modules import is_computed_attribute, is_inside, is_leaf, join
+from repvgg.collapse.modules import is_computed_attribute, is_inside, is_leaf, join, path_below
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in
@@ -214,12 +214,13 @@ class ForwardRewriter:
         for path in self.parts:  # what a caller put other tensors in place of
             part = self.recording.module.get_submodule(path)
             if is_leaf(part) and not self._is_read_elsewhere(path):
-                inner = path[len(self.host) + 1 :] if self.host else path
-                self.removed += [join(inner, name) for name in (*part._parameters, *part._buffers)]
+                self.removed += [
+                    join(path_below(path, self.host), name) for name in (*part._parameters, *part._buffers)
+                ]
         for node, path in self.recording.assigned.items():  # nothing but the assignment names the parameter
             is_own = self.recording.owner(node) in (self.host, *self.parts) and is_inside(path, self.host)
             if is_own and self.node_of[node] not in live:
-                self.removed.append(path[len(self.host) + 1 :] if self.host else path)
+                self.removed.append(path_below(path, self.host))
 
     def _is_read_elsewhere(self, path: str) -> bool:
         """Whether code that stays reads a parameter, or calls a module."""
@@ -248,8 +249,7 @@ def rewriters_for(recording: Recording, points: Iterable[InsertionPoint]) -> dic
 
 
 def _host_of(recording: Recording, path: str, inlined: Collection[str]) -> str:
-    frame = next(frame for frame in recording.root.frames() if frame.path == path)
-    return next(outer.path for outer in frame.stack() if outer.path not in inlined)
+    return next(outer.path for outer in recording.first_call(path).stack() if outer.path not in inlined)
 
 
 def _delete(root: nn.Module, path: str, called: Collection[str]) -> None:

@@ -22,6 +22,11 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
+def path_below(path: str, outer: str) -> str:
+    """Return the path of something inside the module at ``outer`` as that module names it."""
+    return path[len(outer) + 1 :] if outer else path
+
+
 def is_inside(inner: str, outer: str) -> bool:
     """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
     return inner == outer or not outer or inner.startswith(f"{outer}.")

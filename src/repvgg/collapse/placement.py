@@ -1,11 +1,10 @@
-"""Which regions of a recording may be merged, where their convolutions go, and what the plain model must check."""
+"""Which regions of a recording may be merged, and where their convolutions go."""
 
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 from functools import cached_property
 
 from torch import fx, nn
@@ -14,82 +13,48 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from repvgg._calls import signature_of
 from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
-from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
-from repvgg.collapse.modules import (
-    computes_weights,
-    has_own_hooks,
-    has_parameters,
-    held_elsewhere,
-    is_inside,
-    is_leaf,
-    join,
-)
-from repvgg.collapse.record import record
+from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf, path_below
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
-from repvgg.collapse.report import Skipped
-from repvgg.collapse.settings import Setting
-from repvgg.collapse.unread import Unread, is_read, unread_modules
-from repvgg.collapse.variants import Variants, calls_of, find_variants, is_same_region, signature
+from repvgg.collapse.validity import Validity
+from repvgg.collapse.variants import canonical_form, is_same_region
 from repvgg.symbolic import InputSpec, Layout
-
-_NOT_IN_CALL = "no call like the given inputs uses it"
 
 
 class Placement:
     """Decides for each region whether and where its convolution may be inserted.
 
     Args:
-        recording: the recorded call.
-        similar: a call with inputs of other sizes; None if the model takes none.
-        trusted: whether the recorded call is how the model is used. What only holds for calls like it is then merged,
-            and guarded; else it is left.
+        validity: the recording, and what holds in other calls.
         excluded: paths of modules that must stay, and why.
+        unread: paths of modules that are removed.
     """
 
-    def __init__(
-        self, recording: Recording, similar: Recording | None, *, trusted: bool, excluded: dict[str, str]
-    ) -> None:
-        self.recording, self.similar, self.trusted, self.excluded = recording, similar, trusted, excluded
-        self.frames: dict[str, list[Frame]] = defaultdict(list)
-        for frame in recording.root.frames():
-            self.frames[frame.path].append(frame)
+    def __init__(self, validity: Validity, excluded: dict[str, str], unread: Collection[str]) -> None:
+        self.validity, self.excluded, self.unread = validity, excluded, unread
+        self.recording, self.frames = validity.recording, validity.frames
         self.similar_frames: dict[str, Frame] = {}
-        for frame in similar.root.frames() if similar else ():
+        for frame in validity.similar.root.frames() if validity.similar else ():
             self.similar_frames.setdefault(frame.path, frame)
-        self.guards: dict[str, CallGuard] = {}
         self._frozen: dict[str, str | None] = {}
-        self._variants: dict[str, Variants] = {}
 
     # What must stay
 
     @cached_property
-    def _callers(self) -> dict[str, set[str]]:
-        """The modules whose code calls a module, by its path."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for frame in self.recording.root.frames():
-            for item in frame.items:
-                if isinstance(item, Frame):
-                    found[item.path].add(frame.path)
-                elif item.op == "call_module":
-                    found[str(item.target)].add(frame.path)
-        return found
-
-    @cached_property
     def _shared(self) -> set[str]:
         """Paths of modules that one forward calls more than once, or that several forwards call."""
-        shared = {path for path, callers in self._callers.items() if len(callers) > 1}
-        if not self.trusted:
+        shared: set[str] = set()
+        callers: dict[str, set[str]] = defaultdict(set)
+        for frame in self.recording.root.frames():
+            called = Counter(path for path, _ in frame.calls())
+            shared |= {path for path, times in called.items() if times > 1}
+            for path in called:
+                callers[path].add(frame.path)
+        shared |= {path for path, modules in callers.items() if len(modules) > 1}
+        if not self.validity.trusted:
             elsewhere = held_elsewhere(self.recording.module)
             shared |= {path for path, part in self.recording.module.named_modules() if part in elsewhere}
-        for frame in self.recording.root.frames():
-            seen: set[str] = set()
-            for item in frame.items:
-                path = item.path if isinstance(item, Frame) else str(item.target) if item.op == "call_module" else None
-                if path is not None:
-                    shared |= {path} & seen
-                    seen.add(path)
         return shared
 
     @cached_property
@@ -147,7 +112,7 @@ class Placement:
         unread = (node for frame in self.recording.root.frames() if frame.path in self.unread for node in frame.nodes())
         unread_leaves = (node for node, path in self.recording.calls() if path in self.unread)
         found |= dict.fromkeys((*unread, *unread_leaves), "no output depends on its result")
-        if not self.trusted:
+        if not self.validity.trusted:
             text = "the shape of the input is not known, and a batch norm alone does not determine it: pass inputs="
             found |= dict.fromkeys(self._norms_of_unknown_rank(), text)
         return found
@@ -256,43 +221,19 @@ class Placement:
             return f"{around} {frame.caveats[0]}"
         if any(is_inside(changed, path) for changed in self.recording.changed):
             return f"{around} stores something in an attribute"
-        mine = signature(frame)
-        if any(signature(other) != mine for other in others):
+        mine = canonical_form(frame)
+        if any(canonical_form(other) != mine for other in others):
             return f"{around} computes something else when it is called again"
         again = self.similar_frames.get(path)
-        if self.similar is None or again is None:
+        if self.validity.similar is None or again is None:
             return f"{around} could not be run on inputs of another size"
-        if signature(again) != mine:
+        if canonical_form(again) != mine:
             return f"{around} computes with numbers that depend on the size of its input"
         facts = code_facts(self.recording.module.get_submodule(path))
-        if facts.export_switches and not self.trusted:
+        if facts.export_switches and not self.validity.trusted:
             return f"{around} asks whether it is being exported ({facts.export_switches[0]}): pass inputs="
-        variants = self.variants(path)
-        for setting, other in variants.settings:
-            if (other is None or signature(other.root, path) != mine) and (
-                reason := self._guard_setting(path, setting)
-            ):
-                return reason
-        differs = variants.unknown or next(
-            (
-                "takes optional arguments that change what it computes"
-                for v in variants.recordings
-                if signature(v.root, path) != mine
-            ),
-            None,
-        )
-        if differs is None:
-            return None
-        if not self.trusted:
-            return f"{around} {differs}: pass inputs="
-        self._guard(path)
-        return None
-
-    def variants(self, path: str) -> Variants:
-        """Return the other branches that the forward of a module may take."""
-        if path not in self._variants:
-            self._variants[path] = find_variants(self.recording, self.frames[path][0])
-        return self._variants[path]
+        text = "takes optional arguments that change what it computes"
+        return self.validity.why_unsafe(path, lambda other: canonical_form(other.root, path) != mine, text)
 
     def _why_conflicting(self, region: Region, point: InsertionPoint) -> str | None:
         """Why a merged region would change what a forward computes in another call of the model."""
@@ -304,7 +245,7 @@ class Placement:
             for other in self.frames[path][1:]:
                 if not is_same_region(region, self.recording, frame=other, unchanged=unchanged):
                     return f"{path} computes something else when it is called again"
-        if self.similar is not None and not is_same_region(region, self.similar, unchanged=unchanged):
+        if self.validity.similar is not None and not is_same_region(region, self.validity.similar, unchanged=unchanged):
             return f"the forward of {host.path or 'the model'} branches on the size of its input"
         return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(
             region, touched, unchanged
@@ -314,20 +255,12 @@ class Placement:
         self, region: Region, touched: dict[str, Frame], unchanged: frozenset[str]
     ) -> str | None:
         for path, frame in touched.items():
-            variants = self.variants(path)
-            for setting, other in variants.settings:
-                steers = other is None or not is_same_region(region, other, path, unchanged=unchanged)
-                if steers and (reason := self._guard_setting(path, setting)):
-                    return reason
-            bad = variants.unknown or next(
-                ("takes optional arguments" if not frame.decisions else "branches on its input"
-                 for v in variants.recordings if not is_same_region(region, v, path, unchanged=unchanged)), None,
-            )  # fmt: skip
-            if bad is None:
-                continue
-            if not self.trusted or any(not decision.known for decision in frame.decisions):
-                return f"the forward of {path or 'the model'} {bad}: pass inputs="
-            self._guard(path)
+            text = "branches on its input" if frame.decisions else "takes optional arguments"
+            reason = self.validity.why_unsafe(
+                path, lambda other, path=path: not is_same_region(region, other, path, unchanged=unchanged), text
+            )
+            if reason is not None:
+                return reason
         return None
 
     def _why_conflicting_methods(self, region: Region, touched: dict[str, Frame]) -> str | None:
@@ -336,24 +269,9 @@ class Placement:
         for path in touched:
             facts = code_facts(self.recording.module.get_submodule(path))
             method = _separating_method(facts, steps, self.recording, path)
-            if method and not self.trusted:
+            if method and not self.validity.trusted:
                 return f"the method {method!r} of {path or 'the model'} calls a part of it on its own: pass inputs="
         return None
-
-    def _guard_setting(self, path: str, setting: Setting) -> str | None:
-        """Let the plain model check a value that the code of a module reads, or return why it cannot."""
-        if setting.is_changed and not setting.is_attribute:
-            return f"the forward of {path or 'the model'} reads {setting.name}, which it may change"
-        known = self.guards.get(path, CallGuard(path, {}))
-        if setting not in known.settings:
-            self.guards[path] = replace(known, settings=(*known.settings, setting))
-        return None
-
-    def _guard(self, path: str) -> None:
-        frame = self.frames[path][0]
-        guard = CallGuard.of(path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions))
-        known = self.guards.get(path, guard)
-        self.guards[path] = replace(guard, settings=known.settings)
 
     # Facts for the report and the proof
 
@@ -365,102 +283,6 @@ class Placement:
             shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
             found.append(None if shape is None else _spec(shape))
         return tuple(found)
-
-    @cached_property
-    def unread(self) -> dict[str, Unread]:
-        """The modules whose results no output depends on, each with what takes its place."""
-        found: dict[str, Unread] = {}
-        if self.similar is None:
-            return found
-        for frame, path, axes in unread_modules(self.recording, self.similar):
-            if not self._is_called_by_a_method(frame.path, path) and self._stays_unread(frame, path):
-                found[path] = Unread(axes)
-        return found
-
-    def _stays_unread(self, frame: Frame, path: str) -> bool:
-        """Whether a module is not read in other calls either, those aside that the plain model refuses."""
-        if any(is_inside(other, path) or is_inside(path, other) for other in self.excluded):
-            return False
-        variants = self.variants(frame.path)
-        name = path[len(frame.path) + 1 :] if frame.path else path
-        if variants.unknown or any(is_read(other, name) for other in variants.recordings):
-            if not self.trusted or any(not decision.known for decision in frame.decisions):
-                return False
-            self._guard(frame.path)
-        changing = [setting for setting, other in variants.settings if other is None or is_read(other, name)]
-        return not any(self._guard_setting(frame.path, setting) for setting in changing)
-
-    def _is_called_by_a_method(self, owner: str, path: str) -> bool:
-        """Whether a public method of a module calls a part of it at ``path`` by its name."""
-        facts = code_facts(self.recording.module.get_submodule(owner))
-        name = (path[len(owner) + 1 :] if owner else path).partition(".")[0]
-        return any(name in called for method, called in facts.calls.items() if not method.startswith("_"))
-
-    def not_run(self) -> Iterator[str]:
-        """Yield the outermost modules with parameters that did not run, and whose parameters nothing read."""
-        used = {*self.recording.called_paths(), *self.recording.read_paths()}
-        done: list[str] = []
-        for path, part in self.recording.module.named_modules():
-            if not path or any(is_inside(path, other) for other in done) or not has_parameters(part):
-                continue
-            if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # code may iterate over it
-                continue
-            if not any(is_inside(name, path) for name in used):
-                done.append(path)
-                yield path
-
-    @cached_property
-    def unused(self) -> list[Skipped]:
-        """The modules with parameters that no call in eval mode uses, outermost ones only."""
-        found: list[Skipped] = []
-        for path in self.not_run():
-            owner = path.rpartition(".")[0]
-            while owner and owner not in self.frames:
-                owner = owner.rpartition(".")[0]
-            name = path[len(owner) + 1 :] if owner else path
-            reason = self._why_unused(owner, name, path)
-            if reason is None:
-                continue
-            if reason == _NOT_IN_CALL and self._may_run(owner, path):
-                self._guard(owner)
-            changing = [
-                setting
-                for setting, other in self.variants(owner).settings
-                if other is None or any(is_inside(called, name) for called in other.called_paths())
-            ]
-            if not any(self._guard_setting(owner, setting) for setting in changing):
-                found.append(Skipped(path, reason))
-        return found
-
-    def _may_run(self, owner: str, path: str) -> bool:
-        """Whether another call of ``owner`` may run the module at ``path``, as far as is known."""
-        frame = self.frames[owner][0]
-        variants = self.variants(owner)
-        takes_structures = any(not isinstance(value, fx.Node) for value in frame.args)
-        return (
-            takes_structures
-            or variants.unknown is not None
-            or any(is_inside(join(owner, called), path) for v in variants.recordings for called in v.called_paths())
-        )
-
-    def _why_unused(self, owner: str, name: str, path: str) -> str | None:
-        facts = code_facts(self.recording.module.get_submodule(owner))
-        if self._is_called_by_a_method(owner, path) or any(is_inside(other, path) for other in self.excluded):
-            return None
-        if facts.reads_training:
-            frame = self.frames[owner][0]
-            try:
-                call = next(calls_of(self.recording, frame, self.recording.module.get_submodule(owner)))
-                training = record(
-                    self.recording.module.get_submodule(owner), call, mode={"": True}, on_meta=self.recording.on_meta
-                )
-            except Exception:
-                return None
-            if any(is_inside(called, name) for called in training.called_paths()):
-                return "the forward calls it in training mode only"
-        if not self.trusted or (self.frames[owner][0].decisions and self._may_run(owner, path)):
-            return None  # no guard sees which way a decision will go
-        return _NOT_IN_CALL
 
 
 def _spec(shape: tuple[int, ...]) -> InputSpec | None:
@@ -478,9 +300,8 @@ def _separating_method(facts: CodeFacts, steps: list[fx.Node], recording: Record
     partial = next((name for name in executed if not all(name in methods for methods in run)), None)
     if partial is not None:
         return partial
-    skip = len(path) + 1 if path else 0
     names = {
-        (item.path if isinstance(item, Frame) else str(item.target))[skip:].partition(".")[0]
+        path_below(item.path if isinstance(item, Frame) else str(item.target), path).partition(".")[0]
         for item in items
         if isinstance(item, Frame) or item.op == "call_module"
     }

@@ -15,13 +15,16 @@ from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
 from repvgg.collapse.graph_builder import NeedsValuesError
+from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.modules import has_parameters, is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.collapse.regions import Regions, SearchOptions, find_regions
+from repvgg.collapse.removal import Removals
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.unread import Unread
+from repvgg.collapse.validity import Validity
 from repvgg.errors import RepvggError, UsageError, typed_line
 from repvgg.symbolic import InputSpec, first_float
 from repvgg.verify.comparison import does_not_run
@@ -53,7 +56,9 @@ class Scope:
         recording: of one call of it. Paths in it are below the module.
         call: the recorded call.
         regions: what becomes convolutions.
-        placement: where they go, and what the plain model must check in each call.
+        placement: where they go.
+        guards: what the plain model must check in each call, by the path of the module.
+        unread: the modules whose results no output depends on, by their paths, each with what takes its place.
     """
 
     path: str
@@ -61,6 +66,8 @@ class Scope:
     call: Call
     regions: Regions
     placement: Placement
+    guards: dict[str, CallGuard]
+    unread: dict[str, Unread]
 
     @property
     def module(self) -> nn.Module:
@@ -71,7 +78,7 @@ class Scope:
         """Return the paths below the module of the submodules that become parts of convolutions."""
         found = {path for done in self.regions.all for path in done.region.called_modules}
         found |= {str(done.region.source.target) for done in self.regions.scaled}
-        found |= self.placement.unread.keys()
+        found |= self.unread.keys()
         return found | {done.insertion.host for done in self.regions.all if done.insertion.kind == "module"}
 
     def rewritten_paths(self) -> set[str]:
@@ -126,13 +133,13 @@ class Plan:
 
     def unread(self) -> dict[str, Unread]:
         """Return the modules whose results no output depends on, by their paths, each with what takes its place."""
-        found = ((scope.path, path, new) for scope in self.scopes for path, new in scope.placement.unread.items())
+        found = ((scope.path, path, new) for scope in self.scopes for path, new in scope.unread.items())
         return {join(outer, path): new for outer, path, new in found}
 
     def guards(self) -> Iterator[Skipped]:
         """Yield what the plain model checks in each call."""
         for scope in self.scopes:
-            for path, guard in scope.placement.guards.items():
+            for path, guard in scope.guards.items():
                 yield Skipped(join(scope.path, path), str(guard))
 
     def norm_functions(self) -> list[str]:
@@ -155,7 +162,7 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to replace."""
-        return not any(scope.regions.all or scope.placement.unread for scope in self.scopes)
+        return not any(scope.regions.all or scope.unread for scope in self.scopes)
 
 
 def make_plan(model: nn.Module, options: Options, excluded: Reasons) -> Plan:
@@ -241,7 +248,9 @@ class _Planner:
         excluded = {
             name: self.excluded[part] for name, part in recording.module.named_modules() if part in self.excluded
         }
-        placement = Placement(recording, similar, trusted=self.options.call is not None, excluded=excluded)
+        validity = Validity(recording, similar, trusted=self.options.call is not None)
+        removals = Removals(validity, excluded)
+        placement = Placement(validity, excluded, removals.unread)
         opaque = {**recording.opaque, **placement.fixed_nodes()}
         escaped = {**recording.escaped, **placement.boundaries()}
         shapes = {
@@ -260,7 +269,7 @@ class _Planner:
             policy=self.options.policy,
         )
         regions = find_regions(recording, lambda: AliasAnalysis(recording), options)
-        self.plan.scopes.append(Scope(path, recording, call, regions, placement))
+        self.plan.scopes.append(Scope(path, recording, call, regions, placement, validity.guards, removals.unread))
         self.plan.called |= {join(path, inner) for inner in recording.called_paths()}
         for node, reason in {**regions.reasons, **opaque}.items():
             if node.op == "call_module":
@@ -268,7 +277,7 @@ class _Planner:
             elif node in recording.frame_of:  # a batch norm that is no leaf
                 self.plan.reasons.setdefault(join(path, recording.owner(node)), reason)
         if self.options.call is None:  # what this call does not run, another one may
-            dropped = {skipped.name for skipped in placement.unused}
-            for inner in (inner for inner in placement.not_run() if inner not in dropped):
+            dropped = {skipped.name for skipped in removals.unused}
+            for inner in (inner for inner in removals.not_run() if inner not in dropped):
                 self.visit(recording.module.get_submodule(inner), join(path, inner), None)
-        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in placement.unused]
+        self.plan.dropped += [Skipped(join(path, s.name), s.reason) for s in removals.unused]

@@ -82,6 +82,14 @@ class Frame:
             yield frame
             frame = frame.parent
 
+    def calls(self) -> Iterator[tuple[str, fx.Node | Frame]]:
+        """Yield the calls of modules by its own code: the path, and the frame or, for a leaf, the node."""
+        for item in self.items:
+            if isinstance(item, Frame):
+                yield item.path, item
+            elif item.op == "call_module":
+                yield str(item.target), item
+
     def nodes(self) -> Iterator[fx.Node]:
         """Yield all nodes that ran during the call."""
         for item in self.items:
@@ -124,6 +132,14 @@ class Recording:
     on_meta: bool
     assigned: dict[fx.Node, str] = field(default_factory=dict)
     writes_parameters: bool = False
+
+    def all_calls(self) -> Iterator[tuple[Frame, str, fx.Node | Frame]]:
+        """Yield the calls of all modules, each with the frame of the caller; see :meth:`Frame.calls`."""
+        return ((frame, path, call) for frame in self.root.frames() for path, call in frame.calls())
+
+    def first_call(self, path: str) -> Frame:
+        """Return the first call of the module at ``path``."""
+        return next(frame for frame in self.root.frames() if frame.path == path)
 
     def owner(self, node: fx.Node) -> str:
         """Return the path of the module whose forward ran ``node``."""

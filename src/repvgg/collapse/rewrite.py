@@ -76,7 +76,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool 
     for skipped in plan.dropped:
         _detach(plain, skipped.name)
     for scope in plan.scopes:
-        for path, guard in scope.placement.guards.items():
+        for path, guard in scope.guards.items():
             guarded = submodule_or_none(plain, join(scope.path, path))
             if guarded is not None:
                 if not isinstance(guarded, type(scope.module.get_submodule(path))):

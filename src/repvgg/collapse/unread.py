@@ -114,9 +114,9 @@ def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[F
     """
     live, other = Liveness(recording), Liveness(similar)
     needed = live.paths() | other.paths()
-    calls = {path: call for path, _, call in _calls(similar)}
+    calls = {path: call for _, path, call in similar.all_calls()}
     done: set[str] = set()
-    for path, frame, call in _calls(recording):
+    for frame, path, call in recording.all_calls():
         if frame not in live.frames or path in done or any(is_inside(name, path) for name in needed):
             continue
         if not has_parameters(recording.module.get_submodule(path)):
@@ -130,16 +130,6 @@ def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[F
 def is_read(recording: Recording, path: str) -> bool:
     """Whether a recorded call reads the result of the module at ``path``, or a part of it by itself."""
     return any(is_inside(name, path) for name in Liveness(recording).paths())
-
-
-def _calls(recording: Recording) -> Iterator[tuple[str, Frame, Any]]:
-    """Yield all calls of modules: the path, the frame around, and the frame or node of the call."""
-    for frame in recording.root.frames():
-        for item in frame.items:
-            if isinstance(item, Frame):
-                yield item.path, frame, item
-            elif item.op == "call_module":
-                yield str(item.target), frame, item
 
 
 def _shapes(call: Any) -> tuple[Sequence[int], Sequence[int]] | None:

@@ -263,7 +263,7 @@ def _value_of(node: Any, device: torch.device) -> Any:
 # Equality of recordings
 
 
-def signature(frame: Frame, prefix: str = "") -> list[Any]:
+def canonical_form(frame: Frame, prefix: str = "") -> list[Any]:
     """Return what a frame computes, in a form that is equal for frames that compute the same.
 
     ``prefix`` is the path of the recorded module in the model.

@@ -1,0 +1,88 @@
+"""Whether what a recording shows of a module holds in other calls, and what the plain model must check for that."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+
+from repvgg.collapse.code import code_facts
+from repvgg.collapse.guard import CallGuard
+from repvgg.collapse.modules import path_below
+from repvgg.collapse.recording import Frame, Recording
+from repvgg.collapse.settings import Setting
+from repvgg.collapse.variants import Variants, find_variants
+
+
+class Validity:
+    """Compares the recorded call of each module with others; see :mod:`repvgg.collapse.variants`.
+
+    Args:
+        recording: the recorded call.
+        similar: a call with inputs of other sizes; None if the model takes none.
+        trusted: whether the recorded call is how the model is used. What only holds for calls like it is then merged,
+            and guarded; else it is left.
+
+    Attributes:
+        frames: the calls of each module, by its path.
+        guards: what the plain model must check, by the path of the module.
+    """
+
+    def __init__(self, recording: Recording, similar: Recording | None, *, trusted: bool) -> None:
+        self.recording, self.similar, self.trusted = recording, similar, trusted
+        self.frames: dict[str, list[Frame]] = defaultdict(list)
+        for frame in recording.root.frames():
+            self.frames[frame.path].append(frame)
+        self.guards: dict[str, CallGuard] = {}
+        self._variants: dict[str, Variants] = {}
+
+    def variants(self, path: str) -> Variants:
+        """Return the other branches that the forward of a module may take."""
+        if path not in self._variants:
+            self._variants[path] = find_variants(self.recording, self.frames[path][0])
+        return self._variants[path]
+
+    def why_unsafe(self, path: str, differs: Callable[[Recording], bool], text: str) -> str | None:
+        """Return why something does not hold in other calls of a module, those aside that the plain model will refuse.
+
+        Args:
+            path: of the module.
+            differs: whether it does not hold in a recording of the module.
+            text: a clause about the forward, for when it does not.
+        """
+        variants = self.variants(path)
+        may_differ = variants.unknown is not None or any(map(differs, variants.recordings))
+        if may_differ and (not self.trusted or any(not decision.known for decision in self.frames[path][0].decisions)):
+            return f"the forward of {path or 'the model'} {variants.unknown or text}: pass inputs="
+        reason = self.why_unsafe_settings(path, differs)
+        if reason is None and may_differ:
+            self.guard_call(path)
+        return reason
+
+    def why_unsafe_settings(self, path: str, differs: Callable[[Recording], bool]) -> str | None:
+        """Let the plain model check what the code of a module reads and branches on, or return why it cannot."""
+        for setting, other in self.variants(path).settings:
+            if (other is None or differs(other)) and (reason := self._guard_setting(path, setting)):
+                return reason
+        return None
+
+    def _guard_setting(self, path: str, setting: Setting) -> str | None:
+        if setting.is_changed and not setting.is_attribute:
+            return f"the forward of {path or 'the model'} reads {setting.name}, which it may change"
+        known = self.guards.get(path, CallGuard(path, {}))
+        if setting not in known.settings:
+            self.guards[path] = replace(known, settings=(*known.settings, setting))
+        return None
+
+    def guard_call(self, path: str) -> None:
+        """Let the plain model check that the module is called as it was recorded."""
+        frame = self.frames[path][0]
+        guard = CallGuard.of(path, frame, self.recording.module.get_submodule(path), sizes=bool(frame.decisions))
+        known = self.guards.get(path, guard)
+        self.guards[path] = replace(guard, settings=known.settings)
+
+    def is_called_by_a_method(self, owner: str, path: str) -> bool:
+        """Whether a public method of a module calls a part of it at ``path`` by its name."""
+        facts = code_facts(self.recording.module.get_submodule(owner))
+        name = path_below(path, owner).partition(".")[0]
+        return any(name in called for method, called in facts.calls.items() if not method.startswith("_"))
