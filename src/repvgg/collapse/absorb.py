@@ -34,21 +34,6 @@ _CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _MAPS = {"batch_norm", "scale", "shift"}
 
 
-@dataclass(frozen=True, eq=False)
-class Absorption:
-    """The result of :func:`absorb_norms`.
-
-    Attributes:
-        targets: the convolutions that absorb norms, by the last node of their region.
-        norms: the norms that go, with the forwards that change for it.
-        reasons: why others stay.
-    """
-
-    targets: dict[fx.Node, Replacement]
-    norms: tuple[Replacement, ...]
-    reasons: dict[fx.Node, str]
-
-
 @dataclass
 class _Path:
     """What one norm passes through on the way to the convolutions before it.
@@ -73,14 +58,8 @@ class _Path:
         return True
 
 
-def absorb_norms(
-    values: SymbolicValues,
-    fixed: Mapping[fx.Node, str],
-    merged: Collection[Replacement],
-    find_convolution: Callable[[fx.Node], Replacement | str],
-    why_not: Callable[[Region], str | None],
-) -> Absorption:
-    """Find the norms that are wholly absorbed by convolutions, once the search has found all else.
+class NormAbsorption:
+    """Finds the norms that are wholly absorbed by convolutions, once the search has found all else.
 
     Args:
         values: those at the end of the search.
@@ -89,14 +68,13 @@ def absorb_norms(
         find_convolution: returns the region of a convolution that ends at a node and is not merged, or why there is
             none.
         why_not: why the nodes of a region, which ends with a norm, may not all change together, or None.
+
+    Attributes:
+        targets: the convolutions that absorb norms, by the last node of their region.
+        norms: the norms that go, with the forwards that change for it.
+        reasons: why others stay.
     """
-    search = _Search(values, fixed, merged, find_convolution, why_not)
-    for node in values.order:
-        search.visit(node)
-    return Absorption(search.targets, tuple(search.norms), search.reasons)
 
-
-class _Search:
     def __init__(
         self,
         values: SymbolicValues,
@@ -117,8 +95,10 @@ class _Search:
         self.reasons: dict[fx.Node, str] = {}
         self._evaluator = Evaluator(self.recording, lambda tensor: tensor)
         self._selections: dict[fx.Node, tuple[fx.Node, list[int]] | None] = {}
+        for node in values.order:
+            self._visit(node)
 
-    def visit(self, node: fx.Node) -> None:
+    def _visit(self, node: fx.Node) -> None:
         """Let the convolutions before a node absorb it, if it is a norm and they can."""
         if node in self.inside or node in self.fixed or node in self.values.constants or not self._may_be_norm(node):
             return

@@ -14,11 +14,11 @@ from repvgg._calls import signature_of
 from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
+from repvgg.collapse.matching import canonical_form, is_same_region
 from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf, path_below
 from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.validity import Validity
-from repvgg.collapse.variants import canonical_form, is_same_region
 from repvgg.symbolic import InputSpec, Layout
 
 
@@ -247,21 +247,17 @@ class Placement:
                     return f"{path} computes something else when it is called again"
         if self.validity.similar is not None and not is_same_region(region, self.validity.similar, unchanged=unchanged):
             return f"the forward of {host.path or 'the model'} branches on the size of its input"
-        return self._why_conflicting_methods(region, touched) or self._why_conflicting_variants(
-            region, touched, unchanged
-        )
+        if reason := self._why_conflicting_methods(region, touched):
+            return reason
+        reasons = (self._why_conflicting_variants(region, path, unchanged) for path in touched)
+        return next(filter(None, reasons), None)
 
-    def _why_conflicting_variants(
-        self, region: Region, touched: dict[str, Frame], unchanged: frozenset[str]
-    ) -> str | None:
-        for path, frame in touched.items():
-            text = "branches on its input" if frame.decisions else "takes optional arguments"
-            reason = self.validity.why_unsafe(
-                path, lambda other, path=path: not is_same_region(region, other, path, unchanged=unchanged), text
-            )
-            if reason is not None:
-                return reason
-        return None
+    def _why_conflicting_variants(self, region: Region, path: str, unchanged: frozenset[str]) -> str | None:
+        """Why another branch of the forward of a module would compute something else afterwards."""
+        text = "branches on its input" if self.frames[path][0].decisions else "takes optional arguments"
+        return self.validity.why_unsafe(
+            path, lambda other: not is_same_region(region, other, path, unchanged=unchanged), text
+        )
 
     def _why_conflicting_methods(self, region: Region, touched: dict[str, Frame]) -> str | None:
         """Why another method of a module would compute something else afterwards."""

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from repvgg.collapse.absorb import absorb_norms
+from repvgg.collapse.absorb import NormAbsorption
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import Policy, cheaper
 from repvgg.collapse.insertion import InsertionPoint, Replacement
@@ -143,16 +143,15 @@ class _Search:
         regions = [region for region in regions if region.exit not in addends]
         merged = (*self._insertable(region for region in regions if self._is_candidate(region.value)), *sums)
         scaled = self._insertable(filter(self._scales_transposed, regions))
-        absorption = absorb_norms(
+        absorption = NormAbsorption(
             values, {n: self.reasons[n] for n in self.firm}, merged, self._convolution_at, self.options.why_not_absorbed
         )
-        targets = dict(absorption.targets)
-        merged = (*(targets.pop(found.region.exit, found) for found in merged), *targets.values())
+        merged = (*(absorption.targets.pop(found.region.exit, found) for found in merged), *absorption.targets.values())
         reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
         # That the larger region would not pay says more than why the smaller one does not exist.
         unpaid = {node for node, value in values.by_node.items() if value.source in self.unprofitable}
         reasons |= {node: reason for node, reason in absorption.reasons.items() if node not in unpaid}
-        return Regions(merged, scaled, reasons, self.were_cut, absorption.norms)
+        return Regions(merged, scaled, reasons, self.were_cut, tuple(absorption.norms))
 
     def _convolution_at(self, end: fx.Node) -> Replacement | str:
         """Return the region of a convolution that ends at a node and has nothing to merge, or why there is none."""

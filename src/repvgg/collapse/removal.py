@@ -10,7 +10,7 @@ from torch import fx, nn
 from repvgg.collapse.code import code_facts
 from repvgg.collapse.modules import has_parameters, is_inside, join, path_below
 from repvgg.collapse.record import record
-from repvgg.collapse.recording import Frame
+from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.unread import Unread, is_read, unread_modules
 from repvgg.collapse.validity import Validity
@@ -65,23 +65,24 @@ class Removals:
     @cached_property
     def unused(self) -> list[Skipped]:
         """The modules with parameters that no call in eval mode uses, outermost ones only."""
-        found: list[Skipped] = []
-        for path in self.not_run():
-            owner = path.rpartition(".")[0]
-            while owner and owner not in self.validity.frames:
-                owner = owner.rpartition(".")[0]
-            name = path_below(path, owner)
-            reason = self._why_unused(owner, name, path)
-            if reason is None:
-                continue
-            if reason == _NOT_IN_CALL and self._may_run(owner, path):
-                self.validity.guard_call(owner)
-            unsafe = self.validity.why_unsafe_settings(
-                owner, lambda other, name=name: any(is_inside(called, name) for called in other.called_paths())
-            )
-            if unsafe is None:
-                found.append(Skipped(path, reason))
-        return found
+        return [Skipped(path, reason) for path in self.not_run() if (reason := self._why_removed(path)) is not None]
+
+    def _why_removed(self, path: str) -> str | None:
+        """Return why the plain model does without a module that did not run; None if it stays."""
+        owner = path.rpartition(".")[0]
+        while owner and owner not in self.validity.frames:
+            owner = owner.rpartition(".")[0]
+        name = path_below(path, owner)
+        reason = self._why_unused(owner, name, path)
+        if reason is None:
+            return None
+        if reason == _NOT_IN_CALL and self._may_run(owner, path):
+            self.validity.guard_call(owner)
+
+        def may_run(other: Recording) -> bool:
+            return any(is_inside(called, name) for called in other.called_paths())
+
+        return reason if self.validity.why_unsafe_settings(owner, may_run) is None else None
 
     def _may_run(self, owner: str, path: str) -> bool:
         """Whether another call of ``owner`` may run the module at ``path``, as far as is known."""

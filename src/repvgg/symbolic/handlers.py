@@ -82,7 +82,7 @@ def require_spatial(symbol: SymbolicTensor, spatial: int, name: str) -> None:
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
 def convolution(
-    input: Any,  # noqa: A002 - torch's own name
+    input: Any,
     weight: Any,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -100,7 +100,7 @@ def convolution(
 
 
 @handles(F.linear)
-def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTensor:  # noqa: A002
+def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTensor:
     """Compose with the matrix of a linear layer over the last axis."""
     _require_constant(input, weight, bias)
     require_spatial(input, 0, "a linear layer")
@@ -110,7 +110,7 @@ def linear(input: Any, weight: Any, bias: Tensor | None = None) -> SymbolicTenso
 
 
 @handles(operator.matmul, torch.matmul, _T.matmul, _T.__matmul__)
-def matmul(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
+def matmul(input: Any, other: Any) -> SymbolicTensor:
     """Compose with a matrix (I, O) on the right: a linear layer without a bias."""
     if not isinstance(other, Tensor) or other.dim() != 2:
         raise NotLinearError("only a product of rows with one constant matrix on its right is a linear layer")
@@ -118,7 +118,7 @@ def matmul(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
 
 
 @handles(torch.addmm, _T.addmm)
-def addmm(bias: Any, input: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> SymbolicTensor:  # noqa: A002
+def addmm(bias: Any, input: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> SymbolicTensor:
     """Return ``beta·bias + alpha·(input @ weight)``."""
     return add(multiply(matmul(input, weight), alpha), bias * beta)
 
@@ -150,7 +150,7 @@ def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]
 
 @handles(F.batch_norm, torch.batch_norm)
 def batch_norm(
-    input: SymbolicTensor,  # noqa: A002
+    input: SymbolicTensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -182,7 +182,7 @@ def batch_norm(
 
 def _average_pool(
     spatial: int,
-    input: SymbolicTensor,  # noqa: A002
+    input: SymbolicTensor,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
@@ -215,7 +215,7 @@ avg_pool3d = handles(F.avg_pool3d)(partial(_average_pool, 3))
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.feature_dropout),
 )
-def dropout(input: SymbolicTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SymbolicTensor:  # noqa: A002
+def dropout(input: SymbolicTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SymbolicTensor:
     """Return the input: dropout in eval mode."""
     # Dropout with probability 0 is the identity in training mode, too.
     if training and p:
@@ -253,13 +253,13 @@ def add(left: Any, right: Any, *, alpha: float = 1) -> SymbolicTensor:
 
 
 @handles(operator.neg, torch.neg, torch.negative, _T.neg, _T.negative, _T.__neg__)
-def negate(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
+def negate(input: SymbolicTensor) -> SymbolicTensor:
     """Return ``−x``."""
     return multiply(input, -1)
 
 
 @handles(operator.pos, torch.positive, _T.positive, _T.__pos__)
-def positive(input: SymbolicTensor) -> SymbolicTensor:  # noqa: A002
+def positive(input: SymbolicTensor) -> SymbolicTensor:
     """Return the input."""
     return input
 
@@ -298,7 +298,7 @@ def divide(left: Any, right: Any, *, rounding_mode: str | None = None) -> Symbol
 
 
 @handles(torch.addcmul, _T.addcmul)
-def add_product(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> SymbolicTensor:  # noqa: A002
+def add_product(input: Any, tensor1: Any, tensor2: Any, *, value: float = 1) -> SymbolicTensor:
     """Return ``input + value·tensor1·tensor2``, as batch norms by hand compute it."""
     return add(input, tensor1 * tensor2 * value)
 

@@ -31,19 +31,19 @@ def _listed(given: tuple[Any, ...]) -> Sequence[Any]:
 
 
 @handles(_T.contiguous)
-def contiguous(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
+def contiguous(input: SymbolicTensor, *_: Any, memory_format: Any = None) -> SymbolicTensor:
     """Return the same values; whether in new memory depends on the strides."""
     return _view(input, input.arrangement)
 
 
 @handles(_T.clone, torch.clone)
-def clone(input: SymbolicTensor, *, memory_format: Any = None) -> SymbolicTensor:  # noqa: A002
+def clone(input: SymbolicTensor, *, memory_format: Any = None) -> SymbolicTensor:
     """Return the same values in new memory."""
     return input.like(input.map, "identity")
 
 
 @handles(_T.to, _T.type_as)
-def to(input: SymbolicTensor, *args: Any, **kwargs: Any) -> SymbolicTensor:  # noqa: A002
+def to(input: SymbolicTensor, *args: Any, **kwargs: Any) -> SymbolicTensor:
     """Return the same values, if their dtype stays: on another device, or in another memory format."""
     given = [*args, *kwargs.values()]
     dtypes = [value if isinstance(value, torch.dtype) else getattr(value, "dtype", input.dtype) for value in given]
@@ -52,7 +52,7 @@ def to(input: SymbolicTensor, *args: Any, **kwargs: Any) -> SymbolicTensor:  # n
     return _view(input, input.arrangement)
 
 
-def _new(factory: Callable[..., Tensor], input: SymbolicTensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+def _new(factory: Callable[..., Tensor], input: SymbolicTensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return a constant, as ``x.new_ones(1, C, 1, 1)``, whose sizes are known."""
     return factory(*args, **{"dtype": input.dtype, "device": input.device} | kwargs)
 
@@ -62,13 +62,13 @@ for _name in ("ones", "zeros", "full", "tensor"):
 
 
 @handles(torch.permute, _T.permute)
-def permute(input: SymbolicTensor, *dims: Any) -> SymbolicTensor:  # noqa: A002
+def permute(input: SymbolicTensor, *dims: Any) -> SymbolicTensor:
     """Reorder the axes, so that only the channels move."""
     return _view(input, input.arrangement.permuted(_listed(dims)))
 
 
 @handles(*(torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes, torch.swapdims, _T.swapdims))
-def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:  # noqa: A002
+def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:
     """Swap two axes."""
     order = list(range(len(input.arrangement.known_axes())))
     first, second = input.arrangement.index(dim0), input.arrangement.index(dim1)
@@ -77,7 +77,7 @@ def transpose(input: SymbolicTensor, dim0: int, dim1: int) -> SymbolicTensor:  #
 
 
 @handles(torch.movedim, _T.movedim, torch.moveaxis, _T.moveaxis)
-def movedim(input: SymbolicTensor, source: Any, destination: Any) -> SymbolicTensor:  # noqa: A002
+def movedim(input: SymbolicTensor, source: Any, destination: Any) -> SymbolicTensor:
     """Move axes to other places; the rest keeps its order."""
     index = input.arrangement.index
     sources, destinations = ([index(dim) for dim in _listed((dims,))] for dims in (source, destination))
@@ -88,20 +88,20 @@ def movedim(input: SymbolicTensor, source: Any, destination: Any) -> SymbolicTen
 
 
 @handles(torch.flatten, _T.flatten)
-def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:  # noqa: A002
+def flatten(input: SymbolicTensor, start_dim: int = 0, end_dim: int = -1) -> SymbolicTensor:
     """Merge axes."""
     return _view(input, input.arrangement.flattened(start_dim, end_dim))
 
 
 @handles(torch.unflatten, _T.unflatten)
-def unflatten(input: SymbolicTensor, dim: int, sizes: Sequence[Any]) -> SymbolicTensor:  # noqa: A002
+def unflatten(input: SymbolicTensor, dim: int, sizes: Sequence[Any]) -> SymbolicTensor:
     """Split an axis."""
     place, shape = input.arrangement.index(dim), list(input.shape)
     return reshape(input, [*shape[:place], *sizes, *shape[place + 1 :]])
 
 
 @handles(torch.reshape, _T.reshape, _T.view)
-def reshape(input: SymbolicTensor, *shape: Any) -> SymbolicTensor:  # noqa: A002
+def reshape(input: SymbolicTensor, *shape: Any) -> SymbolicTensor:
     """View the tensor in a shape that keeps the channels as one of the axes."""
     sizes = _listed(shape)
     if not sizes or isinstance(sizes[0], torch.dtype):
@@ -110,7 +110,7 @@ def reshape(input: SymbolicTensor, *shape: Any) -> SymbolicTensor:  # noqa: A002
 
 
 @handles(_T.reshape_as, _T.view_as)
-def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
+def reshape_as(input: Any, other: Any) -> SymbolicTensor:
     """View the tensor in the shape of another one."""
     if not isinstance(input, SymbolicTensor):
         raise NotLinearError("a reshape of a constant to the shape of the image depends on its size")
@@ -118,7 +118,7 @@ def reshape_as(input: Any, other: Any) -> SymbolicTensor:  # noqa: A002
 
 
 @handles(torch.squeeze, _T.squeeze)
-def squeeze(input: SymbolicTensor, dim: Any = None) -> SymbolicTensor:  # noqa: A002
+def squeeze(input: SymbolicTensor, dim: Any = None) -> SymbolicTensor:
     """Remove axes of size 1 that a mean left."""
     if dim is None:
         raise NotLinearError("which axes squeeze() removes depends on the size of the image: name them")
@@ -130,7 +130,7 @@ def squeeze(input: SymbolicTensor, dim: Any = None) -> SymbolicTensor:  # noqa: 
 
 
 @handles(torch.unsqueeze, _T.unsqueeze)
-def unsqueeze(input: SymbolicTensor, dim: int) -> SymbolicTensor:  # noqa: A002
+def unsqueeze(input: SymbolicTensor, dim: int) -> SymbolicTensor:
     """Insert an axis of size 1."""
     axes = list(input.arrangement.known_axes())
     axes.insert(dim % (len(axes) + 1), ())
@@ -138,14 +138,14 @@ def unsqueeze(input: SymbolicTensor, dim: int) -> SymbolicTensor:  # noqa: A002
 
 
 @handles(torch.mean, _T.mean)
-def mean(input: SymbolicTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolicTensor:  # noqa: A002
+def mean(input: SymbolicTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> SymbolicTensor:
     """Take the mean over other axes than the channels: ``mean(W·x + b) = W·mean(x) + b``."""
     if dim is None or dtype is not None:
         raise NotLinearError("a mean over all axes, or in another dtype, is not a convolution")
     return input.like(input.map, "identity", arrangement=input.arrangement.mean(_listed((dim,)), keepdim))
 
 
-def _global_pool(spatial: int, input: SymbolicTensor, output_size: Any) -> SymbolicTensor:  # noqa: A002
+def _global_pool(spatial: int, input: SymbolicTensor, output_size: Any) -> SymbolicTensor:
     """Take the mean over all spatial axes: an adaptive average pool to one pixel."""
     require_spatial(input, spatial, f"an adaptive average pool over {spatial} axes")
     if any(size != 1 for size in numbers(output_size, spatial)):

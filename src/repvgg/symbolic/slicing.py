@@ -23,7 +23,7 @@ _ALL = slice(None)
 
 @handles(F.pad, torch.constant_pad_nd)
 def pad(
-    input: SymbolicTensor,  # noqa: A002 - torch's own name
+    input: SymbolicTensor,
     pad: Sequence[int],
     mode: str = "constant",
     value: float | None = None,
@@ -56,7 +56,7 @@ def _require_axes_of_source(symbol: SymbolicTensor, axes: tuple[Axis, ...]) -> N
 
 
 @handles(operator.getitem, _T.__getitem__)
-def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:  # noqa: A002 - torch's own name
+def getitem(input: SymbolicTensor, index: Any) -> SymbolicTensor:
     """``x[:, channels, rows, columns]``, or ``x[..., channels]`` of rows, with slices; the result is a view."""
     channels, pixels = _slices(index, input)
     conv, axes = algebra.select_channels(input.map, channels), tuple(map(_pixels, pixels))
@@ -104,7 +104,7 @@ def _pixels(part: slice) -> Axis:
 
 
 @handles(torch.narrow, _T.narrow)
-def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> SymbolicTensor:  # noqa: A002
+def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> SymbolicTensor:
     """``length`` channels from ``start`` on."""
     if not input.layout.is_channel_axis(dim):
         raise NotLinearError("a part of an image of unknown size is not a convolution")
@@ -114,13 +114,13 @@ def narrow(input: SymbolicTensor, dim: int, start: int, length: int) -> Symbolic
 
 
 @handles(torch.chunk, _T.chunk)
-def chunk(input: SymbolicTensor, chunks: int, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
+def chunk(input: SymbolicTensor, chunks: int, dim: int = 0) -> tuple[SymbolicTensor, ...]:
     """Split the channels into ``chunks`` parts."""
     return split(input, -(-input.map.out_channels // chunks), dim)
 
 
 @handles(torch.split, _T.split)
-def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SymbolicTensor, ...]:  # noqa: A002
+def split(input: SymbolicTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SymbolicTensor, ...]:
     """Split the channels into parts of one size, or of given sizes."""
     total, sizes = input.map.out_channels, split_size_or_sections
     if isinstance(sizes, int):
@@ -163,6 +163,6 @@ def setitem(target: Any, index: Any, value: Any) -> SymbolicTensor:
 
 
 @handles(torch.zeros_like)
-def zeros_like(input: SymbolicTensor, **_: Any) -> SymbolicTensor:  # noqa: A002
+def zeros_like(input: SymbolicTensor, **_: Any) -> SymbolicTensor:
     """Zeros of the same shape, to which channels may be assigned."""
     return input.like(algebra.constant(input.map, per_channel(0, input)), "identity")
