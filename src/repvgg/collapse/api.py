@@ -1,4 +1,21 @@
-"""The public functions: collapse a model, fold only its batch norms, check whether it is plain."""
+"""The public functions: collapse a model, fold only its batch norms, check whether it is plain.
+
+A collapse takes these steps, in modules of this package:
+
+1. **Record** a call (``record``) of a structural copy of the model (``instrument``); ``calls`` makes up calls, and
+   ``effects`` finds what a call leaves behind. The result is a ``Recording``: a flat graph, and the calls of modules.
+2. **Search** it for linear regions (``regions``): the function that each node is of an earlier one (``symbolic_eval``),
+   cut where memory is overwritten (``alias``) or merging does not pay (``cost``); then parts of sums (``sums``), and
+   norms that several convolutions absorb (``absorb``).
+3. **Place** the convolution of each region (``placement``, ``insertion``), if the result holds in other calls as well
+   (``validity``): ``variants`` records them, ``matching`` compares them, ``settings`` and ``code`` say what the code
+   reads. ``removal`` finds modules that the plain model does without. Steps 1 to 3 make a ``Plan`` (``plan``).
+4. **Rewrite** (``rewrite``): compute the convolution (``solution``, ``plain_conv``), write new forwards
+   (``graph_rewriter``, ``emit``), add the checks of the plain model (``guard``).
+5. **Verify** each region and the model (``proof``), and the forwards that stay (``consistency``). What fails is
+   excluded, and steps 1 to 5 are repeated; so they are where a region was cut, as more may merge in the result.
+6. **Report** (``report``).
+"""
 
 from __future__ import annotations
 
