@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from repvgg.algebra import ConvMap
-from repvgg.collapse.modules import is_inside
+from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.recording import Frame, Recording, constants_of, is_constant, leaves
 from repvgg.collapse.region import Absorbed, Region
 from repvgg.symbolic import things_in
@@ -79,17 +79,22 @@ def insertion_points(
     host, stacks = frames_around(region, recording)
     found: list[InsertionPoint] = []
     last = recording.frame_of[region.exit]  # inside the host: what stays of a chain may lie outside the module
-    whole = [frame for frame in last.stack() if _is_whole(region, recording, frame) and may_replace(frame)]
-    if whole:
-        found.append(InsertionPoint("module", whole[-1].path))
+    steps, read = {step.node for step in region.steps}, [region.read_by_convolution]
+    around = [
+        frame
+        for frame in last.stack()
+        if _is_whole(steps.intersection(frame.nodes()), read, region.exit, recording, frame) and may_replace(frame)
+    ]
+    if around:
+        found.append(InsertionPoint("module", around[-1].path))
     if region.layout_in_place is not None and not _given_constants(region, recording):
         functions = [step.node for step in region.steps if step.node.op != "call_module" and step.computes]
         owner, replaced = recording.owner(region.first_convolution), ""
         if functions and region.first_convolution is functions[0]:
-            frame = recording.frame_of[functions[0]]
+            first, frame = functions[0], recording.frame_of[functions[0]]
             if own_kernel(region, recording):
                 functions = functions[1:]
-            elif _only_runs(functions[0], recording, frame) and may_replace(frame):
+            elif _is_whole({first}, first.all_input_nodes, first, recording, frame) and may_replace(frame):
                 functions, replaced = functions[1:], frame.path
         changed = frozenset(recording.owner(node) for node in functions)
         found.append(InsertionPoint("chain", owner, changed, whole=replaced))
@@ -99,17 +104,12 @@ def insertion_points(
     return found
 
 
-def _is_whole(region: Region, recording: Recording, frame: Frame) -> bool:
-    """Whether a module computes the convolution of a region from its only input, with constants of its own."""
-    is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] is region.read_by_convolution
-    nodes = {step.node for step in region.steps}.intersection(frame.nodes())
-    return is_of_input and frame.output is region.exit and _runs_nothing_else(nodes, recording, frame)
-
-
-def _only_runs(node: fx.Node, recording: Recording, frame: Frame) -> bool:
-    """Whether a module applies ``node`` to its only input, with constants of its own, and does nothing else."""
-    is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] in node.all_input_nodes
-    return is_of_input and frame.output is node and _runs_nothing_else({node}, recording, frame)
+def _is_whole(
+    nodes: set[fx.Node], inputs: Collection[fx.Node | None], output: fx.Node, recording: Recording, frame: Frame
+) -> bool:
+    """Whether a module computes ``output`` from its only input, one of ``inputs``, by ``nodes`` and own constants."""
+    is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] in inputs
+    return is_of_input and frame.output is output and _runs_nothing_else(nodes, recording, frame)
 
 
 def _runs_nothing_else(nodes: set[fx.Node], recording: Recording, frame: Frame) -> bool:
@@ -153,21 +153,16 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
         zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
     )
     given |= node.kwargs
-    weight, bias = given.get("weight"), given.get("bias")
     if not _has_geometry(region.value.symbol.map, given):
         return None
     path = recording.owner(node)
     module = recording.module.get_submodule(path)
-    prefix = f"{path}." if path else ""
-    is_own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{prefix}weight"
-    if (
-        weight is None
-        or not is_own
-        or len(weight.users) > 1
-        or "weight" not in module._parameters
-        or "bias" not in module._parameters
-    ):
-        return None
-    if isinstance(bias, fx.Node):
-        is_own = bias.op == "get_attr" and bias.target == f"{prefix}bias" and len(bias.users) == 1
-    return module if is_own and (isinstance(bias, fx.Node) or module._parameters["bias"] is None) else None
+
+    def is_own(name: str) -> bool:
+        """Whether an argument is the parameter of that name, and nothing else reads it."""
+        value = given.get(name)
+        is_read = isinstance(value, fx.Node) and value.op == "get_attr" and value.target == join(path, name)
+        return is_read and len(value.users) == 1 and name in module._parameters
+
+    has_no_bias = not isinstance(given.get("bias"), fx.Node) and module._parameters.get("bias", path) is None
+    return module if is_own("weight") and (has_no_bias or is_own("bias")) else None

@@ -220,24 +220,8 @@ class _Any(dict[str, Any]):
 
 def _with_arguments(signature: inspect.Signature, args: Any, kwargs: Any, values: Mapping[str, Any]) -> Call:
     bound = signature.bind(*args, **kwargs)
-    given = {**bound.arguments, **values}
-    bound.arguments.clear()
-    # In the order of the signature, or what follows a missing argument would be passed by position.
-    passed: dict[str, Any] = {}
-    positional: list[Any] = []
-    gap = False
-    for parameter in signature.parameters.values():
-        if parameter.name not in given:
-            gap = True
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            positional += given[parameter.name]
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            passed |= given[parameter.name]
-        elif gap or parameter.kind is parameter.KEYWORD_ONLY:
-            passed[parameter.name] = given[parameter.name]
-        else:
-            positional.append(given[parameter.name])
-    return Call(tuple(positional), passed)
+    bound.arguments.update(values)
+    return Call(bound.args, bound.kwargs)
 
 
 def _value_of(node: Any, device: torch.device) -> Any:

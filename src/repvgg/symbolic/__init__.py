@@ -3,17 +3,9 @@
 import repvgg.symbolic.reshaping
 import repvgg.symbolic.slicing  # noqa: F401 - both register handlers in HANDLERS
 from repvgg.symbolic.layout import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Arrangement, Layout, UnknownSize
-from repvgg.symbolic.probe import ChannelProbe, ChannelsFound, InputSpec, channels_of, guarded
-from repvgg.symbolic.shadow import fingerprint, shadow_of, things_in
-from repvgg.symbolic.tensor import (
-    HANDLERS,
-    ITEM_ASSIGNMENTS,
-    Source,
-    SymbolicTensor,
-    assign_item,
-    dispatch,
-    handles,
-)
+from repvgg.symbolic.probe import InputSpec, channels_of, guarded
+from repvgg.symbolic.shadow import shadow_of, things_in
+from repvgg.symbolic.tensor import ITEM_ASSIGNMENTS, Source, SymbolicTensor, assign_item
 from repvgg.symbolic.trace import (
     EquivalentConv,
     algebra_device,
@@ -26,7 +18,6 @@ from repvgg.symbolic.trace import (
 )
 
 __all__ = [
-    "HANDLERS",
     "IMAGES",
     "ITEM_ASSIGNMENTS",
     "ROWS",
@@ -34,8 +25,6 @@ __all__ = [
     "VECTORS",
     "VOLUMES",
     "Arrangement",
-    "ChannelProbe",
-    "ChannelsFound",
     "EquivalentConv",
     "InputSpec",
     "Layout",
@@ -46,12 +35,9 @@ __all__ = [
     "assign_item",
     "channels_of",
     "check_eval_mode",
-    "dispatch",
     "equivalent_conv",
-    "fingerprint",
     "first_float",
     "guarded",
-    "handles",
     "run",
     "shadow_of",
     "things_in",
