@@ -161,8 +161,9 @@ def own_kernel(region: Region, recording: Recording) -> nn.Module | None:
     def is_own(name: str) -> bool:
         """Whether an argument is the parameter of that name, and nothing else reads it."""
         value = given.get(name)
-        is_read = isinstance(value, fx.Node) and value.op == "get_attr" and value.target == join(path, name)
-        return is_read and len(value.users) == 1 and name in module._parameters
+        if not isinstance(value, fx.Node) or value.op != "get_attr" or value.target != join(path, name):
+            return False
+        return len(value.users) == 1 and name in module._parameters
 
     has_no_bias = not isinstance(given.get("bias"), fx.Node) and module._parameters.get("bias", path) is None
     return module if is_own("weight") and (has_no_bias or is_own("bias")) else None
