@@ -226,3 +226,28 @@ def test_keyword_arguments_in_another_order():
     plain, report = check(trained(model), image())
     assert "n.block.conv" in [entry.name for entry in report.folded]
     assert norms_left(plain) == []
+
+
+class ConvNormAct(nn.Conv2d):
+    """A convolution by a function, and what its forward does after it, as detectron2 has it."""
+
+    def __init__(self, *parts, bias=True):
+        super().__init__(4, 4, 3, padding=1, bias=bias)
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_that_runs_what_follows_it(bias):
+    # The second region is inside of the module that keeps its forward and gets the kernel of the first.
+    inner = nn.Sequential(conv(kernel=1), nn.BatchNorm2d(4))
+    layers = [ConvNormAct(nn.BatchNorm2d(4), nn.ReLU(), inner, bias=bias), ConvNormAct(nn.BatchNorm2d(4), bias=bias)]
+    plain, report = check(trained(nn.Sequential(*layers)), image())
+    assert [entry.name for entry in report.folded] == ["0", "0.parts.2", "1"]
+    assert type(plain[0]) is ConvNormAct
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in plain.modules())

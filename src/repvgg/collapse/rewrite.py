@@ -72,6 +72,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool 
     with torch.no_grad():
         for scope in plan.scopes:
             applier.replace_regions(scope)
+        applier.fill_kernel_owners()
         plain = deep_copy(model, applier.memo, model)
     for skipped in plan.dropped:
         _detach(plain, skipped.name)
@@ -107,7 +108,7 @@ class _PlanApplier:
         self.prove = prove
         self.memo: dict[int, Any] = copies_of_computed_tensors(model)
         self.done: list[Replaced] = []
-        self.taken_by: dict[nn.Module, nn.Module] = {}
+        self._kernel_owners: list[tuple[nn.Module, nn.Module, nn.Module]] = []
         self.failed: Reasons = {}
 
     def substitute(self, old: nn.Module, new: nn.Module) -> None:
@@ -171,13 +172,13 @@ class _PlanApplier:
         # A convolution is the same function in both modes, but code may read the flag.
         conv.train(host.training)
         if point.kind == "module" and point.host not in rewriters:
-            name = point.host
+            name, new = point.host, conv
             self.substitute(host, _with_attributes_of(host, conv))
         elif point.kind == "chain":
-            name = self._insert_in_place(scope, found, conv, rewriters)
+            name, new = self._insert_in_place(scope, found, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
-            name = rewriter.insert_call(conv, region.source, region.replaced)
+            name, new = rewriter.insert_call(conv, region.source, region.replaced), conv
             for node, remaining in region.removed:
                 rewriter.remove(node, remaining)
             # A module that other code calls or reads needs a real copy.
@@ -185,7 +186,7 @@ class _PlanApplier:
             absorbed += [part for part in modules if part not in kept]
         entry = folded_entry(join(scope.path, name), found, symbol, parameters, proof.text)
         norms = [get(path) for more in found.absorbed for path in more.norm.called_modules]
-        self.done.append(Replaced(entry, self.taken_by.get(conv, conv), [*replaced, *norms]))
+        self.done.append(Replaced(entry, new, [*replaced, *norms]))
 
     def _scale_transposed(self, scope: Scope, found: Replacement, rewriters: dict[str, ForwardRewriter]) -> None:
         """Fold a region into the transposed convolution that is its source."""
@@ -224,10 +225,13 @@ class _PlanApplier:
 
     def _insert_in_place(
         self, scope: Scope, found: Replacement, conv: nn.Module, rewriters: dict[str, ForwardRewriter]
-    ) -> str:
-        """Put the convolution where the first one was, and identities where the others were; return its path."""
+    ) -> tuple[str, nn.Module]:
+        """Put the convolution where the first one was, and identities where the others were.
+
+        Return its path, and the module there: another one, if a module keeps its forward and gets the new kernel.
+        """
         region, whole = found.region, found.insertion.whole
-        target, before, name = region.first_convolution, region.source, ""
+        target, before, name, new = region.first_convolution, region.source, "", conv
         nodes = [(step.node, step.computes) for step in region.steps]
         for node, computes in [(target, True), *nodes] if target is before else nodes:
             if node.op == "call_module" and node is target:
@@ -240,15 +244,15 @@ class _PlanApplier:
             elif computes and node is target and own_kernel(region, scope.recording) is not None:
                 name = scope.recording.owner(node)
                 old = scope.module.get_submodule(name)
-                taken = _with_kernel_of(old, conv, self.memo)
-                self.substitute(old, taken)
-                self.taken_by[conv] = taken
+                new = object.__new__(type(old))
+                self.substitute(old, new)
+                self._kernel_owners.append((old, new, conv))
             elif computes and node is target:
                 name = rewriters[scope.recording.owner(node)].insert_call(conv, before, node)
             elif computes:  # what only reshapes or averages stays: Region.run_in_place proves the chain with it
                 self._remove(scope, node, before, rewriters)
             before = node
-        return name
+        return name, new
 
     def _remove(self, scope: Scope, node: fx.Node, before: fx.Node, rewriters: dict[str, ForwardRewriter]) -> None:
         """Let a node that returned a function of ``before`` return that as it is."""
@@ -262,21 +266,21 @@ class _PlanApplier:
         reason = f"its merged form is not equal to it: {proof.failure}"
         self.failed |= {part: reason for module in modules for part in module.modules()}
 
+    def fill_kernel_owners(self) -> None:
+        """Copy the modules that keep their forward, with the new kernels, once all that is inside them is known."""
+        for old, new, conv in self._kernel_owners:
+            state = {
+                name: value for name, value in vars(old).items() if name not in ("_parameters", "_compiled_call_impl")
+            }
+            vars(new).update(deep_copy(state, self.memo, old))
+            others = {name: value for name, value in old._parameters.items() if name not in ("weight", "bias")}
+            vars(new)["_parameters"] = {**deep_copy(others, self.memo, old), **conv._parameters}
+
     def find_lost(self, plain: nn.Module) -> Reasons:
         """Return modules whose convolution is missing in the copy, because a ``__deepcopy__`` ignored the memo."""
         inside = set(plain.modules())
         lost = [done.modules for done in self.done if done.conv not in inside]
         return {part: "the module around it has its own __deepcopy__" for modules in lost for part in modules}
-
-
-def _with_kernel_of(old: Module, conv: nn.Module, memo: dict[int, Any]) -> Module:
-    """Return a copy of a module that convolves by a function of its ``weight`` and ``bias``, with those of ``conv``."""
-    new = object.__new__(type(old))
-    state = {name: value for name, value in vars(old).items() if name not in ("_parameters", "_compiled_call_impl")}
-    vars(new).update(deep_copy(state, memo, old))
-    others = {name: value for name, value in old._parameters.items() if name not in ("weight", "bias")}
-    vars(new)["_parameters"] = {**deep_copy(others, memo, old), **conv._parameters}
-    return new
 
 
 def _with_attributes_of(old: nn.Module, new: Module) -> Module:
