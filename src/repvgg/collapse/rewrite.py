@@ -171,14 +171,15 @@ class _PlanApplier:
             return
         # A convolution is the same function in both modes, but code may read the flag.
         conv.train(host.training)
+        new: nn.Module = conv
         if point.kind == "module" and point.host not in rewriters:
-            name, new = point.host, conv
+            name = point.host
             self.substitute(host, _with_attributes_of(host, conv))
         elif point.kind == "chain":
             name, new = self._insert_in_place(scope, found, conv, rewriters)
         else:
             rewriter = rewriters[point.host]
-            name, new = rewriter.insert_call(conv, region.source, region.replaced), conv
+            name = rewriter.insert_call(conv, region.source, region.replaced)
             for node, remaining in region.removed:
                 rewriter.remove(node, remaining)
             # A module that other code calls or reads needs a real copy.
