@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from repvgg.engine.codegen.ir_builder import build_module
 from repvgg.engine.codegen.jit import GENERIC_ISAS, MachineCode, VectorIsa, compile_to_object, host_isa
-from repvgg.engine.graph import Conv, ConvGeometry
+from repvgg.engine.graph import RELU, Conv, ConvGeometry
 from repvgg.engine.runtime.memory import FeatureMapLayout, aligned_zeros
 
 CANARY = np.float32(-12345.678)
@@ -68,7 +68,8 @@ def random_conv(inputs: int, outputs: int, geometry: ConvGeometry, relu: bool = 
     random = np.random.default_rng(seed)
     shape = (outputs, inputs // geometry.groups, *geometry.kernel)
     weight = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
-    return Conv("conv", weight.astype(np.float32), random.standard_normal(outputs).astype(np.float32), geometry, relu)
+    bias = random.standard_normal(outputs).astype(np.float32)
+    return Conv(weight.astype(np.float32), bias, geometry, RELU if relu else ())
 
 
 def expected(conv: Conv, x_NHWC: np.ndarray) -> torch.Tensor:
@@ -78,4 +79,4 @@ def expected(conv: Conv, x_NHWC: np.ndarray) -> torch.Tensor:
     weight, bias = torch.from_numpy(conv.weight).double(), torch.from_numpy(conv.bias).double()
     where = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     out = F.conv2d(x, weight, bias, *where)
-    return (out.relu() if conv.relu else out).permute(0, 2, 3, 1)
+    return (out.relu() if conv.epilogue == RELU else out).permute(0, 2, 3, 1)

@@ -16,13 +16,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from repvgg.engine import executable
 from repvgg.engine.codegen.jit import SCALAR_ISA, VectorIsa, host_isa
 from repvgg.engine.compiled_model import CompiledModel
-from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool
-from tests.engine.helpers import interior, isas, random_conv
+from repvgg.engine.frontend import read
+from tests.engine.helpers import interior, isas
+from tests.engine.random_networks import RandomNetwork
 
 BATCH = 5
 ALL = range(60)  # seeds of models
@@ -33,80 +33,22 @@ GUARD_BYTES = 1024
 NAN = 0x7FC0BEEF
 
 
-def numbers(random: np.random.Generator, *shape: int) -> np.ndarray:
-    return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-
-
-def draw_conv(random: np.random.Generator, inputs: int, size: tuple[int, int], seed: int) -> Conv:
-    """Draw a convolution with an output of at least one pixel."""
-    kernel = int(random.choice([1, 3, 3, 3, 5]))
-    padding = (int(random.integers(0, 3)), int(random.integers(0, 3)))
-    steps, strides = (int(random.choice([1, 1, 2, 3])) for _ in range(2)), random.choice([1, 1, 2], 2)
-    groups = int(random.choice([count for count in range(1, inputs + 1) if inputs % count == 0][:4]))
-    outputs = groups * int(random.integers(1, max(2, 71 // groups)))
-    geometry = ConvGeometry((kernel, kernel), tuple(map(int, strides)), padding, tuple(steps), groups)
-    if min(geometry.output_size(size)) < 1:
-        geometry = ConvGeometry((1, 1), groups=groups)
-    return random_conv(inputs, outputs, geometry, relu=bool(random.integers(2)), seed=seed)
-
-
-def draw(seed: int) -> tuple[list[Layer], tuple[int, int, int, int]]:
-    """Draw the layers of a model, up to three convolutions (the second is a plain 3x3), and its input shape."""
+def draw(seed: int) -> RandomNetwork:
+    """Draw a network of eight operations."""
     random = np.random.default_rng(seed)
-    channels, size = int(random.integers(3, 71)), tuple(map(int, random.integers(1, 24, 2)))
-    shape = (BATCH, channels, *size)
-    layers: list[Layer] = []
-    for number in range(int(random.integers(1, 4))):
-        conv = draw_conv(random, channels, size, seed)
-        if number == 1:
-            conv = random_conv(channels, int(random.integers(1, 71)), ConvGeometry((3, 3), padding=(1, 1)), seed=seed)
-        layers.append(conv)
-        channels, size = conv.weight.shape[0], conv.geometry.output_size(size)
-        if random.integers(3) == 0:
-            down, up = numbers(random, 5, channels), numbers(random, channels, 5)
-            layers.append(Gate("gate", down, numbers(random, 5), up, numbers(random, channels), bool(number)))
-    if random.integers(2):
-        outputs = int(random.integers(1, 71))
-        layers += [Pool("pool"), Linear("linear", numbers(random, outputs, channels), numbers(random, outputs))]
-    return layers, shape
+    return RandomNetwork(lambda low, high: int(random.integers(low, high + 1)), 8, seed).eval()
 
 
-def computed(layers: list[Layer], x: torch.Tensor) -> torch.Tensor:
-    """Run the layers in PyTorch in float64."""
-    for layer in layers:
-        x = _computed(layer, x)
-        if not isinstance(layer, Pool) and layer.relu:
-            x = x.relu()
-    return x
-
-
-def _computed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(layer, Pool):
-        return x.mean((2, 3))
-    if isinstance(layer, Gate):
-        down, first, up, second = map(wide, (layer.down, layer.down_bias, layer.up, layer.up_bias))
-        factors = F.linear(F.linear(x.mean((2, 3)), down, first).relu(), up, second).sigmoid()
-        return x * factors[:, :, None, None]
-    if isinstance(layer, Linear):
-        return F.linear(x, wide(layer.weight), wide(layer.bias))
-    geometry = layer.geometry
-    where = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return F.conv2d(x, wide(layer.weight), wide(layer.bias), *where)
-
-
-def wide(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values).double()
-
-
-def network_of(seed: int, layers: list[Layer], shape: tuple[int, int, int, int], isa: VectorIsa) -> CompiledModel:
+def network_of(seed: int, model: RandomNetwork, isa: VectorIsa) -> CompiledModel:
     """Compile with threads and precision that depend on the seed."""
-    return CompiledModel(layers, shape, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
+    shapes = [(BATCH, *model.input_shape)]
+    return CompiledModel(read(model, shapes), shapes, isa, 1 + seed % 3, "medium" if seed % 2 else "high")
 
 
-def assert_right(network: CompiledModel, layers: list[Layer], x: torch.Tensor) -> None:
-    wanted = computed(layers, x.double())
-    scale = max(1.0, wanted.abs().max().item())
-    torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=1e-4 * scale)  # F(5x5) among them
+def assert_right(network: CompiledModel, model: RandomNetwork, x: torch.Tensor) -> None:
+    wanted, bounds = model.error_bound(x)
+    for found, exact, bound in zip(network(x), wanted, bounds, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=bound)
 
 
 # Red zones
@@ -148,12 +90,12 @@ def poison(network: CompiledModel) -> None:
 def check_zones(monkeypatch, seed: int, isa: VectorIsa) -> None:
     zones = Zones()
     monkeypatch.setattr(executable, "Arena", lambda: zones)
-    layers, shape = draw(seed)
-    network = network_of(seed, layers, shape, isa)
+    model = draw(seed)
+    network = network_of(seed, model, isa)
     torch.manual_seed(seed)
     for batch in (BATCH, 1, 4, 2, 3):
         poison(network)
-        assert_right(network, layers, torch.randn(batch, *shape[1:]))
+        assert_right(network, model, torch.randn(batch, *model.input_shape))
         zones.assert_intact()
     assert len(network._executables) == 1
 
@@ -235,12 +177,12 @@ fenced = [
 def run_fenced(seed: int, isa: VectorIsa, behind: bool) -> None:
     fences = Fences(behind)
     executable.Arena = lambda: fences  # in a forked child: not restored
-    layers, shape = draw(seed)
-    network = network_of(seed, layers, shape, isa)
+    model = draw(seed)
+    network = network_of(seed, model, isa)
     for batch in (BATCH, 1, 3):
-        x = np.random.default_rng(seed).standard_normal((batch, *shape[1:])).astype(np.float32)
+        x = np.random.default_rng(seed).standard_normal((batch, *model.input_shape)).astype(np.float32)
         given = fences.aligned_copy(x.ravel()).reshape(x.shape)
-        assert_right(network, layers, torch.from_numpy(given))
+        assert_right(network, model, torch.from_numpy(given))
 
 
 @pytest.mark.parametrize("isa", WIDTHS, ids=lambda isa: isa.name)

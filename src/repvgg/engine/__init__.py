@@ -5,9 +5,11 @@ The passes, from a module to a call, and the values between them::
     compiled_model.py  ``compile``, and the callable that it returns, with an executable for each input size
     operator.py        the callable as one operator in the graphs of torch.compile and torch.export
     recorder.py        nn.Module or FX graph  -> calls            (run on a copy, on tensors without values)
-    frontend.py        calls                  -> layers           (torch_backend.py: for torch.compile)
-    graph.py           layers, input shape    -> shapes           (the layers; shape inference)
-    planner/           layers, shapes, target -> plan             (algorithm selection, layouts, lowering, buffers)
+    frontend.py        calls                  -> graph            (translate.py, views.py; torch_backend.py)
+    partition.py       calls                  -> parts            (what the engine runs, and what PyTorch runs)
+    fusion.py          graph                  -> graph            (epilogues, folded batch norms)
+    graph.py           graph, input sizes     -> shapes           (the operations; shape inference)
+    planner/           graph, shapes, target  -> plan             (algorithm selection, layouts, lowering, buffers)
     executable.py      plan                   -> step table       (its code, buffers and packed weights)
     codegen/           kernels                -> machine code     (LLVM IR, compiler, disk cache)
     runtime/           step table, images     -> output           (thread pool; memory and its layouts)
@@ -19,6 +21,16 @@ from __future__ import annotations
 
 from repvgg.engine.codegen.disk_cache import clear_cache
 from repvgg.engine.compiled_model import CompiledModel, InTorch, Network, TorchFallback, compile  # noqa: A004
+from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.torch_backend import repvgg_backend
 
-__all__ = ["CompiledModel", "InTorch", "Network", "TorchFallback", "clear_cache", "compile", "repvgg_backend"]
+__all__ = [
+    "CompiledModel",
+    "InTorch",
+    "Network",
+    "PartitionedModel",
+    "TorchFallback",
+    "clear_cache",
+    "compile",
+    "repvgg_backend",
+]

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any, Literal, final, overload
 from uuid import uuid4
@@ -24,16 +25,20 @@ from repvgg._contexts import eval_mode
 from repvgg.engine.codegen.jit import VectorIsa, host_isa
 from repvgg.engine.executable import Executable
 from repvgg.engine.frontend import read
-from repvgg.engine.graph import Floats, Layer, Linear, Pool, Shape, infer_shapes
+from repvgg.engine.fusion import fuse
+from repvgg.engine.graph import Floats, Graph, Shape, infer_shapes, with_own_memory
 from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.operator import call_traced, is_traced, register
+from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
 from repvgg.engine.planner.cost_model import select_algorithm
-from repvgg.engine.planner.plan import Plan, plan
+from repvgg.engine.planner.plan import plan
+from repvgg.engine.planner.steps import Plan
 from repvgg.engine.runtime.memory import Images, InputView, view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool, check_threads, thread_count
-from repvgg.errors import FallbackWarning, RepvggError, UsageError, first_line
+from repvgg.engine.translate import map_structure
+from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
 MAX_INPUT_SIZES = 4  # executables that a model keeps, each with its code and memory
 
@@ -41,7 +46,7 @@ MAX_INPUT_SIZES = 4  # executables that a model keeps, each with its code and me
 @overload
 def compile(  # noqa: A001
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Sequence[Sequence[int]],
     threads: int | None = None,
     *,
     precision: Precision = "high",
@@ -51,22 +56,22 @@ def compile(  # noqa: A001
 @overload
 def compile(  # noqa: A001
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Sequence[Sequence[int]],
     threads: int | None = None,
     *,
     precision: Precision = "high",
     search: bool = False,
     fallback: bool,
-) -> CompiledModel | TorchFallback: ...
+) -> CompiledModel | PartitionedModel | TorchFallback: ...
 def compile(  # noqa: A001 - as torch.compile
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Sequence[Sequence[int]],
     threads: int | None = None,
     *,
     precision: Precision = "high",
     search: bool = False,
     fallback: bool = False,
-) -> CompiledModel | TorchFallback:
+) -> CompiledModel | PartitionedModel | TorchFallback:
     """Compile a plain network for this processor.
 
     Call the result from threads with a stack of 2 MiB or more, the default on Linux unless
@@ -74,10 +79,10 @@ def compile(  # noqa: A001 - as torch.compile
     the most for large batches of small images.
 
     Args:
-        model: convolutions, ReLUs, squeeze-and-excitation gates, a global average pool and linear layers in a chain,
-            float32 on the CPU. It runs as in eval mode. Its weights are copied: later changes have no effect.
-        input_shape: (N, C, H, W) of the most frequent input. Smaller batches run without another compilation; other
-            sizes are compiled on first use.
+        model: a network of images, float32 on the CPU; ``docs/engine.md`` lists the supported operations. It runs as
+            in eval mode. Its weights are copied: later changes have no effect.
+        input_shape: (N, C, H, W) of the most frequent input; for a network of several inputs, a list of such shapes of
+            the same N. Smaller batches run without another compilation; other sizes are compiled on first use.
         threads: number of threads, including the caller's. Default: ``torch.get_num_threads()``, at most one for each
             processor of this process.
         precision: the error budget. "highest" uses direct convolutions only. "high" uses the Winograd tiles whose RMS
@@ -89,32 +94,64 @@ def compile(  # noqa: A001 - as torch.compile
         search: measure the best candidate algorithms of each convolution for ``input_shape`` on this machine, and use
             the fastest. This takes some seconds for each kind of convolution, once: results are cached on disk. By
             default, a cost model selects the algorithms. The outputs of both differ by rounding errors.
-        fallback: if the engine cannot run the model, let PyTorch run it, with a warning that gives the reason.
+        fallback: let PyTorch run what the engine does not support, with a warning that gives the reason: some parts of
+            the network, which ``print`` lists, or all of it.
 
     Raises:
-        UnsupportedError: the engine does not support a layer; the message names it.
+        UnsupportedError: the engine does not support some calls of the model; the message names all of them.
         UsageError: ``model`` is no module, ``input_shape``, ``threads`` or ``precision`` is invalid, or the engine has
             no code for this platform.
         MissingDependencyError: llvmlite is not installed.
     """
     check_model(model, "repvgg.engine.compile")
-    batch, channels, height, width = check_shape(input_shape, "(N, C, H, W)")
+    shapes = _checked_shapes(input_shape)
     check_threads(threads)
     if precision not in ERROR_GROWTH_LIMITS:
         known = ", ".join(map(repr, ERROR_GROWTH_LIMITS))
         raise UsageError(f"precision must be one of {known}, not {precision!r}.")
     try:
-        layers = read(model, channels)
-        return CompiledModel(layers, (batch, channels, height, width), host_isa(), threads, precision, search)
+        graph = read(model, shapes)
+        return CompiledModel(graph, shapes, host_isa(), threads, precision, search)
     except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
         if not fallback:
             raise
+        compile_part = partial(_compile_part, threads=threads, precision=precision, search=search)
+        try:
+            found = PartitionedModel(model, shapes, compile_part) if isinstance(error, UnsupportedError) else None
+        except (RepvggError, RuntimeError):
+            found = None
         warnings.warn(
-            f"PyTorch runs {type(model).__name__}, because the engine cannot: {first_line(error)}.",
+            f"PyTorch runs {'parts of ' if found else ''}{type(model).__name__}, because the engine cannot: "
+            f"{first_line(error)}.",
             FallbackWarning,
             stacklevel=2,
         )
-        return TorchFallback(model, channels)
+        return found or TorchFallback(model, [shape[1] for shape in shapes])
+
+
+def _compile_part(
+    graph: Graph, shapes: Sequence[Shape], *, threads: int | None, precision: Precision, search: bool
+) -> CompiledModel:
+    """Compile a part of a network, for inputs of these sizes."""
+    sizes = tuple(shape[2:] for shape in shapes)
+    fused = with_own_memory(fuse(replace(graph, sizes=sizes), sizes))
+    return CompiledModel(fused, shapes, host_isa(), threads, precision, search)
+
+
+def _checked_shapes(given: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Shape, ...]:
+    """Check the shape of each input.
+
+    Raises:
+        UsageError: one is not (N, C, H, W), or they differ in N.
+    """
+    several = len(given) > 0 and all(isinstance(one, (tuple, list, torch.Size)) for one in given)
+    shapes = []
+    for one in given if several else [given]:
+        batch, channels, height, width = check_shape(one, "(N, C, H, W)")
+        shapes.append((batch, channels, height, width))
+    if len({shape[0] for shape in shapes}) > 1:
+        raise UsageError("The inputs of a network have the same number of images: pass shapes of the same N.")
+    return tuple(shapes)
 
 
 @final
@@ -126,76 +163,92 @@ class CompiledModel:
     model is compiled again, from the disk cache where possible.
 
     Args:
-        layers: see :func:`repvgg.engine.frontend.read`. They are kept, to compile for other input sizes.
-        input_shape: (N, C, H, W).
+        graph: see :func:`repvgg.engine.frontend.read`. It is kept, to compile for other input sizes.
+        input_shapes: (N, C, H, W) of each input.
         isa: the vector instructions to use; None for those of this processor.
         threads: see :func:`repvgg.engine.runtime.thread_pool.thread_count`.
         precision: see :func:`repvgg.engine.compile`.
         search: see :func:`repvgg.engine.compile`.
 
     Attributes:
-        input_shape: as given.
+        input_shapes: as given.
+        input_shape: the first of them.
         threads: number of threads, including the caller's.
         plan: the kernels and buffers for ``input_shape``, without the weights.
     """
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        input_shape: Shape,
+        graph: Graph,
+        input_shapes: Sequence[Shape],
         isa: VectorIsa | None,
         threads: int | None = 1,
         precision: Precision = "high",
         search: bool = False,
     ) -> None:
-        self._layers, self._requested_threads, self.input_shape = tuple(layers), threads, input_shape
+        self._graph, self._requested_threads, self.input_shapes = graph, threads, tuple(input_shapes)
+        self.input_shape = self.input_shapes[0]
         self.threads = thread_count(threads)
         isa = isa or host_isa()
         self._target = Target(isa, self.threads, precision)
         self._pool, self._search = ThreadPool(isa, self.threads), search
         self._select: Selector = select_algorithm
         if search:
-            self._select = autotune(self._layers, input_shape, self._target, self._pool)
-        first = Executable(plan(self._layers, input_shape, self._target, self._select))
+            self._select = autotune(graph, self.input_shapes, self._target, self._pool)
+        first = Executable(plan(graph, self.input_shapes, self._target, self._select))
         self._executables = [first]  # least recently used first
         self.plan: Plan = first.plan
         self._lock, self._process = Lock(), os.getpid()
         self._name = uuid4().hex
         register(self._name, self)
 
-    @overload
-    def __call__(self, x: Tensor) -> Tensor: ...
-    @overload
-    def __call__(self, x: Floats) -> Floats: ...
-    def __call__(self, x: Images) -> Images:
-        """Compute the output for float32 images (n, C, H, W): a tensor for a tensor, an array for an array.
+    def __call__(self, *inputs: Any) -> Any:
+        """Compute the outputs for float32 images (n, C, H, W): tensors for tensors, arrays for arrays.
 
-        Images of any strides, including channels_last, are read in place. The output is new memory: (n, O) after a
-        global pool, else (n, O, H, W); n may be 0. While PyTorch traces, the call is one operator: see
-        :mod:`repvgg.engine.operator`.
+        Images of any strides, including channels_last, are read in place. The outputs are new memory, in the structure
+        (a tensor, tuple, list or dictionary) that the model returns; n may be 0. While PyTorch traces, the call is one
+        operator: see :mod:`repvgg.engine.operator`.
 
         Raises:
             UsageError: the images have the wrong shape, dtype or device, or no memory of their own (as sparse and
                 nested tensors, and those that torch.func passes), or another thread is running this model.
-            UnsupportedError: the images are too small for the network.
+            UnsupportedError: the images are too small for the network, or the network is for one size of images.
         """
-        if isinstance(x, Tensor) and is_traced():
-            return call_traced(x, self._name)
-        images = view_input(x, self.input_shape[1])
-        count = images.shape[0]
+        if inputs and isinstance(inputs[0], Tensor) and is_traced():
+            return self._call_traced(inputs)
+        views = self._view_inputs(inputs)
+        count = views[0].shape[0]
         if count == 0:
-            output = np.zeros(self.output_shape(images.shape), np.float32)
-            return torch.from_numpy(output) if isinstance(x, Tensor) else output
-        executable = self._enter(images)
+            shapes = self._output_shapes([view.shape for view in views])
+            outputs = [np.zeros(shape, np.float32) for shape in shapes]
+            return self._structured(outputs, inputs[0])
+        executable = self._enter(views)
         try:
             self._pool.run(executable.step_addresses.start, len(executable.step_addresses), count)
-            output = executable.output(count)
+            outputs = executable.outputs(count)
         finally:
             self._lock.release()
-        return torch.from_numpy(output) if isinstance(x, Tensor) else output
+        return self._structured(outputs, inputs[0])
+
+    def _call_traced(self, inputs: Sequence[Any]) -> Tensor:
+        if len(inputs) > 1 or self._graph.structure != 0:
+            raise UsageError("PyTorch can trace compiled models of one input and one output only: call it eagerly.")
+        return call_traced(inputs[0], self._name)
+
+    def _view_inputs(self, inputs: Sequence[Any]) -> list[InputView]:
+        if len(inputs) != len(self.input_shapes):
+            raise UsageError(f"This model takes {len(self.input_shapes)} inputs, got {len(inputs)}.")
+        views = [view_input(x, shape[1]) for x, shape in zip(inputs, self.input_shapes, strict=True)]
+        if len({view.shape[0] for view in views}) > 1:
+            raise UsageError("The inputs of a network have the same number of images, these differ.")
+        return views
+
+    def _structured(self, outputs: Sequence[Floats], like: Images) -> Any:
+        values = [torch.from_numpy(one) for one in outputs] if isinstance(like, Tensor) else outputs
+        return map_structure(lambda place: values[place] if type(place) is int else place, self._graph.structure)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the output for images of this shape: (n, O) after a global pool, else (n, O, H, W).
+        """Return the shape of the first output for images of this shape.
 
         Raises:
             UsageError: the shape is not (n, C, H, W), with the channels of the network.
@@ -203,15 +256,16 @@ class CompiledModel:
         """
         if len(shape) != 4 or shape[1] != self.input_shape[1]:
             raise UsageError(f"This model takes images of shape (n, {self.input_shape[1]}, H, W), got {shape}.")
-        batch, channels, height, width = shape
-        output = infer_shapes(self._layers, (batch, channels, height, width))[-1]
-        flat = any(isinstance(layer, (Pool, Linear)) for layer in self._layers)
-        return batch, output.channels, *(() if flat else output.size)
+        return self._output_shapes([shape])[0]
 
-    def profile(self, x: Images, repeats: int = 20) -> Profile:
-        """Measure each step: the median of ``repeats`` runs on ``x``. Raises as :meth:`__call__`."""
-        images = view_input(x, self.input_shape[1])
-        count = images.shape[0]
+    def _output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        values = infer_shapes(self._graph, [(shape[2], shape[3]) for shape in shapes])
+        return [(shapes[0][0], *output.shape_of(values[output.value])) for output in self._graph.outputs]
+
+    def profile(self, *inputs: Images, repeats: int = 20) -> Profile:
+        """Measure each step: the median of ``repeats`` runs on ``inputs``. Raises as :meth:`__call__`."""
+        images = self._view_inputs(inputs)
+        count = images[0].shape[0]
         if count == 0:
             raise UsageError("There is nothing to measure: pass at least one image.")
         executable = self._enter(images)
@@ -238,37 +292,39 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         shape, isa = " x ".join(map(str, self.input_shape)), self._target.isa.name
-        return f"<CompiledModel of {len(self._layers)} layers for {shape}, {isa}, {self.threads} threads>"
+        layers = len(self._graph.nodes)
+        return f"<CompiledModel of {layers} layers for {shape}, {isa}, {self.threads} threads>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         target = self._target
         isa = None if target.isa == host_isa() else target.isa  # the unpickling machine may have another processor
-        arguments = self._layers, self.input_shape, isa, self._requested_threads, target.precision, self._search
+        arguments = self._graph, self.input_shapes, isa, self._requested_threads, target.precision, self._search
         return CompiledModel, arguments
 
-    def _enter(self, x: InputView) -> Executable:
-        """Return the executable for a checked input, set to read it. On return, the lock is held."""
+    def _enter(self, inputs: Sequence[InputView]) -> Executable:
+        """Return the executable for checked inputs, set to read them. On return, the lock is held."""
         if self._process != os.getpid():
             self._restart_after_fork()
         if not self._lock.acquire(blocking=False):
             raise UsageError("This model is running in another thread: compile one model for each thread.")
         try:
-            executable = self._executable(x.shape)
-            executable.set_input(x)
+            executable = self._executable(tuple(view.shape for view in inputs))
+            executable.set_inputs(inputs)
         except BaseException:
             self._lock.release()
             raise
         return executable
 
-    def _executable(self, shape: Shape) -> Executable:
-        """Return the executable for this image size with the smallest sufficient batch; compile one if none is."""
+    def _executable(self, shapes: tuple[Shape, ...]) -> Executable:
+        """Return the executable for these image sizes with the smallest sufficient batch; compile one if none is."""
         last = self._executables[-1]
-        if last.shape == shape:
+        if last.shapes == shapes:
             return last
-        fits = [one for one in self._executables if one.shape[2:] == shape[2:] and one.shape[0] >= shape[0]]
-        executable = min(fits, key=lambda one: one.shape[0], default=None)
+        batch, sizes = shapes[0][0], [shape[2:] for shape in shapes]
+        fits = [one for one in self._executables if [each[2:] for each in one.shapes] == sizes and one.batch >= batch]
+        executable = min(fits, key=lambda one: one.batch, default=None)
         if executable is None:
-            executable = Executable(plan(self._layers, shape, self._target, self._select), self._executables)
+            executable = Executable(plan(self._graph, shapes, self._target, self._select), self._executables)
         if executable is not last:
             self._executables = [*(one for one in self._executables if one is not executable), executable]
         if len(self._executables) > MAX_INPUT_SIZES:
@@ -291,22 +347,23 @@ class TorchFallback:
 
     Args:
         model: the model; it is not copied.
-        channels: of the images.
+        channels: of the images of each input.
     """
 
-    def __init__(self, model: nn.Module, channels: int) -> None:
-        self.model, self._channels = model, channels
+    def __init__(self, model: nn.Module, channels: Sequence[int]) -> None:
+        self.model, self._channels = model, tuple(channels)
 
-    @overload
-    def __call__(self, x: Tensor) -> Tensor: ...
-    @overload
-    def __call__(self, x: Floats) -> Floats: ...
-    def __call__(self, x: Images) -> Images:
-        view_input(x, self._channels)  # raises as CompiledModel.__call__ does
-        images = x if isinstance(x, Tensor) else torch.from_numpy(x.copy())
+    def __call__(self, *inputs: Any) -> Any:
+        if len(inputs) != len(self._channels):
+            raise UsageError(f"This model takes {len(self._channels)} inputs, got {len(inputs)}.")
+        for x, channels in zip(inputs, self._channels, strict=True):
+            view_input(x, channels)  # raises as CompiledModel.__call__ does
+        images = [x if isinstance(x, Tensor) else torch.from_numpy(x.copy()) for x in inputs]
         with torch.no_grad(), eval_mode(self.model):  # threads may do so at once
-            output: Tensor = self.model(images)
-        return output if isinstance(x, Tensor) else output.numpy()
+            outputs = self.model(*images)
+        if isinstance(inputs[0], Tensor):
+            return outputs
+        return map_structure(lambda one: one.numpy() if isinstance(one, Tensor) else one, outputs)
 
 
 InTorch = TorchFallback  #: Alias for code written for the old name.

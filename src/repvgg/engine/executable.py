@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from repvgg.engine.codegen.disk_cache import cached_object_code
 from repvgg.engine.codegen.ir_builder import IRBuilder, build_module
 from repvgg.engine.codegen.jit import MachineCode
-from repvgg.engine.graph import Floats
+from repvgg.engine.graph import FeatureShape, Floats, Shape
 from repvgg.engine.kernels.base import Kernel
-from repvgg.engine.planner.plan import NO_WEIGHTS, Buffer, Plan, Step
+from repvgg.engine.planner.steps import NO_WEIGHTS, Buffer, OutputBuffer, Plan, Step
 from repvgg.engine.runtime import thread_pool
 from repvgg.engine.runtime.memory import FLOAT_BYTES, Arena, InputView
 
@@ -28,44 +28,57 @@ class Executable:
         others: executables of the same network for other input sizes; identical packed weights are shared with them.
 
     Attributes:
-        shape: the largest input (N, C, H, W).
+        shapes: the largest inputs (N, C, H, W).
+        batch: their N.
         plan: as given, without the packed weights.
         step_addresses: of the rows of the step table, for :meth:`repvgg.engine.runtime.thread_pool.ThreadPool.run`.
     """
 
     def __init__(self, plan: Plan, others: Sequence[Executable] = ()) -> None:
         names, functions = kernel_functions(plan)
-        self.shape = plan.input_shape
+        self.shapes: tuple[Shape, ...] = plan.input_shapes
+        self.batch = self.shapes[0][0]
         self._code = MachineCode([cached_object_code(build_module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
         self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
         table, weights = self._fill_table(plan, names, [one for other in others for one in other._weights])
         self._weights: list[Floats] = weights
-        strides = np.zeros(4, np.int64)
+        strides = np.zeros((len(plan.input_shapes), 4), np.int64)
         loads = [number for number, step in enumerate(plan.steps) if step.source is None]
-        table["weights"][loads] = strides.ctypes.data  # the reorder kernel reads the strides of its input from there
-        self._loads = [(number, plan.steps[number].first_image) for number in loads]
+        self._loads = [(number, plan.steps[number].first_image, plan.steps[number].input) for number in loads]
+        for number, _, which in self._loads:  # the reorder kernel reads the strides of its input from there
+            table["weights"][number] = strides[which:].ctypes.data
         self.step_addresses = range(table.ctypes.data, table.ctypes.data + table.nbytes, table.strides[0])
-        self._sources, self._strides = table["source"], strides.data
+        self._sources, self._strides = table["source"], strides
         # The plan's weights are dropped: the arena has aligned copies of them.
         steps = tuple(replace(step, weights=NO_WEIGHTS, bias=NO_WEIGHTS) for step in plan.steps)
         self.plan = replace(plan, steps=steps)
 
-    def set_input(self, x: InputView) -> None:
-        """Let the first step read from ``x``, which must stay alive until the steps have run."""
-        for axis, stride in enumerate(x.strides):
-            self._strides[axis] = stride
-        for number, first_image in self._loads:
+    def set_inputs(self, inputs: Sequence[InputView]) -> None:
+        """Let the first steps read from ``inputs``, which must stay alive until the steps have run."""
+        for which, x in enumerate(inputs):
+            for axis, stride in enumerate(x.strides):
+                self._strides[which, axis] = stride
+        for number, first_image, which in self._loads:
+            x = inputs[which]
             self._sources[number] = x.address + FLOAT_BYTES * first_image * x.strides[0]
 
-    def output(self, count: int) -> Floats:
-        """Copy the output for ``count`` images: (n, O) after a global pool, else (n, O, H, W)."""
-        buffer = self.plan.output
-        layout, values = buffer.layout, self._memory[buffer.number]
-        if self.plan.flat:
-            return values.reshape(-1, layout.pixel_stride)[:count, : layout.channels].copy()
-        maps = values.reshape(buffer.num_images, *layout.size, layout.pixel_stride)[:count, :, :, : layout.channels]
-        return maps.transpose(0, 3, 1, 2).copy()
+    def outputs(self, count: int) -> list[Floats]:
+        """Copy the outputs for ``count`` images."""
+        return [self._output(one, count) for one in self.plan.outputs]
+
+    def _output(self, output: OutputBuffer, count: int) -> Floats:
+        layout, values = output.buffer.layout, self._memory[output.buffer.number]
+        (height, width), (above, left) = layout.size, layout.border
+        maps = values.reshape(-1, layout.image_stride)[:count]
+        maps = maps[:, : layout.plane_size].reshape(
+            count, -1, layout.row_stride // layout.pixel_stride, layout.pixel_stride
+        )
+        maps = maps[:, above : above + height, left : left + width, : layout.channels].transpose(0, 3, 1, 2)
+        order = [1 + axis for group in output.tensor.axes for axis in group]
+        # Axes that are not mentioned have one element.
+        arranged = np.array(maps.transpose(0, *order, *(axis for axis in (1, 2, 3) if axis not in order)), order="C")
+        return arranged.reshape(count, *output.tensor.shape_of(FeatureShape(layout.channels, layout.size)))
 
     def _fill_table(
         self, plan: Plan, names: dict[Kernel, str], others: Sequence[Floats]
@@ -90,7 +103,7 @@ class Executable:
             row["units_per_block"] = step.kernel.units_per_block
             row["items_per_block"], row["items_per_image"] = step.items_per_block, step.items_per_image
             row["first_image"] = step.first_image
-            row["max_images"] = self.shape[0] if step.max_images is None else step.max_images
+            row["max_images"] = self.batch if step.max_images is None else step.max_images
         return table, list(packed.values())
 
     def _address(self, buffer: Buffer, step: Step) -> int:

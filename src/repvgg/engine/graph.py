@@ -1,13 +1,16 @@
-"""The graph that the frontend produces and the planner consumes: a chain of layers, and the shapes between them.
+"""The graph that the frontend produces and the planner consumes: operations, the values between them, their shapes.
 
-Layers are frozen values that hold NumPy arrays: nothing in here refers to an ``nn.Module`` or to a kernel.
+Operations are frozen values that hold NumPy arrays: nothing in here refers to an ``nn.Module`` or to a kernel. A value
+is a feature map (C, H, W) of each image; vectors have H = W = 1. Which axes of a PyTorch tensor those are is the
+business of :mod:`repvgg.engine.views`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, final
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,8 @@ Floats: TypeAlias = NDArray[np.float32]
 Pair: TypeAlias = tuple[int, int]
 Shape: TypeAlias = tuple[int, int, int, int]  # (N, C, H, W)
 
+C, H, W = range(3)  # the axes of a value
+
 
 def pair(value: int | Sequence[int]) -> Pair:
     """Expand a number to both axes."""
@@ -27,8 +32,21 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 @final
 @dataclass(frozen=True)
+class FeatureShape:
+    """The shape of a value, without the batch; vectors have the size (1, 1)."""
+
+    channels: int
+    size: Pair
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        return self.channels, *self.size
+
+
+@final
+@dataclass(frozen=True)
 class ConvGeometry:
-    """Sizes of a convolution in pixels; pairs are (vertical, horizontal)."""
+    """Sizes of a convolution or of the window of a pool in pixels; pairs are (vertical, horizontal)."""
 
     kernel: Pair
     stride: Pair = (1, 1)
@@ -36,105 +54,395 @@ class ConvGeometry:
     dilation: Pair = (1, 1)
     groups: int = 1
 
-    def output_size(self, size: Pair) -> Pair:
-        """Compute the height and width of the output for an input of ``size``; below 1 if there is no output."""
+    def output_size(self, size: Pair, *, ceil: bool = False) -> Pair:
+        """Compute the height and width of the output for an input of ``size``; below 1 if there is no output.
+
+        With ``ceil``, the last window may extend beyond the padding below and on the right, if it begins before it.
+        """
         axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        height, width = ((length + 2 * pad - step * (k - 1) - 1) // stride + 1 for length, k, stride, pad, step in axes)
+        height, width = (_windows(length, k, step, pad, dilation, ceil=ceil) for length, k, step, pad, dilation in axes)
         return height, width
+
+
+def _windows(length: int, kernel: int, stride: int, padding: int, dilation: int, *, ceil: bool) -> int:
+    room = length + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= length + padding else count
+
+
+# Element-wise functions, which convolutions and other operations apply to their outputs
+
+
+@final
+@dataclass(frozen=True)
+class Pointwise:
+    """A function of each element: ``kind`` is a key of :data:`repvgg.engine.kernels.pointwise.EMITTERS`.
+
+    "add" adds the value that the output replaces, in place; "prelu" multiplies negative elements by the slope of their
+    channel.
+    """
+
+    kind: str
+    a: float = 0.0
+    b: float = 0.0
+
+
+Epilogue: TypeAlias = tuple[Pointwise, ...]
+RELU: Epilogue = (Pointwise("relu"),)
+ADD = Pointwise("add")
+
+# Operations
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Conv:
-    """``y = conv(x) + bias`` with zero padding, and an optional fused ReLU."""
+    """``y = epilogue(conv(x) + bias)`` with zero padding; a linear layer is a 1x1 convolution.
 
-    name: str  # of the layer in the model, for messages
+    With :data:`ADD` in its epilogue it has a second input, whose memory the output replaces. ``slopes`` are those of
+    "prelu" in the epilogue.
+    """
+
     weight: Floats  # OIHW, where I is the number of channels of one group
     bias: Floats  # (O,)
     geometry: ConvGeometry
-    relu: bool = False
+    epilogue: Epilogue = ()
+    slopes: Floats | None = None  # (O,)
 
-
-@final
-@dataclass(frozen=True, eq=False)
-class Gate:
-    """Squeeze-and-excitation: ``y = x · sigmoid(up · ReLU(down · mean_HW(x) + b_down) + b_up)``, optional ReLU."""
-
-    name: str  # of the first convolution of the gate in the model, for messages
-    down: Floats  # (hidden, C)
-    down_bias: Floats  # (hidden,)
-    up: Floats  # (C, hidden)
-    up_bias: Floats  # (C,)
-    relu: bool = False
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel is convolved separately."""
+        return self.geometry.groups == len(self.weight) and self.weight.shape[1:2] == (1,)
 
 
 @final
 @dataclass(frozen=True)
-class Pool:
-    """Global average pooling: (N, C, H, W) to (N, C)."""
+class Elementwise:
+    """``y = epilogue(x)``."""
 
-    name: str
+    epilogue: Epilogue
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """``y = weight · x + bias`` on (N, C), and an optional fused ReLU; ``weight`` is (O, C)."""
+class Binary:
+    """``y = epilogue(a ∘ b)``, where ∘ is +, -, x, /, max or min, and b is broadcast along axes of size 1.
 
-    name: str
-    weight: Floats
-    bias: Floats
-    relu: bool = False
+    ``constant`` is b (C, H, W), or None if b is the second input.
+    """
 
-
-Layer: TypeAlias = Conv | Gate | Pool | Linear
+    kind: Literal["add", "sub", "mul", "div", "max", "min"]
+    epilogue: Epilogue = ()
+    constant: Floats | None = None
 
 
 @final
 @dataclass(frozen=True)
-class FeatureShape:
-    """The shape of a value between two layers, without the batch; vectors have the size (1, 1)."""
+class WindowPool:
+    """Maximum or mean of each window; a window of a mean may count the padding."""
 
-    channels: int
-    size: Pair
+    kind: Literal["max", "avg"]
+    window: ConvGeometry
+    ceil: bool = False
+    counts_padding: bool = True
 
 
-def infer_shapes(layers: Sequence[Layer], input_shape: Shape) -> tuple[FeatureShape, ...]:
-    """Compute the input shape of every layer, followed by the output shape of the network.
+@final
+@dataclass(frozen=True)
+class AdaptivePool:
+    """Maximum or mean over cells that divide the map into ``size``; None keeps the axis."""
+
+    kind: Literal["max", "avg"]
+    size: tuple[int | None, int | None]
+
+
+@final
+@dataclass(frozen=True)
+class ChannelPool:
+    """Maximum or mean over the channels of each pixel."""
+
+    kind: Literal["max", "avg"]
+
+
+@final
+@dataclass(frozen=True)
+class Resize:
+    """Upsampling by the nearest pixel or bilinear interpolation, to ``size`` or by ``scale``."""
+
+    kind: Literal["nearest", "bilinear"]
+    size: Pair | None
+    scale: tuple[float, float] | None
+    align_corners: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax over the channels of each pixel."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """``y = (x - mean) / sqrt(variance + epsilon) · weight + bias`` over the channels of each pixel."""
+
+    weight: Floats  # (C,)
+    bias: Floats  # (C,)
+    epsilon: float
+
+
+class Factor(NamedTuple):
+    """A loop over an axis of a value: ``extent`` steps of ``stride`` elements; an extent of 0 is the whole axis."""
+
+    axis: int
+    extent: int
+    stride: int
+
+
+@final
+@dataclass(frozen=True)
+class Rearrangement:
+    """Copy of elements: each axis of the output runs through nested factors of the input, the outermost first."""
+
+    axes: tuple[tuple[Factor, ...], tuple[Factor, ...], tuple[Factor, ...]]  # of the output's C, H and W
+    offset: tuple[int, int, int] = (0, 0, 0)  # of the first element in the input's C, H and W
+
+    def output(self, shape: FeatureShape) -> FeatureShape:
+        channels, height, width = (
+            math.prod(factor.extent or shape.axes[factor.axis] for factor in axis) for axis in self.axes
+        )
+        return FeatureShape(channels, (height, width))
+
+
+IDENTITY = Rearrangement(((Factor(C, 0, 1),), (Factor(H, 0, 1),), (Factor(W, 0, 1),)))
+
+
+@final
+@dataclass(frozen=True)
+class Concat:
+    """The inputs one after the other along ``axis``, each after a rearrangement."""
+
+    axis: int
+    parts: tuple[Rearrangement, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Pad:
+    """A frame of a constant: (above, below, left, right) pixels, and channels before and after."""
+
+    pixels: tuple[int, int, int, int]
+    channels: Pair = (0, 0)
+    number: float = 0.0
+
+
+Op: TypeAlias = (
+    Conv
+    | Elementwise
+    | Binary
+    | WindowPool
+    | AdaptivePool
+    | ChannelPool
+    | Resize
+    | Softmax
+    | LayerNorm
+    | Rearrangement
+    | Concat
+    | Pad
+)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Node:
+    """An operation on values."""
+
+    name: str  # of the layer in the model, for messages and profiles
+    op: Op
+    inputs: tuple[int, ...]  # numbers of values
+
+
+@final
+@dataclass(frozen=True)
+class Output:
+    """A tensor that the network returns: each of its axes after the first is a product of axes of a value.
+
+    ``shape``, if given, is what it is reshaped to, without the batch.
+    """
+
+    value: int
+    axes: tuple[tuple[int, ...], ...] = ((C,), (H,), (W,))
+    shape: tuple[int, ...] | None = None
+
+    def shape_of(self, value: FeatureShape) -> tuple[int, ...]:
+        """Return the shape of the tensor without the batch, for the shape of its value."""
+        if self.shape is not None:
+            return self.shape
+        return tuple(math.prod(value.axes[axis] for axis in group) for group in self.axes)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A network. The inputs are values 0, 1, …; then each node has one value.
+
+    Attributes:
+        channels: of each input.
+        nodes: in execution order.
+        outputs: the tensors that the network returns.
+        structure: what it returns, with numbers of outputs in place of tensors; 0 if it returns a tensor.
+        sizes: (H, W) of each input if the graph holds for images of this size alone, else None.
+    """
+
+    channels: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Output, ...]
+    structure: Any = 0
+    sizes: tuple[Pair, ...] | None = None
+
+    def value_of(self, node: int) -> int:
+        """Return the number of the value of the node with this index."""
+        return len(self.channels) + node
+
+    def users(self) -> list[list[int]]:
+        """Return the indices of the nodes that read each value, in execution order."""
+        users: list[list[int]] = [[] for _ in range(len(self.channels) + len(self.nodes))]
+        for index, node in enumerate(self.nodes):
+            for value in dict.fromkeys(node.inputs):
+                users[value].append(index)
+        return users
+
+
+def chain(ops: Sequence[Op], channels: int, *, flat: bool = False, names: Sequence[str] = ()) -> Graph:
+    """Return a graph in which each operation reads the value of the one before.
+
+    Args:
+        ops: the operations.
+        channels: of the input.
+        flat: whether the output is (N, C) and not (N, C, H, W).
+        names: of the nodes; by default their numbers.
+    """
+    names = names or [str(index) for index in range(len(ops))]
+    nodes = tuple(Node(name, op, (index,)) for index, (name, op) in enumerate(zip(names, ops, strict=True)))
+    return Graph((channels,), nodes, (Output(len(nodes), ((C,),) if flat else ((C,), (H,), (W,))),))
+
+
+def is_same_graph(graph: Graph, other: Graph) -> bool:
+    """Whether two graphs are equal but for ``sizes``; arrays are compared by value."""
+    if (graph.channels, graph.outputs, len(graph.nodes)) != (other.channels, other.outputs, len(other.nodes)):
+        return False
+    return all(
+        (node.name, node.inputs) == (one.name, one.inputs) and _is_same(node.op, one.op)
+        for node, one in zip(graph.nodes, other.nodes, strict=True)
+    )
+
+
+def _is_same(op: Op, other: Op) -> bool:
+    if type(op) is not type(other):
+        return False
+    return all(_is_same_field(getattr(op, each.name), getattr(other, each.name)) for each in fields(op))
+
+
+def _is_same_field(one: Any, two: Any) -> bool:
+    if not isinstance(one, np.ndarray) or not isinstance(two, np.ndarray):
+        return bool(not isinstance(one, np.ndarray) and not isinstance(two, np.ndarray) and one == two)
+    same_memory = (one.ctypes.data, one.shape, one.strides) == (two.ctypes.data, two.shape, two.strides)
+    return same_memory or np.array_equal(one, two, equal_nan=True)
+
+
+def with_own_memory(graph: Graph) -> Graph:
+    """Copy the arrays of a graph, which are those of the model until then."""
+    nodes = []
+    for node in graph.nodes:
+        values: dict[str, Any] = {each.name: getattr(node.op, each.name) for each in fields(node.op)}
+        arrays: dict[str, Any] = {
+            name: np.array(one, np.float32, order="C") for name, one in values.items() if isinstance(one, np.ndarray)
+        }
+        nodes.append(replace(node, op=replace(node.op, **arrays)))
+    return replace(graph, nodes=tuple(nodes))
+
+
+# Shapes
+
+
+def infer_shapes(graph: Graph, sizes: Sequence[Pair]) -> tuple[FeatureShape, ...]:
+    """Compute the shape of every value, for images of these sizes, one for each input.
 
     Raises:
-        UnsupportedError: the channels of a layer do not match its input, or a convolution has no output; the message
-            names the layer.
+        UnsupportedError: the channels of an operation do not match its input, or it has no output; the message names
+            it.
     """
-    shape = FeatureShape(input_shape[1], input_shape[2:])
-    shapes = [shape]
-    for layer in layers:
-        shape = _output_shape(layer, shape)
+    if graph.sizes is not None and tuple(sizes) != graph.sizes:
+        read, given = (" and ".join(f"{height}x{width}" for height, width in each) for each in (graph.sizes, sizes))
+        raise UnsupportedError(
+            f"The network depends on the size of its images and was read for {read}, not {given}: "
+            "compile the model once more for that size."
+        )
+    shapes = [FeatureShape(channels, size) for channels, size in zip(graph.channels, sizes, strict=True)]
+    for node in graph.nodes:
+        shape = output_shape(node, [shapes[value] for value in node.inputs])
+        if min(shape.size) < 1:
+            height, width = shapes[node.inputs[0]].size
+            raise UnsupportedError(
+                f"{node.name!r} has no output for feature maps of {height}x{width}: pass larger images."
+            )
         shapes.append(shape)
     return tuple(shapes)
 
 
-def _output_shape(layer: Layer, shape: FeatureShape) -> FeatureShape:
-    match layer:
+def output_shape(node: Node, shapes: Sequence[FeatureShape]) -> FeatureShape:
+    """Compute the shape of the value of a node from those of its inputs. Raises as :func:`infer_shapes`."""
+    shape = shapes[0]
+    match op := node.op:
         case Conv():
-            geometry = layer.geometry
-            _check_channels(layer.name, layer.weight.shape[1] * geometry.groups, shape)
-            size = geometry.output_size(shape.size)
-            if min(size) < 1:
-                height, width = shape.size
-                raise UnsupportedError(
-                    f"{layer.name!r} has no output for feature maps of {height}x{width}: pass larger images."
-                )
-            return FeatureShape(layer.weight.shape[0], size)
-        case Gate():
-            _check_channels(layer.name, layer.down.shape[1], shape)
-            _check_channels(layer.name, layer.up.shape[0], shape)
+            _check_channels(node.name, op.weight.shape[1] * op.geometry.groups, shape)
+            return FeatureShape(op.weight.shape[0], op.geometry.output_size(shape.size))
+        case Binary():
+            other = FeatureShape(op.constant.shape[0], op.constant.shape[1:]) if op.constant is not None else shapes[1]
+            channels, height, width = (
+                _broadcast(node.name, *ends) for ends in zip(shape.axes, other.axes, strict=True)
+            )
+            return FeatureShape(channels, (height, width))
+        case WindowPool():
+            return FeatureShape(shape.channels, op.window.output_size(shape.size, ceil=op.ceil))
+        case AdaptivePool():
+            height, width = (old if new is None else new for old, new in zip(shape.size, op.size, strict=True))
+            return FeatureShape(shape.channels, (height, width))
+        case ChannelPool():
+            return FeatureShape(1, shape.size)
+        case Resize():
+            return FeatureShape(shape.channels, _resized(op, shape.size))
+        case LayerNorm():
+            _check_channels(node.name, len(op.weight), shape)
             return shape
-        case Linear():
-            _check_channels(layer.name, layer.weight.shape[1], shape)
-            return FeatureShape(layer.weight.shape[0], (1, 1))
-        case Pool():
-            return FeatureShape(shape.channels, (1, 1))
+        case Rearrangement():
+            return op.output(shape)
+        case Concat():
+            outputs = [part.output(each) for part, each in zip(op.parts, shapes, strict=True)]
+            axes = list(outputs[0].axes)
+            axes[op.axis] = sum(each.axes[op.axis] for each in outputs)
+            return FeatureShape(axes[0], (axes[1], axes[2]))
+        case Pad():
+            above, below, left, right = op.pixels
+            size = shape.size[0] + above + below, shape.size[1] + left + right
+            return FeatureShape(shape.channels + sum(op.channels), size)
+        case Elementwise() | Softmax():
+            return shape
+
+
+def _resized(op: Resize, size: Pair) -> Pair:
+    if op.size is not None:
+        return op.size
+    assert op.scale is not None
+    return int(size[0] * op.scale[0]), int(size[1] * op.scale[1])
+
+
+def _broadcast(name: str, one: int, two: int) -> int:
+    if one != two and 1 not in (one, two):
+        raise UnsupportedError(f"{name!r} combines axes of {one} and {two} elements: pass images that fit the network.")
+    return max(one, two)
 
 
 def _check_channels(name: str, channels: int, shape: FeatureShape) -> None:

@@ -22,7 +22,7 @@ from repvgg.errors import UsageError
 class Traceable(Protocol):
     """What the operator needs of a compiled model."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, *inputs: Any) -> Any: ...
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output for images of this shape, (n, C, H, W)."""
@@ -69,7 +69,8 @@ def compiled_model(x: Tensor, name: str) -> Tensor:
     Raises:
         UsageError: no model of this process has the name; else as the model.
     """
-    return _named(name)(x)
+    out: Tensor = _named(name)(x)
+    return out
 
 
 @compiled_model.register_fake

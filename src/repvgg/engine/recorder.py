@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeAlias, final
 
 import numpy as np
@@ -27,11 +27,14 @@ MAX_CALLS = 50_000  # a forward that loops over pixels would not end
 
 #: Torch functions and methods by name; a name stands for the function, the method and their aliases in all namespaces.
 _NAMES = (
-    *("conv2d", "linear", "relu", "relu_", "sigmoid", "sigmoid_", "mul", "mul_", "multiply", "multiply_"),
-    *("dropout", "dropout2d", "mean", "adaptive_avg_pool2d", "avg_pool2d", "__getitem__"),
-    *("flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as", "reshape_as"),
-    *("batch_norm", "add", "add_", "silu", "gelu", "hardswish"),  # not supported, but met often
-    *("pad", "contiguous", "to", "cpu", "float", "type_as", "detach", "clone", "alias"),
+    *("conv2d", "linear", "batch_norm", "layer_norm", "softmax", "prelu", "interpolate", "pad", "pixel_shuffle"),
+    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "relu6", "hardtanh", "hardtanh_", "leaky_relu"),
+    *("leaky_relu_", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "elu_"),
+    *("mul", "mul_", "multiply", "multiply_", "add", "add_", "sub", "sub_", "div", "div_", "true_divide"),
+    *("mean", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "dropout", "dropout2d"),
+    *("flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as", "reshape_as", "permute", "transpose"),
+    *("__getitem__", "chunk", "split", "cat", "stack", "contiguous", "to", "cpu", "float", "type_as", "detach"),
+    *("clone", "alias"),
 )
 _FUNCTIONS = {
     getattr(namespace, name): name for namespace in (torch, F, Tensor) for name in _NAMES if hasattr(namespace, name)
@@ -42,11 +45,14 @@ _PARAMETERS = {
     **dict.fromkeys(("conv2d", "linear"), ARGUMENTS),
     "adaptive_avg_pool2d": ("input", "output_size"),
     "mean": ("input", "dim", "keepdim"),
+    "interpolate": ("input", "size", "scale_factor", "mode"),
     **dict.fromkeys(("mul", "multiply", "add"), ("input", "other")),
     **dict.fromkeys(("relu", "relu_", "sigmoid", "sigmoid_", "silu", "hardswish"), ("input", "inplace")),
     **dict.fromkeys(("batch_norm", "add_", "mul_", "multiply_", "gelu"), ("input",)),
     **dict.fromkeys(("dropout", "dropout2d"), ("input", "p", "training", "inplace")),
 }
+#: Positions of "inplace" in functions that are not among :data:`_PARAMETERS`.
+_INPLACE = {"relu6": 1, "hardsigmoid": 1, "mish": 1, "hardtanh": 3, "leaky_relu": 2, "elu": 2, "celu": 2, "selu": 1}
 _SIZES = (Tensor.shape.__get__, Tensor.size, Tensor.__len__)  # type: ignore[attr-defined]
 _DEVICE = Tensor.device.__get__
 _CONVERSIONS = ("__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "__contains__")
@@ -60,14 +66,14 @@ class Call:
     """One call of a torch function on tensors that depend on the images.
 
     Attributes:
-        function: name of the function; "input" and "output" are the first and the last of a recording.
+        function: name of the function; "input" for the images, "item" for one of several tensors that a call returned.
         args: the arguments, with calls in place of the tensors that they returned.
         kwargs: the same.
         name: path of the torch module that made the call, or a unique name of the function, for messages.
         what: class of that module, or the name of the function, for messages.
         shape: of the tensor that it returned; () if it returned something else.
         dtype: of that tensor, or None.
-        users: the calls that take what it returned, in execution order.
+        callee: the torch function itself, to call it again.
     """
 
     function: str
@@ -77,7 +83,7 @@ class Call:
     what: str
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
-    users: list[Call] = field(default_factory=list)
+    callee: Callable[..., Any] | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
         """Return the arguments by name; ``names`` are those of the positional ones."""
@@ -88,41 +94,47 @@ class Recording(NamedTuple):
     """The calls of one run; they are linked by their arguments and users.
 
     Attributes:
-        images: the first call, whose value is the images.
+        inputs: the first calls, whose values are the inputs.
+        calls: all others, in execution order, without that of the output.
         output: what the model returned, with calls in place of tensors; None if it raised.
         error: what the model raised, or None.
         computed: ids of tensors that the model computed from something else than the images.
     """
 
-    images: Call
+    inputs: tuple[Call, ...]
+    calls: Sequence[Call]
     output: Any
     error: Exception | None
     computed: Mapping[int, object]
 
 
-Forward: TypeAlias = Callable[[Tensor], Any]
+Forward: TypeAlias = Callable[..., Any]
 
 
-def record(forward: Forward, shape: Shape, paths: ModulePaths | None = None) -> Recording:
-    """Run ``forward`` on images of this shape that have no values, and return its calls.
+def record(
+    forward: Forward, shapes: Sequence[Shape], paths: ModulePaths | None = None, *, sizes_vary: bool = True
+) -> Recording:
+    """Run ``forward`` on images of these shapes that have no values, and return its calls.
 
     Args:
         forward: a function of the images. It must not refer to modules whose state it changes; see :func:`copy_of`.
-        shape: (N, C, H, W).
+        shapes: (N, C, H, W) of each argument.
         paths: the modules of :func:`copy_of`, to name the calls.
+        sizes_vary: whether the recording is for images of any height and width, so that no branch may depend on them.
     """
-    recorder = _Recorder(paths or ModulePaths())
-    images = _floats(shape)
-    first = recorder.add("input", (), {}, images)
+    recorder = _Recorder(paths or ModulePaths(), sizes_vary)
+    images = [_floats(shape) for shape in shapes]
+    inputs = tuple(recorder.add("input", (), {}, each) for each in images)
+    recorder.calls.clear()
     output, error = None, None
     try:
         with torch.no_grad(), recorder:
-            output = forward(images)
+            output = forward(*images)
     except Exception as raised:  # a user's forward may raise anything
         error = raised
     else:
-        output = recorder.add("output", (output,), {}, None).args[0]
-    return Recording(first, output, error, recorder.computed)
+        output = _mapped(recorder.as_call, output)
+    return Recording(inputs, recorder.calls, output, error, recorder.computed)
 
 
 @final
@@ -174,7 +186,7 @@ def copy_of(model: nn.Module) -> tuple[nn.Module, ModulePaths]:
             )
         if any(map(nn.parameter.is_lazy, module._parameters.values())):
             raise UnsupportedError(f"{subject} has no weights yet: run the model once, on real images.")
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or not all(map(_only_checks, module._forward_pre_hooks.values())):
             raise UnsupportedError(f"{subject} has forward hooks, which the engine would not call: remove them first.")
     # Buffers need another identity, or shadow_of would read and copy their memory.
     copied = shadow_of(
@@ -182,11 +194,16 @@ def copy_of(model: nn.Module) -> tuple[nn.Module, ModulePaths]:
     )
     paths = ModulePaths()
     for (path, module), original in zip(copied.named_modules(), model.modules(), strict=True):
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), original._forward_pre_hooks.copy()
         if "forward" in vars(original):
             _copy_forward(module, original)
         paths.watch(path.replace("_orig_mod.", ""), module)  # without what torch.compile adds
     return copied, paths
+
+
+def _only_checks(hook: Any) -> bool:
+    """Whether a hook only refuses calls, like those of a collapsed network."""
+    return getattr(hook, "only_checks", False)
 
 
 def _copy_forward(module: Any, original: nn.Module) -> None:
@@ -200,9 +217,10 @@ def _copy_forward(module: Any, original: nn.Module) -> None:
 
 @final
 class _Recorder(TorchFunctionMode):
-    def __init__(self, paths: ModulePaths) -> None:
+    def __init__(self, paths: ModulePaths, sizes_vary: bool) -> None:
         super().__init__()
-        self._paths = paths
+        self._paths, self._sizes_vary = paths, sizes_vary
+        self.calls: list[Call] = []
         paths.reset()
         # By id(), with the tensors, so that no new tensor gets the same id. A tensor that is written to is returned by
         # several calls: the last one counts.
@@ -210,20 +228,25 @@ class _Recorder(TorchFunctionMode):
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self.computed: dict[int, Tensor] = {}
         self._names: Counter[str] = Counter()
-        self._count = 0
+        self._outdated: dict[int, str] = {}  # by id(): tensors whose memory was changed through another one
 
     def add(self, function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Call:
         """Add a call; ``result`` is what it returned."""
         name, what = self._paths.name_of_call(function, self._names)
-        replaced = _mapped(self._as_call, args), _mapped(self._as_call, dict(kwargs))
-        call = Call(function, *replaced, name, what)
+        call = Call(function, _mapped(self.as_call, args), _mapped(self.as_call, dict(kwargs)), name, what)
+        self.calls.append(call)
         if isinstance(result, Tensor):
-            call.shape, call.dtype = tuple(result.shape), result.dtype
-        for tensor in _tensors(result):
-            self._calls[id(tensor)] = call, tensor
-        for before in dict.fromkeys(one for one in _leaves(replaced) if isinstance(one, Call)):
-            before.users.append(call)
+            self._bind(call, result)
+        else:
+            for index, tensor in enumerate(_tensors(result)):
+                item = Call("item", (call, index), {}, name, what)
+                self.calls.append(item)
+                self._bind(item, tensor)
         return call
+
+    def _bind(self, call: Call, tensor: Tensor) -> None:
+        call.shape, call.dtype = tuple(tensor.shape), tensor.dtype
+        self._calls[id(tensor)] = call, tensor
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -234,25 +257,38 @@ class _Recorder(TorchFunctionMode):
         if func == _DEVICE:
             return _CPU
         if func in _SIZES:
-            return _as_sizes(func(*args, **kwargs), args[1] if len(args) > 1 else kwargs.get("dim"))
+            axis = args[1] if len(args) > 1 else kwargs.get("dim")
+            return _as_sizes(func(*args, **kwargs), axis, sizes_vary=self._sizes_vary)
         function = _name_of(func)
         if function in _VALUES:
             raise UnsupportedError(
                 f"The forward cannot be traced, because it reads values that depend on the images, by {function}: "
                 "remove control flow that depends on values."
             )
-        try:
-            result = self._run(func, function, args, kwargs)
-        except Exception:
-            self.add(function, args, kwargs, None).dtype = torch.float32  # so that the call before has all its users
-            raise
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) in self._outdated:
+                raise UnsupportedError(
+                    f"The forward changes a part of a tensor in place, by {self._outdated[id(tensor)]}, and then uses "
+                    "the whole: combine the parts with torch.cat."
+                )
+        result = self._run(func, function, args, kwargs)
         # What returns None may write to its arguments, as x[0] = 1 does.
         if result is None or any(True for _ in _tensors(result)):
-            self._count += 1
-            if self._count > MAX_CALLS:
+            if len(self.calls) > MAX_CALLS:
                 raise UnsupportedError(f"The model calls more than {MAX_CALLS:,} functions: remove loops over pixels.")
-            self.add(function, args, kwargs, result)
+            self.add(function, args, kwargs, result).callee = func
+            if writes_in_place(function, args, kwargs):
+                self._outdate(function, args[0] if args else kwargs["input"])
         return result
+
+    def _outdate(self, function: str, written: Tensor) -> None:
+        """Forbid the use of tensors that share memory with one that is written to."""
+        memory = _memory_of(written)
+        for tensor in [tensor for _, tensor in self._calls.values()]:
+            if tensor is not written and _memory_of(tensor) == memory:
+                self._outdated[id(tensor)] = function
+        if function == "__setitem__":  # it writes to a part, and the value of the whole is unknown
+            self._outdated[id(written)] = function
 
     def _run(self, func: Any, function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function with tensors that have no values."""
@@ -277,7 +313,7 @@ class _Recorder(TorchFunctionMode):
         self.computed.update((id(tensor), tensor) for tensor in _tensors(result) if id(tensor) not in known)
         return result
 
-    def _as_call(self, value: Any) -> Any:
+    def as_call(self, value: Any) -> Any:
         return self._calls[id(value)][0] if id(value) in self._calls else value
 
     def _stand_in(self, value: Any) -> Any:
@@ -321,6 +357,8 @@ def _own_result(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return _floats((*x.shape[:2], *sizes)) if x.ndim == 4 else None
     if function == "mean":
         return _floats(_mean_shape(x.shape, given)) if given.get("dtype") in (None, torch.float32) else None
+    if function == "interpolate":
+        return _interpolated(x, given)
     if function in ("mul", "multiply", "add"):
         other = given.get("other")
         if isinstance(other, Tensor) and other.dtype is torch.float32:
@@ -338,6 +376,16 @@ def _conv2d_shape(shape: Sequence[int], given: Mapping[str, Any]) -> tuple[int, 
     pairs = given.get("stride", 1), 0 if padding == "valid" else padding, given.get("dilation", 1)
     stride, padding, dilation = map(pair, pairs)
     return outputs, *ConvGeometry(pair(kernel), stride, padding, dilation).output_size((shape[2], shape[3]))
+
+
+def _interpolated(x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    size, scale = given.get("size"), given.get("scale_factor")
+    if x.ndim != 4 or given.get("mode", "nearest") not in ("nearest", "bilinear"):
+        return None
+    if size is None:
+        scales = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+        size = [int(length * float(factor)) for length, factor in zip(x.shape[2:], scales, strict=True)]
+    return _floats((*x.shape[:2], *pair(size)))
 
 
 def _mean_shape(shape: Sequence[int], given: Mapping[str, Any]) -> list[int]:
@@ -432,8 +480,32 @@ def _size(value: Any) -> Any:
     return ImageSize(value) if isinstance(value, int) else value  # NotImplemented, for other types
 
 
-def _as_sizes(found: Any, axis: int | None) -> Any:
-    """Return what ``shape``, ``size`` or ``len`` gave, with sizes that no branch may depend on; channels are known."""
+def _as_sizes(found: Any, axis: int | None, *, sizes_vary: bool) -> Any:
+    """Return what ``shape``, ``size`` or ``len`` gave, with sizes that no branch may depend on; channels are known.
+
+    If the height and width of images do not vary, only their number is such a size.
+    """
     if isinstance(found, int):
-        return found if axis == 1 else ImageSize(found)
-    return torch.Size([one if axis == 1 else ImageSize(one) for axis, one in enumerate(found)])
+        return _as_size(found, axis or 0, sizes_vary=sizes_vary)
+    return torch.Size([_as_size(one, axis, sizes_vary=sizes_vary) for axis, one in enumerate(found)])
+
+
+def _as_size(found: int, axis: int, *, sizes_vary: bool) -> int:
+    return ImageSize(found) if axis == 0 or (sizes_vary and axis != 1) else found
+
+
+# Memory
+
+
+def writes_in_place(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes to its first argument."""
+    if function.endswith("_") and not function.endswith("__"):
+        return True
+    parameters = _PARAMETERS.get(function, ())
+    place = parameters.index("inplace") if "inplace" in parameters else _INPLACE.get(function, len(args))
+    return function == "__setitem__" or bool(kwargs.get("inplace")) or (place < len(args) and args[place] is True)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Return a number that tensors of the same memory share; meta tensors have no address."""
+    return id(tensor if tensor._base is None else tensor._base)

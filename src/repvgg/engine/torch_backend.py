@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from repvgg.engine.codegen.jit import host_isa
-from repvgg.engine.compiled_model import CompiledModel
+from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
 from repvgg.engine.frontend import read_graph
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
@@ -62,7 +62,7 @@ class _CompiledGraph:
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         first = _first_node(graph.graph)
         self._images = placeholders.index(first) if first in placeholders else len(placeholders)  # their index
-        self._model: CompiledModel | None = None
+        self._models: dict[tuple[int, ...], CompiledModel] = {}  # by height and width of the images
         self._fingerprint: Fingerprint | None = None
         self._weights: list[Any] = []  # kept alive, so that no new tensor gets the id() of a fingerprinted one
         self._refused = False
@@ -73,9 +73,9 @@ class _CompiledGraph:
             try:
                 model = None if self._refused else self._current_model(arguments)
                 if model is not None:
-                    return (model(arguments[self._images]),)
+                    return model(arguments[self._images])
             except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
-                self._refused, self._model, self._weights = True, None, []
+                self._refused, self._models, self._weights = True, {}, []
                 message = f"PyTorch runs this graph, because the engine cannot: {first_line(error)}."
                 warnings.warn(message, FallbackWarning, stacklevel=_stacklevel_of_caller())
         return self._graph(*arguments)
@@ -85,11 +85,18 @@ class _CompiledGraph:
         others = [value for index, value in enumerate(arguments) if index != self._images]
         weights = [*others, *self._graph.parameters(), *self._graph.buffers()]
         fingerprint = _fingerprint(weights)
-        if self._model is None or fingerprint != self._fingerprint:
+        if fingerprint != self._fingerprint:
+            self._models.clear()
+        size = _size_of(arguments[self._images]) if self._images < len(arguments) else ()
+        model = self._models.get(size)
+        if model is None:
             _check_inference([*arguments, *weights])
-            self._model = self._compile(arguments)
+            model = self._compile(arguments)
             self._fingerprint, self._weights = fingerprint, weights
-        return self._model
+            self._models[size] = model
+            while len(self._models) > MAX_INPUT_SIZES:
+                del self._models[next(iter(self._models))]
+        return model
 
     def _compile(self, arguments: Sequence[Any]) -> CompiledModel:
         images = arguments[self._images] if self._images < len(arguments) else None
@@ -100,9 +107,13 @@ class _CompiledGraph:
                 "The engine needs float32 images (N, C, H, W) on the CPU, "
                 f"not {images.dtype} of {images.ndim} axes on {images.device.type}: convert them with .float().cpu()."
             )
-        layers = read_graph(self._graph, arguments, self._images)
+        network = read_graph(self._graph, arguments, self._images)
         batch, channels, height, width = images.shape
-        return CompiledModel(layers, (max(batch, 1), channels, height, width), host_isa(), self._threads)
+        return CompiledModel(network, [(max(batch, 1), channels, height, width)], host_isa(), self._threads)
+
+
+def _size_of(images: Any) -> tuple[int, ...]:
+    return tuple(images.shape[2:]) if isinstance(images, Tensor) else ()
 
 
 def _check_inference(values: Iterable[Any]) -> None:

@@ -39,7 +39,7 @@ def kernel_of(conv, size, isa, pixel_stride=None, border=(2, 1), tile=None) -> D
     target = FeatureMapLayout(outputs, conv.geometry.output_size(size), border, round_up(outputs, isa.width))
     vectors = -(-outputs // conv.geometry.groups // isa.width)
     tile = tile or select_register_tile(isa, target.size[1], vectors)
-    return DirectConvKernel(conv.geometry, source, target, tile, conv.relu, isa.width)
+    return DirectConvKernel(conv.geometry, source, target, tile, conv.epilogue, isa.width)
 
 
 def check(conv, kernel, isa, batch=2, parts=1, seed=0) -> None:

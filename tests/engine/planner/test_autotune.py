@@ -156,7 +156,7 @@ def test_a_score_is_the_mean_of_the_faster_half():
 @pytest.mark.parametrize("nr", [1, 2, 3])
 def test_placeholder_weights_have_the_size_of_packed_ones(nr, form, on_the_fly, groups):
     weight = np.ones((64, 24 // groups, 3, 3), np.float32)
-    conv = Conv("conv", weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
+    conv = Conv(weight, np.zeros(64, np.float32), ConvGeometry((3, 3), groups=groups))
     found, wanted = (make(conv, 16, nr, form, on_the_fly) for make in (placeholder_weights, pack_weights))
     assert [array.shape for array in found] == [array.shape for array in wanted]
     assert not np.array_equal(found[0], placeholder_weights(conv, 16, nr, form, on_the_fly)[0])
@@ -279,8 +279,8 @@ def test_a_layer_is_measured_without_chunking_its_batch(monkeypatch):
     monkeypatch.setattr(planner, "_MIN_CHUNKED_FLOATS", 10)
     monkeypatch.setattr(planner, "_L3_FLOATS", 3000)
     bench = autotune._Bench(problem_of(), HOST, ThreadPool(HOST.isa, 2))
-    layers, shape = [bench._layer], bench._images.shape
-    chunks = planner.chunk_batch(layers, infer_shapes(layers, shape), shape[0])
+    graph, shape = bench._graph, bench._images.shape
+    chunks = planner.chunk_batch(graph, infer_shapes(graph, [shape[2:]]), shape[0])
     assert chunks == planner.BatchChunks(1, 1)
     for algorithm in [*candidate_algorithms(problem_of(), HOST)][:4]:
         steps = bench._trial(algorithm)._executable.plan.steps
@@ -295,6 +295,6 @@ def test_the_slowest_candidates_compute_the_same(monkeypatch):
 
     monkeypatch.setattr(compiled_model, "select_algorithm", slowest)
     model, x = plain(), torch.randn(2, 16, 19, 14)
-    compiled = CompiledModel(read(model), tuple(x.shape), HOST.isa, 2)
+    compiled = CompiledModel(read(model), [tuple(x.shape)], HOST.isa, 2)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

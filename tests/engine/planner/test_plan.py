@@ -8,10 +8,11 @@ from torch import nn
 from repvgg import create_model
 from repvgg.engine.codegen.jit import GENERIC_ISAS
 from repvgg.engine.frontend import read
-from repvgg.engine.graph import Conv, ConvGeometry, Gate, Layer, Linear, Pool, infer_shapes
+from repvgg.engine.graph import AdaptivePool, Conv, ConvGeometry, Op, chain, infer_shapes
 from repvgg.engine.kernels.direct_conv import DirectConvKernel
 from repvgg.engine.planner.algorithms import Target
-from repvgg.engine.planner.plan import BatchChunks, Buffer, BufferAccess, chunk_batch, plan, share_buffers
+from repvgg.engine.planner.plan import BatchChunks, BufferAccess, chunk_batch, plan, share_buffers
+from repvgg.engine.planner.steps import Buffer
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.convolution import WinogradFused, WinogradStagedGemm
 from repvgg.errors import UnsupportedError
@@ -26,7 +27,7 @@ def test_every_convolution_of_an_architecture_has_a_kernel(name):
     with torch.device("meta"):
         model = create_model(name, plain=True)
     small = model.spec.input_size if model.spec.input_size < 64 else 64
-    steps = plan(read(_zeros(model)), (2, 3, small, small), Target(isas()[-1])).steps
+    steps = plan(read(_zeros(model)), [(2, 3, small, small)], Target(isas()[-1])).steps
     convs = {
         step.name for step in steps if isinstance(step.kernel, (DirectConvKernel, WinogradFused, WinogradStagedGemm))
     }
@@ -57,33 +58,29 @@ def test_which_layers_are_chunked_by_how_many_images(shape, found):
     """Of A0: its stem and the next layer, whose feature maps of 16 images exceed L3; the chunks are equal."""
     with torch.device("meta"):
         model = create_model("repvgg_a0", plain=True)
-    layers: list[Layer] = [
-        Conv(name, np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
-        for name, part in model.named_modules()
+    ops: list[Op] = [
+        Conv(np.empty(part.weight.shape), np.empty(0), ConvGeometry((3, 3), part.stride, (1, 1)))
+        for part in model.modules()
         if isinstance(part, nn.Conv2d)
     ]
-    assert chunk_batch(layers, infer_shapes(layers, shape), shape[0]) == BatchChunks(*found)
-    behind_pool: list[Layer] = [Pool("pool"), *layers]
-    assert chunk_batch(behind_pool, infer_shapes(behind_pool, shape), shape[0]) == BatchChunks(0, shape[0])
+    graph, behind_pool = chain(ops, shape[1]), chain([AdaptivePool("avg", (1, 1)), *ops], shape[1])
+    assert chunk_batch(graph, infer_shapes(graph, [shape[2:]]), shape[0]) == BatchChunks(*found)
+    assert chunk_batch(behind_pool, infer_shapes(behind_pool, [shape[2:]]), shape[0]) == BatchChunks(0, shape[0])
 
 
 def test_shapes_between_layers():
-    gate = Gate("gate", *(np.zeros(shape, np.float32) for shape in ((2, 8), (2,), (8, 2), (8,))))
-    linear = Linear("linear", np.zeros((5, 8), np.float32), np.zeros(5, np.float32))
+    linear = random_conv(8, 5, ConvGeometry((1, 1)))
     strided = random_conv(3, 8, ConvGeometry((3, 3), (2, 2), (1, 1)))
-    shapes = infer_shapes([strided, gate, Pool("pool"), linear], (4, 3, 9, 10))
-    assert [(shape.channels, shape.size) for shape in shapes] == [
-        (3, (9, 10)), (8, (5, 5)), (8, (5, 5)), (8, (1, 1)), (5, (1, 1)),
-    ]  # fmt: skip
+    pool = AdaptivePool("avg", (1, 1))
+    shapes = infer_shapes(chain([strided, pool, linear], 3), [(9, 10)])
+    assert [(shape.channels, shape.size) for shape in shapes] == [(3, (9, 10)), (8, (5, 5)), (8, (1, 1)), (5, (1, 1))]
     with pytest.raises(UnsupportedError, match="'linear' expects 8 channels but receives 3: pass an input_shape"):
-        infer_shapes([Pool("pool"), linear], (4, 3, 9, 10))
-    with pytest.raises(UnsupportedError, match="'gate' expects 8 channels but receives 3"):
-        infer_shapes([gate], (4, 3, 9, 10))
+        infer_shapes(chain([pool, linear], 3, names=["pool", "linear"]), [(9, 10)])
 
 
 def test_equal_layers_alternate_between_two_buffers():
-    layers = [random_conv(32, 32, PADDED) for _ in range(5)]
-    result = plan(layers, (2, 32, 20, 20), Target(GENERIC_ISAS["avx2"]))
+    graph = chain([random_conv(32, 32, PADDED) for _ in range(5)], 32)
+    result = plan(graph, [(2, 32, 20, 20)], Target(GENERIC_ISAS["avx2"]))
     maps = [buffer for buffer in result.buffers if buffer.layout.size == (20, 20)]
     # The first reads with a border and an overhang, the output has neither; whatever lies between alternates.
     assert len(maps) <= 3

@@ -51,7 +51,7 @@ def compute_regions(conv, size, regions, isa, schedule, batch, tile, parts=1, on
         free = isa.registers - tile.registers
         if schedule == "fused":
             where = (geometry.groups, source, geometry.padding, target, tiling, tile, splits)
-            fused = WinogradFused(winograd, *where, on_the_fly, free, conv.relu, width)
+            fused = WinogradFused(winograd, *where, on_the_fly, free, conv.epilogue, width)
             run(fused, read.data, written.data, weights, bias, tiling.num_blocks, isa, parts)
             continue
         floats = winograd.tile_elements * element_stride(tiling.num_padded_tiles, source.pixel_stride)
@@ -59,7 +59,7 @@ def compute_regions(conv, size, regions, isa, schedule, batch, tile, parts=1, on
         first = WinogradInputTransform(winograd, source, geometry.padding, tiling, width)
         run(first, read.data, transformed.data, unused, unused, batch, isa, parts)
         where = (geometry.groups, in_channels, source.pixel_stride, target, tiling, tile)
-        second = WinogradStagedGemm(winograd, *where, on_the_fly, free, conv.relu, width)
+        second = WinogradStagedGemm(winograd, *where, on_the_fly, free, conv.epilogue, width)
         run(second, transformed.data, written.data, weights, bias, tiling.num_blocks, isa, parts)
         transformed.assert_intact()
     for memory in (read, written):

@@ -121,9 +121,17 @@ class IRBuilder:
 
     # Vectors
 
-    def load(self, pointer: Value, offset: Index = 0) -> Value:
-        """Load a vector; it need not be aligned."""
-        return self.assign(f"load {self.vector}, ptr {self.offset(pointer, offset)}, align {_FLOAT_BYTES}")
+    def load(self, pointer: Value, offset: Index = 0, count: int | None = None) -> Value:
+        """Load a vector, or its first ``count`` floats and zeros; it need not be aligned."""
+        address = self.offset(pointer, offset)
+        if count is None or count == self.width:
+            return self.assign(f"load {self.vector}, ptr {address}, align {_FLOAT_BYTES}")
+        name = f"@llvm.masked.load.v{self.width}f32.p0"
+        self.declare(f"declare {self.vector} {name}(ptr, i32 immarg, <{self.width} x i1>, {self.vector})")
+        mask = f"<{self.width} x i1> <{self._first_lanes(count)}>"
+        return self.assign(
+            f"call {self.vector} {name}(ptr {address}, i32 {_FLOAT_BYTES}, {mask}, {self.vector} zeroinitializer)"
+        )
 
     def store(self, vector: Value, pointer: Value, offset: Index = 0, count: int | None = None) -> None:
         """Store a vector, or its first ``count`` floats."""
@@ -134,10 +142,11 @@ class IRBuilder:
         # A constant mask: one masked store with AVX-512 and AVX2, scalar stores elsewhere.
         name = f"@llvm.masked.store.v{self.width}f32.p0"
         self.declare(f"declare void {name}({self.vector}, ptr, i32 immarg, <{self.width} x i1>)")
-        mask = ", ".join(f"i1 {str(lane < count).lower()}" for lane in range(self.width))
-        self.emit(
-            f"call void {name}({self.vector} {vector}, ptr {address}, i32 {_FLOAT_BYTES}, <{self.width} x i1> <{mask}>)"
-        )
+        mask = f"<{self.width} x i1> <{self._first_lanes(count)}>"
+        self.emit(f"call void {name}({self.vector} {vector}, ptr {address}, i32 {_FLOAT_BYTES}, {mask})")
+
+    def _first_lanes(self, count: int) -> str:
+        return ", ".join(f"i1 {str(lane < count).lower()}" for lane in range(self.width))
 
     def store_float(self, number: float, pointer: Value, offset: int = 0) -> None:
         """Store a constant."""
@@ -170,14 +179,26 @@ class IRBuilder:
     def relu(self, vector: Value) -> Value:
         """Replace negative lanes by zero."""
         # Not maxnum, which would return 0 for NaN: PyTorch's ReLU passes NaN on.
-        negative = self.assign(f"fcmp olt {self.vector} {vector}, zeroinitializer")
-        return self.assign(
-            f"select <{self.width} x i1> {negative}, {self.vector} zeroinitializer, {self.vector} {vector}"
-        )
+        return self.where("olt", vector, "zeroinitializer", "zeroinitializer", vector)
+
+    def where(self, comparison: str, left: Value, right: Value, yes: Value, no: Value) -> Value:
+        """Select lanes of ``yes`` where ``left`` and ``right`` compare as told ("olt", "ogt", …), else of ``no``."""
+        condition = self.assign(f"fcmp {comparison} {self.vector} {left}, {right}")
+        return self.assign(f"select <{self.width} x i1> {condition}, {self.vector} {yes}, {self.vector} {no}")
 
     def binary(self, operation: str, left: Value, right: Value) -> Value:
-        """Apply ``fadd``, ``fsub`` or ``fmul`` to two vectors."""
+        """Apply ``fadd``, ``fsub``, ``fmul`` or ``fdiv`` to two vectors."""
         return self.assign(f"{operation} {self.vector} {left}, {right}")
+
+    def call_vector(self, name: str, vector: Value) -> Value:
+        """Apply an intrinsic that has an instruction on all targets, such as ``llvm.sqrt``."""
+        function = f"@{name}.v{self.width}f32"
+        self.declare(f"declare {self.vector} {function}({self.vector})")
+        return self.assign(f"call {self.vector} {function}({self.vector} {vector})")
+
+    def number(self, number: float) -> Value:
+        """Return a vector with a number, rounded to float32, in all lanes."""
+        return self.constant(float_text(number))
 
     def prefetch(self, pointer: Value, offset: Index = 0, *, l1: bool = False, write: bool = False) -> None:
         """Prefetch a cache line to L2, to L1, or to L1 in exclusive state for writing. Any address is allowed."""
@@ -192,18 +213,22 @@ class IRBuilder:
         self.emit(f"call void @{name}({', '.join(f'{kind} {value}' for kind, value in arguments)})")
 
     @contextmanager
-    def loop(self, begin: Index, end: Index, step: int = 1, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+    def loop(
+        self, begin: Index, end: Index, step: int = 1, carried: Sequence[Value] = (), *, runs: bool = False
+    ) -> Iterator[Loop]:
         """Build the body of ``for (index = begin; index < end; index += step)`` inside of the ``with`` block.
+
+        ``runs`` promises that the loop runs at least once, for bounds that are not known here.
 
         Raises:
             ValueError: known bounds leave no iteration, or vectors are carried through a loop with unknown bounds,
                 which may have no iteration (the carried values would be undefined after it).
         """
         known = isinstance(begin, int) and isinstance(end, int)
-        if (known and int(begin) >= int(end)) or (carried and not known):
+        if (known and int(begin) >= int(end)) or (carried and not known and not runs):
             raise ValueError(f"A loop from {begin} to {end} cannot carry {len(carried)} values.")
         number = self._new_label()
-        if not known:  # a loop that is tested at its end runs at least once, so skip it if it is empty
+        if not known and not runs:  # a loop that is tested at its end runs at least once, so skip it if it is empty
             some = self.assign(f"icmp ult i64 {begin}, {end}")
             self.emit(f"br i1 {some}, label %some{number}, label %after{number}")
             self._begin(f"some{number}", jump=False)

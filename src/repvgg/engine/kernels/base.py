@@ -142,7 +142,7 @@ def pack_panels(conv: Conv, width: int, nr: int, adjacent_taps: int = 1) -> tupl
 
     Returns:
         Weights (group, panel, tap / t, input channel, t, output channel of the panel) and biases (group, output
-        channel), both flat.
+        channel), both flat; the slopes of "prelu" follow the biases.
     """
     groups, step = conv.geometry.groups, nr * width
     outputs = conv.weight.shape[0] // groups
@@ -150,8 +150,11 @@ def pack_panels(conv: Conv, width: int, nr: int, adjacent_taps: int = 1) -> tupl
     weights = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, adjacent_taps).transpose(0, 3, 2, 4, 1)
     weights = np.pad(weights, (*((0, 0),) * 4, (0, padded - outputs)))
     panels = [weights[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, padded, step)]
-    bias = np.pad(conv.bias.reshape(groups, outputs), ((0, 0), (0, padded - outputs)))
-    return np.concatenate(panels), bias.ravel()
+    vectors = [conv.bias] if conv.slopes is None else [conv.bias, conv.slopes]
+    padding = (0, 0), (0, padded - outputs)
+    return np.concatenate(panels), np.concatenate(
+        [np.pad(one.reshape(groups, outputs), padding).ravel() for one in vectors]
+    )
 
 
 def pack_weights(

@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.codegen.jit import VectorIsa
-from repvgg.engine.graph import ConvGeometry
+from repvgg.engine.graph import ConvGeometry, Epilogue
+from repvgg.engine.kernels import pointwise
 from repvgg.engine.kernels.base import (
     KERNEL_PARAMETERS,
     LINE_FLOATS,
@@ -39,14 +41,14 @@ _SEPARATE_SUM_CHANNELS = 96  # shorter blocks add to the running sums: one addit
 @final
 @dataclass(frozen=True)
 class DirectConvKernel(Kernel):
-    """A convolution with bias and optional ReLU.
+    """A convolution with bias and epilogue.
 
     Attributes:
         geometry: kernel size, stride, padding, dilation, groups. The padding is at most the border of ``source``.
         source: layout of the input.
         target: layout of the output.
         tile: register tile.
-        relu: whether a ReLU follows.
+        epilogue: functions of the outputs.
         width: floats in a vector.
     """
 
@@ -54,7 +56,7 @@ class DirectConvKernel(Kernel):
     source: FeatureMapLayout
     target: FeatureMapLayout
     tile: RegisterTile
-    relu: bool
+    epilogue: Epilogue
     width: int
 
     @property
@@ -90,7 +92,12 @@ class DirectConvKernel(Kernel):
         return self.taps * self.in_channels * self.all_panels * self.tile.nr * self.width <= _L2_WEIGHT_FLOATS
 
     def describe(self) -> str:
-        return f"direct, tiles of {self.tile}"
+        return ", ".join(filter(None, (f"direct, tiles of {self.tile}", pointwise.describe(self.epilogue))))
+
+    @property
+    def padded_channels(self) -> int:
+        """Output channels of all groups, each padded to whole vectors: the length of the biases."""
+        return self.geometry.groups * self.group_vectors * self.width
 
     @property
     def units_per_block(self) -> int:
@@ -220,9 +227,20 @@ class _RowBuilder:
         target = b.offset("%target", b.mul(column, kernel.target.pixel_stride))
         for place, value in enumerate(sums):
             pixel, vector = divmod(place, nr)
-            value = b.relu(value) if kernel.relu else value
-            offset = pixel * kernel.target.pixel_stride + vector * kernel.width
-            b.store(value, target, offset, self.stored_lanes[vector])
+            offset, lanes = pixel * kernel.target.pixel_stride + vector * kernel.width, self.stored_lanes[vector]
+            value = self._finish(value, vector, target, offset)
+            b.store(value, target, offset, lanes)
+
+    def _finish(self, value: Value, vector: int, target: Value, offset: int) -> Value:
+        """Apply the epilogue to the sums of a vector of channels of a pixel."""
+        b, kernel = self.b, self.kernel
+        slopes = (
+            b.offset("%bias", kernel.padded_channels + vector * kernel.width)
+            if any(one.kind == "prelu" for one in kernel.epilogue)
+            else None
+        )
+        added = partial(b.load, target, offset, self.stored_lanes[vector])
+        return pointwise.apply(b, kernel.epilogue, value, added, slopes)
 
     def _sum_planar(self, source: Value, sums: list[Value]) -> list[Value]:
         """Accumulate NCHW inputs, which have few channels: loops over rows of taps, channels and taps."""

@@ -1,4 +1,4 @@
-"""Memory-bound kernels: input reorder, global average pooling, and the elementwise steps of squeeze-excite."""
+"""Memory-bound kernels at both ends of a classifier: input reorder, and global average pooling."""
 
 from __future__ import annotations
 
@@ -130,70 +130,3 @@ class GlobalPoolKernel(Kernel):
             pairs = zip(rows.carried, columns.results, strict=True)
             rows.next = [b.binary("fadd", total, row) for total, row in pairs]
         return rows.results
-
-
-@final
-@dataclass(frozen=True)
-class SigmoidKernel(Kernel):
-    """In-place ``1 / (1 + exp(-x))`` of a row of ``length`` floats for each image: the factors of squeeze-excite."""
-
-    length: int
-    width: int
-
-    def describe(self) -> str:
-        return "sigmoid"
-
-    @property
-    def units_per_block(self) -> int:
-        return 1  # the row
-
-    def emit(self, name: str) -> list[IRBuilder]:
-        b = IRBuilder(name, KERNEL_PARAMETERS, self.width)
-        # Float by float: llvm.exp of a vector calls expf of the C library for each lane anyway.
-        b.declare("declare float @llvm.exp.f32(float)")
-        begin, end = b.mul("%begin", self.length), b.mul("%end", self.length)
-        with b.loop(begin, end) as floats:
-            number = b.assign(f"load float, ptr {b.offset('%source', floats.index)}")
-            power = b.assign(f"call float @llvm.exp.f32(float {b.assign(f'fneg float {number}')})")
-            gate = b.assign(f"fdiv float 1.0, {b.assign(f'fadd float 1.0, {power}')}")
-            b.emit(f"store float {gate}, ptr {b.offset('%target', floats.index)}")
-        return [b]
-
-
-@final
-@dataclass(frozen=True)
-class ScaleKernel(Kernel):
-    """In-place product of a feature map and a factor for each channel, with optional ReLU.
-
-    Its ``weights`` are the factors, a row of ``layout.pixel_stride`` floats for each image; ``pixel_stride`` is a
-    multiple of the vector length ``width``.
-    """
-
-    layout: FeatureMapLayout
-    relu: bool
-    width: int
-
-    def describe(self) -> str:
-        return "scale by channel"
-
-    @property
-    def units_per_block(self) -> int:
-        """Rows of an image."""
-        return self.layout.size[0]
-
-    def emit(self, name: str) -> list[IRBuilder]:
-        b, layout = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.layout
-        with b.loop("%begin", "%end") as units:
-            image, row = b.divmod(units.index, layout.size[0])
-            offset = b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride))
-            first_pixel = b.offset("%target", b.add(offset, layout.interior_offset))
-            factors = b.offset("%weights", b.mul(image, layout.pixel_stride))
-            # Channels are the outer loop: a factor is loaded once for a row of pixels, which stays in L1.
-            with b.loop(0, layout.pixel_stride, self.width) as channels:
-                factor, column = b.load(factors, channels.index), b.offset(first_pixel, channels.index)
-                with b.loop(0, layout.size[1]) as columns:
-                    pixel = b.offset(column, b.mul(columns.index, layout.pixel_stride))
-                    # Padding channels are zeros and stay so: their factors are sigmoid(0) = 1/2, which is finite.
-                    scaled = b.binary("fmul", b.load(pixel), factor)
-                    b.store(b.relu(scaled) if self.relu else scaled, pixel)
-        return [b]

@@ -22,7 +22,7 @@ import numpy as np
 
 from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, entry_key, read_entry, write_entry
 from repvgg.engine.executable import Executable
-from repvgg.engine.graph import Conv, Layer, Shape, infer_shapes
+from repvgg.engine.graph import RELU, Conv, Graph, Shape, chain, infer_shapes
 from repvgg.engine.kernels.base import placeholder_weights
 from repvgg.engine.planner.algorithms import (
     ERROR_GROWTH_LIMITS,
@@ -37,7 +37,7 @@ from repvgg.engine.planner.algorithms import (
     supports_winograd,
 )
 from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, select_algorithm
-from repvgg.engine.planner.plan import BatchChunks, chunk_batch, conv_problems, lower
+from repvgg.engine.planner.plan import BatchChunks, assemble, chunk_batch, conv_problems
 from repvgg.engine.runtime.memory import view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 
@@ -56,19 +56,20 @@ _REGION_ROUNDS = ((2, 1.3), (3, 1.1), (6, 1.0))
 _FINAL_ROUNDS = ((4, 1.1), (8, 1.0))
 
 
-def autotune(layers: Sequence[Layer], shape: Shape, target: Target, pool: ThreadPool) -> Selector:
+def autotune(graph: Graph, input_shapes: Sequence[Shape], target: Target, pool: ThreadPool) -> Selector:
     """Measure the convolutions of a network that have several candidates, and return a selector of the fastest.
 
     For convolutions that were not measured, the selector uses the cost model.
 
     Args:
-        layers: see :func:`repvgg.engine.frontend.read`.
-        shape: (N, C, H, W), where N is the largest batch.
+        graph: see :func:`repvgg.engine.frontend.read`.
+        input_shapes: (N, C, H, W) of each input, where N is the largest batch.
         target: what to plan for.
         pool: the threads to measure with.
     """
-    shapes = infer_shapes(layers, shape)
-    problems = conv_problems(layers, shapes, chunk_batch(layers, shapes, shape[0]), shape[0])
+    batch = input_shapes[0][0]
+    shapes = infer_shapes(graph, [(height, width) for _, _, height, width in input_shapes])
+    problems = conv_problems(graph, shapes, chunk_batch(graph, shapes, batch), batch)
     found: dict[ConvProblem, ConvAlgorithm | None] = {}
     for problem in dict.fromkeys(problems):  # equal layers once
         if problem is None or not supports_winograd(problem, target):
@@ -142,7 +143,8 @@ class _Bench:
         geometry = problem.geometry
         weight_shape = (problem.out_channels, problem.group_in_channels, *geometry.kernel)
         weight = np.broadcast_to(np.float32(0), weight_shape)  # only its shape matters: placeholders are packed
-        self._layer = Conv("layer", weight, np.zeros(problem.out_channels, np.float32), geometry, relu=True)
+        conv = Conv(weight, np.zeros(problem.out_channels, np.float32), geometry, RELU)
+        self._graph = chain([conv], problem.in_channels)
         axes = zip(problem.output_size, geometry.stride, geometry.kernel, geometry.padding, strict=True)
         height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
         image = np.random.default_rng(0).standard_normal((1, problem.in_channels, height, width), np.float32)
@@ -180,10 +182,10 @@ class _Bench:
 
     def _trial(self, algorithm: ConvAlgorithm | None) -> _Trial:
         shape = self._images.shape
-        plan = lower(
-            [self._layer],
-            shape,
-            infer_shapes([self._layer], shape),
+        plan = assemble(
+            self._graph,
+            [shape],
+            infer_shapes(self._graph, [shape[2:]]),
             BatchChunks(0, shape[0]),  # the problem's batch is what a chunk holds
             [algorithm],
             self._target.isa,
@@ -191,7 +193,7 @@ class _Bench:
             _REPEATS,
         )
         executable = Executable(plan)
-        executable.set_input(view_input(self._images, self._problem.in_channels))
+        executable.set_inputs([view_input(self._images, self._problem.in_channels)])
         steps = executable.step_addresses
         self._pool.run(steps.start, len(steps), self._problem.batch)
         return _Trial(algorithm, executable, self._problem.batch)

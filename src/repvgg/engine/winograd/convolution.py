@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
-from repvgg.engine.graph import Pair
+from repvgg.engine.graph import Epilogue, Pair
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, POINTER_PARAMETERS, Kernel, RegisterTile, call_for_panel
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.filters import Winograd2d
@@ -106,7 +106,7 @@ class WinogradInputTransform(Kernel):
 @final
 @dataclass(frozen=True)
 class WinogradStagedGemm(Kernel):
-    """GEMMs in the transformed domain, and ``Aᵀ M A`` of the products with bias and optional ReLU.
+    """GEMMs in the transformed domain, and ``Aᵀ M A`` of the products with bias and epilogue.
 
     Attributes:
         winograd: F(m x n, 3x3).
@@ -118,7 +118,7 @@ class WinogradStagedGemm(Kernel):
         tile: register tile; ``mr`` counts Winograd tiles.
         on_the_fly: whether filters are stored as ``G g``.
         free_vector_registers: left by the register tile, for an interleaved filter transform.
-        relu: whether a ReLU follows.
+        epilogue: functions of the outputs.
         width: floats in a vector.
     """
 
@@ -131,7 +131,7 @@ class WinogradStagedGemm(Kernel):
     tile: RegisterTile
     on_the_fly: bool
     free_vector_registers: int
-    relu: bool
+    epilogue: Epilogue
     width: int
 
     @property
@@ -143,6 +143,11 @@ class WinogradStagedGemm(Kernel):
     def group_vectors(self) -> int:
         """Vectors of output channels of a group."""
         return -(-self.target.channels // self.groups // self.width)
+
+    @property
+    def padded_channels(self) -> int:
+        """Output channels of all groups, each padded to whole vectors: the length of the biases."""
+        return self.groups * self.group_vectors * self.width
 
     @property
     def num_panels(self) -> int:
@@ -207,7 +212,9 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
     gemm.emit(b, inputs, "%weights", products, b.scratch(gemm.scratch_floats(b.width)))
     # Right after the GEMMs, while the products are in L2.
     for group in tile_groups(winograd, tiling):
-        OutputTransform(group, kernel.target, kernel.relu, nr).emit(b, products, output, discarded)
+        OutputTransform(group, kernel.target, kernel.epilogue, nr, kernel.padded_channels).emit(
+            b, products, output, discarded
+        )
     return b
 
 
@@ -217,7 +224,7 @@ def _emit_staged_block(name: str, kernel: WinogradStagedGemm, nr: int) -> IRBuil
 @final
 @dataclass(frozen=True)
 class WinogradFused(Kernel):
-    """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and optional ReLU.
+    """``Aᵀ[U ⊙ (Bᵀ d B)]A`` with bias and epilogue.
 
     Attributes:
         winograd: F(m x n, 3x3).
@@ -230,7 +237,7 @@ class WinogradFused(Kernel):
         out_channel_splits: parts of the panels of each group, a unit for each.
         on_the_fly: whether filters are stored as ``G g``.
         free_vector_registers: left by the register tile, for an interleaved filter transform.
-        relu: whether a ReLU follows.
+        epilogue: functions of the outputs.
         width: floats in a vector.
     """
 
@@ -244,7 +251,7 @@ class WinogradFused(Kernel):
     out_channel_splits: int
     on_the_fly: bool
     free_vector_registers: int
-    relu: bool
+    epilogue: Epilogue
     width: int
 
     @property
@@ -256,6 +263,11 @@ class WinogradFused(Kernel):
     def group_vectors(self) -> int:
         """Vectors of output channels of a group."""
         return -(-self.target.channels // self.groups // self.width)
+
+    @property
+    def padded_channels(self) -> int:
+        """Output channels of all groups, each padded to whole vectors: the length of the biases."""
+        return self.groups * self.group_vectors * self.width
 
     def describe(self) -> str:
         part = f" by 1/{self.out_channel_splits} of the panels" if self.out_channel_splits > 1 else ""
@@ -379,4 +391,6 @@ def _emit_fused_panel(
     kernel.gemm(nr).emit(b, read, panel, products, scratch.filters)
     output = OutputBlock(b.offset("%target", channel), b.offset("%bias", channel), "%block")
     for group in tile_groups(kernel.winograd, tiling):
-        OutputTransform(group, kernel.target, kernel.relu, nr).emit(b, products, output, scratch.discarded)
+        OutputTransform(group, kernel.target, kernel.epilogue, nr, kernel.padded_channels).emit(
+            b, products, output, scratch.discarded
+        )

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
-from repvgg.engine.graph import Pair
+from repvgg.engine.graph import Epilogue, Pair
+from repvgg.engine.kernels import pointwise
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.filters import Matrix, Winograd2d
 from repvgg.engine.winograd.tiling import TileGroup, Tiling, TransformedTiles
@@ -179,12 +181,13 @@ def tiles_of_block(b: IRBuilder, tiling: Tiling, block: Index) -> tuple[Index, I
 @final
 @dataclass(frozen=True)
 class OutputTransform:
-    """``Aᵀ M A`` of the products M of a block's tiles, with bias and optional ReLU."""
+    """``Aᵀ M A`` of the products M of a block's tiles, with bias and epilogue."""
 
     group: TileGroup
     target: FeatureMapLayout
-    relu: bool
+    epilogue: Epilogue
     vectors: int  # of output channels
+    padded_channels: int  # of all groups: the length of the biases, which the slopes of "prelu" follow
 
     def emit(self, b: IRBuilder, products: TransformedTiles, output: OutputBlock, discarded: Value) -> None:
         """Build the transform of a block. Outputs beyond the image are stored to ``discarded``, a vector of scratch."""
@@ -205,8 +208,8 @@ class OutputTransform:
                     b.load(read, b.add(lanes.index, element * products.element_stride))
                     for element in self.group.elements
                 ]
-                pixel, bias = b.offset(corner, lanes.index), b.load(output.bias, lanes.index)
-                self._store(b, values, pixel, bias, inside, discarded)
+                place = OutputBlock(b.offset(corner, lanes.index), b.offset(output.bias, lanes.index), output.block)
+                self._store(b, values, place, inside, discarded)
 
     def _locate(self, b: IRBuilder, target: Value, tile: Index) -> tuple[Value, list[list[Value | None]]]:
         """Return the address of the first pixel of a tile, and which of its rows and columns are inside the image."""
@@ -229,21 +232,22 @@ class OutputTransform:
         self,
         b: IRBuilder,
         values: list[Value],
-        pixel: Value,
-        bias: Value,
+        place: OutputBlock,
         inside: list[list[Value | None]],
         discarded: Value,
     ) -> None:
-        winograd = self.group.winograd
+        winograd, bias = self.group.winograd, b.load(place.bias)
+        has_slopes = any(one.kind == "prelu" for one in self.epilogue)
+        slopes = b.offset(place.bias, self.padded_channels) if has_slopes else None
         matrices = winograd.rows.output_matrix, winograd.columns.output_matrix
         for at, value in enumerate(multiply_both_sides(b, *matrices, values)):
             row, column = divmod(at, winograd.outputs[1])
             value = b.binary("fadd", value, bias)
-            address = b.offset(pixel, row * self.target.row_stride + column * self.target.pixel_stride)
+            address = b.offset(place.address, row * self.target.row_stride + column * self.target.pixel_stride)
             # Selecting an address costs less than a branch around each store.
             for is_inside in filter(None, (inside[0][row], inside[1][column])):
                 address = b.select_pointer(is_inside, address, discarded)
-            b.store(b.relu(value) if self.relu else value, address)
+            b.store(pointwise.apply(b, self.epilogue, value, partial(b.load, address), slopes), address)
 
 
 def _inside(b: IRBuilder, first: Index, size: int, length: int, end: int) -> list[Value | None]:

@@ -1,0 +1,256 @@
+"""Lowering: the steps of each node, kernels with packed weights on virtual buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import numpy as np
+
+from repvgg.engine.codegen.jit import VectorIsa
+from repvgg.engine.graph import (
+    IDENTITY,
+    AdaptivePool,
+    Binary,
+    ChannelPool,
+    Concat,
+    Conv,
+    ConvGeometry,
+    Elementwise,
+    Floats,
+    LayerNorm,
+    Node,
+    Pad,
+    Rearrangement,
+    Resize,
+    Softmax,
+    WindowPool,
+)
+from repvgg.engine.kernels.base import Kernel, PackWeights
+from repvgg.engine.kernels.channels import ChannelsKernel, pack_layer_norm
+from repvgg.engine.kernels.copying import FillKernel, copy_kernel
+from repvgg.engine.kernels.depthwise import DepthwiseKernel, pack_depthwise
+from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
+from repvgg.engine.kernels.elementwise import BinaryKernel, PointwiseKernel, broadcast_strides
+from repvgg.engine.kernels.memory_bound import GlobalPoolKernel, ReorderKernel
+from repvgg.engine.kernels.pooling import AxisWindows, PoolKernel
+from repvgg.engine.kernels.resize import ResizeKernel, resize_tables
+from repvgg.engine.planner.algorithms import ConvAlgorithm, WinogradRegion
+from repvgg.engine.planner.steps import NO_WEIGHTS, Buffer, Step
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
+from repvgg.engine.winograd.convolution import WinogradFused, WinogradInputTransform, WinogradStagedGemm
+from repvgg.engine.winograd.tiling import element_stride
+
+LINEAR = ConvGeometry((1, 1))
+LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer: enough to reuse each weight from a register
+
+
+@final
+class Lowering:
+    """Appends the steps of nodes to ``steps``.
+
+    Args:
+        isa: the vector instructions.
+        pack: packs weights and biases in the order in which kernels read them.
+        batch: the largest number of images.
+        values: the buffer of each value; several values may share one.
+    """
+
+    def __init__(self, isa: VectorIsa, pack: PackWeights, batch: int, values: Sequence[Buffer]) -> None:
+        self._isa, self._pack, self._batch, self._values = isa, pack, batch, values
+        self._num_buffers = 2 * len(values)  # numbers below are taken
+        self.steps: list[Step] = []
+
+    def load(self, number: int) -> None:
+        """Copy an input of the network to its buffer."""
+        target = self._values[number]
+        name = "input" if number == 0 else f"input_{number}"
+        self.steps.append(Step(name, ReorderKernel(target.layout, self._isa.width), None, target, input=number))
+
+    def lower(self, node: Node, value: int, algorithm: ConvAlgorithm | None) -> None:
+        """Append the steps of a node; ``algorithm`` is that of a convolution, None for the direct kernel."""
+        source, target, width = self._values[node.inputs[0]], self._values[value], self._isa.width
+        match op := node.op:
+            case Conv():
+                self._conv(node.name, op, algorithm, source, target)
+            case Elementwise():
+                self._append(node, PointwiseKernel(source.layout, target.layout, op.epilogue, width), source, target)
+            case Binary():
+                self._binary(node, op, source, target)
+            case WindowPool():
+                down, across = (
+                    AxisWindows(kernel, stride, padding)
+                    for kernel, stride, padding in zip(
+                        op.window.kernel, op.window.stride, op.window.padding, strict=True
+                    )
+                )
+                kernel = PoolKernel(op.kind, down, across, op.counts_padding, source.layout, target.layout, width)
+                self._append(node, kernel, source, target)
+            case AdaptivePool():
+                self._adaptive_pool(node, op, source, target)
+            case ChannelPool():
+                self._append(node, ChannelsKernel(op.kind, source.layout, target.layout, width), source, target)
+            case Resize():
+                tables = resize_tables(op, source.layout.size, target.layout.size)
+                kernel_of = ResizeKernel(source.layout, target.layout, op.kind == "nearest", width)
+                self._append(node, kernel_of, source, target, tables)
+            case Softmax():
+                self._append(node, ChannelsKernel("softmax", source.layout, target.layout, width), source, target)
+            case LayerNorm():
+                norm = ChannelsKernel("layer_norm", source.layout, target.layout, width, op.epsilon)
+                self._append(node, norm, source, target, *pack_layer_norm(op, width))
+            case Rearrangement():
+                self._copy(node, op, source, target, (0, 0, 0))
+            case Concat():
+                self._concat(node, op, target)
+            case Pad():
+                self._append(node, FillKernel(target.layout, op.number, width), None, target)
+                self._copy(node, IDENTITY, source, target, (op.channels[0], op.pixels[0], op.pixels[2]))
+
+    def _append(
+        self,
+        node: Node,
+        kernel: Kernel,
+        source: Buffer | None,
+        target: Buffer,
+        weights: Floats | Buffer = NO_WEIGHTS,
+        bias: Floats = NO_WEIGHTS,
+    ) -> None:
+        # A step without a source reads an input of the network, so a fill names its target instead.
+        self.steps.append(Step(node.name, kernel, source or target, target, weights, bias))
+
+    # Convolutions
+
+    def _conv(self, name: str, conv: Conv, algorithm: ConvAlgorithm | None, source: Buffer, target: Buffer) -> None:
+        if conv.is_depthwise:
+            kernel = DepthwiseKernel(conv.geometry, source.layout, target.layout, conv.epilogue, self._isa.width)
+            self.steps.append(Step(name, kernel, source, target, *pack_depthwise(conv, self._isa.width)))
+            return
+        if algorithm is None:
+            self._direct_conv(name, conv, source, target)
+            return
+        for region in algorithm.regions:
+            weights = self._pack(conv, self._isa.width, region.tile.nr, region.winograd, region.on_the_fly)
+            if region.schedule == "fused":
+                self._fused(name, conv, region, source, target, weights)
+            else:
+                self._staged(name, conv, region, source, target, weights)
+
+    def _fused(
+        self,
+        name: str,
+        conv: Conv,
+        region: WinogradRegion,
+        source: Buffer,
+        target: Buffer,
+        weights: tuple[Floats, Floats],
+    ) -> None:
+        kernel = WinogradFused(
+            winograd=region.winograd,
+            groups=conv.geometry.groups,
+            source=source.layout,
+            padding=conv.geometry.padding,
+            target=target.layout,
+            tiling=region.tiling,
+            tile=region.tile,
+            out_channel_splits=region.out_channel_splits,
+            on_the_fly=region.on_the_fly,
+            free_vector_registers=region.free_vector_registers(self._isa.registers),
+            epilogue=conv.epilogue,
+            width=self._isa.width,
+        )
+        items = region.tiling.tiles_per_block, region.tiling.tiles_per_image
+        self.steps.append(Step(name, kernel, source, target, *weights, *items))
+
+    def _staged(
+        self,
+        name: str,
+        conv: Conv,
+        region: WinogradRegion,
+        source: Buffer,
+        target: Buffer,
+        weights: tuple[Floats, Floats],
+    ) -> None:
+        winograd, tiling, channel_stride = region.winograd, region.tiling, source.layout.pixel_stride
+        # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
+        size = (winograd.tile_elements, element_stride(tiling.num_padded_tiles, channel_stride))
+        self._num_buffers += 1
+        transformed = Buffer(self._num_buffers, FeatureMapLayout(1, size, (0, 0), 1), 1)
+        transform = WinogradInputTransform(winograd, source.layout, conv.geometry.padding, tiling, self._isa.width)
+        gemm = WinogradStagedGemm(
+            winograd=winograd,
+            groups=conv.geometry.groups,
+            channels=source.layout.channels,
+            pixel_stride=channel_stride,
+            target=target.layout,
+            tiling=tiling,
+            tile=region.tile,
+            on_the_fly=region.on_the_fly,
+            free_vector_registers=region.free_vector_registers(self._isa.registers),
+            epilogue=conv.epilogue,
+            width=self._isa.width,
+        )
+        items = tiling.tiles_per_block, tiling.tiles_per_image
+        self.steps.append(Step(name, transform, source, transformed))
+        self.steps.append(Step(name, gemm, transformed, target, *weights, *items))
+
+    def _direct_conv(self, name: str, conv: Conv, source: Buffer, target: Buffer) -> None:
+        geometry, isa, items = conv.geometry, self._isa, 1
+        layouts = source.layout, target.layout
+        if geometry == LINEAR and all(map(_is_vector, layouts)):
+            # The images of a block form a row of pixels, so each weight is read once for all of them.
+            items = min(self._batch, LINEAR_BLOCK_IMAGES)
+            layouts = replace(source.layout, size=(1, items)), replace(target.layout, size=(1, items))
+        vectors = -(-target.layout.channels // geometry.groups // isa.width)
+        tile = select_register_tile(isa, layouts[1].size[1], vectors)
+        kernel = DirectConvKernel(geometry, *layouts, tile, conv.epilogue, isa.width)
+        weights = self._pack(conv, isa.width, tile.nr, None, False)
+        self.steps.append(Step(name, kernel, source, target, *weights, items))
+
+    # Other operations
+
+    def _binary(self, node: Node, op: Binary, source: Buffer, target: Buffer) -> None:
+        width = self._isa.width
+        other: Floats | Buffer
+        if op.constant is None:
+            other = self._values[node.inputs[1]]
+            layout = other.layout
+        else:
+            channels, height, columns = op.constant.shape
+            layout = FeatureMapLayout(channels, (height, columns), (0, 0), round_up(channels, width))
+            padding = (0, 0), (0, 0), (0, layout.pixel_stride - channels)
+            other = np.pad(op.constant.transpose(1, 2, 0), padding).ravel()
+        strides = broadcast_strides(layout, target.layout, constant=op.constant is not None)
+        kernel = BinaryKernel(op.kind, source.layout, target.layout, strides, op.epilogue, width)
+        self._append(node, kernel, source, target, other)
+
+    def _adaptive_pool(self, node: Node, op: AdaptivePool, source: Buffer, target: Buffer) -> None:
+        layout, width = target.layout, self._isa.width
+        if op.kind == "avg" and _is_vector(layout):
+            self._append(node, GlobalPoolKernel(source.layout, width), source, target)
+            return
+        cells = AxisWindows(), AxisWindows()
+        self._append(node, PoolKernel(op.kind, *cells, False, source.layout, layout, width), source, target)
+
+    def _concat(self, node: Node, op: Concat, target: Buffer) -> None:
+        first = [0, 0, 0]
+        for part, value in zip(op.parts, node.inputs, strict=True):
+            source = self._values[value]
+            self._copy(node, part, source, target, (first[0], first[1], first[2]))
+            sizes = source.layout.channels, *source.layout.size
+            length = 1
+            for factor in part.axes[op.axis]:
+                length *= factor.extent or sizes[factor.axis]
+            first[op.axis] += length
+
+    def _copy(
+        self, node: Node, what: Rearrangement, source: Buffer, target: Buffer, first: tuple[int, int, int]
+    ) -> None:
+        kernel = copy_kernel(what, source.layout, target.layout, first, self._isa.width)
+        self._append(node, kernel, source, target)
+
+
+def _is_vector(layout: FeatureMapLayout) -> bool:
+    """Whether images follow each other without border, so that those of a batch form a matrix."""
+    return layout.size == (1, 1) and layout.border == (0, 0) and layout.overhang == (0, 0) and not layout.planar

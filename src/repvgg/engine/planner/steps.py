@@ -1,0 +1,92 @@
+"""What the planner produces: buffers, steps on them, and the plan of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+
+from repvgg.engine.codegen.jit import VectorIsa
+from repvgg.engine.graph import Floats, Output, Shape
+from repvgg.engine.kernels.base import Kernel
+from repvgg.engine.runtime.memory import FeatureMapLayout
+
+NO_WEIGHTS = np.zeros(0, np.float32)
+
+
+@final
+@dataclass(frozen=True)
+class Buffer:
+    """Memory for feature maps: ``number`` identifies it within a plan, ``layout`` is that of each image."""
+
+    number: int
+    layout: FeatureMapLayout
+    num_images: int
+
+    @property
+    def floats(self) -> int:
+        return self.num_images * self.layout.image_stride
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One kernel on its buffers.
+
+    The kernel works on blocks. A block holds ``items_per_block`` items; an item is an image, or a tile of an image.
+
+    Attributes:
+        name: of the layer.
+        kernel: what it computes.
+        source: what it reads; None is an input of the network.
+        target: what it writes.
+        weights: packed for the kernel, or a buffer, the second operand.
+        bias: packed for the kernel.
+        items_per_block: see above.
+        items_per_image: 1, or the tiles of an image.
+        first_image: the first image of the batch that it processes.
+        max_images: how many it processes at most; None for all from the first.
+        input: number of the input that it reads if ``source`` is None.
+    """
+
+    name: str
+    kernel: Kernel
+    source: Buffer | None
+    target: Buffer
+    weights: Floats | Buffer = field(default_factory=lambda: NO_WEIGHTS)
+    bias: Floats = field(default_factory=lambda: NO_WEIGHTS)
+    items_per_block: int = 1
+    items_per_image: int = 1
+    first_image: int = 0
+    max_images: int | None = None
+    input: int = 0
+
+    def num_images(self, batch: int) -> int:
+        left = max(0, batch - self.first_image)
+        return left if self.max_images is None else min(left, self.max_images)
+
+    def num_multiplies(self, batch: int) -> int:
+        """Count its multiplications on a batch, in whole blocks."""
+        return self.kernel.num_multiplies * -(-self.num_images(batch) * self.items_per_image // self.items_per_block)
+
+
+@final
+@dataclass(frozen=True)
+class OutputBuffer:
+    """A tensor that the network returns, and the buffer that holds it."""
+
+    buffer: Buffer
+    tensor: Output
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All steps of a network for inputs of one size."""
+
+    input_shapes: tuple[Shape, ...]  # (N, C, H, W) of each input, where N is the largest batch
+    steps: tuple[Step, ...]  # in execution order
+    buffers: tuple[Buffer, ...]  # all that the steps read and write, by number
+    isa: VectorIsa  # the vector instructions that the kernels use
+    outputs: tuple[OutputBuffer, ...]  # the tensors that the network returns
