@@ -107,7 +107,7 @@ def runnable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str
     supported, unsupported = [], {}
     for candidate in candidates:
         try:
-            ENGINES[candidate.engine].check(candidate.make())
+            ENGINES[candidate.engine].check(candidate.make(), candidate.image)
             supported.append(candidate)
         except UnsupportedError as error:
             unsupported[candidate.name] = first_line(error)
@@ -168,13 +168,17 @@ class Engine:
 
     # Takes (model, settings, (C, H, W)) and returns a function of images (N, C, H, W).
     prepare: Callable[[nn.Module, RunSettings, Shape], Run]
-    # Raises UnsupportedError, with the reason, for a model that it cannot run; takes little time.
-    check: Callable[[nn.Module], object]
+    # Raises UnsupportedError, with the reason, for a model that it cannot run on such images; takes little time.
+    check: Callable[[nn.Module, Shape], object]
     any_device: bool = False  # runs on any device and in any dtype; otherwise in float32 on the CPU
 
 
-def _supports_all(model: nn.Module) -> None:
+def _supports_all(model: nn.Module, image: Shape) -> None:
     pass
+
+
+def _check_repvgg(model: nn.Module, image: Shape) -> None:
+    read(model, [(1, *image)])
 
 
 def _prepare_torch(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
@@ -234,8 +238,8 @@ def _per_batch_size(prepare: Callable[[Tensor], Run]) -> Run:
 #: The engines by name. ``repvgg-searched`` tunes each convolution on this machine first.
 ENGINES: dict[str, Engine] = {
     "torch": Engine(_prepare_torch, _supports_all, any_device=True),
-    "repvgg": Engine(_prepare_repvgg, read),
-    "repvgg-searched": Engine(_prepare_repvgg_searched, read),
+    "repvgg": Engine(_prepare_repvgg, _check_repvgg),
+    "repvgg-searched": Engine(_prepare_repvgg_searched, _check_repvgg),
     "onnxruntime": Engine(_prepare_onnxruntime, _supports_all),
     "openvino": Engine(_prepare_openvino, _supports_all),
 }
