@@ -233,7 +233,7 @@ def _measure(settings: SegmentationSettings, store: CellStore, reporter: Progres
 
     def make(row: Row) -> nn.Module:
         model = build(row)
-        ENGINES[settings.engine].check(model)
+        ENGINES[settings.engine].check(model, (3, size, size))
         return model
 
     candidates = {
