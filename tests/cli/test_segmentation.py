@@ -237,6 +237,21 @@ def test_a_run_starts_from_a_segmentation_network(finished, repvgg, uri, tmp_pat
     assert trained.keys() == load_file(init).keys()
 
 
+def test_a_plain_network_trains_without_a_second_form(finished, repvgg, uri, tmp_path):
+    init = finished[0] / "plain.safetensors"
+    arguments = ("--data", uri, "--init", init, "--epochs", 1, "--optim.warmup-epochs", 0, "--out", tmp_path / "run")
+    # The rate of the others would undo what was learned, without batch norms.
+    outcome = repvgg("train", *SMALL, "--optim.lr", "1e-4", *arguments)
+    assert outcome.code == 0
+    assert "warning: trains a plain model" in outcome.out
+    assert not (tmp_path / "run" / "train.safetensors").exists()
+    assert load(tmp_path / "run" / "plain.safetensors").metadata.form == "plain"
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["mask_agreement"] is report["plain_form"] is None
+    assert report["train_form"]["miou"] > 0.5
+    assert len(report["samples"]) == 3
+
+
 def test_a_backbone_that_does_not_fit_is_refused(refused, uri, tmp_path):
     spec = replace(SPECS["repvgg_t0"], name="wide", stem=replace(SPECS["repvgg_t0"].stem, channels=8))
     model = create_model(spec, 10)
