@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.collapse.cost import Cost
 from repvgg.collapse.evaluator import Evaluator
 from repvgg.collapse.insertion import InsertionPoint, Replacement
+from repvgg.collapse.modules import is_batch_norm
 from repvgg.collapse.recording import is_number
 from repvgg.collapse.region import Absorbed, Region, Step, Value, describe, reads_invariant_metadata
 from repvgg.collapse.sums import operands_of
@@ -141,7 +141,7 @@ class NormAbsorption:
         if not node.op.startswith("call") or node not in self.values.shapes or node.meta.get("writes"):
             return False
         if node.op == "call_module":
-            return isinstance(self.recording.module.get_submodule(str(node.target)), _BatchNorm)
+            return is_batch_norm(self.recording.module.get_submodule(str(node.target)))
         constants = [n for n in node.all_input_nodes if n in self.values.constants]
         return any(isinstance(self.values.constants[n], Tensor) for n in constants)
 

@@ -109,9 +109,15 @@ def is_leaf(module: nn.Module) -> bool:
     return not any(module.children()) and type(module).__module__.startswith("torch.nn.")
 
 
+def is_batch_norm(part: nn.Module) -> bool:
+    """Whether a module is a batch norm, or another norm with running statistics, which is one in eval mode."""
+    statistics = (part._buffers.get(name) for name in ("running_mean", "running_var"))
+    return isinstance(part, _BatchNorm) or all(isinstance(value, Tensor) for value in statistics)
+
+
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return all batch norms of a model with their paths."""
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
+    return [(name, part) for name, part in model.named_modules() if not is_scripted(part) and is_batch_norm(part)]
 
 
 def is_scripted(module: nn.Module) -> bool:

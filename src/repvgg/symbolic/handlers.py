@@ -180,6 +180,23 @@ def batch_norm(
     return input.like(algebra.shift(algebra.scale(input.map, factor), offset), "batch_norm")
 
 
+@handles(F.instance_norm)
+def instance_norm(
+    input: SymbolicTensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> SymbolicTensor:
+    """Do what a batch norm does: in eval mode, an instance norm with running statistics is the same function."""
+    if use_input_stats:
+        raise NotLinearError("an instance norm normalizes with the statistics of each image")
+    return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
 def _average_pool(
     spatial: int,
     input: SymbolicTensor,

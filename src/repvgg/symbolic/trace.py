@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from repvgg._arguments import check_model
 from repvgg._html import table as html_table
@@ -53,10 +54,13 @@ def first_float(module: nn.Module) -> Tensor | None:
 
 
 def check_eval_mode(module: nn.Module, name: str = "") -> None:
-    """Raise TrainingModeError, which names it, if a batch norm or a dropout in ``module`` is in training mode."""
+    """Raise TrainingModeError, which names it, if a norm or a dropout in ``module`` is in training mode."""
     for inner, part in module.named_modules():
         # Only modules that behave differently in training mode: the flag of all others is harmless.
-        if getattr(part, "training", False) and isinstance(part, (_BatchNorm, _DropoutNd)):
+        differs = isinstance(part, (_BatchNorm, _DropoutNd)) or (
+            isinstance(part, _InstanceNorm) and part.track_running_stats
+        )
+        if differs and getattr(part, "training", False):
             path = ".".join(filter(None, (name, inner))) or type(part).__name__
             raise TrainingModeError(f"{path!r} ({type(part).__name__}) is in training mode: call .eval() on the model.")
 
