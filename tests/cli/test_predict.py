@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,22 @@ def test_a_table(repvgg, refused, files, mixed, truth):
     assert "exists" in refused("predict", files.plain, mixed, "--out", table)
     assert "end 'a.txt' in .csv" in refused("predict", files.plain, mixed, "--out", "a.txt")
     assert repvgg("predict", files.plain, mixed, "--out", table, "--overwrite").code == 1
+
+
+def test_names_of_several_lines_and_images_that_are_too_large(repvgg, folder, files, tmp_path):
+    model = trained_like(create_model("repvgg_t0", num_classes=2, in_channels=1))
+    path = tmp_path / "model.safetensors"
+    save(path, model, replace(describe_model(model, "train"), classes=("a\nb", "\x1b[31mred")))
+    (tmp_path / "x\ny.png").write_bytes((folder / "0.png").read_bytes())
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    outcome = repvgg("predict", path, tmp_path / "x\ny.png", tmp_path / "large.png", "--engine", "torch")
+    assert outcome.code == 1
+    name, *classes, _ = outcome.out.splitlines()
+    assert name.endswith("x\\ny.png")
+    assert sorted(line.split()[0] for line in classes) == ["\\x1b[31mred", "a\\nb"]
+    bad, count = outcome.err.splitlines()  # and nothing by PIL
+    assert "large.png' has more than 89,478,485 pixels" in bad
+    assert "1 of 2 files" in count
 
 
 def test_names_of_classes_from_a_file(repvgg, refused, files, folder, truth, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repvgg import load
-from repvgg.deploy import export_onnx
+from repvgg.deploy import export_onnx, export_program
 from repvgg.models import create_model, describe_model, save
 
 
@@ -73,6 +73,18 @@ def test_onnx_file_of_a_fixed_batch_and_another_function(repvgg, files, perturbe
     outcome = repvgg("verify", files.train, path, "--json")
     assert outcome.code == 1
     assert json.loads(outcome.out)["samples"] == 1
+
+
+def test_exported_program_as_the_candidate(repvgg, refused, files, perturbed, tmp_path):
+    for source, code in ((files.plain, 0), (perturbed, 1)):
+        path = tmp_path / f"{code}.pt2"
+        export_program(load(source).model, path, (1, 16, 12))
+        outcome = repvgg("verify", files.train, path, "--json")
+        assert outcome.code == code
+        assert json.loads(outcome.out)["samples"] == 4
+    assert "The candidate does not run on" in refused("verify", files.train, path, "--input-size", 9)
+    path.write_bytes(b"no program")
+    assert "is not an exported program" in refused("verify", files.train, path)
 
 
 def test_onnx_file_that_does_not_take_the_images(refused, files, onnx_file):

@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: the answer is negative (two models differ). 2: bad input, explained in one sentence on standard
     error. 130: interrupted by Ctrl-C.
     """
-    with announced_interrupts():
+    with announced_interrupts(), warnings.catch_warnings():
+        # By PIL, of images that are then refused, with their names.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
         return _exit_code(list(sys.argv[1:] if argv is None else argv))
 
 

@@ -15,7 +15,7 @@ from repvgg._progress import progress_bar
 from repvgg.cli._mask_options import InferenceOptions
 from repvgg.cli._options import Checkpoint, InputSize, JsonFlag, Number, OptionalFile
 from repvgg.cli._output import write_json, write_line, write_warning
-from repvgg.errors import CheckpointError, DataError, RepvggError, UsageError, first_line
+from repvgg.errors import CheckpointError, DataError, RepvggError, UsageError, first_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -199,7 +199,7 @@ def _segment(
             found.append(result)
             if out is None and not as_json:
                 shares = ", ".join(f"{class_names(about)[index]} {share:.1%}" for index, share in result.shares[:top])
-                write_line(f"{result.file}: {shares}")
+                write_line(printable(f"{result.file}: {shares}"))
         else:
             failures[str(result[0])] = result[1]
     if not found:
@@ -342,8 +342,10 @@ def _as_csv(found: Predictions, failures: Failures, about: Metadata, top: int) -
 
 
 def _print(found: Predictions, about: Metadata) -> None:
-    width = max(len(_name(about, number)) for _, row in found for _, number in row)
+    # Names of files and classes may have several lines.
+    names = {number: printable(_name(about, number)) for _, row in found for _, number in row}
+    width = max(map(len, names.values()))
     for path, row in found:
-        write_line(str(path))
+        write_line(printable(str(path)))
         for value, number in row:
-            write_line(f"  {_name(about, number):{width}}  {100 * value:6.2f}%")
+            write_line(f"  {names[number]:{width}}  {100 * value:6.2f}%")

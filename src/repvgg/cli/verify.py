@@ -38,9 +38,10 @@ def verify(
 
     Args:
         reference: a checkpoint.
-        candidate: a checkpoint or an .onnx file, to be compared with the reference.
+        candidate: a checkpoint, or an exported .onnx or .pt2 file, to be compared with the reference. A .pt2 file is a
+            program: verify only files that you trust.
         batch: images per batch.
-        batches: number of batches; each after the first has another, odd size (an .onnx file gets one size only).
+        batches: number of batches; each after the first has another, odd size (an exported file gets one size only).
         input_size: height and width of the first batch (default: from the files).
         tolerance: largest relative error that passes (default: depends on the dtype).
         seed: of the random images.
@@ -62,17 +63,16 @@ def verify(
 
 
 def _load_candidate(path: Path, reference: Metadata) -> Any:
-    """Return the model or ONNX session in a file.
+    """Return the model in a file, or the runner of an exported file.
 
     Raises:
         CheckpointError: it takes other images than the reference, or has other classes.
     """
+    from repvgg.deploy import PROGRAM_SUFFIXES, OnnxRunner, ProgramRunner
     from repvgg.models import load
 
-    if path.suffix == ".onnx":
-        from repvgg.deploy import OnnxRunner
-
-        return OnnxRunner(path)
+    if path.suffix in PROGRAM_SUFFIXES:
+        return OnnxRunner(path) if path.suffix == ".onnx" else ProgramRunner(path)
     loaded = load(path)
     wanted = (reference.in_channels, reference.num_classes)
     found = (loaded.metadata.in_channels, loaded.metadata.num_classes)
@@ -87,15 +87,14 @@ def _load_candidate(path: Path, reference: Metadata) -> Any:
 def _images(
     candidate: Any, reference: Metadata, batch: int, batches: int, input_size: int | None, seed: int
 ) -> list[Tensor]:
-    from repvgg.deploy import OnnxRunner
     from repvgg.verify import border_inputs
 
     if not -(2**63) <= seed < 2**63:
         raise UsageError(f"A seed has 64 bits at most: {seed} has more.")
     size = reference.input_size if input_size is None else input_size
-    if not isinstance(candidate, OnnxRunner):
+    if not hasattr(candidate, "input_shape"):
         return border_inputs((batch, reference.in_channels, size, size), batches=batches, seed=seed)
-    # An .onnx file has a dtype, and may fix the number and the size of images.
+    # An exported file has a dtype, and may fix the number and the size of images.
     number, _, *sides = candidate.input_shape if len(candidate.input_shape) == 4 else (None,) * 4
     height, width = (side if side and input_size is None else size for side in sides)
     shape = (number or batch, reference.in_channels, height, width)

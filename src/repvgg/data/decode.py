@@ -171,7 +171,7 @@ def _corrupt(error: Exception, location: str) -> CorruptImage:
     match error:
         case Image.DecompressionBombWarning() | Image.DecompressionBombError():
             return CorruptImage(
-                location, "huge", f"has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be a decompression bomb"
+                location, "huge", f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
             )
         case UnidentifiedImageError():
             return CorruptImage(location, "not an image", f"is not an image in one of the formats {', '.join(FORMATS)}")

@@ -177,6 +177,7 @@ class ProgramRunner:
         program: the result of ``torch.export.load``.
         module: the program as a module.
         input_shape: axes of the first input; None where the file leaves one open.
+        dtype: of the first input.
         notes: the text that is stored in the file under :data:`NOTES`, parsed; empty if there is none.
 
     Raises:
@@ -189,8 +190,9 @@ class ProgramRunner:
         names = self.program.graph_signature.user_inputs
         if not names:
             raise ExportError(f"{str(path)!r} is not a program with an input.")
-        axes = next(node.meta["val"].shape for node in self.program.graph.nodes if node.name == names[0])
-        self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in axes)
+        like = next(node.meta["val"] for node in self.program.graph.nodes if node.name == names[0])
+        self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in like.shape)
+        self.dtype: torch.dtype = like.dtype
         self.module = self.program.module()
 
     def __call__(self, *inputs: Tensor) -> Any:
