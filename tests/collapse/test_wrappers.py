@@ -169,3 +169,15 @@ def test_every_surviving_norm_has_a_valid_path_and_a_reason():
     assert "pass inputs=" in reasons["2.1"]
     assert "running statistics" in reasons["3.1"]
     assert all(isinstance(plain.get_submodule(name), nn.BatchNorm2d) for name in reasons)
+
+
+@pytest.mark.parametrize("inputs", [None, image()], ids=["made up", "given"])
+def test_a_forward_that_was_replaced_and_runs_the_original(inputs):
+    """The closure holds the model itself, so that the copy that is recorded runs the original's parameters."""
+    model = trained(nn.Sequential(conv(), conv(kernel=1)))
+    model.forward = lambda x: nn.Sequential.forward(model, x)
+    assert not repvgg.is_plain(model, inputs)
+    plain, report = repvgg.reparameterize(model, inputs)
+    assert_same_outputs(model, plain, image())
+    assert len(report.folded) == 1
+    assert repvgg.is_plain(plain, inputs)

@@ -62,6 +62,9 @@ class InstrumentedCopy:
             self._name_tensors(path, part)
             if leaf:
                 self.tensors_of[part] = tensors_of_leaf(part)
+        # A forward that was replaced on the instance may read the original.
+        for path, parameter in original.named_parameters() if not on_meta else ():
+            self._paths.setdefault(id(parameter), (parameter, path))
 
     @property
     def forward(self) -> Callable[..., Any]:
