@@ -70,9 +70,10 @@ def reparameterize(
     the model's own ``forward`` in float64 and cast once. Nothing is assumed about names or classes: the model is run
     on a copy that shares its parameters, and what it does is recorded, whatever the Python code in between is. A chain
     of modules merges into its first convolution, and no forward changes; where branches meet, the innermost module
-    around them gets a new forward, and keeps its class, methods and attributes. Submodules that only the training
-    forward calls, or with ``inputs`` nothing calls, and that nothing else can reach, are dropped. So are those on whose
-    results no output depends: a stand-in of the same shape takes their place.
+    around them gets a new forward, and keeps its class, methods and attributes. A public method that uses a merged part
+    is refused with a UsageError. Submodules that only the training forward calls, or with ``inputs`` nothing calls, and
+    that nothing else can reach, are dropped. So are those on whose results no output depends: a stand-in of the same
+    shape takes their place.
 
     With ``inputs``, what holds for calls like this one is merged. Where another argument would select something else,
     the plain model checks it in each call and refuses a call that differs with a UsageError. So it does, with or

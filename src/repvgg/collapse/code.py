@@ -127,6 +127,12 @@ def nested_code(code: CodeType) -> Iterator[CodeType]:
             yield from nested_code(constant)
 
 
+def is_method_call(step: dis.Instruction) -> bool:
+    """Whether an instruction loads an attribute that is called at once."""
+    marked = _LOAD_ATTR_MARKS_CALLS and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+    return step.opname == "LOAD_METHOD" or marked
+
+
 def _called_attributes(function: Any) -> Iterator[str]:
     """Yield the attributes that a method calls on its first argument."""
     code = inspect.unwrap(function).__code__
@@ -134,8 +140,7 @@ def _called_attributes(function: Any) -> Iterator[str]:
     for nested in nested_code(code):
         before: Any = None
         for step in dis.get_instructions(nested):
-            marked = _LOAD_ATTR_MARKS_CALLS and bool((step.arg or 0) & 1)
-            if (step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and marked)) and before in own:
+            if is_method_call(step) and before in own:
                 yield str(step.argval)
             if step.opname.startswith("LOAD_FAST"):
                 before = step.argval[-1] if isinstance(step.argval, tuple) else step.argval

@@ -11,12 +11,13 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg._calls import signature_of
-from repvgg.collapse.code import CodeFacts, code_facts, has_public_methods
+from repvgg.collapse.code import code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
 from repvgg.collapse.matching import canonical_form, is_same_region
-from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf, path_below
-from repvgg.collapse.recording import Frame, Recording, is_constant, leaves
+from repvgg.collapse.methods import separating_method
+from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
+from repvgg.collapse.recording import Frame, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.validity import Validity
 from repvgg.symbolic import InputSpec, Layout
@@ -247,7 +248,7 @@ class Placement:
                     return f"{path} computes something else when it is called again"
         if self.validity.similar is not None and not is_same_region(region, self.validity.similar, unchanged=unchanged):
             return f"the forward of {host.path or 'the model'} branches on the size of its input"
-        if reason := self._why_conflicting_methods(region, touched):
+        if reason := self._why_conflicting_methods(region, point, touched):
             return reason
         reasons = (self._why_conflicting_variants(region, path, unchanged) for path in touched)
         return next(filter(None, reasons), None)
@@ -259,14 +260,15 @@ class Placement:
             path, lambda other: not is_same_region(region, other, path, unchanged=unchanged), text
         )
 
-    def _why_conflicting_methods(self, region: Region, touched: dict[str, Frame]) -> str | None:
+    def _why_conflicting_methods(self, region: Region, point: InsertionPoint, touched: dict[str, Frame]) -> str | None:
         """Why another method of a module would compute something else afterwards."""
-        steps = [step.node for step in region.steps if step.computes]
         for path in touched:
-            facts = code_facts(self.recording.module.get_submodule(path))
-            method = _separating_method(facts, steps, self.recording, path)
-            if method and not self.validity.trusted:
-                return f"the method {method!r} of {path or 'the model'} calls a part of it on its own: pass inputs="
+            # A method that a new forward no longer calls can be refused instead.
+            if not self.validity.trusted or point.kind == "chain":
+                method = separating_method(region, self.recording, path, others=not self.validity.trusted)
+                if method:
+                    hint = "" if self.validity.trusted else ": pass inputs="
+                    return f"the method {method!r} of {path or 'the model'} calls a part of it on its own{hint}"
         return None
 
     # Facts for the report and the proof
@@ -285,31 +287,3 @@ def _spec(shape: tuple[int, ...]) -> InputSpec | None:
     if not 2 <= len(shape) <= 5:
         return None
     return InputSpec(shape[1], Layout(len(shape)))
-
-
-def _separating_method(facts: CodeFacts, steps: list[fx.Node], recording: Recording, path: str) -> str | None:
-    """Return a method of the module at ``path`` that runs some steps of a region and not all."""
-    items = [item for node in steps if (item := _item_of(recording, node, path)) is not None]
-    public = {name for name in facts.methods if not name.startswith("_")}  # nobody else calls the others
-    run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & public for item in items]
-    executed = set[str]().union(*run)
-    partial = next((name for name in executed if not all(name in methods for methods in run)), None)
-    if partial is not None:
-        return partial
-    names = {
-        path_below(item.path if isinstance(item, Frame) else str(item.target), path).partition(".")[0]
-        for item in items
-        if isinstance(item, Frame) or item.op == "call_module"
-    }
-    others = ((name, facts.calls[name] & names) for name in public - executed)
-    return next((name for name, called in others if called and called != names), None)
-
-
-def _item_of(recording: Recording, node: fx.Node, path: str) -> fx.Node | Frame | None:
-    """Return what the code of the module at ``path`` ran that a node is part of: the node, or the call around it."""
-    item: fx.Node | Frame = node
-    for frame in recording.frame_of[node].stack():
-        if frame.path == path:
-            return item
-        item = frame
-    return None

@@ -16,6 +16,7 @@ from repvgg.collapse.calls import made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
 from repvgg.collapse.graph_builder import NeedsValuesError
 from repvgg.collapse.guard import CallGuard
+from repvgg.collapse.methods import RefusedMethod, refused_methods
 from repvgg.collapse.modules import has_parameters, is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
 from repvgg.collapse.record import record
@@ -81,6 +82,11 @@ class Scope:
         found |= self.unread.keys()
         return found | {done.insertion.host for done in self.regions.all if done.insertion.kind == "module"}
 
+    def refused_methods(self) -> dict[tuple[str, str], RefusedMethod]:
+        """Return the methods that use merged parts, by the path of their module and their name."""
+        found = ((path, method) for done in self.regions.all for path, method in refused_methods(self.recording, done))
+        return {(path, method.name): method for path, method in found}
+
     def rewritten_paths(self) -> set[str]:
         """Return the paths below the module of the modules that get a new forward."""
         return {path for done in self.regions.all for path in done.insertion.rewritten}
@@ -141,6 +147,9 @@ class Plan:
         for scope in self.scopes:
             for path, guard in scope.guards.items():
                 yield Skipped(join(scope.path, path), str(guard))
+            methods = {method.name: (path, method) for (path, _), method in scope.refused_methods().items()}
+            for path, method in methods.values():
+                yield Skipped(join(scope.path, path), f"refused: {method}")
 
     def norm_functions(self) -> list[str]:
         """Return the paths of the modules whose own forwards run a batch norm as a function, on what is no constant."""

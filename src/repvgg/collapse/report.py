@@ -82,7 +82,8 @@ class Report:
         proof: error of the plain model relative to the original, or why it could not be measured; empty without
             proofs.
         in_pieces: modules that could not be run; their children were collapsed one by one.
-        guards: what the plain model checks in each call of a module, because it holds for the recorded calls only.
+        guards: what the plain model checks in each call of a module, because it holds for the recorded calls only, and
+            the methods that it refuses, one entry for each class.
     """
 
     folded: tuple[Folded, ...]

@@ -83,6 +83,10 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool 
                 if not isinstance(guarded, type(scope.module.get_submodule(path))):
                     guard = guard.for_convolution(guarded)
                 guarded.register_forward_pre_hook(guard, with_kwargs=True)
+        for (path, _), method in scope.refused_methods().items():
+            part = submodule_or_none(plain, join(scope.path, path))
+            if isinstance(part, type(scope.module.get_submodule(path))):
+                vars(part)[method.name.rpartition(".")[2]] = method
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
     def position(done: Replaced) -> int:

@@ -182,7 +182,7 @@ def batch_norm(
 
 @handles(F.instance_norm)
 def instance_norm(
-    input: SymbolicTensor,  # noqa: A002
+    input: SymbolicTensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,

@@ -1,0 +1,185 @@
+"""Methods besides ``forward``: which of them would compute something else once a region is merged.
+
+A method that ran in the recorded call is known exactly. Of any other, only names are read from its bytecode: it may use
+a part whose path consists of names that it reads. The plain model refuses such a call in one sentence.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from repvgg.collapse.code import code_facts, is_method_call, nested_code
+from repvgg.collapse.insertion import Replacement
+from repvgg.collapse.modules import is_inside
+from repvgg.collapse.recording import Frame, Recording, constants_of
+from repvgg.collapse.region import Region
+from repvgg.errors import UsageError
+
+_CHILDREN = {"children", "named_children", "_modules"}
+
+
+@dataclass(frozen=True)
+class RefusedMethod:
+    """Stands in the plain model for a method that uses parts which are merged."""
+
+    name: str
+    part: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse the call.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"The plain model has no {self}: call the method of the model that was collapsed.")
+
+    def __str__(self) -> str:
+        return f"{self.name}(), which uses {self.part!r}, a part that is merged"
+
+
+def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[str, RefusedMethod]]:
+    """Yield the methods that would compute something else once a region is replaced, with the paths of their modules.
+
+    Methods that ran in the recorded call and are part of a forward that stays keep their meaning: the region is only
+    merged if they run all of it.
+    """
+    region = done.region
+    used, owners = _parts(recording, done)
+    for path in sorted({outer for part in used for outer in _paths_to(part)[:-1]}):
+        module = recording.module.get_submodule(path)
+        below = [part for part in used if is_inside(part, path) and part != path]
+        # A region that is inside of a part does not change what a call of the part computes.
+        changed = {
+            part
+            for one in below
+            for part in _paths_to(one)
+            if part != path and is_inside(part, path) and not all(is_inside(other, part) for other in (*used, *owners))
+        }
+        skip = len(path) + 1 if path else 0
+        runs_all = _methods_that_run(region, recording, path)
+        for name, code in _public_methods(type(module)).items() if changed else ():
+            touched = sorted(part for part in changed if code.may_use(part[skip:]))
+            all_touched = all(any(part in touched for part in _paths_to(one)) for one in below)
+            in_order = not any(item.isdecimal() for part in below for item in part[skip:].split("."))
+            keeps = done.insertion.kind == "chain" and (name in runs_all or (all_touched and in_order))
+            if touched and not keeps:
+                yield path, RefusedMethod(f"{type(module).__name__}.{name}", touched[0])
+
+
+def _parts(recording: Recording, done: Replacement) -> tuple[list[str], list[str]]:
+    """Return the paths of the modules and tensors that a region uses, and of the modules that run its functions."""
+    regions = [done.region, *(more.norm for more in done.absorbed)]
+    steps = [step for one in regions for step in one.steps if step.computes]
+    modules = [str(step.node.target) for step in steps if step.node.op == "call_module"]
+    functions = [step.node for step in steps if step.node.op != "call_module"]
+    tensors = {str(n.target) for node in functions for n in constants_of(node) if n.op == "get_attr"}
+    return [*modules, *sorted(tensors)], [recording.owner(node) for node in functions]
+
+
+def _paths_to(path: str) -> list[str]:
+    """Return "", "a", "a.b", … up to a path."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(len(names) + 1)]
+
+
+def _methods_that_run(region: Region, recording: Recording, path: str) -> set[str]:
+    """Return the methods of the module at ``path`` that run all steps of a region."""
+    steps = [step.node for step in region.steps if step.computes]
+    run = [methods_around(recording, node, path) for node in steps]
+    return set.intersection(*run) if run else set()
+
+
+def methods_around(recording: Recording, node: fx.Node, path: str) -> set[str]:
+    """Return the functions in the code of the module at ``path`` that led to a node."""
+    item = item_of(recording, node, path)
+    return set() if item is None else set(item.methods if isinstance(item, Frame) else item.meta["methods"])
+
+
+def item_of(recording: Recording, node: fx.Node, path: str) -> fx.Node | Frame | None:
+    """Return what the code of the module at ``path`` ran that a node is part of: the node, or the call around it."""
+    item: fx.Node | Frame = node
+    for frame in recording.frame_of[node].stack():
+        if frame.path == path:
+            return item
+        item = frame
+    return None
+
+
+def separating_method(region: Region, recording: Recording, path: str, *, others: bool) -> str | None:
+    """Return a method of the module at ``path`` that runs some steps of a region and not all.
+
+    With ``others``, methods that did not run in the recorded call count as well, by the parts that they call.
+    """
+    facts = code_facts(recording.module.get_submodule(path))
+    steps = [step.node for step in region.steps if step.computes]
+    items = [item for node in steps if (item := item_of(recording, node, path)) is not None]
+    public = {name for name in facts.methods if not name.startswith("_")}  # nobody else calls the others
+    run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & public for item in items]
+    executed = set[str]().union(*run)
+    partial = next((name for name in executed if not all(name in methods for methods in run)), None)
+    if partial is not None or not others:
+        return partial
+    skip = len(path) + 1 if path else 0
+    names = {
+        (item.path if isinstance(item, Frame) else str(item.target))[skip:].partition(".")[0]
+        for item in items
+        if isinstance(item, Frame) or item.op == "call_module"
+    }
+    called = ((name, facts.calls[name] & names) for name in public - executed)
+    return next((name for name, parts in called if parts and parts != names), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Code:
+    """Names that a method, and those that it calls, may read: all, and those that are not only called."""
+
+    names: frozenset[str]
+    read: frozenset[str]
+
+    def may_use(self, path: str) -> bool:
+        """Whether the code may use the part at ``path`` below its module by itself."""
+        names = path.split(".")
+        first = names[0] in self.names or bool(_CHILDREN & self.names)
+        for before, name in pairwise(names):
+            if not (before in self.read if name.isdecimal() and not before.isdecimal() else name in self.names):
+                return False
+        return first
+
+
+@lru_cache(maxsize=1024)
+def _public_methods(kind: Any) -> dict[str, _Code]:
+    """Return the public methods of a class, those of PyTorch excepted."""
+    names = {n for base in kind.__mro__ if not base.__module__.startswith("torch.") for n in vars(base)}
+    functions = {name: inspect.getattr_static(kind, name) for name in sorted(names)}
+    own = {name: f for name, f in functions.items() if isinstance(f, FunctionType) and not name.startswith("__")}
+    public = [name for name in own if not name.startswith("_") and not hasattr(nn.Module, name)]
+    return {name: _code_of(name, own) for name in public}
+
+
+def _code_of(name: str, functions: dict[str, FunctionType]) -> _Code:
+    names, read = set[str](), set[str]()
+    todo, done = [name], {"forward"}
+    while todo:
+        current = todo.pop()
+        if current in done or current not in functions:
+            continue
+        done.add(current)
+        for code in nested_code(inspect.unwrap(functions[current]).__code__):
+            for step in dis.get_instructions(code):
+                if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                    names.add(step.argval)
+                    read |= set() if is_method_call(step) else {step.argval}
+            texts = {text for text in code.co_consts if isinstance(text, str)}  # for getattr
+            names |= texts
+            read |= texts
+            todo += code.co_names
+    return _Code(frozenset(names), frozenset(read))

@@ -1,0 +1,208 @@
+"""Public methods besides forward: they keep their meaning in the plain model, or are refused in one sentence."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import repvgg
+from repvgg.errors import UsageError
+from tests.collapse.models import assert_same_outputs, conv, image, trained
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = conv(), conv(kernel=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.a(x) + self.b(x)))
+
+
+class RunByForward(Branches):
+    def encode(self, x):
+        return self.a(x) + self.b(x)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.encode(x)))
+
+
+class All(Branches):
+    def encode(self, x):
+        return self.bn(self.a(x) + self.b(x))
+
+
+class Part(Branches):
+    def encode(self, x):
+        return self.a(x)
+
+
+class ByAnotherMethod(Part):
+    def encode(self, x):
+        return self._encode(x)
+
+    def _encode(self, x):
+        return self.a(x)
+
+
+class ByAnotherName(Branches):
+    def encode(self, x):
+        model = self
+        return model.a(x) + model.b(x)
+
+
+class ByText(Branches):
+    def encode(self, x):
+        return getattr(self, "a")(x)  # noqa: B009 - as users write it
+
+
+class ByChildren(Branches):
+    def encode(self, x):
+        return next(iter(self.children()))(x)
+
+
+class Weights(Branches):
+    def encode(self, x):
+        return self.a.weight.norm()
+
+
+class OfForward(Branches):
+    def encode(self, x):
+        return 2 * self(x)
+
+    def size(self):
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv(kernel=1)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+class OfABody(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.bn = Body(), nn.BatchNorm2d(4)
+
+    def encode(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.body(x)))
+
+
+class InABody(OfABody):
+    def encode(self, x):
+        return self.body.a(x)
+
+
+class WholeBody(OfABody):
+    """The region is inside of the body, so that a call of the body is what it was."""
+
+    def forward(self, x):
+        return self.bn(F.relu(self.body(x)))
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), Body(), nn.BatchNorm2d(4), nn.ReLU())
+
+    def encode(self, x):
+        for layer in self.layers[:4]:
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class OneLayer(Layers):
+    def encode(self, x):
+        return self.layers[0](x)
+
+
+class WholeLayers(Layers):
+    def encode(self, x):
+        return self.layers(x)
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+
+    def encode(self, x):
+        return self.bn(self.conv(x))
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class ChainRunByForward(Chain):
+    def forward(self, x):
+        return F.relu(self.encode(x))
+
+
+class PartOfAChainRunByForward(Chain):
+    """Its forward stays, and calls the method: only leaving the norm keeps what the method computes."""
+
+    def encode(self, x):
+        return self.conv(x)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.encode(x)))
+
+
+class Blocks(nn.Module):
+    """The regions are inside of the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Chain(), Branches()])
+
+    def encode(self, x):
+        return torch.cat([x := block(x) for block in self.blocks])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+REFUSED = [RunByForward, All, Part, ByAnotherMethod, ByAnotherName, ByText, ByChildren, Weights]
+REFUSED += [OfABody, InABody, Layers, OneLayer]
+KEPT = [OfForward, WholeBody, WholeLayers, Chain, ChainRunByForward, PartOfAChainRunByForward, Blocks]
+
+
+STAY = [RunByForward, Part, ByAnotherMethod, OfABody, PartOfAChainRunByForward]  # without inputs
+
+
+@pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
+@pytest.mark.parametrize("inputs", [None, image()], ids=["made up", "given"])
+@pytest.mark.parametrize("kind", REFUSED + KEPT, ids=lambda kind: kind.__name__)
+def test_methods_keep_their_meaning_or_are_refused(kind, inputs):
+    model = trained(kind())
+    plain, report = repvgg.reparameterize(model, inputs)
+    assert_same_outputs(model, plain, image())
+    assert report.folded or kind in STAY
+    is_refused = any("encode()" in guard.reason for guard in report.guards)
+    assert is_refused == (kind in REFUSED) or (inputs is None and kind in STAY)
+    for one in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        if is_refused:
+            with pytest.raises(UsageError, match=rf"{kind.__name__}\.encode\(\), which uses"):
+                one.encode(image())
+        else:
+            torch.testing.assert_close(one.encode(image()), model.encode(image()))
+
+
+def test_methods_that_use_no_part_are_kept():
+    plain, _ = repvgg.reparameterize(trained(OfForward()))
+    assert plain.size() == sum(parameter.numel() for parameter in plain.parameters())
