@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -66,7 +66,7 @@ def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[s
         }
         skip = len(path) + 1 if path else 0
         runs_all = _methods_that_run(region, recording, path)
-        for name, code in _public_methods(type(module)).items() if changed else ():
+        for name, code in _public_methods(cast("Any", type(module))).items() if changed else ():
             touched = sorted(part for part in changed if code.may_use(part[skip:]))
             all_touched = all(any(part in touched for part in _paths_to(one)) for one in below)
             in_order = not any(item.isdecimal() for part in below for item in part[skip:].split("."))
