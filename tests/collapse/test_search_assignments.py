@@ -1,15 +1,18 @@
 """The search on graphs with item assignments and with sizes that a run recorded, as nodes of their own."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.testing import assert_close
 
+import repvgg
 from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.regions import find_regions
 from repvgg.collapse.solution import solve_region
-from repvgg.errors import BorderError
+from repvgg.errors import BorderError, NothingFoldedWarning
 from repvgg.symbolic import assign_item
 from tests.bn_statistics import trained_like
 from tests.collapse.flat import flat_graph, plain, search
@@ -52,6 +55,25 @@ def test_a_border_that_holds_the_bias_is_part_of_the_region():
     (merged,) = found.merged
     assert [step.operations for step in merged.region.steps].count(("assign",)) == 4
     assert_close(plain(model, found)(X), expected, **EXACT)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0001])
+def test_a_float32_model_computes_what_it_assigns_in_float32(factor):
+    """It differs from the bias in float64 by roundings, as the published DBB's does."""
+
+    class Written(NormAndPad):
+        def forward(self, x):
+            y = F.pad(self.bn(self.point(x)), [1] * 4)
+            v = self.bn.bias - self.bn.running_mean * self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+            v = (v * self.factor).view(1, -1, 1, 1)
+            y[:, :, :1], y[:, :, -1:], y[..., :1], y[..., -1:] = v, v, v, v
+            return F.relu(self.dense(x) + self.last(y))
+
+    model = trained_like(Written(factor=factor)).float().eval()
+    with warnings.catch_warnings(action="ignore", category=NothingFoldedWarning):
+        merged, report = repvgg.reparameterize(model)
+    torch.testing.assert_close(merged(X.float()), model(X.float()), rtol=1e-5, atol=1e-5)
+    assert repvgg.is_plain(merged) == (factor == 1.0) == bool(report.folded)
 
 
 def test_with_values_another_border_is_refused():

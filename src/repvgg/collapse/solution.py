@@ -34,10 +34,12 @@ def solve(found: Replacement) -> SymbolicTensor:
 
 def solve_region(region: Region) -> SymbolicTensor:
     """Return the region's convolution with its values, in float64."""
-    device = algebra_device(first_float(region.recording.module))
+    like = first_float(region.recording.module)
+    device = algebra_device(like)
     evaluator = Evaluator(region.recording, _float64_on(device))
     planned = region.value.symbol
-    source = SymbolicTensor.of(Source(), planned.map.in_channels, device=device, layout=planned.source.layout)
+    new = Source(dtype=torch.float64 if like is None else like.dtype)
+    source = SymbolicTensor.of(new, planned.map.in_channels, device=device, layout=planned.source.layout)
     # The report gives multiply-adds at these sizes.
     source.source.sizes = planned.source.sizes
     source.source.shape = planned.source.shape

@@ -11,9 +11,11 @@ from torch import Tensor
 from repvgg.algebra import Axis, ConvMap
 from repvgg.errors import BorderError, NotLinearError
 
-# In units of the dtype's rounding, relative to the largest number in the border. A sum over 4096 channels stays below
-# it; in float64 it is a 2^-17th of a rounding in float32, so numbers that were computed in float32 differ by more.
-_ROUNDINGS = 4096
+# Relative to the largest number in the border. A sum over 4096 channels stays below it; it is a 2^-17th of a rounding
+# in float32, so numbers that were computed in float32 differ by more.
+_TOLERANCE = 4096 * torch.finfo(torch.float64).eps
+# Of a float32 model, which computes what it assigns in float32: as far as a fold may be off.
+_TOLERANCE_FLOAT32 = 64 * torch.finfo(torch.float32).eps
 
 _ZEROS_AFTER_BIAS = (
     "a bias in front of a zero padding leaks into it: assign the bias to the border before the next convolution, or "
@@ -34,19 +36,20 @@ class PaddedBorder:
         conv: the map before the padding.
         axes: the padding along each spatial axis.
         value: what the tensor was padded with.
+        dtype: in which the model computes what it assigns.
         template: the padded tensor (1, C, *sizes) of an image of one pixel, which is never read itself; None until an
             item is assigned.
         written: in the same shape, on the CPU: where an item was assigned.
     """
 
-    def __init__(self, conv: ConvMap, axes: tuple[Axis, ...], value: float) -> None:
-        self.conv, self.axes, self.value = conv, axes, value
+    def __init__(self, conv: ConvMap, axes: tuple[Axis, ...], value: float, dtype: torch.dtype) -> None:
+        self.conv, self.axes, self.value, self.dtype = conv, axes, value, dtype
         self.template: Tensor | None = None
         self.written: Tensor | None = None
 
     def copy(self) -> PaddedBorder:
         """Return a copy, which further assignments to this one do not reach."""
-        border = PaddedBorder(self.conv, self.axes, self.value)
+        border = PaddedBorder(self.conv, self.axes, self.value, self.dtype)
         border.template = None if self.template is None else self.template.clone()
         border.written = None if self.written is None else self.written.clone()
         return border
@@ -96,7 +99,7 @@ class PaddedBorder:
         places = values.flatten(1) if values.dim() > 1 else values[:, None]
         wanted = torch.zeros_like(places) if bias is None else bias.detach()[:, None].expand_as(places)
         difference, scale = (places - wanted).abs().max(), torch.maximum(places.abs(), wanted.abs()).max()
-        return bool(difference <= _ROUNDINGS * torch.finfo(places.dtype).eps * scale)
+        return bool(difference <= (_TOLERANCE_FLOAT32 if self.dtype is torch.float32 else _TOLERANCE) * scale)
 
 
 def _is_in_border(entry: Any, axis: Axis) -> bool:

@@ -46,7 +46,7 @@ def pad(
         return input.like(algebra.resample(input.map, axes, border), "pad")
     # What is in the border may still change by item assignments: whatever reads the tensor next requires the bias.
     padded = input.like(algebra.pad_with_bias(input.map, axes), "pad")
-    padded.border = PaddedBorder(input.map, axes, float(value or 0)) if any(sides) else None
+    padded.border = PaddedBorder(input.map, axes, float(value or 0), input.source.dtype) if any(sides) else None
     return padded
 
 

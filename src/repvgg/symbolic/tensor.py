@@ -49,10 +49,12 @@ class Source:
         multiply_adds: their total cost per pixel of the source; borders are ignored unless the sizes are known.
         weights: total size of their kernels.
         layout: that of the real tensor, once a symbol represents it.
+        dtype: in which constants were computed before they were converted.
     """
 
-    def __init__(self, merge_branches: bool = True) -> None:
+    def __init__(self, merge_branches: bool = True, dtype: torch.dtype = torch.float64) -> None:
         self.merge_branches = merge_branches
+        self.dtype = dtype
         self.operations: list[str] = []
         self.sizes: tuple[int, ...] | None = None
         self.shape: tuple[int, ...] | None = None
