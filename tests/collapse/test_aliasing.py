@@ -1,11 +1,15 @@
 """In-place writes and views have the same effect after the collapse."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.collapse.models import Linear2d, check, conv, image, module, trained
+import repvgg
+from repvgg.errors import NothingFoldedWarning
+from tests.collapse.models import Linear2d, assert_same_outputs, check, conv, image, module, trained
 
 
 def between(self, x):
@@ -151,3 +155,41 @@ def test_block_still_modifies_its_input():
     model = module(lambda self, x: self.block(x) * 1 + x, block=block)
     _, report = check(trained(model), image())
     assert len(report.folded) == 1
+
+
+def subtract(y, a, b):
+    b -= a
+
+
+def add_method(y, a, b):
+    b.add_(a, alpha=2)
+
+
+def assign(y, a, b):
+    y[:, 2:] = a
+
+
+def copy_from(y, a, b):
+    b.copy_(a)
+
+
+def out_of(y, a, b):
+    torch.sub(b, a, out=b)
+
+
+@pytest.mark.parametrize("write", [subtract, add_method, assign, copy_from, out_of], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("pieces", ["slices", "split"])
+@pytest.mark.parametrize("read", ["both", "sum", "whole"])
+def test_writes_between_parts_of_one_output(write, pieces, read):
+    """Views share their version, so that what is read looks as if it was written to."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        a, b = (y[:, :2], y[:, 2:]) if pieces == "slices" else y.split([2, 2], 1)
+        write(y, a, b)
+        return F.relu(self.first(a) + self.second(b) if read == "both" else a + b if read == "sum" else y)
+
+    model = trained(module(forward, conv=conv(), first=conv(2, 3, 1), second=conv(2, 3, 1)))
+    with warnings.catch_warnings(action="ignore", category=NothingFoldedWarning):
+        plain, _ = repvgg.reparameterize(model, prove=False)
+    assert_same_outputs(model, plain, image())

@@ -299,8 +299,8 @@ class _Recorder(TorchFunctionMode):
             builder.opaque[node] = f"{name} draws random numbers"
         if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             builder.opaque[node] = "it runs under autocast"
-        written = [v for v, old in zip(tensors, versions, strict=True) if old is not None and v._version != old]
-        if written:
+        changed = [v for v, old in zip(tensors, versions, strict=True) if old is not None and v._version != old]
+        if written := _written(changed, args, kwargs):
             node.meta["writes"] = [builder.node_of(value) for value in written]
             for value in written:
                 # From here on the written tensor is known under its new name.
@@ -341,3 +341,14 @@ def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function writes to its first argument, or to ``out``, by its name."""
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _WRITING or kwargs.get("out") is not None
+
+
+def _written(changed: list[Tensor], args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a function wrote to, of the arguments whose version it changed.
+
+    Views of a tensor share its version. Of those with the same memory, the first argument, or ``out``, was written to.
+    """
+    first = kwargs.get("out") if kwargs.get("out") is not None else args[0] if args else next(iter(changed), None)
+    targets = {id(value) for value in leaves(first)}
+    memory = {storage_of(value) for value in changed if id(value) in targets}
+    return [value for value in changed if id(value) in targets or storage_of(value) not in memory]
