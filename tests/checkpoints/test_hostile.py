@@ -250,6 +250,11 @@ def test_other_files_are_named(tmp_path, name):
     assert name in text
 
 
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"")
+    assert "it is empty" in refused(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize(
     ("entry", "what"), [("archive_format", "an exported program"), ("data/0", "without a data.pkl")]
 )

@@ -351,3 +351,39 @@ def test_an_engine_that_can_run_nothing(repvgg, unsupported):
     )
     outcome = repvgg("bench", "repvgg_t0", "--engine", "repvgg", "--dtype", "bfloat16")
     assert (outcome.code, "computes in float32 on the CPU" in outcome.err) == (2, True)
+
+
+STRUCTURED = """
+import dataclasses
+import torch
+from torch import nn
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    features: list
+
+class Net(nn.Module):
+    def __init__(self, pack):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.pack = pack
+
+    def forward(self, x):
+        y = torch.relu(self.bn(self.conv(x)))
+        z = self.head(y.mean((2, 3)))
+        return {"dict": {"out": z, "aux": (y,)}, "tuple": (z, [y]), "dataclass": Output(z, [y])}[self.pack]
+
+def mapping(): return Net("dict")
+def pair(): return Net("tuple")
+def record(): return Net("dataclass")
+"""
+
+
+@pytest.mark.parametrize("factory", ["mapping", "pair", "record"])
+def test_outputs_of_any_structure(repvgg, tmp_path, factory):
+    (tmp_path / "structured.py").write_text(STRUCTURED)
+    source = f"{tmp_path / 'structured.py'}:{factory}"
+    outcome = repvgg("bench", source, "--batch", 1, "--rounds", 1, "--input-size", 8, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [timing["name"] for timing in json.loads(outcome.out)["timings"]] == FORMS

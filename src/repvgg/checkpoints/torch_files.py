@@ -75,6 +75,8 @@ def load_torch(file: Path, start: bytes) -> Any:
         CheckpointError: it is another kind of file, is damaged, is too large to unpickle, or would have to run code.
     """
     name = repr(str(file))
+    if not start:
+        raise CheckpointError(f"{name} is not a checkpoint: it is empty.")
     if not start.startswith((_ZIP_MAGIC, *_PICKLE_MAGIC)):
         other = next((what for pattern, what in _OTHER_FILES if re.match(pattern, start, re.DOTALL)), None)
         raise CheckpointError(f"{name} is not a checkpoint{f' but {other}' if other else ''}.")
