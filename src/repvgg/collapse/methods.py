@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from repvgg.collapse.code import code_facts, is_method_call, nested_code
 from repvgg.collapse.insertion import Replacement
-from repvgg.collapse.modules import is_inside
+from repvgg.collapse.modules import is_inside, path_below
 from repvgg.collapse.recording import Frame, Recording, constants_of
 from repvgg.collapse.region import Region
 from repvgg.errors import UsageError
@@ -64,12 +64,11 @@ def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[s
             for part in _paths_to(one)
             if part != path and is_inside(part, path) and not all(is_inside(other, part) for other in (*used, *owners))
         }
-        skip = len(path) + 1 if path else 0
         runs_all = _methods_that_run(region, recording, path)
         for name, code in _public_methods(cast("Any", type(module))).items() if changed else ():
-            touched = sorted(part for part in changed if code.may_use(part[skip:]))
+            touched = sorted(part for part in changed if code.may_use(path_below(part, path)))
             all_touched = all(any(part in touched for part in _paths_to(one)) for one in below)
-            in_order = not any(item.isdecimal() for part in below for item in part[skip:].split("."))
+            in_order = not any(item.isdecimal() for part in below for item in path_below(part, path).split("."))
             keeps = done.insertion.kind == "chain" and (name in runs_all or (all_touched and in_order))
             if touched and not keeps:
                 yield path, RefusedMethod(f"{type(module).__name__}.{name}", touched[0])
@@ -128,9 +127,8 @@ def separating_method(region: Region, recording: Recording, path: str, *, others
     partial = next((name for name in executed if not all(name in methods for methods in run)), None)
     if partial is not None or not others:
         return partial
-    skip = len(path) + 1 if path else 0
     names = {
-        (item.path if isinstance(item, Frame) else str(item.target))[skip:].partition(".")[0]
+        path_below(item.path if isinstance(item, Frame) else str(item.target), path).partition(".")[0]
         for item in items
         if isinstance(item, Frame) or item.op == "call_module"
     }
