@@ -45,38 +45,14 @@ class Evaluator:
 
     def with_constants(self, values: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
         """Return a function that returns values of nodes, and computes and adds those that are not there yet."""
-        is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
-
-        def value_of(node: fx.Node) -> Any:
-            if node in values:
-                return values[node]
-            if (number := recorded_number(node)) is not None:
-                return number if is_symbolic else node.meta["value"]
-            if node.op == "get_attr":
-                values[node] = self.constant(node)
-            else:
-                values[node] = self.computed(node) if is_constant(node) else self.run(node, value_of)
-            return values[node]
-
-        return value_of
+        return _Values(self, values)
 
     def computed(self, node: fx.Node) -> Any:
         """Return a constant that a forward computes: as the model computes it, in its own dtype, and then converted.
 
         In float64, a rounding in the forward could fall the other way.
         """
-        raw: dict[fx.Node, Any] = {}
-
-        def value_of(inner: fx.Node) -> Any:
-            if inner not in raw:
-                if inner.op == "get_attr":
-                    value = self.recording.constant(inner)
-                    raw[inner] = value.detach().clone() if isinstance(value, Tensor) else value  # it may be written to
-                else:
-                    raw[inner] = self.run(inner, value_of)
-            return raw[inner]
-
-        value = value_of(node)
+        value = _OwnValues(self, {})(node)
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def constant(self, node: fx.Node) -> Any:
@@ -91,6 +67,46 @@ class Evaluator:
                 part, self.convert, keep_kernels=self.keep_kernels, training=False, compute_weights=True
             )
         return self._shadows[path]
+
+
+class _Values:
+    """The values of nodes, computed when they are asked for.
+
+    This is no function inside another one: that would refer to itself, and its tensors would wait for the garbage
+    collector.
+    """
+
+    def __init__(self, evaluator: Evaluator, values: dict[fx.Node, Any]) -> None:
+        self.evaluator, self.values = evaluator, values
+        self.is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
+
+    def __call__(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            number = recorded_number(node)
+            if number is not None:
+                return number if self.is_symbolic else node.meta["value"]
+            self.values[node] = self.compute(node)
+        return self.values[node]
+
+    def compute(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self.evaluator.constant(node)
+        return self.evaluator.computed(node) if is_constant(node) else self.evaluator.run(node, self)
+
+
+class _OwnValues(_Values):
+    """Values in the dtype of the model."""
+
+    def __call__(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            self.values[node] = self.compute(node)
+        return self.values[node]
+
+    def compute(self, node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            return self.evaluator.run(node, self)
+        value = self.evaluator.recording.constant(node)
+        return value.detach().clone() if isinstance(value, Tensor) else value  # the forward may write to it
 
 
 def recorded_number(node: fx.Node) -> Any:
