@@ -31,7 +31,7 @@ def made_up_calls(model: nn.Module) -> Iterator[Call]:
     count = 1 if signature is None else _count_inputs(signature)
     like = first_float(model)
     dtype = torch.float32 if like is None else like.dtype
-    shapes = list(_shapes(model))
+    shapes = _shapes(model)
     if not count or not shapes:
         return
     # Inputs of one kind first, then combinations.
@@ -48,21 +48,14 @@ def _count_inputs(signature: inspect.Signature) -> int:
     return len(required) or 1
 
 
-def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Yield shapes of inputs for the first layers of a model, without repeats."""
-    seen: set[tuple[int, ...]] = set()
+def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return shapes of inputs for the first layers of a model, without repeats."""
     layers = [part for part in model.modules() if isinstance(part, (_ConvNd, nn.Linear, _BatchNorm))]
-    for layer in layers[:8]:
-        for shape in _shapes_for(layer):
-            if shape not in seen:
-                seen.add(shape)
-                yield shape
+    shapes = [shape for layer in layers[:8] for shape in _shapes_for(layer)]
     # Kernels that a forward uses itself.
     kernels = (p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.dim() == 4)
-    for shape in ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES):
-        if shape not in seen:
-            seen.add(shape)
-            yield shape
+    shapes += ((2, kernel.shape[1], size, size) for kernel in islice(kernels, 2) for size in _SIZES)
+    return list(dict.fromkeys(shapes))
 
 
 def _shapes_for(layer: nn.Module) -> Iterator[tuple[int, ...]]:

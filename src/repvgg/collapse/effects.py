@@ -78,9 +78,8 @@ class Effects:
         """Return the calls of leaf modules before an assignment to their parameters."""
         targets = {id(operator.attrgetter(path)(self.copy.original)) for path in self.builder.assigned.values() if path}
         calls = [node for node in self.builder.graph.nodes if targets and node.op == "call_module"]
-        parts = [self.copy.original.get_submodule(str(node.target)) for node in calls]
-        owned = [{id(value) for value in (*part._parameters.values(), *part._buffers.values())} for part in parts]
-        return [node for node, ids in zip(calls, owned, strict=True) if ids & targets]
+        get = self.copy.original.get_submodule
+        return [n for n in calls if not targets.isdisjoint(map(id, tensors_of_leaf(get(str(n.target)))))]
 
     def refuse_assignments(self) -> None:
         """Let everything around assignments to the data of tensors stay as it is."""

@@ -27,7 +27,7 @@ from repvgg.verify.comparison import FLOORS, Comparison, tolerance_for
 from repvgg.verify.execution import name_of, structural_copy
 from repvgg.verify.float64 import Float64Mode
 from repvgg.verify.inputs import make_up_inputs
-from repvgg.verify.outputs import LeafError, largest
+from repvgg.verify.outputs import largest
 
 # The first size that runs is used: some networks reduce a small image to no pixels.
 _IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))
@@ -221,7 +221,8 @@ def _conclude(comparison: Comparison, where: str) -> Proof:
         return Proof(None, text)
     # Only now, as most models need no second run.
     own = comparison.own_errors()
-    failing = {name for name in failing if name not in own or errors[name].relative > _allowed(comparison, own[name])}
+    allowed = {name: tolerance_for(comparison.dtype, error.relative)[0] for name, error in own.items()}
+    failing = {name for name in failing if name not in own or errors[name].relative > allowed[name]}
     if not failing and not problems:
         return Proof(None, text)
     if comparison.varies():
@@ -235,10 +236,6 @@ def _conclude(comparison: Comparison, where: str) -> Proof:
     name = max(failing, key=lambda name: errors[name].relative, default="")
     reason = f"the relative error of {name} is {errors[name].relative:.1e}, more than rounding explains" if name else ""
     return Proof("; ".join(filter(None, (*problems, reason))), text)
-
-
-def _allowed(comparison: Comparison, own: LeafError) -> float:
-    return tolerance_for(comparison.dtype, own.relative)[0]
 
 
 def _cause(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -26,12 +26,14 @@ class SearchOptions(EvaluationOptions):
     """Options of a search for regions.
 
     Attributes:
+        escaped: nodes whose tensors other code may read, with the reason.
         find_insertion: where the merged convolution of a region goes, or the reason why it cannot be inserted.
         policy: whether a merge pays.
         why_not_absorbed: why the nodes of a region may not all change together where convolutions absorb a norm; the
             region is that of the norm and all of them.
     """
 
+    escaped: Mapping[fx.Node, str]
     find_insertion: FindInsertion
     policy: Policy
     why_not_absorbed: Callable[[Region], str | None] = lambda _: None
@@ -70,7 +72,7 @@ def find_regions(
     regions would share a node, where merging does not pay, and where the surrounding code cannot be rewritten.
     ``analyse_aliasing`` is called only if there are regions, because it analyses all modules that the graph calls.
     """
-    regions = _search(recording, AliasAnalysis.without_aliasing(), options)
+    regions = _Search(recording, AliasAnalysis.without_aliasing(), options).result()
     if not regions.all:
         return regions
     # In-place operations rarely matter. Search without them, and only repeat the search if they do.
@@ -78,13 +80,7 @@ def find_regions(
     safe = not aliasing.unsafe_writes and all(
         aliasing.write_between(*found.region.span) is None for found in regions.all
     )
-    return regions if safe else replace(_search(recording, aliasing, options), were_cut=True)
-
-
-def _search(recording: Recording, aliasing: AliasAnalysis, options: SearchOptions) -> Regions:
-    search = _Search(recording, aliasing, options)
-    search.run()
-    return search.result()
+    return regions if safe else replace(_Search(recording, aliasing, options).result(), were_cut=True)
 
 
 class _Search:
@@ -100,7 +96,7 @@ class _Search:
         self.values = SymbolicValues(recording, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
 
-    def run(self) -> None:
+    def _cut_all(self) -> None:
         """Cut regions that cannot be replaced whole, until there are none."""
         order = self.values.order
         waiting = [(order[source], source) for source in self.values.by_source]
@@ -133,7 +129,8 @@ class _Search:
         return set()
 
     def result(self) -> Regions:
-        """Return the regions that remain."""
+        """Return the regions that remain after all cuts."""
+        self._cut_all()
         values = self.values
         exits = [node for node in sorted(values.by_node, key=values.order.__getitem__) if not self._is_interior(node)]
         regions = [Region(self.recording, node, values.by_node[node]) for node in exits]

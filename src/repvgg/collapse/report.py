@@ -130,14 +130,17 @@ class Report:
         return html_table(self._summary + (f"; {self.proof}" if self.proof else ""), columns, rows)
 
     @property
+    def _counts(self) -> str:
+        return f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
+
+    @property
     def _summary(self) -> str:
-        counts = f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved"
         others = {"skipped": self.left, "dropped": self.dropped}
-        return counts + "".join(f", {len(entries)} {what}" for what, entries in others.items() if entries)
+        return self._counts + "".join(f", {len(entries)} {what}" for what, entries in others.items() if entries)
 
     def _lines(self) -> Iterator[str]:
         more = f"; {self.number_with_inputs} more parts may fold with inputs=" if self.number_with_inputs else ""
-        yield f"{len(self.folded)} regions folded, {self.parameters_saved:,} parameters saved{more}"
+        yield f"{self._counts}{more}"
         for region in self.folded:
             parts = " + ".join(f"{p.name} ({p.description})" if p.name else p.description for p in region.parts)
             yield f"  {region.name or '(root)'}: {parts} → {region.convolution}"

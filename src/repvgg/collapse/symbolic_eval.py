@@ -56,14 +56,12 @@ class EvaluationOptions:
 
     Attributes:
         opaque: nodes that must stay, with the reason.
-        escaped: nodes whose tensors other code may read, with the reason.
         merge_branches: whether branches may merge, or only chains.
         shapes: shapes of all floating-point tensors.
         fixed_sizes: whether costs are those at ``shapes``, borders included.
     """
 
     opaque: Mapping[fx.Node, str]
-    escaped: Mapping[fx.Node, str]
     merge_branches: bool
     shapes: Shapes
     fixed_sizes: bool = False
