@@ -62,12 +62,6 @@ def _changed_forwards(scope: Scope, plain: nn.Module) -> list[tuple[str, str]]:
 
 
 def _actions(frame: Frame) -> list[Any]:
-    actions: list[Any] = []
-    for item in frame.items:
-        if isinstance(item, fx.Node):
-            if is_constant(item):  # such as a weight that is folded now
-                continue
-            actions.append(str(item.target) if item.op == "call_module" else item.target)
-        else:
-            actions.append(item.path)
-    return actions
+    """Return the functions and modules that a forward calls, without constants, such as a weight that is folded now."""
+    items = [item for item in frame.items if isinstance(item, Frame) or not is_constant(item)]
+    return [item.target if isinstance(item, fx.Node) else item.path for item in items]
