@@ -79,7 +79,16 @@ def test_the_engine_is_reached_without_its_dependencies():
         "print(before, 'engine' in dir(repvgg), names, {'llvmlite', 'platformdirs'} & {*sys.modules})"
     )
     # InTorch and Network are the names that CompiledModel and TorchFallback had before.
-    names = ["CompiledModel", "InTorch", "Network", "TorchFallback", "clear_cache", "compile", "repvgg_backend"]
+    names = [
+        "CompiledModel",
+        "InTorch",
+        "Network",
+        "PartitionedModel",
+        "TorchFallback",
+        "clear_cache",
+        "compile",
+        "repvgg_backend",
+    ]
     assert loaded.strip() == f"False True {names} set()"
 
 

@@ -137,6 +137,19 @@ class RandomNetwork(nn.Module):
         channels = self.shapes[source][0]
         self._convolve(source, nn.Conv2d(channels, self._integers(1, 45), 3, 1, 1))
 
+    def add_transposed(self, source: int) -> None:
+        channels, height, width = self.shapes[source]
+        stride, extra = self._integers(1, 2), self._integers(0, 1)
+        if height * width > 200:
+            return
+        outputs = self._integers(1, 20)
+        layer = nn.ConvTranspose2d(channels, outputs, 3, stride, 1, extra if stride == 2 else 0)
+        layer.weight.data.copy_(
+            torch.from_numpy(self._random.standard_normal(tuple(layer.weight.shape)) / math.sqrt(9 * channels))
+        )
+        size = tuple(layer(torch.zeros(1, channels, height, width)).shape[2:])
+        self._append(None, (source,), (outputs, *size), layer, 9 * channels)
+
     def add_depthwise(self, source: int) -> None:
         channels, kernel = self.shapes[source][0], (3, 5, 7)[self._integers(0, 2)]
         stride = self._integers(1, 2)

@@ -302,7 +302,7 @@ REFUSED = {
     "control flow by values": (Net(lambda net, x: x if x.sum() > 0 else -x), "cannot be traced"),
     "reflected padding": (conv(padding=1, padding_mode="reflect"), "'reflect'"),
     "float64": (conv().double(), "float32"),
-    "a transposed convolution": (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
+    "a transposed convolution that crops": (nn.ConvTranspose2d(4, 4, 3, padding=3), "more padding than its kernel"),
     "no layer": (nn.Identity(), "no layer"),
     "no output": (Net(lambda net, x: None), "returns no tensor"),
     "a dropout that drops": (Net(lambda net, x: F.dropout(net.conv(x)), conv=conv()), "at random"),

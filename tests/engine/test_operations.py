@@ -17,6 +17,7 @@ from tests.rounding import UNIT_ROUNDOFF
 CHANNELS = 20
 torch.manual_seed(0)
 VECTOR, MATRIX = torch.randn(CHANNELS), torch.randn(6, CHANNELS) / math.sqrt(CHANNELS)
+KERNEL = torch.randn(CHANNELS, 6, 3, 2) / math.sqrt(6 * CHANNELS)
 NORM = nn.LayerNorm(CHANNELS)
 NORM.weight.data.uniform_(0.5, 1.5)
 NORM.bias.data.normal_()
@@ -186,6 +187,11 @@ OPERATIONS = {
     "constants of channels": lambda x: VECTOR.to(x.dtype).view(1, -1, 1, 1) - x,
     "constants of columns": lambda x: x / (VECTOR[:7].to(x.dtype).abs() + 1),
     "constants of maps": lambda x: x + torch.arange(63, dtype=x.dtype).view(9, 7) / 63,
+    "transposed convolution": lambda x: F.conv_transpose2d(x, KERNEL.to(x.dtype), VECTOR[:6].to(x.dtype), 2, 1, 1),
+    "transposed convolution in groups": lambda x: F.conv_transpose2d(
+        x, KERNEL[:, :3].to(x.dtype), None, (1, 3), (2, 0), groups=5, dilation=(2, 1)
+    ),
+    "transposed convolution of stride 1": lambda x: F.conv_transpose2d(x, KERNEL.to(x.dtype)),
     "linear": lambda x: F.linear(x.mean((2, 3)), MATRIX.to(x.dtype)),
     "linear of pixels": lambda x: F.linear(x.permute(0, 2, 3, 1), MATRIX.to(x.dtype)),
     "linear of tokens": lambda x: F.linear(x.flatten(2).transpose(1, 2), MATRIX.to(x.dtype)),

@@ -134,6 +134,15 @@ class Twice(nn.Conv2d):
         return x + super().forward(x)
 
 
+class Scaled(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        self.scale = nn.Parameter(torch.rand(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.scale * super().forward(self.scale + x)
+
+
 class Pair(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(3, 3, 1)
@@ -150,7 +159,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model", [Twice(), Pair()], ids=["a residual", "two outputs"])
+@pytest.mark.parametrize("model", [Twice(), Pair(), Scaled()], ids=["a residual", "two outputs", "weights first"])
 def test_graphs_with_branches(compiled, model):
     x = torch.randn(2, 3, 9, 8)
     with torch.inference_mode():

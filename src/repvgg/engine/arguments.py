@@ -13,6 +13,7 @@ _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _BINARY = ("input", "other")
 _PARAMETERS: dict[str, Sequence[str]] = {
     "conv2d": _CONV,
+    "conv_transpose2d": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     "linear": _CONV,
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),

@@ -238,6 +238,18 @@ class Pad:
     number: float = 0.0
 
 
+@final
+@dataclass(frozen=True)
+class Spread:
+    """Zeros between pixels: each ``stride``-th pixel is one of the input; ``extra`` rows and columns of zeros follow.
+
+    A transposed convolution is a convolution of such a map.
+    """
+
+    stride: Pair
+    extra: Pair = (0, 0)
+
+
 Op: TypeAlias = (
     Conv
     | Elementwise
@@ -251,6 +263,7 @@ Op: TypeAlias = (
     | Rearrangement
     | Concat
     | Pad
+    | Spread
 )
 
 
@@ -428,6 +441,12 @@ def output_shape(node: Node, shapes: Sequence[FeatureShape]) -> FeatureShape:
             above, below, left, right = op.pixels
             size = shape.size[0] + above + below, shape.size[1] + left + right
             return FeatureShape(shape.channels + sum(op.channels), size)
+        case Spread():
+            height, width = (
+                (length - 1) * stride + 1 + more
+                for length, stride, more in zip(shape.size, op.stride, op.extra, strict=True)
+            )
+            return FeatureShape(shape.channels, (height, width))
         case Elementwise() | Softmax():
             return shape
 

@@ -32,7 +32,7 @@ RecordBatch: TypeAlias = Callable[[int], Recording]
 #: Compiles a graph for inputs of these shapes.
 CompileGraph: TypeAlias = Callable[[Graph, Sequence[Shape]], Callable[..., Any]]
 
-_WORTHWHILE = ("conv2d", "linear")
+_WORTHWHILE = ("conv2d", "conv_transpose2d", "linear")
 _MAX_SIZES = 4  # of images, each with its code and memory
 
 
@@ -81,23 +81,30 @@ class Partition:
         record: records the network.
         compile_graph: compiles the parts of the engine.
         batch: the most frequent number of images.
+        batches: the numbers of images to record; one alone is the only one that the partition holds for.
 
     Raises:
         UnsupportedError: the network cannot be recorded, or the engine supports no worthwhile part of it.
     """
 
-    def __init__(self, record: RecordBatch, compile_graph: CompileGraph, batch: int) -> None:
-        recordings = [record(count) for count in RECORDED_BATCHES]
-        self._recording = recordings[0]
+    def __init__(
+        self,
+        record: RecordBatch,
+        compile_graph: CompileGraph,
+        batch: int,
+        batches: Sequence[int] = RECORDED_BATCHES,
+    ) -> None:
+        recordings = [record(count) for count in batches]
+        self._recording, self._batches = recordings[0], batches
         for recording in recordings:
             if recording.error is not None:
                 raise UnsupportedError("The network cannot be recorded.") from recording.error
-        translator = Translator(self._recording, RECORDED_BATCHES[0])
+        translator = Translator(self._recording, batches[0])
         translator.translate(tolerant=True)
         needed = [call for call in self._recording.calls if translator.is_translated(call)]
         if any(call.function == "__setitem__" for call in needed):
             raise UnsupportedError("The forward assigns to a part of a tensor.")
-        self._arguments = _arguments_of(recordings, needed)
+        self._arguments = _arguments_of(recordings, needed, batches)
         self.parts = _parts(needed, {id(call) for call, _ in translator.refused}, self._recording)
         places = [{id(call): at for at, call in enumerate(recording.calls)} for recording in recordings]
         for part in self.parts:
@@ -135,11 +142,10 @@ class Partition:
             given = (given[0].clone(), *given[1:])  # another part may still read it
         return call.callee(*given, **more)
 
-    @staticmethod
-    def _graph(part: Part, recordings: Sequence[Recording], places: Sequence[Mapping[int, int]]) -> Graph:
+    def _graph(self, part: Part, recordings: Sequence[Recording], places: Sequence[Mapping[int, int]]) -> Graph:
         """Translate a part in each recording, and check that its graphs are equal."""
         graphs = []
-        for recording, batch in zip(recordings, RECORDED_BATCHES, strict=True):
+        for recording, batch in zip(recordings, self._batches, strict=True):
             every = (*recordings[0].inputs, *recordings[0].calls)
             own = (*recording.inputs, *recording.calls)
             same = {id(call): other for call, other in zip(every, own, strict=True)}
@@ -273,7 +279,9 @@ def _link(parts: Sequence[Part], recording: Recording) -> None:
 # Arguments
 
 
-def _arguments_of(recordings: Sequence[Recording], calls: Sequence[Call]) -> dict[int, tuple[Any, Any]]:
+def _arguments_of(
+    recordings: Sequence[Recording], calls: Sequence[Call], batches: Sequence[int]
+) -> dict[int, tuple[Any, Any]]:
     """Return the arguments of each call, with :class:`PerImage` in place of numbers that depend on the batch."""
     if len({len(recording.calls) for recording in recordings}) > 1:
         raise UnsupportedError("The network calls other functions for other numbers of images.")
@@ -283,22 +291,23 @@ def _arguments_of(recordings: Sequence[Recording], calls: Sequence[Call]) -> dic
         if len({call.function for call in same}) > 1:
             raise UnsupportedError("The network calls other functions for other numbers of images.")
         if id(same[0]) in wanted:
-            args = _fitted([call.args for call in same])
-            found[id(same[0])] = args, _fitted([dict(call.kwargs) for call in same])
+            args = _fitted([call.args for call in same], batches)
+            found[id(same[0])] = args, _fitted([dict(call.kwargs) for call in same], batches)
     return found
 
 
-def _fitted(values: Sequence[Any]) -> Any:
+def _fitted(values: Sequence[Any], batches: Sequence[int]) -> Any:
     first = values[0]
     if isinstance(first, (tuple, list)):
         if len({len(value) for value in values}) > 1:
             raise UnsupportedError("The network passes other arguments for other numbers of images.")
-        fitted = [_fitted(each) for each in zip(*values, strict=True)]
+        fitted = [_fitted(each, batches) for each in zip(*values, strict=True)]
         return tuple(fitted) if isinstance(first, tuple) else fitted
     if isinstance(first, dict):
-        return {key: _fitted([value[key] for value in values]) for key in first}
+        return {key: _fitted([value[key] for value in values], batches) for key in first}
     if isinstance(first, slice):
-        return slice(*(_fitted([getattr(value, name) for value in values]) for name in ("start", "stop", "step")))
+        ends = ([getattr(value, name) for value in values] for name in ("start", "stop", "step"))
+        return slice(*(_fitted(each, batches) for each in ends))
     if isinstance(first, Call):
         return first
     if isinstance(first, Tensor):
@@ -306,17 +315,19 @@ def _fitted(values: Sequence[Any]) -> Any:
             raise UnsupportedError("The network computes with tensors that depend on the number of images.")
         return first
     if isinstance(first, int) and not isinstance(first, bool):
-        return _fitted_number([int(value) for value in values])
+        return _fitted_number([int(value) for value in values], batches)
     if any(value != first for value in values):
         raise UnsupportedError("The network passes other arguments for other numbers of images.")
     return first
 
 
-def _fitted_number(values: Sequence[int]) -> int | PerImage:
-    one, two = RECORDED_BATCHES[:2]
+def _fitted_number(values: Sequence[int], batches: Sequence[int]) -> int | PerImage:
+    if len(batches) == 1:
+        return values[0]
+    one, two = batches[:2]
     slope, rest = divmod(values[0] - values[1], one - two)
     fit = PerImage(slope, values[0] - slope * one)
-    pairs = zip(values, RECORDED_BATCHES, strict=True)
+    pairs = zip(values, batches, strict=True)
     if rest or any(value != fit.slope * batch + fit.offset for value, batch in pairs):
         raise UnsupportedError("The network passes numbers that are not linear in the number of images.")
     return fit if slope else values[0]

@@ -27,7 +27,8 @@ MAX_CALLS = 50_000  # a forward that loops over pixels would not end
 
 #: Torch functions and methods by name; a name stands for the function, the method and their aliases in all namespaces.
 _NAMES = (
-    *("conv2d", "linear", "batch_norm", "layer_norm", "softmax", "prelu", "interpolate", "pad", "pixel_shuffle"),
+    *("conv2d", "conv_transpose2d", "linear", "batch_norm", "layer_norm", "softmax", "prelu", "interpolate", "pad"),
+    "pixel_shuffle",
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "relu6", "hardtanh", "hardtanh_", "leaky_relu"),
     *("leaky_relu_", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "elu_"),
     *("mul", "mul_", "multiply", "multiply_", "add", "add_", "sub", "sub_", "div", "div_", "true_divide"),

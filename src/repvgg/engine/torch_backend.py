@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, TypeAlias, final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from repvgg.engine.codegen.jit import host_isa
 from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
@@ -40,7 +40,7 @@ def repvgg_backend(
 
     Args:
         graph: as PyTorch passes it in.
-        example_inputs: not read.
+        example_inputs: weights among them are told from images by their class.
         options: of torch.compile: ``{"threads": 4}``, see :func:`repvgg.engine.compile`.
 
     Raises:
@@ -50,18 +50,16 @@ def repvgg_backend(
     if set(options) - {"threads"}:
         raise UsageError(f"The only option of the engine is 'threads', not {', '.join(map(repr, options))}.")
     check_threads(options.get("threads"))
-    return _CompiledGraph(graph, options.get("threads"))
+    return _CompiledGraph(graph, example_inputs, options.get("threads"))
 
 
 @final
 class _CompiledGraph:
     """A graph that is compiled on first use. Concurrent calls wait for each other."""
 
-    def __init__(self, graph: fx.GraphModule, threads: int | None) -> None:
+    def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], threads: int | None) -> None:
         self._graph, self._threads = graph, threads
-        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        first = _first_node(graph.graph)
-        self._images = placeholders.index(first) if first in placeholders else len(placeholders)  # their index
+        self._images = _index_of_images(graph.graph, example_inputs)
         self._models: dict[tuple[int, ...], CompiledModel] = {}  # by height and width of the images
         self._fingerprint: Fingerprint | None = None
         self._weights: list[Any] = []  # kept alive, so that no new tensor gets the id() of a fingerprinted one
@@ -144,6 +142,18 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _index_of_images(graph: fx.Graph, examples: Sequence[Any]) -> int:
+    """Return which argument the images are: one past the last if it is not known."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    first = _first_node(graph)
+    index = placeholders.index(first) if first in placeholders else len(placeholders)
+    if index < len(examples) and isinstance(examples[index], nn.Parameter):  # as in ``weight * images``
+        others = [at for at, one in enumerate(examples) if isinstance(one, Tensor) and one.ndim == 4]
+        others = [at for at in others if not isinstance(examples[at], nn.Parameter)]
+        index = others[0] if len(others) == 1 else index
+    return index
 
 
 def _first_node(graph: fx.Graph) -> fx.Node:

@@ -40,6 +40,7 @@ from repvgg.engine.graph import (
     Pointwise,
     Resize,
     Softmax,
+    Spread,
     W,
     WindowPool,
     output_shape,
@@ -382,6 +383,29 @@ class Translator:
         )
         return self._whole(self._emit(Conv(weight, bias, geometry), value))
 
+    def _conv_transpose(self, call: Call) -> View:
+        given = arguments.of(call)
+        weight, groups = self._floats(given["weight"]), int(given.get("groups", 1))
+        inputs, outputs, height, width = weight.shape
+        bias = given.get("bias")
+        stride, padding, extra, dilation = (
+            pair(given.get(name, number))
+            for name, number in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
+        )
+        frame = [step * (size - 1) - pad for size, step, pad in zip((height, width), dilation, padding, strict=True)]
+        if min(frame) < 0:
+            self._refuse("has more padding than its kernel has pixels")
+        # The kernel of the convolution that it is the transpose of, with inputs and outputs swapped and turned around.
+        parts = weight.reshape(groups, inputs // groups, outputs, height, width).transpose(0, 2, 1, 3, 4)
+        turned = parts.reshape(groups * outputs, inputs // groups, height, width)[:, :, ::-1, ::-1]
+        value = self._as_map(self._view(given["input"]))
+        if stride != (1, 1) or extra != (0, 0):
+            value = self._emit(Spread(stride, extra), value)
+        geometry = ConvGeometry((height, width), (1, 1), (frame[0], frame[1]), dilation, groups)
+        zeros = np.zeros(groups * outputs, np.float32)
+        conv = Conv(turned, zeros if bias is None else self._floats(bias), geometry)
+        return self._whole(self._emit(conv, value))
+
     def _linear(self, call: Call) -> View:
         given = arguments.of(call)
         weight = self._floats(given["weight"])
@@ -697,6 +721,7 @@ class Translator:
     def _table(self) -> dict[str, Handler]:
         table: list[tuple[Iterable[str], Handler]] = [
             (("conv2d",), self._conv),
+            (("conv_transpose2d",), self._conv_transpose),
             (("linear",), self._linear),
             (("batch_norm",), self._batch_norm),
             (("prelu",), self._prelu),

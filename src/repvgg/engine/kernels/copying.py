@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
-from repvgg.engine.graph import C, H, Rearrangement, W
+from repvgg.engine.graph import C, H, Pair, Rearrangement, W
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
@@ -97,12 +97,20 @@ def _copy_contiguous(b: IRBuilder, floats: int, source: Value, target: Value) ->
 
 
 def copy_kernel(
-    what: Rearrangement, source: FeatureMapLayout, target: FeatureMapLayout, first: tuple[int, int, int], width: int
+    what: Rearrangement,
+    source: FeatureMapLayout,
+    target: FeatureMapLayout,
+    first: tuple[int, int, int],
+    width: int,
+    spread: Pair = (1, 1),
 ) -> CopyKernel:
-    """Return the kernel of a rearrangement, whose result begins at the element ``first`` (C, H, W) of the target."""
+    """Return the kernel of a rearrangement, whose result begins at the element ``first`` (C, H, W) of the target.
+
+    ``spread`` is the distance of its rows and columns there.
+    """
     sizes = source.channels, *source.size
-    read = _strides(source)
-    written = _strides(target)
+    read, (channel, row, pixel) = _strides(source), _strides(target)
+    written = channel, row * spread[0], pixel * spread[1]
     loops: list[list[CopyLoop]] = []
     for axis in (C, H, W):
         extents = [factor.extent or sizes[factor.axis] for factor in what.axes[axis]]
@@ -120,7 +128,7 @@ def copy_kernel(
         tuple(rows),
         (*columns, *channels),
         source.interior_offset + sum(offset * stride for offset, stride in zip(what.offset, read, strict=True)),
-        target.interior_offset + sum(offset * stride for offset, stride in zip(first, written, strict=True)),
+        target.interior_offset + sum(offset * stride for offset, stride in zip(first, _strides(target), strict=True)),
         source.image_stride,
         target.image_stride,
         width,

@@ -25,6 +25,7 @@ from repvgg.engine.graph import (
     Rearrangement,
     Resize,
     Softmax,
+    Spread,
     WindowPool,
 )
 from repvgg.engine.kernels.base import Kernel, PackWeights
@@ -104,9 +105,17 @@ class Lowering:
                 self._copy(node, op, source, target, (0, 0, 0))
             case Concat():
                 self._concat(node, op, target)
+            case Spread():
+                self._spread(node, op, source, target)
             case Pad():
                 self._append(node, FillKernel(target.layout, op.number, width), None, target)
                 self._copy(node, IDENTITY, source, target, (op.channels[0], op.pixels[0], op.pixels[2]))
+
+    def _spread(self, node: Node, op: Spread, source: Buffer, target: Buffer) -> None:
+        width = self._isa.width
+        self._append(node, FillKernel(target.layout, 0.0, width), None, target)
+        kernel = copy_kernel(IDENTITY, source.layout, target.layout, (0, 0, 0), width, op.stride)
+        self._append(node, kernel, source, target)
 
     def _append(
         self,
