@@ -106,7 +106,8 @@ def reparameterize(
     Limits: a model that takes both batches and single images without a batch axis is collapsed for batches, unless
     ``inputs`` are single images: a batch norm works on another axis there. Code that reads tensors without PyTorch's
     functions cannot be recorded; what it may have read stays. Numbers that are attributes are constants, as weights
-    are, unless the code branches on them. Only eval mode is preserved.
+    are, unless the code branches on them. Environment variables, files and clocks that a forward asks for are not seen.
+    Only eval mode is preserved.
     """
     return _collapse(model, Options(True, policy_of(policy), _call(model, inputs)), prove)
 
