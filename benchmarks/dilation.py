@@ -6,8 +6,8 @@
 Three forms of the plain network with random weights: dilated; by phases, which computes the same; and undilated, the
 arithmetic of both with dilation 1, which is another function and the aim. Each runs in PyTorch eager, ONNX Runtime,
 OpenVINO (float32) and the library's engine. A runtime that is not installed, or does not take the network, is left out,
-and the reason is printed. The engine takes no resizing, so "stages" times the dilated stages alone as well: there, the
-engine runs the layers, and PyTorch splits the map into phases and joins them.
+and the reason is printed. "stages" times the dilated stages alone. The engine mixes no images of a batch, which phases
+are: there, it runs the layers before, on and after the phases, and PyTorch splits the map into phases and joins them.
 
 Rounds alternate between all of them: every round times each once, and starts with the next one; a call of less than a
 second is made untimed first. ``--clock cpu`` takes the CPU time of the process, which other programs disturb less; take
@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repvgg
 import repvgg.engine
 from repvgg.deploy import OnnxRunner, export_onnx
-from repvgg.errors import RepvggError, UnsupportedError, require
+from repvgg.errors import RepvggError, require
 from repvgg.measure import environment
 from repvgg.measure.timing import quartiles
 from repvgg.models import PhaseImages, create_model
@@ -63,6 +64,18 @@ class EngineLayers(nn.Module):
         if size not in self.compiled:
             self.compiled[size] = repvgg.engine.compile(self.layers, size)
         return self.compiled[size](x)
+
+
+class Heads(nn.Module):
+    """What a PSPNet does with the last feature map, for images of one size."""
+
+    def __init__(self, model: nn.Module, size: torch.Size) -> None:
+        super().__init__()
+        self.pyramid, self.head = model.get_submodule("pyramid"), model.get_submodule("head")
+        self.size = (int(size[0]), int(size[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.pyramid(x)), self.size, mode="bilinear", align_corners=True)
 
 
 def stages_of(model: nn.Module) -> nn.Sequential:
@@ -122,16 +135,24 @@ def in_openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
 
 
 def in_engine(model: nn.Module, x: Tensor, threads: int) -> Run:
-    if any(isinstance(part, PhaseImages) for part in model.modules()):
-        if not isinstance(model, nn.Sequential):
-            raise UnsupportedError("splitting into phases is not supported by the engine")
-        model = deepcopy(model)
-        for path, part in list(model.named_modules()):
-            if isinstance(part, PhaseImages):
-                layers = EngineLayers(nn.Sequential(*part).eval())
-                model.set_submodule(path, PhaseImages([layers], part.dilation))
-        return model
-    return repvgg.engine.compile(model, x.shape)
+    if not any(isinstance(part, PhaseImages) for part in model.modules()):
+        return repvgg.engine.compile(model, x.shape)
+    if isinstance(model, nn.Sequential):
+        return phases_in_engine(model)
+    backbone = model.get_submodule("backbone")
+    before = nn.Sequential(backbone.get_submodule("stem"), *list(backbone.get_submodule("stages"))[:DILATED_STAGES])
+    first, stages = repvgg.engine.compile(before.eval(), x.shape), phases_in_engine(stages_of(model))
+    last = repvgg.engine.compile(Heads(model, x.shape[2:]).eval(), stages(first(x)).shape)
+    return lambda images: last(stages(first(images)))
+
+
+def phases_in_engine(stages: nn.Sequential) -> nn.Module:
+    """Return stages by phases whose layers the engine runs."""
+    stages = deepcopy(stages)
+    for path, part in list(stages.named_modules()):
+        if isinstance(part, PhaseImages):
+            stages.set_submodule(path, PhaseImages([EngineLayers(nn.Sequential(*part).eval())], part.dilation))
+    return stages
 
 
 RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
