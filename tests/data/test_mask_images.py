@@ -4,18 +4,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg.data.mask_images import IGNORED, RIGHT, WRONG, colours_of, default_palette, error_map, overlay, write_mask
+from repvgg.data.label_sets import voc_colours
+from repvgg.data.mask_images import (
+    IGNORED_COLOUR,
+    RIGHT_COLOUR,
+    WRONG_COLOUR,
+    colours_of,
+    error_map,
+    overlay,
+    write_mask,
+)
 from repvgg.errors import OutputExistsError
 
 PALETTE = ((10, 20, 30), (200, 100, 0))
 MASK = np.array([[0, 1, 1], [255, 0, 1]], np.uint8)
 
 
-def test_the_default_palette_is_that_of_voc():
-    expected = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128))
-    assert default_palette(7) == expected
-    assert default_palette(256)[8] == (64, 0, 0)
-    assert len(set(default_palette(256))) == 256
+def test_the_colours_of_voc():
+    expected = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128], [0, 128, 128]]
+    assert voc_colours(7).tolist() == expected
+    assert voc_colours(256)[8].tolist() == [64, 0, 0]
+    assert len(np.unique(voc_colours(256), axis=0)) == 256
 
 
 def test_a_mask_is_an_index_png_with_its_palette(tmp_path):
@@ -38,7 +47,7 @@ def test_colours():
 def test_a_map_of_errors():
     truth = np.array([[0, 0, 1], [0, 255, 1]], np.uint8)
     found = error_map(MASK, truth, ignore_index=255)
-    expected = [[RIGHT, WRONG, RIGHT], [WRONG, IGNORED, RIGHT]]
+    expected = [[RIGHT_COLOUR, WRONG_COLOUR, RIGHT_COLOUR], [WRONG_COLOUR, IGNORED_COLOUR, RIGHT_COLOUR]]
     assert np.array_equal(found, np.array(expected))
 
 

@@ -93,10 +93,11 @@ def predict_files(
 
     from repvgg._files import atomic_write
     from repvgg.data import CorruptImage, DataConfig, read_whole_image
-    from repvgg.data.mask_images import default_palette, overlay, write_mask
+    from repvgg.data.label_sets import voc_colours
+    from repvgg.data.mask_images import overlay, write_mask
 
     about = segmenter.about
-    palette = about.palette or default_palette(about.num_classes)
+    palette = about.palette or voc_colours(about.num_classes).tolist()
     classes = class_names(about)
     config = DataConfig(mean=about.mean or None, std=about.std or None)
     with progress_bar("images") as on_progress, torch.inference_mode():

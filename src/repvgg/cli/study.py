@@ -115,8 +115,8 @@ def _parse(arguments: list[str], first: tuple[str, Any, Any], about: str, progra
 def _run(chosen: Study, parsed: Any, command: str) -> int:
     from repvgg.studies.base import run_study
 
-    told = f"interrupted; continue with: {command.replace(' --overwrite', '')}"
-    with interrupt_message(lambda: told):
+    advice = f"interrupted; continue with: {command.replace(' --overwrite', '')}"
+    with interrupt_message(lambda: advice):
         done = run_study(chosen, parsed.settings, parsed.out, overwrite=parsed.overwrite, command=command)
         if not done.complete and not done.missing:
             tell()

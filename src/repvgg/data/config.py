@@ -179,7 +179,7 @@ class DataConfig:
     """A dataset, the size of its images, and how they are loaded.
 
     Attributes:
-        uri: the dataset, see :func:`repvgg.data.open_data`.
+        uri: the dataset, such as imagefolder:PATH or masks:PATH; see ``repvgg.data.open_data``.
         val: URI of the validation images, where ``uri`` holds a single split.
         train_size: height and width of training images; None: the source's default (digits, CIFAR and fake 32,
             folders, Hugging Face and WebDataset 224, other torchvision arrays their stored size, images with masks

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from repvgg.errors import DataError, UsageError, first_line
 
-IGNORED = 255  # class of the pixels that are left out of loss and metrics, in every mask that is delivered
+IGNORE_INDEX = 255  # class of the pixels that are left out of loss and metrics, in every mask that is delivered
 MAX_CLASSES = 255  # masks are 8-bit
 
 Bytes = NDArray[np.uint8]
@@ -27,7 +27,7 @@ class LabelSet:
     Args:
         names: one per class.
         palette: (K, 3) uint8, a colour per class.
-        classes: class of each stored label 0 … 255, int16; :data:`IGNORED`, or −1 for labels that do not occur.
+        classes: class of each stored label 0 … 255, int16; :data:`IGNORE_INDEX`, or −1 for labels that do not occur.
         ignore_index: the stored label of ignored pixels, for messages.
         colours: stored colour → stored label, of masks that hold colours; None: masks hold labels.
     """
@@ -35,7 +35,7 @@ class LabelSet:
     names: tuple[str, ...]
     palette: Bytes
     classes: NDArray[np.int16]
-    ignore_index: int = IGNORED
+    ignore_index: int = IGNORE_INDEX
     colours: Mapping[tuple[int, int, int], int] | None = None
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class LabelSet:
         unknown = np.flatnonzero((counts > 0) & (self.classes < 0))
         if len(unknown):
             label = int(unknown[0])
-            valid = np.flatnonzero((self.classes >= 0) & (self.classes != IGNORED))
+            valid = np.flatnonzero((self.classes >= 0) & (self.classes != IGNORE_INDEX))
             return (
                 f"holds label {label} in {counts[label]} pixels, but the labels of the {len(self)} classes are "
                 f"{valid[0]} … {valid[-1]}, and {self.ignore_index} is ignored"
@@ -58,7 +58,7 @@ class LabelSet:
 
 def indexed_labels(
     names: Sequence[str],
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     palette: Bytes | None = None,
     colours: Mapping[tuple[int, int, int], int] | None = None,
 ) -> LabelSet:
@@ -74,7 +74,7 @@ def indexed_labels(
         raise DataError(f"Masks need 2 … {MAX_CLASSES} classes, got {len(kept)}: correct classes.txt or the masks.")
     classes = np.full(256, -1, np.int16)
     classes[kept] = np.arange(len(kept))
-    classes[ignore_index] = IGNORED
+    classes[ignore_index] = IGNORE_INDEX
     palette = distinct_colours(len(kept)) if palette is None else palette[kept]
     return LabelSet(tuple(names[label] for label in kept), palette, classes, ignore_index, colours)
 
@@ -152,7 +152,7 @@ def _hex_colours(text: str) -> Bytes:
 def _mapped(names: Sequence[str], palette: Bytes, first: int, valid: Sequence[int], ignored: Sequence[int]) -> LabelSet:
     """Return the label set in which the labels ``valid`` are the classes in order."""
     classes = np.full(256, -1, np.int16)
-    classes[list(ignored)] = IGNORED
+    classes[list(ignored)] = IGNORE_INDEX
     classes[list(valid)] = np.arange(len(valid))
     return LabelSet(tuple(names), palette, classes, first)
 
@@ -173,10 +173,10 @@ _CITYSCAPES_COLOURS = _hex_colours(
 def cityscapes_labels(kind: str) -> LabelSet:
     """Return the 19 classes of Cityscapes as "labelIds" (0 … 33) or "labelTrainIds" (0 … 18) store them."""
     if kind == "labelTrainIds":
-        return indexed_labels(_CITYSCAPES_NAMES, IGNORED, _CITYSCAPES_COLOURS)
+        return indexed_labels(_CITYSCAPES_NAMES, IGNORE_INDEX, _CITYSCAPES_COLOURS)
     # License plates have the label −1, which 8 bits store as 255.
     ignored = [label for label in (*range(34), 255) if label not in _CITYSCAPES_IDS]
-    return _mapped(_CITYSCAPES_NAMES, _CITYSCAPES_COLOURS, IGNORED, _CITYSCAPES_IDS, ignored)
+    return _mapped(_CITYSCAPES_NAMES, _CITYSCAPES_COLOURS, IGNORE_INDEX, _CITYSCAPES_IDS, ignored)
 
 
 # PASCAL VOC 2012 (M. Everingham et al. 2010).
@@ -189,7 +189,7 @@ _VOC_NAMES = (
 
 def voc_labels() -> LabelSet:
     """Return the 21 classes of PASCAL VOC, background among them; label 255 is ignored."""
-    return indexed_labels(_VOC_NAMES, IGNORED, voc_colours(len(_VOC_NAMES)))
+    return indexed_labels(_VOC_NAMES, IGNORE_INDEX, voc_colours(len(_VOC_NAMES)))
 
 
 # ADE20K (B. Zhou et al. 2017), the 150 classes of the scene parsing challenge: the first name of each class.

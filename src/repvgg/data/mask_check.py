@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from repvgg.data.config import DataConfig
 from repvgg.data.decode import CorruptImage
-from repvgg.data.label_sets import IGNORED
+from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.data.loaders import parallel_map
 from repvgg.data.mask_files import MaskSplit
 from repvgg.data.sources.masks import open_mask_source
@@ -35,7 +35,7 @@ class MaskSplitReport:
     @property
     def ignored(self) -> float:
         """The share of ignored pixels; 0 without pixels."""
-        return float(self.pixels[IGNORED] / max(1, self.pixels.sum()))
+        return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
 
 
 @final
@@ -70,7 +70,7 @@ class MaskReport:
                 "sizes": [[*size, count] for size, count in split.sizes.most_common()],
                 "pixels": {name: int(split.pixels[label]) for label, name in enumerate(self.classes)},
                 "images_with_class": {name: int(split.present[label]) for label, name in enumerate(self.classes)},
-                "ignored_pixels": int(split.pixels[IGNORED]),
+                "ignored_pixels": int(split.pixels[IGNORE_INDEX]),
                 "ignored_share": split.ignored,
                 "never_seen": self.never_seen(split),
             }

@@ -252,7 +252,7 @@ def _allocate(number_of_bytes: int, images: int) -> Tensor:
 
 
 def fits_in_cache(split: MaskSplit, channels: int) -> bool:
-    """Return whether all images and masks take at most :data:`MAX_CACHE_BYTES`, judged by a sample."""
+    """Return whether all images and masks take at most :data:`MAX_CACHE_BYTES`, estimated from a sample."""
     sizes = split.probed_sizes()
     pixels = sum(width * height for width, height in sizes)
     return bool(sizes) and pixels / len(sizes) * len(split) * (channels + 1) <= MAX_CACHE_BYTES

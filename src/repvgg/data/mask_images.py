@@ -16,22 +16,11 @@ from repvgg.errors import printable
 Palette: TypeAlias = Sequence[Sequence[int]]
 Bytes: TypeAlias = NDArray[np.uint8]
 
-RIGHT, WRONG, IGNORED = (214, 219, 224), (197, 43, 32), (255, 255, 255)  # of an error map
+#: Colours of an error map.
+RIGHT_COLOUR, WRONG_COLOUR, IGNORED_COLOUR = (214, 219, 224), (197, 43, 32), (255, 255, 255)
 _OPACITY = 0.55  # of the colours in an overlay
 _ROW, _MARGIN, _SWATCH = 18, 8, 12  # pixels of a legend
 _COLUMN = 150  # pixels of an entry of a legend
-
-
-def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the colours of PASCAL VOC: the bits of the index, three at a time, from the top of each channel down."""
-    colours = []
-    for index in range(num_classes):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        colours.append((rgb[0], rgb[1], rgb[2]))
-    return tuple(colours)
 
 
 def write_mask(path: Path, mask_HW: Bytes, palette: Palette, *, overwrite: bool = False) -> None:
@@ -57,7 +46,7 @@ def error_map(prediction_HW: Bytes, truth_HW: Bytes, ignore_index: int) -> Bytes
     """Return (H, W, 3): grey where the prediction is right, red where it is wrong, white where the truth is ignored."""
     codes = np.where(prediction_HW == truth_HW, 0, 1)
     codes[truth_HW == ignore_index] = 2
-    table: Bytes = np.asarray([RIGHT, WRONG, IGNORED], dtype=np.uint8)
+    table: Bytes = np.asarray([RIGHT_COLOUR, WRONG_COLOUR, IGNORED_COLOUR], dtype=np.uint8)
     return table[codes]
 
 

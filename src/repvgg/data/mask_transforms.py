@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repvgg.data.config import MaskAugment
 from repvgg.data.counter_rng import uniforms
-from repvgg.data.label_sets import IGNORED
+from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.data.mask_files import Pair
 
 # Columns of the uniforms of an image. Always all are drawn, so that enabling one transform leaves the numbers of the
@@ -34,7 +34,7 @@ class MaskCrop:
 
     The image is scaled and rotated about its centre on a canvas of the scaled size, or of the crop's where that is
     larger; the crop is a window of the canvas. What lies beyond the image is ``fill`` in the image, and ignored in the
-    mask. Bilinear sampling takes no mean over several pixels where it shrinks, as in the recipes it comes from.
+    mask. Bilinear sampling reads 2x2 pixels where it shrinks the image, too, as in PSPNet's code.
 
     Args:
         augment: the ranges.
@@ -70,7 +70,7 @@ class MaskCrop:
         both = torch.empty(len(image) + 1, *mask.shape, dtype=torch.uint8)
         # After the colours: what lies beyond the image keeps the mean, as in a padded image at test time.
         both[:-1] = torch.where(outside, self._fill_C11, image.clamp_(0, 255).add_(0.5))
-        both[-1] = mask.masked_fill_(outside, IGNORED)
+        both[-1] = mask.masked_fill_(outside, IGNORE_INDEX)
         return both
 
     def _matrix(self, draws: list[float], height: int, width: int) -> Matrix:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, Augment, DataConfig
 from repvgg.data.dataset import Normalize, denormalized, per_channel
 from repvgg.data.decode import CorruptImage, CorruptImageLog
-from repvgg.data.label_sets import IGNORED
+from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.data.loaders import LoadedBatch, RankShard, TrainLoader, ValLoader
 from repvgg.data.map_style import BatchRequest, ImageStore, MapTrainLoader, MapValLoader, TrainDataset, ValDataset
 from repvgg.data.mask_files import CachedPairs, DecodedPairs, MaskSplit, PairSource, fits_in_cache
@@ -53,7 +53,7 @@ class SegmentationData:
     """
 
     task: Literal["segmentation"] = "segmentation"
-    ignore_index = IGNORED
+    ignore_index = IGNORE_INDEX
 
     def __init__(self, config: DataConfig, source: MaskSource, seed: int) -> None:
         assert source.val is not None  # open_mask_source splits a URI that has none
@@ -77,7 +77,7 @@ class SegmentationData:
         self._val_split = source.val
         fill = tuple(round(255 * value) for value in self.mean)
         crop = MaskCrop(config.augment.mask, config.augment.flip, size, fill, config.interpolation, seed)
-        # Of the images, only the crop above changes anything: the batch transforms carry the seed of the order.
+        # The crop above augments the images. These batch transforms change nothing; they carry the seed of the order.
         unchanged = BatchTransforms(Augment(), seed, (0.0,) * channels, (0.0,) * channels)
         is_cached = config.cache == "memory" or (config.cache == "auto" and fits_in_cache(source.train, channels))
         train_store = _CroppedPairs(_pairs(source.train, config, channels, is_cached), crop)

@@ -20,7 +20,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     - Adaptive average pooling of H x W pixels to h x w cells: ``P_h · X · P_wᵀ`` with the two constant matrices of
       :func:`pooling_matrix`, exact for every size; one ``ReduceMean`` for a single cell, and one ``AveragePool`` where
       h and w divide H and W.
-    - Bilinear interpolation to a fixed size: one ``Resize`` along height and width, which asks for no other axis.
+    - Bilinear interpolation to a fixed size: one ``Resize`` whose axes are height and width only.
 
     Raises:
         MissingDependencyError: onnxscript is not installed.

@@ -43,23 +43,23 @@ def dilate_(stages: Sequence[nn.Module], stride: int, output_stride: int, rule: 
     """
     dilation, is_first = 1, True
     for stage in stages:
-        own = max(conv.stride[0] for conv in _convolutions(stage))
-        if stride * own <= output_stride:
-            stride *= own
+        stage_stride = max(conv.stride[0] for conv in _convolutions(stage))
+        if stride * stage_stride <= output_stride:
+            stride *= stage_stride
             continue
-        previous, dilation = dilation, dilation * own
+        previous, dilation = dilation, dilation * stage_stride
         if rule == "fast" and is_first:
             blocks = list(stage.children())
-            _set(blocks[:-_FAST_BLOCKS], previous, previous, "paper")
-            _set(blocks[-_FAST_BLOCKS:], previous, dilation, "paper")
+            _replace_strides(blocks[:-_FAST_BLOCKS], previous, previous, "paper")
+            _replace_strides(blocks[-_FAST_BLOCKS:], previous, dilation, "paper")
         else:
-            _set([stage], previous, dilation, rule)
+            _replace_strides([stage], previous, dilation, rule)
         is_first = False
     if stride != output_stride:
         raise UsageError(f"The strides of this network reach {stride}, not the output stride of {output_stride}.")
 
 
-def _set(modules: Sequence[nn.Module], previous: int, dilation: int, rule: DilationRule) -> None:
+def _replace_strides(modules: Sequence[nn.Module], previous: int, dilation: int, rule: DilationRule) -> None:
     convs = [conv for module in modules for conv in _convolutions(module)]
     # Branches of a block are parallel: what is registered before the last strided kernel reads the finer grid as well.
     strided = [index for index, conv in enumerate(convs) if conv.stride != (1, 1) and conv.kernel_size != (1, 1)]

@@ -326,7 +326,7 @@ def _summary(cell: Mapping[str, Any]) -> str:
     if "failed" in cell:
         return str(cell["failed"])
     trained, deployed = cell["trained"], cell["deployed"]
-    same = f"{deployed['same_answers']:,} of {deployed['images']:,} answers the same collapsed"
+    same = f"{deployed['same_answers']:,} of {deployed['images']:,} answers are the same when collapsed"
     return f"{trained['top1_percent']:.2f} %, {same}, {cell['seconds']:.0f} s"
 
 

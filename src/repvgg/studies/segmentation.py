@@ -192,7 +192,7 @@ def _form_of(row: PrintedSegmentation) -> Form:
 
 
 def rows_of(backbones: Sequence[str]) -> list[Row]:
-    """Return the networks of the table: every form of the RepVGGs, and the ResNets dilated, in both ways."""
+    """Return the networks of the table: every form of the RepVGGs, and the ResNets, dilated and by phases."""
     ours = [Row(backbone, form) for backbone in backbones for form in _FORMS]
     return ours + [Row(backbone, form) for backbone in _BASELINES for form in _RESNET_FORMS]
 

@@ -265,7 +265,7 @@ def _summary(cell: Mapping[str, Any]) -> str:
     if "failed" in cell:
         return str(cell["failed"])
     deployed = cell["deployed"]
-    same = f"{deployed['same_pixels']:,} of {deployed['all_pixels']:,} pixels the same collapsed"
+    same = f"the plain form predicts the same class in {deployed['same_pixels']:,} of {deployed['all_pixels']:,} pixels"
     return f"mIoU {100 * cell['trained']['miou']:.2f} %, {same}, {cell['seconds'] / 60:.1f} minutes"
 
 
@@ -337,12 +337,12 @@ def _miou_table(results: _Results) -> Table:
         Column("miou_percent", "mIoU (%)", 2),
         Column("miou_deviation", "± over seeds", 2),
         Column("seeds", "Seeds"),
-        Column("difference", "to RepVGG-A0", 2),
+        Column("difference", "difference from RepVGG-A0", 2),
         Column("difference_deviation", "± over seeds", 2),
         Column("pixel_accuracy_percent", "Pixel acc. (%)", 2),
         Column("mean_accuracy_percent", "Mean acc. (%)", 2),
         Column("deployed_miou_percent", "mIoU collapsed (%)", 2),
-        Column("same_pixels", "same class collapsed (pixels)"),
+        Column("same_pixels", "same class when collapsed (pixels)"),
         Column("parameters", "Parameters, trained"),
         Column("deployed_parameters", "collapsed"),
     )

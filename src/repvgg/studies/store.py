@@ -360,7 +360,7 @@ def _one_process_of_this_machine(folder: Path) -> Iterator[bool]:
 
 
 def _identity() -> list[str]:
-    """The lines of a lock file of this process: its number, machine and start, by which a reused number is told."""
+    """The lines of a lock file of this process: its number, machine and start, which tells a reused number apart."""
     return [str(os.getpid()), socket.gethostname(), _started(os.getpid())]
 
 

@@ -32,7 +32,7 @@ def runs_on_cpu(config: TrainConfig) -> bool:
 
 
 def fastest_precision(*, on_cpu: bool) -> ChosenPrecision:
-    """Return the precision in which this machine trains fastest, judged by its instructions.
+    """Return the precision in which this machine trains fastest, by the instructions that it has.
 
     A CPU without instructions for bfloat16 converts each operand to float32 and back: training the recipe ``cifar``
     took 5.5 times as long in bf16 as in float32 on a Zen 3.

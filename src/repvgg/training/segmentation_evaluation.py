@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from repvgg._contexts import eval_mode
+from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.errors import DataError
 from repvgg.training.evaluation import device_of
 from repvgg.training.segmentation_inference import SegmentationInference, Segmenter
-
-IGNORE_INDEX = 255
 
 #: How a class without pixels in truth and prediction counts in a mean: not at all, or as 0.
 AbsentClasses = Literal["ignore", "zero"]

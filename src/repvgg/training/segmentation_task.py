@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan
 from repvgg.training.records import SegmentationRecord
-from repvgg.training.segmentation_evaluation import IGNORE_INDEX, SegmentationEvaluation, confusion_matrix
+from repvgg.training.segmentation_evaluation import SegmentationEvaluation, confusion_matrix
 from repvgg.training.task import TrainingTask
 
 

@@ -15,7 +15,7 @@ from repvgg.data.config import DataConfig, DataUri, is_mask_uri, parse_uri
 from repvgg.data.counter_rng import epoch_order
 from repvgg.data.decode import is_image_name
 from repvgg.data.label_sets import (
-    IGNORED,
+    IGNORE_INDEX,
     LabelSet,
     ade20k_labels,
     cityscapes_labels,
@@ -106,7 +106,7 @@ def _open(uri: DataUri, config: DataConfig) -> MaskSource:
     ignore = _ignore_index(uri, config)
     match uri.scheme:
         case "masks":
-            return _open_folder(uri, IGNORED if ignore is None else ignore)
+            return _open_folder(uri, IGNORE_INDEX if ignore is None else ignore)
         case "cityscapes":
             return _open_cityscapes(uri)
         case "ade20k":
@@ -128,7 +128,7 @@ def _ignore_index(uri: DataUri, config: DataConfig) -> int | None:
             raise UsageError(
                 f"{uri.text!r} ignores label {value}, but ignore_index is {config.ignore_index}: drop one."
             )
-    official = {"cityscapes": IGNORED, "ade20k": 0, "voc": IGNORED}.get(uri.scheme)
+    official = {"cityscapes": IGNORE_INDEX, "ade20k": 0, "voc": IGNORE_INDEX}.get(uri.scheme)
     if official is not None and value not in (None, official):
         raise UsageError(f"The ignored label of {uri.scheme} is {official}, got {value}: leave ignore_index out.")
     return value
@@ -353,10 +353,11 @@ def _same_labels(source: MaskSource, config: DataConfig, *, strict: bool) -> Mas
         labels = named[0]
     else:
         number = 1 + max(largest_label(split, config.workers, strict=strict) for split in splits)
-        if number > IGNORED:
+        if number > IGNORE_INDEX:
             raise DataError(
-                f"The masks of {config.uri!r} hold label {IGNORED}, which marks unlabelled pixels nearly everywhere, "
-                f"but {splits[0].labels.ignore_index} is ignored: ignore {IGNORED}, or name the classes in classes.txt."
+                f"The masks of {config.uri!r} hold label {IGNORE_INDEX}, which marks unlabelled pixels nearly "
+                f"everywhere, but {splits[0].labels.ignore_index} is ignored: ignore {IGNORE_INDEX}, or name the "
+                f"classes in classes.txt."
             )
         labels = numbered_labels(number, splits[0].labels.ignore_index)
         notes += (

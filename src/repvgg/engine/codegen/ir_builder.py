@@ -182,7 +182,7 @@ class IRBuilder:
         return self.where("olt", vector, "zeroinitializer", "zeroinitializer", vector)
 
     def where(self, comparison: str, left: Value, right: Value, yes: Value, no: Value) -> Value:
-        """Select lanes of ``yes`` where ``left`` and ``right`` compare as told ("olt", "ogt", …), else of ``no``."""
+        """Select lanes of ``yes`` where a comparison ("olt", …) of ``left`` and ``right`` holds, else of ``no``."""
         condition = self.assign(f"fcmp {comparison} {self.vector} {left}, {right}")
         return self.assign(f"select <{self.width} x i1> {condition}, {self.vector} {yes}, {self.vector} {no}")
 
