@@ -5,7 +5,7 @@ The passes, from a module to a call, and the values between them::
     compiled_model.py  ``compile``, and the callable that it returns, with an executable for each input size
     operator.py        the callable as one operator in the graphs of torch.compile and torch.export
     recorder.py        nn.Module or FX graph  -> calls            (run on a copy, on tensors without values)
-    frontend.py        calls                  -> graph            (translate.py, views.py; torch_backend.py)
+    frontend.py        calls                  -> graph            (translate.py, handlers/, views.py)
     partition.py       calls                  -> parts            (what the engine runs, and what PyTorch runs)
     fusion.py          graph                  -> graph            (epilogues, folded batch norms)
     graph.py           graph, input sizes     -> shapes           (the operations; shape inference)

@@ -11,7 +11,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repvgg.engine.graph import ConvGeometry, Shape, pair
+from repvgg.engine.image_size import as_sizes
 from repvgg.errors import UnsupportedError
 from repvgg.symbolic import shadow_of
 
@@ -259,7 +260,7 @@ class _Recorder(TorchFunctionMode):
             return _CPU
         if func in _SIZES:
             axis = args[1] if len(args) > 1 else kwargs.get("dim")
-            return _as_sizes(func(*args, **kwargs), axis, sizes_vary=self._sizes_vary)
+            return as_sizes(func(*args, **kwargs), axis, sizes_vary=self._sizes_vary)
         function = _name_of(func)
         if function in _VALUES:
             raise UnsupportedError(
@@ -429,70 +430,6 @@ def _leaves(value: Any) -> Iterable[Any]:
 
 def _tensors(value: Any) -> Iterable[Tensor]:
     return (one for one in _leaves(value) if isinstance(one, Tensor))
-
-
-# Sizes
-
-
-class ImageSize(int):
-    """Number of images, height or width: it may be passed to functions, and no branch may depend on it.
-
-    The network is read once for all sizes.
-    """
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise UnsupportedError(
-            "The forward branches on the number or the size of its images, but the engine reads it once for all: "
-            "remove that branch."
-        )
-
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
-    __truediv__ = __rtruediv__ = __float__ = __round__ = __floor__ = __ceil__ = _refuse
-    __hash__ = int.__hash__
-
-    def __add__(self, other: Any) -> Any:
-        return _size(int.__add__(self, other))
-
-    def __sub__(self, other: Any) -> Any:
-        return _size(int.__sub__(self, other))
-
-    def __rsub__(self, other: Any) -> Any:
-        return _size(int.__rsub__(self, other))
-
-    def __mul__(self, other: Any) -> Any:
-        return _size(int.__mul__(self, other))
-
-    def __floordiv__(self, other: Any) -> Any:
-        return _size(int.__floordiv__(self, other))
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return _size(int.__rfloordiv__(self, other))
-
-    def __mod__(self, other: Any) -> Any:
-        return _size(int.__mod__(self, other))
-
-    def __neg__(self) -> Any:
-        return _size(int.__neg__(self))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-
-def _size(value: Any) -> Any:
-    return ImageSize(value) if isinstance(value, int) else value  # NotImplemented, for other types
-
-
-def _as_sizes(found: Any, axis: int | None, *, sizes_vary: bool) -> Any:
-    """Return what ``shape``, ``size`` or ``len`` gave, with sizes that no branch may depend on; channels are known.
-
-    If the height and width of images do not vary, only their number is such a size.
-    """
-    if isinstance(found, int):
-        return _as_size(found, axis or 0, sizes_vary=sizes_vary)
-    return torch.Size([_as_size(one, axis, sizes_vary=sizes_vary) for axis, one in enumerate(found)])
-
-
-def _as_size(found: int, axis: int, *, sizes_vary: bool) -> int:
-    return ImageSize(found) if axis == 0 or (sizes_vary and axis != 1) else found
 
 
 # Memory
