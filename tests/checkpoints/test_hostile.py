@@ -145,7 +145,7 @@ def test_other_files_are_no_checkpoints(tmp_path, text):
     """Pickles of protocols 0 and 1 are text, and are not opened."""
     path = tmp_path / "README.md"
     path.write_bytes(text)
-    assert refused(path).endswith("is not a checkpoint.")
+    assert refused(path).endswith("is not a checkpoint." if text else "is not a checkpoint: it is empty.")
 
 
 def test_namespaces_of_training_scripts_are_data(tmp_path):

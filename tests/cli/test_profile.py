@@ -141,7 +141,9 @@ def test_bad_input(refused, monkeypatch):
     assert "at least 1" in refused("profile", "repvgg_t0", "--input-size", 0, 5)
     assert "did you mean repvgg_a0" in refused("profile", "repvgg_a00")
     assert "There is no file" in refused("profile", "missing.safetensors")
-    assert "cannot run on images of 3 x 2 x 2" in refused("profile", "torchvision:squeezenet1_1", "--input-size", 2, 2)
+    assert "does not run on inputs[0]: float32 (1, 3, 2, 2)" in refused(
+        "profile", "torchvision:squeezenet1_1", "--input-size", 2, 2
+    )
     assert "give it alone" in refused("profile", "repvgg_t0", "--paper", "table4")
     assert "give it alone" in refused("profile", "--paper", "table4", "--batch", 2)
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -11,7 +11,7 @@ from repvgg.engine.codegen import jit
 from repvgg.engine.codegen.ir_builder import build_module
 from repvgg.engine.codegen.jit import GENERIC_ISAS, SCALAR_ISA, compile_to_assembly, host_isa
 from repvgg.engine.executable import kernel_functions
-from repvgg.engine.graph import ConvGeometry
+from repvgg.engine.graph import ConvGeometry, chain
 from repvgg.engine.planner.algorithms import Target
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.runtime import thread_pool
@@ -50,7 +50,8 @@ def test_inner_loops_do_not_spill(name, size):
         ConvGeometry((1, 1)),
     ]
     layers = [random_conv(3 if at == 0 else 96, 96, one) for at, one in enumerate([geometries[1], *geometries])]
-    text = compile_to_assembly(build_module(kernel_functions(plan(layers, (2, 3, size, size), Target(isa)))[1]), isa)
+    planned = plan(chain(layers, 3), [(2, 3, size, size)], Target(isa))
+    text = compile_to_assembly(build_module(kernel_functions(planned)[1]), isa)
     products = [loop for loop in inner_loops(text) if any(word in loop for word in _FMA)]
     assert len(products) >= len(geometries)
     for loop in products:

@@ -36,7 +36,7 @@ def worker_threads() -> list[threading.Thread]:
 def test_results_do_not_depend_on_scheduling(name, threads):
     """The same bits, whichever thread computes a unit. Another number of threads may select other kernels."""
     model = plain(SPECS[name])
-    fast = CompiledModel(read(model), (3, 3, 37, 29), isas()[-1], threads)
+    fast = CompiledModel(read(model), [(3, 3, 37, 29)], isas()[-1], threads)
     for batch in (3, 1, 2):
         x = torch.randn(batch, 3, 37, 29)
         first = fast(x)
