@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from repvgg import load, reparameterize
 from repvgg.cli import main
+from repvgg.cli._predict_masks import compiled
 from repvgg.models import SPECS, create_model, describe_model, registry, save
 from repvgg.training import read_config
 from tests.training.masks import CLASSES, SPEC, make_masks
@@ -260,3 +261,15 @@ def test_a_backbone_that_does_not_fit_is_refused(refused, uri, tmp_path):
         "train", *SMALL, "--data", uri, "--init", tmp_path / "wide.safetensors", "--out", tmp_path / "run"
     )
     assert "is a checkpoint of wide, not of repvgg_t0" in message
+
+
+@pytest.mark.parametrize("engine", ["auto", "repvgg"])
+def test_the_engine_runs_images_of_several_sizes(engine):
+    model = create_model(SPEC, 3, plain=True).eval()
+    run, describe = compiled(model, engine)
+    with torch.inference_mode():
+        for size in ((33, 41), (41, 33), (33, 41)):  # the interpolation to the size of another map depends on it
+            images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+            expected = model(images)
+            assert (run(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert describe() == "repvgg"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repvgg._files import check_output
 from repvgg._progress import progress_bar
-from repvgg.errors import OutputError, RepvggError, first_line
+from repvgg.errors import OutputError, RepvggError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -145,14 +146,13 @@ def compiled(model: nn.Module, engine: str) -> tuple[Run, Callable[[], str]]:
 class _EngineState:
     def __init__(self, model: nn.Module, required: bool) -> None:
         self._model, self._required = model, required
-        self._compiled: Any = None
+        self._compiled: dict[tuple[int, ...], Any] = {}  # by shape of the images, the last used last
         self._problem = ""
-        self._sizes: set[tuple[int, ...]] = set()
         self._in_torch = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)
-        if not self._problem and (shape in self._sizes or len(self._sizes) < _MOST_SIZES or self._required):
+        if not self._problem and (shape in self._compiled or len(self._compiled) < _MOST_SIZES or self._required):
             try:
                 return self._in_engine(images, shape)
             except (RepvggError, RuntimeError) as error:  # the latter by LLVM
@@ -166,10 +166,18 @@ class _EngineState:
     def _in_engine(self, images: Tensor, shape: tuple[int, ...]) -> Tensor:
         import repvgg.engine
 
-        if self._compiled is None:
-            self._compiled = repvgg.engine.compile(self._model, shape)
-        logits: Tensor = self._compiled(images)
-        self._sizes.add(shape)
+        latest = next(reversed(self._compiled.values()), None)
+        network = self._compiled.pop(shape, latest)
+        logits: Tensor | None = None
+        if network is not None:
+            with suppress(UnsupportedError):  # the network depends on the size, and was compiled for another one
+                logits = network(images)
+        if logits is None:
+            network = repvgg.engine.compile(self._model, shape)
+            logits = network(images)
+        self._compiled[shape] = network
+        while len(self._compiled) > _MOST_SIZES:  # each has its memory
+            del self._compiled[next(iter(self._compiled))]
         return logits
 
     def describe(self) -> str:
