@@ -1,4 +1,4 @@
-"""A compiler for plain networks on CPUs: it generates machine code for one network, with llvmlite.
+"""A compiler of networks for CPUs: it generates machine code for one network, with llvmlite.
 
 The passes, from a module to a call, and the values between them::
 

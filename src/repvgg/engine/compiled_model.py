@@ -28,6 +28,7 @@ from repvgg.engine.frontend import read
 from repvgg.engine.fusion import fuse
 from repvgg.engine.graph import Floats, Graph, Shape, infer_shapes, with_own_memory
 from repvgg.engine.kernels.base import Kernel
+from repvgg.engine.nested import map_structure
 from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
@@ -37,7 +38,6 @@ from repvgg.engine.planner.plan import plan
 from repvgg.engine.planner.steps import Plan
 from repvgg.engine.runtime.memory import Images, InputView, view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool, check_threads, thread_count
-from repvgg.engine.translate import map_structure
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
 MAX_INPUT_SIZES = 4  # executables that a model keeps, each with its code and memory
@@ -72,7 +72,7 @@ def compile(  # noqa: A001 - as torch.compile
     search: bool = False,
     fallback: bool = False,
 ) -> CompiledModel | PartitionedModel | TorchFallback:
-    """Compile a plain network for this processor.
+    """Compile a network for this processor; convert it first (:func:`repvgg.reparameterize`), which makes it faster.
 
     Call the result from threads with a stack of 2 MiB or more, the default on Linux unless
     :func:`threading.stack_size` changed it. Winograd weights take 1.3 to 10 times the memory of the model's weights;

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from repvgg.engine.frontend import RECORDED_BATCHES, graph_of, subject
 from repvgg.engine.graph import Graph, Pair, Shape, is_same_graph
+from repvgg.engine.nested import leaves, map_arguments, map_structure, tensors
 from repvgg.engine.recorder import Call, Recording, copy_of, record, writes_in_place
 from repvgg.engine.runtime.memory import view_input
-from repvgg.engine.translate import Translator, map_structure
+from repvgg.engine.translate import Translator
 from repvgg.engine.views import grouping_of
 from repvgg.errors import UnsupportedError, UsageError
 
@@ -134,9 +135,9 @@ class Partition:
                 return values[id(one)]
             return one.slope * count + one.offset if isinstance(one, PerImage) else one
 
-        given, more = _mapped(value_of, args), _mapped(value_of, kwargs)
+        given, more = map_arguments(value_of, args), map_arguments(value_of, kwargs)
         if call.function == "item":
-            return list(_tensors(given[0]))[given[1]]
+            return list(tensors(given[0]))[given[1]]
         assert call.callee is not None
         if given and writes_in_place(call.function, given, more):
             given = (given[0].clone(), *given[1:])  # another part may still read it
@@ -333,38 +334,8 @@ def _fitted_number(values: Sequence[int], batches: Sequence[int]) -> int | PerIm
     return fit if slope else values[0]
 
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, slice):
-        return slice(*(_mapped(function, one) for one in (value.start, value.stop, value.step)))
-    if type(value) in (tuple, list, dict):
-        return (
-            {key: _mapped(function, one) for key, one in value.items()}
-            if type(value) is dict
-            else type(value)(_mapped(function, one) for one in value)
-        )
-    return function(value)
-
-
 def _calls_in(value: Any) -> Iterator[Call]:
-    if isinstance(value, Call):
-        yield value
-    elif isinstance(value, slice):
-        yield from _calls_in((value.start, value.stop, value.step))
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _calls_in(one)
-    elif isinstance(value, Mapping):
-        yield from _calls_in(list(value.values()))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+    return (one for one in leaves(value) if isinstance(one, Call))
 
 
 # Inputs of parts

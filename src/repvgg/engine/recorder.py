@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from repvgg.engine.graph import ConvGeometry, Shape, pair
 from repvgg.engine.image_size import as_sizes
+from repvgg.engine.nested import map_arguments, tensors
 from repvgg.errors import UnsupportedError
 from repvgg.symbolic import shadow_of
 
@@ -135,7 +136,7 @@ def record(
     except Exception as raised:  # a user's forward may raise anything
         error = raised
     else:
-        output = _mapped(recorder.as_call, output)
+        output = map_arguments(recorder.as_call, output)
     return Recording(inputs, recorder.calls, output, error, recorder.computed)
 
 
@@ -235,12 +236,12 @@ class _Recorder(TorchFunctionMode):
     def add(self, function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Call:
         """Add a call; ``result`` is what it returned."""
         name, what = self._paths.name_of_call(function, self._names)
-        call = Call(function, _mapped(self.as_call, args), _mapped(self.as_call, dict(kwargs)), name, what)
+        call = Call(function, map_arguments(self.as_call, args), map_arguments(self.as_call, dict(kwargs)), name, what)
         self.calls.append(call)
         if isinstance(result, Tensor):
             self._bind(call, result)
         else:
-            for index, tensor in enumerate(_tensors(result)):
+            for index, tensor in enumerate(tensors(result)):
                 item = Call("item", (call, index), {}, name, what)
                 self.calls.append(item)
                 self._bind(item, tensor)
@@ -254,7 +255,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(id(tensor) in self._calls for tensor in _tensors((args, kwargs))):
+        if not any(id(tensor) in self._calls for tensor in tensors((args, kwargs))):
             return self._without_images(func, args, kwargs)
         if func == _DEVICE:
             return _CPU
@@ -267,7 +268,7 @@ class _Recorder(TorchFunctionMode):
                 f"The forward cannot be traced, because it reads values that depend on the images, by {function}: "
                 "remove control flow that depends on values."
             )
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors((args, kwargs)):
             if id(tensor) in self._outdated:
                 raise UnsupportedError(
                     f"The forward changes a part of a tensor in place, by {self._outdated[id(tensor)]}, and then uses "
@@ -275,7 +276,7 @@ class _Recorder(TorchFunctionMode):
                 )
         result = self._run(func, function, args, kwargs)
         # What returns None may write to its arguments, as x[0] = 1 does.
-        if result is None or any(True for _ in _tensors(result)):
+        if result is None or any(True for _ in tensors(result)):
             if len(self.calls) > MAX_CALLS:
                 raise UnsupportedError(f"The model calls more than {MAX_CALLS:,} functions: remove loops over pixels.")
             self.add(function, args, kwargs, result).callee = func
@@ -294,16 +295,16 @@ class _Recorder(TorchFunctionMode):
 
     def _run(self, func: Any, function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function with tensors that have no values."""
-        args, kwargs = _mapped(self._stand_in, args), _mapped(self._stand_in, kwargs)
+        args, kwargs = map_arguments(self._stand_in, args), map_arguments(self._stand_in, kwargs)
         if function == "cpu":
             return args[0]
         if function == "to":
-            args, kwargs = _mapped(_not_on_cpu, args), _mapped(_not_on_cpu, kwargs)
+            args, kwargs = map_arguments(_not_on_cpu, args), map_arguments(_not_on_cpu, kwargs)
         result = _own_result(function, args, kwargs)
         return func(*args, **kwargs) if result is None else result
 
     def _without_images(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(tensors((args, kwargs)))
         name = str(getattr(func, "__name__", ""))
         writes = (
             (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or "out" in kwargs
@@ -312,7 +313,7 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedError(f"The forward changes tensors of the model by {_name_of(func)}: remove that first.")
         result = func(*args, **kwargs)
         known = set(map(id, inputs))  # weight.to(dtype) may return the weight itself
-        self.computed.update((id(tensor), tensor) for tensor in _tensors(result) if id(tensor) not in known)
+        self.computed.update((id(tensor), tensor) for tensor in tensors(result) if id(tensor) not in known)
         return result
 
     def as_call(self, value: Any) -> Any:
@@ -400,36 +401,6 @@ def _mean_shape(shape: Sequence[int], given: Mapping[str, Any]) -> list[int]:
 
 def _floats(shape: Iterable[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
-
-
-# Nested arguments
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """Replace the leaves of nested tuples, lists, dictionaries and slices."""
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(function, one) for one in value)
-    if type(value) is dict:
-        return {key: _mapped(function, one) for key, one in value.items()}
-    if type(value) is slice:
-        return slice(*(_mapped(function, one) for one in (value.start, value.stop, value.step)))
-    return function(value)
-
-
-def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, (tuple, list, set, frozenset)):
-        for one in value:
-            yield from _leaves(one)
-    elif isinstance(value, Mapping):
-        yield from _leaves(list(value.values()))
-    elif type(value) is slice:
-        yield from (value.start, value.stop, value.step)
-    else:
-        yield value
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    return (one for one in _leaves(value) if isinstance(one, Tensor))
 
 
 # Memory

@@ -6,7 +6,6 @@ those that a handler refuses, are collected: the error names all of them at once
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from repvgg.engine.graph import C, Graph, H, Output, W
 from repvgg.engine.graph_builder import GraphBuilder, Refusal, UnknownValue
 from repvgg.engine.handlers import HANDLERS
+from repvgg.engine.nested import map_structure
 from repvgg.engine.recorder import Call, Recording
 from repvgg.engine.views import View
 
@@ -122,14 +122,3 @@ def _needed(recording: Recording) -> set[int]:
 def _writes_elsewhere(call: Call) -> bool:
     """Whether a call changes a tensor that it does not return."""
     return call.function == "__setitem__" or call.kwargs.get("out") is not None
-
-
-def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to the leaves of nested tuples, lists and dictionaries."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_structure(function, one) for one in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_structure(function, one) for one in value)
-    if isinstance(value, dict):
-        return type(value)((key, map_structure(function, one)) for key, one in value.items())
-    return function(value)

@@ -15,7 +15,7 @@ def share_storage(graph: Graph, shapes: Sequence[FeatureShape]) -> list[int]:
     """Return a number for each value; values of the same number are in the same memory, one after the other.
 
     The result of an element-wise operation replaces an input that nothing reads later: feature maps are the largest
-    values of a network. So does that of a convolution that adds to its second input, which the frontend has checked.
+    values of a network. So does that of a convolution that adds to its second input, which the fusion has checked.
     """
     storage = list(range(len(shapes)))
     last_use = {value: users[-1] for value, users in enumerate(graph.users()) if users}
