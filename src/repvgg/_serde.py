@@ -4,7 +4,7 @@ Supported field types: dataclasses, ``tuple[T, ...]``, ``tuple[A, B]``, ``dict[s
 (``T | None``), ``Any``, and the scalars ``bool``, ``int``, ``float`` and ``str``. A ``bool`` is no ``int`` here; an
 ``int`` is accepted where a ``float`` is expected.
 
-Files may come from strangers: a YAML document has a limited size, also after its aliases are expanded, an ``int`` has
+Files may be untrusted: a YAML document has a limited size, also after its aliases are expanded, an ``int`` has
 64 bits, and messages quote the beginning of a value that does not fit.
 
 JSON has no NaN and no infinity: :func:`to_json` writes the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and

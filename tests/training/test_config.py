@@ -232,7 +232,7 @@ def test_quickstart_takes_a_seed():
 
 
 def test_a_file_cannot_allow_commands(tmp_path):
-    """Config files may come from strangers, and webdataset:pipe: runs a shell command."""
+    """Config files may be untrusted, and webdataset:pipe: runs a shell command."""
     path = tmp_path / "config.yaml"
     path.write_text("data: {uri: 'webdataset:pipe:touch effect', allow_commands: true}")
     with pytest.raises(UsageError, match=r"only you can, with --data\.allow-commands"):

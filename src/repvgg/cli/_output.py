@@ -43,7 +43,7 @@ def write_error(text: str) -> None:
 def _encodable(text: str, stream: TextIO) -> str:
     """Escape what ``stream`` cannot encode (arrows in an ASCII locale), and what would steer a terminal."""
     encoding = stream.encoding or "utf-8"
-    text = printable_lines(text)  # names of classes, files and layers may come from strangers
+    text = printable_lines(text)  # names of classes, files and layers may be untrusted
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 

@@ -200,7 +200,7 @@ class DataConfig:
             have one size of at most 128 pixels and take at most 1 GiB. Images with masks may have any sizes; "auto"
             caches the training images if they take at most 1 GiB.
         allow_commands: run the shell command of ``webdataset:pipe:COMMAND``. Config files cannot set it, because they
-            may come from strangers.
+            may be untrusted.
         ignore_index: label of the pixels of stored masks that are left out of loss and metrics; None: the source's
             (255, and 0 for ade20k). Masks are delivered with 255 there.
 

@@ -58,7 +58,7 @@ ARITHMETIC = {
     "minimum": "min",
 }
 
-_PLAIN = {
+_WITHOUT_PARAMETERS = {
     "relu": "relu",
     "sigmoid": "sigmoid",
     "tanh": "tanh",
@@ -74,11 +74,11 @@ _PLAIN = {
     "rsqrt": "rsqrt",
     "reciprocal": "reciprocal",
 }
-_PLAIN |= {f"{name}_": kind for name, kind in _PLAIN.items() if not name.endswith("_")}
+_WITHOUT_PARAMETERS |= {f"{name}_": kind for name, kind in _WITHOUT_PARAMETERS.items() if not name.endswith("_")}
 
 #: Functions of each element, for :func:`pointwise`.
-PARAMETRIC = (
-    *_PLAIN,
+ELEMENTWISE = (
+    *_WITHOUT_PARAMETERS,
     *("relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max"),
     *("clamp_max_", "leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "neg", "neg_", "negative", "pow", "__pow__"),
 )
@@ -98,8 +98,8 @@ def of(call: Call) -> dict[str, Any]:
 
 def pointwise(function: str, given: Mapping[str, Any]) -> tuple[Pointwise, ...] | None:
     """Return the functions of each element that a call computes, or None if its arguments are not supported."""
-    if function in _PLAIN:
-        return (Pointwise(_PLAIN[function]),)
+    if function in _WITHOUT_PARAMETERS:
+        return (Pointwise(_WITHOUT_PARAMETERS[function]),)
     function = function.removesuffix("_") if not function.endswith("__") else function
     match function:
         case "relu6":

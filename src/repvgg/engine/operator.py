@@ -29,7 +29,7 @@ class Traceable(Protocol):
         ...
 
 
-_TRANSFORMS = "The engine has no torch.func.vmap, grad and jvp: call the model outside of them."
+_TRANSFORMS = "The engine does not support torch.func.vmap, grad and jvp: call the model outside of them."
 _models: WeakValueDictionary[str, Traceable] = WeakValueDictionary()
 _traced: dict[str, Traceable] = {}
 

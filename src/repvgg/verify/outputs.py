@@ -55,11 +55,6 @@ def is_numbers(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def is_values(leaf: Any) -> bool:
-    """Whether a leaf is a tensor that must be the same: class indices, masks."""
-    return isinstance(leaf, Tensor) and not leaf.is_floating_point()
-
-
 @dataclass(frozen=True)
 class LeafError:
     """The difference of one leaf, over all batches.

@@ -19,8 +19,7 @@ from repvgg.engine.recorder import Call
 from repvgg.engine.views import View
 
 
-def _parametric(b: GraphBuilder, call: Call) -> View:
-    """Translate a function whose parameters are numbers."""
+def _elementwise(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
     functions = arguments.pointwise(call.function, given)
     if functions is None:
@@ -172,6 +171,6 @@ def _constant_map(constant: Floats, axes: Sequence[Sequence[int]], source: Featu
 
 
 HANDLERS = by_name(
-    (arguments.PARAMETRIC, _parametric),
+    (arguments.ELEMENTWISE, _elementwise),
     (arguments.ARITHMETIC, _arithmetic),
 )

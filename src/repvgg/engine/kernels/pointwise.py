@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from repvgg.engine.codegen.ir_builder import IRBuilder, Value
-from repvgg.engine.graph import Epilogue, Pointwise
+from repvgg.engine.graph import Epilogue
 
 Emitter: TypeAlias = Callable[[IRBuilder, Value, float, float], Value]
 
@@ -75,11 +75,6 @@ def apply(
 def describe(epilogue: Epilogue) -> str:
     """Return the names of the functions, for a profile."""
     return ", ".join(one.kind.replace("_", " ") for one in epilogue)
-
-
-def keeps_zero(one: Pointwise) -> bool:
-    """Whether the function of 0 is 0."""
-    return one.kind not in ("affine", "clamp", "hard_sigmoid", "sigmoid", "exp", "rsqrt", "reciprocal")
 
 
 def _polynomial(b: IRBuilder, x: Value, coefficients: Sequence[float]) -> Value:
