@@ -19,7 +19,7 @@ from repvgg.symbolic import (
 
 
 class Evaluator:
-    """Evaluate nodes of an recording graph, with all parameters and buffers passed through ``convert``.
+    """Evaluate nodes of the graph of a recording, with all parameters and buffers passed through ``convert``.
 
     Args:
         recording: the graph.

@@ -30,7 +30,7 @@ class CallGuard:
     path: str
     expected: Mapping[str, tuple[Any, ...]]
     settings: tuple[Setting, ...] = ()
-    only_checks: ClassVar[bool] = True  # tells those who read the code of a model that tensors pass unchanged
+    only_checks: ClassVar[bool] = True  # a mark for the engine's recorder and others: tensors pass unchanged
 
     @classmethod
     def of(cls, path: str, frame: Frame, module: nn.Module, *, sizes: bool) -> CallGuard:

@@ -45,8 +45,8 @@ class Unread(nn.Module):
 class Liveness:
     """What the outputs of a recorded call depend on, its effects included.
 
-    It is told for each forward on its own: what a forward returns counts as read if anything of its call is. So a part
-    of it is not read in any call of the module that runs the same.
+    It is determined for each forward by itself: what a forward returns counts as read if anything of its call is. So a
+    part of it is not read in any call of the module that runs the same.
 
     Attributes:
         nodes: the nodes whose results are read.
