@@ -197,7 +197,7 @@ def test_other_sizes_are_compiled_on_first_use(fast, model):
     assert fast.input_shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=threaded)])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=threaded)])
 def test_the_least_recently_used_size_is_dropped(model, threads):
     fast = repvgg.engine.compile(model, (2, 3, 32, 32), threads=threads)
     others = [(20 + at, 20) for at in range(MAX_INPUT_SIZES)]
