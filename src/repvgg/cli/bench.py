@@ -50,9 +50,9 @@ def bench(
     protocol (section 4.1) times 50 batches of 128 after 50 for warm-up, one network after the other; times are means.
     Batch 1 measures latency: on a GPU each call waits for its result. Larger batches are queued back to back.
 
-    The engine "repvgg" is this library's: it runs plain networks, and networks that it does not support are listed and
-    left out. With several engines every network is timed in each, in the same rounds; --compile is for PyTorch. Before
-    a network in an engine is timed, the threads of the one before come to rest, and the network runs once untimed.
+    The engine "repvgg" is this library's; networks that it does not support are listed and left out. With several
+    engines every network is timed in each, in the same rounds; --compile is for PyTorch. Before a network in an engine
+    is timed, the threads of the one before come to rest, and the network runs once untimed.
 
     Networks that do not fit in memory are listed, and the rest is timed. Ctrl-C stops early and prints the results so
     far.

@@ -1,8 +1,8 @@
 """The graph that the frontend produces and the planner consumes: operations, the values between them, their shapes.
 
 Operations are frozen values that hold NumPy arrays: nothing in here refers to an ``nn.Module`` or to a kernel. A value
-is a feature map (C, H, W) of each image; vectors have H = W = 1. Which axes of a PyTorch tensor those are is the
-business of :mod:`repvgg.engine.views`.
+is a feature map (C, H, W) of each image; vectors have H = W = 1. Which axes of a PyTorch tensor those are says
+:mod:`repvgg.engine.views`.
 """
 
 from __future__ import annotations

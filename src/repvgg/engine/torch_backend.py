@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="repvgg")``: the engine for plain networks at inference, PyTorch for everything else.
+"""``torch.compile(model, backend="repvgg")``: the engine at inference, PyTorch for what it does not support.
 
 The graph that PyTorch passes in takes the weights as arguments, like the images. They are read when the graph first
 runs, and again after they changed. Changes through ``weight.data``, and of tensors that were created in inference mode,
