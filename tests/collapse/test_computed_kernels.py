@@ -1,7 +1,9 @@
 """Kernels that a forward computes: by utilities of torch, or assigned to the data of a parameter."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,3 +229,44 @@ def test_what_depends_on_the_call_stays(forward):
     with pytest.warns(NothingFoldedWarning):
         _, report = check_untouched(model, image())
     assert [skipped.name for skipped in report.left] == ["bn"]
+
+
+GENERATOR = torch.Generator()
+DRAWS = {
+    "a function": lambda weight: weight + 0.1 * torch.randn_like(weight),
+    "dropout": lambda weight: F.dropout(weight, 0.5, True),
+    "rrelu": lambda weight: F.rrelu(weight, 0.1, 0.9, True),
+    "a generator": lambda weight: weight * torch.rand(1, generator=GENERATOR),
+    "Python": lambda weight: weight * random.random(),
+    "NumPy": lambda weight: weight * float(np.random.rand()),  # noqa: NPY002 - what old code bases call
+}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", DRAWS)
+def test_kernels_that_are_drawn_at_random_stay(name, given):
+    """No proof is needed to see it; nor does the conversion change what is drawn next."""
+
+    def forward(self, x):
+        return self.bn(F.conv2d(x, DRAWS[name](self.conv.weight), padding=1))
+
+    model = trained(module(forward, conv=conv(), bn=nn.BatchNorm2d(4)))
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1:3]  # noqa: NPY002
+    with pytest.warns(NothingFoldedWarning):
+        plain, report = repvgg.reparameterize(model, image() if given else None, prove=False)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    np.testing.assert_array_equal(np.random.get_state()[1], states[2][0])  # noqa: NPY002
+    assert report.folded == ()
+    assert not torch.equal(plain(image()), plain(image()))
+
+
+def test_random_numbers_of_one_module_close_no_other():
+    def forward(self, x):
+        return self.inner(x) if random.random() < 2 else x
+
+    inner = trained(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()))
+    model = module(forward, inner=inner).eval()
+    plain, report = repvgg.reparameterize(model, image())
+    assert len(report.folded) == 1
+    assert_same_outputs(model, plain, image())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,16 +172,28 @@ def storage_of(value: Tensor) -> int | None:
         return None
 
 
+def state_outside_pytorch() -> tuple[Any, ...]:
+    """Return the states of the random generators of Python and NumPy, to be compared."""
+    numpy = sys.modules.get("numpy")
+    if not numpy:
+        return (random.getstate(),)
+    name, keys, *rest = numpy.random.get_state()
+    return (random.getstate(), name, keys.tobytes(), *rest)
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the random states of Python and PyTorch on exit."""
+    """Restore the random states of Python, NumPy and PyTorch on exit."""
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     python, cpu, gpu = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
-
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
         random.setstate(python)
+        if numpy and of_numpy:
+            numpy.random.set_state(of_numpy)
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(gpu)

@@ -17,7 +17,7 @@ from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_p
 from repvgg.collapse.matching import canonical_form, is_same_region
 from repvgg.collapse.methods import separating_method
 from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
-from repvgg.collapse.recording import Frame, is_constant, leaves
+from repvgg.collapse.recording import DRAWS_OUTSIDE_PYTORCH, Frame, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.validity import Validity
 from repvgg.symbolic import InputSpec, Layout
@@ -242,7 +242,9 @@ class Placement:
         touched = {frame.path: frame for stack in stacks for frame in stack}
         # Only a chain changes the modules themselves; else others may go on calling them.
         unchanged = frozenset[str]() if point.kind == "chain" else frozenset(self._shared)
-        for path in touched:
+        for path, frame in touched.items():
+            if DRAWS_OUTSIDE_PYTORCH in frame.caveats:
+                return f"the forward of {path or 'the model'} {DRAWS_OUTSIDE_PYTORCH}"
             for other in self.frames[path][1:]:
                 if not is_same_region(region, self.recording, frame=other, unchanged=unchanged):
                     return f"{path} computes something else when it is called again"

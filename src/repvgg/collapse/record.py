@@ -21,9 +21,24 @@ from repvgg._calls import Call
 from repvgg.collapse.effects import Effects
 from repvgg.collapse.graph_builder import GraphBuilder, NeedsValuesError, are_constants, user_code
 from repvgg.collapse.instrument import META, InstrumentedCopy, tensors_of_leaf
-from repvgg.collapse.modules import is_leaf, is_scripted, is_torch_utility, preserved_random_state, storage_of
+from repvgg.collapse.modules import (
+    is_leaf,
+    is_scripted,
+    is_torch_utility,
+    preserved_random_state,
+    state_outside_pytorch,
+    storage_of,
+)
 from repvgg.collapse.number_reader import ELEMENTS, SIZES, NumberReader
-from repvgg.collapse.recording import RANDOM, Frame, Recording, leaves, map_values, mark_constants
+from repvgg.collapse.recording import (
+    DRAWS_OUTSIDE_PYTORCH,
+    RANDOM,
+    Frame,
+    Recording,
+    leaves,
+    map_values,
+    mark_constants,
+)
 from repvgg.collapse.shape_inference import meta_shortcut, output_without_values, shapes_suffice
 from repvgg.collapse.tracked import UNKNOWN, Unknown, untracked
 from repvgg.errors import ReparamError
@@ -126,6 +141,7 @@ class _Recorder(TorchFunctionMode):
         self.values = values or on_meta
         self.writes_parameter = False
         self.failed_in = ""
+        self.state_outside_pytorch = state_outside_pytorch()
 
     def run(self, call: Call, attributes: Mapping[str, Any]) -> Recording:
         """Run the call and return its recording."""
@@ -140,6 +156,7 @@ class _Recorder(TorchFunctionMode):
         try:
             with self:
                 output = forward(*args, **kwargs)
+                self._note_draws()
         except Exception as error:
             error.decisions = tuple(self.numbers.decisions)  # type: ignore[attr-defined]  # what led to it
             error.frame_path = self.failed_in  # type: ignore[attr-defined]
@@ -202,10 +219,12 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # for what we do ourselves
             frame = Frame(path, builder.frame, builder.nodes_of(args), builder.nodes_of(kwargs))
             frame.methods = user_code()[1]
+            self._note_draws()
         builder.frame.items.append(frame)
         builder.frame = frame
         try:
             output = forward(*args, **kwargs)
+            self._note_draws()
         except Exception:
             self.failed_in = self.failed_in or path
             raise
@@ -235,6 +254,13 @@ class _Recorder(TorchFunctionMode):
             value is not old or (builder.assigned and builder.tensors.get(value) in builder.assigned)
             for value, old in zip(now, before, strict=True)
         )
+
+    def _note_draws(self) -> None:
+        """Note that the code of this frame drew random numbers that the graph does not show."""
+        state = state_outside_pytorch()
+        if state != self.state_outside_pytorch:
+            self.builder.frame.caveats.append(DRAWS_OUTSIDE_PYTORCH)
+            self.state_outside_pytorch = state
 
     # Functions
 
@@ -274,6 +300,7 @@ class _Recorder(TorchFunctionMode):
         tensors = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
         versions = [None if value.is_inference() else value._version for value in tensors]
         name = getattr(target, "__name__", str(target))
+        generator_before = torch.default_generator.get_state()
         if tensors and not (self.copy_parameters or self.on_meta) and _writes(name, kwargs):
             written_to, memory = kwargs.get("out", tensors[0]), self.copy.parameter_memory
             if any(isinstance(value, Tensor) and storage_of(value) in memory for value in leaves(written_to)):
@@ -295,7 +322,9 @@ class _Recorder(TorchFunctionMode):
                 raise NeedsValuesError(str(error)) from error
             raise
         node = builder.add(op, target, *given)
-        if name in RANDOM and (name != "rrelu" or kwargs.get("training")):
+        named = op != "call_module" and name in RANDOM  # meta tensors draw nothing, and a GPU has its own generator
+        if named or not torch.equal(generator_before, torch.default_generator.get_state()):
+            node.meta["random"] = True
             builder.opaque[node] = f"{name} draws random numbers"
         if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             builder.opaque[node] = "it runs under autocast"

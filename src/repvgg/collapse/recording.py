@@ -19,8 +19,12 @@ _SCALARS = {int, float, bool, str, bytes, complex, type(None), torch.memory_form
 RANDOM = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
     *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "log_normal_"),
-    *("cauchy_", "geometric_", "trunc_normal_", "rrelu"),
+    *("cauchy_", "geometric_", "trunc_normal_"),
 }
+
+
+#: The caveat of a frame whose own code may do something else in each call.
+DRAWS_OUTSIDE_PYTORCH = "draws random numbers from Python's or NumPy's generator"
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def is_constant(node: fx.Node) -> bool:
         known = node.op == "get_attr" or (
             node.op.startswith("call") and node.target is not unrecorded and all(map(is_constant, node.all_input_nodes))
         )
-        node.meta["constant"] = known and getattr(node.target, "__name__", node.target) not in RANDOM
+        node.meta["constant"] = known and not node.meta.get("random")
     return bool(node.meta["constant"])
 
 
