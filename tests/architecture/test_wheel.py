@@ -38,6 +38,7 @@ def test_every_data_file_is_in_the_wheel(wheel):
         assert wanted <= set(archive.namelist())
 
 
+@pytest.mark.slow
 def test_runs_in_a_fresh_environment(wheel, tmp_path):
     """Installed by pip into a new environment; dependencies come from the environment of the tests."""
     call(sys.executable, "-m", "venv", tmp_path / "venv")

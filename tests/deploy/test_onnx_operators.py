@@ -82,7 +82,7 @@ def test_exporter_alone_gathers_the_pixels_of_each_cell(tmp_path, monkeypatch):
     assert {"Gather", "GatherND"} & alone.keys()  # if this fails, the exporter has become better than it was
 
 
-@pytest.fixture(scope="module", params=["dilated", "by phases"])
+@pytest.fixture(scope="module", params=["dilated", pytest.param("by phases", marks=pytest.mark.slow)])
 def pspnet(request, tmp_path_factory):
     """A plain PSPNet with feature maps of 19 x 21 pixels, which dilations of 2 and 4 do not divide, and its file."""
     torch.manual_seed(0)
