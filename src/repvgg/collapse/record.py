@@ -35,6 +35,7 @@ from repvgg.collapse.recording import (
     RANDOM,
     Frame,
     Recording,
+    is_constant,
     leaves,
     map_values,
     mark_constants,
@@ -322,9 +323,11 @@ class _Recorder(TorchFunctionMode):
                 raise NeedsValuesError(str(error)) from error
             raise
         node = builder.add(op, target, *given)
-        named = op != "call_module" and name in RANDOM  # meta tensors draw nothing, and a GPU has its own generator
-        if named or not torch.equal(generator_before, torch.default_generator.get_state()):
-            node.meta["random"] = True
+        # Meta tensors draw nothing, and a GPU has its own generator. Dropout of feature maps may stay in a new forward.
+        named = op != "call_module" and name in RANDOM
+        drawn = not torch.equal(generator_before, torch.default_generator.get_state())
+        if named or (drawn and all(map(is_constant, node.all_input_nodes))):
+            node.meta["constant"] = False
             builder.opaque[node] = f"{name} draws random numbers"
         if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             builder.opaque[node] = "it runs under autocast"

@@ -175,10 +175,9 @@ def mark_constants(graph: fx.Graph) -> None:
 def is_constant(node: fx.Node) -> bool:
     """Whether a node depends on parameters and numbers only, and is the same in each call."""
     if "constant" not in node.meta:
-        known = node.op == "get_attr" or (
+        node.meta["constant"] = node.op == "get_attr" or (
             node.op.startswith("call") and node.target is not unrecorded and all(map(is_constant, node.all_input_nodes))
         )
-        node.meta["constant"] = known and not node.meta.get("random")
     return bool(node.meta["constant"])
 
 
