@@ -97,7 +97,7 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
 
 @lru_cache(maxsize=4096)
 def _class_with_forward(base: Any, name: str, source: str, imports: str) -> Any:
-    namespace: dict[str, Any] = {"__name__": base.__module__}  # whoever looks at the caller's module finds one
+    namespace: dict[str, Any] = {"__name__": base.__module__}  # warnings read the name of their caller's module
     exec(imports, namespace)
     forward = _forward_from_src(source, namespace)
     attributes = {"forward": forward, "_source": (base, name, source, imports), "__module__": base.__module__}
@@ -183,7 +183,7 @@ class ForwardRewriter:
         for path in self.removed:
             if path not in named and not self._is_read_elsewhere(join(self.host, path)):
                 owner = path.rpartition(".")[0]
-                # What hooks of torch computed it from: nobody calls the module that has them.
+                # If PyTorch's hooks compute it, the module that holds what they read has no caller left: it goes too.
                 is_computed = owner and is_computed_attribute(self.recording.module, join(self.host, path))
                 if is_computed and owner not in named and not self._is_read_elsewhere(join(self.host, owner)):
                     path = owner

@@ -121,7 +121,7 @@ def separating_method(region: Region, recording: Recording, path: str, *, others
     facts = code_facts(recording.module.get_submodule(path))
     steps = [step.node for step in region.steps if step.computes]
     items = [item for node in steps if (item := item_of(recording, node, path)) is not None]
-    public = {name for name in facts.methods if not name.startswith("_")}  # nobody else calls the others
+    public = {name for name in facts.methods if not name.startswith("_")}  # only these can be called from outside
     run = [set(item.methods if isinstance(item, Frame) else item.meta["methods"]) & public for item in items]
     executed = set[str]().union(*run)
     partial = next((name for name in executed if not all(name in methods for methods in run)), None)

@@ -175,7 +175,7 @@ class Placement:
         return self._why_conflicting(region, InsertionPoint("chain", owner))
 
     def _may_replace(self, frame: Frame) -> bool:
-        """Whether a module may become a convolution: nobody calls it in another way, or anything else on it."""
+        """Whether a module may become a convolution: only its forward is ever called, with one argument."""
         path = frame.path
         part = self.recording.module.get_submodule(path)
         if path in self._shared or path in self.excluded or path in self.recording.changed or has_own_hooks(part):

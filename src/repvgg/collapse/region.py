@@ -166,8 +166,8 @@ class Region:
     def removed(self) -> list[tuple[fx.Node, fx.Node]]:
         """The other nodes that go, in the order in which they can be removed, each with the node that remains for it.
 
-        The second node is for whoever still reads the first one: for an addition the sum, for all others, of which only
-        rank, dtype and device are still read, the source.
+        Nodes that still read the first one read the second instead: the sum in place of an addition; the source in
+        place of any other node, of which only rank, dtype and device are still read.
         """
         vanishing = [(add.step.node, add.kept) for add in self.additions if add.merged not in (None, self.replaced)]
         additions = {add.step.node for add in self.additions}
