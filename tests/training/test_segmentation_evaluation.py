@@ -156,11 +156,32 @@ def test_counts_the_pixels_where_models_agree():
     same = sum(
         int((first.eval()(prepare(x)).argmax(1) == second.eval()(prepare(x)).argmax(1)).sum()) for x, _ in batches()
     )
-    assert agreement == MaskAgreement(same, 48 + 70)
-    assert str(agreement) == f"another class in {118 - same} of 118 pixels"
+    assert agreement == MaskAgreement(same, 48 + 70, different_in_float64=118 - same)
+    assert str(agreement) == f"another class in {118 - same} of 118 pixels, in float64 in {118 - same}"
     assert str(MaskAgreement(1234, 1234)) == "the same class in all 1,234 pixels"
     assert [len(batch.predictions) for batch in seen] == [3, 3]
     assert torch.equal(results[0].confusion, results[2].confusion)
+
+
+class AlmostTied(nn.Module):
+    """Two classes, the second ahead by 1e-9 and by ``roundings`` roundings of the arithmetic."""
+
+    def __init__(self, roundings):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.roundings = roundings
+
+    def forward(self, x):
+        first = self.scale * x[:, :1].sigmoid() / 2 + 0.5  # 1e-9 is below half a rounding of float32
+        return torch.cat([first, first + 1e-9 + self.roundings * torch.finfo(x.dtype).eps], 1)
+
+
+def test_ties_within_rounding_are_told_from_differences():
+    models = [AlmostTied(0), AlmostTied(1)]
+    _, agreement = compare_segmentations(models, batches(), prepare, num_classes=K)
+    assert agreement == MaskAgreement(0, 118, different_in_float64=0)
+    assert str(agreement) == "another class in 118 of 118 pixels, in float64 in 0"
+    assert models[0].scale.dtype == torch.float32
 
 
 def test_classifiers_and_broken_networks_are_refused():

@@ -77,7 +77,7 @@ def evaluate_masks(
         write_json(
             {name: one | {"iou_by_class": per_class[name], "data": data.notes[0]} for name, one in found.items()}
             | {"inference": str(inference)}
-            | ({} if agreement is None else {"same_pixels": agreement.same, "all_pixels": agreement.pixels})
+            | _agreement_numbers(agreement)
         )
     else:
         _print(results, agreement, data, options)
@@ -130,6 +130,16 @@ def _evaluate(
         on_batch=collector.add,
     )
     return dict(zip(forms, found, strict=True)), agreement if len(forms) > 1 else None, collector.samples
+
+
+def _agreement_numbers(agreement: MaskAgreement | None) -> dict[str, int | None]:
+    if agreement is None:
+        return {}
+    return {
+        "same_pixels": agreement.same,
+        "all_pixels": agreement.pixels,
+        "different_in_float64": agreement.different_in_float64,
+    }
 
 
 def _with_progress(data: SegmentationData, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

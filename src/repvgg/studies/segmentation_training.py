@@ -232,6 +232,7 @@ def train_cell(network: SmallNetwork, config: TrainConfig, folder: Path) -> Cell
             **_numbers(collapsed.plain),
             "same_pixels": collapsed.agreement.same,
             "all_pixels": collapsed.agreement.pixels,
+            "different_in_float64": collapsed.agreement.different_in_float64,
             "relative_error": collapsed.evidence.relative,
             "tolerance": collapsed.evidence.tolerance,
             "parameters": _num_parameters(collapsed.model),

@@ -153,15 +153,23 @@ class MaskBatch(NamedTuple):
 @final
 @dataclass(frozen=True)
 class MaskAgreement:
-    """In how many pixels two models predict the same class; ignored pixels count, too."""
+    """In how many pixels two models predict the same class; ignored pixels count, too.
+
+    Where two classes score alike up to rounding, equal functions in float32 may choose differently. The images with
+    such pixels are predicted again in float64: a pixel in which the functions differ stays different there.
+    """
 
     same: int
     pixels: int
+    different_in_float64: int | None = None  # pixels of those images; None: no image, or a model that is no module
 
     def __str__(self) -> str:
         if self.same == self.pixels:
             return f"the same class in all {self.pixels:,} pixels"
-        return f"another class in {self.pixels - self.same:,} of {self.pixels:,} pixels"
+        found = f"another class in {self.pixels - self.same:,} of {self.pixels:,} pixels"
+        if self.different_in_float64 is None:
+            return found
+        return f"{found}, in float64 in {self.different_in_float64:,}"
 
 
 def predicted_masks(
@@ -238,20 +246,57 @@ def compare_segmentations(
     The arguments are those of :func:`evaluate_segmentation`; ``on_batch`` receives the predictions of each batch.
     """
     confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in models]
+    inference = inference or SegmentationInference()
+    recount = _Float64Recount(models, prepare, inference)
     images = same = pixels = 0
+    different: int | None = None
     for batch in predicted_masks(models, batches, prepare, inference):
         images += len(batch.images)
         for confusion, prediction in zip(confusions, batch.predictions, strict=True):
             confusion += confusion_matrix(prediction, batch.truth, num_classes, ignore_index)
-        first = batch.predictions[0]
-        agrees = torch.ones_like(first, dtype=torch.bool)
-        for other in batch.predictions[1:]:
-            agrees &= other == first
-        same, pixels = same + int(agrees.sum()), pixels + first.numel()
+        agrees = _where_equal(batch.predictions)
+        same, pixels = same + int(agrees.sum()), pixels + agrees.numel()
+        if recount.possible and not agrees.all():
+            different = (different or 0) + recount.different_pixels(batch.images[~agrees.flatten(1).all(1)])
         if on_batch is not None:
             on_batch(batch)
     results = [SegmentationEvaluation(confusion, images, absent) for confusion in confusions]
-    return results, MaskAgreement(same, pixels)
+    return results, MaskAgreement(same, pixels, different)
+
+
+class _Float64Recount:
+    """Predicts images with copies of the models in float64, which are made when they are needed."""
+
+    def __init__(
+        self,
+        models: Sequence[Segmenter],
+        prepare: Callable[[Tensor], Tensor] | None,
+        inference: SegmentationInference,
+    ) -> None:
+        self.possible = all(isinstance(model, nn.Module) for model in models)
+        self._models = models
+        self._prepare = prepare
+        self._inference = inference
+        self._copies: list[Segmenter] = []
+
+    def different_pixels(self, images: Tensor) -> int:
+        """Return in how many pixels of ``images``, as the loader yields them, the models predict different classes."""
+        if not self._copies:
+            self._copies = [copy.deepcopy(model).double() for model in self._models if isinstance(model, nn.Module)]
+        # One at a time: float64 takes twice the memory.
+        batches = ((self._prepared(image[None]).double(), image.new_zeros(1)) for image in images)
+        found = predicted_masks(self._copies, batches, None, self._inference)
+        return sum(int((~_where_equal(batch.predictions)).sum()) for batch in found)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        return images if self._prepare is None else self._prepare(images)
+
+
+def _where_equal(masks: Sequence[Tensor]) -> Tensor:
+    agrees = torch.ones_like(masks[0], dtype=torch.bool)
+    for other in masks[1:]:
+        agrees &= other == masks[0]
+    return agrees
 
 
 def _number(value: float) -> float | None:
