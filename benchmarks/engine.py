@@ -4,11 +4,15 @@
     python benchmarks/engine.py --pairs repvgg_a0:resnet18 --batches 1 --rounds 15
     python benchmarks/engine.py --idle 1,20,100,1000 --pairs repvgg_a0: --batches 1
     python benchmarks/engine.py --busy --pairs repvgg_a0: --batches 1
+    python benchmarks/engine.py --pairs vgg16:,resnet18:,resnet50:,mobilenetv2_100:,efficientnet_b0:
+    python benchmarks/engine.py --pairs pspnet_repvgg_a0@713: --batches 1 --rounds 5
     python benchmarks/engine.py --checkpoint runs/c10/plain.safetensors --data torchvision:CIFAR10:PATH
 
-A pair is an architecture and a baseline. First, the best settings of each other engine are found: PyTorch eager and
+A pair is an architecture and a baseline, each followed by ``@SIZE`` for images of another size than ``--size``.
+Architectures are those of this library, else of torchvision or timm, collapsed. A network with dilated convolutions is
+also compared with itself undilated, which is another function of as many multiplications. First, the best settings of each other engine are found: PyTorch eager and
 compiled, in either memory format; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the
-hints for latency and for throughput, pinned or not. The library's engine is autotuned (``search=True``). Then rounds
+hints for latency and for throughput, pinned or not. The library's engine is autotuned, unless ``--no-search``. Then rounds
 alternate between the engines, by the protocol of ``repvgg bench``: each reading waits until the threads of the engine
 before are idle, runs once untimed, and times calls for 0.1 s or more. The output has medians of images per second with
 quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
@@ -47,8 +51,8 @@ from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import REST_SECONDS, Sample, SpeedProtocol, environment, take_samples
 from repvgg.measure.timing import quartiles
-from repvgg.models import load
-from repvgg.studies.candidates import deployed
+from repvgg.models import BASELINES, list_models, load
+from repvgg.studies.candidates import deployed, plain_form
 
 READING_SECONDS = 0.1
 # Table 4, and B1. The bottlenecks have the strides whose FLOPs the paper counts; torchvision's ResNet-50 is added.
@@ -60,6 +64,27 @@ Shape = tuple[int, int, int, int]
 def shape_of(images: Tensor) -> Shape:
     batch, channels, height, width = images.shape
     return batch, channels, height, width
+
+
+def network(name: str) -> nn.Module:
+    """Return a network with random weights as it would be deployed, of this library, torchvision or timm."""
+    torch.manual_seed(0)
+    if name in BASELINES or name in list_models():
+        return deployed(name)
+    models = require("torchvision").models
+    if name in models.list_models():
+        return plain_form(models.get_model(name, weights=None).eval())
+    return plain_form(require("timm").create_model(name, pretrained=False).eval())
+
+
+def undilated(model: nn.Module) -> nn.Module | None:
+    """Return a copy with every dilation set to 1, and the padding that keeps the size; None if there is no dilation."""
+    model, found = deepcopy(model), False
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d) and part.dilation != (1, 1):
+            part.dilation, found = (1, 1), True
+            part.padding = tuple((size - 1) // 2 for size in part.kernel_size)
+    return model if found else None
 
 
 def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
@@ -200,8 +225,8 @@ def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, 
 
 
 def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.CompiledModel:
-    """Compile with autotuning."""
-    return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=True)
+    """Compile, with autotuning by default."""
+    return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=not args.no_search)
 
 
 def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
@@ -298,19 +323,23 @@ def background_load(busy: bool) -> Iterator[None]:
 @torch.inference_mode()
 def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
     """Measure one pair at one batch size."""
-    torch.manual_seed(0)
-    model = deployed(architecture)
-    images = torch.randn(batch, 3, args.size, args.size)
-    print(f"{architecture}, batch {batch}")
+    architecture, _, given = architecture.partition("@")
+    model, size = network(architecture), int(given or args.size)
+    images = torch.randn(batch, 3, size, size)
+    print(f"{architecture}, batch {batch}, {size}x{size}")
     start = time.perf_counter()
     runs: dict[str, Run] = {"repvgg": ours(model, shape_of(images), args)}
-    print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with autotuning")
+    searched = "out" if args.no_search else ""
+    print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with{searched} autotuning")
     runs |= best_settings(model, images, args.threads, args.engines)
     max_errors = errors(runs, model, images)
     rivals = []
+    if (other := undilated(model)) is not None:
+        rivals.append("repvgg, undilated")
+        runs[rivals[0]] = ours(other, shape_of(images), args)
     for name in filter(None, baseline.split("+")):
         print(f"  {name}:")
-        found = best_settings(deployed(name), images, args.threads, ["OpenVINO f32"])
+        found = best_settings(network(name), images, args.threads, ["OpenVINO f32"])
         rivals += [f"{name} in {engine}" for engine in found]
         runs |= {f"{name} in {engine}": run for engine, run in found.items()}
     results: dict[str, object] = {"model": architecture, "baseline": baseline, "batch": batch, "errors": max_errors}
@@ -340,6 +369,7 @@ def main() -> None:
     parser.add_argument("--idle", default="", help="milliseconds, separated by commas")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--no-search", action="store_true", help="select algorithms by the cost model alone")
     parser.add_argument("--json", type=Path, help="write all readings to this file")
     parser.add_argument("--precision", default="high", choices=tuple(ERROR_GROWTH_LIMITS), help="of the engine")
     parser.add_argument("--checkpoint")
