@@ -96,10 +96,21 @@ def test_highest_precision_uses_the_direct_kernel():
     assert select_algorithm(ConvProblem(PADDED, 192, 192, (14, 14), 1), Target(AVX512, 1, "highest")) is None
 
 
+def test_dilated_convolutions_are_those_of_phase_images():
+    dilated = ConvProblem(ConvGeometry((3, 3), padding=(2, 2), dilation=(2, 2)), 96, 96, (27, 30), 3)
+    phases = ConvProblem(PADDED, 96, 96, (14, 15), 12)
+    chosen, wanted = (select_algorithm(problem, Target(AVX512, 2)) for problem in (dilated, phases))
+    assert chosen is not None
+    assert wanted is not None
+    assert chosen.end == wanted.end == (14, 15)
+    assert chosen.estimated_cycles == wanted.estimated_cycles
+    assert all(region.tiling.dilation == (2, 2) for region in chosen.regions)
+
+
 WITHOUT_WINOGRAD = {
     "stride 3": (ConvGeometry((3, 3), (3, 3), (1, 1)), 96, 96),
     "stride 2 along one axis": (ConvGeometry((3, 3), (2, 1), (1, 1)), 96, 96),
-    "dilated": (ConvGeometry((3, 3), padding=(2, 2), dilation=(2, 2)), 96, 96),
+    "dilated with stride 2": (ConvGeometry((3, 3), (2, 2), (2, 2), dilation=(2, 2)), 96, 96),
     "1x1": (ConvGeometry((1, 1)), 96, 96),
     "three channels": (PADDED, 3, 96),
     "groups of partial vectors": (ConvGeometry((3, 3), padding=(1, 1), groups=4), 96, 100),

@@ -22,10 +22,12 @@ def compute(
     """Return (out, x) of a whole convolution; ``block`` is its tiles, ``parts`` how many calls take its units."""
     tile = tile or RegisterTile(3, 2)
     out_size = conv.geometry.output_size(size)
-    grid = -(-out_size[0] // winograd.outputs[0]), -(-out_size[1] // winograd.outputs[1])
+    dilation = conv.geometry.dilation
+    steps = [count * step for count, step in zip(winograd.outputs, dilation, strict=True)]
+    grid, images = (-(-out_size[0] // steps[0]), -(-out_size[1] // steps[1])), batch * dilation[0] * dilation[1]
     if block is None:
-        block = batch * grid[0] * grid[1] if any(winograd.edge_tile) else 2 * tile.mr
-    regions = [(winograd, Tiling(grid, block, batch))]
+        block = images * grid[0] * grid[1] if any(winograd.edge_tile) else 2 * tile.mr
+    regions = [(winograd, Tiling(grid, block, images, dilation=dilation))]
     return compute_regions(conv, size, regions, isa, schedule, batch, tile, parts, on_the_fly, splits)
 
 
@@ -38,8 +40,8 @@ def compute_regions(conv, size, regions, isa, schedule, batch, tile, parts=1, on
     out_size = geometry.output_size(size)
     in_channels, out_channels = conv.weight.shape[1] * geometry.groups, conv.weight.shape[0]
     ends = [WinogradRegion("staged", winograd, tiling, tile, on_the_fly).end for winograd, tiling in regions]
-    axes = zip(map(max, zip(*ends, strict=True)), out_size, geometry.stride, strict=True)
-    below, right = (max(0, end - length) * stride for end, length, stride in axes)
+    axes = zip(map(max, zip(*ends, strict=True)), out_size, geometry.stride, geometry.dilation, strict=True)
+    below, right = (max(0, end * dilation - length) * stride for end, length, stride, dilation in axes)
     source = FeatureMapLayout(in_channels, size, geometry.padding, round_up(in_channels, width), (below, right))
     target = FeatureMapLayout(out_channels, out_size, (1, 2), round_up(out_channels, width), (1, 0))
     read, written = Guarded(batch * source.image_stride), Guarded(batch * target.image_stride)

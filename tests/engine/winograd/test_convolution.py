@@ -118,6 +118,34 @@ SCHEDULES_AND_ISAS = covering(
 )
 
 
+@pytest.mark.parametrize(
+    ("geometry", "size", "down", "across", "schedule", "isa"),
+    covering(
+        [
+            (ConvGeometry((3, 3), padding=(2, 2), dilation=(2, 2)), (13, 18)),  # phase images of 7 or 6 by 9
+            (ConvGeometry((3, 3), padding=(4, 4), dilation=(4, 4)), (22, 10)),  # of 6 or 5 by 3 or 2
+            (ConvGeometry((3, 3), padding=(1, 0), dilation=(2, 3), groups=2), (9, 14)),  # padding is no multiple
+            (ConvGeometry((3, 3), padding=(6, 1), dilation=(6, 1)), (4, 7)),  # fewer rows than phases
+        ],
+        [(2, 4), (4, 4), (3, 5)],
+        SCHEDULES,
+        isas(),
+        views=[
+            lambda geometry, size, down, across, schedule, isa: (size, schedule),
+            lambda geometry, size, down, across, schedule, isa: (down, schedule, isa),
+        ],
+    ),
+)
+def test_dilation_by_phase_images(geometry, size, down, across, schedule, isa):
+    """Phase images of unequal sizes; and canaries: a phase image reads and writes its own pixels alone."""
+    conv = random_conv(2 * isa.width, 4 * isa.width, geometry)
+    sizes = [-(-n // d) for n, d in zip(geometry.output_size(size), geometry.dilation, strict=True)]
+    edges = [n % m if n > m else 0 for n, m in zip(sizes, (down, across), strict=True)]
+    winograd = winograd2d(down, across, edge_tile=tuple(edges) if (down, across) == (3, 5) else (0, 0))
+    out, x = compute(conv, size, winograd, isa, schedule, batch=3, parts=2)
+    torch.testing.assert_close(out, expected(conv, x), rtol=1e-5, atol=atol(winograd))
+
+
 @pytest.mark.parametrize(("schedule", "isa"), SCHEDULES_AND_ISAS)
 def test_regions_with_stride_2(schedule, isa):
     """15 and 14 inputs to 8 and 7 outputs: rows as 4 + 4, columns as 2 · 3 + 1, each region with its own transform."""

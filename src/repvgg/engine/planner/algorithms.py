@@ -77,6 +77,17 @@ class ConvProblem:
         return self.geometry.stride[0]
 
     @property
+    def phase_size(self) -> Pair:
+        """Height and width of the outputs of the largest phase image, see :mod:`repvgg.engine.winograd.tiling`."""
+        height, width = (-(-n // d) for n, d in zip(self.output_size, self.geometry.dilation, strict=True))
+        return height, width
+
+    @property
+    def num_phase_images(self) -> int:
+        """Phase images of the batch: images if there is no dilation."""
+        return self.batch * self.geometry.dilation[0] * self.geometry.dilation[1]
+
+    @property
     def group_in_channels(self) -> int:
         return self.in_channels // self.groups
 
@@ -176,7 +187,7 @@ class ConvAlgorithm:
 
     @property
     def end(self) -> Pair:
-        """One past the last output row and column that any tile covers."""
+        """One past the last output row and column that any tile covers, of a phase image if there is dilation."""
         ends = [region.end for region in self.regions]
         return max(row for row, _ in ends), max(column for _, column in ends)
 
@@ -188,7 +199,9 @@ Selector: TypeAlias = Callable[[ConvProblem, Target], ConvAlgorithm | None]
 def supports_winograd(problem: ConvProblem, target: Target) -> bool:
     """Return whether a convolution has other candidates than the direct kernel."""
     geometry, width = problem.geometry, target.isa.width
-    if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)) or geometry.dilation != (1, 1):
+    if geometry.kernel != (3, 3) or geometry.stride not in ((1, 1), (2, 2)):
+        return False
+    if geometry.dilation != (1, 1) and geometry.stride != (1, 1):
         return False
     # The GEMMs of a group write whole vectors, so a narrower group would overwrite the channels of the next one.
     whole_vectors = problem.groups == 1 or problem.out_channels // problem.groups % width == 0
@@ -200,7 +213,7 @@ def image_partitions(problem: ConvProblem, target: Target) -> Iterator[tuple[Til
     limit = ERROR_GROWTH_LIMITS[target.precision] * math.sqrt(problem.group_in_channels)
     limit = max(limit, _MIN_ERROR_GROWTH_LIMIT)
     # Rows and columns are independent: tiles that are large along one axis only have fewer weights.
-    rows, columns = (list(_axis_partitions(length, problem.stride)) for length in problem.output_size)
+    rows, columns = (list(_axis_partitions(length, problem.stride)) for length in problem.phase_size)
     for row_spans, column_spans in itertools.product(rows, columns):
         regions = tuple(TileRegion(down, across) for down, across in itertools.product(row_spans, column_spans))
         if all(region.winograd(problem.stride).error_growth <= limit for region in regions):
@@ -228,14 +241,14 @@ def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) 
     """Yield every combination of schedule, register tile, block size and split, without cost estimates."""
     winograd, width = region.winograd(problem.stride), target.isa.width
     grid, corner = (region.rows.num_tiles, region.columns.num_tiles), (region.rows.start, region.columns.start)
-    num_tiles, vectors = problem.batch * grid[0] * grid[1], problem.group_out_vectors(width)
+    num_tiles, vectors = problem.num_phase_images * grid[0] * grid[1], problem.group_out_vectors(width)
     for tile in _register_tiles(target.isa, vectors, num_tiles):
         blocks: list[tuple[Schedule, int]] = [
             *(("staged", block) for block in _staged_blocks(winograd, num_tiles, tile, width)),
             *(("fused", block) for block in _fused_blocks(winograd, num_tiles, tile, problem, width)),
         ]
         for schedule, tiles_per_block in blocks:
-            tiling = Tiling(grid, tiles_per_block, problem.batch, corner)
+            tiling = Tiling(grid, tiles_per_block, problem.num_phase_images, corner, problem.geometry.dilation)
             splits = {1}
             if schedule == "fused" and target.threads <= -(-vectors // tile.nr):
                 splits.add(target.threads)  # a single block keeps all threads busy if each has different panels

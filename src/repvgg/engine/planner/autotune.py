@@ -145,8 +145,12 @@ class _Bench:
         weight = np.broadcast_to(np.float32(0), weight_shape)  # only its shape matters: placeholders are packed
         conv = Conv(weight, np.zeros(problem.out_channels, np.float32), geometry, RELU)
         self._graph = chain([conv], problem.in_channels)
-        axes = zip(problem.output_size, geometry.stride, geometry.kernel, geometry.padding, strict=True)
-        height, width = (count * stride + kernel - 1 - 2 * pad for count, stride, kernel, pad in axes)
+        axes = zip(
+            problem.output_size, geometry.stride, geometry.kernel, geometry.dilation, geometry.padding, strict=True
+        )
+        height, width = (
+            count * stride + dilation * (kernel - 1) - 2 * pad for count, stride, kernel, dilation, pad in axes
+        )
         image = np.random.default_rng(0).standard_normal((1, problem.in_channels, height, width), np.float32)
         self._images = np.broadcast_to(image, (problem.batch, *image.shape[1:]))
         # Written, not just allocated: unwritten pages all map to one page of zeros, which evicts nothing.

@@ -124,7 +124,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> fl
         span.num_tiles * filters.inputs - span.missing * stride
         for filters, span in zip((winograd.rows, winograd.columns), region, strict=True)
     )
-    multiplications = problem.batch * rows * columns * problem.num_filters
+    multiplications = problem.num_phase_images * rows * columns * problem.num_filters
     weight_bytes = 4 * winograd.filter_elements(on_the_fly=True) * problem.num_filters
     return multiplications / (2 * target.isa.width * target.threads) + weight_bytes / _MEMORY_BYTES_PER_CYCLE
 

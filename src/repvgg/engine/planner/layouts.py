@@ -86,8 +86,8 @@ def plan_layouts(
 def _overhang(conv: Conv, output: FeatureShape, algorithm: ConvAlgorithm | None) -> Pair:
     if algorithm is None:
         return 0, 0
-    axes = zip(algorithm.end, output.size, conv.geometry.stride, strict=True)
-    below, right = (max(0, end - length) * stride for end, length, stride in axes)
+    axes = zip(algorithm.end, output.size, conv.geometry.stride, conv.geometry.dilation, strict=True)
+    below, right = (max(0, end * dilation - length) * stride for end, length, stride, dilation in axes)
     return below, right
 
 

@@ -169,7 +169,7 @@ class Lowering:
             epilogue=conv.epilogue,
             width=self._isa.width,
         )
-        items = region.tiling.tiles_per_block, region.tiling.tiles_per_image
+        items = region.tiling.tiles_per_block, region.tiling.tiles_per_image * region.tiling.phases
         self.steps.append(Step(name, kernel, source, target, *weights, *items))
 
     def _staged(
@@ -200,7 +200,7 @@ class Lowering:
             epilogue=conv.epilogue,
             width=self._isa.width,
         )
-        items = tiling.tiles_per_block, tiling.tiles_per_image
+        items = tiling.tiles_per_block, tiling.tiles_per_image * tiling.phases
         self.steps.append(Step(name, transform, source, transformed))
         self.steps.append(Step(name, gemm, transformed, target, *weights, *items))
 

@@ -32,7 +32,9 @@ from repvgg.engine.winograd.tiling import (
     Tiling,
     TransformedTiles,
     element_stride,
+    locate_image,
     num_tile_elements,
+    pixel_steps,
     tile_groups,
 )
 from repvgg.engine.winograd.transforms import (
@@ -65,8 +67,8 @@ class WinogradInputTransform(Kernel):
 
     @property
     def units_per_block(self) -> int:
-        """Rows of tiles of an image."""
-        return self.tiling.grid[0]
+        """Rows of tiles of a map."""
+        return self.tiling.grid[0] * self.tiling.phases
 
     def emit(self, name: str) -> list[IRBuilder]:
         b, tiling = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.tiling
@@ -91,9 +93,9 @@ class WinogradInputTransform(Kernel):
             winograd, own = group.winograd, group.tiling
             within = b.add(b.mul(image, own.tiles_per_image), b.mul(row, own.grid[1]))
             first = b.add(within, group.first_tile)
-            down = winograd.tile_strides[0] * source.row_stride
-            right = winograd.tile_strides[1] * source.pixel_stride
-            read = b.add(b.mul(image, source.image_stride), b.mul(row, down))
+            steps = zip(winograd.tile_strides, pixel_steps(source, tiling), strict=True)
+            down, right = (stride * step for stride, step in steps)
+            read = b.add(locate_image(b, source, tiling, image)[0], b.mul(row, down))
             # Along a row, tiles overlap: most of the next tile is in L1.
             begin = b.offset("%source", b.add(read, first_input_offset(winograd, source, own, self.padding)))
             with b.loop(0, own.grid[1]) as across:
@@ -373,11 +375,11 @@ def _emit_fused_inputs(b: IRBuilder, kernel: WinogradFused, transformed: Transfo
 
 def _tile_offset(b: IRBuilder, source: FeatureMapLayout, group: TileGroup, tile: Index) -> Index:
     """Return the floats from the first tile of a group to another."""
-    strides = group.winograd.tile_strides
+    strides, steps = group.winograd.tile_strides, pixel_steps(source, group.tiling)
     image, place = b.divmod(tile, group.tiling.tiles_per_image)
     down, across = b.divmod(place, group.tiling.grid[1])
-    row, column = b.mul(down, strides[0] * source.row_stride), b.mul(across, strides[1] * source.pixel_stride)
-    return b.add(b.mul(image, source.image_stride), b.add(row, column))
+    row, column = b.mul(down, strides[0] * steps[0]), b.mul(across, strides[1] * steps[1])
+    return b.add(locate_image(b, source, group.tiling, image)[0], b.add(row, column))
 
 
 def _emit_fused_panel(

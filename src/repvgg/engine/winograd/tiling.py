@@ -1,7 +1,10 @@
 """Tiling of feature maps for Winograd: blocks of tiles, edge tiles, and the layout of transformed tiles in memory.
 
 Terms. A *tile element* is one of the n x n' positions of a transformed tile. A *block* is a number of tiles that a unit
-of work processes together; blocks divide the tiles of a whole batch, so a block may start and end within an image.
+of work processes together; blocks divide the tiles of a whole batch, so a block may start and end within an image. The
+*phase images* of a map are what a convolution of dilation d reads together: for each pair (p, q) below d, the pixels in
+rows p, p + d, … and columns q, q + d, …. Dilation 1 on each of them computes the same. They are views of the map, with d
+times the strides: nothing is copied.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import final
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Pair
 from repvgg.engine.kernels.base import LINE_FLOATS
+from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.filters import Winograd1d, Winograd2d, edge_filter
 
 
@@ -25,16 +29,24 @@ class Tiling:
 
     All blocks have the same length: the last one may contain padding tiles, whose outputs are not stored. With edge
     tiles (:attr:`repvgg.engine.winograd.filters.Winograd2d.edge_tile`), all tiles form one block.
+
+    Where ``dilation`` is not 1, an image is a phase image; all have the grid of the largest one, the first.
     """
 
     grid: Pair  # tiles of an image, including edge tiles
     tiles_per_block: int  # length of a block
     batch: int  # images of the largest batch
     corner: Pair = (0, 0)  # row and column of the first output of the first tile
+    dilation: Pair = (1, 1)
 
     @property
     def tiles_per_image(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def phases(self) -> int:
+        """Phase images of a map."""
+        return self.dilation[0] * self.dilation[1]
 
     @property
     def num_tiles(self) -> int:
@@ -105,7 +117,12 @@ def tile_groups(winograd: Winograd2d, tiling: Tiling) -> tuple[TileGroup, ...]:
     for rows, columns in pairs:
         # With edge tiles, the only block has the tiles of the whole batch, group by group; else there is one group.
         length = tiling.batch * rows.count * columns.count if any(winograd.edge_tile) else tiling.tiles_per_block
-        own = Tiling((rows.count, columns.count), length, tiling.batch, (rows.corner, columns.corner))
+        own = replace(
+            tiling,
+            grid=(rows.count, columns.count),
+            tiles_per_block=length,
+            corner=(rows.corner, columns.corner),
+        )
         elements = tuple(row * winograd.columns.inputs + column for row in rows.elements for column in columns.elements)
         out.append(TileGroup(Winograd2d(rows.winograd, columns.winograd), own, elements, rows.first, first))
         first += length
@@ -146,6 +163,21 @@ def _axis_tiles(winograd: Winograd2d, tiling: Tiling, axis: int) -> list[_AxisTi
         return [_AxisTiles(full, elements, 0, count, corner)]
     last = _AxisTiles(*edge_filter(edge, full), count - 1, 1, corner + (count - 1) * full.outputs)
     return [_AxisTiles(full, elements, 0, count - 1, corner), last]
+
+
+def pixel_steps(layout: FeatureMapLayout, tiling: Tiling) -> Pair:
+    """Return the floats from one row and from one column of an image to the next."""
+    return layout.row_stride * tiling.dilation[0], layout.pixel_stride * tiling.dilation[1]
+
+
+def locate_image(b: IRBuilder, layout: FeatureMapLayout, tiling: Tiling, image: Value) -> tuple[Index, Index, Index]:
+    """Return the offset of the first pixel of an image, and the row and column of that pixel in its map."""
+    if tiling.phases == 1:
+        return b.mul(image, layout.image_stride), 0, 0
+    whole, phase = b.divmod(image, tiling.phases)
+    row, column = b.divmod(phase, tiling.dilation[1])
+    pixel = b.add(b.mul(row, layout.row_stride), b.mul(column, layout.pixel_stride))
+    return b.add(b.mul(whole, layout.image_stride), pixel), row, column
 
 
 def element_stride(tiles: int, channels: int) -> int:

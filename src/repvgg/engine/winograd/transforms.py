@@ -16,7 +16,7 @@ from repvgg.engine.graph import Epilogue, Pair
 from repvgg.engine.kernels import pointwise
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.engine.winograd.filters import Matrix, Winograd2d
-from repvgg.engine.winograd.tiling import TileGroup, Tiling, TransformedTiles
+from repvgg.engine.winograd.tiling import TileGroup, Tiling, TransformedTiles, locate_image, pixel_steps
 
 # Multiplication by constant matrices
 
@@ -111,8 +111,8 @@ def _constant(b: IRBuilder, number: Fraction) -> Value:
 
 def first_input_offset(winograd: Winograd2d, source: FeatureMapLayout, tiling: Tiling, padding: Pair) -> int:
     """Return the offset of the first input of the first tile in an image; see :class:`FeatureMapLayout`."""
-    axes = zip(tiling.corner, winograd.strides, padding, strict=True)
-    row, column = (first * stride - pad for first, stride, pad in axes)
+    axes = zip(tiling.corner, winograd.strides, tiling.dilation, padding, strict=True)
+    row, column = (first * stride * dilation - pad for first, stride, dilation, pad in axes)
     return source.interior_offset + row * source.row_stride + column * source.pixel_stride
 
 
@@ -137,18 +137,15 @@ def emit_input_transform(
         next_tile: address of the next tile, which is prefetched.
     """
     winograd, (height, width) = group.winograd, group.winograd.inputs
+    down, right = pixel_steps(source, group.tiling)
     # Padding channels are transformed too, though the GEMM does not read them: a masked store would cost more.
     with b.loop(0, source.pixel_stride, b.width) as channels:
         pixel, ahead = b.offset(read, channels.index), b.offset(next_tile, channels.index)
         for row in range(height):
             # Only the columns that the two tiles do not share: the others are in L1.
             for column in range(width - winograd.tile_strides[1], width):
-                b.prefetch(ahead, row * source.row_stride + column * source.pixel_stride, l1=True)
-        values = [
-            b.load(pixel, row * source.row_stride + column * source.pixel_stride)
-            for row in range(height)
-            for column in range(width)
-        ]
+                b.prefetch(ahead, row * down + column * right, l1=True)
+        values = [b.load(pixel, row * down + column * right) for row in range(height) for column in range(width)]
         out = b.offset(target.address, b.add(written, channels.index))
         transformed = multiply_both_sides(b, winograd.rows.input_matrix, winograd.columns.input_matrix, values)
         for element, value in zip(group.elements, transformed, strict=True):
@@ -194,6 +191,7 @@ class OutputTransform:
         winograd = self.group.winograd
         first, count = tiles_of_block(b, self.group.tiling, output.block)
         begin = b.offset(products.address, self.group.first_tile * products.tile_stride)
+        down, right = pixel_steps(self.target, self.group.tiling)
         with b.loop(0, count) as tiles:
             read = b.offset(begin, b.mul(tiles.index, products.tile_stride))
             corner, inside = self._locate(b, output.address, b.add(first, tiles.index))
@@ -203,7 +201,7 @@ class OutputTransform:
                 # The lines of the next tile's outputs: a store that misses would first read the line from memory.
                 for row in range(winograd.outputs[0]):
                     for column in range(winograd.outputs[1]):
-                        b.prefetch(ahead, row * self.target.row_stride + column * self.target.pixel_stride, write=True)
+                        b.prefetch(ahead, row * down + column * right, write=True)
                 values = [
                     b.load(read, b.add(lanes.index, element * products.element_stride))
                     for element in self.group.elements
@@ -219,13 +217,12 @@ class OutputTransform:
         down, across = (
             b.add(b.mul(at, size), corner) for at, size, corner in zip(places, outputs, tiling.corner, strict=True)
         )
-        offset = b.add(b.mul(down, layout.row_stride), b.mul(across, layout.pixel_stride))
-        address = b.add(b.mul(image, layout.image_stride), b.add(offset, layout.interior_offset))
+        steps, (begin, *phase) = pixel_steps(layout, tiling), locate_image(b, layout, tiling, image)
+        offset = b.add(b.mul(down, steps[0]), b.mul(across, steps[1]))
+        address = b.add(begin, b.add(offset, layout.interior_offset))
         ends = (first + size * count for first, size, count in zip(tiling.corner, outputs, tiling.grid, strict=True))
-        inside = [
-            _inside(b, at, size, length, end)
-            for at, size, length, end in zip((down, across), outputs, layout.size, ends, strict=True)
-        ]
+        axes = zip((down, across), outputs, layout.size, ends, tiling.dilation, phase, strict=True)
+        inside = [_inside(b, *axis) for axis in axes]
         return b.offset(target, address), inside
 
     def _store(
@@ -240,23 +237,25 @@ class OutputTransform:
         has_slopes = any(one.kind == "prelu" for one in self.epilogue)
         slopes = b.offset(place.bias, self.padded_channels) if has_slopes else None
         matrices = winograd.rows.output_matrix, winograd.columns.output_matrix
+        down, right = pixel_steps(self.target, self.group.tiling)
         for at, value in enumerate(multiply_both_sides(b, *matrices, values)):
             row, column = divmod(at, winograd.outputs[1])
             value = b.binary("fadd", value, bias)
-            address = b.offset(place.address, row * self.target.row_stride + column * self.target.pixel_stride)
+            address = b.offset(place.address, row * down + column * right)
             # Selecting an address costs less than a branch around each store.
             for is_inside in filter(None, (inside[0][row], inside[1][column])):
                 address = b.select_pointer(is_inside, address, discarded)
             b.store(pointwise.apply(b, self.epilogue, value, partial(b.load, address), slopes), address)
 
 
-def _inside(b: IRBuilder, first: Index, size: int, length: int, end: int) -> list[Value | None]:
+def _inside(
+    b: IRBuilder, first: Index, size: int, length: int, end: int, dilation: int, phase: Index
+) -> list[Value | None]:
     """Return for each row or column of a tile whether it is inside the image; None if it always is.
 
-    The tile begins at ``first`` and has ``size`` outputs along the axis; the image has ``length``, all tiles ``end``.
+    The tile begins at ``first`` and has ``size`` outputs along the axis; the map has ``length``, all tiles ``end``.
     """
     # Only the last `overhang` rows or columns of a tile can be outside of the image: no compare for the others.
-    overhang = end - length
-    return [
-        None if at < size - overhang else b.assign(f"icmp ult i64 {b.add(first, at)}, {length}") for at in range(size)
-    ]
+    overhang = end - length // dilation
+    places = [b.add(b.mul(b.add(first, at), dilation), phase) if at >= size - overhang else None for at in range(size)]
+    return [None if place is None else b.assign(f"icmp ult i64 {place}, {length}") for place in places]
