@@ -1,10 +1,10 @@
 """Tiling of feature maps for Winograd: blocks of tiles, edge tiles, and the layout of transformed tiles in memory.
 
 Terms. A *tile element* is one of the n x n' positions of a transformed tile. A *block* is a number of tiles that a unit
-of work processes together; blocks divide the tiles of a whole batch, so a block may start and end within an image. The
-*phase images* of a map are what a convolution of dilation d reads together: for each pair (p, q) below d, the pixels in
-rows p, p + d, … and columns q, q + d, …. Dilation 1 on each of them computes the same. They are views of the map, with d
-times the strides: nothing is copied.
+of work processes together; blocks divide the tiles of a whole batch, so a block may start and end within an image.
+The *phase images* of a map are what a convolution of dilation d reads together: for each pair (p, q) below d, the
+pixels in rows p, p + d, … and columns q, q + d, …. Dilation 1 on each of them computes the same. They are views of
+the map, with d times the strides: nothing is copied.
 """
 
 from __future__ import annotations
