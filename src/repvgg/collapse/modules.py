@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,16 @@ def path_below(path: str, outer: str) -> str:
 def is_inside(inner: str, outer: str) -> bool:
     """Whether the path ``inner`` is ``outer`` or below it; "" is the root."""
     return inner == outer or not outer or inner.startswith(f"{outer}.")
+
+
+def paths_around(names: Iterable[str]) -> set[str]:
+    """Return the paths that one of the given paths is inside of, themselves and "" included."""
+    found: set[str] = set()
+    for name in names:
+        while name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
 
 
 def has_parameters(module: nn.Module) -> bool:

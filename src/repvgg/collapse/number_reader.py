@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from repvgg.collapse.graph_builder import GraphBuilder, NeedsValuesError, is_user_code, user_code
 from repvgg.collapse.recording import Decision, is_number
-from repvgg.collapse.tracked import Unknown, tracked
+from repvgg.collapse.tracked import Unknown, UnknownValueError, tracked
 
 # Tensor methods that return numbers: sizes, which every tensor has, and elements, which only real ones have.
 SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__"}
@@ -29,10 +29,12 @@ class NumberReader:
     Attributes:
         decisions: see :attr:`repvgg.collapse.recording.Recording.decisions`.
         own_devices: see :attr:`repvgg.collapse.recording.Recording.own_devices`.
+        stop_at_unknown: whether the first branch on an unknown value ends the run.
     """
 
     def __init__(self, builder: GraphBuilder, forced: Sequence[bool]) -> None:
         self.builder, self.forced = builder, forced
+        self.stop_at_unknown = False
         self.decisions: list[Decision] = []
         self.own_devices: dict[torch.device, list[str]] = {}
         self._nodes: dict[tuple[Any, ...], fx.Node] = {}
@@ -122,6 +124,8 @@ class NumberReader:
         frame.decisions.append(decision)
         if can_be_forced:
             self.decisions.append(decision)
+        if is_unknown and self.stop_at_unknown:
+            raise UnknownValueError("an unknown value selects what is computed")
         return outcome
 
     def asks_for_class(self, frame: FrameType) -> bool:

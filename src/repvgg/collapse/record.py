@@ -41,7 +41,7 @@ from repvgg.collapse.recording import (
     mark_constants,
 )
 from repvgg.collapse.shape_inference import meta_shortcut, output_without_values, shapes_suffice
-from repvgg.collapse.tracked import UNKNOWN, Unknown, untracked
+from repvgg.collapse.tracked import UNKNOWN, Unknown, UnknownValueError, untracked
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item
 
@@ -72,6 +72,7 @@ def record(
     mode: Mapping[str, bool] | None = None,
     attributes: Mapping[str, Any] | None = None,
     on_meta: bool = False,
+    stop_at_unknown: bool = False,
 ) -> Recording:
     """Call a model and record what it does.
 
@@ -82,30 +83,37 @@ def record(
         mode: paths of modules with a training flag other than that of eval mode.
         attributes: other values of attributes of the model itself, such as ``UNKNOWN``.
         on_meta: run on meta tensors of the same shapes: for models without values.
+        stop_at_unknown: end at the first branch on an unknown value.
 
     Raises:
         NeedsValuesError: the code reads elements of tensors, and this is a run on meta tensors.
+        UnknownValueError: an unknown value selects what is computed.
         Exception: whatever the code itself raises.
     """
     guard: Any = nullcontext if on_meta else preserved_random_state
-    values = copy_parameters = False
+    values = copy_parameters = watch_draws = False
     while True:
-        recorder = _Recorder(model, on_meta, forced, mode or {}, values, copy_parameters)
+        recorder = _Recorder(model, on_meta, forced, mode or {}, values, copy_parameters, watch_draws)
         builder = recorder.builder
+        recorder.numbers.stop_at_unknown = stop_at_unknown
         with guard(), torch.inference_mode(False), torch.no_grad():
             try:
                 recording = recorder.run(call, attributes or {})
+            except UnknownValueError:  # no value of a tensor changes that
+                raise
             except Exception:
                 if not (builder.left_out or recorder.writes_parameter):
                     raise
             else:
                 # The code may have caught the errors that say so.
-                if not (builder.needs_values or recorder.writes_parameter):
+                if not (builder.needs_values or recorder.writes_parameter or recorder.has_drawn):
                     return recording
             finally:
                 recorder.release()
         if recorder.writes_parameter:
             copy_parameters = True
+        elif recorder.has_drawn:
+            watch_draws = True
         else:
             values = True
 
@@ -121,6 +129,7 @@ class _Recorder(TorchFunctionMode):
         model, on_meta, forced, mode: see :func:`record`.
         values: whether convolutions are computed, or only their shapes.
         copy_parameters: whether the code may write to parameters.
+        watch_draws: whether to look in each call of a module for draws of random numbers that the graph does not show.
     """
 
     def __init__(
@@ -131,6 +140,7 @@ class _Recorder(TorchFunctionMode):
         mode: Mapping[str, bool],
         values: bool,
         copy_parameters: bool,
+        watch_draws: bool,
     ) -> None:
         super().__init__()
         self.copy = InstrumentedCopy(
@@ -140,7 +150,8 @@ class _Recorder(TorchFunctionMode):
         self.numbers = NumberReader(self.builder, forced)
         self.model, self.on_meta, self.copy_parameters = model, on_meta, copy_parameters
         self.values = values or on_meta
-        self.writes_parameter = False
+        self.watch_draws = watch_draws
+        self.writes_parameter = self.has_drawn = False
         self.failed_in = ""
         self.state_outside_pytorch = state_outside_pytorch()
 
@@ -157,7 +168,7 @@ class _Recorder(TorchFunctionMode):
         try:
             with self:
                 output = forward(*args, **kwargs)
-                self._note_draws()
+                self._note_draws(at_end=True)
         except Exception as error:
             error.decisions = tuple(self.numbers.decisions)  # type: ignore[attr-defined]  # what led to it
             error.frame_path = self.failed_in  # type: ignore[attr-defined]
@@ -256,10 +267,16 @@ class _Recorder(TorchFunctionMode):
             for value, old in zip(now, before, strict=True)
         )
 
-    def _note_draws(self) -> None:
-        """Note that the code of this frame drew random numbers that the graph does not show."""
+    def _note_draws(self, *, at_end: bool = False) -> None:
+        """Note that the code of this frame drew random numbers that the graph does not show.
+
+        Reading the states takes longer than a call of a small module, so this is done in each only if any drew some.
+        """
+        if not (self.watch_draws or at_end):
+            return
         state = state_outside_pytorch()
         if state != self.state_outside_pytorch:
+            self.has_drawn = not self.watch_draws
             self.builder.frame.caveats.append(DRAWS_OUTSIDE_PYTORCH)
             self.state_outside_pytorch = state
 

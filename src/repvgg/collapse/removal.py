@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from repvgg.collapse.code import code_facts
-from repvgg.collapse.modules import has_parameters, is_inside, join, path_below
+from repvgg.collapse.modules import has_parameters, is_inside, join, path_below, paths_around
 from repvgg.collapse.record import record
 from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.report import Skipped
@@ -29,6 +29,7 @@ class Removals:
 
     def __init__(self, validity: Validity, excluded: dict[str, str]) -> None:
         self.validity, self.recording, self.excluded = validity, validity.recording, excluded
+        self._in_training: dict[str, set[str] | None] = {}
 
     @cached_property
     def unread(self) -> dict[str, Unread]:
@@ -51,14 +52,14 @@ class Removals:
 
     def not_run(self) -> Iterator[str]:
         """Yield the outermost modules with parameters that did not run, and whose parameters nothing read."""
-        used = {*self.recording.called_paths(), *self.recording.read_paths()}
+        used = paths_around({*self.recording.called_paths(), *self.recording.read_paths()})
         done: list[str] = []
         for path, part in self.recording.module.named_modules():
             if not path or any(is_inside(path, other) for other in done) or not has_parameters(part):
                 continue
             if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # code may iterate over it
                 continue
-            if not any(is_inside(name, path) for name in used):
+            if path not in used:
                 done.append(path)
                 yield path
 
@@ -94,17 +95,28 @@ class Removals:
             or any(is_inside(join(owner, called), path) for v in variants.recordings for called in v.called_paths())
         )
 
+    def _called_in_training(self, owner: str) -> set[str] | None:
+        """Return the paths below a module that its forward calls in training mode; None if it does not run."""
+        if owner not in self._in_training:
+            module, frame = self.recording.module.get_submodule(owner), self.validity.frames[owner][0]
+            try:
+                call = next(calls_of(self.recording, frame, module))
+                training = record(module, call, mode={"": True}, on_meta=self.recording.on_meta)
+            except Exception:
+                self._in_training[owner] = None
+            else:
+                self._in_training[owner] = training.called_paths()
+        return self._in_training[owner]
+
     def _why_unused(self, owner: str, name: str, path: str) -> str | None:
         module, frame = self.recording.module.get_submodule(owner), self.validity.frames[owner][0]
         if self.validity.is_called_by_a_method(owner, path) or any(is_inside(other, path) for other in self.excluded):
             return None
         if code_facts(module).reads_training:
-            try:
-                call = next(calls_of(self.recording, frame, module))
-                training = record(module, call, mode={"": True}, on_meta=self.recording.on_meta)
-            except Exception:
+            called = self._called_in_training(owner)
+            if called is None:
                 return None
-            if any(is_inside(called, name) for called in training.called_paths()):
+            if any(is_inside(other, name) for other in called):
                 return "the forward calls it in training mode only"
         if not self.validity.trusted or (frame.decisions and self._may_run(owner, path)):
             return None  # no guard sees which way a decision will go

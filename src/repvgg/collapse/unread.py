@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg.collapse.alias import AliasAnalysis
-from repvgg.collapse.modules import has_own_hooks, has_parameters, is_inside, is_leaf
+from repvgg.collapse.modules import has_own_hooks, has_parameters, is_leaf, paths_around
 from repvgg.collapse.recording import Frame, Recording, leaves
 
 # The size of an output's axis: a number, or that of an axis of the input, as (axis,).
@@ -113,11 +113,11 @@ def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[F
     with other sizes. Modules that return anything else than one tensor are left out.
     """
     live, other = Liveness(recording), Liveness(similar)
-    needed = live.paths() | other.paths()
+    needed = paths_around(live.paths() | other.paths())
     calls = {path: call for _, path, call in similar.all_calls()}
     done: set[str] = set()
     for frame, path, call in recording.all_calls():
-        if frame not in live.frames or path in done or any(is_inside(name, path) for name in needed):
+        if frame not in live.frames or path in done or path in needed:
             continue
         if not has_parameters(recording.module.get_submodule(path)):
             continue
@@ -129,7 +129,7 @@ def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[F
 
 def is_read(recording: Recording, path: str) -> bool:
     """Whether a recorded call reads the result of the module at ``path``, or a part of it by itself."""
-    return any(is_inside(name, path) for name in Liveness(recording).paths())
+    return path in paths_around(Liveness(recording).paths())
 
 
 def _shapes(call: Any) -> tuple[Sequence[int], Sequence[int]] | None:

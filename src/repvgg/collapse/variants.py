@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -73,13 +74,14 @@ def find_variants(recording: Recording, frame: Frame) -> Variants:
         # The object that stands for unknown values is none of those that the code asks for.
         return Variants((), "takes optional arguments and may ask which object they are", settings)
     found: list[Recording] = []
-    waiting: list[tuple[Call, list[bool]]] = [(call, []) for call in (*nested, *calls)]
+    waiting = deque[tuple[Call, list[bool]]]((call, []) for call in (*nested, *calls))
     runs = 0
     while waiting:
-        call, forced = waiting.pop()
-        runs += 1
-        if runs > _MAX_RUNS:
+        # The earliest decisions first: each that goes the other way adds all that follow it, and each is one more run.
+        if runs + len(waiting) > _MAX_RUNS:
             return Variants(tuple(found), "has too many branches to try them all", settings)
+        call, forced = waiting.popleft()
+        runs += 1
         try:
             variant = record(module, call, forced=forced, on_meta=recording.on_meta)
         except Exception as error:
@@ -123,7 +125,8 @@ def _may_select(recording: Recording, module: nn.Module, call: Call, settings: l
     """Whether the code of a module may branch on one of its attributes, which are tried together."""
     values = {setting.name: UNKNOWN for setting in settings}
     try:
-        decisions: Sequence[Decision] = record(module, call, attributes=values, on_meta=recording.on_meta).decisions
+        found = record(module, call, attributes=values, on_meta=recording.on_meta, stop_at_unknown=True)
+        decisions: Sequence[Decision] = found.decisions
     except Exception as error:
         # Numbers are computed with, as parameters are.
         are_numbers = all(isinstance(setting.value, (int, float)) for setting in settings)
