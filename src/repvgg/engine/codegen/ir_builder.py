@@ -8,7 +8,7 @@ Building text needs no llvmlite, and the text is the key of the disk cache.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
@@ -44,10 +44,21 @@ class IRBuilder:
         parameters: (type, name) of each, such as ``("ptr", "source")``.
         width: floats in a vector.
         internal: whether only functions of the same module call it.
+        inlined: whether LLVM may copy it into its callers.
     """
 
-    def __init__(self, name: str, parameters: Sequence[tuple[str, str]], width: int, *, internal: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[tuple[str, str]],
+        width: int,
+        *,
+        internal: bool = False,
+        inlined: bool = True,
+    ) -> None:
         self.name, self.width = name, width
+        self._inlined = inlined
+        self._shared: dict[str, IRBuilder] = {}
         self.vector = f"<{width} x float>"
         self._internal = internal
         self._parameters = ", ".join(f"{kind} %{name}" for kind, name in parameters)
@@ -62,7 +73,8 @@ class IRBuilder:
         bits = 32 * self.width
         # Without these, LLVM splits 512-bit vectors on processors that it tunes for 256 bits (Skylake, Ice Lake).
         vectors = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
-        head = f"define {linkage}void @{self.name}({self._parameters}) nounwind {vectors} {{\nentry:"
+        attributes = f"nounwind {vectors}" if self._inlined else f"nounwind noinline {vectors}"
+        head = f"define {linkage}void @{self.name}({self._parameters}) {attributes} {{\nentry:"
         return "\n".join([head, *self._lines, "  ret void", "}"]) + "\n"
 
     def declarations(self) -> set[str]:
@@ -212,6 +224,31 @@ class IRBuilder:
         """Call a function of the same module that has no result."""
         self.emit(f"call void @{name}({', '.join(f'{kind} {value}' for kind, value in arguments)})")
 
+    def call_shared(
+        self,
+        name: str,
+        arguments: Sequence[tuple[str, str, Index]],
+        build: Callable[[IRBuilder], None],
+    ) -> None:
+        """Call a function that is compiled once for all calls of this name in a module, and never inlined.
+
+        Args:
+            name: it has to state everything that the code depends on.
+            arguments: (type, name of the parameter, value) of each.
+            build: builds its body.
+        """
+        if name not in self._shared:
+            parameters = [(kind, parameter) for kind, parameter, _ in arguments]
+            self._shared[name] = IRBuilder(name, parameters, self.width, internal=True, inlined=False)
+            build(self._shared[name])
+        self.call(name, [(kind, value) for kind, _, value in arguments])
+
+    def with_shared(self) -> Iterator[IRBuilder]:
+        """Yield the shared functions that this one calls, directly or not, and then itself."""
+        for function in self._shared.values():
+            yield from function.with_shared()
+        yield self
+
     @contextmanager
     def loop(
         self, begin: Index, end: Index, step: int = 1, carried: Sequence[Value] = (), *, runs: bool = False
@@ -276,6 +313,10 @@ def float_text(number: float) -> str:
 
 
 def build_module(functions: Sequence[IRBuilder]) -> str:
-    """Return the IR of a module of functions, with the declarations that they need."""
-    declared = set[str]().union(*(function.declarations() for function in functions))
-    return "\n".join(["".join(sorted(declared)), *(function.text() for function in functions)])
+    """Return the IR of a module of functions, with the shared functions and the declarations that they need."""
+    distinct: dict[str, IRBuilder] = {}
+    for function in functions:
+        for one in function.with_shared():
+            distinct.setdefault(one.name, one)
+    declared = set[str]().union(*(one.declarations() for one in distinct.values()))
+    return "\n".join(["".join(sorted(declared)), *(one.text() for one in distinct.values())])

@@ -115,8 +115,18 @@ class DirectConvKernel(Kernel):
         Consecutive units reuse what is expensive to load: the weights, with unit ``(panel · batch + image) · rows +
         row``; or, if all weights stay in L2, the inputs, with unit ``(image · rows + row) · panels + panel``.
         """
-        rows = [_emit_row(f"{name}_row{last:d}", self, last=last) for last in (False, True)]
-        return [*rows, _emit_driver(name, self, rows)]
+        shapes = [(self.width,) * self.tile.nr, tuple(self._stored_lanes())]
+        rows = [_emit_row(f"{name}_row{at}", self, lanes) for at, lanes in enumerate(dict.fromkeys(shapes))]
+        return [*rows, _emit_driver(name, self, [rows[0], rows[-1]])]
+
+    def _stored_lanes(self) -> Iterator[int]:
+        """Yield how many lanes of each vector of a group's last panel are stored."""
+        unused = self.group_vectors * self.width - self.out_channels
+        # Unused lanes go to the padding of the pixel; with several groups, they would overwrite the next one's.
+        padded = self.geometry.groups == 1 and self.target.pixel_stride >= self.group_vectors * self.width
+        vectors = self.group_vectors - (self.num_panels - 1) * self.tile.nr
+        for vector in range(vectors):
+            yield self.width - unused if vector == vectors - 1 and not padded else self.width
 
 
 def _emit_driver(name: str, kernel: DirectConvKernel, rows: list[IRBuilder]) -> IRBuilder:
@@ -152,14 +162,10 @@ def _row_offset(b: IRBuilder, image: Index, row: Index, layout: FeatureMapLayout
     return b.add(b.mul(image, layout.image_stride), b.mul(row, stride * layout.row_stride))
 
 
-def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
-    """Build one output row of a panel: the last panel of its group, or any other."""
+def _emit_row(name: str, kernel: DirectConvKernel, stored_lanes: tuple[int, ...]) -> IRBuilder:
+    """Build one output row of a panel, of which some lanes of each vector are stored."""
     b = IRBuilder(name, (*POINTER_PARAMETERS, ("i64", "place")), kernel.width, internal=True)
-    nr = kernel.tile.nr
-    if last:
-        nr = kernel.group_vectors - (kernel.num_panels - 1) * nr
-    stored_lanes = tuple(_stored_lanes(kernel, nr)) if last else (kernel.width,) * nr
-    row = _RowBuilder(b, kernel, stored_lanes, _next_panel(b, kernel, nr))
+    row = _RowBuilder(b, kernel, stored_lanes, _next_panel(b, kernel, len(stored_lanes)))
     # The rest of a row gets a narrower tile, which takes less time than a full one with masked stores.
     columns, mr = kernel.target.size[1], min(kernel.tile.mr, kernel.target.size[1])
     whole = columns // mr * mr
@@ -171,15 +177,6 @@ def _emit_row(name: str, kernel: DirectConvKernel, *, last: bool) -> IRBuilder:
     if columns > whole:
         row.emit_tile(whole, columns - whole)
     return b
-
-
-def _stored_lanes(kernel: DirectConvKernel, nr: int) -> Iterator[int]:
-    """Yield how many lanes of each vector of the last panel are stored."""
-    unused = kernel.group_vectors * kernel.width - kernel.out_channels
-    # Unused lanes go to the padding of the pixel; with several groups, they would overwrite the next one's channels.
-    padded = kernel.geometry.groups == 1 and kernel.target.pixel_stride >= kernel.group_vectors * kernel.width
-    for vector in range(nr):
-        yield kernel.width - unused if vector == nr - 1 and not padded else kernel.width
 
 
 def _next_panel(b: IRBuilder, kernel: DirectConvKernel, nr: int) -> Value | None:
@@ -275,16 +272,30 @@ class _RowBuilder:
                 offset = b.add(read, b.mul(row.index, geometry.dilation[1] * layout.pixel_stride))
                 tap = b.offset(source, offset)
                 first = b.mul(b.add(b.mul(tap_rows.index, taps), row.index), length)
-                for begin, end in _channel_blocks(length):
-                    row.next = self._sum_block(tap, first, begin, end, row.next)
+                row.next = self._sum_blocks(tap, first, length, row.next)
             tap_rows.next = row.results
         return tap_rows.results
 
-    def _sum_block(self, source: Value, first: Index, begin: int, end: int, sums: list[Value]) -> list[Value]:
-        """Accumulate channels [begin, end) of a tap, or of a row of taps; ``first`` is the number of channel 0."""
+    def _sum_blocks(self, source: Value, first: Index, length: int, sums: list[Value]) -> list[Value]:
+        """Accumulate the channels of a tap, or of a row of taps; ``first`` is the number of channel 0."""
+        b, blocks = self.b, _channel_blocks(length)
+        size = blocks[0][1]
+        if size * len(blocks) < length:
+            for begin, end in blocks:
+                sums = self._sum_block(source, first, begin, end - begin, sums)
+            return sums
+        if len(blocks) == 1:
+            return self._sum_block(source, first, 0, length, sums)
+        with b.loop(0, len(blocks), carried=sums) as loop:  # equal blocks share their code
+            loop.next = self._sum_block(source, first, b.mul(loop.index, size), size, loop.carried)
+        return loop.results
+
+    def _sum_block(self, source: Value, first: Index, begin: Index, length: int, sums: list[Value]) -> list[Value]:
+        """Accumulate ``length`` channels from ``begin`` on."""
         b, kernel = self.b, self.kernel
-        separate = end - begin >= _SEPARATE_SUM_CHANNELS
-        with b.loop(begin, end, carried=["zeroinitializer"] * len(sums) if separate else sums) as channels:
+        separate = length >= _SEPARATE_SUM_CHANNELS
+        source, first = b.offset(source, begin), b.add(first, begin)
+        with b.loop(0, length, carried=["zeroinitializer"] * len(sums) if separate else sums) as channels:
             number = b.add(first, channels.index)
             if self.prefetched:
                 b.prefetch(self.prefetched, b.mul(number, LINE_FLOATS))
@@ -301,8 +312,9 @@ class _RowBuilder:
 
 
 def _channel_blocks(channels: int) -> list[tuple[int, int]]:
-    """Divide the channels into blocks (begin, end) of about equal length."""
-    count = min(max(1, channels // _BLOCK_CHANNELS), _MAX_BLOCKS)
+    """Divide the channels into blocks (begin, end): of equal length if few more channels in each allow it."""
+    most = min(max(1, channels // _BLOCK_CHANNELS), _MAX_BLOCKS)
+    count = next((count for count in range(most, most // 2, -1) if channels % count == 0), most)
     return list(itertools.pairwise(channels * block // count for block in range(count + 1)))
 
 

@@ -42,7 +42,7 @@ _MIN_ERROR_GROWTH_LIMIT = 4.8  # F(4x4) is allowed with any number of channels
 _FUSED_STACK_BYTES = 5 * 2**18 if sys.platform == "linux" else 3 * 2**17
 _STAGED_STACK_BYTES = 2**19 if sys.platform == "linux" else 3 * 2**16
 
-_MAX_PANEL_VECTORS = 4  # the weights of wider panels crowd the inputs out of L1
+MAX_PANEL_VECTORS = 4  # the weights of wider panels crowd the inputs out of L1
 _MAX_FUSED_REGISTER_TILES = 8  # per block: weights are then reused often enough, and more tiles would not fit L2
 
 
@@ -239,27 +239,36 @@ def _axis_partitions(length: int, stride: int) -> Iterator[tuple[TileSpan, ...]]
 
 def candidate_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
     """Yield every combination of schedule, register tile, block size and split, without cost estimates."""
+    for tile in register_tiles(region, problem, target):
+        yield from candidates_with(tile, region, problem, target)
+
+
+def candidates_with(
+    tile: RegisterTile, region: TileRegion, problem: ConvProblem, target: Target
+) -> Iterator[WinogradRegion]:
+    """Yield the candidates with one register tile."""
     winograd, width = region.winograd(problem.stride), target.isa.width
     grid, corner = (region.rows.num_tiles, region.columns.num_tiles), (region.rows.start, region.columns.start)
     num_tiles, vectors = problem.num_phase_images * grid[0] * grid[1], problem.group_out_vectors(width)
-    for tile in _register_tiles(target.isa, vectors, num_tiles):
-        blocks: list[tuple[Schedule, int]] = [
-            *(("staged", block) for block in _staged_blocks(winograd, num_tiles, tile, width)),
-            *(("fused", block) for block in _fused_blocks(winograd, num_tiles, tile, problem, width)),
-        ]
-        for schedule, tiles_per_block in blocks:
-            tiling = Tiling(grid, tiles_per_block, problem.num_phase_images, corner, problem.geometry.dilation)
-            splits = {1}
-            if schedule == "fused" and target.threads <= -(-vectors // tile.nr):
-                splits.add(target.threads)  # a single block keeps all threads busy if each has different panels
-            for on_the_fly, split in itertools.product((False, True), splits):
-                yield WinogradRegion(schedule, winograd, tiling, tile, on_the_fly, split)
+    blocks: list[tuple[Schedule, int]] = [
+        *(("staged", block) for block in _staged_blocks(winograd, num_tiles, tile, width)),
+        *(("fused", block) for block in _fused_blocks(winograd, num_tiles, tile, problem, width)),
+    ]
+    for schedule, tiles_per_block in blocks:
+        tiling = Tiling(grid, tiles_per_block, problem.num_phase_images, corner, problem.geometry.dilation)
+        splits = {1}
+        if schedule == "fused" and target.threads <= -(-vectors // tile.nr):
+            splits.add(target.threads)  # a single block keeps all threads busy if each has different panels
+        for on_the_fly, split in itertools.product((False, True), splits):
+            yield WinogradRegion(schedule, winograd, tiling, tile, on_the_fly, split)
 
 
-def _register_tiles(isa: VectorIsa, vectors: int, num_tiles: int) -> Iterator[RegisterTile]:
-    """Yield the register tiles that use at least half of the register file; ``mr`` is at most ``num_tiles``."""
-    for nr in range(1, min(vectors, _MAX_PANEL_VECTORS) + 1):
-        most = min(num_tiles, (isa.registers - nr - 1) // nr)  # nr registers hold weights, one an input
+def register_tiles(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[RegisterTile]:
+    """Yield the register tiles that use at least half of the register file; ``mr`` is at most the number of tiles."""
+    vectors = problem.group_out_vectors(target.isa.width)
+    num_tiles = problem.num_phase_images * region.rows.num_tiles * region.columns.num_tiles
+    for nr in range(1, min(vectors, MAX_PANEL_VECTORS) + 1):
+        most = min(num_tiles, (target.isa.registers - nr - 1) // nr)  # nr registers hold weights, one an input
         yield from (RegisterTile(mr, nr) for mr in range(max(1, most // 2), most + 1))
 
 

@@ -13,19 +13,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
+from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.kernels.base import RegisterTile, balanced_tiles
 from repvgg.engine.kernels.direct_conv import estimate_row_cycles, select_register_tile
 from repvgg.engine.planner.algorithms import (
+    MAX_PANEL_VECTORS,
     ConvAlgorithm,
     ConvProblem,
     Target,
     TileRegion,
     WinogradRegion,
     candidate_regions,
+    candidates_with,
     image_partitions,
+    register_tiles,
     supports_winograd,
 )
-from repvgg.engine.winograd.gemm import channel_block, on_the_fly_channel_block
+from repvgg.engine.winograd.gemm import MAX_CHANNEL_BLOCK, channel_block, on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_subsets
 
 # Capacities for the data of a kernel, which shares the caches with code, stacks and the other threads.
@@ -93,9 +97,17 @@ def candidate_algorithms(problem: ConvProblem, target: Target) -> Iterator[ConvA
 
 @lru_cache(maxsize=4096)  # partitions have regions in common
 def _cheapest_region(region: TileRegion, problem: ConvProblem, target: Target) -> WinogradRegion | None:
-    candidates = candidate_regions(region, problem, target)
-    best = min(candidates, key=lambda candidate: estimate_cycles(candidate, problem, target), default=None)
-    return best and replace(best, estimated_cycles=estimate_cycles(best, problem, target))
+    bounds = {tile: least_cycles(region, problem, target, tile) for tile in register_tiles(region, problem, target)}
+    best: WinogradRegion | None = None
+    for tile in sorted(bounds, key=lambda tile: bounds[tile]):
+        if best and bounds[tile] > best.estimated_cycles:
+            break
+        for candidate in candidates_with(tile, region, problem, target):
+            cycles = estimate_cycles(candidate, problem, target)
+            # Of equal estimates, the smallest tile.
+            if best is None or (cycles, tile.nr, tile.mr) < (best.estimated_cycles, best.tile.nr, best.tile.mr):
+                best = replace(candidate, estimated_cycles=cycles)
+    return best
 
 
 def costed_regions(region: TileRegion, problem: ConvProblem, target: Target) -> Iterator[WinogradRegion]:
@@ -117,16 +129,37 @@ def estimate_direct_cycles(problem: ConvProblem, target: Target) -> float:
     return num_rows * cycles_per_row / target.threads + weight_bytes / _MEMORY_BYTES_PER_CYCLE
 
 
-def least_cycles(region: TileRegion, problem: ConvProblem, target: Target) -> float:
-    """Return a lower bound of the estimates for a region: its multiplications, and reading the weights once."""
-    winograd, stride = region.winograd(problem.stride), problem.stride
+def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile: RegisterTile | None = None) -> float:
+    """Return a lower bound of the estimates for a region: its multiplications, its transforms, and reading the weights.
+
+    It is close: most of the search is to discard partitions and register tiles by it. Without ``tile``, it is that of
+    the best register tile.
+    """
+    winograd, stride, width = region.winograd(problem.stride), problem.stride, target.isa.width
     rows, columns = (
         span.num_tiles * filters.inputs - span.missing * stride
         for filters, span in zip((winograd.rows, winograd.columns), region, strict=True)
     )
-    multiplications = problem.num_phase_images * rows * columns * problem.num_filters
-    weight_bytes = 4 * winograd.filter_elements(on_the_fly=True) * problem.num_filters
-    return multiplications / (2 * target.isa.width * target.threads) + weight_bytes / _MEMORY_BYTES_PER_CYCLE
+    elements = problem.num_phase_images * rows * columns
+    channels, num_k_blocks = problem.group_in_channels, -(-problem.group_in_channels // MAX_CHANNEL_BLOCK)
+    vectors, in_vectors = problem.groups * problem.group_out_vectors(width), -(-problem.in_channels // width)
+    work = (
+        elements * vectors * (channels * _least_cycles_per_vector(target.isa, tile) + num_k_blocks * _ACCUMULATE_CYCLES)
+    )
+    work += elements * (_INPUT_TRANSFORM_CYCLES * in_vectors + _OUTPUT_TRANSFORM_CYCLES * vectors)
+    # Either all weights are read, or those of an on-the-fly transform, which takes cycles at least once.
+    stored, shorter = (4 * winograd.filter_elements(on_the_fly=late) * problem.num_filters for late in (False, True))
+    transforms = min(_INTERLEAVED_CYCLES, _ON_THE_FLY_CYCLES) * winograd.rows.inputs * len(winograd.columns.transformed)
+    late = shorter / _MEMORY_BYTES_PER_CYCLE + transforms * channels * vectors / target.threads
+    return work / target.threads + min(stored / _MEMORY_BYTES_PER_CYCLE, late)
+
+
+@lru_cache(maxsize=256)
+def _least_cycles_per_vector(isa: VectorIsa, tile: RegisterTile | None) -> float:
+    """Return the cycles of a multiply-add of vectors in a register tile or its remainders, or in the best tile."""
+    widest, rows = (tile.nr, (tile.mr,)) if tile else (MAX_PANEL_VECTORS, range(1, isa.registers))
+    tiles = (RegisterTile(mr, nr) for nr in range(1, widest + 1) for mr in rows)
+    return min(one.cycles / (one.mr * one.nr) for one in tiles if one.registers <= isa.registers)
 
 
 def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:

@@ -175,8 +175,9 @@ class WinogradStagedGemm(Kernel):
         Unit ``panel · blocks + block``: consecutive units read the same filters.
         """
         last = self.group_vectors - (self.num_panels - 1) * self.tile.nr
-        blocks = [_emit_staged_block(f"{name}_block{at}", self, nr) for at, nr in enumerate((self.tile.nr, last))]
-        return [*blocks, _emit_staged_driver(name, self, blocks)]
+        shapes = dict.fromkeys((self.tile.nr, last))
+        blocks = [_emit_staged_block(f"{name}_block{at}", self, nr) for at, nr in enumerate(shapes)]
+        return [*blocks, _emit_staged_driver(name, self, [blocks[0], blocks[-1]])]
 
 
 def _emit_staged_driver(name: str, kernel: WinogradStagedGemm, blocks: Sequence[IRBuilder]) -> IRBuilder:

@@ -31,7 +31,8 @@ from repvgg.engine.winograd.tiling import TileSubset, Tiling, TransformedTiles, 
 from repvgg.engine.winograd.transforms import multiply
 
 # Channel blocks (kc). Long blocks save stores of partial sums; short ones round less and leave L1 to the tiles.
-_KC, _KC_PREFETCHED_TILES = 64, 48  # the second if tiles are prefetched: their lines share L1 with the weights
+MAX_CHANNEL_BLOCK = 64
+_KC_PREFETCHED_TILES = 48  # where tiles are prefetched: their lines share L1 with the weights
 _SCRATCH_FLOATS = 2**13  # 32 KiB, a small L1: filters of a block, transformed on the fly
 _INTERLEAVED_FLOATS = 5 * 2**11  # 40 KiB: filters of an interleaved block, stored and transformed ones together
 _INTERLEAVED_REGISTERS = 5  # of the interleaved filter transform: p², p, and three columns
@@ -40,7 +41,7 @@ _RING_COLUMNS = 4  # transformed columns in scratch if interleaved: the pair in 
 
 def channel_block(channels: int, *, prefetch_tiles: bool) -> int:
     """Return kc, the length of a channel block; the last block may be shorter."""
-    return _divide_evenly(channels, _KC_PREFETCHED_TILES if prefetch_tiles else _KC)
+    return _divide_evenly(channels, _KC_PREFETCHED_TILES if prefetch_tiles else MAX_CHANNEL_BLOCK)
 
 
 def on_the_fly_channel_block(
@@ -59,12 +60,12 @@ def on_the_fly_channel_block(
     if winograd.columns.transformed and free_vector_registers >= _INTERLEAVED_REGISTERS:
         # Of each channel: G g of this block and of the next one, and the ring of transformed columns.
         kc = _divide_evenly(
-            channels, min(_KC, max(1, _INTERLEAVED_FLOATS // ((2 * TAPS + _RING_COLUMNS) * panel_floats)))
+            channels, min(MAX_CHANNEL_BLOCK, max(1, _INTERLEAVED_FLOATS // ((2 * TAPS + _RING_COLUMNS) * panel_floats)))
         )
         if channels % kc == 0:
             return kc, True
     most = max(1, _SCRATCH_FLOATS // (winograd.columns.inputs * panel_floats))
-    return _divide_evenly(channels, min(_KC, most)), False
+    return _divide_evenly(channels, min(MAX_CHANNEL_BLOCK, most)), False
 
 
 def _divide_evenly(length: int, most: int) -> int:
@@ -97,6 +98,18 @@ class WeightStream:
     stride: int  # from one channel to the next
     prefetched: Value  # address of the first float to prefetch
     prefetched_floats: int  # floats to prefetch for each channel; 0 for none
+
+
+@final
+@dataclass(frozen=True)
+class _Rows:
+    """``count`` register tiles, one after the other, each of ``mr`` Winograd tiles."""
+
+    mr: int
+    count: Index
+    source: Value  # address of the first channel of the block in the first transformed tile
+    target: Value  # address of its products
+    ahead: Value  # address of the inputs to prefetch, those of a later block of the first tile
 
 
 #: Builds work that is interleaved with a rank-1 update, given the index of the channel in its block.
@@ -157,29 +170,69 @@ class PanelGemm:
         """
         begin = subset.first
         for count, tile in balanced_tiles(subset.count, self.tile):
-            end = begin + count * tile.mr
-            # The panel's weights of this block stay in L1; tiles stream past them, and their sums to L2.
-            with b.loop(begin, end, tile.mr) as at:
-                source = b.offset(inputs.address, b.mul(at.index, inputs.tile_stride))
-                target = b.offset(products.address, b.mul(at.index, self.nr * b.width))
-                if self.prefetch_tiles:
-                    for row in range(tile.mr):
-                        for line in range(0, block.length, LINE_FLOATS):
-                            b.prefetch(source, b.add(prefetched_channel, row * inputs.tile_stride + line))
-                read = replace(inputs, address=b.offset(source, block.begin))
-                # mr · nr accumulators live in registers for all kc channels: the only stores are those below.
-                sums = self._sum_block(b, tile.mr, read, block.length, weights, interleaved)
-                for place, value in enumerate(sums):
-                    lane = place * b.width
-                    total = value if block.first else b.binary("fadd", value, b.load(target, lane))
-                    b.store(total, target, lane)
-            begin = end
+            source = b.offset(inputs.address, begin * inputs.tile_stride)
+            read, ahead = b.offset(source, block.begin), b.offset(source, prefetched_channel)
+            rows = _Rows(tile.mr, count, read, b.offset(products.address, begin * self.nr * b.width), ahead)
+            if interleaved:
+                self._emit_rows(b, block, rows, inputs.tile_stride, weights, interleaved)
+            else:
+                self._call_rows(b, block, rows, inputs.tile_stride, weights)
+            begin += count * tile.mr
+
+    def _call_rows(
+        self, b: IRBuilder, block: ChannelBlock, rows: _Rows, tile_stride: int, weights: WeightStream
+    ) -> None:
+        """Call the function for register tiles: the parts of the tile elements and blocks share a few of them."""
+        facts = (rows.mr, self.nr, block.length, tile_stride, weights.stride, weights.prefetched_floats)
+        kind = f"{'first' if block.first else 'add'}{'_prefetching' * self.prefetch_tiles}"
+
+        def build(inner: IRBuilder) -> None:
+            own = replace(rows, count="%count", source="%source", target="%target", ahead="%ahead")
+            stream = replace(weights, address="%weights", prefetched="%prefetched")
+            self._emit_rows(inner, block, own, tile_stride, stream)
+
+        arguments: list[tuple[str, str, Index]] = [
+            ("ptr", "source", rows.source),
+            ("ptr", "target", rows.target),
+            ("ptr", "weights", weights.address),
+            ("ptr", "prefetched", weights.prefetched),
+            ("ptr", "ahead", rows.ahead),
+            ("i64", "count", rows.count),
+        ]
+        b.call_shared(f"gemm_{kind}_{'_'.join(map(str, facts))}", arguments, build)
+
+    def _emit_rows(
+        self,
+        b: IRBuilder,
+        block: ChannelBlock,
+        rows: _Rows,
+        tile_stride: int,
+        weights: WeightStream,
+        interleaved: InterleavedWork | None = None,
+    ) -> None:
+        # The panel's weights of this block stay in L1; tiles stream past them, and their sums to L2.
+        with b.loop(0, rows.count, runs=True) as at:
+            first = b.mul(at.index, rows.mr * tile_stride)
+            source = b.offset(rows.source, first)
+            target = b.offset(rows.target, b.mul(at.index, rows.mr * self.nr * b.width))
+            if self.prefetch_tiles:
+                ahead = b.offset(rows.ahead, first)
+                for row in range(rows.mr):
+                    for line in range(0, block.length, LINE_FLOATS):
+                        b.prefetch(ahead, row * tile_stride + line)
+            # mr · nr accumulators live in registers for all kc channels: the only stores are those below.
+            sums = self._sum_block(b, rows.mr, source, tile_stride, block.length, weights, interleaved)
+            for place, value in enumerate(sums):
+                lane = place * b.width
+                total = value if block.first else b.binary("fadd", value, b.load(target, lane))
+                b.store(total, target, lane)
 
     def _sum_block(
         self,
         b: IRBuilder,
         mr: int,
-        read: TransformedTiles,
+        read: Value,
+        tile_stride: int,
         length: int,
         weights: WeightStream,
         interleaved: InterleavedWork | None,
@@ -190,8 +243,8 @@ class PanelGemm:
             for line in range(0, weights.prefetched_floats, LINE_FLOATS):
                 ahead = b.add(b.mul(channels.index, weights.prefetched_floats), line)
                 b.prefetch(b.offset(weights.prefetched, ahead), l1=True)
-            source = b.offset(read.address, channels.index)
-            channels.next = rank_1_update(b, source, read.tile_stride, address, channels.carried, self.nr)
+            source = b.offset(read, channels.index)
+            channels.next = rank_1_update(b, source, tile_stride, address, channels.carried, self.nr)
             if interleaved:
                 interleaved(channels.index)
         return channels.results
