@@ -33,8 +33,8 @@ from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
-from repvgg.engine.planner.cost_model import select_algorithm
 from repvgg.engine.planner.plan import plan
+from repvgg.engine.planner.selection_cache import select_cached
 from repvgg.engine.planner.steps import Plan
 from repvgg.engine.runtime.memory import Images, InputView, view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool, check_threads, thread_count
@@ -192,7 +192,7 @@ class CompiledModel:
         isa = isa or host_isa()
         self._target = Target(isa, self.threads, precision)
         self._pool, self._search = ThreadPool(isa, self.threads), search
-        self._select: Selector = select_algorithm
+        self._select: Selector = select_cached
         if search:
             self._select = autotune(graph, self.input_shapes, self._target, self._pool)
         first = Executable(plan(graph, self.input_shapes, self._target, self._select))

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Conv, ConvGeometry, infer_shapes
 from repvgg.engine.kernels.base import pack_panels, pack_weights, placeholder_weights
-from repvgg.engine.planner import autotune
+from repvgg.engine.planner import autotune, selection_cache
 from repvgg.engine.planner import plan as planner
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, ConvProblem, Target
 from repvgg.engine.planner.cost_model import candidate_algorithms, select_algorithm
@@ -83,7 +84,7 @@ def test_each_problem_is_measured_once_and_the_output_is_right(measured):
     problems = [ConvProblem(STRIDED, 16, 32, (10, 7), 3), ConvProblem(PADDED, 32, 32, (10, 7), 3)]
     assert measured == problems
     for problem in problems:
-        assert autotune.read_cached(problem, Target(host_isa(), 2)) is not None
+        assert selection_cache.read_cached(problem, Target(host_isa(), 2)) is not None
 
 
 @torch.no_grad()
@@ -169,14 +170,32 @@ def test_placeholder_weights_have_the_size_of_packed_ones(nr, form, on_the_fly, 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_algorithm_survives_the_cache(stride, monkeypatch):
     problem = problem_of(ConvGeometry((3, 3), (stride, stride), (1, 1)))
-    assert autotune.read_cached(problem, HOST) is None
+    assert selection_cache.read_cached(problem, HOST) is None
     for algorithm in [*candidate_algorithms(problem, HOST), None]:
-        autotune.write_cached(problem, HOST, algorithm)
-        assert autotune.read_cached(problem, HOST) == (algorithm,)
-    assert autotune.read_cached(problem, Target(HOST.isa, 1)) is None
+        selection_cache.write_cached(problem, HOST, algorithm)
+        assert selection_cache.read_cached(problem, HOST) == (algorithm,)
+    assert selection_cache.read_cached(problem, Target(HOST.isa, 1)) is None
     # With another error budget, other tiles may be faster.
     monkeypatch.setitem(ERROR_GROWTH_LIMITS, HOST.precision, 1.01 * ERROR_GROWTH_LIMITS[HOST.precision])
-    assert autotune.read_cached(problem, HOST) is None
+    assert selection_cache.read_cached(problem, HOST) is None
+
+
+def test_what_the_cost_model_selects_is_kept_on_disk(monkeypatch):
+    """Apart from measured results, and for the costs of the processor."""
+    problem, asked = problem_of(), []
+
+    def noted(problem, target):
+        asked.append(target.costs)
+        return select_algorithm(problem, target)
+
+    monkeypatch.setattr(selection_cache, "select_algorithm", noted)
+    other = replace(HOST, costs=replace(HOST.costs, input_transform_cycles=25.0))
+    for target in (HOST, HOST, other, other):
+        selection_cache.select_cached.cache_clear()
+        assert selection_cache.select_cached(problem, target) == select_algorithm(problem, target)
+    assert asked == [HOST.costs, other.costs]
+    assert selection_cache.read_cached(problem, HOST) is None
+    selection_cache.select_cached.cache_clear()
 
 
 # As the first version wrote them: its key for the problem, and a region for each entry: rows, columns, schedule,
@@ -212,7 +231,7 @@ def test_files_of_the_first_version_are_read(name, folder):
     (folder / f"{digest.hexdigest()}.choice").write_bytes(head + content)
 
     problem, target = ConvProblem(PADDED, 64, 64, (14, 14), 4), Target(GENERIC_ISAS["avx512"], 2)
-    cached = autotune.read_cached(problem, target)
+    cached = selection_cache.read_cached(problem, target)
     assert cached is not None
     (algorithm,) = cached
     if name == "direct":
@@ -222,7 +241,7 @@ def test_files_of_the_first_version_are_read(name, folder):
     assert [[region.schedule, region.on_the_fly, region.out_channel_splits] for region in algorithm.regions] == [
         [one[2].replace("product", "staged"), *one[3:5]] for one in OLD_FILES[name]
     ]
-    autotune.write_cached(problem, target, algorithm)
+    selection_cache.write_cached(problem, target, algorithm)
     (path,) = folder.iterdir()  # the same name and bytes are written now
     assert path.read_bytes() == head + content
 
@@ -243,8 +262,8 @@ def test_a_malformed_file_is_ignored(name):
     """Even with a valid checksum and key: block and tile sizes are never taken from a file."""
     problem = ConvProblem(PADDED, 64, 64, (12, 12), 1)
     algorithm = select_algorithm(problem, HOST)
-    autotune.write_cached(problem, HOST, algorithm)
-    key = autotune._cache_key(problem, HOST)
+    selection_cache.write_cached(problem, HOST, algorithm)
+    key = selection_cache._cache_key(problem, HOST)
     regions = json.loads(disk_cache.read_entry(key, ".choice"))
     if name == "an unknown register tile":
         regions[0][4] = 99
@@ -253,11 +272,11 @@ def test_a_malformed_file_is_ignored(name):
     if name == "an unknown partition":
         regions[0][0][2] += 5
     disk_cache.write_entry(key, ".choice", MALFORMED[name] or json.dumps(regions).encode())
-    assert autotune.read_cached(problem, HOST) is None
+    assert selection_cache.read_cached(problem, HOST) is None
 
 
 def test_clear_cache_removes_tuning_results(folder):
-    autotune.write_cached(problem_of(), HOST, None)
+    selection_cache.write_cached(problem_of(), HOST, None)
     assert [path.suffix for path in folder.iterdir()] == [".choice"]
     repvgg.engine.clear_cache()
     assert not list(folder.iterdir())
@@ -293,7 +312,7 @@ def test_the_slowest_candidates_compute_the_same(monkeypatch):
     def slowest(problem, target):
         return max(candidate_algorithms(problem, target), key=lambda algorithm: algorithm.estimated_cycles)
 
-    monkeypatch.setattr(compiled_model, "select_algorithm", slowest)
+    monkeypatch.setattr(compiled_model, "select_cached", slowest)
     model, x = plain(), torch.randn(2, 16, 19, 14)
     compiled = CompiledModel(read(model), [tuple(x.shape)], HOST.isa, 2)
     with torch.no_grad():

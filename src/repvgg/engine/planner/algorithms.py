@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, TypeAlias, final
 from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import ConvGeometry, Pair
 from repvgg.engine.kernels.base import RegisterTile
+from repvgg.engine.planner.machine_costs import AVX512_COSTS, MachineCosts
 from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.filters import Winograd2d, winograd2d
 from repvgg.engine.winograd.tiling import Tiling
@@ -49,11 +50,12 @@ _MAX_FUSED_REGISTER_TILES = 8  # per block: weights are then reused often enough
 @final
 @dataclass(frozen=True)
 class Target:
-    """What a plan is made for: vector instructions, number of threads, and error budget."""
+    """What a plan is made for: vector instructions, number of threads, error budget, and the costs of the processor."""
 
     isa: VectorIsa
     threads: int = 1
     precision: Precision = "high"
+    costs: MachineCosts = AVX512_COSTS
 
 
 @final

@@ -4,40 +4,34 @@ A convolution is measured alone, on buffers like those of the network: first the
 image, then the best partitions of the whole image and the direct kernel. Candidates are measured in turns, so that a
 transient slowdown of the machine affects all of them equally, and slow ones drop out early.
 
-The result is cached on disk with the machine code, one file for each convolution. Reading a file only looks up one of
-the current candidates, so a wrong or malicious file can at worst select a slow one.
+The result is cached on disk with the machine code, one file for each convolution (``selection_cache.py``).
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
 import numpy as np
 
-from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, entry_key, read_entry, write_entry
 from repvgg.engine.executable import Executable
 from repvgg.engine.graph import RELU, Conv, Graph, Shape, chain, infer_shapes
 from repvgg.engine.kernels.base import placeholder_weights
 from repvgg.engine.planner.algorithms import (
-    ERROR_GROWTH_LIMITS,
     ConvAlgorithm,
     ConvProblem,
-    Schedule,
     Selector,
     Target,
     TileRegion,
     WinogradRegion,
-    image_partitions,
     supports_winograd,
 )
-from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions, select_algorithm
+from repvgg.engine.planner.cost_model import candidate_algorithms, costed_regions
 from repvgg.engine.planner.plan import BatchChunks, assemble, chunk_batch, conv_problems
+from repvgg.engine.planner.selection_cache import read_cached, select_cached, write_cached
 from repvgg.engine.runtime.memory import view_input
 from repvgg.engine.runtime.thread_pool import ThreadPool
 
@@ -81,7 +75,7 @@ def autotune(graph: Graph, input_shapes: Sequence[Shape], target: Target, pool: 
         found[problem] = cached[0]
 
     def select(problem: ConvProblem, target: Target) -> ConvAlgorithm | None:
-        return found[problem] if problem in found else select_algorithm(problem, target)
+        return found[problem] if problem in found else select_cached(problem, target)
 
     return select
 
@@ -205,62 +199,3 @@ class _Bench:
 
 def _estimate(region: WinogradRegion) -> float:
     return region.estimated_cycles
-
-
-# The tuning cache. A file holds JSON: "direct", or a list with one entry for each region.
-
-_DIRECT = "direct"
-# The staged schedule is called "product" in files, its name when the format was introduced.
-_SCHEDULE_NAMES: dict[Schedule, str] = {"staged": "product", "fused": "fused"}
-
-
-def read_cached(problem: ConvProblem, target: Target) -> tuple[ConvAlgorithm | None] | None:
-    """Return a tuple of the cached algorithm, which is None for the direct kernel; or None if there is no entry."""
-    content = read_entry(_cache_key(problem, target), TUNING_SUFFIX)
-    try:
-        found: Any = None if content is None else json.loads(content)
-    except ValueError:
-        return None
-    if found == _DIRECT:
-        return (None,)
-    if not isinstance(found, list):
-        return None
-    for partition in image_partitions(problem, target):
-        if len(found) == len(partition):
-            regions = list(_matches(partition, found, problem, target))
-            if len(regions) == len(partition):
-                return (ConvAlgorithm(tuple(regions)),)
-    return None
-
-
-def write_cached(problem: ConvProblem, target: Target, algorithm: ConvAlgorithm | None) -> None:
-    """Cache the fastest algorithm of a convolution."""
-    content = _DIRECT if algorithm is None else [_encode(region) for region in algorithm.regions]
-    write_entry(_cache_key(problem, target), TUNING_SUFFIX, json.dumps(content).encode())
-
-
-def _cache_key(problem: ConvProblem, target: Target) -> bytes:
-    size = problem.in_channels, problem.out_channels, problem.output_size, problem.batch, problem.groups
-    # The error budget is part of the key, because a larger one admits tiles that were never measured.
-    limit = ERROR_GROWTH_LIMITS[target.precision]
-    return entry_key(*map(str, (astuple(problem.geometry), size, astuple(target), limit)))
-
-
-def _matches(
-    partition: Sequence[TileRegion], found: Sequence[Any], problem: ConvProblem, target: Target
-) -> Iterator[WinogradRegion]:
-    """Yield the candidate for each entry of a file, up to the first entry without one."""
-    for tiles, encoded in zip(partition, found, strict=True):
-        if not isinstance(encoded, list) or encoded[:2] != [list(span) for span in tiles]:
-            return
-        match = next((one for one in costed_regions(tiles, problem, target) if _encode(one) == encoded), None)
-        if match is None:
-            return
-        yield match
-
-
-def _encode(region: WinogradRegion) -> list[Any]:
-    rows, columns = (list(span) for span in region.tiles)
-    schedule, tile = _SCHEDULE_NAMES[region.schedule], region.tile
-    splits, tiles_per_block = region.out_channel_splits, region.tiling.tiles_per_block
-    return [rows, columns, schedule, region.on_the_fly, splits, tile.mr, tile.nr, tiles_per_block]

@@ -1,9 +1,9 @@
 """An analytical cost model for convolutions, and the selection of algorithms by it.
 
-Costs are cycles of one core that issues two fused multiply-adds, two loads and one store a cycle, with 1 MiB of L2.
-The constants are fitted to timings of RepVGG layers (48 to 384 channels, 14x14 to 56x56, batches 1 and 16) with one and
-two threads on a server with AVX-512; ``LOG.md`` has the experiments. Only the order of the candidates matters. On a
-machine where it is wrong, use ``compile(search=True)``, which measures.
+Costs are cycles of one core that issues two fused multiply-adds, two loads and one store a cycle. The constants are
+those of the target's processor, :class:`repvgg.engine.planner.machine_costs.MachineCosts`; ``LOG.md`` has the
+experiments. Only the order of the candidates matters. On a machine where it is wrong, use ``compile(search=True)``,
+which measures.
 """
 
 from __future__ import annotations
@@ -29,42 +29,10 @@ from repvgg.engine.planner.algorithms import (
     register_tiles,
     supports_winograd,
 )
+from repvgg.engine.planner.machine_costs import MachineCosts
+from repvgg.engine.winograd.filters import Winograd2d
 from repvgg.engine.winograd.gemm import MAX_CHANNEL_BLOCK, channel_block, on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_subsets
-
-# Capacities for the data of a kernel, which shares the caches with code, stacks and the other threads.
-_L2_BUDGET_BYTES = 7 * 2**17  # of 1 MiB
-_L3_WEIGHTS_BYTES = 2**23  # weights that stay in L3 together with the feature maps
-_L3_TILES_BYTES = 2**24  # transformed tiles that stay in L3
-
-# Winograd transforms, for each vector of a tile element.
-_INPUT_TRANSFORM_CYCLES = 11.0
-_OUTPUT_TRANSFORM_CYCLES = 7.0
-_L2_MISS_FACTOR = 1.25  # of both, where the working set of a fused block exceeds L2
-_ON_THE_FLY_CYCLES = 2.7  # for each vector of a filter that is transformed into a scratch buffer before its GEMM
-_INTERLEAVED_CYCLES = 2.2  # the same, interleaved with the multiply-adds of the preceding GEMM
-
-# GEMMs: what a block of channels (kc) costs in addition to its multiply-adds.
-_K_BLOCK_CYCLES = 4.0
-_ACCUMULATE_CYCLES = 0.45  # to load and store a vector of products
-
-# The direct kernel.
-_DIRECT_FACTOR = 1.15  # rows of an image leave more partial register tiles than the blocks of a GEMM
-_DIRECT_CYCLES_PER_PIXEL = 40.0  # for each panel
-
-_WORK_UNIT_CYCLES = 300.0  # to claim a work unit and to fill the pipeline
-
-# Weights, by all threads together: prefetched from memory, or read again from a cache.
-_MEMORY_BYTES_PER_CYCLE = 22.0
-_L3_REREAD_BYTES_PER_CYCLE = 48.0
-_L2_REREAD_BYTES_PER_CYCLE = 100.0
-
-# Transformed tiles of the staged schedule, from the input transform to the GEMM.
-_TILES_WRITE_BYTES_PER_CYCLE = 6.5  # within a core, beyond L2
-_TILES_SHARED_BYTES_PER_CYCLE = 1.5  # from the L2 of another core, on demand
-_TILES_PREFETCHED_BYTES_PER_CYCLE = 4.0  # the same, prefetched because there are many
-_TILES_L3_READ_BYTES_PER_CYCLE = 34.0  # again for each panel
-_TILES_MEMORY_READ_BYTES_PER_CYCLE = 9.7
 
 
 @lru_cache(maxsize=1024)  # most layers of a network repeat the problem of another
@@ -118,15 +86,16 @@ def costed_regions(region: TileRegion, problem: ConvProblem, target: Target) -> 
 
 def estimate_direct_cycles(problem: ConvProblem, target: Target) -> float:
     """Estimate the cycles of the direct kernel for a 3x3 convolution."""
+    costs = target.costs
     (rows, columns), vectors = problem.output_size, problem.group_out_vectors(target.isa.width)
     tile = select_register_tile(target.isa, columns, vectors)
     num_panels = -(-vectors // tile.nr)
     multiply_adds = 9 * problem.group_in_channels  # for each output
-    cycles_per_row = _DIRECT_FACTOR * multiply_adds * estimate_row_cycles(tile, columns, vectors)
-    cycles_per_row += num_panels * (_WORK_UNIT_CYCLES + _DIRECT_CYCLES_PER_PIXEL * columns)
+    cycles_per_row = costs.direct_factor * multiply_adds * estimate_row_cycles(tile, columns, vectors)
+    cycles_per_row += num_panels * (costs.work_unit_cycles + costs.direct_cycles_per_pixel * columns)
     num_rows = problem.batch * rows * problem.groups
     weight_bytes = 4 * multiply_adds * problem.out_channels
-    return num_rows * cycles_per_row / target.threads + weight_bytes / _MEMORY_BYTES_PER_CYCLE
+    return num_rows * cycles_per_row / target.threads + weight_bytes / costs.memory_bytes_per_cycle
 
 
 def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile: RegisterTile | None = None) -> float:
@@ -135,6 +104,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile:
     It is close: most of the search is to discard partitions and register tiles by it. Without ``tile``, it is that of
     the best register tile.
     """
+    costs = target.costs
     winograd, stride, width = region.winograd(problem.stride), problem.stride, target.isa.width
     rows, columns = (
         span.num_tiles * filters.inputs - span.missing * stride
@@ -143,15 +113,16 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile:
     elements = problem.num_phase_images * rows * columns
     channels, num_k_blocks = problem.group_in_channels, -(-problem.group_in_channels // MAX_CHANNEL_BLOCK)
     vectors, in_vectors = problem.groups * problem.group_out_vectors(width), -(-problem.in_channels // width)
-    work = (
-        elements * vectors * (channels * _least_cycles_per_vector(target.isa, tile) + num_k_blocks * _ACCUMULATE_CYCLES)
-    )
-    work += elements * (_INPUT_TRANSFORM_CYCLES * in_vectors + _OUTPUT_TRANSFORM_CYCLES * vectors)
+    gemm = channels * _least_cycles_per_vector(target.isa, tile) + num_k_blocks * costs.accumulate_cycles
+    work = elements * vectors * gemm
+    transforms = costs.input_transform_cycles * in_vectors + costs.output_transform_cycles * vectors
+    work += elements * _spills(winograd, target) * transforms
     # Either all weights are read, or those of an on-the-fly transform, which takes cycles at least once.
     stored, shorter = (4 * winograd.filter_elements(on_the_fly=late) * problem.num_filters for late in (False, True))
-    transforms = min(_INTERLEAVED_CYCLES, _ON_THE_FLY_CYCLES) * winograd.rows.inputs * len(winograd.columns.transformed)
-    late = shorter / _MEMORY_BYTES_PER_CYCLE + transforms * channels * vectors / target.threads
-    return work / target.threads + min(stored / _MEMORY_BYTES_PER_CYCLE, late)
+    filters = winograd.rows.inputs * len(winograd.columns.transformed) * channels * vectors
+    cycles = min(costs.interleaved_cycles, costs.on_the_fly_cycles) * filters / target.threads
+    late = shorter / costs.memory_bytes_per_cycle + cycles
+    return work / target.threads + min(stored / costs.memory_bytes_per_cycle, late)
 
 
 @lru_cache(maxsize=256)
@@ -164,6 +135,7 @@ def _least_cycles_per_vector(isa: VectorIsa, tile: RegisterTile | None) -> float
 
 def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target) -> float:
     """Estimate how many cycles each thread spends on a region."""
+    costs = target.costs
     winograd, tiling, tile = region.winograd, region.tiling, region.tile
     vectors = problem.group_out_vectors(target.isa.width)
     num_panels = -(-vectors // tile.nr)
@@ -176,35 +148,41 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
         kc, interleaved = on_the_fly_channel_block(channels, winograd, tile.nr * target.isa.width, free)
     else:
         kc = channel_block(channels, prefetch_tiles=region.schedule == "staged")
-    work = problem.groups * (tiling.num_blocks * _gemm_cycles(region, channels, vectors, kc))
+    work = problem.groups * (tiling.num_blocks * _gemm_cycles(region, channels, vectors, kc, costs))
     if region.on_the_fly:  # each block of tiles transforms the filters again
-        cycles = _INTERLEAVED_CYCLES if interleaved else _ON_THE_FLY_CYCLES
+        cycles = costs.interleaved_cycles if interleaved else costs.on_the_fly_cycles
         filter_elements = winograd.rows.inputs * len(winograd.columns.transformed)
         work += cycles * tiling.num_blocks * problem.groups * channels * vectors * filter_elements
     fits_l2 = region.schedule == "fused" and _fits_l2(region, problem, target)
-    miss_factor = _L2_MISS_FACTOR if region.schedule == "fused" and not fits_l2 else 1.0
+    factor = costs.l2_miss_factor if region.schedule == "fused" and not fits_l2 else 1.0
+    factor *= _spills(winograd, target)
     elements = sum(kind.winograd.tile_elements * kind.tiling.num_tiles for kind in tile_groups(winograd, tiling))
-    work += miss_factor * _OUTPUT_TRANSFORM_CYCLES * elements * problem.groups * vectors
+    work += factor * costs.output_transform_cycles * elements * problem.groups * vectors
 
     # Work that threads share evenly: input transforms, which each split of a fused block repeats.
     in_vectors = -(-problem.in_channels // target.isa.width)
-    shared = miss_factor * _INPUT_TRANSFORM_CYCLES * elements * in_vectors * region.out_channel_splits
+    shared = factor * costs.input_transform_cycles * elements * in_vectors * region.out_channel_splits
     if region.schedule == "staged":
         tile_bytes = 4 * tiling.num_blocks * num_tile_elements(winograd, tiling) * problem.in_channels
         num_units *= problem.groups * num_panels
-        if tile_bytes > _L2_BUDGET_BYTES:
-            in_l3 = tile_bytes < _L3_TILES_BYTES
-            read_rate = _TILES_L3_READ_BYTES_PER_CYCLE if in_l3 else _TILES_MEMORY_READ_BYTES_PER_CYCLE
+        if tile_bytes > costs.l2_budget_bytes:
+            in_l3 = tile_bytes < costs.l3_tiles_bytes
+            read_rate = costs.tiles_l3_read_bytes_per_cycle if in_l3 else costs.tiles_memory_read_bytes_per_cycle
             work += tile_bytes * num_panels / read_rate
         num_rows = tiling.batch * tiling.grid[0]  # a unit of the input transform is a row of tiles
-        shared += _WORK_UNIT_CYCLES * num_rows + tile_bytes / _tiles_write_rate(tile_bytes, target)
+        shared += costs.work_unit_cycles * num_rows + tile_bytes / _tiles_write_rate(tile_bytes, target)
 
-    cycles_per_unit = work / num_units + _WORK_UNIT_CYCLES
+    cycles_per_unit = work / num_units + costs.work_unit_cycles
     rounds = -(-num_units // target.threads)  # the last round may leave threads idle
     return rounds * cycles_per_unit + shared / target.threads + _weight_read_cycles(region, problem, target, fits_l2)
 
 
-def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int) -> float:
+def _spills(winograd: Winograd2d, target: Target) -> float:
+    """Return by how much the transforms of large tiles take longer, whose elements do not fit the register file."""
+    return 1 + target.costs.spill_factor * max(0.0, winograd.tile_elements / target.isa.registers - 1)
+
+
+def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int, costs: MachineCosts) -> float:
     """Estimate the GEMMs of all tile elements and panels, for one block and one group."""
     num_k_blocks = -(-channels // kc)
     full_panels, rest = divmod(vectors, region.tile.nr)
@@ -215,7 +193,7 @@ def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int) -
         for row in tile_subsets(region.winograd, region.tiling):
             for subset in row:
                 for count, tile in balanced_tiles(subset.count, region.tile):
-                    k_block = _K_BLOCK_CYCLES + _ACCUMULATE_CYCLES * tile.mr * nr
+                    k_block = costs.k_block_cycles + costs.accumulate_cycles * tile.mr * nr
                     of_tile = channels * RegisterTile(tile.mr, nr).cycles + num_k_blocks * k_block
                     cycles += num_panels * len(subset.rows) * len(subset.columns) * count * of_tile
     return cycles
@@ -223,27 +201,31 @@ def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int) -
 
 def _tiles_write_rate(tile_bytes: int, target: Target) -> float:
     """Return the bytes per cycle at which transformed tiles reach the GEMM."""
+    costs = target.costs
     if target.threads > 1:  # most tiles were transformed by another core
-        many = tile_bytes > _L2_BUDGET_BYTES
-        return _TILES_PREFETCHED_BYTES_PER_CYCLE if many else _TILES_SHARED_BYTES_PER_CYCLE
-    return _TILES_WRITE_BYTES_PER_CYCLE if tile_bytes > _L2_BUDGET_BYTES / 2 else math.inf
+        many = tile_bytes > costs.l2_budget_bytes
+        return costs.tiles_prefetched_bytes_per_cycle if many else costs.tiles_shared_bytes_per_cycle
+    return costs.tiles_write_bytes_per_cycle if tile_bytes > costs.l2_budget_bytes / 2 else math.inf
 
 
 def _weight_read_cycles(region: WinogradRegion, problem: ConvProblem, target: Target, fits_l2: bool) -> float:
     """Estimate reading all weights once from memory, and again for each later block from the cache that holds them."""
+    costs = target.costs
     bytes_per_channel = 4 * region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.group_in_channels
     weight_bytes = bytes_per_channel * problem.out_channels
     if region.schedule == "staged":
         panel_bytes = bytes_per_channel * region.tile.nr * target.isa.width
-        in_l2, passes = panel_bytes <= _L2_BUDGET_BYTES // 2, region.tiling.num_blocks
+        in_l2, passes = panel_bytes <= costs.l2_budget_bytes // 2, region.tiling.num_blocks
     else:
         in_l2 = fits_l2  # threads with the same split read the same weights at the same time: one pass for all
         passes = -(-region.tiling.num_blocks * region.out_channel_splits // target.threads)
     if in_l2:
-        rate = _L2_REREAD_BYTES_PER_CYCLE
+        rate = costs.l2_reread_bytes_per_cycle
     else:
-        rate = _L3_REREAD_BYTES_PER_CYCLE if weight_bytes < _L3_WEIGHTS_BYTES else _MEMORY_BYTES_PER_CYCLE
-    return weight_bytes / _MEMORY_BYTES_PER_CYCLE + (passes - 1) * weight_bytes / rate
+        rate = (
+            costs.l3_reread_bytes_per_cycle if weight_bytes < costs.l3_weights_bytes else costs.memory_bytes_per_cycle
+        )
+    return weight_bytes / costs.memory_bytes_per_cycle + (passes - 1) * weight_bytes / rate
 
 
 def _fits_l2(region: WinogradRegion, problem: ConvProblem, target: Target) -> bool:
@@ -252,4 +234,4 @@ def _fits_l2(region: WinogradRegion, problem: ConvProblem, target: Target) -> bo
         region.winograd.filter_elements(on_the_fly=region.on_the_fly) * problem.num_filters // region.out_channel_splits
     )
     channels = problem.in_channels + region.tile.nr * target.isa.width
-    return 4 * (weights + num_tile_elements(region.winograd, region.tiling) * channels) <= _L2_BUDGET_BYTES
+    return 4 * (weights + num_tile_elements(region.winograd, region.tiling) * channels) <= target.costs.l2_budget_bytes
