@@ -63,6 +63,64 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
 
 
+def check_output_folder(path: str | os.PathLike[str], replaceable: str, *, overwrite: bool = False) -> Path:
+    """Check that a folder may be written at ``path``; call it before the work that makes its files.
+
+    Args:
+        path: of the folder.
+        replaceable: a pattern of file names: only an empty folder, or one with such a file, is ever replaced.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        OutputExistsError: ``path`` is a file, or a folder that is not to be replaced.
+        OutputError: the parent folder does not exist or is not accessible.
+    """
+    target = Path(path)
+    try:
+        if not target.parent.is_dir():
+            raise OutputError(f"There is no folder {str(target.parent)!r} to write {target.name} to: make it first.")
+        if target.exists() and not target.is_dir():
+            raise OutputExistsError(f"{str(target)!r} is a file: give the name of a folder.")
+        if target.exists() and not overwrite:
+            raise OutputExistsError(
+                f"{str(target)!r} exists: add --overwrite (overwrite=True), or choose another name."
+            )
+        if target.exists() and any(target.iterdir()) and not any(target.glob(replaceable)):
+            raise OutputExistsError(
+                f"{str(target)!r} has other files than an export, which would be lost: choose another."
+            )
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}.") from error
+    return target
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], replaceable: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new folder next to ``path``, renamed to it on success and removed with its files on failure.
+
+    See :func:`check_output_folder` for the arguments. An ``OSError`` in the body is a failure to write.
+
+    Raises:
+        OutputExistsError: see :func:`check_output_folder`.
+        OutputError: a file cannot be written; the disk is full, for example.
+    """
+    target = check_output_folder(path, replaceable, overwrite=overwrite)
+    real = Path(os.path.realpath(target))
+    try:
+        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=real.parent) as temporary:
+            part = Path(temporary) / real.name
+            part.mkdir()
+            yield part
+            for file in part.iterdir():
+                _flush_to_disk(file)
+            check_output_folder(target, replaceable, overwrite=overwrite)  # another process may have made it meanwhile
+            if real.exists():
+                real.rename(Path(temporary) / "replaced")  # a folder with files cannot be renamed over
+            part.rename(real)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = False) -> Path:
     """Write UTF-8 text atomically. See :func:`atomic_write` for the errors."""
     with atomic_write(path, overwrite=overwrite) as part:

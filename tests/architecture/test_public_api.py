@@ -76,6 +76,7 @@ def test_the_engine_is_reached_without_its_dependencies():
     )
     # InTorch and Network are the names that CompiledModel and TorchFallback had before.
     names = [
+        "CompiledLibrary",
         "CompiledModel",
         "InTorch",
         "Network",
@@ -83,6 +84,7 @@ def test_the_engine_is_reached_without_its_dependencies():
         "TorchFallback",
         "clear_cache",
         "compile",
+        "load",
         "repvgg_backend",
     ]
     assert loaded.strip() == f"False True {names} set()"

@@ -162,6 +162,23 @@ COMMAND_LINE = {
         "OUT",
         "SOURCE",
     ],
+    "export": [
+        "--help",
+        "--images",
+        "--input-size",
+        "--max-batch",
+        "--model",
+        "--name",
+        "--num-classes",
+        "--overwrite",
+        "--packed-weights",
+        "--target",
+        "--threads",
+        "--to",
+        "--weights",
+        "OUT",
+        "SOURCE",
+    ],
     "verify": [
         "--batch",
         "--batches",
@@ -242,7 +259,7 @@ def test_examples_in_help_use_known_flags(repvgg):
 
 def test_unknown_command(refused):
     assert refused("lisst") == "error: There is no command 'lisst': did you mean list?\n"
-    commands = "quickstart, list, profile, train, eval, predict, convert, verify, bench, study, data check"
+    commands = "quickstart, list, profile, train, eval, predict, convert, export, verify, bench, study, data check"
     assert f"{commands}, checkpoint" in refused("xyzzy")
     assert "'--frobnicate'" in refused("--frobnicate")
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "eval": "evaluate.evaluate",
     "predict": "predict.predict",
     "convert": "convert.convert",
+    "export": "export.export",
     "verify": "verify.verify",
     "bench": "bench.bench",
     "study": "study.study",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +13,7 @@ import tyro
 
 from repvgg._files import atomic_write, check_output, write_text
 from repvgg._progress import busy
+from repvgg.cli._network import Network, load_network
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile
 from repvgg.cli._output import equality, write_line, write_report, write_warning
 from repvgg.errors import CheckpointError, ExportError, NothingFoldedWarning, UsageError
@@ -20,12 +21,9 @@ from repvgg.errors import CheckpointError, ExportError, NothingFoldedWarning, Us
 if TYPE_CHECKING:
     from torch import nn
 
-    from repvgg.checkpoints import Metadata
     from repvgg.collapse import Report
     from repvgg.deploy import Shipped
     from repvgg.verify import Evidence
-
-_HUB = "hub:"
 
 
 def convert(
@@ -81,7 +79,7 @@ def convert(
     if min(input_size or input_shape or (1,)) < 1:
         raise UsageError("Channels, height and width of an image are all at least 1.")
     with busy("Loading"):
-        network = _load(source, model, weights, num_classes, input_size, input_shape)
+        network = load_network(source, model, weights, num_classes, input_size, input_shape)
         if network.metadata and network.metadata.form == "plain" and out.suffix == ".safetensors":
             raise CheckpointError(
                 f"{source!r} is in the plain form already: copy it, or name an output that ends in .onnx or .pt2."
@@ -102,69 +100,6 @@ def convert(
     _write_summary(folded, network.model, plain)
     write_line(f"plain form is {equality(evidence, images)}")
     write_line(f"wrote {out}: {_contents(network, shipped)}")
-
-
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """A network to convert."""
-
-    model: nn.Module  # in eval mode
-    shape: tuple[int, int, int]  # (C, H, W) of an image
-    source: str  # as given on the command line
-    weights: str  # where its weights come from, in words
-    metadata: Metadata | None = None  # the header of its checkpoint; None for a model by name or factory
-
-    @property
-    def notes(self) -> dict[str, str]:
-        from repvgg import __version__
-
-        return {"source": self.source, "weights": self.weights, "version": __version__}
-
-    @property
-    def notes_in_file(self) -> dict[str, str]:
-        """The notes, and the header with classes and normalization: 'repvgg predict' reads it."""
-        if self.metadata is None:
-            return self.notes
-        _, height, width = self.shape
-        size = height if height == width else self.metadata.input_size
-        return {**self.notes, **replace(self.metadata, form="plain", input_size=size).to_header()}
-
-
-def _is_checkpoint(source: str) -> bool:
-    if source.startswith(_HUB) or os.path.exists(source):
-        return True
-    prefix, _, rest = source.rpartition(":")
-    # "timm:NAME" and "net.py:make" are factories. Anything else is a path; loading reports what is wrong with it.
-    return not (prefix and rest)
-
-
-def _load(
-    source: str,
-    model: str | None,
-    weights: Path | None,
-    num_classes: int | None,
-    input_size: tuple[int, int] | None,
-    input_shape: tuple[int, int, int] | None,
-) -> _Network:
-    from repvgg.models import from_pretrained, load, resolve
-
-    if not _is_checkpoint(source):
-        if model is not None:
-            raise UsageError("--model is for checkpoints: SOURCE names the model already.")
-        channels = input_shape[0] if input_shape else None
-        resolved = resolve(source, weights=weights, num_classes=num_classes, in_channels=channels)
-        shape = input_shape or (resolved.input_shape[0], *(input_size or resolved.input_shape[1:]))
-        return _Network(resolved.model, shape, resolved.source, resolved.weights)
-    if weights is not None or num_classes is not None:
-        raise UsageError("--weights and --num-classes are for models by name or factory: a checkpoint has its own.")
-    loaded = from_pretrained(source.removeprefix(_HUB)) if source.startswith(_HUB) else load(source, model)
-    about = loaded.metadata
-    if model is not None and about.model != model:  # load() has checked files, from_pretrained() takes no name
-        raise CheckpointError(
-            f"{source!r} is a {about.model}, not a {model}: leave out --model, or name another source."
-        )
-    shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
-    return _Network(loaded.model, shape, source, f"from {Path(source).name}", about)
 
 
 def _check_outputs(source: str, out: Path, report: Path | None, weights: Path | None, overwrite: bool) -> None:
@@ -192,7 +127,7 @@ def _write_summary(report: Report, before: nn.Module, after: nn.Module) -> None:
     write_line(f"{what}; {parameters[0]:,} → {parameters[1]:,} parameters")
 
 
-def _write(network: _Network, plain: nn.Module, out: Path, overwrite: bool) -> Shipped:
+def _write(network: Network, plain: nn.Module, out: Path, overwrite: bool) -> Shipped:
     from repvgg.deploy import Shipped, ship
     from repvgg.models import RepVGG, load, save
 
@@ -207,7 +142,7 @@ def _write(network: _Network, plain: nn.Module, out: Path, overwrite: bool) -> S
     return Shipped(out)
 
 
-def _contents(network: _Network, shipped: Shipped) -> str:
+def _contents(network: Network, shipped: Shipped) -> str:
     if shipped.evidence is None:
         if network.metadata is None:
             return "weights of the plain form, read back bit for bit"
@@ -219,7 +154,7 @@ def _contents(network: _Network, shipped: Shipped) -> str:
 
 
 def _write_report_file(
-    path: Path, network: _Network, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
+    path: Path, network: Network, report: Report, evidence: Evidence, shipped: Shipped, overwrite: bool
 ) -> None:
     content = {
         **network.notes,

@@ -20,6 +20,7 @@ from repvgg._files import atomic_write, check_output
 from repvgg._structure import describe, tensors
 from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
+from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import NOTES, ProgramRunner, export_program
 from repvgg.errors import ExportError, RepvggError, UsageError, first_line
 from repvgg.models import RepVGG, describe_model
@@ -71,13 +72,14 @@ def ship(
     overwrite: bool = False,
     notes: Mapping[str, str] | None = None,
     inputs: Inputs | Call | None = None,
+    images: Sequence[Tensor] = (),
 ) -> Shipped:
     """Write ``plain`` under a temporary name, load the file, and rename it to ``path`` if it equals ``reference``.
 
     A ``.pt2`` or ``.onnx`` file is run on border-exposing images and compared with the reference in float64. It takes
     any batch size where the model can be captured so, and one image otherwise. A ``.safetensors`` file holds the
     weights alone and is compared bit for bit. Outputs may have any structure; ``inputs`` are example inputs of a model
-    that takes something else than one batch of images.
+    that takes something else than one batch of images. ``images`` are more batches to compare on.
 
     Raises:
         UsageError: the suffix is none of :data:`SUFFIXES`, the shape is invalid, or the forward does not take the
@@ -97,6 +99,8 @@ def ship(
             # Not 2, the batch size of the capture: a constant that it left in the graph would not show.
             sizes = (3, 1) if dynamic_batch else (1, 1)
             calls = _images(plain, input_shape, sizes) if inputs is None else _calls(reference, inputs, dynamic_batch)
+            at_once = None if dynamic_batch else 1
+            calls += [Call((part,)) for batch in images for part in torch.split(batch, at_once or len(batch))]
             return Shipped(target, dynamic_batch, _verify_file(reference, run, calls))
 
         try:
@@ -216,3 +220,18 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     # As bytes: torch.equal on floats takes -0.0 for 0.0, and NaN for different.
     ours, theirs = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
     return torch.equal(ours, theirs)
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write the file of a request with :func:`ship`; the targets "onnx" and "pt2" of the table."""
+    shipped = ship(
+        request.reference,
+        request.plain,
+        request.out,
+        request.input_shape,
+        overwrite=request.overwrite,
+        notes=request.notes,
+        images=request.images,
+    )
+    number = "any number of images" if shipped.dynamic_batch else "one image at a time"
+    return Exported(shipped.path, f"{number} of {' x '.join(map(str, request.input_shape))}", shipped.evidence)

@@ -13,6 +13,7 @@ The passes, from a module to a call, and the values between them::
     executable.py      plan                   -> step table       (its code, buffers and packed weights)
     codegen/           kernels                -> machine code     (LLVM IR, compiler, disk cache)
     runtime/           step table, images     -> output           (thread pool; memory and its layouts)
+    library/           plan                   -> C library        (without Python; ``load`` runs it in Python)
 
 ``kernels/`` and ``winograd/`` hold the kernels that the planner selects from, and that emit their IR.
 """
@@ -21,10 +22,12 @@ from __future__ import annotations
 
 from repvgg.engine.codegen.disk_cache import clear_cache
 from repvgg.engine.compiled_model import CompiledModel, InTorch, Network, TorchFallback, compile  # noqa: A004
+from repvgg.engine.library.loaded import CompiledLibrary, load
 from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.torch_backend import repvgg_backend
 
 __all__ = [
+    "CompiledLibrary",
     "CompiledModel",
     "InTorch",
     "Network",
@@ -32,5 +35,6 @@ __all__ = [
     "TorchFallback",
     "clear_cache",
     "compile",
+    "load",
     "repvgg_backend",
 ]

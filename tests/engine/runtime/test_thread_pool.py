@@ -200,8 +200,8 @@ def test_each_unit_is_computed_once_and_steps_in_order(pool_code, threads):
 
 
 def test_layouts_are_those_of_the_c_structures():
-    """thread_pool.c asserts the same lines against offsetof and sizeof when it is compiled."""
-    text = SOURCE.read_text()
+    """thread_pool.h asserts the same lines against offsetof and sizeof when it is compiled."""
+    text = SOURCE.with_suffix(".h").read_text()
     lines = re.findall(r"^OFFSET\((\w+), (\w+), (\d+)\);", text, re.MULTILINE)
     found = {(name, field): int(offset) for name, field, offset in lines}
     sizes = {name: int(size) for name, size in re.findall(r"sizeof\(struct (\w+)\) == (\d+)", text)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -76,6 +76,37 @@ def compile_to_object(ir: str, isa: VectorIsa) -> bytes:
     return code
 
 
+def compile_to_relocatable(modules: Sequence[str], isa: VectorIsa, exported: Collection[str]) -> bytes:
+    """Link modules of IR and compile them to an object file for a linker: code that runs at any address.
+
+    Args:
+        modules: IR; functions of one may call those of another.
+        isa: ``triple`` names the platform.
+        exported: functions that other objects may refer to; all others become local.
+
+    Raises:
+        MissingDependencyError: llvmlite is not installed.
+        RuntimeError: the IR is malformed, or LLVM has no such processor.
+    """
+    binding, machine = require("llvmlite.binding", "engine"), _target_machine(isa, relocatable=True)
+    binding.initialize_native_asmparser()  # library.c asks x86 processors what they are, which takes inline assembly
+    linked = None
+    for ir in modules:
+        module = binding.parse_assembly(ir)
+        module.triple, module.data_layout = machine.triple, str(machine.target_data)
+        if linked is None:
+            linked = module
+        else:
+            linked.link_in(module)
+    assert linked is not None
+    for function in linked.functions:
+        if not function.is_declaration and function.name not in exported:
+            function.linkage = "internal"
+    _run_passes(machine, linked)
+    code: bytes = machine.emit_object(linked)
+    return code
+
+
 def compile_to_assembly(ir: str, isa: VectorIsa) -> str:
     """Compile a module of IR to assembly, to search it for register spills. Raises as :func:`compile_to_object`."""
     machine, module = _optimize(ir, isa)
@@ -89,16 +120,22 @@ def _optimize(ir: str, isa: VectorIsa) -> tuple[Any, Any]:
     module = binding.parse_assembly(ir)
     # The IR names no target: the same text is compiled for any processor.
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    _run_passes(machine, module)
+    return machine, module
+
+
+def _run_passes(machine: Any, module: Any) -> None:
+    """Verify and optimize a module."""
+    binding = require("llvmlite.binding", "engine")
     module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=_IR_OPT_LEVEL)
     # Kernels are vectorized, and unrolled to fill the register file: more of either would spill registers.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
-    return machine, module
 
 
-def _target_machine(isa: VectorIsa) -> Any:
+def _target_machine(isa: VectorIsa, *, relocatable: bool = False) -> Any:
     binding = require("llvmlite.binding", "engine")
     if isa.triple:
         binding.initialize_all_targets()
@@ -107,7 +144,8 @@ def _target_machine(isa: VectorIsa) -> Any:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
     target = binding.Target.from_triple(isa.triple or binding.get_process_triple())
-    return target.create_target_machine(cpu=isa.cpu, features=isa.features, opt=_CODEGEN_OPT_LEVEL, jit=True)
+    options = {"reloc": "pic", "codemodel": "small"} if relocatable else {"jit": True}
+    return target.create_target_machine(cpu=isa.cpu, features=isa.features, opt=_CODEGEN_OPT_LEVEL, **options)
 
 
 @final

@@ -1,7 +1,8 @@
 /* Thread pool of the engine: runs a table of kernel calls on the calling thread and on workers.
 
    The LLVM IR next to this file is generated from it (`make thread-pool-ir`) and compiled by llvmlite when a model is
-   compiled, so that no C compiler is needed. `thread_pool.py` allocates the structures below and calls the functions.
+   compiled, so that no C compiler is needed. `thread_pool.py`, or `library.c` where there is no Python, allocates the
+   structures of `thread_pool.h` and calls the functions.
 
    Work is claimed, not distributed. A step (one kernel on its buffers) consists of units; units are claimed in chunks,
    each with one compare-and-swap, and a step is over when all its units are done. A worker that wakes late, or never,
@@ -11,9 +12,9 @@
    A claim word holds (call number : 32, chunks claimed from the front : 16, from the back : 16). The call number keeps a
    worker that is still in an earlier call from claiming units of a later one. */
 
+#include "thread_pool.h"
+
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__)) && !defined(SINGLE_THREADED)
 #define HAS_WORKERS 1
@@ -22,82 +23,11 @@
 #endif
 
 enum {
-    CACHE_LINE = 64,        /* bytes */
     CHUNKS_PER_THREAD = 16, /* of a step: enough to even out threads of different speed */
     MAX_CHUNKS = 1 << 14,   /* of a step: either count of a claim word has 16 bits */
     IDLE_SPINS = 2500,      /* polls of about 0.1 us before a worker sleeps; more would take time from other processes */
     SPINS_PER_YIELD = 4096, /* polls between two sched_yield of a thread that waits for the end of a step */
-    MAX_CPUS = 1024,        /* as glibc's cpu_set_t */
 };
-
-typedef void kernel_function(const float *source, float *target, const void *weights, const float *bias, int64_t batch,
-                             int64_t begin, int64_t end);
-
-/* One kernel on its buffers. Items are what blocks are made of: images, or Winograd tiles. */
-struct step {
-    /* Cache line 0 is read by all threads and written between calls only. */
-    kernel_function *function;
-    const float *source;
-    float *target;
-    const void *weights;
-    const float *bias;
-    uint64_t units_per_block;
-    uint64_t items_per_block;
-    uint64_t num_items; /* of this call; set by pool_run */
-    /* Lines 1 and 2 are written by all threads: apart, so that a claim does not slow down the count of what is done. */
-    _Alignas(CACHE_LINE) uint64_t claims;
-    _Alignas(CACHE_LINE) uint64_t units_done;
-    uint64_t items_per_image;
-    uint64_t first_image; /* of the batch */
-    uint64_t max_images;
-};
-
-/* What the threads of a pool share. */
-struct thread_pool {
-    _Alignas(CACHE_LINE) uint32_t call; /* number of the last call, and the futex that idle workers sleep on */
-    _Alignas(CACHE_LINE) uint32_t sleepers;
-    _Alignas(CACHE_LINE) struct step *steps;
-    uint64_t num_steps;
-    uint64_t num_threads; /* with the caller */
-    _Alignas(CACHE_LINE) uint64_t stop;
-    _Alignas(CACHE_LINE) uint64_t active_workers; /* that may read steps */
-    _Alignas(CACHE_LINE) uint64_t avoided_cpu;    /* the caller's, which workers do not run on */
-    uint64_t workers_started;
-    _Alignas(CACHE_LINE) uint64_t allowed_cpus[MAX_CPUS / 64]; /* of this process, a bit each */
-    uint64_t worker_cpus[MAX_CPUS / 64];                       /* the same without the caller's */
-    uint64_t worker_thread_ids[];                              /* of the kernel; 0 until a worker has started */
-};
-
-/* thread_pool.py describes the same layout as numpy dtypes; a test compares them with these lines. */
-#define OFFSET(structure, field, bytes) \
-    _Static_assert(offsetof(struct structure, field) == (bytes), #structure "." #field " has moved")
-OFFSET(step, function, 0);
-OFFSET(step, source, 8);
-OFFSET(step, target, 16);
-OFFSET(step, weights, 24);
-OFFSET(step, bias, 32);
-OFFSET(step, units_per_block, 40);
-OFFSET(step, items_per_block, 48);
-OFFSET(step, num_items, 56);
-OFFSET(step, claims, 64);
-OFFSET(step, units_done, 128);
-OFFSET(step, items_per_image, 136);
-OFFSET(step, first_image, 144);
-OFFSET(step, max_images, 152);
-_Static_assert(sizeof(struct step) == 192, "step has another size");
-OFFSET(thread_pool, call, 0);
-OFFSET(thread_pool, sleepers, 64);
-OFFSET(thread_pool, steps, 128);
-OFFSET(thread_pool, num_steps, 136);
-OFFSET(thread_pool, num_threads, 144);
-OFFSET(thread_pool, stop, 192);
-OFFSET(thread_pool, active_workers, 256);
-OFFSET(thread_pool, avoided_cpu, 320);
-OFFSET(thread_pool, workers_started, 328);
-OFFSET(thread_pool, allowed_cpus, 384);
-OFFSET(thread_pool, worker_cpus, 512);
-OFFSET(thread_pool, worker_thread_ids, 640);
-_Static_assert(sizeof(struct thread_pool) == 640, "thread_pool has another size");
 
 /* Declared here, not included: the IR is generated for platforms whose system headers are not at hand. */
 extern int sched_yield(void);

@@ -1,0 +1,86 @@
+"""The SOURCE of the commands that convert and export: any network, with what is known about it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repvgg.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from repvgg.checkpoints import Metadata
+
+_HUB = "hub:"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network to convert or to export."""
+
+    model: nn.Module  # in eval mode
+    shape: tuple[int, int, int]  # (C, H, W) of an image
+    source: str  # as given on the command line
+    weights: str  # where its weights come from, in words
+    metadata: Metadata | None = None  # the header of its checkpoint; None for a model by name or factory
+
+    @property
+    def notes(self) -> dict[str, str]:
+        from repvgg import __version__
+
+        return {"source": self.source, "weights": self.weights, "version": __version__}
+
+    @property
+    def notes_in_file(self) -> dict[str, str]:
+        """The notes, and the header with classes and normalization: 'repvgg predict' reads it."""
+        if self.metadata is None:
+            return self.notes
+        _, height, width = self.shape
+        size = height if height == width else self.metadata.input_size
+        return {**self.notes, **replace(self.metadata, form="plain", input_size=size).to_header()}
+
+
+def _is_checkpoint(source: str) -> bool:
+    if source.startswith(_HUB) or os.path.exists(source):
+        return True
+    prefix, _, rest = source.rpartition(":")
+    # "timm:NAME" and "net.py:make" are factories. Anything else is a path; loading reports what is wrong with it.
+    return not (prefix and rest)
+
+
+def load_network(
+    source: str,
+    model: str | None,
+    weights: Path | None,
+    num_classes: int | None,
+    input_size: tuple[int, int] | None,
+    input_shape: tuple[int, int, int] | None,
+) -> Network:
+    """Load a network from its SOURCE; the arguments are the options of that command.
+
+    Raises:
+        UsageError: options do not fit the source.
+        RepvggError: the source cannot be loaded.
+    """
+    from repvgg.models import from_pretrained, load, resolve
+
+    if not _is_checkpoint(source):
+        if model is not None:
+            raise UsageError("--model is for checkpoints: SOURCE names the model already.")
+        channels = input_shape[0] if input_shape else None
+        resolved = resolve(source, weights=weights, num_classes=num_classes, in_channels=channels)
+        shape = input_shape or (resolved.input_shape[0], *(input_size or resolved.input_shape[1:]))
+        return Network(resolved.model, shape, resolved.source, resolved.weights)
+    if weights is not None or num_classes is not None:
+        raise UsageError("--weights and --num-classes are for models by name or factory: a checkpoint has its own.")
+    loaded = from_pretrained(source.removeprefix(_HUB)) if source.startswith(_HUB) else load(source, model)
+    about = loaded.metadata
+    if model is not None and about.model != model:  # load() has checked files, from_pretrained() takes no name
+        raise CheckpointError(
+            f"{source!r} is a {about.model}, not a {model}: leave out --model, or name another source."
+        )
+    shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
+    return Network(loaded.model, shape, source, f"from {Path(source).name}", about)

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation: a plan as a C library without dependencies, and its use from Python."""

@@ -1,0 +1,89 @@
+import typing
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from repvgg import engine
+from repvgg.cli.export import export
+from repvgg.deploy.targets import TARGETS
+from repvgg.engine.library.build import find_linker
+from repvgg.engine.library.targets import CPU_TARGETS, NATIVE, cpu_target
+from repvgg.errors import EquivalenceError
+
+
+def photographs(folder):
+    """Write three files of images, of another size than the network takes."""
+    (folder / "images").mkdir()
+    for number in range(3):
+        Image.effect_noise((20, 17), 60 + number).save(folder / "images" / f"{number}.png")
+    return folder / "images"
+
+
+@pytest.mark.skipif(find_linker(cpu_target("native")) is None, reason="no linker")
+def test_a_train_form_becomes_a_library(repvgg, files, tmp_path):
+    folder, images = tmp_path / "model", photographs(tmp_path)
+    options = "--max-batch", "2", "--threads", "1", "--images", images
+    outcome = repvgg("export", files.train, folder, "--to", "c", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    folded, equal, tolerance, ran, wrote = outcome.out.splitlines()
+    assert folded == "the network was made plain first: 7 regions folded"
+    assert equal.startswith("the export is equal: relative error ")
+    assert equal.endswith("; 6 of 6 predictions agree, on border images and 3 others")
+    assert tolerance.startswith("tolerance: ")
+    assert "roundings" in tolerance
+    assert ran == "libmodel.so was loaded and run on this machine."
+    assert wrote.startswith(f"wrote {folder}: a library for {cpu_target('native').name}, ")
+    assert wrote.endswith("with the weights, up to 2 images of 1 x 16 x 16 at once")
+    images = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(engine.load(folder)(images), files.model(images), rtol=1e-4, atol=1e-5)
+    readme = (folder / "README.md").read_text()
+    assert "Output k is the logit of class k: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in readme
+
+
+@pytest.mark.slow
+def test_to_onnx_with_images(repvgg, files, tmp_path):
+    out = tmp_path / "plain.onnx"
+    outcome = repvgg("export", files.plain, out, "--to", "onnx", "--images", photographs(tmp_path))
+    assert (outcome.code, outcome.err) == (0, "")
+    plain, equal, _, wrote = outcome.out.splitlines()
+    assert plain == "the network is plain: it was exported as it is"
+    assert equal.endswith(" predictions agree, on border images and 3 others")
+    assert wrote == f"wrote {out}: any number of images of 1 x 16 x 16"
+
+
+def test_refusals(refused, files, tmp_path):
+    folder = tmp_path / "model"
+    assert "end '" in refused("export", files.plain, folder, "--to", "onnx")
+    out = tmp_path / "plain.pt2"
+    assert "--max-batch is not an option of --to pt2" in refused(
+        "export", files.plain, out, "--to", "pt2", "--max-batch", "2"
+    )
+    folder.mkdir()
+    assert "add --overwrite" in refused("export", files.plain, folder, "--to", "c")
+    (folder / "precious").write_text("x")
+    assert "other files than an export" in refused("export", files.plain, folder, "--to", "c", "--overwrite")
+    assert "at least 1" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--input-size", "0", "5")
+    assert "There is no file" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--images", "none.png")
+
+
+def test_never_replaces_its_source(refused, tmp_path, files):
+    source = tmp_path / "train.onnx"
+    source.write_bytes(files.train.read_bytes())
+    assert "would replace the trained weights" in refused("export", source, source, "--to", "onnx", "--overwrite")
+
+
+def test_a_library_that_differs_is_not_kept(refused, files, tmp_path, monkeypatch):
+    def differs(*arguments):
+        raise EquivalenceError("The library differs.")
+
+    monkeypatch.setattr("repvgg.deploy.c_library.compare_library", differs)
+    assert "The library differs." in refused("export", files.plain, tmp_path / "model", "--to", "c")
+
+
+def test_the_options_are_those_of_the_tables():
+    hints = typing.get_type_hints(export, include_extras=False)
+    assert set(typing.get_args(hints["to"])) == set(TARGETS)
+    assert set(typing.get_args(typing.get_args(hints["target"])[0])) == {*CPU_TARGETS, NATIVE}

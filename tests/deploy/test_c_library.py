@@ -1,0 +1,244 @@
+"""Export to a C library: the comparison before it is kept, the files, the example, other processors."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import repvgg.engine
+from repvgg.deploy import c_comparison
+from repvgg.deploy.c_library import export_c
+from repvgg.engine.library import build
+from repvgg.engine.library.targets import CPU_TARGETS, cpu_target
+from repvgg.errors import EquivalenceError, OutputExistsError, UnsupportedError, UsageError
+from tests.rounding import UNIT_ROUNDOFF
+
+SHAPE = (3, 9, 7)
+NATIVE = cpu_target("native")
+needs_linker = pytest.mark.skipif(build.find_linker(NATIVE) is None, reason="no linker")
+needs_compiler = pytest.mark.skipif(NATIVE.compiler is None, reason="no C compiler")
+
+
+class Net(nn.Module):
+    """Two outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        maps = self.conv(x).relu()
+        return {"maps": maps, "logits": self.head(maps.mean((2, 3)))}
+
+
+def close(found, wanted):
+    # Sums of 27 products: 64 roundings of the largest value, as `repvgg.verify` allows.
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=64 * UNIT_ROUNDOFF * wanted.abs().max().item())
+
+
+def expected(x):
+    with torch.no_grad():
+        return Net().double().eval()(x.double())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "net"
+    model = Net().eval()
+    real = torch.rand(3, *SHAPE)
+    return export_c(model, model, folder, [SHAPE], max_batch=2, threads=2, name="net", images=[real])
+
+
+@needs_linker
+def test_writes_a_library_that_was_compared(exported):
+    names = ["CMakeLists.txt", "README.md", "example.c", "libnet.a", "libnet.so", "net.h"]
+    assert sorted(one.name for one in exported.path.iterdir()) == names
+    assert exported.evidence.passed
+    assert exported.evidence.samples == 2 + 1 + 3  # the largest batch, one image, and the real ones
+    assert exported.ran == "libnet.so was loaded and run on this machine."
+    readme = (exported.path / "README.md").read_text()
+    for text in (
+        "output 0: float32 (N, 16, 9, 7)",
+        "output 1: float32 (N, 5)",
+        "Up to 2 images",
+        "64 float32 roundings",
+    ):
+        assert text in readme
+    x = torch.randn(2, *SHAPE)
+    maps, logits = repvgg.engine.load(exported.path)(x)
+    close(maps, expected(x)["maps"])
+    close(logits, expected(x)["logits"])
+
+
+@needs_compiler
+@pytest.mark.parametrize("linked", ["static", "shared"])
+def test_the_example_is_compiled_and_run(exported, tmp_path, linked):
+    folder = exported.path
+    command = [NATIVE.compiler, "-std=c11", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I", str(folder)]
+    library = [str(folder / "libnet.a")] if linked == "static" else [f"-L{folder}", "-lnet", f"-Wl,-rpath,{folder}"]
+    program = tmp_path / "example"
+    subprocess.run([*command, "-o", str(program), str(folder / "example.c"), *library, "-pthread"], check=True)
+    x = np.random.default_rng(0).standard_normal((2, *SHAPE), dtype=np.float32)
+    (tmp_path / "in").write_bytes(x.tobytes())
+
+    def run(*arguments):
+        return subprocess.run([str(program), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("in", "out", "2", "1").returncode == 0
+    found = np.fromfile(tmp_path / "out", np.float32)
+    wanted = expected(torch.from_numpy(x))
+    close(torch.from_numpy(found[: 2 * 16 * 63]).reshape(2, 16, 9, 7), wanted["maps"])
+    close(torch.from_numpy(found[2 * 16 * 63 :]).reshape(2, 5), wanted["logits"])
+    shown = run()
+    assert shown.returncode == 0
+    assert f"{NATIVE.name}, Net\n2 threads, first output after " in shown.stdout
+    failures = {("in", "out", "3"): "wrong number of images", ("none", "out"): "cannot be opened"}
+    failures |= {("in", "out", "1", "-2"): "number of threads"}
+    for arguments, text in failures.items():
+        failed = run(*arguments)
+        assert failed.returncode == 1
+        assert text in failed.stderr
+    if linked == "static":
+        needed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
+        assert all("libc." in line or "ld-linux" in line or "vdso" in line for line in needed.splitlines())
+
+
+@needs_linker
+@pytest.mark.parametrize("where", ["embedded", "file"])
+def test_a_sabotaged_weight_is_caught_and_nothing_is_left(tmp_path, monkeypatch, where):
+    describe = build.describe_network
+
+    def sabotaged(*arguments, **options):
+        data = describe(*arguments, **options)
+        largest = max(range(len(data.weights)), key=lambda index: data.weights[index].nbytes)
+        changed = bytearray(data.weights[largest])
+        changed[len(changed) // 2 + 3] ^= 0x40  # the highest bit of the exponent of one float
+        data.weights[largest] = memoryview(bytes(changed))
+        return data
+
+    monkeypatch.setattr(build, "describe_network", sabotaged)
+    model = Net().eval()
+    with pytest.raises(EquivalenceError):
+        export_c(model, model, tmp_path / "net", [SHAPE], weights=where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_swapped_channels_are_caught(tmp_path):
+    model, swapped = Net().eval(), Net().eval()
+    with torch.no_grad():
+        swapped.conv.weight[[0, 1]] = swapped.conv.weight[[1, 0]]
+    with pytest.raises(EquivalenceError):
+        export_c(model, swapped, tmp_path / "net", [SHAPE])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_linker_the_archive_is_compared_and_the_result_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "find_linker", lambda target: None)
+    model = Net().eval()
+    done = export_c(model, model, tmp_path / "net", [SHAPE])
+    assert done.evidence.passed
+    assert done.ran == "libmodel.a was loaded by LLVM and run on this machine."
+    assert done.remarks[0].startswith("libmodel.so was not written: there is no linker for ")
+    assert not (tmp_path / "net" / "libmodel.so").exists()
+    assert (tmp_path / "net" / "libmodel.a").exists()
+
+
+def test_a_foreign_library_is_compiled_and_said_not_to_have_run(tmp_path, monkeypatch):
+    foreign = next(one for one in CPU_TARGETS.values() if not one.is_native)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model = Net().eval()
+    done = export_c(model, model, tmp_path / "net", [SHAPE], target=foreign.name)
+    assert done.evidence is None
+    assert done.ran.startswith("compiled, not run: qemu-")
+    assert "**Not compared with the source:** compiled, not run" in (tmp_path / "net" / "README.md").read_text()
+
+
+def test_folders_are_replaced_on_request_and_only_if_exported(tmp_path):
+    model, folder = Net().eval(), tmp_path / "net"
+    folder.mkdir()
+    with pytest.raises(OutputExistsError, match="add --overwrite"):
+        export_c(model, model, folder, [SHAPE])
+    (folder / "precious").write_text("x")
+    with pytest.raises(OutputExistsError, match="other files than an export"):
+        export_c(model, model, folder, [SHAPE], overwrite=True)
+    assert [one.name for one in tmp_path.rglob("*")] == ["net", "precious"]
+    (folder / "libmodel.a").write_text("of an earlier export")
+    export_c(model, model, folder, [SHAPE], overwrite=True)
+    assert (folder / "model.h").exists()
+    assert not (folder / "precious").exists()
+
+
+def test_refuses_bad_arguments(tmp_path):
+    model = Net().eval()
+    for options, text in {
+        "target": ({"target": "x86-64-v5"}, "did you mean"),
+        "batch": ({"max_batch": 0}, "at least one image"),
+        "threads": ({"threads": 0}, "at least one thread"),
+        "weights": ({"weights": "outside"}, "'embedded' or in a 'file'"),
+        "name": ({"name": "a-b"}, "no C identifier"),
+        "precision": ({"precision": "low"}, "precision must be one of"),
+    }.values():
+        with pytest.raises(UsageError, match=text):
+            export_c(model, model, tmp_path / "net", [SHAPE], **options)
+    with pytest.raises(UnsupportedError, match="cumsum"):
+        export_c(Cumulative(), Cumulative(), tmp_path / "net", [SHAPE])
+    assert list(tmp_path.iterdir()) == []
+
+
+class Cumulative(nn.Module):
+    def forward(self, x):
+        return x.cumsum(2)
+
+
+# Other processors
+
+
+def emulated(name):
+    target = CPU_TARGETS[name]
+    if target.is_native:
+        return pytest.mark.skipif(False, reason="")
+    missing = target.emulator is None or target.compiler is None
+    return pytest.mark.skipif(missing, reason=f"needs qemu-{target.architecture} and its cross compiler")
+
+
+@pytest.mark.slow
+@emulated("aarch64")
+@pytest.mark.parametrize("where", ["embedded", "file"])
+def test_aarch64_runs_in_an_emulator(tmp_path, where):
+    model = Net().eval()
+    done = export_c(model, model, tmp_path / "net", [SHAPE], target="aarch64", max_batch=3, weights=where)
+    assert done.evidence.passed
+    assert done.evidence.samples == 4
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64")
+@pytest.mark.parametrize(
+    ("target", "cpu", "runs"),
+    [
+        ("x86-64-v2", "Nehalem", True),
+        ("x86-64-v2", "core2duo", False),
+        ("x86-64-v3", "Haswell", True),
+        ("x86-64-v3", "Nehalem", False),
+        ("x86-64-v4", "Haswell", False),
+    ],
+)
+def test_processors_without_the_instructions_are_refused(tmp_path, target, cpu, runs):
+    """In an emulator of older processors: the library says what is missing rather than crash."""
+    if not CPU_TARGETS[target].is_native:
+        pytest.skip("another architecture")
+    model = Net().eval()
+    done = export_c(model, model, tmp_path / "net", [SHAPE], target=target)
+    built = build.BuiltLibrary("model", done.target, tmp_path / "net" / "libmodel.a", None, None, 0)
+    program = c_comparison.compile_example(built, tmp_path)
+    outcome = subprocess.run(
+        ["qemu-x86_64", "-cpu", cpu, str(program)], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert outcome.returncode == (0 if runs else 1), outcome.stderr
+    assert ("output 0:" in outcome.stdout) == runs
+    assert ("This processor lacks instructions of " + target in outcome.stderr) != runs
