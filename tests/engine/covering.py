@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from repvgg.engine.codegen.jit import VectorIsa
+from tests.engine.emulation import MARKS, is_emulated
 
 #: Maps the values of a combination to the traits of which every two are to meet.
 View = Callable[..., tuple[Any, ...]]
@@ -27,7 +28,12 @@ def covering(*axes: Iterable[Any], views: Sequence[View] | None = None) -> list[
         views: the traits to pair, by default the values themselves. A view of one trait covers its values alone.
     """
     combinations = list(itertools.product(*axes))
-    goals = [_goals(_spread(one), views or [lambda *values: values]) for one in combinations]
+    # What runs in an emulator is slow, and covers nothing of this processor.
+    emulated = [any(map(is_emulated, _spread(one))) for one in combinations]
+    goals = [
+        set() if foreign else _goals(_spread(one), views or [lambda *values: values])
+        for one, foreign in zip(combinations, emulated, strict=True)
+    ]
     uncovered, fast = set().union(*goals), set()
     while uncovered:
         best = max(range(len(goals)), key=lambda at: len(goals[at] & uncovered))
@@ -35,7 +41,9 @@ def covering(*axes: Iterable[Any], views: Sequence[View] | None = None) -> list[
         uncovered -= goals[best]
     return [
         pytest.param(
-            *_spread(one), id="-".join(map(_label, _spread(one))), marks=[] if at in fast else [pytest.mark.slow]
+            *_spread(one),
+            id="-".join(map(_label, _spread(one))),
+            marks=[] if at in fast else MARKS if emulated[at] else [pytest.mark.slow],
         )
         for at, one in enumerate(combinations)
     ]

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from repvgg.engine.codegen.ir_builder import build_module
 from repvgg.engine.codegen.jit import GENERIC_ISAS, MachineCode, VectorIsa, compile_to_object, host_isa
 from repvgg.engine.graph import RELU, Conv, ConvGeometry
 from repvgg.engine.runtime.memory import FeatureMapLayout, aligned_zeros
+from tests.engine.emulation import emulated_isas, is_emulated, isa_parameters, run_kernel
 
 CANARY = np.float32(-12345.678)
 GUARD_FLOATS = 4096
@@ -21,6 +23,16 @@ def isas() -> list[VectorIsa]:
     """Return all vector instruction sets that this processor can run, the widest last."""
     host = host_isa()
     return [GENERIC_ISAS[name] for name in _X86[: _X86.index(host.name) + 1]] if host.name in _X86 else [host]
+
+
+def every_isa() -> list[VectorIsa]:
+    """Return :func:`isas`, and those that an emulator runs; :func:`tests.engine.covering.covering` marks them."""
+    return [*isas(), *emulated_isas()]
+
+
+def isa_params() -> list[Any]:
+    """Return :func:`every_isa` as test parameters; those that an emulator runs are ``slow``."""
+    return isa_parameters(isas())
 
 
 class Guarded:
@@ -53,12 +65,15 @@ def interior(layout: FeatureMapLayout, data: np.ndarray) -> np.ndarray:
 def run(
     kernel, source: np.ndarray, target: np.ndarray, weights, bias, batch: int, isa: VectorIsa, parts: int = 1
 ) -> None:
-    """Compile a kernel and run its units in ``parts`` calls, the last ones first."""
+    """Compile a kernel and run its units in ``parts`` calls, the last ones first; in an emulator for a foreign ISA."""
+    units = batch * kernel.units_per_block
+    cuts = [units * part // parts for part in range(parts + 1)]
+    if is_emulated(isa):
+        run_kernel(kernel, (source, target, weights, bias), 1, batch, cuts, isa)
+        return
     code = MachineCode([compile_to_object(build_module(kernel.emit("kernel")), isa)], isa)
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)(code.address("kernel"))
     pointers = [array.ctypes.data for array in (source, target, weights, bias)]
-    units = batch * kernel.units_per_block
-    cuts = [units * part // parts for part in range(parts + 1)]
     for begin, end in reversed(list(itertools.pairwise(cuts))):
         function(*pointers, batch, begin, end)
 

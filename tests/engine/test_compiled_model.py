@@ -15,7 +15,8 @@ from repvgg.engine.planner import plan as planner
 from repvgg.errors import UnsupportedError, UsageError
 from repvgg.measure import walk
 from repvgg.models.spec import SqueezeExciteSpec, Stage
-from tests.engine.helpers import isas
+from tests.engine.emulation import compile_for
+from tests.engine.helpers import isa_params, isas
 
 
 def small_spec(groups: int = 1, gate=None) -> ModelSpec:
@@ -44,11 +45,11 @@ def assert_equal(network, model: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(network(x).double(), wanted, rtol=0, atol=4e-6 * scale)
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", isa_params())
 @pytest.mark.parametrize("name", SPECS)
 def test_small_architectures(name, isa):
     model = plain(SPECS[name])
-    network = CompiledModel(read(model), [(3, 3, 37, 29)], isa)
+    network = compile_for(read(model), [(3, 3, 37, 29)], isa)
     assert_equal(network, model, torch.randn(3, 3, 37, 29))
 
 

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import repvgg.engine
-from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
-from tests.engine.helpers import isas
+from tests.engine.emulation import compile_for
+from tests.engine.helpers import isa_params
 from tests.rounding import UNIT_ROUNDOFF
 
 CHANNELS = 20
 torch.manual_seed(0)
 VECTOR, MATRIX = torch.randn(CHANNELS), torch.randn(6, CHANNELS) / math.sqrt(CHANNELS)
 KERNEL = torch.randn(CHANNELS, 6, 3, 2) / math.sqrt(6 * CHANNELS)
+DEPTHWISE, SQUARE = torch.randn(CHANNELS, 1, 3, 3) / 3, torch.randn(CHANNELS, CHANNELS, 3, 3) / math.sqrt(9 * CHANNELS)
 NORM = nn.LayerNorm(CHANNELS)
 NORM.weight.data.uniform_(0.5, 1.5)
 NORM.bias.data.normal_()
@@ -44,7 +45,7 @@ def check(function, *inputs: torch.Tensor, ulps: float, isa=None) -> None:
     """Compare with float64; ``ulps`` bounds the error, in units of the roundoff of the largest value in play."""
     model = Function(function)
     shapes = [tuple(x.shape) for x in inputs]
-    compiled = CompiledModel(read(model, shapes), shapes, isa, 1)
+    compiled = compile_for(read(model, shapes), shapes, isa)
     with torch.no_grad():
         wanted = flat(function(*(x.double() for x in inputs)))
     found = flat(compiled(*inputs))
@@ -82,7 +83,7 @@ POINTWISE = {
 }
 
 
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", isa_params())
 def test_elementwise_functions(isa):
     """All of them at once, of numbers in and far out of the range where they vary."""
     x = torch.cat([torch.linspace(-8, 8, 2 * 7 * CHANNELS), torch.randn(2 * 7 * CHANNELS) * 40])
@@ -90,7 +91,7 @@ def test_elementwise_functions(isa):
     shapes = [tuple(x.shape)]
     functions = {name: function for name, (function, _) in POINTWISE.items()}
     model = Function(lambda x: {name: function(x) for name, function in functions.items()})
-    found = CompiledModel(read(model, shapes), shapes, isa, 1)(x)
+    found = compile_for(read(model, shapes), shapes, isa)(x)
     for name, (function, ulps) in POINTWISE.items():
         wanted = function(x.double())
         # Relative to the larger of argument and result, or absolute for functions of about 1.
@@ -192,6 +193,12 @@ OPERATIONS = {
         x, KERNEL[:, :3].to(x.dtype), None, (1, 3), (2, 0), groups=5, dilation=(2, 1)
     ),
     "transposed convolution of stride 1": lambda x: F.conv_transpose2d(x, KERNEL.to(x.dtype)),
+    "depthwise": lambda x: F.conv2d(x, DEPTHWISE.to(x.dtype), VECTOR.to(x.dtype), padding=1, groups=CHANNELS).relu(),
+    "depthwise, stride 2 and dilated": lambda x: F.conv2d(
+        x, DEPTHWISE.to(x.dtype), None, (2, 1), (1, 2), (1, 2), CHANNELS
+    ),
+    "convolution by Winograd": lambda x: F.conv2d(x, SQUARE.to(x.dtype), VECTOR.to(x.dtype), padding=1).relu(),
+    "convolution of stride 2": lambda x: F.conv2d(x, SQUARE.to(x.dtype), None, 2, 1),
     "linear": lambda x: F.linear(x.mean((2, 3)), MATRIX.to(x.dtype)),
     "linear of pixels": lambda x: F.linear(x.permute(0, 2, 3, 1), MATRIX.to(x.dtype)),
     "linear of tokens": lambda x: F.linear(x.flatten(2).transpose(1, 2), MATRIX.to(x.dtype)),
@@ -218,7 +225,7 @@ def test_operations(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", isa_params())
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_each_instruction_set(name, isa):
     check(OPERATIONS[name], torch.randn(2, CHANNELS, 9, 7), ulps=40, isa=isa)

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from repvgg.engine import executable
-from repvgg.engine.compiled_model import CompiledModel
 from repvgg.engine.frontend import read
+from tests.engine.emulation import NEEDS_EMULATOR, compile_for, emulated_isas, is_emulated
 from tests.engine.helpers import isas
 from tests.engine.random_networks import RandomNetwork
 from tests.engine.test_memory_safety import WIDTHS, Zones, poison
@@ -27,9 +27,10 @@ def check(data: st.DataObject, size: int, monkeypatch, widths) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(executable, "Arena", lambda: zones)
         isa, precision = widths[integers(0, len(widths) - 1)], PRECISIONS[integers(0, 3)]
-        network = CompiledModel(read(model, shapes), shapes, isa, threads, precision)
+        network = compile_for(read(model, shapes), shapes, isa, threads, precision)
     for count in sorted({batch, integers(1, batch)}, reverse=True):
-        poison(network)
+        if not is_emulated(isa):
+            poison(network)
         x = torch.randn(count, *model.input_shape, generator=torch.Generator().manual_seed(count))
         wanted, bounds = model.error_bound(x)
         for found, exact, bound in zip(network(x), wanted, bounds, strict=True):
@@ -50,3 +51,13 @@ def test_random_networks(monkeypatch, data):
 @given(data=st.data())
 def test_many_random_networks(monkeypatch, data):
     check(data, 12, monkeypatch, WIDTHS)
+
+
+@pytest.mark.slow
+@NEEDS_EMULATOR
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=50, **QUIET)
+@given(data=st.data())
+def test_random_networks_in_an_emulator(monkeypatch, data):
+    """On ARM64, with up to two threads."""
+    check(data, 8, monkeypatch, emulated_isas() or isas())

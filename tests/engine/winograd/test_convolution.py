@@ -7,11 +7,12 @@ from repvgg.engine.winograd.filters import POINTS, winograd2d
 from repvgg.engine.winograd.gemm import on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import Tiling
 from tests.engine.covering import covering
-from tests.engine.helpers import expected, isas, random_conv
+from tests.engine.emulation import emulated_isas
+from tests.engine.helpers import every_isa, expected, isas, random_conv
 from tests.engine.winograd.helpers import compute, compute_regions
 
 SCHEDULES = ("staged", "fused")
-NARROW_AND_WIDE = [isas()[0], isas()[-1]]
+NARROW_AND_WIDE = [isas()[0], isas()[-1], *emulated_isas()]
 ATOL = 2e-5  # outputs are about 1, channels are few; larger tiles: times their error growth over that of F(4x4)
 
 # (input vectors, output channels, image, groups, padding)
@@ -44,7 +45,7 @@ EACH = [
     covering(
         EACH,
         SCHEDULES,
-        isas(),
+        every_isa(),
         views=[
             lambda name, stride, outputs, schedule, isa: ((stride, outputs), schedule, isa, CASES[name][3]),
             lambda name, stride, outputs, schedule, isa: (name, schedule, isa, stride),
@@ -114,7 +115,7 @@ def test_blocks_across_images_and_units_in_any_order(block, tile, parts, schedul
 
 # Both schedules meet every instruction set above: here each of them once is enough.
 SCHEDULES_AND_ISAS = covering(
-    SCHEDULES, isas(), views=[lambda schedule, isa: (schedule,), lambda schedule, isa: (isa,)]
+    SCHEDULES, every_isa(), views=[lambda schedule, isa: (schedule,), lambda schedule, isa: (isa,)]
 )
 
 
@@ -129,7 +130,7 @@ SCHEDULES_AND_ISAS = covering(
         ],
         [(2, 4), (4, 4), (3, 5)],
         SCHEDULES,
-        isas(),
+        every_isa(),
         views=[
             lambda geometry, size, down, across, schedule, isa: (size, schedule),
             lambda geometry, size, down, across, schedule, isa: (down, schedule, isa),
