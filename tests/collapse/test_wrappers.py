@@ -34,7 +34,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("name", MAKERS)
 def test_other_kinds_of_models(name):
     make, folded = MAKERS[name]
@@ -42,7 +42,7 @@ def test_other_kinds_of_models(name):
     assert len(report.folded) == folded
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_script_module_is_kept():
     model = scripted()
     with pytest.warns(repvgg.errors.NothingFoldedWarning):

@@ -85,7 +85,7 @@ def test_make_fx_records_a_call_and_no_constant(fast, mode):
     torch.testing.assert_close(graph(2 * x), fast(2 * x), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # of torch.jit
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of torch.jit
 def test_torch_jit_trace(net):
     traced = torch.jit.trace(net, images(), strict=False)
     assert_same(traced, net, (2,), (5,))
@@ -165,7 +165,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # of PyTorch's own code
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of PyTorch's own code
 def test_transforms_of_torch_func_are_refused_while_tracing(fast, name):
     transformed, x = TRANSFORMS[name](fast), torch.randn(2, 4, 12, 12)
     with pytest.raises(UsageError, match="call the model outside of them"):
