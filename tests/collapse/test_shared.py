@@ -274,3 +274,14 @@ def test_attributes_of_a_block_with_a_new_forward_are_kept():
     assert plain[0].width == 4
     assert {"0.temperature", "0.count", "0.unused.weight"} <= plain.state_dict().keys()
     assert torch.equal(plain[0].unused.weight, model[0].unused.weight)
+
+
+def test_a_dropout_that_a_forward_calls_twice_parts_nothing():
+    def forward(self, x):
+        x = self.drop(F.relu(self.bn1(self.conv1(x))))
+        return F.relu(self.drop(self.bn2(self.conv2(x))) * 2)
+
+    parts = {"conv1": conv(), "bn1": nn.BatchNorm2d(4), "conv2": conv(), "bn2": nn.BatchNorm2d(4)}
+    plain, report = check(trained(module(forward, drop=nn.Dropout(0.1), **parts)), image())
+    assert not report.left
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in plain.modules())

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg._calls import signature_of
 from repvgg.collapse.code import code_facts, has_public_methods
@@ -57,6 +58,12 @@ class Placement:
             elsewhere = held_elsewhere(self.recording.module)
             shared |= {path for path, part in self.recording.module.named_modules() if part in elsewhere}
         return shared
+
+    @cached_property
+    def _identities(self) -> set[str]:
+        """Paths of called leaf modules that return their input in eval mode: a chain may replace shared ones as well."""
+        modules = ((path, self.recording.module.get_submodule(path)) for _, path in self.recording.calls())
+        return {path for path, part in modules if isinstance(part, (nn.Identity, _DropoutNd))}
 
     @cached_property
     def _read_by_others(self) -> set[str]:
@@ -194,7 +201,7 @@ class Placement:
         """Return why an insertion would change what some forward computes, or None."""
         first = region.first_convolution
         changed = [*region.called_modules, *([str(first.target)] if first.op == "call_module" else [point.whole])]
-        if point.kind == "chain" and any(path in self._shared for path in changed):
+        if point.kind == "chain" and any(path in self._shared - self._identities for path in changed):
             return "it is used more than once"
         if point.kind == "chain" and any(path in self._read_by_others for path in changed):
             return "its parameters are read by something else"
@@ -241,7 +248,7 @@ class Placement:
         host, stacks = frames_around(region, self.recording)
         touched = {frame.path: frame for stack in stacks for frame in stack}
         # Only a chain changes the modules themselves; else others may go on calling them.
-        unchanged = frozenset[str]() if point.kind == "chain" else frozenset(self._shared)
+        unchanged = frozenset(self._identities if point.kind == "chain" else self._shared)
         for path, frame in touched.items():
             if DRAWS_OUTSIDE_PYTORCH in frame.caveats:
                 return f"the forward of {path or 'the model'} {DRAWS_OUTSIDE_PYTORCH}"
