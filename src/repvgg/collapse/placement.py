@@ -61,7 +61,7 @@ class Placement:
 
     @cached_property
     def _identities(self) -> set[str]:
-        """Paths of called leaf modules that return their input in eval mode: a chain may replace shared ones as well."""
+        """Paths of called leaf modules that return their input in eval mode: a chain may replace shared ones too."""
         modules = ((path, self.recording.module.get_submodule(path)) for _, path in self.recording.calls())
         return {path for path, part in modules if isinstance(part, (nn.Identity, _DropoutNd))}
 
