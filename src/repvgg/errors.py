@@ -11,6 +11,7 @@ and what to do next. Catch by meaning::
     ├── OutputError
     │   └── OutputExistsError
     ├── DataError, TrainingError, ExportError, UnsupportedError, UsageError
+    ├── RefusedPropertyError (a UsageError, also an AttributeError)
     └── MissingDependencyError (also an ImportError)
 
 Warnings: NothingFoldedWarning, NothingExpandedWarning, CacheWarning, FallbackWarning, FreshWeightsWarning,
@@ -91,6 +92,10 @@ class UnsupportedError(RepvggError):
 
 class UsageError(RepvggError):
     """An argument is invalid."""
+
+
+class RefusedPropertyError(UsageError, AttributeError):
+    """A plain model is asked for a property that reads parts which are merged; ``hasattr`` is false."""
 
 
 class MissingDependencyError(RepvggError, ImportError):

@@ -1,7 +1,8 @@
-"""Public methods besides forward: they keep their meaning in the plain model, or are refused in one sentence."""
+"""Public methods and properties: they keep their meaning in the plain model, or are refused in one sentence."""
 
 import copy
 import pickle
+from functools import cached_property
 
 import pytest
 import torch
@@ -206,3 +207,101 @@ def test_methods_keep_their_meaning_or_are_refused(kind, inputs):
 def test_methods_that_use_no_part_are_kept():
     plain, _ = repvgg.reparameterize(trained(OfForward()))
     assert plain.size() == sum(parameter.numel() for parameter in plain.parameters())
+
+
+class Properties(Branches):
+    @property
+    def kernel(self):
+        return self.a.weight
+
+    @property
+    def channels(self):
+        return self.b.out_channels
+
+    @cached_property
+    def norm(self):
+        return float(self.a.weight.detach().norm())
+
+    def __getitem__(self, place):
+        return [self.a, self.b][place]
+
+    @property
+    def size(self):
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def doubled(self):
+        return self._factor * 2
+
+    @doubled.setter
+    def doubled(self, value):
+        self._factor = value / 2
+
+    _factor = 1.0
+
+
+class PropertiesOfAChain(Chain):
+    @property
+    def kernel(self):
+        return self.conv.weight
+
+    @property
+    def channels(self):
+        return self.conv.out_channels
+
+    @property
+    def dtype(self):
+        return self.conv.weight.dtype
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x.to(self.dtype))))
+
+
+@pytest.mark.parametrize("inputs", [None, image()], ids=["made up", "given"])
+def test_properties_keep_their_meaning_or_are_refused(inputs):
+    model = trained(Properties())
+    plain, report = repvgg.reparameterize(model, inputs)
+    assert report.folded
+    assert isinstance(plain, Properties)
+    refused = {"kernel", "channels", "norm", "__getitem__()"}
+    texts = [guard.reason for guard in report.guards]
+    assert all(any(f"Properties.{name}, which uses" in text for text in texts) for name in refused)
+    for one in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert_same_outputs(model, one, image())
+        for name in ("kernel", "channels", "norm"):
+            with pytest.raises(UsageError, match=rf"no Properties\.{name}, which uses"):
+                getattr(one, name)
+            assert not hasattr(one, name)
+        with pytest.raises(UsageError, match="__getitem__"):
+            one[0]
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            one.nothing  # noqa: B018
+        one.doubled = 6.0
+        assert one.doubled == 6.0
+        assert one.size == sum(parameter.numel() for parameter in one.parameters())
+
+
+def test_a_cached_property_that_was_read_is_kept():
+    model = trained(Properties())
+    norm = model.norm
+    plain, _ = repvgg.reparameterize(model)
+    assert plain.norm == norm
+
+
+@pytest.mark.parametrize("inputs", [None, image()], ids=["made up", "given"])
+def test_properties_that_describe_a_part_are_kept(inputs):
+    model = trained(PropertiesOfAChain())
+    plain, report = repvgg.reparameterize(model, inputs)
+    assert report.folded
+    assert_same_outputs(model, plain, image())
+    assert (plain.channels, plain.dtype) == (model.channels, model.dtype)
+    with pytest.raises(UsageError, match=r"PropertiesOfAChain\.kernel"):
+        plain.kernel  # noqa: B018
+
+
+def test_refused_properties_survive_a_second_collapse():
+    plain, _ = repvgg.reparameterize(trained(Properties()))
+    with pytest.warns(repvgg.errors.NothingFoldedWarning):
+        again, _ = repvgg.reparameterize(plain)
+    with pytest.raises(UsageError, match=r"Properties\.kernel"):
+        again.kernel  # noqa: B018

@@ -1,12 +1,15 @@
 """Forwards that something other than an argument steers: attributes, global variables, closures, configurations."""
 
+import contextvars
 import copy
 import enum
+import os
 import pickle
 import warnings
 from types import MethodType, SimpleNamespace
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,6 +34,7 @@ OPTIONS = {"short": False}
 SETTINGS = SimpleNamespace(inner=SimpleNamespace(mode=Mode.FULL))
 HOOKS: list[str] = []
 CALLS = 0
+CONTEXT = contextvars.ContextVar("short", default=False)
 
 
 def parts():
@@ -337,3 +341,141 @@ def test_a_module_that_another_value_runs_is_checked(monkeypatch):
     monkeypatch.setitem(globals(), "SHORT", True)
     with pytest.raises(UsageError, match="the global SHORT=False"):
         plain(image())
+
+
+class OfClass(nn.Module):
+    short = False
+
+    def __init__(self):
+        super().__init__()
+        for name, part in parts().items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if type(self).short else self.bn(y))
+
+
+class ByClassMethod(OfClass):
+    @classmethod
+    def is_short(cls):
+        return cls.short
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if self.is_short() else self.bn(y))
+
+
+class ByConfig(OfClass):
+    config = SimpleNamespace(short=False)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if self.config.short else self.bn(y))
+
+
+class ByEnvironment(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if os.environ.get("SHORT") == "1" else self.bn(y))
+
+
+class ByContext(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if CONTEXT.get() else self.bn(y))
+
+
+CHANGES = {
+    OfClass: lambda monkeypatch: monkeypatch.setattr(OfClass, "short", True),
+    ByClassMethod: lambda monkeypatch: monkeypatch.setattr(OfClass, "short", True),
+    ByConfig: lambda monkeypatch: monkeypatch.setattr(ByConfig.config, "short", True),
+    ByEnvironment: lambda monkeypatch: monkeypatch.setenv("SHORT", "1"),
+    ByContext: lambda monkeypatch: CONTEXT.set(True),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES, ids=lambda kind: kind.__name__)
+def test_the_class_the_environment_and_the_context_are_checked(kind, monkeypatch):
+    model = trained(kind())
+    plain, report = repvgg.reparameterize(model)
+    assert report.folded
+    stored = pickle.loads(pickle.dumps(plain))
+    assert_same_outputs(model, plain, image())
+
+    def call_all():
+        CHANGES[kind](monkeypatch)
+        for one in (plain, stored):
+            with pytest.raises(UsageError, match=r"was collapsed for .*: collapse the model with the other value"):
+                one(image())
+
+    contextvars.copy_context().run(call_all)
+
+
+class ByGradients(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if torch.is_grad_enabled() else self.bn(y))
+
+
+class ByRequiresGrad(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if x.requires_grad else self.bn(y))
+
+
+class ByLayout(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if x.is_contiguous(memory_format=torch.channels_last) else self.bn(y))
+
+
+@pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
+@pytest.mark.parametrize("kind", [ByGradients, ByRequiresGrad, ByLayout], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("inputs", [None, image()], ids=["made up", "given"])
+def test_gradients_and_layout_that_select_keep_the_norm(kind, inputs):
+    model = trained(kind())
+    plain, report = repvgg.reparameterize(model, inputs)
+    assert [skipped.name for skipped in report.left] == ["bn"]
+    for x in (image(), image().requires_grad_(), image().to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(plain(x), model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(plain(x), model(x))
+
+
+class Contiguous(OfClass):
+    def forward(self, x):
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return self.act(self.bn(self.conv(x)))
+
+
+def test_a_layout_that_selects_nothing_folds():
+    model = trained(Contiguous())
+    plain, report = repvgg.reparameterize(model)
+    assert len(report.folded) == 1
+    assert not report.left
+    assert not any("tensor" in guard.reason for guard in report.guards)
+    assert_same_outputs(model, plain, image().transpose(2, 3))
+
+
+class ByExport(OfClass):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y if torch.onnx.is_in_onnx_export() else self.bn(y))
+
+
+@pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
+def test_an_export_that_selects_never_changes_an_answer(monkeypatch):
+    model = trained(ByExport())
+    plain, report = repvgg.reparameterize(model)
+    assert [skipped.name for skipped in report.left] == ["bn"]
+    assert "is being exported" in report.left[0].reason
+    folded, report = repvgg.reparameterize(model, image())
+    assert report.folded
+    assert any("is_in_onnx_export()=False" in guard.reason for guard in report.guards)
+    assert_same_outputs(model, folded, image())
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert_same_outputs(model, plain, image())
+    with pytest.raises(UsageError, match="is_in_onnx_export"):
+        folded(image())

@@ -21,6 +21,7 @@ _EXPORT_SWITCHES = (
     *("is_in_onnx_export", "is_exporting", "is_compiling", "is_dynamo_compiling"),
     *("is_scripting", "is_tracing"),
 )
+_GRADIENT_SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled")
 _INSPECTIONS = ("type", "id", "callable", "hasattr")
 # Since Python 3.12 the lowest bit of LOAD_ATTR's argument marks a method call; before, LOAD_METHOD is its own opcode.
 _LOAD_ATTR_MARKS_CALLS = sys.version_info >= (3, 12)
@@ -34,6 +35,7 @@ class CodeFacts:
         methods: names of the methods that its author wrote, ``forward`` and dunder methods excepted.
         calls: by method, the attributes that it calls as ``self.name(...)``.
         export_switches: functions that the forward, or what it calls, asks whether the model is being exported.
+        gradient_switches: functions that they ask whether gradients are recorded.
         reads_training: whether they read ``training``.
         names: all names in that code.
         reads_rest: whether the forward reads what it takes as ``*args`` or ``**kwargs``.
@@ -44,6 +46,7 @@ class CodeFacts:
     methods: frozenset[str]
     calls: dict[str, frozenset[str]]
     export_switches: tuple[str, ...]
+    gradient_switches: tuple[str, ...]
     reads_training: bool
     names: frozenset[str]
     reads_rest: bool
@@ -71,6 +74,7 @@ def _facts_of_class(kind: Any) -> CodeFacts:
         methods=frozenset(methods),
         calls={name: frozenset(_called_attributes(function)) for name, function in methods.items()},
         export_switches=tuple(name for name in _EXPORT_SWITCHES if name in names),
+        gradient_switches=tuple(name for name in _GRADIENT_SWITCHES if name in names),
         reads_training="training" in names,
         names=frozenset(names),
         reads_rest=_reads_rest(functions.get("forward")),

@@ -20,6 +20,7 @@ from repvgg.collapse.tracked import Unknown, is_tracked, untracked
 from repvgg.errors import ReparamError
 
 _PACKAGE = Path(__file__).parents[1]
+_RECORDER = str(_PACKAGE / "collapse")
 _NOT_OF_THE_MODEL = (
     torch.__path__[0],
     *(str(_PACKAGE / name) for name in ("_structure.py", "_calls.py", "collapse", "symbolic")),
@@ -204,6 +205,14 @@ def current_modes() -> tuple[bool, ...]:
 def is_user_code(filename: str) -> bool:
     """Whether a file contains code of a model: neither PyTorch's nor that of the recorder."""
     return not filename.startswith(_NOT_OF_THE_MODEL)
+
+
+def called_by_user_code() -> bool:
+    """Whether code of a model, and not PyTorch's own, has called the function that the recorder sees."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_RECORDER):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and is_user_code(frame.f_code.co_filename)
 
 
 def user_code() -> tuple[str, tuple[str, ...]]:

@@ -7,11 +7,12 @@ is written anew, from the recorded operations.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from itertools import chain, count
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
@@ -20,12 +21,14 @@ from torch.package.importer import sys_importer
 
 from repvgg.collapse.emit import emit
 from repvgg.collapse.insertion import InsertionPoint
+from repvgg.collapse.methods import RefusedMethod
 from repvgg.collapse.modules import is_computed_attribute, is_inside, is_leaf, join, path_below
 from repvgg.collapse.recording import Recording, is_constant
 from repvgg.errors import ReparamError
 from repvgg.symbolic import things_in
 
 Copied = TypeVar("Copied")
+_Refused: TypeAlias = tuple[tuple[str, RefusedMethod], ...]  # by name
 
 # A compiled call would run the old code; the others are what graph modules have besides the attributes of a module.
 _NOT_COPIED = {"_compiled_call_impl"} | (
@@ -66,14 +69,14 @@ def _find_culprit(module: nn.Module, path: str) -> str:
 
 
 class NewForward:
-    """Mixin of the classes that :func:`give_forward` makes: they are copied and pickled as what they derive from.
+    """Mixin of classes that are derived from those of a model: they are copied and pickled as what they derive from.
 
     Attributes:
-        graph: of the forward.
+        graph: of the new forward, if there is one.
     """
 
     graph: fx.Graph
-    _source: tuple[type[nn.Module], str, str, str]
+    _source: tuple[type[nn.Module], str, str, str, _Refused]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty_instance, type(self)._source, vars(self)
@@ -84,29 +87,59 @@ def give_forward(module: nn.Module, graph: fx.Graph) -> None:
     code = graph.python_code("self")
     base: type[nn.Module] = type(module)
     name = base.__name__
-    while issubclass(base, NewForward):  # of an earlier pass
-        base = base.__mro__[2]
+    refused: _Refused = ()
+    if issubclass(base, NewForward):  # of an earlier pass
+        base, _, _, _, refused = base._source
     if issubclass(base, fx.GraphModule) or (issubclass(base, _BatchNorm) and "running_mean" not in module._buffers):
         base = nn.Module  # what is left of it has no graph of its own, or does not normalize
     vars(module).pop("forward", None)
-    module.__class__ = _class_with_forward(
-        cast("Any", base), name, code.src, _format_import_block(code.globals, sys_importer)
-    )
+    imports = _format_import_block(code.globals, sys_importer)
+    module.__class__ = _derived_class(cast("Any", base), name, code.src, imports, refused)
     type(module).graph = graph  # type: ignore[attr-defined]
 
 
+def refuse_attributes(module: nn.Module, refused: dict[str, RefusedMethod]) -> None:
+    """Refuse properties and special methods of a module by their names; its class becomes a subclass of its own."""
+    kind: Any = type(module)
+    base, name, source, imports, before = (
+        kind._source if issubclass(kind, NewForward) else (kind, kind.__name__, "", "", ())
+    )
+    module.__class__ = _derived_class(base, name, source, imports, tuple(sorted((dict(before) | refused).items())))
+    if source:
+        type(module).graph = kind.graph  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=4096)
-def _class_with_forward(base: Any, name: str, source: str, imports: str) -> Any:
+def _derived_class(base: Any, name: str, source: str, imports: str, refused: _Refused) -> Any:
     namespace: dict[str, Any] = {"__name__": base.__module__}  # warnings read the name of their caller's module
-    exec(imports, namespace)
-    forward = _forward_from_src(source, namespace)
-    attributes = {"forward": forward, "_source": (base, name, source, imports), "__module__": base.__module__}
+    attributes: dict[str, Any] = {"_source": (base, name, source, imports, refused), "__module__": base.__module__}
+    if source:
+        exec(imports, namespace)
+        attributes["forward"] = _forward_from_src(source, namespace)
+    for attribute, method in refused:
+        old = inspect.getattr_static(base, attribute, None)
+        setters = (old.fset, old.fdel) if isinstance(old, property) else ()
+        attributes[attribute] = property(_refused_property, *setters) if method.is_property else method
+    if refused:
+        attributes["__getattr__"] = _getattr_of(base, dict(refused))
     return type(name, (NewForward, base), attributes)
 
 
-def _empty_instance(base: type[nn.Module], name: str, source: str, imports: str) -> nn.Module:
-    kind = _class_with_forward(cast("Any", base), name, source, imports)
-    return object.__new__(kind)  # type: ignore[no-any-return]
+def _refused_property(module: nn.Module) -> Any:
+    raise AttributeError  # then Python calls __getattr__, which knows the name
+
+
+def _getattr_of(base: Any, refused: Mapping[str, RefusedMethod]) -> Callable[[nn.Module, str], Any]:
+    def getattr_or_refuse(self: nn.Module, name: str) -> Any:
+        if name in refused:
+            refused[name]()
+        return base.__getattr__(self, name)
+
+    return getattr_or_refuse
+
+
+def _empty_instance(base: type[nn.Module], name: str, source: str, imports: str, refused: _Refused = ()) -> nn.Module:
+    return object.__new__(_derived_class(cast("Any", base), name, source, imports, refused))  # type: ignore[no-any-return]
 
 
 class ForwardRewriter:

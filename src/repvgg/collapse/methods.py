@@ -1,4 +1,4 @@
-"""Methods besides ``forward``: which of them would compute something else once a region is merged.
+"""Methods and properties besides ``forward``: which of them would return something else once a region is merged.
 
 A method that ran in the recorded call is known exactly. Of any other, only names are read from its bytecode: it may use
 a part whose path consists of names that it reads. The plain model refuses such a call in one sentence.
@@ -10,7 +10,7 @@ import dis
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from types import FunctionType
 from typing import Any, cast
@@ -22,28 +22,42 @@ from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, path_below
 from repvgg.collapse.recording import Frame, Recording, constants_of
 from repvgg.collapse.region import Region
-from repvgg.errors import UsageError
+from repvgg.errors import RefusedPropertyError, UsageError
 
 _CHILDREN = {"children", "named_children", "_modules"}
+_SPECIAL = ("__getitem__", "__iter__")  # methods with such names that users write for their parts
+# What a convolution with a batch norm folded into it still says of itself, and a batch norm that is an identity now.
+_DESCRIPTIONS = {
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "num_features", "eps"),
+    *("device", "dtype"),
+}
+_DESCRIBED = {"weight", "bias", "running_mean", "running_var"}  # their device and dtype are descriptions
 
 
 @dataclass(frozen=True)
 class RefusedMethod:
-    """Stands in the plain model for a method that uses parts which are merged."""
+    """Stands in the plain model for a method or a property that uses parts which are merged."""
 
     name: str
     part: str
+    is_property: bool = False
+
+    @property
+    def is_of_class(self) -> bool:
+        """Whether Python looks for it in the class, and not in the instance."""
+        return self.is_property or self.name.endswith("__")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse the call.
 
         Raises:
-            UsageError: always.
+            UsageError: always; for a property, an AttributeError as well.
         """
-        raise UsageError(f"The plain model has no {self}: call the method of the model that was collapsed.")
+        kind, verb = (RefusedPropertyError, "read") if self.is_property else (UsageError, "call")
+        raise kind(f"The plain model has no {self}: {verb} that of the model that was collapsed.")
 
     def __str__(self) -> str:
-        return f"{self.name}(), which uses {self.part!r}, a part that is merged"
+        return f"{self.name}{'' if self.is_property else '()'}, which uses {self.part!r}, a part that is merged"
 
 
 def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[str, RefusedMethod]]:
@@ -69,9 +83,11 @@ def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[s
             touched = sorted(part for part in changed if code.may_use(path_below(part, path)))
             all_touched = all(any(part in touched for part in _paths_to(one)) for one in below)
             in_order = not any(item.isdecimal() for part in below for item in path_below(part, path).split("."))
-            keeps = done.insertion.kind == "chain" and (name in runs_all or (all_touched and in_order))
+            keeps = done.insertion.kind == "chain" and (
+                name in runs_all or code.only_describes or (all_touched and in_order and not code.is_property)
+            )
             if touched and not keeps:
-                yield path, RefusedMethod(f"{type(module).__name__}.{name}", touched[0])
+                yield path, RefusedMethod(f"{type(module).__name__}.{name}", touched[0], code.is_property)
 
 
 def _parts(recording: Recording, done: Replacement) -> tuple[list[str], list[str]]:
@@ -142,6 +158,8 @@ class _Code:
 
     names: frozenset[str]
     read: frozenset[str]
+    is_property: bool = False
+    only_describes: bool = False  # whether a property reads nothing of a part but what describes it
 
     def may_use(self, path: str) -> bool:
         """Whether the code may use the part at ``path`` below its module by itself."""
@@ -155,29 +173,48 @@ class _Code:
 
 @lru_cache(maxsize=1024)
 def _public_methods(kind: Any) -> dict[str, _Code]:
-    """Return the public methods of a class, those of PyTorch excepted."""
+    """Return the public methods and properties of a class, those of PyTorch excepted."""
     names = {n for base in kind.__mro__ if not base.__module__.startswith("torch.") for n in vars(base)}
-    functions = {name: inspect.getattr_static(kind, name) for name in sorted(names)}
-    own = {name: f for name, f in functions.items() if isinstance(f, FunctionType) and not name.startswith("__")}
-    public = [name for name in own if not name.startswith("_") and not hasattr(nn.Module, name)]
-    return {name: _code_of(name, own) for name in public}
+    found = {name: inspect.getattr_static(kind, name) for name in sorted(names)}
+    properties = {name for name, value in found.items() if isinstance(value, (property, cached_property))}
+    functions = {name: function_of(value) for name, value in found.items()}
+    own = {
+        name: f for name, f in functions.items() if f is not None and (name in _SPECIAL or not name.startswith("__"))
+    }
+    public = [name for name in own if name in _SPECIAL or not (name.startswith("_") or hasattr(nn.Module, name))]
+    return {name: _code_of(name, own, is_property=name in properties) for name in public}
 
 
-def _code_of(name: str, functions: dict[str, FunctionType]) -> _Code:
+def function_of(value: Any) -> FunctionType | None:
+    """Return the function that an attribute of a class runs for an instance, if it is a method or a property."""
+    value = value.fget if isinstance(value, property) else value.func if isinstance(value, cached_property) else value
+    return value if isinstance(value, FunctionType) else None
+
+
+def _code_of(name: str, functions: dict[str, FunctionType], *, is_property: bool) -> _Code:
     names, read = set[str](), set[str]()
     todo, done = [name], {"forward"}
+    runs = False
     while todo:
         current = todo.pop()
         if current in done or current not in functions:
             continue
         done.add(current)
         for code in nested_code(inspect.unwrap(functions[current]).__code__):
-            for step in dis.get_instructions(code):
+            steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            for step, after in pairwise(steps):
                 if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                    is_described = after.opname == "LOAD_ATTR" and after.argval in ("device", "dtype")
+                    if step.argval in _DESCRIBED and is_described:
+                        continue
                     names.add(step.argval)
                     read |= set() if is_method_call(step) else {step.argval}
+                    runs = runs or is_method_call(step)
+                runs = runs or step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "FOR_ITER")
             texts = {text for text in code.co_consts if isinstance(text, str)}  # for getattr
             names |= texts
             read |= texts
             todo += code.co_names
-    return _Code(frozenset(names), frozenset(read))
+    values = names & (_DESCRIBED | _CHILDREN | {"data", "parameters", "buffers", "state_dict"})
+    only_describes = is_property and not runs and not values and not names.isdisjoint(_DESCRIPTIONS)
+    return _Code(frozenset(names), frozenset(read), is_property, only_describes)

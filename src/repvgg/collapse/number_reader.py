@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from repvgg.collapse.graph_builder import GraphBuilder, NeedsValuesError, is_user_code, user_code
+from repvgg.collapse.graph_builder import (
+    GraphBuilder,
+    NeedsValuesError,
+    called_by_user_code,
+    is_user_code,
+    user_code,
+)
 from repvgg.collapse.recording import Decision, is_number
 from repvgg.collapse.tracked import Unknown, UnknownValueError, tracked
 
@@ -49,6 +55,8 @@ class NumberReader:
             builder.tensors.bind(result, node)
         elif name in ("shape", "ndim") and path is None:
             return self.number(result, self.number_node(getattr, value, name))
+        elif name == "requires_grad" and path is None:
+            return self.ask(result)
         elif name in ("device", "dtype") and path is None:
             builder.names[result] = self.number_node(getattr, value, name)
         elif name == "device" and path is not None:
@@ -111,7 +119,7 @@ class NumberReader:
                 node.meta["unknown"] = True
         return self._nodes[key]
 
-    def decide(self, outcome: bool, node: fx.Node | None) -> bool:
+    def decide(self, outcome: bool, node: fx.Node | None, *, unchecked: bool = False) -> bool:
         """Record that the code branches on a number, and return which way it shall go."""
         if self.builder.paused:
             return outcome
@@ -120,13 +128,17 @@ class NumberReader:
         can_be_forced = is_unknown or frame is self.builder.root
         if can_be_forced and len(self.decisions) < len(self.forced):
             outcome = self.forced[len(self.decisions)]
-        decision = Decision(outcome, user_code()[0], unknown=is_unknown)
+        decision = Decision(outcome, user_code()[0], unknown=is_unknown, unchecked=unchecked)
         frame.decisions.append(decision)
         if can_be_forced:
             self.decisions.append(decision)
         if is_unknown and self.stop_at_unknown:
             raise UnknownValueError("an unknown value selects what is computed")
         return outcome
+
+    def ask(self, outcome: bool) -> bool:
+        """Record that code of the model asks for a property of a tensor that other calls may change."""
+        return self.decide(outcome, None, unchecked=True) if called_by_user_code() else outcome
 
     def asks_for_class(self, frame: FrameType) -> bool:
         """Whether code of the model runs in a Python frame, and asks for the class of a value.

@@ -250,6 +250,9 @@ class Placement:
         # Only a chain changes the modules themselves; else others may go on calling them.
         unchanged = frozenset(self._identities if point.kind == "chain" else self._shared)
         for path, frame in touched.items():
+            # Below the host, and in it, code runs a part of the region by itself.
+            if is_inside(path, host.path) and (reason := self.validity.why_switched(path)):
+                return reason
             if DRAWS_OUTSIDE_PYTORCH in frame.caveats:
                 return f"the forward of {path or 'the model'} {DRAWS_OUTSIDE_PYTORCH}"
             for other in self.frames[path][1:]:

@@ -300,6 +300,8 @@ class _Recorder(TorchFunctionMode):
         is_method = getattr(Tensor, name, None) is func
         if is_method and name in SIZES and isinstance(args[0], Tensor):
             return self.numbers.size(name, func, args, kwargs)
+        if is_method and name == "is_contiguous":
+            return self.numbers.ask(self.builder.without_recording(func, *args, **kwargs))
         if is_method and name in ELEMENTS and isinstance(args[0], Tensor):
             return self.numbers.element(name, func, args)
         if not is_method:

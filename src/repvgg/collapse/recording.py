@@ -36,12 +36,14 @@ class Decision:
         where: file and line.
         known: whether the other way can be tried.
         unknown: whether it was on an unknown value.
+        unchecked: whether it was on something that the plain model does not check, such as the layout of a tensor.
     """
 
     outcome: bool
     where: str
     known: bool = True
     unknown: bool = False
+    unchecked: bool = False
 
 
 @dataclass(eq=False, repr=False)

@@ -10,7 +10,13 @@ import torch
 from torch import fx, nn
 
 from repvgg.algebra import over_axes
-from repvgg.collapse.graph_rewriter import ForwardRewriter, copies_of_computed_tensors, deep_copy, rewriters_for
+from repvgg.collapse.graph_rewriter import (
+    ForwardRewriter,
+    copies_of_computed_tensors,
+    deep_copy,
+    refuse_attributes,
+    rewriters_for,
+)
 from repvgg.collapse.insertion import Replacement, own_kernel
 from repvgg.collapse.modules import has_parameters, join, submodule_or_none
 from repvgg.collapse.plain_conv import reference_tensor, scale_transposed, to_module
@@ -85,8 +91,13 @@ def apply_plan(model: nn.Module, plan: Plan, *, prove: bool, take_tensors: bool 
                 guarded.register_forward_pre_hook(guard, with_kwargs=True)
         for (path, _), method in scope.refused_methods().items():
             part = submodule_or_none(plain, join(scope.path, path))
-            if isinstance(part, type(scope.module.get_submodule(path))):
-                vars(part)[method.name.rpartition(".")[2]] = method
+            name = method.name.rpartition(".")[2]
+            if not isinstance(part, type(scope.module.get_submodule(path))):
+                continue
+            if not method.is_of_class:
+                vars(part)[name] = method
+            elif name not in vars(part):  # a cached property that was read is the same in the copy
+                refuse_attributes(part, {name: method})
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
     def position(done: Replaced) -> int:

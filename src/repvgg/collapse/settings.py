@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import dis
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
 from functools import lru_cache, partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from repvgg.collapse.code import nested_code
@@ -28,6 +31,7 @@ _MAX_ITEMS = 64  # of a container that counts as one value
 _MAX_DEPTH = 4  # of configurations in configurations
 _MAX_FUNCTIONS = 64  # whose code is read for one module
 _MISSING = object()
+_CALL = "()"  # in a path: the value is called
 _Root: TypeAlias = dict[str, Any] | CellType | None
 
 
@@ -37,7 +41,7 @@ class Setting:
 
     Attributes:
         root: where it starts: global variables, a variable of an enclosing function, or None for the module itself.
-        path: the names that lead from there to the value, by attribute or by item.
+        path: the names that lead from there to the value, by attribute, by item, or by a call.
         value: as it was when the module was recorded.
         name: for texts.
         is_changed: whether that code may change it.
@@ -58,7 +62,7 @@ class Setting:
         """Whether the value is another one now, as ``module`` reads it."""
         value: Any = module if self.root is None else _contents(self.root)
         for name in self.path:
-            value = value.get(name, _MISSING) if isinstance(value, dict) else getattr(value, name, _MISSING)
+            value = _read(value, name)
         if value is self.value or value is _MISSING:
             return False
         return type(value) is not type(self.value) or bool(value != self.value)
@@ -73,6 +77,20 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.name}={self.value!r}"
+
+
+def _read(value: Any, name: Any) -> Any:
+    if name == _CALL:
+        return value() if callable(value) else _MISSING
+    if value is os.environ:
+        return os.environ.get(name)  # None is a value here: a variable that is not set
+    return value.get(name, _MISSING) if isinstance(value, dict) else getattr(value, name, _MISSING)
+
+
+def export_setting(switch: str) -> Setting | None:
+    """Return a function that tells whether a model is being exported as a setting; None for other functions."""
+    owner = {"is_in_onnx_export": torch.onnx, "is_exporting": torch.compiler, "is_tracing": torch.jit}.get(switch)
+    return None if owner is None else Setting(vars(owner), (switch, _CALL), False, f"torch's {switch}()", False)
 
 
 def _restored(module: str | None, *values: Any) -> Setting:
@@ -90,10 +108,17 @@ def settings_read(module: nn.Module) -> list[Setting]:
     code = _code_of(module)
     found = _Found(code)
     own = vars(module)
-    inherited = {n: v for n, v in _attributes(type(module)).items() if n not in own and isinstance(v, _SCALARS)}
+    inherited = {n: v for n, v in _attributes(type(module)).items() if n not in own and not callable(v)}
     for name, value in {**inherited, **own}.items():
         if name in code.names and name not in _STANDARD and value is not None:
             found.add(None, (name,), value, name)
+    if code.reads_class:
+        for name, value in inherited.items():
+            if name in code.names and name not in _STANDARD:
+                found.add(None, ("__class__", name), value, f"{type(module).__name__}.{name}")
+    if not code.names.isdisjoint(("environ", "environb", "getenv")):
+        for name in sorted(name for name in code.names if name in os.environ or name.isupper()):
+            found.add(vars(os), ("environ", name), os.environ.get(name), f"the environment variable {name}")
     for function, names in code.functions.items():
         variables = function.__globals__
         for name in names:
@@ -112,11 +137,13 @@ class _Code:
         functions: the functions, with the global variables that each reads.
         names: names of attributes and variables, and texts.
         assigned: names of attributes and variables that they assign to.
+        reads_class: whether they may read attributes of the class and not of the module.
     """
 
     functions: dict[FunctionType, list[str]]
     names: frozenset[str]
     assigned: frozenset[str]
+    reads_class: bool
 
 
 class _Found:
@@ -130,6 +157,11 @@ class _Found:
         """Add a value, or the values in it that the code may name."""
         if text in self.settings or isinstance(value, (nn.Module, Tensor, EnumMeta)) or _is_library(value):
             return
+        if isinstance(value, ContextVar):
+            try:
+                path, value = (*path, "get", _CALL), value.get()
+            except LookupError:  # it has no value here
+                return
         if isinstance(value, _SCALARS) or _is_small(value):
             names = {*map(str, path), text.rpartition(" ")[2]}
             self.settings[text] = Setting(root, path, copy.copy(value), text, not names.isdisjoint(self.code.assigned))
@@ -190,7 +222,10 @@ def _reachable(kind: type, own: Iterable[FunctionType]) -> _Code:
     read = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
     steps = (step for code in codes for step in dis.get_instructions(code))
     assigned = {str(step.argval) for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR")}
-    return _Code(functions, frozenset(read), frozenset(assigned))
+    of_class = any(isinstance(vars(base).get(name), classmethod) for base in kind.__mro__ for name in read)
+    return _Code(
+        functions, frozenset(read), frozenset(assigned), of_class or not read.isdisjoint(("type", "__class__"))
+    )
 
 
 def _globals_read(function: FunctionType) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from repvgg.collapse.code import code_facts
 from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.modules import path_below
-from repvgg.collapse.recording import Frame, Recording
-from repvgg.collapse.settings import Setting
+from repvgg.collapse.recording import Decision, Frame, Recording
+from repvgg.collapse.settings import Setting, export_setting
 from repvgg.collapse.variants import Variants, find_variants
 
 
@@ -52,12 +52,32 @@ class Validity:
         """
         variants = self.variants(path)
         may_differ = variants.unknown is not None or any(map(differs, variants.recordings))
-        if may_differ and (not self.trusted or any(not decision.known for decision in self.frames[path][0].decisions)):
-            return f"the forward of {path or 'the model'} {variants.unknown or text}: pass inputs="
+        around = f"the forward of {path or 'the model'}"
+        if may_differ and self.trusted and (asked := self._unchecked_decision(path)):
+            return f"{around} {variants.unknown or f'asks for a property of its input ({asked.where})'}"
+        if may_differ and not self.trusted:
+            return f"{around} {variants.unknown or text}: pass inputs="
         reason = self.why_unsafe_settings(path, differs)
         if reason is None and may_differ:
             self.guard_call(path)
         return reason
+
+    def _unchecked_decision(self, path: str) -> Decision | None:
+        decisions = self.frames[path][0].decisions
+        return next((one for one in decisions if not one.known or one.unchecked), None)
+
+    def why_switched(self, path: str) -> str | None:
+        """Return why a module that runs a part of a region may skip the rest, by a switch that cannot be tried."""
+        facts = code_facts(self.recording.module.get_submodule(path))
+        around = f"the forward of {path or 'the model'}"
+        if facts.gradient_switches:
+            return f"{around} asks whether gradients are recorded ({facts.gradient_switches[0]})"
+        for setting in map(export_setting, facts.export_switches):
+            if setting is not None and not self.trusted:
+                return f"{around} asks whether it is being exported ({setting.path[0]}): pass inputs="
+            if setting is not None:
+                self._guard_setting(path, setting)
+        return None
 
     def why_unsafe_settings(self, path: str, differs: Callable[[Recording], bool]) -> str | None:
         """Let the plain model check what the code of a module reads and branches on, or return why it cannot."""
@@ -70,7 +90,7 @@ class Validity:
         if setting.is_changed and not setting.is_attribute:
             return f"the forward of {path or 'the model'} reads {setting.name}, which it may change"
         known = self.guards.get(path, CallGuard(path, {}))
-        if setting not in known.settings:
+        if setting.name not in {one.name for one in known.settings}:
             self.guards[path] = replace(known, settings=(*known.settings, setting))
         return None
 
