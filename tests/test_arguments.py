@@ -13,6 +13,7 @@ from repvgg._arguments import check_shape
 from repvgg.errors import UsageError
 
 FUNCTIONS = {
+    "is_plain": repvgg.is_plain,
     "expand": repvgg.expand,
     "replace_convs": lambda model: repvgg.replace_convs(model, "repvgg"),
     "insert_bn": lambda model: repvgg.insert_bn(model, torch.zeros(2, 3, 8, 8)),
@@ -44,6 +45,17 @@ def test_what_is_no_model(function, given, monkeypatch, tmp_path):
     with pytest.raises(UsageError, match=f"^{function} takes a model, {text}") as error:
         FUNCTIONS[function](value)
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_lazy_layers_without_shapes(function, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    with pytest.raises(UsageError, match=r"^'0' \(LazyConv2d\) has no shape yet: call the model on an image first\.$"):
+        FUNCTIONS[function](model)
+    with pytest.raises(UsageError, match="has no shape yet"):
+        repvgg.verify(model, model, torch.zeros(1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
 
 

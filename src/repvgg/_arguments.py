@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from repvgg.errors import UsageError
 
@@ -19,9 +20,11 @@ def check_model(model: Any, function: str) -> None:
         function: what was called, for the message: ``reparameterize``.
 
     Raises:
-        UsageError: it is something else; the text says how to get a model from what it is.
+        UsageError: it is something else, and the text says how to get a model from what it is; or it has lazy layers
+            that no call has given a shape.
     """
     if isinstance(model, nn.Module):
+        check_initialized(model)
         return
     if isinstance(model, (str, os.PathLike)):
         what, advice = f"the path {os.fspath(model)!r}", "load it first, with repvgg.load(PATH).model"
@@ -36,6 +39,14 @@ def check_model(model: Any, function: str) -> None:
     else:
         what, advice = f"a value of type {type(model).__name__}", "pass an nn.Module"
     raise UsageError(f"{function} takes a model, not {what}: {advice}.")
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise UsageError, which names it, if a lazy layer has no shape yet."""
+    for name, part in model.named_modules():
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        if any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors):
+            raise UsageError(f"{name!r} ({type(part).__name__}) has no shape yet: call the model on an image first.")
 
 
 def check_shape(shape: Any, axes: str, name: str = "input_shape") -> tuple[int, ...]:

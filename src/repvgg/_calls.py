@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg import _structure
+from repvgg._arguments import check_initialized
 from repvgg.errors import UsageError, did_you_mean
 
 #: A tensor, a sequence of arguments in order, or a mapping of arguments by name.
@@ -87,7 +88,7 @@ def bind(model: Callable[..., Any], inputs: Inputs | Call) -> Call:
 
 
 def check_model(model: object, who: str) -> None:
-    """Raise UsageError, a sentence that begins with ``who``, unless ``model`` is a module or a function."""
+    """Raise UsageError, mostly a sentence that begins with ``who``, unless ``model`` is a usable module or function."""
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise UsageError(f"{who} is the class {model.__name__}, not a model: call it, {model.__name__}(…).")
     if isinstance(model, (str, bytes, os.PathLike)):
@@ -98,6 +99,8 @@ def check_model(model: object, who: str) -> None:
         raise UsageError(f"{who} is a state dict, not a model: pass the model after model.load_state_dict(…).")
     if not callable(model):
         raise UsageError(f"{who} must be an nn.Module or a function, got a {type(model).__name__}.")
+    if isinstance(model, nn.Module):
+        check_initialized(model)
 
 
 def with_tensors(value: Any) -> Any:

@@ -191,3 +191,8 @@ def test_torchscript_archives_are_refused_quietly(tmp_path, recwarn):
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         read_checkpoint(archive)
     assert len(recwarn) == 0
+
+
+def test_what_is_no_path():
+    with pytest.raises(UsageError, match="read from a path, not from a value of type dict"):
+        read_checkpoint({"weight": torch.ones(1)})

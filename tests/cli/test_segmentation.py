@@ -166,6 +166,19 @@ def test_predict_writes_masks_and_overlays(finished, repvgg, uri, tmp_path):
     assert "exists" in again.err
 
 
+def test_masks_of_a_network_without_a_palette(finished, repvgg, uri, tmp_path):
+    """VOC's colours are chosen, as other tools choose them for unnamed classes."""
+    loaded = load(finished[0] / "plain.safetensors")
+    save(tmp_path / "unnamed.safetensors", loaded.model, replace(loaded.metadata, palette=(), classes=()))
+    images = uri.removeprefix("masks:") + "/val/images"
+    outcome = repvgg("predict", tmp_path / "unnamed.safetensors", images, "--out", tmp_path / "masks")
+    assert outcome.code == 0
+    with Image.open(tmp_path / "masks/1.png") as mask:
+        assert mask.mode == "P"
+        assert mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+        assert set(np.unique(mask)) <= {0, 1, 2}
+
+
 def test_predict_lists_shares_without_a_folder(finished, repvgg, uri):
     images = uri.removeprefix("masks:") + "/val/images"
     outcome = repvgg("predict", finished[0] / "plain.safetensors", images)

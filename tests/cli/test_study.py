@@ -1,6 +1,7 @@
 """``repvgg study`` as a thin verb; what studies do is tested with them."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def test_help_of_each(repvgg, monkeypatch, name):
     assert find_study(name).title in outcome.out
     assert {"--out", "--overwrite", "--device", "--threads", "--batch"} <= set(outcome.out.split())
     assert max(map(len, outcome.out.splitlines()[1:])) <= 80
+    shown = outcome.out.replace("│", "").split()
+    assert not any(before == "(default:" and after in ("None)", ")") for before, after in pairwise(shown))
 
 
 def test_tables_are_printed_and_the_page_is_named(repvgg, tmp_path):

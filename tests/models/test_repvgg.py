@@ -210,7 +210,7 @@ def test_unknown_names_get_a_suggestion(name, text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(0, 3), (-1, 3), (10, 0)])
+@pytest.mark.parametrize(("classes", "channels"), [(0, 3), (-1, 3), (10, 0), ("10", 3), (10, 3.0)])
 def test_counts_below_one(classes, channels):
     with pytest.raises(UsageError, match="at least one class and one input channel"):
         create_model("repvgg_t0", classes, channels)

@@ -141,7 +141,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: the file does not exist, is not a checkpoint, is damaged, would have to run code to be read,
             has weights that are not finite or variances that are negative, or more than :data:`MAX_TENSORS` tensors.
+        UsageError: ``path`` is no path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"A checkpoint is read from a path, not from a value of type {type(path).__name__}.")
     file = Path(path)
     start = _first_bytes(file)
     # A header length of 8 bytes, then JSON: no header is as long as 2**40 bytes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -71,6 +72,38 @@ def wrapped(paragraphs: Sequence[str]) -> str:
 def option(text: str, metavar: str | None = None) -> Any:
     """Return tyro's description of an option without the default that tyro would append."""
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=_NO_HINT)
+
+
+def without_empty_defaults(settings: Any) -> Any:
+    """Return a subclass of a dataclass in whose help no default is shown where it is None or an empty tuple.
+
+    The help text of such an option says what happens without it. :func:`as_declared` returns to the original class.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    fields: list[Any] = []
+    for one in dataclasses.fields(settings):
+        kind, default = hints[one.name], one.default
+        if one.default_factory is not dataclasses.MISSING:
+            default = one.default_factory()
+        if default is None or default == ():
+            fields.append((one.name, Annotated[kind, tyro.conf.arg(help_behavior_hint=_NO_HINT)], one))
+        elif dataclasses.is_dataclass(default):
+            nested = without_empty_defaults(kind)
+            fields.append((one.name, nested, dataclasses.field(default=nested(**_values(default)))))
+    return dataclasses.make_dataclass(
+        settings.__name__, fields, bases=(settings,), frozen=True, namespace={"__doc__": settings.__doc__}
+    )
+
+
+def as_declared(value: Any) -> Any:
+    """Return an instance of a class that :func:`without_empty_defaults` made as one of its original, to be pickled."""
+    kind = type(value).__base__
+    values = {name: as_declared(v) if dataclasses.is_dataclass(v) else v for name, v in _values(value).items()}
+    return kind(**values)
+
+
+def _values(value: Any) -> dict[str, Any]:
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
 
 
 def parse(target: Any, arguments: Sequence[str], **settings: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from repvgg.cli._interrupt import interrupt_message, tell
-from repvgg.cli._options import description, option, parse, wrapped
+from repvgg.cli._options import as_declared, description, option, parse, without_empty_defaults, wrapped
 from repvgg.cli._output import INTERRUPTED, write_line, write_table, write_warning
 from repvgg.errors import require
 
@@ -86,9 +86,11 @@ def study(arguments: list[str]) -> int:
         _parse(arguments, ("name", name, tyro.MISSING), description(study), "repvgg study")
         return 0
     chosen = find_study(arguments[0])
-    settings = ("settings", Annotated[chosen.settings, tyro.conf.arg(name="")], chosen.settings())
+    kind = without_empty_defaults(chosen.settings)
+    settings = ("settings", Annotated[kind, tyro.conf.arg(name="")], kind())
     about = wrapped([chosen.title, *chosen.about.split("\n\n")])
     parsed = _parse(arguments[1:], settings, about, f"repvgg study {chosen.name}")
+    parsed = dataclasses.replace(parsed, settings=as_declared(parsed.settings))
     return _run(chosen, parsed, shlex.join(["repvgg", "study", *arguments]))
 
 

@@ -127,6 +127,7 @@ def is_plain(model: nn.Module, inputs: Inputs = None) -> bool:
     The mode of the model does not matter. A plain model may still have branches that no convolution equals, such as
     the residual additions of a ResNet. :func:`model_summary` lists what is left, and takes the same arguments.
     """
+    check_model(model, "is_plain")
     return model_summary(model, inputs).is_plain
 
 

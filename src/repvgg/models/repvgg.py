@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -115,11 +116,11 @@ def require_counts(num_classes: int, in_channels: int) -> None:
     """Check the numbers of classes and of input channels.
 
     Raises:
-        UsageError: one of them is below 1.
+        UsageError: one of them is below 1, or no integer.
     """
-    if num_classes < 1 or in_channels < 1:
+    if not all(isinstance(count, Integral) and count >= 1 for count in (num_classes, in_channels)):
         raise UsageError(
-            f"A model needs at least one class and one input channel, not {num_classes} and {in_channels}."
+            f"A model needs at least one class and one input channel, not {num_classes!r} and {in_channels!r}."
         )
 
 
