@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from repvgg.errors import UsageError
 
@@ -45,7 +45,7 @@ def check_initialized(model: nn.Module) -> None:
     """Raise UsageError, which names it, if a lazy layer has no shape yet."""
     for name, part in model.named_modules():
         tensors = (*part._parameters.values(), *part._buffers.values())
-        if any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors):
+        if any(map(is_lazy, tensors)):
             raise UsageError(f"{name!r} ({type(part).__name__}) has no shape yet: call the model on an image first.")
 
 

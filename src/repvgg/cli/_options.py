@@ -83,13 +83,15 @@ def without_empty_defaults(settings: Any) -> Any:
     fields: list[Any] = []
     for one in dataclasses.fields(settings):
         kind, default = hints[one.name], one.default
-        if one.default_factory is not dataclasses.MISSING:
-            default = one.default_factory()
+        factory: Any = one.default_factory
+        if factory is not dataclasses.MISSING:
+            default = factory()
         if default is None or default == ():
             fields.append((one.name, Annotated[kind, tyro.conf.arg(help_behavior_hint=_NO_HINT)], one))
         elif dataclasses.is_dataclass(default):
             nested = without_empty_defaults(kind)
-            fields.append((one.name, nested, dataclasses.field(default=nested(**_values(default)))))
+            made: Any = nested(**_values(default))
+            fields.append((one.name, nested, dataclasses.field(default=made)))
     return dataclasses.make_dataclass(
         settings.__name__, fields, bases=(settings,), frozen=True, namespace={"__doc__": settings.__doc__}
     )
@@ -97,7 +99,7 @@ def without_empty_defaults(settings: Any) -> Any:
 
 def as_declared(value: Any) -> Any:
     """Return an instance of a class that :func:`without_empty_defaults` made as one of its original, to be pickled."""
-    kind = type(value).__base__
+    kind: Any = type(value).__base__
     values = {name: as_declared(v) if dataclasses.is_dataclass(v) else v for name, v in _values(value).items()}
     return kind(**values)
 

@@ -118,7 +118,8 @@ def require_counts(num_classes: int, in_channels: int) -> None:
     Raises:
         UsageError: one of them is below 1, or no integer.
     """
-    if not all(isinstance(count, Integral) and count >= 1 for count in (num_classes, in_channels)):
+    counts: tuple[Any, ...] = (num_classes, in_channels)
+    if not all(isinstance(count, Integral) and int(count) >= 1 for count in counts):
         raise UsageError(
             f"A model needs at least one class and one input channel, not {num_classes!r} and {in_channels!r}."
         )
