@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Regenerates src/repvgg/engine/runtime/thread_pool.*.ll from thread_pool.c; needs clang-16.
+# Regenerates src/repvgg/engine/runtime/*.ll from thread_pool.c and library.c; needs clang-16.
 thread-pool-ir: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.engine.runtime.generate_thread_pool
 
