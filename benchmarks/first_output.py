@@ -63,8 +63,8 @@ def measure(name: str, rounds: int, threads: int, folder: Path) -> None:
     onnx = folder / "plain.onnx"
     export_onnx(plain, onnx, (3, SIZE, SIZE))
     program = folder / "example"
-    command = [str(cpu_target("native").compiler), "-O2", str(folder / "c" / "example.c"), str(folder / "c" / "libmodel.a")]
-    subprocess.run([*command, "-pthread", "-o", str(program)], check=True)
+    sources = [str(folder / "c" / file) for file in ("example.c", "libmodel.a")]
+    subprocess.run([str(cpu_target("native").compiler), "-O2", *sources, "-pthread", "-o", str(program)], check=True)
     image, out = folder / "image", folder / "out"
     image.write_bytes(np.zeros((1, 3, SIZE, SIZE), np.float32).tobytes())
     times: dict[str, list[float]] = {}

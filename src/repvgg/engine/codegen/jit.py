@@ -161,7 +161,9 @@ class MachineCode:
         binding = require("llvmlite.binding", "engine")
         # MCJIT needs a module, though all code comes from object files, which may be cached on disk.
         empty = binding.parse_assembly("")
-        self._engine = binding.create_mcjit_compiler(empty, _target_machine(isa))
+        # llvmlite's memory manager keeps the sections of an object together. LLVM's own may place constants more than
+        # 2 GiB away from the code that refers to them, which aborts the process.
+        self._engine = binding.create_mcjit_compiler(empty, _target_machine(isa), use_lmm=True)
         for code in objects:
             self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()

@@ -64,10 +64,11 @@ struct description {
     uint64_t inputs, outputs, buffers, steps; /* offsets of the tables from the description, in bytes */
 };
 
-#define HIDDEN __attribute__((visibility("hidden")))
-extern HIDDEN const struct description model_description;
-extern HIDDEN const char model_weights[];
-extern HIDDEN kernel_function *const model_kernels[];
+/* Defined as hidden symbols by other objects. Declared without that, so that code refers to them by the global offset
+   table: a linker removes the detour, and LLVM's loader may place objects too far apart for 32-bit offsets. */
+extern const struct description model_description;
+extern const char model_weights[];
+extern kernel_function *const model_kernels[];
 
 static const void *table(uint64_t offset) { return (const char *)&model_description + offset; }
 static const struct input *input_of(uint64_t index) {

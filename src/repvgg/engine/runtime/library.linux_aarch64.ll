@@ -13,12 +13,12 @@
 
 @error_without_handle = internal global ptr @.str.10, align 8
 @.str = private constant [39 x i8] c"Pass a place for the handle, not NULL.\00", align 1
-@model_description = external hidden constant %struct.description, align 8
+@model_description = external constant %struct.description, align 8
 @.str.1 = private constant [53 x i8] c"The number of threads is 0, for the default, to 512.\00", align 1
 @.str.2 = private constant [57 x i8] c"The library contains its weights: pass NULL, not a path.\00", align 1
 @.str.3 = private constant [58 x i8] c"Pass the path of the file of weights next to the library.\00", align 1
 @.str.4 = private constant [44 x i8] c"There is not enough memory for the network.\00", align 1
-@model_weights = external hidden constant [0 x i8], align 1
+@model_weights = external constant [0 x i8], align 1
 @.str.5 = private constant [68 x i8] c"The file of weights cannot be read, or is not that of this library.\00", align 1
 @.str.6 = private constant [53 x i8] c"The system refused to start a thread: ask for fewer.\00", align 1
 @.str.7 = private constant [42 x i8] c"Pass a handle that was created, not NULL.\00", align 1
@@ -28,7 +28,7 @@
 @.str.11 = private constant [93 x i8] c"This processor lacks instructions of x86-64-v2 (SSE4.2), which the library was compiled for.\00", align 1
 @.str.12 = private constant [91 x i8] c"This processor lacks instructions of x86-64-v3 (AVX2, FMA): export for --target x86-64-v2.\00", align 1
 @.str.13 = private constant [89 x i8] c"This processor lacks instructions of x86-64-v4 (AVX-512): export for --target x86-64-v3.\00", align 1
-@model_kernels = external hidden constant [0 x ptr], align 8
+@model_kernels = external constant [0 x ptr], align 8
 @.str.14 = private constant [34 x i8] c"The number of images is negative.\00", align 1
 @.str.15 = private constant [59 x i8] c"Pass an array of inputs and an array of outputs, not NULL.\00", align 1
 @.str.16 = private constant [44 x i8] c"An input is NULL or not aligned to 4 bytes.\00", align 1
