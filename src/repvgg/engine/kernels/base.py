@@ -145,16 +145,21 @@ def pack_panels(conv: Conv, width: int, nr: int, adjacent_taps: int = 1) -> tupl
         channel), both flat; the slopes of "prelu" follow the biases.
     """
     groups, step = conv.geometry.groups, nr * width
-    outputs = conv.weight.shape[0] // groups
+    outputs, inputs = conv.weight.shape[0] // groups, conv.weight.shape[1]
     padded = round_up(outputs, width)
-    weights = conv.weight.reshape(groups, outputs, conv.weight.shape[1], -1, adjacent_taps).transpose(0, 3, 2, 4, 1)
-    weights = np.pad(weights, (*((0, 0),) * 4, (0, padded - outputs)))
-    panels = [weights[group, ..., at : at + step].ravel() for group in range(groups) for at in range(0, padded, step)]
+    weights = conv.weight.reshape(groups, outputs, inputs, -1, adjacent_taps).transpose(0, 3, 2, 4, 1)
+    # Each weight is written once, to its place: large layers have 400 MB of them.
+    packed = np.empty((groups, weights[0, ..., 0].size * padded), np.float32)
+    for group in range(groups):
+        for at in range(0, padded, step):
+            end = min(at + step, padded)
+            panel = packed[group, at * (packed.shape[1] // padded) : end * (packed.shape[1] // padded)]
+            panel = panel.reshape(*weights.shape[1:4], end - at)
+            used = max(0, min(end, outputs) - at)
+            panel[..., :used], panel[..., used:] = weights[group, ..., at : at + used], 0
     vectors = [conv.bias] if conv.slopes is None else [conv.bias, conv.slopes]
     padding = (0, 0), (0, padded - outputs)
-    return np.concatenate(panels), np.concatenate(
-        [np.pad(one.reshape(groups, outputs), padding).ravel() for one in vectors]
-    )
+    return packed.ravel(), np.concatenate([np.pad(one.reshape(groups, outputs), padding).ravel() for one in vectors])
 
 
 def pack_weights(
