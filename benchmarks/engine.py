@@ -22,7 +22,7 @@ the fastest other engine on the same network, and to the baseline in OpenVINO.
 ``--idle`` times single calls, each after that many milliseconds of rest. ``--busy`` runs another process on one core.
 ``--checkpoint`` evaluates all engines against float64 on a validation split instead of timing them. ``--floor`` shows
 where the time of the engine goes, and what the peaks of the machine alone would take. ``--precision medium`` allows
-larger rounding errors.
+larger rounding errors; ``--isa avx2`` limits the engines to narrower vectors.
 
 An engine that is not installed is skipped, with a message. Weights are random, except those of a checkpoint.
 """
@@ -33,11 +33,13 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,9 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.deploy import export_onnx
+from repvgg.engine.codegen.jit import GENERIC_ISAS, VectorIsa, host_isa
+from repvgg.engine.compiled_model import CompiledModel
+from repvgg.engine.frontend import read
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import REST_SECONDS, Sample, SpeedProtocol, environment, take_samples
@@ -170,16 +175,16 @@ def readings(runs: Mapping[str, Run], images: Tensor, rounds: int) -> dict[str, 
     return speeds
 
 
-def best_settings(model: nn.Module, images: Tensor, threads: int, names: Sequence[str]) -> dict[str, Run]:
-    """Return each other engine with the setting of the highest median of five readings."""
+def best_settings(model: nn.Module, images: Tensor, args: argparse.Namespace, names: Sequence[str]) -> dict[str, Run]:
+    """Return each other engine with the setting of the highest median of some readings."""
     found: dict[str, Run] = {}
     for name in names:
         try:
-            settings = dict(OTHERS[name](model, shape_of(images), threads))
+            settings = dict(OTHERS[name](model, shape_of(images), args.threads))
         except MissingDependencyError as error:
             print(f"{name} is skipped: {error}")
             continue
-        speeds = readings(settings, images, 5)
+        speeds = readings(settings, images, args.trials)
         best = max(speeds, key=lambda words: float(np.median(speeds[words])))
         print(f"  {name}:", ", ".join(f"{words} {np.median(speeds[words]):.1f}" for words in speeds))
         found[f"{name} ({best})"] = settings[best]
@@ -225,9 +230,21 @@ def errors(runs: dict[str, Run], model: nn.Module, images: Tensor) -> dict[str, 
     return {name: float((run(images) - wanted).abs().max() / wanted.abs().max()) for name, run in runs.items()}
 
 
-def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> repvgg.engine.CompiledModel:
+def limited(name: str) -> VectorIsa:
+    """Return this processor with narrower vector instructions, and limit the other engines to them as far as they go.
+
+    oneDNN, in PyTorch and OpenVINO, and PyTorch's own kernels read environment variables; ONNX Runtime has no switch.
+    """
+    os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = name.upper(), name
+    generic, host = GENERIC_ISAS[name], host_isa()
+    without = ",".join(f"-{each[1:]}" if each.startswith("+avx512") else each for each in host.features.split(","))
+    return replace(generic, cpu=host.cpu, features=without)
+
+
+def ours(model: nn.Module, shape: Shape, args: argparse.Namespace) -> CompiledModel:
     """Compile, with autotuning by default."""
-    return repvgg.engine.compile(model, shape, args.threads, precision=args.precision, search=not args.no_search)
+    search = not args.no_search
+    return CompiledModel(read(model, [shape]), [shape], args.vectors, args.threads, args.precision, search)
 
 
 def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
@@ -332,7 +349,7 @@ def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespa
     runs: dict[str, Run] = {"repvgg": ours(model, shape_of(images), args)}
     searched = "out" if args.no_search else ""
     print(f"  repvgg: compiled in {time.perf_counter() - start:.1f} s with{searched} autotuning")
-    runs |= best_settings(model, images, args.threads, args.engines)
+    runs |= best_settings(model, images, args, args.engines)
     max_errors = errors(runs, model, images)
     rivals = []
     if (other := undilated(model)) is not None:
@@ -340,7 +357,7 @@ def measure(architecture: str, baseline: str, batch: int, args: argparse.Namespa
         runs[rivals[0]] = ours(other, shape_of(images), args)
     for name in filter(None, baseline.split("+")):
         print(f"  {name}:")
-        found = best_settings(network(name), images, args.threads, ["OpenVINO f32"])
+        found = best_settings(network(name), images, args, ["OpenVINO f32"])
         rivals += [f"{name} in {engine}" for engine in found]
         runs |= {f"{name} in {engine}": run for engine, run in found.items()}
     results: dict[str, object] = {"model": architecture, "baseline": baseline, "batch": batch, "errors": max_errors}
@@ -367,6 +384,7 @@ def main() -> None:
     )
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--engines", default=",".join(OTHERS))
+    parser.add_argument("--isa", default="", help="narrower vector instructions: avx2; sets oneDNN's limit, too")
     parser.add_argument("--idle", default="", help="milliseconds, separated by commas")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--floor", action="store_true")
@@ -375,12 +393,13 @@ def main() -> None:
     parser.add_argument("--precision", default="high", choices=tuple(ERROR_GROWTH_LIMITS), help="of the engine")
     parser.add_argument("--checkpoint")
     parser.add_argument("--data")
-    for name, default in (("threads", 2), ("rounds", 15), ("size", 224)):
+    for name, default in (("threads", 2), ("rounds", 15), ("trials", 5), ("size", 224)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     args.engines, args.idle = args.engines.split(","), [float(rest) for rest in args.idle.split(",") if rest]
     torch.set_num_threads(args.threads)
-    print(environment(), flush=True)
+    args.vectors = limited(args.isa) if args.isa else host_isa()
+    print(environment(), args.isa, flush=True)
     if args.checkpoint:
         with torch.inference_mode():
             evaluate(args)

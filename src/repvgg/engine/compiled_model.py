@@ -33,6 +33,7 @@ from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
 from repvgg.engine.planner.autotune import autotune
+from repvgg.engine.planner.machine_costs import machine_costs
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.planner.selection_cache import select_cached
 from repvgg.engine.planner.steps import Plan
@@ -190,7 +191,7 @@ class CompiledModel:
         self.input_shape = self.input_shapes[0]
         self.threads = thread_count(threads)
         isa = isa or host_isa()
-        self._target = Target(isa, self.threads, precision)
+        self._target = Target(isa, self.threads, precision, machine_costs(isa))
         self._pool, self._search = ThreadPool(isa, self.threads), search
         self._select: Selector = select_cached
         if search:

@@ -30,7 +30,6 @@ from repvgg.engine.planner.algorithms import (
     supports_winograd,
 )
 from repvgg.engine.planner.machine_costs import MachineCosts
-from repvgg.engine.winograd.filters import Winograd2d
 from repvgg.engine.winograd.gemm import MAX_CHANNEL_BLOCK, channel_block, on_the_fly_channel_block
 from repvgg.engine.winograd.tiling import num_tile_elements, tile_groups, tile_subsets
 
@@ -116,7 +115,7 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile:
     gemm = channels * _least_cycles_per_vector(target.isa, tile) + num_k_blocks * costs.accumulate_cycles
     work = elements * vectors * gemm
     transforms = costs.input_transform_cycles * in_vectors + costs.output_transform_cycles * vectors
-    work += elements * _spills(winograd, target) * transforms
+    work += elements * transforms
     # Either all weights are read, or those of an on-the-fly transform, which takes cycles at least once.
     stored, shorter = (4 * winograd.filter_elements(on_the_fly=late) * problem.num_filters for late in (False, True))
     filters = winograd.rows.inputs * len(winograd.columns.transformed) * channels * vectors
@@ -155,7 +154,6 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
         work += cycles * tiling.num_blocks * problem.groups * channels * vectors * filter_elements
     fits_l2 = region.schedule == "fused" and _fits_l2(region, problem, target)
     factor = costs.l2_miss_factor if region.schedule == "fused" and not fits_l2 else 1.0
-    factor *= _spills(winograd, target)
     elements = sum(kind.winograd.tile_elements * kind.tiling.num_tiles for kind in tile_groups(winograd, tiling))
     work += factor * costs.output_transform_cycles * elements * problem.groups * vectors
 
@@ -175,11 +173,6 @@ def estimate_cycles(region: WinogradRegion, problem: ConvProblem, target: Target
     cycles_per_unit = work / num_units + costs.work_unit_cycles
     rounds = -(-num_units // target.threads)  # the last round may leave threads idle
     return rounds * cycles_per_unit + shared / target.threads + _weight_read_cycles(region, problem, target, fits_l2)
-
-
-def _spills(winograd: Winograd2d, target: Target) -> float:
-    """Return by how much the transforms of large tiles take longer, whose elements do not fit the register file."""
-    return 1 + target.costs.spill_factor * max(0.0, winograd.tile_elements / target.isa.registers - 1)
 
 
 def _gemm_cycles(region: WinogradRegion, channels: int, vectors: int, kc: int, costs: MachineCosts) -> float:
