@@ -254,12 +254,12 @@ def floor(model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
     images = torch.randn(shape)
     network(images)
     by_kernel: dict[str, list[float]] = {}
-    for step in network.profile(images, 30):
+    for step in network.profile(images, repeats=30):
         by_kernel.setdefault(type(step.kernel).__name__, []).append(step.seconds)
     total = sum(map(sum, by_kernel.values()))
     for name, seconds in by_kernel.items():
         print(f"  {name:20s} {len(seconds):3d} steps {1e3 * sum(seconds):8.2f} ms {sum(seconds) / total:6.1%}")
-    multiplies = sum(step.num_multiplies for step in network.profile(images, 1))
+    multiplies = sum(step.num_multiplies for step in network.profile(images, repeats=1))
     bytes_read = sum(values.nbytes for values in network._executables[-1]._weights)
     peak, bandwidth = peak_flops(threads), bandwidth_read(bytes_read)
     print(
@@ -277,7 +277,7 @@ def peak_flops(threads: int) -> float:
     return max(
         2 * step.num_multiplies / step.seconds
         for _ in range(20)
-        for step in network.profile(images, 5)
+        for step in network.profile(images, repeats=5)
         if step.num_multiplies
     )
 
