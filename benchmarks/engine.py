@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def shape_of(images: Tensor) -> Shape:
     return batch, channels, height, width
 
 
+@lru_cache(maxsize=2)
 def network(name: str) -> nn.Module:
     """Return a network with random weights as it would be deployed, of this library, torchvision or timm."""
     torch.manual_seed(0)
@@ -110,15 +111,14 @@ def _run_torch(run: Run, layout: torch.memory_format, x: Tensor) -> Tensor:
 def in_onnxruntime(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
     """Yield ONNX Runtime with spinning and with sleeping threads."""
     runtime = require("onnxruntime")
-    with _exported(model, shape) as path:
-        for spin in ("1", "0"):
-            options = runtime.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = threads, 3
-            options.add_session_config_entry("session.intra_op.allow_spinning", spin)
-            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            name = session.get_inputs()[0].name
-            words = "threads spin" if spin == "1" else "threads sleep"
-            yield words, partial(_run_onnxruntime, session, name)
+    for spin in ("1", "0"):
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", spin)
+        session = runtime.InferenceSession(_exported(model, shape[1:]), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        words = "threads spin" if spin == "1" else "threads sleep"
+        yield words, partial(_run_onnxruntime, session, name)
 
 
 def _run_onnxruntime(session: Any, name: str, x: Tensor) -> Tensor:
@@ -128,17 +128,16 @@ def _run_onnxruntime(session: Any, name: str, x: Tensor) -> Tensor:
 def in_openvino(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
     """Yield OpenVINO in float32 for each performance hint, with and without CPU pinning."""
     core = require("openvino", "openvino").Core()
-    with _exported(model, shape) as path:
-        graph = core.read_model(path)
-        graph.reshape(list(shape))
-        for hint, pinned in itertools.product(("LATENCY", "THROUGHPUT"), (False, True)):
-            settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": pinned}
-            settings["INFERENCE_NUM_THREADS"] = threads
-            if hint == "THROUGHPUT":
-                settings["NUM_STREAMS"] = "1"  # there is a single caller: all threads work on its images
-            request = core.compile_model(graph, "CPU", settings).create_infer_request()
-            words = f"{hint.lower()}{', pinned' if pinned else ''}"
-            yield words, partial(_run_openvino, request)
+    graph = core.read_model(_exported(model, shape[1:]), b"")
+    graph.reshape(list(shape))
+    for hint, pinned in itertools.product(("LATENCY", "THROUGHPUT"), (False, True)):
+        settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": pinned}
+        settings["INFERENCE_NUM_THREADS"] = threads
+        if hint == "THROUGHPUT":
+            settings["NUM_STREAMS"] = "1"  # there is a single caller: all threads work on its images
+        request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        words = f"{hint.lower()}{', pinned' if pinned else ''}"
+        yield words, partial(_run_openvino, request)
 
 
 def _run_openvino(request: Any, x: Tensor) -> Tensor:
@@ -148,12 +147,12 @@ def _run_openvino(request: Any, x: Tensor) -> Tensor:
 OTHERS = {"PyTorch": in_torch, "ONNX Runtime": in_onnxruntime, "OpenVINO f32": in_openvino}
 
 
-@contextmanager
-def _exported(model: nn.Module, shape: Shape) -> Iterator[Path]:
+@lru_cache(maxsize=1)  # several engines and batches read the same file
+def _exported(model: nn.Module, image: tuple[int, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain.onnx"
-        export_onnx(model, path, shape[1:])
-        yield path
+        export_onnx(model, path, image)  # type: ignore[arg-type]
+        return path.read_bytes()
 
 
 def readings(runs: Mapping[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
