@@ -57,7 +57,8 @@ from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS
 from repvgg.errors import MissingDependencyError, require
 from repvgg.measure import REST_SECONDS, Sample, SpeedProtocol, environment, take_samples
 from repvgg.measure.timing import quartiles
-from repvgg.models import BASELINES, list_models, load
+from repvgg.models import BASELINES, create_model, list_models, load
+from repvgg.models.registry import CITYSCAPES_CLASSES, PSPNETS
 from repvgg.studies.candidates import deployed, plain_form
 
 READING_SECONDS = 0.1
@@ -76,6 +77,8 @@ def shape_of(images: Tensor) -> Shape:
 def network(name: str) -> nn.Module:
     """Return a network with random weights as it would be deployed, of this library, torchvision or timm."""
     torch.manual_seed(0)
+    if name in PSPNETS:
+        return create_model(name, CITYSCAPES_CLASSES, plain=True).eval()
     if name in BASELINES or name in list_models():
         return deployed(name)
     models = require("torchvision").models
