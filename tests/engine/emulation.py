@@ -4,9 +4,12 @@ Debian: ``apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross`
 where the emulator or the cross compiler is missing.
 """
 
+import atexit
 import itertools
+import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -53,14 +56,16 @@ def isa_parameters(native: Sequence[VectorIsa]) -> list[Any]:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="repvgg-emulation-")  # removed when Python exits
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="repvgg-emulation-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @cache
 def _object(source: Path) -> Path:
     """Compile a C source of the tests or of the library to an object file, once."""
-    out = Path(_folder().name) / f"{source.stem}.o"
+    out = _folder() / f"{source.stem}.o"
     flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(RUNTIME)]
     subprocess.run([str(ARM.compiler), *flags, "-c", "-o", str(out), str(source)], check=True)
     return out
@@ -78,7 +83,7 @@ def run_kernel(
     kernel: Any, arrays: Sequence[np.ndarray], target: int, batch: int, cuts: Sequence[int], isa: VectorIsa
 ) -> None:
     """Run the units of a kernel between each two cuts, the last ones first; write ``arrays[target]``."""
-    base = Path(_folder().name) / f"kernel{next(_numbers)}"
+    base = _folder() / f"kernel{next(_numbers)}"
     code, program, job, result = (base.with_suffix(suffix) for suffix in (".o", ".program", ".job", ".result"))
     code.write_bytes(compile_to_relocatable([build_module(kernel.emit("kernel"))], isa, {"kernel"}))
     _link(program, _object(KERNEL_RUNNER), code)
@@ -97,8 +102,8 @@ class EmulatedModel:
     def __init__(
         self, graph: Graph, shapes: Sequence[Shape], isa: VectorIsa, threads: int = 1, precision: Any = "high"
     ) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="repvgg-emulation-")
-        folder = Path(self._temporary.name)
+        folder = Path(tempfile.mkdtemp(dir=_folder()))
+        weakref.finalize(self, shutil.rmtree, folder)
         built = build_library(plan(graph, shapes, Target(isa, threads, precision)), folder, ARM, threads=threads)
         _link(folder / "example", _object(EXAMPLE), built.archive)
         values = infer_shapes(graph, [shape[2:] for shape in shapes])
