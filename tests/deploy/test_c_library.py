@@ -194,6 +194,26 @@ class Cumulative(nn.Module):
         return x.cumsum(2)
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_two_networks_in_one_program(tmp_path):
+    """Their functions have their names, and nothing else of them is visible."""
+    model = Net().eval()
+    for name in ("one", "two"):
+        export_c(model, model, tmp_path / name, [SHAPE], name=name)
+    source = tmp_path / "main.c"
+    source.write_text(
+        '#include "one.h"\n#include "two.h"\n'
+        "int main(void) { one *a; two *b; return one_create(0, 1, &a) || two_create(0, 2, &b) || "
+        "one_threads(a) != 1 || two_threads(b) != 2 || one_output_size(1) != 5; }\n"
+    )
+    folders = [tmp_path / name for name in ("one", "two")]
+    libraries = [f"{folder}/lib{folder.name}.a" for folder in folders]
+    command = [NATIVE.compiler, "-Wall", "-Wextra", "-Werror", *(f"-I{folder}" for folder in folders), str(source)]
+    subprocess.run([*command, *libraries, "-pthread", "-o", str(tmp_path / "main")], check=True)
+    assert subprocess.run([str(tmp_path / "main")], check=False).returncode == 0
+
+
 # Other processors
 
 

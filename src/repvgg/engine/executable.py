@@ -108,10 +108,7 @@ class Executable:
 
     def _address(self, buffer: Buffer, step: Step) -> int:
         """Return the address of the first image that a step reads or writes."""
-        # A buffer that holds one chunk of the batch begins with the first image of the step.
-        holds_batch = step.max_images is not None and buffer.num_images > step.max_images
-        first_image = step.first_image if holds_batch else 0
-        return self._memory[buffer.number].ctypes.data + FLOAT_BYTES * first_image * buffer.layout.image_stride
+        return self._memory[buffer.number].ctypes.data + FLOAT_BYTES * step.offset_in(buffer)
 
 
 def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[IRBuilder]]:

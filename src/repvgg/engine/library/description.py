@@ -153,24 +153,17 @@ def _step(step: Step, kernels: dict[Kernel, int], weights: _Weights, batch: int)
     if step.source is None:
         kind, number, offset = INPUT_STRIDES, 0, 0
     elif isinstance(step.weights, Buffer):
-        kind, number, offset = BUFFER, step.weights.number, _first_byte(step.weights, step)
+        kind, number, offset = BUFFER, step.weights.number, FLOAT_BYTES * step.offset_in(step.weights)
     else:
         kind, number, offset = WEIGHTS, weights.offset(step.weights), 0
     return (
         kernels[step.kernel],
         INPUT if step.source is None else step.source.number,
-        0 if step.source is None else _first_byte(step.source, step),
+        0 if step.source is None else FLOAT_BYTES * step.offset_in(step.source),
         step.target.number,
-        _first_byte(step.target, step),
+        FLOAT_BYTES * step.offset_in(step.target),
         *(kind, number, offset, weights.offset(step.bias)),
         *(step.kernel.units_per_block, step.items_per_block, step.items_per_image, step.first_image),
         batch if step.max_images is None else step.max_images,
         step.input,
     )
-
-
-def _first_byte(buffer: Buffer, step: Step) -> int:
-    """Return the offset of the first image that a step reads or writes in a buffer."""
-    # A buffer that holds one chunk of the batch begins with the first image of the step.
-    holds_batch = step.max_images is not None and buffer.num_images > step.max_images
-    return FLOAT_BYTES * step.first_image * buffer.layout.image_stride if holds_batch else 0

@@ -66,6 +66,12 @@ class Step:
         left = max(0, batch - self.first_image)
         return left if self.max_images is None else min(left, self.max_images)
 
+    def offset_in(self, buffer: Buffer) -> int:
+        """Return the floats from the begin of a buffer to the first image that the step reads or writes there."""
+        # A buffer that holds one chunk of the batch begins with the first image of the step.
+        holds_batch = self.max_images is not None and buffer.num_images > self.max_images
+        return self.first_image * buffer.layout.image_stride if holds_batch else 0
+
     def num_multiplies(self, batch: int) -> int:
         """Count its multiplications on a batch, in whole blocks."""
         return self.kernel.num_multiplies * -(-self.num_images(batch) * self.items_per_image // self.items_per_block)
