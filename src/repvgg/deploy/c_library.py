@@ -24,6 +24,7 @@ from repvgg.engine.graph import Graph, infer_shapes
 from repvgg.engine.library.build import RUNTIME, BuiltLibrary, build_library, check_name
 from repvgg.engine.library.targets import NATIVE, CpuTarget, cpu_target
 from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Target
+from repvgg.engine.planner.machine_costs import machine_costs
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.planner.selection_cache import select_cached
 from repvgg.engine.runtime.thread_pool import thread_count
@@ -142,7 +143,7 @@ def export_c(
     count = thread_count(threads)
     shapes = [(max_batch, *shape) for shape in input_shapes]
     graph = read(plain, shapes)
-    prepared = plan(graph, shapes, Target(cpu.isa, count, precision), select_cached)
+    prepared = plan(graph, shapes, Target(cpu.isa, count, precision, machine_costs(cpu.isa)), select_cached)
     network = type(reference).__name__
     with atomic_folder(folder, TARGETS["c"].replaceable, overwrite=overwrite) as part:
         built = build_library(
