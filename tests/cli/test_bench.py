@@ -298,7 +298,7 @@ def test_the_bar_of_a_terminal_is_drawn_between_rounds_only(repvgg, files, monke
 def unsupported(tmp_path):
     """A network with a function that the engine does not support."""
     (tmp_path / "odd.py").write_text(
-        "from torch import nn\n\n\ndef make_odd():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus())\n"
+        "from torch import nn\n\n\ndef make_odd():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink())\n"
     )
     return f"{tmp_path / 'odd.py'}:make_odd"
 
@@ -312,7 +312,7 @@ def test_engines_side_by_side(repvgg, unsupported):
     names = [f"repvgg_t0, {form}, {engine}" for form in FORMS for engine in ("torch", "repvgg")]
     found = [" ".join(row.split()[:-5]) for row in lines[start + 1 : start + 8]]
     assert sorted(found) == sorted([*names, f"{unsupported}, torch"])
-    assert any(line.startswith(f"{unsupported}, repvgg: left out, '1' (Softplus) is not supported") for line in lines)
+    assert any(line.startswith(f"{unsupported}, repvgg: left out, '1' (Hardshrink) is not supported") for line in lines)
     assert any("engine torch, repvgg" in line for line in lines)
 
 
@@ -347,7 +347,7 @@ def test_an_engine_that_can_run_nothing(repvgg, unsupported):
     outcome = repvgg("bench", unsupported, "--engine", "repvgg", "--input-size", 9)
     assert outcome.code == 2
     assert outcome.err.startswith(
-        "error: The engine supports none of these models, for example 'train form': '1' (Softplus)"
+        "error: The engine supports none of these models, for example 'train form': '1' (Hardshrink)"
     )
     outcome = repvgg("bench", "repvgg_t0", "--engine", "repvgg", "--dtype", "bfloat16")
     assert (outcome.code, "computes in float32 on the CPU" in outcome.err) == (2, True)

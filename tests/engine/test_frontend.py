@@ -289,10 +289,10 @@ def freed() -> nn.Module:
 
 
 REFUSED = {
-    "another activation": (nn.Sequential(conv(), nn.Softplus()), r"'1' \(Softplus\) is not supported"),
+    "another activation": (nn.Sequential(conv(), nn.Hardshrink()), r"'1' \(Hardshrink\) is not supported"),
     "several kinds": (
-        nn.Sequential(conv(), nn.Softplus(), nn.MaxPool2d(2, dilation=2), nn.Softplus()),
-        r"^'1' \(Softplus\) and 1 more is not supported by the engine; '2' \(MaxPool2d\) is a dilated pool, .*\.$",
+        nn.Sequential(conv(), nn.Hardshrink(), nn.MaxPool2d(2, dilation=2), nn.Hardshrink()),
+        r"^'1' \(Hardshrink\) and 1 more is not supported by the engine; '2' \(MaxPool2d\) is a dilated pool, .*\.$",
     ),
     "a batch norm in training": (
         head(lambda y: F.batch_norm(y, torch.zeros(4), torch.ones(4), training=True)),
@@ -300,7 +300,7 @@ REFUSED = {
     ),
     "hooks": (hooked(), "'0' has forward hooks"),
     "control flow by values": (Net(lambda net, x: x if x.sum() > 0 else -x), "cannot be traced"),
-    "reflected padding": (conv(padding=1, padding_mode="reflect"), "'reflect'"),
+    "a causal mask": (head(lambda y: F.scaled_dot_product_attention(y, y, y, is_causal=True)), "has arguments"),
     "float64": (conv().double(), "float32"),
     "a transposed convolution that crops": (nn.ConvTranspose2d(4, 4, 3, padding=3), "more padding than its kernel"),
     "no layer": (nn.Identity(), "no layer"),
@@ -308,7 +308,7 @@ REFUSED = {
     "a dropout that drops": (Net(lambda net, x: F.dropout(net.conv(x)), conv=conv()), "at random"),
     "a mean in float64": (head(lambda y: y.mean((2, 3), dtype=torch.float64)), "'mean' .* returns float64"),
     "a mean of the batch": (head(lambda y: y - y.mean((0, 2, 3), True)), "mixes the images of a batch"),
-    "a squeeze of single images": (head(lambda y: y.mean((2, 3), True).squeeze()), "mixes the images of a batch"),
+    "a squeeze of single images": (head(lambda y: y.mean((2, 3), True).squeeze()), "another number or size"),
     "a constant batch": (head(lambda y: y.mean((2, 3), True).view(2, 4)), r"'view'|cannot be traced"),
     "reversed channels": (head(lambda y: y.mean((2, 3), True)[:, [3, 2, 1, 0], 0, 0]), "use slices and whole numbers"),
     "an assignment": (head(lambda y: (y.__setitem__((0, 0), 0), y)[1]), "'__setitem__'"),

@@ -1,5 +1,6 @@
 """Every operation alone against PyTorch in float64: element-wise functions, pools, views, arithmetic, normalization."""
 
+import copy
 import math
 
 import numpy as np
@@ -22,6 +23,40 @@ DEPTHWISE, SQUARE = torch.randn(CHANNELS, 1, 3, 3) / 3, torch.randn(CHANNELS, CH
 NORM = nn.LayerNorm(CHANNELS)
 NORM.weight.data.uniform_(0.5, 1.5)
 NORM.bias.data.normal_()
+
+
+TRIPLE = torch.randn(3 * 60, CHANNELS) / math.sqrt(CHANNELS)
+BIAS = torch.randn(5, 63, 63)
+ENCODER = nn.TransformerEncoderLayer(CHANNELS, 4, 32, batch_first=True, activation="gelu").eval()
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def qkv(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of 5 heads of 12 channels, as most transformers compute them."""
+    every = F.linear(tokens(x), TRIPLE.to(x.dtype)).reshape(len(x), -1, 3, 5, 12).permute(2, 0, 3, 1, 4)
+    return every[0], every[1], every[2]
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def windows(x: torch.Tensor) -> torch.Tensor:
+    """Attention within windows of 3x3 pixels that are shifted by one, as in Swin."""
+    y = torch.roll(x[..., :6].permute(0, 2, 3, 1), (-1, -1), (1, 2))
+    y = y.view(len(x), 3, 3, 2, 3, CHANNELS).permute(0, 1, 3, 2, 4, 5).reshape(-1, 9, CHANNELS)
+    q, k, v = F.linear(y, TRIPLE.to(x.dtype)).view(-1, 9, 3, 5, 12).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) + BIAS[:, :9, :9].to(x.dtype).unsqueeze(0)).softmax(-1)
+    y = (weights @ v).transpose(1, 2).reshape(-1, 9, 60)
+    return y.view(len(x), 3, 2, 3, 3, 60).permute(0, 1, 3, 2, 4, 5).reshape(len(x), 9, 6, 60)
+
+
+def encoder(dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(ENCODER).to(dtype) if dtype is torch.float64 else ENCODER
 
 
 class Function(nn.Module):
@@ -79,6 +114,17 @@ POINTWISE = {
     "negation": (lambda x: 1.5 - x, 4),
     "division": (lambda x: 2 / (x.abs() + 1), 8),
     "roots": (lambda x: (x.abs() + 1).sqrt() + (x.abs() + 1).rsqrt(), 8),
+    "cube": (lambda x: x**3, 4),
+    "logarithm": (lambda x: (x.abs() + 0.01).log(), 8),
+    "erf": (torch.erf, 8),
+    "softplus": (F.softplus, 8),
+    "softplus of a slope": (lambda x: F.softplus(x, 2.5), 8),
+    "logsigmoid": (F.logsigmoid, 8),
+    "mish": (F.mish, 12),
+    "softsign": (F.softsign, 8),
+    "selu": (F.selu, 8),
+    "celu": (lambda x: F.celu(x, 0.7), 8),
+    "threshold": (lambda x: F.threshold(x, 0.3, -2.0), 0),
     "in place": (lambda x: (x * 2).relu_().add_(1).mul_(3), 4),
 }
 
@@ -216,6 +262,65 @@ OPERATIONS = {
     ),
     "batch norm of vectors": lambda x: F.batch_norm(x.mean((2, 3)), VECTOR.to(x.dtype), VECTOR.to(x.dtype).abs() + 1),
     "expand": lambda x: x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4) + 1,
+    "batch norm of tokens": lambda x: F.batch_norm(
+        tokens(x).flatten(0, 1), VECTOR.to(x.dtype), VECTOR.to(x.dtype).abs() + 1
+    ).view(len(x), 63, CHANNELS),
+    "group norm": lambda x: F.group_norm(x, 4, VECTOR.to(x.dtype), VECTOR.to(x.dtype) + 1),
+    "group norm of one group": lambda x: F.group_norm(x, 1),
+    "group norm of tokens": lambda x: F.group_norm(x.flatten(2), 10),
+    "instance norm": lambda x: F.instance_norm(x, weight=VECTOR.to(x.dtype), bias=VECTOR.to(x.dtype)),
+    "instance norm in eval mode": lambda x: F.instance_norm(
+        x, VECTOR.to(x.dtype), VECTOR.to(x.dtype).abs() + 1, use_input_stats=False
+    ),
+    "log softmax": lambda x: (F.log_softmax(x, 1), (x * 10).log_softmax(-1)),
+    "normalize": lambda x: (F.normalize(x), F.normalize(x, dim=-1)),
+    "norms": lambda x: (x.norm(dim=1), torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)),
+    "sums": lambda x: (x.sum(1), x.sum((2, 3)), x.sum(-1, keepdim=True)),
+    "extrema": lambda x: (x.amin(1), x.max(1)[0], x.min(dim=2, keepdim=True).values, x.max(x * x)),
+    "reflected pixels": lambda x: F.pad(x, (2, 1, 3, 0), mode="reflect"),
+    "replicated pixels": lambda x: F.pad(x, (2, 1, 11, 0), mode="replicate"),
+    "circular pixels": lambda x: F.pad(x, (2, 7, 3, 0), mode="circular"),
+    "circular pixels and crop": lambda x: F.pad(x, (-2, 3, 3, -3), mode="circular"),
+    "roll": lambda x: torch.roll(x, (2, -3, 1), (2, 3, 1)),
+    "repeat": lambda x: x[:, :3].repeat(1, 2, 1, 3) + 1,
+    "convolution of tokens": lambda x: F.conv1d(x.flatten(2), TRIPLE[:6].to(x.dtype).unsqueeze(2).repeat(1, 1, 3)),
+    "convolution of channels": lambda x: F.conv1d(
+        x.mean((2, 3))[:, None], VECTOR[:3].view(1, 1, 3).to(x.dtype), padding=1
+    ),
+    # Products of matrices
+    "product of maps": lambda x: (x @ x.mT, x.mT @ x, torch.matmul(x[:, :1], x.transpose(2, 3))),
+    "product of tokens": lambda x: x.flatten(2) @ tokens(x),
+    "product with a constant": lambda x: (x @ MATRIX[:, :7].T.to(x.dtype), MATRIX[:, :9].to(x.dtype) @ x),
+    "product with functions": lambda x: F.relu(x @ x.mT * 0.5 - 1),
+    "products of a batch of heads": lambda x: torch.bmm(
+        x.reshape(len(x) * CHANNELS, 9, 7), x.reshape(-1, 9, 7).transpose(1, 2)
+    ).view(len(x), CHANNELS, 9, 9),
+    "deep product": lambda x: x.flatten(1).view(len(x), 4, 315) @ x.flatten(1).view(len(x), 315, 4),
+    "attention": lambda x: attention(*qkv(x)),
+    "attention by unbind": lambda x: attention(
+        *F.linear(tokens(x), TRIPLE.to(x.dtype)).view(len(x), -1, 3, 5, 12).permute(2, 0, 3, 1, 4).unbind(0)
+    ),
+    "attention with a scale": lambda x: F.scaled_dot_product_attention(*qkv(x), scale=0.3),
+    "attention with a bias": lambda x: F.scaled_dot_product_attention(*qkv(x), attn_mask=BIAS.to(x.dtype)),
+    "attention with a mask": lambda x: F.scaled_dot_product_attention(*qkv(x), attn_mask=BIAS > -1),
+    "attention with a bias of images": lambda x: F.scaled_dot_product_attention(
+        *qkv(x), attn_mask=x.mean(1).flatten(1)[:, None, None]
+    ),
+    "attention of fewer heads": lambda x: F.scaled_dot_product_attention(
+        qkv(x)[0][:, :4], *(one[:, :2] for one in qkv(x)[1:]), enable_gqa=True
+    ),
+    "attention of windows": windows,
+    "class tokens": lambda x: torch.cat([VECTOR.to(x.dtype).expand(len(x), 1, -1), tokens(x)], 1),
+    "constant channels": lambda x: torch.cat([x, BIAS[:2, :9, :7].to(x.dtype).expand(len(x), -1, -1, -1)], 1),
+    "product and sum": lambda x: torch.addcmul(VECTOR[:7].to(x.dtype), VECTOR[7:14].to(x.dtype), x * 2, value=0.5),
+    "attention of a module": lambda x: encoder(x.dtype)(tokens(x)),
+    "sum of products": lambda x: (
+        torch.einsum("bchw,bkhw->bck", x, x),
+        torch.einsum("bchw,bcvw->bvhc", x, x * 2),
+        torch.einsum("bhqd,bhkd->bhqk", *qkv(x)[:2]),
+        torch.einsum("bchw,kc->bkhw", x, MATRIX.to(x.dtype)),
+        torch.einsum("bchw,chk->bwk", x, VECTOR.to(x.dtype).view(20, 1, 1).expand(20, 9, 2)),
+    ),
 }
 
 

@@ -154,7 +154,7 @@ class Pair(nn.Conv2d):
 
 REFUSED = {
     "gradients": (plain(), {}, "computes no gradients: call the model under torch.inference_mode"),
-    "a softplus": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus()).eval(), {}, "softplus"),
+    "a hard shrinkage": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink()).eval(), {}, "hardshrink"),
     "float64": (nn.Sequential(nn.Conv2d(3, 4, 3)).double(), {"dtype": torch.float64}, "float32"),
 }
 

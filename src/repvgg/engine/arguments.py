@@ -9,6 +9,9 @@ from typing import Any
 from repvgg.engine.graph import Pointwise
 from repvgg.engine.recorder import Call
 
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+_MIN_SOFTPLUS_THRESHOLD = 17.0  # beyond it, log(1 + exp(x)) is x in float32: PyTorch returns x above the threshold
+
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _BINARY = ("input", "other")
 _PARAMETERS: dict[str, Sequence[str]] = {
@@ -27,6 +30,7 @@ _PARAMETERS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("mean", "amax"), ("input", "dim", "keepdim")),
     **dict.fromkeys(("dropout", "dropout2d", "feature_dropout"), ("input", "p", "training", "inplace")),
     "chunk": ("input", "chunks", "dim"),
+    "roll": ("input", "shifts", "dims"),
     "split": ("input", "split_size_or_sections", "dim"),
     "unbind": ("input", "dim"),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), ("tensors", "dim")),
@@ -43,7 +47,26 @@ _PARAMETERS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("clamp_min", "clamp_min_"), ("input", "min")),
     **dict.fromkeys(("clamp_max", "clamp_max_"), ("input", "max")),
     **dict.fromkeys(("leaky_relu", "leaky_relu_"), ("input", "negative_slope")),
-    **dict.fromkeys(("elu", "elu_"), ("input", "alpha")),
+    **dict.fromkeys(("elu", "elu_", "celu", "celu_"), ("input", "alpha")),
+    "softplus": ("input", "beta", "threshold"),
+    **dict.fromkeys(("threshold", "threshold_", "_threshold", "_threshold_"), ("input", "threshold", "value")),
+    "log_softmax": ("input", "dim"),
+    **dict.fromkeys(("sum", "amin"), ("input", "dim", "keepdim")),
+    **dict.fromkeys(("max", "min"), ("input", "dim", "keepdim")),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), ("input", "p", "dim", "keepdim")),
+    "normalize": ("input", "p", "dim", "eps"),
+    "conv1d": _CONV,
+    "addcmul": ("input", "tensor1", "tensor2"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "instance_norm": (
+        *("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+    ),
+    **dict.fromkeys(("matmul", "bmm", "__matmul__", "__rmatmul__"), ("input", "other")),
+    "multi_head_attention_forward": (
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
+        *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
+    ),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     "gelu": ("input", "approximate"),
     **dict.fromkeys(("pow", "__pow__"), ("input", "exponent")),
 }
@@ -73,6 +96,9 @@ _WITHOUT_PARAMETERS = {
     "sqrt": "sqrt",
     "rsqrt": "rsqrt",
     "reciprocal": "reciprocal",
+    "log": "log",
+    "erf": "erf",
+    "mish": "mish",
 }
 _WITHOUT_PARAMETERS |= {f"{name}_": kind for name, kind in _WITHOUT_PARAMETERS.items() if not name.endswith("_")}
 
@@ -81,6 +107,8 @@ ELEMENTWISE = (
     *_WITHOUT_PARAMETERS,
     *("relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max"),
     *("clamp_max_", "leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "neg", "neg_", "negative", "pow", "__pow__"),
+    *("softplus", "logsigmoid", "softsign", "selu", "selu_", "celu", "celu_", "threshold", "threshold_"),
+    *("log_sigmoid", "_threshold", "_threshold_"),
 )
 
 
@@ -122,6 +150,23 @@ def pointwise(function: str, given: Mapping[str, Any]) -> tuple[Pointwise, ...] 
                 if set(given) <= {"input", "alpha", "inplace"}
                 else None
             )
+        case "celu":
+            alpha = float(given.get("alpha", 1.0))
+            return Pointwise("affine", 1 / alpha), Pointwise("elu", 1.0), Pointwise("affine", alpha)
+        case "selu":
+            return Pointwise("elu", _SELU_ALPHA), Pointwise("affine", _SELU_SCALE)
+        case "softplus":
+            beta, threshold = float(given.get("beta", 1)), float(given.get("threshold", 20))
+            if threshold < _MIN_SOFTPLUS_THRESHOLD or beta <= 0:
+                return None
+            softplus = (Pointwise("softplus"),)
+            return softplus if beta == 1 else (Pointwise("affine", beta), *softplus, Pointwise("affine", 1 / beta))
+        case "logsigmoid" | "log_sigmoid":  # -softplus(-x)
+            return Pointwise("affine", -1.0), Pointwise("softplus"), Pointwise("affine", -1.0)
+        case "softsign":
+            return (Pointwise("softsign"),)
+        case "threshold" | "_threshold":
+            return (Pointwise("threshold", float(given["threshold"]), float(given["value"])),)
         case "gelu":
             kinds = {"none": "gelu", "tanh": "gelu_tanh"}
             kind = kinds.get(given.get("approximate", "none"))
@@ -129,7 +174,7 @@ def pointwise(function: str, given: Mapping[str, Any]) -> tuple[Pointwise, ...] 
         case "neg" | "negative":
             return (Pointwise("affine", -1.0),)
         case "pow" | "__pow__":
-            powers = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
+            powers = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
             exponent = given.get("exponent", given.get("other"))
             kind = powers.get(float(exponent)) if isinstance(exponent, (int, float)) else None
             return (Pointwise(kind),) if kind else None
@@ -143,6 +188,8 @@ def order_of(call: Call, rank: int) -> list[int] | None:
     if call.function == "permute":
         found = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         return [int(axis) % rank for axis in found]
+    if call.function in ("mT", "adjoint"):
+        return [*order[:-2], order[-1], order[-2]]
     if call.function in ("transpose", "swapaxes", "swapdims"):
         one, other = (int(axis) % rank for axis in given)
         order[one], order[other] = order[other], order[one]
@@ -156,24 +203,25 @@ def order_of(call: Call, rank: int) -> list[int] | None:
 
 
 def slices_of(index: Any, rank: int) -> list[slice | int | None] | None:
-    """Return what an index does to each axis of a tensor, or None if it is no index by slices and numbers.
+    """Return what an index does to each axis of a tensor, with None for new axes.
 
-    New axes are left out: the shape of the result tells where they are.
+    The result is None if it is no index by slices and numbers.
     """
     given = list(index) if isinstance(index, tuple) else [index]
-    given = [one for one in given if one is not None]
-    if any(
-        not (one is Ellipsis or type(one) is slice or (isinstance(one, int) and not isinstance(one, bool)))
-        for one in given
-    ):
+    if not all(one is None or one is Ellipsis or type(one) is slice or _is_integer(one) for one in given):
         return None
-    if Ellipsis in given:
-        at = given.index(Ellipsis)
-        given[at : at + 1] = [slice(None)] * (rank - len(given) + 1)
-    given += [slice(None)] * (rank - len(given))
+    missing = [slice(None)] * (rank - sum(one is not None and one is not Ellipsis for one in given))
+    at = given.index(Ellipsis) if Ellipsis in given else len(given)
+    given[at : at + 1] = missing
     return [
         slice(*(None if each is None else int(each) for each in (one.start, one.stop, one.step)))
         if isinstance(one, slice)
+        else None
+        if one is None
         else int(one)
         for one in given
     ]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

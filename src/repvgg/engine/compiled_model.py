@@ -261,7 +261,7 @@ class CompiledModel:
 
     def _output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         values = infer_shapes(self._graph, [(shape[2], shape[3]) for shape in shapes])
-        return [(shapes[0][0], *output.shape_of(values[output.value])) for output in self._graph.outputs]
+        return [output.tensor_shape(shapes[0][0], values[output.value]) for output in self._graph.outputs]
 
     def profile(self, *inputs: Images, repeats: int = 20) -> Profile:
         """Measure each step: the median of ``repeats`` runs on ``inputs``. Raises as :meth:`__call__`."""

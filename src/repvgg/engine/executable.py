@@ -78,7 +78,9 @@ class Executable:
         order = [1 + axis for group in output.tensor.axes for axis in group]
         # Axes that are not mentioned have one element.
         arranged = np.array(maps.transpose(0, *order, *(axis for axis in (1, 2, 3) if axis not in order)), order="C")
-        return arranged.reshape(count, *output.tensor.shape_of(FeatureShape(layout.channels, layout.size)))
+        shape, tensor = FeatureShape(layout.channels, layout.size), output.tensor
+        found = np.moveaxis(arranged.reshape(count, *tensor.shape_of(shape)), 0, tensor.batch_axis)
+        return np.ascontiguousarray(found).reshape(tensor.tensor_shape(count, shape))
 
     def _fill_table(
         self, plan: Plan, names: dict[Kernel, str], others: Sequence[Floats]

@@ -18,6 +18,7 @@ from repvgg.engine.graph import (
     FeatureShape,
     Floats,
     Graph,
+    MatMul,
     Node,
     Pad,
     Pair,
@@ -130,9 +131,9 @@ def _with_padding(pad: Pad, conv: Conv) -> Conv | None:
     return replace(conv, geometry=replace(conv.geometry, padding=(vertical + above, horizontal + left)))
 
 
-def _with_epilogue(before: object, after: object, shape: FeatureShape) -> Conv | Binary | Elementwise | None:
+def _with_epilogue(before: object, after: object, shape: FeatureShape) -> Conv | Binary | Elementwise | MatMul | None:
     """Return the operation that computes ``after`` of the result of ``before``, or None."""
-    if isinstance(after, Elementwise) and isinstance(before, (Conv, Binary, Elementwise)):
+    if isinstance(after, Elementwise) and isinstance(before, (Conv, Binary, Elementwise, MatMul)):
         if after.epilogue == RELU and before.epilogue[-1:] == RELU:
             return before
         return replace(before, epilogue=(*before.epilogue, *after.epilogue))

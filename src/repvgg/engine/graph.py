@@ -180,7 +180,9 @@ class Resize:
 @final
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax over the channels of each pixel."""
+    """Softmax over the channels of each pixel, or its logarithm."""
+
+    log: bool = False
 
 
 @final
@@ -188,6 +190,17 @@ class Softmax:
 class LayerNorm:
     """``y = (x - mean) / sqrt(variance + epsilon) · weight + bias`` over the channels of each pixel."""
 
+    weight: Floats  # (C,)
+    bias: Floats  # (C,)
+    epsilon: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GroupNorm:
+    """``y = (x - mean) / sqrt(variance + epsilon) · weight + bias`` over the pixels and channels of each group."""
+
+    groups: int
     weight: Floats  # (C,)
     bias: Floats  # (C,)
     epsilon: float
@@ -221,6 +234,20 @@ IDENTITY = Rearrangement(((Factor(C, 0, 1),), (Factor(H, 0, 1),), (Factor(W, 0, 
 
 @final
 @dataclass(frozen=True)
+class MatMul:
+    """``y[h, m, n] = epilogue(Σ_k a[h, m, k] · b[h, k, n])`` for each image: the products of matrices of two inputs.
+
+    ``left`` and ``right`` say where a and b are in the inputs: their axes are those of (columns, matrices h, rows), as
+    the C, H and W of the output are.
+    """
+
+    left: Rearrangement
+    right: Rearrangement
+    epilogue: Epilogue = ()
+
+
+@final
+@dataclass(frozen=True)
 class Concat:
     """The inputs one after the other along ``axis``, each after a rearrangement."""
 
@@ -236,6 +263,18 @@ class Pad:
     pixels: tuple[int, int, int, int]
     channels: Pair = (0, 0)
     number: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class WrapPad:
+    """A frame of pixels of the map itself: (above, below, left, right).
+
+    "reflect" mirrors without the outermost pixel, "replicate" repeats it, "circular" continues on the other side.
+    """
+
+    mode: Literal["reflect", "replicate", "circular"]
+    pixels: tuple[int, int, int, int]
 
 
 @final
@@ -260,9 +299,12 @@ Op: TypeAlias = (
     | Resize
     | Softmax
     | LayerNorm
+    | GroupNorm
+    | MatMul
     | Rearrangement
     | Concat
     | Pad
+    | WrapPad
     | Spread
 )
 
@@ -282,12 +324,21 @@ class Node:
 class Output:
     """A tensor that the network returns: each of its axes after the first is a product of axes of a value.
 
-    ``shape``, if given, is what it is reshaped to, without the batch.
+    ``shape``, if given, is what it is reshaped to, without the batch. In parts of a network, the axis of the images may
+    be another one than the first, and one with others: ``batch_axis`` and ``folded`` are those of
+    :class:`repvgg.engine.views.View`.
     """
 
     value: int
     axes: tuple[tuple[int, ...], ...] = ((C,), (H,), (W,))
     shape: tuple[int, ...] | None = None
+    batch_axis: int = 0
+    folded: int = 0
+
+    def tensor_shape(self, batch: int, value: FeatureShape) -> tuple[int, ...]:
+        """Return the shape of the tensor for a number of images, and the shape of its value."""
+        shape, first, last = self.shape_of(value), self.batch_axis, self.batch_axis + self.folded
+        return (*shape[:first], batch * math.prod(shape[first:last]), *shape[last:])
 
     def shape_of(self, value: FeatureShape) -> tuple[int, ...]:
         """Return the shape of the tensor without the batch, for the shape of its value."""
@@ -427,7 +478,7 @@ def output_shape(node: Node, shapes: Sequence[FeatureShape]) -> FeatureShape:
             return FeatureShape(1, shape.size)
         case Resize():
             return FeatureShape(shape.channels, _resized(op, shape.size))
-        case LayerNorm():
+        case LayerNorm() | GroupNorm():
             _check_channels(node.name, len(op.weight), shape)
             return shape
         case Rearrangement():
@@ -437,10 +488,18 @@ def output_shape(node: Node, shapes: Sequence[FeatureShape]) -> FeatureShape:
             axes = list(outputs[0].axes)
             axes[op.axis] = sum(each.axes[op.axis] for each in outputs)
             return FeatureShape(axes[0], (axes[1], axes[2]))
-        case Pad():
-            above, below, left, right = op.pixels
-            size = shape.size[0] + above + below, shape.size[1] + left + right
-            return FeatureShape(shape.channels + sum(op.channels), size)
+        case MatMul():
+            left, right = op.left.output(shapes[0]), op.right.output(shapes[1])
+            if (left.channels, left.size[0]) != (right.size[1], right.size[0]):
+                raise UnsupportedError(
+                    f"{node.name!r} multiplies {left.size[0]} matrices of {left.size[1]}x{left.channels} by "
+                    f"{right.size[0]} of {right.size[1]}x{right.channels}: pass images that fit the network."
+                )
+            return FeatureShape(right.channels, left.size)
+        case Pad() | WrapPad():
+            above, below, left_pixels, right_pixels = op.pixels
+            size = shape.size[0] + above + below, shape.size[1] + left_pixels + right_pixels
+            return FeatureShape(shape.channels + (sum(op.channels) if isinstance(op, Pad) else 0), size)
         case Spread():
             height, width = (
                 (length - 1) * stride + 1 + more

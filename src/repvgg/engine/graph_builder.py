@@ -23,6 +23,7 @@ from repvgg.engine.graph import (
     W,
     output_shape,
 )
+from repvgg.engine.nested import leaves
 from repvgg.engine.recorder import Call
 from repvgg.engine.runtime.memory import why_unreadable
 from repvgg.engine.views import View, grouping_of, view_of
@@ -48,9 +49,13 @@ class GraphBuilder:
         shapes: of all values, those of the inputs first.
         views: by ``id()`` of the call; None if the call is not supported.
         call: the call that is translated; nodes get its name.
+        batch_axis: of the arguments of the call, where :func:`on_other_axes` has hidden it; see :class:`View`.
+        folded: the same.
     """
 
     call: Call
+    batch_axis = 0
+    folded = 0
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -66,13 +71,27 @@ class GraphBuilder:
         return self.canonical(len(self.shapes) - 1, shape)
 
     def view(self, value: Any) -> View:
-        """Return the view of an argument."""
+        """Return the view of an argument whose first axis is that of the images."""
+        view = self.any_view(value)
+        if not view.is_plain:
+            self.refuse("mixes the images of a batch")
+        return view
+
+    def any_view(self, value: Any) -> View:
+        """Return the view of an argument; its first axis need not be that of the images."""
         if not isinstance(value, Call):
             self.refuse("is not applied to feature maps")
         view = self.views[id(value)]
         if view is None:
             raise UnknownValue
         return view
+
+    def axis(self, number: int, view: View) -> int:
+        """Return which of the axes of a view an axis of its tensor is; that of the images is refused."""
+        at = axis_of(view, number, self.batch_axis + view.batch_axis, self.folded + view.folded)
+        if at is None:
+            self.refuse("mixes the images of a batch")
+        return at
 
     def emit(self, op: Op, *inputs: int, name: str = "") -> int:
         """Append an operation on values, and return its value."""
@@ -103,7 +122,8 @@ class GraphBuilder:
 
     def materialize(self, view: View) -> View:
         """Copy the elements of a view to a value of their own, in which the view is canonical."""
-        return self.canonical(self.emit(view.rearrangement(grouping_of(len(view.axes))), view.value), view.shape)
+        copied = self.canonical(self.emit(view.rearrangement(grouping_of(len(view.axes))), view.value), view.shape)
+        return replace(copied, batch_axis=view.batch_axis, folded=view.folded)
 
     def canonical(self, value: int, shape: Sequence[int]) -> View:
         """Return the view of a value whose axes are those of :func:`repvgg.engine.views.grouping_of`."""
@@ -114,6 +134,11 @@ class GraphBuilder:
         reshaped = view_of(value, self.shapes[value], groups).reshape(shape)
         assert reshaped is not None
         return reshaped
+
+    def is_canonical(self, view: View) -> bool:
+        """Whether a tensor lies in memory as :meth:`materialize` would copy it."""
+        sizes = tuple(math.prod(view.shape[axis] for axis in group) for group in grouping_of(len(view.axes)))
+        return sizes == view.source.axes and view.plain() == self.canonical(view.value, view.shape)
 
     def as_map(self, view: View) -> int:
         """Return the value of a tensor (N, C, H, W), which is copied if it has another order."""
@@ -169,6 +194,14 @@ class GraphBuilder:
         return found
 
 
+def axis_of(view: View, number: int, batch_axis: int, folded: int) -> int | None:
+    """Return which of the axes of a view an axis of its tensor is; None for that of the images."""
+    number %= len(view.axes) - folded + 1
+    if number == batch_axis:
+        return None
+    return number if number < batch_axis else number - 1 + folded
+
+
 #: Appends the nodes of a call and returns the view of its result.
 Handler: TypeAlias = Callable[[GraphBuilder, Call], View]
 
@@ -176,3 +209,28 @@ Handler: TypeAlias = Callable[[GraphBuilder, Call], View]
 def by_name(*rows: tuple[Iterable[str], Handler]) -> dict[str, Handler]:
     """Return the handler of each torch function, from rows of functions that share one."""
     return {name: handler for names, handler in rows for name in names}
+
+
+def on_other_axes(handler: Handler) -> Handler:
+    """Let a handler of functions that treat all images alike take tensors whose first axis is not that of the images.
+
+    The handler gets plain views, and :meth:`GraphBuilder.axis` the numbers of axes of the tensors.
+    """
+
+    def handle(b: GraphBuilder, call: Call) -> View:
+        given = {id(one): b.views.get(id(one)) for one in leaves((call.args, call.kwargs)) if isinstance(one, Call)}
+        places = {(view.batch_axis, view.folded, len(view.axes)) for view in given.values() if view is not None}
+        if all(view is None or view.is_plain for view in given.values()):
+            return handler(b, call)
+        if len(places) > 1:
+            b.refuse("mixes the images of a batch")
+        ((b.batch_axis, b.folded, _),) = places
+        b.views.update({key: view and view.plain() for key, view in given.items()})
+        try:
+            found = handler(b, call)
+            return replace(found, batch_axis=b.batch_axis, folded=b.folded)
+        finally:
+            b.views.update(given)
+            b.batch_axis = b.folded = 0
+
+    return handle

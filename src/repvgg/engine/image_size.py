@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
 
 from repvgg.errors import UnsupportedError
+
+_MAP_AXES = 4  # of feature maps (N, C, H, W)
 
 
 class ImageSize(int):
@@ -56,6 +59,35 @@ def _size(value: Any) -> Any:
     return ImageSize(value) if isinstance(value, int) else value  # NotImplemented, for other types
 
 
+class ImageShape(tuple[int, ...]):
+    """The shape of a tensor of images, some of whose entries are an :class:`ImageSize`; ``torch.Size`` is final."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        return math.prod(self)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is torch.Size and len(other) == len(self) == _MAP_AXES:
+            # A shape that the model has kept from an earlier run, to know whether something is up to date: it is not.
+            return False
+        if isinstance(other, ImageShape):
+            return [*map(int, self)] == [*map(int, other)]
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return ImageShape(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return ImageShape((*self, *other))
+
+
 def as_sizes(found: Any, axis: int | None, *, sizes_vary: bool) -> Any:
     """Return what ``shape``, ``size`` or ``len`` gave, with an :class:`ImageSize` for each size that may vary.
 
@@ -67,7 +99,7 @@ def as_sizes(found: Any, axis: int | None, *, sizes_vary: bool) -> Any:
     """
     if isinstance(found, int):
         return _as_size(found, axis or 0, sizes_vary=sizes_vary)
-    return torch.Size([_as_size(one, axis, sizes_vary=sizes_vary) for axis, one in enumerate(found)])
+    return ImageShape([_as_size(one, axis, sizes_vary=sizes_vary) for axis, one in enumerate(found)])
 
 
 def _as_size(found: int, axis: int, *, sizes_vary: bool) -> int:

@@ -274,6 +274,8 @@ class _Recorder(TorchFunctionMode):
                     f"The forward changes a part of a tensor in place, by {self._outdated[id(tensor)]}, and then uses "
                     "the whole: combine the parts with torch.cat."
                 )
+        if self._depends_on_shape_only(function, args):
+            return self._constant(function, args, kwargs)
         result = self._run(func, function, args, kwargs)
         # What returns None may write to its arguments, as x[0] = 1 does.
         if result is None or any(True for _ in tensors(result)):
@@ -282,6 +284,22 @@ class _Recorder(TorchFunctionMode):
             self.add(function, args, kwargs, result).callee = func
             if writes_in_place(function, args, kwargs):
                 self._outdate(function, args[0] if args else kwargs["input"])
+        return result
+
+    def _depends_on_shape_only(self, function: str, args: tuple[Any, ...]) -> bool:
+        """Whether a call asks images for their dtype only, as those of grids of coordinates do."""
+        if function in ("type_as", "to"):
+            return isinstance(args[0], Tensor) and id(args[0]) not in self._calls
+        return function in ("new_zeros", "new_ones", "new_full", "new_tensor", "new_empty")
+
+    def _constant(self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return a tensor that does not depend on the images."""
+        if function in ("type_as", "to"):
+            result: Tensor = args[0].to(torch.float32)  # images are float32
+        else:
+            like = torch.empty(0, dtype=args[0].dtype)
+            result = getattr(like, function)(*args[1:], **{key: one for key, one in kwargs.items() if key != "device"})
+        self.computed[id(result)] = result
         return result
 
     def _outdate(self, function: str, written: Tensor) -> None:

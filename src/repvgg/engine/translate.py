@@ -17,6 +17,8 @@ from repvgg.engine.nested import map_structure
 from repvgg.engine.recorder import Call, Recording
 from repvgg.engine.views import View
 
+_SEVERAL_TENSORS = ("chunk", "split", "unbind", "tensor_split", "max", "min", "multi_head_attention_forward")
+
 
 @final
 class Translator:
@@ -83,9 +85,10 @@ class Translator:
         if view.whole_axes() is None:
             view = self._builder.materialize(view)
         axes = view.whole_axes()
+        place = view.batch_axis, view.folded
         if axes is None:  # several axes of the tensor are one in memory
-            return Output(view.value, ((H,), (W,), (C,)), view.shape)
-        return Output(view.value, axes)
+            return Output(view.value, ((H,), (W,), (C,)), view.shape, *place)
+        return Output(view.value, axes, None, *place)
 
     def _handle(self, call: Call) -> View:
         handler = HANDLERS.get(call.function)
@@ -94,11 +97,12 @@ class Translator:
             self._builder.refuse("is not supported by the engine")
         if call.dtype is not torch.float32:
             kind = str(call.dtype).removeprefix("torch.") if call.dtype else "something else than a tensor"
-            if call.function not in ("chunk", "split", "unbind", "tensor_split", "max", "min"):
+            if call.function not in _SEVERAL_TENSORS:
                 self._builder.refuse(f"returns {kind}, but the engine computes in float32 only")
-        elif not call.shape or call.shape[0] != self._builder.batch:
+        view = handler(self._builder, call)
+        if call.shape and view.tensor_shape(self._builder.batch) != call.shape:
             self._builder.refuse("mixes the images of a batch")
-        return handler(self._builder, call)
+        return view
 
 
 def _needed(recording: Recording) -> set[int]:

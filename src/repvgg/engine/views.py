@@ -24,16 +24,36 @@ BROADCAST = -1  # the axis of a factor that repeats the same element
 @final
 @dataclass(frozen=True)
 class View:
-    """Elements of a value; ``axes`` are those of a tensor after the batch. Factors have their true extents."""
+    """Elements of a value; ``axes`` are those of a tensor without that of the images. Factors have their true extents.
+
+    The axis of the images is the first one of most tensors. ``batch_axis`` axes are before it, as in
+    ``qkv.permute(2, 0, 3, 1, 4)``; and the ``folded`` axes after it are one with it, as in ``x.flatten(0, 1)``.
+    """
 
     value: int
     source: FeatureShape  # of the value
     axes: tuple[Axis, ...]
     offset: tuple[int, int, int] = (0, 0, 0)
+    batch_axis: int = 0
+    folded: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the first axis of the tensor is that of the images, and only that."""
+        return (self.batch_axis, self.folded) == (0, 0)
+
+    def plain(self) -> View:
+        """Return the same elements with the axis of the images in front and alone."""
+        return replace(self, batch_axis=0, folded=0)
+
+    def tensor_shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape of the tensor for a number of images."""
+        first, last = self.batch_axis, self.batch_axis + self.folded
+        return (*self.shape[:first], batch * math.prod(self.shape[first:last]), *self.shape[last:])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor, without the batch."""
+        """The lengths of ``axes``."""
         return tuple(math.prod(factor.extent for factor in axis) for axis in self.axes)
 
     @property

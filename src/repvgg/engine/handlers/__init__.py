@@ -6,8 +6,8 @@ the result; ``GraphBuilder.refuse`` says why a call is not supported.
 
 from __future__ import annotations
 
-from repvgg.engine.handlers import arithmetic, layers, order, spatial
+from repvgg.engine.handlers import arithmetic, layers, order, products, spatial
 
-HANDLERS = arithmetic.HANDLERS | layers.HANDLERS | order.HANDLERS | spatial.HANDLERS
+HANDLERS = arithmetic.HANDLERS | layers.HANDLERS | order.HANDLERS | products.HANDLERS | spatial.HANDLERS
 
 __all__ = ["HANDLERS"]

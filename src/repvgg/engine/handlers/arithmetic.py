@@ -13,10 +13,10 @@ from torch import Tensor
 
 from repvgg.engine import arguments
 from repvgg.engine.graph import Binary, C, FeatureShape, Floats, H, Pointwise, W
-from repvgg.engine.graph_builder import GraphBuilder, by_name
+from repvgg.engine.graph_builder import GraphBuilder, by_name, on_other_axes
 from repvgg.engine.image_size import ImageSize
 from repvgg.engine.recorder import Call
-from repvgg.engine.views import View
+from repvgg.engine.views import View, grouping_of
 
 
 def _elementwise(b: GraphBuilder, call: Call) -> View:
@@ -38,8 +38,23 @@ def _arithmetic(b: GraphBuilder, call: Call) -> View:
     scale = given.get("alpha", 1)
     if scale != 1:
         right = b.elementwise(b.view(right), Pointwise("affine", float(scale)))
-        return _combine(b, kind, b.view(left), right)
-    one, other = (_operand(b, each) for each in (left, right))
+        return combine(b, kind, b.view(left), right)
+    return _apply(b, kind, _operand(b, left), _operand(b, right))
+
+
+def _addcmul(b: GraphBuilder, call: Call) -> View:
+    given = arguments.of(call)
+    factors = [_operand(b, given[name]) for name in ("tensor1", "tensor2")]
+    if not any(isinstance(one, View) for one in factors):
+        b.refuse("has arguments that the engine does not support")
+    product = _apply(b, "mul", *factors)
+    if given.get("value", 1) != 1:
+        product = b.elementwise(product, Pointwise("affine", float(given["value"])))
+    return _apply(b, "add", _operand(b, given["input"]), product)
+
+
+def _apply(b: GraphBuilder, kind: str, one: View | Floats | float, other: View | Floats | float) -> View:
+    """Combine two operands, at least one of which is a tensor that depends on the images."""
     if isinstance(one, float) and isinstance(other, View):
         return _with_number(b, kind, other, one, number_first=True)
     if isinstance(other, float) and isinstance(one, View):
@@ -49,12 +64,12 @@ def _arithmetic(b: GraphBuilder, call: Call) -> View:
             other, kind = b.elementwise(other, Pointwise("affine", -1.0)), "add"
         elif kind == "div":
             other, kind = b.elementwise(other, Pointwise("reciprocal")), "mul"
-        return _with_constant(b, kind, other, one)
+        return with_constant(b, kind, other, one)
     if isinstance(other, np.ndarray) and isinstance(one, View):
-        return _with_constant(b, kind, one, other)
+        return with_constant(b, kind, one, other)
     assert isinstance(one, View)
     assert isinstance(other, View)
-    return _combine(b, kind, one, other)
+    return combine(b, kind, one, other)
 
 
 def _operand(b: GraphBuilder, value: Any) -> View | Floats | float:
@@ -88,8 +103,10 @@ def _with_number(b: GraphBuilder, kind: str, view: View, number: float, *, numbe
             return b.elementwise(view, Pointwise("clamp", -math.inf, number))
 
 
-def _with_constant(b: GraphBuilder, kind: str, view: View, constant: Floats) -> View:
+def with_constant(b: GraphBuilder, kind: str, view: View, constant: Floats) -> View:
     """Combine a tensor with one that does not depend on the images."""
+    if b.batch_axis and constant.ndim > len(view.axes) - b.batch_axis:
+        b.refuse("combines images with a tensor that has a batch of its own")
     if constant.ndim > len(view.axes):
         if constant.ndim > len(view.axes) + 1 or constant.shape[0] != 1:
             b.refuse("combines images with a tensor that has a batch of its own")
@@ -99,18 +116,19 @@ def _with_constant(b: GraphBuilder, kind: str, view: View, constant: Floats) -> 
         view = b.materialize(view.expand(np.broadcast_shapes(constant.shape, view.shape)))
     axes = view.whole_axes()
     if axes is None:
-        view = b.materialize(view)
+        view = view if b.is_canonical(view) else b.materialize(view)
         axes = view.whole_axes()
-    if axes is None:
-        b.refuse("combines tensors whose axes do not fit the engine's memory")
-    arranged = _constant_map(constant, axes, view.source)
-    if arranged is None:
-        b.refuse("combines tensors whose axes do not fit the engine's memory")
+    arranged = None if axes is None else _constant_map(constant, axes, view.source)
+    if arranged is None:  # constant along a part of an axis in memory: repeated there
+        view = view if b.is_canonical(view) else b.materialize(view)
+        groups = grouping_of(len(view.axes))
+        whole = np.broadcast_to(constant, view.shape).transpose([axis for group in groups for axis in group])
+        arranged = whole.reshape(view.source.axes)
     value = b.emit(Binary(kind, (), arranged), view.value)  # type: ignore[arg-type]
     return replace(view, value=value)
 
 
-def _combine(b: GraphBuilder, kind: str, one: View, other: View) -> View:
+def combine(b: GraphBuilder, kind: str, one: View, other: View) -> View:
     """Combine two tensors, either of which may be broadcast."""
     rank = max(len(one.axes), len(other.axes))
     one, other = (
@@ -120,10 +138,10 @@ def _combine(b: GraphBuilder, kind: str, one: View, other: View) -> View:
     shape = np.broadcast_shapes(one.shape, other.shape)
     if one.shape != shape and other.shape == shape:
         if kind == "sub":
-            return _combine(b, "add", b.elementwise(other, Pointwise("affine", -1.0)), one)
+            return combine(b, "add", b.elementwise(other, Pointwise("affine", -1.0)), one)
         if kind == "div":
-            return _combine(b, "mul", b.elementwise(other, Pointwise("reciprocal")), one)
-        return _combine(b, kind, other, one)
+            return combine(b, "mul", b.elementwise(other, Pointwise("reciprocal")), one)
+        return combine(b, kind, other, one)
     if one.shape != shape:
         one = b.materialize(one.expand(shape))
     if one.whole_axes() is None or not _fits(other, one):
@@ -171,6 +189,7 @@ def _constant_map(constant: Floats, axes: Sequence[Sequence[int]], source: Featu
 
 
 HANDLERS = by_name(
-    (arguments.ELEMENTWISE, _elementwise),
-    (arguments.ARITHMETIC, _arithmetic),
+    (arguments.ELEMENTWISE, on_other_axes(_elementwise)),
+    (arguments.ARITHMETIC, on_other_axes(_arithmetic)),
+    (("addcmul",), on_other_axes(_addcmul)),
 )

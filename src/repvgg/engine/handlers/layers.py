@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from repvgg.engine.graph import (
     Conv,
     ConvGeometry,
     Factor,
+    GroupNorm,
     LayerNorm,
     Pad,
     Pair,
@@ -20,7 +24,7 @@ from repvgg.engine.graph import (
     Spread,
     pair,
 )
-from repvgg.engine.graph_builder import GraphBuilder, by_name
+from repvgg.engine.graph_builder import GraphBuilder, by_name, on_other_axes
 from repvgg.engine.recorder import Call
 from repvgg.engine.views import View
 
@@ -89,9 +93,9 @@ def _batch_norm(b: GraphBuilder, call: Call) -> View:
     if given.get("bias") is not None:
         shift = shift + b.floats(given["bias"])
     view, channels = b.view(given["input"]), len(scale)
-    if len(view.axes) == 1:
+    if len(view.axes) == 1 + b.folded and b.batch_axis == 0:
         view = b.as_channels_last(view)
-    elif len(view.axes) == 3:
+    elif len(view.axes) == 3 and (b.batch_axis, b.folded) == (0, 0):
         view = b.whole(b.as_map(view))
     else:
         b.refuse(f"is applied to a tensor of {len(view.axes) + 1} axes, not to feature maps (N, C, H, W)")
@@ -119,19 +123,18 @@ def _prelu(b: GraphBuilder, call: Call) -> View:
 
 def _softmax(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
-    view = b.view(given["input"])
-    axis = given.get("dim")
-    if axis is None or axis % (len(view.axes) + 1) == 0:
+    view, op = b.view(given["input"]), Softmax(call.function == "log_softmax")
+    if given.get("dim") is None:
         b.refuse("mixes the images of a batch")
-    axis = axis % (len(view.axes) + 1) - 1
+    axis = b.axis(given["dim"], view)
     channels = (Factor(C, view.source.channels, 1),) if view.source.channels > 1 else ()
     if not view.is_whole or view.axes[axis] != channels:
         order = [one for one in range(len(view.axes)) if one != axis]
         last = b.as_channels_last(view.permute([*order, axis]))
-        value = b.emit(Softmax(), last.value)
+        value = b.emit(op, last.value)
         back = [*order, axis]
         return replace(last, value=value).permute([back.index(one) for one in range(len(back))])
-    return replace(view, value=b.emit(Softmax(), view.value))
+    return replace(view, value=b.emit(op, view.value))
 
 
 def _layer_norm(b: GraphBuilder, call: Call) -> View:
@@ -149,20 +152,67 @@ def _layer_norm(b: GraphBuilder, call: Call) -> View:
     return replace(view, value=b.emit(op, view.value))
 
 
+def _group_norm(b: GraphBuilder, call: Call) -> View:
+    given = arguments.of(call)
+    view = b.view(given["input"])
+    channels, *rest = view.shape
+    return _normalize_groups(b, view, int(given["num_groups"]), (channels, *rest), given)
+
+
+def _instance_norm(b: GraphBuilder, call: Call) -> View:
+    given = arguments.of(call)
+    if not given.get("use_input_stats", True):
+        return _batch_norm(b, call)
+    view = b.view(given["input"])
+    return _normalize_groups(b, view, view.shape[0], view.shape, given)
+
+
+def _normalize_groups(b: GraphBuilder, view: View, groups: int, shape: Sequence[int], given: Mapping[str, Any]) -> View:
+    weight, bias = (
+        np.full(shape[0], number, np.float32) if given.get(name) is None else b.floats(given[name])
+        for name, number in (("weight", 1.0), ("bias", 0.0))
+    )
+    op = GroupNorm(groups, weight, bias, float(given.get("eps", 1e-5)))
+    if len(shape) == 3:
+        return b.whole(b.emit(op, b.as_map(view)))
+    channels, pixels = shape[0], math.prod(shape[1:])  # the order of the pixels does not matter
+    value = b.emit(op, b.as_map(b.reshaped(view, (channels, 1, pixels))))
+    return b.reshaped(b.whole(value), shape)
+
+
+def _conv1d(b: GraphBuilder, call: Call) -> View:
+    given = arguments.of(call)
+    weight = b.floats(given["weight"])
+    bias = np.zeros(len(weight), np.float32) if given.get("bias") is None else b.floats(given["bias"])
+    stride, dilation = (pair(given.get(name, 1))[0] for name in ("stride", "dilation"))
+    total, padding = dilation * (weight.shape[2] - 1), given.get("padding", 0)
+    if padding == "same" and total % 2:
+        b.refuse("has more padding on one side than on the other")
+    padding = {"valid": 0, "same": total // 2}[padding] if isinstance(padding, str) else pair(padding)[0]
+    view = b.view(given["input"])
+    channels, length = view.shape
+    geometry = ConvGeometry((1, weight.shape[2]), (1, stride), (0, padding), (1, dilation), int(given.get("groups", 1)))
+    value = b.emit(Conv(weight[:, :, None], bias, geometry), b.as_map(b.reshaped(view, (channels, 1, length))))
+    return b.reshaped(b.whole(value), call.shape[1:])
+
+
 def _dropout(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
     if given.get("training", call.function != "dropout") is not False:
         b.refuse("drops values at random, as in training: pass training=False")
-    return b.view(given["input"])
+    return b.any_view(given["input"])
 
 
 HANDLERS = by_name(
     (("conv2d",), _conv),
     (("conv_transpose2d",), _conv_transpose),
-    (("linear",), _linear),
-    (("batch_norm",), _batch_norm),
-    (("layer_norm",), _layer_norm),
-    (("softmax",), _softmax),
+    (("conv1d",), _conv1d),
+    (("linear",), on_other_axes(_linear)),
+    (("batch_norm",), on_other_axes(_batch_norm)),
+    (("layer_norm",), on_other_axes(_layer_norm)),
+    (("group_norm",), _group_norm),
+    (("instance_norm",), _instance_norm),
+    (("softmax", "log_softmax"), on_other_axes(_softmax)),
     (("prelu",), _prelu),
     (("dropout", "dropout2d", "feature_dropout"), _dropout),
 )

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from repvgg.engine import arguments
-from repvgg.engine.graph import AdaptivePool, C, ChannelPool, ConvGeometry, H, Pad, Resize, W, WindowPool, pair
+from repvgg.engine.graph import (
+    AdaptivePool,
+    C,
+    ChannelPool,
+    ConvGeometry,
+    H,
+    Pad,
+    Pointwise,
+    Resize,
+    W,
+    WindowPool,
+    WrapPad,
+    pair,
+)
 from repvgg.engine.graph_builder import GraphBuilder, by_name
+from repvgg.engine.handlers.arithmetic import combine
 from repvgg.engine.image_size import ImageSize
 from repvgg.engine.recorder import Call
 from repvgg.engine.views import View
@@ -48,46 +63,79 @@ def _adaptive_pool(b: GraphBuilder, call: Call) -> View:
 
 
 def _reduce(b: GraphBuilder, call: Call) -> View:
-    """Translate a mean or a maximum over some axes."""
+    """Translate a mean, a sum, a maximum or a minimum over some axes."""
     given = arguments.of(call)
-    view, kind = b.view(given["input"]), "avg" if call.function == "mean" else "max"
-    reduced = given.get("dim", given.get("axis"))
-    rank = len(view.axes) + 1
-    places = [one % rank for one in (reduced if isinstance(reduced, (tuple, list)) else [reduced]) if one is not None]
-    if not places or 0 in places:
+    view, kind = b.view(given["input"]), call.function
+    reduced, keeps = given.get("dim", given.get("axis")), bool(given.get("keepdim", False))
+    if isinstance(reduced, Call):  # max(x, y)
+        return combine(b, kind, view, b.view(reduced))
+    places = [] if reduced is None else list(reduced) if isinstance(reduced, (tuple, list)) else [reduced]
+    if not places:
         b.refuse("mixes the images of a batch")
+    axes = [b.axis(place, view) for place in places]
+    match kind:
+        case "mean":
+            return reduce(b, "avg", view, axes, keeps=keeps)
+        case "sum":
+            return total(b, view, axes, keeps=keeps)
+        case "amin" | "min":
+            negative = Pointwise("affine", -1.0)
+            return b.elementwise(reduce(b, "max", b.elementwise(view, negative), axes, keeps=keeps), negative)
+    return reduce(b, "max", view, axes, keeps=keeps)
+
+
+def total(b: GraphBuilder, view: View, axes: Sequence[int], *, keeps: bool) -> View:
+    """Sum over some axes of a view: their mean, times the number of elements."""
+    count = math.prod(view.shape[axis] for axis in axes)
+    return b.elementwise(reduce(b, "avg", view, axes, keeps=keeps), Pointwise("affine", float(count)))
+
+
+def reduce(b: GraphBuilder, kind: Literal["avg", "max"], view: View, axes: Sequence[int], *, keeps: bool) -> View:
+    """Return the mean or the maximum over some axes of a view, which are kept with one element or dropped."""
     known = view.whole_axes()
-    if known is None or not _are_reducible(known, places):
+    if known is None:
         view = b.materialize(view)
         known = view.whole_axes()
-    if known is None or not _are_reducible(known, places):
+    if known is None:
         b.refuse("reduces axes that the engine does not reduce together")
-    axes = {axis for place in places for axis in known[place - 1]}
-    value, op_kind = view.value, kind
-    if axes & {H, W}:
-        size = (1 if H in axes else None, 1 if W in axes else None)
-        value = b.emit(AdaptivePool(op_kind, size), value)  # type: ignore[arg-type]
-    if C in axes:
-        value = b.emit(ChannelPool(op_kind), value)  # type: ignore[arg-type]
-    kept = [() if place in places else axis for place, axis in enumerate(view.axes, 1)]
-    if not given.get("keepdim", False):
-        kept = [axis for place, axis in enumerate(kept, 1) if place not in places]
+    reduced = {axis for place in axes for axis in known[place]}
+    value = view.value
+    if reduced & {H, W}:
+        value = b.emit(AdaptivePool(kind, (1 if H in reduced else None, 1 if W in reduced else None)), value)
+    if C in reduced:
+        value = b.emit(ChannelPool(kind), value)
+    kept = [() if place in axes else axis for place, axis in enumerate(view.axes)]
+    if not keeps:
+        kept = [axis for place, axis in enumerate(kept) if place not in axes]
     return View(value, b.shapes[value], tuple(kept))
 
 
-def _are_reducible(axes: Sequence[Sequence[int]], places: Iterable[int]) -> bool:
-    return all(place <= len(axes) for place in places)
+def _norm(b: GraphBuilder, call: Call) -> View:
+    """Translate the Euclidean norm over some axes, and the division by it."""
+    given = arguments.of(call)
+    divides = call.function == "normalize"
+    order = given.get("p", given.get("ord", 2))
+    reduced = given.get("dim", 1 if divides else None)
+    if order not in (2, 2.0, "fro", None) or reduced is None or given.get("dtype") or given.get("out") is not None:
+        b.refuse("is a norm that the engine does not support")
+    view = b.view(given["input"])
+    places = list(reduced) if isinstance(reduced, (tuple, list)) else [reduced]
+    axes = [b.axis(place, view) for place in places]
+    squares = total(
+        b, b.elementwise(view, Pointwise("square")), axes, keeps=divides or bool(given.get("keepdim", False))
+    )
+    root = b.elementwise(squares, Pointwise("sqrt"))
+    if not divides:
+        return root
+    return combine(b, "div", view, b.elementwise(root, Pointwise("clamp", float(given.get("eps", 1e-12)), math.inf)))
 
 
 def _pad(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
-    mode = given.get("mode", "constant")
-    if mode != "constant":
-        b.refuse(f"has the padding mode {mode!r}, but the engine supports 'zeros' only")
-    view = b.view(given["input"])
+    mode, view = given.get("mode", "constant"), b.view(given["input"])
     sizes = [int(one) for one in given["pad"]]
     sizes += [0] * (6 - len(sizes))
-    if len(view.axes) != 3 or len(sizes) > 6:
+    if len(view.axes) != 3 or len(sizes) > 6 or (mode != "constant" and sizes[4:] != [0, 0]):
         b.refuse("pads other axes than those of feature maps")
     value = b.as_map(view)
     for axis, (before, after) in enumerate((sizes[4:6], sizes[2:4], sizes[0:2])):
@@ -95,8 +143,10 @@ def _pad(b: GraphBuilder, call: Call) -> View:
             length = b.shapes[value].axes[axis] + min(before, 0) + min(after, 0)
             value = b.as_map(b.sliced(b.whole(value), axis, max(0, -before), length))
     left, right, above, below, first, last = (max(0, size) for size in sizes)
-    op = Pad((above, below, left, right), (first, last), float(given.get("value") or 0))
-    return b.whole(b.emit(op, value))
+    pixels = above, below, left, right
+    if mode != "constant":
+        return b.whole(b.emit(WrapPad(mode, pixels), value))
+    return b.whole(b.emit(Pad(pixels, (first, last), float(given.get("value") or 0)), value))
 
 
 def _interpolate(b: GraphBuilder, call: Call) -> View:
@@ -117,7 +167,8 @@ def _interpolate(b: GraphBuilder, call: Call) -> View:
 HANDLERS = by_name(
     (("max_pool2d", "avg_pool2d"), _window_pool),
     (("adaptive_avg_pool2d", "adaptive_max_pool2d"), _adaptive_pool),
-    (("mean", "amax"), _reduce),
+    (("mean", "sum", "amax", "amin", "max", "min"), _reduce),
+    (("norm", "linalg_vector_norm", "normalize"), _norm),
     (("pad",), _pad),
     (("interpolate",), _interpolate),
 )

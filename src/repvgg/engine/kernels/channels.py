@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
-from repvgg.engine.graph import Floats, LayerNorm
+from repvgg.engine.graph import Floats, GroupNorm, LayerNorm
 from repvgg.engine.kernels import pointwise
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.kernels.elementwise import binary
@@ -22,7 +22,7 @@ class ChannelsKernel(Kernel):
     """One of the operations of the module; ``weights`` and ``bias`` are those of a layer norm.
 
     Attributes:
-        kind: "softmax", "layer_norm", "max" or "avg".
+        kind: "softmax", "log_softmax", "layer_norm", "max" or "avg".
         source: layout of the input.
         target: layout of the output.
         width: floats in a vector.
@@ -36,8 +36,8 @@ class ChannelsKernel(Kernel):
     epsilon: float = 0.0
 
     def describe(self) -> str:
-        names = {"layer_norm": "layer norm", "max": "maximum of channels", "avg": "mean of channels"}
-        return names.get(self.kind, self.kind)
+        names = {"max": "maximum of channels", "avg": "mean of channels"}
+        return names.get(self.kind, self.kind.replace("_", " "))
 
     @property
     def units_per_block(self) -> int:
@@ -56,7 +56,12 @@ class ChannelsKernel(Kernel):
             with b.loop(0, source.size[1]) as columns:
                 pixel = b.offset(begin, b.mul(columns.index, source.pixel_stride))
                 place = b.offset(out, b.mul(columns.index, target.pixel_stride))
-                {"softmax": self._softmax, "layer_norm": self._layer_norm}.get(self.kind, self._pool)(b, pixel, place)
+                if self.kind in ("softmax", "log_softmax"):
+                    self._softmax(b, pixel, place)
+                elif self.kind == "layer_norm":
+                    self._layer_norm(b, pixel, place)
+                else:
+                    self._pool(b, pixel, place)
         return [b]
 
     def _softmax(self, b: IRBuilder, pixel: Value, place: Value) -> None:
@@ -66,8 +71,13 @@ class ChannelsKernel(Kernel):
             return pointwise.exp(b, b.binary("fsub", value, largest))
 
         total = b.splat(self._reduce(b, "add", pixel, power, 0.0))
+        logarithm = pointwise.log(b, total) if self.kind == "log_softmax" else ""
         with b.loop(0, self.source.pixel_stride, self.width) as channels:
-            value = b.binary("fdiv", power(b.load(pixel, channels.index)), total)
+            value = b.load(pixel, channels.index)
+            if logarithm:
+                value = b.binary("fsub", b.binary("fsub", value, largest), logarithm)
+            else:
+                value = b.binary("fdiv", power(value), total)
             b.store(value, place, channels.index)
 
     def _layer_norm(self, b: IRBuilder, pixel: Value, place: Value) -> None:
@@ -130,7 +140,7 @@ def _larger(b: IRBuilder, one: Value, other: Value) -> Value:
     return b.assign(f"select i1 {b.assign(f'fcmp uno float {other}, {other}')}, float {other}, float {larger}")
 
 
-def pack_layer_norm(op: LayerNorm, width: int) -> tuple[Floats, Floats]:
+def pack_norm(op: LayerNorm | GroupNorm, width: int) -> tuple[Floats, Floats]:
     """Pad weights and biases by zeros to whole vectors."""
     padding = (0, round_up(len(op.weight), width) - len(op.weight))
     return np.pad(op.weight, padding), np.pad(op.bias, padding)

@@ -8,6 +8,8 @@ Errors, in units of the last place (ulp) of the result where nothing else is sai
 * tanh: 3 ulp: the odd polynomial of Cephes (``tanhf``) below 0.625, else ``1 - 2 / (exp(2x) + 1)``.
 * erf: 3e-7 absolute: a rational function of degrees 13 and 8, as in Eigen. GELU: ``2e-7 · |x|``, plus 1 ulp.
 * GELU by tanh: 6 ulp of x.
+* log: 2 ulp, by the polynomial of Cephes (``logf``); positive numbers below 2⁻¹²⁶ are taken as 2⁻¹²⁶.
+* softplus: 4 ulp, ``max(x, 0) + log1p(exp(-|x|))``. mish: 6 ulp, ``x · n / (n + 2)`` with ``n = exp(x)² + 2 exp(x)``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _EXP_MIN, _EXP_MAX = -87.33654, 88.37626  # between them, 2ⁿ is a normal numbe
 # Adding it rounds to an integer, and leaves that integer plus the exponent bias, 127, in the lowest bits.
 _ROUND = 12582912.0 + 127.0
 _MANTISSA_BITS = 23
+_SQRT_HALF_BITS = 0x3F3504F3  # of √½ as a float
 
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _TANH_SMALL = 0.625
@@ -41,6 +44,12 @@ _ERF_DENOMINATOR = (
     *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03),
     -1.42647390514189e-02,
 )
+_LOG = (
+    *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1),
+    *(2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+)
+_MIN_NORMAL = 1.17549435e-38
+_MISH_MAX = 20.0  # beyond it, mish(x) is x in float32
 _SQRT_HALF, _SQRT_2_OVER_PI = 0.70710678118654752, 0.79788456080286536
 
 
@@ -171,6 +180,53 @@ def _affine(b: IRBuilder, x: Value, scale: float, shift: float) -> Value:
     return b.binary("fadd", x, b.number(shift)) if scale == 1.0 else b.fma(x, b.number(scale), b.number(shift))
 
 
+def log(b: IRBuilder, x: Value) -> Value:
+    """Build the natural logarithm: of 0 minus infinity, of negative numbers NaN."""
+    # x = 2ⁿ·m with m in [√½, √2): n and m from the bits of x/√½.
+    integers = f"<{b.width} x i32>"
+
+    def integer(number: int) -> Value:
+        return f"<{', '.join([f'i32 {number}'] * b.width)}>"
+
+    normal = b.where("olt", x, b.number(_MIN_NORMAL), b.number(_MIN_NORMAL), x)
+    bits = b.assign(f"bitcast {b.vector} {normal} to {integers}")
+    shifted = b.assign(f"sub {integers} {bits}, {integer(_SQRT_HALF_BITS)}")
+    power = b.assign(f"ashr {integers} {shifted}, {integer(_MANTISSA_BITS)}")
+    mantissa = b.assign(f"sub {integers} {bits}, {b.assign(f'shl {integers} {power}, {integer(_MANTISSA_BITS)}')}")
+    n = b.assign(f"sitofp {integers} {power} to {b.vector}")
+    m = b.binary("fsub", b.assign(f"bitcast {integers} {mantissa} to {b.vector}"), b.number(1.0))
+    square = b.binary("fmul", m, m)
+    value = b.binary("fmul", b.binary("fmul", _polynomial(b, m, _LOG), m), square)
+    value = b.fma(n, b.number(_LN2_LOW), value)
+    value = b.fma(square, b.number(-0.5), value)
+    value = b.fma(n, b.number(_LN2_HIGH), b.binary("fadd", m, value))
+    value = b.where("oeq", x, b.number(float("inf")), x, value)
+    value = b.where("oeq", x, "zeroinitializer", b.number(float("-inf")), value)
+    return b.where("ult", x, "zeroinitializer", b.number(float("nan")), value)  # also of NaN
+
+
+def _log1p(b: IRBuilder, x: Value) -> Value:
+    """Build ``log(1 + x)`` for x in [0, 1]."""
+    total = b.binary("fadd", x, b.number(1.0))
+    lost = b.binary("fsub", x, b.binary("fsub", total, b.number(1.0)))  # by the rounding of the sum
+    return b.binary("fadd", log(b, total), b.binary("fdiv", lost, total))
+
+
+def _softplus(b: IRBuilder, x: Value) -> Value:
+    small = exp(b, b.assign(f"fneg {b.vector} {b.call_vector('llvm.fabs', x)}"))
+    return b.binary("fadd", b.relu(x), _log1p(b, small))
+
+
+def _mish(b: IRBuilder, x: Value) -> Value:
+    power = exp(b, _clamp(b, x, float("-inf"), _MISH_MAX))
+    n = b.binary("fmul", power, b.binary("fadd", power, b.number(2.0)))
+    return b.binary("fmul", x, b.binary("fdiv", n, b.binary("fadd", n, b.number(2.0))))
+
+
+def _softsign(b: IRBuilder, x: Value) -> Value:
+    return b.binary("fdiv", x, b.binary("fadd", b.call_vector("llvm.fabs", x), b.number(1.0)))
+
+
 #: The code of each kind of function, with its parameters a and b.
 EMITTERS: dict[str, Emitter] = {
     "relu": lambda b, x, *_: b.relu(x),
@@ -187,6 +243,13 @@ EMITTERS: dict[str, Emitter] = {
     "affine": _affine,  # a · x + b
     "exp": _exp,
     "abs": lambda b, x, *_: b.call_vector("llvm.fabs", x),
+    "cube": lambda b, x, *_: b.binary("fmul", x, b.binary("fmul", x, x)),
+    "erf": lambda b, x, *_: _erf(b, x),
+    "log": lambda b, x, *_: log(b, x),
+    "softplus": lambda b, x, *_: _softplus(b, x),
+    "mish": lambda b, x, *_: _mish(b, x),
+    "softsign": lambda b, x, *_: _softsign(b, x),
+    "threshold": lambda b, x, a, number: b.where("ole", x, b.number(a), b.number(number), x),
     "square": lambda b, x, *_: b.binary("fmul", x, x),
     "sqrt": lambda b, x, *_: b.call_vector("llvm.sqrt", x),
     "rsqrt": lambda b, x, *_: b.binary("fdiv", b.number(1.0), b.call_vector("llvm.sqrt", x)),

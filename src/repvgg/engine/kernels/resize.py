@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
-from repvgg.engine.graph import Floats, Pair, Resize
+from repvgg.engine.graph import Floats, Pair, Resize, WrapPad
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.runtime.memory import FeatureMapLayout
+from repvgg.errors import UnsupportedError
 
 _ENTRY = 3  # floats of a table for each output row or column: two source indices (i32), and the weight of the second
 
@@ -21,15 +22,18 @@ _ENTRY = 3  # floats of a table for each output row or column: two source indice
 class ResizeKernel(Kernel):
     """Interpolation between two source rows and two source columns; ``nearest`` copies the first of each.
 
-    Its ``weights`` are the tables of :func:`resize_tables`.
+    Its ``weights`` are the tables of :func:`resize_tables`, or with ``wraps`` those of :func:`wrap_tables`.
     """
 
     source: FeatureMapLayout
     target: FeatureMapLayout
     nearest: bool
     width: int
+    wraps: bool = False
 
     def describe(self) -> str:
+        if self.wraps:
+            return "padding by pixels"
         return "nearest upsampling" if self.nearest else "bilinear upsampling"
 
     @property
@@ -85,6 +89,30 @@ def resize_tables(op: Resize, source: Pair, target: Pair) -> Floats:
     tables = [
         _axis_table(op, length, count, scale) for length, count, scale in zip(source, target, scales, strict=True)
     ]
+    return np.concatenate(tables).view(np.float32).ravel()
+
+
+def wrap_tables(op: WrapPad, source: Pair, target: Pair) -> Floats:
+    """Return the entries of a frame of pixels of the map itself.
+
+    Raises:
+        UnsupportedError: the frame is wider than the map allows.
+    """
+    tables = []
+    for before, length, count in zip(op.pixels[::2], source, target, strict=True):
+        places = np.arange(count) - before
+        widest = {"reflect": length - 1, "circular": length}.get(op.mode, count)
+        if max(before, count - length - before) > widest:
+            raise UnsupportedError(f"A frame of {op.mode!r} pixels is wider than its map: pass larger images.")
+        match op.mode:
+            case "reflect":
+                places = length - 1 - np.abs(length - 1 - np.abs(places))
+            case "replicate":
+                places = np.clip(places, 0, length - 1)
+            case "circular":
+                places = places % length
+        first = places.astype(np.uint32)
+        tables.append(np.stack([first, first, np.zeros_like(first)], 1))
     return np.concatenate(tables).view(np.float32).ravel()
 
 

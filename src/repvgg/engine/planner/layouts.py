@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from repvgg.engine.codegen.jit import VectorIsa
-from repvgg.engine.graph import ADD, Binary, Conv, Elementwise, FeatureShape, Graph, LayerNorm, Node, Pair, Softmax
+from repvgg.engine.graph import (
+    ADD,
+    Binary,
+    Conv,
+    Elementwise,
+    FeatureShape,
+    Graph,
+    GroupNorm,
+    LayerNorm,
+    Node,
+    Pair,
+    Softmax,
+)
 from repvgg.engine.planner.algorithms import ConvAlgorithm
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 
@@ -32,7 +44,7 @@ def share_storage(graph: Graph, shapes: Sequence[FeatureShape]) -> list[int]:
 
 def _replaceable(node: Node) -> Sequence[int]:
     match node.op:
-        case Elementwise() | Softmax() | LayerNorm() | Binary():
+        case Elementwise() | Softmax() | LayerNorm() | GroupNorm() | Binary():
             return node.inputs
         case Conv() if ADD in node.op.epilogue:
             return node.inputs[1:]

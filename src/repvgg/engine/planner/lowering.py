@@ -18,8 +18,11 @@ from repvgg.engine.graph import (
     Conv,
     ConvGeometry,
     Elementwise,
+    FeatureShape,
     Floats,
+    GroupNorm,
     LayerNorm,
+    MatMul,
     Node,
     Pad,
     Rearrangement,
@@ -27,16 +30,19 @@ from repvgg.engine.graph import (
     Softmax,
     Spread,
     WindowPool,
+    WrapPad,
 )
 from repvgg.engine.kernels.base import Kernel, PackWeights
-from repvgg.engine.kernels.channels import ChannelsKernel, pack_layer_norm
+from repvgg.engine.kernels.channels import ChannelsKernel, pack_norm
 from repvgg.engine.kernels.copying import FillKernel, copy_kernel
 from repvgg.engine.kernels.depthwise import DepthwiseKernel, pack_depthwise
 from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
 from repvgg.engine.kernels.elementwise import BinaryKernel, PointwiseKernel, broadcast_strides
+from repvgg.engine.kernels.group_norm import GroupNormKernel
+from repvgg.engine.kernels.matmul import MatMulKernel, operand_of
 from repvgg.engine.kernels.memory_bound import GlobalPoolKernel, ReorderKernel
 from repvgg.engine.kernels.pooling import AxisWindows, PoolKernel
-from repvgg.engine.kernels.resize import ResizeKernel, resize_tables
+from repvgg.engine.kernels.resize import ResizeKernel, resize_tables, wrap_tables
 from repvgg.engine.planner.algorithms import ConvAlgorithm, WinogradRegion
 from repvgg.engine.planner.steps import NO_WEIGHTS, Buffer, Step
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
@@ -97,10 +103,20 @@ class Lowering:
                 kernel_of = ResizeKernel(source.layout, target.layout, op.kind == "nearest", width)
                 self._append(node, kernel_of, source, target, tables)
             case Softmax():
-                self._append(node, ChannelsKernel("softmax", source.layout, target.layout, width), source, target)
+                kind = "log_softmax" if op.log else "softmax"
+                self._append(node, ChannelsKernel(kind, source.layout, target.layout, width), source, target)
             case LayerNorm():
                 norm = ChannelsKernel("layer_norm", source.layout, target.layout, width, op.epsilon)
-                self._append(node, norm, source, target, *pack_layer_norm(op, width))
+                self._append(node, norm, source, target, *pack_norm(op, width))
+            case GroupNorm():
+                kernel_of_groups = GroupNormKernel(op.groups, source.layout, target.layout, op.epsilon, width)
+                self._append(node, kernel_of_groups, source, target, *pack_norm(op, width))
+            case MatMul():
+                self._matmul(node, op, target)
+            case WrapPad():
+                wrapped = ResizeKernel(source.layout, target.layout, True, width, wraps=True)
+                tables = wrap_tables(op, source.layout.size, target.layout.size)
+                self._append(node, wrapped, source, target, tables)
             case Rearrangement():
                 self._copy(node, op, source, target, (0, 0, 0))
             case Concat():
@@ -184,8 +200,7 @@ class Lowering:
         winograd, tiling, channel_stride = region.winograd, region.tiling, source.layout.pixel_stride
         # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
         size = (winograd.tile_elements, element_stride(tiling.num_padded_tiles, channel_stride))
-        self._num_buffers += 1
-        transformed = Buffer(self._num_buffers, FeatureMapLayout(1, size, (0, 0), 1), 1)
+        transformed = self._temporary(FeatureMapLayout(1, size, (0, 0), 1), 1)
         transform = WinogradInputTransform(winograd, source.layout, conv.geometry.padding, tiling, self._isa.width)
         gemm = WinogradStagedGemm(
             winograd=winograd,
@@ -233,6 +248,32 @@ class Lowering:
         strides = broadcast_strides(layout, target.layout, constant=op.constant is not None)
         kernel = BinaryKernel(op.kind, source.layout, target.layout, strides, op.epilogue, width)
         self._append(node, kernel, source, target, other)
+
+    def _matmul(self, node: Node, op: MatMul, target: Buffer) -> None:
+        width, columns = self._isa.width, target.layout.size[1]
+        operands, buffers = [], []
+        for what, value, is_left in zip((op.left, op.right), node.inputs, (True, False), strict=True):
+            source = self._values[value]
+            operand = operand_of(what, source.layout, is_left=is_left, width=width)
+            if operand is None:
+                shape = what.output(FeatureShape(source.layout.channels, source.layout.size))
+                layout = FeatureMapLayout(shape.channels, shape.size, (0, 0), round_up(shape.channels, width))
+                copied = self._temporary(layout, target.num_images)
+                self._copy(node, what, source, copied, (0, 0, 0))
+                source, operand = copied, operand_of(IDENTITY, layout, is_left=is_left, width=width)
+                assert operand is not None
+            operands.append(operand)
+            buffers.append(source)
+        left_shape = self._values[node.inputs[0]].layout
+        depth = op.left.output(FeatureShape(left_shape.channels, left_shape.size)).channels
+        tile = select_register_tile(self._isa, columns, -(-target.layout.channels // width))
+        kernel = MatMulKernel(operands[0], operands[1], depth, target.layout, tile, op.epilogue, width)
+        self._append(node, kernel, buffers[0], target, buffers[1])
+
+    def _temporary(self, layout: FeatureMapLayout, images: int) -> Buffer:
+        """Return a new buffer, which the steps of a single node use."""
+        self._num_buffers += 1
+        return Buffer(self._num_buffers, layout, images)
 
     def _adaptive_pool(self, node: Node, op: AdaptivePool, source: Buffer, target: Buffer) -> None:
         layout, width = target.layout, self._isa.width
