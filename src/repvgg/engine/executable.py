@@ -40,7 +40,7 @@ class Executable:
         self.batch = self.shapes[0][0]
         self._code = MachineCode([cached_object_code(build_module(functions), plan.isa)], plan.isa)
         self._arena = Arena()
-        self._memory = [self._arena.zeros(buffer.floats) for buffer in plan.buffers]
+        self._memory = allocate(plan, self._arena)
         table, weights = self._fill_table(plan, names, [one for other in others for one in other._weights])
         self._weights: list[Floats] = weights
         strides = np.zeros((len(plan.input_shapes), 4), np.int64)
@@ -111,6 +111,12 @@ class Executable:
     def _address(self, buffer: Buffer, step: Step) -> int:
         """Return the address of the first image that a step reads or writes."""
         return self._memory[buffer.number].ctypes.data + FLOAT_BYTES * step.offset_in(buffer)
+
+
+def allocate(plan: Plan, arena: Arena) -> list[Floats]:
+    """Return the memory of each buffer of a plan; that of buffers of other lifetimes overlaps."""
+    whole = arena.zeros(plan.memory_floats)
+    return [whole[buffer.offset : buffer.offset + buffer.floats] for buffer in plan.buffers]
 
 
 def kernel_functions(plan: Plan) -> tuple[dict[Kernel, str], list[IRBuilder]]:

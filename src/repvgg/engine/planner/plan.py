@@ -9,7 +9,7 @@ The values between them::
     share_storage    lifetimes of values   -> which values replace another one in place (in ``layouts.py``)
     plan_layouts     shapes, algorithms    -> the memory layout of each value (in ``layouts.py``)
     lower            layouts, algorithms   -> steps on virtual buffers (in ``lowering.py``)
-    share_buffers    lifetimes of buffers  -> as few real buffers as possible
+    plan_memory      lifetimes of buffers  -> their places in one arena (in ``memory_plan.py``)
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import final
 from repvgg.engine.codegen.jit import VectorIsa
 from repvgg.engine.graph import Conv, FeatureShape, Graph, Shape, infer_shapes
 from repvgg.engine.kernels.base import PackWeights, pack_weights
+from repvgg.engine.kernels.border import BorderKernel
 from repvgg.engine.planner.algorithms import ConvAlgorithm, ConvProblem, Selector, Target
 from repvgg.engine.planner.cost_model import select_algorithm
 from repvgg.engine.planner.layouts import plan_layouts, share_storage
 from repvgg.engine.planner.lowering import LINEAR_BLOCK_IMAGES, Lowering
+from repvgg.engine.planner.memory_plan import BufferAccess, MemoryPlan, plan_memory
 from repvgg.engine.planner.steps import Buffer, OutputBuffer, Plan, Step
 from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.convolution import WinogradInputTransform
@@ -118,15 +120,17 @@ def assemble(
         if index + 1 == chunks.num_layers:
             num_chunked = len(lowering.steps)
     # Before the steps are repeated for each chunk: every value of a chunk is dead when the next chunk begins.
-    steps, shared = _assign_buffers(lowering.steps, [values[output.value] for output in graph.outputs])
+    returned = [values[output.value] for output in graph.outputs]
+    steps, num_chunked, memory = _placed(lowering.steps, num_chunked, returned, isa.width)
     chunked = [
         replace(step, first_image=start, max_images=chunks.images)
         for start in range(0, batch, chunks.images)
         for step in steps[:num_chunked]
     ]
-    outputs = tuple(OutputBuffer(shared[values[output.value]], output) for output in graph.outputs)
-    real = tuple(dict.fromkeys(shared.values()))
-    return Plan(tuple(input_shapes), (*chunked, *steps[num_chunked:]), real, isa, outputs)
+    outputs = tuple(OutputBuffer(memory.placed[values[output.value]], output) for output in graph.outputs)
+    real = tuple(dict.fromkeys(memory.placed.values()))
+    everything = *chunked, *steps[num_chunked:]
+    return Plan(tuple(input_shapes), everything, real, isa, outputs, memory.floats, memory.largest_live_set)
 
 
 # Batch chunks
@@ -161,49 +165,17 @@ def chunk_batch(graph: Graph, shapes: Sequence[FeatureShape], batch: int) -> Bat
     return BatchChunks(num_layers, images) if num_layers and images < batch else BatchChunks(0, batch)
 
 
-# Buffer sharing
+# Memory
 
 
-@final
-@dataclass(frozen=True)
-class BufferAccess:
-    """The buffers that a step reads and the one that it writes."""
+def _placed(
+    steps: Sequence[Step], num_chunked: int, returned: Sequence[Buffer], width: int
+) -> tuple[tuple[Step, ...], int, MemoryPlan]:
+    """Replace the virtual buffers of steps by places in an arena, and zero borders where another buffer was.
 
-    reads: tuple[Buffer, ...]
-    writes: Buffer
-
-
-def share_buffers(accesses: Sequence[BufferAccess], returned: Sequence[Buffer] = ()) -> dict[Buffer, Buffer]:
-    """Map virtual buffers, one for each value, to as few buffers as their lifetimes allow.
-
-    Linear scan: a value takes the first free buffer that fits.
-
-    Args:
-        accesses: those of all steps, in execution order.
-        returned: buffers that live to the end.
+    Returns:
+        The steps, how many of them are repeated for each chunk of the batch, and the plan of the arena.
     """
-    last_use = {
-        buffer: position
-        for position, access in enumerate(accesses)
-        for buffer in (*access.reads, access.writes)  # later positions overwrite earlier ones
-    }
-    last_use |= dict.fromkeys(returned, len(accesses))
-    shared: dict[Buffer, Buffer] = {}
-    busy_until: dict[Buffer, int] = {}
-    for position, access in enumerate(accesses):
-        value = access.writes
-        if value in shared:  # written in place, or by several steps
-            continue
-        free = (one for one, end in busy_until.items() if end < position)
-        # Only of the very same layout and length, so that borders are zeroed once and never written.
-        fitting = (one for one in free if (one.layout, one.num_images) == (value.layout, value.num_images))
-        buffer = next(fitting, None) or Buffer(len(busy_until), value.layout, value.num_images)
-        shared[value], busy_until[buffer] = buffer, last_use[value]
-    return shared
-
-
-def _assign_buffers(steps: Sequence[Step], returned: Sequence[Buffer]) -> tuple[tuple[Step, ...], dict[Buffer, Buffer]]:
-    """Replace the virtual buffers of steps by shared ones; return the steps and what replaces each buffer."""
     accesses = []
     inputs: dict[Buffer, Buffer] = {}  # transformed tiles -> the feature maps that they come from
     for step in steps:
@@ -215,14 +187,20 @@ def _assign_buffers(steps: Sequence[Step], returned: Sequence[Buffer]) -> tuple[
         if isinstance(step.kernel, WinogradInputTransform) and step.source is not None:
             inputs[step.target] = step.source
         accesses.append(BufferAccess(tuple(reads), step.target))
-    shared = share_buffers(accesses, returned)
-    replaced = tuple(
-        replace(
-            step,
-            source=step.source and shared[step.source],
-            target=shared[step.target],
-            weights=shared[step.weights] if isinstance(step.weights, Buffer) else step.weights,
+    memory = plan_memory(accesses, num_chunked, returned)
+    placed = memory.placed
+    replaced: list[Step] = []
+    first_after = num_chunked
+    for number, (step, cleared) in enumerate(zip(steps, memory.cleared, strict=True)):
+        # A step without a source reads an input of the network, so these name their target instead.
+        replaced += (Step(step.name, BorderKernel(one.layout, width), one, one) for one in cleared)
+        first_after += len(cleared) if number < num_chunked else 0
+        replaced.append(
+            replace(
+                step,
+                source=step.source and placed[step.source],
+                target=placed[step.target],
+                weights=placed[step.weights] if isinstance(step.weights, Buffer) else step.weights,
+            )
         )
-        for step in steps
-    )
-    return replaced, shared
+    return tuple(replaced), first_after, memory

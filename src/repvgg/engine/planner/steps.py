@@ -18,11 +18,15 @@ NO_WEIGHTS = np.zeros(0, np.float32)
 @final
 @dataclass(frozen=True)
 class Buffer:
-    """Memory for feature maps: ``number`` identifies it within a plan, ``layout`` is that of each image."""
+    """Memory for feature maps: ``number`` identifies it within a plan, ``layout`` is that of each image.
+
+    ``offset`` is where it begins in the arena of the plan, in floats.
+    """
 
     number: int
     layout: FeatureMapLayout
     num_images: int
+    offset: int = 0
 
     @property
     def floats(self) -> int:
@@ -96,3 +100,5 @@ class Plan:
     buffers: tuple[Buffer, ...]  # all that the steps read and write, by number
     isa: VectorIsa  # the vector instructions that the kernels use
     outputs: tuple[OutputBuffer, ...]  # the tensors that the network returns
+    memory_floats: int = 0  # the arena that holds all buffers; those of other lifetimes overlap
+    largest_live_set: int = 0  # floats of the buffers that live at the same time, at most: a lower bound

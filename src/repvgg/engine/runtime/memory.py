@@ -39,8 +39,9 @@ def round_up(number: int, multiple: int) -> int:
 class FeatureMapLayout:
     """Layout of one image of a feature map: NHWC with padded channels, or NCHW, with a border of zeros.
 
-    The border is the padding of the convolution that reads the map, so that its kernel needs no bounds checks. Border,
-    overhang, and channels from ``channels`` up to ``pixel_stride`` are zeros: kernels write nothing there, or zeros.
+    The border is the padding of the convolution that reads the map, so that its kernel needs no bounds checks. Border
+    and overhang are zeros: kernels write nothing there, or zeros. Channels from ``channels`` up to ``pixel_stride`` may
+    have any value: what kernels compute of them goes there again.
 
     Attributes:
         channels: logical channels.
@@ -57,6 +58,11 @@ class FeatureMapLayout:
     pixel_stride: int
     overhang: Pair = (0, 0)
     planar: bool = False
+
+    @property
+    def has_border(self) -> bool:
+        """Whether readers rely on pixels of zeros around the map."""
+        return self.border != (0, 0) or self.overhang != (0, 0)
 
     @property
     def row_stride(self) -> int:
