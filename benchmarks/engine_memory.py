@@ -45,7 +45,8 @@ def main() -> None:
     for name in arguments.networks:
         plan = planned(name, 257 if "pspnet" in name else arguments.size, arguments.batch)
         arena, least, apart = (
-            floats / 2**18 for floats in (plan.memory_floats, plan.largest_live_set, sum(one.floats for one in plan.buffers))
+            floats / 2**18
+            for floats in (plan.memory_floats, plan.largest_live_set, sum(one.floats for one in plan.buffers))
         )
         print(f"| {name} | {arena:.2f} | {least:.2f} | {arena / least:.3f} | {apart:.2f} |", flush=True)
 

@@ -21,6 +21,7 @@ from repvgg.engine.runtime import thread_pool
 from repvgg.engine.torch_backend import repvgg_backend
 from repvgg.errors import FallbackWarning
 from tests.engine.test_compiled_model import SPECS, plain
+from tests.engine.test_partition import Attention
 
 GROUP = "torch_dynamo_backends"
 PROJECT = pathlib.Path(__file__).parents[2] / "pyproject.toml"
@@ -179,6 +180,33 @@ def test_pytorch_runs_the_rest_with_one_warning_that_gives_the_reason(compiled, 
         warnings.simplefilter("error")
         assert_same(fast, model, x)
     assert compiled == []
+
+
+def test_parts_of_a_graph_run_in_the_engine(monkeypatch):
+    """A warning says what runs where; other numbers of images and changed weights are taken into account."""
+    parts, real = [], torch_backend.compile_part
+
+    def noted(graph, shapes, **more):
+        parts.append(shapes)
+        return real(graph, shapes, **more)
+
+    monkeypatch.setattr(torch_backend, "compile_part", noted)
+    model, x = Attention().eval(), torch.randn(3, 3, 12, 10)
+    fast = compiled_by_engine(model, dynamic=True)
+    with torch.inference_mode():
+        words = r"PyTorch runs parts of this graph(?s:.*)engine: .*\n.*PyTorch: scaled_dot_product_attention"
+        with pytest.warns(FallbackWarning, match=words):
+            assert_same(lambda x: fast(x)["logits"], lambda x: model(x)["logits"], x)
+        assert len(parts) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for count in (3, 5, 2):
+                given = torch.randn(count, 3, 12, 10)
+                assert_same(lambda x: fast(x)["tokens"], lambda x: model(x)["tokens"], given)
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    with torch.inference_mode():
+        assert_same(lambda x: fast(x)["logits"], lambda x: model(x)["logits"], x)
 
 
 def test_gradients_are_right_and_inference_stays_in_the_engine(compiled):

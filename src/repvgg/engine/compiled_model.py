@@ -116,9 +116,9 @@ def compile(  # noqa: A001 - as torch.compile
     except (RepvggError, RuntimeError) as error:  # LLVM raises RuntimeError
         if not fallback:
             raise
-        compile_part = partial(_compile_part, threads=threads, precision=precision, search=search)
+        compile_one = partial(compile_part, threads=threads, precision=precision, search=search)
         try:
-            found = PartitionedModel(model, shapes, compile_part) if isinstance(error, UnsupportedError) else None
+            found = PartitionedModel(model, shapes, compile_one) if isinstance(error, UnsupportedError) else None
         except (RepvggError, RuntimeError):
             found = None
         warnings.warn(
@@ -130,7 +130,7 @@ def compile(  # noqa: A001 - as torch.compile
         return found or TorchFallback(model, [shape[1] for shape in shapes])
 
 
-def _compile_part(
+def compile_part(
     graph: Graph, shapes: Sequence[Shape], *, threads: int | None, precision: Precision, search: bool
 ) -> CompiledModel:
     """Compile a part of a network, for inputs of these sizes."""

@@ -106,7 +106,8 @@ class Partition:
         if any(call.function == "__setitem__" for call in needed):
             raise UnsupportedError("The forward assigns to a part of a tensor.")
         self._arguments = _arguments_of(recordings, needed, batches)
-        self.parts = _parts(needed, {id(call) for call, _ in translator.refused}, self._recording)
+        refused = {id(call) for call, _ in translator.refused}
+        self.parts = _parts(needed, refused, self._recording, translator.has_images_first)
         places = [{id(call): at for at, call in enumerate(recording.calls)} for recording in recordings]
         for part in self.parts:
             if part.in_engine:
@@ -222,7 +223,9 @@ class PartitionedModel:
 # Levels
 
 
-def _parts(calls: Sequence[Call], refused: set[int], recording: Recording) -> list[Part]:
+def _parts(
+    calls: Sequence[Call], refused: set[int], recording: Recording, has_images_first: Callable[[Call], bool]
+) -> list[Part]:
     in_torch = {id(call) for call in calls if id(call) in refused}
     for call in calls:  # parts of a tensor that PyTorch splits
         if call.function == "item" and id(call.args[0]) in in_torch:
@@ -237,6 +240,16 @@ def _parts(calls: Sequence[Call], refused: set[int], recording: Recording) -> li
             for level, group in groups.items()
             if level % 2 == 0 and not any(call.function in _WORTHWHILE for call in group)
             for call in group
+        ]
+        # A part takes tensors whose first axis is that of the images.
+        poor += [
+            id(call)
+            for call in calls
+            if levels[id(call)] % 2 == 0
+            and any(
+                levels.get(id(one)) != levels[id(call)] and not has_images_first(one)
+                for one in _calls_in((call.args, call.kwargs))
+            )
         ]
         if not poor:
             break

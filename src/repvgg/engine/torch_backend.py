@@ -1,5 +1,8 @@
 """``torch.compile(model, backend="repvgg")``: the engine at inference, PyTorch for what it does not support.
 
+Where the engine supports some calls of a graph only, it runs the largest parts of it, and PyTorch the others; the
+warning says what runs where.
+
 The graph that PyTorch passes in takes the weights as arguments, like the images. They are read when the graph first
 runs, and again after they changed. Changes through ``weight.data``, and of tensors that were created in inference mode,
 go unnoticed: PyTorch does not count them.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from threading import Lock
 from types import FrameType
 from typing import Any, TypeAlias, final
@@ -21,8 +25,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg.engine.codegen.jit import host_isa
-from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel
+from repvgg.engine.compiled_model import MAX_INPUT_SIZES, CompiledModel, compile_part
 from repvgg.engine.frontend import read_graph
+from repvgg.engine.partition import Partition
+from repvgg.engine.recorder import record
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
@@ -35,8 +41,8 @@ def repvgg_backend(
 ) -> Callable[..., Any]:
     """Return a callable that runs a graph of torch.compile.
 
-    PyTorch runs the graph, with one warning that gives the reason, where the engine cannot: for training, under
-    autocast, or with an unsupported layer.
+    PyTorch runs the graph, with one warning that gives the reason, where the engine cannot: for training or under
+    autocast. Of a graph with unsupported calls, it runs these, and the engine the parts between them.
 
     Args:
         graph: as PyTorch passes it in.
@@ -60,10 +66,11 @@ class _CompiledGraph:
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], threads: int | None) -> None:
         self._graph, self._threads = graph, threads
         self._images = _index_of_images(graph.graph, example_inputs)
-        self._models: dict[tuple[int, ...], CompiledModel] = {}  # by height and width of the images
+        # By height and width of the images; a partition is for their number, too.
+        self._models: dict[tuple[int, ...], CompiledModel | Partition] = {}
         self._fingerprint: Fingerprint | None = None
         self._weights: list[Any] = []  # kept alive, so that no new tensor gets the id() of a fingerprinted one
-        self._refused = False
+        self._refused = self._warned = False
         self._lock = Lock()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -78,25 +85,25 @@ class _CompiledGraph:
                 warnings.warn(message, FallbackWarning, stacklevel=_stacklevel_of_caller())
         return self._graph(*arguments)
 
-    def _current_model(self, arguments: Sequence[Any]) -> CompiledModel:
+    def _current_model(self, arguments: Sequence[Any]) -> CompiledModel | Partition:
         """Return the model compiled with the current weights."""
         others = [value for index, value in enumerate(arguments) if index != self._images]
         weights = [*others, *self._graph.parameters(), *self._graph.buffers()]
         fingerprint = _fingerprint(weights)
         if fingerprint != self._fingerprint:
             self._models.clear()
-        size = _size_of(arguments[self._images]) if self._images < len(arguments) else ()
-        model = self._models.get(size)
+        shape = _shape_of(arguments[self._images]) if self._images < len(arguments) else ()
+        model = self._models.get(shape[2:]) or self._models.get(shape)
         if model is None:
             _check_inference([*arguments, *weights])
             model = self._compile(arguments)
             self._fingerprint, self._weights = fingerprint, weights
-            self._models[size] = model
+            self._models[shape if isinstance(model, Partition) else shape[2:]] = model
             while len(self._models) > MAX_INPUT_SIZES:
                 del self._models[next(iter(self._models))]
         return model
 
-    def _compile(self, arguments: Sequence[Any]) -> CompiledModel:
+    def _compile(self, arguments: Sequence[Any]) -> CompiledModel | Partition:
         images = arguments[self._images] if self._images < len(arguments) else None
         if not isinstance(images, Tensor):
             raise UnsupportedError("The engine needs a network of images: pass them as a tensor.")
@@ -105,13 +112,41 @@ class _CompiledGraph:
                 "The engine needs float32 images (N, C, H, W) on the CPU, "
                 f"not {images.dtype} of {images.ndim} axes on {images.device.type}: convert them with .float().cpu()."
             )
-        network = read_graph(self._graph, arguments, self._images)
         batch, channels, height, width = images.shape
+        try:
+            network = read_graph(self._graph, arguments, self._images)
+        except UnsupportedError as error:
+            return self._partition(arguments, error)
         return CompiledModel(network, [(max(batch, 1), channels, height, width)], host_isa(), self._threads)
 
+    def _partition(self, arguments: Sequence[Any], reason: UnsupportedError) -> Partition:
+        """Return the graph in parts, for this number of images, with one warning that says what runs where."""
+        images = arguments[self._images]
 
-def _size_of(images: Any) -> tuple[int, ...]:
-    return tuple(images.shape[2:]) if isinstance(images, Tensor) else ()
+        def forward(x: Tensor) -> Any:
+            return self._graph(*arguments[: self._images], x, *arguments[self._images + 1 :])
+
+        try:
+            found = Partition(
+                lambda batch: record(forward, [(batch, *images.shape[1:])], sizes_vary=False),
+                partial(compile_part, threads=self._threads, precision="high", search=False),
+                max(1, len(images)),
+                [len(images)],
+            )
+        except UnsupportedError:
+            raise reason from None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"PyTorch runs parts of this graph, because the engine cannot: {first_line(reason)}. It has {found}",
+                FallbackWarning,
+                stacklevel=_stacklevel_of_caller(),
+            )
+        return found
+
+
+def _shape_of(images: Any) -> tuple[int, ...]:
+    return tuple(images.shape) if isinstance(images, Tensor) else ()
 
 
 def _check_inference(values: Iterable[Any]) -> None:

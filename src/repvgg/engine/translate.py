@@ -64,6 +64,11 @@ class Translator:
         """Whether a call is one that the outputs depend on."""
         return id(call) in self._builder.views
 
+    def has_images_first(self, call: Call) -> bool:
+        """Whether the first axis of the result of a translated call is that of the images, and only that."""
+        view = self._builder.views.get(id(call))
+        return view is None or view.is_plain
+
     def graph(self) -> Graph:
         """Return the graph; all calls have been translated."""
         found: list[Output] = []
