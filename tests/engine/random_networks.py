@@ -276,3 +276,30 @@ class RandomNetwork(nn.Module):
     def add_softmax(self, source: int) -> None:
         axis = self._integers(1, 3)
         self._append(lambda x: x.softmax(axis), (source,), self.shapes[source])
+
+    def add_attention(self, source: int) -> None:
+        channels, height, width = self.shapes[source]
+        heads = (1, 2)[self._integers(0, 1)] if channels % 2 == 0 else 1
+
+        def function(x: Tensor) -> Tensor:
+            y = F.layer_norm(x.flatten(2).transpose(1, 2), (channels,), eps=1e-2)
+            y = y.view(len(x), height * width, heads, channels // heads).transpose(1, 2)
+            z = F.scaled_dot_product_attention(y, y, y).transpose(1, 2)
+            return z.reshape(len(x), height, width, channels).permute(0, 3, 1, 2)
+
+        if height * width <= 200:
+            self._append(function, (source,), (channels, height, width), terms=100 * channels)
+
+    def add_group_norm(self, source: int) -> None:
+        channels, height, width = self.shapes[source]
+        groups = [count for count in range(1, channels + 1) if channels % count == 0]
+        count = groups[self._integers(0, len(groups) - 1)]
+        terms = 100 * height * width * channels // count
+        self._append(lambda x: F.group_norm(x, count, eps=1e-2), (source,), (channels, height, width), terms=terms)
+
+    def add_wrap_pad(self, source: int) -> None:
+        channels, height, width = self.shapes[source]
+        mode = ("reflect", "replicate", "circular")[self._integers(0, 2)]
+        left, right, above, below = (self._integers(0, min(2, size - 1)) for size in (width, width, height, height))
+        shape = channels, height + above + below, width + left + right
+        self._append(lambda x: F.pad(x, (left, right, above, below), mode=mode), (source,), shape)

@@ -17,7 +17,7 @@ import numpy as np
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Conv, Floats
-from repvgg.engine.runtime.memory import round_up
+from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 from repvgg.engine.winograd.filters import TAPS, Winograd2d
 
 LINE_FLOATS = 16  # a cache line of 64 bytes
@@ -49,6 +49,12 @@ class Kernel(ABC):
     @abstractmethod
     def emit(self, name: str) -> list[IRBuilder]:
         """Return the function called ``name``, with :data:`KERNEL_PARAMETERS`, after the functions that it calls."""
+
+
+def row_address(b: IRBuilder, pointer: Value, layout: FeatureMapLayout, image: Index, row: Index) -> Value:
+    """Return the address of the first pixel of a row of a feature map at ``pointer``."""
+    row_offset = b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride))
+    return b.offset(pointer, b.add(row_offset, layout.interior_offset))
 
 
 # Micro-kernel

@@ -11,7 +11,7 @@ import numpy as np
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
 from repvgg.engine.graph import Floats, GroupNorm, LayerNorm
 from repvgg.engine.kernels import pointwise
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.kernels.elementwise import binary
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 
@@ -48,11 +48,8 @@ class ChannelsKernel(Kernel):
         b, source, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.source, self.target
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, target.size[0])
-            read, written = (
-                b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride)) for layout in (source, target)
-            )
-            begin = b.offset("%source", b.add(read, source.interior_offset))
-            out = b.offset("%target", b.add(written, target.interior_offset))
+            begin = row_address(b, "%source", source, image, row)
+            out = row_address(b, "%target", target, image, row)
             with b.loop(0, source.size[1]) as columns:
                 pixel = b.offset(begin, b.mul(columns.index, source.pixel_stride))
                 place = b.offset(out, b.mul(columns.index, target.pixel_stride))

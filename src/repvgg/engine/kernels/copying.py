@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
-from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
+from repvgg.engine.codegen.ir_builder import IRBuilder, Value, float_text
 from repvgg.engine.graph import C, H, Pair, Rearrangement, W
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
 _MIN_VECTOR_SHARE = 4  # vectors are used from a quarter of their lanes on
@@ -161,8 +161,7 @@ class FillKernel(Kernel):
         constant = b.constant(float_text(self.number))
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, target.size[0])
-            offset: Index = b.add(b.mul(image, target.image_stride), b.mul(row, target.row_stride))
-            begin = b.offset("%target", b.add(offset, target.interior_offset))
+            begin = row_address(b, "%target", target, image, row)
             with b.loop(0, target.size[1] * target.pixel_stride, self.width) as vectors:
                 b.store(constant, begin, vectors.index)
         return [b]

@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 from repvgg.engine.codegen.ir_builder import IRBuilder, Value
 from repvgg.engine.graph import Epilogue
 from repvgg.engine.kernels import pointwise
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
 
@@ -28,13 +28,7 @@ def for_each_vector(
     first = next(iter(layouts.values()))
     with b.loop("%begin", "%end") as units:
         image, row = b.divmod(units.index, first.size[0])
-        begins = {
-            name: b.offset(
-                f"%{name}",
-                b.add(b.add(b.mul(image, layout.image_stride), b.mul(row, layout.row_stride)), layout.interior_offset),
-            )
-            for name, layout in layouts.items()
-        }
+        begins = {name: row_address(b, f"%{name}", layout, image, row) for name, layout in layouts.items()}
         # Channels are the outer loop: what belongs to a channel is loaded once for a row of pixels, which stays in L1.
         with b.loop(0, first.pixel_stride, b.width) as channels:
             columns = {name: b.offset(begin, channels.index) for name, begin in begins.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value, float_text
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
 
@@ -55,7 +55,7 @@ class GroupNormKernel(Kernel):
             image, part = b.divmod(units.index, self.units_per_block)
             channel = b.mul(part, self.unit_channels)
             begin, out = (
-                b.offset(pointer, b.add(b.add(b.mul(image, layout.image_stride), layout.interior_offset), channel))
+                b.offset(row_address(b, pointer, layout, image, 0), channel)
                 for pointer, layout in (("%source", source), ("%target", target))
             )
             weights, bias = b.offset("%weights", channel), b.offset("%bias", channel)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.kernels.elementwise import binary
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
@@ -64,9 +64,8 @@ class PoolKernel(Kernel):
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, target.size[0])
             top = _span(b, self.rows, row, source.size[0], target.size[0])
-            read = b.offset("%source", b.add(b.mul(image, source.image_stride), source.interior_offset))
-            written = b.add(b.mul(image, target.image_stride), b.mul(row, target.row_stride))
-            out = b.offset("%target", b.add(written, target.interior_offset))
+            read = row_address(b, "%source", source, image, 0)
+            out = row_address(b, "%target", target, image, row)
             with b.loop(0, target.size[1]) as pixels:
                 left = _span(b, self.columns, pixels.index, source.size[1], target.size[1])
                 scale = self._scale(b, top, left) if self.kind == "avg" else ""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import Floats, Pair, Resize, WrapPad
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, row_address
 from repvgg.engine.runtime.memory import FeatureMapLayout
 from repvgg.errors import UnsupportedError
 
@@ -45,9 +45,8 @@ class ResizeKernel(Kernel):
         b, source, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.source, self.target
         with b.loop("%begin", "%end") as units:
             image, row = b.divmod(units.index, target.size[0])
-            read = b.offset("%source", b.add(b.mul(image, source.image_stride), source.interior_offset))
-            written = b.add(b.mul(image, target.image_stride), b.mul(row, target.row_stride))
-            out = b.offset("%target", b.add(written, target.interior_offset))
+            read = row_address(b, "%source", source, image, 0)
+            out = row_address(b, "%target", target, image, row)
             above, below, down = self._entry(b, row, source.row_stride)
             with b.loop(0, target.size[1]) as columns:
                 entry = b.add(columns.index, target.size[0])

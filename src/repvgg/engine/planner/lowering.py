@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -156,68 +156,37 @@ class Lowering:
             self._direct_conv(name, conv, source, target)
             return
         for region in algorithm.regions:
-            weights = self._pack(conv, self._isa.width, region.tile.nr, region.winograd, region.on_the_fly)
-            if region.schedule == "fused":
-                self._fused(name, conv, region, source, target, weights)
-            else:
-                self._staged(name, conv, region, source, target, weights)
+            self._winograd(name, conv, region, source, target)
 
-    def _fused(
-        self,
-        name: str,
-        conv: Conv,
-        region: WinogradRegion,
-        source: Buffer,
-        target: Buffer,
-        weights: tuple[Floats, Floats],
-    ) -> None:
-        kernel = WinogradFused(
-            winograd=region.winograd,
-            groups=conv.geometry.groups,
-            source=source.layout,
-            padding=conv.geometry.padding,
-            target=target.layout,
-            tiling=region.tiling,
-            tile=region.tile,
-            out_channel_splits=region.out_channel_splits,
-            on_the_fly=region.on_the_fly,
-            free_vector_registers=region.free_vector_registers(self._isa.registers),
-            epilogue=conv.epilogue,
-            width=self._isa.width,
-        )
-        items = region.tiling.tiles_per_block, region.tiling.tiles_per_image * region.tiling.phases
-        self.steps.append(Step(name, kernel, source, target, *weights, *items))
-
-    def _staged(
-        self,
-        name: str,
-        conv: Conv,
-        region: WinogradRegion,
-        source: Buffer,
-        target: Buffer,
-        weights: tuple[Floats, Floats],
-    ) -> None:
+    def _winograd(self, name: str, conv: Conv, region: WinogradRegion, source: Buffer, target: Buffer) -> None:
         winograd, tiling, channel_stride = region.winograd, region.tiling, source.layout.pixel_stride
+        packed = self._pack(conv, self._isa.width, region.tile.nr, winograd, region.on_the_fly)
+        items = tiling.tiles_per_block, tiling.tiles_per_image * tiling.phases
+        gemm: dict[str, Any] = {
+            "winograd": winograd,
+            "groups": conv.geometry.groups,
+            "target": target.layout,
+            "tiling": tiling,
+            "tile": region.tile,
+            "on_the_fly": region.on_the_fly,
+            "free_vector_registers": region.free_vector_registers(self._isa.registers),
+            "epilogue": conv.epilogue,
+            "width": self._isa.width,
+        }
+        if region.schedule == "fused":
+            splits = region.out_channel_splits
+            fused = WinogradFused(
+                source=source.layout, padding=conv.geometry.padding, out_channel_splits=splits, **gemm
+            )
+            self.steps.append(Step(name, fused, source, target, *packed, *items))
+            return
         # One "image" holds the transformed tiles of the whole batch as (tile element, tile, channel).
         size = (winograd.tile_elements, element_stride(tiling.num_padded_tiles, channel_stride))
         transformed = self._temporary(FeatureMapLayout(1, size, (0, 0), 1), 1)
         transform = WinogradInputTransform(winograd, source.layout, conv.geometry.padding, tiling, self._isa.width)
-        gemm = WinogradStagedGemm(
-            winograd=winograd,
-            groups=conv.geometry.groups,
-            channels=source.layout.channels,
-            pixel_stride=channel_stride,
-            target=target.layout,
-            tiling=tiling,
-            tile=region.tile,
-            on_the_fly=region.on_the_fly,
-            free_vector_registers=region.free_vector_registers(self._isa.registers),
-            epilogue=conv.epilogue,
-            width=self._isa.width,
-        )
-        items = tiling.tiles_per_block, tiling.tiles_per_image * tiling.phases
+        staged = WinogradStagedGemm(channels=source.layout.channels, pixel_stride=channel_stride, **gemm)
         self.steps.append(Step(name, transform, source, transformed))
-        self.steps.append(Step(name, gemm, transformed, target, *weights, *items))
+        self.steps.append(Step(name, staged, transformed, target, *packed, *items))
 
     def _direct_conv(self, name: str, conv: Conv, source: Buffer, target: Buffer) -> None:
         geometry, isa, items = conv.geometry, self._isa, 1
