@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from repvgg import expansion as expansion
     from repvgg import measure as measure
     from repvgg import models as models
+    from repvgg import quantization as quantization
     from repvgg import studies as studies
     from repvgg import symbolic as symbolic
     from repvgg import training as training
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         load,
         push_to_hub,
     )
+    from repvgg.quantization import QuantizationSettings, quantize
     from repvgg.symbolic import equivalent_conv
     from repvgg.symbolic.trace import trace  # not from the package, which has a module of that name
     from repvgg.verify import Evidence, verify
@@ -51,6 +53,7 @@ __all__ = [
     "ExpandReport",
     "ModelSpec",
     "ModelSummary",
+    "QuantizationSettings",
     "RepVGG",
     "Report",
     "create_model",
@@ -65,6 +68,7 @@ __all__ = [
     "load",
     "model_summary",
     "push_to_hub",
+    "quantize",
     "reparameterize",
     "replace_convs",
     "trace",
@@ -91,13 +95,14 @@ _PACKAGE_OF = {
         ),
         "models",
     ),
+    **dict.fromkeys(("QuantizationSettings", "quantize"), "quantization"),
     **dict.fromkeys(("equivalent_conv", "trace"), "symbolic"),
     **dict.fromkeys(("Evidence", "verify"), "verify"),
 }
 #: Packages and modules that the documentation uses as attributes, such as repvgg.training.RepOptimizer.
 _DOCUMENTED_MODULES = ("blocks", "data", "engine", "errors", "training")
 _OTHER_MODULES = (
-    *("algebra", "checkpoints", "collapse", "deploy", "expansion", "measure", "models", "studies", "symbolic"),
+    *("algebra", "checkpoints", "collapse", "deploy", "expansion", "measure", "models", "quantization", "studies", "symbolic"),
 )
 
 

@@ -119,7 +119,7 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
                 input_names=flat.inputs,
                 output_names=flat.outputs,
                 dynamic_shapes=axes if flat.is_plain or axes is None else (axes,),
-                custom_translation_table=translations(),
+                custom_translation_table=translations() | _quantized_translations(),
                 dynamo=True,  # through torch.export: the older exporter bakes data-dependent branches into the graph
                 optimize=True,
                 verbose=False,
@@ -174,6 +174,7 @@ class OnnxRunner:
     Args:
         path: the file.
         threads: intra-op threads; None leaves the number to ONNX Runtime, which uses all physical cores.
+        optimize: let the runtime replace nodes by faster ones; otherwise it runs the graph as the file has it.
 
     Attributes:
         path: the file.
@@ -189,11 +190,13 @@ class OnnxRunner:
         MissingDependencyError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int | None = None, *, optimize: bool = True
+    ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}.")
         self.path = Path(path)
-        self._session = _session(self.path, threads)
+        self._session = _session(self.path, threads, optimize=optimize)
         inputs = self._session.get_inputs()
         if not inputs or any(one.type not in _DTYPES for one in inputs):
             raise ExportError(f"{str(path)!r} is not a network from tensors of numbers to tensors.")
@@ -237,15 +240,23 @@ class OnnxRunner:
         return f"OnnxRunner({str(self.path)!r})"
 
 
-def _session(path: Path, threads: int | None) -> Any:
+def _session(path: Path, threads: int | None, *, optimize: bool) -> Any:
     runtime = require("onnxruntime", "onnx")
     if not path.is_file():
         raise ExportError(f"There is no file {str(path)!r}: export the model first.")
     options = runtime.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
+    if not optimize:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise ExportError(f"{str(path)!r} cannot be loaded by ONNX Runtime: {first_line(error)}.") from error
+
+
+def _quantized_translations() -> dict[Any, Any]:
+    from repvgg.deploy.qdq import qdq_translations  # which imports this module
+
+    return qdq_translations()

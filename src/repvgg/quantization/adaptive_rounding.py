@@ -1,0 +1,94 @@
+"""Adaptive rounding: choose the integers of a layer by the error of its output instead of that of each weight.
+
+The squared error of the outputs of one channel over calibration inputs x is ``(w' − w) H (w' − w)ᵀ`` with ``H = Σ x xᵀ``
+over all positions of the kernel (the objective of AdaRound: Nagel et al., "Up or Down? Adaptive Rounding for
+Post-Training Quantization", 2020, equation 13). It is minimized by coordinate descent over the integers: each weight in
+turn takes the integer that is best given all others. The error never increases, and nothing has to be tuned.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg.quantization.affine import over_axis_0
+from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer
+
+_DAMPING = 0.01  # of the mean diagonal of H: directions that few calibration inputs have are left as they are
+_COLUMN_BYTES = 256 * 2**20  # of unfolded inputs at once
+
+
+def adapt_rounding(layer: QuantizedLayer, weight: Tensor, x: Tensor, sweeps: int = 2, highest: int = 127) -> float:
+    """Replace the integers of ``layer`` by those of the smallest output error, in place.
+
+    Args:
+        layer: a quantized layer.
+        weight: the float weight (O, I/groups, …) that it stands for.
+        x: inputs of the layer, as it receives them in the quantized network.
+        sweeps: passes over the weights.
+        highest: largest integer, ``2^(bits−1) − 1``.
+
+    Returns:
+        The squared output error after, divided by that before.
+    """
+    integers = layer.weight_integers
+    groups = layer.groups if isinstance(layer, QuantizedConv2d) else 1
+    scale = over_axis_0(layer.weight_scale.double(), 2).expand(len(integers), 1)
+    before = after = 0.0
+    result = []
+    with torch.no_grad():
+        moments = _second_moments(layer, x, groups)
+        rows = zip(
+            weight.detach().double().flatten(1).chunk(groups),
+            integers.double().flatten(1).chunk(groups),
+            scale.chunk(groups),
+            moments,
+            strict=True,
+        )
+        for target, start, step, moment in rows:
+            chosen = _descend(target, start, step, moment, sweeps, highest)
+            before += _error(start * step - target, moment)
+            after += _error(chosen * step - target, moment)
+            result.append(chosen)
+        layer.weight_integers.copy_(torch.cat(result).reshape(integers.shape).to(torch.int8))
+    return after / before if before else 1.0
+
+
+def _descend(target: Tensor, start: Tensor, scale: Tensor, moment: Tensor, sweeps: int, highest: int) -> Tensor:
+    """Return the integers (O, D) after coordinate descent from ``start``."""
+    integers = start.clone()
+    gradient = (integers * scale - target) @ moment
+    curvature = moment.diagonal()
+    for _ in range(sweeps):
+        for index in range(len(moment)):
+            old = integers[:, index]
+            best = (old - gradient[:, index] / (scale[:, 0] * curvature[index])).round().clamp(-highest, highest)
+            change = (best - old) * scale[:, 0]
+            if change.any():
+                gradient += change[:, None] * moment[index]
+                integers[:, index] = best
+    return integers
+
+
+def _error(difference: Tensor, moment: Tensor) -> float:
+    return float(((difference @ moment) * difference).sum())
+
+
+def _second_moments(layer: QuantizedLayer, x: Tensor, groups: int) -> list[Tensor]:
+    """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs."""
+    total: list[Tensor] = []
+    per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
+    for images in x.split(max(1, _COLUMN_BYTES // per_image)):
+        columns = layer.centred_input(images) * layer.input_scale.double()
+        if isinstance(layer, QuantizedConv2d):
+            columns = F.unfold(columns, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            columns = columns.movedim(1, 0).flatten(1)
+        else:
+            columns = columns.flatten(0, -2).T
+        parts = [part @ part.T for part in columns.chunk(groups)]
+        total = parts if not total else [one + other for one, other in zip(total, parts, strict=True)]
+    for moment in total:
+        diagonal = moment.diagonal()
+        diagonal += _DAMPING * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return total

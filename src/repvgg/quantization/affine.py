@@ -1,0 +1,130 @@
+"""Affine quantization of tensors to integers of 8 bits or fewer: the formulas, and the choice of the scale.
+
+    q = clamp(round(x / scale) + zero_point, lowest, highest)        x' = scale · (q − zero_point)
+
+Rounding is half to even, as in ONNX's ``QuantizeLinear``. Weights are symmetric (zero point 0) and signed, activations
+asymmetric and unsigned (uint8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from repvgg.errors import UsageError
+
+#: One scale for a whole weight tensor, or one for each output channel.
+Granularity = Literal["per_tensor", "per_channel"]
+
+_SMALLEST_SCALE = 2.0**-100  # of a tensor of zeros: any positive number represents it
+_WEIGHT_CANDIDATES = 40  # scales that are tried for weights, from half of the full range up
+
+
+@final
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """The uint8 quantization of an activation tensor.
+
+    Attributes:
+        scale: step of the integers, a float32 number.
+        zero_point: the integer that represents 0, in [0, 255].
+    """
+
+    scale: float
+    zero_point: int
+
+    LOWEST = 0
+    HIGHEST = 255
+
+    @classmethod
+    def of_range(cls, lowest: float, highest: float) -> ActivationQuantizer:
+        """Return the quantizer whose integers span ``[lowest, highest]``, widened to contain 0 exactly."""
+        lowest, highest = min(lowest, 0.0), max(highest, 0.0)
+        scale = _float32(max((highest - lowest) / 255, _SMALLEST_SCALE))
+        return cls(scale, min(max(round(-lowest / scale), 0), 255))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest number that is represented; others are clipped to them."""
+        return self.scale * (self.LOWEST - self.zero_point), self.scale * (self.HIGHEST - self.zero_point)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the integers of ``x`` as a tensor of its own dtype."""
+        return torch.clamp(torch.round(x / self.scale) + self.zero_point, self.LOWEST, self.HIGHEST)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """Return the numbers that the integers ``q`` represent."""
+        return self.scale * (q - self.zero_point)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight tensor in integers: ``weight ≈ scale · integers``, axis 0 being output channels.
+
+    Attributes:
+        integers: int8, in ``[−2^(bits−1) + 1, 2^(bits−1) − 1]``.
+        scale: float32; of shape () per tensor, (O,) per channel.
+    """
+
+    integers: Tensor
+    scale: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights that are represented."""
+        return self.integers.to(dtype) * over_axis_0(self.scale.to(dtype), self.integers.ndim)
+
+
+def over_axis_0(values: Tensor, ndim: int) -> Tensor:
+    """Return ``values`` of shape () or (O,) so that they broadcast over the axes after axis 0 of ``ndim`` axes."""
+    return values if values.ndim == 0 else values.reshape(-1, *[1] * (ndim - 1))
+
+
+def quantize_weight(
+    weight: Tensor, granularity: Granularity, bits: int = 8, *, clip: bool = True, smallest_scale: Tensor | float = 0.0
+) -> QuantizedWeight:
+    """Round weights to integers, with the scale of the smallest mean squared error.
+
+    Args:
+        weight: (O, …), of a convolution (O, I, kH, kW) or a linear layer (O, I).
+        granularity: one scale for all, or one per output channel.
+        bits: 2 to 8; 7 keeps the 16-bit sums of pairs of products in CPUs without VNNI instructions from saturating.
+        clip: search for a scale that clips the largest weights where this lowers the error; otherwise the largest
+            weight is represented.
+        smallest_scale: lower bound of the scales, a number or (O,).
+
+    Raises:
+        UsageError: ``bits`` is out of range, or a weight is not finite.
+    """
+    if not 2 <= bits <= 8:
+        raise UsageError(f"Weights have 2 to 8 bits, got {bits}.")
+    weight = weight.detach().double()
+    if not weight.isfinite().all():
+        raise UsageError("A weight is NaN or infinite: a network with such weights cannot be quantized.")
+    highest = 2 ** (bits - 1) - 1
+    rows = weight.reshape(1, -1) if granularity == "per_tensor" else weight.flatten(1)
+    largest = rows.abs().amax(1).clamp_min(_SMALLEST_SCALE * highest)
+    best = largest / highest
+    if clip:
+        errors = torch.full_like(best, torch.inf)
+        for step in range(_WEIGHT_CANDIDATES, 0, -1):  # the full range first: it wins ties
+            scale = largest * (0.5 + 0.5 * step / _WEIGHT_CANDIDATES) / highest
+            error = (_represented(rows, scale, highest) - rows).square().sum(1)
+            best = torch.where(error < errors, scale, best)
+            errors = torch.minimum(error, errors)
+    bound = torch.as_tensor(smallest_scale, dtype=torch.float64, device=weight.device)
+    scale = torch.maximum(best, bound.amax() if granularity == "per_tensor" else bound).float()
+    integers = (rows / scale.double()[:, None]).round().clamp(-highest, highest)
+    shape = () if granularity == "per_tensor" else (-1,)
+    return QuantizedWeight(integers.reshape(weight.shape).to(torch.int8), scale.reshape(shape))
+
+
+def _represented(rows: Tensor, scale: Tensor, highest: int) -> Tensor:
+    return (rows / scale[:, None]).round().clamp(-highest, highest) * scale[:, None]
+
+
+def _float32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))

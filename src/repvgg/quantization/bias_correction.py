@@ -1,0 +1,34 @@
+"""Sequential bias correction: the mean of every output channel becomes that of the float network.
+
+Rounding weights and clipping activations shift the mean of each output channel, and the shifts add up over the layers
+(Nagel et al. 2019, section 4.2). The layers are corrected in the order of execution, each one on inputs that come from the
+quantized and corrected layers before it, so that a correction includes what is left of all earlier errors. One pass over
+all calibration images suffices, because each layer is corrected before the next one runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repvgg.quantization.calibration import LayerStatistics, channels_last
+from repvgg.quantization.layers import QuantizedLayer
+
+
+def correct_bias(layer: QuantizedLayer, y: Tensor, statistics: LayerStatistics) -> tuple[Tensor, float]:
+    """Add to the bias of ``layer``, in place, what its output means lack.
+
+    Args:
+        layer: a layer of the quantized network.
+        y: its output (N, O, H, W) or (N, …, O) on the calibration images.
+        statistics: of the layer of the float network on the same images.
+
+    Returns:
+        The output with the new bias, and the norm of the correction divided by that of the output means.
+    """
+    assert statistics.output_mean is not None
+    target = statistics.output_mean.to(y.device)
+    added = layer.add_to_bias(target - channels_last(y).flatten(0, -2).double().mean(0))
+    smallest = torch.finfo(torch.float64).tiny
+    shape = (-1, 1, 1) if y.ndim == 4 else (-1,)
+    return y + added.to(y.dtype).reshape(shape), float(added.norm() / target.norm().clamp_min(smallest))

@@ -1,0 +1,56 @@
+"""The settings of a quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from repvgg.errors import UsageError
+from repvgg.quantization.affine import Granularity
+from repvgg.quantization.ranges import RangeMethod
+
+
+@final
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How a network is quantized.
+
+    Attributes:
+        granularity: one scale for each weight tensor, or for each output channel.
+        weight_bits: 8, or 7 for CPUs without VNNI instructions, whose sums of pairs of products saturate at 16 bits.
+        ranges: how the range of an activation is chosen.
+        percentile: share in percent for ``ranges="percentile"``.
+        equalize: rescale channels between layers first.
+        correct_biases: correct the mean of every output channel, layer by layer.
+        rounding_sweeps: passes of adaptive rounding over the weights; 0 rounds to the nearest.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    granularity: Granularity = "per_channel"
+    weight_bits: int = 8
+    ranges: RangeMethod = "mse"
+    percentile: float = 99.99
+    equalize: bool = True
+    correct_biases: bool = True
+    rounding_sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("per_tensor", "per_channel"):
+            raise UsageError(f"The granularity is 'per_tensor' or 'per_channel', got {self.granularity!r}.")
+        if self.weight_bits not in range(2, 9):
+            raise UsageError(f"Weights have 2 to 8 bits, got {self.weight_bits}.")
+        if self.ranges not in ("mse", "percentile", "minmax"):
+            raise UsageError(f"Ranges are chosen by 'mse', 'percentile' or 'minmax', got {self.ranges!r}.")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"A percentile is in (50, 100], got {self.percentile}.")
+        if self.rounding_sweeps < 0:
+            raise UsageError(f"The number of rounding sweeps is at least 0, got {self.rounding_sweeps}.")
+
+    def __str__(self) -> str:
+        parts = [f"{self.weight_bits}-bit weights {self.granularity.replace('_', ' ')}", f"ranges by {self.ranges}"]
+        parts += ["equalized"] * self.equalize
+        parts += ["adaptive rounding"] * bool(self.rounding_sweeps)
+        parts += ["biases corrected"] * self.correct_biases
+        return ", ".join(parts)

@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import repvgg
+from repvgg.errors import UsageError
+from repvgg.quantization import (
+    ActivationQuantizer,
+    Histogram,
+    PairedAccuracy,
+    QuantizationSettings,
+    adapt_rounding,
+    choose_quantizer,
+    compare_outputs,
+    quantize,
+    quantize_layer,
+    quantize_weight,
+    sqnr,
+)
+from tests.quantization.networks import NETWORKS, Chain, images, random_
+
+FULL = QuantizationSettings()
+NEAREST = QuantizationSettings(equalize=False, correct_biases=False, rounding_sweeps=0, ranges="minmax")
+
+
+def test_zero_is_represented_exactly():
+    for low, high in ((-1.3, 2.7), (0.5, 3.0), (-4.0, -1.0), (0.0, 0.0)):
+        quantizer = ActivationQuantizer.of_range(low, high)
+        assert float(quantizer.dequantize(quantizer.quantize(torch.zeros(1)))) == 0
+        below, above = quantizer.bounds
+        assert below <= min(low, 0) + quantizer.scale
+        assert above >= max(high, 0) - quantizer.scale
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("bits", [8, 7, 4])
+def test_weights_are_rounded_to_the_nearest_integer(granularity, bits):
+    weight = random_(nn.Conv2d(6, 8, 3)).weight
+    quantized = quantize_weight(weight, granularity, bits, clip=False)
+    highest = 2 ** (bits - 1) - 1
+    assert int(quantized.integers.abs().max()) == highest
+    error = (quantized.dequantize() - weight).abs().flatten(1).amax(1)
+    assert (error <= quantized.scale / 2 * (1 + 1e-5)).all()
+    clipped = quantize_weight(weight, granularity, bits)
+    assert sqnr(weight, clipped.dequantize()) >= sqnr(weight, quantized.dequantize())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(6, 8, 3, padding=2, dilation=2, groups=2), nn.Conv2d(6, 6, 3, groups=6)],
+    ids=["strided", "dilated", "depthwise"],
+)
+def test_a_layer_computes_what_its_integers_say(layer):
+    random_(layer)
+    x = torch.randn(2, 6, 9, 11)
+    quantizer = ActivationQuantizer.of_range(float(x.min()), 0.9 * float(x.max()))
+    quantized = quantize_layer(layer, quantizer, "per_channel")
+    as_float = quantizer.dequantize(quantizer.quantize(x)).double()
+    weight = quantized.weight_integers.double() * quantized.weight_scale.double().reshape(-1, 1, 1, 1)
+    bias = quantized.bias_integers.double() * quantized.accumulator_scale.double()
+    expected = F.conv2d(as_float, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    # Three roundings to float32 after the exact sum: of the sum, of the scale and of the product.
+    assert_close(quantized(x).double(), expected, rtol=4 * 2**-24, atol=1e-6)
+
+
+def test_a_channel_of_zeros_keeps_its_bias():
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0
+        layer.bias[1] = 100.0
+    for granularity in ("per_channel", "per_tensor"):
+        quantized = quantize_layer(layer, ActivationQuantizer.of_range(0, 1), granularity)
+        assert_close(quantized(torch.rand(1, 3, 5, 5))[:, 1], torch.full((1, 3, 3), 100.0))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_step_brings_the_network_closer(network):
+    model, calibration, test = random_(NETWORKS[network]()), images(24), images(24, seed=9)
+    expected = model(test)
+    plain, first = quantize(model, calibration, NEAREST)
+    full, report = quantize(model, calibration, FULL)
+    assert sqnr(expected, full(test)) > sqnr(expected, plain(test)) + 1
+    assert {layer.name for layer in report.layers} == {layer.name for layer in first.layers}
+    assert not report.skipped
+    assert all(layer.sqnr_alone > 10 for layer in report.layers)
+
+
+def test_biases_are_corrected_to_the_float_means():
+    model, calibration = random_(Chain()), images(32)
+    settings = QuantizationSettings("per_tensor", equalize=False, rounding_sweeps=0)
+    quantized, _ = quantize(model, calibration, settings)
+    means = quantized(calibration).mean(0)
+    assert_close(means, model(calibration).mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_adaptive_rounding_lowers_the_output_error():
+    layer, x = random_(nn.Conv2d(6, 8, 3, padding=1, groups=2)), torch.randn(16, 6, 9, 9).relu()
+    quantized = quantize_layer(layer, ActivationQuantizer.of_range(0, float(x.max())), "per_channel", bits=4)
+    exact = quantized.quantizer.dequantize(quantized.quantizer.quantize(x))
+    before = float((quantized(x) - layer(exact)).square().sum())
+    ratio = adapt_rounding(quantized, layer.weight, x, highest=7)
+    after = float((quantized(x) - layer(exact)).square().sum())
+    assert after < before
+    assert ratio < 1
+    assert int(quantized.weight_integers.abs().max()) <= 7
+
+
+def test_sabotaged_channels_come_back():
+    model, calibration, test = random_(Chain()), images(24), images(24, seed=9)
+    sabotaged = random_(Chain())
+    with torch.no_grad():
+        scales = 10 ** torch.empty(8).uniform_(-3, 3, generator=torch.Generator().manual_seed(0))
+        sabotaged.body[0].weight.mul_(scales.reshape(-1, 1, 1, 1))
+        sabotaged.body[0].bias.mul_(scales)
+        sabotaged.body[2].weight.div_(scales.reshape(1, -1, 1, 1))
+    expected = model(test)
+    assert_close(sabotaged(test), expected, rtol=1e-3, atol=1e-4)
+    ours, theirs = (sqnr(expected, quantize(net, calibration)[0](test)) for net in (model, sabotaged))
+    broken = sqnr(expected, quantize(sabotaged, calibration, NEAREST)[0](test))
+    assert abs(ours - theirs) < 0.5
+    assert broken < theirs - 10
+
+
+def test_inputs_are_left_as_they_are():
+    model, calibration = random_(Chain()), images(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    copy = calibration.clone()
+    quantize(model, calibration)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(copy, calibration)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_batch_norms_stay_in_float32_and_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1))
+    quantized, report = quantize(model.eval(), images(4))
+    assert report.skipped == {
+        "1": "it is a batch norm: call repvgg.reparameterize first, which folds most of them",
+        "2": "its padding mode is 'reflect', not zeros",
+    }
+    assert "in float32: 2, because its padding mode is 'reflect', not zeros" in str(report)
+    assert isinstance(quantized[2], nn.Conv2d)
+
+
+def test_a_histogram_keeps_extremes_and_counts():
+    histogram, x = Histogram(), torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    histogram.observe_range(x)
+    histogram.count(x)
+    assert float(histogram.counts.sum()) == len(x)
+    full = choose_quantizer(histogram, "minmax")
+    tight = choose_quantizer(histogram, "percentile", 99.0)
+    assert histogram.clipped_share(full) < 1e-3
+    assert 0.01 < histogram.clipped_share(tight) < 0.03
+    best = choose_quantizer(histogram, "mse")
+    errors = [float((q.dequantize(q.quantize(x)) - x).square().sum()) for q in (best, full, tight)]
+    assert errors[0] <= min(errors[1:]) * 1.001
+
+
+def test_quality_of_outputs():
+    reference = torch.eye(4)
+    candidate = torch.eye(4)[[0, 1, 2, 2]]
+    quality = compare_outputs(reference, candidate, torch.tensor([0, 1, 2, 3]))
+    assert quality.agreement == 0.75
+    assert quality.sqnr == pytest.approx(10 * math.log10(4 / 2))
+    assert quality.accuracy == PairedAccuracy(4, 3, 1, 0, 4)
+    assert quality.accuracy.difference == -0.25
+    low, high = quality.accuracy.interval
+    assert low < -0.25 < high
+    assert sqnr(reference, reference) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("model", "calibration", "sentence"),
+    [
+        (nn.Sequential(nn.ReLU()), images(2), "no convolution or linear layer"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), [], "Calibration images are a tensor"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(3, 8, 8), "got the shape"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), torch.full((1, 3, 8, 8), torch.nan), "NaN or infinite"),
+    ],
+)
+def test_bad_input_is_refused(model, calibration, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        quantize(model.eval(), calibration)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"granularity": "x"}, {"weight_bits": 9}, {"ranges": "x"}, {"percentile": 50}, {"rounding_sweeps": -1}]
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(UsageError):
+        QuantizationSettings(**bad)
+
+
+def test_is_public():
+    assert repvgg.quantize is quantize
