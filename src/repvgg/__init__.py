@@ -102,7 +102,18 @@ _PACKAGE_OF = {
 #: Packages and modules that the documentation uses as attributes, such as repvgg.training.RepOptimizer.
 _DOCUMENTED_MODULES = ("blocks", "data", "engine", "errors", "training")
 _OTHER_MODULES = (
-    *("algebra", "checkpoints", "collapse", "deploy", "expansion", "measure", "models", "quantization", "studies", "symbolic"),
+    *(
+        "algebra",
+        "checkpoints",
+        "collapse",
+        "deploy",
+        "expansion",
+        "measure",
+        "models",
+        "quantization",
+        "studies",
+        "symbolic",
+    ),
 )
 
 

@@ -12,7 +12,9 @@ from repvgg.quantization.channel_graph import FIXED
 from tests.bn_statistics import trained_like
 from tests.quantization.networks import NETWORKS, Chain, Residual, Smooth, images, random_
 
-TINY = ModelSpec("tiny", Stage(1, 8), (Stage(2, 8), Stage(2, 16)), groups=2, squeeze_excite=SqueezeExciteSpec("after_relu", 4))
+TINY = ModelSpec(
+    "tiny", Stage(1, 8), (Stage(2, 8), Stage(2, 16)), groups=2, squeeze_excite=SqueezeExciteSpec("after_relu", 4)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +35,17 @@ def test_the_function_stays_the_same(network):
     assert any(layer.after < 0.9 * layer.before for layer in report.layers)
 
 
-def test_a_plain_repvgg_is_equalized_in_every_layer_but_the_last():
+def test_a_plain_repvgg_is_equalized_in_every_layer_but_gates_and_the_last():
     model = trained_like(repvgg.create_model(TINY, 5)).double()
     plain, _ = repvgg.reparameterize(model, torch.randn(1, 3, 33, 33, dtype=torch.float64))
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     equalized, report = equalize(plain, x)
     expected = plain(x)
     assert float((equalized(x) - expected).abs().max() / expected.abs().max()) <= 1e-12
-    assert report.left_alone == {"head": "it is an output of the network"}
+    gates = {name: reason for name, reason in report.left_alone.items() if name != "head"}
+    assert len(gates) == 5  # of five blocks
+    assert set(gates.values()) == {"sigmoid is not positively homogeneous"}
+    assert report.left_alone["head"] == "it is an output of the network"
     assert repvgg.is_plain(equalized)
 
 

@@ -97,6 +97,7 @@ def test_biases_are_corrected_to_the_float_means():
     assert_close(means, model(calibration).mean(0), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_adaptive_rounding_lowers_the_output_error():
     layer, x = random_(nn.Conv2d(6, 8, 3, padding=1, groups=2)), torch.randn(16, 6, 9, 9).relu()
     quantized = quantize_layer(layer, ActivationQuantizer.of_range(0, float(x.max())), "per_channel", bits=4)

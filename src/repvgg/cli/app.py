@@ -29,6 +29,7 @@ _COMMANDS = {
     "predict": "predict.predict",
     "convert": "convert.convert",
     "export": "export.export",
+    "quantize": "quantize.quantize",
     "verify": "verify.verify",
     "bench": "bench.bench",
     "study": "study.study",

@@ -18,10 +18,12 @@ from repvgg.deploy.qdq import export_qdq
 from repvgg.errors import ExportError, MissingDependencyError, first_line, require
 from repvgg.measure import INTERLEAVED, REST_SECONDS, take_samples
 from repvgg.quantization import Quality, QuantizationReport, QuantizationSettings, compare_outputs, quantize
+from repvgg.quantization.api import first_tensor
 
 _BATCH = 16
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
-_CHOICES = (  # of weights, the simplest first
+#: Granularities and bits of weights that are tried, the simplest first.
+CHOICES = (
     QuantizationSettings(granularity="per_channel", weight_bits=8),
     QuantizationSettings(granularity="per_tensor", weight_bits=8),
     QuantizationSettings(granularity="per_channel", weight_bits=7),
@@ -88,7 +90,7 @@ def judge_int8(
         MissingDependencyError: onnx or onnxruntime is not installed.
     """
     with torch.no_grad():
-        expected = torch.cat([_first(reference(batch)) for batch in images.split(_BATCH)])
+        expected = torch.cat([first_tensor(reference(batch)) for batch in torch.split(images, _BATCH)])
     with tempfile.TemporaryDirectory() as folder:
         float_file = Path(folder) / "float.onnx"
         export_onnx(reference, float_file, (images.shape[1], images.shape[2], images.shape[3]))
@@ -115,7 +117,7 @@ def quantize_for_cpu(
     calibration: Tensor,
     images: Tensor,
     settings: QuantizationSettings,
-    choices: Sequence[QuantizationSettings] = _CHOICES,
+    choices: Sequence[QuantizationSettings] = CHOICES,
 ) -> tuple[nn.Module, QuantizationReport, dict[str, Quality]]:
     """Quantize with the granularity and bits of weights that do best in ONNX Runtime on this CPU.
 
@@ -130,7 +132,7 @@ def quantize_for_cpu(
         The network and the report of the best choice, and the quality of each in ONNX Runtime by its description.
     """
     with torch.no_grad():
-        expected = torch.cat([_first(model(batch)) for batch in images.split(_BATCH)])
+        expected = torch.cat([first_tensor(model(batch)) for batch in torch.split(images, _BATCH)])
     best: tuple[nn.Module, QuantizationReport] | None = None
     tried: dict[str, Quality] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,20 +149,13 @@ def quantize_for_cpu(
     return *best, tried
 
 
-def _first(output: Any) -> Tensor:
-    if isinstance(output, dict):
-        output = next(iter(output.values()))
-    assert isinstance(output, Tensor)
-    return output
-
-
 def _outputs(run: Runner, images: Tensor) -> Tensor:
-    return torch.cat([run(batch) for batch in images.split(_BATCH)])
+    return torch.cat([run(batch) for batch in torch.split(images, _BATCH)])
 
 
 def _onnxruntime(path: Path, *, emulate: bool = False) -> Runner:
     runner = OnnxRunner(path, torch.get_num_threads(), optimize=not emulate)
-    return lambda x: _first(runner(x))
+    return lambda x: first_tensor(runner(x))
 
 
 def _openvino(path: Path) -> Runner:

@@ -190,9 +190,7 @@ class OnnxRunner:
         MissingDependencyError: onnxruntime is not installed.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], threads: int | None = None, *, optimize: bool = True
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None, *, optimize: bool = True) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}.")
         self.path = Path(path)

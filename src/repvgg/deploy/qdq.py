@@ -1,7 +1,7 @@
 """Write a quantized network as an ONNX file with QuantizeLinear and DequantizeLinear nodes (QDQ).
 
-Around each convolution and linear layer the file says which tensors are integers and at what scale; runtimes replace the
-nodes by integer kernels where they have them. Weights are stored as int8, biases as int32.
+Around each convolution and linear layer the file says which tensors are integers and at what scale; runtimes replace
+the nodes by integer kernels where they have them. Weights are stored as int8, biases as int32.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class QdqLayer(nn.Module):
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.geometry = None
+        self.geometry: tuple[Any, ...] | None = None
         if isinstance(layer, QuantizedConv2d):
             self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         shape = layer.weight_scale.shape

@@ -11,6 +11,7 @@ from repvgg.quantization.quality import PairedAccuracy, Quality, compare_outputs
 from repvgg.quantization.ranges import Histogram, RangeMethod, choose_quantizer
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
+from repvgg.quantization.steps import StepReport, measure_steps
 
 __all__ = [
     "ActivationQuantizer",
@@ -29,11 +30,13 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "RangeMethod",
+    "StepReport",
     "adapt_rounding",
     "choose_quantizer",
     "compare_outputs",
     "correct_bias",
     "equalize",
+    "measure_steps",
     "quantize",
     "quantize_layer",
     "quantize_weight",

@@ -1,9 +1,9 @@
 """Adaptive rounding: choose the integers of a layer by the error of its output instead of that of each weight.
 
-The squared error of the outputs of one channel over calibration inputs x is ``(w' − w) H (w' − w)ᵀ`` with ``H = Σ x xᵀ``
-over all positions of the kernel (the objective of AdaRound: Nagel et al., "Up or Down? Adaptive Rounding for
-Post-Training Quantization", 2020, equation 13). It is minimized by coordinate descent over the integers: each weight in
-turn takes the integer that is best given all others. The error never increases, and nothing has to be tuned.
+The squared error of the outputs of one channel over calibration inputs x is ``(w' − w) H (w' − w)ᵀ``, where
+``H = Σ x xᵀ`` over all positions of the kernel (the objective of AdaRound: Nagel et al., "Up or Down? Adaptive Rounding
+for Post-Training Quantization", 2020, equation 13). It is minimized by coordinate descent over the integers: each
+weight in turn takes the integer that is best given all others. The error never increases, and nothing has to be tuned.
 """
 
 from __future__ import annotations
@@ -75,14 +75,24 @@ def _error(difference: Tensor, moment: Tensor) -> float:
     return float(((difference @ moment) * difference).sum())
 
 
+def _unfold(x: Tensor, layer: QuantizedConv2d) -> Tensor:
+    """Return what the kernel covers at each position: (N, I · kH · kW, positions)."""
+    if isinstance(layer.padding, str):  # "same" and "valid"; the kernel is odd, so that both sides are padded alike
+        sides = [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = tuple(sides) if layer.padding == "same" else (0, 0)
+    else:
+        padding = layer.padding
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+
+
 def _second_moments(layer: QuantizedLayer, x: Tensor, groups: int) -> list[Tensor]:
     """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs."""
     total: list[Tensor] = []
     per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
-    for images in x.split(max(1, _COLUMN_BYTES // per_image)):
+    for images in torch.split(x, max(1, _COLUMN_BYTES // per_image)):
         columns = layer.centred_input(images) * layer.input_scale.double()
         if isinstance(layer, QuantizedConv2d):
-            columns = F.unfold(columns, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            columns = _unfold(columns, layer)
             columns = columns.movedim(1, 0).flatten(1)
         else:
             columns = columns.flatten(0, -2).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from repvgg.quantization.bias_correction import correct_bias
 from repvgg.quantization.calibration import LayerStatistics, collect_statistics, hooked, run
 from repvgg.quantization.equalization import channel_spread, equalize
 from repvgg.quantization.layers import QuantizedLayer, quantize_layer, why_not_quantizable
-from repvgg.quantization.quality import Quality, compare_outputs, sqnr
+from repvgg.quantization.quality import compare_outputs, sqnr
 from repvgg.quantization.ranges import choose_quantizer
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
@@ -78,7 +77,7 @@ def quantize(
         )
         for name in names
     ]  # fmt: skip
-    quality = compare_outputs(_logits(run(model, images)), _logits(run(quantized, images)))
+    quality = compare_outputs(first_tensor(run(model, images)), first_tensor(run(quantized, images)))
     return quantized, QuantizationReport(settings, tuple(layers), skipped, equalized, quality)
 
 
@@ -86,7 +85,7 @@ def _images(calibration: Tensor | Iterable[Any]) -> Tensor:
     if isinstance(calibration, Tensor):
         found = calibration
     else:
-        batches = [batch[0] if isinstance(batch, Sequence) and not isinstance(batch, Tensor) else batch for batch in calibration]
+        batches = [batch[0] if isinstance(batch, list | tuple) else batch for batch in calibration]
         if not batches or not all(isinstance(batch, Tensor) for batch in batches):
             raise UsageError("Calibration images are a tensor (N, C, H, W), or batches of such tensors.")
         found = torch.cat(batches)
@@ -151,12 +150,12 @@ def _refine(
 
 def _sqnr_alone(float_model: nn.Module, quantized: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, float]:
     """Return the SQNR of the network's output with one layer quantized at a time."""
-    reference = _logits(run(float_model, images))
+    reference = first_tensor(run(float_model, images))
     probe = copy.deepcopy(float_model)
     found = {}
     for name in names:
         _replace(probe, name, quantized.get_submodule(name))
-        found[name] = sqnr(reference, _logits(run(probe, images)))
+        found[name] = sqnr(reference, first_tensor(run(probe, images)))
         _replace(probe, name, float_model.get_submodule(name))
     return found
 
@@ -212,7 +211,7 @@ def _layer_report(
     )
 
 
-def _logits(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """Return the output to compare: a tensor, or the first one of several."""
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping):

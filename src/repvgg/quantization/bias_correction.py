@@ -1,9 +1,9 @@
 """Sequential bias correction: the mean of every output channel becomes that of the float network.
 
 Rounding weights and clipping activations shift the mean of each output channel, and the shifts add up over the layers
-(Nagel et al. 2019, section 4.2). The layers are corrected in the order of execution, each one on inputs that come from the
-quantized and corrected layers before it, so that a correction includes what is left of all earlier errors. One pass over
-all calibration images suffices, because each layer is corrected before the next one runs.
+(Nagel et al. 2019, section 4.2). The layers are corrected in the order of execution, each one on inputs that come from
+the quantized and corrected layers before it, so that a correction includes what is left of all earlier errors. One pass
+over all calibration images suffices, because each layer is corrected before the next one runs.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def collect_statistics(
 
 @contextmanager
 def hooked(model: nn.Module, names: Sequence[str], visit: Callable[[str, Tensor, Tensor], Any]) -> Iterator[None]:
-    """Call ``visit(name, input, output)`` after each call of the layers ``names``; what it returns replaces the output."""
+    """Call ``visit(name, input, output)`` after each call of the layers; what it returns replaces the output."""
     handles = []
     for name in names:
 

@@ -72,7 +72,11 @@ _MOVES = {
 }
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor}
 _PRODUCTS = {_aten.mul.Tensor, _aten.mul_.Tensor}
-_LAYERS = {_aten.conv2d.default: "conv", _aten.conv2d.padding: "conv", _aten.linear.default: "linear"}
+_LAYERS: dict[Any, Literal["conv", "linear"]] = {
+    _aten.conv2d.default: "conv",
+    _aten.conv2d.padding: "conv",
+    _aten.linear.default: "linear",
+}
 
 FIXED = 0  # the variable of everything that cannot be rescaled
 
@@ -152,8 +156,12 @@ class _Variables:
         return torch.tensor([self.root(int(variable)) for variable in variables], dtype=torch.long)
 
     def unite(self, one: Tensor, other: Tensor, reason: str) -> None:
-        pairs = torch.stack(torch.broadcast_tensors(one, other), -1).reshape(-1, 2).unique(dim=0)
-        for first, second in pairs.tolist():
+        """Make the variables of two tensors of the same shape equal, element by element."""
+        for axis in range(one.ndim):
+            if one.stride(axis) == other.stride(axis) == 0:  # expanded over pixels: one of them suffices
+                one, other = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
+        pairs = torch.stack([one, other], -1).reshape(-1, 2)
+        for first, second in set(map(tuple, pairs.tolist())):
             low, high = sorted((self.root(first), self.root(second)))
             if low != high:
                 self._parents[high] = low  # FIXED is the lowest: it stays the root of its set
@@ -192,10 +200,7 @@ class _Tracer:
                 self._fix(node, "it is an output of the network")
         roots = self._variables.roots
         reasons = {
-            layer.weight: reason
-            for layer in self._layers
-            for reason in [self._reason(layer)]
-            if reason is not None
+            layer.weight: reason for layer in self._layers for reason in [self._reason(layer)] if reason is not None
         }
         layers = tuple(
             Layer(
@@ -230,7 +235,8 @@ class _Tracer:
         if target in _PRODUCTS:
             return self._product(node)
         if str(target) == "<built-in function getitem>":
-            return self._values[node.args[0]][node.args[1]]
+            source, index = _arguments(node)
+            return self._values[source][index]
         self._fix(node, f"{_name(node)} is not positively homogeneous")
         return _fixed_like(node)
 
@@ -242,7 +248,7 @@ class _Tracer:
         if any(one.name not in self._state or len(one.users) != 1 for one in state) or channels is None:
             what = "its weights are computed or shared" if channels is not None else "it mixes pixels with channels"
             self._fix(node, f"it is read by {_name(node)}: {what}")
-            return _fixed_like(node)
+            return _fixed(shape)
         outputs = self._variables.new(weight.meta["val"].shape[0])
         name = self._state[weight.name]
         layer = Layer(
@@ -255,9 +261,7 @@ class _Tracer:
             outputs,
         )
         self._layers.append(layer)
-        if kind == "conv":
-            return outputs.reshape(1, -1, 1, 1).expand(shape)
-        return outputs.expand(shape)
+        return (outputs.reshape(1, -1, 1, 1) if kind == "conv" else outputs).expand(shape)
 
     def _input_channels(self, x: Node, kind: Literal["conv", "linear"]) -> Tensor | None:
         """Return the variables of the channels of ``x``, or ``None`` where a channel has several."""
@@ -270,13 +274,14 @@ class _Tracer:
 
     def _same_channels(self, node: Node) -> Tensor:
         """Return the variables of an operation that works on each channel by itself."""
-        x = self._values[node.args[0]]
+        arguments = _arguments(node)
+        x: Tensor = self._values[arguments[0]]
         shape = node.meta["val"].shape
         if x.shape == shape:
-            return x  # type: ignore[no-any-return]
+            return x
         if node.target in (_aten.mean.dim, _aten.amax.default):
-            axes = node.args[1] if len(node.args) > 1 else list(range(x.ndim))
-            return self._reduced(node, x, axes, shape)  # type: ignore[arg-type]
+            axes = arguments[1] if len(arguments) > 1 else list(range(x.ndim))
+            return self._reduced(node, x, axes, shape)
         channels = x.movedim(1, 0).flatten(1)
         if (channels != channels[:, :1]).any():
             return self._not_per_channel(node)
@@ -292,12 +297,13 @@ class _Tracer:
 
     def _not_per_channel(self, node: Node) -> Tensor:
         self._fix(node, f"{_name(node)} mixes channels of different scales")
-        return _fixed_like(node)
+        return _fixed(node.meta["val"].shape)
 
     def _move(self, node: Node) -> Any:
         # Sizes are those of a batch of one image, as in the graph.
-        arguments = torch.fx.map_arg(node.args, lambda one: self._values.get(one))
-        if any(value is None for value in torch.fx.node.map_arg(node.args, self._values.get) if value is None):
+        arguments: Any = torch.fx.node.map_arg(node.args, lambda one: self._values.get(one))
+        if any(one not in self._values for one in node.all_input_nodes):  # a constant among activations
+            self._fix(node, "it is joined with a constant")
             return _fixed_like(node)
         target: Any = node.target
         if target is _aten.view.default:
@@ -305,32 +311,37 @@ class _Tracer:
         return target(*arguments, **node.kwargs)
 
     def _sum(self, node: Node) -> Tensor:
-        first, second = node.args[:2]
-        if isinstance(second, Node) and second in self._values and first in self._values:
-            ours, theirs = self._values[first], self._values[second]
-            self._variables.unite(ours, theirs, "it is added to something that cannot be rescaled")
+        first, second = _arguments(node)[:2]
+        ours: Tensor = self._values[first]
+        if isinstance(second, Node) and second in self._values:
+            theirs: Tensor = self._values[second]
             shape = node.meta["val"].shape
-            return ours if ours.shape == shape else theirs.expand(shape)  # type: ignore[no-any-return]
+            ours, theirs = ours.expand(shape), theirs.expand(shape)
+            self._variables.unite(ours, theirs, "it is added to something that cannot be rescaled")
+            return ours
         if isinstance(second, int | float) and second == 0:
-            return self._values[first]  # type: ignore[no-any-return, index]
+            return ours
         self._fix(node, "a constant is added to it")
-        return _fixed_like(node)
+        return _fixed(node.meta["val"].shape)
 
     def _product(self, node: Node) -> Tensor:
-        first, second = node.args[:2]
+        first, second = _arguments(node)[:2]
         activations = [one for one in (first, second) if isinstance(one, Node) and one in self._values]
         shape = node.meta["val"].shape
         if len(activations) == 1:  # times a number or a constant tensor
-            return self._values[activations[0]].expand(shape)  # type: ignore[no-any-return]
+            factor: Tensor = self._values[activations[0]]
+            return factor.expand(shape)
         # One factor carries the scale, the other one, a gate, is fixed: the one that is fixed already if there is one.
         carrier, gate = activations
         if self._is_fixed(carrier):
             carrier, gate = gate, carrier
         self._fix_value(gate, "it multiplies another activation")
-        return self._values[carrier].expand(shape)  # type: ignore[no-any-return]
+        carried: Tensor = self._values[carrier]
+        return carried.expand(shape)
 
     def _is_fixed(self, node: Node) -> bool:
-        return all(self._variables.root(variable) == FIXED for variable in self._values[node].unique().tolist())
+        values: Tensor = self._values[node]
+        return all(self._variables.root(variable) == FIXED for variable in set(values.flatten().tolist()))
 
     def _fix(self, node: Node, reason: str) -> None:
         for one in node.all_input_nodes:
@@ -340,20 +351,28 @@ class _Tracer:
     def _fix_value(self, node: Node, reason: str) -> None:
         values = self._values[node]
         for value in values if isinstance(values, tuple | list) else (values,):
-            self._variables.unite(value.unique(), torch.tensor(FIXED), reason)
+            self._variables.unite(value, torch.tensor(FIXED).expand(value.shape), reason)
 
 
 def _fixed_like(node: Node) -> Any:
     value = node.meta["val"]
     if isinstance(value, tuple | list):
-        return [torch.zeros(1, dtype=torch.long).expand(one.shape) for one in value]
-    return torch.zeros(1, dtype=torch.long).expand(value.shape) if isinstance(value, Tensor) else value
+        return [_fixed(one.shape) for one in value]
+    return _fixed(value.shape) if isinstance(value, Tensor) else value
+
+
+def _fixed(shape: torch.Size) -> Tensor:
+    return torch.tensor(FIXED).expand(shape)
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _layer_arguments(node: Node) -> tuple[Node, Any, Any, int]:
     """Return input, weight, bias and groups of a convolution or linear layer."""
     names: list[str] = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, _arguments(node), strict=False)) | dict(node.kwargs)
     return given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
 
 

@@ -3,7 +3,8 @@
 With one scale per weight tensor, a channel a hundred times smaller than the largest one keeps 1 or 2 of its 8 bits. For
 each channel between a layer that writes it with weights of range ``r_out`` and one that reads it with weights of range
 ``r_in``, dividing by ``s = sqrt(r_out / r_in)`` makes both ranges ``sqrt(r_out · r_in)`` (Nagel et al., "Data-Free
-Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1). The network computes the same function.
+Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1). The network computes the same
+function.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LARGEST_SCALE = 1e12  # of a channel with hardly any weights: larger factors wo
 @final
 @dataclass(frozen=True)
 class LayerSpread:
-    """The ranges of the output channels of a layer: ``max / median`` of ``max |w|`` over the channels that are not 0."""
+    """The ranges of the output channels of a layer: ``max / median`` of ``max |w|`` over those that are not 0."""
 
     name: str
     before: float
@@ -127,7 +128,7 @@ class _Group(NamedTuple):
 def _groups(graph: ChannelGraph) -> list[_Group]:
     groups = []
     for layer in graph.layers:
-        variables = layer.outputs[layer.outputs != FIXED].unique()
+        variables = torch.tensor(sorted(set(layer.outputs.tolist()) - {FIXED}), dtype=torch.long)
         if len(variables):
             producers = tuple(other for other in graph.layers if torch.isin(other.outputs, variables).any())
             consumers = tuple(other for other in graph.layers if torch.isin(other.inputs, variables).any())
@@ -143,8 +144,9 @@ def _solve(graph: ChannelGraph, weights: Mapping[str, Tensor]) -> tuple[Tensor, 
     for group in groups:
         producers = [layer for layer in group.producers if not torch.isin(layer.inputs, group.variables).any()]
         _set(scales, group, _ranges(producers, weights, scales, group.variables, written=True))
-    sweep = 0
-    for sweep in range(1, _MAX_SWEEPS + 1):
+    sweeps = 0
+    while sweeps < _MAX_SWEEPS:
+        sweeps += 1
         before = scales.clone()
         for group in groups:
             written = _ranges(group.producers, weights, scales, group.variables, written=True)
@@ -152,7 +154,7 @@ def _solve(graph: ChannelGraph, weights: Mapping[str, Tensor]) -> tuple[Tensor, 
             _set(scales, group, (written / read).sqrt())
         if float((scales / before).log().abs().max()) < _CONVERGED:
             break
-    return scales, sweep
+    return scales, sweeps
 
 
 def _set(scales: Tensor, group: _Group, found: Tensor) -> None:

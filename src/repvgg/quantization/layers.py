@@ -125,6 +125,8 @@ def why_not_quantizable(module: nn.Module) -> str | None:
     """Return why a convolution or linear layer stays in float32, or ``None`` if it can be quantized."""
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return f"its padding mode is {module.padding_mode!r}, not zeros"
+    if isinstance(module, nn.Conv2d) and module.padding == "same" and not all(side % 2 for side in module.kernel_size):
+        return "it pads one side more than the other"
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} may compute something else than a convolution or a linear map"
     return None

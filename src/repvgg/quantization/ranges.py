@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
@@ -69,7 +68,9 @@ class Histogram:
         return float((self.counts * torch.where(clipped, error.square(), torch.full_like(error, inside))).sum())
 
 
-def choose_quantizer(histogram: Histogram, method: RangeMethod = "mse", percentile: float = 99.99) -> ActivationQuantizer:
+def choose_quantizer(
+    histogram: Histogram, method: RangeMethod = "mse", percentile: float = 99.99
+) -> ActivationQuantizer:
     """Return the quantizer of an activation tensor.
 
     Args:

@@ -70,7 +70,10 @@ class QuantizationReport:
         return f"QuantizationReport({len(self.layers)} layers, {self.quality})"
 
     def __str__(self) -> str:
-        lines = [f"{len(self.layers)} layers in integers: {self.settings}", f"on the calibration images: {self.quality}"]
+        lines = [
+            f"{len(self.layers)} layers in integers: {self.settings}",
+            f"on the calibration images: {self.quality}",
+        ]
         if self.equalization is not None:
             lines += str(self.equalization).splitlines()
         lines += [f"in float32: {name}, because {reason}" for name, reason in self.skipped.items()]
