@@ -259,8 +259,8 @@ def test_examples_in_help_use_known_flags(repvgg):
 
 def test_unknown_command(refused):
     assert refused("lisst") == "error: There is no command 'lisst': did you mean list?\n"
-    commands = "quickstart, list, profile, train, eval, predict, convert, export, verify, bench, study, data check"
-    assert f"{commands}, checkpoint" in refused("xyzzy")
+    commands = "quickstart, list, profile, train, eval, predict, convert, export, quantize, verify, bench, study"
+    assert f"{commands}, data check, checkpoint" in refused("xyzzy")
     assert "'--frobnicate'" in refused("--frobnicate")
 
 

@@ -19,6 +19,7 @@ from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
 from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.onnx_operators import translations
+from repvgg.deploy.qdq_operators import qdq_translations
 from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
@@ -119,7 +120,7 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
                 input_names=flat.inputs,
                 output_names=flat.outputs,
                 dynamic_shapes=axes if flat.is_plain or axes is None else (axes,),
-                custom_translation_table=translations() | _quantized_translations(),
+                custom_translation_table=translations() | qdq_translations(),
                 dynamo=True,  # through torch.export: the older exporter bakes data-dependent branches into the graph
                 optimize=True,
                 verbose=False,
@@ -252,9 +253,3 @@ def _session(path: Path, threads: int | None, *, optimize: bool) -> Any:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise ExportError(f"{str(path)!r} cannot be loaded by ONNX Runtime: {first_line(error)}.") from error
-
-
-def _quantized_translations() -> dict[Any, Any]:
-    from repvgg.deploy.qdq import qdq_translations  # which imports this module
-
-    return qdq_translations()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -17,49 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.deploy.onnx import OnnxExport, export_onnx
-from repvgg.errors import UsageError, require
+from repvgg.deploy.qdq_operators import dequantize_linear, quantize_linear
+from repvgg.errors import UsageError
 from repvgg.quantization import QuantizedConv2d, QuantizedLayer
-from repvgg.quantization.affine import over_axis_0
-
-
-@torch.library.custom_op("repvgg::quantize_linear", mutates_args=())
-def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``clamp(round(x / scale) + zero_point)`` in the dtype of ``zero_point``, as ONNX's QuantizeLinear."""
-    limits = torch.iinfo(zero_point.dtype)
-    return torch.clamp(torch.round(x / scale) + zero_point, limits.min, limits.max).to(zero_point.dtype)
-
-
-@quantize_linear.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
-
-
-@torch.library.custom_op("repvgg::dequantize_linear", mutates_args=())
-def dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``(q − zero_point) · scale`` in float32, with scales of shape () or along axis 0."""
-    centred = q.to(torch.int32) - over_axis_0(zero_point.to(torch.int32), q.ndim)
-    return centred.float() * over_axis_0(scale, q.ndim)
-
-
-@dequantize_linear.register_fake
-def _(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
-
-
-def qdq_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the functions that write the nodes, as ``torch.onnx.export`` takes them."""
-    op = require("onnxscript", "onnx").opset18
-
-    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point)
-
-    def dequantize(q: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(q, scale, zero_point, axis=0)
-
-    return {
-        torch.ops.repvgg.quantize_linear.default: quantize,
-        torch.ops.repvgg.dequantize_linear.default: dequantize,
-    }
 
 
 @final
@@ -82,10 +42,10 @@ class QdqLayer(nn.Module):
         self.register_buffer("input_zero_point", layer.input_zero_point.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        q = torch.ops.repvgg.quantize_linear(x, self.input_scale, self.input_zero_point)
-        x = torch.ops.repvgg.dequantize_linear(q, self.input_scale, self.input_zero_point)
-        weight = torch.ops.repvgg.dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point)
-        bias = torch.ops.repvgg.dequantize_linear(self.bias, self.bias_scale, self.bias_zero_point)
+        q = quantize_linear(x, self.input_scale, self.input_zero_point)
+        x = dequantize_linear(q, self.input_scale, self.input_zero_point)
+        weight = dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point)
+        bias = dequantize_linear(self.bias, self.bias_scale, self.bias_zero_point)
         return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, *self.geometry)
 
 
