@@ -13,7 +13,7 @@ import tyro
 from repvgg._files import atomic_write, check_output
 from repvgg._progress import busy
 from repvgg.cli._network import Network, load_network
-from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile
+from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile, option
 from repvgg.cli._output import write_line, write_warning
 from repvgg.errors import ExportError, NothingFoldedWarning, UsageError
 
@@ -38,11 +38,11 @@ def quantize(
     calibration_images: int = 128,
     test_images: int = 512,
     granularity: Literal["auto", "per_channel", "per_tensor"] = "auto",
-    weight_bits: Literal[7, 8] | None = None,
+    weight_bits: Annotated[Literal[7, 8] | None, tyro.conf.arg(help_behavior_hint="")] = None,
     ranges: Literal["mse", "percentile", "minmax"] = "mse",
-    equalize: bool = True,
+    equalize: Annotated[bool, option("leave the scales of channels as they are.")] = True,
     rounding_sweeps: int = 2,
-    correct_biases: bool = True,
+    correct_biases: Annotated[bool, option("leave the biases as they are.")] = True,
     min_agreement: float = 0.99,
     report_only: bool = False,
     overwrite: bool = False,
@@ -74,9 +74,9 @@ def quantize(
         granularity: one scale for a weight tensor or for each output channel; auto: what does best on this CPU.
         weight_bits: 7 keeps the integer kernels of CPUs without VNNI from saturating (default: what does best here).
         ranges: how the range of an activation is chosen.
-        equalize: rescale channels between layers.
+        equalize: see above.
         rounding_sweeps: passes of adaptive rounding; 0 rounds to the nearest.
-        correct_biases: correct biases.
+        correct_biases: see above.
         min_agreement: share of the validation images whose top-1 class stays the same in every runtime.
         report_only: measure what each step is worth for this network, and write nothing.
         overwrite: replace the file if it exists.
