@@ -57,9 +57,9 @@ def quantize(
     classes with the float network, paired difference of the accuracies with its 95 % confidence interval,
     signal-to-noise ratio of the logits, latency. A file that agrees in fewer images than --min-agreement is not kept.
 
-        repvgg quantize runs/a0/train.safetensors a0-int8.onnx --data imagefolder:/data/imagenet
-        repvgg quantize plain.safetensors int8.onnx --data imagefolder:photos --granularity per_tensor
-        repvgg quantize plain.safetensors int8.onnx --data imagefolder:photos --report-only
+        repvgg quantize train.safetensors int8.onnx --data imagefolder:photos
+        repvgg quantize plain.safetensors int8.onnx --data digits: --weight-bits 7
+        repvgg quantize plain.safetensors int8.onnx --data digits: --report-only
 
     Args:
         source: where the model comes from.
