@@ -127,3 +127,20 @@ def test_values_after_bars_are_inside_and_free_of_labels(size, values):
         assert box.x1 <= right
         assert not any(box.overlaps(label) for label in ticks)
     assert not any(one.overlaps(other) for one, other in pairwise(ticks))
+
+
+@pytest.mark.parametrize("size", [NARROW_INCHES, SLIDE_INCHES])
+def test_the_line_at_one_crosses_no_value(size):
+    values = (0.99, 0.5, 0.94, 1.0, 1.02, 0.1)
+    bars = [Bar("one network vs another", value, 1.94 - value) for value in values]
+    bars.append(Bar("two", 0.2, text="more memory than this machine has"))
+    figure = Figure(size, layout="constrained")
+    draw_bars(figure, "Bars", "times as fast", bars, line_at=1.0)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    line, _ = axes.transData.transform((1.0, 0.0))
+    assert len(axes.texts) == 2 * len(bars) - 1
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert not box.x0 < line < box.x1
+        assert box.x1 <= figure.bbox.x1

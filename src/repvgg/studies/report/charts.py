@@ -108,14 +108,14 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
         axes.barh([row + paper_down for row in rows], [bar.paper or 0.0 for bar in bars], 0.3, color=PAPER)
     longest = max((length for bar in bars for length in (bar.value, bar.paper) if length is not None), default=1.0)
     gap = longest * 0.012
-    texts: list[tuple[float, Text]] = []  # each with the length of its bar
+    texts: list[Text] = []
     for row, bar in enumerate(bars):
         text = bar.text or ("not measured" if bar.value is None else f"{bar.value:.2f}{' here' if paper else ''}")
         style: dict[str, Any] = {"va": "center", "color": colors[row], "fontsize": _font(0.94)}
-        texts.append((lengths[row], axes.text(lengths[row] + gap, row - ours_up, text, **style)))
+        texts.append(axes.text(lengths[row] + gap, row - ours_up, text, **style))
         if bar.paper is not None:
             label, style = f"{bar.paper:,.2f} paper", {"va": "center", "color": PAPER_TEXT, "fontsize": _font(0.76)}
-            texts.append((bar.paper, axes.text(bar.paper + gap, row + paper_down, label, **style)))
+            texts.append(axes.text(bar.paper + gap, row + paper_down, label, **style))
     if line_at is not None:
         axes.axvline(line_at, color=INK, linewidth=1.2)
     axes.set_yticks(list(rows), labels)
@@ -124,17 +124,27 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(unit)
     _make_space(figure, axes, texts)
+    while line_at is not None and (crossing := [text for text in texts if _is_crossed(text, axes, line_at)]):
+        for crossed in crossing:  # to the other side of the line; a wider axis may then let others reach the line
+            crossed.set_x(line_at + gap)
+        _make_space(figure, axes, texts)
 
 
-def _make_space(figure: Figure, axes: Axes, texts: Sequence[tuple[float, Text]]) -> None:
-    """Extend the x axis until each text, which begins at the end of its bar, ends inside of the axes."""
+def _make_space(figure: Figure, axes: Axes, texts: Sequence[Text]) -> None:
+    """Extend the x axis until each text ends inside of the axes."""
     figure.draw_without_rendering()  # the layout decides how wide the axes are
     width = axes.get_window_extent().width
     limit = axes.get_xlim()[1]
-    for length, text in texts:
+    for text in texts:
         free = width - text.get_window_extent().width - _font(0.5)
-        limit = max(limit, length * width / max(free, width / 10))  # a text may be as long as the axes
+        limit = max(limit, text.get_position()[0] * width / max(free, width / 10))  # may be as long as the axes
     axes.set_xlim(0.0, limit)
+
+
+def _is_crossed(text: Text, axes: Axes, line_at: float) -> bool:
+    """Whether a vertical line runs through a text that begins before it."""
+    line = float(axes.transData.transform((line_at, 0.0))[0])
+    return text.get_position()[0] <= line_at and text.get_window_extent().x1 + _font(0.1) > line
 
 
 def add_panels(figure: Figure, count: int) -> list[Axes]:
