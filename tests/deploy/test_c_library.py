@@ -262,3 +262,14 @@ def test_processors_without_the_instructions_are_refused(tmp_path, target, cpu, 
     assert outcome.returncode == (0 if runs else 1), outcome.stderr
     assert ("output 0:" in outcome.stdout) == runs
     assert ("This processor lacks instructions of " + target in outcome.stderr) != runs
+
+
+def test_outputs_count_images_along_their_first_axis(tmp_path):
+    class ChannelsFirst(Net):
+        def forward(self, x):
+            return self.conv(x).relu().transpose(0, 1)
+
+    model = ChannelsFirst().eval()
+    with pytest.raises(UnsupportedError):
+        export_c(model, model, tmp_path / "net", [SHAPE], max_batch=2, threads=1, name="net")
+    assert not (tmp_path / "net").exists()

@@ -18,6 +18,7 @@ from repvgg.errors import UnsupportedError
 MAX_RANK, VERSION_BYTES, ID_BYTES, WEIGHTS_HEADER = 8, 128, 32, 64
 INPUT = 2**64 - 1  # a source
 WEIGHTS, BUFFER, INPUT_STRIDES = 0, 1, 2  # kinds of weights
+_ARENA = 0  # the number of the only buffer
 
 
 def _words(*fields: str | tuple[str, int]) -> np.dtype[np.void]:
@@ -81,14 +82,14 @@ def describe_network(
         embedded: whether the library contains the weights.
 
     Raises:
-        UnsupportedError: an output has more than 8 axes.
+        UnsupportedError: an output has more than 8 axes, or its first axis does not count the images.
     """
     batch = plan.input_shapes[0][0]
     weights = _Weights()
     inputs = np.zeros(len(plan.input_shapes), INPUT_TABLE)
     inputs["shape"] = [shape[1:] for shape in plan.input_shapes]
     outputs = np.array([_output(one) for one in plan.outputs], OUTPUT_TABLE)
-    buffers = np.array([(one.floats,) for one in plan.buffers], BUFFER_TABLE)
+    buffers = np.array([(plan.memory_floats,)], BUFFER_TABLE)  # all buffers lie in one
     steps = np.array([_step(step, kernels, weights, batch) for step in plan.steps], STEP_TABLE)
     head = np.zeros((), DESCRIPTION)
     digest = weights.digest()
@@ -134,6 +135,8 @@ class _Weights:
 
 def _output(output: OutputBuffer) -> tuple[Any, ...]:
     layout, tensor = output.buffer.layout, output.tensor
+    if tensor.batch_axis or tensor.folded:
+        raise UnsupportedError("A library returns tensors whose first axis counts the images: move the axis there.")
     shape = tensor.shape_of(FeatureShape(layout.channels, layout.size))
     if len(shape) > MAX_RANK:
         raise UnsupportedError(f"A library returns tensors of at most {MAX_RANK + 1} axes, not {len(shape) + 1}.")
@@ -143,25 +146,28 @@ def _output(output: OutputBuffer) -> tuple[Any, ...]:
     missing = 3 - len(order)
     return (
         *(len(shape), (*shape, *[0] * (MAX_RANK - len(shape)))),
-        *(output.buffer.number, layout.interior_offset, layout.image_stride),
+        *(_ARENA, output.buffer.offset + layout.interior_offset, layout.image_stride),
         (*[1] * missing, *[extents[axis] for axis in order]),
         (*[0] * missing, *[strides[axis] for axis in order]),
     )
+
+
+def _byte_offset(step: Step, buffer: Buffer) -> int:
+    """Return where a step begins in a buffer, from the beginning of the arena."""
+    return FLOAT_BYTES * (buffer.offset + step.offset_in(buffer))
 
 
 def _step(step: Step, kernels: dict[Kernel, int], weights: _Weights, batch: int) -> tuple[int, ...]:
     if step.source is None:
         kind, number, offset = INPUT_STRIDES, 0, 0
     elif isinstance(step.weights, Buffer):
-        kind, number, offset = BUFFER, step.weights.number, FLOAT_BYTES * step.offset_in(step.weights)
+        kind, number, offset = BUFFER, _ARENA, _byte_offset(step, step.weights)
     else:
         kind, number, offset = WEIGHTS, weights.offset(step.weights), 0
     return (
         kernels[step.kernel],
-        INPUT if step.source is None else step.source.number,
-        0 if step.source is None else FLOAT_BYTES * step.offset_in(step.source),
-        step.target.number,
-        FLOAT_BYTES * step.offset_in(step.target),
+        *((INPUT, 0) if step.source is None else (_ARENA, _byte_offset(step, step.source))),
+        *(_ARENA, _byte_offset(step, step.target)),
         *(kind, number, offset, weights.offset(step.bias)),
         *(step.kernel.units_per_block, step.items_per_block, step.items_per_image, step.first_image),
         batch if step.max_images is None else step.max_images,
