@@ -153,7 +153,7 @@ class ChainRunByForward(Chain):
 
 
 class PartOfAChainRunByForward(Chain):
-    """Its forward stays, and calls the method: only leaving the norm keeps what the method computes."""
+    """A forward that calls the method leaves the norm; with inputs, it gets a new forward that does not call it."""
 
     def encode(self, x):
         return self.conv(x)
@@ -179,8 +179,8 @@ class Blocks(nn.Module):
 
 
 REFUSED = [RunByForward, All, Part, ByAnotherMethod, ByAnotherName, ByText, ByChildren, Weights]
-REFUSED += [OfABody, InABody, Layers, OneLayer]
-KEPT = [OfForward, WholeBody, WholeLayers, Chain, ChainRunByForward, PartOfAChainRunByForward, Blocks]
+REFUSED += [OfABody, InABody, Layers, OneLayer, PartOfAChainRunByForward]
+KEPT = [OfForward, WholeBody, WholeLayers, Chain, ChainRunByForward, Blocks]
 
 
 STAY = [RunByForward, Part, ByAnotherMethod, OfABody, PartOfAChainRunByForward]  # without inputs
@@ -202,6 +202,37 @@ def test_methods_keep_their_meaning_or_are_refused(kind, inputs):
                 one.encode(image())
         else:
             torch.testing.assert_close(one.encode(image()), model.encode(image()))
+
+
+class Inner(nn.Module):
+    """A part that has the name of a part of its own, as in RepViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.other, self.bn = conv(), conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.body(x) + self.other(x)))
+
+
+class SameNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Inner()
+
+    def encode(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+def test_a_method_that_a_forward_which_stays_calls_is_kept():
+    model = trained(SameNames())
+    plain, report = repvgg.reparameterize(model, image())
+    assert len(report.folded) == 1
+    assert not report.left
+    torch.testing.assert_close(plain.encode(image()), model.encode(image()))
 
 
 def test_methods_that_use_no_part_are_kept():

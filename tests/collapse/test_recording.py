@@ -12,6 +12,7 @@ from torch import nn
 
 import repvgg
 from repvgg._calls import Call
+from repvgg.collapse.graph_builder import is_user_code
 from repvgg.collapse.record import record
 from repvgg.errors import NothingFoldedWarning, UsageError
 from tests.collapse.models import Block, Branches, Linear2d, assert_same_outputs, check, conv, image, module, trained
@@ -291,3 +292,9 @@ def test_a_forward_with_a_device_that_no_tensor_has_is_not_rewritten():
     assert len(report.folded) == 1  # the norm, and not the scale
     assert hasattr(plain, "scale")
     assert_same_outputs(model, plain, image())
+
+
+def test_packages_with_names_like_torch_are_code_of_a_model():
+    folder = torch.__path__[0]
+    assert not is_user_code(f"{folder}/nn/modules/conv.py")
+    assert is_user_code(f"{folder}vision/models/densenet.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from repvgg.collapse.tracked import Unknown, is_tracked, untracked
 from repvgg.errors import ReparamError
 
 _PACKAGE = Path(__file__).parents[1]
-_RECORDER = str(_PACKAGE / "collapse")
+_RECORDER = str(_PACKAGE / "collapse") + os.sep
+# Folders end with a separator: torchvision, whose path starts like that of torch, is code of a model.
 _NOT_OF_THE_MODEL = (
-    torch.__path__[0],
-    *(str(_PACKAGE / name) for name in ("_structure.py", "_calls.py", "collapse", "symbolic")),
+    torch.__path__[0] + os.sep,
+    *(str(_PACKAGE / name) for name in ("_structure.py", "_calls.py")),
+    *(str(_PACKAGE / name) + os.sep for name in ("collapse", "symbolic")),
 )
 
 

@@ -76,7 +76,6 @@ def insertion_points(
 
     ``may_replace`` tells whether the module of a frame may become a convolution as a whole.
     """
-    host, stacks = frames_around(region, recording)
     found: list[InsertionPoint] = []
     last = recording.frame_of[region.exit]  # inside the host: what stays of a chain may lie outside the module
     steps, read = {step.node for step in region.steps}, [region.read_by_convolution]
@@ -98,10 +97,18 @@ def insertion_points(
                 functions, replaced = functions[1:], frame.path
         changed = frozenset(recording.owner(node) for node in functions)
         found.append(InsertionPoint("chain", owner, changed, whole=replaced))
-    elif region.value.symbol.is_convolution:
-        rewritten = {frame.path for stack in stacks for frame in stack}
-        found.append(InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path})))
+    elif (point := call_in_new_forward(region, recording)) is not None:
+        found.append(point)
     return found
+
+
+def call_in_new_forward(region: Region, recording: Recording) -> InsertionPoint | None:
+    """Return the call of the convolution of a region in the forward around it; None if it is not one convolution."""
+    if not region.value.symbol.is_convolution:
+        return None
+    host, stacks = frames_around(region, recording)
+    rewritten = {frame.path for stack in stacks for frame in stack}
+    return InsertionPoint("call", host.path, frozenset(rewritten), frozenset(rewritten - {host.path}))
 
 
 def _is_whole(

@@ -86,6 +86,8 @@ def refused_methods(recording: Recording, done: Replacement) -> Iterator[tuple[s
             keeps = done.insertion.kind == "chain" and (
                 name in runs_all or code.only_describes or (all_touched and in_order and not code.is_property)
             )
+            # A forward that stays calls it: the region is inside of a part that both call as a whole.
+            keeps = keeps or (name in runs_all and path not in done.insertion.rewritten and not code.is_property)
             if touched and not keeps:
                 yield path, RefusedMethod(f"{type(module).__name__}.{name}", touched[0], code.is_property)
 

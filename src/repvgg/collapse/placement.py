@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from repvgg._calls import signature_of
 from repvgg.collapse.code import code_facts, has_public_methods
 from repvgg.collapse.emit import why_not_emitted
-from repvgg.collapse.insertion import InsertionPoint, frames_around, insertion_points
+from repvgg.collapse.insertion import InsertionPoint, call_in_new_forward, frames_around, insertion_points
 from repvgg.collapse.matching import canonical_form, is_same_region
 from repvgg.collapse.methods import separating_method
 from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewhere, is_inside, is_leaf
@@ -163,7 +163,17 @@ class Placement:
             if reason is None:
                 return point
             first = first or reason
+            # A new forward does not call the method that runs a part of a chain: the plain model can refuse it.
+            if point.kind == "chain" and self.validity.trusted and self._has_separating_method(region):
+                instead = call_in_new_forward(region, self.recording)
+                if instead is not None and self._why_not(region, instead) is None:
+                    return instead
         return first or "there is no place for it"
+
+    def _has_separating_method(self, region: Region) -> bool:
+        _, stacks = frames_around(region, self.recording)
+        touched = {frame.path for stack in stacks for frame in stack}
+        return any(separating_method(region, self.recording, path, others=False) for path in touched)
 
     def why_not_absorbed(self, region: Region) -> str | None:
         """Return why the convolutions in a region may not absorb the norm at its end, or None."""

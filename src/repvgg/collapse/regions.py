@@ -274,12 +274,15 @@ class _Search:
         return set()
 
     def _cut_candidates(self, region: Region) -> set[fx.Node]:
-        """Return nodes whose axes are then rearranged; else nodes that are read in another forward; else others.
+        """Return where axes are rearranged for all that follows; else nodes whose axes are then rearranged; else nodes that are read in another forward; else others.
 
         The others are those where branches meet, or if there are none, those around functions, as calls of modules
         can merge in place, or if there are none, all.
         """
         owner, nodes = self.recording.owner, [step.node for step in region.steps]
+        rearranged = self._end_of_rearrangement(region)
+        if rearranged is not None:
+            return {rearranged}
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
         every = {n for node in nodes for n in self._inputs_in_region(node)}
@@ -289,6 +292,22 @@ class _Search:
         ends = {n for node in every - kept for n in self._inputs_in_region(node) & kept}
         ends |= set() if region.value.symbol.has_axes_of_source else self._inputs_in_region(region.exit) & kept
         return next((cuts for cuts in (ends, seams, joins, around, every) if cuts - self.values.cuts), set())
+
+    def _end_of_rearrangement(self, region: Region) -> fx.Node | None:
+        """Return the last of the first nodes of a region that only rearrange or average axes, if no later one does.
+
+        A region with branches that starts there is one convolution: such as heads that read the mean of an image.
+        """
+        value, last = region.value, region.source
+        if region.is_chain or region.addends or value.symbol.has_axes_of_source:
+            return None
+        inside = {step.node for step in value.steps}
+        for step in value.steps:
+            if step.computes or len(inside.intersection(last.users)) > 1:  # branches start here
+                break
+            last = step.node
+        known = self.values.by_node.get(last)  # none of the source
+        return last if known is not None and known.symbol.arrangement == value.symbol.arrangement else None
 
     def _is_candidate(self, value: Value) -> bool:
         return value.is_worthwhile and self._pays(value)

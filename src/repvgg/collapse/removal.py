@@ -113,10 +113,9 @@ class Removals:
         if self.validity.is_called_by_a_method(owner, path) or any(is_inside(other, path) for other in self.excluded):
             return None
         if code_facts(module).reads_training:
+            # None where that does not run, such as an auxiliary head on a small image: then the call decides.
             called = self._called_in_training(owner)
-            if called is None:
-                return None
-            if any(is_inside(other, name) for other in called):
+            if called is not None and any(is_inside(other, name) for other in called):
                 return "the forward calls it in training mode only"
         if not self.validity.trusted or (frame.decisions and self._may_run(owner, path)):
             return None  # no guard sees which way a decision will go
