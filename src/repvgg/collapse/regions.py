@@ -274,15 +274,17 @@ class _Search:
         return set()
 
     def _cut_candidates(self, region: Region) -> set[fx.Node]:
-        """Return where axes are rearranged for all that follows; else nodes whose axes are then rearranged; else nodes that are read in another forward; else others.
+        """Return the nodes at which to cut a region that has no place, by the first of these rules that finds any.
 
-        The others are those where branches meet, or if there are none, those around functions, as calls of modules
-        can merge in place, or if there are none, all.
+        - the node after which nothing rearranges axes, in front of branches;
+        - nodes whose axes are then rearranged;
+        - nodes that are read in another forward;
+        - nodes where branches meet;
+        - nodes around functions, as calls of modules can merge in place;
+        - all.
         """
         owner, nodes = self.recording.owner, [step.node for step in region.steps]
-        rearranged = self._end_of_rearrangement(region)
-        if rearranged is not None:
-            return {rearranged}
+        rearranged = {node for node in (self._end_of_rearrangement(region),) if node is not None}
         seams = {n for node in nodes for n in self._inputs_in_region(node) if owner(n) != owner(node)}
         joins = {n for node in nodes if len(self._inputs_in_region(node)) > 1 for n in self._inputs_in_region(node)}
         every = {n for node in nodes for n in self._inputs_in_region(node)}
@@ -291,7 +293,9 @@ class _Search:
         kept = {node for node in every if self.values.by_node[node].symbol.has_axes_of_source}
         ends = {n for node in every - kept for n in self._inputs_in_region(node) & kept}
         ends |= set() if region.value.symbol.has_axes_of_source else self._inputs_in_region(region.exit) & kept
-        return next((cuts for cuts in (ends, seams, joins, around, every) if cuts - self.values.cuts), set())
+        return next(
+            (cuts for cuts in (rearranged, ends, seams, joins, around, every) if cuts - self.values.cuts), set()
+        )
 
     def _end_of_rearrangement(self, region: Region) -> fx.Node | None:
         """Return the last of the first nodes of a region that only rearrange or average axes, if no later one does.
