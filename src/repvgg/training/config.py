@@ -173,7 +173,8 @@ class TrainConfig:
             raise UsageError(f"save_steps must be at least 0, got {self.save_steps}.")
         if self.optim.warmup_epochs >= self.epochs:  # the cosine needs at least one step
             raise UsageError(
-                f"The warm-up must be shorter than the run, got {self.optim.warmup_epochs} of {self.epochs} epochs."
+                f"The warm-up must be shorter than the run, got {self.optim.warmup_epochs} of {self.epochs} epochs: "
+                "raise --epochs, or lower --optim.warmup-epochs."
             )
         if self.expand and self.init is None:
             raise UsageError("expand needs a plain checkpoint to expand: give one as init.")
