@@ -13,6 +13,7 @@ PyTorch finds the name through an entry point of the installed package. Without 
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,7 +166,7 @@ def _stacklevel_of_caller() -> int:
 
     That is the first frame outside of PyTorch around the wrapper of torch.compile; else around this module.
     """
-    folder = torch.__path__[0]
+    folder = torch.__path__[0] + os.sep  # not torchvision, whose path begins alike
     levels = list(enumerate(_frames(), 1))[1:]  # without the frame of this function
     outside = [level for level, frame in levels if not frame.f_code.co_filename.startswith((folder, __file__))]
     wrapper = next((level for level, frame in levels if frame.f_code.co_name == "compile_wrapper"), 0)
