@@ -6,7 +6,7 @@ from tests.cli.helpers import contents
 FEW = ("--data", "digits:", "--calibration-images", "16", "--test-images", "24", "--rounding-sweeps", "0")
 
 
-def test_a_train_form_is_quantized_and_judged(repvgg, files, tmp_path):
+def test_a_train_form_is_quantized_and_evaluated(repvgg, files, tmp_path):
     out = tmp_path / "int8.onnx"
     # Random weights classify by hair's breadths: how many decisions agree says nothing here.
     outcome = repvgg("quantize", files.train, out, *FEW, "--min-agreement", "0", "--granularity", "per_tensor")

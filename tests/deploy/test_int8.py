@@ -5,7 +5,7 @@ import pytest
 
 import repvgg
 from repvgg.deploy import OnnxRunner
-from repvgg.deploy.int8 import RuntimeVerdict, judge_int8, quantize_for_cpu
+from repvgg.deploy.int8 import RuntimeResult, evaluate_int8, quantize_for_cpu
 from repvgg.deploy.qdq import export_qdq
 from repvgg.errors import UsageError
 from repvgg.quantization import Quality, QuantizationSettings, sqnr
@@ -42,11 +42,11 @@ def test_a_flipped_bit_in_the_weights_shows(tmp_path):
     broken = copy.deepcopy(quantized)
     loudest = int(model.body(test).abs().mean(0).argmax())
     broken.head.weight_integers[0, loudest] ^= 64
-    verdicts = [
-        judge_int8(export_qdq(one, tmp_path / f"{name}.onnx", tuple(test.shape[1:])).path, model, test, rounds=1)
+    results = [
+        evaluate_int8(export_qdq(one, tmp_path / f"{name}.onnx", tuple(test.shape[1:])).path, model, test, rounds=1)
         for name, one in (("right", quantized), ("broken", broken))
     ]
-    right, wrong = (one[0] for one in verdicts)
+    right, wrong = (one[0] for one in results)
     assert right.runtime == "ONNX Runtime"
     assert right.quality.sqnr > wrong.quality.sqnr + 3
     assert right.milliseconds > 0
@@ -56,9 +56,9 @@ def test_a_flipped_bit_in_the_weights_shows(tmp_path):
 
 def test_saturation_is_told_from_quantization():
     found, emulated = Quality(17.9, 0.907, 720), Quality(21.7, 0.94, 720)
-    assert RuntimeVerdict("ONNX Runtime", found, 1.0, 2.0, emulated).saturates
-    assert not RuntimeVerdict("ONNX Runtime", emulated, 1.0, 2.0, emulated).saturates
-    assert not RuntimeVerdict("OpenVINO", found, 1.0, 2.0).saturates
+    assert RuntimeResult("ONNX Runtime", found, 1.0, 2.0, emulated).saturates
+    assert not RuntimeResult("ONNX Runtime", emulated, 1.0, 2.0, emulated).saturates
+    assert not RuntimeResult("OpenVINO", found, 1.0, 2.0).saturates
 
 
 def test_the_best_choice_for_this_cpu_is_taken():

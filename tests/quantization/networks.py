@@ -1,6 +1,7 @@
 """Small plain networks with the structures that equalization has to follow."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -83,7 +84,27 @@ class Smooth(nn.Module):
         return self.head(self.third(x).relu())
 
 
-NETWORKS = {"chain": Chain, "residual": Residual, "smooth": Smooth}
+class Constants(nn.Module):
+    """Parameters are combined with each other and stand first in a sum; a pool reads pixels of different scales."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.third = nn.Conv2d(channels, channels, 1)
+        self.head = nn.Conv2d(channels, 5, 1)
+        self.gain = nn.Parameter(torch.rand(1, channels, 1, 1) + 0.5)
+        self.position = nn.Parameter(torch.randn(1, channels, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.first(x) * (self.gain * self.gain))
+        x = F.adaptive_max_pool2d(self.position + self.second(x), (7, 7))
+        x = F.max_pool2d(F.pixel_shuffle(self.third(x), 2), 3, 1, 1)
+        x = x.unflatten(2, (7, 2)).unflatten(4, (7, 2))
+        return self.head(x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3))
+
+
+NETWORKS = {"chain": Chain, "residual": Residual, "smooth": Smooth, "constants": Constants}
 
 
 def images(count=8, side=21, seed=3):

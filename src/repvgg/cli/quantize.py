@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from repvgg.data import ImageData
-    from repvgg.deploy.int8 import RuntimeVerdict
+    from repvgg.deploy.int8 import RuntimeResult
     from repvgg.quantization import QuantizationReport, QuantizationSettings
 
 _SEED = 0  # of the choice of images
@@ -47,7 +47,7 @@ def quantize(
     report_only: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Quantize any network to 8-bit integers, judge it in the runtimes at hand, and write it as an ONNX file (QDQ).
+    """Quantize any network to 8-bit integers, compare it with the float network, and write it as an ONNX file (QDQ).
 
     SOURCE is as for 'repvgg convert'. The network is made plain; its channels are equalized, which does not change what
     it computes; ranges of activations are calibrated on training images; weights are rounded by the error of the
@@ -64,7 +64,7 @@ def quantize(
     Args:
         source: where the model comes from.
         out: the file to write, which ends in .onnx.
-        data: labelled images, such as imagefolder:PATH; the training split calibrates, the validation split judges.
+        data: labelled images, such as imagefolder:PATH; the training split calibrates, the validation split evaluates.
         model: refuse a checkpoint of any other model, a name from 'repvgg list'.
         weights: trained weights of a model by name or factory, safetensors or a torch file with a state_dict.
         num_classes: logits of a model by name (default: the model's own).
@@ -112,9 +112,9 @@ def quantize(
         quantized, report = _quantize(plain, calibration, images, settings, granularity, weight_bits)
     for line in str(report).splitlines():
         write_line(line)
-    verdicts = _write(network, plain, quantized, report, out, (images, labels), min_agreement, overwrite)
-    for verdict in verdicts:
-        write_line(str(verdict))
+    results = _write(network, plain, quantized, report, out, (images, labels), min_agreement, overwrite)
+    for result in results:
+        write_line(str(result))
     write_line(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
@@ -160,7 +160,7 @@ def _plain_form(network: Network, calibration: Tensor) -> nn.Module:
     from repvgg.collapse import reparameterize
 
     with busy("Converting"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the line below says it
+        warnings.simplefilter("ignore", NothingFoldedWarning)  # the next line says it
         plain, folded = reparameterize(network.model, calibration[:2])
     regions = len(folded.folded)
     write_line(f"made plain first: {regions} regions folded" if regions else "the network is plain")
@@ -198,9 +198,9 @@ def _write(
     test: tuple[Tensor, Tensor],
     min_agreement: float,
     overwrite: bool,
-) -> list[RuntimeVerdict]:
-    """Write the file under a temporary name, judge it, and keep it if it agrees."""
-    from repvgg.deploy.int8 import judge_int8
+) -> list[RuntimeResult]:
+    """Write the file under a temporary name, evaluate it in each runtime, and keep it if it agrees."""
+    from repvgg.deploy.int8 import evaluate_int8
     from repvgg.deploy.qdq import export_qdq
 
     images, labels = test
@@ -209,12 +209,13 @@ def _write(
         with busy("Writing"):
             shape = (images.shape[1], images.shape[2], images.shape[3])
             export_qdq(quantized, part, shape, overwrite=True, notes=notes)
-        with busy("Judging"):
-            verdicts = judge_int8(part, plain, images, labels)
-        worst = min(verdicts, key=lambda verdict: verdict.quality.agreement)
+        with busy("Evaluating"):
+            results = evaluate_int8(part, plain, images, labels)
+        worst = min(results, key=lambda result: result.quality.agreement)
         if worst.quality.agreement < min_agreement:
             raise ExportError(
                 f"In {worst.runtime}, {worst.quality.agreement:.2%} of the images keep their class, fewer than "
-                f"--min-agreement {min_agreement:g}: see --report-only, or lower it. Nothing was written."
+                f"--min-agreement {min_agreement:g}: measure the steps with --report-only, or lower the limit. "
+                "Nothing was written."
             )
-    return verdicts
+    return results

@@ -228,13 +228,13 @@ def _readme(
     written = {folder / file: what for file, what in about.items() if (folder / file).exists()}
     files = [f"| `{file.name}` | {what}, {_size(file.stat().st_size)} |" for file, what in written.items()]
     if done.evidence is None:
-        judgement = f"**Not compared with the source:** {done.ran}"
+        comparison = f"**Not compared with the source:** {done.ran}"
     else:
-        judgement = (
+        comparison = (
             f"Compared with the source in float64: relative error {done.evidence.relative:.1e}, "
             f"{done.evidence.tolerance:.1e} allowed ({done.evidence.tolerance_origin}); {done.ran}"
         )
-    told = [f"- {key}: {value}" for key, value in notes.items() if key in ("source", "weights")]
+    origin = [f"- {key}: {value}" for key, value in notes.items() if key in ("source", "weights")]
     return Template((_TEMPLATES / "README.md").read_text(encoding="utf-8")).substitute(
         name=name,
         network=network,
@@ -242,11 +242,11 @@ def _readme(
         target=done.target.name,
         processors=_PROCESSORS[done.target.name],
         files="\n".join(files),
-        tensors="\n".join([*told, *tensors]),
+        tensors="\n".join([*origin, *tensors]),
         max_images=max_images,
         threads=f"{threads} {'thread' if threads == 1 else 'threads'}",
         preprocessing=_preprocessing(notes),
-        judgement=judgement,
+        comparison=comparison,
     )
 
 

@@ -1,4 +1,4 @@
-"""Judge a quantized ONNX file in the runtimes that will run it: outputs, decisions, accuracy, saturation, latency."""
+"""Evaluate a quantized ONNX file in its runtimes: SQNR, top-1 agreement, accuracy, saturation, latency."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Runner = Callable[[Tensor], Tensor]
 
 @final
 @dataclass(frozen=True)
-class RuntimeVerdict:
-    """A quantized file in one runtime, beside the float network.
+class RuntimeResult:
+    """A quantized file in one runtime, compared with the float network.
 
     Attributes:
         runtime: its name.
-        quality: the outputs beside those of the float network in PyTorch.
+        quality: the outputs compared with those of the float network in PyTorch.
         milliseconds: for one image, median.
         float_milliseconds: the same of the float network in the same runtime.
         emulated: quality with the file's float arithmetic in place of integer kernels; None if the runtime cannot.
@@ -68,14 +68,14 @@ class RuntimeVerdict:
         return text
 
 
-def judge_int8(
+def evaluate_int8(
     path: str | os.PathLike[str],
     reference: nn.Module,
     images: Tensor,
     labels: Tensor | None = None,
     *,
     rounds: int = 10,
-) -> list[RuntimeVerdict]:
+) -> list[RuntimeResult]:
     """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on images.
 
     Args:
@@ -95,7 +95,7 @@ def judge_int8(
         float_file = Path(folder) / "float.onnx"
         export_onnx(reference, float_file, (images.shape[1], images.shape[2], images.shape[3]))
         runtimes = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
-        verdicts = []
+        results = []
         for name, prepare in runtimes.items():
             try:
                 quantized, as_float = prepare(Path(path)), prepare(float_file)
@@ -108,8 +108,8 @@ def judge_int8(
             if name == "ONNX Runtime":
                 emulated = compare_outputs(expected, _outputs(_onnxruntime(Path(path), emulate=True), images), labels)
             ours, theirs = _milliseconds(quantized, as_float, images[:1], rounds)
-            verdicts.append(RuntimeVerdict(name, quality, ours, theirs, emulated))
-    return verdicts
+            results.append(RuntimeResult(name, quality, ours, theirs, emulated))
+    return results
 
 
 def quantize_for_cpu(

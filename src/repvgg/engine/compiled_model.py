@@ -241,7 +241,7 @@ class CompiledModel:
             raise UsageError(f"This model takes {len(self.input_shapes)} inputs, got {len(inputs)}.")
         views = [view_input(x, shape[1]) for x, shape in zip(inputs, self.input_shapes, strict=True)]
         if len({view.shape[0] for view in views}) > 1:
-            raise UsageError("The inputs of a network have the same number of images, these differ.")
+            raise UsageError(f"All inputs need the same number of images, got {[view.shape[0] for view in views]}.")
         return views
 
     def _structured(self, outputs: Sequence[Floats], like: Images) -> Any:

@@ -48,6 +48,15 @@ _HOMOGENEOUS = {
     _aten.detach.default,
     _aten.neg.default,
 }
+#: Those of them that read several pixels for each output, even if the size stays.
+_READS_NEIGHBOURS = {
+    _aten.max_pool2d.default,
+    _aten.avg_pool2d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_max_pool2d.default,
+    _aten.upsample_bilinear2d.vec,
+    _aten.upsample_nearest2d.vec,
+}
 #: Operations that only move elements: they are run on the tensor of variables itself.
 _MOVES = {
     _aten.flatten.using_ints,
@@ -195,7 +204,9 @@ class _Tracer:
                 if node.name not in self._state and node.name not in self._constants:
                     self._values[node] = _fixed_like(node)
             elif node.op == "call_function":
-                self._values[node] = self._call(node)
+                # What is computed from parameters alone is a constant, as they are.
+                if any(one in self._values for one in node.all_input_nodes):
+                    self._values[node] = self._call(node)
             elif node.op == "output":
                 self._fix(node, "it is an output of the network")
         roots = self._variables.roots
@@ -227,7 +238,9 @@ class _Tracer:
         if target in _LAYERS:
             return self._layer(node, _LAYERS[target])
         if target in _HOMOGENEOUS and self._reads_one_activation(node):
-            return self._same_channels(node)
+            channels = self._same_channels(node)
+            # Adaptive max pooling returns indices, too.
+            return channels if isinstance(node.meta["val"], Tensor) else [channels, _fixed(channels.shape)]
         if target in _MOVES:
             return self._move(node)
         if target in _SUMS:
@@ -244,9 +257,10 @@ class _Tracer:
         x, weight, bias, groups = _layer_arguments(node)
         shape = node.meta["val"].shape
         state = [one for one in (weight, bias) if isinstance(one, Node)]
-        channels = self._input_channels(x, kind)
-        if any(one.name not in self._state or len(one.users) != 1 for one in state) or channels is None:
-            what = "its weights are computed or shared" if channels is not None else "it mixes pixels with channels"
+        computed = any(one.name not in self._state or len(one.users) != 1 for one in state)
+        channels = None if computed else self._input_channels(x, kind)
+        if channels is None:
+            what = "its weights are computed or shared" if computed else "it mixes pixels with channels"
             self._fix(node, f"it is read by {_name(node)}: {what}")
             return _fixed(shape)
         outputs = self._variables.new(weight.meta["val"].shape[0])
@@ -276,8 +290,8 @@ class _Tracer:
         """Return the variables of an operation that works on each channel by itself."""
         arguments = _arguments(node)
         x: Tensor = self._values[arguments[0]]
-        shape = node.meta["val"].shape
-        if x.shape == shape:
+        shape = _shape(node)
+        if x.shape == shape and node.target not in _READS_NEIGHBOURS:
             return x
         if node.target in (_aten.mean.dim, _aten.amax.default):
             axes = arguments[1] if len(arguments) > 1 else list(range(x.ndim))
@@ -297,7 +311,7 @@ class _Tracer:
 
     def _not_per_channel(self, node: Node) -> Tensor:
         self._fix(node, f"{_name(node)} mixes channels of different scales")
-        return _fixed(node.meta["val"].shape)
+        return _fixed(_shape(node))
 
     def _move(self, node: Node) -> Any:
         # Sizes are those of a batch of one image, as in the graph.
@@ -312,6 +326,8 @@ class _Tracer:
 
     def _sum(self, node: Node) -> Tensor:
         first, second = _arguments(node)[:2]
+        if first not in self._values:  # a parameter plus an activation
+            first, second = second, first
         ours: Tensor = self._values[first]
         if isinstance(second, Node) and second in self._values:
             theirs: Tensor = self._values[second]
@@ -359,6 +375,13 @@ def _fixed_like(node: Node) -> Any:
     if isinstance(value, tuple | list):
         return [_fixed(one.shape) for one in value]
     return _fixed(value.shape) if isinstance(value, Tensor) else value
+
+
+def _shape(node: Node) -> torch.Size:
+    """Return the shape of the result, or of the first one of several."""
+    value = node.meta["val"]
+    shape: torch.Size = (value if isinstance(value, Tensor) else value[0]).shape
+    return shape
 
 
 def _fixed(shape: torch.Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""Zeros in the border and the overhang of a feature map, where another one was in the same memory."""
+"""Zero the border and the overhang of a feature map whose memory another one has overwritten."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def build_library(
     if embed_weights and data.weights_bytes > MAX_EMBEDDED_BYTES:
         raise UsageError(
             f"The packed weights take {data.weights_bytes / 2**30:.1f} GiB, too much to be part of a library: write "
-            "them to a file next to it (--weights file), or export for a smaller batch."
+            "them to a file next to it (--packed-weights file), or export for a smaller batch."
         )
     weights = None if embed_weights else folder / f"{name}.weights"
     with TemporaryDirectory(prefix=".objects-", dir=folder) as temporary:

@@ -165,7 +165,7 @@ class CompiledLibrary:
                 raise UsageError(f"This network was exported for images of {shape[1:]}, got {view.shape[1:]}.")
         count = views[0].shape[0]
         if any(view.shape[0] != count for view in views):
-            raise UsageError("The inputs of a network have the same number of images, these differ.")
+            raise UsageError(f"All inputs need the same number of images, got {[view.shape[0] for view in views]}.")
         outputs = [np.empty((count, *shape), np.float32) for shape in self.output_shapes]
         for first in range(0, count, self.max_images):
             self._run(views, outputs, first, min(self.max_images, count - first))

@@ -1,4 +1,4 @@
-"""Algorithms on the disk: those that were measured (autotuning), and those that the cost model has selected.
+"""The disk cache of algorithms: those measured by autotuning, and those selected by the cost model.
 
 A file holds JSON: "direct", or a list with one entry for each region. Reading it only looks up one of the current
 candidates, so a wrong or malicious file can at worst select a slow one.
@@ -59,7 +59,7 @@ def _cost_model_version() -> str:
 def read_cached(problem: ConvProblem, target: Target, *kind: str) -> tuple[ConvAlgorithm | None] | None:
     """Return a tuple of the cached algorithm, which is None for the direct kernel; or None if there is no entry.
 
-    ``kind`` tells entries of other origins from those of autotuning.
+    ``kind`` is part of the key; it is empty for entries of autotuning.
     """
     content = read_entry(_cache_key(problem, target, *kind), TUNING_SUFFIX)
     try:
