@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repvgg._files import check_output
 from repvgg.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ class Network:
         _, height, width = self.shape
         size = height if height == width else self.metadata.input_size
         return {**self.notes, **replace(self.metadata, form="plain", input_size=size).to_header()}
+
+
+def check_output_file(source: str, out: Path, weights: Path | None, *, overwrite: bool) -> None:
+    """Check that ``out`` may be written, and that it replaces neither the SOURCE nor its weights.
+
+    Raises:
+        UsageError: it would replace them.
+        OutputError: as :func:`repvgg._files.check_output`.
+    """
+    # First: with --overwrite the other check would let a source be replaced.
+    if any(one and os.path.exists(one) and out.exists() and out.samefile(one) for one in (source, weights)):
+        raise UsageError("The output would replace the trained weights, which cannot be recovered from it.")
+    check_output(out, overwrite=overwrite)
 
 
 def _is_checkpoint(source: str) -> bool:

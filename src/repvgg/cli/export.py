@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from repvgg._files import check_output, check_output_folder
+from repvgg._files import check_output_folder
 from repvgg._progress import busy
-from repvgg.cli._network import Network, load_network
+from repvgg.cli._network import Network, check_output_file, load_network
 from repvgg.cli._options import InputHeightWidth, Number, OptionalFile
 from repvgg.cli._output import equality, write_line, write_warning
 from repvgg.errors import DataError, NothingFoldedWarning, UsageError
@@ -82,7 +81,7 @@ def export(
     options = {key: value for key, value in {**given, "name": name}.items() if value is not None}
     check_request(to, out, options)
     if export_target(to).suffix:
-        _check_file(source, out, weights, overwrite=overwrite)
+        check_output_file(source, out, weights, overwrite=overwrite)
     else:
         check_output_folder(out, export_target(to).replaceable, overwrite=overwrite)
     if input_size and min(input_size) < 1:
@@ -110,12 +109,6 @@ def export(
     for remark in exported.remarks:
         write_line(remark)
     write_line(f"wrote {exported.path}: {exported.contents}")
-
-
-def _check_file(source: str, out: Path, weights: Path | None, *, overwrite: bool) -> None:
-    if any(one and os.path.exists(one) and out.exists() and out.samefile(one) for one in (source, weights)):
-        raise UsageError("The export would replace the trained weights, which cannot be recovered from it.")
-    check_output(out, overwrite=overwrite)
 
 
 def _folded(report: Report) -> str:

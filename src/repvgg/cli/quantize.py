@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from repvgg._files import atomic_write, check_output
+from repvgg._files import atomic_write
 from repvgg._progress import busy
-from repvgg.cli._network import Network, load_network
+from repvgg.cli._network import Network, check_output_file, load_network
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile, option
 from repvgg.cli._output import write_line, write_warning
 from repvgg.errors import ExportError, NothingFoldedWarning, UsageError
@@ -90,7 +89,7 @@ def quantize(
     if calibration_images < 1 or test_images < 0:
         raise UsageError("--calibration-images is at least 1, and --test-images at least 0.")
     if not report_only:
-        _check_file(source, out, weights, overwrite=overwrite)
+        check_output_file(source, out, weights, overwrite=overwrite)
     settings = QuantizationSettings(
         ranges=ranges, equalize=equalize, rounding_sweeps=rounding_sweeps, correct_biases=correct_biases
     )
@@ -116,12 +115,6 @@ def quantize(
     for result in results:
         write_line(str(result))
     write_line(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
-
-
-def _check_file(source: str, out: Path, weights: Path | None, *, overwrite: bool) -> None:
-    if any(one and os.path.exists(one) and out.exists() and out.samefile(one) for one in (source, weights)):
-        raise UsageError("The output would replace the trained weights, which cannot be recovered from it.")
-    check_output(out, overwrite=overwrite)
 
 
 def _images(network: Network, uri: str, split: Literal["train", "val"], count: int | None) -> tuple[Tensor, Tensor]:

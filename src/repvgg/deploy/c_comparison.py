@@ -125,16 +125,22 @@ class EmulatedExample:
         self._program, self._emulator, self._folder, self._outputs = program, emulator, folder, outputs
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs. Raises ExportError if the program fails."""
+        """Return the outputs. Raises ExportError if the program fails or takes too long."""
         given, found = self._program.with_suffix(".in"), self._program.with_suffix(".out")
         with given.open("wb") as file:
             for one in inputs:
                 file.write(np.ascontiguousarray(one.numpy(), np.float32).data)
         count = len(inputs[0])
         command = [self._emulator, *map(str, (self._program, given, found, count))]
-        done = subprocess.run(
-            command, cwd=self._folder, capture_output=True, text=True, check=False, timeout=_EMULATION_SECONDS
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=self._folder, capture_output=True, text=True, check=False, timeout=_EMULATION_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(
+                f"The library ran for more than {_EMULATION_SECONDS} s in {self._emulator}: use fewer images, or "
+                "export for a smaller batch."
+            ) from error
         if done.returncode:
             reason = first_line(ValueError(done.stderr or f"exit code {done.returncode}"))
             raise ExportError(f"The library does not run in {self._emulator}: {reason}.")

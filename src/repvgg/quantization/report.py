@@ -79,7 +79,7 @@ class QuantizationReport:
         lines += [f"in float32: {name}, because {reason}" for name, reason in self.skipped.items()]
         lines.append("layers with the lowest SQNR alone:")
         worst = sorted(self.layers, key=lambda layer: layer.sqnr_alone)[:5]
-        width = max(len(layer.name) for layer in worst)
+        width = max((len(layer.name) for layer in worst), default=0)
         lines += [
             f"  {layer.name:{width}}  alone {layer.sqnr_alone:5.1f} dB  accumulated {layer.sqnr_accumulated:5.1f} dB  "
             f"spread {layer.spread:.1f} → {layer.equalized_spread:.1f}  clipped {layer.clipped_share:.2%}"
