@@ -19,8 +19,8 @@ from repvgg.engine.kernels import pointwise
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, RegisterTile, rank_1_update
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
-_MAX_BLOCKS = 8  # each block is a separate loop in the code
-_BLOCK = 128  # products that are summed separately: a value passes through fewer roundings
+_MAX_BLOCKS = 8  # of the depth; each is a separate loop in the code
+_SUMMED_DEPTH = 128  # products in a partial sum: with several, each value passes through fewer roundings
 
 
 class Stride(NamedTuple):
@@ -86,8 +86,8 @@ class MatMulKernel(Kernel):
         b, target = IRBuilder(name, KERNEL_PARAMETERS, self.width), self.target
         rest = target.size[1] - (self.row_tiles - 1) * self.tile.mr
         with b.loop("%begin", "%end") as units:
-            many, tile = b.divmod(units.index, self.row_tiles)
-            image, matrix = b.divmod(many, target.size[0])
+            matrices, tile = b.divmod(units.index, self.row_tiles)
+            image, matrix = b.divmod(matrices, target.size[0])
             first = b.mul(tile, self.tile.mr)
             left, right = (self._matrix(b, one, image, matrix) for one in (self.left, self.right))
             written = b.add(b.mul(image, target.image_stride), b.mul(matrix, target.row_stride))
@@ -130,7 +130,7 @@ class MatMulKernel(Kernel):
 
     def _emit_tile(self, b: IRBuilder, left: Value, right: Value, target: Value, rows: int, nr: int) -> None:
         zeros = ["zeroinitializer"] * (rows * nr)
-        blocks = min(max(1, round(self.depth / _BLOCK)), _MAX_BLOCKS)
+        blocks = min(max(1, round(self.depth / _SUMMED_DEPTH)), _MAX_BLOCKS)
         cuts = [self.depth * block // blocks for block in range(blocks + 1)]
         sums = zeros
         for begin, end in itertools.pairwise(cuts):

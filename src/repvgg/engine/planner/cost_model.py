@@ -117,11 +117,13 @@ def least_cycles(region: TileRegion, problem: ConvProblem, target: Target, tile:
     transforms = costs.input_transform_cycles * in_vectors + costs.output_transform_cycles * vectors
     work += elements * transforms
     # Either all weights are read, or those of an on-the-fly transform, which takes cycles at least once.
-    stored, shorter = (4 * winograd.filter_elements(on_the_fly=late) * problem.num_filters for late in (False, True))
+    ahead_bytes, on_the_fly_bytes = (
+        4 * winograd.filter_elements(on_the_fly=on_the_fly) * problem.num_filters for on_the_fly in (False, True)
+    )
     filters = winograd.rows.inputs * len(winograd.columns.transformed) * channels * vectors
     cycles = min(costs.interleaved_cycles, costs.on_the_fly_cycles) * filters / target.threads
-    late = shorter / costs.memory_bytes_per_cycle + cycles
-    return work / target.threads + min(stored / costs.memory_bytes_per_cycle, late)
+    on_the_fly_cycles = on_the_fly_bytes / costs.memory_bytes_per_cycle + cycles
+    return work / target.threads + min(ahead_bytes / costs.memory_bytes_per_cycle, on_the_fly_cycles)
 
 
 @lru_cache(maxsize=256)

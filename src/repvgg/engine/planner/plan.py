@@ -9,7 +9,7 @@ The values between them::
     share_storage    lifetimes of values   -> which values replace another one in place (in ``layouts.py``)
     plan_layouts     shapes, algorithms    -> the memory layout of each value (in ``layouts.py``)
     lower            layouts, algorithms   -> steps on virtual buffers (in ``lowering.py``)
-    plan_memory      lifetimes of buffers  -> their places in one arena (in ``memory_plan.py``)
+    plan_memory      lifetimes of buffers  -> their offsets in one arena (in ``memory_plan.py``)
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def chunk_batch(graph: Graph, shapes: Sequence[FeatureShape], batch: int) -> Bat
 def _placed(
     steps: Sequence[Step], num_chunked: int, returned: Sequence[Buffer], width: int
 ) -> tuple[tuple[Step, ...], int, MemoryPlan]:
-    """Replace the virtual buffers of steps by places in an arena, and zero borders where another buffer was.
+    """Replace virtual buffers by those of an arena, and zero borders that another buffer has overwritten.
 
     Returns:
         The steps, how many of them are repeated for each chunk of the batch, and the plan of the arena.
