@@ -264,12 +264,19 @@ def test_processors_without_the_instructions_are_refused(tmp_path, target, cpu, 
     assert ("This processor lacks instructions of " + target in outcome.stderr) != runs
 
 
-def test_outputs_count_images_along_their_first_axis(tmp_path):
-    class ChannelsFirst(Net):
-        def forward(self, x):
-            return self.conv(x).relu().transpose(0, 1)
+class ChannelsFirst(Net):
+    def forward(self, x):
+        return self.conv(x).relu().transpose(0, 1)
 
-    model = ChannelsFirst().eval()
+
+class OneNumber(Net):
+    def forward(self, x):
+        return self.conv(x).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("network", [ChannelsFirst, OneNumber])
+def test_outputs_have_an_axis_of_images_and_another(network, tmp_path):
+    model = network().eval()
     with pytest.raises(UnsupportedError):
         export_c(model, model, tmp_path / "net", [SHAPE], max_batch=2, threads=1, name="net")
     assert not (tmp_path / "net").exists()

@@ -156,7 +156,8 @@ def _plain_form(network: Network, calibration: Tensor) -> nn.Module:
         warnings.simplefilter("ignore", NothingFoldedWarning)  # the next line says it
         plain, folded = reparameterize(network.model, calibration[:2])
     regions = len(folded.folded)
-    write_line(f"made plain first: {regions} regions folded" if regions else "the network is plain")
+    folded_text = f"made plain first: {regions} {'region' if regions == 1 else 'regions'} folded"
+    write_line(folded_text if regions else "the network is plain")
     return plain.float()
 
 

@@ -19,7 +19,8 @@ from repvgg.errors import UsageError
 #: One scale for a whole weight tensor, or one for each output channel.
 Granularity = Literal["per_tensor", "per_channel"]
 
-_SMALLEST_SCALE = 2.0**-100  # of a tensor of zeros: any positive number represents it
+# Of a tensor of zeros: any positive number represents it. The product of two such scales must not underflow in float32.
+_SMALLEST_SCALE = 2.0**-60
 _WEIGHT_CANDIDATES = 40  # scales that are tried for weights, from half of the full range up
 
 

@@ -156,7 +156,8 @@ class MaskAgreement:
     """In how many pixels two models predict the same class; ignored pixels count, too.
 
     Where two classes score alike up to rounding, equal functions in float32 may choose differently. The images with
-    such pixels are predicted again in float64: a pixel in which the functions differ stays different there.
+    such pixels are predicted again in float64 arithmetic: what stays different there is due to the weights, if only to
+    the rounding of merged weights to float32.
     """
 
     same: int

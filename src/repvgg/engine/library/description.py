@@ -82,7 +82,7 @@ def describe_network(
         embedded: whether the library contains the weights.
 
     Raises:
-        UnsupportedError: an output has more than 8 axes, or its first axis does not count the images.
+        UnsupportedError: an output has less than 2 or more than 9 axes, or its first one does not count the images.
     """
     batch = plan.input_shapes[0][0]
     weights = _Weights()
@@ -138,6 +138,8 @@ def _output(output: OutputBuffer) -> tuple[Any, ...]:
     if tensor.batch_axis or tensor.folded:
         raise UnsupportedError("A library returns tensors whose first axis counts the images: move the axis there.")
     shape = tensor.shape_of(FeatureShape(layout.channels, layout.size))
+    if not shape:
+        raise UnsupportedError("A library returns tensors with an axis after that of the images: keep one (keepdim).")
     if len(shape) > MAX_RANK:
         raise UnsupportedError(f"A library returns tensors of at most {MAX_RANK + 1} axes, not {len(shape) + 1}.")
     extents = layout.channels, *layout.size
