@@ -48,7 +48,7 @@ def test_what_is_no_model(function, given, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if name != "expand"])  # which reports them
 def test_lazy_layers_without_shapes(function, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()

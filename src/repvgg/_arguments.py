@@ -12,19 +12,21 @@ from torch.nn.parameter import is_lazy
 from repvgg.errors import UsageError
 
 
-def check_model(model: Any, function: str) -> None:
+def check_model(model: Any, function: str, *, lazy: bool = False) -> None:
     """Check that ``model`` is an ``nn.Module``.
 
     Args:
         model: the argument.
         function: what was called, for the message: ``reparameterize``.
+        lazy: accept lazy layers that no call has given a shape; the function reports them.
 
     Raises:
-        UsageError: it is something else, and the text says how to get a model from what it is; or it has lazy layers
-            that no call has given a shape.
+        UsageError: it is something else, and the text says how to get a model from what it is; or it has such layers
+            and ``lazy`` is not set.
     """
     if isinstance(model, nn.Module):
-        check_initialized(model)
+        if not lazy:
+            check_initialized(model)
         return
     if isinstance(model, (str, os.PathLike)):
         what, advice = f"the path {os.fspath(model)!r}", "load it first, with repvgg.load(PATH).model"

@@ -152,7 +152,7 @@ class _Result:
 
 def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Module, Report]:
     """Plan, apply, verify; exclude what failed and repeat, until everything that was replaced is verified."""
-    check_model(model, "reparameterize")
+    check_model(model, "reparameterize", lazy=True)
     model = given = unwrapped(model)
     check_eval_mode(model)  # before anything is planned: the error names the module
     like = first_float(model)

@@ -183,7 +183,7 @@ def expand(
 
     Source: Ding et al., CVPR 2021, Eq. 3 and 4, solved for the kernel of the largest branch.
     """
-    check_model(model, "expand")
+    check_model(model, "expand", lazy=True)
     return _replace_with_blocks(model, block, where, data, allow_fresh=False)
 
 
