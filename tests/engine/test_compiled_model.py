@@ -90,9 +90,8 @@ def test_a_profile_adds_up_the_chunks_of_a_batch(small_l3):
     for batch in (6, 5):
         x = torch.randn(batch, 3, 24, 24)
         steps = network.profile(x, repeats=2)
-        names = [step.name for step in steps]
-    # A step that zeroes a border, in memory that another layout had before, has the name of its feature map.
-    assert list(dict.fromkeys(names)) == ["input", "0", "2"]
+        # A step that zeroes a border, in memory that another layout had before, has the name of its feature map.
+        assert list(dict.fromkeys(step.name for step in steps)) == ["input", "0", "2"]
         assert sum(step.num_multiplies for step in steps) == walk(model, x).macs
 
 
@@ -113,7 +112,8 @@ def test_a_profile_names_each_step_and_counts_multiplications():
     network = CompiledModel(read(model), [(2, 3, 16, 16)], isas()[-1])
     x = torch.randn(2, 3, 16, 16)
     steps = network.profile(x, repeats=2)
-    assert [step.name for step in steps] == ["input", "0", "2"]
+    names = [step.name for step in steps]
+    assert list(dict.fromkeys(names)) == ["input", "0", "2"]
     assert sum(step.num_multiplies for step in steps) == sum(step.muls for step in steps) == walk(model, x).macs
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-5)
     lines = str(steps).splitlines()
