@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from repvgg._files import check_output
-from repvgg.errors import CheckpointError, UsageError
+from repvgg._progress import busy
+from repvgg.cli._output import write_warning
+from repvgg.errors import CheckpointError, NothingFoldedWarning, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from repvgg.checkpoints import Metadata
+    from repvgg.collapse import Report
 
 _HUB = "hub:"
 
@@ -98,3 +102,26 @@ def load_network(
         )
     shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
     return Network(loaded.model, shape, source, f"from {Path(source).name}", about)
+
+
+def warn_of_random_weights(network: Network, weights: Path | None) -> None:
+    """Warn where a model by name or factory was made without ``--weights``."""
+    if network.metadata is None and weights is None:
+        write_warning(f"no --weights were given: the weights of {network.source} are {network.weights}")
+
+
+def plain_form(
+    network: Network, images: Tensor, policy: Literal["cheaper", "always"] = "cheaper"
+) -> tuple[nn.Module, Report]:
+    """Return the plain form of a network and what was folded; the caller says so where that is nothing."""
+    from repvgg.collapse import reparameterize
+
+    with busy("Converting"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingFoldedWarning)
+        return reparameterize(network.model, images, policy=policy)
+
+
+def folded_regions(report: Report) -> str:
+    """Return how many regions were folded, in words."""
+    count = len(report.folded)
+    return f"{count} {'region' if count == 1 else 'regions'} folded"

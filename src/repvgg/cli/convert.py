@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,10 +12,10 @@ import tyro
 
 from repvgg._files import atomic_write, check_output, write_text
 from repvgg._progress import busy
-from repvgg.cli._network import Network, load_network
+from repvgg.cli._network import Network, load_network, plain_form, warn_of_random_weights
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile
-from repvgg.cli._output import equality, write_line, write_report, write_warning
-from repvgg.errors import CheckpointError, ExportError, NothingFoldedWarning, UsageError
+from repvgg.cli._output import equality, write_line, write_report
+from repvgg.errors import CheckpointError, ExportError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +68,6 @@ def convert(
         report: write what was folded, skipped and verified to this file, as JSON.
         overwrite: replace files that exist.
     """
-    from repvgg.collapse import reparameterize
     from repvgg.deploy import images_for
     from repvgg.verify import verify
 
@@ -85,11 +83,8 @@ def convert(
                 f"{source!r} is in the plain form already: copy it, or name an output that ends in .onnx or .pt2."
             )
         images = images_for(network.model, network.shape)
-    if network.metadata is None and weights is None:
-        write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
-    with busy("Converting"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the summary says it
-        plain, folded = reparameterize(network.model, images[0], policy=policy)
+    warn_of_random_weights(network, weights)
+    plain, folded = plain_form(network, images[0], policy)
     with busy("Verifying"):
         evidence = verify(network.model, plain, images).raise_if_failed()
     with busy("Writing"):

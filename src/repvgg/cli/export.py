@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,17 +10,21 @@ import tyro
 
 from repvgg._files import check_output_folder
 from repvgg._progress import busy
-from repvgg.cli._network import Network, check_output_file, load_network
+from repvgg.cli._network import (
+    Network,
+    check_output_file,
+    folded_regions,
+    load_network,
+    plain_form,
+    warn_of_random_weights,
+)
 from repvgg.cli._options import InputHeightWidth, Number, OptionalFile
-from repvgg.cli._output import equality, write_line, write_warning
-from repvgg.errors import DataError, NothingFoldedWarning, UsageError
+from repvgg.cli._output import equality, write_line
+from repvgg.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from repvgg.collapse import Report
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of the usual normalization
 _BATCH = 8  # real images that are compared at once
 _CPU = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "native"]
 
@@ -72,7 +75,6 @@ def export(
         name: of a C library: its functions begin with it (default: model).
         overwrite: replace what exists.
     """
-    from repvgg.collapse import reparameterize
     from repvgg.deploy import images_for
     from repvgg.deploy.targets import ExportRequest, check_request, export_target
     from repvgg.deploy.targets import export as export_to
@@ -90,17 +92,15 @@ def export(
         network = load_network(source, model, weights, num_classes, input_size, None)
         example = images_for(network.model, network.shape)[0]
         real = _read_images(images, network) if images else []
-    if network.metadata is None and weights is None:
-        write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
-    with busy("Converting"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the first line says it
-        plain, folded = reparameterize(network.model, example)
+    warn_of_random_weights(network, weights)
+    plain, folded = plain_form(network, example)
     with busy("Exporting"):
         request = ExportRequest(
             network.model, plain, out, network.shape, real, overwrite, network.notes_in_file, options
         )
         exported = export_to(to, request)
-    write_line(_folded(folded))
+    made_plain = f"the network was made plain first: {folded_regions(folded)}"
+    write_line(made_plain if folded.folded else "the network is plain: it was exported as it is")
     if exported.evidence:
         count = sum(len(batch) for batch in real)
         others = f" and {count} others" if count else ""
@@ -109,13 +109,6 @@ def export(
     for remark in exported.remarks:
         write_line(remark)
     write_line(f"wrote {exported.path}: {exported.contents}")
-
-
-def _folded(report: Report) -> str:
-    regions = len(report.folded)
-    if not regions:
-        return "the network is plain: it was exported as it is"
-    return f"the network was made plain first: {regions} {'region' if regions == 1 else 'regions'} folded"
 
 
 def _read_images(paths: Sequence[Path], network: Network) -> list[Tensor]:
@@ -127,10 +120,8 @@ def _read_images(paths: Sequence[Path], network: Network) -> list[Tensor]:
     channels, height, width = network.shape
     if height != width or channels not in (1, 3):
         raise UsageError("--images are for networks of square images of 1 or 3 channels: leave them out.")
-    mean, std = _IMAGENET
-    config = DataConfig(mean=mean, std=std) if channels == 3 else DataConfig()
-    if network.metadata:
-        config = DataConfig(mean=network.metadata.mean or None, std=network.metadata.std or None)
+    about = network.metadata
+    config = DataConfig(mean=about.mean or None, std=about.std or None) if about else DataConfig()
     found, _, corrupt = read_usable_images(list_images(paths), config, height, channels)
     if corrupt:
         raise DataError(f"{corrupt[0].location!r} {corrupt[0].reason}: name images that can be read.")

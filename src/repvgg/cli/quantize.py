@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,10 +10,17 @@ import tyro
 
 from repvgg._files import atomic_write
 from repvgg._progress import busy
-from repvgg.cli._network import Network, check_output_file, load_network
+from repvgg.cli._network import (
+    Network,
+    check_output_file,
+    folded_regions,
+    load_network,
+    plain_form,
+    warn_of_random_weights,
+)
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile, option
-from repvgg.cli._output import write_line, write_warning
-from repvgg.errors import ExportError, NothingFoldedWarning, UsageError
+from repvgg.cli._output import write_line
+from repvgg.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,9 +103,10 @@ def quantize(
         network = load_network(source, model, weights, num_classes, input_size, None)
         calibration, _ = _images(network, data, "train", calibration_images)
         images, labels = _images(network, data, "val", test_images or None)
-    if network.metadata is None and weights is None:
-        write_warning(f"no --weights were given: the weights of {source} are {network.weights}")
-    plain = _plain_form(network, calibration)
+    warn_of_random_weights(network, weights)
+    plain, folded = plain_form(network, calibration[:2])
+    plain = plain.float()
+    write_line(f"made plain first: {folded_regions(folded)}" if folded.folded else "the network is plain")
     if report_only:
         with busy("Measuring"):
             steps = measure_steps(plain, calibration, images, labels)
@@ -147,18 +154,6 @@ def _images(network: Network, uri: str, split: Literal["train", "val"], count: i
         order = torch.randperm(data.num_val, generator=torch.Generator().manual_seed(_SEED))
         images, labels = data.val_images(order[:count])
     return data.prepare(images), labels
-
-
-def _plain_form(network: Network, calibration: Tensor) -> nn.Module:
-    from repvgg.collapse import reparameterize
-
-    with busy("Converting"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingFoldedWarning)  # the next line says it
-        plain, folded = reparameterize(network.model, calibration[:2])
-    regions = len(folded.folded)
-    folded_text = f"made plain first: {regions} {'region' if regions == 1 else 'regions'} folded"
-    write_line(folded_text if regions else "the network is plain")
-    return plain.float()
 
 
 def _quantize(

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
+from repvgg.deploy.openvino import compile_for_cpu, openvino_core
 from repvgg.deploy.qdq import export_qdq
-from repvgg.errors import ExportError, MissingDependencyError, first_line, require
+from repvgg.errors import ExportError, MissingDependencyError, first_line
 from repvgg.measure import INTERLEAVED, REST_SECONDS, take_samples
 from repvgg.quantization import Quality, QuantizationReport, QuantizationSettings, compare_outputs, quantize
-from repvgg.quantization.api import first_tensor
+from repvgg.quantization.calibration import BATCH, first_tensor, run_in_batches
 
-_BATCH = 16
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
 #: Granularities and bits of weights that are tried, the simplest first.
 CHOICES = (
@@ -89,8 +89,7 @@ def evaluate_int8(
         ExportError: the file cannot be loaded or run.
         MissingDependencyError: onnx or onnxruntime is not installed.
     """
-    with torch.no_grad():
-        expected = torch.cat([first_tensor(reference(batch)) for batch in torch.split(images, _BATCH)])
+    expected = run_in_batches(reference, images)
     with tempfile.TemporaryDirectory() as folder:
         float_file = Path(folder) / "float.onnx"
         export_onnx(reference, float_file, (images.shape[1], images.shape[2], images.shape[3]))
@@ -131,8 +130,7 @@ def quantize_for_cpu(
     Returns:
         The network and the report of the best choice, and the quality of each in ONNX Runtime by its description.
     """
-    with torch.no_grad():
-        expected = torch.cat([first_tensor(model(batch)) for batch in torch.split(images, _BATCH)])
+    expected = run_in_batches(model, images)
     best: tuple[nn.Module, QuantizationReport] | None = None
     tried: dict[str, Quality] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +148,7 @@ def quantize_for_cpu(
 
 
 def _outputs(run: Runner, images: Tensor) -> Tensor:
-    return torch.cat([run(batch) for batch in torch.split(images, _BATCH)])
+    return torch.cat([run(batch) for batch in torch.split(images, BATCH)])
 
 
 def _onnxruntime(path: Path, *, emulate: bool = False) -> Runner:
@@ -159,17 +157,11 @@ def _onnxruntime(path: Path, *, emulate: bool = False) -> Runner:
 
 
 def _openvino(path: Path) -> Runner:
-    core = require("openvino", "openvino").Core()
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    core = openvino_core()
     try:
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
+        request = compile_for_cpu(core, core.read_model(str(path)))
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot load the file: {first_line(error)}.") from error
-    request = compiled.create_infer_request()
     return lambda x: torch.from_numpy(request.infer([x.contiguous().numpy()])[0].copy())
 
 

@@ -64,8 +64,7 @@ def qdq_form(quantized: nn.Module) -> nn.Module:
     for name in names:
         layer = result.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
-        parent, _, child = name.rpartition(".")
-        setattr(result.get_submodule(parent), child, QdqLayer(layer))
+        result.set_submodule(name, QdqLayer(layer))
     return result
 
 

@@ -79,6 +79,11 @@ class QuantizedWeight:
         return self.integers.to(dtype) * over_axis_0(self.scale.to(dtype), self.integers.ndim)
 
 
+def largest_integer(bits: int) -> int:
+    """Return the largest integer of a symmetric weight, ``2^(bits−1) − 1``; the smallest is its negative."""
+    return (1 << (bits - 1)) - 1
+
+
 def over_axis_0(values: Tensor, ndim: int) -> Tensor:
     """Return ``values`` of shape () or (O,) so that they broadcast over the axes after axis 0 of ``ndim`` axes."""
     return values if values.ndim == 0 else values.reshape(-1, *[1] * (ndim - 1))
@@ -105,7 +110,7 @@ def quantize_weight(
     weight = weight.detach().double()
     if not weight.isfinite().all():
         raise UsageError("A weight is NaN or infinite: a network with such weights cannot be quantized.")
-    highest = 2 ** (bits - 1) - 1
+    highest = largest_integer(bits)
     rows = weight.reshape(1, -1) if granularity == "per_tensor" else weight.flatten(1)
     largest = rows.abs().amax(1).clamp_min(_SMALLEST_SCALE * highest)
     best = largest / highest

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from repvgg._arguments import check_model
 from repvgg.errors import UsageError
 from repvgg.quantization.adaptive_rounding import adapt_rounding
-from repvgg.quantization.affine import QuantizedWeight
+from repvgg.quantization.affine import QuantizedWeight, largest_integer
 from repvgg.quantization.bias_correction import correct_bias
-from repvgg.quantization.calibration import LayerStatistics, collect_statistics, hooked, run
+from repvgg.quantization.calibration import LayerStatistics, collect_statistics, first_tensor, hooked, run
 from repvgg.quantization.equalization import channel_spread, equalize
 from repvgg.quantization.layers import QuantizedLayer, quantize_layer, why_not_quantizable
 from repvgg.quantization.quality import compare_outputs, sqnr
@@ -65,7 +65,7 @@ def quantize(
         layer = float_model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         quantizer = choose_quantizer(statistics[name].inputs, settings.ranges, settings.percentile)
-        _replace(quantized, name, quantize_layer(layer, quantizer, settings.granularity, settings.weight_bits))
+        quantized.set_submodule(name, quantize_layer(layer, quantizer, settings.granularity, settings.weight_bits))
     rounding, corrections = _refine(quantized, float_model, statistics, names, images, settings)
     probe = images[:_PROBE_IMAGES]
     alone = _sqnr_alone(float_model, quantized, names, probe)
@@ -111,11 +111,6 @@ def _layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     return names, skipped
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def _refine(
     quantized: nn.Module,
     float_model: nn.Module,
@@ -135,7 +130,7 @@ def _refine(
         assert isinstance(layer, QuantizedLayer)
         if settings.rounding_sweeps:
             weight = float_model.get_submodule(name).get_parameter("weight")
-            highest = 2 ** (settings.weight_bits - 1) - 1
+            highest = largest_integer(settings.weight_bits)
             rounding[name] = adapt_rounding(layer, weight, x, settings.rounding_sweeps, highest)
             y = layer.forward(x)  # not the call, which would visit it again
         if settings.correct_biases:
@@ -154,9 +149,9 @@ def _sqnr_alone(float_model: nn.Module, quantized: nn.Module, names: Sequence[st
     probe = copy.deepcopy(float_model)
     found = {}
     for name in names:
-        _replace(probe, name, quantized.get_submodule(name))
+        probe.set_submodule(name, quantized.get_submodule(name))
         found[name] = sqnr(reference, first_tensor(run(probe, images)))
-        _replace(probe, name, float_model.get_submodule(name))
+        probe.set_submodule(name, float_model.get_submodule(name))
     return found
 
 
@@ -209,15 +204,3 @@ def _layer_report(
         sqnr_alone=alone,
         sqnr_accumulated=accumulated,
     )
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the output to compare: a tensor, or the first one of several."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            output = next(iter(output.values()))
-        elif isinstance(output, Sequence) and output:
-            output = output[0]
-        else:
-            raise UsageError(f"The network returns {type(output).__name__}: there is no tensor to compare.")
-    return output

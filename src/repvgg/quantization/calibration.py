@@ -14,6 +14,8 @@ from repvgg._contexts import eval_mode
 from repvgg.errors import UsageError
 from repvgg.quantization.ranges import Histogram
 
+BATCH = 16  # images that run at once where all of them are not needed together
+
 
 @final
 @dataclass(eq=False)
@@ -95,3 +97,24 @@ def run(model: nn.Module, images: Tensor) -> Any:
     """Run ``model`` in eval mode, without gradients."""
     with eval_mode(model), torch.no_grad():
         return model(images)
+
+
+def run_in_batches(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the output of ``model``, or the first one of several, for more images than fit into memory at once."""
+    return torch.cat([first_tensor(run(model, batch)) for batch in torch.split(images, BATCH)])
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the output to compare: a tensor, or the first one of several.
+
+    Raises:
+        UsageError: there is none.
+    """
+    while not isinstance(output, Tensor):
+        if isinstance(output, Mapping):
+            output = next(iter(output.values()))
+        elif isinstance(output, Sequence) and output:
+            output = output[0]
+        else:
+            raise UsageError(f"The network returns {type(output).__name__}: there is no tensor to compare.")
+    return output

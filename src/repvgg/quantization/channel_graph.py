@@ -12,7 +12,7 @@ other operation fixes those that it reads to 1, with a reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -150,6 +150,9 @@ class _Variables:
         self._parents = [FIXED]
         self.reasons: dict[int, str] = {}
 
+    def __len__(self) -> int:
+        return len(self._parents)
+
     def new(self, count: int) -> Tensor:
         first = len(self._parents)
         self._parents.extend(range(first, first + count))
@@ -210,22 +213,11 @@ class _Tracer:
             elif node.op == "output":
                 self._fix(node, "it is an output of the network")
         roots = self._variables.roots
-        reasons = {
-            layer.weight: reason for layer in self._layers for reason in [self._reason(layer)] if reason is not None
-        }
+        reasons = {layer.weight: reason for layer in self._layers if (reason := self._reason(layer)) is not None}
         layers = tuple(
-            Layer(
-                layer.name,
-                layer.kind,
-                layer.weight,
-                layer.bias,
-                layer.groups,
-                roots(layer.inputs),
-                roots(layer.outputs),
-            )
-            for layer in self._layers
+            replace(layer, inputs=roots(layer.inputs), outputs=roots(layer.outputs)) for layer in self._layers
         )
-        return ChannelGraph(layers, len(self._variables._parents), reasons)
+        return ChannelGraph(layers, len(self._variables), reasons)
 
     def _reason(self, layer: Layer) -> str | None:
         """Return why output channels of ``layer`` are fixed, if all are."""
@@ -255,7 +247,7 @@ class _Tracer:
 
     def _layer(self, node: Node, kind: Literal["conv", "linear"]) -> Tensor:
         x, weight, bias, groups = _layer_arguments(node)
-        shape = node.meta["val"].shape
+        shape = _shape(node)
         state = [one for one in (weight, bias) if isinstance(one, Node)]
         computed = any(one.name not in self._state or len(one.users) != 1 for one in state)
         channels = None if computed else self._input_channels(x, kind)
@@ -331,19 +323,19 @@ class _Tracer:
         ours: Tensor = self._values[first]
         if isinstance(second, Node) and second in self._values:
             theirs: Tensor = self._values[second]
-            shape = node.meta["val"].shape
+            shape = _shape(node)
             ours, theirs = ours.expand(shape), theirs.expand(shape)
             self._variables.unite(ours, theirs, "it is added to something that cannot be rescaled")
             return ours
         if isinstance(second, int | float) and second == 0:
             return ours
         self._fix(node, "a constant is added to it")
-        return _fixed(node.meta["val"].shape)
+        return _fixed(_shape(node))
 
     def _product(self, node: Node) -> Tensor:
         first, second = _arguments(node)[:2]
         activations = [one for one in (first, second) if isinstance(one, Node) and one in self._values]
-        shape = node.meta["val"].shape
+        shape = _shape(node)
         if len(activations) == 1:  # times a number or a constant tensor
             factor: Tensor = self._values[activations[0]]
             return factor.expand(shape)

@@ -51,9 +51,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_scale", weight.scale)
         self.register_buffer("input_scale", torch.tensor(quantizer.scale, dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.tensor(quantizer.zero_point, dtype=torch.uint8, device=device))
-        self.register_buffer(
-            "bias_integers", torch.zeros(len(weight.integers), dtype=torch.int32, device=weight.integers.device)
-        )
+        self.register_buffer("bias_integers", torch.zeros(len(weight.integers), dtype=torch.int32, device=device))
         if bias is not None:
             self.add_to_bias(bias.detach())
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from repvgg.quantization.api import first_tensor, quantize
-from repvgg.quantization.calibration import run
+from repvgg.quantization.api import quantize
+from repvgg.quantization.calibration import run_in_batches
 from repvgg.quantization.quality import Quality, compare_outputs
 from repvgg.quantization.settings import QuantizationSettings
-
-_BATCH = 32
 
 #: Nothing but rounding: what a converter without options does.
 NEAREST = QuantizationSettings(
@@ -77,17 +74,13 @@ def measure_steps(model: nn.Module, calibration: Tensor, images: Tensor, labels:
         images: (N, C, H, W), other images than those of the calibration.
         labels: (N,) true classes, if known.
     """
-    expected = _outputs(model, images)
+    expected = run_in_batches(model, images)
 
     def quality(settings: QuantizationSettings) -> Quality:
         quantized, _ = quantize(model, calibration, settings)
-        return compare_outputs(expected, _outputs(quantized, images), labels)
+        return compare_outputs(expected, run_in_batches(quantized, images), labels)
 
     nearest = quality(NEAREST)
     found = {name: quality(replace(NEAREST, **change)) for name, change in STEPS.items()}
     steps = [Step(name, one, one.sqnr - nearest.sqnr) for name, one in found.items()]
     return StepReport(nearest, tuple(sorted(steps, key=lambda step: -step.gain)), quality(QuantizationSettings()))
-
-
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([first_tensor(run(model, batch)) for batch in torch.split(images, _BATCH)])

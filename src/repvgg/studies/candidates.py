@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import repvgg.engine
 from repvgg.collapse import fold_batch_norms, reparameterize
 from repvgg.deploy import OnnxRunner, export_onnx
+from repvgg.deploy.openvino import compile_for_cpu, openvino_core
 from repvgg.engine.frontend import read
 from repvgg.errors import (
     NothingFoldedWarning,
@@ -22,7 +23,6 @@ from repvgg.errors import (
     UsageError,
     did_you_mean,
     first_line,
-    require,
 )
 from repvgg.measure import RunSettings
 from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form_of, list_models, named_model
@@ -202,12 +202,7 @@ def _prepare_onnxruntime(model: nn.Module, settings: RunSettings, image: Shape) 
 
 
 def _prepare_openvino(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
-    core = require("openvino", "openvino").Core()
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it
-        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    core = openvino_core()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model.eval(), path, image)
@@ -217,7 +212,7 @@ def _prepare_openvino(model: nn.Module, settings: RunSettings, image: Shape) -> 
         # Static shapes are faster than a dynamic batch: one compiled model a batch size.
         graph = core.read_model(content, b"")
         graph.reshape(list(images.shape))
-        request = core.compile_model(graph, "CPU", hints).create_infer_request()
+        request = compile_for_cpu(core, graph)
         return lambda x: request.infer([x.contiguous().numpy()], share_inputs=True)[0]
 
     return _per_batch_size(prepare)
