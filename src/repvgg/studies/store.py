@@ -288,9 +288,9 @@ class LockResult:
 def try_lock(path: Path) -> Iterator[LockResult]:
     """Acquire a lock file without waiting; release it on exit.
 
-    The file is complete as soon as it exists. The lock of a dead process of this machine is taken over, and so is a
-    file without content that nobody has filled. Locks of other machines stay until their processes or a person remove
-    them, because it is unknown whether those processes are alive.
+    The file is complete as soon as it exists. A lock is taken over if its process on this machine has ended, or if the
+    file is empty. Locks of other machines stay until they are removed by their process or by hand, because this machine
+    cannot know whether that process is alive.
 
     Raises:
         OutputError: the file cannot be created.

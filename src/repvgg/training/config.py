@@ -182,7 +182,7 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """Return every field of ``config`` as YAML, nested, in declaration order."""
-    # Permission to run commands is that of one call: whoever repeats it with this file gives it again.
+    # A saved file must not run shell commands: whoever starts from it passes --data.allow-commands again.
     return _serde.to_yaml(replace(config, data=replace(config.data, allow_commands=False)))
 
 
