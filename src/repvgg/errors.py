@@ -126,8 +126,8 @@ class FallbackWarning(UserWarning):
     """The engine runs on PyTorch or on a single thread instead of as requested."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop, or the error's type if it has none."""
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of a message without its full stop, or the type of an error that has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

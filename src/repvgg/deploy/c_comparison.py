@@ -106,7 +106,7 @@ def compile_example(built: BuiltLibrary, folder: Path) -> Path:
     command = [compiler, "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
     done = subprocess.run([*command, "-o", str(program), *sources], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ExportError(f"{compiler} could not link the library: {first_line(ValueError(done.stderr))}.")
+        raise ExportError(f"{compiler} could not link the library: {first_line(done.stderr)}.")
     return program
 
 
@@ -142,7 +142,7 @@ class EmulatedExample:
                 "export for a smaller batch."
             ) from error
         if done.returncode:
-            reason = first_line(ValueError(done.stderr or f"exit code {done.returncode}"))
+            reason = first_line(done.stderr or f"exit code {done.returncode}")
             raise ExportError(f"The library does not run in {self._emulator}: {reason}.")
         numbers, at, outputs = np.fromfile(found, np.float32), 0, []
         for shape in self._outputs:

@@ -23,7 +23,7 @@ from repvgg.engine.frontend import read
 from repvgg.engine.graph import Graph, infer_shapes
 from repvgg.engine.library.build import RUNTIME, BuiltLibrary, build_library, check_name
 from repvgg.engine.library.targets import NATIVE, CpuTarget, cpu_target
-from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Target
+from repvgg.engine.planner.algorithms import Precision, Target, check_precision
 from repvgg.engine.planner.machine_costs import machine_costs
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.planner.selection_cache import select_cached
@@ -138,8 +138,7 @@ def export_c(
         raise UsageError(f"The largest batch has at least one image, not {max_batch}.")
     if weights not in ("embedded", "file"):
         raise UsageError(f"Weights are 'embedded' or in a 'file', not {weights!r}.")
-    if precision not in ERROR_GROWTH_LIMITS:
-        raise UsageError(f"precision must be one of {', '.join(map(repr, ERROR_GROWTH_LIMITS))}, not {precision!r}.")
+    check_precision(precision)
     count = thread_count(threads)
     shapes = [(max_batch, *shape) for shape in input_shapes]
     graph = read(plain, shapes)

@@ -31,13 +31,13 @@ from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.nested import map_structure
 from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
-from repvgg.engine.planner.algorithms import ERROR_GROWTH_LIMITS, Precision, Selector, Target
+from repvgg.engine.planner.algorithms import Precision, Selector, Target, check_precision
 from repvgg.engine.planner.autotune import autotune
 from repvgg.engine.planner.machine_costs import machine_costs
 from repvgg.engine.planner.plan import plan
 from repvgg.engine.planner.selection_cache import select_cached
 from repvgg.engine.planner.steps import Plan
-from repvgg.engine.runtime.memory import Images, InputView, view_input
+from repvgg.engine.runtime.memory import Images, InputView, view_inputs
 from repvgg.engine.runtime.thread_pool import ThreadPool, check_threads, thread_count
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
@@ -107,9 +107,7 @@ def compile(  # noqa: A001 - as torch.compile
     check_model(model, "repvgg.engine.compile")
     shapes = _checked_shapes(input_shape)
     check_threads(threads)
-    if precision not in ERROR_GROWTH_LIMITS:
-        known = ", ".join(map(repr, ERROR_GROWTH_LIMITS))
-        raise UsageError(f"precision must be one of {known}, not {precision!r}.")
+    check_precision(precision)
     try:
         graph = read(model, shapes)
         return CompiledModel(graph, shapes, host_isa(), threads, precision, search)
@@ -237,12 +235,7 @@ class CompiledModel:
         return call_traced(inputs[0], self._name)
 
     def _view_inputs(self, inputs: Sequence[Any]) -> list[InputView]:
-        if len(inputs) != len(self.input_shapes):
-            raise UsageError(f"This model takes {len(self.input_shapes)} inputs, got {len(inputs)}.")
-        views = [view_input(x, shape[1]) for x, shape in zip(inputs, self.input_shapes, strict=True)]
-        if len({view.shape[0] for view in views}) > 1:
-            raise UsageError(f"All inputs need the same number of images, got {[view.shape[0] for view in views]}.")
-        return views
+        return view_inputs(inputs, [shape[1] for shape in self.input_shapes])
 
     def _structured(self, outputs: Sequence[Floats], like: Images) -> Any:
         values = [torch.from_numpy(one) for one in outputs] if isinstance(like, Tensor) else outputs
@@ -355,10 +348,7 @@ class TorchFallback:
         self.model, self._channels = model, tuple(channels)
 
     def __call__(self, *inputs: Any) -> Any:
-        if len(inputs) != len(self._channels):
-            raise UsageError(f"This model takes {len(self._channels)} inputs, got {len(inputs)}.")
-        for x, channels in zip(inputs, self._channels, strict=True):
-            view_input(x, channels)  # raises as CompiledModel.__call__ does
+        view_inputs(inputs, self._channels)  # raises as CompiledModel.__call__ does
         images = [x if isinstance(x, Tensor) else torch.from_numpy(x.copy()) for x in inputs]
         with torch.no_grad(), eval_mode(self.model):  # threads may do so at once
             outputs = self.model(*images)

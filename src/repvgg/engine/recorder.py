@@ -274,7 +274,7 @@ class _Recorder(TorchFunctionMode):
                     f"The forward changes a part of a tensor in place, by {self._outdated[id(tensor)]}, and then uses "
                     "the whole: combine the parts with torch.cat."
                 )
-        if self._depends_on_shape_only(function, args):
+        if self._reads_dtype_only(function, args):
             return self._constant(function, args, kwargs)
         result = self._run(func, function, args, kwargs)
         # What returns None may write to its arguments, as x[0] = 1 does.
@@ -286,7 +286,7 @@ class _Recorder(TorchFunctionMode):
                 self._outdate(function, args[0] if args else kwargs["input"])
         return result
 
-    def _depends_on_shape_only(self, function: str, args: tuple[Any, ...]) -> bool:
+    def _reads_dtype_only(self, function: str, args: tuple[Any, ...]) -> bool:
         """Whether a call asks images for their dtype only, as those of grids of coordinates do."""
         if function in ("type_as", "to"):
             return isinstance(args[0], Tensor) and id(args[0]) not in self._calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from repvgg.engine.graph import (
     Conv,
     ConvGeometry,
     Factor,
+    Floats,
     GroupNorm,
     LayerNorm,
     Pad,
@@ -74,9 +75,14 @@ def _conv_transpose(b: GraphBuilder, call: Call) -> View:
 
 def _linear(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
-    weight = b.floats(given["weight"])
-    bias = np.zeros(len(weight), np.float32) if given.get("bias") is None else b.floats(given["bias"])
-    view = b.as_channels_last(b.view(given["input"]))
+    bias = None if given.get("bias") is None else b.floats(given["bias"])
+    return linear(b, b.view(given["input"]), b.floats(given["weight"]), bias)
+
+
+def linear(b: GraphBuilder, view: View, weight: Floats, bias: Floats | None = None) -> View:
+    """Multiply the last axis of a tensor by ``weight`` (outputs, inputs)."""
+    view = b.as_channels_last(view)
+    bias = np.zeros(len(weight), np.float32) if bias is None else bias
     value = b.emit(Conv(weight[:, :, None, None], bias, ConvGeometry((1, 1))), view.value)
     return b.with_channels(view, value)
 
@@ -155,8 +161,7 @@ def _layer_norm(b: GraphBuilder, call: Call) -> View:
 def _group_norm(b: GraphBuilder, call: Call) -> View:
     given = arguments.of(call)
     view = b.view(given["input"])
-    channels, *rest = view.shape
-    return _normalize_groups(b, view, int(given["num_groups"]), (channels, *rest), given)
+    return _normalize_groups(b, view, int(given["num_groups"]), given)
 
 
 def _instance_norm(b: GraphBuilder, call: Call) -> View:
@@ -164,10 +169,11 @@ def _instance_norm(b: GraphBuilder, call: Call) -> View:
     if not given.get("use_input_stats", True):
         return _batch_norm(b, call)
     view = b.view(given["input"])
-    return _normalize_groups(b, view, view.shape[0], view.shape, given)
+    return _normalize_groups(b, view, view.shape[0], given)
 
 
-def _normalize_groups(b: GraphBuilder, view: View, groups: int, shape: Sequence[int], given: Mapping[str, Any]) -> View:
+def _normalize_groups(b: GraphBuilder, view: View, groups: int, given: Mapping[str, Any]) -> View:
+    shape = view.shape
     weight, bias = (
         np.full(shape[0], number, np.float32) if given.get(name) is None else b.floats(given[name])
         for name, number in (("weight", 1.0), ("bias", 0.0))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from repvgg.engine import arguments
-from repvgg.engine.graph import C, Conv, ConvGeometry, Floats, H, MatMul, Pointwise, Softmax, W
+from repvgg.engine.graph import C, H, MatMul, Pointwise, Softmax, W
 from repvgg.engine.graph_builder import GraphBuilder, by_name, on_other_axes
 from repvgg.engine.handlers.arithmetic import combine, with_constant
+from repvgg.engine.handlers.layers import linear
 from repvgg.engine.recorder import Call
 from repvgg.engine.views import View, view_of
 
@@ -38,14 +39,6 @@ def _matmul(b: GraphBuilder, call: Call) -> View:
     if len(one.axes) != len(other.axes) or len(one.axes) < 2:
         b.refuse("multiplies tensors of different numbers of axes")
     return matmul(b, one, other)
-
-
-def linear(b: GraphBuilder, view: View, weight: Floats, bias: Floats | None = None) -> View:
-    """Multiply the last axis of a tensor by ``weight`` (outputs, inputs)."""
-    view = b.as_channels_last(view)
-    bias = np.zeros(len(weight), np.float32) if bias is None else bias
-    value = b.emit(Conv(weight[:, :, None, None], bias, ConvGeometry((1, 1))), view.value)
-    return b.with_channels(view, value)
 
 
 def _transposed(view: View) -> View:

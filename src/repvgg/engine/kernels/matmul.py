@@ -16,7 +16,7 @@ from typing import NamedTuple, final
 from repvgg.engine.codegen.ir_builder import Index, IRBuilder, Value
 from repvgg.engine.graph import C, Epilogue, H, Rearrangement, W
 from repvgg.engine.kernels import pointwise
-from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, RegisterTile, rank_1_update
+from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel, RegisterTile, rank_1_update, row_address
 from repvgg.engine.runtime.memory import FeatureMapLayout
 
 _MAX_BLOCKS = 8  # of the depth; each is a separate loop in the code
@@ -90,11 +90,10 @@ class MatMulKernel(Kernel):
             image, matrix = b.divmod(matrices, target.size[0])
             first = b.mul(tile, self.tile.mr)
             left, right = (self._matrix(b, one, image, matrix) for one in (self.left, self.right))
-            written = b.add(b.mul(image, target.image_stride), b.mul(matrix, target.row_stride))
             pointers = (
                 b.offset("%source", b.add(left, b.mul(first, self.left.row))),
                 b.offset("%weights", right),
-                b.offset("%target", b.add(b.add(written, target.interior_offset), b.mul(first, target.pixel_stride))),
+                b.offset(row_address(b, "%target", target, image, matrix), b.mul(first, target.pixel_stride)),
             )
             if rest == self.tile.mr:
                 self._emit_rows(b, pointers, rest)

@@ -164,5 +164,5 @@ def _link(objects: list[Path], shared: Path, target: CpuTarget) -> bool:
     command = [*linker, "-shared", "-o", str(shared), *map(str, objects), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ExportError(f"{linker[0]} could not link {shared.name}: {first_line(ValueError(done.stderr))}.")
+        raise ExportError(f"{linker[0]} could not link {shared.name}: {first_line(done.stderr)}.")
     return True

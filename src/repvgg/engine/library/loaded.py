@@ -18,7 +18,7 @@ from repvgg.engine.codegen.jit import MachineCode, host_isa
 from repvgg.engine.graph import Floats, Shape
 from repvgg.engine.library.description import MAX_RANK
 from repvgg.engine.library.object_file import read_archive
-from repvgg.engine.runtime.memory import InputView, view_input
+from repvgg.engine.runtime.memory import InputView, view_inputs
 from repvgg.engine.runtime.thread_pool import check_threads
 from repvgg.errors import UsageError
 
@@ -157,15 +157,11 @@ class CompiledLibrary:
         Raises:
             UsageError: the images have another shape, dtype or device, or another thread is running this network.
         """
-        if len(inputs) != len(self.input_shapes):
-            raise UsageError(f"This network takes {len(self.input_shapes)} inputs, got {len(inputs)}.")
-        views = [view_input(x, shape[1]) for x, shape in zip(inputs, self.input_shapes, strict=True)]
+        views = view_inputs(inputs, [shape[1] for shape in self.input_shapes])
         for view, shape in zip(views, self.input_shapes, strict=True):
             if view.shape[1:] != shape[1:]:
                 raise UsageError(f"This network was exported for images of {shape[1:]}, got {view.shape[1:]}.")
         count = views[0].shape[0]
-        if any(view.shape[0] != count for view in views):
-            raise UsageError(f"All inputs need the same number of images, got {[view.shape[0] for view in views]}.")
         outputs = [np.empty((count, *shape), np.float32) for shape in self.output_shapes]
         for first in range(0, count, self.max_images):
             self._run(views, outputs, first, min(self.max_images, count - first))

@@ -25,6 +25,7 @@ from repvgg.engine.planner.machine_costs import AVX512_COSTS, MachineCosts
 from repvgg.engine.runtime.memory import round_up
 from repvgg.engine.winograd.filters import Winograd2d, winograd2d
 from repvgg.engine.winograd.tiling import Tiling
+from repvgg.errors import UsageError
 
 Schedule: TypeAlias = Literal["staged", "fused"]
 Precision: TypeAlias = Literal["highest", "high", "medium"]
@@ -45,6 +46,13 @@ _STAGED_STACK_BYTES = 2**19 if sys.platform == "linux" else 3 * 2**16
 
 MAX_PANEL_VECTORS = 4  # the weights of wider panels crowd the inputs out of L1
 _MAX_FUSED_REGISTER_TILES = 8  # per block: weights are then reused often enough, and more tiles would not fit L2
+
+
+def check_precision(precision: str) -> None:
+    """Raise UsageError for an error budget that there is not."""
+    if precision not in ERROR_GROWTH_LIMITS:
+        known = ", ".join(map(repr, ERROR_GROWTH_LIMITS))
+        raise UsageError(f"precision must be one of {known}, not {precision!r}.")
 
 
 @final

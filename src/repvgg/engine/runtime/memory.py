@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, final
@@ -146,6 +147,20 @@ class InputView(NamedTuple):
     shape: tuple[int, int, int, int]  # (n, C, H, W)
     strides: tuple[int, ...]  # floats from one element to the next along each axis
     owner: Images  # keeps the memory alive
+
+
+def view_inputs(inputs: Sequence[Images], channels: Sequence[int]) -> list[InputView]:
+    """Check the inputs of a network, one for each number of channels, and return a view of each.
+
+    Raises:
+        UsageError: as :func:`view_input`, or there are other numbers of inputs, or of images in them.
+    """
+    if len(inputs) != len(channels):
+        raise UsageError(f"This model takes {len(channels)} inputs, got {len(inputs)}.")
+    views = [view_input(x, count) for x, count in zip(inputs, channels, strict=True)]
+    if len({view.shape[0] for view in views}) > 1:
+        raise UsageError(f"All inputs need the same number of images, got {[view.shape[0] for view in views]}.")
+    return views
 
 
 def view_input(x: Images, channels: int) -> InputView:
