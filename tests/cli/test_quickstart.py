@@ -111,6 +111,8 @@ def test_report_describes_the_run(finished):
     assert report.passed
     assert report.seed == 3
     assert len(report.regions) == 7
+    with_identity = {region.name: region.branches for region in report.regions}["stages.0.1.conv"]
+    assert list(with_identity) == ["3x3 conv + BN", "1x1 conv + BN", "identity + BN"]
     assert all(check.agree == check.total for check in report.evidence)
     assert {timing.role for timing in report.timings} == {"train", "folded", "plain", "runtime"}
     metadata = load(home / "runs/quickstart/train.safetensors").metadata

@@ -177,11 +177,16 @@ def _collapse(model: models.RepVGG, console: Console) -> _Forms:
 
 
 def _describe_branches(region: collapse.Folded) -> list[str]:
-    """Return a description of each branch, such as ``3x3 conv + BN``."""
+    """Return a description of each branch, such as ``3x3 conv + BN``: the layers of each child of the block."""
     short = {"PointwiseConv2d": "conv", "Conv2d": "conv", "BatchNorm2d": "BN"}
+    layers: dict[str, dict[str, str]] = {}  # by branch, and by layer, which may be several parts
+    for part in region.parts:
+        if part.name.startswith(f"{region.name}."):  # the sums of the branches have other names
+            branch, _, layer = part.name.removeprefix(f"{region.name}.").partition(".")
+            layers.setdefault(branch, {})[layer] = part.description
     descriptions = []
-    for branch in region.parts:
-        text = branch.description
+    for of_branch in layers.values():
+        text = " + ".join(of_branch.values())
         for name, word in short.items():
             text = text.replace(name, word)
         descriptions.append(text if "conv" in text else f"identity + {text}")
