@@ -188,6 +188,7 @@ def test_quality_of_outputs():
     ("model", "calibration", "sentence"),
     [
         (nn.Sequential(nn.ReLU()), images(2), "no convolution or linear layer"),
+        (nn.Conv2d(3, 4, 3), images(2), "give nn.Sequential"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), [], "Calibration images are a tensor"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(3, 8, 8), "got the shape"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), torch.full((1, 3, 8, 8), torch.nan), "NaN or infinite"),

@@ -77,7 +77,8 @@ def quantize(
         calibration_images: number of random training images; they are in memory at once, with their feature maps.
         test_images: number of random validation images; 0 takes all.
         granularity: one scale for a weight tensor or for each output channel; auto: what does best on this CPU.
-        weight_bits: 7 keeps the integer kernels of CPUs without VNNI from saturating (default: what does best here).
+        weight_bits: 7 keeps the integer kernels of CPUs without VNNI from saturating (default: what does best on this
+            CPU if --granularity is auto, otherwise 8).
         ranges: how the range of an activation is chosen.
         equalize: see above.
         rounding_sweeps: passes of adaptive rounding; 0 rounds to the nearest.

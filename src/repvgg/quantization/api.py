@@ -46,7 +46,7 @@ def quantize(
         The quantized network, an ``nn.Module`` from tensors to tensors that computes with exact integers, and a report.
 
     Raises:
-        UsageError: ``model`` has no layer to quantize, or there are no calibration images.
+        UsageError: ``model`` has no layer to quantize, or is one itself, or there are no calibration images.
         ExportError: ``torch.export`` cannot capture the model, which equalization needs.
     """
     settings = settings or QuantizationSettings()
@@ -108,6 +108,8 @@ def _layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             skipped[name] = "it is a batch norm: call repvgg.reparameterize first, which folds most of them"
     if not names:
         raise UsageError("The network has no convolution or linear layer to quantize.")
+    if names == [""]:
+        raise UsageError("A single layer is not quantized by itself: give nn.Sequential(layer).")
     return names, skipped
 
 
