@@ -17,10 +17,11 @@ from repvgg.errors import DataError, OutputExistsError, TrainingError, UnknownMo
 from repvgg.models import ModelSpec, Stage
 from repvgg.studies import ablation, base, find_study, variants
 from repvgg.studies.ablation import AblationSettings
-from repvgg.studies.ablation_tables import Results, Spread
+from repvgg.studies.ablation_results import Results, Spread
 from repvgg.studies.base import run_study
 from repvgg.studies.report.charts import draw_accuracies
 from repvgg.studies.variants import TABLE_6_VARIANTS
+from repvgg.training import precision
 from tests.studies.helpers import read_rows
 
 TINY = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8),))
@@ -311,13 +312,16 @@ def test_names_are_checked_before_training(monkeypatch):
         find_study("table7").resolve(AblationSettings(recipe="xyzzy"))
 
 
-def test_recipe_provides_the_defaults():
+@pytest.mark.parametrize(("flags", "dtype"), [({"avx2", "avx512_bf16"}, "bfloat16"), ({"avx2"}, "float32")])
+def test_recipe_provides_the_defaults(monkeypatch, flags, dtype):
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     chosen = find_study("blocks").resolve(AblationSettings(device="cpu", epochs=3, lr=0.5))
     assert (chosen.batch, chosen.input_size, chosen.data) == (128, 32, "torchvision:CIFAR10:cifar10")
     config = chosen.config
     assert (config.optim.lr, config.optim.lr_batch) == (0.5, None)
     assert config.optim.warmup_epochs == pytest.approx(0.6), "a fifth of the epochs"
-    assert (chosen.run.dtype, chosen.run.channels_last) == ("bfloat16", True)
+    assert (chosen.run.dtype, chosen.run.channels_last) == (dtype, True)
 
 
 def test_chart_of_incomplete_results():
@@ -386,7 +390,9 @@ def test_cells_of_an_older_version_are_read():
     }
     study = find_study("table6")
     settings = study.resolve(replace(QUICK, batch=4))
-    accuracy, cost, trainings = (table.to_dicts() for table in study.outcome(settings, cells).tables)
+    tables = {table.name: table.to_dicts() for table in study.outcome(settings, cells).tables}
+    assert "table6-epochs" not in tables, "older cells have no accuracies by epoch"
+    accuracy, cost, trainings = (tables[name] for name in ("table6", "table6-cost", "table6-cells"))
     rows = {row["row"]: row for row in accuracy}
     assert (rows["RepVGG"]["top1_percent"], rows["RepVGG"]["same_answers"]) == (80.0, "50 of 50")
     assert rows["conv-BN"]["seeds"] == 0

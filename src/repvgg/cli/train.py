@@ -36,7 +36,8 @@ def train(arguments: list[str]) -> int:
         repvgg train --config runs/repvgg_t1-cifar/config.yaml --resume
         torchrun --nproc-per-node 8 -m repvgg train --config b1.yaml --sync-bn
 
-    Recipes: paper-simple, paper-heavy, plus, cifar, finetune, quickstart; for images with masks pspnet, pspnet-small.
+    Recipes: paper-simple, paper-heavy, plus, cifar, cifar-paper, finetune, quickstart; for images with
+    masks pspnet, pspnet-small.
 
     Args:
         arguments: everything after ``repvgg train``.

@@ -25,7 +25,8 @@ from repvgg.errors import DataError, TrainingError, UsageError
 from repvgg.measure import IDENTITY, RunSettings, environment
 from repvgg.measure.settings import Device, Dtype
 from repvgg.models import ModelSpec
-from repvgg.studies.ablation_tables import Lead, Results, ablation_outcome, lead_branches, lead_extremes
+from repvgg.studies.ablation_results import Results
+from repvgg.studies.ablation_tables import Lead, ablation_outcome, lead_branches, lead_extremes
 from repvgg.studies.base import OnProgress, Outcome, ProgressReporter, Study, check_positive
 from repvgg.studies.store import (
     CELLS,

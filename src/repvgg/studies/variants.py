@@ -192,6 +192,7 @@ def train_cell(training: Training, folder: Path) -> Cell:
         "trained": _accuracy(result.validation),
         "deployed": _deploy(model, result.validation, training),
         "loss": result.history[-1].loss,
+        "top1_percent_by_epoch": [100 * record.score for record in result.history],
         "epochs": len(result.history),
         "seconds": sum(record.seconds for record in result.history),
         "images_per_second": sum(speeds) / len(speeds),

@@ -306,6 +306,39 @@ def _accuracy_panel(
             )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A line in :func:`draw_curves`."""
+
+    label: str
+    values: Sequence[float]  # at 1, 2, …
+
+
+_LINE_STYLES = ("-", "--", "-.", ":")
+_CURVE_COLORS = (OURS, OTHERS, INK)  # times the line styles: twelve curves can be told apart
+
+
+def draw_curves(figure: Figure, curves: Sequence[Curve], x_label: str, y_label: str) -> None:
+    """Draw curves over 1, 2, … in one panel, the best last value first in the legend."""
+    narrow = _is_narrow(figure)
+    if narrow:
+        figure.set_figheight((NARROW_PX + 18 * len(curves)) * PX)
+    axes = figure.add_subplot()
+    ranked = sorted(enumerate(curves), key=lambda item: -item[1].values[-1])
+    for index, curve in ranked:
+        axes.plot(
+            range(1, len(curve.values) + 1),
+            curve.values,
+            _LINE_STYLES[index // len(_CURVE_COLORS) % len(_LINE_STYLES)],
+            color=_CURVE_COLORS[index % len(_CURVE_COLORS)],
+            label=curve.label,
+        )
+    axes.grid(color=RULE, linewidth=0.8)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    figure.legend(loc="outside lower center" if narrow else "outside right center", fontsize=_font(0.76))
+
+
 def _is_narrow(figure: Any) -> bool:
     """Whether the figure is for a phone; a drawing function may then set another height."""
     return bool(figure.get_figwidth() < 0.6 * SLIDE_INCHES[0])
