@@ -15,12 +15,15 @@ from repvgg.cli._output import write_line, write_warning
 from repvgg.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from repvgg.training import TrainConfig
 
 _TERMINATED = 143  # what shells report for a program ended by SIGTERM
 _OUT = "folder of the run (default: runs/MODEL-RECIPE, or that of the config that is resumed)."
 _CHOOSE = "Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'."
-_SHORT = {"--data": "--data.uri", "--val": "--data.val"}
+_SHORT = {"--data": "--data.uri", "--val": "--data.val", "--qat": "--qat.enabled"}
+_INT8_IMAGES = 512  # that are evaluated in the runtimes
 
 
 def train(arguments: list[str]) -> int:
@@ -34,9 +37,10 @@ def train(arguments: list[str]) -> int:
         repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
         repvgg train pspnet_repvgg_a0 --recipe pspnet-small --data masks:camvid
         repvgg train --config runs/repvgg_t1-cifar/config.yaml --resume
+        repvgg train --recipe qat --init runs/a0/train.safetensors --data imagefolder:imagenet
         torchrun --nproc-per-node 8 -m repvgg train --config b1.yaml --sync-bn
 
-    Recipes: paper-simple, paper-heavy, plus, cifar, cifar-paper, finetune, quickstart; for images with
+    Recipes: paper-simple, paper-heavy, plus, cifar, cifar-paper, finetune, qat, quickstart; for images with
     masks pspnet, pspnet-small.
 
     Args:
@@ -61,11 +65,36 @@ def _train(arguments: list[str], again: str) -> int:
         with interrupt_message(lambda: f"interrupted; {next_step()}"):
             result = run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
             if result is not None:  # on rank 0
+                if result.quantized is not None:
+                    _write_int8(folder, result.quantized, result.fit.config)
                 _write_page(folder)
     except Terminated:
         write_warning(f"terminated; {next_step()}")
         return _TERMINATED
     return 0
+
+
+def _write_int8(folder: Path, quantized: nn.Module, config: TrainConfig) -> None:
+    """Write ``int8.onnx`` and run it on validation images beside the plain form."""
+    from repvgg.data import ImageData, open_data
+    from repvgg.deploy.int8 import evaluate_int8
+    from repvgg.deploy.qdq import export_qdq
+    from repvgg.models import load
+    from repvgg.training.run_folder import INT8_ONNX_FILE, PLAIN_FILE
+
+    path = folder / INT8_ONNX_FILE
+    loaded = load(folder / PLAIN_FILE)
+    shape = (loaded.metadata.in_channels, loaded.metadata.input_size, loaded.metadata.input_size)
+    try:
+        export_qdq(quantized, path, shape, overwrite=True, notes=loaded.metadata.to_header())
+        data = open_data(config.data, seed=config.seed)
+        if isinstance(data, ImageData) and data.num_val:
+            images, labels = data.val_images(range(min(data.num_val, _INT8_IMAGES)))
+            for result in evaluate_int8(path, loaded.model.eval(), images, labels):
+                write_line(f"  {result}")
+        write_line(f"  wrote {path}")
+    except MissingDependencyError as error:  # the integers are in int8.safetensors
+        write_warning(f"no {INT8_ONNX_FILE} was written: {error}")
 
 
 def _write_page(folder: Path) -> None:

@@ -5,8 +5,11 @@ from repvgg.quantization.affine import ActivationQuantizer, Granularity, Quantiz
 from repvgg.quantization.api import quantize
 from repvgg.quantization.bias_correction import correct_bias
 from repvgg.quantization.channel_graph import ChannelGraph, trace_channels
-from repvgg.quantization.equalization import EqualizationReport, LayerSpread, equalize
+from repvgg.quantization.equalization import EqualizationReport, LayerFactors, LayerSpread, equalize
+from repvgg.quantization.fake import FakeQuantLayer
+from repvgg.quantization.files import load_quantized, save_quantized
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, quantize_layer
+from repvgg.quantization.qat import QatNetwork, QatReport, prepare_qat
 from repvgg.quantization.quality import PairedAccuracy, Quality, compare_outputs, sqnr
 from repvgg.quantization.ranges import Histogram, RangeMethod, choose_quantizer
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
@@ -17,10 +20,14 @@ __all__ = [
     "ActivationQuantizer",
     "ChannelGraph",
     "EqualizationReport",
+    "FakeQuantLayer",
     "Granularity",
     "Histogram",
+    "LayerFactors",
     "LayerSpread",
     "PairedAccuracy",
+    "QatNetwork",
+    "QatReport",
     "Quality",
     "QuantizationReport",
     "QuantizationSettings",
@@ -36,10 +43,13 @@ __all__ = [
     "compare_outputs",
     "correct_bias",
     "equalize",
+    "load_quantized",
     "measure_steps",
+    "prepare_qat",
     "quantize",
     "quantize_layer",
     "quantize_weight",
+    "save_quantized",
     "sqnr",
     "trace_channels",
 ]

@@ -54,7 +54,11 @@ class ActivationQuantizer:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the integers of ``x`` as a tensor of its own dtype."""
-        return torch.clamp(torch.round(x / self.scale) + self.zero_point, self.LOWEST, self.HIGHEST)
+        return torch.clamp(self.unclipped(x), self.LOWEST, self.HIGHEST)
+
+    def unclipped(self, x: Tensor) -> Tensor:
+        """Return ``round(x / scale) + zero_point``: those outside [0, 255] are clipped to it."""
+        return torch.round(x / self.scale) + self.zero_point
 
     def dequantize(self, q: Tensor) -> Tensor:
         """Return the numbers that the integers ``q`` represent."""
@@ -121,11 +125,31 @@ def quantize_weight(
             error = (_represented(rows, scale, highest) - rows).square().sum(1)
             best = torch.where(error < errors, scale, best)
             errors = torch.minimum(error, errors)
+    return round_weight(weight, best.reshape(() if granularity == "per_tensor" else (-1,)), bits, smallest_scale)
+
+
+def full_range_scale(weight: Tensor, granularity: Granularity, bits: int) -> Tensor:
+    """Return the scales, in float64, that represent the largest weight: () per tensor, (O,) per channel."""
+    magnitudes = weight.detach().double().abs()
+    largest = magnitudes.amax() if granularity == "per_tensor" else magnitudes.flatten(1).amax(1)
+    highest = largest_integer(bits)
+    return largest.clamp_min(_SMALLEST_SCALE * highest) / highest
+
+
+def round_weight(weight: Tensor, scale: Tensor, bits: int, smallest_scale: Tensor | float = 0.0) -> QuantizedWeight:
+    """Round weights to integers with given scales.
+
+    Args:
+        weight: (O, …).
+        scale: float64, () or (O,); rounded to float32 before it is used.
+        bits: 2 to 8.
+        smallest_scale: lower bound of the scales, a number or (O,).
+    """
     bound = torch.as_tensor(smallest_scale, dtype=torch.float64, device=weight.device)
-    scale = torch.maximum(best, bound.amax() if granularity == "per_tensor" else bound).float()
-    integers = (rows / scale.double()[:, None]).round().clamp(-highest, highest)
-    shape = () if granularity == "per_tensor" else (-1,)
-    return QuantizedWeight(integers.reshape(weight.shape).to(torch.int8), scale.reshape(shape))
+    chosen = torch.maximum(scale, bound if scale.ndim else bound.amax()).float()
+    highest = largest_integer(bits)
+    steps = weight.detach().double() / over_axis_0(chosen.double(), weight.ndim)
+    return QuantizedWeight(steps.round().clamp(-highest, highest).to(torch.int8), chosen)
 
 
 def _represented(rows: Tensor, scale: Tensor, highest: int) -> Tensor:

@@ -51,11 +51,11 @@ def quantize(
     """
     settings = settings or QuantizationSettings()
     check_model(model, "quantize")
-    images = _images(calibration)
+    images = calibration_images(calibration)
     float_model, equalized = copy.deepcopy(model).eval().float(), None
     if settings.equalize:
         float_model, equalized = equalize(float_model, images)
-    names, skipped = _layers(float_model)
+    names, skipped = layers_to_quantize(float_model)
     statistics = collect_statistics(float_model, names, [images])
     for name in [name for name in names if not statistics[name].calls]:
         skipped[name] = "it is not called on the calibration images"
@@ -81,7 +81,8 @@ def quantize(
     return quantized, QuantizationReport(settings, tuple(layers), skipped, equalized, quality)
 
 
-def _images(calibration: Tensor | Iterable[Any]) -> Tensor:
+def calibration_images(calibration: Tensor | Iterable[Any]) -> Tensor:
+    """Return the images of a tensor, of batches, or of batches with labels, as one tensor."""
     if isinstance(calibration, Tensor):
         found = calibration
     else:
@@ -94,7 +95,7 @@ def _images(calibration: Tensor | Iterable[Any]) -> Tensor:
     return found
 
 
-def _layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+def layers_to_quantize(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Return the names of the layers to quantize, and why others, and batch norms, are not."""
     names, skipped = [], {}
     for name, module in model.named_modules():

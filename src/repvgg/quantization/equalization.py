@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 import torch
@@ -38,12 +38,27 @@ class LayerSpread:
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """What equalization did to a layer, in float64: weights (O, I/groups, …) times ``weight``, biases over ``output``.
+
+    Attributes:
+        weight: (O, I/groups).
+        output: (O,).
+    """
+
+    weight: Tensor
+    output: Tensor
+
+
+@final
 @dataclass(frozen=True)
 class EqualizationReport:
-    """What :func:`equalize` did, layer by layer."""
+    """What :func:`equalize` did, layer by layer; ``factors`` by the name of the layer."""
 
     layers: tuple[LayerSpread, ...]
     sweeps: int
+    factors: Mapping[str, LayerFactors] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def left_alone(self) -> Mapping[str, str]:
@@ -77,6 +92,7 @@ def equalize(model: nn.Module, images: Tensor) -> tuple[nn.Module, EqualizationR
     state = result.state_dict(keep_vars=True)
     weights = {layer.weight: _magnitudes(state[layer.weight], layer) for layer in graph.layers}
     scales, sweeps = _solve(graph, weights)
+    factors: dict[str, LayerFactors] = {}
     with torch.no_grad():
         for layer in graph.layers:
             weight = state[layer.weight]
@@ -85,6 +101,7 @@ def equalize(model: nn.Module, images: Tensor) -> tuple[nn.Module, EqualizationR
             weight.copy_(weight.double() * factor.reshape(*factor.shape, *[1] * (weight.ndim - 2)))
             if layer.bias is not None:
                 state[layer.bias].copy_(state[layer.bias].double() / out)
+            factors[layer.name] = LayerFactors(factor, out)
     spreads = []
     for layer in graph.layers:
         after = _magnitudes(state[layer.weight], layer)
@@ -92,7 +109,7 @@ def equalize(model: nn.Module, images: Tensor) -> tuple[nn.Module, EqualizationR
         before = weights[layer.weight]
         reason = None if free else graph.reasons.get(layer.weight)
         spreads.append(LayerSpread(layer.name, _spread(before), _spread(after), free, len(layer.outputs), reason))
-    return result, EqualizationReport(tuple(spreads), sweeps)
+    return result, EqualizationReport(tuple(spreads), sweeps, factors)
 
 
 def channel_spread(weight: Tensor) -> float:

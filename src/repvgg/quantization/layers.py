@@ -137,10 +137,13 @@ def quantize_layer(
 
     Scales of weights are large enough for the bias to fit the accumulator: a channel with weights of 0 keeps its bias.
     """
-    smallest: Tensor | float = 0.0
-    if layer.bias is not None:
-        smallest = layer.bias.detach().double().abs() / (quantizer.scale * _LARGEST_BIAS)
+    smallest = smallest_weight_scale(layer.bias, quantizer)
     weight = quantize_weight(layer.weight, granularity, bits, smallest_scale=smallest)
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, weight, quantizer)
     return QuantizedLinear(weight, layer.bias, quantizer)
+
+
+def smallest_weight_scale(bias: Tensor | None, quantizer: ActivationQuantizer) -> Tensor | float:
+    """Return the scales of weights, (O,), below which a bias would not fit the accumulator; 0 without a bias."""
+    return 0.0 if bias is None else bias.detach().double().abs() / (quantizer.scale * _LARGEST_BIAS)

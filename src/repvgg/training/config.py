@@ -12,6 +12,7 @@ from repvgg._files import write_text
 from repvgg.data import DataConfig
 from repvgg.data.config import MASK_SCHEMES
 from repvgg.errors import UsageError
+from repvgg.quantization import QuantizationSettings
 
 DecayPolicy = Literal["paper", "upstream", "upstream-2021", "no-1d"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
@@ -81,6 +82,63 @@ class OptimConfig:
 
 @final
 @dataclass(frozen=True)
+class QatConfig:
+    """Quantization-aware training: the plain form's integers in every pass, merged anew from the branches.
+
+    Attributes:
+        enabled: train so.
+        weight_bits: 2 to 8; 7 for CPUs without VNNI instructions, whose sums of products saturate at 16 bits.
+        granularity: one scale for each weight tensor, or for each output channel.
+        ranges: how the range of an activation is chosen, from the calibration images and from batches that are
+            observed: the smallest squared error, a percentile, or all values.
+        percentile: share in percent for ranges="percentile".
+        learn_ranges: train the ranges by gradients (LSQ) instead of observing them.
+        equalize: rescale channels between layers first, which changes no result.
+        calibration_images: training images from which ranges start, transformed as for training.
+        observe_epochs: epochs at the beginning in which ranges follow the batches; then they are frozen.
+        norm_epochs: epochs at the beginning in which batch norms move their running statistics, which costs a pass
+            through the branches; then they are frozen. In training, too, batch norms fold with those.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+
+    enabled: bool = False
+    weight_bits: int = 8
+    granularity: Literal["per_tensor", "per_channel"] = "per_channel"
+    ranges: Literal["mse", "percentile", "minmax"] = "mse"
+    percentile: float = 99.99
+    learn_ranges: bool = False
+    equalize: bool = True
+    calibration_images: int = 128
+    observe_epochs: float = 1.0
+    norm_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        _serde.check_finite(self)
+        _ = self.settings  # refuses what it shares with other quantizations
+        if self.calibration_images < 1 or self.observe_epochs < 0 or self.norm_epochs < 0:
+            raise UsageError(
+                "Quantization-aware training needs calibration_images >= 1, observe_epochs >= 0 and norm_epochs >= 0, "
+                f"got {self.calibration_images}, {self.observe_epochs:g} and {self.norm_epochs:g}."
+            )
+
+    @property
+    def settings(self) -> QuantizationSettings:
+        """What it shares with a quantization after training, without the steps that training replaces."""
+        return QuantizationSettings(
+            granularity=self.granularity,
+            weight_bits=self.weight_bits,
+            ranges=self.ranges,
+            percentile=self.percentile,
+            equalize=self.equalize,
+            correct_biases=False,
+            rounding_sweeps=0,
+        )
+
+
+@final
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that a training run depends on.
 
@@ -102,6 +160,7 @@ class TrainConfig:
         init: checkpoint to start from; its classifier is replaced if the classes differ. A segmentation network also
             starts from a classification checkpoint of its backbone, a plain one expanded into branches.
         expand: expand a plain ``init`` into branches that compute the same, before training.
+        qat: quantization-aware training from the checkpoint ``init``; "best" and validation then mean the integers.
         precision: of the arithmetic; weights and statistics stay in float32. "auto" takes what this machine is fast at
             and says what that is; the config of the run folder names it.
         channels_last: compute in NHWC, which is faster on most devices; saved weights are contiguous.
@@ -134,6 +193,7 @@ class TrainConfig:
     ema: float = 0.0
     init: str | None = None
     expand: bool = False
+    qat: QatConfig = field(default_factory=QatConfig)
     precision: Precision = "float32"
     channels_last: bool = False
     compile: bool = False
@@ -178,6 +238,16 @@ class TrainConfig:
             )
         if self.expand and self.init is None:
             raise UsageError("expand needs a plain checkpoint to expand: give one as init.")
+        if self.qat.enabled:
+            self._check_qat()
+
+    def _check_qat(self) -> None:
+        if self.precision != "float32":
+            raise UsageError(f"Integers are simulated in float32, not {self.precision}: leave precision at float32.")
+        if self.compile:
+            raise UsageError("Branches are merged in Python code in every step, which compile does not take: leave it out.")
+        if self.sync_bn:
+            raise UsageError("Batch norms fold with their running statistics here: leave out sync_bn.")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -18,6 +18,7 @@ from repvgg._contexts import seeded
 from repvgg.collapse import is_plain, reparameterize
 from repvgg.data import SegmentationData
 from repvgg.errors import EquivalenceError, TrainingError
+from repvgg.quantization import QatNetwork
 from repvgg.training.config import TrainConfig
 from repvgg.training.tasks import TrainingData, loss_function
 from repvgg.verify import Evidence, verify
@@ -72,6 +73,8 @@ def perform_dry_run(model: nn.Module, data: TrainingData, config: TrainConfig) -
             if parameter.grad is not None:
                 parameter.sub_(parameter.grad, alpha=_LR)
     model.eval()
+    if isinstance(model, QatNetwork):
+        model = model.train_form
     if is_plain(model, images):
         return DryRunResult(initial_loss, 0, None)
     plain, report = reparameterize(model, images)

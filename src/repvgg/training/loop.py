@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from repvgg._contexts import eval_mode, num_threads, seeded
 from repvgg.data import SegmentationData, TrainLoader, ValLoader
 from repvgg.errors import UsageError, first_line
+from repvgg.quantization import QatNetwork
 from repvgg.training.callbacks import History, MovingAverage, ProgressBar
 from repvgg.training.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, CheckpointSaver, read_position
 from repvgg.training.config import TrainConfig
@@ -37,6 +38,7 @@ from repvgg.training.distributed import (
 )
 from repvgg.training.evaluation import device_of
 from repvgg.training.precision import runs_on_cpu, settle_precision
+from repvgg.training.qat import QatSchedule
 from repvgg.training.records import Record
 from repvgg.training.segmentation_inference import require_grid_size
 from repvgg.training.task import TrainingTask
@@ -102,7 +104,7 @@ def fit(
         console: where to show it; standard output if None.
         layout: the processes of the run; detected by :func:`~repvgg.training.process_layout` if None.
         on_epoch: called on rank 0 after each epoch, before the checkpoint is saved, with the records so far and the
-            weights that were validated. Called again for an epoch that is interrupted before its checkpoint is saved.
+            weights that were validated, of a ``QatNetwork`` those of its train form. Called again for an epoch that is interrupted before its checkpoint is saved.
 
     Raises:
         UsageError: the model does not match the images or classes, the training images do not fill a batch, or the
@@ -263,13 +265,18 @@ def _run_trainer(job: TrainingJob, history: History, bar: ProgressBar | None, on
     def report_epoch(*_: Any) -> None:
         # The average is one of the whole task, in which the names of the model start with "model.".
         if on_epoch is not None and job.layout.rank == 0:
-            on_epoch(tuple(history.records), job.model.state_dict() if average is None else average.weights("model."))
+            weights = job.model.state_dict() if average is None else average.weights("model.")
+            if isinstance(job.model, QatNetwork):
+                weights = job.model.train_form_state(weights)
+            on_epoch(tuple(history.records), weights)
 
     # The epoch decides the order of the images.
     set_epoch = LambdaCallback(on_train_epoch_start=lambda trainer, _: loader.set_epoch(trainer.current_epoch))
     report = LambdaCallback(on_train_epoch_end=report_epoch)
     # In this order: the record of an epoch exists before it is reported, and both before it is saved.
     callbacks: list[L.Callback | None] = [history, set_epoch, report, average, bar]
+    if isinstance(job.model, QatNetwork):
+        callbacks.append(QatSchedule(job.model, job.config))
     if job.folder is not None:
         callbacks.append(CheckpointSaver(job.folder, job.config.save_steps))
     trainer = job.trainer([callback for callback in callbacks if callback is not None], len(loader))

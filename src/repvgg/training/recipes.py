@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from repvgg.data import AffineJitter, Augment, DataConfig, MaskAugment
 from repvgg.errors import UsageError
-from repvgg.training.config import OptimConfig, TrainConfig
+from repvgg.training.config import OptimConfig, QatConfig, TrainConfig
 
 _IMAGENET = "imagefolder:imagenet"
 _CROP_FLIP = Augment(crop="random-resized", flip=0.5)
@@ -148,6 +148,22 @@ def finetune() -> TrainConfig:
     )
 
 
+def qat() -> TrainConfig:
+    """Return a recipe for quantization-aware training of a checkpoint, for a few epochs on its own training images.
+
+    Command: ``repvgg train --recipe qat --init RUN/train.safetensors --data imagefolder:PATH --data.train-size PIXELS``.
+    """
+    return TrainConfig(
+        recipe="qat",
+        epochs=3,
+        batch_size=64,
+        data=DataConfig(uri="imagefolder:images", augment=_CROP_FLIP),
+        optim=OptimConfig(lr=0.01, lr_batch=64, weight_decay=1e-4, warmup_epochs=0.25, clip=1.0),
+        label_smoothing=0.1,
+        qat=QatConfig(enabled=True),
+    )
+
+
 def quickstart(seed: int = 0) -> TrainConfig:
     """Return the recipe for ``repvgg_t0`` on scikit-learn's digits at 20x20, on one CPU core.
 
@@ -239,6 +255,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar": cifar,
     "cifar-paper": cifar_paper,
     "finetune": finetune,
+    "qat": qat,
     "quickstart": quickstart,
     "pspnet": pspnet,
     "pspnet-small": pspnet_small,

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from repvgg import models
 from repvgg._files import atomic_write, write_text
@@ -24,6 +24,7 @@ from repvgg.checkpoints import Metadata, save_checkpoint
 from repvgg.collapse import reparameterize
 from repvgg.data import ImageData, SegmentationData, open_data
 from repvgg.errors import OutputError, OutputExistsError, UsageError, printable, require
+from repvgg.quantization import QatNetwork, save_quantized
 from repvgg.training.checkpoint import LAST_CHECKPOINT
 from repvgg.training.config import TrainConfig, differences, read_config, write_config
 from repvgg.training.distributed import process_layout
@@ -32,6 +33,7 @@ from repvgg.training.initial_model import InitialModel, build_initial_model
 from repvgg.training.loop import TENSORBOARD_FOLDER, FitResult, TrainingJob, evaluate_validation, fit, on_device_of
 from repvgg.training.optim import describe_groups, optimizer_groups
 from repvgg.training.precision import settle_precision
+from repvgg.training.qat import build_qat_network
 from repvgg.training.records import EpochRecord, Record, SegmentationRecord
 from repvgg.training.samples import SAMPLES_FOLDER, SampleCollector, write_samples
 from repvgg.training.segmentation_collapse import CollapsedSegmentation, collapse_segmentation
@@ -42,8 +44,9 @@ from repvgg.verify import Evidence, verify
 CONFIG_FILE = "config.yaml"
 TRAIN_FILE, PLAIN_FILE, BEST_FILE = "train.safetensors", "plain.safetensors", "best.safetensors"
 REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
-PAGE_FILE = "report.html"  # written by the command line
-_RUN_FILES = (PAGE_FILE, LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
+INT8_FILE = "int8.safetensors"  # of quantization-aware training
+PAGE_FILE, INT8_ONNX_FILE = "report.html", "int8.onnx"  # written by the command line
+_RUN_FILES = (PAGE_FILE, INT8_FILE, INT8_ONNX_FILE, LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
 # Config fields that do not decide the weights, and may differ when a run resumes.
 _CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
@@ -60,6 +63,7 @@ class RunResult:
     plain: (
         ValidationResult | None
     )  # the plain form on the validation images; None where the trained model was plain already
+    quantized: nn.Module | None = None  # in exact integers, after quantization-aware training
 
 
 def run(
@@ -69,6 +73,7 @@ def run(
 
     ``config.yaml`` repeats the run; ``last.ckpt`` resumes it; ``train.safetensors`` and ``plain.safetensors`` are the
     model of the last epoch in both forms, ``best.safetensors`` that of the epoch with the highest validation accuracy;
+    after quantization-aware training ``int8.safetensors`` has the integers of the plain form;
     ``log.csv`` and ``curve.png`` are updated after every epoch, as are TensorBoard's files where it is installed.
 
     Args:
@@ -86,6 +91,8 @@ def run(
         UsageError: the run to resume had another config.
         RepvggError: see :func:`repvgg.training.fit` and :func:`repvgg.data.open_data`.
     """
+    if config.qat.enabled and config.init is None:
+        raise UsageError("Quantization-aware training starts from a trained checkpoint: give one as init.")
     layout = process_layout(config)
     is_writer = layout.rank == 0
     console = (console or Console()) if is_writer else Console(quiet=True)
@@ -96,18 +103,23 @@ def run(
     resuming = check_folder(folder, config, resume=resume, overwrite=overwrite, is_writer=is_writer)
     data = open_data(config.data, seed=config.seed)
     initial = build_initial_model(config, data)
-    job = TrainingJob(initial.model, data, config, layout)  # refuses what does not fit before anything is written
+    model: nn.Module = initial.model
+    if config.qat.enabled:
+        model, report = build_qat_network(initial.model, data, config)
+        train_form: Any = model.train_form
+        initial = InitialModel(train_form, (*initial.notes, *str(report).splitlines()))
+    job = TrainingJob(model, data, config, layout)  # refuses what does not fit before anything is written
     _print_setup(job, initial, precision_notes, console)
     if resuming:
         _print(console, f"  resumes from {folder / LAST_CHECKPOINT}")
     elif config.dry_run:
-        _print(console, f"  {perform_dry_run(initial.model, data, config)}")
+        _print(console, f"  {perform_dry_run(model, data, config)}")
     if is_writer:
         # Only now: a run that is refused, or fails its dry run, leaves the folder as it was.
         prepare_folder(folder, config, resuming=resuming)
     run_folder = RunFolder(folder, config, data, initial.model)
     result = fit(
-        initial.model,
+        model,
         data,
         config,
         folder=folder,
@@ -116,7 +128,8 @@ def run(
         layout=layout,
         on_epoch=run_folder.write_epoch,
     )
-    return _finish(run_folder, result, console) if is_writer else None
+    network = model if isinstance(model, QatNetwork) else None
+    return _finish(run_folder, result, console, network) if is_writer else None
 
 
 def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_writer: bool = True) -> bool:
@@ -199,8 +212,13 @@ class RunFolder:
             metrics = {name: last.score, "epoch": float(last.epoch)}
             save_checkpoint(self.path / BEST_FILE, weights, self._metadata(self.model, metrics), overwrite=True)
 
-    def finish(self, result: FitResult) -> CollapsedRun | None:
+    def finish(self, result: FitResult, network: QatNetwork | None = None) -> CollapsedRun | None:
         """Write the trained model, collapse it, verify and evaluate the plain form, and write that and the report.
+
+        Args:
+            result: of the training.
+            network: what was trained, with :attr:`model` as its train form; None where that was trained itself. Its
+                integers are written too, and ``result`` is theirs.
 
         Returns:
             The plain form; None where the model was plain already.
@@ -208,7 +226,11 @@ class RunFolder:
         Raises:
             EquivalenceError: the plain form is not equal to the trained model.
         """
-        self._save(self.model, result.validation)
+        validation, integers = result.validation, None
+        if network is not None:
+            integers, validation = validation, evaluate_validation(self.model, self.data, self.config)
+            save_quantized(self.path / INT8_FILE, network.to_integers(), overwrite=True)
+        self._save(self.model, validation)
         is_plain = models.form_of(self.model) == "plain"
         about_masks: dict[str, Any] = {}
         if isinstance(self.data, SegmentationData):
@@ -221,12 +243,13 @@ class RunFolder:
             "command": " ".join(sys.argv),
             "config": asdict(self.config),
             "classes": self.data.classes,
-            "train_form": result.validation.to_dict(),
+            "train_form": validation.to_dict(),
             "plain_form": None if collapsed is None else collapsed.validation.to_dict(),
             "evidence": None if collapsed is None else collapsed.evidence.to_dict(),
             "seconds": result.seconds,
             "history": [asdict(record) for record in result.history],
             "skipped_images": self.data.corrupt.count,
+            **({} if integers is None else {"int8": integers.to_dict()}),
             **about_masks,
         }
         write_text(self.path / REPORT_FILE, to_json(report), overwrite=True)
@@ -353,7 +376,7 @@ def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], 
         *data.notes,
         *notes,
         f"{job.plan}, {config.epochs} epochs, {_schedule(config)}decay policy {config.optim.decay!r}",
-        *describe_groups(optimizer_groups(initial.model, config.optim), job.plan.lr),
+        *describe_groups(optimizer_groups(job.model, config.optim), job.plan.lr),
     )
     images = f"{train} training images of {shape} in {len(data.classes)} classes, {validation} validation images"
     _print(console, f"Train {initial.model.spec.name} on {data.uri}: {images}")
@@ -365,9 +388,13 @@ def _schedule(config: TrainConfig) -> str:
     return "" if config.optim.schedule == "cosine" else f"{config.optim.schedule} schedule, "
 
 
-def _finish(run_folder: RunFolder, result: FitResult, console: Console) -> RunResult:
-    collapsed = run_folder.finish(result)
-    forms = {"train form" if collapsed else "model": result.validation}
+def _finish(
+    run_folder: RunFolder, result: FitResult, console: Console, network: QatNetwork | None
+) -> RunResult:
+    collapsed = run_folder.finish(result, network)
+    # After quantization-aware training the validation is that of the integers, and the plain form has float weights.
+    name = "int8" if network is not None else "train form" if collapsed else "model"
+    forms = {name: result.validation}
     if collapsed is not None:
         forms["plain form"], evidence = collapsed.validation, collapsed.evidence
         error = f"relative error {evidence.relative:.1e} (tolerance {evidence.tolerance:.1e})"
@@ -380,4 +407,5 @@ def _finish(run_folder: RunFolder, result: FitResult, console: Console) -> RunRe
     if bad.count:
         _print(console, f"  skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
     _print(console, f"  wrote {run_folder.path}")
-    return RunResult(run_folder.path, result, collapsed.validation if collapsed else None)
+    quantized = None if network is None else network.to_integers()
+    return RunResult(run_folder.path, result, collapsed.validation if collapsed else None, quantized)

@@ -21,6 +21,8 @@ _PURPOSES = {
     "train.safetensors": "the trained model with its branches: train it further, or convert it again",
     "plain.safetensors": "the plain model, one convolution per block: deploy this one",
     "best.safetensors": "the model after the epoch with the highest validation accuracy",
+    "int8.onnx": "the plain model in 8-bit integers (QDQ), as it was trained: for ONNX Runtime and OpenVINO",
+    "int8.safetensors": "the same integers, for repvgg.quantization.load_quantized",
     "config.yaml": "every setting: repvgg train --config config.yaml repeats the run",
     "last.ckpt": "the state of the training, from which --resume continues",
     "log.csv": "the numbers of each epoch, for spreadsheets",
@@ -81,9 +83,8 @@ def _title(config: Mapping[str, Any]) -> tuple[str, str]:
 def _forms(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results of the forms of the model by their names."""
     plain = report["plain_form"]
-    if plain is None:
-        return {"model": report["train_form"]}
-    return {"train form": report["train_form"], "plain form": plain}
+    forms = {"model": report["train_form"]} if plain is None else {"train form": report["train_form"], "plain form": plain}
+    return {**forms, "int8": report["int8"]} if "int8" in report else forms
 
 
 def _render(report: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
