@@ -20,6 +20,7 @@ from repvgg.cli._network import (
 )
 from repvgg.cli._options import InputHeightWidth, OptionalFile, OutFile, option
 from repvgg.cli._output import write_line
+from repvgg.cli._quantizability import write_page
 from repvgg.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def quantize(
     correct_biases: Annotated[bool, option("leave the biases as they are.")] = True,
     min_agreement: float = 0.99,
     report_only: bool = False,
+    html: OptionalFile = None,
     overwrite: bool = False,
 ) -> None:
     """Quantize any network to 8-bit integers, compare it with the float network, and write it as an ONNX file (QDQ).
@@ -64,7 +66,7 @@ def quantize(
 
         repvgg quantize train.safetensors int8.onnx --data imagefolder:photos
         repvgg quantize plain.safetensors int8.onnx --data digits: --weight-bits 7
-        repvgg quantize plain.safetensors int8.onnx --data digits: --report-only
+        repvgg quantize plain.safetensors int8.onnx --data digits: --report-only --html report.html
 
     Args:
         source: where the model comes from.
@@ -84,7 +86,8 @@ def quantize(
         rounding_sweeps: passes of adaptive rounding; 0 rounds to the nearest.
         correct_biases: see above.
         min_agreement: share of the validation images whose top-1 class stays the same in every runtime.
-        report_only: measure what each step is worth for this network, and write nothing.
+        report_only: measure what each step is worth for this network, and write nothing but --html.
+        html: with --report-only: write a page on every layer, its ranges, and what would help.
         overwrite: replace the file if it exists.
     """
     from repvgg.quantization import QuantizationSettings, measure_steps
@@ -95,8 +98,10 @@ def quantize(
         raise UsageError(f"--min-agreement is a share in [0, 1], got {min_agreement:g}.")
     if calibration_images < 1 or test_images < 0:
         raise UsageError("--calibration-images is at least 1, and --test-images at least 0.")
-    if not report_only:
-        check_output_file(source, out, weights, overwrite=overwrite)
+    if html is not None and not report_only:
+        raise UsageError("--html is the page of --report-only: give both.")
+    if not report_only or html is not None:
+        check_output_file(source, html or out, weights, overwrite=overwrite)
     settings = QuantizationSettings(
         ranges=ranges, equalize=equalize, rounding_sweeps=rounding_sweeps, correct_biases=correct_biases
     )
@@ -114,6 +119,8 @@ def quantize(
         write_line(f"simulated on {len(images)} validation images, calibrated on {len(calibration)} training images:")
         for line in str(steps).splitlines():
             write_line(f"  {line}")
+        if html is not None:
+            write_page(html, network, plain, calibration, images, steps, settings, overwrite=overwrite)
         return
     with busy("Quantizing"):
         quantized, report = _quantize(plain, calibration, images, settings, granularity, weight_bits)

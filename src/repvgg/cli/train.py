@@ -12,18 +12,16 @@ import tyro
 from repvgg.cli._interrupt import interrupt_message
 from repvgg.cli._options import description, option, parse
 from repvgg.cli._output import write_line, write_warning
+from repvgg.cli._quantized_run import write_int8
 from repvgg.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from repvgg.training import TrainConfig
 
 _TERMINATED = 143  # what shells report for a program ended by SIGTERM
 _OUT = "folder of the run (default: runs/MODEL-RECIPE, or that of the config that is resumed)."
 _CHOOSE = "Choose a recipe: --recipe paper-simple, or another one of 'repvgg train --help'."
 _SHORT = {"--data": "--data.uri", "--val": "--data.val", "--qat": "--qat.enabled"}
-_INT8_IMAGES = 512  # that are evaluated in the runtimes
 
 
 def train(arguments: list[str]) -> int:
@@ -65,36 +63,13 @@ def _train(arguments: list[str], again: str) -> int:
         with interrupt_message(lambda: f"interrupted; {next_step()}"):
             result = run(config, folder, resume=parsed.resume, overwrite=parsed.overwrite)
             if result is not None:  # on rank 0
-                if result.quantized is not None:
-                    _write_int8(folder, result.quantized, result.fit.config)
+                if result.network is not None:
+                    write_int8(folder, result.network, result.fit.config)
                 _write_page(folder)
     except Terminated:
         write_warning(f"terminated; {next_step()}")
         return _TERMINATED
     return 0
-
-
-def _write_int8(folder: Path, quantized: nn.Module, config: TrainConfig) -> None:
-    """Write ``int8.onnx`` and run it on validation images beside the plain form."""
-    from repvgg.data import ImageData, open_data
-    from repvgg.deploy.int8 import evaluate_int8
-    from repvgg.deploy.qdq import export_qdq
-    from repvgg.models import load
-    from repvgg.training.run_folder import INT8_ONNX_FILE, PLAIN_FILE
-
-    path = folder / INT8_ONNX_FILE
-    loaded = load(folder / PLAIN_FILE)
-    shape = (loaded.metadata.in_channels, loaded.metadata.input_size, loaded.metadata.input_size)
-    try:
-        export_qdq(quantized, path, shape, overwrite=True, notes=loaded.metadata.to_header())
-        data = open_data(config.data, seed=config.seed)
-        if isinstance(data, ImageData) and data.num_val:
-            images, labels = data.val_images(range(min(data.num_val, _INT8_IMAGES)))
-            for result in evaluate_int8(path, loaded.model.eval(), images, labels):
-                write_line(f"  {result}")
-        write_line(f"  wrote {path}")
-    except MissingDependencyError as error:  # the integers are in int8.safetensors
-        write_warning(f"no {INT8_ONNX_FILE} was written: {error}")
 
 
 def _write_page(folder: Path) -> None:

@@ -74,6 +74,7 @@ def evaluate_int8(
     images: Tensor,
     labels: Tensor | None = None,
     *,
+    expected: Tensor | None = None,
     rounds: int = 10,
 ) -> list[RuntimeResult]:
     """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on images.
@@ -83,13 +84,14 @@ def evaluate_int8(
         reference: the float network, in eval mode.
         images: (N, C, H, W), other ones than those of the calibration.
         labels: (N,) true classes, if known.
+        expected: outputs to compare with in place of those of ``reference``, which is then timed only.
         rounds: how often each file is timed.
 
     Raises:
         ExportError: the file cannot be loaded or run.
         MissingDependencyError: onnx or onnxruntime is not installed.
     """
-    expected = run_in_batches(reference, images)
+    expected = run_in_batches(reference, images) if expected is None else expected
     with tempfile.TemporaryDirectory() as folder:
         float_file = Path(folder) / "float.onnx"
         export_onnx(reference, float_file, (images.shape[1], images.shape[2], images.shape[3]))

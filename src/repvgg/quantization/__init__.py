@@ -14,7 +14,7 @@ from repvgg.quantization.quality import PairedAccuracy, Quality, compare_outputs
 from repvgg.quantization.ranges import Histogram, RangeMethod, choose_quantizer
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
-from repvgg.quantization.steps import StepReport, measure_steps
+from repvgg.quantization.steps import Step, StepReport, measure_steps
 
 __all__ = [
     "ActivationQuantizer",
@@ -37,6 +37,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "RangeMethod",
+    "Step",
     "StepReport",
     "adapt_rounding",
     "choose_quantizer",

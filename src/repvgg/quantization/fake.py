@@ -40,6 +40,8 @@ from repvgg.quantization.settings import QuantizationSettings
 from repvgg.symbolic import equivalent_conv
 
 _MOMENTUM = 0.1  # of the moving average of observed ranges
+_SMALLEST_FACTOR = 1e-3  # of a bias in a merged one: the shift of a channel must not become huge
+_SAME_SHIFT = 1e-5  # float32 rounds to 6e-8
 _HISTOGRAM_VALUES = 2**18  # of a batch, evenly spaced: more change the range of smallest error by less than its noise
 
 
@@ -80,7 +82,6 @@ class FakeQuantLayer(nn.Module):
         log_factor: logarithm of the factor of both, a parameter; None unless it is learned.
         weight_clip: scales of the weight divided by those that represent its largest value, () or (O,).
         observing: whether a training pass moves the range of the input.
-        tracking: whether a training pass moves the statistics of the batch norms in the source.
     """
 
     lowest: Tensor
@@ -101,7 +102,7 @@ class FakeQuantLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.observing = self.tracking = False
+        self.observing = False
         # In tuples, so that state_dict and parameters() find the source once, where it is.
         self._source = (source,)
         self._geometry = (copy.deepcopy(layer).to("meta"),)
@@ -128,6 +129,12 @@ class FakeQuantLayer(nn.Module):
             weight = (weight.double() * factor).to(weight.dtype)
             bias = None if bias is None else (bias.double() / self.output_factor).to(bias.dtype)
         return weight, bias
+
+    def shift_bias(self, shift: Tensor) -> bool:
+        """Change parameters of the source so that the bias of this layer grows by ``shift`` (O,); False if none can."""
+        (source,) = self._source
+        delta = shift.double() if self.output_factor is None else shift.double() * self.output_factor
+        return shift_merged_bias(source, delta)
 
     @torch.no_grad()
     def search_weight_clip(self) -> None:
@@ -166,8 +173,6 @@ class FakeQuantLayer(nn.Module):
         if self.training and self.observing:
             self._observe(x.detach())
         quantizer, scale = self._input_quantizer(x)
-        if self.training and self.tracking:
-            self._track(quantizer.dequantize(quantizer.quantize(x.detach())))
         weight, bias = self.kernel()
         quantized = self._quantized(weight.detach(), bias, quantizer)
         steps = over_axis_0(quantized.scale, weight.ndim)
@@ -184,9 +189,7 @@ class FakeQuantLayer(nn.Module):
         (geometry,) = self._geometry
         if isinstance(geometry, nn.Linear):
             return F.linear(centred, rounded, bias) * unit
-        sums = F.conv2d(
-            centred, rounded, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        )
+        sums = F.conv2d(centred, rounded, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         return sums * over_axis_0(unit, sums.ndim - 1)
 
     def _quantized(self, weight: Tensor, bias: Tensor | None, quantizer: ActivationQuantizer) -> QuantizedWeight:
@@ -202,9 +205,9 @@ class FakeQuantLayer(nn.Module):
         if x is not None and scale.requires_grad:
             # LSQ's factor: otherwise a range, which all values of a map act on, would learn faster than a weight.
             size = 1 / math.sqrt(x[0].numel() * ActivationQuantizer.HIGHEST)
-            scale.register_hook(lambda gradient: gradient * size)
+            scale.register_hook(lambda gradient: gradient * size)  # type: ignore[no-untyped-call]
         # The zero point stays: both ends of the range have the same factor.
-        return ActivationQuantizer(float(scale), found.zero_point), scale
+        return ActivationQuantizer(float(scale.detach()), found.zero_point), scale
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -221,14 +224,6 @@ class FakeQuantLayer(nn.Module):
         for buffer, bound in zip((self.lowest, self.highest), bounds, strict=True):
             buffer.lerp_(torch.tensor(bound, dtype=buffer.dtype, device=buffer.device), _MOMENTUM)
 
-    @torch.no_grad()
-    def _track(self, x: Tensor) -> None:
-        """Run the branches on a batch, so that their batch norms move their running statistics."""
-        (source,) = self._source
-        source.train()
-        source(x)
-        source.eval()
-
     def extra_repr(self) -> str:
         return f"{self._geometry[0]}, {self.settings.weight_bits}-bit weights {self.granularity.replace('_', ' ')}"
 
@@ -244,3 +239,31 @@ def kernel_of(source: nn.Module) -> tuple[Tensor, Tensor | None]:
         return source.weight, source.bias
     found = equivalent_conv(source)
     return found.weight, found.bias
+
+
+def shift_merged_bias(source: nn.Module, shift: Tensor) -> bool:
+    """Add ``shift`` (O,) to the bias of the layer that ``source`` is equal to, by one of its parameters, in place.
+
+    The bias is affine in the shift of each batch norm and in the bias of each convolution, with a factor for each
+    channel, as long as no convolution follows. Returns False, with nothing changed, if there is no such parameter.
+    """
+    _, before = kernel_of(source)
+    if before is None or not before.requires_grad:
+        return False
+    names, parameters = zip(*((name, p) for name, p in source.named_parameters() if p.requires_grad), strict=True)
+    factors = torch.autograd.grad(before.sum(), parameters, allow_unused=True)
+    for name, parameter, factor in zip(names, parameters, factors, strict=True):
+        if factor is None or parameter.shape != shift.shape or not factor.abs().min() > _SMALLEST_FACTOR:
+            continue
+        if name.rpartition(".")[2] != "bias":
+            continue
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_((shift / factor.double()).to(parameter.dtype))
+            _, after = kernel_of(source)
+            assert after is not None
+            error = (after.double() - before.double() - shift).abs().max()
+            if error <= _SAME_SHIFT * (shift.abs().max() + before.abs().max()):
+                return True
+            parameter.copy_(kept)
+    return False

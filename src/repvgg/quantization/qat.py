@@ -1,9 +1,9 @@
-"""Quantization-aware training: a network that trains in its branched form and computes with the integers of its plain form.
+"""Quantization-aware training: train the branches, and compute with the integers of the plain form.
 
 :func:`prepare_qat` collapses the network once, to learn which layers the plain form has. From then on every training
 pass merges the branches of each layer anew, quantizes the merged kernel, and runs the plain form with it; gradients
-pass through the merge to the branches. So the integers are those of the network that is deployed, batch norms and
-identities cost no pass over the feature maps, and :meth:`QatNetwork.to_integers` needs no calibration.
+pass through the merge to the branches. So the integers are those of the network that is deployed, a step takes one
+convolution for each layer, and :meth:`QatNetwork.to_integers` needs no calibration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from repvgg._arguments import check_model
 from repvgg.collapse import Report, reparameterize
 from repvgg.errors import NothingFoldedWarning, ReparamError, UsageError
 from repvgg.quantization.api import calibration_images, layers_to_quantize
-from repvgg.quantization.calibration import collect_statistics
+from repvgg.quantization.calibration import LayerStatistics, channels_last, collect_statistics, hooked, run
 from repvgg.quantization.equalization import EqualizationReport, equalize
 from repvgg.quantization.fake import FakeQuantLayer, kernel_of
 from repvgg.quantization.ranges import choose_quantizer
@@ -41,6 +41,7 @@ class QatReport:
         merged: how many of them are merged from branches or batch norms.
         skipped: why other layers stay in float32, by name.
         untrained: number of parameters that the plain form does not have, such as those of auxiliary heads.
+        corrected: how many layers had their biases corrected, by parameters of the train form.
         equalization: None if it was switched off.
     """
 
@@ -48,12 +49,15 @@ class QatReport:
     merged: int
     skipped: Mapping[str, str]
     untrained: int
+    corrected: int
     equalization: EqualizationReport | None
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers in simulated integers, {self.merged} of them merged from branches"]
         if self.equalization is not None:
             lines += str(self.equalization).splitlines()[:1]
+        if self.corrected:
+            lines.append(f"corrected the biases of {self.corrected} of {len(self.layers)} layers")
         lines += [f"in float32: {name}, because {reason}" for name, reason in self.skipped.items()]
         if self.untrained:
             lines.append(f"{self.untrained:,} parameters are not in the plain form and are not trained")
@@ -64,9 +68,8 @@ class QatReport:
 class QatNetwork(nn.Module):
     """A network whose parameters are those of the train form, and whose forward simulates the quantized plain form.
 
-    Made by :func:`prepare_qat`. Batch norms fold with their running statistics, in training too: they stay in eval
-    mode, and their scales and shifts are trained. ``set_phase`` says whether training passes move ranges and running
-    statistics.
+    Made by :func:`prepare_qat`. Batch norms fold with their running statistics, which stay as they are: they are in
+    eval mode in training too, and their scales and shifts are trained.
 
     Attributes:
         train_form: the network with its branches; it is trained in place.
@@ -91,10 +94,10 @@ class QatNetwork(nn.Module):
         """The simulated layers by their names in the plain form."""
         return {name: part for name, part in self.simulated.named_modules() if isinstance(part, FakeQuantLayer)}
 
-    def set_phase(self, *, observing: bool, tracking: bool) -> None:
-        """Set whether training passes move the ranges of inputs, and the running statistics of batch norms."""
+    def observe(self, observing: bool) -> None:
+        """Set whether training passes move the ranges of inputs towards those of their batches."""
         for layer in self.layers.values():
-            layer.observing, layer.tracking = observing, tracking
+            layer.observing = observing
 
     def search_weight_clips(self) -> None:
         """Choose the scales of all weights anew by the smallest squared error."""
@@ -128,14 +131,14 @@ def prepare_qat(
             layers, each of which is merged from one module, or from modules that are called one after the other. It is
             not changed.
         calibration: as for :func:`repvgg.quantize`; the ranges start from it.
-        settings: granularity and bits of weights, ranges, equalization. The other steps of
-            :func:`repvgg.quantize` are left to training.
+        settings: granularity and bits of weights, ranges, equalization, correction of biases, from which training
+            starts. Weights are rounded to the nearest.
         learn_ranges: train the ranges of inputs instead of observing them.
 
     Raises:
         UsageError: no module stands for the merged kernel of a layer, or there is nothing to quantize.
     """
-    settings = replace(settings or QuantizationSettings(), correct_biases=False, rounding_sweeps=0)
+    settings = replace(settings or QuantizationSettings(), rounding_sweeps=0)
     check_model(model, "prepare_qat")
     images = calibration_images(calibration)
     train_form = copy.deepcopy(model).eval()
@@ -150,7 +153,7 @@ def prepare_qat(
         reference, equalized = equalize(plain, images[:2])
         if not equalized.factors.keys() <= set(names):  # a layer that stays in float32 would need its factor as well
             reference, equalized = plain, None
-    statistics = collect_statistics(reference, names, list(images.split(_BATCH)))
+    statistics = collect_statistics(reference, names, torch.split(images, _BATCH))
     for name in [name for name in names if not statistics[name].calls]:
         raise UsageError(f"{name!r} is not called on the calibration images: leave it out of the model.")
     for name, source in sources.items():
@@ -163,15 +166,42 @@ def prepare_qat(
     _share_the_rest(plain, train_form)
     network = QatNetwork(train_form, plain).train(model.training)
     untrained = _freeze_unused(network, list(sources.values()))
+    corrected = _correct_biases(network, statistics, images) if settings.correct_biases else 0
     merged = sum(type(source) not in (nn.Conv2d, nn.Linear) for source in sources.values())
-    return network, QatReport(tuple(names), merged, skipped, untrained, equalized)
+    return network, QatReport(tuple(names), merged, skipped, untrained, corrected, equalized)
+
+
+def _correct_biases(network: QatNetwork, statistics: Mapping[str, LayerStatistics], images: Tensor) -> int:
+    """Move the mean of each output channel to that of the float network, as :func:`.correct_bias` does.
+
+    The corrections go into parameters of the train form. Returns the number of layers that were corrected.
+    """
+    layers = {name: layer for name, layer in network.layers.items() if statistics[name].calls == 1}
+    corrected = 0
+
+    def visit(name: str, _: Tensor, y: Tensor) -> Tensor | None:
+        nonlocal corrected
+        target = statistics[name].output_mean
+        assert target is not None
+        shift = target.to(y.device) - channels_last(y).flatten(0, -2).double().mean(0)
+        with torch.enable_grad():
+            if not layers[name].shift_bias(shift):
+                return None
+        corrected += 1
+        return y + shift.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,))
+
+    was_training = network.training
+    with hooked(network.simulated, list(layers), visit):
+        run(network.eval(), images)
+    network.train(was_training)
+    return corrected
 
 
 def _source_of(train_form: nn.Module, plain: nn.Module, collapsed: Report, name: str) -> nn.Module:
     """Return the module of the train form, or a sequence of modules, that equals a layer of the plain form."""
     wanted = plain.get_submodule(name)
     modules = dict(train_form.named_modules())
-    candidates = [modules[name]] if name in modules else []
+    candidates: list[nn.Module] = [modules[name]] if name in modules else []
     for region in collapsed.folded:
         parts = [modules[part.name] for part in region.parts if part.name in modules]
         if region.name == name and len(parts) == len(region.parts) > 1:
@@ -209,7 +239,9 @@ def _share_the_rest(simulated: nn.Module, train_form: nn.Module) -> None:
             continue
         same = modules.get(name)
         if same is None or {*same._parameters, *same._buffers} != set(own):
-            raise UsageError(f"{name or 'the model'} has no equal in the train form, which cannot be trained through it.")
+            raise UsageError(
+                f"{name or 'the model'} has no equal in the train form, which cannot be trained through it."
+            )
         if next(part.children(), None) is None and name:
             simulated.set_submodule(name, same)
         else:

@@ -85,6 +85,8 @@ class OptimConfig:
 class QatConfig:
     """Quantization-aware training: the plain form's integers in every pass, merged anew from the branches.
 
+    Batch norms fold with the running statistics of the checkpoint, which stay as they are; scales and shifts train.
+
     Attributes:
         enabled: train so.
         weight_bits: 2 to 8; 7 for CPUs without VNNI instructions, whose sums of products saturate at 16 bits.
@@ -96,8 +98,6 @@ class QatConfig:
         equalize: rescale channels between layers first, which changes no result.
         calibration_images: training images from which ranges start, transformed as for training.
         observe_epochs: epochs at the beginning in which ranges follow the batches; then they are frozen.
-        norm_epochs: epochs at the beginning in which batch norms move their running statistics, which costs a pass
-            through the branches; then they are frozen. In training, too, batch norms fold with those.
 
     Raises:
         UsageError: a number is out of range.
@@ -112,15 +112,14 @@ class QatConfig:
     equalize: bool = True
     calibration_images: int = 128
     observe_epochs: float = 1.0
-    norm_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         _serde.check_finite(self)
         _ = self.settings  # refuses what it shares with other quantizations
-        if self.calibration_images < 1 or self.observe_epochs < 0 or self.norm_epochs < 0:
+        if self.calibration_images < 1 or self.observe_epochs < 0:
             raise UsageError(
-                "Quantization-aware training needs calibration_images >= 1, observe_epochs >= 0 and norm_epochs >= 0, "
-                f"got {self.calibration_images}, {self.observe_epochs:g} and {self.norm_epochs:g}."
+                "Quantization-aware training needs calibration_images >= 1 and observe_epochs >= 0, "
+                f"got {self.calibration_images} and {self.observe_epochs:g}."
             )
 
     @property
@@ -132,7 +131,6 @@ class QatConfig:
             ranges=self.ranges,
             percentile=self.percentile,
             equalize=self.equalize,
-            correct_biases=False,
             rounding_sweeps=0,
         )
 
@@ -245,9 +243,11 @@ class TrainConfig:
         if self.precision != "float32":
             raise UsageError(f"Integers are simulated in float32, not {self.precision}: leave precision at float32.")
         if self.compile:
-            raise UsageError("Branches are merged in Python code in every step, which compile does not take: leave it out.")
+            raise UsageError(
+                "Branches are merged in Python code in every step, which compile does not take: leave it out."
+            )
         if self.sync_bn:
-            raise UsageError("Batch norms fold with their running statistics here: leave out sync_bn.")
+            raise UsageError("Batch norms keep their statistics here: leave out sync_bn.")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -104,7 +104,8 @@ def fit(
         console: where to show it; standard output if None.
         layout: the processes of the run; detected by :func:`~repvgg.training.process_layout` if None.
         on_epoch: called on rank 0 after each epoch, before the checkpoint is saved, with the records so far and the
-            weights that were validated, of a ``QatNetwork`` those of its train form. Called again for an epoch that is interrupted before its checkpoint is saved.
+            weights that were validated, of a ``QatNetwork`` those of its train form. Called again for an
+            epoch that is interrupted before its checkpoint is saved.
 
     Raises:
         UsageError: the model does not match the images or classes, the training images do not fill a batch, or the

@@ -31,7 +31,7 @@ def build_qat_network(model: nn.Module, data: TrainingData, config: TrainConfig)
 
 @final
 class QatSchedule(L.Callback):
-    """Let ranges and statistics follow the batches at the beginning of a run, and freeze them afterwards.
+    """Let ranges follow the batches at the beginning of a run, and freeze them afterwards.
 
     What a step does is a function of its number, so that a resumed run does the same.
     """
@@ -43,11 +43,10 @@ class QatSchedule(L.Callback):
         if 0 < trainer.current_epoch <= self._config.qat.observe_epochs:  # at epoch 0 they are new
             self._network.search_weight_clips()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         qat, step = self._config.qat, trainer.global_step
         steps_per_epoch = trainer.estimated_stepping_batches / self._config.epochs
         observes = not qat.learn_ranges and step % _STEPS_PER_OBSERVATION == 0
-        self._network.set_phase(
-            observing=observes and step < qat.observe_epochs * steps_per_epoch,
-            tracking=step < qat.norm_epochs * steps_per_epoch,
-        )
+        self._network.observe(observes and step < qat.observe_epochs * steps_per_epoch)

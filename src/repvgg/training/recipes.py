@@ -151,7 +151,8 @@ def finetune() -> TrainConfig:
 def qat() -> TrainConfig:
     """Return a recipe for quantization-aware training of a checkpoint, for a few epochs on its own training images.
 
-    Command: ``repvgg train --recipe qat --init RUN/train.safetensors --data imagefolder:PATH --data.train-size PIXELS``.
+    Command: ``repvgg train --recipe qat --init RUN/train.safetensors --data imagefolder:PATH``, with the sizes and the
+    augmentation of that run.
     """
     return TrainConfig(
         recipe="qat",

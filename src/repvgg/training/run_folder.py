@@ -46,7 +46,18 @@ TRAIN_FILE, PLAIN_FILE, BEST_FILE = "train.safetensors", "plain.safetensors", "b
 REPORT_FILE, LOG_FILE, CURVE_FILE = "report.json", "log.csv", "curve.png"
 INT8_FILE = "int8.safetensors"  # of quantization-aware training
 PAGE_FILE, INT8_ONNX_FILE = "report.html", "int8.onnx"  # written by the command line
-_RUN_FILES = (PAGE_FILE, INT8_FILE, INT8_ONNX_FILE, LAST_CHECKPOINT, TRAIN_FILE, PLAIN_FILE, BEST_FILE, REPORT_FILE, LOG_FILE, CURVE_FILE)
+_RUN_FILES = (
+    PAGE_FILE,
+    INT8_FILE,
+    INT8_ONNX_FILE,
+    LAST_CHECKPOINT,
+    TRAIN_FILE,
+    PLAIN_FILE,
+    BEST_FILE,
+    REPORT_FILE,
+    LOG_FILE,
+    CURVE_FILE,
+)
 _TEMPORARY = ".repvgg-*"  # left by a process that was killed while it wrote a file
 # Config fields that do not decide the weights, and may differ when a run resumes.
 _CHANGEABLE = ("data.workers", "data.allow_commands", "dry_run", "save_steps", "devices", "nodes", "device_batch")
@@ -63,7 +74,7 @@ class RunResult:
     plain: (
         ValidationResult | None
     )  # the plain form on the validation images; None where the trained model was plain already
-    quantized: nn.Module | None = None  # in exact integers, after quantization-aware training
+    network: QatNetwork | None = None  # that simulates the integers, after quantization-aware training
 
 
 def run(
@@ -388,9 +399,7 @@ def _schedule(config: TrainConfig) -> str:
     return "" if config.optim.schedule == "cosine" else f"{config.optim.schedule} schedule, "
 
 
-def _finish(
-    run_folder: RunFolder, result: FitResult, console: Console, network: QatNetwork | None
-) -> RunResult:
+def _finish(run_folder: RunFolder, result: FitResult, console: Console, network: QatNetwork | None) -> RunResult:
     collapsed = run_folder.finish(result, network)
     # After quantization-aware training the validation is that of the integers, and the plain form has float weights.
     name = "int8" if network is not None else "train form" if collapsed else "model"
@@ -407,5 +416,4 @@ def _finish(
     if bad.count:
         _print(console, f"  skipped {bad.count} corrupt images, the first of them {': '.join(bad.first(1)[0])}")
     _print(console, f"  wrote {run_folder.path}")
-    quantized = None if network is None else network.to_integers()
-    return RunResult(run_folder.path, result, collapsed.validation if collapsed else None, quantized)
+    return RunResult(run_folder.path, result, collapsed.validation if collapsed else None, network)

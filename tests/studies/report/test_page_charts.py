@@ -14,7 +14,7 @@ from repvgg.studies.report.schema import Epoch
 
 def drawn(monkeypatch, chart, data, narrow=False):
     """Return the axes of a chart."""
-    monkeypatch.setattr(page_charts, "_page_chart", lambda name, description, draw, **sizes: draw)
+    monkeypatch.setattr(page_charts, "page_chart", lambda name, description, draw, **sizes: draw)
     figure = Figure(figsize=(5.0, 5.0) if narrow else (12.0, 5.0))
     chart(data)(figure, narrow)
     return figure.axes[0]

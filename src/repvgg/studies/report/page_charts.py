@@ -45,7 +45,7 @@ _CSS_COLORS = {
 
 _FONT = 13.0  # points, and pixels of the page
 PX = 1 / 72  # inches: one unit of Matplotlib's SVG is one CSS pixel at natural size
-_WIDE_PX, _HALF_PX, NARROW_PX = 1056.0, 500.0, 364.0  # the column of the page, half of it, a phone's
+WIDE_PX, _HALF_PX, NARROW_PX = 1056.0, 500.0, 364.0  # the column of the page, half of it, a phone's
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with Matplotlib: the same layout on every machine
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -62,7 +62,7 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "repvgg",  # the same chart gives the same bytes
 }
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
-_TOOLTIP = "tooltip:"  # a gid with this prefix becomes the <title> of its group
+TOOLTIP = "tooltip:"  # a gid with this prefix becomes the <title> of its group
 
 
 @contextmanager
@@ -97,10 +97,10 @@ def inline_svg(figure: Figure, prefix: str, description: str, class_: str) -> st
         element.attrib.clear()
         for name, value in old.items():
             key = name.rpartition("}")[2]  # xlink:href is href since SVG 2
-            if key == "id" and value.startswith(_TOOLTIP):
+            if key == "id" and value.startswith(TOOLTIP):
                 element.set("class", "tooltip")
                 title = ElementTree.Element("title")
-                title.text = value.removeprefix(_TOOLTIP)
+                title.text = value.removeprefix(TOOLTIP)
                 element.insert(0, title)
             elif key == "id" and value in referenced:
                 element.set("id", f"{prefix}-{value}")
@@ -126,7 +126,7 @@ def inline_svg(figure: Figure, prefix: str, description: str, class_: str) -> st
     return re.sub("|".join(_CSS_COLORS), lambda match: _CSS_COLORS[match[0]], text)
 
 
-def _page_chart(
+def page_chart(
     name: str,
     description: str,
     draw: Callable[[Figure, bool], None],
@@ -231,12 +231,12 @@ def _curve(
         axes.plot(epochs, values, color=ACCENT, linewidth=2, clip_on=False, zorder=3)
         for epoch, value, label in points:
             axes.plot(
-                epoch, value, "o", color=ACCENT, markersize=9, clip_on=False, gid=f"{_TOOLTIP}epoch {epoch}: {label}"
+                epoch, value, "o", color=ACCENT, markersize=9, clip_on=False, gid=f"{TOOLTIP}epoch {epoch}: {label}"
             )
         axes.plot(epochs[-1], values[-1], "o", color=ACCENT, markersize=6, clip_on=False, zorder=4)
 
     description = f"{title}: {labels[0]} after epoch {epochs[0]}, {labels[-1]} after epoch {epochs[-1]}"
-    return _page_chart(name, description, draw, wide=(_HALF_PX, 220), narrow=(NARROW_PX, 200))
+    return page_chart(name, description, draw, wide=(_HALF_PX, 220), narrow=(NARROW_PX, 200))
 
 
 def _epoch_ticks(epochs: Sequence[int]) -> list[int]:
@@ -258,7 +258,7 @@ def error_chart(checks: Sequence[Check]) -> str:
 
     def draw(figure: Figure, narrow: bool) -> None:
         labels = [(check.subject, check.inputs) for check in checks]
-        axes, bar = _labelled_rows(figure, labels, narrow, right=12, scale=True)
+        axes, bar = labelled_rows(figure, labels, narrow, right=12, scale=True)
         axes.set_xscale("log", subs=[])
         axes.set_xlim(left, right)
         exponents = scale.ticks(4 if narrow else 8)
@@ -278,10 +278,10 @@ def error_chart(checks: Sequence[Check]) -> str:
                     markerfacecolor="none",
                     markeredgecolor=SOFT,
                     clip_on=False,
-                    gid=_TOOLTIP + own,
+                    gid=TOOLTIP + own,
                 )
             color, error_text = GOOD if check.passed else BAD, f"relative error: {scientific(check.relative_error)}"
-            axes.plot(error, row, "o", markersize=8, color=color, clip_on=False, gid=_TOOLTIP + error_text)
+            axes.plot(error, row, "o", markersize=8, color=color, clip_on=False, gid=TOOLTIP + error_text)
 
     words = (
         f"{check.subject} on {check.inputs}: error {scientific(check.relative_error)}, tolerance "
@@ -289,8 +289,8 @@ def error_chart(checks: Sequence[Check]) -> str:
         for check in checks
     )
     description = f"Relative errors on a logarithmic scale. {'; '.join(words)}"
-    wide, narrow = (_WIDE_PX, 46 * len(checks) + 34), (NARROW_PX, 76 * len(checks) + 34)
-    return _page_chart("errors", description, draw, wide=wide, narrow=narrow)
+    wide, narrow = (WIDE_PX, 46 * len(checks) + 34), (NARROW_PX, 76 * len(checks) + 34)
+    return page_chart("errors", description, draw, wide=wide, narrow=narrow)
 
 
 @dataclass(frozen=True)
@@ -305,18 +305,18 @@ def iou_chart(bars: Sequence[IouBar]) -> str:
     """Draw the intersection over union of each class as a bar from 0 to 100 %."""
 
     def draw(figure: Figure, narrow: bool) -> None:
-        axes, bar = _labelled_rows(figure, [(one.name, "") for one in bars], narrow, right=0 if narrow else 80)
+        axes, bar = labelled_rows(figure, [(one.name, "") for one in bars], narrow, right=0 if narrow else 80)
         axes.set_xlim(0, 1)
         axes.xaxis.set_visible(False)
         for row, one in enumerate(bars):
             axes.barh(row, 1, height=bar, color=RULE, linewidth=0)
             axes.barh(row, one.iou or 0.0, height=bar, color=ACCENT, linewidth=0)
             text = "absent" if one.iou is None else percentage(one.iou)
-            _write(axes, row, text, x=1, right=0 if narrow else 80, above=narrow, **_NAME)
+            write_in_row(axes, row, text, x=1, right=0 if narrow else 80, above=narrow, **NAME_STYLE)
 
     words = (f"{one.name}: {'absent' if one.iou is None else percentage(one.iou)}" for one in bars)
-    wide, narrow = (_WIDE_PX, 34 * len(bars)), (NARROW_PX, 54 * len(bars))
-    return _page_chart("iou", f"IoU of each class. {'; '.join(words)}", draw, wide=wide, narrow=narrow)
+    wide, narrow = (WIDE_PX, 34 * len(bars)), (NARROW_PX, 54 * len(bars))
+    return page_chart("iou", f"IoU of each class. {'; '.join(words)}", draw, wide=wide, narrow=narrow)
 
 
 _ROLE_COLORS: dict[Role, tuple[str, float]] = {  # with the opacity
@@ -333,7 +333,7 @@ def timing_chart(timings: Sequence[Timing]) -> str:
 
     def draw(figure: Figure, narrow: bool) -> None:
         labels = [(timing.name, "") for timing in timings]
-        axes, bar = _labelled_rows(figure, labels, narrow, right=0 if narrow else 160)
+        axes, bar = labelled_rows(figure, labels, narrow, right=0 if narrow else 160)
         axes.set_xlim(0, 1.02 * longest)
         axes.xaxis.set_visible(False)
         for row, timing in enumerate(timings):
@@ -344,17 +344,17 @@ def timing_chart(timings: Sequence[Timing]) -> str:
             whiskers = [[max(0.0, median - timing.q1_seconds)], [max(0.0, timing.q3_seconds - median)]]
             axes.errorbar(median, row, xerr=whiskers, color=INK, linewidth=1.3, capsize=4)
             for text, style, to_the_right in (
-                (duration(median), _NAME, 98),
-                (ratio(timing.speedup), _NOTE, 160),
+                (duration(median), NAME_STYLE, 98),
+                (ratio(timing.speedup), NOTE_STYLE, 160),
             ):
-                _write(axes, row, text, x=1, right=to_the_right - (160 if narrow else 0), above=narrow, **style)
+                write_in_row(axes, row, text, x=1, right=to_the_right - (160 if narrow else 0), above=narrow, **style)
 
     words = (f"{timing.name}: median {duration(timing.median_seconds)}" for timing in timings)
-    return _page_chart(
+    return page_chart(
         "timings",
         f"Time per batch. {'; '.join(words)}",
         draw,
-        wide=(_WIDE_PX, 42 * len(timings)),
+        wide=(WIDE_PX, 42 * len(timings)),
         narrow=(NARROW_PX, 54 * len(timings)),
     )
 
@@ -362,11 +362,11 @@ def timing_chart(timings: Sequence[Timing]) -> str:
 _BAR_PX = 18.0  # thickness of a bar
 _LABELS_PX = 300.0  # width of the column of labels in a wide chart
 _SCALE_PX = 28.0  # height of the labels of the x axis
-_NAME: dict[str, Any] = {"weight": "bold", "size": 14}
-_NOTE: dict[str, Any] = {"color": SOFT, "size": 13}
+NAME_STYLE: dict[str, Any] = {"weight": "bold", "size": 14}
+NOTE_STYLE: dict[str, Any] = {"color": SOFT, "size": 13}
 
 
-def _labelled_rows(
+def labelled_rows(
     figure: Figure, labels: Sequence[tuple[str, str]], narrow: bool, *, right: float, scale: bool = False
 ) -> tuple[Axes, float]:
     """Return axes with a labelled row for each (name, note), the first on top, and the thickness of a bar in rows.
@@ -390,12 +390,14 @@ def _labelled_rows(
     axes.tick_params(length=0, labelcolor=SOFT, pad=8)
     for row, (name, note) in enumerate(labels):
         line = 9 if note else 0  # half the distance of two lines
-        _write(axes, row, name, right=-left, up=2 * line if narrow else line, above=narrow, ha="left", **_NAME)
-        _write(axes, row, note, right=-left, up=0 if narrow else -line, above=narrow, ha="left", **_NOTE)
+        write_in_row(
+            axes, row, name, right=-left, up=2 * line if narrow else line, above=narrow, ha="left", **NAME_STYLE
+        )
+        write_in_row(axes, row, note, right=-left, up=0 if narrow else -line, above=narrow, ha="left", **NOTE_STYLE)
     return axes, _BAR_PX * len(labels) / (height - bottom)
 
 
-def _write(
+def write_in_row(
     axes: Axes,
     row: float,
     text: str,

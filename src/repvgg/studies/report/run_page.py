@@ -83,7 +83,9 @@ def _title(config: Mapping[str, Any]) -> tuple[str, str]:
 def _forms(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results of the forms of the model by their names."""
     plain = report["plain_form"]
-    forms = {"model": report["train_form"]} if plain is None else {"train form": report["train_form"], "plain form": plain}
+    forms = (
+        {"model": report["train_form"]} if plain is None else {"train form": report["train_form"], "plain form": plain}
+    )
     return {**forms, "int8": report["int8"]} if "int8" in report else forms
 
 

@@ -1,0 +1,76 @@
+"""The page of ``repvgg quantize --report-only --html FILE``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repvgg._progress import busy
+from repvgg.cli._output import write_line
+from repvgg.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from repvgg.cli._network import Network
+    from repvgg.quantization import Quality, QuantizationSettings, StepReport
+
+
+def write_page(
+    path: Path,
+    network: Network,
+    plain: nn.Module,
+    calibration: Tensor,
+    images: Tensor,
+    steps: StepReport,
+    settings: QuantizationSettings,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Quantize with all steps, and write what happens to each layer.
+
+    Args:
+        path: the page.
+        network: what is quantized.
+        plain: its plain form.
+        calibration: images.
+        images: other images, that are compared.
+        steps: what was measured on them.
+        settings: of the quantization whose layers are shown.
+        overwrite: replace a file at ``path``.
+    """
+    from repvgg.quantization import quantize
+    from repvgg.studies.report.quantizability_page import QuantizabilityPage, channel_ranges
+
+    with busy("Measuring each layer"):
+        _, report = quantize(plain, calibration, settings)
+    runtimes = _in_onnxruntime(plain, calibration, images, settings)
+    page = QuantizabilityPage(
+        name=network.metadata.model if network.metadata else network.source,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=" ".join(["repvgg", *sys.argv[1:]]),
+        steps=steps,
+        report=report,
+        channels=channel_ranges(plain, report),
+        calibration=len(calibration),
+        images=len(images),
+        runtimes=runtimes,
+        facts={**network.notes, "settings": str(report.settings)},
+    )
+    write_line(f"wrote {page.write(path, overwrite=overwrite)}")
+
+
+def _in_onnxruntime(
+    plain: nn.Module, calibration: Tensor, images: Tensor, settings: QuantizationSettings
+) -> Mapping[str, Quality]:
+    """Return the quality of each granularity and number of bits on this CPU; nothing without ONNX Runtime."""
+    from repvgg.deploy.int8 import quantize_for_cpu
+
+    try:
+        with busy("Trying granularities in ONNX Runtime"):
+            return quantize_for_cpu(plain, calibration, images, settings)[2]
+    except MissingDependencyError:
+        return {}

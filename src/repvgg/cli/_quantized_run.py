@@ -1,0 +1,72 @@
+"""The integers of a run of quantization-aware training: as an ONNX file, run beside what was simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repvgg._progress import busy
+from repvgg.cli._output import write_line, write_warning
+from repvgg.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from repvgg.quantization import QatNetwork
+    from repvgg.training import TrainConfig
+
+_IMAGE_BYTES = 2**28  # of validation images in memory
+_RUNTIME_IMAGES = 512  # that are run in the runtimes
+
+
+def write_int8(folder: Path, network: QatNetwork, config: TrainConfig) -> None:
+    """Write ``int8.onnx`` of a finished run, and compare it with the simulation and with the checkpoint before it."""
+    from repvgg.deploy.int8 import evaluate_int8
+    from repvgg.deploy.qdq import export_qdq
+    from repvgg.models import load
+    from repvgg.quantization.calibration import run_in_batches
+    from repvgg.training.run_folder import INT8_ONNX_FILE, PLAIN_FILE
+
+    loaded = load(folder / PLAIN_FILE)
+    about = loaded.metadata
+    integers, plain = network.to_integers(), loaded.model.eval()
+    found = _validation_images(config)
+    if found is not None and config.init is not None:
+        _print_beside_checkpoint(network, load(config.init).model.eval(), *found)
+    path = folder / INT8_ONNX_FILE
+    try:
+        with busy("Writing"):
+            shape = (about.in_channels, about.input_size, about.input_size)
+            notes = {**about.to_header(), "quantization": f"trained: {config.qat.settings}"}
+            export_qdq(integers, path, shape, overwrite=True, notes=notes)
+        if found is not None:
+            images, labels = (part[:_RUNTIME_IMAGES] for part in found)
+            with busy("Evaluating"):
+                expected = run_in_batches(integers, images)
+                results = evaluate_int8(path, plain, images, labels, expected=expected)
+            for result in results:
+                write_line(f"  {INT8_ONNX_FILE} beside the simulated integers, {result}")
+    except MissingDependencyError as error:  # the integers are in int8.safetensors as well
+        write_warning(f"no {INT8_ONNX_FILE} was written: {error}")
+
+
+def _validation_images(config: TrainConfig) -> tuple[Tensor, Tensor] | None:
+    """Return validation images and their labels, as many as fit into memory; None of masks and of streams."""
+    from repvgg.data import ImageData, open_data
+
+    data = open_data(config.data, seed=config.seed)
+    if not isinstance(data, ImageData) or not data.num_val:
+        return None
+    channels, height, width = data.test_shape
+    most = max(_RUNTIME_IMAGES, _IMAGE_BYTES // (4 * channels * height * width))
+    return data.val_images(range(min(data.num_val, most)))
+
+
+def _print_beside_checkpoint(network: nn.Module, before: nn.Module, images: Tensor, labels: Tensor) -> None:
+    from repvgg.quantization import compare_outputs
+    from repvgg.quantization.calibration import run_in_batches
+
+    reference, simulated = run_in_batches(before, images), run_in_batches(network, images)
+    if reference.shape == simulated.shape:  # not of a new classifier
+        accuracy = compare_outputs(reference, simulated, labels).accuracy
+        write_line(f"  simulated integers beside the checkpoint before, {len(images):,} images: {accuracy}")
