@@ -36,8 +36,14 @@ def test_a_network_that_agrees_too_little_is_not_written(repvgg, files, tmp_path
 
 @pytest.mark.slow
 def test_what_each_step_is_worth(repvgg, files, tmp_path):
-    outcome = repvgg("quantize", files.plain, tmp_path / "a.onnx", *FEW, "--report-only")
+    page = tmp_path / "page.html"
+    outcome = repvgg("quantize", files.plain, tmp_path / "a.onnx", *FEW, "--report-only", "--html", page)
     assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == f"wrote {page}"
+    html = page.read_text()
+    assert "How well does it quantize to 8 bits?" in html
+    assert html.count('<tr><th scope="row">stages.') == 6
+    page.unlink()
     steps = ("rounding alone", "cross-layer equalization", "bias correction", "weights per channel", "all together")
     for step in steps:
         assert step in outcome.out
@@ -51,6 +57,7 @@ def test_what_each_step_is_worth(repvgg, files, tmp_path):
         (("a.onnx", "--min-agreement", "2"), "--min-agreement is a share in [0, 1], got 2."),
         (("a.onnx", "--calibration-images", "0"), "--calibration-images is at least 1"),
         (("a.onnx", "--input-size", "16", "24"), "Data sets give square images"),
+        (("a.onnx", "--html", "page.html"), "--html is the page of --report-only"),
     ],
 )
 def test_bad_options_are_refused(refused, files, arguments, sentence, tmp_path):

@@ -252,6 +252,7 @@ def shift_merged_bias(source: nn.Module, shift: Tensor) -> bool:
         return False
     names, parameters = zip(*((name, p) for name, p in source.named_parameters() if p.requires_grad), strict=True)
     factors = torch.autograd.grad(before.sum(), parameters, allow_unused=True)
+    before = before.detach().clone()  # of a layer it is the parameter itself
     for name, parameter, factor in zip(names, parameters, factors, strict=True):
         if factor is None or parameter.shape != shift.shape or not factor.abs().min() > _SMALLEST_FACTOR:
             continue

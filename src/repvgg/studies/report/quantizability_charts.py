@@ -58,7 +58,7 @@ def sqnr_chart(layers: Sequence[QuantizedLayerReport]) -> str:
     lowest, highest = min([0.0, *finite]), max([10.0, *finite])
 
     def draw(figure: Figure, narrow: bool) -> None:
-        axes, bar = labelled_rows(figure, [(layer.name, "") for layer in layers], narrow, right=16, scale=True)
+        axes, _ = labelled_rows(figure, [(layer.name, "") for layer in layers], narrow, right=16, scale=True)
         axes.set_xlim(lowest, 1.02 * highest)
         ticks = range(10 * math.ceil(lowest / 10), int(highest) + 1, 20 if narrow and highest > 60 else 10)
         axes.set_xticks(list(ticks), [f"{tick} dB" for tick in ticks])
