@@ -179,16 +179,21 @@ def test_a_learned_range_follows_the_error_of_the_output():
     layer = FakeQuantLayer(
         conv, conv, ActivationQuantizer.of_range(0, 1), QuantizationSettings(), learn_range=True
     ).train()
-    loss = (layer(x) - conv(x).detach()).square().sum()
-    loss.backward()
+
+    def loss():
+        return (layer(x) - conv(x).detach()).square().sum()
+
+    before = loss()
+    before.backward()
     # Two thirds of the inputs are clipped: a wider range lowers the error.
     assert float(layer.log_factor.grad) < 0
-    optimizer = torch.optim.SGD([layer.log_factor], 1.0)
+    optimizer = torch.optim.SGD([layer.log_factor], 0.5)
     for _ in range(200):
         optimizer.zero_grad()
-        (layer(x) - conv(x).detach()).square().sum().backward()
+        loss().backward()
         optimizer.step()
-    assert 2.5 < layer.quantizer.bounds[1] < 3.1
+    assert layer.quantizer.bounds[1] > 2.5
+    assert float(loss()) < 0.01 * float(before)
     assert layer.quantizer.zero_point == 0
     assert_close(layer(x), layer.to_integers()(x), rtol=0, atol=0)
 
@@ -264,9 +269,10 @@ def test_biases_start_corrected_to_the_float_means(name):
         reference, expected = means(plain)
         corrected, found = means(network.eval().simulated)
         uncorrected, others = means(without.eval().simulated)
-    for layer in report.layers:  # what is left is the rounding of biases to integers
+    for layer, fake in network.layers.items():
         left, was = ((one[layer] - expected[layer]).abs().max() for one in (found, others))
-        assert left < 0.1 * was, layer
+        # What is left is the rounding of biases to integers, of this layer and of those before it.
+        assert left < fake.to_integers().accumulator_scale / 2 * (1 + 1e-4) + 0.1 * was, layer
     assert sqnr(reference, corrected) > sqnr(reference, uncorrected) + 3
 
 

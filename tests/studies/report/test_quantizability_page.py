@@ -23,6 +23,7 @@ def network():
     model = random_(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(2)))
     model[0].weight.data[2] *= 50
     model[0].bias.data[2] *= 50
+    model[2].weight.data[:, 2] /= 50
     return model
 
 
@@ -84,7 +85,7 @@ def test_each_layer_has_its_ranges_and_pictures(report):
     html = page(report)
     first, last = report.layers
     assert first.spread > 20
-    assert first.equalized_spread < 2
+    assert first.equalized_spread < 5
     assert f"{first.spread:.1f} → {first.equalized_spread:.1f}" in text_of(html)
     assert (
         "In 1 of 2 layers the widest channel is more than 8 times the median one; after equalization in 0."
@@ -104,7 +105,8 @@ def test_ranges_of_channels_are_those_of_the_weights(report):
     ranges = channel_ranges(network(), report)
     weight = network()[0].weight.detach().abs().flatten(1).amax(1)
     assert ranges["0"].before == pytest.approx(weight.tolist(), rel=1e-6)
-    assert max(ranges["0"].after) / min(ranges["0"].after) < 2 < max(ranges["0"].before) / min(ranges["0"].before)
+    before, after = (max(one) / min(one) for one in ranges["0"])
+    assert after < before / 10
     assert channel_ranges(network(), replace(report, equalization=None))["0"].after == ranges["0"].before
 
 

@@ -59,7 +59,8 @@ def sqnr_chart(layers: Sequence[QuantizedLayerReport]) -> str:
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes, _ = labelled_rows(figure, [(layer.name, "") for layer in layers], narrow, right=16, scale=True)
-        axes.set_xlim(lowest, 1.02 * highest)
+        # Space for half of the first label.
+        axes.set_xlim(lowest - (0.06 if narrow else 0.0) * (highest - lowest), 1.02 * highest)
         ticks = range(10 * math.ceil(lowest / 10), int(highest) + 1, 20 if narrow and highest > 60 else 10)
         axes.set_xticks(list(ticks), [f"{tick} dB" for tick in ticks])
         axes.grid(axis="x", color=RULE, linewidth=1)
