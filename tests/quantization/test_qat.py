@@ -30,7 +30,7 @@ from tests.bn_statistics import trained_like
 from tests.quantization.networks import images
 
 SPEC = ModelSpec("tiny", Stage(1, 4, stride=1), (Stage(2, 8), Stage(2, 8)), groups=2)
-BARE = QuantizationSettings("per_tensor", 7, equalize=False)
+BARE = QuantizationSettings("per_tensor", 7, equalize=False, rounding_sweeps=0)
 SETTINGS = [
     QuantizationSettings("per_channel", 8),
     QuantizationSettings("per_tensor", 8, ranges="minmax", equalize=False),
@@ -95,9 +95,9 @@ def layers_of(quantized):
 def test_training_starts_from_the_integers_of_a_quantization_afterwards(settings):
     model, calibration = tiny(), images(16)
     plain, _ = repvgg.reparameterize(model)
-    settings = replace(settings, correct_biases=False)
+    settings = replace(settings, correct_biases=False, rounding_sweeps=0)
     network, report = prepare_qat(model, calibration, settings)
-    expected = layers_of(quantize(plain, calibration, replace(settings, rounding_sweeps=0))[0])
+    expected = layers_of(quantize(plain, calibration, settings)[0])
     found = layers_of(network.to_integers())
     assert tuple(found) == tuple(expected) == report.layers
     assert report.merged == 5
@@ -249,7 +249,7 @@ def test_onnx_runtime_computes_the_trained_integers(tmp_path):
 @pytest.mark.parametrize("name", ["repvgg", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 def test_biases_start_corrected_to_the_float_means(name):
     model, calibration = NETWORKS[name](), images(16)
-    settings = QuantizationSettings("per_tensor", 4, equalize=False)
+    settings = QuantizationSettings("per_tensor", 4, equalize=False, rounding_sweeps=0)
     network, report = prepare_qat(model, calibration, settings)
     assert report.corrected == len(report.layers) == 6
     plain, _ = repvgg.reparameterize(model)
@@ -274,6 +274,21 @@ def test_biases_start_corrected_to_the_float_means(name):
         # What is left is the rounding of biases to integers, of this layer and of those before it.
         assert left < fake.to_integers().accumulator_scale / 2 * (1 + 1e-4) + 0.1 * was, layer
     assert sqnr(reference, corrected) > sqnr(reference, uncorrected) + 3
+
+
+def test_adaptive_rounding_is_where_training_starts():
+    model, calibration = tiny(), images(16)
+    settings = QuantizationSettings("per_channel", 4, equalize=False)
+    network, report = prepare_qat(model, calibration, settings)
+    assert report.rounded == len(report.layers) == 6
+    plain, _ = repvgg.reparameterize(model)
+    afterwards, _ = quantize(plain, calibration, settings)
+    reference, start = plain(calibration), network.to_integers()(calibration)
+    assert sqnr(reference, start) > sqnr(reference, afterwards(calibration)) - 1
+    stem = layers_of(afterwards)["stem.conv"].weight_integers  # its input is the same in both
+    assert_close(network.layers["stem.conv"].to_integers().weight_integers, stem, rtol=0, atol=0)
+    nearest, _ = prepare_qat(model, calibration, replace(settings, rounding_sweeps=0))
+    assert (nearest.layers["stem.conv"].to_integers().weight_integers != stem).any()
 
 
 class Open(nn.Module):

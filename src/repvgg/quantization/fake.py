@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.quantization.adaptive_rounding import adapt_rounding
 from repvgg.quantization.affine import (
     ActivationQuantizer,
     Granularity,
@@ -40,7 +41,8 @@ from repvgg.quantization.settings import QuantizationSettings
 from repvgg.symbolic import equivalent_conv
 
 _MOMENTUM = 0.1  # of the moving average of observed ranges
-_SMALLEST_FACTOR = 1e-3  # of a bias in a merged one: the shift of a channel must not become huge
+_INSIDE = 0.49  # steps from the integer that a weight has to round to
+_SMALLEST_FACTOR = 1e-3  # of a parameter in a merged one: its shift must not become huge
 _SAME_SHIFT = 1e-5  # float32 rounds to 6e-8
 _HISTOGRAM_VALUES = 2**18  # of a batch, evenly spaced: more change the range of smallest error by less than its noise
 
@@ -134,7 +136,33 @@ class FakeQuantLayer(nn.Module):
         """Change parameters of the source so that the bias of this layer grows by ``shift`` (O,); False if none can."""
         (source,) = self._source
         delta = shift.double() if self.output_factor is None else shift.double() * self.output_factor
-        return shift_merged_bias(source, delta)
+        return shift_merged(source, "bias", delta)
+
+    def adapt_rounding(self, x: Tensor, sweeps: int) -> bool:
+        """Change parameters of the source so that weights round to the integers of the smallest output error.
+
+        Each weight moves as little as rounding to that integer takes. Returns False if no parameter can do so.
+
+        Args:
+            x: inputs, as the layer receives them.
+            sweeps: see :func:`repvgg.quantization.adapt_rounding`.
+        """
+        weight, _ = (None if one is None else one.detach() for one in self.kernel())
+        assert weight is not None
+        bits, layer = self.settings.weight_bits, self.to_integers()
+        adapt_rounding(layer, weight, x, sweeps, largest_integer(bits))
+        scale = layer.weight_scale.double()
+        steps = weight.double() / over_axis_0(scale, weight.ndim)
+        wanted = layer.weight_integers.double()
+        shift = (steps.clamp(wanted - _INSIDE, wanted + _INSIDE) - steps) * over_axis_0(scale, weight.ndim)
+        if self.weight_factor is not None:
+            shift = shift / self.weight_factor.reshape(*self.weight_factor.shape, *[1] * (weight.ndim - 2))
+        (source,) = self._source
+        if not shift_merged(source, "weight", shift):
+            return False
+        with torch.no_grad():  # the scale stays, though the largest weight has moved
+            self.weight_clip.copy_(scale / full_range_scale(self.kernel()[0], self.granularity, bits))
+        return True
 
     @torch.no_grad()
     def search_weight_clip(self) -> None:
@@ -241,13 +269,15 @@ def kernel_of(source: nn.Module) -> tuple[Tensor, Tensor | None]:
     return found.weight, found.bias
 
 
-def shift_merged_bias(source: nn.Module, shift: Tensor) -> bool:
-    """Add ``shift`` (O,) to the bias of the layer that ``source`` is equal to, by one of its parameters, in place.
+def shift_merged(source: nn.Module, what: Literal["weight", "bias"], shift: Tensor) -> bool:
+    """Add ``shift`` to the weight or bias of the layer that ``source`` is equal to, by one of its parameters, in place.
 
-    The bias is affine in the shift of each batch norm and in the bias of each convolution, with a factor for each
-    channel, as long as no convolution follows. Returns False, with nothing changed, if there is no such parameter.
+    The merged bias is affine in the shift of each batch norm and in the bias of each convolution, the merged weight in
+    the kernel of a branch of that size, with a factor for each output channel, as long as no convolution follows.
+    Returns False, with nothing changed, if there is no such parameter.
     """
-    _, before = kernel_of(source)
+    index = 0 if what == "weight" else 1
+    before = kernel_of(source)[index]
     if before is None or not before.requires_grad:
         return False
     names, parameters = zip(*((name, p) for name, p in source.named_parameters() if p.requires_grad), strict=True)
@@ -256,12 +286,12 @@ def shift_merged_bias(source: nn.Module, shift: Tensor) -> bool:
     for name, parameter, factor in zip(names, parameters, factors, strict=True):
         if factor is None or parameter.shape != shift.shape or not factor.abs().min() > _SMALLEST_FACTOR:
             continue
-        if name.rpartition(".")[2] != "bias":
+        if name.rpartition(".")[2] != what:
             continue
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.add_((shift / factor.double()).to(parameter.dtype))
-            _, after = kernel_of(source)
+            after = kernel_of(source)[index]
             assert after is not None
             error = (after.double() - before.double() - shift).abs().max()
             if error <= _SAME_SHIFT * (shift.abs().max() + before.abs().max()):

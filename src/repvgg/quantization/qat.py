@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -41,7 +41,8 @@ class QatReport:
         merged: how many of them are merged from branches or batch norms.
         skipped: why other layers stay in float32, by name.
         untrained: number of parameters that the plain form does not have, such as those of auxiliary heads.
-        corrected: how many layers had their biases corrected, by parameters of the train form.
+        rounded: how many layers start from adaptively rounded weights, by parameters of the train form.
+        corrected: how many layers had their biases corrected, likewise.
         equalization: None if it was switched off.
     """
 
@@ -49,6 +50,7 @@ class QatReport:
     merged: int
     skipped: Mapping[str, str]
     untrained: int
+    rounded: int
     corrected: int
     equalization: EqualizationReport | None
 
@@ -56,8 +58,9 @@ class QatReport:
         lines = [f"{len(self.layers)} layers in simulated integers, {self.merged} of them merged from branches"]
         if self.equalization is not None:
             lines += str(self.equalization).splitlines()[:1]
-        if self.corrected:
-            lines.append(f"corrected the biases of {self.corrected} of {len(self.layers)} layers")
+        for count, what in ((self.rounded, "adapted the rounding"), (self.corrected, "corrected the biases")):
+            if count:
+                lines.append(f"{what} of {count} of {len(self.layers)} layers, in the parameters of the train form")
         lines += [f"in float32: {name}, because {reason}" for name, reason in self.skipped.items()]
         if self.untrained:
             lines.append(f"{self.untrained:,} parameters are not in the plain form and are not trained")
@@ -131,14 +134,13 @@ def prepare_qat(
             layers, each of which is merged from one module, or from modules that are called one after the other. It is
             not changed.
         calibration: as for :func:`repvgg.quantize`; the ranges start from it.
-        settings: granularity and bits of weights, ranges, equalization, correction of biases, from which training
-            starts. Weights are rounded to the nearest.
+        settings: as for :func:`repvgg.quantize`, whose steps give the integers that training starts from.
         learn_ranges: train the ranges of inputs instead of observing them.
 
     Raises:
         UsageError: no module stands for the merged kernel of a layer, or there is nothing to quantize.
     """
-    settings = replace(settings or QuantizationSettings(), rounding_sweeps=0)
+    settings = settings or QuantizationSettings()
     check_model(model, "prepare_qat")
     images = calibration_images(calibration)
     train_form = copy.deepcopy(model).eval()
@@ -166,35 +168,45 @@ def prepare_qat(
     _share_the_rest(plain, train_form)
     network = QatNetwork(train_form, plain).train(model.training)
     untrained = _freeze_unused(network, list(sources.values()))
-    corrected = _correct_biases(network, statistics, images) if settings.correct_biases else 0
+    refined = _refine(network, statistics, images, settings)
     merged = sum(type(source) not in (nn.Conv2d, nn.Linear) for source in sources.values())
-    return network, QatReport(tuple(names), merged, skipped, untrained, corrected, equalized)
+    return network, QatReport(tuple(names), merged, skipped, untrained, *refined, equalized)
 
 
-def _correct_biases(network: QatNetwork, statistics: Mapping[str, LayerStatistics], images: Tensor) -> int:
-    """Move the mean of each output channel to that of the float network, as :func:`.correct_bias` does.
+def _refine(
+    network: QatNetwork, statistics: Mapping[str, LayerStatistics], images: Tensor, settings: QuantizationSettings
+) -> tuple[int, int]:
+    """Adapt the rounding and correct the bias of one layer after the other, as :func:`repvgg.quantize` does.
 
-    The corrections go into parameters of the train form. Returns the number of layers that were corrected.
+    What changes are parameters of the train form. Returns the numbers of layers whose rounding and bias changed.
     """
     layers = {name: layer for name, layer in network.layers.items() if statistics[name].calls == 1}
-    corrected = 0
+    rounded, corrected = 0, 0
 
-    def visit(name: str, _: Tensor, y: Tensor) -> Tensor | None:
-        nonlocal corrected
-        target = statistics[name].output_mean
-        assert target is not None
-        shift = target.to(y.device) - channels_last(y).flatten(0, -2).double().mean(0)
-        with torch.enable_grad():
-            if not layers[name].shift_bias(shift):
-                return None
-        corrected += 1
-        return y + shift.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,))
+    def visit(name: str, x: Tensor, y: Tensor) -> Tensor:
+        nonlocal rounded, corrected
+        layer = layers[name]
+        if settings.rounding_sweeps:
+            with torch.enable_grad():  # of the merge, which says how a parameter acts on the kernel
+                adapted = layer.adapt_rounding(x, settings.rounding_sweeps)
+            rounded += adapted
+            y = layer.forward(x) if adapted else y  # not the call, which would visit it again
+        if settings.correct_biases:
+            target = statistics[name].output_mean
+            assert target is not None
+            shift = target.to(y.device) - channels_last(y).flatten(0, -2).double().mean(0)
+            with torch.enable_grad():
+                shifted = layer.shift_bias(shift)
+            corrected += shifted
+            y = y + shift.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,)) if shifted else y
+        return y
 
     was_training = network.training
-    with hooked(network.simulated, list(layers), visit):
-        run(network.eval(), images)
+    if settings.rounding_sweeps or settings.correct_biases:
+        with hooked(network.simulated, list(layers), visit):
+            run(network.eval(), images)
     network.train(was_training)
-    return corrected
+    return rounded, corrected
 
 
 def _source_of(train_form: nn.Module, plain: nn.Module, collapsed: Report, name: str) -> nn.Module:

@@ -131,7 +131,6 @@ class QatConfig:
             ranges=self.ranges,
             percentile=self.percentile,
             equalize=self.equalize,
-            rounding_sweeps=0,
         )
 
 
