@@ -31,7 +31,7 @@ from repvgg.verify import isolated_eval
 
 PAGE, MODEL, ABOUT = "index.html", "model.onnx", "model.json"
 _TEMPLATES = Path(__file__).with_name("web_templates")
-_SCRIPTS = ("worker.mjs", "preprocessing.mjs")  # what app.js reads beside model, runtime and description
+_SCRIPTS = ("worker.js", "preprocessing.mjs")  # what app.js reads beside model, runtime and description
 _STYLE, _APP = "style.css", "app.js"
 
 Kind: TypeAlias = Literal["classification", "segmentation"]

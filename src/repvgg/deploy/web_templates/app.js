@@ -30,8 +30,6 @@ async function asset(name) {
   return response.arrayBuffer();
 }
 
-const asScript = (bytes) => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
-
 function showError(what) {
   const text = String(what?.message ?? what).replace(/^Error: /, "").replace(/\.?$/, ".");
   find("error").textContent = text[0].toUpperCase() + text.slice(1);
@@ -43,15 +41,15 @@ function showError(what) {
 async function start() {
   about = JSON.parse(new TextDecoder().decode(await asset("model.json")));
   describe();
-  const names = [about.runtime.script, about.runtime.wasm, "model.onnx", "worker.mjs", "preprocessing.mjs"];
+  const names = [about.runtime.script, about.runtime.wasm, "model.onnx", "worker.js", "preprocessing.mjs"];
   const [runtime, wasm, model, script, preprocessing] = await Promise.all(names.map(asset));
-  // From a blob, so that the worker inherits the content security policy of the page.
-  const started = new Worker(asScript(script), { type: "module" });
+  // From a blob, so that the worker inherits the content security policy of the page. It is no module, because Chromium
+  // starts no module worker of a page without a server.
+  const started = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
   await new Promise((resolve, reject) => {
     started.onerror = (event) => reject(new Error(event.message || "the worker cannot be started"));
     started.onmessage = ({ data }) => (data.type === "ready" ? resolve() : reject(new Error(data.text)));
-    const urls = { runtime: asScript(runtime), preprocessing: asScript(preprocessing) };
-    started.postMessage({ type: "load", urls, wasm, model, about }, [wasm, model]);
+    started.postMessage({ type: "load", runtime, preprocessing, wasm, model, about }, [wasm, model]);
   });
   worker = started;
   worker.onerror = (event) => showError(event.message || "the worker stopped");
@@ -164,7 +162,7 @@ function showClasses() {
   drawImage(image, image.width, image.height);
   // Dim what the network does not see.
   const [scaleX, scaleY] = [image.width / resized[0], image.height / resized[1]];
-  const context = find("picture").getContext("2d");
+  const context = pictureContext();
   const seen = [crop.left * scaleX, crop.top * scaleY, crop.width * scaleX, crop.height * scaleY];
   const outside = new Path2D();
   outside.rect(0, 0, image.width, image.height);
@@ -193,15 +191,17 @@ function showMask() {
   return items;
 }
 
+const pictureContext = () => find("picture").getContext("2d", { willReadFrequently: true });
+
 function drawImage(image, width, height) {
   Object.assign(find("picture"), { width, height });
-  find("picture").getContext("2d").drawImage(image.canvas, 0, 0, width, height);
+  pictureContext().drawImage(image.canvas, 0, 0, width, height);
 }
 
 function drawMask() {
   const { image, mask, crop } = shown;
   drawImage(image, crop.width, crop.height);
-  const context = find("picture").getContext("2d");
+  const context = pictureContext();
   const picture = context.getImageData(0, 0, crop.width, crop.height);
   const opacity = find("opacity").value / 100;
   for (let i = 0; i < mask.length; i++) {

@@ -1,10 +1,11 @@
 // From decoded pixels to the tensor of the network: the same bytes as repvgg's evaluation in Python.
 //
-// Resizing repeats Pillow's 8-bit resampling with antialiasing (src/libImaging/Resample.c): one pass along the rows, one
-// along the columns, weights in fixed point with 22 fractional bits, and a result rounded to 8 bits after each pass. A
-// canvas would resize with a filter of the browser's choice.
+// Resizing computes what Pillow's 8-bit resampling with antialiasing does: one pass along the rows, one along the columns,
+// weights in fixed point with 22 fractional bits, and a result rounded to 8 bits after each pass. A canvas would resize
+// with a filter of the browser's choice.
 
 const PRECISION_BITS = 22;
+const HALF = 2 ** (PRECISION_BITS - 1);
 const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
   bicubic: { support: 2, weight: bicubic },
@@ -46,6 +47,47 @@ function weightsOf(inSize, outSize, first, count, filter) {
 
 const toByte = (sum) => Math.min(255, Math.max(0, sum >> PRECISION_BITS));
 
+/** The first source that any output of an axis reads, and the number of sources from there to the last one. */
+function rangeOf(outputs) {
+  const first = outputs[0].begin;
+  const last = outputs[outputs.length - 1];
+  return { first, count: last.begin + last.weights.length - first };
+}
+
+/** Resize the rows of an image: (rows, width, channels) to (rows, columns.length, channels), from a row on. */
+function alongRows({ pixels, width, channels }, columns, firstRow, numRows, offset) {
+  const result = new Uint8Array(numRows * columns.length * channels);
+  let to = 0;
+  for (let y = firstRow; y < firstRow + numRows; y++) {
+    for (const { begin, weights } of columns) {
+      for (let c = 0; c < channels; c++) {
+        let sum = HALF;
+        let at = (y * width + begin - offset) * channels + c;
+        for (let k = 0; k < weights.length; k++, at += channels) sum += pixels[at] * weights[k];
+        result[to++] = toByte(sum);
+      }
+    }
+  }
+  return { pixels: result, width: columns.length, channels };
+}
+
+/** Resize the columns of an image: (height, width, channels) to (rows.length, numColumns, channels). */
+function alongColumns({ pixels, width, channels }, rows, firstColumn, numColumns, offset) {
+  const stride = width * channels;
+  const result = new Uint8Array(rows.length * numColumns * channels);
+  let to = 0;
+  for (const { begin, weights } of rows) {
+    const start = (begin - offset) * stride + firstColumn * channels;
+    for (let x = 0; x < numColumns * channels; x++) {
+      let sum = HALF;
+      let at = start + x;
+      for (let k = 0; k < weights.length; k++, at += stride) sum += pixels[at] * weights[k];
+      result[to++] = toByte(sum);
+    }
+  }
+  return { pixels: result, width: numColumns, channels };
+}
+
 /**
  * Resize an image and cut a window out of the result.
  *
@@ -57,35 +99,16 @@ export function resize(pixels, width, height, channels, newWidth, newHeight, int
   const filter = FILTERS[interpolation];
   const columns = weightsOf(width, newWidth, crop.left, crop.width, filter);
   const rows = weightsOf(height, newHeight, crop.top, crop.height, filter);
-  // The first pass is needed for those rows only that the second one reads.
-  const firstRow = rows[0].begin;
-  const last = rows[rows.length - 1];
-  const numRows = last.begin + last.weights.length - firstRow;
-  const half = 2 ** (PRECISION_BITS - 1);
-  const narrow = new Uint8Array(numRows * crop.width * channels);
-  for (let y = 0; y < numRows; y++) {
-    for (let x = 0; x < crop.width; x++) {
-      const { begin, weights } = columns[x];
-      for (let c = 0; c < channels; c++) {
-        let sum = half;
-        let at = ((firstRow + y) * width + begin) * channels + c;
-        for (let k = 0; k < weights.length; k++, at += channels) sum += pixels[at] * weights[k];
-        narrow[(y * crop.width + x) * channels + c] = toByte(sum);
-      }
-    }
+  const image = { pixels, width, channels };
+  // The first pass makes only what the second one reads. Pillow's order since version 13:
+  if (height - newHeight > Math.max(0, 2 * (width - newWidth))) {
+    const { first, count } = rangeOf(columns);
+    const low = alongColumns(image, rows, first, count, 0);
+    return alongRows(low, columns, 0, rows.length, first).pixels;
   }
-  const stride = crop.width * channels;
-  const result = new Uint8Array(crop.height * stride);
-  for (let y = 0; y < crop.height; y++) {
-    const { begin, weights } = rows[y];
-    for (let x = 0; x < stride; x++) {
-      let sum = half;
-      let at = (begin - firstRow) * stride + x;
-      for (let k = 0; k < weights.length; k++, at += stride) sum += narrow[at] * weights[k];
-      result[y * stride + x] = toByte(sum);
-    }
-  }
-  return result;
+  const { first, count } = rangeOf(rows);
+  const narrow = alongRows(image, columns, first, count, 0);
+  return alongColumns(narrow, rows, 0, columns.length, first).pixels;
 }
 
 /** RGBA of an opaque image as RGB, or as grey by ITU-R 601 luma in Pillow's fixed point. */

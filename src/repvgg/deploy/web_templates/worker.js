@@ -1,6 +1,6 @@
 // Runs the network, so that the page stays responsive meanwhile.
 //
-// Messages in:  {type: "load", urls, wasm, model, about}, {type: "run", id, rgba, width, height}
+// Messages in:  {type: "load", runtime, preprocessing, wasm, model, about}, {type: "run", id, rgba, width, height}
 // Messages out: {type: "ready"}, {type: "result", id, …}, {type: "error", id, text}
 
 let ort, session, about, prepare;
@@ -21,10 +21,15 @@ self.onmessage = async ({ data }) => {
   }
 };
 
+/** Import a module from its bytes. Without a server, a worker cannot read the blobs of its page, so it makes its own. */
+function imported(bytes) {
+  return import(URL.createObjectURL(new Blob([bytes], { type: "text/javascript" })));
+}
+
 async function load(data) {
   about = data.about;
-  ({ prepare } = await import(data.urls.preprocessing));
-  ort = await import(data.urls.runtime);
+  ({ prepare } = await imported(data.preprocessing));
+  ort = await imported(data.runtime);
   ort.env.wasm.numThreads = 1; // more need response headers that plain servers do not send
   ort.env.wasm.wasmBinary = data.wasm; // otherwise the runtime looks for the file by itself
   ort.env.logLevel = "error";
