@@ -98,8 +98,8 @@ TARGETS: dict[str, ExportTarget] = {
         "a page for browsers",
         "repvgg.deploy.web",
         "",
-        ("onnxruntime_web", "single_file", "crop_fraction", "interpolation"),
-        "model.json",
+        options=("onnxruntime_web", "single_file", "crop_fraction", "interpolation"),
+        replaceable="model.json",
     ),
 }
 
