@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from repvgg import reparameterize
 from repvgg.data import DataConfig
 from repvgg.data.dataset import read_images, read_whole_image
+from repvgg.data.decode import decode
 from repvgg.data.transforms import CenterCrop
 from repvgg.deploy import OnnxRunner
-from repvgg.deploy.onnxruntime_web import find_runtime
+from repvgg.deploy.onnxruntime_web import SCRIPT, WASM, find_runtime
 from repvgg.deploy.targets import export
 from repvgg.errors import RepvggError
 from repvgg.models import create_model, describe_model
@@ -42,8 +44,6 @@ def runtime(tmp_path_factory):
         found = find_runtime()
     except RepvggError as error:
         pytest.skip(str(error))
-    from repvgg.deploy.onnxruntime_web import SCRIPT, WASM
-
     folder = tmp_path_factory.mktemp("onnxruntime-web")
     (folder / SCRIPT).write_bytes(found.script)
     (folder / WASM).write_bytes(found.wasm)
@@ -69,10 +69,8 @@ def network():
 @pytest.fixture(scope="module")
 def folder(runtime, tmp_path_factory):
     """The page of a small classifier; a photograph lies in it, as on a server."""
-    import repvgg
-
     model = network()
-    plain, _ = repvgg.reparameterize(model)
+    plain, _ = reparameterize(model)
     about = describe_model(plain, "plain", input_size=SIDE, classes=CLASSES)
     out = tmp_path_factory.mktemp("page") / "page"
     wanted = request(plain, out, (3, SIDE, SIDE), onnxruntime_web=runtime)
@@ -143,7 +141,7 @@ def same_as_in_python(folder, file, result):
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "transparent", "grey", "sideways"])
 def test_a_classifier_on_photographs(tab, folder, tmp_path, kind):
-    file, image = tmp_path / "photograph.png", Image.open(photographs()[1])
+    file, image = tmp_path / "photograph.png", read(photographs()[1])
     if kind == "jpg":
         file = photographs()[1]
     elif kind == "webp":
@@ -163,7 +161,7 @@ def test_a_classifier_on_photographs(tab, folder, tmp_path, kind):
     opened = tab(folder)
     opened.wait("ready")
     result = opened.show(file)
-    expected = CenterCrop(DataConfig(), SIDE, 3)(upright(file), "photograph")
+    expected = CenterCrop(DataConfig(), SIDE, 3)(decode(file, "photograph"), "photograph")
     assert result["pixels"] == expected.permute(1, 2, 0).flatten().tolist()
     logits = same_as_in_python(folder, file, result)
     values, indices = logits[0].softmax(0).topk(5)
@@ -176,10 +174,9 @@ def test_a_classifier_on_photographs(tab, folder, tmp_path, kind):
     assert all(address.startswith((opened.origin, "blob:")) for address in opened.addresses)
 
 
-def upright(file):
-    from repvgg.data.decode import decode
-
-    return decode(file, str(file))
+def read(file):
+    with Image.open(file) as image:
+        return image.copy()
 
 
 def test_an_image_by_link_and_only_of_this_server(tab, folder):
@@ -193,9 +190,7 @@ def test_an_image_by_link_and_only_of_this_server(tab, folder):
 
 
 def test_a_single_file_without_a_server(tab, folder, runtime, tmp_path):
-    import repvgg
-
-    plain, _ = repvgg.reparameterize(network())
+    plain, _ = reparameterize(network())
     export("web", request(plain, tmp_path / "page", (3, SIDE, SIDE), onnxruntime_web=runtime, single_file=True))
     opened = tab(tmp_path / "page", address=(tmp_path / "page" / "index.html").as_uri())
     opened.wait("ready")
@@ -209,7 +204,7 @@ def test_masks(tab, runtime, tmp_path):
     model, shape = segmenter(), (3, 120, 160)
     export("web", request(model, tmp_path / "page", shape, onnxruntime_web=runtime))
     file = tmp_path / "small.png"
-    Image.open(photographs()[0]).resize((131, 97)).save(file)  # smaller than the input: neither resized nor enlarged
+    read(photographs()[0]).resize((131, 97)).save(file)  # smaller than the input: neither resized nor enlarged
     opened = tab(tmp_path / "page")
     opened.wait("ready")
     result = opened.show(file)

@@ -29,6 +29,6 @@ class PageOptions:
     @property
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
-        values = {"onnxruntime_web": self.onnxruntime_web, "single_file": self.single_file or None}
+        values: dict[str, Any] = {"onnxruntime_web": self.onnxruntime_web, "single_file": self.single_file or None}
         values |= {"crop_fraction": self.crop_fraction, "interpolation": self.interpolation}
         return {name: value for name, value in values.items() if value is not None}
