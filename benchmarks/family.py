@@ -141,6 +141,8 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(files)
     wanted = min(arguments.photographs, len(files))
     results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {"networks": {}}
+    if results.get("seed", arguments.seed) != arguments.seed:
+        raise SystemExit(f"{arguments.out} is of the seed {results['seed']}: give that --seed, or another --out.")
     results |= {"seed": arguments.seed, "environment": environment()}
     for name in arguments.models:
         row = run_row(name, files, wanted, results, arguments)
