@@ -237,7 +237,9 @@ class Placement:
         frame, *others = self.frames[path]
         if frame.caveats:
             return f"{around} {frame.caveats[0]}"
-        if any(is_inside(changed, path) for changed in self.recording.changed):
+        # What a module stores itself, its call in a new forward around it still stores.
+        stores = path in self.recording.changed
+        if stores or any(is_inside(changed, path) for changed in self.recording.changed_by_others):
             return f"{around} stores something in an attribute"
         mine = canonical_form(frame)
         if any(canonical_form(other) != mine for other in others):

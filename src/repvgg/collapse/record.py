@@ -164,7 +164,8 @@ class _Recorder(TorchFunctionMode):
         builder.root.args, builder.root.kwargs = builder.nodes_of(args), builder.nodes_of(kwargs)
         if is_scripted(copy.module) or is_leaf(self.model):
             raise ReparamError("there is no Python forward to record")
-        effects, forward = Effects(builder), copy.forward
+        self.effects = effects = Effects(builder)
+        forward = copy.forward
         try:
             with self:
                 output = forward(*args, **kwargs)
@@ -176,7 +177,7 @@ class _Recorder(TorchFunctionMode):
         builder.root.output = builder.nodes_of(output)
         builder.paused = True
         mark_constants(builder.graph)
-        changed, constant = effects.changed()
+        changed, changed_by_others, constant = effects.changed()
         effects.check_assignments()
         if constant or builder.assigned:
             if builder.left_out:
@@ -197,6 +198,7 @@ class _Recorder(TorchFunctionMode):
             escaped=builder.escaped,
             opaque=builder.opaque,
             changed=frozenset(changed - constant),
+            changed_by_others=frozenset(changed_by_others - constant),
             assigned=dict(builder.assigned),
             decisions=tuple(self.numbers.decisions),
             own_devices=self.numbers.own_devices,
@@ -232,6 +234,7 @@ class _Recorder(TorchFunctionMode):
             frame = Frame(path, builder.frame, builder.nodes_of(args), builder.nodes_of(kwargs))
             frame.methods = user_code()[1]
             self._note_draws()
+            self.effects.enter(path)
         builder.frame.items.append(frame)
         builder.frame = frame
         try:
@@ -244,6 +247,7 @@ class _Recorder(TorchFunctionMode):
             builder.frame = frame.parent or builder.root
         with torch._C.DisableTorchFunction():
             frame.output = builder.nodes_of(output)
+            self.effects.leave(path)
         return output
 
     def _leaf(self, part: nn.Module, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -118,6 +118,7 @@ class Recording:
         escaped: nodes whose tensors code may read that the recording does not show, with the reason.
         opaque: nodes that must stay as they are, with the reason.
         changed: paths of the modules whose attributes the call changed, other than to constants.
+        changed_by_others: those of them that other code changed than the module's forward, and what it calls.
         decisions: those that another call can force: of the root's own code, or on an unknown argument.
         own_devices: for a device, the paths of the parameters and buffers that a forward read it from.
         on_meta: whether it ran on meta tensors.
@@ -133,6 +134,7 @@ class Recording:
     escaped: dict[fx.Node, str]
     opaque: dict[fx.Node, str]
     changed: frozenset[str]
+    changed_by_others: frozenset[str]
     decisions: tuple[Decision, ...]
     own_devices: dict[torch.device, list[str]]
     on_meta: bool
