@@ -87,6 +87,34 @@ def test_averaged_heads_in_the_forward_of_the_model():
     assert_same_outputs(model, plain, image(height=9, width=7))
 
 
+def test_a_method_that_returns_a_module_with_the_name_of_its_merged_part_works():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = conv(), Heads()
+
+        def forward(self, x):
+            return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+        def get_classifier(self):
+            return self.head
+
+        def get_first_head(self):
+            return self.head.head
+
+        def get_last(self, count):
+            part = self
+            for _ in range(count):
+                part = part.head
+            return part
+
+    plain, _ = repvgg.reparameterize(trained(Network()), image())
+    assert plain.get_classifier() is plain.head
+    for refused in (plain.get_first_head, lambda: plain.get_last(2)):
+        with pytest.raises(UsageError, match=r"'head\.head"):
+            refused()
+
+
 class CachedBias(nn.Module):
     """Adds a bias that depends on the number of rows, and keeps it in an attribute, as attention in LeViT does."""
 
@@ -111,7 +139,8 @@ def averaged_heads(x, model):
     return (model.head(x) + model.head_dist(x)) / 2
 
 
-def test_averaged_heads_are_one_linear_layer_though_another_part_keeps_what_it_computes():
+@pytest.mark.parametrize("called_before", [False, True])
+def test_averaged_heads_are_one_linear_layer_though_another_part_keeps_what_it_computes(called_before):
     model = module(
         lambda self, x: averaged_heads(self.stage(self.conv(x)), self),
         conv=conv(),
@@ -119,7 +148,10 @@ def test_averaged_heads_are_one_linear_layer_though_another_part_keeps_what_it_c
         head=NormLinear(),
         head_dist=NormLinear(),
     )
-    plain, report = repvgg.reparameterize(trained(model), image())
+    trained(model)
+    if called_before:
+        model(image())
+    plain, report = repvgg.reparameterize(model, image())
     assert norms(plain) == 0
     assert parameters(plain) == parameters(model.conv) + 2 + 4 * 3 + 3
     assert report.folded[-1].multiply_adds_after == 12
@@ -152,12 +184,14 @@ def test_a_forward_that_stores_something_stays(forward):
     torch.testing.assert_close(stored[1], stored[0])
 
 
+@pytest.mark.slow
 def test_the_two_heads_of_levit_are_one_linear_layer():
     timm = pytest.importorskip("timm")
     size, width = 64, {"embed_dim": (16, 24), "key_dim": 8, "num_heads": (2, 3), "depth": (1, 1), "num_classes": 5}
     torch.manual_seed(0)
     model = trained(timm.models.levit.LevitDistilled(img_size=size, **width))
     x = image(3, height=size, width=size)
+    model(x)  # fills the caches of attention
     plain, report = repvgg.reparameterize(model, x)
     assert norms(plain) == 0
     assert [entry.convolution for entry in report.folded].count("linear 24→5") == 1

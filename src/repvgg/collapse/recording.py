@@ -118,13 +118,13 @@ class Recording:
         escaped: nodes whose tensors code may read that the recording does not show, with the reason.
         opaque: nodes that must stay as they are, with the reason.
         changed: paths of the modules whose attributes the call changed, other than to constants.
-        changed_by_others: those of them that other code changed than the module's forward, and what it calls.
         decisions: those that another call can force: of the root's own code, or on an unknown argument.
         own_devices: for a device, the paths of the parameters and buffers that a forward read it from.
         on_meta: whether it ran on meta tensors.
         assigned: nodes whose tensor the forward assigned to ``.data`` of a parameter, with its path. It is a constant,
             and read under this name from there on; or the node is opaque.
         writes_parameters: whether the forward writes to the memory of parameters.
+        changed_by_others: those in ``changed`` that other code changed than the module's forward and what it calls.
     """
 
     module: nn.Module
@@ -134,12 +134,12 @@ class Recording:
     escaped: dict[fx.Node, str]
     opaque: dict[fx.Node, str]
     changed: frozenset[str]
-    changed_by_others: frozenset[str]
     decisions: tuple[Decision, ...]
     own_devices: dict[torch.device, list[str]]
     on_meta: bool
     assigned: dict[fx.Node, str] = field(default_factory=dict)
     writes_parameters: bool = False
+    changed_by_others: frozenset[str] = frozenset()
 
     def all_calls(self) -> Iterator[tuple[Frame, str, fx.Node | Frame]]:
         """Yield the calls of all modules, each with the frame of the caller; see :meth:`Frame.calls`."""
