@@ -75,6 +75,18 @@ def test_norm_skipped_for_its_cost_is_reported(act):
     assert "merging it would cost 2 times the multiply-adds and 288 instead of 144 weights" in report.left[0].reason
 
 
+def test_the_cost_is_reported_although_the_input_of_the_norm_is_fixed_too():
+    def forward(self, x):
+        x = F.relu(x)
+        return self.conv(self.norm(x)) + x
+
+    model = trained(module(forward, norm=nn.BatchNorm2d(4), conv=conv(kernel=1)))
+    with pytest.warns(NothingFoldedWarning):
+        _, report = repvgg.reparameterize(model, image(), policy=lambda before, after: False)
+    assert report.left[0].name == "norm"
+    assert "merging it would cost" in report.left[0].reason
+
+
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize(
     ("make", "channels", "before", "after"),

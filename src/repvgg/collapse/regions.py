@@ -144,7 +144,8 @@ class _Search:
             values, {n: self.reasons[n] for n in self.firm}, merged, self._convolution_at, self.options.why_not_absorbed
         )
         merged = (*(absorption.targets.pop(found.region.exit, found) for found in merged), *absorption.targets.values())
-        reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
+        known = {**values.reasons, **self.reasons}
+        reasons = _propagated(values, {*values.cuts, *self.reasons}, known, self.unprofitable)
         # That the larger region would not pay says more than why the smaller one does not exist.
         unpaid = {node for node, value in values.by_node.items() if value.source in self.unprofitable}
         reasons |= {node: reason for node, reason in absorption.reasons.items() if node not in unpaid}
@@ -320,13 +321,16 @@ class _Search:
         return self.options.policy(value.cost, value.merged_cost)
 
 
-def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
-    """Extend the reasons to nodes without one: that of their input, or of a user."""
+def _propagated(
+    values: SymbolicValues, firm: Collection[fx.Node], reasons: dict[fx.Node, str], unprofitable: Collection[fx.Node]
+) -> dict[fx.Node, str]:
+    """Extend the reasons to nodes without one: that of a user that it does not pay to merge with, an input, a user."""
     derived: dict[fx.Node, str] = {}
     for node, value in values.by_node.items():
-        user = next((user for user in node.users if user in reasons), None)
+        unpaid = next((user for user in node.users if user in unprofitable and user in reasons), None)
+        user = unpaid or next((user for user in node.users if user in reasons), None)
         input_is_fixed = value.source in values.fixed or value.source in firm
-        if value.source in reasons and (user is None or input_is_fixed):
+        if value.source in reasons and (user is None or (input_is_fixed and unpaid is None)):
             name = describe(values.recording, value.source)
             is_call = value.source.op in ("call_function", "call_method")
             text = f"its input comes from {name}, which" if is_call else f"its input {name}"
