@@ -64,7 +64,9 @@ def test_a_pixel_that_two_tiles_compute_is_added_to_once(name):
     check(CASES[name], kernel_of(CASES[name], isa, (ADD, *RELU)), isa)
 
 
-@pytest.mark.parametrize("tile", [RegisterTile(1, 1), RegisterTile(3, 2), RegisterTile(7, 1), RegisterTile(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [RegisterTile(1, 1), RegisterTile(3, 2), RegisterTile(7, 1), RegisterTile(2, 4)], ids=str
+)
 def test_register_tiles(tile):
     isa = isas()[-1]
     case = (21, 5 * isa.width - 3, (4, 5), (1, 1), (0, 0), (0, 0))

@@ -23,8 +23,8 @@ from repvgg.engine.kernels import pointwise
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 
-# Accumulators. Eight hide the latency of the FMAs, 4 at two a cycle; with few taps, the next tile begins in time to hide
-# it, and the inputs of four pixels crowd each other out of the sets of L1 less, where strides are powers of two.
+# Accumulators. Eight hide the latency of the FMAs, 4 at two a cycle. With few taps, the next tile begins in time to
+# hide it, and the inputs of four pixels evict each other from L1 less, where strides are powers of two.
 _TILE_PIXELS, _SMALL_TILE_PIXELS, _FEW_TAPS = 8, 4, 9
 _MAX_UNROLLED_TAPS = 9  # of a row of the kernel
 

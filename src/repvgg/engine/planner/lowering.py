@@ -33,8 +33,8 @@ from repvgg.engine.graph import (
     WrapPad,
 )
 from repvgg.engine.kernels.base import Kernel, PackWeights
-from repvgg.engine.kernels.conv1x1 import Conv1x1Kernel, select_1x1_tile
 from repvgg.engine.kernels.channels import ChannelsKernel, pack_norm
+from repvgg.engine.kernels.conv1x1 import Conv1x1Kernel, select_1x1_tile
 from repvgg.engine.kernels.copying import FillKernel, copy_kernel
 from repvgg.engine.kernels.depthwise import DepthwiseKernel, pack_depthwise
 from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
