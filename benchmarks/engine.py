@@ -12,8 +12,8 @@ A pair is an architecture and a baseline, each followed by ``@SIZE`` for images 
 Architectures are those of this library, else of torchvision or timm, collapsed. A network with dilated convolutions
 is also compared with itself undilated, which is another function of as many multiplications. First, the best settings
 of each other engine are found: PyTorch eager and by ``torch.compile`` (inductor), in either memory format and with or
-without constant weights; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the hints for latency and for throughput, pinned or not. The library's
-engine is autotuned, unless ``--no-search``. Then rounds
+without constant weights; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the hints for
+latency and for throughput, pinned or not. The library's engine is autotuned, unless ``--no-search``. Then rounds
 alternate between the engines, by the protocol of ``repvgg bench``: each reading waits until the threads of the engine
 before are idle, runs once untimed, and times calls for 0.1 s or more. The output has medians of images per second with
 quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to

@@ -62,6 +62,7 @@ _GROUPS: tuple[tuple[str, ...], ...] = (
     ),
 )
 _NOISE, _SPREAD = 0.08, 0.35  # of logarithms
+_EQUAL = 0.02  # difference of logarithms of durations that measurements do not tell from 0
 _STEPS = (0.3, 0.1, 0.03)  # of the descent, in logarithms
 _MAX_SWEEPS = 20
 MAX_SCALE = 8.0  # of a cost in a file, and its inverse: others are no measurements
@@ -206,10 +207,9 @@ def fit_costs(measured: Sequence[Measurement], target: Target) -> MachineCosts:
             if least == before:
                 break
     fitted = scaled(logs)
-    better = misfit(measured, fitted) < misfit(measured, target) and regret(measured, fitted) <= regret(
-        measured, target
-    )
-    return fitted.costs if better else target.costs
+    closer = misfit(measured, fitted) < misfit(measured, target)
+    chooses_as_well = regret(measured, fitted) <= regret(measured, target) + _EQUAL
+    return fitted.costs if closer and chooses_as_well else target.costs
 
 
 def misfit(measured: Sequence[Measurement], target: Target) -> float:
