@@ -128,7 +128,7 @@ def _read_images(paths: Sequence[Path], network: Network) -> list[Tensor]:
     if height != width or channels not in (1, 3):
         raise UsageError("--images are for networks of square images of 1 or 3 channels: leave them out.")
     about = network.metadata
-    config = DataConfig(mean=about.mean or None, std=about.std or None) if about else DataConfig()
+    config = about.data_config() if about else DataConfig()
     found, _, corrupt = read_usable_images(list_images(paths), config, height, channels)
     if corrupt:
         raise DataError(f"{corrupt[0].location!r} {corrupt[0].reason}: name images that can be read.")

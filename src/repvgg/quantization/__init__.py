@@ -7,8 +7,9 @@ from repvgg.quantization.bias_correction import correct_bias
 from repvgg.quantization.channel_graph import ChannelGraph, trace_channels
 from repvgg.quantization.equalization import EqualizationReport, LayerSpread, equalize
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, quantize_layer
-from repvgg.quantization.quality import PairedAccuracy, Quality, compare_outputs, sqnr
+from repvgg.quantization.quality import PairedAccuracy, PairedSegmentation, Quality, QualityMeter, compare_outputs, sqnr
 from repvgg.quantization.ranges import Histogram, RangeMethod, choose_quantizer
+from repvgg.quantization.reference import Reference, in_batches
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
 from repvgg.quantization.steps import StepReport, measure_steps
@@ -21,7 +22,9 @@ __all__ = [
     "Histogram",
     "LayerSpread",
     "PairedAccuracy",
+    "PairedSegmentation",
     "Quality",
+    "QualityMeter",
     "QuantizationReport",
     "QuantizationSettings",
     "QuantizedConv2d",
@@ -30,12 +33,14 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "RangeMethod",
+    "Reference",
     "StepReport",
     "adapt_rounding",
     "choose_quantizer",
     "compare_outputs",
     "correct_bias",
     "equalize",
+    "in_batches",
     "measure_steps",
     "quantize",
     "quantize_layer",
