@@ -113,7 +113,7 @@ def test_adaptive_rounding_lowers_the_output_error():
     quantized = quantize_layer(layer, ActivationQuantizer.of_range(0, float(x.max())), "per_channel", bits=4)
     exact = quantized.quantizer.dequantize(quantized.quantizer.quantize(x))
     before = float((quantized(x) - layer(exact)).square().sum())
-    ratio = adapt_rounding(quantized, layer.weight, x, highest=7)
+    ratio = adapt_rounding(quantized, layer.weight, [x], highest=7)
     after = float((quantized(x) - layer(exact)).square().sum())
     assert after < before
     assert ratio < 1

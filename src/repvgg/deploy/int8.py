@@ -33,9 +33,9 @@ _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float a
 _EMULATED_IMAGES = 512  # the same file in float arithmetic is slow: these tell saturation from rounding
 #: Granularities and bits of weights that are tried, the simplest first.
 CHOICES = (
-    QuantizationSettings(granularity="per_channel", weight_bits=8),
-    QuantizationSettings(granularity="per_tensor", weight_bits=8),
-    QuantizationSettings(granularity="per_channel", weight_bits=7),
+    QuantizationSettings(granularity="per_channel"),
+    QuantizationSettings(granularity="per_tensor"),
+    QuantizationSettings(granularity="per_channel", pair_bound=False),
 )
 RUNTIMES = ("ONNX Runtime", "OpenVINO")
 
@@ -165,14 +165,19 @@ def quantize_for_cpu(
     tried: dict[str, Quality] = {}
     with tempfile.TemporaryDirectory() as folder:
         for index, choice in enumerate(choices):
-            tried_settings = replace(settings, granularity=choice.granularity, weight_bits=choice.weight_bits)
+            tried_settings = replace(
+                settings,
+                granularity=choice.granularity,
+                weight_bits=choice.weight_bits,
+                pair_bound=choice.pair_bound,
+            )
             quantized, report = quantize(model, calibration, tried_settings)
             file = Path(folder) / f"{index}.onnx"
             export_qdq(quantized, file, selection.shape)
             quality = selection.compare(load_runner(RUNTIMES[0], file))
             if not tried or quality.sqnr > max(other.sqnr for other in tried.values()):
                 best = quantized, report
-            tried[f"{choice.weight_bits}-bit weights {choice.granularity.replace('_', ' ')}"] = quality
+            tried[choice.weights] = quality
     assert best is not None
     return *best, tried
 

@@ -65,7 +65,10 @@ def quantize(
         layer = float_model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         quantizer = choose_quantizer(statistics[name].inputs, settings.ranges, settings.percentile)
-        quantized.set_submodule(name, quantize_layer(layer, quantizer, settings.granularity, settings.weight_bits))
+        integers = quantize_layer(
+            layer, quantizer, settings.granularity, settings.weight_bits, pair_bound=settings.pair_bound
+        )
+        quantized.set_submodule(name, integers)
     rounding, corrections = _refine(quantized, float_model, statistics, names, images, settings)
     probe = images[:_PROBE_IMAGES]
     alone = _sqnr_alone(float_model, quantized, names, probe)
@@ -133,7 +136,9 @@ def _refine(
         if settings.rounding_sweeps:
             weight = float_model.get_submodule(name).get_parameter("weight")
             highest = largest_integer(settings.weight_bits)
-            rounding[name] = adapt_rounding(layer, weight, x, settings.rounding_sweeps, highest)
+            rounding[name] = adapt_rounding(
+                layer, weight, [x], settings.rounding_sweeps, highest, pair_bound=settings.pair_bound
+            )
             y = layer.forward(x)  # not the call, which would visit it again
         if settings.correct_biases:
             y, corrections[name] = correct_bias(layer, y, statistics[name])

@@ -131,7 +131,12 @@ def why_not_quantizable(module: nn.Module) -> str | None:
 
 
 def quantize_layer(
-    layer: nn.Conv2d | nn.Linear, quantizer: ActivationQuantizer, granularity: Granularity, bits: int = 8
+    layer: nn.Conv2d | nn.Linear,
+    quantizer: ActivationQuantizer,
+    granularity: Granularity,
+    bits: int = 8,
+    *,
+    pair_bound: bool = False,
 ) -> QuantizedLayer:
     """Return ``layer`` in integers, for inputs that ``quantizer`` quantizes.
 
@@ -140,7 +145,7 @@ def quantize_layer(
     smallest: Tensor | float = 0.0
     if layer.bias is not None:
         smallest = layer.bias.detach().double().abs() / (quantizer.scale * _LARGEST_BIAS)
-    weight = quantize_weight(layer.weight, granularity, bits, smallest_scale=smallest)
+    weight = quantize_weight(layer.weight, granularity, bits, smallest_scale=smallest, pair_bound=pair_bound)
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, weight, quantizer)
     return QuantizedLinear(weight, layer.bias, quantizer)

@@ -14,7 +14,7 @@ from repvgg.quantization.settings import QuantizationSettings
 
 #: Nothing but rounding: what a converter without options does.
 NEAREST = QuantizationSettings(
-    granularity="per_tensor", ranges="minmax", equalize=False, correct_biases=False, rounding_sweeps=0
+    granularity="per_tensor", pair_bound=False, ranges="minmax", equalize=False, correct_biases=False, rounding_sweeps=0
 )
 #: What each step changes in those settings.
 STEPS: dict[str, dict[str, Any]] = {
