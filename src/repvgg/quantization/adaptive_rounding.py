@@ -8,7 +8,7 @@ weight in turn takes the integer that is best given all others. The error never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ _COLUMN_BYTES = 256 * 2**20  # of unfolded inputs at once
 def adapt_rounding(
     layer: QuantizedLayer,
     weight: Tensor,
-    inputs: Sequence[Tensor],
+    inputs: Iterable[Tensor],
     sweeps: int = 2,
     highest: int = 127,
     *,
@@ -109,13 +109,17 @@ def _unfold(x: Tensor, layer: QuantizedConv2d) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
 
 
-def _second_moments(layer: QuantizedLayer, inputs: Sequence[Tensor], groups: int) -> list[Tensor]:
+def _parts(layer: QuantizedLayer, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the inputs in parts whose unfolded form fits into memory."""
+    for x in inputs:
+        per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
+        yield from torch.split(x, max(1, _COLUMN_BYTES // per_image))
+
+
+def _second_moments(layer: QuantizedLayer, inputs: Iterable[Tensor], groups: int) -> list[Tensor]:
     """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs."""
     total: list[Tensor] = []
-    x = inputs[0]
-    per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
-    size = max(1, _COLUMN_BYTES // per_image)
-    for images in (part for batch in inputs for part in torch.split(batch, size)):
+    for images in _parts(layer, inputs):
         columns = layer.centred_input(images) * layer.input_scale.double()
         if isinstance(layer, QuantizedConv2d):
             columns = _unfold(columns, layer)
