@@ -45,7 +45,7 @@ Runner = Callable[[Tensor], Tensor]
 @final
 @dataclass(frozen=True)
 class Latency:
-    """The time of one image in a quantized file, and in the float file in the same rounds.
+    """The time of a call of a quantized file, by default with one image, and of the float file in the same rounds.
 
     Attributes:
         milliseconds: median.
@@ -59,7 +59,7 @@ class Latency:
 
     def __str__(self) -> str:
         return (
-            f"{self.milliseconds:.2f} ms an image, float32 {self.float_milliseconds:.2f} ms: "
+            f"{self.milliseconds:.2f} ms a call, float32 {self.float_milliseconds:.2f} ms: "
             f"{self.speedup:.2f} times as fast"
         )
 
@@ -72,7 +72,7 @@ class RuntimeResult:
     Attributes:
         runtime: its name.
         quality: the outputs compared with those of the float network in PyTorch.
-        latency: of one image, beside that of the float network in the same runtime; None if it was not timed.
+        latency: beside that of the float network in the same runtime; None if it was not timed.
         saturation: what integer kernels lose against float arithmetic with the same file on the same images, in dB;
             None if the runtime has no such arithmetic.
     """
@@ -105,6 +105,8 @@ def evaluate_int8(
     *,
     runtimes: Iterable[str] = RUNTIMES,
     rounds: int = 10,
+    batch: int = 1,
+    as_float: bool = False,
 ) -> list[RuntimeResult]:
     """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on the images of ``reference``.
 
@@ -113,6 +115,8 @@ def evaluate_int8(
         reference: the float network on other images than those of the calibration.
         runtimes: names from :data:`RUNTIMES`.
         rounds: how often each file is timed; 0 does not time.
+        batch: images in a timed call.
+        as_float: the file has no integers whose kernels could saturate.
 
     Raises:
         ExportError: the file cannot be loaded or run.
@@ -131,12 +135,12 @@ def evaluate_int8(
                 if name == RUNTIMES[0]:
                     raise
                 continue
-            emulated = load_runner(name, path, emulate=True) if name == RUNTIMES[0] else None
+            emulated = load_runner(name, path, emulate=True) if name == RUNTIMES[0] and not as_float else None
             quality, saturation = _compare(reference, quantized, emulated)
             latency = None
             if rounds:
-                image = next(iter(reference)).images[:1]
-                latency = time_int8(quantized, load_runner(name, float_file), image, rounds)
+                images = next(iter(reference)).images[:1].repeat_interleave(batch, 0)
+                latency = time_int8(quantized, load_runner(name, float_file), images, rounds)
             results.append(RuntimeResult(name, quality, latency, saturation))
     return results
 
@@ -220,11 +224,11 @@ def _compare(reference: Reference, quantized: Runner, emulated: Runner | None) -
     return meter.quality, saturation
 
 
-def time_int8(quantized: Runner, as_float: Runner, image: Tensor, rounds: int) -> Latency:
-    """Time two files on one image in the same rounds."""
+def time_int8(quantized: Runner, as_float: Runner, images: Tensor, rounds: int) -> Latency:
+    """Time two files on the same images in the same rounds."""
     samples: list[Sample] = []
     protocol = replace(INTERLEAVED, rounds=rounds, rest_seconds=REST_SECONDS)
-    take_samples({"int8": lambda: quantized(image), "float32": lambda: as_float(image)}, protocol, samples.append)
+    take_samples({"int8": lambda: quantized(images), "float32": lambda: as_float(images)}, protocol, samples.append)
     ours, theirs = ([sample[name] for sample in samples] for name in ("int8", "float32"))
     ratio = median(other / one for one, other in zip(ours, theirs, strict=True))
     return Latency(1e3 * median(ours), 1e3 * median(theirs), ratio)
