@@ -53,7 +53,18 @@ def packages_of(extra: str) -> set[str]:
 CORE = {distribution(requirement) for requirement in PROJECT["dependencies"]}
 BLOCKED = sorted(
     {"torchvision", "PIL", "lightning", "torchmetrics", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"}
-    | {"jinja2", "huggingface_hub", "llvmlite", "timm", "openvino", "tensorboard", "datasets", "webdataset", "scipy"}
+    | {
+        "jinja2",
+        "huggingface_hub",
+        "llvmlite",
+        "timm",
+        "openvino",
+        "tensorboard",
+        "datasets",
+        "webdataset",
+        "scipy",
+        "nncf",
+    }
 )
 
 

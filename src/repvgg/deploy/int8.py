@@ -30,7 +30,7 @@ from repvgg.quantization import (
 from repvgg.quantization.calibration import first_tensor
 
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
-_EMULATED_IMAGES = 512  # the same file in float arithmetic is slow: these tell saturation from rounding
+_EMULATED_IMAGES, _EMULATED_MAPS = 512, 16  # float arithmetic is slow: so many tell saturation from rounding
 #: Granularities and bits of weights that are tried, the simplest first.
 CHOICES = (
     QuantizationSettings(granularity="per_channel"),
@@ -106,7 +106,7 @@ def evaluate_int8(
     runtimes: Iterable[str] = RUNTIMES,
     rounds: int = 10,
     batch: int = 1,
-    as_float: bool = False,
+    float_file: Path | None = None,
 ) -> list[RuntimeResult]:
     """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on the images of ``reference``.
 
@@ -116,7 +116,7 @@ def evaluate_int8(
         runtimes: names from :data:`RUNTIMES`.
         rounds: how often each file is timed; 0 does not time.
         batch: images in a timed call.
-        as_float: the file has no integers whose kernels could saturate.
+        float_file: the float network as ONNX; None writes one for the timing.
 
     Raises:
         ExportError: the file cannot be loaded or run.
@@ -125,8 +125,8 @@ def evaluate_int8(
     """
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        float_file = Path(folder) / "float.onnx"
-        if rounds:
+        if rounds and float_file is None:
+            float_file = Path(folder) / "float.onnx"
             export_onnx(reference.model, float_file, reference.shape)
         for name in runtimes:
             try:
@@ -135,10 +135,10 @@ def evaluate_int8(
                 if name == RUNTIMES[0]:
                     raise
                 continue
-            emulated = load_runner(name, path, emulate=True) if name == RUNTIMES[0] and not as_float else None
+            emulated = load_runner(name, path, emulate=True) if name == RUNTIMES[0] else None
             quality, saturation = _compare(reference, quantized, emulated)
             latency = None
-            if rounds:
+            if rounds and float_file is not None:
                 images = next(iter(reference)).images[:1].repeat_interleave(batch, 0)
                 latency = time_int8(quantized, load_runner(name, float_file), images, rounds)
             results.append(RuntimeResult(name, quality, latency, saturation))
@@ -212,14 +212,14 @@ def load_runner(runtime: str, path: str | os.PathLike[str], *, emulate: bool = F
 def _compare(reference: Reference, quantized: Runner, emulated: Runner | None) -> tuple[Quality, float | None]:
     """Return the quality in integer kernels, and what they lose against float arithmetic on the first images."""
     meter, in_integers, in_floats = QualityMeter(), QualityMeter(), QualityMeter()
-    images_left = _EMULATED_IMAGES if emulated is not None else 0
+    compared = 0
     for images, labels, expected in reference:
         found = quantized(images)
         meter.add(expected, found, labels)
-        if emulated is not None and images_left > 0:
+        if emulated is not None and compared < (_EMULATED_MAPS if expected.ndim == 4 else _EMULATED_IMAGES):
             in_integers.add(expected, found)
             in_floats.add(expected, emulated(images))
-            images_left -= len(images)
+            compared += len(images)
     saturation = in_floats.quality.sqnr - in_integers.quality.sqnr if emulated is not None else None
     return meter.quality, saturation
 

@@ -126,7 +126,8 @@ def _second_moments(layer: QuantizedLayer, inputs: Iterable[Tensor], groups: int
             columns = columns.movedim(1, 0).flatten(1)
         else:
             columns = columns.flatten(0, -2).T
-        parts = [part @ part.T for part in columns.chunk(groups)]
+        # Sums in float32: they are statistics of calibration images, whose choice matters more than their rounding.
+        parts = [(part @ part.T).double() for part in columns.float().chunk(groups)]
         total = parts if not total else [one + other for one, other in zip(total, parts, strict=True)]
     for moment in total:
         diagonal = moment.diagonal()

@@ -59,7 +59,7 @@ class Refinement:
         self.rounding: dict[str, float] = {}
         self.corrections: dict[str, float] = {}
 
-    def run(self, images: Tensor, memory_bytes: int = MEMORY_BYTES) -> None:
+    def run(self, images: Tensor) -> None:
         """Refine all layers on ``images`` (N, C, H, W)."""
         if not (self._settings.rounding_sweeps or self._settings.correct_biases):
             return
@@ -67,7 +67,7 @@ class Refinement:
         # serve.
         names = [name for name, found in self._statistics.items() if found.calls == 1]
         largest = max((self._statistics[name].elements_per_image for name in names), default=1)
-        at_once = max(1, memory_bytes // (_BYTES_PER_ELEMENT * largest))
+        at_once = max(1, MEMORY_BYTES // (_BYTES_PER_ELEMENT * largest))
         if at_once >= len(images):
             with hooked(self._quantized, names, self._refine_in_passing):
                 run(self._quantized, images)

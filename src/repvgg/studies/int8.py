@@ -214,7 +214,12 @@ def _cell(row: Row, subject: Subject, reference: Reference, settings: Int8Settin
         row.write(subject, file)
         seconds = time.perf_counter() - start
         results = evaluate_int8(
-            file, reference, runtimes=row.runtimes, rounds=settings.rounds, batch=settings.batch, as_float=row is FLOAT
+            file,
+            reference,
+            runtimes=row.runtimes,
+            rounds=settings.rounds,
+            batch=settings.batch,
+            float_file=subject.float_file,
         )
     except (ExportError, MissingDependencyError) as error:
         return {"failed": str(error)}
