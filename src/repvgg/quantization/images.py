@@ -78,7 +78,8 @@ def _with_labels(
     _, height, width = shape
     if height != width:
         raise UsageError(f"Data sets give square images: set --input-size N N, the network has {height} x {width}.")
-    config = replace(config, train_size=height, test_size=height)
+    # Without a cache, which would decode all images for the sake of a few.
+    config = replace(config, train_size=height, test_size=height, cache="none")
     images, labels = _labelled(open_image_evaluation_data(config, "train"), calibration + selection)
     _check_count(len(images), calibration, selection, config.uri)
     chosen = in_batches(images[calibration:], labels[calibration:])
