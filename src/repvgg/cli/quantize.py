@@ -43,7 +43,8 @@ def quantize(
     selection_images: int = 128,
     test_images: int = 512,
     granularity: Literal["auto", "per_channel", "per_tensor"] = "auto",
-    weight_bits: Annotated[Literal[7, 8] | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    weight_bits: Literal[7, 8] = 8,
+    pair_bound: Annotated[bool, option("let adjacent weights be as large as they are.")] = True,
     ranges: Literal["mse", "percentile", "minmax"] = "mse",
     equalize: Annotated[bool, option("leave the scales of channels as they are.")] = True,
     rounding_sweeps: int = 2,
@@ -83,8 +84,9 @@ def quantize(
             given.
         test_images: number of random validation images; 0 takes all.
         granularity: one scale for a weight tensor or for each output channel; auto: what does best on this CPU.
-        weight_bits: 7 keeps the integer kernels of CPUs without VNNI from saturating (default: what does best on this
-            CPU if --granularity is auto, otherwise 8).
+        weight_bits: 7 for runtimes whose kernels add products in 16 bits in another order than that of --pair-bound.
+        pair_bound: keep the sums of adjacent weights within +-128: then 8-bit weights do not saturate in the integer
+            kernels of CPUs without VNNI. Of --granularity auto, the other choice is tried, too.
         ranges: how the range of an activation is chosen.
         equalize: see above.
         rounding_sweeps: passes of adaptive rounding; 0 rounds to the nearest.
@@ -106,7 +108,12 @@ def quantize(
     if not report_only:
         check_output_file(source, out, weights, overwrite=overwrite)
     settings = QuantizationSettings(
-        ranges=ranges, equalize=equalize, rounding_sweeps=rounding_sweeps, correct_biases=correct_biases
+        weight_bits=weight_bits,
+        pair_bound=pair_bound,
+        ranges=ranges,
+        equalize=equalize,
+        rounding_sweeps=rounding_sweeps,
+        correct_biases=correct_biases,
     )
     with busy("Loading"):
         network = load_network(source, model, weights, num_classes, input_size, None)
@@ -131,7 +138,7 @@ def quantize(
             write_line(f"  {line}")
         return
     with busy("Quantizing"):
-        quantized, report = _quantize(plain, images, settings, granularity, weight_bits)
+        quantized, report = _quantize(plain, images, settings, granularity)
     for line in str(report).splitlines():
         write_line(line)
     results = _write(network, plain, quantized, report, out, images, min_agreement, overwrite)
@@ -163,17 +170,17 @@ def _quantize(
     images: QuantizationImages,
     settings: QuantizationSettings,
     granularity: Literal["auto", "per_channel", "per_tensor"],
-    bits: Literal[7, 8] | None,
 ) -> tuple[nn.Module, QuantizationReport]:
-    """Quantize, with the granularity and bits of weights that do best on this CPU where they are not given."""
+    """Quantize, with the granularity and the bound of weights that do best on this CPU if they are not given."""
     from repvgg.deploy.int8 import CHOICES, quantize_for_cpu
     from repvgg.quantization import Reference
     from repvgg.quantization import quantize as quantize_network
 
     if granularity != "auto":
-        fixed = replace(settings, granularity=granularity, weight_bits=bits or 8)
-        return quantize_network(plain, images.calibration, fixed)
-    choices = [one for one in CHOICES if bits in (None, one.weight_bits)]
+        return quantize_network(plain, images.calibration, replace(settings, granularity=granularity))
+    choices = [replace(one, weight_bits=settings.weight_bits) for one in CHOICES]
+    if settings.weight_bits == 7 or not settings.pair_bound:  # 7-bit weights are within the bound
+        choices = list(dict.fromkeys(replace(one, pair_bound=settings.pair_bound) for one in choices))
     selection = Reference(plain, images.selection)
     quantized, report, tried = quantize_for_cpu(plain, images.calibration, selection, settings, choices)
     for name, quality in tried.items():

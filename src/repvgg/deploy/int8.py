@@ -31,7 +31,7 @@ from repvgg.quantization.calibration import first_tensor
 
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
 _EMULATED_IMAGES, _EMULATED_MAPS = 512, 16  # float arithmetic is slow: so many tell saturation from rounding
-#: Granularities and bits of weights that are tried, the simplest first.
+#: Granularities and bounds of weights that are tried; the first wins ties.
 CHOICES = (
     QuantizationSettings(granularity="per_channel"),
     QuantizationSettings(granularity="per_tensor"),
@@ -93,8 +93,8 @@ class RuntimeResult:
             text += f", {self.latency}"
         if self.saturates:
             text += (
-                f"; its integer kernels saturate on this CPU: {self.saturation:.1f} dB more in float arithmetic; "
-                "use --weight-bits 7 or --granularity per_tensor"
+                f"; its integer kernels saturate on this CPU, {self.saturation:.1f} dB are lost: weights in bounded "
+                "pairs, or of 7 bits, do not"
             )
         return text
 
@@ -152,7 +152,7 @@ def quantize_for_cpu(
     settings: QuantizationSettings,
     choices: Sequence[QuantizationSettings] = CHOICES,
 ) -> tuple[nn.Module, QuantizationReport, dict[str, Quality]]:
-    """Quantize with the granularity and bits of weights that do best in ONNX Runtime on this CPU.
+    """Quantize with the granularity and the bound of weights that do best in ONNX Runtime on this CPU.
 
     Args:
         model: a plain network.
@@ -160,7 +160,7 @@ def quantize_for_cpu(
         selection: the network on the images on which the choices are compared: neither those of the calibration, nor
             those of an evaluation, which the choice would favour.
         settings: everything else.
-        choices: settings whose granularity and bits are tried.
+        choices: settings whose granularity, bits and bound are tried.
 
     Returns:
         The network and the report of the best choice, and the quality of each in ONNX Runtime by its description.
