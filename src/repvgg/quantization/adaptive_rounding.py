@@ -18,6 +18,7 @@ from repvgg.quantization.affine import PAIR_BOUND, adjacent_weights, over_axis_0
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer
 
 _DAMPING = 0.01  # of the mean diagonal of H: directions that few calibration inputs have are left as they are
+_BLOCK = 64  # weights of an output channel that are visited between updates of the whole gradient
 _COLUMN_BYTES = 256 * 2**20  # of unfolded inputs at once
 
 
@@ -76,23 +77,32 @@ def _descend(
     highest: int,
     partner: Tensor | None,
 ) -> Tensor:
-    """Return the integers (O, D) after coordinate descent from ``start``."""
+    """Return the integers (O, D) after coordinate descent from ``start``.
+
+    Weights are visited in blocks: within one, its own part of the gradient is kept up to date, and after it the rest is
+    by one matrix product, which takes a tenth of the time of as many outer products.
+    """
     others = list(range(len(moment))) if partner is None else partner.tolist()
-    integers = start.clone()
-    gradient = (integers * scale - target) @ moment
-    curvature = moment.diagonal()
+    step = scale[:, 0]
+    integers = start.T.contiguous()  # (D, O): a weight of all output channels is contiguous
+    gradient = moment @ (integers * step - target.T)
+    curvature = moment.diagonal().tolist()
     for _ in range(sweeps):
-        for index in range(len(moment)):
-            old = integers[:, index]
-            best = (old - gradient[:, index] / (scale[:, 0] * curvature[index])).round().clamp(-highest, highest)
-            if others[index] != index:
-                other = integers[:, others[index]]
-                best = torch.minimum(torch.maximum(best, -PAIR_BOUND - other), PAIR_BOUND - other)
-            change = (best - old) * scale[:, 0]
-            if change.any():
-                gradient += change[:, None] * moment[index]
-                integers[:, index] = best
-    return integers
+        for first in range(0, len(moment), _BLOCK):
+            block = slice(first, min(first + _BLOCK, len(moment)))
+            local, within = gradient[block].clone(), moment[block, block]
+            changes = torch.zeros_like(local)
+            for row in range(len(local)):
+                index = first + row
+                best = (integers[index] - local[row] / (step * curvature[index])).round_().clamp_(-highest, highest)
+                if others[index] != index:
+                    other = integers[others[index]]
+                    best = torch.minimum(torch.maximum(best, -PAIR_BOUND - other), PAIR_BOUND - other)
+                torch.mul(best - integers[index], step, out=changes[row])
+                integers[index] = best
+                local.addr_(within[row], changes[row])
+            gradient.addmm_(moment[:, block], changes)
+    return integers.T
 
 
 def _error(difference: Tensor, moment: Tensor) -> float:
