@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 from repvgg import _cache
 from repvgg.engine.codegen.disk_cache import TUNING_SUFFIX, entry_key, read_entry, write_entry
@@ -146,7 +146,8 @@ def _read(key: bytes, prior: MachineCosts) -> MachineCosts | None:
             return None
         if isinstance(value, int) and found[name] != value:  # capacities are not scaled
             return None
-    return replace(prior, **{name: found[name] for group in _GROUPS for name in group})
+    scaled: dict[str, Any] = {name: found[name] for group in _GROUPS for name in group}
+    return replace(prior, **scaled)
 
 
 # Measuring
