@@ -23,7 +23,8 @@ from repvgg.quantization.refinement import Refinement
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
 
-_PROBE_IMAGES = 16  # images for the SQNR of single layers
+_PROBE_IMAGES = 16  # for the SQNR of single layers, which takes a run of the network for each layer
+_PROBE_PIXELS = _PROBE_IMAGES * 224 * 224  # of them all, where images are larger
 _NOT_CALLED = "it is not called on the calibration images"
 
 
@@ -72,7 +73,7 @@ def quantize(
         quantized.set_submodule(name, integers)
     refinement = Refinement(quantized, float_model, statistics, settings)
     refinement.run(images)
-    probe = images[:_PROBE_IMAGES]
+    probe = images[: min(_PROBE_IMAGES, max(2, _PROBE_PIXELS // images[0, 0].numel()))]
     alone = _sqnr_alone(float_model, quantized, names, probe)
     accumulated = _sqnr_accumulated(float_model, quantized, names, probe)
     layers = [
