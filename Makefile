@@ -20,7 +20,7 @@ test-avx2: $(VENV)/.installed-dev
 		tests/collapse tests/symbolic tests/algebra
 
 slow: $(VENV)/.installed-dev
-	$(UV) -e '.[foreign]'
+	$(UV) -e '.[foreign,browser]'
 	$(BIN)/python -m pytest -v -m slow
 	$(BIN)/python -m pytest -m 'hypothesis and not slow' --hypothesis-profile explore
 

@@ -11,9 +11,9 @@
 A pair is an architecture and a baseline, each followed by ``@SIZE`` for images of another size than ``--size``.
 Architectures are those of this library, else of torchvision or timm, collapsed. A network with dilated convolutions
 is also compared with itself undilated, which is another function of as many multiplications. First, the best settings
-of each other engine are found: PyTorch eager and compiled, in either memory format; ONNX Runtime with spinning and
-with sleeping threads; OpenVINO in float32 with the hints for latency and for throughput, pinned or not. The library's
-engine is autotuned, unless ``--no-search``. Then rounds
+of each other engine are found: PyTorch eager and by ``torch.compile`` (inductor), in either memory format and with or
+without constant weights; ONNX Runtime with spinning and with sleeping threads; OpenVINO in float32 with the hints for
+latency and for throughput, pinned or not. The library's engine is autotuned, unless ``--no-search``. Then rounds
 alternate between the engines, by the protocol of ``repvgg bench``: each reading waits until the threads of the engine
 before are idle, runs once untimed, and times calls for 0.1 s or more. The output has medians of images per second with
 quartiles, the largest error of the logits against float64 relative to the largest logit, and ratios within rounds: to
@@ -97,14 +97,21 @@ def undilated(model: nn.Module) -> nn.Module | None:
     return model if found else None
 
 
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
 def in_torch(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
-    """Yield eager and compiled PyTorch, in NCHW and channels_last."""
-    for layout in (torch.contiguous_format, torch.channels_last):
-        name_of_layout = "channels_last" if layout is torch.channels_last else "NCHW"
-        eager = deepcopy(model).to(memory_format=layout)
-        compiled = torch.compile(deepcopy(model).to(memory_format=layout))
-        for name, run in (("eager", eager), ("compiled", compiled)):
-            yield f"{name}, {name_of_layout}", partial(_run_torch, run, layout)
+    """Yield eager PyTorch in each memory format."""
+    for name, layout in LAYOUTS.items():
+        yield name, partial(_run_torch, deepcopy(model).to(memory_format=layout), layout)
+
+
+def in_inductor(model: nn.Module, shape: Shape, threads: int) -> Iterator[tuple[str, Run]]:
+    """Yield ``torch.compile`` in each memory format, with weights as inputs and as constants that it may reorder."""
+    torch.compiler.reset()
+    for (name, layout), freezing in itertools.product(LAYOUTS.items(), (False, True)):
+        compiled = torch.compile(deepcopy(model).to(memory_format=layout), options={"freezing": freezing})
+        yield f"{name}{', frozen' if freezing else ''}", partial(_run_torch, compiled, layout)
 
 
 def _run_torch(run: Run, layout: torch.memory_format, x: Tensor) -> Tensor:
@@ -147,7 +154,12 @@ def _run_openvino(request: Any, x: Tensor) -> Tensor:
     return torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
 
 
-OTHERS = {"PyTorch": in_torch, "ONNX Runtime": in_onnxruntime, "OpenVINO f32": in_openvino}
+OTHERS = {
+    "PyTorch": in_torch,
+    "torch.compile": in_inductor,
+    "ONNX Runtime": in_onnxruntime,
+    "OpenVINO f32": in_openvino,
+}
 
 
 @lru_cache(maxsize=1)  # several engines and batches read the same file

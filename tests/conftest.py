@@ -43,6 +43,14 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_calibration():
+    """Plans do not depend on how busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPVGG_CALIBRATE", "off")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def frozen_imports():
     """Exempt imported modules from garbage collection: code that collects before it measures would scan them all."""
     gc.collect()

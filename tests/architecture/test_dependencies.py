@@ -53,7 +53,18 @@ def packages_of(extra: str) -> set[str]:
 CORE = {distribution(requirement) for requirement in PROJECT["dependencies"]}
 BLOCKED = sorted(
     {"torchvision", "PIL", "lightning", "torchmetrics", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"}
-    | {"jinja2", "huggingface_hub", "llvmlite", "timm", "openvino", "tensorboard", "datasets", "webdataset", "scipy"}
+    | {
+        "jinja2",
+        "huggingface_hub",
+        "llvmlite",
+        "timm",
+        "openvino",
+        "tensorboard",
+        "datasets",
+        "webdataset",
+        "scipy",
+        "nncf",
+    }
 )
 
 
@@ -97,7 +108,7 @@ def test_every_extra_that_is_named_installs_the_package():
 
 def test_all_is_every_extra():
     assert packages_of("all") == set().union(
-        *(packages_of(extra) for extra in EXTRAS if extra not in ("all", "dev", "foreign"))
+        *(packages_of(extra) for extra in EXTRAS if extra not in ("all", "dev", "foreign", "browser"))
     )
 
 

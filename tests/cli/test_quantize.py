@@ -55,7 +55,7 @@ def test_what_each_step_is_worth(repvgg, files, tmp_path):
     [
         (("a.pt2",), "end "),
         (("a.onnx", "--min-agreement", "2"), "--min-agreement is a share in [0, 1], got 2."),
-        (("a.onnx", "--calibration-images", "0"), "--calibration-images is at least 1"),
+        (("a.onnx", "--calibration-images", "0"), "--calibration-images and --selection-images are at least 1"),
         (("a.onnx", "--input-size", "16", "24"), "Data sets give square images"),
         (("a.onnx", "--html", "page.html"), "--html is the page of --report-only"),
     ],

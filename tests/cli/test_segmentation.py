@@ -286,3 +286,22 @@ def test_the_engine_runs_images_of_several_sizes(engine):
             expected = model(images)
             assert (run(images) - expected).abs().max() < 1e-4 * expected.abs().max()
             assert describe() == "repvgg"
+
+
+def test_a_segmentation_network_is_quantized(finished, uri, repvgg, tmp_path):
+    folder, _ = finished
+    few = ("--calibration-images", "4", "--test-images", "3", "--granularity", "per_channel", "--rounding-sweeps", "0")
+    options = ("--data", uri, *few, "--min-agreement", "0", "--input-size", "40", "48")
+    outcome = repvgg("quantize", folder / "train.safetensors", tmp_path / "int8.onnx", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    line = next(one for one in outcome.out.splitlines() if one.startswith("ONNX Runtime: agreement "))
+    assert "3 images, mIoU " in line
+    assert "times as fast" in line
+
+
+def test_labels_do_not_quantize_a_segmentation_network(finished, repvgg, tmp_path):
+    folder, _ = finished
+    options = ("--data", "digits:", "--calibration-images", "2", "--test-images", "2", "--input-size", "40", "40")
+    outcome = repvgg("quantize", folder / "plain.safetensors", tmp_path / "int8.onnx", *options)
+    assert outcome.code == 2
+    assert "needs images with masks, but the data has labels" in outcome.err

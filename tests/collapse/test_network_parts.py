@@ -87,6 +87,118 @@ def test_averaged_heads_in_the_forward_of_the_model():
     assert_same_outputs(model, plain, image(height=9, width=7))
 
 
+def test_a_method_that_returns_a_module_with_the_name_of_its_merged_part_works():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = conv(), Heads()
+
+        def forward(self, x):
+            return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+        def get_classifier(self):
+            return self.head
+
+        def get_first_head(self):
+            return self.head.head
+
+        def get_last(self, count):
+            part = self
+            for _ in range(count):
+                part = part.head
+            return part
+
+    plain, _ = repvgg.reparameterize(trained(Network()), image())
+    assert plain.get_classifier() is plain.head
+    for refused in (plain.get_first_head, lambda: plain.get_last(2)):
+        with pytest.raises(UsageError, match=r"'head\.head"):
+            refused()
+
+
+class CachedBias(nn.Module):
+    """Adds a bias that depends on the number of rows, and keeps it in an attribute, as attention in LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.cache = nn.Parameter(torch.tensor([0.3, -1.2])), {}
+
+    def forward(self, x):
+        rows = x.shape[-2]
+        if rows not in self.cache:
+            self.cache[rows] = self.bias[torch.arange(rows, device=x.device) % 2][:, None]
+        return F.relu(x) + self.cache[rows]
+
+
+class OwnCache(CachedBias):
+    def forward(self, x):
+        return F.relu(x) + self.bias.sum()
+
+
+def averaged_heads(x, model):
+    x = x.mean((2, 3))
+    return (model.head(x) + model.head_dist(x)) / 2
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_averaged_heads_are_one_linear_layer_though_another_part_keeps_what_it_computes(called_before):
+    model = module(
+        lambda self, x: averaged_heads(self.stage(self.conv(x)), self),
+        conv=conv(),
+        stage=CachedBias(),
+        head=NormLinear(),
+        head_dist=NormLinear(),
+    )
+    trained(model)
+    if called_before:
+        model(image())
+    plain, report = repvgg.reparameterize(model, image())
+    assert norms(plain) == 0
+    assert parameters(plain) == parameters(model.conv) + 2 + 4 * 3 + 3
+    assert report.folded[-1].multiply_adds_after == 12
+    plain.stage.cache.clear()
+    assert_same_outputs(model, plain, image())
+    assert_same_outputs(model, plain, image(height=9, width=7))
+    assert sorted(plain.stage.cache) == sorted({image().shape[-2], 9})
+
+
+def stores_itself(self, x):
+    self.features = x = self.stage(self.conv(x))
+    return averaged_heads(x, self)
+
+
+def stores_in_a_part(self, x):
+    x = self.stage(self.conv(x))
+    self.stage.cache[0] = x
+    return averaged_heads(x, self)
+
+
+@pytest.mark.parametrize("forward", [stores_itself, stores_in_a_part])
+def test_a_forward_that_stores_something_stays(forward):
+    parts = {"conv": conv(), "stage": OwnCache(), "head": NormLinear(), "head_dist": NormLinear()}
+    model = trained(module(forward, **parts))
+    plain, _ = repvgg.reparameterize(model, image())
+    assert parameters(plain) == parameters(model.conv) + 2 + 2 * (4 * 3 + 3)  # each head by itself
+    x = image()
+    assert_same_outputs(model, plain, x)
+    stored = [part.features if forward is stores_itself else part.stage.cache[0] for part in (model, plain)]
+    torch.testing.assert_close(stored[1], stored[0])
+
+
+@pytest.mark.slow
+def test_the_two_heads_of_levit_are_one_linear_layer():
+    timm = pytest.importorskip("timm")
+    size, width = 64, {"embed_dim": (16, 24), "key_dim": 8, "num_heads": (2, 3), "depth": (1, 1), "num_classes": 5}
+    torch.manual_seed(0)
+    model = trained(timm.models.levit.LevitDistilled(img_size=size, **width))
+    x = image(3, height=size, width=size)
+    model(x)  # fills the caches of attention
+    plain, report = repvgg.reparameterize(model, x)
+    assert norms(plain) == 0
+    assert [entry.convolution for entry in report.folded].count("linear 24→5") == 1
+    assert sum(type(part) is nn.Linear and part.out_features == 5 for part in plain.modules()) == 1
+    assert_same_outputs(model, plain, x)
+
+
 class DenseLayer(nn.Module):
     """A layer of DenseNet: a method of its own concatenates, and runs the first convolution."""
 

@@ -75,6 +75,19 @@ def test_norm_skipped_for_its_cost_is_reported(act):
     assert "merging it would cost 2 times the multiply-adds and 288 instead of 144 weights" in report.left[0].reason
 
 
+@pytest.mark.filterwarnings("ignore::repvgg.errors.NothingFoldedWarning")
+def test_the_cost_is_reported_although_the_input_of_the_norm_is_not_folded_either():
+    def forward(self, x):
+        x = self.conv(x)
+        y = F.relu(x)  # its input has other readers, which are linear
+        return (self.norm(y) + self.up(self.down(y))) * (x * 2) * (x + 1)
+
+    parts = {"norm": nn.BatchNorm2d(8), "down": conv(8, 1, kernel=1), "up": conv(1, 8, kernel=1)}
+    _, report = repvgg.reparameterize(trained(module(forward, conv=conv(4, 8), **parts)), image())
+    assert report.left[0].name == "norm"
+    assert "merging it would cost" in report.left[0].reason
+
+
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize(
     ("make", "channels", "before", "after"),

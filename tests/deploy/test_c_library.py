@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import repvgg.engine
-from repvgg.deploy import c_comparison
+from repvgg.deploy import c_comparison, c_library
 from repvgg.deploy.c_library import export_c
+from repvgg.deploy.c_runner import is_c_library
 from repvgg.engine.library import build
 from repvgg.engine.library.targets import CPU_TARGETS, cpu_target
-from repvgg.errors import EquivalenceError, OutputExistsError, UnsupportedError, UsageError
+from repvgg.errors import EquivalenceError, ExportError, OutputExistsError, UnsupportedError, UsageError
 from tests.rounding import UNIT_ROUNDOFF
 
 SHAPE = (3, 9, 7)
@@ -50,12 +51,14 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "net"
     model = Net().eval()
     real = torch.rand(3, *SHAPE)
-    return export_c(model, model, folder, [SHAPE], max_batch=2, threads=2, name="net", images=[real])
+    return export_c(
+        model, model, folder, [SHAPE], max_batch=2, threads=2, name="net", images=[real], notes={"source": "a test"}
+    )
 
 
 @needs_linker
 def test_writes_a_library_that_was_compared(exported):
-    names = ["CMakeLists.txt", "README.md", "example.c", "libnet.a", "libnet.so", "net.h"]
+    names = ["CMakeLists.txt", "README.md", "example.c", "libnet.a", "libnet.so", "net.h", "net.json"]
     assert sorted(one.name for one in exported.path.iterdir()) == names
     assert exported.evidence.passed
     assert exported.evidence.samples == 2 + 1 + 3  # the largest batch, one image, and the real ones
@@ -72,6 +75,69 @@ def test_writes_a_library_that_was_compared(exported):
     maps, logits = repvgg.engine.load(exported.path)(x)
     close(maps, expected(x)["maps"])
     close(logits, expected(x)["logits"])
+
+
+@needs_linker
+def test_a_runner_names_outputs_and_keeps_notes(exported, tmp_path):
+    shutil.copytree(exported.path, tmp_path / "net")
+    for path in (tmp_path / "net", tmp_path / "net" / "libnet.so"):
+        assert is_c_library(path)
+        runner = c_library.load(path, 1)
+        x = torch.randn(5, *SHAPE)
+        found = runner(x)
+        close(found["output0"], expected(x)["maps"])
+        close(found["output1"], expected(x)["logits"])
+        assert (runner.input_shape, runner.outputs) == ((None, *SHAPE), ("output0", "output1"))
+        assert (runner.dtype, runner.threads, runner.notes) == (torch.float32, 1, {"source": "a test"})
+
+
+@needs_linker
+def test_a_runner_refuses_broken_files(exported, tmp_path):
+    with pytest.raises(ExportError, match="export it with"):
+        c_library.load(tmp_path / "missing")
+    assert not is_c_library(tmp_path)
+    shutil.copytree(exported.path, tmp_path / "net")
+    (tmp_path / "net" / "net.json").write_text("[]")
+    with pytest.raises(ExportError, match="export it again"):
+        c_library.load(tmp_path / "net")
+    (tmp_path / "net" / "libnet.so").unlink()  # not written in place: it is loaded
+    (tmp_path / "net" / "libnet.so").write_bytes(b"no library")
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        c_library.load(tmp_path / "net")
+    with pytest.raises(UsageError, match="at least 1"):
+        c_library.load(exported.path, 0)
+
+
+@needs_linker
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cmake_builds_the_example(exported, tmp_path):
+    def run(*command):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    run("cmake", "-S", str(exported.path), "-B", str(tmp_path / "build"))
+    run("cmake", "--build", str(tmp_path / "build"))
+    assert "output 1:" in run(str(tmp_path / "build" / "example"))
+
+
+@needs_linker
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cmake_takes_the_folder_into_a_project(exported, tmp_path):
+    lists = f"""
+        cmake_minimum_required(VERSION 3.13)
+        project(program C)
+        add_subdirectory({exported.path} net)
+        add_executable(program main.c)
+        target_link_libraries(program PRIVATE net)
+    """
+    (tmp_path / "CMakeLists.txt").write_text(lists)
+    main = '#include "net.h"\n#include <stdio.h>\nint main(void) { printf("%d", net_num_outputs()); return 0; }\n'
+    (tmp_path / "main.c").write_text(main)
+    for command in (["cmake", "-S", ".", "-B", "build"], ["cmake", "--build", "build"]):
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    found = subprocess.run([tmp_path / "build" / "program"], capture_output=True, text=True, check=True)
+    assert found.stdout == "2"
 
 
 @needs_compiler
@@ -274,9 +340,20 @@ class OneNumber(Net):
         return self.conv(x).mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("network", [ChannelsFirst, OneNumber])
-def test_outputs_have_an_axis_of_images_and_another(network, tmp_path):
-    model = network().eval()
+@needs_linker
+def test_an_output_may_be_one_number(tmp_path):
+    model = OneNumber().eval()
+    done = export_c(model, model, tmp_path / "net", [SHAPE], max_batch=2, threads=1, name="net")
+    images = torch.randn(3, *SHAPE)  # more than two at once
+    with torch.no_grad():
+        wanted = model.double()(images.double())
+    assert done.evidence.passed
+    close(repvgg.engine.load(tmp_path / "net")(images), wanted)
+    assert "- output 0: float32 (N)" in (tmp_path / "net" / "README.md").read_text()
+
+
+def test_the_first_axis_of_outputs_counts_the_images(tmp_path):
+    model = ChannelsFirst().eval()
     with pytest.raises(UnsupportedError):
         export_c(model, model, tmp_path / "net", [SHAPE], max_batch=2, threads=1, name="net")
     assert not (tmp_path / "net").exists()

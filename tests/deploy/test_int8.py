@@ -8,7 +8,7 @@ from repvgg.deploy import OnnxRunner
 from repvgg.deploy.int8 import RuntimeResult, evaluate_int8, quantize_for_cpu
 from repvgg.deploy.qdq import export_qdq
 from repvgg.errors import UsageError
-from repvgg.quantization import Quality, QuantizationSettings, sqnr
+from repvgg.quantization import Quality, QuantizationSettings, Reference, in_batches, sqnr
 from tests.quantization.networks import Chain, Residual, images, random_
 
 
@@ -38,36 +38,40 @@ def test_weights_are_stored_as_integers(tmp_path):
 
 def test_a_flipped_bit_in_the_weights_shows(tmp_path):
     model, test = random_(Chain()), images(6, seed=9)
+    reference = Reference(model, in_batches(test))
     quantized, _ = repvgg.quantize(model, images(16))
     broken = copy.deepcopy(quantized)
     loudest = int(model.body(test).abs().mean(0).argmax())
     broken.head.weight_integers[0, loudest] ^= 64
     results = [
-        evaluate_int8(export_qdq(one, tmp_path / f"{name}.onnx", tuple(test.shape[1:])).path, model, test, rounds=1)
+        evaluate_int8(export_qdq(one, tmp_path / f"{name}.onnx", reference.shape).path, reference, rounds=1)
         for name, one in (("right", quantized), ("broken", broken))
     ]
     right, wrong = (one[0] for one in results)
     assert right.runtime == "ONNX Runtime"
     assert right.quality.sqnr > wrong.quality.sqnr + 3
-    assert right.milliseconds > 0
-    assert right.float_milliseconds > 0
-    assert not right.saturates or "7-bit weights" in str(right)
+    assert right.latency.milliseconds > 0
+    assert right.latency.float_milliseconds > 0
+    assert "times as fast" in str(right)
+    assert not right.saturates  # pairs of weights are bounded
 
 
 def test_saturation_is_told_from_quantization():
-    found, emulated = Quality(17.9, 0.907, 720), Quality(21.7, 0.94, 720)
-    assert RuntimeResult("ONNX Runtime", found, 1.0, 2.0, emulated).saturates
-    assert not RuntimeResult("ONNX Runtime", emulated, 1.0, 2.0, emulated).saturates
-    assert not RuntimeResult("OpenVINO", found, 1.0, 2.0).saturates
+    found = Quality(17.9, 0.907, 720)
+    saturated = RuntimeResult("ONNX Runtime", found, saturation=3.8)
+    assert saturated.saturates
+    assert "saturate on this CPU, 3.8 dB are lost" in str(saturated)
+    assert not RuntimeResult("ONNX Runtime", found, saturation=0.2).saturates
+    assert not RuntimeResult("OpenVINO", found).saturates
 
 
 def test_the_best_choice_for_this_cpu_is_taken():
     model, calibration, test = random_(Chain()), images(16), images(8, seed=9)
     settings = QuantizationSettings(rounding_sweeps=0)
-    choices = [QuantizationSettings("per_tensor", 4), QuantizationSettings("per_channel", 7)]
-    _, report, tried = quantize_for_cpu(model, calibration, test, settings, choices)
-    assert list(tried) == ["4-bit weights per tensor", "7-bit weights per channel"]
-    assert (report.settings.granularity, report.settings.weight_bits) == ("per_channel", 7)
+    choices = [QuantizationSettings("per_tensor", 4), QuantizationSettings("per_channel", 8)]
+    _, report, tried = quantize_for_cpu(model, calibration, Reference(model, in_batches(test)), settings, choices)
+    assert list(tried) == ["4-bit weights per tensor", "8-bit weights per channel in bounded pairs"]
+    assert (report.settings.granularity, report.settings.weight_bits) == ("per_channel", 8)
     assert report.settings.rounding_sweeps == 0
 
 

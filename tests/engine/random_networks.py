@@ -292,7 +292,11 @@ class RandomNetwork(nn.Module):
 
     def add_group_norm(self, source: int) -> None:
         channels, height, width = self.shapes[source]
-        groups = [count for count in range(1, channels + 1) if channels % count == 0]
+        values = channels * height * width
+        # PyTorch refuses groups of one value.
+        groups = [count for count in range(1, channels + 1) if channels % count == 0 and values > count]
+        if not groups:
+            return
         count = groups[self._integers(0, len(groups) - 1)]
         terms = 100 * height * width * channels // count
         self._append(lambda x: F.group_norm(x, count, eps=1e-2), (source,), (channels, height, width), terms=terms)

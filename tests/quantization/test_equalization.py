@@ -42,10 +42,10 @@ def test_a_plain_repvgg_is_equalized_in_every_layer_but_gates_and_the_last():
     equalized, report = equalize(plain, x)
     expected = plain(x)
     assert float((equalized(x) - expected).abs().max() / expected.abs().max()) <= 1e-12
-    gates = {name: reason for name, reason in report.left_alone.items() if name != "head"}
+    gates = {name: reason for name, reason in report.skipped.items() if name != "head"}
     assert len(gates) == 5  # of five blocks
     assert set(gates.values()) == {"sigmoid is not positively homogeneous"}
-    assert report.left_alone["head"] == "it is an output of the network"
+    assert report.skipped["head"] == "it is an output of the network"
     assert repvgg.is_plain(equalized)
 
 
@@ -79,11 +79,11 @@ def test_the_result_does_not_depend_on_how_channels_were_scaled(network):
         assert_close(one, other)
 
 
-def test_says_why_layers_are_left_alone():
+def test_says_why_layers_are_skipped():
     _, report = equalize(random_(Smooth()), images())
-    assert report.left_alone == {
+    assert report.skipped == {
         "first": "gelu is not positively homogeneous",
         "second": "relu6 is not positively homogeneous",
         "head": "it is an output of the network",
     }
-    assert "left alone: first: gelu is not positively homogeneous" in str(report)
+    assert "not rescaled: first: gelu is not positively homogeneous" in str(report)

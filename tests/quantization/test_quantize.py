@@ -12,16 +12,22 @@ from repvgg.quantization import (
     ActivationQuantizer,
     Histogram,
     PairedAccuracy,
+    QualityMeter,
     QuantizationSettings,
+    Reference,
     adapt_rounding,
     choose_quantizer,
     compare_outputs,
+    in_batches,
     quantize,
     quantize_layer,
     quantize_weight,
+    refinement,
     sqnr,
 )
-from tests.quantization.networks import NETWORKS, Chain, images, random_
+from repvgg.quantization.affine import PAIR_BOUND, adjacent_weights
+from repvgg.quantization.calibration import run
+from tests.quantization.networks import NETWORKS, Chain, Residual, images, random_
 
 FULL = QuantizationSettings()
 NEAREST = QuantizationSettings(equalize=False, correct_biases=False, rounding_sweeps=0, ranges="minmax")
@@ -113,11 +119,82 @@ def test_adaptive_rounding_lowers_the_output_error():
     quantized = quantize_layer(layer, ActivationQuantizer.of_range(0, float(x.max())), "per_channel", bits=4)
     exact = quantized.quantizer.dequantize(quantized.quantizer.quantize(x))
     before = float((quantized(x) - layer(exact)).square().sum())
-    ratio = adapt_rounding(quantized, layer.weight, x, highest=7)
+    ratio = adapt_rounding(quantized, layer.weight, [x], highest=7)
     after = float((quantized(x) - layer(exact)).square().sum())
     assert after < before
     assert ratio < 1
     assert int(quantized.weight_integers.abs().max()) <= 7
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (8, 3, 3, 3), (8, 1, 3, 3), (8, 15)], ids=str)
+def test_adjacent_weights_stay_in_their_bound(granularity, shape):
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5  # all large and of one sign
+    bounded = quantize_weight(weight, granularity, pair_bound=True)
+    free = quantize_weight(weight, granularity)
+    # What the kernels of CPUs without VNNI add in 16 bits: products of 255 with two weights that follow each other in
+    # the order (position, input channel).
+    in_order = [one.integers.int().reshape(*shape[:2], -1).transpose(1, 2).flatten(1) for one in (bounded, free)]
+    pairs, free_pairs = (255 * (one[:, :-1:2] + one[:, 1::2]) for one in in_order)
+    assert int(pairs.max()) <= 2**15 - 1 < int(free_pairs.max())
+    # Twice the scale of the whole range, which is that of 7 bits, would do for every weight.
+    seven = quantize_weight(weight, granularity, 7)
+    assert sqnr(weight, bounded.dequantize()) >= sqnr(weight, seven.dequantize()) - 0.1
+    partner = adjacent_weights(shape)
+    assert torch.equal(partner[partner], torch.arange(len(partner)))
+
+
+@torch.no_grad()
+def test_adaptive_rounding_keeps_the_bound():
+    layer, x = nn.Conv2d(6, 8, 3, padding=1), torch.randn(16, 6, 9, 9).relu()
+    layer.weight.copy_(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5)
+    quantizer = ActivationQuantizer.of_range(0, float(x.max()))
+    quantized = quantize_layer(layer, quantizer, "per_channel", pair_bound=True)
+    before = quantized.weight_integers.clone()
+    assert adapt_rounding(quantized, layer.weight, [x], pair_bound=True) < 1
+    assert not torch.equal(before, quantized.weight_integers)
+    in_order = quantized.weight_integers.int().flatten(2).transpose(1, 2).flatten(1)
+    assert int((in_order[:, ::2] + in_order[:, 1::2]).abs().max()) <= PAIR_BOUND
+
+
+def test_little_memory_changes_nothing_that_matters(monkeypatch):
+    model, calibration, test = random_(Residual()), images(24), images(24, seed=9)
+    expected = model(test)
+    together, _ = quantize(model, calibration)
+    runs = []
+    monkeypatch.setattr(refinement, "run", lambda net, x: runs.append(len(x)) or run(net, x))
+    monkeypatch.setattr(refinement, "MEMORY_BYTES", 5 * 12 * 24 * calibration[0, 0].numel())  # of maps of 24 channels
+    in_parts, report = quantize(model, calibration)
+    assert max(runs) < len(calibration)
+    assert sum(runs) == len(calibration) * len(report.layers)
+    # Only the order of float additions differs, so that weights halfway between two integers may go either way.
+    assert abs(sqnr(expected, together(test)) - sqnr(expected, in_parts(test))) < 1
+    assert all(layer.rounding_error_ratio <= 1 and layer.bias_correction is not None for layer in report.layers)
+
+
+def test_masks_are_compared_by_iou():
+    truth = torch.tensor([[[0, 1, 1, 255]]])
+    reference = F.one_hot(torch.tensor([[[0, 1, 1, 0]]]), 3).movedim(3, 1).float()
+    candidate = F.one_hot(torch.tensor([[[0, 1, 0, 1]]]), 3).movedim(3, 1).float()
+    meter = QualityMeter()
+    meter.add(reference, candidate, truth)
+    quality = meter.quality
+    assert (quality.agreement, quality.images, quality.accuracy) == (0.5, 1, None)
+    assert quality.segmentation.reference.miou == 1
+    assert quality.segmentation.difference == pytest.approx((1 / 2 + 1 / 2) / 2 - 1)  # the third class is absent
+    assert "mIoU 50.00%, reference 100.00%: -50.00 points" in str(quality)
+
+
+def test_the_float_network_runs_once_for_any_number_of_comparisons():
+    calls = []
+    model = random_(Chain())
+    model.register_forward_hook(lambda *_: calls.append(1))
+    reference = Reference(model, in_batches(images(5), torch.arange(5), size=2))
+    assert reference.shape == (3, 21, 23)
+    first, second = (reference.compare(lambda x: torch.zeros(len(x), 5)) for _ in range(2))
+    assert first == second
+    assert first.accuracy.images == 5
+    assert len(calls) == 3
 
 
 def test_sabotaged_channels_come_back():

@@ -8,9 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
+from repvgg.data.segmentation_metrics import confusion_matrix
 from repvgg.errors import CheckpointError, DataError
 from repvgg.training import MaskAgreement, SegmentationEvaluation, compare_segmentations, evaluate_segmentation
-from repvgg.training.segmentation_evaluation import confusion_matrix
 
 K, IGNORED = 5, 255
 

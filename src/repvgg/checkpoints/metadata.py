@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from repvgg.data.config import DataConfig
 from repvgg.errors import CheckpointError, first_line
 
 KEY = "repvgg"
@@ -57,6 +58,15 @@ class Metadata:
     source: str = ""
     spec: dict[str, Any] | None = None
     palette: tuple[tuple[int, int, int], ...] = ()
+
+    def data_config(self, **settings: Any) -> DataConfig:
+        """Return the config of images as the network takes them: its channels, and its mean and std if it has some.
+
+        Args:
+            **settings: further fields of the config.
+        """
+        channels: Literal[1, 3] = 1 if self.in_channels == 1 else 3
+        return DataConfig(**{"channels": channels, "mean": self.mean or None, "std": self.std or None, **settings})
 
     def to_header(self) -> dict[str, str]:
         """Return the header as safetensors stores it: strings only, the fields as one JSON document."""

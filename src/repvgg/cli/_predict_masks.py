@@ -93,14 +93,14 @@ def predict_files(
     import torch
 
     from repvgg._files import atomic_write
-    from repvgg.data import CorruptImage, DataConfig, read_whole_image
+    from repvgg.data import CorruptImage, read_whole_image
     from repvgg.data.label_sets import voc_colours
     from repvgg.data.mask_images import overlay, write_mask
 
     about = segmenter.about
     palette = about.palette or voc_colours(about.num_classes).tolist()
     classes = class_names(about)
-    config = DataConfig(mean=about.mean or None, std=about.std or None)
+    config = about.data_config()
     with progress_bar("images") as on_progress, torch.inference_mode():
         for index, file in enumerate(files):
             image = read_whole_image(file, config, about.in_channels)

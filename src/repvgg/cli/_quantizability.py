@@ -13,18 +13,18 @@ from repvgg.cli._output import write_line
 from repvgg.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from repvgg.cli._network import Network
     from repvgg.quantization import Quality, QuantizationSettings, StepReport
+    from repvgg.quantization.images import QuantizationImages
 
 
 def write_page(
     path: Path,
     network: Network,
     plain: nn.Module,
-    calibration: Tensor,
-    images: Tensor,
+    images: QuantizationImages,
     steps: StepReport,
     settings: QuantizationSettings,
     *,
@@ -36,9 +36,8 @@ def write_page(
         path: the page.
         network: what is quantized.
         plain: its plain form.
-        calibration: images.
-        images: other images, that are compared.
-        steps: what was measured on them.
+        images: to calibrate on, to compare granularities on, and to evaluate on.
+        steps: what was measured on those to evaluate on.
         settings: of the quantization whose layers are shown.
         overwrite: replace a file at ``path``.
     """
@@ -46,8 +45,8 @@ def write_page(
     from repvgg.studies.report.quantizability_page import QuantizabilityPage, channel_ranges
 
     with busy("Measuring each layer"):
-        _, report = quantize(plain, calibration, settings)
-    runtimes = _in_onnxruntime(plain, calibration, images, settings)
+        _, report = quantize(plain, images.calibration, settings)
+    runtimes = _in_onnxruntime(plain, images, settings)
     page = QuantizabilityPage(
         name=network.metadata.model if network.metadata else network.source,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,8 +54,8 @@ def write_page(
         steps=steps,
         report=report,
         channels=channel_ranges(plain, report),
-        calibration=len(calibration),
-        images=len(images),
+        calibration=len(images.calibration),
+        images=steps.nearest.images,
         runtimes=runtimes,
         facts={**network.notes, "settings": str(report.settings)},
     )
@@ -64,13 +63,14 @@ def write_page(
 
 
 def _in_onnxruntime(
-    plain: nn.Module, calibration: Tensor, images: Tensor, settings: QuantizationSettings
+    plain: nn.Module, images: QuantizationImages, settings: QuantizationSettings
 ) -> Mapping[str, Quality]:
     """Return the quality of each granularity and number of bits on this CPU; nothing without ONNX Runtime."""
     from repvgg.deploy.int8 import quantize_for_cpu
+    from repvgg.quantization import Reference
 
     try:
         with busy("Trying granularities in ONNX Runtime"):
-            return quantize_for_cpu(plain, calibration, images, settings)[2]
+            return quantize_for_cpu(plain, images.calibration, Reference(plain, images.selection), settings)[2]
     except MissingDependencyError:
         return {}

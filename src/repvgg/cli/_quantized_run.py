@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from repvgg.errors import MissingDependencyError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from repvgg.quantization import QatNetwork
+    from repvgg.deploy.int8 import RuntimeResult
+    from repvgg.quantization import QatNetwork, Reference
     from repvgg.training import TrainConfig
 
 _IMAGE_BYTES = 2**28  # of validation images in memory
@@ -21,10 +23,9 @@ _RUNTIME_IMAGES = 512  # that are run in the runtimes
 
 def write_int8(folder: Path, network: QatNetwork, config: TrainConfig) -> None:
     """Write ``int8.onnx`` of a finished run, and compare it with the simulation and with the checkpoint before it."""
-    from repvgg.deploy.int8 import evaluate_int8
     from repvgg.deploy.qdq import export_qdq
     from repvgg.models import load
-    from repvgg.quantization.calibration import run_in_batches
+    from repvgg.quantization import Reference, in_batches
     from repvgg.training.run_folder import INT8_ONNX_FILE, PLAIN_FILE
 
     loaded = load(folder / PLAIN_FILE)
@@ -40,14 +41,25 @@ def write_int8(folder: Path, network: QatNetwork, config: TrainConfig) -> None:
             notes = {**about.to_header(), "quantization": f"trained: {config.qat.settings}"}
             export_qdq(integers, path, shape, overwrite=True, notes=notes)
         if found is not None:
-            images, labels = (part[:_RUNTIME_IMAGES] for part in found)
+            images, labels = found
+            simulated = Reference(integers, in_batches(images[:_RUNTIME_IMAGES], labels[:_RUNTIME_IMAGES]))
             with busy("Evaluating"):
-                expected = run_in_batches(integers, images)
-                results = evaluate_int8(path, plain, images, labels, expected=expected)
+                results = _evaluate(path, simulated, plain)
             for result in results:
                 write_line(f"  {INT8_ONNX_FILE} beside the simulated integers, {result}")
     except MissingDependencyError as error:  # the integers are in int8.safetensors as well
         write_warning(f"no {INT8_ONNX_FILE} was written: {error}")
+
+
+def _evaluate(path: Path, simulated: Reference, plain: nn.Module) -> list[RuntimeResult]:
+    """Compare the file with what was simulated; its latency is beside that of the float network."""
+    from repvgg.deploy import export_onnx
+    from repvgg.deploy.int8 import evaluate_int8
+
+    with tempfile.TemporaryDirectory() as folder:
+        float_file = Path(folder) / "float.onnx"
+        export_onnx(plain, float_file, simulated.shape)
+        return evaluate_int8(path, simulated, float_file=float_file)
 
 
 def _validation_images(config: TrainConfig) -> tuple[Tensor, Tensor] | None:

@@ -87,20 +87,13 @@ def _evaluate_masks(
     as_json: bool,
     options: MaskOptions,
 ) -> None:
-    from repvgg.data import DataConfig, SegmentationData, open_evaluation_data
+    from repvgg.data import SegmentationData, open_evaluation_data
     from repvgg.models import load
 
     loaded = load(checkpoint)
     about = loaded.metadata
     opened = open_evaluation_data(
-        DataConfig(
-            uri=data,
-            channels=1 if about.in_channels == 1 else 3,
-            mean=about.mean or None,
-            std=about.std or None,
-            ignore_index=options.ignore_index,
-            workers=workers,
-        ),
+        about.data_config(uri=data, ignore_index=options.ignore_index, workers=workers),
         split,
     )
     assert isinstance(opened, SegmentationData)
@@ -119,7 +112,7 @@ def _evaluate_labels(
     allow_commands: bool,
     as_json: bool,
 ) -> None:
-    from repvgg.data import DataConfig, open_image_evaluation_data
+    from repvgg.data import open_image_evaluation_data
     from repvgg.models import load
     from repvgg.training.tasks import check_task
 
@@ -127,14 +120,11 @@ def _evaluate_labels(
     about = loaded.metadata
     size = input_size or about.input_size
     opened = open_image_evaluation_data(
-        DataConfig(
+        about.data_config(
             uri=data,
             train_size=size,
             test_size=size,
             crop_fraction=crop_fraction,
-            channels=1 if about.in_channels == 1 else 3,
-            mean=about.mean or None,
-            std=about.std or None,
             workers=workers,
             allow_commands=allow_commands,
         ),

@@ -20,11 +20,13 @@ from repvgg.cli._network import (
 )
 from repvgg.cli._options import InputHeightWidth, Number, OptionalFile
 from repvgg.cli._output import equality, write_line
+from repvgg.cli._page_options import PageOptions
 from repvgg.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NO_PAGE_OPTIONS = PageOptions()
 _BATCH = 8  # real images that are compared at once
 _CPU = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "native"]
 
@@ -32,7 +34,7 @@ _CPU = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "native"]
 def export(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    to: Literal["c", "onnx", "pt2"],
+    to: Literal["c", "onnx", "pt2", "web"],
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")] = None,
     weights: OptionalFile = None,
     num_classes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="", metavar="CLASSES")] = None,
@@ -44,6 +46,7 @@ def export(
     packed_weights: Annotated[Literal["embedded", "file"] | None, tyro.conf.arg(help_behavior_hint="")] = None,
     name: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="NAME")] = None,
     overwrite: bool = False,
+    page: Annotated[PageOptions, tyro.conf.arg(name="")] = _NO_PAGE_OPTIONS,
 ) -> None:
     """Export any network in its plain form to another runtime, and keep what was written only if it is equal.
 
@@ -54,14 +57,17 @@ def export(
     other library, and runs on every processor of --target. It is run and compared with SOURCE in float64: here, in
     qemu for another architecture, or else not at all, which the output says.
 
+    --to web writes a folder with a page that runs the network in a browser: drop an image, see the classes or the mask.
+
         repvgg export plain.safetensors model/ --to c --target x86-64-v3
         repvgg export net.py:make_model net/ --to c --target aarch64 --max-batch 8
         repvgg export plain.safetensors plain.onnx --to onnx --images photographs/
+        repvgg export plain.safetensors page/ --to web --single-file
 
     Args:
         source: where the model comes from.
         out: the file or the folder to write.
-        to: the format: a C library in a folder, ONNX, or a program of torch.export.
+        to: the format: a C library in a folder, ONNX, a program of torch.export, or a page for browsers in a folder.
         model: refuse a checkpoint of any other model, a name from 'repvgg list'.
         weights: trained weights of a model by name or factory, safetensors or a torch file with a state_dict.
         num_classes: logits of a model by name (default: the model's own).
@@ -74,13 +80,14 @@ def export(
         packed_weights: of a C library: inside of the library or in a file next to it (default: embedded).
         name: of a C library: its functions begin with it (default: model).
         overwrite: replace what exists.
+        page: see there.
     """
     from repvgg.deploy import images_for
     from repvgg.deploy.targets import ExportRequest, check_request, export_target
     from repvgg.deploy.targets import export as export_to
 
     given = {"target": target, "max_batch": max_batch, "threads": threads, "packed_weights": packed_weights}
-    options = {key: value for key, value in {**given, "name": name}.items() if value is not None}
+    options = {key: value for key, value in {**given, "name": name, **page.given}.items() if value is not None}
     check_request(to, out, options)
     if export_target(to).suffix:
         check_output_file(source, out, weights, overwrite=overwrite)
@@ -121,7 +128,7 @@ def _read_images(paths: Sequence[Path], network: Network) -> list[Tensor]:
     if height != width or channels not in (1, 3):
         raise UsageError("--images are for networks of square images of 1 or 3 channels: leave them out.")
     about = network.metadata
-    config = DataConfig(mean=about.mean or None, std=about.std or None) if about else DataConfig()
+    config = about.data_config() if about else DataConfig()
     found, _, corrupt = read_usable_images(list_images(paths), config, height, channels)
     if corrupt:
         raise DataError(f"{corrupt[0].location!r} {corrupt[0].reason}: name images that can be read.")

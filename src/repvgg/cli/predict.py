@@ -88,7 +88,6 @@ def predict(
         masks: see there.
     """
     from repvgg._contexts import num_threads
-    from repvgg.data import DataConfig
 
     if min(top, input_size or 1, threads or 1) < 1:
         raise UsageError("--top, --input-size and --threads are all at least 1.")
@@ -117,7 +116,7 @@ def predict(
         about = classifier.about
         if classes is not None:
             about = dataclasses.replace(about, classes=_class_names(classes, about))
-        config = DataConfig(crop_fraction=crop_fraction, mean=about.mean or None, std=about.std or None)
+        config = about.data_config(crop_fraction=crop_fraction)
         found = _predict(files, config, about, classifier.run, min(top, about.num_classes), failures)
     if not found:
         raise _nothing_read(failures)

@@ -61,13 +61,14 @@ def study(arguments: list[str]) -> int:
 
     A study writes a folder: tables (Markdown, CSV, JSON), pictures (SVG, PNG) and a page, report.html. Each measurement
     is saved at once: after an interruption the same command continues, and after Ctrl-C the tables hold what was
-    measured so far. Studies that measure: table1, table4, table5, table6-speed, table8, figure1, figure3, mobile.
+    measured so far. Studies that measure: table1, table4, table5, table6-speed, table8, figure1, figure3, mobile, int8.
     Studies that train: table6, table7, blocks, and table8 with --train. Several processes may share the folder of one
     that trains, except for table8 also on several machines: each takes the next model that no other process trains.
 
         repvgg study table1
         repvgg study table4 --max-gmacs 6 --threads 1
         repvgg study figure3 --out memory --overwrite
+        repvgg study int8 --checkpoints runs/a --data imagefolder:photos
         repvgg study table6 --data imagefolder:cifar10 --epochs 3 --jobs 4
         repvgg study table8 --train --data masks:camvid --init a0.safetensors
 

@@ -45,6 +45,7 @@ from repvgg.collapse.modules import (
 )
 from repvgg.collapse.plan import Options, Plan, Reasons, make_plan
 from repvgg.collapse.proof import NOT_PROVEN, Proof, prove_module
+from repvgg.collapse.recording import Recording
 from repvgg.collapse.report import Replaced, Report, Skipped, join_passes
 from repvgg.collapse.rewrite import Applied, apply_plan
 from repvgg.errors import EquivalenceError, NothingFoldedWarning
@@ -85,7 +86,8 @@ def reparameterize(
         model: any module in eval mode; it is left untouched. A wrapper of DataParallel, DistributedDataParallel or
             torch.compile is removed.
         inputs: how the model is called: a tensor, a sequence of arguments, or a mapping of arguments by name, of any
-            structure. The proof of the whole model runs on them. Without them both run on made-up inputs.
+            structure. The proof of the whole model runs on them; of large images it takes a part, if a recording shows
+            that the model does the same on that. Without inputs, both run on made-up ones.
         policy: which merges pay. "cheaper": all that increase neither multiply-adds nor weights; parallel branches
             never do. "always": all. Or a function of the costs before and after.
         prove: compare each region with its convolution in float64, and the whole model at the end. What is not proved
@@ -160,10 +162,11 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
     excluded: Reasons = {}
     result: _Result | None = None
     current, current_excluded = model, excluded
+    known: tuple[Recording, Call] | None = None  # a recording of the current model
     whole = NOT_PROVEN
     with preserved_random_state(), gc_paused():
         while True:
-            plan = make_plan(current, options, current_excluded)
+            plan = make_plan(current, options, current_excluded, known)
             if current is given and any(scope.recording.writes_parameters for scope in plan.scopes):
                 # Each call would change the parameters of the user, in the proofs as well.
                 model = current = deep_copy(model, copies_of_computed_tensors(model), model)
@@ -172,9 +175,12 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 applied = Applied(result.plain, (), {})
             else:
                 applied = apply_plan(current, plan, prove=prove, take_tensors=current is not model)
-            failed = applied.failed or find_dependents(plan, applied.plain)
+            failed, known = applied.failed, None
+            if not failed:
+                failed, known = find_dependents(plan, applied.plain)
             if failed.keys() - current_excluded.keys():
                 current_excluded |= failed
+                known = plan.known
                 continue
 
             is_first = result is None
@@ -189,11 +195,12 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
                 continue
 
             # Release the copies of the model that later passes made: the proof makes its own copies.
-            current, current_excluded = model, excluded
+            current, current_excluded, known = model, excluded, None
             del applied
             whole = NOT_PROVEN
             if prove and not result.plan.is_empty:
-                whole = prove_module(model, result.plain, result.plan.model_inputs(), options.call)
+                crop = result.plan.cropped(options.call)
+                whole = prove_module(model, result.plain, result.plan.model_inputs(), options.call, crop)
             failed = _find_unequal_hosts(model, result, whole, excluded) if prove else {}
             if not failed.keys() - excluded.keys():
                 break

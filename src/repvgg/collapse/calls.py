@@ -18,6 +18,7 @@ _SIZES = (64, 224, 256, 32)  # height and width of made-up images: multiples of 
 _VOLUMES = ((8, 32, 32), (16, 64, 64), (16, 224, 224))  # their work grows with the cube of the size
 _TOKENS = 16  # of sequences of vectors
 _MAX_CALLS = 48
+_SMALL = 128  # pixels
 _STEP = 32  # by which sizes grow in a similar call: networks that need multiples mostly need a divisor of it
 
 
@@ -74,10 +75,44 @@ def _shapes_for(layer: nn.Module) -> Iterator[tuple[int, ...]]:
         yield from ((2, channels, *sizes) for sizes in _VOLUMES)
 
 
-def similar_calls(call: Call) -> Iterator[Call]:
-    """Yield calls with other sizes: larger images and another batch, images of one size, another batch."""
+def similar_calls(call: Call) -> Iterator[tuple[Call, bool]]:
+    """Yield calls with other sizes, and whether their images are much smaller.
+
+    First small images and another batch, if those of the call are large; then larger ones and another batch, larger
+    ones alone, another batch alone.
+    """
+    if any(x.dim() == 4 and min(x.shape[2:]) > _SMALL + _STEP for x in call.tensors()):
+        yield call.map_tensors(_shrunk), True
     for batch, step in ((1, _STEP), (0, _STEP), (1, 0)):
-        yield call.map_tensors(lambda x, batch=batch, step=step: _resized(x, batch, step))  # type: ignore[misc]
+        yield call.map_tensors(lambda x, batch=batch, step=step: _resized(x, batch, step)), False  # type: ignore[misc]
+
+
+def cropped(call: Call) -> tuple[Call, str]:
+    """Return the call with the first pixels of its images, as many as in the small images of a similar call, in words.
+
+    The sizes are at least ``_SMALL`` pixels, with the same remainders of ``_STEP``.
+    """
+    found: dict[str, None] = {}
+
+    def crop(x: Tensor) -> Tensor:
+        if x.dim() != 4 or not x.is_floating_point():
+            return x
+        height, width = _small_sizes(x)
+        found[f"{height}x{width}"] = None
+        return x[..., :height, :width].clone()
+
+    return call.map_tensors(crop), " and ".join(found)
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    """Return a larger batch of small images."""
+    if x.dim() != 4 or not x.is_floating_point():
+        return x
+    return torch.empty((x.shape[0] + 1, x.shape[1], *_small_sizes(x)), dtype=x.dtype, device="meta")
+
+
+def _small_sizes(x: Tensor) -> list[int]:
+    return [size - max(0, (size - _SMALL) // _STEP * _STEP) for size in x.shape[2:]]
 
 
 def _resized(x: Tensor, batch: int, step: int) -> Tensor:

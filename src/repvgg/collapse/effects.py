@@ -28,21 +28,35 @@ class Effects:
 
     def __init__(self, builder: GraphBuilder) -> None:
         self.builder, self.copy = builder, builder.copy
-        parts = [(path, part) for path, part in self.copy.module.named_modules() if not is_scripted(part)]
-        self.before = {path: own_state(part) for path, part in parts}
+        self._parts = {path: part for path, part in self.copy.module.named_modules() if not is_scripted(part)}
+        self.before = {path: own_state(part) for path, part in self._parts.items()}
+        self._known = dict(self.before)  # after the last call of the module itself
+        self._changed_by_others: set[str] = set()
 
-    def changed(self) -> tuple[set[str], set[str]]:
-        """Return the paths of modules that the call changed, and of those that only got constants."""
-        get = self.copy.module.get_submodule
-        found = {path for path, state in self.before.items() if own_state(get(path)) != state}
-        return found | self._check_leaves(), {path for path in found if self._stores_constants(path)}
+    def enter(self, path: str) -> None:
+        """Note that the module at ``path`` is about to run: what has changed its attributes since was other code."""
+        if own_state(self._parts[path]) != self._known[path]:
+            self._changed_by_others.add(path)
+
+    def leave(self, path: str) -> None:
+        """Note that the module at ``path`` has run."""
+        self._known[path] = own_state(self._parts[path])
+
+    def changed(self) -> tuple[set[str], set[str], set[str]]:
+        """Return the paths of modules that the call changed, that code outside of them changed, that got constants."""
+        found = {path for path, state in self.before.items() if own_state(self._parts[path]) != state}
+        for path in found:
+            self.enter(path)
+        leaves_changed = self._check_leaves()
+        constant = {path for path in found if self._stores_constants(path)}
+        return found | leaves_changed, self._changed_by_others | leaves_changed, constant
 
     def _stores_constants(self, path: str) -> bool:
         """Whether all that a call changed in the attributes of a module are tensors that each call computes anew.
 
         They depend on parameters only, and nothing read the attributes before.
         """
-        part = self.copy.module.get_submodule(path)
+        part = self._parts[path]
         known = dict(self.before[path])  # type: ignore[call-overload]
         for name, state in own_state(part):  # type: ignore[attr-defined]
             if known.pop(name, None) == state:

@@ -94,7 +94,7 @@ class GraphBuilder:
         names: nodes of devices and dtypes that were read from a tensor.
         modes: those of autograd and autocast in which the run started.
         paused: whether nothing is recorded.
-        left_out: whether a layer returned zeros in place of its output.
+        left_out: whether a layer returned memory that nothing has written to in place of its output.
         needs_values: whether something depends on such an output.
     """
 
@@ -179,10 +179,19 @@ class GraphBuilder:
         return value
 
     def _unseen(self, value: Tensor) -> fx.Node:
-        """Return a node for a tensor that code computed without torch functions that can be recorded."""
-        self.require_values()
+        """Return a node for a tensor in a container, or one that code computed in a way that cannot be recorded."""
+        holder = self.copy.holder_of(value)
+        if holder is None:
+            self.require_values()
         node = self.add("call_function", unrecorded, (), {})
         self.tensors.bind(value, node)
+        if holder is not None:
+            self.opaque[node] = f"{holder or 'the model'} keeps it in a container"
+            for frame in self.frame.stack():
+                frame.caveats.append("uses a tensor in a container")
+                if frame.path == holder:  # its callers do not see it
+                    break
+            return node
         reason = f"{node.meta['where']} uses a tensor that comes from code which cannot be recorded"
         self.opaque[node] = reason
         # Such code may have read any tensor that was reachable when it ran.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.collapse.modules import is_leaf, is_scripted, is_torch_utility, join, storage_of, submodule_or_none
-from repvgg.symbolic import shadow_of
+from repvgg.symbolic import shadow_of, things_in
 from repvgg.verify.execution import parameter_of
 
 META = torch.device("meta")
@@ -49,6 +50,7 @@ class InstrumentedCopy:
         self.parameter_memory = {storage_of(parameter) for parameter in original.parameters()} - {None}
         self.tensors_of: dict[nn.Module, list[Tensor | None]] = {}
         self._paths: dict[int, tuple[Tensor, str]] = {}
+        self._holders: dict[int, tuple[Tensor, str]] = {}
         originals = dict(original.named_modules())
         for path, part in list(self.module.named_modules()):
             if is_scripted(part):
@@ -76,11 +78,17 @@ class InstrumentedCopy:
         tensor, path = self._paths.get(id(value), (None, None))
         return path if tensor is value else None
 
+    def holder_of(self, value: object) -> str | None:
+        """Return the path of the module that had a tensor in a container before the call; None for other tensors."""
+        tensor, path = self._holders.get(id(value), (None, None))
+        return path if tensor is value else None
+
     def release(self) -> None:
         """Release what is in reference cycles with the functions that are called."""
         for part in self.module.modules():
             vars(part).pop("forward", None)
         self._paths.clear()
+        self._holders.clear()
 
     def _own_tensor(self, tensor: Tensor) -> Tensor:
         """Return the tensor of the copy: a parameter shares its memory, but may be given other data."""
@@ -112,6 +120,10 @@ class InstrumentedCopy:
                     if self.on_meta and not value.is_meta:  # integers, which shadows share
                         value = store[name] = value.to(META)
                     self._paths.setdefault(id(value), (value, join(path, name)))
+        boxes = (box for name, box in vars(part).items() if name not in ("_parameters", "_buffers", "_modules"))
+        for value in things_in(box for box in boxes if isinstance(box, (dict, list, tuple, deque))):
+            if isinstance(value, Tensor):
+                self._holders.setdefault(id(value), (value, path))
 
     def _enclose(self, path: str, scripted: nn.Module, call_leaf: Callable[..., Any]) -> None:
         """Report calls of a compiled script as those of a leaf."""

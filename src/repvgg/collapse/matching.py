@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -18,20 +19,34 @@ _Key: TypeAlias = tuple[str, Any, Any, frozenset[Any]]
 
 
 def canonical_form(frame: Frame, prefix: str = "") -> list[Any]:
-    """Return what a frame computes, in a form that is equal for frames that compute the same.
+    """Return what the code of a frame itself does, in a form that is equal for frames that do the same.
 
-    ``prefix`` is the path of the recorded module in the model.
+    The modules that it calls are part of it, but not what they do inside. ``prefix`` is the path of the recorded module
+    in the model.
     """
     names: dict[fx.Node, Any] = {}
     for node in leaves((frame.args, frame.kwargs)):
         if isinstance(node, fx.Node):
             names.setdefault(node, len(names))
     found: list[Any] = []
-    for node in frame.nodes():
-        found.append((node.op, _target(node, prefix), _key(node.args, names, prefix), _key(node.kwargs, names, prefix)))
-        names[node] = len(names)
+    for item in frame.items:
+        given = (_key(item.args, names, prefix), _key(item.kwargs, names, prefix))
+        if isinstance(item, Frame):
+            found.append(("call", join(prefix, item.path), *given))
+            results = [leaf for leaf in leaves(item.output) if isinstance(leaf, fx.Node)]
+        else:
+            found.append((item.op, _target(item, prefix), *given))
+            results = [item]
+        for node in results:
+            names.setdefault(node, len(names))
     found.append(_key(frame.output, names, prefix))
     return found
+
+
+def runs_the_same(one: Recording, other: Recording) -> bool:
+    """Whether two recordings of a model run the same forwards, and each does the same."""
+    pairs = zip_longest(one.root.frames(), other.root.frames())
+    return all(a and b and a.path == b.path and canonical_form(a) == canonical_form(b) for a, b in pairs)
 
 
 def _target(node: fx.Node, prefix: str) -> Any:

@@ -156,16 +156,27 @@ def separating_method(region: Region, recording: Recording, path: str, *, others
 
 @dataclass(frozen=True, eq=False)
 class _Code:
-    """Names that a method, and those that it calls, may read: all, and those that are not only called."""
+    """Names that a method, and those that it calls, may read.
+
+    Attributes:
+        names: all.
+        read: those that are not only called.
+        repeated: those that one call may read more than once, such as in ``self.head.head``.
+        is_property: whether it is a property.
+        only_describes: whether a property reads nothing of a part but what describes it.
+    """
 
     names: frozenset[str]
     read: frozenset[str]
+    repeated: frozenset[str]
     is_property: bool = False
-    only_describes: bool = False  # whether a property reads nothing of a part but what describes it
+    only_describes: bool = False
 
     def may_use(self, path: str) -> bool:
         """Whether the code may use the part at ``path`` below its module by itself."""
         names = path.split(".")
+        if any(names.count(name) > 1 and name not in self.repeated for name in names):
+            return False
         first = names[0] in self.names or bool(_CHILDREN & self.names)
         for before, name in pairwise(names):
             if not (before in self.read if name.isdecimal() and not before.isdecimal() else name in self.names):
@@ -194,7 +205,7 @@ def function_of(value: Any) -> FunctionType | None:
 
 
 def _code_of(name: str, functions: dict[str, FunctionType], *, is_property: bool) -> _Code:
-    names, read = set[str](), set[str]()
+    names, read, repeated = set[str](), set[str](), set[str]()
     todo, done = [name], {"forward"}
     runs = False
     while todo:
@@ -204,11 +215,14 @@ def _code_of(name: str, functions: dict[str, FunctionType], *, is_property: bool
         done.add(current)
         for code in nested_code(inspect.unwrap(functions[current]).__code__):
             steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+            # Only a function that is called once, without loops, reads each name once.
+            is_once = current == name and code.co_name == name and not any("BACKWARD" in s.opname for s in steps)
             for step, after in pairwise(steps):
                 if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                     is_described = after.opname == "LOAD_ATTR" and after.argval in ("device", "dtype")
                     if step.argval in _DESCRIBED and is_described:
                         continue
+                    repeated |= {step.argval} if step.argval in names or not is_once else set()
                     names.add(step.argval)
                     read |= set() if is_method_call(step) else {step.argval}
                     runs = runs or is_method_call(step)
@@ -216,7 +230,8 @@ def _code_of(name: str, functions: dict[str, FunctionType], *, is_property: bool
             texts = {text for text in code.co_consts if isinstance(text, str)}  # for getattr
             names |= texts
             read |= texts
+            repeated |= texts
             todo += code.co_names
     values = names & (_DESCRIBED | _CHILDREN | {"data", "parameters", "buffers", "state_dict"})
     only_describes = is_property and not runs and not values and not names.isdisjoint(_DESCRIPTIONS)
-    return _Code(frozenset(names), frozenset(read), is_property, only_describes)
+    return _Code(frozenset(names), frozenset(read), frozenset(repeated), is_property, only_describes)

@@ -36,9 +36,6 @@ class Placement:
     def __init__(self, validity: Validity, excluded: dict[str, str], unread: Collection[str]) -> None:
         self.validity, self.excluded, self.unread = validity, excluded, unread
         self.recording, self.frames = validity.recording, validity.frames
-        self.similar_frames: dict[str, Frame] = {}
-        for frame in validity.similar.root.frames() if validity.similar else ():
-            self.similar_frames.setdefault(frame.path, frame)
         self._frozen: dict[str, str | None] = {}
 
     # What must stay
@@ -237,13 +234,15 @@ class Placement:
         frame, *others = self.frames[path]
         if frame.caveats:
             return f"{around} {frame.caveats[0]}"
-        if any(is_inside(changed, path) for changed in self.recording.changed):
+        # What a module stores itself, its call in a new forward around it still stores.
+        stores = path in self.recording.changed
+        if stores or any(is_inside(changed, path) for changed in self.recording.changed_by_others):
             return f"{around} stores something in an attribute"
         mine = canonical_form(frame)
         if any(canonical_form(other) != mine for other in others):
             return f"{around} computes something else when it is called again"
-        again = self.similar_frames.get(path)
-        if self.validity.similar is None or again is None:
+        again = self.validity.similar_frames.get(path)
+        if again is None:
             return f"{around} could not be run on inputs of another size"
         if canonical_form(again) != mine:
             return f"{around} computes with numbers that depend on the size of its input"

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg._calls import Call
 from repvgg.collapse.alias import AliasAnalysis
-from repvgg.collapse.calls import made_up_calls, similar_calls
+from repvgg.collapse.calls import cropped, made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
 from repvgg.collapse.graph_builder import NeedsValuesError
 from repvgg.collapse.guard import CallGuard
+from repvgg.collapse.matching import runs_the_same
 from repvgg.collapse.methods import RefusedMethod, refused_methods
 from repvgg.collapse.modules import has_parameters, is_inside, is_leaf, is_scripted, join
 from repvgg.collapse.placement import Placement
@@ -110,6 +110,11 @@ class Plan:
     reasons: dict[str, str] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
+    @property
+    def known(self) -> tuple[Recording, Call] | None:
+        """The recording of the whole model, and the recorded call, if it was recorded as a whole."""
+        return next(((scope.recording, scope.call) for scope in self.scopes if not scope.path), None)
+
     def reason(self, path: str) -> str:
         """Return why a batch norm stays."""
         around = [skipped for skipped in self.untraced if is_inside(path, skipped.name)]
@@ -128,6 +133,12 @@ class Plan:
     def model_inputs(self) -> tuple[InputSpec | None, ...]:
         """Return what the model takes, as far as it was recorded."""
         return next((scope.placement.input_specs("") for scope in self.scopes if not scope.path), ())
+
+    def cropped(self, call: Call | None) -> tuple[Call, str] | None:
+        """Return a call of the model on a part of its images, if it runs the same on that, and the size in words."""
+        scope = next((scope for scope in self.scopes if not scope.path), None)
+        small = call is not None and scope is not None and scope.placement.validity.holds_for_small_images
+        return cropped(call) if small and call is not None else None
 
     def first_convolutions(self) -> Iterator[str]:
         """Yield the path of the first part of everything that becomes one convolution."""
@@ -174,35 +185,48 @@ class Plan:
         return not any(scope.regions.all or scope.unread for scope in self.scopes)
 
 
-def make_plan(model: nn.Module, options: Options, excluded: Reasons) -> Plan:
+def make_plan(
+    model: nn.Module, options: Options, excluded: Reasons, known: tuple[Recording, Call] | None = None
+) -> Plan:
     """Record ``model``, and plan the replacement of every linear region that is worth it.
 
     Args:
         model: any module.
         options: options of the user.
         excluded: modules that must stay, and why.
+        known: a recording of the model, and the recorded call.
     """
     planner = _Planner(model, options, excluded)
-    planner.visit(model, "", options.call)
+    if known is not None:
+        planner.search("", *known)
+    else:
+        planner.visit(model, "", options.call)
     return planner.plan
 
 
 def record_call(model: nn.Module, call: Call) -> Recording:
-    """Record a call; tensors without values get some, unless the model has none either.
+    """Record a call, on meta tensors if the model has no values.
 
     Raises:
         Exception: whatever the code of the model raises.
     """
     like = first_float(model)
-    if like is not None and like.is_meta:
-        return record(model, call, on_meta=True)
-    device = torch.device("cpu") if like is None else like.device
-    return record(model, call.map_tensors(lambda x: _values_like(x, device) if x.is_meta else x.to(device)))
+    return record(model, call, on_meta=like is not None and like.is_meta)
 
 
-def _values_like(x: Tensor, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(x.shape, generator=generator).to(device=device, dtype=x.dtype)
+def _record_similar(recording: Recording, call: Call) -> tuple[Recording | None, bool]:
+    """Record a call with inputs of other sizes, if the model takes any; return as well whether the images are small.
+
+    Small images take less time. If the code does something else on them, larger ones decide.
+    """
+    for other, is_small in similar_calls(call):
+        try:
+            found = record_call(recording.module, other)
+        except Exception:
+            continue
+        if not is_small or runs_the_same(recording, found):
+            return found, is_small
+    return None, False
 
 
 class _Planner:
@@ -227,7 +251,7 @@ class _Planner:
             except Exception as error:
                 first = first or error
                 continue
-            self._search(path, recording, candidate)
+            self.search(path, recording, candidate)
             return
         # A model without values may still run with some.
         if call is not None and first is not None and not isinstance(first, NeedsValuesError):
@@ -246,18 +270,12 @@ class _Planner:
         for name, child in module.named_children():
             self.visit(child, join(path, name), None)
 
-    def _search(self, path: str, recording: Recording, call: Call) -> None:
-        similar = None
-        for other in similar_calls(call):
-            try:
-                similar = record_call(recording.module, other)
-                break
-            except Exception:
-                continue
+    def search(self, path: str, recording: Recording, call: Call) -> None:
+        """Plan the replacements in a module that was recorded."""
         excluded = {
             name: self.excluded[part] for name, part in recording.module.named_modules() if part in self.excluded
         }
-        validity = Validity(recording, similar, trusted=self.options.call is not None)
+        validity = Validity(recording, lambda: _record_similar(recording, call), trusted=self.options.call is not None)
         removals = Removals(validity, excluded)
         placement = Placement(validity, excluded, removals.unread)
         opaque = {**recording.opaque, **placement.fixed_nodes()}

@@ -151,7 +151,11 @@ def image_for_transposed(transposed: nn.Module) -> Tensor:
 
 
 def prove_module(
-    old: nn.Module, new: nn.Module, specs: Sequence[InputSpec | None], inputs: Inputs | Call | None = None
+    old: nn.Module,
+    new: nn.Module,
+    specs: Sequence[InputSpec | None],
+    inputs: Inputs | Call | None = None,
+    crop: tuple[Call, str] | None = None,
 ) -> Proof:
     """Run both modules and compare all tensors that they return, as :func:`repvgg.verify.verify` does.
 
@@ -161,7 +165,12 @@ def prove_module(
         specs: channels and layout of the inputs, in order, None where unknown; they determine synthetic inputs. Where
             they do not, inputs are made up from the channels of the first convolution.
         inputs: inputs to use instead.
+        crop: a call with parts of the images in ``inputs``, and their size in words, to use if both run on it.
     """
+    if crop is not None:
+        proof = _compare(old, new, crop[0], f"on {crop[1]} pixels of the given inputs")
+        if proof.ran:
+            return proof
     if inputs is not None:
         return _compare(old, new, bind(old, inputs), "on the given inputs")
     known = [spec for spec in specs if spec is not None and spec.layout.rank is not None]

@@ -40,10 +40,15 @@ from repvgg.collapse.recording import (
     map_values,
     mark_constants,
 )
-from repvgg.collapse.shape_inference import meta_shortcut, output_without_values, shapes_suffice
+from repvgg.collapse.shape_inference import (
+    elementwise_without_values,
+    meta_shortcut,
+    output_without_values,
+    shapes_suffice,
+)
 from repvgg.collapse.tracked import UNKNOWN, Unknown, UnknownValueError, untracked
 from repvgg.errors import ReparamError
-from repvgg.symbolic import assign_item
+from repvgg.symbolic import assign_item, first_float
 
 _MODE_SWITCHES = {"_set_grad_enabled", "set_autocast_enabled", "_enter_autocast", "_exit_autocast"}
 _OPERATORS = {
@@ -78,7 +83,7 @@ def record(
 
     Args:
         model: the model; neither it nor the inputs change.
-        call: the arguments of the call.
+        call: the arguments of the call. Meta tensors stand for tensors of any values on the device of the model.
         forced: which way its first decisions shall go, whatever the numbers say; see :attr:`Recording.decisions`.
         mode: paths of modules with a training flag other than that of eval mode.
         attributes: other values of attributes of the model itself, such as ``UNKNOWN``.
@@ -102,7 +107,7 @@ def record(
             except UnknownValueError:  # no value of a tensor changes that
                 raise
             except Exception:
-                if not (builder.left_out or recorder.writes_parameter):
+                if not (recorder.layers_left_out or builder.needs_values or recorder.writes_parameter):
                     raise
             else:
                 # The code may have caught the errors that say so.
@@ -149,9 +154,11 @@ class _Recorder(TorchFunctionMode):
         self.builder = GraphBuilder(self.copy, on_meta)
         self.numbers = NumberReader(self.builder, forced)
         self.model, self.on_meta, self.copy_parameters = model, on_meta, copy_parameters
+        like = first_float(model)
+        self.device = torch.device("cpu") if like is None else like.device
         self.values = values or on_meta
         self.watch_draws = watch_draws
-        self.writes_parameter = self.has_drawn = False
+        self.writes_parameter = self.has_drawn = self.layers_left_out = False
         self.failed_in = ""
         self.state_outside_pytorch = state_outside_pytorch()
 
@@ -159,12 +166,14 @@ class _Recorder(TorchFunctionMode):
         """Run the call and return its recording."""
         builder, copy = self.builder, self.copy
         builder.start()
+        call = Call(*map_values(self._on_device, (call.args, dict(call.kwargs))))
         vars(copy.module).update({name: self._input(value) for name, value in attributes.items()})
         args, kwargs = map_values(self._input, call.args), map_values(self._input, dict(call.kwargs))
         builder.root.args, builder.root.kwargs = builder.nodes_of(args), builder.nodes_of(kwargs)
         if is_scripted(copy.module) or is_leaf(self.model):
             raise ReparamError("there is no Python forward to record")
-        effects, forward = Effects(builder), copy.forward
+        self.effects = effects = Effects(builder)
+        forward = copy.forward
         try:
             with self:
                 output = forward(*args, **kwargs)
@@ -176,7 +185,7 @@ class _Recorder(TorchFunctionMode):
         builder.root.output = builder.nodes_of(output)
         builder.paused = True
         mark_constants(builder.graph)
-        changed, constant = effects.changed()
+        changed, changed_by_others, constant = effects.changed()
         effects.check_assignments()
         if constant or builder.assigned:
             if builder.left_out:
@@ -197,6 +206,7 @@ class _Recorder(TorchFunctionMode):
             escaped=builder.escaped,
             opaque=builder.opaque,
             changed=frozenset(changed - constant),
+            changed_by_others=frozenset(changed_by_others - constant),
             assigned=dict(builder.assigned),
             decisions=tuple(self.numbers.decisions),
             own_devices=self.numbers.own_devices,
@@ -209,11 +219,26 @@ class _Recorder(TorchFunctionMode):
         self.copy.release()
         self.builder.tensors.clear()
 
+    def _on_device(self, value: Any) -> Any:
+        """Return an argument on the device of the model; with random values if it has none and they are needed."""
+        if not isinstance(value, Tensor) or self.on_meta or (value.is_meta and not self.values):
+            return value
+        if not value.is_meta:
+            return value.to(self.device)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(value.shape, generator=generator).to(device=self.device, dtype=value.dtype)
+
     def _input(self, value: Any) -> Any:
         """Return an argument to run on, with a placeholder if it is a tensor or unknown."""
         if isinstance(value, Tensor):
             own = value.detach()
-            own = torch.empty_like(own, device=META) if self.on_meta else own.clone()
+            if self.on_meta:
+                own = torch.empty_like(own, device=META)
+            elif own.is_meta:
+                own = torch.empty_like(own, device=self.device)
+                self.builder.left_out = True
+            else:
+                own = own.clone()
             self.builder.tensors.bind(own, self.builder.graph.placeholder(f"input_{len(self.builder.graph.nodes)}"))
             return own
         if value is UNKNOWN:
@@ -232,6 +257,7 @@ class _Recorder(TorchFunctionMode):
             frame = Frame(path, builder.frame, builder.nodes_of(args), builder.nodes_of(kwargs))
             frame.methods = user_code()[1]
             self._note_draws()
+            self.effects.enter(path)
         builder.frame.items.append(frame)
         builder.frame = frame
         try:
@@ -244,6 +270,7 @@ class _Recorder(TorchFunctionMode):
             builder.frame = frame.parent or builder.root
         with torch._C.DisableTorchFunction():
             frame.output = builder.nodes_of(output)
+            self.effects.leave(path)
         return output
 
     def _leaf(self, part: nn.Module, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -334,7 +361,7 @@ class _Recorder(TorchFunctionMode):
             builder.require_values(given)
         run = (self.on_meta and op == "call_module" and meta_shortcut(self.model.get_submodule(target))) or func
         try:
-            result = None if self.values or op != "call_module" else self._left_out(func, given, args, kwargs)
+            result = None if self.values else self._left_out(op, name, func, given, args, kwargs)
             if result is None:
                 result = builder.without_recording(run, *map_values(untracked, args), **map_values(untracked, kwargs))
         except NotImplementedError as error:
@@ -369,14 +396,19 @@ class _Recorder(TorchFunctionMode):
         builder.tensors.bind(target, node)
         builder.assigned[node] = self.copy.path_of(target) or ""
 
-    def _left_out(self, forward: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """Return the output of a layer without its values; None if it has to be computed."""
-        layer = getattr(forward, "__self__", None)  # none of a compiled script
+    def _left_out(self, op: str, name: str, func: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Return the output of a layer or function without its values; None if it has to be computed."""
+        layer = getattr(func, "__self__", None) if op == "call_module" else None  # none of a compiled script
         # What is computed from parameters may be stored.
-        if layer is None or are_constants(given):
+        if (op == "call_module" and layer is None) or are_constants(given):
             return None
-        result: Tensor | None = self.builder.without_recording(output_without_values, layer, *args, **kwargs)
-        self.builder.left_out = self.builder.left_out or result is not None
+        builder, result = self.builder, None
+        if layer is not None:
+            result = builder.without_recording(output_without_values, layer, *args, **kwargs)
+            builder.left_out = builder.left_out or result is not None
+        if result is None and builder.left_out:
+            result = builder.without_recording(elementwise_without_values, name, layer, args, kwargs)
+        self.layers_left_out = self.layers_left_out or result is not None
         return result
 
 

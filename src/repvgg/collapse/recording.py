@@ -124,6 +124,7 @@ class Recording:
         assigned: nodes whose tensor the forward assigned to ``.data`` of a parameter, with its path. It is a constant,
             and read under this name from there on; or the node is opaque.
         writes_parameters: whether the forward writes to the memory of parameters.
+        changed_by_others: those in ``changed`` that other code changed than the module's forward and what it calls.
     """
 
     module: nn.Module
@@ -138,6 +139,7 @@ class Recording:
     on_meta: bool
     assigned: dict[fx.Node, str] = field(default_factory=dict)
     writes_parameters: bool = False
+    changed_by_others: frozenset[str] = frozenset()
 
     def all_calls(self) -> Iterator[tuple[Frame, str, fx.Node | Frame]]:
         """Yield the calls of all modules, each with the frame of the caller; see :meth:`Frame.calls`."""

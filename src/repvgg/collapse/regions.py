@@ -92,6 +92,7 @@ class _Search:
         self.reasons |= options.escaped
         self.firm = frozenset(self.reasons)
         self.unprofitable: set[fx.Node] = set()  # steps that larger regions were cut at for their cost
+        self.unpaid: dict[fx.Node, str] = {}  # why the larger regions that nodes were in did not pay
         self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
         self.values = SymbolicValues(recording, aliasing, options, self.reasons)
         self._insertions: dict[Value, InsertionPoint | str] = {}
@@ -144,7 +145,8 @@ class _Search:
             values, {n: self.reasons[n] for n in self.firm}, merged, self._convolution_at, self.options.why_not_absorbed
         )
         merged = (*(absorption.targets.pop(found.region.exit, found) for found in merged), *absorption.targets.values())
-        reasons = _propagated(values, {*values.cuts, *self.reasons}, {**values.reasons, **self.reasons})
+        known = {**values.reasons, **self.reasons}
+        reasons = _propagated(values, {*values.cuts, *self.reasons}, known, self.unpaid)
         # That the larger region would not pay says more than why the smaller one does not exist.
         unpaid = {node for node, value in values.by_node.items() if value.source in self.unprofitable}
         reasons |= {node: reason for node, reason in absorption.reasons.items() if node not in unpaid}
@@ -237,9 +239,9 @@ class _Search:
                 after, before = value.merged_cost, value.cost
                 times = f"{after.multiply_adds / max(before.multiply_adds, 1e-9):.2g} times the multiply-adds"
                 self.unprofitable.add(step.node)
-                self.reasons[step.node] = (
-                    f"merging it would cost {times} and {after.weights:,} instead of {before.weights:,} weights"
-                )
+                text = f"merging it would cost {times} and {after.weights:,} instead of {before.weights:,} weights"
+                self.reasons[step.node] = text
+                self.unpaid |= {inner.node: text for inner in value.steps}
                 return self._inputs_in_region(step.node)
         return set()
 
@@ -320,13 +322,21 @@ class _Search:
         return self.options.policy(value.cost, value.merged_cost)
 
 
-def _propagated(values: SymbolicValues, firm: Collection[fx.Node], reasons: dict[fx.Node, str]) -> dict[fx.Node, str]:
-    """Extend the reasons to nodes without one: that of their input, or of a user."""
+def _propagated(
+    values: SymbolicValues, firm: Collection[fx.Node], reasons: dict[fx.Node, str], unpaid: Mapping[fx.Node, str]
+) -> dict[fx.Node, str]:
+    """Extend the reasons to nodes without one: that of their input, or of a user.
+
+    That a larger region would not pay (``unpaid``) says more than why the input of a node is not folded.
+    """
     derived: dict[fx.Node, str] = {}
     for node, value in values.by_node.items():
         user = next((user for user in node.users if user in reasons), None)
         input_is_fixed = value.source in values.fixed or value.source in firm
         if value.source in reasons and (user is None or input_is_fixed):
+            if node in unpaid:
+                derived[node] = unpaid[node]
+                continue
             name = describe(values.recording, value.source)
             is_call = value.source.op in ("call_function", "call_method")
             text = f"its input comes from {name}, which" if is_call else f"its input {name}"

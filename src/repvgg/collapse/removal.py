@@ -34,12 +34,9 @@ class Removals:
     @cached_property
     def unread(self) -> dict[str, Unread]:
         """The modules whose results no output depends on, each with what takes its place."""
-        similar = self.validity.similar
-        if similar is None:
-            return {}
         return {
             path: Unread(axes)
-            for frame, path, axes in unread_modules(self.recording, similar)
+            for frame, path, axes in unread_modules(self.recording, lambda: self.validity.similar)
             if not self.validity.is_called_by_a_method(frame.path, path) and self._stays_unread(frame, path)
         }
 

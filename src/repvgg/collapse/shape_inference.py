@@ -1,12 +1,13 @@
 """Outputs of layers without their values: what a recording needs of most tensors is their shape.
 
-Convolutions and linear layers take nearly all of the time of a forward. A recorder leaves them out, and starts anew
-with all values as soon as the code does anything that may depend on one.
+Convolutions, linear layers and what works on each element of their outputs take nearly all of the time and memory of a
+forward. A recorder leaves them out, and starts anew with all values as soon as the code does anything that may depend
+on one. The outputs are memory that nothing has written to, of which the operating system then provides none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
 _CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+_ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh"}
+_ARITHMETIC = {"add", "sub", "mul", "truediv"}
+_ARITHMETIC_IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 
 #: Functions and methods that return tensors, of shapes that do not depend on the values of the arguments, or a fact
 #: about memory or dtype.
@@ -55,7 +59,7 @@ def shapes_suffice(name: str, tensors: list[Tensor]) -> bool:
 
 
 def output_without_values(layer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return zeros in place of the output of a convolution or a linear layer; None if it must be computed."""
+    """Return a tensor in place of the output of a convolution or a linear layer; None if it must be computed."""
     known = type(layer) is nn.Linear or type(layer) in _CONVOLUTIONS
     if not known or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         return None
@@ -78,7 +82,50 @@ def output_without_values(layer: Any, *args: Any, **kwargs: Any) -> Tensor | Non
         if min(sizes) < 1:
             return None
         shape = (x.shape[0], weight.shape[0], *sizes)
-    return x.new_zeros(shape)
+    return x.new_empty(shape)
+
+
+def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a tensor in place of what an elementwise function or layer returns for arguments; None for others."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.is_contiguous() or not x.dim():
+        return None
+    if torch.is_autocast_enabled(x.device.type) or x.layout is not torch.strided or x.requires_grad:
+        return None
+    if layer is not None:
+        if kwargs or len(args) != 1 or layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+        if type(layer) in _NORMS and layer.track_running_stats and not layer.training:
+            return _normalized(layer, x)
+        if type(layer) in _ELEMENTWISE:
+            return _as_written(x) if getattr(layer, "inplace", False) else torch.empty_like(x)
+        return None
+    if name in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
+        return _as_written(x) if kwargs.get("inplace") else torch.empty_like(x)
+    if name == "batch_norm" and not any(isinstance(value, bool) and value for value in (*args[5:6], *kwargs.values())):
+        return torch.empty_like(x)
+    if name in _ARITHMETIC | _ARITHMETIC_IN_PLACE and len(args) == 2 and not kwargs:
+        return _arithmetic(name in _ARITHMETIC_IN_PLACE, x, args[1])
+    return None
+
+
+def _arithmetic(in_place: bool, x: Tensor, y: Any) -> Tensor | None:
+    """Return a tensor in place of a sum or product that has the shape of its first operand."""
+    if isinstance(y, Tensor):
+        if y.dtype is not x.dtype or y.device != x.device or y.requires_grad or not y.is_contiguous():
+            return None
+        sides = zip(reversed(x.shape), reversed(y.shape), strict=False)
+        if y.dim() > x.dim() or any(size not in (1, full) for full, size in sides):
+            return None
+    elif type(y) not in (int, float, bool):
+        return None
+    return _as_written(x) if in_place else torch.empty_like(x)
+
+
+def _as_written(x: Tensor) -> Tensor:
+    """Return a tensor as if something had been written to all of it: its version tells."""
+    x.narrow(0, 0, 0).zero_()
+    return x
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:

@@ -6,7 +6,7 @@ it is, and calls a stand-in that computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,23 +106,24 @@ class Liveness:
                     self._reach_frame(self._recording.frame_of[node])
 
 
-def unread_modules(recording: Recording, similar: Recording) -> Iterator[tuple[Frame, str, Axes]]:
+def unread_modules(recording: Recording, similar: Callable[[], Recording | None]) -> Iterator[tuple[Frame, str, Axes]]:
     """Yield modules with parameters none of whose calls is read: the frame of the call, the path, and a shape.
 
-    The shape is that of the result in both recordings, as one that depends on the input; the recordings are of calls
-    with other sizes. Modules that return anything else than one tensor are left out.
+    The shape is that of the result in both recordings, as one that depends on the input; ``similar`` returns that of a
+    call with other sizes. Modules that return anything else than one tensor are left out.
     """
-    live, other = Liveness(recording), Liveness(similar)
-    needed = paths_around(live.paths() | other.paths())
-    calls = {path: call for _, path, call in similar.all_calls()}
-    done: set[str] = set()
+    live = Liveness(recording)
+    needed, found = paths_around(live.paths()), dict[str, tuple[Frame, Any]]()
     for frame, path, call in recording.all_calls():
-        if frame not in live.frames or path in done or path in needed:
-            continue
-        if not has_parameters(recording.module.get_submodule(path)):
-            continue
-        done.add(path)
-        axes = _axes(call, calls.get(path))
+        if frame in live.frames and path not in needed and has_parameters(recording.module.get_submodule(path)):
+            found.setdefault(path, (frame, call))
+    other = similar() if found else None
+    if other is None:
+        return
+    needed = paths_around(Liveness(other).paths())
+    calls = {path: call for _, path, call in other.all_calls()}
+    for path, (frame, call) in found.items():
+        axes = None if path in needed else _axes(call, calls.get(path))
         if axes is not None:
             yield frame, path, axes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 from repvgg.collapse.code import code_facts
 from repvgg.collapse.guard import CallGuard
@@ -19,7 +20,8 @@ class Validity:
 
     Args:
         recording: the recorded call.
-        similar: a call with inputs of other sizes; None if the model takes none.
+        record_similar: returns the recording of a call with inputs of other sizes, None if the model takes none; and
+            whether it is one of small images, on which the model runs the same.
         trusted: whether the recorded call is how the model is used. What only holds for calls like it is then merged,
             and guarded; else it is left.
 
@@ -28,13 +30,37 @@ class Validity:
         guards: what the plain model must check, by the path of the module.
     """
 
-    def __init__(self, recording: Recording, similar: Recording | None, *, trusted: bool) -> None:
-        self.recording, self.similar, self.trusted = recording, similar, trusted
+    def __init__(
+        self, recording: Recording, record_similar: Callable[[], tuple[Recording | None, bool]], *, trusted: bool
+    ) -> None:
+        self.recording, self._record_similar, self.trusted = recording, record_similar, trusted
         self.frames: dict[str, list[Frame]] = defaultdict(list)
         for frame in recording.root.frames():
             self.frames[frame.path].append(frame)
         self.guards: dict[str, CallGuard] = {}
         self._variants: dict[str, Variants] = {}
+
+    @cached_property
+    def _similar(self) -> tuple[Recording | None, bool]:
+        return self._record_similar()  # when something first depends on it
+
+    @property
+    def similar(self) -> Recording | None:
+        """The recording of a call with inputs of other sizes."""
+        return self._similar[0]
+
+    @property
+    def holds_for_small_images(self) -> bool:
+        """Whether the model runs the same on small images as on the recorded ones, which are large."""
+        return self._similar[1]
+
+    @cached_property
+    def similar_frames(self) -> dict[str, Frame]:
+        """The first call of each module in it, by its path."""
+        found: dict[str, Frame] = {}
+        for frame in self.similar.root.frames() if self.similar is not None else ():
+            found.setdefault(frame.path, frame)
+        return found
 
     def variants(self, path: str) -> Variants:
         """Return the other branches that the forward of a module may take."""

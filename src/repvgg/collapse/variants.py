@@ -32,7 +32,6 @@ from repvgg.collapse.recording import (
 )
 from repvgg.collapse.settings import Setting, settings_read
 from repvgg.collapse.tracked import UNKNOWN, UnknownValueError
-from repvgg.symbolic import first_float
 
 _MAX_RUNS = 32  # of one forward; each decision doubles them
 _MAX_COMBINATIONS = 16  # of the values of optional arguments
@@ -153,9 +152,7 @@ def _is_refusal(error: Exception) -> bool:
 
 def calls_of(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
     """Yield the recorded call of a frame, and calls with other values of its optional arguments."""
-    like = first_float(recording.module)
-    device = torch.device("cpu") if like is None else like.device
-    args, kwargs = map_values(lambda value: _value_of(value, device), (frame.args, frame.kwargs))
+    args, kwargs = map_values(_value_of, (frame.args, frame.kwargs))
     yield Call(args, kwargs)
     signature = signature_of(module)
     if signature is None:
@@ -227,14 +224,13 @@ def _with_arguments(signature: inspect.Signature, args: Any, kwargs: Any, values
     return Call(bound.args, bound.kwargs)
 
 
-def _value_of(node: Any, device: torch.device) -> Any:
-    """Return a value like that of a node: a tensor, or the recorded number."""
+def _value_of(node: Any) -> Any:
+    """Return a value like that of a node: a tensor without values, or the recorded number."""
     if not isinstance(node, fx.Node):
         return node
     if "shape" in node.meta:
-        stride = node.meta.get("stride")
-        kept = {"dtype": node.meta["dtype"], "device": device}
+        shape, stride, dtype = node.meta["shape"], node.meta.get("stride"), node.meta["dtype"]
         if stride is None or 0 in stride:
-            return torch.zeros(node.meta["shape"], **kept)
-        return torch.empty_strided(node.meta["shape"], stride, **kept).zero_()
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     return node.meta.get("value")

@@ -301,3 +301,18 @@ def parse_uri(text: str) -> DataUri:
         return DataUri(text, scheme, rest)
     pairs = (part.partition("=") for part in query.split("&"))
     return DataUri(text, scheme, before, {name: value for name, _, value in pairs})
+
+
+def per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return one number per channel: greyscale takes the average of three, and RGB repeats a single one.
+
+    Raises:
+        UsageError: another number of values.
+    """
+    if len(values) == channels:
+        return tuple(values)
+    if channels == 1:
+        return (sum(values) / len(values),)
+    if len(values) == 1:
+        return tuple(values) * channels
+    raise UsageError(f"{name} holds {len(values)} numbers, but the images have {channels} channels.")

@@ -11,7 +11,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, per_channel
 from repvgg.data.decode import CorruptImage, CorruptImageLog, decode, is_image_name, to_channels
 from repvgg.data.loaders import RankShard, TrainLoader, ValLoader
 from repvgg.data.map_style import (
@@ -265,21 +265,6 @@ def denormalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
         torch.tensor(values, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for values in (mean, std)
     )
     return (images * scale + shift).clamp(0, 1)
-
-
-def per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return one number per channel: greyscale takes the average of three, and RGB repeats a single one.
-
-    Raises:
-        UsageError: another number of values.
-    """
-    if len(values) == channels:
-        return tuple(values)
-    if channels == 1:
-        return (sum(values) / len(values),)
-    if len(values) == 1:
-        return tuple(values) * channels
-    raise UsageError(f"{name} holds {len(values)} numbers, but the images have {channels} channels.")
 
 
 def list_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, Augment, DataConfig
-from repvgg.data.dataset import Normalize, denormalized, per_channel
+from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, Augment, DataConfig, per_channel
+from repvgg.data.dataset import Normalize, denormalized
 from repvgg.data.decode import CorruptImage, CorruptImageLog
 from repvgg.data.label_sets import IGNORE_INDEX
 from repvgg.data.loaders import LoadedBatch, RankShard, TrainLoader, ValLoader

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repvgg._files import atomic_folder, check_output_folder
 from repvgg.checkpoints import Metadata
 from repvgg.deploy.c_comparison import compare_library
+from repvgg.deploy.c_runner import LibraryRunner, write_notes
 from repvgg.deploy.targets import TARGETS, Exported, ExportRequest, Shape
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Graph, infer_shapes
@@ -88,6 +89,11 @@ def export(request: ExportRequest) -> Exported:
     return Exported(done.path, contents, done.evidence, (done.ran, *done.remarks))
 
 
+def load(path: Path, threads: int | None = None) -> LibraryRunner:
+    """Open a library or the folder of one; see :class:`repvgg.deploy.c_runner.LibraryRunner`."""
+    return LibraryRunner(path, threads)
+
+
 def export_c(
     reference: nn.Module,
     plain: nn.Module,
@@ -107,7 +113,8 @@ def export_c(
     """Compile ``plain`` to a C library that needs no Python, and keep it only if it equals ``reference``.
 
     The folder gets ``libNAME.a``, ``libNAME.so`` (where there is a linker), ``NAME.h``, ``example.c``,
-    ``CMakeLists.txt``, a ``README.md``, and ``NAME.weights`` if the weights are not inside of the library.
+    ``CMakeLists.txt``, a ``README.md``, notes in ``NAME.json``, and ``NAME.weights`` if the weights are not inside of
+    the library.
 
     Args:
         reference: the function as it should be.
@@ -155,6 +162,7 @@ def export_c(
             embed_weights=weights == "embedded",
         )
         _write_sources(part, name, embedded=weights == "embedded")
+        write_notes(part, name, notes or {})
         evidence, ran = compare_library(reference, graph, built, shapes, images)
         size = built.archive.stat().st_size
         remarks = () if built.shared else (_no_linker(built),)
@@ -201,8 +209,8 @@ def _tensors(graph: Graph, shapes: Sequence[tuple[int, int, int, int]]) -> list[
     values = infer_shapes(graph, [shape[2:] for shape in shapes])
     lines = [f"- input {number}: float32 (N, {', '.join(map(str, shape[1:]))})" for number, shape in enumerate(shapes)]
     for number, output in enumerate(graph.outputs):
-        shape = ", ".join(map(str, output.shape_of(values[output.value])))
-        lines.append(f"- output {number}: float32 (N, {shape})")
+        shape = output.shape_of(values[output.value])
+        lines.append(f"- output {number}: float32 ({', '.join(map(str, ('N', *shape)))})")
     return lines
 
 
@@ -221,6 +229,7 @@ def _readme(
         f"lib{name}.so": "shared library",
         f"{name}.weights": "weights: pass its path to the function that creates a network",
         f"{name}.h": "interface",
+        f"{name}.json": "what is known about the network, for `repvgg predict`",
         "example.c": "a program that runs images",
         "CMakeLists.txt": "the library as a target of CMake",
     }

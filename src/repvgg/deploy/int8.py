@@ -1,14 +1,14 @@
-"""Evaluate a quantized ONNX file in its runtimes: SQNR, top-1 agreement, accuracy, saturation, latency."""
+"""Evaluate a quantized ONNX file in its runtimes: SQNR, agreement, accuracy or mIoU, saturation, latency."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,50 @@ from repvgg.deploy.openvino import compile_for_cpu, openvino_core
 from repvgg.deploy.qdq import export_qdq
 from repvgg.errors import ExportError, MissingDependencyError, first_line
 from repvgg.measure import INTERLEAVED, REST_SECONDS, take_samples
-from repvgg.quantization import Quality, QuantizationReport, QuantizationSettings, compare_outputs, quantize
-from repvgg.quantization.calibration import BATCH, first_tensor, run_in_batches
+from repvgg.measure.timing import Sample
+from repvgg.quantization import (
+    Quality,
+    QualityMeter,
+    QuantizationReport,
+    QuantizationSettings,
+    Reference,
+    quantize,
+)
+from repvgg.quantization.calibration import first_tensor
 
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
-#: Granularities and bits of weights that are tried, the simplest first.
+_EMULATED_IMAGES, _EMULATED_MAPS = 512, 16  # float arithmetic is slow: so many tell saturation from rounding
+#: Granularities and bounds of weights that are tried; the first wins ties.
 CHOICES = (
-    QuantizationSettings(granularity="per_channel", weight_bits=8),
-    QuantizationSettings(granularity="per_tensor", weight_bits=8),
-    QuantizationSettings(granularity="per_channel", weight_bits=7),
+    QuantizationSettings(granularity="per_channel"),
+    QuantizationSettings(granularity="per_tensor"),
+    QuantizationSettings(granularity="per_channel", pair_bound=False),
 )
+RUNTIMES = ("ONNX Runtime", "OpenVINO")
 
 Runner = Callable[[Tensor], Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Latency:
+    """The time of a call of a quantized file, by default with one image, and of the float file in the same rounds.
+
+    Attributes:
+        milliseconds: median.
+        float_milliseconds: the same of the float network.
+        speedup: median over the rounds of the float network's time divided by that of the quantized file.
+    """
+
+    milliseconds: float
+    float_milliseconds: float
+    speedup: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.milliseconds:.2f} ms a call, float32 {self.float_milliseconds:.2f} ms: "
+            f"{self.speedup:.2f} times as fast"
+        )
 
 
 @final
@@ -40,140 +72,163 @@ class RuntimeResult:
     Attributes:
         runtime: its name.
         quality: the outputs compared with those of the float network in PyTorch.
-        milliseconds: for one image, median.
-        float_milliseconds: the same of the float network in the same runtime.
-        emulated: quality with the file's float arithmetic in place of integer kernels; None if the runtime cannot.
+        latency: beside that of the float network in the same runtime; None if it was not timed.
+        saturation: what integer kernels lose against float arithmetic with the same file on the same images, in dB;
+            None if the runtime has no such arithmetic.
     """
 
     runtime: str
     quality: Quality
-    milliseconds: float
-    float_milliseconds: float
-    emulated: Quality | None = None
+    latency: Latency | None = None
+    saturation: float | None = None
 
     @property
     def saturates(self) -> bool:
         """Whether integer kernels lose more than rounding explains: sums saturate, as U8S8 kernels do without VNNI."""
-        return self.emulated is not None and self.emulated.sqnr - self.quality.sqnr > _SATURATION_DB
+        return self.saturation is not None and self.saturation > _SATURATION_DB
 
     def __str__(self) -> str:
-        speed = f"{self.milliseconds:.2f} ms an image, float32 {self.float_milliseconds:.2f} ms"
-        text = f"{self.runtime}: {self.quality}, {speed}"
+        text = f"{self.runtime}: {self.quality}"
+        if self.latency is not None:
+            text += f", {self.latency}"
         if self.saturates:
-            assert self.emulated is not None
             text += (
-                f"; its integer kernels saturate on this CPU ({self.emulated.sqnr:.1f} dB in float arithmetic): "
-                "use 7-bit weights"
+                f"; its integer kernels saturate on this CPU, {self.saturation:.1f} dB are lost: weights in bounded "
+                "pairs, or of 7 bits, do not"
             )
         return text
 
 
 def evaluate_int8(
     path: str | os.PathLike[str],
-    reference: nn.Module,
-    images: Tensor,
-    labels: Tensor | None = None,
+    reference: Reference,
     *,
-    expected: Tensor | None = None,
+    runtimes: Iterable[str] = RUNTIMES,
     rounds: int = 10,
+    batch: int = 1,
+    float_file: Path | None = None,
 ) -> list[RuntimeResult]:
-    """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on images.
+    """Run a quantized ONNX file in ONNX Runtime, and in OpenVINO if it is installed, on the images of ``reference``.
 
     Args:
         path: the file.
-        reference: the float network, in eval mode.
-        images: (N, C, H, W), other ones than those of the calibration.
-        labels: (N,) true classes, if known.
-        expected: outputs to compare with in place of those of ``reference``, which is then timed only.
-        rounds: how often each file is timed.
+        reference: the float network on other images than those of the calibration.
+        runtimes: names from :data:`RUNTIMES`.
+        rounds: how often each file is timed; 0 does not time.
+        batch: images in a timed call.
+        float_file: the float network as ONNX; None writes one for the timing.
 
     Raises:
         ExportError: the file cannot be loaded or run.
+        UsageError: there are no images.
         MissingDependencyError: onnx or onnxruntime is not installed.
     """
-    expected = run_in_batches(reference, images) if expected is None else expected
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        float_file = Path(folder) / "float.onnx"
-        export_onnx(reference, float_file, (images.shape[1], images.shape[2], images.shape[3]))
-        runtimes = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
-        results = []
-        for name, prepare in runtimes.items():
+        if rounds and float_file is None:
+            float_file = Path(folder) / "float.onnx"
+            export_onnx(reference.model, float_file, reference.shape)
+        for name in runtimes:
             try:
-                quantized, as_float = prepare(Path(path)), prepare(float_file)
+                quantized = load_runner(name, path)
             except MissingDependencyError:
-                if name == "ONNX Runtime":
+                if name == RUNTIMES[0]:
                     raise
                 continue
-            quality = compare_outputs(expected, _outputs(quantized, images), labels)
-            emulated = None
-            if name == "ONNX Runtime":
-                emulated = compare_outputs(expected, _outputs(_onnxruntime(Path(path), emulate=True), images), labels)
-            ours, theirs = _milliseconds(quantized, as_float, images[:1], rounds)
-            results.append(RuntimeResult(name, quality, ours, theirs, emulated))
+            emulated = load_runner(name, path, emulate=True) if name == RUNTIMES[0] else None
+            quality, saturation = _compare(reference, quantized, emulated)
+            latency = None
+            if rounds and float_file is not None:
+                images = next(iter(reference)).images[:1].repeat_interleave(batch, 0)
+                latency = time_int8(quantized, load_runner(name, float_file), images, rounds)
+            results.append(RuntimeResult(name, quality, latency, saturation))
     return results
 
 
 def quantize_for_cpu(
     model: nn.Module,
     calibration: Tensor,
-    images: Tensor,
+    selection: Reference,
     settings: QuantizationSettings,
     choices: Sequence[QuantizationSettings] = CHOICES,
 ) -> tuple[nn.Module, QuantizationReport, dict[str, Quality]]:
-    """Quantize with the granularity and bits of weights that do best in ONNX Runtime on this CPU.
+    """Quantize with the granularity and the bound of weights that do best in ONNX Runtime on this CPU.
 
     Args:
         model: a plain network.
         calibration: images for :func:`repvgg.quantize`.
-        images: other images, on which the choices are compared.
+        selection: the network on the images on which the choices are compared: neither those of the calibration, nor
+            those of an evaluation, which the choice would favour.
         settings: everything else.
-        choices: settings whose granularity and bits are tried.
+        choices: settings whose granularity, bits and bound are tried.
 
     Returns:
         The network and the report of the best choice, and the quality of each in ONNX Runtime by its description.
     """
-    expected = run_in_batches(model, images)
     best: tuple[nn.Module, QuantizationReport] | None = None
     tried: dict[str, Quality] = {}
     with tempfile.TemporaryDirectory() as folder:
         for index, choice in enumerate(choices):
-            tried_settings = replace(settings, granularity=choice.granularity, weight_bits=choice.weight_bits)
+            tried_settings = replace(
+                settings,
+                granularity=choice.granularity,
+                weight_bits=choice.weight_bits,
+                pair_bound=choice.pair_bound,
+            )
             quantized, report = quantize(model, calibration, tried_settings)
             file = Path(folder) / f"{index}.onnx"
-            export_qdq(quantized, file, (images.shape[1], images.shape[2], images.shape[3]))
-            quality = compare_outputs(expected, _outputs(_onnxruntime(file), images))
+            export_qdq(quantized, file, selection.shape)
+            quality = selection.compare(load_runner(RUNTIMES[0], file))
             if not tried or quality.sqnr > max(other.sqnr for other in tried.values()):
                 best = quantized, report
-            tried[f"{choice.weight_bits}-bit weights {choice.granularity.replace('_', ' ')}"] = quality
+            tried[choice.weights] = quality
     assert best is not None
     return *best, tried
 
 
-def _outputs(run: Runner, images: Tensor) -> Tensor:
-    return torch.cat([run(batch) for batch in torch.split(images, BATCH)])
+def load_runner(runtime: str, path: str | os.PathLike[str], *, emulate: bool = False) -> Runner:
+    """Return a callable that runs an ONNX file with PyTorch's number of threads; OpenVINO reads its IR, too.
 
+    Args:
+        runtime: a name from :data:`RUNTIMES`.
+        path: the file.
+        emulate: run the nodes of the file one by one, in float arithmetic; ONNX Runtime only.
 
-def _onnxruntime(path: Path, *, emulate: bool = False) -> Runner:
-    runner = OnnxRunner(path, torch.get_num_threads(), optimize=not emulate)
-    return lambda x: first_tensor(runner(x))
-
-
-def _openvino(path: Path) -> Runner:
+    Raises:
+        ExportError: the file cannot be loaded.
+        MissingDependencyError: the runtime is not installed.
+    """
+    if runtime == RUNTIMES[0]:
+        runner = OnnxRunner(path, torch.get_num_threads(), optimize=not emulate)
+        return lambda x: first_tensor(runner(x))
     core = openvino_core()
     try:
-        request = compile_for_cpu(core, core.read_model(str(path)))
+        request = compile_for_cpu(core, core.read_model(os.fspath(path)))
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot load the file: {first_line(error)}.") from error
     return lambda x: torch.from_numpy(request.infer([x.contiguous().numpy()])[0].copy())
 
 
-def _milliseconds(quantized: Runner, as_float: Runner, image: Tensor, rounds: int) -> tuple[float, float]:
-    seconds: dict[str, list[float]] = {"int8": [], "float32": []}
+def _compare(reference: Reference, quantized: Runner, emulated: Runner | None) -> tuple[Quality, float | None]:
+    """Return the quality in integer kernels, and what they lose against float arithmetic on the first images."""
+    meter, in_integers, in_floats = QualityMeter(), QualityMeter(), QualityMeter()
+    compared = 0
+    for images, labels, expected in reference:
+        found = quantized(images)
+        meter.add(expected, found, labels)
+        if emulated is not None and compared < (_EMULATED_MAPS if expected.ndim == 4 else _EMULATED_IMAGES):
+            in_integers.add(expected, found)
+            in_floats.add(expected, emulated(images))
+            compared += len(images)
+    saturation = in_floats.quality.sqnr - in_integers.quality.sqnr if emulated is not None else None
+    return meter.quality, saturation
 
-    def keep(sample: Any) -> None:
-        for name, value in sample.items():
-            seconds[name].append(value)
 
+def time_int8(quantized: Runner, as_float: Runner, images: Tensor, rounds: int) -> Latency:
+    """Time two files on the same images in the same rounds."""
+    samples: list[Sample] = []
     protocol = replace(INTERLEAVED, rounds=rounds, rest_seconds=REST_SECONDS)
-    take_samples({"int8": lambda: quantized(image), "float32": lambda: as_float(image)}, protocol, keep)
-    return 1e3 * median(seconds["int8"]), 1e3 * median(seconds["float32"])
+    take_samples({"int8": lambda: quantized(images), "float32": lambda: as_float(images)}, protocol, samples.append)
+    ours, theirs = ([sample[name] for sample in samples] for name in ("int8", "float32"))
+    ratio = median(other / one for one, other in zip(ours, theirs, strict=True))
+    return Latency(1e3 * median(ours), 1e3 * median(theirs), ratio)

@@ -94,6 +94,13 @@ TARGETS: dict[str, ExportTarget] = {
     ),
     "onnx": ExportTarget("an ONNX file", "repvgg.deploy.shipping", ".onnx"),
     "pt2": ExportTarget("a program of torch.export", "repvgg.deploy.shipping", ".pt2"),
+    "web": ExportTarget(
+        "a page for browsers",
+        "repvgg.deploy.web",
+        "",
+        options=("onnxruntime_web", "single_file", "crop_fraction", "interpolation"),
+        replaceable="model.json",
+    ),
 }
 
 

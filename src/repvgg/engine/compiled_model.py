@@ -31,16 +31,18 @@ from repvgg.engine.kernels.base import Kernel
 from repvgg.engine.nested import map_structure
 from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
-from repvgg.engine.planner.algorithms import Precision, Selector, Target, check_precision
+from repvgg.engine.planner.algorithms import Precision, Selector, Target, check_precision, supports_winograd
 from repvgg.engine.planner.autotune import autotune
+from repvgg.engine.planner.calibration import calibrated_costs
 from repvgg.engine.planner.machine_costs import machine_costs
-from repvgg.engine.planner.plan import plan
+from repvgg.engine.planner.plan import BatchChunks, conv_problems, plan
 from repvgg.engine.planner.selection_cache import select_cached
 from repvgg.engine.planner.steps import Plan
 from repvgg.engine.runtime.memory import Images, InputView, view_inputs
 from repvgg.engine.runtime.thread_pool import ThreadPool, check_threads, thread_count
 from repvgg.errors import FallbackWarning, RepvggError, UnsupportedError, UsageError, first_line
 
+_MIN_CALIBRATED = 2**24  # multiplications of a convolution by the direct kernel: about 0.5 ms
 MAX_INPUT_SIZES = 4  # executables that a model keeps, each with its code and memory
 
 
@@ -94,7 +96,9 @@ def compile(  # noqa: A001 - as torch.compile
             with such outliers, use "highest", which keeps them where PyTorch does.
         search: measure the best candidate algorithms of each convolution for ``input_shape`` on this machine, and use
             the fastest. This takes some seconds for each kind of convolution, once: results are cached on disk. By
-            default, a cost model selects the algorithms. The outputs of both differ by rounding errors.
+            default, a cost model selects the algorithms. The outputs of both differ by rounding errors. On a processor
+            that the cost model was not fitted on, it is calibrated at first use, which takes some seconds, once:
+            ``REPVGG_CALIBRATE=off`` in the environment switches that off.
         fallback: let PyTorch run what the engine does not support, with a warning that gives the reason: some parts of
             the network, which ``print`` lists, or all of it.
 
@@ -174,6 +178,7 @@ class CompiledModel:
         input_shape: the first of them.
         threads: number of threads, including the caller's.
         plan: the kernels and buffers for ``input_shape``, without the weights.
+        calibrated: whether the cost model was calibrated on this processor.
     """
 
     def __init__(
@@ -189,8 +194,10 @@ class CompiledModel:
         self.input_shape = self.input_shapes[0]
         self.threads = thread_count(threads)
         isa = isa or host_isa()
-        self._target = Target(isa, self.threads, precision, machine_costs(isa))
         self._pool, self._search = ThreadPool(isa, self.threads), search
+        costs = calibrated_costs(isa, self.threads, self._pool) if self._is_large(isa) else None
+        self.calibrated = costs is not None
+        self._target = Target(isa, self.threads, precision, costs or machine_costs(isa))
         self._select: Selector = select_cached
         if search:
             self._select = autotune(graph, self.input_shapes, self._target, self._pool)
@@ -200,6 +207,16 @@ class CompiledModel:
         self._lock, self._process = Lock(), os.getpid()
         self._name = uuid4().hex
         register(self._name, self)
+
+    def _is_large(self, isa: VectorIsa) -> bool:
+        """Whether the choices of the cost model matter enough to calibrate it first."""
+        batch, sizes = self.input_shape[0], [shape[2:] for shape in self.input_shapes]
+        shapes = infer_shapes(self._graph, sizes)
+        target = Target(isa, self.threads)
+        return any(
+            problem is not None and supports_winograd(problem, target) and problem.num_multiplies >= _MIN_CALIBRATED
+            for problem in conv_problems(self._graph, shapes, BatchChunks(0, batch), batch)
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Compute the outputs for float32 images (n, C, H, W): tensors for tensors, arrays for arrays.
@@ -287,7 +304,8 @@ class CompiledModel:
     def __repr__(self) -> str:
         shape, isa = " x ".join(map(str, self.input_shape)), self._target.isa.name
         layers = len(self._graph.nodes)
-        return f"<CompiledModel of {layers} layers for {shape}, {isa}, {self.threads} threads>"
+        calibrated = ", calibrated costs" if self.calibrated else ""
+        return f"<CompiledModel of {layers} layers for {shape}, {isa}, {self.threads} threads{calibrated}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         target = self._target

@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
     CUDA and cuDNN are named if CUDA is initialized; this function does not initialize it. Unknown entries are left out.
     """
     entries = {
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count() or "unknown"),
         "threads": str(torch.get_num_threads()),
@@ -140,7 +140,8 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in entries.items() if value}
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the model name of the processor; "unknown" if the system does not tell."""
     # platform.processor() is empty on many Linux systems: prefer the model name of /proc/cpuinfo.
     names = [line.split(":", 1)[1].strip() for line in _read(_CPUINFO).splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine() or "unknown"

@@ -10,8 +10,9 @@ from repvgg.quantization.fake import FakeQuantLayer
 from repvgg.quantization.files import load_quantized, save_quantized
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, quantize_layer
 from repvgg.quantization.qat import QatNetwork, QatReport, prepare_qat
-from repvgg.quantization.quality import PairedAccuracy, Quality, compare_outputs, sqnr
+from repvgg.quantization.quality import PairedAccuracy, PairedSegmentation, Quality, QualityMeter, compare_outputs, sqnr
 from repvgg.quantization.ranges import Histogram, RangeMethod, choose_quantizer
+from repvgg.quantization.reference import Reference, in_batches
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
 from repvgg.quantization.steps import Step, StepReport, measure_steps
@@ -26,9 +27,11 @@ __all__ = [
     "LayerFactors",
     "LayerSpread",
     "PairedAccuracy",
+    "PairedSegmentation",
     "QatNetwork",
     "QatReport",
     "Quality",
+    "QualityMeter",
     "QuantizationReport",
     "QuantizationSettings",
     "QuantizedConv2d",
@@ -37,6 +40,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "RangeMethod",
+    "Reference",
     "Step",
     "StepReport",
     "adapt_rounding",
@@ -44,6 +48,7 @@ __all__ = [
     "compare_outputs",
     "correct_bias",
     "equalize",
+    "in_batches",
     "load_quantized",
     "measure_steps",
     "prepare_qat",

@@ -8,26 +8,38 @@ weight in turn takes the integer that is best given all others. The error never 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repvgg.quantization.affine import over_axis_0
+from repvgg.quantization.affine import PAIR_BOUND, adjacent_weights, over_axis_0
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer
 
 _DAMPING = 0.01  # of the mean diagonal of H: directions that few calibration inputs have are left as they are
+_BLOCK = 64  # weights of an output channel that are visited between updates of the whole gradient
 _COLUMN_BYTES = 256 * 2**20  # of unfolded inputs at once
 
 
-def adapt_rounding(layer: QuantizedLayer, weight: Tensor, x: Tensor, sweeps: int = 2, highest: int = 127) -> float:
+def adapt_rounding(
+    layer: QuantizedLayer,
+    weight: Tensor,
+    inputs: Iterable[Tensor],
+    sweeps: int = 2,
+    highest: int = 127,
+    *,
+    pair_bound: bool = False,
+) -> float:
     """Replace the integers of ``layer`` by those of the smallest output error, in place.
 
     Args:
         layer: a quantized layer.
         weight: the float weight (O, I/groups, …) that it stands for.
-        x: inputs of the layer, as it receives them in the quantized network.
+        inputs: batches of inputs of the layer, as it receives them in the quantized network.
         sweeps: passes over the weights.
         highest: largest integer, ``2^(bits−1) − 1``.
+        pair_bound: keep the sums of adjacent weights in their bound; see :func:`.affine.quantize_weight`.
 
     Returns:
         The squared output error after, divided by that before.
@@ -35,10 +47,11 @@ def adapt_rounding(layer: QuantizedLayer, weight: Tensor, x: Tensor, sweeps: int
     integers = layer.weight_integers
     groups = layer.groups if isinstance(layer, QuantizedConv2d) else 1
     scale = over_axis_0(layer.weight_scale.double(), 2).expand(len(integers), 1)
+    partner = adjacent_weights(integers.shape) if pair_bound else None
     before = after = 0.0
     result = []
     with torch.no_grad():
-        moments = _second_moments(layer, x, groups)
+        moments = _second_moments(layer, inputs, groups)
         rows = zip(
             weight.detach().double().flatten(1).chunk(groups),
             integers.double().flatten(1).chunk(groups),
@@ -47,7 +60,7 @@ def adapt_rounding(layer: QuantizedLayer, weight: Tensor, x: Tensor, sweeps: int
             strict=True,
         )
         for target, start, step, moment in rows:
-            chosen = _descend(target, start, step, moment, sweeps, highest)
+            chosen = _descend(target, start, step, moment, sweeps, highest, partner)
             before += _error(start * step - target, moment)
             after += _error(chosen * step - target, moment)
             result.append(chosen)
@@ -55,20 +68,41 @@ def adapt_rounding(layer: QuantizedLayer, weight: Tensor, x: Tensor, sweeps: int
     return after / before if before else 1.0
 
 
-def _descend(target: Tensor, start: Tensor, scale: Tensor, moment: Tensor, sweeps: int, highest: int) -> Tensor:
-    """Return the integers (O, D) after coordinate descent from ``start``."""
-    integers = start.clone()
-    gradient = (integers * scale - target) @ moment
-    curvature = moment.diagonal()
+def _descend(
+    target: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    moment: Tensor,
+    sweeps: int,
+    highest: int,
+    partner: Tensor | None,
+) -> Tensor:
+    """Return the integers (O, D) after coordinate descent from ``start``.
+
+    Weights are visited in blocks: within one, its own part of the gradient is kept up to date, and after it the rest is
+    by one matrix product, which takes a tenth of the time of as many outer products.
+    """
+    others = list(range(len(moment))) if partner is None else partner.tolist()
+    step = scale[:, 0]
+    integers = start.T.contiguous()  # (D, O): a weight of all output channels is contiguous
+    gradient = moment @ (integers * step - target.T)
+    curvature = moment.diagonal().tolist()
     for _ in range(sweeps):
-        for index in range(len(moment)):
-            old = integers[:, index]
-            best = (old - gradient[:, index] / (scale[:, 0] * curvature[index])).round().clamp(-highest, highest)
-            change = (best - old) * scale[:, 0]
-            if change.any():
-                gradient += change[:, None] * moment[index]
-                integers[:, index] = best
-    return integers
+        for first in range(0, len(moment), _BLOCK):
+            block = slice(first, min(first + _BLOCK, len(moment)))
+            local, within = gradient[block].clone(), moment[block, block]
+            changes = torch.zeros_like(local)
+            for row in range(len(local)):
+                index = first + row
+                best = (integers[index] - local[row] / (step * curvature[index])).round_().clamp_(-highest, highest)
+                if others[index] != index:
+                    other = integers[others[index]]
+                    best = torch.minimum(torch.maximum(best, -PAIR_BOUND - other), PAIR_BOUND - other)
+                torch.mul(best - integers[index], step, out=changes[row])
+                integers[index] = best
+                local.addr_(within[row], changes[row])
+            gradient.addmm_(moment[:, block], changes)
+    return integers.T
 
 
 def _error(difference: Tensor, moment: Tensor) -> float:
@@ -85,18 +119,25 @@ def _unfold(x: Tensor, layer: QuantizedConv2d) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
 
 
-def _second_moments(layer: QuantizedLayer, x: Tensor, groups: int) -> list[Tensor]:
+def _parts(layer: QuantizedLayer, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the inputs in parts whose unfolded form fits into memory."""
+    for x in inputs:
+        per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
+        yield from torch.split(x, max(1, _COLUMN_BYTES // per_image))
+
+
+def _second_moments(layer: QuantizedLayer, inputs: Iterable[Tensor], groups: int) -> list[Tensor]:
     """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs."""
     total: list[Tensor] = []
-    per_image = max(1, x[0].numel() * 8 * (layer.weight_integers[0, 0].numel() if x.ndim == 4 else 1))
-    for images in torch.split(x, max(1, _COLUMN_BYTES // per_image)):
+    for images in _parts(layer, inputs):
         columns = layer.centred_input(images) * layer.input_scale.double()
         if isinstance(layer, QuantizedConv2d):
             columns = _unfold(columns, layer)
             columns = columns.movedim(1, 0).flatten(1)
         else:
             columns = columns.flatten(0, -2).T
-        parts = [part @ part.T for part in columns.chunk(groups)]
+        # Sums in float32: they are statistics of calibration images, whose choice matters more than their rounding.
+        parts = [(part @ part.T).double() for part in columns.float().chunk(groups)]
         total = parts if not total else [one + other for one, other in zip(total, parts, strict=True)]
     for moment in total:
         diagonal = moment.diagonal()

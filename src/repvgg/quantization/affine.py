@@ -8,6 +8,8 @@ asymmetric and unsigned (uint8).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from repvgg.errors import UsageError
 
+#: Of the sum of two adjacent weights: 255 · 128 is the largest multiple of 255 that 16 bits hold.
+PAIR_BOUND = 128
+
 #: One scale for a whole weight tensor, or one for each output channel.
 Granularity = Literal["per_tensor", "per_channel"]
 
 # Of a tensor of zeros: any positive number represents it. The product of two such scales must not underflow in float32.
 _SMALLEST_SCALE = 2.0**-60
-_WEIGHT_CANDIDATES = 40  # scales that are tried for weights, from half of the full range up
+_WEIGHT_CANDIDATES = 40  # scales that are tried for weights between zero and the full range
 
 
 @final
@@ -93,8 +98,34 @@ def over_axis_0(values: Tensor, ndim: int) -> Tensor:
     return values if values.ndim == 0 else values.reshape(-1, *[1] * (ndim - 1))
 
 
+def adjacent_weights(shape: Sequence[int]) -> Tensor:
+    """Return, for each weight of an output channel, the one that integer kernels add its product to first.
+
+    Kernels of CPUs without VNNI instructions (``vpmaddubsw``) multiply unsigned inputs by signed weights and add the
+    products of two adjacent weights in 16 bits, where sums beyond ±32767 saturate. Weights are adjacent in the order
+    (kernel position, input channel), as in kernels for NHWC inputs.
+
+    Args:
+        shape: of the weight, (O, I, kH, kW) or (O, I).
+
+    Returns:
+        (D,) indices into the D weights of an output channel; the last one of an odd number is its own.
+    """
+    order = torch.arange(math.prod(shape[1:])).reshape(shape[1], -1).T.flatten()
+    pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
+    partner = torch.arange(len(order))
+    partner[pairs[:, 0]], partner[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    return partner
+
+
 def quantize_weight(
-    weight: Tensor, granularity: Granularity, bits: int = 8, *, clip: bool = True, smallest_scale: Tensor | float = 0.0
+    weight: Tensor,
+    granularity: Granularity,
+    bits: int = 8,
+    *,
+    clip: bool = True,
+    smallest_scale: Tensor | float = 0.0,
+    pair_bound: bool = False,
 ) -> QuantizedWeight:
     """Round weights to integers, with the scale of the smallest mean squared error.
 
@@ -105,6 +136,7 @@ def quantize_weight(
         clip: search for a scale that clips the largest weights where this lowers the error; otherwise the largest
             weight is represented.
         smallest_scale: lower bound of the scales, a number or (O,).
+        pair_bound: keep the sum of :func:`adjacent_weights` within ±:data:`PAIR_BOUND`, by moving both of them.
 
     Raises:
         UsageError: ``bits`` is out of range, or a weight is not finite.
@@ -115,17 +147,21 @@ def quantize_weight(
     if not weight.isfinite().all():
         raise UsageError("A weight is NaN or infinite: a network with such weights cannot be quantized.")
     highest = largest_integer(bits)
+    partner = _partners(weight.shape, per_tensor=granularity == "per_tensor") if pair_bound else None
     rows = weight.reshape(1, -1) if granularity == "per_tensor" else weight.flatten(1)
     largest = rows.abs().amax(1).clamp_min(_SMALLEST_SCALE * highest)
     best = largest / highest
     if clip:
         errors = torch.full_like(best, torch.inf)
-        for step in range(_WEIGHT_CANDIDATES, 0, -1):  # the full range first: it wins ties
-            scale = largest * (0.5 + 0.5 * step / _WEIGHT_CANDIDATES) / highest
-            error = (_represented(rows, scale, highest) - rows).square().sum(1)
+        # Of bounded pairs, twice the scale is the largest that can be best: then no pair exceeds its bound.
+        larger = range(1, _WEIGHT_CANDIDATES + 1) if pair_bound else ()
+        for step in (0, *range(-1, -_WEIGHT_CANDIDATES // 2 - 1, -1), *larger):  # the full range first: it wins ties
+            scale = largest * (1 + step / _WEIGHT_CANDIDATES) / highest
+            error = (_integers(rows, scale, highest, partner) * scale[:, None] - rows).square().sum(1)
             best = torch.where(error < errors, scale, best)
             errors = torch.minimum(error, errors)
-    return round_weight(weight, best.reshape(() if granularity == "per_tensor" else (-1,)), bits, smallest_scale)
+    scale = best.reshape(() if granularity == "per_tensor" else (-1,))
+    return round_weight(weight, scale, bits, smallest_scale, pair_bound=pair_bound)
 
 
 def full_range_scale(weight: Tensor, granularity: Granularity, bits: int) -> Tensor:
@@ -136,7 +172,9 @@ def full_range_scale(weight: Tensor, granularity: Granularity, bits: int) -> Ten
     return largest.clamp_min(_SMALLEST_SCALE * highest) / highest
 
 
-def round_weight(weight: Tensor, scale: Tensor, bits: int, smallest_scale: Tensor | float = 0.0) -> QuantizedWeight:
+def round_weight(
+    weight: Tensor, scale: Tensor, bits: int, smallest_scale: Tensor | float = 0.0, *, pair_bound: bool = False
+) -> QuantizedWeight:
     """Round weights to integers with given scales.
 
     Args:
@@ -144,16 +182,33 @@ def round_weight(weight: Tensor, scale: Tensor, bits: int, smallest_scale: Tenso
         scale: float64, () or (O,); rounded to float32 before it is used.
         bits: 2 to 8.
         smallest_scale: lower bound of the scales, a number or (O,).
+        pair_bound: see :func:`quantize_weight`.
     """
     bound = torch.as_tensor(smallest_scale, dtype=torch.float64, device=weight.device)
     chosen = torch.maximum(scale, bound if scale.ndim else bound.amax()).float()
-    highest = largest_integer(bits)
-    steps = weight.detach().double() / over_axis_0(chosen.double(), weight.ndim)
-    return QuantizedWeight(steps.round().clamp(-highest, highest).to(torch.int8), chosen)
+    rows = weight.detach().double()
+    rows = rows.flatten(1) if scale.ndim else rows.reshape(1, -1)
+    partner = _partners(weight.shape, per_tensor=scale.ndim == 0) if pair_bound else None
+    integers = _integers(rows, chosen.double().reshape(-1), largest_integer(bits), partner)
+    return QuantizedWeight(integers.reshape(weight.shape).to(torch.int8), chosen)
 
 
-def _represented(rows: Tensor, scale: Tensor, highest: int) -> Tensor:
-    return (rows / scale[:, None]).round().clamp(-highest, highest) * scale[:, None]
+def _partners(shape: Sequence[int], *, per_tensor: bool) -> Tensor:
+    """Return the indices of :func:`adjacent_weights` within the weights that share a scale."""
+    partner = adjacent_weights(shape)
+    if per_tensor:
+        return torch.cat([partner + len(partner) * channel for channel in range(shape[0])])
+    return partner
+
+
+def _integers(rows: Tensor, scale: Tensor, highest: int, partner: Tensor | None) -> Tensor:
+    integers = (rows / scale[:, None]).round().clamp(-highest, highest)
+    if partner is None:
+        return integers
+    sums = integers + integers[:, partner]
+    sums[:, partner == torch.arange(len(partner))] = 0  # of a weight without a partner
+    excess = (sums.abs() - PAIR_BOUND).clamp_min(0)
+    return integers - (excess / 2).ceil() * sums.sign()
 
 
 def _float32(value: float) -> float:

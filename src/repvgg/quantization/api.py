@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 
 from repvgg._arguments import check_model
 from repvgg.errors import UsageError
-from repvgg.quantization.adaptive_rounding import adapt_rounding
-from repvgg.quantization.affine import QuantizedWeight, largest_integer
-from repvgg.quantization.bias_correction import correct_bias
-from repvgg.quantization.calibration import LayerStatistics, collect_statistics, first_tensor, hooked, run
+from repvgg.quantization.affine import QuantizedWeight
+from repvgg.quantization.calibration import BATCH, LayerStatistics, collect_statistics, hooked, run
 from repvgg.quantization.equalization import channel_spread, equalize
 from repvgg.quantization.layers import QuantizedLayer, quantize_layer, why_not_quantizable
-from repvgg.quantization.quality import compare_outputs, sqnr
+from repvgg.quantization.quality import decibels, sqnr
 from repvgg.quantization.ranges import choose_quantizer
+from repvgg.quantization.reference import Reference, in_batches
+from repvgg.quantization.refinement import Refinement
 from repvgg.quantization.report import QuantizationReport, QuantizedLayerReport
 from repvgg.quantization.settings import QuantizationSettings
 
-_PROBE_IMAGES = 16  # images for the SQNR of single layers
+_PROBE_IMAGES = 16  # for the SQNR of single layers, which takes a run of the network for each layer
+_PROBE_PIXELS = _PROBE_IMAGES * 224 * 224  # of them all, where images are larger
+_NOT_CALLED = "it is not called on the calibration images"
 
 
 def quantize(
@@ -39,7 +42,7 @@ def quantize(
         model: a network, best in the plain form of :func:`repvgg.reparameterize`; batch norms that are left, and all
             operations between layers, stay in float32. It is not changed.
         calibration: images (N, C, H, W) as the network receives them, or an iterable of such batches, or of (images,
-            labels). A hundred images are usually enough; they are in memory at once, with their feature maps.
+            labels). A hundred images are usually enough; they are in memory at once.
         settings: default: 8-bit weights per channel, ranges of the smallest squared error, and all steps.
 
     Returns:
@@ -56,28 +59,34 @@ def quantize(
     if settings.equalize:
         float_model, equalized = equalize(float_model, images)
     names, skipped = layers_to_quantize(float_model)
-    statistics = collect_statistics(float_model, names, [images])
-    for name in [name for name in names if not statistics[name].calls]:
-        skipped[name] = "it is not called on the calibration images"
-        names.remove(name)
+    statistics = collect_statistics(float_model, names, torch.split(images, BATCH))
+    skipped |= {name: _NOT_CALLED for name, found in statistics.items() if not found.calls}
+    names = [name for name, found in statistics.items() if found.calls]
     quantized = copy.deepcopy(float_model)
     for name in names:
         layer = float_model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         quantizer = choose_quantizer(statistics[name].inputs, settings.ranges, settings.percentile)
-        quantized.set_submodule(name, quantize_layer(layer, quantizer, settings.granularity, settings.weight_bits))
-    rounding, corrections = _refine(quantized, float_model, statistics, names, images, settings)
-    probe = images[:_PROBE_IMAGES]
+        integers = quantize_layer(
+            layer, quantizer, settings.granularity, settings.weight_bits, pair_bound=settings.pair_bound
+        )
+        quantized.set_submodule(name, integers)
+    refinement = Refinement(quantized, float_model, statistics, settings)
+    refinement.run(images)
+    probe = images[: min(_PROBE_IMAGES, max(2, _PROBE_PIXELS // images[0, 0].numel()))]
     alone = _sqnr_alone(float_model, quantized, names, probe)
     accumulated = _sqnr_accumulated(float_model, quantized, names, probe)
     layers = [
-        _layer_report(
-            name, model, float_model, quantized, statistics[name], rounding.get(name), corrections.get(name),
-            alone[name], accumulated[name],
+        replace(
+            _layer_report(name, model, float_model, quantized, statistics[name]),
+            rounding_error_ratio=refinement.rounding.get(name),
+            bias_correction=refinement.corrections.get(name),
+            sqnr_alone=alone[name],
+            sqnr_accumulated=accumulated[name],
         )
         for name in names
-    ]  # fmt: skip
-    quality = compare_outputs(first_tensor(run(model, images)), first_tensor(run(quantized, images)))
+    ]
+    quality = Reference(copy.deepcopy(model).eval().float(), in_batches(images)).compare(quantized)
     return quantized, QuantizationReport(settings, tuple(layers), skipped, equalized, quality)
 
 
@@ -114,46 +123,14 @@ def layers_to_quantize(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     return names, skipped
 
 
-def _refine(
-    quantized: nn.Module,
-    float_model: nn.Module,
-    statistics: Mapping[str, LayerStatistics],
-    names: Sequence[str],
-    images: Tensor,
-    settings: QuantizationSettings,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Adapt the rounding and correct the bias of one layer after the other, in one pass over the images."""
-    rounding: dict[str, float] = {}
-    corrections: dict[str, float] = {}
-    # A layer that is called several times has several inputs and output means, which one weight and bias cannot serve.
-    once = [name for name in names if statistics[name].calls == 1]
-
-    def visit(name: str, x: Tensor, y: Tensor) -> Tensor:
-        layer = quantized.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
-        if settings.rounding_sweeps:
-            weight = float_model.get_submodule(name).get_parameter("weight")
-            highest = largest_integer(settings.weight_bits)
-            rounding[name] = adapt_rounding(layer, weight, x, settings.rounding_sweeps, highest)
-            y = layer.forward(x)  # not the call, which would visit it again
-        if settings.correct_biases:
-            y, corrections[name] = correct_bias(layer, y, statistics[name])
-        return y
-
-    if settings.rounding_sweeps or settings.correct_biases:
-        with hooked(quantized, once, visit):
-            run(quantized, images)
-    return rounding, corrections
-
-
 def _sqnr_alone(float_model: nn.Module, quantized: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, float]:
     """Return the SQNR of the network's output with one layer quantized at a time."""
-    reference = first_tensor(run(float_model, images))
+    reference = Reference(float_model, in_batches(images))
     probe = copy.deepcopy(float_model)
     found = {}
     for name in names:
         probe.set_submodule(name, quantized.get_submodule(name))
-        found[name] = sqnr(reference, first_tensor(run(probe, images)))
+        found[name] = reference.compare(probe).sqnr
         probe.set_submodule(name, float_model.get_submodule(name))
     return found
 
@@ -162,19 +139,22 @@ def _sqnr_accumulated(
     float_model: nn.Module, quantized: nn.Module, names: Sequence[str], images: Tensor
 ) -> dict[str, float]:
     """Return the SQNR of each layer's output in the quantized network."""
-    reference: dict[str, Tensor] = {}
-    found: dict[str, float] = {}
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for image in torch.split(images, 1):  # one at a time: the outputs of all layers are in memory
+        expected: dict[str, Tensor] = {}
 
-    def keep(name: str, _: Tensor, y: Tensor) -> None:
-        reference.setdefault(name, y)
+        def keep(name: str, _: Tensor, y: Tensor, expected: dict[str, Tensor] = expected) -> None:
+            expected.setdefault(name, y.double())
 
-    def compare(name: str, _: Tensor, y: Tensor) -> None:
-        found.setdefault(name, sqnr(reference[name], y))
+        def compare(name: str, _: Tensor, y: Tensor, expected: dict[str, Tensor] = expected) -> None:
+            if (reference := expected.pop(name, None)) is not None:  # the first call of the layer
+                signal[name] += float(reference.square().sum())
+                noise[name] += float((reference - y).square().sum())
 
-    for model, visit in ((float_model, keep), (quantized, compare)):
-        with hooked(model, names, visit):
-            run(model, images)
-    return found
+        for model, visit in ((float_model, keep), (quantized, compare)):
+            with hooked(model, names, visit):
+                run(model, image)
+    return {name: decibels(signal[name], noise[name]) for name in names}
 
 
 def _layer_report(
@@ -183,10 +163,6 @@ def _layer_report(
     float_model: nn.Module,
     quantized: nn.Module,
     statistics: LayerStatistics,
-    rounding: float | None,
-    correction: float | None,
-    alone: float,
-    accumulated: float,
 ) -> QuantizedLayerReport:
     layer = quantized.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)
@@ -202,8 +178,4 @@ def _layer_report(
         quantized_range=layer.quantizer.bounds,
         clipped_share=statistics.inputs.clipped_share(layer.quantizer),
         histogram=tuple(statistics.inputs.counts.reshape(64, -1).sum(1).tolist()),
-        rounding_error_ratio=rounding,
-        bias_correction=correction,
-        sqnr_alone=alone,
-        sqnr_accumulated=accumulated,
     )

@@ -8,6 +8,8 @@ over all calibration images suffices, because each layer is corrected before the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,20 +17,22 @@ from repvgg.quantization.calibration import LayerStatistics, channels_last
 from repvgg.quantization.layers import QuantizedLayer
 
 
-def correct_bias(layer: QuantizedLayer, y: Tensor, statistics: LayerStatistics) -> tuple[Tensor, float]:
+def correct_bias(layer: QuantizedLayer, outputs: Iterable[Tensor], statistics: LayerStatistics) -> tuple[Tensor, float]:
     """Add to the bias of ``layer``, in place, what its output means lack.
 
     Args:
         layer: a layer of the quantized network.
-        y: its output (N, O, H, W) or (N, …, O) on the calibration images.
+        outputs: batches of its output (N, O, H, W) or (N, …, O) on the calibration images.
         statistics: of the layer of the float network on the same images.
 
     Returns:
-        The output with the new bias, and the norm of the correction divided by that of the output means.
+        (O,) what was added, and its norm divided by that of the output means.
     """
     assert statistics.output_mean is not None
-    target = statistics.output_mean.to(y.device)
-    added = layer.add_to_bias(target - channels_last(y).flatten(0, -2).double().mean(0))
-    smallest = torch.finfo(torch.float64).tiny
-    shape = (-1, 1, 1) if y.ndim == 4 else (-1,)
-    return y + added.to(y.dtype).reshape(shape), float(added.norm() / target.norm().clamp_min(smallest))
+    total, count = torch.zeros(()), 0
+    for y in outputs:
+        values = channels_last(y).flatten(0, -2).double()
+        total, count = total.to(values) + values.sum(0), count + len(values)
+    target = statistics.output_mean.to(total)
+    added = layer.add_to_bias(target - total / count)
+    return added, float(added.norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny))

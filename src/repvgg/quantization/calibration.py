@@ -25,11 +25,13 @@ class LayerStatistics:
     Attributes:
         inputs: histogram of its input values.
         calls: how often it is called for a batch.
+        elements_per_image: of its input and its output together.
         output_mean: (O,) float64, mean of each output channel over images and pixels.
     """
 
     inputs: Histogram = field(default_factory=Histogram)
     calls: int = 0
+    elements_per_image: int = 0
     output_mean: Tensor | None = None
     _elements: int = 0
 
@@ -52,6 +54,8 @@ def collect_statistics(
 ) -> Mapping[str, LayerStatistics]:
     """Run ``model`` over the calibration images twice, and return the statistics of the layers ``names``.
 
+    They are in the order of execution; layers that were not called come last.
+
     Raises:
         UsageError: there are no images, or an activation is NaN or infinite.
     """
@@ -59,9 +63,13 @@ def collect_statistics(
         raise UsageError("Calibration needs images: give at least one batch.")
     found = {name: LayerStatistics() for name in names}
 
+    order: dict[str, None] = {}
+
     def observe(name: str, x: Tensor, y: Tensor) -> None:
+        order.setdefault(name)
         found[name].inputs.observe_range(x)
         found[name].calls += 1
+        found[name].elements_per_image = max(found[name].elements_per_image, (x.numel() + y.numel()) // len(x))
         found[name].add_output(y)
 
     def count(name: str, x: Tensor, y: Tensor) -> None:
@@ -73,7 +81,7 @@ def collect_statistics(
                 run(model, batch)
     for statistics in found.values():
         statistics.calls //= len(batches)
-    return found
+    return {name: found[name] for name in dict.fromkeys((*order, *names))}
 
 
 @contextmanager

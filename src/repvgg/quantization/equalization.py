@@ -61,7 +61,7 @@ class EqualizationReport:
     factors: Mapping[str, LayerFactors] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def left_alone(self) -> Mapping[str, str]:
+    def skipped(self) -> Mapping[str, str]:
         """The reason for each layer none of whose output channels could be rescaled."""
         return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
 
@@ -69,9 +69,9 @@ class EqualizationReport:
         free = sum(layer.free_channels > 0 for layer in self.layers)
         lines = [f"equalized the output channels of {free} of {len(self.layers)} layers"]
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_alone.items():
+        for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
-        lines += [f"  left alone: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"  not rescaled: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
         return "\n".join(lines)
 
 

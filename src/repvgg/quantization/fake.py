@@ -150,7 +150,7 @@ class FakeQuantLayer(nn.Module):
         weight, _ = (None if one is None else one.detach() for one in self.kernel())
         assert weight is not None
         bits, layer = self.settings.weight_bits, self.to_integers()
-        adapt_rounding(layer, weight, x, sweeps, largest_integer(bits))
+        adapt_rounding(layer, weight, [x], sweeps, largest_integer(bits), pair_bound=self.settings.pair_bound)
         scale = layer.weight_scale.double()
         steps = weight.double() / over_axis_0(scale, weight.ndim)
         wanted = layer.weight_integers.double()
@@ -169,7 +169,7 @@ class FakeQuantLayer(nn.Module):
         """Choose the scales of the weight by the smallest squared error, relative to its largest value."""
         weight, _ = self.kernel()
         bits = self.settings.weight_bits
-        best = quantize_weight(weight, self.granularity, bits).scale.double()
+        best = quantize_weight(weight, self.granularity, bits, pair_bound=self.settings.pair_bound).scale.double()
         self.weight_clip.copy_(best / full_range_scale(weight, self.granularity, bits))
 
     @property
@@ -222,7 +222,8 @@ class FakeQuantLayer(nn.Module):
 
     def _quantized(self, weight: Tensor, bias: Tensor | None, quantizer: ActivationQuantizer) -> QuantizedWeight:
         scale = self.weight_clip * full_range_scale(weight, self.granularity, self.settings.weight_bits)
-        return round_weight(weight, scale, self.settings.weight_bits, smallest_weight_scale(bias, quantizer))
+        settings, smallest = self.settings, smallest_weight_scale(bias, quantizer)
+        return round_weight(weight, scale, settings.weight_bits, smallest, pair_bound=settings.pair_bound)
 
     def _input_quantizer(self, x: Tensor | None = None) -> tuple[ActivationQuantizer, Tensor]:
         """Return the quantizer, and its scale as a tensor; with ``x``, gradients of a learned range pass through it."""

@@ -131,14 +131,19 @@ def why_not_quantizable(module: nn.Module) -> str | None:
 
 
 def quantize_layer(
-    layer: nn.Conv2d | nn.Linear, quantizer: ActivationQuantizer, granularity: Granularity, bits: int = 8
+    layer: nn.Conv2d | nn.Linear,
+    quantizer: ActivationQuantizer,
+    granularity: Granularity,
+    bits: int = 8,
+    *,
+    pair_bound: bool = False,
 ) -> QuantizedLayer:
     """Return ``layer`` in integers, for inputs that ``quantizer`` quantizes.
 
     Scales of weights are large enough for the bias to fit the accumulator: a channel with weights of 0 keeps its bias.
     """
     smallest = smallest_weight_scale(layer.bias, quantizer)
-    weight = quantize_weight(layer.weight, granularity, bits, smallest_scale=smallest)
+    weight = quantize_weight(layer.weight, granularity, bits, smallest_scale=smallest, pair_bound=pair_bound)
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, weight, quantizer)
     return QuantizedLinear(weight, layer.bias, quantizer)

@@ -1,4 +1,4 @@
-"""How far a quantized network is from its float reference: signal-to-noise ratio, agreement, paired accuracy."""
+"""How far a quantized network is from its float reference: signal-to-noise ratio, agreement, accuracy or mIoU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
+from repvgg.data.segmentation_metrics import SegmentationEvaluation, confusion_matrix
 from repvgg.errors import UsageError
 
 _Z_95 = 1.959964  # quantile of the normal distribution for a 95 % confidence interval
@@ -19,14 +21,21 @@ def sqnr(reference: Tensor, candidate: Tensor) -> float:
     Raises:
         UsageError: the shapes differ.
     """
-    if reference.shape != candidate.shape:
-        raise UsageError(f"Outputs of shapes {tuple(reference.shape)} and {tuple(candidate.shape)} do not compare.")
+    _check_shapes(reference, candidate)
     reference, candidate = reference.detach().double(), candidate.detach().double()
-    noise = float((reference - candidate).square().sum())
-    signal = float(reference.square().sum())
+    return decibels(float(reference.square().sum()), float((reference - candidate).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return ``10 · log10(signal / noise)`` of two sums of squares; infinite without noise."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _check_shapes(reference: Tensor, candidate: Tensor) -> None:
+    if reference.shape != candidate.shape:
+        raise UsageError(f"Outputs of shapes {tuple(reference.shape)} and {tuple(candidate.shape)} do not compare.")
 
 
 @final
@@ -74,6 +83,25 @@ class PairedAccuracy:
 
 @final
 @dataclass(frozen=True)
+class PairedSegmentation:
+    """The pixels of the same images by true and predicted class, for two networks."""
+
+    reference: SegmentationEvaluation
+    candidate: SegmentationEvaluation
+
+    @property
+    def difference(self) -> float:
+        """The mIoU of the candidate minus that of the reference, in [−1, 1]."""
+        return self.candidate.miou - self.reference.miou
+
+    def __str__(self) -> str:
+        return (
+            f"mIoU {self.candidate.miou:.2%}, reference {self.reference.miou:.2%}: {100 * self.difference:+.2f} points"
+        )
+
+
+@final
+@dataclass(frozen=True)
 class Quality:
     """The outputs of a quantized network beside those of its float reference.
 
@@ -81,39 +109,91 @@ class Quality:
         sqnr: of all outputs, in dB.
         agreement: share of the decisions that are the same: top-1 classes of images, or of pixels for maps of logits.
         images: how many were compared.
-        accuracy: paired top-1 accuracies where labels are known.
+        accuracy: paired top-1 accuracies where the images have labels.
+        segmentation: paired mIoU where they have masks.
     """
 
     sqnr: float
     agreement: float
     images: int
     accuracy: PairedAccuracy | None = None
+    segmentation: PairedSegmentation | None = None
 
     def __str__(self) -> str:
         text = f"agreement {self.agreement:.2%}, SQNR {self.sqnr:.1f} dB, {self.images:,} images"
-        return text if self.accuracy is None else f"{text}, {self.accuracy}"
+        paired = self.accuracy or self.segmentation
+        return text if paired is None else f"{text}, {paired}"
+
+
+@final
+class QualityMeter:
+    """Compares the outputs of two networks batch by batch, so that the outputs need not be in memory together."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+        self._decisions = self._same = self._images = 0
+        self._right = torch.zeros(2, 2, dtype=torch.int64)  # labelled images by whether each network is right
+        self._confusions: tuple[Tensor, Tensor] | None = None
+
+    def add(self, reference: Tensor, candidate: Tensor, labels: Tensor | None = None) -> None:
+        """Compare logits (N, K) of images, or (N, K, H, W) of pixels.
+
+        Args:
+            reference: of the float network.
+            candidate: of the quantized network.
+            labels: (N,) true classes of images, or (N, H, W) of pixels, 255 where they are ignored.
+
+        Raises:
+            UsageError: the shapes differ.
+        """
+        _check_shapes(reference, candidate)
+        reference, candidate = reference.detach(), candidate.detach()
+        self._signal += float(reference.double().square().sum())
+        self._noise += float((reference.double() - candidate.double()).square().sum())
+        ours, theirs = reference.argmax(1), candidate.argmax(1)
+        self._same += int((ours == theirs).sum())
+        self._decisions += ours.numel()
+        self._images += len(reference)
+        if labels is None or labels.shape != ours.shape:
+            return
+        if ours.ndim == 1:
+            pairs = 2 * (ours == labels).long() + (theirs == labels).long()
+            self._right += torch.bincount(pairs, minlength=4).reshape(2, 2)
+        else:
+            classes = reference.shape[1]
+            one, other = (confusion_matrix(found.cpu(), labels.cpu(), classes) for found in (ours, theirs))
+            before = self._confusions
+            self._confusions = (one, other) if before is None else (before[0] + one, before[1] + other)
+
+    @property
+    def quality(self) -> Quality:
+        """The comparison of everything that was added.
+
+        Raises:
+            UsageError: nothing was added.
+        """
+        if not self._images:
+            raise UsageError("There are no images to compare the networks on.")
+        segmentation = accuracy = None
+        if int(self._right.sum()):
+            (_, only_candidate), (only_reference, both) = self._right.tolist()
+            total = int(self._right.sum())
+            accuracy = PairedAccuracy(
+                both + only_reference, both + only_candidate, only_reference, only_candidate, total
+            )
+        if self._confusions is not None:
+            one, other = (SegmentationEvaluation(found, self._images) for found in self._confusions)
+            segmentation = PairedSegmentation(one, other)
+        ratio = decibels(self._signal, self._noise)
+        return Quality(ratio, self._same / self._decisions, self._images, accuracy, segmentation)
 
 
 def compare_outputs(reference: Tensor, candidate: Tensor, labels: Tensor | None = None) -> Quality:
-    """Compare logits (N, K) of images, or (N, K, H, W) of pixels.
-
-    Args:
-        reference: of the float network.
-        candidate: of the quantized network.
-        labels: (N,) true classes of images.
+    """Compare the outputs of two networks for the same images; the arguments are those of :meth:`QualityMeter.add`.
 
     Raises:
         UsageError: the shapes differ, or there are no images.
     """
-    if not len(reference):
-        raise UsageError("There are no images to compare the networks on.")
-    ratio = sqnr(reference, candidate)
-    ours, theirs = reference.argmax(1), candidate.argmax(1)
-    agreement = float((ours == theirs).double().mean())
-    accuracy = None
-    if labels is not None and labels.shape == ours.shape:
-        right, other = ours == labels, theirs == labels
-        accuracy = PairedAccuracy(
-            int(right.sum()), int(other.sum()), int((right & ~other).sum()), int((other & ~right).sum()), len(labels)
-        )
-    return Quality(ratio, agreement, len(reference), accuracy)
+    meter = QualityMeter()
+    meter.add(reference, candidate, labels)
+    return meter.quality

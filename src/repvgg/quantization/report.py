@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -41,10 +42,10 @@ class QuantizedLayerReport:
     quantized_range: tuple[float, float]
     clipped_share: float
     histogram: tuple[float, ...] = field(repr=False)
-    rounding_error_ratio: float | None
-    bias_correction: float | None
-    sqnr_alone: float
-    sqnr_accumulated: float
+    rounding_error_ratio: float | None = None
+    bias_correction: float | None = None
+    sqnr_alone: float = math.nan
+    sqnr_accumulated: float = math.nan
 
 
 @final

@@ -18,6 +18,8 @@ class QuantizationSettings:
     Attributes:
         granularity: one scale for each weight tensor, or for each output channel.
         weight_bits: 8, or 7 for CPUs without VNNI instructions, whose sums of pairs of products saturate at 16 bits.
+        pair_bound: keep the sums of two adjacent weights so small that their products cannot saturate there with 8
+            bits.
         ranges: how the range of an activation is chosen.
         percentile: share in percent for ``ranges="percentile"``.
         equalize: rescale channels between layers first.
@@ -30,6 +32,7 @@ class QuantizationSettings:
 
     granularity: Granularity = "per_channel"
     weight_bits: int = 8
+    pair_bound: bool = True
     ranges: RangeMethod = "mse"
     percentile: float = 99.99
     equalize: bool = True
@@ -48,8 +51,14 @@ class QuantizationSettings:
         if self.rounding_sweeps < 0:
             raise UsageError(f"The number of rounding sweeps is at least 0, got {self.rounding_sweeps}.")
 
+    @property
+    def weights(self) -> str:
+        """How weights are represented, in words."""
+        bounded = " in bounded pairs" if self.pair_bound and self.weight_bits == 8 else ""
+        return f"{self.weight_bits}-bit weights {self.granularity.replace('_', ' ')}{bounded}"
+
     def __str__(self) -> str:
-        parts = [f"{self.weight_bits}-bit weights {self.granularity.replace('_', ' ')}", f"ranges by {self.ranges}"]
+        parts = [self.weights, f"ranges by {self.ranges}"]
         parts += ["equalized"] * self.equalize
         parts += ["adaptive rounding"] * bool(self.rounding_sweeps)
         parts += ["biases corrected"] * self.correct_biases

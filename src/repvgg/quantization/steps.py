@@ -8,13 +8,13 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from repvgg.quantization.api import quantize
-from repvgg.quantization.calibration import run_in_batches
-from repvgg.quantization.quality import Quality, compare_outputs
+from repvgg.quantization.quality import Quality
+from repvgg.quantization.reference import Batches, Reference, in_batches
 from repvgg.quantization.settings import QuantizationSettings
 
 #: Nothing but rounding: what a converter without options does.
 NEAREST = QuantizationSettings(
-    granularity="per_tensor", ranges="minmax", equalize=False, correct_biases=False, rounding_sweeps=0
+    granularity="per_tensor", pair_bound=False, ranges="minmax", equalize=False, correct_biases=False, rounding_sweeps=0
 )
 #: What each step changes in those settings.
 STEPS: dict[str, dict[str, Any]] = {
@@ -65,20 +65,25 @@ class StepReport:
         return "\n".join(lines)
 
 
-def measure_steps(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor | None = None) -> StepReport:
+def measure_steps(
+    model: nn.Module,
+    calibration: Tensor,
+    images: Tensor | Batches,
+    labels: Tensor | None = None,
+) -> StepReport:
     """Quantize ``model`` without any step, with each one alone, and with all, and compare the outputs on ``images``.
 
     Args:
         model: a plain network.
         calibration: as for :func:`quantize`.
-        images: (N, C, H, W), other images than those of the calibration.
-        labels: (N,) true classes, if known.
+        images: (N, C, H, W), other images than those of the calibration; or batches of them with labels or masks.
+        labels: (N,) true classes of a tensor of images, if known.
     """
-    expected = run_in_batches(model, images)
+    reference = Reference(model, in_batches(images, labels) if isinstance(images, Tensor) else images)
 
     def quality(settings: QuantizationSettings) -> Quality:
         quantized, _ = quantize(model, calibration, settings)
-        return compare_outputs(expected, run_in_batches(quantized, images), labels)
+        return reference.compare(quantized)
 
     nearest = quality(NEAREST)
     found = {name: quality(replace(NEAREST, **change)) for name, change in STEPS.items()}

@@ -26,6 +26,7 @@ STUDY_MODULES = {
     "blocks": "ablation",
     "figure1": "network_speed",
     "figure3": "figure3",
+    "int8": "int8",
     "mobile": "network_speed",
 }
 

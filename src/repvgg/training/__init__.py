@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from repvgg._contexts import seeded
+from repvgg.data.segmentation_metrics import SegmentationEvaluation
 from repvgg.errors import require
 from repvgg.training.config import DecayPolicy, OptimConfig, Precision, TrainConfig, read_config, to_yaml, write_config
 from repvgg.training.distributed import BatchPlan, ProcessLayout, SyncBatchNorm, plan_batches, process_layout
@@ -24,7 +25,6 @@ from repvgg.training.recipes import RECIPES, quickstart, recipe_of
 from repvgg.training.records import EpochRecord, SegmentationRecord
 from repvgg.training.segmentation_evaluation import (
     MaskAgreement,
-    SegmentationEvaluation,
     compare_segmentations,
     evaluate_segmentation,
 )

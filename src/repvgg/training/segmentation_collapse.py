@@ -9,15 +9,11 @@ from typing import final
 
 from repvgg.collapse import reparameterize
 from repvgg.data import SegmentationData
+from repvgg.data.segmentation_metrics import SegmentationEvaluation
 from repvgg.models import PSPNet
 from repvgg.training.config import TrainConfig
 from repvgg.training.loop import on_device_of
-from repvgg.training.segmentation_evaluation import (
-    MaskAgreement,
-    MaskBatch,
-    SegmentationEvaluation,
-    compare_segmentations,
-)
+from repvgg.training.segmentation_evaluation import MaskAgreement, MaskBatch, compare_segmentations
 from repvgg.training.tasks import validation_batch
 from repvgg.verify import Evidence, verify
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from repvgg.data.label_sets import IGNORE_INDEX
+from repvgg.data.segmentation_metrics import SegmentationEvaluation, confusion_matrix
 from repvgg.models import TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan
 from repvgg.training.records import SegmentationRecord
-from repvgg.training.segmentation_evaluation import SegmentationEvaluation, confusion_matrix
 from repvgg.training.task import TrainingTask
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data import ImageData, SegmentationData
+from repvgg.data.segmentation_metrics import SegmentationEvaluation
 from repvgg.errors import UsageError
 from repvgg.models import Model, PSPNet, RepVGG, TrainingOutput
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import BatchPlan
 from repvgg.training.evaluation import Evaluation, evaluate
-from repvgg.training.segmentation_evaluation import SegmentationEvaluation, evaluate_segmentation
+from repvgg.training.segmentation_evaluation import evaluate_segmentation
 from repvgg.training.segmentation_task import SegmentationTask, segmentation_loss
 from repvgg.training.task import ClassificationTask, TrainingTask, classification_loss
 

@@ -357,7 +357,6 @@ def test_the_structures_of_the_description_are_those_of_the_c_source():
     for structure, dtype in {
         "input": description.INPUT_TABLE,
         "output": description.OUTPUT_TABLE,
-        "buffer": description.BUFFER_TABLE,
         "step_description": description.STEP_TABLE,
         "description": description.DESCRIPTION,
     }.items():

@@ -138,8 +138,8 @@ def test_slow_candidates_drop_out(monkeypatch):
         def turn(self, pool):
             turns.append(self.algorithm)
 
-    bench = autotune._Bench(problem_of(), HOST, NoPool())
-    monkeypatch.setattr(autotune._Bench, "_trial", lambda self, algorithm: Trial(algorithm))
+    bench = autotune.ConvBench(problem_of(), HOST, NoPool())
+    monkeypatch.setattr(autotune.ConvBench, "_trial", lambda self, algorithm: Trial(algorithm))
     assert bench.fastest([0, 1, 2, 3], ((2, 1.3), (3, 1.1), (6, 1.0))) == 2
     assert [turns.count(candidate) for candidate in range(4)] == [2, 5, 11, 11]
     assert turns[:8] == [0, 1, 2, 3] * 2
@@ -289,7 +289,7 @@ def test_images_produce_the_output_size_of_the_problem():
     """For odd and even sizes, with and without padding, for both strides."""
     for geometry in (PADDED, STRIDED, ConvGeometry((3, 3)), ConvGeometry((3, 3), (2, 2))):
         for image in ((1, 1), (7, 4), (14, 13)):
-            bench = autotune._Bench(ConvProblem(geometry, 16, 16, image, 1), HOST, NoPool())
+            bench = autotune.ConvBench(ConvProblem(geometry, 16, 16, image, 1), HOST, NoPool())
             assert geometry.output_size(bench._images.shape[2:]) == image
 
 
@@ -297,7 +297,7 @@ def test_a_layer_is_measured_without_chunking_its_batch(monkeypatch):
     """A candidate is made for a batch size: on chunks of it, it would write beyond the last image."""
     monkeypatch.setattr(planner, "_MIN_CHUNKED_FLOATS", 10)
     monkeypatch.setattr(planner, "_L3_FLOATS", 3000)
-    bench = autotune._Bench(problem_of(), HOST, ThreadPool(HOST.isa, 2))
+    bench = autotune.ConvBench(problem_of(), HOST, ThreadPool(HOST.isa, 2))
     graph, shape = bench._graph, bench._images.shape
     chunks = planner.chunk_batch(graph, infer_shapes(graph, [shape[2:]]), shape[0])
     assert chunks == planner.BatchChunks(1, 1)

@@ -1,12 +1,16 @@
 """Depthwise convolution: each channel is convolved separately, a vector of channels at a time.
 
-A unit of work is one output row. For each vector of channels, the row is divided into register tiles of neighbouring
-pixels; a weight is loaded once for a tile, and inputs are operands of the FMAs, which two loads a cycle sustain. The
-border of the input is zeros in memory. Weights are packed as (tap, channel).
+A unit of work is one output row, which is divided into register tiles of neighbouring pixels by a vector of channels. A
+weight is loaded once for a tile, and inputs are operands of the FMAs, which two loads a cycle sustain. The vectors of
+the same pixels follow each other, so that whole cache lines are used while they are in L1, and the input and output
+rows that follow are prefetched: large maps come from memory, which hardware prefetchers do not hide over so many
+streams. The border of the input is zeros in memory. Weights are packed as (tap, channel).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -19,7 +23,9 @@ from repvgg.engine.kernels import pointwise
 from repvgg.engine.kernels.base import KERNEL_PARAMETERS, Kernel
 from repvgg.engine.runtime.memory import FeatureMapLayout, round_up
 
-_TILE_PIXELS = 8  # accumulators: two FMAs a cycle with a latency of 4
+# Accumulators. Eight hide the latency of the FMAs, 4 at two a cycle. With few taps, the next tile begins in time to
+# hide it, and the inputs of four pixels evict each other from L1 less, where strides are powers of two.
+_TILE_PIXELS, _SMALL_TILE_PIXELS, _FEW_TAPS = 8, 4, 9
 _MAX_UNROLLED_TAPS = 9  # of a row of the kernel
 
 
@@ -57,19 +63,19 @@ class DepthwiseKernel(Kernel):
             written = b.add(b.mul(image, target.image_stride), b.mul(row, target.row_stride))
             begin = b.offset("%source", b.add(read, source.interior_offset - before))
             out = b.offset("%target", b.add(written, target.interior_offset))
-            with b.loop(0, target.pixel_stride, self.width) as channels:
-                at = channels.index
-                pointers = [b.offset(pointer, at) for pointer in (begin, out, "%weights", "%bias")]
-                size = min(_TILE_PIXELS, columns)
-                whole = columns // size * size
-                if whole > size:
-                    with b.loop(0, whole, size) as tiles:
-                        self._emit_tile(b, pointers, tiles.index, size)
-                else:
-                    self._emit_tile(b, pointers, 0, size)
-                if columns > whole:
-                    self._emit_tile(b, pointers, whole, columns - whole)
+            size = min(_SMALL_TILE_PIXELS if math.prod(self.geometry.kernel) <= _FEW_TAPS else _TILE_PIXELS, columns)
+            whole = columns // size * size
+            with b.loop(0, whole, size) as tiles:
+                self._emit_channels(b, (begin, out), tiles.index, size)
+            if columns > whole:
+                self._emit_channels(b, (begin, out), whole, columns - whole)
         return [b]
+
+    def _emit_channels(self, b: IRBuilder, rows: Sequence[Value], column: Index, pixels: int) -> None:
+        """Build ``pixels`` neighbouring outputs of all channels."""
+        with b.loop(0, self.target.pixel_stride, self.width) as channels:
+            pointers = [b.offset(pointer, channels.index) for pointer in (*rows, "%weights", "%bias")]
+            self._emit_tile(b, pointers, column, pixels)
 
     def _emit_tile(self, b: IRBuilder, pointers: list[Value], column: Index, pixels: int) -> None:
         """Build ``pixels`` neighbouring outputs of a vector of channels."""
@@ -78,6 +84,9 @@ class DepthwiseKernel(Kernel):
         step = geometry.stride[1] * layout.pixel_stride
         first = b.offset(source, b.mul(column, step))
         kernel_rows, taps = geometry.kernel
+        below = (geometry.dilation[0] * (kernel_rows - 1) + geometry.stride[0]) * layout.row_stride
+        for at in range(pixels * geometry.stride[1]):
+            b.prefetch(first, below + at * layout.pixel_stride)
         with b.loop(0, kernel_rows, carried=[b.load(bias)] * pixels) as rows:
             begin = b.offset(first, b.mul(rows.index, geometry.dilation[0] * layout.row_stride))
             row_weights = b.offset(weights, b.mul(rows.index, taps * self.target.pixel_stride))
@@ -92,6 +101,8 @@ class DepthwiseKernel(Kernel):
                 groups.next = sums
             rows.next = groups.results
         out = b.offset(target, b.mul(column, self.target.pixel_stride))
+        for at in range(pixels):
+            b.prefetch(out, self.target.row_stride + at * self.target.pixel_stride, write=True)
         slopes = b.offset(bias, self.target.pixel_stride)
         for at, value in enumerate(rows.results):
             place = at * self.target.pixel_stride

@@ -17,8 +17,7 @@ from repvgg.errors import UnsupportedError
 
 MAX_RANK, VERSION_BYTES, ID_BYTES, WEIGHTS_HEADER = 8, 128, 32, 64
 INPUT = 2**64 - 1  # a source
-WEIGHTS, BUFFER, INPUT_STRIDES = 0, 1, 2  # kinds of weights
-_ARENA = 0  # the number of the only buffer
+WEIGHTS, ARENA, INPUT_STRIDES = 0, 1, 2  # where the weights of a step are
 
 
 def _words(*fields: str | tuple[str, int]) -> np.dtype[np.void]:
@@ -27,17 +26,14 @@ def _words(*fields: str | tuple[str, int]) -> np.dtype[np.void]:
 
 
 INPUT_TABLE = _words(("shape", 3))
-OUTPUT_TABLE = _words(
-    *("rank", ("shape", MAX_RANK), "buffer", "offset", "image_stride", ("extents", 3), ("strides", 3))
-)
-BUFFER_TABLE = _words("floats")
+OUTPUT_TABLE = _words(*("rank", ("shape", MAX_RANK), "offset", "image_stride", ("extents", 3), ("strides", 3)))
 STEP_TABLE = _words(
-    *("kernel", "source", "source_offset", "target", "target_offset", "weights_kind", "weights", "weights_offset"),
-    *("bias", "units_per_block", "items_per_block", "items_per_image", "first_image", "max_images", "input"),
+    *("kernel", "source", "target", "weights_kind", "weights", "bias", "units_per_block"),
+    *("items_per_block", "items_per_image", "first_image", "max_images", "input"),
 )
 _NUMBERS = (
-    *("weights_bytes", "embedded", "level", "threads", "max_images"),
-    *("num_inputs", "num_outputs", "num_buffers", "num_steps", "inputs", "outputs", "buffers", "steps"),
+    *("weights_bytes", "embedded", "level", "threads", "max_images", "arena_bytes"),
+    *("num_inputs", "num_outputs", "num_steps", "inputs", "outputs", "steps"),
 )
 DESCRIPTION = np.dtype(
     [
@@ -82,14 +78,13 @@ def describe_network(
         embedded: whether the library contains the weights.
 
     Raises:
-        UnsupportedError: an output has less than 2 or more than 9 axes, or its first one does not count the images.
+        UnsupportedError: an output has more than 9 axes, or its first one does not count the images.
     """
     batch = plan.input_shapes[0][0]
     weights = _Weights()
     inputs = np.zeros(len(plan.input_shapes), INPUT_TABLE)
     inputs["shape"] = [shape[1:] for shape in plan.input_shapes]
     outputs = np.array([_output(one) for one in plan.outputs], OUTPUT_TABLE)
-    buffers = np.array([(plan.memory_floats,)], BUFFER_TABLE)  # all buffers lie in one
     steps = np.array([_step(step, kernels, weights, batch) for step in plan.steps], STEP_TABLE)
     head = np.zeros((), DESCRIPTION)
     digest = weights.digest()
@@ -98,8 +93,9 @@ def describe_network(
     head["weights_id"] = np.frombuffer(digest, np.uint8)
     head["weights_bytes"], head["embedded"], head["level"] = weights.size, embedded, level
     head["threads"], head["max_images"] = threads, batch
+    head["arena_bytes"] = FLOAT_BYTES * plan.memory_floats
     content = b""
-    for name, table in (("inputs", inputs), ("outputs", outputs), ("buffers", buffers), ("steps", steps)):
+    for name, table in (("inputs", inputs), ("outputs", outputs), ("steps", steps)):
         head[f"num_{name}"], head[name] = len(table), DESCRIPTION.itemsize + len(content)
         content += table.tobytes()
     return NetworkData(head.tobytes() + content, weights.arrays, digest)
@@ -138,8 +134,6 @@ def _output(output: OutputBuffer) -> tuple[Any, ...]:
     if tensor.batch_axis or tensor.folded:
         raise UnsupportedError("A library returns tensors whose first axis counts the images: move the axis there.")
     shape = tensor.shape_of(FeatureShape(layout.channels, layout.size))
-    if not shape:
-        raise UnsupportedError("A library returns tensors with an axis after that of the images: keep one (keepdim).")
     if len(shape) > MAX_RANK:
         raise UnsupportedError(f"A library returns tensors of at most {MAX_RANK + 1} axes, not {len(shape) + 1}.")
     extents = layout.channels, *layout.size
@@ -148,7 +142,7 @@ def _output(output: OutputBuffer) -> tuple[Any, ...]:
     missing = 3 - len(order)
     return (
         *(len(shape), (*shape, *[0] * (MAX_RANK - len(shape)))),
-        *(_ARENA, output.buffer.offset + layout.interior_offset, layout.image_stride),
+        *(output.buffer.offset + layout.interior_offset, layout.image_stride),
         (*[1] * missing, *[extents[axis] for axis in order]),
         (*[0] * missing, *[strides[axis] for axis in order]),
     )
@@ -161,16 +155,15 @@ def _byte_offset(step: Step, buffer: Buffer) -> int:
 
 def _step(step: Step, kernels: dict[Kernel, int], weights: _Weights, batch: int) -> tuple[int, ...]:
     if step.source is None:
-        kind, number, offset = INPUT_STRIDES, 0, 0
+        kind, offset = INPUT_STRIDES, 0
     elif isinstance(step.weights, Buffer):
-        kind, number, offset = BUFFER, _ARENA, _byte_offset(step, step.weights)
+        kind, offset = ARENA, _byte_offset(step, step.weights)
     else:
-        kind, number, offset = WEIGHTS, weights.offset(step.weights), 0
+        kind, offset = WEIGHTS, weights.offset(step.weights)
     return (
         kernels[step.kernel],
-        *((INPUT, 0) if step.source is None else (_ARENA, _byte_offset(step, step.source))),
-        *(_ARENA, _byte_offset(step, step.target)),
-        *(kind, number, offset, weights.offset(step.bias)),
+        INPUT if step.source is None else _byte_offset(step, step.source),
+        *(_byte_offset(step, step.target), kind, offset, weights.offset(step.bias)),
         *(step.kernel.units_per_block, step.items_per_block, step.items_per_image, step.first_image),
         batch if step.max_images is None else step.max_images,
         step.input,

@@ -57,7 +57,7 @@ def load(
             less than one.
     """
     check_threads(threads)
-    file = _library_in(Path(path))
+    file = library_file(Path(path))
     name = file.stem.removeprefix("lib")
     beside = file.with_name(f"{name}.weights")
     if weights is None and beside.exists():
@@ -95,7 +95,12 @@ def load_archive(path: Path, *, weights: Path | None = None) -> CompiledLibrary:
 _kept: list[MachineCode] = []  # code that destroys networks when they are collected
 
 
-def _library_in(path: Path) -> Path:
+def library_file(path: Path) -> Path:
+    """Return the library of a folder, or the file itself.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
     if not path.is_dir():
         if not path.is_file():
             raise UsageError(f"There is no file {str(path)!r}: export it with 'repvgg export --to c'.")

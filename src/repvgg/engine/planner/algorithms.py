@@ -102,8 +102,14 @@ class ConvProblem:
         return self.in_channels // self.groups
 
     @property
+    def num_multiplies(self) -> int:
+        """Multiplications of the direct kernel."""
+        taps, pixels = math.prod(self.geometry.kernel), math.prod(self.output_size)
+        return taps * self.num_filters * pixels * self.batch
+
+    @property
     def num_filters(self) -> int:
-        """3x3 filters: one for each output channel and input channel of its group."""
+        """Filters: one for each output channel and input channel of its group."""
         return self.group_in_channels * self.out_channels
 
     def group_out_vectors(self, width: int) -> int:

@@ -82,7 +82,7 @@ def autotune(graph: Graph, input_shapes: Sequence[Shape], target: Target, pool: 
 
 def _fastest_algorithm(problem: ConvProblem, target: Target, pool: ThreadPool) -> ConvAlgorithm | None:
     """Find the fastest algorithm by measuring; None is the direct kernel."""
-    bench = _Bench(problem, target, pool)
+    bench = ConvBench(problem, target, pool)
     candidates = [one for one in candidate_algorithms(problem, target) if _fits_memory(one, problem)]
     shortlist = heapq.nsmallest(_MAX_PARTITIONS, candidates, key=lambda algorithm: algorithm.estimated_cycles)
     regions = {
@@ -129,7 +129,7 @@ class _Trial:
 
 
 @final
-class _Bench:
+class ConvBench:
     """Measures candidates for one convolution."""
 
     def __init__(self, problem: ConvProblem, target: Target, pool: ThreadPool) -> None:
@@ -177,6 +177,16 @@ class _Bench:
             self._pool.quiesce()  # a worker may still be reading a step table, which is freed with its trial
             trials = [trial for trial in trials if trial.score <= limit * fastest]
         return min(trials, key=lambda trial: trial.score).algorithm
+
+    def measure(self, algorithms: Sequence[ConvAlgorithm | None], turns: int) -> list[float]:
+        """Measure algorithms in turns; return the duration of each in seconds, the mean of the faster half."""
+        trials = [self._trial(algorithm) for algorithm in algorithms]
+        for trial in trials * turns:
+            if self._evicting is not None:
+                self._evicting.sum()
+            trial.turn(self._pool)
+        self._pool.quiesce()  # as above
+        return [trial.score for trial in trials]
 
     def _trial(self, algorithm: ConvAlgorithm | None) -> _Trial:
         shape = self._images.shape

@@ -34,6 +34,7 @@ from repvgg.engine.graph import (
 )
 from repvgg.engine.kernels.base import Kernel, PackWeights
 from repvgg.engine.kernels.channels import ChannelsKernel, pack_norm
+from repvgg.engine.kernels.conv1x1 import Conv1x1Kernel, select_1x1_tile
 from repvgg.engine.kernels.copying import FillKernel, copy_kernel
 from repvgg.engine.kernels.depthwise import DepthwiseKernel, pack_depthwise
 from repvgg.engine.kernels.direct_conv import DirectConvKernel, select_register_tile
@@ -50,6 +51,7 @@ from repvgg.engine.winograd.convolution import WinogradFused, WinogradInputTrans
 from repvgg.engine.winograd.tiling import element_stride
 
 LINEAR = ConvGeometry((1, 1))
+_MIN_1X1_CHANNELS = 96  # with fewer, a row of pixels and all weights are in L1 anyway
 LINEAR_BLOCK_IMAGES = 8  # rows of the GEMM of a linear layer: enough to reuse each weight from a register
 
 
@@ -196,6 +198,12 @@ class Lowering:
             items = min(self._batch, LINEAR_BLOCK_IMAGES)
             layouts = replace(source.layout, size=(1, items)), replace(target.layout, size=(1, items))
         vectors = -(-target.layout.channels // geometry.groups // isa.width)
+        if _is_1x1(geometry, source.layout, target.layout):
+            pixels = target.layout.size[0] * target.layout.size[1]
+            tile = select_1x1_tile(isa, pixels, vectors)
+            blocked = Conv1x1Kernel(geometry.stride, *layouts, tile, conv.epilogue, isa.width)
+            self.steps.append(Step(name, blocked, source, target, *self._pack(conv, isa.width, tile.nr, None, False)))
+            return
         tile = select_register_tile(isa, layouts[1].size[1], vectors)
         kernel = DirectConvKernel(geometry, *layouts, tile, conv.epilogue, isa.width)
         weights = self._pack(conv, isa.width, tile.nr, None, False)
@@ -268,6 +276,12 @@ class Lowering:
     ) -> None:
         kernel = copy_kernel(what, source.layout, target.layout, first, self._isa.width)
         self._append(node, kernel, source, target)
+
+
+def _is_1x1(geometry: ConvGeometry, source: FeatureMapLayout, target: FeatureMapLayout) -> bool:
+    """Whether a convolution reads one pixel for each output, and the blocked kernel suits it."""
+    is_1x1 = geometry.kernel == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    return is_1x1 and not source.planar and source.channels >= _MIN_1X1_CHANNELS and target.size != (1, 1)
 
 
 def _is_vector(layout: FeatureMapLayout) -> bool:

@@ -74,6 +74,11 @@ AVX2_COSTS = MachineCosts(
 )
 
 
+#: (instruction set, LLVM's name of the processor) that the costs were fitted on, or where no fit was better. Others are
+#: calibrated at first use (``calibration.py``).
+FITTED_PROCESSORS = frozenset({("avx512", "znver5"), ("avx512", "znver4")})
+
+
 def machine_costs(isa: VectorIsa) -> MachineCosts:
     """Return the costs of processors with these vector instructions: 32 registers as AVX-512, 16 as AVX2."""
     return AVX512_COSTS if isa.registers >= 32 else AVX2_COSTS

@@ -39,7 +39,7 @@ def select_cached(problem: ConvProblem, target: Target) -> ConvAlgorithm | None:
     """Return what the cost model selects, from the disk if it was asked before: the search takes up to 0.3 s."""
     if not supports_winograd(problem, target):
         return None
-    kind = "estimated", repr(target.costs), _cost_model_version()
+    kind = "estimated", repr(target.costs), cost_model_version()
     found = read_cached(problem, target, *kind)
     if found is None:
         found = (select_algorithm(problem, target),)
@@ -48,7 +48,7 @@ def select_cached(problem: ConvProblem, target: Target) -> ConvAlgorithm | None:
 
 
 @cache
-def _cost_model_version() -> str:
+def cost_model_version() -> str:
     """Return a digest of the code that estimates, so that another version of it selects anew."""
     digest = hashlib.sha256()
     for name in ("algorithms.py", "cost_model.py"):

@@ -18,31 +18,23 @@ struct input {
 };
 
 struct output {
-    uint64_t rank;
+    uint64_t rank; /* of an image: 0 for a number */
     uint64_t shape[MODEL_MAX_RANK];
-    uint64_t buffer;
-    uint64_t offset; /* floats, as all below: of the first element of an image */
+    uint64_t offset; /* in the arena, in floats, as all below: of the first element of an image */
     uint64_t image_stride;
     uint64_t extents[3]; /* of the loops that copy an image, the last one innermost */
     uint64_t strides[3];
 };
 
-struct buffer {
-    uint64_t floats;
-};
-
-#define INPUT UINT64_MAX                  /* a source */
-enum { WEIGHTS, BUFFER, INPUT_STRIDES };  /* kinds of weights */
+#define INPUT UINT64_MAX                 /* a source */
+enum { WEIGHTS, ARENA, INPUT_STRIDES };  /* where the weights of a step are */
 
 struct step_description {
     uint64_t kernel; /* index of model_kernels */
-    uint64_t source; /* a buffer, or INPUT */
-    uint64_t source_offset; /* bytes, as all offsets of steps */
-    uint64_t target;
-    uint64_t target_offset;
+    uint64_t source; /* offset in the arena in bytes, as all offsets of steps, or INPUT */
+    uint64_t target; /* offset in the arena */
     uint64_t weights_kind;
-    uint64_t weights; /* a buffer, or an offset in the weights */
-    uint64_t weights_offset; /* in the buffer */
+    uint64_t weights; /* offset in the weights or the arena */
     uint64_t bias; /* offset in the weights */
     uint64_t units_per_block;
     uint64_t items_per_block;
@@ -60,8 +52,9 @@ struct description {
     uint64_t level;    /* of x86-64 that the kernels need: 2, 3 or 4; 0 for any processor */
     uint64_t threads;  /* by default; 0 for one for each processor */
     uint64_t max_images;
-    uint64_t num_inputs, num_outputs, num_buffers, num_steps;
-    uint64_t inputs, outputs, buffers, steps; /* offsets of the tables from the description, in bytes */
+    uint64_t arena_bytes; /* memory of all feature maps */
+    uint64_t num_inputs, num_outputs, num_steps;
+    uint64_t inputs, outputs, steps; /* offsets of the tables from the description, in bytes */
 };
 
 /* Defined as hidden symbols by other objects. Declared without that, so that code refers to them by the global offset
@@ -128,9 +121,9 @@ struct model {
     uint64_t num_threads, num_started;
     struct thread_pool *pool;
     struct step *steps;
-    char *buffers; /* the memory of all buffers */
-    size_t buffers_mapped;
-    void *buffers_mapping;
+    char *arena; /* the memory of all feature maps */
+    size_t arena_mapped;
+    void *arena_mapping;
     void *weights_mapping; /* of a file of weights, or NULL */
     uintptr_t *workers;
     int64_t (*strides)[4]; /* of the inputs, where the first steps read them */
@@ -207,34 +200,21 @@ static const char *wrong_cpu(void) {
 
 /* Memory */
 
-static uint64_t round_up(uint64_t bytes) { return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
-
 static void *aligned_zeros(size_t bytes) {
     void *memory = NULL;
     return posix_memalign(&memory, CACHE_LINE, bytes) ? NULL : memset(memory, 0, bytes);
 }
 
-/* Maps zeros for all buffers, aligned to huge pages: as in `memory.py`, which says why. */
-static bool map_buffers(model *handle) {
-    const struct buffer *buffers = table(model_description.buffers);
-    size_t bytes = 0;
-    for (uint64_t index = 0; index < model_description.num_buffers; index++)
-        bytes += round_up(buffers[index].floats * sizeof(float));
-    size_t mapped = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
+/* Maps zeros for the arena, aligned to huge pages: as in `memory.py`, which says why. */
+static bool map_arena(model *handle) {
+    size_t mapped = (model_description.arena_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
     void *mapping = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == (void *)-1) return false;
-    handle->buffers_mapping = mapping;
-    handle->buffers_mapped = mapped;
-    handle->buffers = (char *)(((uintptr_t)mapping + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-    madvise(handle->buffers, mapped - HUGE_PAGE, MADV_HUGEPAGE); /* fails where the system has none: no harm */
+    handle->arena_mapping = mapping;
+    handle->arena_mapped = mapped;
+    handle->arena = (char *)(((uintptr_t)mapping + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    madvise(handle->arena, mapped - HUGE_PAGE, MADV_HUGEPAGE); /* fails where the system has none: no harm */
     return true;
-}
-
-static char *buffer_address(const model *handle, uint64_t number) {
-    const struct buffer *buffers = table(model_description.buffers);
-    char *address = handle->buffers;
-    for (uint64_t index = 0; index < number; index++) address += round_up(buffers[index].floats * sizeof(float));
-    return address;
 }
 
 /* Returns the weights of a file, mapped for as long as the handle lives; NULL if it is not that of this library. */
@@ -291,12 +271,11 @@ static void fill_steps(model *handle, const char *weights) {
         const struct step_description *from = &steps[index];
         struct step *to = &handle->steps[index];
         to->function = model_kernels[from->kernel];
-        to->source = from->source == INPUT ? NULL
-                                           : (const float *)(buffer_address(handle, from->source) + from->source_offset);
-        to->target = (float *)(buffer_address(handle, from->target) + from->target_offset);
-        to->weights = from->weights_kind == WEIGHTS  ? weights + from->weights
-                      : from->weights_kind == BUFFER ? buffer_address(handle, from->weights) + from->weights_offset
-                                                     : (const char *)handle->strides[from->input];
+        to->source = from->source == INPUT ? NULL : (const float *)(handle->arena + from->source);
+        to->target = (float *)(handle->arena + from->target);
+        to->weights = from->weights_kind == WEIGHTS ? weights + from->weights
+                      : from->weights_kind == ARENA ? handle->arena + from->weights
+                                                    : (const char *)handle->strides[from->input];
         to->bias = (const float *)(weights + from->bias);
         to->units_per_block = from->units_per_block;
         to->items_per_block = from->items_per_block;
@@ -336,7 +315,7 @@ model_status model_create(const char *weights, int threads, model **out) {
     handle->steps = aligned_zeros((model_description.num_steps + 1) * sizeof *handle->steps);
     handle->strides = aligned_zeros(model_description.num_inputs * sizeof *handle->strides);
     handle->workers = aligned_zeros(handle->num_threads * sizeof *handle->workers);
-    if (!handle->pool || !handle->steps || !handle->strides || !handle->workers || !map_buffers(handle))
+    if (!handle->pool || !handle->steps || !handle->strides || !handle->workers || !map_arena(handle))
         return refuse(handle, MODEL_OUT_OF_MEMORY, "There is not enough memory for the network.");
     fill_steps(handle, data);
     handle->pool->num_threads = handle->num_threads;
@@ -355,7 +334,7 @@ void model_destroy(model *handle) {
         pool_shutdown(handle->pool);
         for (uint64_t index = 0; index < handle->num_started; index++) pthread_join(handle->workers[index], NULL);
     }
-    if (handle->buffers_mapping) munmap(handle->buffers_mapping, handle->buffers_mapped);
+    if (handle->arena_mapping) munmap(handle->arena_mapping, handle->arena_mapped);
     if (handle->weights_mapping) munmap(handle->weights_mapping, WEIGHTS_HEADER + model_description.weights_bytes);
     free(handle->pool);
     free(handle->steps);
@@ -368,7 +347,7 @@ void model_destroy(model *handle) {
 
 /* Copies an output to memory without gaps. */
 static void copy_output(const model *handle, const struct output *output, uint64_t images, float *to) {
-    const float *from = (const float *)buffer_address(handle, output->buffer) + output->offset;
+    const float *from = (const float *)handle->arena + output->offset;
     for (uint64_t image = 0; image < images; image++, from += output->image_stride)
         for (uint64_t i = 0; i < output->extents[0]; i++)
             for (uint64_t j = 0; j < output->extents[1]; j++) {
@@ -456,18 +435,15 @@ int model_output_shape(int output, int64_t shape[MODEL_MAX_RANK]) {
     return (int)found->rank;
 }
 
-static int64_t product(const int64_t *shape, int rank) {
-    int64_t size = rank > 0;
-    for (int axis = 0; axis < rank; axis++) size *= shape[axis];
-    return size;
-}
-
 int64_t model_input_size(int input) {
     int64_t shape[MODEL_MAX_RANK];
-    return product(shape, model_input_shape(input, shape));
+    return model_input_shape(input, shape) ? shape[0] * shape[1] * shape[2] : 0;
 }
 
 int64_t model_output_size(int output) {
-    int64_t shape[MODEL_MAX_RANK];
-    return product(shape, model_output_shape(output, shape));
+    int64_t shape[MODEL_MAX_RANK], size = 1; /* of a number, which has no axes */
+    if (output < 0 || output >= model_num_outputs()) return 0;
+    int rank = model_output_shape(output, shape);
+    for (int axis = 0; axis < rank; axis++) size *= shape[axis];
+    return size;
 }

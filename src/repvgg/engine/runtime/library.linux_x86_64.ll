@@ -1,15 +1,14 @@
 ; Generated from library.c by `make thread-pool-ir` with clang 16: do not edit.
 
-%struct.description = type { [128 x i8], [32 x i8], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64 }
+%struct.description = type { [128 x i8], [32 x i8], i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64 }
 %struct.model = type { i32, i32, i64, i64, ptr, ptr, ptr, i64, ptr, ptr, ptr, ptr, [200 x i8] }
 %struct.thread_pool = type { i32, [60 x i8], i32, [60 x i8], ptr, i64, i64, [40 x i8], i64, [56 x i8], i64, [56 x i8], i64, i64, [48 x i8], [16 x i64], [16 x i64], [0 x i64] }
-%struct.buffer = type { i64 }
 %struct.step = type { ptr, ptr, ptr, ptr, ptr, i64, i64, i64, i64, [56 x i8], i64, i64, i64, i64, [32 x i8] }
-%struct.step_description = type { i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64 }
+%struct.step_description = type { i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64 }
 %union.thread_attributes = type { [16 x i64] }
 %union.signal_set = type { [16 x i64] }
 %struct.input = type { [3 x i64] }
-%struct.output = type { i64, [8 x i64], i64, i64, i64, [3 x i64], [3 x i64] }
+%struct.output = type { i64, [8 x i64], i64, i64, [3 x i64], [3 x i64] }
 
 @error_without_handle = internal global ptr @.str.10, align 8
 @.str = private constant [39 x i8] c"Pass a place for the handle, not NULL.\00", align 1
@@ -231,7 +230,7 @@ if.end50:
   %call55 = call fastcc ptr @aligned_zeros(i64 %mul54)
   %steps = getelementptr inbounds %struct.model, ptr %cond.i, i64 0, i32 5
   store ptr %call55, ptr %steps, align 8
-  %16 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %16 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
   %mul56 = shl i64 %16, 5
   %call57 = call fastcc ptr @aligned_zeros(i64 %mul56)
   %strides = getelementptr inbounds %struct.model, ptr %cond.i, i64 0, i32 11
@@ -258,7 +257,7 @@ lor.lhs.false66:
   br i1 %or.cond142, label %if.then74, label %lor.lhs.false72
 
 lor.lhs.false72:
-  %call73 = call fastcc zeroext i1 @map_buffers(ptr %cond.i)
+  %call73 = call fastcc zeroext i1 @map_arena(ptr %cond.i)
   br i1 %call73, label %if.end76, label %if.then74
 
 if.then74:
@@ -406,227 +405,141 @@ if.end:
 
 declare i32 @getpid()
 
-define internal fastcc zeroext i1 @map_buffers(ptr %handle) nounwind {
+define internal fastcc zeroext i1 @map_arena(ptr %handle) nounwind {
 entry:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 13), align 8
-  %add.ptr.i = getelementptr inbounds i8, ptr @model_description, i64 %0
-  %1 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
-  %cmp30.not = icmp eq i64 %1, 0
-  br i1 %cmp30.not, label %for.cond.cleanup, label %for.body
-
-for.cond.cleanup.loopexit:
-  %2 = add i64 %add, 2097151
-  %3 = and i64 %2, -2097152
-  br label %for.cond.cleanup
-
-for.cond.cleanup:
-  %bytes.0.lcssa = phi i64 [ 0, %entry ], [ %3, %for.cond.cleanup.loopexit ]
-  %add4 = add i64 %bytes.0.lcssa, 2097152
-  %call5 = tail call ptr @mmap(ptr null, i64 %add4, i32 3, i32 34, i32 -1, i64 0)
-  %cmp6 = icmp ne ptr %call5, inttoptr (i64 -1 to ptr)
-  br i1 %cmp6, label %if.end, label %cleanup
-
-for.body:
-  %bytes.032 = phi i64 [ %add, %for.body ], [ 0, %entry ]
-  %index.031 = phi i64 [ %inc, %for.body ], [ 0, %entry ]
-  %arrayidx = getelementptr inbounds %struct.buffer, ptr %add.ptr.i, i64 %index.031
-  %4 = load i64, ptr %arrayidx, align 8
-  %mul = shl i64 %4, 2
-  %sub.i = add i64 %mul, 63
-  %div1.i = and i64 %sub.i, -64
-  %add = add i64 %div1.i, %bytes.032
-  %inc = add nuw i64 %index.031, 1
-  %exitcond.not = icmp eq i64 %inc, %1
-  br i1 %exitcond.not, label %for.cond.cleanup.loopexit, label %for.body
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %sub = add i64 %0, 2097151
+  %div17 = and i64 %sub, -2097152
+  %add1 = add i64 %div17, 2097152
+  %call = tail call ptr @mmap(ptr null, i64 %add1, i32 3, i32 34, i32 -1, i64 0)
+  %cmp = icmp ne ptr %call, inttoptr (i64 -1 to ptr)
+  br i1 %cmp, label %if.end, label %cleanup
 
 if.end:
-  %buffers_mapping = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 8
-  store ptr %call5, ptr %buffers_mapping, align 8
-  %buffers_mapped = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 7
-  store i64 %add4, ptr %buffers_mapped, align 8
-  %5 = ptrtoint ptr %call5 to i64
-  %sub8 = add i64 %5, 2097151
-  %div929 = and i64 %sub8, -2097152
-  %6 = inttoptr i64 %div929 to ptr
-  %buffers11 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
-  store ptr %6, ptr %buffers11, align 8
-  %call14 = tail call i32 @madvise(ptr %6, i64 %bytes.0.lcssa, i32 14)
+  %arena_mapping = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 8
+  store ptr %call, ptr %arena_mapping, align 8
+  %arena_mapped = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 7
+  store i64 %add1, ptr %arena_mapped, align 8
+  %1 = ptrtoint ptr %call to i64
+  %sub3 = add i64 %1, 2097151
+  %div418 = and i64 %sub3, -2097152
+  %2 = inttoptr i64 %div418 to ptr
+  %arena = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
+  store ptr %2, ptr %arena, align 8
+  %call8 = tail call i32 @madvise(ptr %2, i64 %div17, i32 14)
   br label %cleanup
 
 cleanup:
-  ret i1 %cmp6
+  ret i1 %cmp
 }
 
 define internal fastcc void @fill_steps(ptr %handle, ptr %weights) nounwind {
 entry:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 14), align 8
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 13), align 8
   %add.ptr.i = getelementptr inbounds i8, ptr @model_description, i64 %0
   %1 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 10), align 8
-  %cmp107.not = icmp eq i64 %1, 0
-  br i1 %cmp107.not, label %for.cond.cleanup, label %for.body.lr.ph
+  %cmp72.not = icmp eq i64 %1, 0
+  br i1 %cmp72.not, label %for.cond.cleanup, label %for.body.lr.ph
 
 for.body.lr.ph:
   %steps1 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 5
   %2 = load ptr, ptr %steps1, align 8
-  %3 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 13), align 8
-  %add.ptr.i.i = getelementptr inbounds i8, ptr @model_description, i64 %3
-  %buffers1.i = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
-  %add.ptr.i.i77 = getelementptr inbounds i8, ptr @model_description, i64 %3
-  %buffers1.i78 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
-  %4 = load ptr, ptr %buffers1.i78, align 8
+  %arena = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
+  %arena7 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
+  %3 = load ptr, ptr %arena7, align 8
   %strides = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 11
   br label %for.body
 
 for.cond.cleanup:
-  %steps36 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 5
-  %5 = load ptr, ptr %steps36, align 8
-  %items_per_block38 = getelementptr inbounds %struct.step, ptr %5, i64 %1, i32 6
-  store i64 1, ptr %items_per_block38, align 16
+  %steps35 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 5
+  %4 = load ptr, ptr %steps35, align 8
+  %items_per_block37 = getelementptr inbounds %struct.step, ptr %4, i64 %1, i32 6
+  store i64 1, ptr %items_per_block37, align 16
   ret void
 
 for.body:
-  %index.0108 = phi i64 [ 0, %for.body.lr.ph ], [ %inc, %cond.end26 ]
-  %arrayidx = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108
-  %arrayidx2 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108
-  %6 = load i64, ptr %arrayidx, align 8
-  %arrayidx3 = getelementptr inbounds [0 x ptr], ptr @model_kernels, i64 0, i64 %6
-  %7 = load ptr, ptr %arrayidx3, align 8
-  store ptr %7, ptr %arrayidx2, align 64
-  %source = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 1
-  %8 = load i64, ptr %source, align 8
-  %cmp4 = icmp eq i64 %8, -1
+  %index.073 = phi i64 [ 0, %for.body.lr.ph ], [ %inc, %cond.end25 ]
+  %arrayidx = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073
+  %arrayidx2 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073
+  %5 = load i64, ptr %arrayidx, align 8
+  %arrayidx3 = getelementptr inbounds [0 x ptr], ptr @model_kernels, i64 0, i64 %5
+  %6 = load ptr, ptr %arrayidx3, align 8
+  store ptr %6, ptr %arrayidx2, align 64
+  %source = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 1
+  %7 = load i64, ptr %source, align 8
+  %cmp4 = icmp eq i64 %7, -1
   br i1 %cmp4, label %cond.end, label %cond.false
 
 cond.false:
-  %9 = load ptr, ptr %buffers1.i, align 8
-  %cmp6.not.i = icmp eq i64 %8, 0
-  br i1 %cmp6.not.i, label %buffer_address.exit, label %for.body.i
-
-for.body.i:
-  %index.08.i = phi i64 [ %inc.i, %for.body.i ], [ 0, %cond.false ]
-  %address.07.i = phi ptr [ %add.ptr.i76, %for.body.i ], [ %9, %cond.false ]
-  %arrayidx.i = getelementptr inbounds %struct.buffer, ptr %add.ptr.i.i, i64 %index.08.i
-  %10 = load i64, ptr %arrayidx.i, align 8
-  %mul.i = shl i64 %10, 2
-  %sub.i.i = add i64 %mul.i, 63
-  %div1.i.i = and i64 %sub.i.i, -64
-  %add.ptr.i76 = getelementptr inbounds i8, ptr %address.07.i, i64 %div1.i.i
-  %inc.i = add nuw i64 %index.08.i, 1
-  %exitcond.not.i = icmp eq i64 %inc.i, %8
-  br i1 %exitcond.not.i, label %buffer_address.exit, label %for.body.i
-
-buffer_address.exit:
-  %address.0.lcssa.i = phi ptr [ %9, %cond.false ], [ %add.ptr.i76, %for.body.i ]
-  %source_offset = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 2
-  %11 = load i64, ptr %source_offset, align 8
-  %add.ptr = getelementptr inbounds i8, ptr %address.0.lcssa.i, i64 %11
+  %8 = load ptr, ptr %arena, align 8
+  %add.ptr = getelementptr inbounds i8, ptr %8, i64 %7
   br label %cond.end
 
 cond.end:
-  %cond = phi ptr [ %add.ptr, %buffer_address.exit ], [ null, %for.body ]
-  %source7 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 1
-  store ptr %cond, ptr %source7, align 8
-  %target = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 3
-  %12 = load i64, ptr %target, align 8
-  %cmp6.not.i79 = icmp eq i64 %12, 0
-  br i1 %cmp6.not.i79, label %buffer_address.exit91, label %for.body.i90
-
-for.body.i90:
-  %index.08.i81 = phi i64 [ %inc.i88, %for.body.i90 ], [ 0, %cond.end ]
-  %address.07.i82 = phi ptr [ %add.ptr.i87, %for.body.i90 ], [ %4, %cond.end ]
-  %arrayidx.i83 = getelementptr inbounds %struct.buffer, ptr %add.ptr.i.i77, i64 %index.08.i81
-  %13 = load i64, ptr %arrayidx.i83, align 8
-  %mul.i84 = shl i64 %13, 2
-  %sub.i.i85 = add i64 %mul.i84, 63
-  %div1.i.i86 = and i64 %sub.i.i85, -64
-  %add.ptr.i87 = getelementptr inbounds i8, ptr %address.07.i82, i64 %div1.i.i86
-  %inc.i88 = add nuw i64 %index.08.i81, 1
-  %exitcond.not.i89 = icmp eq i64 %inc.i88, %12
-  br i1 %exitcond.not.i89, label %buffer_address.exit91, label %for.body.i90
-
-buffer_address.exit91:
-  %address.0.lcssa.i80 = phi ptr [ %4, %cond.end ], [ %add.ptr.i87, %for.body.i90 ]
-  %target_offset = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 4
-  %14 = load i64, ptr %target_offset, align 8
-  %add.ptr9 = getelementptr inbounds i8, ptr %address.0.lcssa.i80, i64 %14
-  %target10 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 2
-  store ptr %add.ptr9, ptr %target10, align 16
-  %weights_kind = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 5
-  %15 = load i64, ptr %weights_kind, align 8
-  switch i64 %15, label %cond.false22 [
-    i64 0, label %cond.true12
-    i64 1, label %cond.true18
+  %cond = phi ptr [ %add.ptr, %cond.false ], [ null, %for.body ]
+  %source6 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 1
+  store ptr %cond, ptr %source6, align 8
+  %target = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 2
+  %9 = load i64, ptr %target, align 8
+  %add.ptr8 = getelementptr inbounds i8, ptr %3, i64 %9
+  %target9 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 2
+  store ptr %add.ptr8, ptr %target9, align 16
+  %weights_kind = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 3
+  %10 = load i64, ptr %weights_kind, align 8
+  switch i64 %10, label %cond.false21 [
+    i64 0, label %cond.true11
+    i64 1, label %cond.true17
   ]
 
-cond.true12:
-  %weights13 = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 6
-  %16 = load i64, ptr %weights13, align 8
-  %add.ptr14 = getelementptr inbounds i8, ptr %weights, i64 %16
-  br label %cond.end26
+cond.true11:
+  %weights12 = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 4
+  %11 = load i64, ptr %weights12, align 8
+  %add.ptr13 = getelementptr inbounds i8, ptr %weights, i64 %11
+  br label %cond.end25
 
-cond.true18:
-  %weights19 = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 6
-  %17 = load i64, ptr %weights19, align 8
-  %cmp6.not.i94 = icmp eq i64 %17, 0
-  br i1 %cmp6.not.i94, label %buffer_address.exit106, label %for.body.i105
+cond.true17:
+  %weights19 = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 4
+  %12 = load i64, ptr %weights19, align 8
+  %add.ptr20 = getelementptr inbounds i8, ptr %3, i64 %12
+  br label %cond.end25
 
-for.body.i105:
-  %index.08.i96 = phi i64 [ %inc.i103, %for.body.i105 ], [ 0, %cond.true18 ]
-  %address.07.i97 = phi ptr [ %add.ptr.i102, %for.body.i105 ], [ %4, %cond.true18 ]
-  %arrayidx.i98 = getelementptr inbounds %struct.buffer, ptr %add.ptr.i.i77, i64 %index.08.i96
-  %18 = load i64, ptr %arrayidx.i98, align 8
-  %mul.i99 = shl i64 %18, 2
-  %sub.i.i100 = add i64 %mul.i99, 63
-  %div1.i.i101 = and i64 %sub.i.i100, -64
-  %add.ptr.i102 = getelementptr inbounds i8, ptr %address.07.i97, i64 %div1.i.i101
-  %inc.i103 = add nuw i64 %index.08.i96, 1
-  %exitcond.not.i104 = icmp eq i64 %inc.i103, %17
-  br i1 %exitcond.not.i104, label %buffer_address.exit106, label %for.body.i105
+cond.false21:
+  %13 = load ptr, ptr %strides, align 8
+  %input = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 11
+  %14 = load i64, ptr %input, align 8
+  %arrayidx22 = getelementptr inbounds [4 x i64], ptr %13, i64 %14
+  br label %cond.end25
 
-buffer_address.exit106:
-  %address.0.lcssa.i95 = phi ptr [ %4, %cond.true18 ], [ %add.ptr.i102, %for.body.i105 ]
-  %weights_offset = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 7
-  %19 = load i64, ptr %weights_offset, align 8
-  %add.ptr21 = getelementptr inbounds i8, ptr %address.0.lcssa.i95, i64 %19
-  br label %cond.end26
-
-cond.false22:
-  %20 = load ptr, ptr %strides, align 8
-  %input = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 14
-  %21 = load i64, ptr %input, align 8
-  %arrayidx23 = getelementptr inbounds [4 x i64], ptr %20, i64 %21
-  br label %cond.end26
-
-cond.end26:
-  %cond27 = phi ptr [ %add.ptr14, %cond.true12 ], [ %add.ptr21, %buffer_address.exit106 ], [ %arrayidx23, %cond.false22 ]
-  %weights28 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 3
-  store ptr %cond27, ptr %weights28, align 8
-  %bias = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 8
-  %22 = load i64, ptr %bias, align 8
-  %add.ptr29 = getelementptr inbounds i8, ptr %weights, i64 %22
-  %bias30 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 4
-  store ptr %add.ptr29, ptr %bias30, align 32
-  %units_per_block = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 9
-  %23 = load i64, ptr %units_per_block, align 8
-  %units_per_block31 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 5
-  store i64 %23, ptr %units_per_block31, align 8
-  %items_per_block = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 10
-  %24 = load i64, ptr %items_per_block, align 8
-  %items_per_block32 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 6
-  store i64 %24, ptr %items_per_block32, align 16
-  %items_per_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 11
-  %25 = load i64, ptr %items_per_image, align 8
-  %items_per_image33 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 11
-  store i64 %25, ptr %items_per_image33, align 8
-  %first_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 12
-  %26 = load i64, ptr %first_image, align 8
-  %first_image34 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 12
-  store i64 %26, ptr %first_image34, align 16
-  %max_images = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.0108, i32 13
-  %27 = load i64, ptr %max_images, align 8
-  %max_images35 = getelementptr inbounds %struct.step, ptr %2, i64 %index.0108, i32 13
-  store i64 %27, ptr %max_images35, align 8
-  %inc = add nuw i64 %index.0108, 1
+cond.end25:
+  %cond26 = phi ptr [ %add.ptr13, %cond.true11 ], [ %add.ptr20, %cond.true17 ], [ %arrayidx22, %cond.false21 ]
+  %weights27 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 3
+  store ptr %cond26, ptr %weights27, align 8
+  %bias = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 5
+  %15 = load i64, ptr %bias, align 8
+  %add.ptr28 = getelementptr inbounds i8, ptr %weights, i64 %15
+  %bias29 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 4
+  store ptr %add.ptr28, ptr %bias29, align 32
+  %units_per_block = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 6
+  %16 = load i64, ptr %units_per_block, align 8
+  %units_per_block30 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 5
+  store i64 %16, ptr %units_per_block30, align 8
+  %items_per_block = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 7
+  %17 = load i64, ptr %items_per_block, align 8
+  %items_per_block31 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 6
+  store i64 %17, ptr %items_per_block31, align 16
+  %items_per_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 8
+  %18 = load i64, ptr %items_per_image, align 8
+  %items_per_image32 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 11
+  store i64 %18, ptr %items_per_image32, align 8
+  %first_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 9
+  %19 = load i64, ptr %first_image, align 8
+  %first_image33 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 12
+  store i64 %19, ptr %first_image33, align 16
+  %max_images = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index.073, i32 10
+  %20 = load i64, ptr %max_images, align 8
+  %max_images34 = getelementptr inbounds %struct.step, ptr %2, i64 %index.073, i32 13
+  store i64 %20, ptr %max_images34, align 8
+  %inc = add nuw i64 %index.073, 1
   %exitcond.not = icmp eq i64 %inc, %1
   br i1 %exitcond.not, label %for.cond.cleanup, label %for.body
 }
@@ -732,14 +645,14 @@ for.body:
   br i1 %cmp4, label %for.body, label %if.end6
 
 if.end6:
-  %buffers_mapping = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 8
-  %7 = load ptr, ptr %buffers_mapping, align 8
+  %arena_mapping = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 8
+  %7 = load ptr, ptr %arena_mapping, align 8
   %tobool7.not = icmp eq ptr %7, null
   br i1 %tobool7.not, label %if.end11, label %if.then8
 
 if.then8:
-  %buffers_mapped = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 7
-  %8 = load i64, ptr %buffers_mapped, align 8
+  %arena_mapped = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 7
+  %8 = load i64, ptr %arena_mapped, align 8
   %call10 = tail call i32 @munmap(ptr %7, i64 %8)
   br label %if.end11
 
@@ -810,18 +723,18 @@ if.end.i:
 
 for.cond.preheader.i:
   %tobool4.i = icmp ne i64 %images, 0
-  %1 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %1 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
   %cmp541.i = icmp ne i64 %1, 0
   %2 = select i1 %tobool4.i, i1 %cmp541.i, i1 false
   br i1 %2, label %for.body.i.preheader, label %for.cond9.preheader.i
 
 for.body.i.preheader:
   %3 = load ptr, ptr %inputs, align 8
-  %tobool.i.i139 = icmp ne ptr %3, null
+  %tobool.i.i138 = icmp ne ptr %3, null
   %4 = ptrtoint ptr %3 to i64
-  %rem.i.i140 = and i64 %4, 3
-  %cmp.i.i141 = icmp eq i64 %rem.i.i140, 0
-  %5 = and i1 %tobool.i.i139, %cmp.i.i141
+  %rem.i.i139 = and i64 %4, 3
+  %cmp.i.i140 = icmp eq i64 %rem.i.i139, 0
+  %5 = and i1 %tobool.i.i138, %cmp.i.i140
   br i1 %5, label %for.cond.i.lr.ph, label %cleanup.i
 
 for.cond.i.lr.ph:
@@ -832,12 +745,12 @@ for.cond.i.preheader:
   br label %for.cond.i
 
 for.cond.i:
-  %index.042.i142 = phi i64 [ %inc.i, %for.body.i ], [ 0, %for.cond.i.preheader ]
-  %exitcond.not = icmp eq i64 %index.042.i142, %6
+  %index.042.i141 = phi i64 [ %inc.i, %for.body.i ], [ 0, %for.cond.i.preheader ]
+  %exitcond.not = icmp eq i64 %index.042.i141, %6
   br i1 %exitcond.not, label %for.cond9.preheader.i, label %for.body.i
 
 for.body.i:
-  %inc.i = add nuw i64 %index.042.i142, 1
+  %inc.i = add nuw i64 %index.042.i141, 1
   %arrayidx.i = getelementptr inbounds ptr, ptr %inputs, i64 %inc.i
   %7 = load ptr, ptr %arrayidx.i, align 8
   %tobool.i.i = icmp ne ptr %7, null
@@ -852,11 +765,11 @@ cleanup.i.loopexit:
   br label %cleanup.i
 
 cleanup.i:
-  %.lcssa137 = phi i1 [ %2, %for.body.i.preheader ], [ %cmp5.i, %cleanup.i.loopexit ]
-  br i1 %.lcssa137, label %why_unfit.exit, label %for.cond9.preheader.i
+  %.lcssa136 = phi i1 [ %2, %for.body.i.preheader ], [ %cmp5.i, %cleanup.i.loopexit ]
+  br i1 %.lcssa136, label %why_unfit.exit, label %for.cond9.preheader.i
 
 for.cond9.preheader.i:
-  %10 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
+  %10 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
   %cmp1243.i = icmp ne i64 %10, 0
   %11 = select i1 %tobool4.i, i1 %cmp1243.i, i1 false
   br i1 %11, label %for.body15.i, label %why_unfit.exit
@@ -910,11 +823,11 @@ if.end15:
   br i1 %or.cond, label %if.then18, label %if.end82
 
 if.then18:
-  %17 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 14), align 8
+  %17 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 13), align 8
   %add.ptr.i = getelementptr inbounds i8, ptr @model_description, i64 %17
-  %18 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
-  %cmp20144.not = icmp eq i64 %18, 0
-  br i1 %cmp20144.not, label %for.cond48.preheader, label %for.body.lr.ph
+  %18 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
+  %cmp20143.not = icmp eq i64 %18, 0
+  br i1 %cmp20143.not, label %for.cond48.preheader, label %for.body.lr.ph
 
 for.body.lr.ph:
   %19 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 11), align 8
@@ -929,8 +842,8 @@ for.body.lr.ph:
 
 for.cond48.preheader:
   %21 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 10), align 8
-  %cmp49146.not = icmp eq i64 %21, 0
-  br i1 %cmp49146.not, label %for.cond.cleanup50, label %for.body51.lr.ph
+  %cmp49145.not = icmp eq i64 %21, 0
+  br i1 %cmp49145.not, label %for.cond.cleanup50, label %for.body51.lr.ph
 
 for.body51.lr.ph:
   %strides58 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 11
@@ -938,8 +851,8 @@ for.body51.lr.ph:
   br label %for.body51
 
 for.body:
-  %index.0145 = phi i64 [ 0, %for.body.lr.ph ], [ %inc45, %for.cond.cleanup33 ]
-  %add.ptr.i131 = getelementptr inbounds %struct.input, ptr %add.ptr.i.i, i64 %index.0145
+  %index.0144 = phi i64 [ 0, %for.body.lr.ph ], [ %inc45, %for.cond.cleanup33 ]
+  %add.ptr.i131 = getelementptr inbounds %struct.input, ptr %add.ptr.i.i, i64 %index.0144
   %arrayidx24 = getelementptr inbounds i64, ptr %add.ptr.i131, i64 1
   %22 = load i64, ptr %arrayidx24, align 8
   %arrayidx25 = getelementptr inbounds i64, ptr %add.ptr.i131, i64 2
@@ -954,21 +867,21 @@ for.body:
   br label %for.body34
 
 for.cond.cleanup33:
-  %inc45 = add nuw i64 %index.0145, 1
-  %exitcond154.not = icmp eq i64 %inc45, %18
-  br i1 %exitcond154.not, label %for.cond48.preheader, label %for.body
+  %inc45 = add nuw i64 %index.0144, 1
+  %exitcond153.not = icmp eq i64 %inc45, %18
+  br i1 %exitcond153.not, label %for.cond48.preheader, label %for.body
 
 for.body34:
   %indvars.iv = phi i64 [ 0, %for.body ], [ %indvars.iv.next, %for.body34 ]
-  %arrayidx37 = getelementptr inbounds [4 x i64], ptr %strides, i64 %index.0145, i64 %indvars.iv
+  %arrayidx37 = getelementptr inbounds [4 x i64], ptr %strides, i64 %index.0144, i64 %indvars.iv
   %arrayidx39 = getelementptr inbounds [4 x i64], ptr %packed, i64 0, i64 %indvars.iv
   %cond.in = select i1 %tobool35.not, ptr %arrayidx39, ptr %arrayidx37
   %cond = load i64, ptr %cond.in, align 8
-  %arrayidx43 = getelementptr inbounds [4 x i64], ptr %20, i64 %index.0145, i64 %indvars.iv
+  %arrayidx43 = getelementptr inbounds [4 x i64], ptr %20, i64 %index.0144, i64 %indvars.iv
   store i64 %cond, ptr %arrayidx43, align 8
   %indvars.iv.next = add nuw nsw i64 %indvars.iv, 1
-  %exitcond153.not = icmp eq i64 %indvars.iv.next, 4
-  br i1 %exitcond153.not, label %for.cond.cleanup33, label %for.body34
+  %exitcond152.not = icmp eq i64 %indvars.iv.next, 4
+  br i1 %exitcond152.not, label %for.cond.cleanup33, label %for.body34
 
 for.cond.cleanup50:
   %pool = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 4
@@ -976,159 +889,137 @@ for.cond.cleanup50:
   %steps71 = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 5
   %26 = load ptr, ptr %steps71, align 8
   tail call void @pool_run(ptr %25, ptr %26, i64 %21, i64 %images)
-  %27 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
-  %cmp74149.not = icmp eq i64 %27, 0
-  br i1 %cmp74149.not, label %if.end82, label %for.body76.lr.ph
+  %27 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
+  %cmp74148.not = icmp eq i64 %27, 0
+  br i1 %cmp74148.not, label %if.end82, label %for.body76.lr.ph
 
 for.body76.lr.ph:
   %28 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 12), align 8
   %add.ptr.i.i132 = getelementptr inbounds i8, ptr @model_description, i64 %28
-  %29 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 13), align 8
-  %add.ptr.i.i.i = getelementptr inbounds i8, ptr @model_description, i64 %29
-  %buffers1.i.i = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
-  %30 = load ptr, ptr %buffers1.i.i, align 8
+  %arena.i = getelementptr inbounds %struct.model, ptr %handle, i64 0, i32 6
+  %29 = load ptr, ptr %arena.i, align 8
   br label %for.body76
 
 for.body51:
-  %index47.0147 = phi i64 [ 0, %for.body51.lr.ph ], [ %inc69, %for.inc68 ]
-  %source = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0147, i32 1
-  %31 = load i64, ptr %source, align 8
-  %cmp53 = icmp eq i64 %31, -1
+  %index47.0146 = phi i64 [ 0, %for.body51.lr.ph ], [ %inc69, %for.inc68 ]
+  %source = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0146, i32 1
+  %30 = load i64, ptr %source, align 8
+  %cmp53 = icmp eq i64 %30, -1
   br i1 %cmp53, label %if.then54, label %for.inc68
 
 if.then54:
-  %input = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0147, i32 14
-  %32 = load i64, ptr %input, align 8
-  %arrayidx56 = getelementptr inbounds ptr, ptr %inputs, i64 %32
-  %33 = load ptr, ptr %arrayidx56, align 8
-  %first_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0147, i32 12
-  %34 = load i64, ptr %first_image, align 8
-  %35 = load ptr, ptr %strides58, align 8
-  %arrayidx61 = getelementptr inbounds [4 x i64], ptr %35, i64 %32
-  %36 = load i64, ptr %arrayidx61, align 8
-  %mul63 = mul nsw i64 %36, %34
-  %add.ptr = getelementptr inbounds float, ptr %33, i64 %mul63
-  %37 = load ptr, ptr %steps64, align 8
-  %source66 = getelementptr inbounds %struct.step, ptr %37, i64 %index47.0147, i32 1
+  %input = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0146, i32 11
+  %31 = load i64, ptr %input, align 8
+  %arrayidx56 = getelementptr inbounds ptr, ptr %inputs, i64 %31
+  %32 = load ptr, ptr %arrayidx56, align 8
+  %first_image = getelementptr inbounds %struct.step_description, ptr %add.ptr.i, i64 %index47.0146, i32 9
+  %33 = load i64, ptr %first_image, align 8
+  %34 = load ptr, ptr %strides58, align 8
+  %arrayidx61 = getelementptr inbounds [4 x i64], ptr %34, i64 %31
+  %35 = load i64, ptr %arrayidx61, align 8
+  %mul63 = mul nsw i64 %35, %33
+  %add.ptr = getelementptr inbounds float, ptr %32, i64 %mul63
+  %36 = load ptr, ptr %steps64, align 8
+  %source66 = getelementptr inbounds %struct.step, ptr %36, i64 %index47.0146, i32 1
   store ptr %add.ptr, ptr %source66, align 8
   br label %for.inc68
 
 for.inc68:
-  %inc69 = add nuw i64 %index47.0147, 1
-  %exitcond155.not = icmp eq i64 %inc69, %21
-  br i1 %exitcond155.not, label %for.cond.cleanup50, label %for.body51
+  %inc69 = add nuw i64 %index47.0146, 1
+  %exitcond154.not = icmp eq i64 %inc69, %21
+  br i1 %exitcond154.not, label %for.cond.cleanup50, label %for.body51
 
 for.body76:
-  %index72.0150 = phi i64 [ 0, %for.body76.lr.ph ], [ %inc80, %copy_output.exit ]
-  %add.ptr.i133 = getelementptr inbounds %struct.output, ptr %add.ptr.i.i132, i64 %index72.0150
-  %arrayidx78 = getelementptr inbounds ptr, ptr %outputs, i64 %index72.0150
-  %38 = load ptr, ptr %arrayidx78, align 8
-  %buffer.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 2
-  %39 = load i64, ptr %buffer.i, align 8
-  %cmp6.not.i.i = icmp eq i64 %39, 0
-  br i1 %cmp6.not.i.i, label %for.cond1.preheader.lr.ph.i, label %for.body.i.i
-
-for.body.i.i:
-  %index.08.i.i = phi i64 [ %inc.i.i, %for.body.i.i ], [ 0, %for.body76 ]
-  %address.07.i.i = phi ptr [ %add.ptr.i.i134, %for.body.i.i ], [ %30, %for.body76 ]
-  %arrayidx.i.i = getelementptr inbounds %struct.buffer, ptr %add.ptr.i.i.i, i64 %index.08.i.i
-  %40 = load i64, ptr %arrayidx.i.i, align 8
-  %mul.i.i = shl i64 %40, 2
-  %sub.i.i.i = add i64 %mul.i.i, 63
-  %div1.i.i.i = and i64 %sub.i.i.i, -64
-  %add.ptr.i.i134 = getelementptr inbounds i8, ptr %address.07.i.i, i64 %div1.i.i.i
-  %inc.i.i = add nuw i64 %index.08.i.i, 1
-  %exitcond.not.i.i = icmp eq i64 %inc.i.i, %39
-  br i1 %exitcond.not.i.i, label %for.cond1.preheader.lr.ph.i, label %for.body.i.i
-
-for.cond1.preheader.lr.ph.i:
-  %address.0.lcssa.i.i = phi ptr [ %30, %for.body76 ], [ %add.ptr.i.i134, %for.body.i.i ]
-  %offset.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 3
-  %41 = load i64, ptr %offset.i, align 8
-  %add.ptr.i135 = getelementptr inbounds float, ptr %address.0.lcssa.i.i, i64 %41
-  %extents.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5
-  %42 = load i64, ptr %extents.i, align 8
-  %cmp260.not.i = icmp eq i64 %42, 0
-  %arrayidx7.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5, i64 1
-  %strides.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 6
-  %arrayidx14.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 6, i64 1
-  %arrayidx19.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5, i64 2
-  %arrayidx24.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 6, i64 2
-  %image_stride.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 4
-  %43 = load i64, ptr %image_stride.i, align 8
+  %index72.0149 = phi i64 [ 0, %for.body76.lr.ph ], [ %inc80, %copy_output.exit ]
+  %add.ptr.i133 = getelementptr inbounds %struct.output, ptr %add.ptr.i.i132, i64 %index72.0149
+  %arrayidx78 = getelementptr inbounds ptr, ptr %outputs, i64 %index72.0149
+  %37 = load ptr, ptr %arrayidx78, align 8
+  %offset.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 2
+  %38 = load i64, ptr %offset.i, align 8
+  %add.ptr.i134 = getelementptr inbounds float, ptr %29, i64 %38
+  %extents.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 4
+  %39 = load i64, ptr %extents.i, align 8
+  %cmp259.not.i = icmp eq i64 %39, 0
+  %arrayidx7.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 4, i64 1
+  %strides.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5
+  %arrayidx14.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5, i64 1
+  %arrayidx19.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 4, i64 2
+  %arrayidx24.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 5, i64 2
+  %image_stride.i = getelementptr inbounds %struct.output, ptr %add.ptr.i133, i64 0, i32 3
+  %40 = load i64, ptr %image_stride.i, align 8
   br label %for.cond1.preheader.i
 
 for.cond1.preheader.i:
-  %to.addr.067.i = phi ptr [ %38, %for.cond1.preheader.lr.ph.i ], [ %to.addr.1.lcssa.i, %for.cond.cleanup3.i ]
-  %image.066.i = phi i64 [ 0, %for.cond1.preheader.lr.ph.i ], [ %inc34.i, %for.cond.cleanup3.i ]
-  %from.065.i = phi ptr [ %add.ptr.i135, %for.cond1.preheader.lr.ph.i ], [ %add.ptr35.i, %for.cond.cleanup3.i ]
-  br i1 %cmp260.not.i, label %for.cond.cleanup3.i, label %for.cond5.preheader.lr.ph.i
+  %to.addr.066.i = phi ptr [ %37, %for.body76 ], [ %to.addr.1.lcssa.i, %for.cond.cleanup3.i ]
+  %image.065.i = phi i64 [ 0, %for.body76 ], [ %inc34.i, %for.cond.cleanup3.i ]
+  %from.064.i = phi ptr [ %add.ptr.i134, %for.body76 ], [ %add.ptr35.i, %for.cond.cleanup3.i ]
+  br i1 %cmp259.not.i, label %for.cond.cleanup3.i, label %for.cond5.preheader.lr.ph.i
 
 for.cond5.preheader.lr.ph.i:
-  %44 = load i64, ptr %arrayidx7.i, align 8
-  %cmp856.not.i = icmp eq i64 %44, 0
+  %41 = load i64, ptr %arrayidx7.i, align 8
+  %cmp855.not.i = icmp eq i64 %41, 0
   br label %for.cond5.preheader.i
 
 for.cond5.preheader.i:
-  %to.addr.162.i = phi ptr [ %to.addr.067.i, %for.cond5.preheader.lr.ph.i ], [ %to.addr.2.lcssa.i, %for.cond.cleanup9.i ]
-  %i.061.i = phi i64 [ 0, %for.cond5.preheader.lr.ph.i ], [ %inc31.i, %for.cond.cleanup9.i ]
-  br i1 %cmp856.not.i, label %for.cond.cleanup9.i, label %for.body10.lr.ph.i
+  %to.addr.161.i = phi ptr [ %to.addr.066.i, %for.cond5.preheader.lr.ph.i ], [ %to.addr.2.lcssa.i, %for.cond.cleanup9.i ]
+  %i.060.i = phi i64 [ 0, %for.cond5.preheader.lr.ph.i ], [ %inc31.i, %for.cond.cleanup9.i ]
+  br i1 %cmp855.not.i, label %for.cond.cleanup9.i, label %for.body10.lr.ph.i
 
 for.body10.lr.ph.i:
-  %45 = load i64, ptr %strides.i, align 8
-  %mul.i = mul i64 %45, %i.061.i
-  %add.ptr12.i = getelementptr inbounds float, ptr %from.065.i, i64 %mul.i
-  %46 = load i64, ptr %arrayidx14.i, align 8
-  %47 = load i64, ptr %arrayidx19.i, align 8
-  %cmp2053.not.i = icmp eq i64 %47, 0
+  %42 = load i64, ptr %strides.i, align 8
+  %mul.i = mul i64 %42, %i.060.i
+  %add.ptr12.i = getelementptr inbounds float, ptr %from.064.i, i64 %mul.i
+  %43 = load i64, ptr %arrayidx14.i, align 8
+  %44 = load i64, ptr %arrayidx19.i, align 8
+  %cmp2052.not.i = icmp eq i64 %44, 0
   br label %for.body10.i
 
 for.cond.cleanup3.i:
-  %to.addr.1.lcssa.i = phi ptr [ %to.addr.067.i, %for.cond1.preheader.i ], [ %to.addr.2.lcssa.i, %for.cond.cleanup9.i ]
-  %inc34.i = add nuw i64 %image.066.i, 1
-  %add.ptr35.i = getelementptr inbounds float, ptr %from.065.i, i64 %43
-  %exitcond70.not.i = icmp eq i64 %inc34.i, %images
-  br i1 %exitcond70.not.i, label %copy_output.exit, label %for.cond1.preheader.i
+  %to.addr.1.lcssa.i = phi ptr [ %to.addr.066.i, %for.cond1.preheader.i ], [ %to.addr.2.lcssa.i, %for.cond.cleanup9.i ]
+  %inc34.i = add nuw i64 %image.065.i, 1
+  %add.ptr35.i = getelementptr inbounds float, ptr %from.064.i, i64 %40
+  %exitcond69.not.i = icmp eq i64 %inc34.i, %images
+  br i1 %exitcond69.not.i, label %copy_output.exit, label %for.cond1.preheader.i
 
 for.cond.cleanup9.i:
-  %to.addr.2.lcssa.i = phi ptr [ %to.addr.162.i, %for.cond5.preheader.i ], [ %to.addr.3.lcssa.i, %for.cond.cleanup21.i ]
-  %inc31.i = add nuw i64 %i.061.i, 1
-  %exitcond69.not.i = icmp eq i64 %inc31.i, %42
-  br i1 %exitcond69.not.i, label %for.cond.cleanup3.i, label %for.cond5.preheader.i
+  %to.addr.2.lcssa.i = phi ptr [ %to.addr.161.i, %for.cond5.preheader.i ], [ %to.addr.3.lcssa.i, %for.cond.cleanup21.i ]
+  %inc31.i = add nuw i64 %i.060.i, 1
+  %exitcond68.not.i = icmp eq i64 %inc31.i, %39
+  br i1 %exitcond68.not.i, label %for.cond.cleanup3.i, label %for.cond5.preheader.i
 
 for.body10.i:
-  %to.addr.258.i = phi ptr [ %to.addr.162.i, %for.body10.lr.ph.i ], [ %to.addr.3.lcssa.i, %for.cond.cleanup21.i ]
-  %j.057.i = phi i64 [ 0, %for.body10.lr.ph.i ], [ %inc28.i, %for.cond.cleanup21.i ]
-  %mul15.i = mul i64 %j.057.i, %46
+  %to.addr.257.i = phi ptr [ %to.addr.161.i, %for.body10.lr.ph.i ], [ %to.addr.3.lcssa.i, %for.cond.cleanup21.i ]
+  %j.056.i = phi i64 [ 0, %for.body10.lr.ph.i ], [ %inc28.i, %for.cond.cleanup21.i ]
+  %mul15.i = mul i64 %j.056.i, %43
   %add.ptr16.i = getelementptr inbounds float, ptr %add.ptr12.i, i64 %mul15.i
-  br i1 %cmp2053.not.i, label %for.cond.cleanup21.i, label %for.body22.lr.ph.i
+  br i1 %cmp2052.not.i, label %for.cond.cleanup21.i, label %for.body22.lr.ph.i
 
 for.body22.lr.ph.i:
-  %48 = load i64, ptr %arrayidx24.i, align 8
+  %45 = load i64, ptr %arrayidx24.i, align 8
   br label %for.body22.i
 
 for.cond.cleanup21.i:
-  %to.addr.3.lcssa.i = phi ptr [ %to.addr.258.i, %for.body10.i ], [ %incdec.ptr.i, %for.body22.i ]
-  %inc28.i = add nuw i64 %j.057.i, 1
-  %exitcond68.not.i = icmp eq i64 %inc28.i, %44
-  br i1 %exitcond68.not.i, label %for.cond.cleanup9.i, label %for.body10.i
+  %to.addr.3.lcssa.i = phi ptr [ %to.addr.257.i, %for.body10.i ], [ %incdec.ptr.i, %for.body22.i ]
+  %inc28.i = add nuw i64 %j.056.i, 1
+  %exitcond67.not.i = icmp eq i64 %inc28.i, %41
+  br i1 %exitcond67.not.i, label %for.cond.cleanup9.i, label %for.body10.i
 
 for.body22.i:
-  %k.055.i = phi i64 [ 0, %for.body22.lr.ph.i ], [ %inc.i136, %for.body22.i ]
-  %to.addr.354.i = phi ptr [ %to.addr.258.i, %for.body22.lr.ph.i ], [ %incdec.ptr.i, %for.body22.i ]
-  %mul25.i = mul i64 %k.055.i, %48
+  %k.054.i = phi i64 [ 0, %for.body22.lr.ph.i ], [ %inc.i135, %for.body22.i ]
+  %to.addr.353.i = phi ptr [ %to.addr.257.i, %for.body22.lr.ph.i ], [ %incdec.ptr.i, %for.body22.i ]
+  %mul25.i = mul i64 %k.054.i, %45
   %arrayidx26.i = getelementptr inbounds float, ptr %add.ptr16.i, i64 %mul25.i
-  %49 = load float, ptr %arrayidx26.i, align 4
-  %incdec.ptr.i = getelementptr inbounds float, ptr %to.addr.354.i, i64 1
-  store float %49, ptr %to.addr.354.i, align 4
-  %inc.i136 = add nuw i64 %k.055.i, 1
-  %exitcond.not.i = icmp eq i64 %inc.i136, %47
+  %46 = load float, ptr %arrayidx26.i, align 4
+  %incdec.ptr.i = getelementptr inbounds float, ptr %to.addr.353.i, i64 1
+  store float %46, ptr %to.addr.353.i, align 4
+  %inc.i135 = add nuw i64 %k.054.i, 1
+  %exitcond.not.i = icmp eq i64 %inc.i135, %44
   br i1 %exitcond.not.i, label %for.cond.cleanup21.i, label %for.body22.i
 
 copy_output.exit:
-  %inc80 = add nuw i64 %index72.0150, 1
-  %exitcond156.not = icmp eq i64 %inc80, %27
-  br i1 %exitcond156.not, label %if.end82, label %for.body76
+  %inc80 = add nuw i64 %index72.0149, 1
+  %exitcond155.not = icmp eq i64 %inc80, %27
+  br i1 %exitcond155.not, label %if.end82, label %for.body76
 
 if.end82:
   store atomic i32 0, ptr %handle release, align 8
@@ -1178,14 +1069,14 @@ entry:
 
 define i32 @model_num_inputs() nounwind {
 entry:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
   %conv = trunc i64 %0 to i32
   ret i32 %conv
 }
 
 define i32 @model_num_outputs() nounwind {
 entry:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
   %conv = trunc i64 %0 to i32
   ret i32 %conv
 }
@@ -1196,7 +1087,7 @@ entry:
   br i1 %cmp, label %return, label %lor.lhs.false
 
 lor.lhs.false:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
   %conv.i = trunc i64 %0 to i32
   %cmp1 = icmp sgt i32 %conv.i, %input
   %tobool = icmp ne ptr %shape, null
@@ -1231,7 +1122,7 @@ entry:
   br i1 %cmp, label %return, label %lor.lhs.false
 
 lor.lhs.false:
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
   %conv.i = trunc i64 %0 to i32
   %cmp1 = icmp sgt i32 %conv.i, %output
   %tobool = icmp ne ptr %shape, null
@@ -1269,12 +1160,12 @@ return:
 define i64 @model_input_size(i32 %input) nounwind {
 entry:
   %shape = alloca [8 x i64], align 16
-  %cmp.i = icmp sgt i32 %input, -1
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 7), align 8
+  %cmp.i = icmp slt i32 %input, 0
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
   %conv.i.i = trunc i64 %0 to i32
-  %cmp1.i = icmp sgt i32 %conv.i.i, %input
-  %or.cond = select i1 %cmp.i, i1 %cmp1.i, i1 false
-  br i1 %or.cond, label %for.cond.preheader.i, label %model_input_shape.exit
+  %cmp1.i = icmp sle i32 %conv.i.i, %input
+  %or.cond.not = select i1 %cmp.i, i1 true, i1 %cmp1.i
+  br i1 %or.cond.not, label %cond.end, label %for.cond.preheader.i
 
 for.cond.preheader.i:
   %conv.i = zext i32 %input to i64
@@ -1294,47 +1185,50 @@ for.body.i:
   br i1 %exitcond.not.i, label %model_input_shape.exit, label %for.body.i
 
 model_input_shape.exit:
-  %retval.0.i = phi i64 [ 0, %entry ], [ 3, %for.body.i ]
-  %conv1.i = zext i1 %or.cond to i64
-  br i1 %or.cond, label %for.body.i8, label %product.exit
+  br i1 %or.cond.not, label %cond.end, label %cond.true
 
-for.body.i8:
-  %indvars.iv.i4 = phi i64 [ %indvars.iv.next.i6, %for.body.i8 ], [ 0, %model_input_shape.exit ]
-  %size.09.i = phi i64 [ %mul.i, %for.body.i8 ], [ %conv1.i, %model_input_shape.exit ]
-  %arrayidx.i5 = getelementptr inbounds i64, ptr %shape, i64 %indvars.iv.i4
-  %3 = load i64, ptr %arrayidx.i5, align 8
-  %mul.i = mul nsw i64 %3, %size.09.i
-  %indvars.iv.next.i6 = add nuw nsw i64 %indvars.iv.i4, 1
-  %exitcond.not.i7 = icmp eq i64 %indvars.iv.next.i6, %retval.0.i
-  br i1 %exitcond.not.i7, label %product.exit, label %for.body.i8
+cond.true:
+  %3 = load i64, ptr %shape, align 16
+  %arrayidx1 = getelementptr inbounds [8 x i64], ptr %shape, i64 0, i64 1
+  %4 = load i64, ptr %arrayidx1, align 8
+  %mul = mul nsw i64 %4, %3
+  %arrayidx2 = getelementptr inbounds [8 x i64], ptr %shape, i64 0, i64 2
+  %5 = load i64, ptr %arrayidx2, align 16
+  %mul3 = mul nsw i64 %mul, %5
+  br label %cond.end
 
-product.exit:
-  %size.0.lcssa.i = phi i64 [ %conv1.i, %model_input_shape.exit ], [ %mul.i, %for.body.i8 ]
-  ret i64 %size.0.lcssa.i
+cond.end:
+  %cond = phi i64 [ %mul3, %cond.true ], [ 0, %model_input_shape.exit ], [ 0, %entry ]
+  ret i64 %cond
 }
 
 define i64 @model_output_size(i32 %output) nounwind {
 entry:
   %shape = alloca [8 x i64], align 16
-  %cmp.i = icmp sgt i32 %output, -1
-  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 8), align 8
-  %conv.i.i = trunc i64 %0 to i32
-  %cmp1.i = icmp sgt i32 %conv.i.i, %output
-  %or.cond = select i1 %cmp.i, i1 %cmp1.i, i1 false
-  br i1 %or.cond, label %if.end.i, label %model_output_shape.exit
+  %cmp = icmp sgt i32 %output, -1
+  %0 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 9), align 8
+  %conv.i = trunc i64 %0 to i32
+  %cmp1.not = icmp sgt i32 %conv.i, %output
+  %or.cond = select i1 %cmp, i1 %cmp1.not, i1 false
+  br i1 %or.cond, label %if.end.i, label %cleanup
 
 if.end.i:
-  %conv.i = zext i32 %output to i64
+  %conv.i10 = zext i32 %output to i64
   %1 = load i64, ptr getelementptr inbounds (%struct.description, ptr @model_description, i64 0, i32 12), align 8
   %add.ptr.i.i.i = getelementptr inbounds i8, ptr @model_description, i64 %1
-  %add.ptr.i.i = getelementptr inbounds %struct.output, ptr %add.ptr.i.i.i, i64 %conv.i
+  %add.ptr.i.i = getelementptr inbounds %struct.output, ptr %add.ptr.i.i.i, i64 %conv.i10
   %2 = load i64, ptr %add.ptr.i.i, align 8
   %cmp418.not.i = icmp eq i64 %2, 0
   br i1 %cmp418.not.i, label %for.cond.cleanup.i, label %for.body.i
 
 for.cond.cleanup.i:
   %conv9.i = trunc i64 %2 to i32
-  br label %model_output_shape.exit
+  %cmp311 = icmp sgt i32 %conv9.i, 0
+  br i1 %cmp311, label %for.body.preheader, label %cleanup
+
+for.body.preheader:
+  %wide.trip.count = and i64 %2, 4294967295
+  br label %for.body
 
 for.body.i:
   %axis.019.i = phi i64 [ %inc.i, %for.body.i ], [ 0, %if.end.i ]
@@ -1346,29 +1240,19 @@ for.body.i:
   %exitcond.not.i = icmp eq i64 %inc.i, %2
   br i1 %exitcond.not.i, label %for.cond.cleanup.i, label %for.body.i
 
-model_output_shape.exit:
-  %retval.0.i = phi i32 [ %conv9.i, %for.cond.cleanup.i ], [ 0, %entry ]
-  %cmp.i3 = icmp sgt i32 %retval.0.i, 0
-  %conv1.i = zext i1 %cmp.i3 to i64
-  br i1 %cmp.i3, label %for.body.preheader.i, label %product.exit
+for.body:
+  %indvars.iv = phi i64 [ 0, %for.body.preheader ], [ %indvars.iv.next, %for.body ]
+  %size.012 = phi i64 [ 1, %for.body.preheader ], [ %mul, %for.body ]
+  %arrayidx = getelementptr inbounds [8 x i64], ptr %shape, i64 0, i64 %indvars.iv
+  %4 = load i64, ptr %arrayidx, align 8
+  %mul = mul nsw i64 %4, %size.012
+  %indvars.iv.next = add nuw nsw i64 %indvars.iv, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next, %wide.trip.count
+  br i1 %exitcond.not, label %cleanup, label %for.body
 
-for.body.preheader.i:
-  %wide.trip.count.i = zext i32 %retval.0.i to i64
-  br label %for.body.i7
-
-for.body.i7:
-  %indvars.iv.i = phi i64 [ 0, %for.body.preheader.i ], [ %indvars.iv.next.i, %for.body.i7 ]
-  %size.09.i = phi i64 [ %conv1.i, %for.body.preheader.i ], [ %mul.i, %for.body.i7 ]
-  %arrayidx.i5 = getelementptr inbounds i64, ptr %shape, i64 %indvars.iv.i
-  %4 = load i64, ptr %arrayidx.i5, align 8
-  %mul.i = mul nsw i64 %4, %size.09.i
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i6 = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond.not.i6, label %product.exit, label %for.body.i7
-
-product.exit:
-  %size.0.lcssa.i = phi i64 [ %conv1.i, %model_output_shape.exit ], [ %mul.i, %for.body.i7 ]
-  ret i64 %size.0.lcssa.i
+cleanup:
+  %retval.0 = phi i64 [ 0, %entry ], [ 1, %for.cond.cleanup.i ], [ %mul, %for.body ]
+  ret i64 %retval.0
 }
 
 declare i32 @posix_memalign(ptr noundef, i64 noundef, i64 noundef)

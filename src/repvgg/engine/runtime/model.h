@@ -81,12 +81,13 @@ int64_t model_max_images(void);
 int model_num_inputs(void);
 int model_num_outputs(void);
 
-/* Write the shape of an image or of an output for one image, such as C, H, W, and return its number of axes; 0 if there
-   is no input or output of that number. */
+/* Write the shape of an image or of an output for one image, such as C, H, W, and return its number of axes. It is 0
+   for an output of one number, and if there is no input or output of that number. */
 int model_input_shape(int input, int64_t shape[MODEL_MAX_RANK]);
 int model_output_shape(int output, int64_t shape[MODEL_MAX_RANK]);
 
-/* Floats of an input or output for one image: the product of its shape; 0 if there is none of that number. */
+/* Floats of an input or output for one image: the product of its shape; 0 if there is none of that number.
+   An output of one number has the size 1. */
 int64_t model_input_size(int input);
 int64_t model_output_size(int output);
 

@@ -108,7 +108,7 @@ class QuantizabilityPage:
             MissingDependencyError: Jinja2 or Matplotlib is not installed.
         """
         layers = self.report.layers
-        reasons = {} if self.report.equalization is None else self.report.equalization.left_alone
+        reasons = {} if self.report.equalization is None else self.report.equalization.skipped
         rows = [
             _LayerRow(
                 layer,

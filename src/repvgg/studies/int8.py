@@ -1,0 +1,305 @@
+"""INT8: what the settings of ONNX Runtime, NNCF and this library cost, in accuracy, size and time.
+
+    repvgg study int8
+    repvgg study int8 --checkpoints a=runs/a qat=runs/a-qat --data imagefolder:cifar10 --test-images 2000
+    repvgg study int8 --rows ours nncf --threads 1
+
+Without --checkpoints it trains the network of the quickstart first. Expected on 2 cores: 5 minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from repvgg.checkpoints import Metadata
+from repvgg.collapse import reparameterize
+from repvgg.data import DataConfig, is_mask_uri
+from repvgg.deploy.int8 import RuntimeResult, evaluate_int8
+from repvgg.deploy.onnx import export_onnx
+from repvgg.errors import ExportError, MissingDependencyError, NothingFoldedWarning, UsageError, first_line
+from repvgg.measure import RunSettings
+from repvgg.models import load
+from repvgg.quantization import Reference
+from repvgg.quantization.images import open_quantization_images
+from repvgg.studies.base import ProgressReporter, Study, check_positive
+from repvgg.studies.int8_rows import FLOAT, ROWS, TRAINED, Row, Subject
+from repvgg.studies.int8_tables import int8_outcome
+from repvgg.studies.store import Cell, CellStore
+
+_DIGITS = "digits"
+_TRAINED_FILE = "int8.onnx"  # in the run folder of quantization-aware training
+_WEIGHT_FILES = ("train.safetensors", "plain.safetensors", "best.safetensors")  # of a run folder, the last first choice
+
+
+@dataclass(frozen=True)
+class Int8Settings:
+    """Settings of the study of INT8.
+
+    Attributes:
+        run: device, dtype, memory format and threads.
+        batch: images in a timed call.
+        rounds: how often each file is timed, beside the float file.
+        checkpoints: run folders or checkpoints, each as PATH or NAME=PATH; default: the quickstart's network, which is
+            trained first. The int8.onnx that quantization-aware training leaves in its folder becomes a row.
+        data: labelled images, or images with masks; the training split calibrates, the validation split evaluates;
+            default: digits.
+        input_size: height and width of the images; default: of the checkpoint.
+        calibration_images: random training images.
+        test_images: random validation images; default: all.
+        rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained; default: all.
+        seed: of the quickstart's training.
+
+    Raises:
+        UsageError: a number is below 1, a row does not exist, a checkpoint is named twice, or the device is no CPU.
+    """
+
+    run: RunSettings = field(default_factory=RunSettings)
+    batch: int = 1
+    rounds: int = 10
+    checkpoints: tuple[str, ...] = ()
+    data: str | None = None
+    input_size: int | None = None
+    calibration_images: int = 128
+    test_images: int | None = None
+    rows: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            batch=self.batch,
+            rounds=self.rounds,
+            input_size=self.input_size,
+            calibration_images=self.calibration_images,
+            test_images=self.test_images,
+        )
+        if self.run.device != "cpu" or self.run.dtype != "float32" or self.run.compile:
+            raise UsageError(
+                "Integers are measured on the CPU, beside float32: leave out --device, --dtype, --compile."
+            )
+        for name in self.rows:
+            if not any(row.key.startswith(name) for row in ROWS):
+                raise UsageError(
+                    f"No row begins with {name!r}: take ours, nncf, onnxruntime, trained, or a name of one."
+                )
+        names = [name for name, _ in self.named_checkpoints]
+        if len(set(names)) < len(names):
+            raise UsageError("Two checkpoints have one name: give them as NAME=PATH.")
+        if self.checkpoints and self.data is None:
+            raise UsageError("There is nothing to calibrate on: give --data, such as imagefolder:PATH.")
+
+    @property
+    def named_checkpoints(self) -> list[tuple[str, Path | None]]:
+        """Name and path of each network; None is the quickstart's, which the study trains."""
+        return [_named(text) for text in self.checkpoints] or [(_DIGITS, None)]
+
+    @property
+    def chosen_rows(self) -> tuple[Row, ...]:
+        """The rows to measure; float always."""
+        return tuple(row for row in ROWS if row is FLOAT or not self.rows or row.key.startswith(self.rows))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, rest = text.partition("=")
+    path = Path(rest or text)
+    if not rest:
+        name = path.name if path.is_dir() else path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
+    return re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-._") or "network", path
+
+
+def _weights_of(path: Path) -> Path:
+    """Return the checkpoint at ``path``, or in the run folder ``path``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if path.is_dir():
+        found = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            raise UsageError(
+                f"{str(path)!r} has none of {', '.join(_WEIGHT_FILES)}: name a run folder or a checkpoint."
+            )
+        return found[0]
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint {str(path)!r}: name a run folder or a file.")
+    return path
+
+
+def _resolve(settings: Int8Settings) -> Int8Settings:
+    for _, path in settings.named_checkpoints:
+        if path is not None:
+            _weights_of(path)  # before anything is measured
+    return replace(settings, data=settings.data or "digits:")
+
+
+def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporter) -> None:
+    networks = settings.named_checkpoints
+    total, done = len(networks) * len(settings.chosen_rows), 0
+    for name, path in networks:
+        rows = [row for row in settings.chosen_rows if cell_key(name, row) not in store]
+        done += len(settings.chosen_rows) - len(rows)
+        if rows:
+            with tempfile.TemporaryDirectory() as folder:
+                subject, reference = _load(settings, store, path, Path(folder), reporter)
+                for row in rows:
+                    cell = _cell(row, subject, reference, settings, Path(folder) / "int8.onnx")
+                    if cell is not None:
+                        store.put(cell_key(name, row), cell)
+                        reporter.message(f"{name}, {row.title}: {_summary(cell)}")
+                    done += 1
+                    reporter(done, total)
+        reporter(done, total)
+
+
+def cell_key(network: str, row: Row) -> str:
+    """Return the key of a cell."""
+    return f"{network}-{row.key}"
+
+
+def _load(
+    settings: Int8Settings, store: CellStore, path: Path | None, folder: Path, reporter: ProgressReporter
+) -> tuple[Subject, Reference]:
+    if path is None:
+        path = store.folder / "quickstart"
+        if not path.exists():
+            from repvgg.studies.quickstart import run
+
+            store.create()
+            reporter.message(f"training the network of the quickstart in {path}")
+            run(path, settings.seed, console=Console(quiet=True))
+    loaded = load(_weights_of(path))
+    images = open_quantization_images(
+        _config(settings, loaded.metadata),
+        _shape(settings, loaded.metadata),
+        calibration=settings.calibration_images,
+        selection=0,
+        evaluation=settings.test_images,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingFoldedWarning)
+        plain = reparameterize(loaded.model, images.calibration[:2])[0].float()
+    float_file = folder / "float.onnx"
+    export_onnx(plain, float_file, images.shape)
+    trained = path / _TRAINED_FILE
+    subject = Subject(plain, float_file, images.calibration, trained if trained.is_file() else None)
+    return subject, Reference(plain, images.evaluation)
+
+
+def _config(settings: Int8Settings, about: Metadata) -> DataConfig:
+    return about.data_config(uri=settings.data)
+
+
+def _shape(settings: Int8Settings, about: Metadata) -> tuple[int, int, int] | None:
+    if settings.input_size is None and is_mask_uri(settings.data or ""):
+        return None  # that of the images
+    size = settings.input_size or about.input_size
+    return about.in_channels, size, size
+
+
+def _cell(row: Row, subject: Subject, reference: Reference, settings: Int8Settings, file: Path) -> Cell | None:
+    """Quantize and evaluate; None if the row does not apply to the network."""
+    if row is TRAINED and subject.trained_file is None:
+        return None
+    start = time.perf_counter()
+    try:
+        row.write(subject, file)
+        seconds = time.perf_counter() - start
+        results = evaluate_int8(
+            file,
+            reference,
+            runtimes=row.runtimes,
+            rounds=settings.rounds,
+            batch=settings.batch,
+            float_file=subject.float_file,
+        )
+    except (ExportError, MissingDependencyError) as error:
+        return {"failed": str(error)}
+    except Exception as error:
+        if row.family in ("ours", "float"):
+            raise
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}  # of a library
+    finally:
+        size = file.stat().st_size if file.is_file() else 0
+        file.unlink(missing_ok=True)
+    return {"bytes": size, "seconds": seconds, "runtimes": {one.runtime: _as_data(one) for one in results}}
+
+
+def _as_data(result: RuntimeResult) -> dict[str, Any]:
+    quality, latency = result.quality, result.latency
+    data: dict[str, Any] = {
+        "sqnr_db": quality.sqnr if math.isfinite(quality.sqnr) else None,
+        "agreement": quality.agreement,
+        "images": quality.images,
+        "saturation_db": result.saturation,
+    }
+    if quality.accuracy is not None:
+        one = quality.accuracy
+        data["accuracy"] = {
+            "reference": one.reference / one.images,
+            "candidate": one.candidate / one.images,
+            "difference": one.difference,
+            "interval": list(one.interval),
+        }
+    if quality.segmentation is not None:
+        pair = quality.segmentation
+        data["miou"] = {
+            "reference": pair.reference.miou,
+            "candidate": pair.candidate.miou,
+            "difference": pair.difference,
+        }
+    if latency is not None:
+        data["latency"] = {
+            "milliseconds": latency.milliseconds,
+            "float_milliseconds": latency.float_milliseconds,
+            "speedup": latency.speedup,
+        }
+    return data
+
+
+def _summary(cell: Mapping[str, Any]) -> str:
+    if "failed" in cell:
+        return str(cell["failed"])
+    parts = [
+        f"{name} {one['agreement']:.2%}, {'∞' if one['sqnr_db'] is None else round(one['sqnr_db'], 1)} dB"
+        for name, one in cell["runtimes"].items()
+    ]
+    return "; ".join(parts)
+
+
+STUDIES = (
+    Study(
+        name="int8",
+        title="INT8: settings of ONNX Runtime, NNCF and this library, side by side",
+        about=(
+            "Each row quantizes the plain form of the same network with the same calibration images, and its ONNX file "
+            "is run in ONNX Runtime and in OpenVINO on the same validation images, which are others. Agreement is the "
+            "share of images, or of pixels, whose class is that of the float network in PyTorch; SQNR is the "
+            "signal-to-quantization-noise ratio of all logits. The difference of the accuracies is paired: its 95 % "
+            "confidence interval comes from the images on which one network alone is right. A top-1 accuracy above "
+            "that of the float network is chance.\n\n"
+            "Saturation is what the integer kernels of ONNX Runtime lose against the same file in float arithmetic, "
+            "on the first 512 images: CPUs without VNNI instructions add pairs of products of signed weights in 16 "
+            "bits. Latency is that of a call, each file beside the float file of the same runtime in the same rounds. "
+            "Steps of this library are added one at a time; every row is shown, the worse ones too."
+        ),
+        settings=Int8Settings,
+        resolve=_resolve,
+        measure=_measure,
+        outcome=lambda settings, values: int8_outcome(
+            {
+                name: {row: values.get(cell_key(name, row)) for row in settings.chosen_rows}
+                for name, _ in settings.named_checkpoints
+            },
+            settings.batch,
+        ),
+    ),
+)

@@ -1,0 +1,118 @@
+"""The study of INT8 on a network with random weights and a few digits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from repvgg import reparameterize
+from repvgg.errors import UsageError
+from repvgg.models import create_model, describe_model, save
+from repvgg.studies import base, int8, int8_rows
+from repvgg.studies.int8 import Int8Settings
+from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS
+from repvgg.studies.int8_rows import FLOAT, OURS, ROWS, TRAINED
+from tests.bn_statistics import trained_like
+from tests.studies.helpers import read_rows, run
+
+FEW = {"data": "digits:", "calibration_images": 8, "test_images": 16, "rounds": 2}
+TWO = ("ours-nearest", "onnxruntime-u8s8-tensor-minmax")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain, _ = reparameterize(trained_like(create_model("repvgg_t0", num_classes=10, in_channels=1)))
+    save(folder / "plain.safetensors", plain, describe_model(plain, "plain", input_size=16))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    monkeypatch.setattr(base, "write_chart", lambda folder, chart: "<svg/>")
+
+
+def test_rows_are_beside_the_float_network(checkpoint, tmp_path):
+    result = run("int8", tmp_path / "s", checkpoints=(f"net={checkpoint}",), rows=TWO, **FEW)
+    assert result.complete
+    rows = {row["row"]: row for row in read_rows(tmp_path / "s" / "int8-net.csv")}
+    assert list(rows) == ["float32", "ours: per tensor, whole ranges, nearest", "ONNX Runtime U8S8 per tensor, MinMax"]
+    exact, ours, theirs = rows.values()
+    assert float(exact["onnxruntime_agreement_percent"]) == 100
+    assert float(exact["onnxruntime_sqnr_db"]) > 90 > float(ours["onnxruntime_sqnr_db"])
+    for row in (ours, theirs):
+        assert 10 < float(row["onnxruntime_sqnr_db"]) < 60
+        low, high = (float(row[f"onnxruntime_difference_{end}"]) for end in ("low", "high"))
+        assert low <= float(row["onnxruntime_difference_points"]) <= high
+    costs = {row["row"]: row for row in read_rows(tmp_path / "s" / "int8-net-cost.csv")}
+    sizes = [float(costs[name]["megabytes"]) for name in rows]
+    assert sizes[0] > 2 * max(sizes[1:])
+    assert all(float(row["onnxruntime_milliseconds"]) > 0 for row in costs.values())
+    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
+    assert "ONNX Runtime U8S8 per tensor, MinMax" in page
+    assert json.loads((tmp_path / "s" / "int8.json").read_text(encoding="utf-8"))["settings"]["test_images"] == 16
+
+
+def test_an_interrupted_study_continues_cell_by_cell(checkpoint, tmp_path, monkeypatch):
+    calls = []
+
+    def write(subject, out):
+        calls.append(out)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        int8_rows._copy_float(subject, out)
+
+    rows = (FLOAT, *(replace(FLOAT, key=f"ours-{name}", title=name, family="ours", write=write) for name in "ab"))
+    monkeypatch.setattr(int8, "ROWS", rows)
+    first = run("int8", tmp_path / "s", checkpoints=(str(checkpoint),), **FEW)
+    assert not first.complete
+    assert run("int8", tmp_path / "s", checkpoints=(str(checkpoint),), **FEW).complete
+    assert len(calls) == 3  # the first row was not measured again
+
+
+def test_a_row_that_fails_is_shown_with_the_reason(checkpoint, tmp_path, monkeypatch):
+    def write(subject, out):
+        raise RuntimeError("no such operator")
+
+    broken = replace(FLOAT, key="nncf-broken", title="broken", family="nncf", write=write)
+    monkeypatch.setattr(int8, "ROWS", (FLOAT, broken))
+    result = run("int8", tmp_path / "s", checkpoints=(f"net={checkpoint}",), **FEW)
+    assert result.complete
+    assert "broken: RuntimeError: no such operator" in result.outcome.tables[0].notes
+    assert read_rows(tmp_path / "s" / "int8-net.csv")[1]["onnxruntime_sqnr_db"] == ""
+
+
+def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
+    assert TRAINED in Int8Settings(**FEW).chosen_rows
+    settings = {"checkpoints": (f"net={checkpoint}",), "rows": ("trained",), **FEW}
+    assert run("int8", tmp_path / "without", **settings).complete
+    assert len(read_rows(tmp_path / "without" / "int8-net.csv")) == 1
+
+
+def test_every_setting_has_a_name_of_its_own():
+    assert len({row.key for row in ROWS}) == len(ROWS)
+    assert len(ONNX_RUNTIME_SETTINGS) == 2 * 2 * 2 * 3 + 2 * 3
+    assert len(NNCF_SETTINGS) == 6
+    assert OURS in {row.key for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rows": ("other",)}, "No row begins with 'other'"),
+        ({"checkpoints": ("a=x", "a=y"), "data": "digits:"}, "Two checkpoints have one name"),
+        ({"checkpoints": ("x",)}, "nothing to calibrate on"),
+    ],
+)
+def test_bad_settings_are_refused(settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Int8Settings(**settings)
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused_first(tmp_path):
+    with pytest.raises(UsageError, match="There is no checkpoint"):
+        run("int8", tmp_path / "s", checkpoints=(str(tmp_path / "x.safetensors"),), **FEW)
+    assert not (tmp_path / "s").exists()
