@@ -13,7 +13,7 @@ def test_a_train_form_is_quantized_and_evaluated(repvgg, files, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == "made plain first: 7 regions folded"
-    assert "8-bit weights per tensor, ranges by mse, equalized, biases corrected" in lines[1]
+    assert "8-bit weights per tensor in bounded pairs, ranges by mse, equalized, biases corrected" in lines[1]
     assert any(line.startswith("ONNX Runtime: agreement ") and "SQNR" in line and "95 %" in line for line in lines)
     assert lines[-1].startswith(f"wrote {out}: ")
     runner = OnnxRunner(out)

@@ -193,7 +193,7 @@ def test_a_learned_range_follows_the_error_of_the_output():
         loss().backward()
         optimizer.step()
     assert layer.quantizer.bounds[1] > 2.5
-    assert float(loss()) < 0.01 * float(before)
+    assert loss().item() < 0.01 * before.item()
     assert layer.quantizer.zero_point == 0
     assert_close(layer(x), layer.to_integers()(x), rtol=0, atol=0)
 
