@@ -26,7 +26,8 @@ from repvgg.deploy.inventory import Inventory
 from repvgg.deploy.preprocessing import Preprocessed, ReferenceOfPixels, notes_of
 from repvgg.deploy.targets import Exported, ExportRequest, ExportTarget, FloatPrecision, Runner, Shape, export_target
 from repvgg.errors import EquivalenceError, ExportError, RepvggError, first_line
-from repvgg.verify import Evidence, verify
+from repvgg.verify import Evidence, isolated_eval
+from repvgg.verify.comparison import Comparison
 
 DTYPES: dict[FloatPrecision, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
@@ -92,7 +93,7 @@ class InFloat16(nn.Module):
 
 
 Write = Callable[[nn.Module, Path, FileSpec], Written]
-Load = Callable[[Path], Runner]
+Load = Callable[[Path, int | None], Runner]
 
 
 def export_file(name: str, request: ExportRequest, write: Write, load: Load | None) -> Exported:
@@ -164,16 +165,19 @@ def _written_and_compared(
     evidence = seen = None
     inputs, outputs = dict.fromkeys(written.inputs, _axes(None if dynamic_batch else 1, spec.shape)), written.outputs
     if load is not None:
-        runner = load(part)
+        runner = load(part, None)
         inputs = {
             name: ", ".join("N" if axis is None else str(axis) for axis in axes) for name, axes in runner.inputs.items()
         }
         outputs = tuple(runner.outputs)
         at_once = None if dynamic_batch else 1
         borders = border_images(spec.shape, preprocessing, pixels=request.with_preprocessing)
-        evidence = compare(reference, runner, split_to(borders, at_once), request.precision)
+        runs = request.reference_runs
+        evidence = compare(reference, runner, split_to(borders, at_once), request.precision, runs, f"borders {at_once}")
         if request.images:
-            seen = compare(reference, runner, split_to(request.images, at_once), request.precision)
+            seen = compare(
+                reference, runner, split_to(request.images, at_once), request.precision, runs, f"photographs {at_once}"
+            )
     remarks = [*written.remarks]
     if not target.runtime:
         remarks.append(f"converted, not run: {target.why_not_run}.")
@@ -203,9 +207,23 @@ def _axes(batch: int | None, shape: Shape) -> str:
 
 
 def compare(
-    reference: nn.Module, run: Callable[..., Any], batches: list[Tensor], precision: FloatPrecision
+    reference: nn.Module,
+    run: Callable[..., Any],
+    batches: list[Tensor],
+    precision: FloatPrecision,
+    runs: dict[str, Any] | None = None,
+    key: str = "",
 ) -> Evidence:
-    """Compare a file in its runtime with the reference in float64, with the tolerance of its precision.
+    """Compare a file in its runtime with the reference in float64, as :func:`repvgg.verify.verify` does.
+
+    Args:
+        reference: the function as it should be.
+        run: the file.
+        batches: of images.
+        precision: of the file, which decides about the tolerance.
+        runs: outputs of the reference by key, of earlier calls with the same reference and batches; the new ones are
+            added.
+        key: of these batches.
 
     Raises:
         EquivalenceError: they differ.
@@ -220,8 +238,15 @@ def compare(
         except Exception as error:  # each runtime has its own exceptions
             raise ExportError(f"The written file does not run: {first_line(error)}.") from error
 
-    # The precision of the inputs is that of the comparison.
-    return verify(reference, candidate, [batch.to(DTYPES[precision]) for batch in batches]).raise_if_failed()
+    calls = [Call((batch.to(DTYPES[precision]),)) for batch in batches]  # their dtype is that of the comparison
+    comparison = Comparison(reference, candidate, calls)
+    runs = {} if runs is None else runs
+    with isolated_eval(*comparison.models):
+        if key in runs:
+            comparison.exact, comparison.own = runs[key]
+        else:
+            runs[key] = comparison.exact, comparison.own
+        return comparison.evidence(None).raise_if_failed()
 
 
 def json_beside(path: Path) -> Path:

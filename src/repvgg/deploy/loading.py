@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repvgg.checkpoints import Metadata
 from repvgg.deploy.preprocessing import PIXEL_MAX, read_preprocessing
@@ -48,6 +48,49 @@ def load_runner(path: str | os.PathLike[str], threads: int | None = None) -> Run
     return runner
 
 
+def run_in_parts(runner: Runner, images: Tensor) -> Any:
+    """Run images in batches of the size that a file takes, where that is fixed; the last one is filled with zeros."""
+    batch = runner.input_shape[0]
+    if batch is None or len(images) == batch:
+        return runner(images)
+    parts: list[Any] = []
+    for part in torch.split(images, batch):
+        missing = batch - len(part)
+        full = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        found = runner(full)
+        parts.append(found[: len(part)] if isinstance(found, Tensor) else {k: x[: len(part)] for k, x in found.items()})
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@final
+class ExportedModule(nn.Module):
+    """An exported file as a module without parameters, for any number of images.
+
+    Attributes:
+        runtime: what runs it.
+        input_shape: (C, H, W) of an image.
+
+    Raises:
+        UsageError: the file does not take one batch of images of a fixed size.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        super().__init__()
+        self._runner = load_runner(path, threads)
+        name = target_of(path)
+        assert name is not None
+        self.runtime = _runtime(name)
+        shape = self._runner.input_shape
+        if len(self._runner.inputs) != 1 or len(shape) != 4 or None in shape[1:]:
+            raise UsageError(f"{os.fspath(path)!r} does not take one batch of images of a fixed size.")
+        self.input_shape: tuple[int, int, int] = (shape[1] or 0, shape[2] or 0, shape[3] or 0)
+
+    def forward(self, images: Tensor) -> Any:
+        return run_in_parts(self._runner, images)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class LoadedProgram:
@@ -66,17 +109,8 @@ class LoadedProgram:
     segments: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        batch = self.runner.input_shape[0]
-        if batch is None:
-            logits: Tensor = self.runner(images)
-            return logits
-        # The file has a fixed batch size: fill the last batch with zeros.
-        parts = []
-        for part in torch.split(images, batch):
-            missing = batch - len(part)
-            full = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
-            parts.append(self.runner(full)[: len(part)])
-        return torch.cat(parts)
+        logits: Tensor = run_in_parts(self.runner, images)
+        return logits
 
 
 def load_program(path: str | os.PathLike[str], *, threads: int | None = None) -> LoadedProgram:

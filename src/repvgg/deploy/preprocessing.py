@@ -69,7 +69,10 @@ def preprocessing_of(model: nn.Module, metadata: Metadata | None, input_shape: t
     """
     channels, *size = input_shape
     config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std, classes, assumed = (), (), (), False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    assumed = False
     if metadata is not None:
         mean, std, classes = metadata.mean, metadata.std, metadata.classes
     elif isinstance(config, Mapping) and config.get("mean") and config.get("std"):

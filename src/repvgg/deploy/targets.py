@@ -37,11 +37,16 @@ class Runner(Protocol):
         notes: the texts that are stored in the file, or in the JSON file next to it, by name.
     """
 
-    input_shape: tuple[int | None, ...]
-    dtype: torch.dtype
-    inputs: Mapping[str, tuple[int | None, ...]]
-    outputs: Sequence[str]
-    notes: Mapping[str, str]
+    @property
+    def input_shape(self) -> tuple[int | None, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def inputs(self) -> Mapping[str, tuple[int | None, ...]]: ...
+    @property
+    def outputs(self) -> Sequence[str]: ...
+    @property
+    def notes(self) -> Mapping[str, str]: ...
 
     def __call__(self, *args: Tensor) -> Any:
         """Return the output for inputs in order."""
@@ -65,7 +70,7 @@ class ExportRequest:
         preprocessing: how pixels become inputs; None leaves it out of the file.
         with_preprocessing: put it into the graph: the file then takes pixels in [0, 255].
         precision: of weights and arithmetic.
-        threads: for the latency; None takes those of PyTorch.
+        reference_runs: outputs of the reference in float64, which requests for several targets share.
     """
 
     reference: nn.Module
@@ -79,6 +84,7 @@ class ExportRequest:
     preprocessing: Preprocessing | None = None
     with_preprocessing: bool = False
     precision: FloatPrecision = "float32"
+    reference_runs: dict[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -125,7 +131,6 @@ class ExportTarget:
         dynamic_batch: whether one file can take any number of images.
         precisions: that it can be written in.
         reads_qdq: whether it takes a quantized ONNX file (``repvgg quantize``) as its source.
-        verb: of the function of its module: "load" opens a file.
     """
 
     about: str

@@ -67,21 +67,19 @@ def _weights_in(path: Path, model: nn.Module, dtype: torch.dtype) -> tuple[int, 
 
 def _inventory(program: Any) -> Inventory:
     main = program.functions["main"]
-    operations = [
-        Operation(
-            one.op_type,
-            one.name,
-            [
-                value.name
-                for values in one.inputs.values()
-                for value in (values if isinstance(values, (list, tuple)) else [values])
-            ],
-            [value.name for value in one.outputs],
-        )
-        for one in main.operations
-        if one.op_type != "const"
-    ]
+    operations = []
+    for one in main.operations:
+        if one.op_type == "const":
+            continue
+        read = [value.name for values in one.inputs.values() for value in _as_list(values)]
+        # With the preprocessing in the graph, coremltools makes one of its product and its sum.
+        kind = "normalization of pixels" if one.op_type == "batch_norm" and read[0] in main.inputs else one.op_type
+        operations.append(Operation(kind, one.name, read, [value.name for value in one.outputs]))
     return take_inventory(operations, main.inputs, _KINDS)
+
+
+def _as_list(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
 def export(request: ExportRequest) -> Exported:

@@ -35,8 +35,9 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
     converter = Path(require("pnnx", "ncnn").__file__ or "").with_name("pnnx")
     shape = ",".join(map(str, (1, *spec.shape)))
     with TemporaryDirectory() as folder:
+        jit: Any = torch.jit  # without types
         with silence(), torch.no_grad():  # a deprecation of tracing
-            torch.jit.trace(flat, tuple(call.tensors()), check_trace=False).save(f"{folder}/model.pt")
+            jit.trace(flat, tuple(call.tensors()), check_trace=False).save(f"{folder}/model.pt")
         # The program itself: its Python wrapper would import the Python code that it generates.
         half = int(spec.precision == "float16")
         command = [str(converter), "model.pt", f"inputshape=[{shape}]", f"fp16={half}", "optlevel=2"]

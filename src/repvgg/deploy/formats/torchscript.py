@@ -25,13 +25,14 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
     """Trace a model and write it; the notes are an extra file."""
     call = spec.example
     flat = FlatModule(spec.in_precision(model), call)
+    jit: Any = torch.jit  # without types
     with silence(), torch.no_grad():  # a deprecation of tracing
-        traced = torch.jit.trace(flat.model if flat.is_plain else flat, tuple(call.tensors()), check_trace=False)
-        frozen = torch.jit.freeze(traced.eval())
+        traced = jit.trace(flat.model if flat.is_plain else flat, tuple(call.tensors()), check_trace=False)
+        frozen = jit.freeze(traced.eval())
         shape = [None if spec.dynamic_batch else 1, *spec.shape]
         about = {"inputs": flat.inputs, "outputs": flat.outputs, "shape": shape}
         extra = {NOTES: json.dumps(dict(spec.notes)), _ABOUT: json.dumps(about)}
-        torch.jit.save(frozen, str(path), _extra_files=extra)
+        jit.save(frozen, str(path), _extra_files=extra)
     operations = [
         Operation(
             node.kind(), name, [one.debugName() for one in node.inputs()], [one.debugName() for one in node.outputs()]
@@ -59,7 +60,8 @@ class TorchScriptRunner:
         extra = {NOTES: "", _ABOUT: ""}
         try:
             with silence():
-                self.module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+                jit: Any = torch.jit  # without types
+                self.module = jit.load(str(path), map_location="cpu", _extra_files=extra)
             about = json.loads(extra[_ABOUT])
             self.notes: dict[str, str] = json.loads(extra[NOTES])
         except (RuntimeError, ValueError) as error:
