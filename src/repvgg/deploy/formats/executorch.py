@@ -96,7 +96,9 @@ class ExecuTorchRunner:
             with silence(), _quiet_native_code():
                 runtime = require("executorch.runtime", "executorch").Runtime.get()
                 if threads is not None:
-                    require("executorch.extension.pybindings.portable_lib")._unsafe_reset_threadpool(threads)
+                    require("executorch.extension.pybindings.portable_lib", "executorch")._unsafe_reset_threadpool(
+                        threads
+                    )
                 self._program = runtime.load_program(path)
                 self._method = self._program.load_method("forward")
         except RuntimeError as error:
