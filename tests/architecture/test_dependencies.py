@@ -107,7 +107,7 @@ def test_every_extra_that_is_named_installs_the_package():
 
 
 def test_all_is_every_extra_but_converters_to_other_formats():
-    left_out = ("all", "dev", "foreign", "browser", "executorch", "ncnn", "coreml", "export")
+    left_out = ("all", "dev", "foreign", "browser", "nncf", "executorch", "ncnn", "coreml", "export")
     assert packages_of("all") == set().union(*(packages_of(extra) for extra in EXTRAS if extra not in left_out))
 
 

@@ -23,16 +23,15 @@ from repvgg.errors import EquivalenceError, ExportError, RepvggError, Unsupporte
 SHAPE = (3, 17, 15)
 STATISTICS = Preprocessing((0.4, 0.5, 0.3), (0.2, 0.25, 0.3), SHAPE[1:], tuple("abcde"))
 RUN_HERE = [name for name, target in TARGETS.items() if target.runtime and target.suffix]
-FAST = ("onnx", "pt2", "torchscript")
 
 
-def targets(names=RUN_HERE):
+def targets(names=RUN_HERE, fast=("torchscript",)):
     """The targets as parameters; those that take seconds each are slow, and those without their package are skipped."""
     found = []
     for name in names:
         missing = TARGETS[name].missing_package()
         marks = [pytest.mark.skipif(missing is not None, reason=f"{missing} is not installed")]
-        if name not in FAST:
+        if name not in fast:
             marks.append(pytest.mark.slow)
         found.append(pytest.param(name, marks=marks))
     return found
@@ -69,7 +68,7 @@ def request(name, folder, **changed):
     return ExportRequest(**{**given, **changed})
 
 
-@pytest.mark.parametrize("name", targets())
+@pytest.mark.parametrize("name", targets(fast=("onnx", "pt2", "torchscript")))
 def test_is_equal_in_its_runtime_and_says_how_pixels_become_inputs(tmp_path, name):
     done = export(name, request(name, tmp_path))
     assert done.evidence.passed
@@ -183,6 +182,7 @@ def test_core_ml_is_converted_and_its_weights_are_read_back(tmp_path, monkeypatc
     assert json.loads(model.user_defined_metadata[f"repvgg.{KEY}"])["classes"] == list("abcde")
 
 
+@pytest.mark.slow
 def test_tensorrt_is_an_onnx_file_that_was_not_run_there(tmp_path):
     done = export("tensorrt", request("tensorrt", tmp_path))
     command, ran = done.remarks
@@ -207,7 +207,7 @@ class TakesOne(nn.Module):
 
 
 def test_a_model_of_one_image_is_exported_so_and_the_reason_is_told(tmp_path):
-    done = export("onnx", request("onnx", tmp_path, reference=TakesOne(), plain=TakesOne(), images=()))
+    done = export("torchscript", request("torchscript", tmp_path, reference=TakesOne(), plain=TakesOne(), images=()))
     assert done.contents == "one image at a time of 3 x 17 x 15, float32"
     assert "one image only" in done.remarks[-1]
     assert done.evidence.batches == 9
@@ -219,7 +219,7 @@ def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
             return x if float(x.sum()) > 0 else -x
 
     with pytest.raises(ExportError):
-        export("onnx", request("onnx", tmp_path, reference=Broken(), plain=Broken()))
+        export("pt2", request("pt2", tmp_path, reference=Broken(), plain=Broken()))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,8 @@ from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes
 from repvgg.errors import ExportError, UsageError, first_line, require
 
 # Shape and Size depend on the shape of their input, not on its values: their results are constants.
-_KINDS = Kinds(norms={"BatchNormalization"}, sums={"Add", "Sum"}, shapes={"Shape", "Size"})
+# FusedConv of ONNX Runtime adds its fourth input, where it has one.
+_KINDS = Kinds(norms={"BatchNormalization"}, sums={"Add", "Sum", "FusedConv"}, shapes={"Shape", "Size"})
 _MAX_BYTES = 2**31 - 2**20  # a protobuf message is limited to 2 GiB; 1 MiB is left for the graph around the weights
 
 

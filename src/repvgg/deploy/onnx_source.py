@@ -91,7 +91,7 @@ def _convert(name: str, module: Any, source: Path, part: Path, graph: Any, notes
 def _compare(exact: OnnxRunner, candidate: Runner, graph: Any) -> str:
     """Return how the two compare, in a sentence; raise EquivalenceError if they differ."""
     quantized = any(node.op_type == "QuantizeLinear" for node in graph.node)
-    images = _images(exact, in_range=quantized)
+    images = _images(exact, photographs_only=quantized)
     if not quantized:
         evidence = verify(exact, candidate, images).raise_if_failed()
         return f"relative error {evidence.relative:.1e} against ONNX Runtime, {evidence.tolerance:.1e} allowed."
@@ -114,21 +114,20 @@ def _compare(exact: OnnxRunner, candidate: Runner, graph: Any) -> str:
     )
 
 
-def _images(exact: OnnxRunner, *, in_range: bool) -> list[Tensor]:
-    """Return border images and photographs as the file takes them; ``in_range``: only those of pixels in [0, 255].
+def _images(exact: OnnxRunner, *, photographs_only: bool) -> list[Tensor]:
+    """Return border images and photographs as the file takes them, or only the latter if there are any.
 
-    Others are clipped by a quantized file, and the error of that would hide all others.
+    A quantized file clips what border images lead to, and the error of that would hide all others.
     """
     preprocessing = read_preprocessing(exact.notes)
     channels, height, width = (axis or 1 for axis in exact.input_shape[1:])
     in_graph = preprocessing is not None and preprocessing.in_graph
     images = border_images((channels, height, width), preprocessing, pixels=in_graph)
-    images = images[-1:] if in_range else images
     with suppress(MissingDependencyError):
         pixels = photographs((channels, height, width))
         if not in_graph:
             pixels = pixels / PIXEL_MAX if preprocessing is None else preprocessing.apply(pixels)
-        images.append(pixels)
+        images = [pixels] if photographs_only else [*images, pixels]
     return split_to(images, exact.input_shape[0])
 
 

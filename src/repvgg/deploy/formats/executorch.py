@@ -52,7 +52,7 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
 def _inventory(program: Any) -> Inventory:
     """Return the operators of a lowered program, inside and outside of the parts that XNNPACK runs."""
     outside = inventory_of_graph(program.graph, program.graph_signature.user_inputs)
-    not_delegated = {_short(name): count for name, count in outside.operators.items() if _is_work(name)}
+    not_delegated = {name: count for name, count in outside.operators.items() if _is_work(name)}
     total = Counter(not_delegated)
     norms, sums = list(outside.norms), list(outside.sums)
     for name, part in program.graph_module.named_children():
@@ -62,19 +62,14 @@ def _inventory(program: Any) -> Inventory:
         inputs = [node.name for node in inner.graph.nodes if node.op == "placeholder" and node.name not in constants]
         found = inventory_of_graph(inner.graph, inputs)
         for kind, count in found.operators.items():
-            total[_short(kind)] += count
+            total[kind] += count
         norms += [f"{name}: {one}" for one in found.norms]
         sums += [f"{name}: {one}" for one in found.sums]
     return Inventory(dict(total.most_common()), tuple(norms), tuple(sums), not_delegated)
 
 
 def _is_work(name: str) -> bool:
-    return not (name == _DELEGATE or "getitem" in name or "sym_size" in name)
-
-
-def _short(name: str) -> str:
-    """Return ``aten.convolution.default`` for the representation of an operator of the edge dialect."""
-    return name.removeprefix("<EdgeOpOverload: ").partition(">")[0]
+    return name != _DELEGATE and not name.startswith("aten.sym_size")
 
 
 @final

@@ -6,6 +6,7 @@ import json
 import operator
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from repvgg.deploy.inventory import Inventory, Kinds, Operation, take_inventory
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import NOTES, ProgramRunner, export_program
 
-#: The operators of ATen, with and without the prefix of ExecuTorch's edge dialect.
+_ITEM = "item"  # of a tuple, no operator
+#: The operators of ATen.
 ATEN = Kinds(
     norms={
         "aten.batch_norm.default",
@@ -30,14 +32,18 @@ ATEN = Kinds(
 def inventory_of_graph(graph: torch.fx.Graph, inputs: Iterable[str]) -> Inventory:
     """Return the operators of a graph of ``torch.fx``; ``inputs`` are the names of the nodes that are activations."""
     operations = [
-        Operation(str(node.target), node.name, [one.name for one in node.all_input_nodes], [node.name])
+        Operation(operator_name(node.target), node.name, [one.name for one in node.all_input_nodes], [node.name])
         for node in graph.nodes
         if node.op == "call_function"
     ]
     found = take_inventory(operations, inputs, ATEN)
-    # Items of tuples are no operators.
-    counted = {name: count for name, count in found.operators.items() if name != str(operator.getitem)}
+    counted = {name: count for name, count in found.operators.items() if name != _ITEM}
     return Inventory(counted, found.norms, found.sums)
+
+
+def operator_name(target: Any) -> str:
+    """Return ``aten.add.Tensor``, also for an operator of ExecuTorch's edge dialect."""
+    return _ITEM if target is operator.getitem else str(target).removeprefix("<EdgeOpOverload: ").partition(">")[0]
 
 
 def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
