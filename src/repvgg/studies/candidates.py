@@ -285,6 +285,9 @@ ENGINES: dict[str, Engine] = {
 }
 
 
+_CHOICES = [name for name in ENGINES if name != EXPORTED]  # exported files run in it without being asked
+
+
 def check_engines(names: Sequence[str], settings: RunSettings) -> None:
     """Refuse unknown engines, and settings that one of the engines does not support.
 
@@ -293,7 +296,7 @@ def check_engines(names: Sequence[str], settings: RunSettings) -> None:
     """
     for name in names:
         if name not in ENGINES:
-            raise UsageError(f"There is no engine {name!r}: choose one of {', '.join(ENGINES)}.")
+            raise UsageError(f"There is no engine {name!r}: choose one of {', '.join(_CHOICES)}.")
         if not ENGINES[name].any_device and (settings.device, settings.dtype) != ("cpu", "float32"):
             raise UsageError(f"The engine {name!r} computes in float32 on the CPU: leave out --device and --dtype.")
     if not names or len(set(names)) < len(names):
