@@ -336,8 +336,8 @@ def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
     [
         (
             "onnx",
-            "There is no engine 'onnx': choose one of torch, repvgg, repvgg-searched, onnxruntime, openvino, executorch, "
-            "ncnn.",
+            "There is no engine 'onnx': choose one of torch, repvgg, repvgg-searched, onnxruntime, openvino, "
+            "executorch, ncnn.",
         ),
         ("torch,torch", "Name the engines, each once."),
     ],
