@@ -68,7 +68,7 @@ def predict(
     """Predict the most probable classes of image files, or the class of each of their pixels.
 
     A checkpoint in the train form is converted first; exported files (.onnx, .ort, .xml, .pt2, .torchscript, .pte,
-    .param) run as they are, each in its own runtime. Images are resized and
+    .param, a C library or its folder) run as they are, each in its own runtime. Images are resized and
     cropped as by 'repvgg eval', and turned as their EXIF orientation says. The engine "repvgg" is this library's;
     "auto" uses it if it is installed and supports the model. The output names the engine that ran.
 

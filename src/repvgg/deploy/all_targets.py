@@ -12,7 +12,6 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-import repvgg.engine
 from repvgg._files import atomic_folder, check_output_folder
 from repvgg._serde import to_json
 from repvgg.deploy.targets import TARGETS, Exported, ExportRequest, ExportTarget, export, target_module
@@ -177,7 +176,7 @@ def _row(name: str, request: ExportRequest, folder: Path) -> Row:
     target = TARGETS[name]
     if request.precision not in target.precisions:
         return Row(name, "failed", f"it is written in {', '.join(target.precisions)} only")
-    if request.with_preprocessing and name == "c":
+    if request.with_preprocessing and name in ("c", "web"):
         return Row(name, "failed", "it has no preprocessing in the graph yet")
     before = _sizes(folder)
     out = folder / file_name(name)
@@ -246,8 +245,5 @@ def _with_latencies(rows: Sequence[Row], folder: Path, image: Tensor, rounds: in
 
 
 def _runner(name: str, path: Path) -> Callable[[Tensor], Any]:
-    module = target_module(name)
-    if hasattr(module, "load"):
-        runner: Callable[[Tensor], Any] = module.load(path, torch.get_num_threads())
-        return runner
-    return repvgg.engine.load(path)
+    runner: Callable[[Tensor], Any] = target_module(name).load(path, torch.get_num_threads())
+    return runner

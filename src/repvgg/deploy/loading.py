@@ -24,6 +24,8 @@ def target_of(path: str | os.PathLike[str]) -> str | None:
     file = Path(path)
     if file.suffix in PROGRAM_SUFFIXES:
         return next(name for name, target in TARGETS.items() if target.runtime and target.suffix == file.suffix)
+    if file.suffix == ".so" and file.is_file():
+        return "c"
     folders = {name: target.replaceable for name, target in TARGETS.items() if target.runtime and target.is_folder}
     return next((name for name, files in folders.items() if file.is_dir() and any(file.glob(files))), None)
 
@@ -42,8 +44,6 @@ def load_runner(path: str | os.PathLike[str], threads: int | None = None) -> Run
     if name is None:
         raise UsageError(f"{os.fspath(path)!r} is no exported file: its name ends in {', '.join(PROGRAM_SUFFIXES)}.")
     module = target_module(name)
-    if not hasattr(module, "load"):
-        raise UsageError(f"{os.fspath(path)!r} is {TARGETS[name].about}: load it with repvgg.engine.load.")
     runner: Runner = module.load(Path(path), threads)
     return runner
 
