@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from repvgg._files import atomic_write, check_output, write_text
+from repvgg._files import atomic_files, atomic_write, check_output, write_text
 from repvgg.errors import OutputError, OutputExistsError
 
 
@@ -108,3 +108,40 @@ def test_a_link_stays_a_link(tmp_path):
 def test_text_is_utf_8(tmp_path):
     assert write_text(tmp_path / "a.txt", "größer →") == tmp_path / "a.txt"
     assert (tmp_path / "a.txt").read_bytes() == "größer →".encode()
+
+
+def test_files_next_to_each_other_appear_together(tmp_path):
+    with atomic_files(tmp_path / "net.xml") as part:
+        part.write_text("description")
+        part.with_suffix(".bin").write_bytes(b"weights")
+        assert list(tmp_path.glob("net*")) == []
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "net.xml": "description",
+        "net.bin": "weights",
+    }
+
+
+def test_files_next_to_each_other_are_not_replaced_unasked(tmp_path):
+    (tmp_path / "net.bin").write_text("of another network")
+
+    def write(overwrite):
+        with atomic_files(tmp_path / "net.xml", overwrite=overwrite) as part:
+            part.write_text("description")
+            part.with_suffix(".bin").write_text("weights")
+
+    with pytest.raises(OutputExistsError, match=r"net\.bin"):
+        write(overwrite=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.bin"]
+    write(overwrite=True)
+    assert (tmp_path / "net.bin").read_text() == "weights"
+
+
+def test_files_of_a_failure_are_removed(tmp_path):
+    def fail():
+        with atomic_files(tmp_path / "net.xml") as part:
+            part.write_text("description")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []

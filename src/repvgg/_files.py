@@ -63,6 +63,34 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
 
 
+@contextmanager
+def atomic_files(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path like ``path``; on success, it and all files next to it are renamed into its folder.
+
+    For formats of several files, such as weights next to a description. What is written must have a name that begins
+    with the stem of ``path``; ``path`` itself is renamed last, so that it is complete as soon as it exists.
+
+    Raises:
+        OutputExistsError: see :func:`check_output`; of a file next to it, too.
+        OutputError: a file cannot be written; the disk is full, for example.
+    """
+    target = check_output(path, overwrite=overwrite)
+    try:
+        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            yield part
+            written = sorted(Path(folder).iterdir(), key=lambda file: file == part)
+            for file in written:
+                check_output(target.with_name(file.name), overwrite=overwrite)
+                _flush_to_disk(file)
+            mode = _permissions(target, Path(folder) / f"{target.name}.mode")
+            for file in written:
+                file.chmod(mode)
+                file.replace(target.with_name(file.name))
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
+
+
 def check_output_folder(path: str | os.PathLike[str], replaceable: str, *, overwrite: bool = False) -> Path:
     """Check that a folder may be written at ``path``; call it before the work that makes its files.
 
@@ -111,8 +139,9 @@ def atomic_folder(path: str | os.PathLike[str], replaceable: str, *, overwrite: 
             part = Path(temporary) / real.name
             part.mkdir()
             yield part
-            for file in part.iterdir():
-                _flush_to_disk(file)
+            for file in part.rglob("*"):
+                if file.is_file():
+                    _flush_to_disk(file)
             check_output_folder(target, replaceable, overwrite=overwrite)  # another process may have made it meanwhile
             if real.exists():
                 real.rename(Path(temporary) / "replaced")  # a folder with files cannot be renamed over

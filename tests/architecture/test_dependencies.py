@@ -106,10 +106,18 @@ def test_every_extra_that_is_named_installs_the_package():
         assert wanted in (packages_of(extra) if extra else CORE), (place, package, extra)
 
 
-def test_all_is_every_extra():
-    assert packages_of("all") == set().union(
-        *(packages_of(extra) for extra in EXTRAS if extra not in ("all", "dev", "foreign", "browser"))
-    )
+def test_all_is_every_extra_but_converters_to_other_formats():
+    left_out = ("all", "dev", "foreign", "browser", "nncf", "executorch", "ncnn", "coreml", "export")
+    assert packages_of("all") == set().union(*(packages_of(extra) for extra in EXTRAS if extra not in left_out))
+
+
+def test_the_extra_of_exports_has_what_every_target_needs():
+    from repvgg.deploy.targets import TARGETS
+
+    for name, target in TARGETS.items():
+        for package in target.packages:
+            assert package in packages_of(target.extra), name
+            assert package in packages_of("export"), name
 
 
 def test_core_installation_converts_lists_and_explains(tmp_path):

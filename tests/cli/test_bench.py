@@ -334,7 +334,11 @@ def test_a_plain_checkpoint_in_two_engines(repvgg, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("onnx", "There is no engine 'onnx': choose one of torch, repvgg, repvgg-searched, onnxruntime, openvino."),
+        (
+            "onnx",
+            "There is no engine 'onnx': choose one of torch, repvgg, repvgg-searched, onnxruntime, openvino, "
+            "executorch, ncnn.",
+        ),
         ("torch,torch", "Name the engines, each once."),
     ],
 )
@@ -387,3 +391,15 @@ def test_outputs_of_any_structure(repvgg, tmp_path, factory):
     outcome = repvgg("bench", source, "--batch", 1, "--rounds", 1, "--input-size", 8, "--json")
     assert outcome.code == 0, outcome.err
     assert [timing["name"] for timing in json.loads(outcome.out)["timings"]] == FORMS
+
+
+def test_exported_files_run_in_their_own_runtime(repvgg, refused, files, tmp_path):
+    out = tmp_path / "plain.torchscript"
+    assert repvgg("export", files.plain, out, "--to", "torchscript").code == 0
+    outcome = repvgg("bench", files.plain, out, "--rounds", "1", "--batch", "1,3", "--engine", "torch", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    names = [f"{files.plain}", f"{out}, torch"]
+    assert [(one["batch"], one["name"]) for one in found["timings"]] == [(n, name) for n in (1, 3) for name in names]
+    assert found["settings"]["image_shapes"][str(out)] == [1, 16, 16]
+    assert "the file takes images of 1 x 16 x 16 only" in refused("bench", out, "--input-size", "17")

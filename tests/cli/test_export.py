@@ -1,3 +1,4 @@
+import json
 import typing
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_train_form_becomes_a_library(repvgg, files, tmp_path):
     folded, equal, tolerance, ran, wrote = outcome.out.splitlines()
     assert folded == "the network was made plain first: 7 regions folded"
     assert equal.startswith("the export is equal: relative error ")
-    assert equal.endswith("; 6 of 6 predictions agree, on border images and 3 others")
+    assert equal.endswith("; 6 of 6 predictions agree, on border images and 3 photographs")
     assert tolerance.startswith("tolerance: ")
     assert "roundings" in tolerance
     assert ran == "libmodel.so was loaded and run on this machine."
@@ -43,15 +44,38 @@ def test_a_train_form_becomes_a_library(repvgg, files, tmp_path):
     assert "Output k is the logit of class k: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in readme
 
 
+def test_to_torchscript_with_images_and_preprocessing(repvgg, files, tmp_path):
+    out = tmp_path / "plain.torchscript"
+    images = photographs(tmp_path)
+    options = "--images", images, "--with-preprocessing"
+    outcome = repvgg("export", files.train, out, "--to", "torchscript", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "of 1 x 16 x 16 as pixels in [0, 255], float32" in outcome.out
+    # 'predict' reads in the file that it takes pixels.
+    probabilities = [predicted(repvgg, file, images) for file in (out, files.plain)]
+    assert_close(*probabilities, rtol=1e-4, atol=1e-6)
+
+
+def predicted(repvgg, file, images):
+    outcome = repvgg("predict", file, images, "--json", "--engine", "torch")
+    assert outcome.code == 0, outcome.err
+    rows = json.loads(outcome.out)["images"]
+    return torch.tensor([[one["probability"] for one in sorted(row["top"], key=lambda x: x["index"])] for row in rows])
+
+
 @pytest.mark.slow
 def test_to_onnx_with_images(repvgg, files, tmp_path):
     out = tmp_path / "plain.onnx"
     outcome = repvgg("export", files.plain, out, "--to", "onnx", "--images", photographs(tmp_path))
     assert (outcome.code, outcome.err) == (0, "")
-    plain, equal, _, wrote = outcome.out.splitlines()
+    plain, borders, photos, tolerance, names, operators, wrote = outcome.out.splitlines()
     assert plain == "the network is plain: it was exported as it is"
-    assert equal.endswith(" predictions agree, on border images and 3 others")
-    assert wrote == f"wrote {out}: any number of images of 1 x 16 x 16"
+    assert borders.endswith("; 9 of 9 predictions agree, on border images")
+    assert photos.endswith("; 3 of 3 predictions agree, on 3 photographs")
+    assert "roundings" in tolerance
+    assert names == "inputs: image (N, 1, 16, 16); outputs: logits"
+    assert operators.endswith("no batch norm, no sum of branches")
+    assert wrote == f"wrote {out}: any number of images of 1 x 16 x 16, float32"
 
 
 def test_refusals(refused, files, tmp_path):
@@ -67,6 +91,24 @@ def test_refusals(refused, files, tmp_path):
     assert "other files than an export" in refused("export", files.plain, folder, "--to", "c", "--overwrite")
     assert "at least 1" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--input-size", "0", "5")
     assert "There is no file" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--images", "none.png")
+
+
+def test_refusals_of_exports_to_files(refused, files, tmp_path):
+    out = tmp_path / "plain.onnx"
+    assert "--json and --rounds are options of --to all" in refused(
+        "export", files.plain, out, "--to", "onnx", "--json"
+    )
+    assert "--threads is not an option of --to all" in refused(
+        "export", files.plain, tmp_path / "all", "--to", "all", "--threads", "1"
+    )
+    assert "float32 only" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--precision", "float16")
+    assert "requires an older PyTorch" in refused("export", files.plain, tmp_path / "a.tflite", "--to", "litert")
+    (tmp_path / "int8.onnx").write_bytes(b"nothing")
+    assert "takes a network, not an ONNX file" in refused("export", tmp_path / "int8.onnx", out, "--to", "onnx")
+    assert "An ONNX file has few targets" in refused("export", tmp_path / "int8.onnx", tmp_path / "all", "--to", "all")
+    assert "exported as it is" in refused(
+        "export", tmp_path / "int8.onnx", tmp_path / "a.ort", "--to", "ort", "--precision", "float16"
+    )
 
 
 def test_never_replaces_its_source(refused, tmp_path, files):
@@ -85,5 +127,5 @@ def test_a_library_that_differs_is_not_kept(refused, files, tmp_path, monkeypatc
 
 def test_the_options_are_those_of_the_tables():
     hints = typing.get_type_hints(export, include_extras=False)
-    assert set(typing.get_args(hints["to"])) == set(TARGETS)
+    assert set(typing.get_args(hints["to"])) == {*TARGETS, "all"}
     assert set(typing.get_args(typing.get_args(hints["target"])[0])) == {*CPU_TARGETS, NATIVE}

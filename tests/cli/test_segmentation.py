@@ -166,6 +166,23 @@ def test_predict_writes_masks_and_overlays(finished, repvgg, uri, tmp_path):
     assert "exists" in again.err
 
 
+def test_an_exported_network_predicts_in_windows_of_its_size(finished, repvgg, refused, uri, tmp_path):
+    images, plain, out = uri.removeprefix("masks:") + "/val/images", finished[0] / "plain.safetensors", "a.torchscript"
+    exported = repvgg("export", plain, tmp_path / out, "--to", "torchscript")
+    assert exported.code == 0, exported.err
+    by_windows = ("--window", "33", "--json", "--engine", "torch")
+    found, expected = (
+        json.loads(repvgg("predict", file, images, *options).out)
+        for file, options in ((tmp_path / out, ("--json",)), (plain, by_windows))
+    )
+    assert found["engine"] == "torch"
+    assert found["model"] == expected["model"]
+    assert len(found["images"]) == len(expected["images"]) > 0
+    for ours, theirs in zip(found["images"], expected["images"], strict=True):
+        assert ours["shares"] == pytest.approx(theirs["shares"], abs=2e-3)  # a pixel or two at a tie
+    assert "33 pixels, which are its windows" in refused("predict", tmp_path / out, images, "--window", "41")
+
+
 def test_masks_of_a_network_without_a_palette(finished, repvgg, uri, tmp_path):
     """VOC's colours are chosen, as other tools choose them for unnamed classes."""
     loaded = load(finished[0] / "plain.safetensors")

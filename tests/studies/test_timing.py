@@ -121,9 +121,12 @@ def test_unknown_engine_or_unsupported_settings(engine, settings, words):
         prepare([candidate(engine)], settings, lambda name, error: None)
 
 
+RUNTIMES = ("openvino", "executorch", "ncnn")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_compute_the_same_outputs(engine):
-    needs = {"openvino": "openvino", "repvgg": "llvmlite", "repvgg-searched": "llvmlite"}
+    needs = {"repvgg": "llvmlite", "repvgg-searched": "llvmlite"} | {name: name for name in RUNTIMES}
     pytest.importorskip(needs.get(engine, "torch"))
     one = candidate(engine)
     model = one.make()

@@ -54,6 +54,8 @@ def bench(
     engines every network is timed in each, in the same rounds; --compile is for PyTorch. Before a network in an engine
     is timed, the threads of the one before come to rest, and the network runs once untimed.
 
+    Exported files (.onnx, .ort, .xml, .pt2, .torchscript, .pte, .param) are MODELs, too: each in its own runtime.
+
     Networks that do not fit in memory are listed, and the rest is timed. Ctrl-C stops early and prints the results so
     far.
 
@@ -63,10 +65,11 @@ def bench(
         repvgg bench train.safetensors --batch 16 --dtype bfloat16
         repvgg bench plain.safetensors --engine torch,repvgg
         repvgg bench repvgg_a0 --engine torch,repvgg,onnxruntime --batch 1,16
+        repvgg bench plain.onnx plain.pte plain.xml --threads 1
 
     Args:
         models: names from 'repvgg list', baselines such as resnet50, timm:NAME, torchvision:NAME, FILE.py:FACTORY, or
-            checkpoints.
+            checkpoints, or exported files.
         baseline: the model that speed-ups refer to (default: the first).
         batch: images per call, or several numbers separated by commas (default: the protocol's).
         input_size: height and width (default: each model's own).
@@ -74,7 +77,8 @@ def bench(
         rounds: number of timings of each network (default: the protocol's).
         settings: device, dtype and layout.
         engine: what runs the networks: torch, repvgg, repvgg-searched (which first measures the fastest algorithm of
-            each convolution on this machine, and caches it), onnxruntime, openvino, or several separated by commas.
+            each convolution on this machine, and caches it), onnxruntime, openvino, executorch, ncnn, or several
+            separated by commas.
         as_json: print JSON; times are in seconds.
     """
     from repvgg.studies.candidates import baseline_among, candidates_of, check_engines, runnable

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from repvgg.checkpoints import Metadata
     from repvgg.data import DataConfig
-    from repvgg.models import LoadedModel
+    from repvgg.deploy import LoadedProgram
 
     Run: TypeAlias = Callable[[Tensor], Tensor]
     TopClasses: TypeAlias = list[tuple[float, int]]  # (probability, class index), the most probable first
@@ -43,6 +43,14 @@ class _Classifier:
     engine: str  # what runs it, in words
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _MaskNetwork:
+    run: Run  # images (N, C, H, W) to logits (N, K, H, W)
+    what_ran: Callable[[], str]  # what runs it, in words, after it has run
+    about: Metadata
+    window: int | None = None  # pixels of a side, if it takes one size of images only
+
+
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
@@ -59,7 +67,8 @@ def predict(
 ) -> int:
     """Predict the most probable classes of image files, or the class of each of their pixels.
 
-    A checkpoint in the train form is converted first; .onnx and .pt2 files run as they are. Images are resized and
+    A checkpoint in the train form is converted first; exported files (.onnx, .ort, .xml, .pt2, .torchscript, .pte,
+    .param, a C library or its folder) run as they are, each in its own runtime. Images are resized and
     cropped as by 'repvgg eval', and turned as their EXIF orientation says. The engine "repvgg" is this library's;
     "auto" uses it if it is installed and supports the model. The output names the engine that ran.
 
@@ -74,7 +83,8 @@ def predict(
         repvgg predict segment.safetensors street/ --out masks/
 
     Args:
-        checkpoint: the file, of this library or another one, or an exported .onnx or .pt2 file.
+        checkpoint: the file, of this library or another one, or an exported one. A .pt2, .torchscript or .pte file is a
+            program: run only files that you trust.
         images: files, or folders of them.
         top: classes per image.
         out: write a table to this .csv file, one row an image; or masks to this folder.
@@ -93,15 +103,16 @@ def predict(
         raise UsageError("--top, --input-size and --threads are all at least 1.")
     if not images:
         raise UsageError("Give image files, or folders of them, after the checkpoint.")
-    segmenter = _load_segmenter(checkpoint)
+    program = _load_program(checkpoint, engine, input_size, threads)
+    segmenter = _segmentation_network(checkpoint, engine) if program is None else _segmentation_program(program, masks)
     if segmenter is not None:
         if input_size is not None:
             raise UsageError("A segmentation network takes images of any size: leave out --input-size.")
         if classes is not None:
-            about = dataclasses.replace(segmenter.metadata, classes=_class_names(classes, segmenter.metadata))
-            segmenter = dataclasses.replace(segmenter, metadata=about)
+            about = dataclasses.replace(segmenter.about, classes=_class_names(classes, segmenter.about))
+            segmenter = dataclasses.replace(segmenter, about=about)
         with num_threads(threads):
-            return _segment(segmenter, images, top, out, engine, masks, overwrite=overwrite, as_json=as_json)
+            return _segment(segmenter, images, top, out, masks, overwrite=overwrite, as_json=as_json)
     if masks != _NO_MASK_OPTIONS:
         raise UsageError("--window, --stride, --flip, --scales, --tta are for segmentation networks: leave them out.")
     if out is not None:
@@ -112,7 +123,10 @@ def predict(
     if not files:
         raise _nothing_read(failures)
     with num_threads(threads):
-        classifier = _load(checkpoint, engine, input_size, min(_BATCH, len(files)), threads)
+        if program is None:
+            classifier = _load(checkpoint, engine, input_size, min(_BATCH, len(files)))
+        else:
+            classifier = _Classifier(program, program.metadata, program.runtime)
         about = classifier.about
         if classes is not None:
             about = dataclasses.replace(about, classes=_class_names(classes, about))
@@ -145,25 +159,47 @@ def _warn_of(failures: Failures, num_found: int) -> int:
     return _SOME_FAILED if failures else 0
 
 
-def _load_segmenter(path: Path) -> LoadedModel | None:
-    """Return the plain form of a segmentation network; None if the file holds something else."""
-    from repvgg.deploy import PROGRAM_SUFFIXES
+def _load_program(path: Path, engine: str, input_size: int | None, threads: int | None) -> LoadedProgram | None:
+    """Return an exported file in its runtime; None for a checkpoint."""
+    from repvgg.deploy import load_program, target_of
+
+    if target_of(path) is None:
+        return None
+    program = load_program(path, threads=threads)
+    if engine not in ("auto", program.runtime):
+        raise UsageError(f"{str(path)!r} runs in {program.runtime}: leave out --engine.")
+    if input_size not in (None, program.metadata.input_size):
+        raise UsageError(f"{str(path)!r} takes images of {program.metadata.input_size} pixels: leave out --input-size.")
+    return program
+
+
+def _segmentation_network(path: Path, engine: str) -> _MaskNetwork | None:
+    """Return the plain form of a segmentation network; None if the checkpoint holds something else."""
+    from repvgg.cli._predict_masks import compiled
     from repvgg.models import PSPNet, collapse_loaded, load
 
-    if path.suffix in PROGRAM_SUFFIXES:
-        return None
     loaded = load(path)
     if not isinstance(loaded.model, PSPNet):
         return None
-    return loaded if loaded.metadata.form == "plain" else collapse_loaded(loaded)
+    loaded = loaded if loaded.metadata.form == "plain" else collapse_loaded(loaded)
+    return _MaskNetwork(*compiled(loaded.model.float().eval(), engine), loaded.metadata)
+
+
+def _segmentation_program(program: LoadedProgram, masks: InferenceOptions) -> _MaskNetwork | None:
+    """Return an exported segmentation network, whose images have one size; None if it is a classifier."""
+    if not program.segments:
+        return None
+    size = program.metadata.input_size
+    if masks.window not in (None, size):
+        raise UsageError(f"This file takes images of {size} pixels, which are its windows: leave out --window.")
+    return _MaskNetwork(program, lambda: program.runtime, program.metadata, window=size)
 
 
 def _segment(
-    loaded: LoadedModel,
+    network: _MaskNetwork,
     images: Sequence[Path],
     top: int,
     out: Path | None,
-    engine: str,
     masks: InferenceOptions,
     *,
     overwrite: bool,
@@ -174,7 +210,6 @@ def _segment(
         PredictedMask,
         Segmenter,
         class_names,
-        compiled,
         output_names,
         predict_files,
         prepare_outputs,
@@ -182,6 +217,7 @@ def _segment(
 
     if out is not None and (out.suffix or (out.exists() and not out.is_dir())):
         raise UsageError(f"Masks are written to a folder, and {str(out)!r} names a file: give a folder as --out.")
+    masks = masks if network.window is None else dataclasses.replace(masks, window=network.window)
     inference = masks.inference
     files, failures = _find(images)
     if not files:
@@ -190,8 +226,7 @@ def _segment(
     if out is not None:
         names = output_names(files, out)
         prepare_outputs(names, out, overwrite=overwrite)
-    run, what_ran = compiled(loaded.model.float().eval(), engine)
-    about = loaded.metadata
+    run, what_ran, about = network.run, network.what_ran, network.about
     found: list[PredictedMask] = []
     for result in predict_files(Segmenter(run, about, inference), files, names, overwrite=overwrite):
         if isinstance(result, PredictedMask):
@@ -243,19 +278,9 @@ def _nothing_read(failures: Failures) -> DataError:
     return DataError(f"{file!r} {reason}{more}: name images that can be read.")
 
 
-def _load(path: Path, engine: str, input_size: int | None, batch: int, threads: int | None) -> _Classifier:
-    from repvgg.deploy import PROGRAM_SUFFIXES, load_program
+def _load(path: Path, engine: str, input_size: int | None, batch: int) -> _Classifier:
     from repvgg.models import collapse_loaded, load
 
-    if path.suffix in PROGRAM_SUFFIXES:
-        program = load_program(path, threads=threads)
-        if engine == "repvgg" or (engine == "torch" and program.runtime != "torch"):
-            raise UsageError(f"{str(path)!r} runs in {program.runtime}: leave out --engine.")
-        if input_size not in (None, program.metadata.input_size):
-            raise UsageError(
-                f"{str(path)!r} takes images of {program.metadata.input_size} pixels: leave out --input-size."
-            )
-        return _Classifier(program, program.metadata, program.runtime)
     loaded = load(path)
     loaded = loaded if loaded.metadata.form == "plain" else collapse_loaded(loaded)
     about = dataclasses.replace(loaded.metadata, input_size=input_size or loaded.metadata.input_size)

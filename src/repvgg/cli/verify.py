@@ -38,8 +38,8 @@ def verify(
 
     Args:
         reference: a checkpoint.
-        candidate: a checkpoint, or an exported .onnx or .pt2 file, to be compared with the reference. A .pt2 file is a
-            program: verify only files that you trust.
+        candidate: a checkpoint, or an exported file (.onnx, .pt2, …), to be compared with the reference. A .pt2,
+            .torchscript or .pte file is a program: verify only files that you trust.
         batch: images per batch.
         batches: number of batches; each after the first has another, odd size (an exported file gets one size only).
         input_size: height and width of the first batch (default: from the files).
@@ -68,11 +68,11 @@ def _load_candidate(path: Path, reference: Metadata) -> Any:
     Raises:
         CheckpointError: it takes other images than the reference, or has other classes.
     """
-    from repvgg.deploy import PROGRAM_SUFFIXES, OnnxRunner, ProgramRunner
+    from repvgg.deploy import load_runner, target_of
     from repvgg.models import load
 
-    if path.suffix in PROGRAM_SUFFIXES:
-        return OnnxRunner(path) if path.suffix == ".onnx" else ProgramRunner(path)
+    if target_of(path):
+        return load_runner(path)
     loaded = load(path)
     wanted = (reference.in_channels, reference.num_classes)
     found = (loaded.metadata.in_channels, loaded.metadata.num_classes)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -18,11 +16,15 @@ from repvgg._calls import Call, Inputs
 from repvgg._contexts import eval_mode
 from repvgg._files import atomic_write, check_output
 from repvgg.deploy.flat import FlatModule
+from repvgg.deploy.inventory import Inventory, Kinds, Operation, take_inventory
 from repvgg.deploy.onnx_operators import translations
 from repvgg.deploy.qdq_operators import qdq_translations
 from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
+# Shape and Size depend on the shape of their input, not on its values: their results are constants.
+# FusedConv of ONNX Runtime adds its fourth input, where it has one.
+_KINDS = Kinds(norms={"BatchNormalization"}, sums={"Add", "Sum", "FusedConv"}, shapes={"Shape", "Size"})
 _MAX_BYTES = 2**31 - 2**20  # a protobuf message is limited to 2 GiB; 1 MiB is left for the graph around the weights
 
 
@@ -34,18 +36,21 @@ class OnnxExport:
     Attributes:
         path: the file.
         opset: version of the default operator set.
-        operators: number of nodes of each type, the most frequent first.
-        violations: see :meth:`plain_violations`.
+        inventory: of its graph.
     """
 
     path: Path
     opset: int
-    operators: Mapping[str, int]
-    violations: tuple[str, ...] = field(repr=False)
+    inventory: Inventory = field(repr=False)
+
+    @property
+    def operators(self) -> Mapping[str, int]:
+        """Number of nodes of each type, the most frequent first."""
+        return self.inventory.operators
 
     def plain_violations(self) -> tuple[str, ...]:
         """Return the nodes that a plain network does not have: batch norms and sums of two activations."""
-        return self.violations
+        return self.inventory.violations
 
 
 def export_onnx(
@@ -103,8 +108,7 @@ def export_onnx(
             raise ExportError(f"The exported graph is not valid ONNX: {first_line(error)}.") from error
     # The empty domain is that of the standard operators.
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
-    operators = MappingProxyType(dict(Counter(node.op_type for node in proto.graph.node).most_common()))
-    return OnnxExport(target, opset, operators, _plain_violations(proto.graph))
+    return OnnxExport(target, opset, graph_inventory(proto.graph))
 
 
 def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
@@ -133,25 +137,13 @@ def _capture(model: nn.Module, call: Call, dynamic_batch: bool) -> Any:
     return program.model_proto
 
 
-def _plain_violations(graph: Any) -> tuple[str, ...]:
-    """Describe the nodes that a plain network does not have.
-
-    These are batch norms, and sums of two activations, that is of two values that both depend on the input of the
-    graph; adding a constant is allowed. Nodes in subgraphs (loops, conditions) are not examined.
-    """
-    activations = {value.name for value in graph.input} - {value.name for value in graph.initializer}
-    found = []
-    for node in graph.node:
-        inputs = [name for name in node.input if name in activations]
-        # Shape and Size depend on the shape of their input, not on its values: their results are constants.
-        if inputs and node.op_type not in ("Shape", "Size"):
-            activations.update(node.output)
-        name = f"{node.op_type} {node.name or node.output[0]}"
-        if node.op_type == "BatchNormalization":
-            found.append(f"{name} is a batch norm")
-        if node.op_type in ("Add", "Sum") and len(inputs) > 1:
-            found.append(f"{name} sums {' and '.join(inputs)}")
-    return tuple(found)
+def graph_inventory(graph: Any) -> Inventory:
+    """Return the operators of an ``onnx.GraphProto``; nodes in subgraphs (loops, conditions) are not examined."""
+    operations = [
+        Operation(node.op_type, node.name or node.output[0], list(node.input), list(node.output)) for node in graph.node
+    ]
+    inputs = {value.name for value in graph.input} - {value.name for value in graph.initializer}
+    return take_inventory(operations, inputs, _KINDS)
 
 
 _DTYPES = {

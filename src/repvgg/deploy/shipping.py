@@ -20,7 +20,6 @@ from repvgg._files import atomic_write, check_output
 from repvgg._structure import describe, tensors
 from repvgg.checkpoints import read_checkpoint, save_tensors
 from repvgg.deploy.onnx import OnnxRunner, export_onnx
-from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import NOTES, ProgramRunner, export_program
 from repvgg.errors import ExportError, RepvggError, UsageError, first_line
 from repvgg.models import RepVGG, describe_model
@@ -220,18 +219,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     # As bytes: torch.equal on floats takes -0.0 for 0.0, and NaN for different.
     ours, theirs = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
     return torch.equal(ours, theirs)
-
-
-def export(request: ExportRequest) -> Exported:
-    """Write the file of a request with :func:`ship`; the targets "onnx" and "pt2" of the table."""
-    shipped = ship(
-        request.reference,
-        request.plain,
-        request.out,
-        request.input_shape,
-        overwrite=request.overwrite,
-        notes=request.notes,
-        images=request.images,
-    )
-    number = "any number of images" if shipped.dynamic_batch else "one image at a time"
-    return Exported(shipped.path, f"{number} of {' x '.join(map(str, request.input_shape))}", shipped.evidence)

@@ -1,23 +1,55 @@
 """The table of export targets, and what each of them is given and returns.
 
 A target is a module with ``export(request: ExportRequest) -> Exported``, imported when it is used. It writes under a
-temporary name, compares what it wrote with the reference, and keeps it only if both are equal.
+temporary name, compares what it wrote with the reference, and keeps it only if both are equal. If the format runs here,
+the module also has ``load(path, threads) -> Runner``, with which :mod:`repvgg.deploy.loading` opens its files.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, Protocol, final
 
+import torch
 from torch import Tensor, nn
 
-from repvgg.errors import UsageError, did_you_mean
+from repvgg.deploy.inventory import Inventory
+from repvgg.deploy.preprocessing import Preprocessing
+from repvgg.errors import MissingDependencyError, UsageError, did_you_mean
 from repvgg.verify import Evidence
 
 Shape = tuple[int, int, int]
+FloatPrecision = Literal["float32", "float16"]
+
+
+class Runner(Protocol):
+    """An exported file in its runtime: ``logits = runner(images)``, several outputs as a dictionary.
+
+    Attributes:
+        input_shape: axes of the first input; None where the file leaves one open.
+        dtype: of the first input.
+        inputs: the axes of each input by name.
+        outputs: the names of the outputs.
+        notes: the texts that are stored in the file, or in the JSON file next to it, by name.
+    """
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def inputs(self) -> Mapping[str, tuple[int | None, ...]]: ...
+    @property
+    def outputs(self) -> Sequence[str]: ...
+    @property
+    def notes(self) -> Mapping[str, str]: ...
+
+    def __call__(self, *args: Tensor) -> Any:
+        """Return the output for inputs in order."""
 
 
 @final
@@ -30,10 +62,15 @@ class ExportRequest:
         plain: its plain form, which is exported.
         out: a file or a folder, as the target wants.
         input_shape: (C, H, W) of an image.
-        images: real images of that shape to compare on, beside those that reveal errors at borders; may be empty.
+        images: batches of photographs of that shape to compare on, beside images that reveal errors at borders; as the
+            exported file takes them. May be empty.
         overwrite: replace what exists.
         notes: texts about the network by name: source, weights, version, and the header of a checkpoint.
         options: of the target, by name.
+        preprocessing: how pixels become inputs; None leaves it out of the file.
+        with_preprocessing: put it into the graph: the file then takes pixels in [0, 255].
+        precision: of weights and arithmetic.
+        reference_runs: outputs of the reference in float64, which requests for several targets share.
     """
 
     reference: nn.Module
@@ -44,6 +81,10 @@ class ExportRequest:
     overwrite: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    with_preprocessing: bool = False
+    precision: FloatPrecision = "float32"
+    reference_runs: dict[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -54,14 +95,22 @@ class Exported:
     Attributes:
         path: the file or folder.
         contents: what it holds, in words.
-        evidence: of the comparison with the reference; None if it was not run.
+        evidence: of the comparison with the reference on images that reveal errors at borders; None if it was not run.
         remarks: what else a user should know, a sentence each: why it was not run, for example.
+        photographs: evidence of the comparison on photographs; None if there were none, or it was not run.
+        inputs: the shape of each input by name, in words.
+        outputs: the names of the outputs.
+        inventory: the operators of the file; None if they are not known.
     """
 
     path: Path
     contents: str
     evidence: Evidence | None
     remarks: tuple[str, ...] = ()
+    photographs: Evidence | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    inventory: Inventory | None = None
 
 
 @final
@@ -72,34 +121,137 @@ class ExportTarget:
     Attributes:
         about: what it is, in a few words.
         module: has the function ``export``.
-        suffix: of the file; "" for a folder.
+        suffix: of the file; "" for a folder of any name.
+        extra: of this library, that installs the packages.
+        packages: what the target imports.
         options: names that :attr:`ExportRequest.options` may have.
         replaceable: a pattern of files; a folder that has one may be replaced.
+        runtime: what runs the format on this machine; "" if nothing does.
+        why_not_run: the reason, a clause, if nothing does.
+        dynamic_batch: whether one file can take any number of images.
+        precisions: that it can be written in.
+        reads_qdq: whether it takes a quantized ONNX file (``repvgg quantize``) as its source.
     """
 
     about: str
     module: str
     suffix: str
+    extra: str | None = None
+    packages: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     replaceable: str = ""
+    runtime: str = ""
+    why_not_run: str = ""
+    dynamic_batch: bool = True
+    precisions: tuple[FloatPrecision, ...] = ("float32", "float16")
+    reads_qdq: bool = False
 
+    @property
+    def is_folder(self) -> bool:
+        return bool(self.replaceable)
+
+    def missing_package(self) -> str | None:
+        """Return the first package that is not installed, or None."""
+        return next((name for name in self.packages if importlib.util.find_spec(name) is None), None)
+
+    def check_packages(self) -> None:
+        """Raise MissingDependencyError, which names the extra, if a package is missing."""
+        if missing := self.missing_package():
+            raise MissingDependencyError(
+                f"This needs {missing!r}, which is not installed: pip install 'repvgg[{self.extra}]'."
+            )
+
+
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 TARGETS: dict[str, ExportTarget] = {
+    "onnx": ExportTarget("an ONNX file", "repvgg.deploy.formats.onnx", ".onnx", "onnx", _ONNX, runtime="ONNX Runtime"),
+    "ort": ExportTarget(
+        "a file in ONNX Runtime's own format",
+        "repvgg.deploy.formats.ort",
+        ".ort",
+        "onnx",
+        _ONNX,
+        runtime="ONNX Runtime",
+        reads_qdq=True,
+    ),
+    "openvino": ExportTarget(
+        "OpenVINO IR, a file of weights next to it",
+        "repvgg.deploy.formats.openvino",
+        ".xml",
+        "openvino",
+        (*_ONNX, "openvino"),
+        runtime="OpenVINO",
+        reads_qdq=True,
+    ),
+    "pt2": ExportTarget("a program of torch.export", "repvgg.deploy.formats.pt2", ".pt2", runtime="torch"),
+    "torchscript": ExportTarget(
+        "a TorchScript file", "repvgg.deploy.formats.torchscript", ".torchscript", runtime="torch"
+    ),
+    "executorch": ExportTarget(
+        "an ExecuTorch program for XNNPACK",
+        "repvgg.deploy.formats.executorch",
+        ".pte",
+        "executorch",
+        ("executorch",),
+        runtime="ExecuTorch",
+    ),
+    "ncnn": ExportTarget(
+        "an ncnn network, a file of weights next to it",
+        "repvgg.deploy.formats.ncnn",
+        ".param",
+        "ncnn",
+        ("ncnn", "pnnx"),
+        runtime="ncnn",
+        dynamic_batch=False,
+    ),
+    "coreml": ExportTarget(
+        "a Core ML package",
+        "repvgg.deploy.formats.coreml",
+        ".mlpackage",
+        "coreml",
+        ("coremltools",),
+        replaceable="Manifest.json",
+        why_not_run="Core ML predicts on macOS only",
+        dynamic_batch=False,
+    ),
+    "tensorrt": ExportTarget(
+        "an ONNX file for TensorRT",
+        "repvgg.deploy.formats.tensorrt",
+        ".onnx",
+        "onnx",
+        _ONNX,
+        why_not_run="TensorRT needs an NVIDIA GPU",
+        reads_qdq=True,
+    ),
+    "litert": ExportTarget(
+        "a LiteRT file",
+        "repvgg.deploy.formats.litert",
+        ".tflite",
+        why_not_run="litert-torch, which writes the files, requires an older PyTorch than this library is tested with",
+    ),
     "c": ExportTarget(
         "a C library",
         "repvgg.deploy.c_library",
         "",
+        "engine",
+        ("llvmlite",),
         ("target", "max_batch", "threads", "packed_weights", "name", "precision"),
         "lib*.a",
+        runtime="repvgg",
+        dynamic_batch=False,
+        precisions=("float32",),
     ),
-    "onnx": ExportTarget("an ONNX file", "repvgg.deploy.shipping", ".onnx"),
-    "pt2": ExportTarget("a program of torch.export", "repvgg.deploy.shipping", ".pt2"),
     "web": ExportTarget(
         "a page for browsers",
         "repvgg.deploy.web",
         "",
-        options=("onnxruntime_web", "single_file", "crop_fraction", "interpolation"),
-        replaceable="model.json",
+        "onnx",
+        _ONNX,
+        ("onnxruntime_web", "single_file", "crop_fraction", "interpolation"),
+        "model.json",
+        why_not_run="a page runs in a browser",
+        precisions=("float32",),
     ),
 }
 
@@ -116,11 +268,24 @@ def export_target(name: str) -> ExportTarget:
     return TARGETS[name]
 
 
-def check_request(name: str, out: Path, options: Mapping[str, Any]) -> None:
+def target_module(name: str) -> Any:
+    """Import and return the module of a target.
+
+    Raises:
+        UsageError: there is none of that name.
+        MissingDependencyError: a package that it needs is not installed.
+    """
+    target = export_target(name)
+    target.check_packages()
+    return importlib.import_module(target.module)
+
+
+def check_request(name: str, out: Path, options: Mapping[str, Any], precision: FloatPrecision = "float32") -> None:
     """Check the name of the output and the options of a target, before the work begins.
 
     Raises:
-        UsageError: the target is unknown, the name has another suffix, or the target has no such option.
+        UsageError: the target is unknown, the name has another suffix, or the target has no such option or precision.
+        MissingDependencyError: a package that it needs is not installed.
     """
     target = export_target(name)
     if target.suffix and out.suffix != target.suffix:
@@ -128,10 +293,13 @@ def check_request(name: str, out: Path, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in target.options:
             raise UsageError(f"--{option.replace('_', '-')} is not an option of --to {name}.")
+    if precision not in target.precisions:
+        raise UsageError(f"--to {name} writes {', '.join(target.precisions)} only: leave out --precision.")
+    target.check_packages()
 
 
 def export(name: str, request: ExportRequest) -> Exported:
     """Export a network to a target. Raises what the target does, and as :func:`check_request`."""
-    check_request(name, request.out, request.options)
-    exported: Exported = importlib.import_module(export_target(name).module).export(request)
+    check_request(name, request.out, request.options, request.precision)
+    exported: Exported = target_module(name).export(request)
     return exported

@@ -178,6 +178,8 @@ class ProgramRunner:
         module: the program as a module.
         input_shape: axes of the first input; None where the file leaves one open.
         dtype: of the first input.
+        inputs: the axes of each input by name.
+        outputs: the names of the outputs.
         notes: the text that is stored in the file under :data:`NOTES`, parsed; empty if there is none.
 
     Raises:
@@ -190,8 +192,11 @@ class ProgramRunner:
         names = self.program.graph_signature.user_inputs
         if not names:
             raise ExportError(f"{str(path)!r} is not a program with an input.")
-        like = next(node.meta["val"] for node in self.program.graph.nodes if node.name == names[0])
-        self.input_shape = tuple(axis if isinstance(axis, int) else None for axis in like.shape)
+        values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
+        like: Any = values[str(names[0])]
+        self.inputs = {str(name): _axes(values.get(str(name))) for name in names}
+        self.outputs = tuple(map(str, self.program.graph_signature.user_outputs))
+        self.input_shape = _axes(like)
         self.dtype: torch.dtype = like.dtype
         self.module = self.program.module()
 
@@ -201,6 +206,10 @@ class ProgramRunner:
 
     def __repr__(self) -> str:
         return f"ProgramRunner({str(self.path)!r})"
+
+
+def _axes(value: Any) -> tuple[int | None, ...]:
+    return tuple(axis if isinstance(axis, int) else None for axis in getattr(value, "shape", ()))
 
 
 def _load(path: Path) -> tuple[ExportedProgram, dict[str, str]]:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 import repvgg.engine
 from repvgg.collapse import fold_batch_norms, reparameterize
-from repvgg.deploy import OnnxRunner, export_onnx
+from repvgg.deploy import ExportedModule, OnnxRunner, export_onnx, target_of
+from repvgg.deploy.file_target import FileSpec
+from repvgg.deploy.loading import run_in_parts
 from repvgg.deploy.openvino import compile_for_cpu, openvino_core
+from repvgg.deploy.targets import TARGETS, target_module
 from repvgg.engine.frontend import read
 from repvgg.errors import (
     NothingFoldedWarning,
@@ -29,6 +32,7 @@ from repvgg.models import BASELINES, RepVGG, create_baseline, create_model, form
 
 FORMS = ("train form", "batch norms folded", "plain form")
 TRAIN, PLAIN = FORMS[0], FORMS[-1]
+EXPORTED = "exported"  # the engine of exported files, which have a runtime of their own
 
 Shape: TypeAlias = tuple[int, int, int]  # (C, H, W)
 Run: TypeAlias = Callable[[Tensor], object]
@@ -53,10 +57,10 @@ def candidates_of(
 
     A single model is compared in its three forms, even if it is no RepVGG; a checkpoint in the plain form has no other
     form, and is timed alone. With several engines, there is a candidate for each form and engine, with the engine in
-    its name.
+    its name. An exported file is timed once, in its own runtime.
 
     Args:
-        models: names as :func:`repvgg.models.named_model` reads them.
+        models: names as :func:`repvgg.models.named_model` reads them, or exported files.
         input_size: height and width of the images; None takes each model's own.
         engines: keys of :data:`ENGINES`.
 
@@ -70,14 +74,22 @@ def candidates_of(
     if input_size is not None:
         found = [replace(candidate, image=(candidate.image[0], input_size, input_size)) for candidate in found]
     several = len(engines) > 1
-    return [
-        replace(candidate, engine=engine, name=f"{candidate.name}, {engine}" if several else candidate.name)
-        for candidate in found
-        for engine in engines
-    ]
+    timed = []
+    for candidate in found:
+        if candidate.engine == EXPORTED:
+            timed.append(candidate)
+        else:
+            timed += [
+                replace(candidate, engine=engine, name=f"{candidate.name}, {engine}" if several else candidate.name)
+                for engine in engines
+            ]
+    return timed
 
 
 def _forms(name: str, single: bool) -> list[Candidate]:
+    if target_of(name):
+        exported = ExportedModule(name, torch.get_num_threads())
+        return [Candidate(f"{name}, {exported.runtime}", name, PLAIN, lambda: exported, exported.input_shape, EXPORTED)]
     named = named_model(name)
     model = named.model
 
@@ -194,6 +206,36 @@ def _prepare_repvgg_searched(model: nn.Module, settings: RunSettings, image: Sha
     return _per_batch_size(lambda x: repvgg.engine.compile(model.eval(), x.shape, search=True))
 
 
+def _prepare_exported(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+    return model
+
+
+def _check_exported(model: nn.Module, image: Shape) -> None:
+    if not isinstance(model, ExportedModule):
+        raise UnsupportedError(f"the engine {EXPORTED!r} is for exported files, which run in it without --engine")
+    if model.input_shape != image:
+        raise UnsupportedError(f"the file takes images of {' x '.join(map(str, model.input_shape))} only")
+
+
+def _in_target(name: str) -> Callable[[nn.Module, RunSettings, Shape], Run]:
+    """Return how a network is prepared for the runtime of an export target."""
+
+    def prepare(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+        module = target_module(name)
+        folder = tempfile.TemporaryDirectory()  # kept as long as the function: a runtime may read its file later
+        path = Path(folder.name) / f"model{TARGETS[name].suffix}"
+        module.write(model.eval(), path, FileSpec(image, TARGETS[name].dynamic_batch))
+        runner = module.load(path, torch.get_num_threads())
+
+        def run(x: Tensor) -> object:
+            assert folder.name  # it is removed with this function
+            return run_in_parts(runner, x)
+
+        return run
+
+    return prepare
+
+
 def _prepare_onnxruntime(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -237,7 +279,13 @@ ENGINES: dict[str, Engine] = {
     "repvgg-searched": Engine(_prepare_repvgg_searched, _check_repvgg),
     "onnxruntime": Engine(_prepare_onnxruntime, _supports_all),
     "openvino": Engine(_prepare_openvino, _supports_all),
+    "executorch": Engine(_in_target("executorch"), _supports_all),
+    "ncnn": Engine(_in_target("ncnn"), _supports_all),
+    EXPORTED: Engine(_prepare_exported, _check_exported),
 }
+
+
+_CHOICES = [name for name in ENGINES if name != EXPORTED]  # exported files run in it without being asked
 
 
 def check_engines(names: Sequence[str], settings: RunSettings) -> None:
@@ -248,7 +296,7 @@ def check_engines(names: Sequence[str], settings: RunSettings) -> None:
     """
     for name in names:
         if name not in ENGINES:
-            raise UsageError(f"There is no engine {name!r}: choose one of {', '.join(ENGINES)}.")
+            raise UsageError(f"There is no engine {name!r}: choose one of {', '.join(_CHOICES)}.")
         if not ENGINES[name].any_device and (settings.device, settings.dtype) != ("cpu", "float32"):
             raise UsageError(f"The engine {name!r} computes in float32 on the CPU: leave out --device and --dtype.")
     if not names or len(set(names)) < len(names):
