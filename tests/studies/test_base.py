@@ -12,6 +12,7 @@ from repvgg.measure import RunSettings
 from repvgg.studies import all_studies, base, find_study, network_speed
 from repvgg.studies.ablation import AblationSettings
 from repvgg.studies.base import PAGE, flatten, run_study
+from repvgg.studies.int8 import Int8Settings
 from repvgg.studies.paper import TABLE_4
 from repvgg.studies.report import charts
 from repvgg.studies.segmentation import SegmentationSettings
@@ -32,6 +33,7 @@ def test_registry_finds_each_study_by_name():
         "blocks",
         "figure1",
         "figure3",
+        "int8",
         "mobile",
     ]
     assert list(STUDIES) == names
@@ -42,10 +44,10 @@ def test_registry_finds_each_study_by_name():
         find_study("xyzzy")
 
 
-TRAIN = (AblationSettings, SegmentationSettings)
+WITHOUT_A_DEVICE_TO_CHOOSE = (AblationSettings, SegmentationSettings, Int8Settings)  # they train, or need the CPU
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if STUDIES[name].settings not in TRAIN])
+@pytest.mark.parametrize("name", [name for name in STUDIES if STUDIES[name].settings not in WITHOUT_A_DEVICE_TO_CHOOSE])
 def test_settings_are_flat_and_resolved_for_the_device(name):
     study = STUDIES[name]
     names = [field.name for field in fields(study.settings) if field.name != "run"]

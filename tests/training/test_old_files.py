@@ -272,7 +272,9 @@ def test_former_names(name):
 
 
 # Settings that files of that time do not have; "mask" is a mapping.
-NEW_SETTINGS = r"(?m)^    mask:\n(?:      .*\n)+|^  (?:allow_commands|ignore_index|schedule|head_lr): .*\n"
+NEW_SETTINGS = (
+    r"(?m)^    mask:\n(?:      .*\n)+|^qat:\n(?:  .*\n)+|^  (?:allow_commands|ignore_index|schedule|head_lr): .*\n"
+)
 
 
 def test_config_with_every_field(tmp_path):

@@ -90,10 +90,10 @@ def export(
 
     --to all writes a folder with every format whose package is installed, and a table of size, error and latency.
 
-        repvgg export plain.safetensors model.xml --to openvino --precision float16
-        repvgg export timm:mobileone_s0 model.pte --to executorch --weights mobileone.safetensors
+        repvgg export plain.safetensors m.xml --to openvino --precision float16
+        repvgg export timm:mobileone_s0 m.pte --to executorch --weights s0.pth
         repvgg export plain.safetensors model/ --to c --target x86-64-v3
-        repvgg export plain.safetensors plain.onnx --to onnx --images photographs/ --with-preprocessing
+        repvgg export plain.safetensors m.onnx --to onnx --with-preprocessing
         repvgg export int8.onnx int8.xml --to openvino
         repvgg export plain.safetensors page/ --to web --single-file
         repvgg export plain.safetensors everything/ --to all

@@ -68,8 +68,8 @@ def quantize(
 
         repvgg quantize train.safetensors int8.onnx --data imagefolder:photos
         repvgg quantize plain.safetensors int8.onnx --data digits: --weight-bits 7
-        repvgg quantize plain.safetensors int8.onnx --data digits: --report-only --html report.html
-        repvgg quantize segment.safetensors int8.onnx --data masks:street --calibration-images 32
+        repvgg quantize a0.safetensors int8.onnx --data digits: --report-only
+        repvgg quantize pspnet.safetensors int8.onnx --data masks:street
 
     Args:
         source: where the model comes from.

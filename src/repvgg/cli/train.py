@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> int:
         repvgg train repvgg_t1 --recipe cifar --optim.lr 0.05 --epochs 40
         repvgg train pspnet_repvgg_a0 --recipe pspnet-small --data masks:camvid
         repvgg train --config runs/repvgg_t1-cifar/config.yaml --resume
-        repvgg train --recipe qat --init runs/a0/train.safetensors --data imagefolder:imagenet
+        repvgg train --recipe qat --init a0.safetensors --data imagefolder:photos
         torchrun --nproc-per-node 8 -m repvgg train --config b1.yaml --sync-bn
 
     Recipes: paper-simple, paper-heavy, plus, cifar, cifar-paper, finetune, qat, quickstart; for images with
