@@ -305,6 +305,7 @@ def test_the_engine_runs_images_of_several_sizes(engine):
             assert describe() == "repvgg"
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_is_quantized(finished, uri, repvgg, tmp_path):
     folder, _ = finished
     few = ("--calibration-images", "4", "--test-images", "3", "--granularity", "per_channel", "--rounding-sweeps", "0")

@@ -56,6 +56,7 @@ def test_rows_are_beside_the_float_network(checkpoint, tmp_path):
     assert json.loads((tmp_path / "s" / "int8.json").read_text(encoding="utf-8"))["settings"]["test_images"] == 16
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_continues_cell_by_cell(checkpoint, tmp_path, monkeypatch):
     calls = []
 
@@ -73,6 +74,7 @@ def test_an_interrupted_study_continues_cell_by_cell(checkpoint, tmp_path, monke
     assert len(calls) == 3  # the first row was not measured again
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_shown_with_the_reason(checkpoint, tmp_path, monkeypatch):
     def write(subject, out):
         raise RuntimeError("no such operator")

@@ -271,7 +271,7 @@ def test_former_names(name):
     assert getattr(repvgg.training, new.__name__) is new
 
 
-# Settings that files of that time do not have; "mask" is a mapping.
+# Settings that files of that time do not have; "mask" and "qat" are mappings.
 NEW_SETTINGS = (
     r"(?m)^    mask:\n(?:      .*\n)+|^qat:\n(?:  .*\n)+|^  (?:allow_commands|ignore_index|schedule|head_lr): .*\n"
 )
