@@ -143,9 +143,15 @@ def atomic_folder(path: str | os.PathLike[str], replaceable: str, *, overwrite: 
                 if file.is_file():
                     _flush_to_disk(file)
             check_output_folder(target, replaceable, overwrite=overwrite)  # another process may have made it meanwhile
+            replaced = Path(temporary) / "replaced"
             if real.exists():
-                real.rename(Path(temporary) / "replaced")  # a folder with files cannot be renamed over
-            part.rename(real)
+                real.rename(replaced)  # a folder with files cannot be renamed over
+            try:
+                part.rename(real)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(real)
+                raise
     except OSError as error:
         raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}.") from error
 

@@ -30,7 +30,7 @@ FILES = {
     "worker.js",
     "preprocessing.mjs",
     "model.onnx",
-    "model.json",
+    "repvgg-page.json",
     SCRIPT,
     WASM,
 }
@@ -61,7 +61,7 @@ def test_the_folder_is_complete(exported):
 
 
 def test_the_description_has_what_the_page_reads(exported):
-    about = json.loads((exported.path / "model.json").read_text())
+    about = json.loads((exported.path / "repvgg-page.json").read_text())
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in ((SCRIPT, SCRIPT_TEXT), (WASM, WASM_BYTES))}
     assert about["runtime"] == {"version": "9.9.9", "script": SCRIPT, "wasm": WASM, "sha256": digests}
     assert about["inputShape"] == [3, 20, 20]
@@ -82,7 +82,7 @@ def test_a_missing_runtime_is_reported_before_the_export(tmp_path):
 def test_a_single_file_holds_all_others(exported, tmp_path):
     folder = shutil.copytree(exported.path, tmp_path / "page")
     web._embed(folder)
-    assert {file.name for file in folder.iterdir()} == {"index.html", "model.json"}
+    assert {file.name for file in folder.iterdir()} == {"index.html", "repvgg-page.json"}
     page = (folder / "index.html").read_text()
     embedded = dict(re.findall(r'<script type="text/plain" data-asset="([^"]+)">([^<]+)</script>', page))
     assert set(embedded) == FILES - {"index.html", "app.js", "style.css"}
@@ -160,7 +160,7 @@ process.stdout.write(JSON.stringify(results));
 
 
 def in_node(cases):
-    """Run the page's preprocessing on images, each with the fields of model.json that it reads."""
+    """Run the page's preprocessing on images, each with the fields of repvgg-page.json that it reads."""
     requests = []
     for image, about in cases:
         rgba = np.asarray(image.convert("RGBA"))

@@ -234,7 +234,7 @@ def test_masks(tab, runtime, tmp_path):
 
 
 def palette_of(folder):
-    return np.array(json.loads((folder / "model.json").read_text())["palette"])
+    return np.array(json.loads((folder / "repvgg-page.json").read_text())["palette"])
 
 
 def test_errors_are_sentences(tab, folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,12 +66,14 @@ def write_page(
 def _in_onnxruntime(
     plain: nn.Module, images: QuantizationImages, settings: QuantizationSettings
 ) -> Mapping[str, Quality]:
-    """Return the quality of each granularity and number of bits on this CPU; nothing without ONNX Runtime."""
-    from repvgg.deploy.int8 import quantize_for_cpu
+    """Return the quality of each granularity, with and without bounded pairs; nothing without ONNX Runtime."""
+    from repvgg.deploy.int8 import CHOICES, quantize_for_cpu
     from repvgg.quantization import Reference
 
+    choices = [replace(one, pair_bound=bound) for bound in (True, False) for one in CHOICES]
+    selection = Reference(plain, images.selection)
     try:
         with busy("Trying granularities in ONNX Runtime"):
-            return quantize_for_cpu(plain, images.calibration, Reference(plain, images.selection), settings)[2]
+            return quantize_for_cpu(plain, images.calibration, selection, settings, choices)[2]
     except MissingDependencyError:
         return {}

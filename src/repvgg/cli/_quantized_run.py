@@ -40,15 +40,21 @@ def write_int8(folder: Path, network: QatNetwork, config: TrainConfig) -> None:
             shape = (about.in_channels, about.input_size, about.input_size)
             notes = {**about.to_header(), "quantization": f"trained: {config.qat.settings}"}
             export_qdq(integers, path, shape, overwrite=True, notes=notes)
-        if found is not None:
-            images, labels = found
-            simulated = Reference(integers, in_batches(images[:_RUNTIME_IMAGES], labels[:_RUNTIME_IMAGES]))
-            with busy("Evaluating"):
-                results = _evaluate(path, simulated, plain)
-            for result in results:
-                write_line(f"  {INT8_ONNX_FILE} beside the simulated integers, {result}")
     except MissingDependencyError as error:  # the integers are in int8.safetensors as well
         write_warning(f"no {INT8_ONNX_FILE} was written: {error}")
+        return
+    if found is None:
+        return
+    images, labels = found
+    simulated = Reference(integers, in_batches(images[:_RUNTIME_IMAGES], labels[:_RUNTIME_IMAGES]))
+    try:
+        with busy("Evaluating"):
+            results = _evaluate(path, simulated, plain)
+    except MissingDependencyError as error:
+        write_warning(f"{INT8_ONNX_FILE} was written and not run: {error}")
+        return
+    for result in results:
+        write_line(f"  {INT8_ONNX_FILE} beside the simulated integers, {result}")
 
 
 def _evaluate(path: Path, simulated: Reference, plain: nn.Module) -> list[RuntimeResult]:

@@ -69,7 +69,8 @@ def bench(
 
     Args:
         models: names from 'repvgg list', baselines such as resnet50, timm:NAME, torchvision:NAME, FILE.py:FACTORY, or
-            checkpoints, or exported files.
+            checkpoints, or exported files. Files .pt2, .torchscript and .pte and C libraries are programs: run only
+            those that you trust.
         baseline: the model that speed-ups refer to (default: the first).
         batch: images per call, or several numbers separated by commas (default: the protocol's).
         input_size: height and width (default: each model's own).

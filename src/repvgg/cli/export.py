@@ -88,7 +88,8 @@ def export(
 
     --to web writes a folder with a page that runs the network in a browser: drop an image, see the classes or the mask.
 
-    --to all writes a folder with every format whose package is installed, and a table of size, error and latency.
+    --to all writes a folder with every format whose package is installed, and a table of size, error and latency. Its
+    page fetches onnxruntime-web with npm, once.
 
         repvgg export plain.safetensors m.xml --to openvino --precision float16
         repvgg export timm:mobileone_s0 m.pte --to executorch --weights s0.pth
@@ -118,7 +119,7 @@ def export(
         rounds: of all targets: how often each file is timed.
         overwrite: replace what exists.
         as_json: of all targets: print the table as JSON.
-        page: see there.
+        page: options of --to web.
     """
     from repvgg.deploy import images_for
     from repvgg.deploy.onnx_source import is_onnx_source

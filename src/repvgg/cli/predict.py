@@ -83,8 +83,8 @@ def predict(
         repvgg predict segment.safetensors street/ --out masks/
 
     Args:
-        checkpoint: the file, of this library or another one, or an exported one. A .pt2, .torchscript or .pte file is a
-            program: run only files that you trust.
+        checkpoint: the file, of this library or another one, or an exported one. A .pt2, .torchscript or .pte file and
+            a C library (its folder, or the .so) are programs: run only those that you trust.
         images: files, or folders of them.
         top: classes per image.
         out: write a table to this .csv file, one row an image; or masks to this folder.

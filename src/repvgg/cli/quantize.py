@@ -88,7 +88,7 @@ def quantize(
         granularity: one scale for a weight tensor or for each output channel; auto: what does best on this CPU.
         weight_bits: 7 for runtimes whose kernels add products in 16 bits in another order than that of --pair-bound.
         pair_bound: keep the sums of adjacent weights within +-128: then 8-bit weights do not saturate in the integer
-            kernels of CPUs without VNNI. Of --granularity auto, the other choice is tried, too.
+            kernels of CPUs without VNNI.
         ranges: how the range of an activation is chosen.
         equalize: see above.
         rounding_sweeps: passes of adaptive rounding; 0 rounds to the nearest.
@@ -126,7 +126,7 @@ def quantize(
             _config(network, data),
             network.shape if input_size or not is_mask_uri(data) else None,
             calibration=calibration_images,
-            selection=selection_images if granularity == "auto" and not report_only else 0,
+            selection=selection_images if html is not None or (granularity == "auto" and not report_only) else 0,
             evaluation=test_images or None,
         )
     warn_of_random_weights(network, weights)
@@ -178,16 +178,14 @@ def _quantize(
     settings: QuantizationSettings,
     granularity: Literal["auto", "per_channel", "per_tensor"],
 ) -> tuple[nn.Module, QuantizationReport]:
-    """Quantize, with the granularity and the bound of weights that do best on this CPU if they are not given."""
+    """Quantize, with the granularity that does best on this CPU if it is not given."""
     from repvgg.deploy.int8 import CHOICES, quantize_for_cpu
     from repvgg.quantization import Reference
     from repvgg.quantization import quantize as quantize_network
 
     if granularity != "auto":
         return quantize_network(plain, images.calibration, replace(settings, granularity=granularity))
-    choices = [replace(one, weight_bits=settings.weight_bits) for one in CHOICES]
-    if settings.weight_bits == 7 or not settings.pair_bound:  # 7-bit weights are within the bound
-        choices = list(dict.fromkeys(replace(one, pair_bound=settings.pair_bound) for one in choices))
+    choices = [replace(one, weight_bits=settings.weight_bits, pair_bound=settings.pair_bound) for one in CHOICES]
     selection = Reference(plain, images.selection)
     quantized, report, tried = quantize_for_cpu(plain, images.calibration, selection, settings, choices)
     for name, quality in tried.items():

@@ -39,7 +39,8 @@ def verify(
     Args:
         reference: a checkpoint.
         candidate: a checkpoint, or an exported file (.onnx, .pt2, …), to be compared with the reference. A .pt2,
-            .torchscript or .pte file is a program: verify only files that you trust.
+            .torchscript or .pte file and a C library (its folder, or the .so) are programs: verify only those that you
+            trust.
         batch: images per batch.
         batches: number of batches; each after the first has another, odd size (an exported file gets one size only).
         input_size: height and width of the first batch (default: from the files).

@@ -19,6 +19,7 @@ from repvgg._files import atomic_folder, check_output_folder
 from repvgg.checkpoints import Metadata
 from repvgg.deploy.c_comparison import compare_library
 from repvgg.deploy.c_runner import LibraryRunner, write_notes
+from repvgg.deploy.preprocessing import notes_of
 from repvgg.deploy.targets import TARGETS, Exported, ExportRequest, Shape
 from repvgg.engine.frontend import read
 from repvgg.engine.graph import Graph, infer_shapes
@@ -76,7 +77,7 @@ def export(request: ExportRequest) -> Exported:
         [request.input_shape],
         images=request.images,
         overwrite=request.overwrite,
-        notes=request.notes,
+        notes=notes_of(request.notes, request.preprocessing),
         **options,
     )
     size = f"{_size(done.library_bytes)} with the weights"

@@ -31,12 +31,9 @@ from repvgg.quantization.calibration import first_tensor
 
 _SATURATION_DB = 1.0  # loss of integer kernels against the same file in float arithmetic; rounding alone loses less
 _EMULATED_IMAGES, _EMULATED_MAPS = 512, 16  # float arithmetic is slow: so many tell saturation from rounding
-#: Granularities and bounds of weights that are tried; the first wins ties.
-CHOICES = (
-    QuantizationSettings(granularity="per_channel"),
-    QuantizationSettings(granularity="per_tensor"),
-    QuantizationSettings(granularity="per_channel", pair_bound=False),
-)
+#: Granularities that are tried; the first wins ties. Weights are in bounded pairs, also on CPUs whose kernels do not
+#: saturate: the file may run on others.
+CHOICES = (QuantizationSettings(granularity="per_channel"), QuantizationSettings(granularity="per_tensor"))
 RUNTIMES = ("ONNX Runtime", "OpenVINO")
 
 Runner = Callable[[Tensor], Tensor]
@@ -152,7 +149,7 @@ def quantize_for_cpu(
     settings: QuantizationSettings,
     choices: Sequence[QuantizationSettings] = CHOICES,
 ) -> tuple[nn.Module, QuantizationReport, dict[str, Quality]]:
-    """Quantize with the granularity and the bound of weights that do best in ONNX Runtime on this CPU.
+    """Quantize with the choice that does best in ONNX Runtime on this CPU, such as the granularity.
 
     Args:
         model: a plain network.

@@ -54,6 +54,7 @@ def export_onnx_file(name: str, source: Path, out: Path, *, overwrite: bool = Fa
     target = export_target(name)
     if not target.reads_qdq:
         raise UsageError(f"--to {name} takes a network, not an ONNX file: name the checkpoint that it was made of.")
+    target.check_packages()
     exact = OnnxRunner(source, torch.get_num_threads(), optimize=False)
     shape = exact.input_shape
     if len(exact.inputs) != 1 or len(shape) != 4 or None in shape[1:]:

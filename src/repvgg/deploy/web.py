@@ -24,12 +24,13 @@ from repvgg.data import DataConfig
 from repvgg.data.config import IMAGENET_MEAN, IMAGENET_STD, Interpolation, per_channel
 from repvgg.data.label_sets import MAX_CLASSES, voc_colours
 from repvgg.deploy.onnxruntime_web import SCRIPT, WASM, WebRuntime, find_runtime
+from repvgg.deploy.preprocessing import Preprocessing, notes_of
 from repvgg.deploy.shipping import ship
 from repvgg.deploy.targets import TARGETS, Exported, ExportRequest, Shape
 from repvgg.errors import UsageError
 from repvgg.verify import isolated_eval
 
-PAGE, MODEL, ABOUT = "index.html", "model.onnx", "model.json"
+PAGE, MODEL, ABOUT = "index.html", "model.onnx", "repvgg-page.json"
 _TEMPLATES = Path(__file__).with_name("web_templates")
 _SCRIPTS = ("worker.js", "preprocessing.mjs")  # what app.js reads beside model, runtime and description
 _STYLE, _APP = "style.css", "app.js"
@@ -40,7 +41,7 @@ Kind: TypeAlias = Literal["classification", "segmentation"]
 @final
 @dataclass(frozen=True)
 class PageDescription:
-    """What the page has to know about its network: the content of ``model.json``.
+    """What the page has to know about its network: the content of ``repvgg-page.json``.
 
     Attributes:
         kind: logits (N, K), or (N, K, H, W) of the size of the image.
@@ -69,7 +70,7 @@ class PageDescription:
     interpolation: Interpolation
 
     def to_json(self, runtime: WebRuntime) -> str:
-        """Return the text of ``model.json``."""
+        """Return the text of ``repvgg-page.json``."""
         data = {
             "kind": self.kind,
             "name": self.name,
@@ -102,7 +103,9 @@ def export(request: ExportRequest) -> Exported:
         EquivalenceError: the ONNX file computes a different function.
         OutputError: the folder cannot be written.
     """
-    about = describe_page(request.plain, request.input_shape, request.notes, **_preprocessing(request.options))
+    about = describe_page(
+        request.plain, request.input_shape, request.notes, request.preprocessing, **_preprocessing(request.options)
+    )
     runtime = find_runtime(request.options.get("onnxruntime_web"))
     with atomic_folder(request.out, TARGETS["web"].replaceable, overwrite=request.overwrite) as part:
         shipped = ship(
@@ -110,7 +113,7 @@ def export(request: ExportRequest) -> Exported:
             request.plain,
             part / MODEL,
             request.input_shape,
-            notes=request.notes,
+            notes=notes_of(request.notes, request.preprocessing),
             images=request.images,
         )
         (part / ABOUT).write_text(about.to_json(runtime), encoding="utf-8")
@@ -142,18 +145,20 @@ def describe_page(
     plain: nn.Module,
     input_shape: Shape,
     notes: Mapping[str, str],
+    preprocessing: Preprocessing | None = None,
     *,
     crop_fraction: float = DataConfig.crop_fraction,
     interpolation: Interpolation = DataConfig.interpolation,
 ) -> PageDescription:
     """Describe a network by its output on an empty image and by the header of its checkpoint.
 
-    Without a header, or where it does not say, mean and standard deviation are ImageNet's, as in ``repvgg predict``.
+    Mean and standard deviation are those of ``preprocessing``; without it those of the header, or else ImageNet's.
 
     Args:
         plain: the network.
         input_shape: (C, H, W) of an image.
         notes: texts about the network by name, and the header.
+        preprocessing: of the source, such as timm's; None if it does not say.
         crop_fraction: see :class:`PageDescription`.
         interpolation: see :class:`PageDescription`.
 
@@ -174,6 +179,10 @@ def describe_page(
         raise UsageError(f"A page shows masks of at most {MAX_CLASSES} classes, and the network has {num_classes}.")
     metadata = Metadata.from_header(dict(notes), "the source")
     known = metadata or Metadata(notes.get("source", "network"), "plain", num_classes, channels, height)
+    classes = known.classes or (preprocessing.classes if preprocessing else ())
+    mean, std = known.mean or IMAGENET_MEAN, known.std or IMAGENET_STD
+    if preprocessing is not None:
+        mean, std = preprocessing.mean, preprocessing.std
     colours = tuple((int(red), int(green), int(blue)) for red, green, blue in voc_colours(num_classes))
     return PageDescription(
         kind=kind,
@@ -181,10 +190,10 @@ def describe_page(
         weights=notes.get("weights", ""),
         input_shape=input_shape,
         num_classes=num_classes,
-        classes=known.classes if len(known.classes) == num_classes else (),
+        classes=classes if len(classes) == num_classes else (),
         palette=(known.palette or colours) if kind == "segmentation" else (),
-        mean=per_channel("mean", known.mean or IMAGENET_MEAN, channels),
-        std=per_channel("std", known.std or IMAGENET_STD, channels),
+        mean=per_channel("mean", mean, channels),
+        std=per_channel("std", std, channels),
         crop_fraction=config.crop_fraction,
         interpolation=config.interpolation,
     )
@@ -204,7 +213,7 @@ def _output_of(plain: nn.Module, input_shape: Shape) -> tuple[Kind, int]:
 
 
 def _embed(folder: Path) -> None:
-    """Move the other files of a page into its HTML; ``model.json`` stays beside it for whoever wants to read it."""
+    """Move the other files of a page into its HTML; ``repvgg-page.json`` stays beside it, to be read."""
     page = (folder / PAGE).read_text(encoding="utf-8")
     style, app = ((folder / name).read_text(encoding="utf-8") for name in (_STYLE, _APP))
     assets = (ABOUT, MODEL, SCRIPT, WASM, *_SCRIPTS)

@@ -45,7 +45,10 @@ def load_quantized(path: str | os.PathLike[str], plain: nn.Module) -> nn.Module:
         layer = modules.get(name)
         if not isinstance(layer, nn.Conv2d | nn.Linear) or layer.weight.shape != tensors[name + _MARK].shape:
             raise CheckpointError(f"{str(path)!r} has a layer {name!r} that the plain network does not have.")
-        result.set_submodule(name, _empty(layer, tensors[f"{name}.weight_scale"]))
+        scale = tensors.get(f"{name}.weight_scale")
+        if scale is None:
+            raise CheckpointError(f"{str(path)!r} has no scale of the weights of {name!r}: write it again.")
+        result.set_submodule(name, _empty(layer, scale))
     if not names:
         raise CheckpointError(f"{str(path)!r} is no file of a quantized network: give one of save_quantized.")
     try:

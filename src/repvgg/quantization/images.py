@@ -96,6 +96,8 @@ def _labelled(data: ImageData, count: int | None) -> tuple[Tensor, Tensor]:
         found.append(batch)
         if count is not None and sum(len(labels) for _, labels in found) >= count:
             break
+    if not found:
+        raise UsageError("The data has no images to quantize with: check it with 'repvgg data check'.")
     images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
     prepared: Tensor = data.prepare(images)
     return prepared, labels

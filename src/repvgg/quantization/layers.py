@@ -24,7 +24,7 @@ from repvgg.quantization.affine import (
     quantize_weight,
 )
 
-_LARGEST_BIAS = 2.0**30  # of the accumulator's 2³¹: the sum of products needs room, too
+_LARGEST_BIAS = 2.0**30  # of the accumulator's 2³¹: the other half is left for the sum of products
 
 
 class QuantizedLayer(nn.Module):

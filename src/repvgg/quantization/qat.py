@@ -156,8 +156,8 @@ def prepare_qat(
         if not equalized.factors.keys() <= set(names):  # a layer that stays in float32 would need its factor as well
             reference, equalized = plain, None
     statistics = collect_statistics(reference, names, torch.split(images, _BATCH))
-    for name in [name for name in names if not statistics[name].calls]:
-        raise UsageError(f"{name!r} is not called on the calibration images: leave it out of the model.")
+    if unused := [name for name in names if not statistics[name].calls]:
+        raise UsageError(f"{unused[0]!r} is not called on the calibration images: remove it from the model.")
     for name, source in sources.items():
         layer = plain.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
@@ -252,7 +252,7 @@ def _share_the_rest(simulated: nn.Module, train_form: nn.Module) -> None:
         same = modules.get(name)
         if same is None or {*same._parameters, *same._buffers} != set(own):
             raise UsageError(
-                f"{name or 'the model'} has no equal in the train form, which cannot be trained through it."
+                f"{name or 'the model'} has parameters that no module of the train form has: they cannot be trained."
             )
         if next(part.children(), None) is None and name:
             simulated.set_submodule(name, same)

@@ -17,9 +17,9 @@ class QuantizationSettings:
 
     Attributes:
         granularity: one scale for each weight tensor, or for each output channel.
-        weight_bits: 8, or 7 for CPUs without VNNI instructions, whose sums of pairs of products saturate at 16 bits.
-        pair_bound: keep the sums of two adjacent weights so small that their products cannot saturate there with 8
-            bits.
+        weight_bits: 2 to 8.
+        pair_bound: keep the sums of two adjacent weights so small that the sums of their products, of 16 bits on CPUs
+            without VNNI instructions, cannot saturate with 8-bit weights.
         ranges: how the range of an activation is chosen.
         percentile: share in percent for ``ranges="percentile"``.
         equalize: rescale channels between layers first.

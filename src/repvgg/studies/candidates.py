@@ -221,6 +221,7 @@ def _in_target(name: str) -> Callable[[nn.Module, RunSettings, Shape], Run]:
     """Return how a network is prepared for the runtime of an export target."""
 
     def prepare(model: nn.Module, settings: RunSettings, image: Shape) -> Run:
+        TARGETS[name].check_packages()
         module = target_module(name)
         folder = tempfile.TemporaryDirectory()  # kept as long as the function: a runtime may read its file later
         path = Path(folder.name) / f"model{TARGETS[name].suffix}"

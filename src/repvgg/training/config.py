@@ -89,7 +89,7 @@ class QatConfig:
 
     Attributes:
         enabled: train so.
-        weight_bits: 2 to 8; 7 for CPUs without VNNI instructions, whose sums of products saturate at 16 bits.
+        weight_bits: 2 to 8; pairs of weights are bounded, so that 8 do not saturate on CPUs without VNNI either.
         granularity: one scale for each weight tensor, or for each output channel.
         ranges: how the range of an activation is chosen, from the calibration images and from batches that are
             observed: the smallest squared error, a percentile, or all values.
@@ -124,7 +124,7 @@ class QatConfig:
 
     @property
     def settings(self) -> QuantizationSettings:
-        """What it shares with a quantization after training, without the steps that training replaces."""
+        """What it shares with a quantization after training, whose integers training starts from."""
         return QuantizationSettings(
             granularity=self.granularity,
             weight_bits=self.weight_bits,

@@ -121,7 +121,10 @@ class ExecuTorchRunner:
 
 def _names(notes: dict[str, str], inputs: int, outputs: int) -> dict[str, Any]:
     """Return the names of inputs and outputs; numbered ones where the file has no description."""
-    found: dict[str, Any] = json.loads(notes.pop(_NAMES, "{}"))
+    try:
+        found: dict[str, Any] = json.loads(notes.pop(_NAMES, "{}"))
+    except ValueError as error:
+        raise ExportError("The names in the file next to the program are no JSON: export the model again.") from error
     numbered = {
         "inputs": [f"input_{index}" for index in range(inputs)],
         "outputs": [f"output_{index}" for index in range(outputs)],

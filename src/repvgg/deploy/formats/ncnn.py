@@ -107,7 +107,10 @@ class NcnnRunner:
             raise ExportError(f"{str(path)!r} cannot be loaded by ncnn: export it again.")
         self._inputs, self._outputs = list(self._net.input_names()), list(self._net.output_names())
         self.notes = read_notes_beside(path)
-        about: dict[str, Any] = json.loads(self.notes.pop(_NAMES, "{}"))
+        try:
+            about: dict[str, Any] = json.loads(self.notes.pop(_NAMES, "{}"))
+        except ValueError as error:
+            raise ExportError(f"The names next to {str(path)!r} are no JSON: export the model again.") from error
         self.input_shape: tuple[int | None, ...] = tuple(about.get("shape", (1, None, None, None)))
         self.inputs = dict.fromkeys(about.get("inputs", self._inputs), self.input_shape)
         self.outputs: tuple[str, ...] = tuple(about.get("outputs", self._outputs))

@@ -39,7 +39,7 @@ function showError(what) {
 }
 
 async function start() {
-  about = JSON.parse(new TextDecoder().decode(await asset("model.json")));
+  about = JSON.parse(new TextDecoder().decode(await asset("repvgg-page.json")));
   describe();
   const names = [about.runtime.script, about.runtime.wasm, "model.onnx", "worker.js", "preprocessing.mjs"];
   const [runtime, wasm, model, script, preprocessing] = await Promise.all(names.map(asset));

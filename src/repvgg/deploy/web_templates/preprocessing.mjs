@@ -169,7 +169,7 @@ function normalizedBytes(mean, std) {
  * Prepare an image.
  *
  * @param {Uint8ClampedArray} rgba (height, width, 4), opaque
- * @param {object} about the content of model.json
+ * @param {object} about the content of repvgg-page.json
  * @returns {{input: Float32Array, pixels: Uint8Array, resized: number[], crop: object}} the input (C, H, W), and the
  *     bytes (height, width, C) of the window that it was made of
  */
