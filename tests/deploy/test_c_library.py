@@ -11,7 +11,7 @@ from torch import nn
 import repvgg.engine
 from repvgg.deploy import c_comparison, c_library
 from repvgg.deploy.c_library import export_c
-from repvgg.deploy.c_runner import is_c_library
+from repvgg.deploy.loading import target_of
 from repvgg.engine.library import build
 from repvgg.engine.library.targets import CPU_TARGETS, cpu_target
 from repvgg.errors import EquivalenceError, ExportError, OutputExistsError, UnsupportedError, UsageError
@@ -81,7 +81,7 @@ def test_writes_a_library_that_was_compared(exported):
 def test_a_runner_names_outputs_and_keeps_notes(exported, tmp_path):
     shutil.copytree(exported.path, tmp_path / "net")
     for path in (tmp_path / "net", tmp_path / "net" / "libnet.so"):
-        assert is_c_library(path)
+        assert target_of(path) == "c"
         runner = c_library.load(path, 1)
         x = torch.randn(5, *SHAPE)
         found = runner(x)
@@ -95,7 +95,7 @@ def test_a_runner_names_outputs_and_keeps_notes(exported, tmp_path):
 def test_a_runner_refuses_broken_files(exported, tmp_path):
     with pytest.raises(ExportError, match="export it with"):
         c_library.load(tmp_path / "missing")
-    assert not is_c_library(tmp_path)
+    assert target_of(tmp_path) is None
     shutil.copytree(exported.path, tmp_path / "net")
     (tmp_path / "net" / "net.json").write_text("[]")
     with pytest.raises(ExportError, match="export it again"):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from repvgg._files import atomic_folder, check_output_folder
 from repvgg.checkpoints import Metadata
 from repvgg.deploy.c_comparison import compare_library
-from repvgg.deploy.c_runner import LibraryRunner, write_notes
+from repvgg.deploy.c_runner import LibraryRunner, notes_file
+from repvgg.deploy.notes import write_notes
 from repvgg.deploy.preprocessing import notes_of
 from repvgg.deploy.targets import TARGETS, Exported, ExportRequest, Shape
 from repvgg.engine.frontend import read
@@ -163,7 +164,7 @@ def export_c(
             embed_weights=weights == "embedded",
         )
         _write_sources(part, name, embedded=weights == "embedded")
-        write_notes(part, name, notes or {})
+        write_notes(notes_file(part / f"lib{name}.so"), f"lib{name}.so", notes or {})
         evidence, ran = compare_library(reference, graph, built, shapes, images)
         size = built.archive.stat().st_size
         remarks = () if built.shared else (_no_linker(built),)

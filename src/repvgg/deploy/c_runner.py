@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from repvgg._files import write_text
-from repvgg._serde import to_json
+from repvgg.deploy.notes import read_notes
 from repvgg.engine.library.loaded import library_file, load
 from repvgg.errors import ExportError, UsageError
-
-
-def is_c_library(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is that of a C library, or of a folder with one."""
-    file = Path(path)
-    return file.suffix == ".so" if file.is_file() else any(file.glob("lib*.so")) and any(file.glob("lib*.a"))
 
 
 @final
@@ -61,7 +53,7 @@ class LibraryRunner:
         }
         self.outputs = tuple(f"output{number}" for number in range(len(self._library.output_shapes)))
         self.input_shape, self.dtype = self.inputs["input0"], torch.float32
-        self.notes, self.threads = _read_notes(self.path), self._library.threads
+        self.notes, self.threads = read_notes(notes_file(self.path)), self._library.threads
 
     def __call__(self, *images: Tensor) -> Any:
         """Return the output for inputs in order: a tensor, or a dictionary where the library has several outputs.
@@ -76,17 +68,6 @@ class LibraryRunner:
         return f"LibraryRunner({str(self.path)!r})"
 
 
-def write_notes(folder: Path, name: str, notes: Mapping[str, str]) -> None:
-    """Write the notes of a library to a JSON file next to it, which nothing but :class:`LibraryRunner` reads."""
-    write_text(folder / f"{name}.json", to_json({"file": f"lib{name}.so", "notes": dict(notes)}) + "\n")
-
-
-def _read_notes(library: Path) -> dict[str, str]:
-    file = library.with_name(f"{library.stem.removeprefix('lib')}.json")
-    if not file.is_file():
-        return {}
-    try:
-        notes = json.loads(file.read_text(encoding="utf-8"))["notes"]
-        return {str(name): str(text) for name, text in notes.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{str(file)!r} is not the description of an exported library: export it again.") from error
+def notes_file(library: Path) -> Path:
+    """Return the JSON file with the notes of a ``libNAME.so``: ``NAME.json`` in its folder."""
+    return library.with_name(f"{library.stem.removeprefix('lib')}.json")

@@ -6,7 +6,6 @@ The modules in :mod:`repvgg.deploy.formats` say how each format is written and r
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -18,13 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from repvgg._calls import Call
-from repvgg._files import atomic_files, atomic_folder, write_text
-from repvgg._serde import to_json
+from repvgg._files import atomic_files, atomic_folder
 from repvgg._structure import tensors
 from repvgg.deploy.comparison_images import border_images, split_to
 from repvgg.deploy.inventory import Inventory
 from repvgg.deploy.preprocessing import Preprocessed, ReferenceOfPixels, notes_of
-from repvgg.deploy.targets import Exported, ExportRequest, ExportTarget, FloatPrecision, Runner, Shape, export_target
+from repvgg.deploy.targets import (
+    Exported,
+    ExportRequest,
+    ExportTarget,
+    FloatPrecision,
+    Runner,
+    Shape,
+    axes_in_words,
+    export_target,
+)
 from repvgg.errors import EquivalenceError, ExportError, RepvggError, first_line
 from repvgg.verify import Evidence, isolated_eval
 from repvgg.verify.comparison import Comparison
@@ -163,12 +170,13 @@ def _written_and_compared(
     spec = FileSpec(request.input_shape, dynamic_batch, request.precision, notes)
     written = _write(target, write, model.eval(), part, spec)
     evidence = seen = None
-    inputs, outputs = dict.fromkeys(written.inputs, _axes(None if dynamic_batch else 1, spec.shape)), written.outputs
+    inputs, outputs = (
+        dict.fromkeys(written.inputs, axes_in_words((None if dynamic_batch else 1, *spec.shape))),
+        written.outputs,
+    )
     if load is not None:
         runner = load(part, None)
-        inputs = {
-            name: ", ".join("N" if axis is None else str(axis) for axis in axes) for name, axes in runner.inputs.items()
-        }
+        inputs = {name: axes_in_words(axes) for name, axes in runner.inputs.items()}
         outputs = tuple(runner.outputs)
         at_once = None if dynamic_batch else 1
         borders = border_images(spec.shape, preprocessing, pixels=request.with_preprocessing)
@@ -200,10 +208,6 @@ def _write(target: ExportTarget, write: Write, model: nn.Module, part: Path, spe
         raise
     except Exception as error:  # each converter has its own exceptions
         raise ExportError(f"The model cannot be exported as {target.about}: {first_line(error)}.") from error
-
-
-def _axes(batch: int | None, shape: Shape) -> str:
-    return ", ".join(map(str, ("N" if batch is None else batch, *shape)))
 
 
 def compare(
@@ -247,29 +251,3 @@ def compare(
         else:
             runs[key] = comparison.exact, comparison.own
         return comparison.evidence(None).raise_if_failed()
-
-
-def json_beside(path: Path) -> Path:
-    """Return the name of the JSON file with the notes of a format that has no metadata."""
-    return path.with_name(f"{path.name}.json")
-
-
-def write_notes_beside(path: Path, spec: FileSpec) -> None:
-    """Write the notes of a file to a JSON file next to it, for formats without metadata."""
-    write_text(json_beside(path), to_json({"file": path.name, "notes": dict(spec.notes)}) + "\n")
-
-
-def read_notes_beside(path: Path) -> dict[str, str]:
-    """Return the notes in the JSON file next to a file; empty if there is none.
-
-    Raises:
-        ExportError: it cannot be read.
-    """
-    file = json_beside(path)
-    if not file.is_file():
-        return {}
-    try:
-        notes = json.loads(file.read_text(encoding="utf-8"))["notes"]
-        return {str(name): str(text) for name, text in notes.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{str(file)!r} is not the description of an exported file: export it again.") from error

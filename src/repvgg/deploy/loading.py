@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repvgg.checkpoints import Metadata
 from repvgg.deploy.preprocessing import PIXEL_MAX, read_preprocessing
-from repvgg.deploy.targets import TARGETS, Runner, target_module
+from repvgg.deploy.targets import TARGETS, Runner, axes_in_words, target_module
 from repvgg.errors import ExportError, UsageError, first_line
 
 #: Of files that run here. A C library is a folder.
@@ -132,8 +132,9 @@ def load_program(path: str | os.PathLike[str], *, threads: int | None = None) ->
     metadata = Metadata.from_header(dict(runner.notes), str(file))
     size = height or (metadata.input_size if metadata else None)
     if channels not in (1, 3) or size is None or height != width:
-        axes = ", ".join("N" if axis is None else str(axis) for axis in shape)
-        raise ExportError(f"{str(file)!r} takes a tensor of shape ({axes}), not square images of 1 or 3 channels.")
+        raise ExportError(
+            f"{str(file)!r} takes a tensor of shape ({axes_in_words(shape)}), not square images of 1 or 3 channels."
+        )
     try:
         logits = runner(torch.zeros(shape[0] or 1, channels, size, size))
     except Exception as error:  # a program may have several inputs, or have been exported for another device

@@ -19,6 +19,7 @@ from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.inventory import Inventory, Kinds, Operation, take_inventory
 from repvgg.deploy.onnx_operators import translations
 from repvgg.deploy.qdq_operators import qdq_translations
+from repvgg.deploy.targets import axes_in_words
 from repvgg.deploy.torch_export import ENGINE_OPERATOR, NOT_PORTABLE, batch_axes, example_call, silence, text_of
 from repvgg.errors import ExportError, UsageError, first_line, require
 
@@ -219,7 +220,7 @@ class OnnxRunner:
             expected in (None, axis) for expected, axis in zip(shape, x.shape, strict=True)
         )
         if not fits or x.dtype != dtype:
-            expected = ", ".join("N" if axis is None else str(axis) for axis in shape)
+            expected = axes_in_words(shape)
             which = f"for {name} " if len(self.inputs) > 1 else ""
             raise UsageError(
                 f"{str(self.path)!r} takes {which}{dtype} of shape ({expected}), not {x.dtype} of shape "

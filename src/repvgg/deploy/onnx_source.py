@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +14,11 @@ from repvgg._files import atomic_files
 from repvgg.deploy.comparison_images import border_images, photographs, split_to
 from repvgg.deploy.file_target import Written
 from repvgg.deploy.loading import run_in_parts
-from repvgg.deploy.onnx import OnnxRunner, graph_inventory
+from repvgg.deploy.onnx import OnnxRunner
 from repvgg.deploy.preprocessing import PIXEL_MAX, read_preprocessing
-from repvgg.deploy.targets import Exported, Runner, export_target, target_module
+from repvgg.deploy.targets import Exported, Runner, axes_in_words, export_target, target_module
 from repvgg.errors import EquivalenceError, ExportError, MissingDependencyError, UsageError, first_line, require
+from repvgg.quantization.calibration import first_tensor
 from repvgg.verify import verify
 
 #: The outputs of a quantized file in another runtime may differ from the source's by so many times the error (root mean
@@ -64,34 +63,22 @@ def export_onnx_file(name: str, source: Path, out: Path, *, overwrite: bool = Fa
     module = target_module(name)
     with atomic_files(out, overwrite=overwrite) as part:
         try:
-            written = _convert(name, module, source, part, graph, exact.notes)
+            written: Written = module.convert_onnx(source, part, exact.notes)
         except (ExportError, MissingDependencyError):
             raise
         except Exception as error:  # each converter has its own exceptions
             raise ExportError(f"{str(source)!r} cannot be converted: {first_line(error)}.") from error
-        result = _compare(exact, module.load(part), graph)
+        result = _compare(exact, module.load(part), quantized=quantized)
     number = "one image at a time" if shape[0] == 1 else "any number of images"
     what = "quantized to 8 bits" if quantized else "float32"
     contents = f"{number} of {' x '.join(map(str, shape[1:]))}, {what}"
     remarks = [*written.remarks, result, *([] if target.runtime else [f"converted, not run: {target.why_not_run}."])]
-    inputs = {one: ", ".join("N" if axis is None else str(axis) for axis in axes) for one, axes in exact.inputs.items()}
+    inputs = {one: axes_in_words(axes) for one, axes in exact.inputs.items()}
     return Exported(out, contents, None, tuple(remarks), None, inputs, exact.outputs, written.inventory)
 
 
-def _convert(name: str, module: Any, source: Path, part: Path, graph: Any, notes: Mapping[str, str]) -> Written:
-    if name in ("openvino", "ort"):
-        converted: Written = (
-            module.convert_onnx(source, part, notes) if name == "openvino" else module.convert_onnx(source, part)
-        )
-        return converted
-    module.check_fit(source)
-    shutil.copyfile(source, part)
-    return Written(graph_inventory(graph), None)
-
-
-def _compare(exact: OnnxRunner, candidate: Runner, graph: Any) -> str:
+def _compare(exact: OnnxRunner, candidate: Runner, *, quantized: bool) -> str:
     """Return how the two compare, in a sentence; raise EquivalenceError if they differ."""
-    quantized = any(node.op_type == "QuantizeLinear" for node in graph.node)
     images = _images(exact, photographs_only=quantized)
     if not quantized:
         evidence = verify(exact, candidate, images).raise_if_failed()
@@ -100,7 +87,9 @@ def _compare(exact: OnnxRunner, candidate: Runner, graph: Any) -> str:
         unrounded = Path(folder) / "unrounded.onnx"
         write_without_rounding(exact.path, unrounded)
         runs: tuple[Runner, ...] = exact, OnnxRunner(unrounded, torch.get_num_threads()), candidate
-        source, rounded, found = (torch.cat([_first(run_in_parts(run, x)) for x in images]).double() for run in runs)
+        source, rounded, found = (
+            torch.cat([first_tensor(run_in_parts(run, x)) for x in images]).double() for run in runs
+        )
     allowed = QUANTIZATION_FACTOR * _rms(rounded - source)
     error, size = _rms(found - source), _rms(source)
     if not error <= allowed:
@@ -155,8 +144,3 @@ def write_without_rounding(source: Path, path: Path) -> None:
 
 def _rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else next(iter(output.values()))
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -254,6 +254,11 @@ TARGETS: dict[str, ExportTarget] = {
         precisions=("float32",),
     ),
 }
+
+
+def axes_in_words(axes: Iterable[int | None]) -> str:
+    """Return the axes of a tensor separated by commas, an open one as N."""
+    return ", ".join("N" if axis is None else str(axis) for axis in axes)
 
 
 def export_target(name: str) -> ExportTarget:

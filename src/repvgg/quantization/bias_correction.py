@@ -28,11 +28,25 @@ def correct_bias(layer: QuantizedLayer, outputs: Iterable[Tensor], statistics: L
     Returns:
         (O,) what was added, and its norm divided by that of the output means.
     """
+    added = layer.add_to_bias(mean_shift(outputs, statistics))
+    target = statistics.output_mean
+    assert target is not None
+    return added, float(added.norm() / target.to(added).norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def mean_shift(outputs: Iterable[Tensor], statistics: LayerStatistics) -> Tensor:
+    """Return (O,) in float64: the output means of the float network minus those of ``outputs``.
+
+    The arguments are those of :func:`correct_bias`.
+    """
     assert statistics.output_mean is not None
     total, count = torch.zeros(()), 0
     for y in outputs:
         values = channels_last(y).flatten(0, -2).double()
         total, count = total.to(values) + values.sum(0), count + len(values)
-    target = statistics.output_mean.to(total)
-    added = layer.add_to_bias(target - total / count)
-    return added, float(added.norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return statistics.output_mean.to(total) - total / count
+
+
+def add_to_channels(y: Tensor, values: Tensor) -> Tensor:
+    """Return ``y`` (N, O, H, W) or (N, …, O) plus a value for each output channel, (O,)."""
+    return y + values.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,))

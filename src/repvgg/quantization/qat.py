@@ -21,7 +21,8 @@ from repvgg._arguments import check_model
 from repvgg.collapse import Report, reparameterize
 from repvgg.errors import NothingFoldedWarning, ReparamError, UsageError
 from repvgg.quantization.api import calibration_images, layers_to_quantize
-from repvgg.quantization.calibration import LayerStatistics, channels_last, collect_statistics, hooked, run
+from repvgg.quantization.bias_correction import add_to_channels, mean_shift
+from repvgg.quantization.calibration import LayerStatistics, collect_statistics, hooked, run
 from repvgg.quantization.equalization import EqualizationReport, equalize
 from repvgg.quantization.fake import FakeQuantLayer, kernel_of
 from repvgg.quantization.ranges import choose_quantizer
@@ -192,13 +193,11 @@ def _refine(
             rounded += adapted
             y = layer.forward(x) if adapted else y  # not the call, which would visit it again
         if settings.correct_biases:
-            target = statistics[name].output_mean
-            assert target is not None
-            shift = target.to(y.device) - channels_last(y).flatten(0, -2).double().mean(0)
+            shift = mean_shift([y], statistics[name])
             with torch.enable_grad():
                 shifted = layer.shift_bias(shift)
             corrected += shifted
-            y = y + shift.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,)) if shifted else y
+            y = add_to_channels(y, shift) if shifted else y
         return y
 
     was_training = network.training

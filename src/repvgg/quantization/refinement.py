@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repvgg.quantization.adaptive_rounding import adapt_rounding
 from repvgg.quantization.affine import largest_integer
-from repvgg.quantization.bias_correction import correct_bias
+from repvgg.quantization.bias_correction import add_to_channels, correct_bias
 from repvgg.quantization.calibration import LayerStatistics, hooked, run
 from repvgg.quantization.layers import QuantizedLayer
 from repvgg.quantization.settings import QuantizationSettings
@@ -81,8 +81,7 @@ class Refinement:
             self._adapt_rounding(name, [x])
             y = layer.forward(x)  # not the call, which would visit it again
         if self._settings.correct_biases:
-            added = self._correct_bias(name, [y])
-            y = y + added.to(y.dtype).reshape((-1, 1, 1) if y.ndim == 4 else (-1,))
+            y = add_to_channels(y, self._correct_bias(name, [y]))
         return y
 
     def _refine(self, name: str, inputs: Iterable[Tensor]) -> None:

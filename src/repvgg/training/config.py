@@ -251,7 +251,7 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """Return every field of ``config`` as YAML, nested, in declaration order."""
-    # A saved file must not run shell commands: whoever starts from it passes --data.allow-commands again.
+    # Not kept: a config.yaml, which may come from a stranger, cannot allow shell commands; only the command line can.
     return _serde.to_yaml(replace(config, data=replace(config.data, allow_commands=False)))
 
 

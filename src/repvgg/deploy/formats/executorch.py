@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from repvgg._contexts import eval_mode
-from repvgg.deploy.file_target import FileSpec, Written, export_file, read_notes_beside, write_notes_beside
+from repvgg.deploy.file_target import FileSpec, Written, export_file
 from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.formats.pt2 import inventory_of_graph
 from repvgg.deploy.inventory import Inventory
+from repvgg.deploy.notes import json_beside, read_notes, write_notes
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import silence
 from repvgg.errors import ExportError, UsageError, first_line, require
@@ -45,7 +45,7 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
         inventory = _inventory(lowered.exported_program())  # before to_executorch(), which changes the graph
         path.write_bytes(lowered.to_executorch().buffer)
     names = json.dumps({"inputs": flat.inputs, "outputs": flat.outputs, "dynamic_batch": spec.dynamic_batch})
-    write_notes_beside(path, replace(spec, notes={**spec.notes, _NAMES: names}))
+    write_notes(json_beside(path), path.name, {**spec.notes, _NAMES: names})
     return Written(inventory, _MOST_IMAGES if spec.dynamic_batch else 1)
 
 
@@ -100,7 +100,7 @@ class ExecuTorchRunner:
             raise ExportError(f"{str(path)!r} cannot be loaded by ExecuTorch: {first_line(error)}.") from error
         about = self._method.metadata
         sizes = [tuple(about.input_tensor_meta(index).sizes()) for index in range(about.num_inputs())]
-        self.notes = read_notes_beside(path)
+        self.notes = read_notes(json_beside(path))
         names = _names(self.notes, len(sizes), about.num_outputs())
         self._at_once = sizes[0][0]
         self.input_shape: tuple[int | None, ...] = (None if names["dynamic_batch"] else self._at_once, *sizes[0][1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, final
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.file_target import FileSpec, Written, export_file, read_notes_beside, write_notes_beside
+from repvgg.deploy.file_target import FileSpec, Written, export_file
 from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.inventory import Inventory, Kinds, Operation, take_inventory
+from repvgg.deploy.notes import json_beside, read_notes, write_notes
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import silence
 from repvgg.errors import ExportError, UsageError, first_line, require
@@ -51,7 +51,7 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
         path.write_text(text, encoding="utf-8")
         path.with_suffix(".bin").write_bytes(weights.read_bytes())
     names = json.dumps({"shape": [1, *spec.shape], "inputs": flat.inputs, "outputs": flat.outputs})
-    write_notes_beside(path, replace(spec, notes={**spec.notes, _NAMES: names}))
+    write_notes(json_beside(path), path.name, {**spec.notes, _NAMES: names})
     return Written(_inventory(text), 1)
 
 
@@ -106,7 +106,7 @@ class NcnnRunner:
         if self._net.load_param(str(path)) or self._net.load_model(str(weights)):
             raise ExportError(f"{str(path)!r} cannot be loaded by ncnn: export it again.")
         self._inputs, self._outputs = list(self._net.input_names()), list(self._net.output_names())
-        self.notes = read_notes_beside(path)
+        self.notes = read_notes(json_beside(path))
         try:
             about: dict[str, Any] = json.loads(self.notes.pop(_NAMES, "{}"))
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,11 +25,11 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
     with TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         onnx.write(model, source, spec)
-        return convert_onnx(source, path)
+        return convert_onnx(source, path, spec.notes)
 
 
-def convert_onnx(source: Path, path: Path) -> Written:
-    """Convert an ONNX file, float or quantized."""
+def convert_onnx(source: Path, path: Path, notes: Mapping[str, str]) -> Written:
+    """Convert an ONNX file, float or quantized; its metadata, which holds the notes, is kept."""
     _save_optimized(source, path, ort_format=True)
     with TemporaryDirectory() as folder:
         # The same graph as ONNX, to count its operators.

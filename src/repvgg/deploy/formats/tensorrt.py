@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from repvgg.deploy.file_target import FileSpec, Written, export_file
 from repvgg.deploy.formats import onnx
-from repvgg.deploy.onnx import OnnxRunner
+from repvgg.deploy.onnx import OnnxRunner, graph_inventory
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.errors import ExportError, require
 
@@ -27,6 +28,17 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
     written = onnx.write(model, path, spec)
     check_fit(path)
     return Written(written.inventory, None, remarks=(_command(path.name, spec),))
+
+
+def convert_onnx(source: Path, path: Path, notes: Mapping[str, str]) -> Written:
+    """Copy an ONNX file, float or quantized, that TensorRT takes; its metadata holds the notes.
+
+    Raises:
+        ExportError: it does not fit.
+    """
+    check_fit(source)
+    shutil.copyfile(source, path)
+    return Written(graph_inventory(require("onnx", "onnx").load(str(path)).graph), None)
 
 
 def check_fit(path: Path) -> None:

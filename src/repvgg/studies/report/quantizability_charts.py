@@ -27,6 +27,7 @@ from repvgg.studies.report.page_charts import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PICTURE = (230.0, 84.0)  # pixels of the pictures of a layer
@@ -108,10 +109,7 @@ def weights_picture(index: int, name: str, ranges: ChannelRanges) -> str:
     """Draw the range of each output channel, from the largest to the smallest, before and after equalization."""
     before, after = (sorted((value for value in one if value > 0), reverse=True) for one in ranges)
     with new_figure(_PICTURE[0] * PX, _PICTURE[1] * PX, font=_PICTURE_FONT) as figure:
-        axes = figure.add_subplot(yscale="log")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelcolor=SOFT, pad=3)
-        axes.minorticks_off()
+        axes = _bare_axes(figure)
         axes.set_xticks([])
         for values, color, what in ((before, NEUTRAL, "given"), (after, ACCENT, "equalized")):
             # Relative to the median: equalization changes the unit of a layer, which says nothing.
@@ -133,10 +131,7 @@ def inputs_picture(index: int, layer: QuantizedLayerReport) -> str:
     edges = [lowest + (highest - lowest) * step / len(layer.histogram) for step in range(len(layer.histogram) + 1)]
     with new_figure(_PICTURE[0] * PX, _PICTURE[1] * PX, font=_PICTURE_FONT) as figure:
         # Logarithmic: the values that are clipped are few, and the zeros after a ReLU many.
-        axes = figure.add_subplot(yscale="log")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelcolor=SOFT, pad=3)
-        axes.minorticks_off()
+        axes = _bare_axes(figure)
         axes.set_yticks([])
         axes.stairs([max(count / total, 1e-9) for count in layer.histogram], edges, fill=True, color=ACCENT, alpha=0.5)
         axes.set_ylim(1e-7, 2)
@@ -150,6 +145,15 @@ def inputs_picture(index: int, layer: QuantizedLayerReport) -> str:
             f"represent {low:.3g} to {high:.3g}"
         )
         return inline_svg(figure, f"inputs-{index}", description, "picture")
+
+
+def _bare_axes(figure: Figure) -> Axes:
+    """Return axes with a logarithmic y axis, without a frame and ticks."""
+    axes = figure.add_subplot(yscale="log")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=SOFT, pad=3)
+    axes.minorticks_off()
+    return axes
 
 
 def _decades(low: float, high: float) -> list[float]:
