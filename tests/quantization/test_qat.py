@@ -120,7 +120,7 @@ def test_the_simulation_is_the_integer_network(name):
     before = copy.deepcopy(model.state_dict())
     network, report = prepare_qat(model, images(16), QuantizationSettings(weight_bits=6))
     start = network.to_integers()
-    train(network, observing=True)
+    train(network, steps=6, observing=True)  # adapted weights may be far inside of their integers
     integers, test = network.to_integers(), images(7, side=25, seed=9)
     assert report.untrained == 0
     assert all(p.grad is not None for p in network.parameters())

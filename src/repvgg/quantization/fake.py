@@ -133,9 +133,17 @@ class FakeQuantLayer(nn.Module):
         return weight, bias
 
     def shift_bias(self, shift: Tensor) -> bool:
-        """Change parameters of the source so that the bias of this layer grows by ``shift`` (O,); False if none can."""
+        """Change parameters of the source so that the rounded bias grows by ``shift`` (O,); False if none can."""
         (source,) = self._source
-        delta = shift.double() if self.output_factor is None else shift.double() * self.output_factor
+        _, bias = self.kernel()
+        if bias is None:
+            return False
+        integers = self.to_integers()
+        # What rounding the bias added already is part of the outputs that ``shift`` was measured on.
+        rounding = integers.bias_integers * integers.accumulator_scale.double() - bias.detach().double()
+        delta = shift.double() + rounding
+        if self.output_factor is not None:
+            delta = delta * self.output_factor
         return shift_merged(source, "bias", delta)
 
     def adapt_rounding(self, x: Tensor, sweeps: int) -> bool:
