@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from repvgg.quantization.calibration import BATCH, first_tensor, run
 from repvgg.quantization.quality import Quality, QualityMeter
 
-_KEPT_BYTES = (
-    256 * 2**20
-)  # of logits of the float network; those of 10,000 classified images fit, maps of pixels do not
+# Of logits of the float network; those of 10,000 classified images fit, maps of pixels do not.
+_KEPT_BYTES = 256 * 2**20
 
 #: Images (n, C, H, W) as the network takes them, with labels (n,) or masks (n, H, W), or None without.
 Batches = Iterable[tuple[Tensor, Tensor | None]]

@@ -43,9 +43,8 @@ PROBLEMS = tuple(
     for channels, size, images in ((64, 56, 1), (256, 14, 1), (128, 28, 4))
 )
 _TURNS = 8  # runs of each candidate, in turns
-_ON_THE_FLY_CHANNELS = (
-    256  # with fewer, transforms of filters on the fly are no candidates: each takes 0.3 s to compile
-)
+# With fewer, transforms of filters on the fly are no candidates: each takes 0.3 s to compile.
+_ON_THE_FLY_CHANNELS = 256
 
 #: Costs that are scaled together, because few measurements tell them apart.
 _GROUPS: tuple[tuple[str, ...], ...] = (
@@ -103,18 +102,8 @@ def calibrated_costs(
     if not _is_wanted(isa):
         return None
     prior = machine_costs(isa)
-    key = entry_key(
-        *(
-            "calibration",
-            isa.name,
-            isa.cpu,
-            isa.features,
-            processor_name(),
-            str(threads),
-            repr(prior),
-            cost_model_version(),
-        )
-    )
+    machine = (isa.name, isa.cpu, isa.features, processor_name(), str(threads))
+    key = entry_key("calibration", *machine, repr(prior), cost_model_version())
     found = _read(key, prior)
     if found is None:
         target = Target(isa, threads, costs=prior)
