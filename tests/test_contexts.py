@@ -1,10 +1,13 @@
+import gc
 from contextlib import ExitStack
 
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repvgg._contexts import derived_seed, eval_mode, seeded
+from repvgg import _contexts
+from repvgg._contexts import derived_seed, eval_mode, gc_paused, seeded
 
 
 def draw(*keys):
@@ -47,3 +50,49 @@ def test_contexts_of_eval_mode_that_overlap_restore_at_the_last_end():
     with eval_mode(model):
         assert not model[0].training
     assert model[0].training
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """Calls that would freeze or count the objects of this process, in order; nothing is frozen when it starts."""
+    calls, frozen = [], [0]
+
+    def freeze():
+        calls.append("freeze")
+        frozen[0] = 1000
+
+    def unfreeze():
+        calls.append("unfreeze")
+        frozen[0] = 0
+
+    def count():
+        calls.append("count")
+        return frozen[0]
+
+    for name, function in (("freeze", freeze), ("unfreeze", unfreeze), ("get_freeze_count", count)):
+        monkeypatch.setattr(gc, name, function)
+    monkeypatch.setattr(_contexts, "_others_froze", False)
+    return calls
+
+
+def test_pauses_inside_of_one_another_freeze_once(collector):
+    assert gc.isenabled()
+    with gc_paused():
+        with gc_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        assert collector == ["count", "freeze"]
+    assert gc.isenabled()
+    assert collector == ["count", "freeze", "unfreeze"]
+    with pytest.raises(KeyError), gc_paused():
+        raise KeyError
+    assert gc.isenabled()
+    assert collector[3:] == ["count", "freeze", "unfreeze"]
+
+
+def test_what_others_froze_stays_frozen_and_is_counted_once(collector):
+    gc.freeze()
+    for _ in range(3):
+        with gc_paused():
+            assert not gc.isenabled()
+    assert collector == ["freeze", "count"]

@@ -169,7 +169,11 @@ def _concat_with_constants(b: GraphBuilder, tensors: Sequence[Any], axis: int) -
     frame = Pad((*vertical, *horizontal), (before, after) if place == C else (0, 0))
     value = b.emit(frame, b.emit(view.rearrangement(grouping), view.value))
     shape = (*view.shape[:axis], before + view.shape[axis] + after, *view.shape[axis + 1 :])
-    whole = np.concatenate([*ends[0], np.zeros(view.shape, np.float32), *ends[1]], axis)
+    # In a reading of any size this has GBs: the zeros are not written, so that they take no memory.
+    whole = np.zeros(shape, np.float32)
+    for constants, part in zip(ends, (slice(before), slice(shape[axis] - after, None)), strict=True):
+        if constants:
+            np.concatenate(constants, axis, out=whole[(*[slice(None)] * axis, part)])
     return with_constant(b, "add", b.reshaped(view_of(value, b.shapes[value], axes), shape), whole)
 
 
