@@ -50,10 +50,15 @@ def no_calibration():
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def frozen_imports():
-    """Exempt imported modules from garbage collection: code that collects before it measures would scan them all."""
+    """Exempt what was imported so far from garbage collection: code that collects before it measures would scan it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def thawed_at_exit():
+    """Compiled extensions report what is still alive when the interpreter exits."""
     yield
     gc.unfreeze()

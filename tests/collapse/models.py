@@ -106,7 +106,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_data(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, list, dict, tuple)) and "Tensor" not in repr(value)
+    return isinstance(value, (bool, int, float, str, list, dict, tuple)) and not _holds_tensor(value)
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_tensor, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
 def assert_same_state(before: tuple, after: tuple) -> None:

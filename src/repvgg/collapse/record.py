@@ -362,6 +362,8 @@ class _Recorder(TorchFunctionMode):
         run = (self.on_meta and op == "call_module" and meta_shortcut(self.model.get_submodule(target))) or func
         try:
             result = None if self.values else self._left_out(op, name, func, given, args, kwargs)
+            if self.on_meta and op == "call_function":  # torch's kernels for meta tensors are written in Python
+                result = builder.without_recording(elementwise_without_values, name, None, args, kwargs)
             if result is None:
                 result = builder.without_recording(run, *map_values(untracked, args), **map_values(untracked, kwargs))
         except NotImplementedError as error:

@@ -103,7 +103,9 @@ def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwarg
     if name in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
         return _as_written(x) if kwargs.get("inplace") else torch.empty_like(x)
     if name == "batch_norm" and not any(isinstance(value, bool) and value for value in (*args[5:6], *kwargs.values())):
-        return torch.empty_like(x)
+        mean_and_variance = [*args[1:3], *(kwargs[key] for key in ("running_mean", "running_var") if key in kwargs)]
+        fit = all(isinstance(one, Tensor) and one.shape == x.shape[1:2] for one in mean_and_variance)
+        return torch.empty_like(x) if fit and len(mean_and_variance) == 2 else None
     if name in _ARITHMETIC | _ARITHMETIC_IN_PLACE and len(args) == 2 and not kwargs:
         return _arithmetic(name in _ARITHMETIC_IN_PLACE, x, args[1])
     return None
