@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
 # One worker a logical core, one thread a worker; beyond 8 workers memory is what runs out.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# Compiled bytecode is kept: subprocesses import it, and the next run does not rewrite every assertion again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: quickstart test test-avx2 slow lint thread-pool-ir clean
 

@@ -90,7 +90,7 @@ def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwarg
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.is_contiguous() or not x.dim():
         return None
-    if torch.is_autocast_enabled(x.device.type) or x.layout is not torch.strided or x.requires_grad:
+    if _under_autocast(x) or x.layout is not torch.strided or x.requires_grad:
         return None
     if layer is not None:
         if kwargs or len(args) != 1 or layer._forward_hooks or layer._forward_pre_hooks:
@@ -109,6 +109,11 @@ def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwarg
     if name in _ARITHMETIC | _ARITHMETIC_IN_PLACE and len(args) == 2 and not kwargs:
         return _arithmetic(name in _ARITHMETIC_IN_PLACE, x, args[1])
     return None
+
+
+def _under_autocast(x: Tensor) -> bool:
+    # The meta device has no autocast: what would happen on the device of the model is left to PyTorch.
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda") if x.is_meta else (x.device.type,)))
 
 
 def _arithmetic(in_place: bool, x: Tensor, y: Any) -> Tensor | None:
