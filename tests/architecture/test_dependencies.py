@@ -10,6 +10,8 @@ import sys
 import tomllib
 from dataclasses import dataclass
 
+import pytest
+
 import repvgg
 
 PACKAGE = pathlib.Path(repvgg.__file__).parent
@@ -120,31 +122,6 @@ def test_the_extra_of_exports_has_what_every_target_needs():
             assert package in packages_of("export"), name
 
 
-def test_core_installation_converts_lists_and_explains(tmp_path):
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 4))\n"
-    )
-    helps = ("train", "eval", "quickstart", "study", "bench", "predict")
-    converted, listed, *explained = run(
-        tmp_path,
-        [
-            ["convert", "net.py:make", "plain.safetensors", "--input-size", "16", "16"],
-            ["list"],
-            *([command, "--help"] for command in helps),
-        ],
-    )
-    assert converted.code == 0, converted.err
-    assert "1 region folded" in converted.out
-    assert (tmp_path / "plain.safetensors").stat().st_size > 0
-    assert listed.code == 0, listed.err
-    assert "repvgg_a0" in listed.out
-    for command, outcome in zip(helps, explained, strict=True):
-        assert (outcome.code, outcome.err) == (0, ""), command
-        assert f"usage: repvgg {command}" in outcome.out
-
-
 MISSING = [
     ("train", ["train", "repvgg_t0", "--recipe", "quickstart"]),
     ("train", ["data", "check", "fake:8x2"]),
@@ -154,15 +131,47 @@ MISSING = [
     ("hub", ["checkpoint", "inspect", "hub:timm/repvgg_a0.rvgg_in1k"]),
     ("onnx", ["convert", "repvgg:repvgg_t0", "plain.onnx", "--num-classes", "10"]),
 ]
+HELPS = ("train", "eval", "quickstart", "study", "bench", "predict")
+NETWORK = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 4))
+"""
 
 
-def test_missing_packages_are_one_sentence(tmp_path):
-    for (extra, command), outcome in zip(MISSING, run(tmp_path, [command for _, command in MISSING]), strict=True):
+@pytest.fixture(scope="module")
+def core(tmp_path_factory) -> tuple[pathlib.Path, list[Outcome]]:
+    """A folder, and what all commands of these tests did in it, in one process: first those that miss a package."""
+    folder = tmp_path_factory.mktemp("core")
+    (folder / "net.py").write_text(NETWORK)
+    convert = ["convert", "net.py:make", "plain.safetensors", "--input-size", "16", "16"]
+    commands = [*(command for _, command in MISSING), convert, ["list"], *([command, "--help"] for command in HELPS)]
+    return folder, run(folder, commands)
+
+
+def test_core_installation_converts_lists_and_explains(core):
+    folder, outcomes = core
+    converted, listed, *explained = outcomes[len(MISSING) :]
+    assert converted.code == 0, converted.err
+    assert "1 region folded" in converted.out
+    assert (folder / "plain.safetensors").stat().st_size > 0
+    assert listed.code == 0, listed.err
+    assert "repvgg_a0" in listed.out
+    for command, outcome in zip(HELPS, explained, strict=True):
+        assert (outcome.code, outcome.err) == (0, ""), command
+        assert f"usage: repvgg {command}" in outcome.out
+
+
+def test_missing_packages_are_one_sentence(core):
+    folder, outcomes = core
+    for (extra, command), outcome in zip(MISSING, outcomes[: len(MISSING)], strict=True):
         assert outcome.code == 2, (command, outcome)
         lines = [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]
         assert len(lines) == 1, (command, outcome)
         assert re.fullmatch(rf"error: This needs '\w+', .*: pip install 'repvgg\[{extra}\]'\.", lines[0]), lines
-    assert not list(tmp_path.iterdir())
+    # They left no file: the conversion that follows them wrote plain.safetensors, which it would not have replaced.
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {"net.py", "plain.safetensors"}
 
 
 def test_versions_agree():

@@ -1,5 +1,6 @@
 """Which imports are allowed, what importing costs, and what the public API exports."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,42 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
+# What a process prints that has imported torch and nothing else; all are forked from one, because torch takes seconds.
+AFTER_TORCH = {
+    "new modules": "import sys; before = {*sys.modules}; import repvgg; import torch; "
+    "assert not torch.cuda.is_initialized(); print(*({*sys.modules} - before))",
+    "dir": "import repvgg; repvgg.is_plain; import repvgg.deploy, repvgg.verify; print(*dir(repvgg))",
+    "packages": "import repvgg; print(repvgg.training.RepOptimizer.__name__, repvgg.blocks.create_block.__name__, "
+    "repvgg.data.open_data.__name__, repvgg.errors.UsageError.__name__, repvgg.deploy.ship.__name__)",
+    "verify": "import repvgg, repvgg.verify.comparison; from repvgg.verify import Evidence; print(repvgg.verify)",
+    # The dependencies of the engine are imported when something is compiled.
+    "engine": "import repvgg, sys; before = 'repvgg.engine' in sys.modules; names = repvgg.engine.__all__; "
+    "print(before, 'engine' in dir(repvgg), names, {'llvmlite', 'platformdirs'} & {*sys.modules})",
+}
+FORKS = """
+import json, os, sys, torch
+for code in json.loads(sys.argv[1]):
+    print("---", flush=True)
+    pid = os.fork()
+    if not pid:
+        try:
+            exec(code, {})
+            sys.stdout.flush()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, code
+"""
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """The output of each process of AFTER_TORCH."""
+    command = [sys.executable, "-c", FORKS, json.dumps([*AFTER_TORCH.values()])]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(zip(AFTER_TORCH, out.split("---\n")[1:], strict=True))
+
+
 def test_imports_point_down():
     """The contracts in pyproject.toml, checked by import-linter."""
     run = subprocess.run(
@@ -27,10 +64,8 @@ def test_imports_point_down():
     assert run.returncode == 0, run.stdout
 
 
-def test_import_is_lean_and_starts_no_device():
-    before, after = "import sys, torch; before = set(sys.modules)", "print(*(set(sys.modules) - before))"
-    device = "assert not torch.cuda.is_initialized()"
-    new = {name.partition(".")[0] for name in python(f"{before}; import repvgg; {device}; {after}").split()}
+def test_import_is_lean_and_starts_no_device(printed):
+    new = {name.partition(".")[0] for name in printed["new modules"].split()}
     assert "repvgg" in new
     assert not new & HEAVY
 
@@ -51,29 +86,20 @@ def test_names_are_imported_on_first_use():
         repvgg.reparametrize  # noqa: B018
 
 
-def test_dir_shows_the_public_api_alone():
+def test_dir_shows_the_public_api_alone(printed):
     modules = {"blocks", "data", "engine", "errors", "training"}
-    shown = python("import repvgg; repvgg.is_plain; import repvgg.deploy, repvgg.verify; print(*dir(repvgg))").split()
-    assert set(shown) == {*repvgg.__all__, *modules, "__version__"}
+    assert set(printed["dir"].split()) == {*repvgg.__all__, *modules, "__version__"}
 
 
-def test_packages_are_attributes():
-    names = ["training.RepOptimizer", "blocks.create_block", "data.open_data", "errors.UsageError", "deploy.ship"]
-    found = python("import repvgg; print(" + ", ".join(f"repvgg.{name}.__name__" for name in names) + ")").split()
-    assert found == [name.partition(".")[2] for name in names]
+def test_packages_are_attributes(printed):
+    assert printed["packages"].split() == ["RepOptimizer", "create_block", "open_data", "UsageError", "ship"]
 
 
-def test_the_package_verify_does_not_hide_the_function():
-    code = "import repvgg; import repvgg.verify.comparison; from repvgg.verify import Evidence; print(repvgg.verify)"
-    assert python(code).startswith("<function verify")
+def test_the_package_verify_does_not_hide_the_function(printed):
+    assert printed["verify"].startswith("<function verify")
 
 
-def test_the_engine_is_reached_without_its_dependencies():
-    """They are imported when something is compiled."""
-    loaded = python(
-        "import repvgg, sys; before = 'repvgg.engine' in sys.modules; names = repvgg.engine.__all__;"
-        "print(before, 'engine' in dir(repvgg), names, {'llvmlite', 'platformdirs'} & {*sys.modules})"
-    )
+def test_the_engine_is_reached_without_its_dependencies(printed):
     # InTorch and Network are the names that CompiledModel and TorchFallback had before.
     names = [
         "CompiledLibrary",
@@ -87,7 +113,7 @@ def test_the_engine_is_reached_without_its_dependencies():
         "load",
         "repvgg_backend",
     ]
-    assert loaded.strip() == f"False True {names} set()"
+    assert printed["engine"].strip() == f"False True {names} set()"
 
 
 def test_every_package_exports_what_it_lists():

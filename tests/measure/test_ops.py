@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg.errors import UsageError
 from repvgg.measure import Counts, count, ops, walk
-from repvgg.measure.ops import RULES, ZERO_MAC_OPS
+from repvgg.measure.ops import RULES, ZERO_MAC_OPS, _output_on_meta
 from tests.measure.networks import Call
 
 
@@ -201,3 +201,41 @@ def test_package_imports_only_torch_and_the_standard_library():
             for name in names:
                 allowed = name.startswith(("repvgg.measure", "repvgg.errors", "repvgg._"))
                 assert allowed or name.partition(".")[0] in {"torch", *sys.stdlib_module_names}, f"{path.name}: {name}"
+
+
+META = torch.zeros(2, 8, 7, 9, device="meta")
+STATISTICS = [torch.ones(8, device="meta") for _ in range(4)]
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        *((getattr(ATEN, name).default, ()) for name in ("relu", "silu", "gelu", "hardswish", "hardsigmoid")),
+        *((getattr(ATEN, name).default, ()) for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")),
+        (ATEN.hardtanh.default, (0.0, 6.0)),
+        (ATEN.upsample_bilinear2d.default, ([13, 20], True)),
+        (ATEN.native_batch_norm.default, (*STATISTICS, False, 0.1, 1e-5)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch._ops.OpOverload) else "",
+)
+def test_outputs_on_meta_are_those_of_pytorch(op, args, dtype):
+    """Shapes, strides and dtypes, for both orders of the channels in memory; and in place where the op is."""
+    for x in (META.to(dtype), META.to(dtype).to(memory_format=torch.channels_last)):
+        given = [one.to(dtype) if isinstance(one, torch.Tensor) else one for one in args]
+        found = _output_on_meta(op, (x, *given))
+        if not x.is_contiguous():
+            assert found is None
+            continue
+        wanted = op(x, *given)
+        found, wanted = ([one] if isinstance(one, torch.Tensor) else one for one in (found, wanted))
+        assert [(y.shape, y.stride(), y.dtype) for y in found] == [(y.shape, y.stride(), y.dtype) for y in wanted]
+        assert (found[0] is x) == (wanted[0] is x)
+
+
+def test_wrong_statistics_and_training_on_meta_are_left_to_pytorch():
+    right = (*STATISTICS, False, 0.1, 1e-5)
+    assert _output_on_meta(ATEN.native_batch_norm.default, (META, *right)) is not None
+    assert _output_on_meta(ATEN.native_batch_norm.default, (META[:, :7].contiguous(), *right)) is None
+    assert _output_on_meta(ATEN.native_batch_norm.default, (META, *STATISTICS, True, 0.1, 1e-5)) is None
