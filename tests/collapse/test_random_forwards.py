@@ -12,7 +12,7 @@ from repvgg.errors import NothingFoldedWarning, UsageError
 from tests.collapse.models import image
 from tests.collapse.random_forwards import random_model
 
-FAST, SLOW = 100, 1000
+FAST, SLOW = 60, 1000
 
 
 def agree(model, plain, *args, **kwargs):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 COMMON = {"database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=20, **COMMON)
+@settings(max_examples=14, **COMMON)
 @given(programs())
 def test_random_networks(program):
     check(program)

@@ -203,17 +203,13 @@ def test_lock_is_exclusive_and_released(tmp_path):
     assert lock_holder(path) is None
 
 
-def test_lock_names_the_process_that_holds_it(other):
+def test_lock_names_the_process_that_holds_it_until_that_is_killed(other):
     path, process = other
     with try_lock(path) as lock:
         assert not lock.acquired
         assert lock.holder == LockHolder(str(process.pid), socket.gethostname())
         assert str(process.pid) in str(lock.holder)
     assert path.exists(), "theirs"
-
-
-def test_lock_of_a_killed_process_is_taken_over(other):
-    path, process = other
     process.kill()
     process.wait()
     with try_lock(path) as lock:

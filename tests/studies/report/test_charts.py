@@ -32,16 +32,16 @@ def scatter(figure, points):
 
 
 @pytest.mark.parametrize(
-    "draw",
+    ("draw", "again"),
     [
-        partial(draw_bars, title="Bars", unit="times", bars=BARS, line_at=1.0),
-        partial(draw_bars, title="Bars", unit="times", bars=[Bar("one", 2.0)]),
-        partial(draw_bars, title="Nothing yet", unit="times", bars=[Bar("one", None)]),
-        partial(scatter, points=POINTS),
-        partial(scatter, points=[]),
+        (partial(draw_bars, title="Bars", unit="times", bars=BARS, line_at=1.0), True),
+        (partial(draw_bars, title="Bars", unit="times", bars=[Bar("one", 2.0)]), False),
+        (partial(draw_bars, title="Nothing yet", unit="times", bars=[Bar("one", None)]), False),
+        (partial(scatter, points=POINTS), True),
+        (partial(scatter, points=[]), False),
     ],
 )
-def test_files_are_complete_and_reproducible(tmp_path, monkeypatch, draw):
+def test_files_are_complete_and_reproducible(tmp_path, monkeypatch, draw, again):
     monkeypatch.setattr(charts, "_SLIDE_DPI", 40)  # drawing millions of pixels takes the time
     markup = write_chart(tmp_path, Chart("p", "words", draw))
     svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
@@ -49,6 +49,8 @@ def test_files_are_complete_and_reproducible(tmp_path, monkeypatch, draw):
     assert "<text" not in svg, "slides must not depend on installed fonts"
     assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "p.svg"]
+    if not again:  # drawn of the same parts as those that are drawn twice
+        return
     before = (tmp_path / "p.png").read_bytes()
     assert write_chart(tmp_path, Chart("p", "words", draw)) == markup
     assert (tmp_path / "p.svg").read_text(encoding="utf-8") == svg
