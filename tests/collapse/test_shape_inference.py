@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from repvgg._calls import Call
 from repvgg.collapse.record import record
-from repvgg.collapse.shape_inference import output_without_values
+from repvgg.collapse.shape_inference import elementwise_without_values, output_without_values
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3), (2, 4, 9, 11)),
@@ -105,3 +106,27 @@ def test_what_is_computed_from_parameters_has_values():
     model = Folding(kept.append).eval()
     record(model, Call((torch.zeros(1, 3, 4, 4),)))
     torch.testing.assert_close(kept[-1], model.mix(model.kernel).detach())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_functions_without_values_are_like_their_results(device):
+    x, y = torch.ones(2, 4, 5, 6, device=device), torch.ones(4, 1, 1, device=device)
+    mean, variance = torch.zeros(4, device=device), torch.ones(4, device=device)
+    calls = [
+        (F.batch_norm, "batch_norm", (x, mean, variance), {}),
+        (F.batch_norm, "batch_norm", (x,), {"running_mean": mean, "running_var": variance, "training": False}),
+        (F.relu, "relu", (x,), {}),
+        (torch.mul, "mul", (x, y), {}),
+    ]
+    for function, name, args, kwargs in calls:
+        found, wanted = elementwise_without_values(name, None, args, kwargs), function(*args, **kwargs)
+        assert found is not None, name
+        assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), name
+        with torch.autocast("cpu", torch.bfloat16):
+            assert elementwise_without_values(name, None, args, kwargs) is None, name
+
+
+def test_batch_norms_that_pytorch_refuses_or_that_train_are_left_to_it():
+    x, mean, variance = torch.ones(2, 4, 5, 6, device="meta"), torch.zeros(4), torch.ones(4)
+    refused = [(x,), (x, mean), (x, mean[:3], variance[:3]), (x, None, None), (x, mean, variance, None, None, True)]
+    assert [elementwise_without_values("batch_norm", None, args, {}) for args in refused] == [None] * 5

@@ -37,7 +37,7 @@ def problem_of(geometry=PADDED, in_channels=16, out_channels=32, output_size=(9,
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(autotune, "_MAX_CANDIDATES", 3)  # fewer and shorter measurements, so that tests are fast
+    monkeypatch.setattr(autotune, "_MAX_CANDIDATES", 2)  # fewer and shorter measurements, so that tests are fast
     monkeypatch.setattr(autotune, "_EVICTION_FLOATS", 2**16)
     monkeypatch.setattr(autotune, "_MAX_PARTITIONS", 2)
     return tmp_path / "engine"
