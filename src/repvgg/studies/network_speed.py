@@ -5,6 +5,9 @@
     repvgg study figure1    accuracy against speed
     repvgg study mobile     next to ShuffleNet, MobileNet and MobileOne
 
+With several engines, ``--engine torch,repvgg,openvino``, every network is timed in each of them, and the tables show it
+in its fastest; see :mod:`repvgg.studies.engine_speed`.
+
 Accuracies are the published ones; speeds are measured here. Expected on 2 cores: under 20 minutes for table4 with the
 networks up to 12 GMACs, 2 minutes for mobile.
 """
@@ -13,36 +16,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
 from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, PAPER, RunSettings, count
 from repvgg.models import BASELINES, baseline_of, named_model, spec_of
 from repvgg.studies.base import OnProgress, Outcome, Study, check_positive
-from repvgg.studies.candidates import PLAIN, Candidate, deployed, plain_form
+from repvgg.studies.candidates import PLAIN, Candidate, check_engines, deployed, plain_form
+from repvgg.studies.claims import (
+    claims_chart,
+    claims_lead,
+    claims_table,
+    compare_in_engines,
+    pair_chart,
+    pair_lead,
+    pair_table,
+)
 from repvgg.studies.counts import COUNTS, count_cell, count_table, counts_of, title_of
-from repvgg.studies.paper import FIGURE_1, MOBILE_MODELS, TABLE_4, TABLE_5, FigurePoint, PrintedModel, PublishedModel
+from repvgg.studies.engine_speed import candidate_name, engine_table, in_fastest_engine
+from repvgg.studies.paper import (
+    FIGURE_1,
+    MOBILE_MODELS,
+    SPEED_CLAIMS,
+    TABLE_4,
+    TABLE_5,
+    FigurePoint,
+    PrintedModel,
+    PublishedModel,
+)
 from repvgg.studies.report.charts import Bar, Chart, Point, add_panels, draw_bars, draw_scatter
-from repvgg.studies.report.formatting import quantity
 from repvgg.studies.store import Cell, CellStore
 from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import Speeds, fit_together, measure_candidates, plan_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: The comparisons of the paper (§4.1): a RepVGG with the baseline of about the same accuracy.
-PAIRS = (
-    ("repvgg_a0", "resnet18"),
-    ("repvgg_a1", "resnet34"),
-    ("repvgg_a2", "resnet50"),
-    ("repvgg_b1g4", "resnet101"),
-    ("repvgg_b1g2", "resnet152"),
-    ("repvgg_b3", "regnetx_12gf"),
-)
 
 CPU_GMACS = 12.0  # default limit of the largest networks on a CPU, where they take minutes a round
 UNLIMITED_GMACS = 1000.0
@@ -60,9 +72,11 @@ class NetworkSettings:
         max_gmacs: leave out networks with more multiply-adds for an image, in 10⁹ as the paper prints them;
             default: 12 on a CPU for table4 and figure1, no limit otherwise.
         input_size: height and width; default: 224, and 300 for EfficientNet-B3, as in the paper.
+        engine: what runs the networks: torch, or another engine of 'repvgg bench'; with several, separated by commas,
+            every network is timed in each, and shown in its fastest.
 
     Raises:
-        UsageError: a number is out of its range.
+        UsageError: a number is out of its range, or an engine does not exist or support the run settings.
     """
 
     run: RunSettings = field(default_factory=RunSettings)
@@ -70,11 +84,18 @@ class NetworkSettings:
     rounds: int | None = None
     max_gmacs: float | None = None
     input_size: int | None = None
+    engine: str = "torch"
 
     def __post_init__(self) -> None:
         check_positive(batch=self.batch, rounds=self.rounds, input_size=self.input_size)
+        check_engines(self.engines, self.run)
         if self.max_gmacs is not None and not self.max_gmacs > 0:
             raise UsageError(f"max_gmacs must be above 0, got {self.max_gmacs}.")
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines by name."""
+        return self.engine.split(",")
 
 
 def resolve(settings: NetworkSettings, cpu_gmacs: float) -> NetworkSettings:
@@ -114,18 +135,25 @@ def measure_networks(
 ) -> None:
     """Add the missing rounds of all networks within the limit, as they would be deployed."""
     chosen = within_limit(models, settings)
+    names, engines = [model.model for model in chosen], settings.engines
     # From the published parameters, because building every network to know its size would take minutes.
-    weights = sum(model.params_millions for model in chosen) * 1e6
-    groups = plan_groups([model.model for model in chosen], PAIRS, baseline, fit_together(weights, settings.run))
-    candidates = {model.model: _candidate(model.model, settings.input_size) for model in chosen}
+    weights = len(engines) * sum(model.params_millions for model in chosen) * 1e6
+    groups = plan_groups(names, SPEED_CLAIMS, baseline, fit_together(weights, settings.run))
+    make = lru_cache(maxsize=1)(lambda name: deployed(name))  # the engines of a network follow each other
+    candidates = {
+        candidate_name(name, engine): _candidate(name, engine, partial(make, name), settings.input_size)
+        for name in names
+        for engine in engines
+    }
+    in_engines = [[candidate_name(name, engine) for name in group for engine in engines] for group in groups]
     protocol = replace(INTERLEAVED, rounds=settings.rounds or INTERLEAVED.rounds)
-    measure_candidates(groups, candidates, store, settings.run, protocol, settings.batch or 1, on_progress)
+    measure_candidates(in_engines, candidates, store, settings.run, protocol, settings.batch or 1, on_progress)
 
 
-def _candidate(name: str, input_size: int | None) -> Candidate:
+def _candidate(name: str, engine: str, make: Callable[[], nn.Module], input_size: int | None) -> Candidate:
     # EfficientNet-B3 takes 300x300, all others of the tables 224x224.
     size = input_size or (baseline_of(name) if name in BASELINES else spec_of(name)).input_size
-    return Candidate(name, name, PLAIN, lambda: deployed(name), (3, size, size))
+    return Candidate(candidate_name(name, engine), name, PLAIN, make, (3, size, size), engine)
 
 
 def is_repvgg(name: str) -> bool:
@@ -139,7 +167,8 @@ _ABOUT = (
     "the weights of all networks do not fit into half of the free memory, each pair is timed separately, together with "
     "the baseline of the table, and speed-ups are those within its rounds.\n\n"
     "RepVGGs run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
-    "speed does not depend on them. The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; its "
+    "speed does not depend on them. With several engines, tables show every network in its fastest. "
+    "The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; its "
     "claims are their ratios."
 )
 
@@ -165,27 +194,26 @@ def _outcome(
     values: Mapping[str, Cell],
 ) -> Outcome:
     rows = within_limit(printed, settings)
-    speeds = Speeds.from_cells(values, settings.batch or 1)
-    pairs = [pair for pair in PAIRS if set(pair) <= {row.model for row in rows}]
+    timed = Speeds.from_cells(values, settings.batch or 1)
+    speeds, engine_of = in_fastest_engine(timed, [row.model for row in rows], settings.engines)
+    pairs = [pair for pair in SPEED_CLAIMS if set(pair) <= {row.model for row in rows}]
+    images_per_second = {row.model: row.images_per_second for row in printed}
+    claims = {pair: images_per_second[pair[0]] / images_per_second[pair[1]] for pair in pairs}
     counts = values.get(COUNTS, {})
     tables = [_speed_table(name, rows, baseline, speeds, counts, left_out=len(printed) - len(rows))]
     charts = [_speed_chart(name, rows, speeds)]
-    if pairs:
-        tables.append(_pair_table(name, pairs, printed, speeds))
-        # First, because the paper claims ratios; speeds depend on the machine.
-        charts.insert(0, _pair_chart(name, pairs, printed, speeds))
-    return Outcome(_lead(pairs, speeds), (*tables, count_table(name, rows, counts)), tuple(charts))
-
-
-def _lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
-    found = [ratio for pair in pairs if (ratio := speeds.ratio(*pair))]
-    if not found:
-        return f"{speeds.extent} No pair that the paper compares was measured."
-    # "Clearly": all but a quarter of the rounds agree.
-    faster, slower = sum(ratio.q1 > 1 for ratio in found), sum(ratio.q3 < 1 for ratio in found)
-    counts = {"clearly faster": faster, "clearly slower": slower, "neither": len(found) - faster - slower}
-    words = ", ".join(f"{what} in {number}" for what, number in counts.items() if number)
-    return f"Of {quantity(len(found), 'pair')} that the paper compares, RepVGG is {words} on this machine."
+    lead = pair_lead(pairs, speeds)
+    # The chart of the claims is first, because the paper claims ratios; speeds depend on the machine.
+    if len(settings.engines) > 1:
+        tables.append(engine_table(name, engine_of, timed, settings.engines))
+        if found := compare_in_engines(claims, timed, settings.engines):
+            lead = claims_lead(found)
+            tables.insert(0, claims_table(name, found))
+            charts.insert(0, claims_chart(name, found))
+    elif pairs:
+        tables.append(pair_table(name, claims, speeds))
+        charts.insert(0, pair_chart(name, claims, speeds))
+    return Outcome(lead, (*tables, count_table(name, rows, counts)), tuple(charts))
 
 
 def _speed_table(
@@ -219,42 +247,6 @@ def _speed_table(
     if left_out:
         notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
     return Table(name, "Speed, next to the paper's", columns, tuple(body), tuple(notes))
-
-
-def _pair_table(name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds) -> Table:
-    columns = (
-        Column("model", "Model"),
-        Column("compared_with", "compared with"),
-        Column("paper_ratio", "times as fast, paper", 2),
-        Column("ratio", "times as fast here", 2),
-        Column("ratio_q1", "lower quartile", 2),
-        Column("ratio_q3", "upper quartile", 2),
-    )
-    rows: list[tuple[Value, ...]] = []
-    for ours, other in pairs:
-        ratio = speeds.ratio(ours, other)
-        here = (ratio.median, ratio.q1, ratio.q3) if ratio else (None, None, None)
-        rows.append((title_of(ours), title_of(other), _paper_ratio(ours, other, printed), *here))
-    return Table(f"{name}-pairs", "The comparisons that the paper makes", columns, tuple(rows))
-
-
-def _paper_ratio(ours: str, other: str, printed: Sequence[PrintedModel]) -> float:
-    speed = {row.model: row.images_per_second for row in printed}
-    return speed[ours] / speed[other]
-
-
-def _pair_chart(name: str, pairs: Sequence[tuple[str, str]], printed: Sequence[PrintedModel], speeds: Speeds) -> Chart:
-    bars = [
-        Bar(
-            f"{title_of(ours)}\nvs {title_of(other)}",
-            speeds.speedup(ours, other),
-            _paper_ratio(ours, other, printed),
-        )
-        for ours, other in pairs
-    ]
-    title = "How many times as fast as its baseline?"
-    draw = partial(draw_bars, title=title, unit="times as fast", bars=bars, line_at=1.0)
-    return Chart(f"{name}-pairs", "How many times as fast as its baseline each RepVGG is, here and in the paper", draw)
 
 
 def _speed_chart(name: str, rows: Sequence[PrintedModel], speeds: Speeds) -> Chart:
@@ -311,7 +303,8 @@ _MIN_POINTS = 3  # in a panel: fewer show no relation
 
 def _figure1_outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     names = {row.model for row in within_limit(_FIGURE_1_MODELS, settings)}
-    speeds = Speeds.from_cells(values, settings.batch or 1)
+    timed = Speeds.from_cells(values, settings.batch or 1)
+    speeds, engine_of = in_fastest_engine(timed, sorted(names), settings.engines)
     points = [point for point in FIGURE_1 if point.model in names]
     # Accuracies after different training lengths are not comparable: one front for each panel.
     panels = [{p.model: p.top1_percent for p in points if p.epochs == epochs} for epochs in _PANELS]
@@ -321,7 +314,10 @@ def _figure1_outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> O
         "Top-1 accuracy as the paper prints it against images per second on this machine",
         partial(_draw_figure1, points=points, speeds=speeds),
     )
-    return Outcome(_front_lead(front), (_figure1_table(points, speeds, front),), (chart,))
+    tables = [_figure1_table(points, speeds, front)]
+    if len(settings.engines) > 1:
+        tables.append(engine_table("figure1", engine_of, timed, settings.engines))
+    return Outcome(_front_lead(front), tuple(tables), (chart,))
 
 
 def _figure1_table(points: Sequence[FigurePoint], speeds: Speeds, front: Sequence[str]) -> Table:
@@ -376,14 +372,18 @@ def _count_plain(name: str) -> dict[str, int]:
 def _mobile_outcome(settings: NetworkSettings, values: Mapping[str, Cell]) -> Outcome:
     models = within_limit(MOBILE_MODELS, settings)
     accuracies = {row.model: row.top1_percent for row in models}
-    speeds = Speeds.from_cells(values, settings.batch or 1)
+    timed = Speeds.from_cells(values, settings.batch or 1)
+    speeds, engine_of = in_fastest_engine(timed, list(accuracies), settings.engines)
     front = pareto_front(accuracies, speeds)
 
     def draw(figure: Figure) -> None:
         draw_scatter(figure.add_subplot(), "Accuracy and speed", scatter_points(accuracies, speeds), _X_LABEL, _Y_LABEL)
 
     chart = Chart("mobile", "Top-1 accuracy as published against images per second on this machine", draw)
-    return Outcome(_front_lead(front), (_mobile_table(models, speeds, values.get(COUNTS, {}), front),), (chart,))
+    tables = [_mobile_table(models, speeds, values.get(COUNTS, {}), front)]
+    if len(settings.engines) > 1:
+        tables.append(engine_table("mobile", engine_of, timed, settings.engines))
+    return Outcome(_front_lead(front), tuple(tables), (chart,))
 
 
 def _mobile_table(models: Sequence[PublishedModel], speeds: Speeds, counts: Cell, front: Sequence[str]) -> Table:

@@ -152,6 +152,19 @@ TABLE_8 = (
 )
 TABLE_8_BATCH, TABLE_8_SIZE = 16, 713
 
+#: The speeds that the paper compares in §4.1, each a RepVGG with another network; ratios follow from the tables.
+SPEED_CLAIMS = (
+    ("repvgg_a0", "resnet18"),  # "33% better"
+    ("repvgg_a1", "resnet34"),  # "64%"
+    ("repvgg_a2", "resnet50"),  # "83%"
+    ("repvgg_b1g4", "resnet101"),  # "101%"
+    ("repvgg_b1g2", "resnet152"),  # "2.66x as fast"
+    ("repvgg_b2", "vgg16_bn"),  # "runs 10% faster"
+    ("repvgg_a2", "efficientnet_b0"),  # "59% better"
+    ("repvgg_b1", "regnetx_3_2gf"),  # "runs slightly faster"
+    ("repvgg_b3", "regnetx_12gf"),  # "runs 31% faster"
+)
+
 #: The figure prints no numbers at its points; they are the rows of Tables 4 (left panel) and 5 (right panel).
 FIGURE_1 = tuple(
     FigurePoint(row.model, row.images_per_second, row.top1_percent, epochs)

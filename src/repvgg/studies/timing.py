@@ -410,6 +410,15 @@ class Speeds:
         found = self.ratio(name, over)
         return found.median if found else None
 
+    def renamed(self, names: Mapping[str, str]) -> Speeds:
+        """Return the speeds of the candidates ``names[name]`` under ``name``, without all others."""
+        groups = tuple(
+            tuple({name: sample[old] for name, old in names.items() if old in sample} for sample in samples)
+            for samples in self.groups
+        )
+        failures = {name: self.failures[old] for name, old in names.items() if old in self.failures}
+        return Speeds(groups, failures, self.batch)
+
     def _groups_with(self, *names: str) -> Iterator[tuple[Sample, ...]]:
         for samples in self.groups:
             if set(names) <= sampled_names(samples) - self.failures.keys():

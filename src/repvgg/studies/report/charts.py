@@ -6,7 +6,7 @@ A drawing function adapts to the width of the figure: a slide, or a phone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +16,19 @@ from typing import TYPE_CHECKING, Any
 from repvgg._files import atomic_write
 from repvgg.errors import require
 from repvgg.studies.report.page_charts import (
+    ACCENT,
+    BAD,
+    GOOD,
     INK,
     NARROW_PX,
+    NEUTRAL,
     OTHERS,
     OURS,
     PAPER,
     PAPER_TEXT,
     PX,
     RULE,
+    SOFT,
     inline_svg,
     new_figure,
 )
@@ -128,6 +133,59 @@ def draw_bars(figure: Figure, title: str, unit: str, bars: Sequence[Bar], *, lin
         for crossed in crossing:  # to the other side of the line; a wider axis may then let others reach the line
             crossed.set_x(line_at + gap)
         _make_space(figure, axes, texts)
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """One row of :func:`draw_ratios`."""
+
+    label: str  # left of the row
+    paper: float  # the paper's ratio
+    here: Mapping[str, tuple[float, float, float]]  # median, lower and upper quartile, by the name of the series
+    verdict: str = ""  # right of the row
+
+
+_SERIES_COLORS = (OTHERS, OURS, GOOD, NEUTRAL, SOFT, ACCENT, BAD)
+_SERIES_MARKERS = "osD^vPX"
+
+
+def draw_ratios(figure: Figure, title: str, unit: str, rows: Sequence[RatioRow]) -> None:
+    """Draw ratios of several series beside the paper's: a gray bar for the paper, a marker with quartiles for each.
+
+    A marker beyond the end of the bar is more than the paper's ratio; a line marks 1.
+    """
+    narrow = _is_narrow(figure)
+    series = list(dict.fromkeys(name for row in rows for name in row.here))
+    if narrow:
+        figure.set_figheight((120 + 24 * len(series) + len(rows) * (30 + 8 * len(series))) * PX)
+    figure.suptitle(fill(title, 30) if narrow else title, x=0.01, ha="left", weight="bold", size="large")
+    axes = figure.add_subplot()
+    axes.barh(range(len(rows)), [row.paper for row in rows], 0.8, color=RULE, label="paper (GTX 1080 Ti)")
+    for index, name in enumerate(series):
+        offset = 0.7 * ((index + 0.5) / len(series) - 0.5)
+        found = [(row, *at.here[name]) for row, at in enumerate(rows) if name in at.here]
+        medians = [median for _, median, _, _ in found]
+        spread = [[median - q1 for _, median, q1, _ in found], [q3 - median for _, median, _, q3 in found]]
+        axes.errorbar(
+            medians,
+            [row + offset for row, *_ in found],
+            xerr=spread,
+            fmt=_SERIES_MARKERS[index % len(_SERIES_MARKERS)],
+            color=_SERIES_COLORS[index % len(_SERIES_COLORS)],
+            markersize=_font(0.4),
+            label=name,
+        )
+    axes.axvline(1.0, color=INK, linewidth=1.2)
+    axes.set_yticks(range(len(rows)), [fill(row.label, _NARROW_LABEL) if narrow else row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # downwards: the first row is on top
+    axes.set_xlim(left=0.0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit)
+    verdicts = axes.secondary_yaxis("right")
+    verdicts.set_yticks(range(len(rows)), [fill(row.verdict, 11) if narrow else row.verdict for row in rows])
+    verdicts.tick_params(axis="y", length=0)
+    verdicts.spines["right"].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else min(4, len(series) + 1), fontsize=_font(0.76))
 
 
 def _make_space(figure: Figure, axes: Axes, texts: Sequence[Text]) -> None:
