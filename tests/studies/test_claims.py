@@ -1,5 +1,7 @@
 """The paper's claims on speed in several engines, with networks and engines that take given times."""
 
+import json
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -62,6 +64,17 @@ def test_an_engine_alone_takes_the_place_of_torch(engines, tmp_path):
     assert float(pair["ratio"]) == pytest.approx(3256 / 2442)
     speeds = {row["model"]: float(row["images_per_second"]) for row in read_rows(tmp_path / "t" / "table4.csv")}
     assert speeds["ResNet-18"] == pytest.approx(2 * 2 * 2442 / 10_000)
+
+
+def test_chosen_rows_are_timed_in_pairs(engines, tmp_path):
+    rows = ("repvgg_a0", "resnet18", "repvgg_a2", "efficientnet_b0", "resnet50")
+    run("table4", tmp_path / "t", input_size=8, rounds=2, engine="torch,repvgg", rows=rows)
+    plan = json.loads((tmp_path / "t" / "cells" / "plan.json").read_text())["groups"]
+    assert plan[0] == ["repvgg_a0", "repvgg_a0.repvgg", "resnet18", "resnet18.repvgg"]
+    assert [group[::2] for group in plan[1:]] == [["repvgg_a2", "resnet50"], ["repvgg_a2", "efficientnet_b0"]]
+    assert len(read_rows(tmp_path / "t" / "table4.csv")) == len(rows)
+    with pytest.raises(UsageError, match="no row 'repvgg_a9': did you mean repvgg_a"):
+        run("table4", tmp_path / "u", rows=("repvgg_a9",))
 
 
 def test_figure1_shows_each_network_in_its_fastest_engine(engines, tmp_path):

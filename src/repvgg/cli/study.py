@@ -67,6 +67,7 @@ def study(arguments: list[str]) -> int:
 
         repvgg study table1
         repvgg study table4 --max-gmacs 6 --threads 1
+        repvgg study table4 --engine torch,repvgg,openvino
         repvgg study figure3 --out memory --overwrite
         repvgg study int8 --checkpoints runs/a --data imagefolder:photos
         repvgg study table6 --data imagefolder:cifar10 --epochs 3 --jobs 4

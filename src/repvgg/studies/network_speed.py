@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from repvgg.errors import UsageError
+from repvgg.errors import UsageError, did_you_mean
 from repvgg.measure import INTERLEAVED, PAPER, RunSettings, count
 from repvgg.models import BASELINES, baseline_of, named_model, spec_of
 from repvgg.studies.base import OnProgress, Outcome, Study, check_positive
@@ -74,6 +74,7 @@ class NetworkSettings:
         input_size: height and width; default: 224, and 300 for EfficientNet-B3, as in the paper.
         engine: what runs the networks: torch, or another engine of 'repvgg bench'; with several, separated by commas,
             every network is timed in each, and shown in its fastest.
+        rows: names of the networks to time; default: all within the limit.
 
     Raises:
         UsageError: a number is out of its range, or an engine does not exist or support the run settings.
@@ -85,6 +86,7 @@ class NetworkSettings:
     max_gmacs: float | None = None
     input_size: int | None = None
     engine: str = "torch"
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive(batch=self.batch, rounds=self.rounds, input_size=self.input_size)
@@ -113,15 +115,20 @@ ModelT = TypeVar("ModelT", PrintedModel, PublishedModel)
 
 
 def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[ModelT]:
-    """Return the models up to ``max_gmacs``.
+    """Return the chosen rows, or all, up to ``max_gmacs``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a row is not in the table.
     """
+    for name in settings.rows:
+        if name not in (names := [model.model for model in models]):
+            advice = did_you_mean(name, names, f"choose one of {', '.join(names)}.")
+            raise UsageError(f"The study has no row {name!r}: {advice}")
+    chosen = [model for model in models if model.model in (settings.rows or [model.model])]
     limit = settings.max_gmacs or UNLIMITED_GMACS
-    found = [model for model in models if model.flops_billions <= limit]
+    found = [model for model in chosen if model.flops_billions <= limit]
     if not found:
-        least = min(model.flops_billions for model in models)
+        least = min(model.flops_billions for model in chosen)
         raise UsageError(f"No network of this table has {limit:g} GMACs or less: take --max-gmacs {least:g} or more.")
     return found
 
@@ -136,9 +143,12 @@ def measure_networks(
     """Add the missing rounds of all networks within the limit, as they would be deployed."""
     chosen = within_limit(models, settings)
     names, engines = [model.model for model in chosen], settings.engines
-    # From the published parameters, because building every network to know its size would take minutes.
-    weights = len(engines) * sum(model.params_millions for model in chosen) * 1e6
-    groups = plan_groups(names, SPEED_CLAIMS, baseline, fit_together(weights, settings.run))
+    if len(engines) == 1:
+        # From the published parameters, because building every network to know its size would take minutes.
+        weights = sum(model.params_millions for model in chosen) * 1e6
+        groups = plan_groups(names, SPEED_CLAIMS, baseline, fit_together(weights, settings.run))
+    else:  # dozens of candidates: a round of all would take too long for the ratios within it to be of one moment
+        groups = plan_groups(names, SPEED_CLAIMS, "", fits=False)
     make = lru_cache(maxsize=1)(lambda name: deployed(name))  # the engines of a network follow each other
     candidates = {
         candidate_name(name, engine): _candidate(name, engine, partial(make, name), settings.input_size)
@@ -245,7 +255,7 @@ def _speed_table(
     ]
     notes = [f"{speeds.extent} Parameters and arithmetic as counted here."]
     if left_out:
-        notes.append(f"{left_out} larger networks of the paper's table were left out: see max_gmacs below.")
+        notes.append(f"{left_out} networks of the paper's table were left out: see max_gmacs and rows below.")
     return Table(name, "Speed, next to the paper's", columns, tuple(body), tuple(notes))
 
 
