@@ -140,11 +140,9 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(files)
     wanted = min(arguments.photographs, len(files))
     results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {"networks": {}}
-    networks = {"seed": arguments.seed, "calibration_photographs": CALIBRATION_BATCHES * CALIBRATION_BATCH}
-    for key, value in networks.items() if results["networks"] else ():
-        if results.get(key) != value:
-            raise SystemExit(f"{arguments.out} is of other networks, {key} {results.get(key)}: give another --out.")
-    results |= {**networks, "environment": environment()}
+    if results.get("seed", arguments.seed) != arguments.seed:
+        raise SystemExit(f"{arguments.out} is of the seed {results['seed']}: give that --seed, or another --out.")
+    results |= {"seed": arguments.seed, "environment": environment()}
     for name in arguments.models:
         row = run_row(name, files, wanted, results, arguments)
         print(summary(name, row), flush=True)
@@ -158,10 +156,13 @@ def run_row(
     name: str, files: Sequence[Path], wanted: int, results: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Bring the entry of a network to ``wanted`` photographs, writing the file after each batch."""
+    calibrated = CALIBRATION_BATCHES * CALIBRATION_BATCH
     counts = {"photographs": 0, "identical": 0, "classes": [], "largest deviation": {}, "differences": []}
-    entry = results["networks"].setdefault(name, counts)
+    entry = results["networks"].setdefault(name, {"calibrated on": calibrated, **counts})
     if entry["photographs"] >= wanted:
         return entry
+    if entry.get("calibrated on") != calibrated:
+        raise SystemExit(f"{name} in {arguments.out} is another network: remove its line, or give another --out.")
     size = ARCHITECTURES[name].input_size
     config = DataConfig()
     calibration = [

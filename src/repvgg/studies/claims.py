@@ -27,7 +27,7 @@ Claims: TypeAlias = Mapping[tuple[str, str], float]
 OURS = ("repvgg", "repvgg-searched")  # this library's engine
 EACH_FASTEST = "each in its fastest"
 
-HOLDS, LESS, OPEN, FAILS = ("holds", "faster, but by less", "undecided", "does not hold")
+HOLDS, LESS, OPEN, FAILS = VERDICTS = ("holds", "faster, but by less", "undecided", "does not hold")
 
 
 def pair_lead(pairs: Sequence[tuple[str, str]], speeds: Speeds) -> str:
@@ -122,14 +122,8 @@ def compare_in_engines(claims: Claims, speeds: Speeds, engines: Sequence[str]) -
 def claims_lead(results: Sequence[ClaimResult]) -> str:
     """Return how many claims hold with each network in its fastest engine, in a sentence."""
     found = [result.verdict for result in results if result.where == EACH_FASTEST]
-    words = {
-        HOLDS: "hold with at least the paper's factor",
-        LESS: "are faster, but by less",
-        OPEN: "are undecided",
-        FAILS: "do not hold",
-    }
-    parts = ", ".join(f"{found.count(verdict)} {text}" for verdict, text in words.items() if verdict in found)
-    return f"Of {quantity(len(found), 'comparison')} of the paper, with each network in its fastest engine, {parts}."
+    parts = "; ".join(f"{verdict} {number}" for verdict in VERDICTS if (number := found.count(verdict)))
+    return f"Of {quantity(len(found), 'comparison')} of the paper, with each network in its fastest engine: {parts}."
 
 
 def claims_table(name: str, results: Sequence[ClaimResult]) -> Table:
