@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.cost import cheaper
 from repvgg.collapse.insertion import InsertionPoint
 from repvgg.collapse.recording import Frame, Recording
@@ -18,38 +17,27 @@ ANYWHERE = InsertionPoint("call", "", frozenset({""}))
 def search(model: nn.Module, x: Tensor, **options: object) -> Regions:
     """Find the regions of a model that torch.fx can trace, with the shapes of a run on ``x``."""
     recording, known = flat_graph(model, x, **options)
-    return find_regions(recording, AliasAnalysis.without_aliasing, known)
+    return find_regions(recording, known)
 
 
 def flat_graph(model: nn.Module, x: Tensor, **options: object) -> tuple[Recording, SearchOptions]:
-    """Return the graph of a model, and options with the shapes of a run on ``x``."""
+    """Return the graph of a model with the shapes of a run on ``x``, and options for its search."""
     graph = fx.Tracer().trace(model)
     root = Frame("", None)
     frame_of = dict.fromkeys(graph.nodes, root)
     recording = Recording(model, graph, root, frame_of, {}, {}, frozenset(), (), {}, on_meta=False)
-    run = _Shapes(fx.GraphModule(model, graph), graph=graph)
     with torch.no_grad():
-        run.run(x)
-    given = {
-        "opaque": {},
-        "escaped": {},
-        "merge_branches": True,
-        "shapes": run.shapes,
-        "policy": cheaper,
-    }
+        _Shapes(fx.GraphModule(model, graph), graph=graph).run(x)
+    given = {"opaque": {}, "escaped": {}, "merge_branches": True, "policy": cheaper}
     given |= {"find_insertion": lambda region: ANYWHERE}
     return recording, SearchOptions(**given | options)
 
 
 class _Shapes(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.shapes[n] = tuple(result.shape)
+        if isinstance(result, Tensor):
+            n.meta.update(shape=tuple(result.shape), dtype=result.dtype)
         return result
 
 

@@ -84,13 +84,13 @@ X = border_inputs((2, 3, 9, 8), batches=1)[0]
 def test_a_whole_model_is_compared_on_inputs_and_outputs_of_any_structure(inputs):
     model = Packed().eval()
     same = copy.deepcopy(model)
-    proof = prove_module(model, same, [], inputs)
+    proof = prove_module(model, same, inputs)
     assert proof.ran
     assert proof.failure is None
     assert proof.text.endswith("on the given inputs")
     with torch.no_grad():
         same.conv.weight[0] *= 1 + 1e-4
-    wrong = prove_module(model, same, [], inputs)
+    wrong = prove_module(model, same, inputs)
     assert wrong.failure
     assert "output[" in wrong.failure
 
@@ -104,7 +104,7 @@ def test_an_error_in_a_small_output_is_not_hidden_by_a_large_one():
     model = Packed().eval()
     wrong = Wrong().eval()
     wrong.load_state_dict(model.state_dict())
-    assert "output['small'][0]" in prove_module(model, wrong, [], X).failure
+    assert "output['small'][0]" in prove_module(model, wrong, X).failure
 
 
 def test_a_class_index_that_differs_is_refused():
@@ -115,7 +115,7 @@ def test_a_class_index_that_differs_is_refused():
     model = Packed().eval()
     wrong = Wrong().eval()
     wrong.load_state_dict(model.state_dict())
-    assert "output['index']" in prove_module(model, wrong, [], X).failure
+    assert "output['index']" in prove_module(model, wrong, X).failure
 
 
 def test_equal_infinities_are_equal():
@@ -129,11 +129,11 @@ def test_equal_infinities_are_equal():
             return y.masked_fill(y < 0, float("-inf"))
 
     model = Masked().eval()
-    assert prove_module(model, copy.deepcopy(model), [], X).failure is None
+    assert prove_module(model, copy.deepcopy(model), X).failure is None
     shifted = copy.deepcopy(model)
     with torch.no_grad():
         shifted.conv.bias += 0.5
-    assert prove_module(model, shifted, [], X).failure
+    assert prove_module(model, shifted, X).failure
 
 
 @pytest.mark.parametrize("name", ["list", "dictionary"])
@@ -149,8 +149,8 @@ def test_detectors(name):
     images = [torch.randn(3, 9, 8), torch.randn(3, 7, 11)]
     model = Detector().eval()
     inputs = [images] if name == "list" else {"images": images}
-    assert prove_module(model, copy.deepcopy(model), [], inputs).failure is None
-    assert prove_module(model, Detector().eval(), [], inputs).failure
+    assert prove_module(model, copy.deepcopy(model), inputs).failure is None
+    assert prove_module(model, Detector().eval(), inputs).failure
 
 
 class Constant(nn.Module):
@@ -165,7 +165,7 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_constants_of_the_default_dtype(dtype):
     model = Constant().to(dtype).eval()
-    proof = prove_module(model, copy.deepcopy(model), [], X.to(dtype))
+    proof = prove_module(model, copy.deepcopy(model), X.to(dtype))
     assert proof.ran
     assert proof.failure is None
 
@@ -189,7 +189,7 @@ def test_what_a_forward_stores_and_what_hooks_see_is_untouched():
     old.conv.register_forward_hook(lambda *_: seen.append(1))
     old.train()
     old.conv.eval()
-    assert prove_module(old, new, [], X).failure is None
+    assert prove_module(old, new, X).failure is None
     assert seen == []
     assert old.training
     for model in (old, new):
@@ -207,7 +207,7 @@ def test_hooks_that_compute_weights_run():
         v_OIHW = model[0].weight_v
         plain[0].weight.copy_(model[0].weight_g * v_OIHW / v_OIHW.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
         plain[0].bias.copy_(model[0].bias)
-    assert prove_module(model, plain, [], X).failure is None
+    assert prove_module(model, plain, X).failure is None
 
 
 def test_another_thread_may_run_the_model_meanwhile():
@@ -225,7 +225,7 @@ def test_another_thread_may_run_the_model_meanwhile():
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        proofs = [prove_module(model, copy.deepcopy(model), [], X) for _ in range(10)]
+        proofs = [prove_module(model, copy.deepcopy(model), X) for _ in range(10)]
     finally:
         done.set()
         thread.join()

@@ -45,8 +45,8 @@ def facts(values):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_cut_gives_the_values_of_a_new_evaluation(seed):
     recording, options = flat_graph(trained(Random(seed)), image(dtype=torch.float64))
-    aliasing = AliasAnalysis.without_aliasing()
-    values = SymbolicValues(recording, aliasing, options)
+    aliasing = AliasAnalysis(recording)
+    values = SymbolicValues(recording, aliasing, options.opaque)
     choose = random.Random(seed)
     for _ in range(6):
         if not values.by_node.keys() - values.cuts:
@@ -54,7 +54,7 @@ def test_a_cut_gives_the_values_of_a_new_evaluation(seed):
         before = facts(values.by_node)
         node = choose.choice(sorted(values.by_node.keys() - values.cuts, key=values.order.__getitem__))
         changed = values.cut({node})
-        fresh = SymbolicValues(recording, aliasing, options, values.cuts)
+        fresh = SymbolicValues(recording, aliasing, options.opaque, cuts=values.cuts)
         assert facts(values.by_node) == facts(fresh.by_node)
         assert values.reasons == fresh.reasons
         # The search looks at these regions again, and at no others.

@@ -9,7 +9,6 @@ from torch import fx, nn
 from torch.testing import assert_close
 
 import repvgg
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.regions import find_regions
 from repvgg.collapse.solution import solve_region
 from repvgg.errors import BorderError, NothingFoldedWarning
@@ -128,8 +127,7 @@ def test_a_reshape_to_recorded_sizes_is_followed_and_arithmetic_with_them_is_not
     expected = model(X)
     recording, options = flat_graph(model, X)
     record_sizes(recording.graph, model, X)
-    aliasing = AliasAnalysis.without_aliasing()
-    found = find_regions(recording, lambda: aliasing, options)
+    found = find_regions(recording, options)
     targets = {str(step.node.target) for done in found.merged for step in done.region.steps}
     if scale:
         assert "linear" not in targets

@@ -7,7 +7,7 @@ from torch import nn
 
 from repvgg._calls import Call
 from repvgg.collapse.record import record
-from repvgg.collapse.shape_inference import elementwise_without_values, output_without_values
+from repvgg.collapse.shape_inference import function_of, output_without_values
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3), (2, 4, 9, 11)),
@@ -19,6 +19,7 @@ LAYERS = {
     "half": (nn.Conv2d(4, 6, 1).bfloat16(), (2, 4, 5, 5)),
     "vectors": (nn.Linear(4, 3), (2, 4)),
     "rows": (nn.Linear(4, 3), (2, 5, 4)),
+    "norm": (nn.BatchNorm2d(4).eval(), (2, 4, 5, 7)),
 }
 COMPUTED = {
     "other channels": (nn.Conv2d(4, 6, 3), torch.ones(1, 3, 9, 9)),
@@ -28,20 +29,56 @@ COMPUTED = {
     "reflected": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), torch.ones(1, 4, 9, 9)),
     "another format": (nn.Conv2d(4, 6, 3), torch.ones(1, 4, 9, 9).contiguous(memory_format=torch.channels_last)),
     "another dtype": (nn.Conv2d(4, 6, 3), torch.ones(1, 4, 9, 9, dtype=torch.float64)),
-    "no convolution": (nn.BatchNorm2d(4), torch.ones(1, 4, 9, 9)),
+    "of batch statistics": (nn.BatchNorm2d(4), torch.ones(1, 4, 9, 9)),
+    "another layer": (nn.Softmax(1), torch.ones(1, 4, 9, 9)),
 }
+FUNCTIONS = {
+    "padding": (F.pad, ((1, 0, 2, 3),), {}),
+    "cropping": (F.pad, ((-1, 0, 0, -2), "constant", 1.0), {}),
+    "convolution": (F.conv2d, (torch.ones(6, 2, 3, 1),), {"stride": (2, 1), "padding": 1, "groups": 2}),
+    "linear": (F.linear, (torch.ones(3, 7),), {}),
+    "mean": (torch.mean, (), {"dim": (2, -1)}),
+    "mean that keeps axes": (torch.mean, (3,), {"keepdim": True}),
+    "number": (torch.add, (2,), {}),
+    "row": (torch.mul, (torch.ones(4, 1, 1),), {}),
+}
+COMPUTED_FUNCTIONS = {
+    "reflection": (F.pad, ((1, 1, 1, 1), "reflect"), {}),
+    "by name": (F.conv2d, (torch.ones(6, 4, 3, 3),), {"padding": "same"}),
+    "mean of all": (torch.mean, (), {}),
+    "sum that grows": (torch.add, (torch.ones(3, 1, 4, 5, 7),), {}),
+    "other dtype": (torch.add, (torch.ones(4, 1, 1).double(),), {}),
+    "scaled": (torch.add, (torch.ones(4, 1, 1),), {"alpha": 2}),
+}
+
+
+def assert_alike(found, expected):
+    assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
 def test_output_without_values_is_like_the_output(layer, shape):
     x = torch.ones(shape, dtype=layer.weight.dtype)
-    found, expected = output_without_values(layer, x), layer(x)
-    assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert_alike(output_without_values(*function_of(layer, x)), layer(x))
 
 
 @pytest.mark.parametrize(("layer", "x"), COMPUTED.values(), ids=COMPUTED)
 def test_what_is_not_known_to_be_like_it_is_computed(layer, x):
-    assert output_without_values(layer, x) is None
+    found = function_of(layer, x)
+    assert found is None or output_without_values(*found) is None
+
+
+@pytest.mark.parametrize(("function", "args", "kwargs"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_result_without_values_is_like_the_result(function, args, kwargs):
+    x = torch.ones(2, 4, 5, 7)
+    assert_alike(output_without_values(function.__name__, (x, *args), kwargs), function(x, *args, **kwargs))
+
+
+@pytest.mark.parametrize(("function", "args", "kwargs"), COMPUTED_FUNCTIONS.values(), ids=COMPUTED_FUNCTIONS)
+def test_results_of_other_arguments_are_computed(function, args, kwargs):
+    x = torch.ones(2, 4, 5, 7)
+    function(x, *args, **kwargs)  # it runs
+    assert output_without_values(function.__name__, (x, *args), kwargs) is None
 
 
 class Positive(nn.Module):
@@ -119,14 +156,14 @@ def test_functions_without_values_are_like_their_results(device):
         (torch.mul, "mul", (x, y), {}),
     ]
     for function, name, args, kwargs in calls:
-        found, wanted = elementwise_without_values(name, None, args, kwargs), function(*args, **kwargs)
+        found, wanted = output_without_values(name, args, kwargs), function(*args, **kwargs)
         assert found is not None, name
         assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), name
         with torch.autocast("cpu", torch.bfloat16):
-            assert elementwise_without_values(name, None, args, kwargs) is None, name
+            assert output_without_values(name, args, kwargs) is None, name
 
 
 def test_batch_norms_that_pytorch_refuses_or_that_train_are_left_to_it():
     x, mean, variance = torch.ones(2, 4, 5, 6, device="meta"), torch.zeros(4), torch.ones(4)
     refused = [(x,), (x, mean), (x, mean[:3], variance[:3]), (x, None, None), (x, mean, variance, None, None, True)]
-    assert [elementwise_without_values("batch_norm", None, args, {}) for args in refused] == [None] * 5
+    assert [output_without_values("batch_norm", args, {}) for args in refused] == [None] * 5

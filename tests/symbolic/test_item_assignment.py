@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from repvgg import trace
 from repvgg.errors import BorderError, NotLinearError, ReparamError
-from repvgg.symbolic import IMAGES, Source, SymbolicTensor, run
+from repvgg.symbolic import IMAGES, Source, SymbolicTensor
 from tests.bn_statistics import trained_like
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -176,15 +176,15 @@ def test_other_paddings_are_refused():
 def test_without_values_the_places_decide():
     """On the meta device, a region is planned; whether the values fit is known once they are computed."""
     for module in (NormAndPad(), NormAndPad(lambda y, v, p: four_sides(y, 2 * v, p))):
-        assert run(module.eval(), Source(), device="meta").map.padding == (1, 1, 1, 1)
+        assert trace(module.eval().to("meta")).padding == (1, 1, 1, 1)
     for assign, reason in (
         (lambda y, v, p: y.__setitem__((..., slice(0, 1)), v), "does not fill it"),
         (lambda y, v, p: None, "leaks"),
     ):
         with pytest.raises(BorderError, match=reason):
-            run(NormAndPad(assign).eval(), Source(), device="meta")
+            trace(NormAndPad(assign).eval().to("meta"))
     without_bias = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3)).eval()
-    assert run(without_bias, Source(), device="meta").map.padding == (1, 1, 1, 1)
+    assert trace(without_bias.to("meta")).padding == (1, 1, 1, 1)
 
 
 def test_a_copy_does_not_share_its_border():

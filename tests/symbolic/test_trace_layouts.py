@@ -12,7 +12,7 @@ from repvgg import equivalent_conv, trace
 from repvgg.collapse.plain_conv import to_module
 from repvgg.collapse.report import describe
 from repvgg.errors import NotLinearError, ReparamError, UsageError
-from repvgg.symbolic import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout, Source, SymbolicTensor, channels_of, run
+from repvgg.symbolic import IMAGES, ROWS, SEQUENCES, VECTORS, VOLUMES, Layout, Source, SymbolicTensor, channels_of
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ROWS_OF_3 = Layout(3, rows=True)
@@ -217,9 +217,8 @@ def test_known_part_of_a_shape():
         (nn.Sequential(nn.BatchNorm3d(6), nn.ReLU()), (6, VOLUMES)),
     ],
 )
-@pytest.mark.parametrize("certain", [True, False])
-def test_inference_of_the_input_from_a_forward(module, answer, certain):
-    assert channels_of(module.eval(), certain=certain) == answer
+def test_inference_of_the_input_from_a_forward(module, answer):
+    assert channels_of(module.eval()) == answer
 
 
 def test_batch_norm_alone_does_not_determine_the_layout():
@@ -301,11 +300,11 @@ def test_modules_and_their_descriptions(module, layout, text):
 
 
 def test_maps_without_a_module_raise():
-    symbol = run(function(lambda m, x: x * m.gamma, gamma=nn.Parameter(numbers(4))), Source(), 4, layout=VECTORS)
+    conv = trace(function(lambda m, x: x * m.gamma, gamma=nn.Parameter(numbers(4))), 4, VECTORS)
     with pytest.raises(ReparamError, match="groups"):
-        to_module(symbol.map, torch.zeros(1), VECTORS)
+        to_module(conv, torch.zeros(1), VECTORS)
     with pytest.raises(UsageError, match="axes"):
-        to_module(symbol.map, torch.zeros(1), IMAGES)
+        to_module(conv, torch.zeros(1), IMAGES)
 
 
 def test_memory_format_of_volumes():

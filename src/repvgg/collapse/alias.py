@@ -31,8 +31,8 @@ class AliasAnalysis:
             tensor, as in the original forward.
     """
 
-    def __init__(self, recording: Recording | None) -> None:
-        nodes = [] if recording is None else list(recording.graph.nodes)
+    def __init__(self, recording: Recording) -> None:
+        nodes = list(recording.graph.nodes)
         self._order: dict[fx.Node, int] = {node: i for i, node in enumerate(nodes)}
         self._parent: dict[fx.Node, fx.Node] = {node: node for node in nodes}  # union-find forest
         self._writes: list[fx.Node] = [node for node in nodes if node.meta.get("writes")]
@@ -44,20 +44,14 @@ class AliasAnalysis:
             if _may_share(node):
                 for other in node.all_input_nodes[:1]:
                     self._join(node, other)
-        self._members: dict[fx.Node, list[fx.Node]] = {}
-        self._escaped = frozenset() if recording is None else frozenset(recording.escaped)
-        members = self._members
+        self._escaped = frozenset(recording.escaped)
+        members = self._members = dict[fx.Node, list[fx.Node]]()
         if self._writes:
             for node in nodes:
                 members.setdefault(self._class(node), []).append(node)
         self.unsafe_writes = frozenset(w for w in self._writes if self._is_read_again(w, members[self._class(w)]))
         changed = {self._class(node) for node in self.unsafe_writes}
         self.clobbered = frozenset(node for root in changed for node in members[root])
-
-    @classmethod
-    def without_aliasing(cls) -> AliasAnalysis:
-        """Return an analysis for which every node is an immutable value: cheap, and checked against later."""
-        return cls(None)
 
     def write_between(self, source: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """Return a node from ``first`` up to, not including, ``last`` that may modify the tensor of ``source``."""

@@ -199,8 +199,8 @@ def _collapse(model: nn.Module, options: Options, prove: bool) -> tuple[nn.Modul
             del applied
             whole = NOT_PROVEN
             if prove and not result.plan.is_empty:
-                crop = result.plan.cropped(options.call)
-                whole = prove_module(model, result.plain, result.plan.model_inputs(), options.call, crop)
+                _, call = result.plan.known or (None, None)
+                whole = prove_module(model, result.plain, options.call or call, result.plan.cropped(options.call))
             failed = _find_unequal_hosts(model, result, whole, excluded) if prove else {}
             if not failed.keys() - excluded.keys():
                 break
@@ -247,11 +247,11 @@ def _find_unequal_hosts(model: nn.Module, result: _Result, whole: Proof, exclude
         return {}
     found: Reasons = {}
     # Only new forwards can be wrong here: each region was compared with its convolution when it was made.
-    for path, specs in result.plan.rewritten_hosts():
+    for path, call in result.plan.rewritten_hosts():
         old, new = model.get_submodule(path), submodule_or_none(result.plain, path)
         if new is None:
             continue
-        proof = whole if old is model else prove_module(old, new, specs)
+        proof = whole if old is model else prove_module(old, new, call)
         if proof.failure:
             found[old] = f"its new forward is not equal to the old one: {proof.failure}"
     if whole.failure:

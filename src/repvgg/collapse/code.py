@@ -8,11 +8,11 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 from torch import nn
@@ -60,14 +60,9 @@ def code_facts(module: nn.Module) -> CodeFacts:
 
 @lru_cache(maxsize=1024)
 def _facts_of_class(kind: Any) -> CodeFacts:
-    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
-    functions: dict[str, FunctionType] = {}
-    for base in reversed(own):
-        for name, value in vars(base).items():
-            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if isinstance(function, FunctionType):
-                functions[name] = function
-    codes = list(_reachable_code(functions))
+    attributes = own_attributes(kind)
+    functions = {name: f for name, value in attributes.items() if (f := function_in(value)) is not None}
+    codes = [code for _, code in reachable_code(functions, "forward")]
     names = {name for code in codes for name in code.co_names}
     methods = {name: f for name, f in functions.items() if name != "forward" and not name.startswith("__")}
     return CodeFacts(
@@ -87,10 +82,24 @@ def has_public_methods(kind: type[nn.Module]) -> bool:
     return any(not name.startswith("_") for name in _facts_of_class(cast("Any", kind)).methods)
 
 
-def _reachable_code(functions: dict[str, FunctionType]) -> Iterator[CodeType]:
-    """Yield the code of ``forward`` and of the methods that it may call."""
-    todo = ["forward"]
-    done: set[str] = set()
+def own_attributes(kind: type) -> dict[str, Any]:
+    """Return what a class and its bases define, those of PyTorch excepted."""
+    bases = [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.")]
+    return {name: value for base in bases for name, value in vars(base).items()}
+
+
+def function_in(value: Any) -> FunctionType | None:
+    """Return the Python function that a call, or reading a property, of a value runs, if it is plain to see."""
+    if isinstance(value, property):
+        value = value.fget
+    while isinstance(value, (MethodType, partial, staticmethod, classmethod, cached_property)):
+        value = value.func if isinstance(value, (partial, cached_property)) else value.__func__
+    return value if isinstance(value, FunctionType) else None
+
+
+def reachable_code(functions: Mapping[str, FunctionType], start: str) -> Iterator[tuple[str, CodeType]]:
+    """Yield the code of a method and of those that it may call, with their names; that of ``forward`` only for itself."""
+    todo, done = [start], {"forward"} - {start}
     while todo:
         name = todo.pop()
         if name in done or name not in functions:
@@ -98,7 +107,7 @@ def _reachable_code(functions: dict[str, FunctionType]) -> Iterator[CodeType]:
         done.add(name)
         for code in nested_code(inspect.unwrap(functions[name]).__code__):
             todo += code.co_names
-            yield code
+            yield name, code
 
 
 def _reads_rest(forward: FunctionType | None) -> bool:

@@ -96,6 +96,7 @@ class GraphBuilder:
         paused: whether nothing is recorded.
         left_out: whether a layer returned memory that nothing has written to in place of its output.
         needs_values: whether something depends on such an output.
+        read_values: see :class:`repvgg.collapse.recording.Recording`.
     """
 
     def __init__(self, copy: InstrumentedCopy, on_meta: bool) -> None:
@@ -110,7 +111,7 @@ class GraphBuilder:
         self.tensors = TensorNodes()
         self.names: dict[Any, fx.Node] = {}
         self.modes: tuple[bool, ...] = ()
-        self.paused = self.left_out = self.needs_values = False
+        self.paused = self.left_out = self.needs_values = self.read_values = False
 
     def start(self) -> None:
         """Take the modes of this moment as those that the code does not switch."""

@@ -257,15 +257,7 @@ class ForwardRewriter:
 
     def _is_read_elsewhere(self, path: str) -> bool:
         """Whether code that stays reads a parameter, or calls a module."""
-        own = {self.host, *self.parts}
-        for node in self.recording.graph.nodes:
-            if node.op == "get_attr" and is_inside(str(node.target), path):
-                readers = {self.recording.owner(user) for user in node.users if user.op != "output"} - own
-                if not all(is_inside(reader, path) for reader in readers):
-                    return True
-            elif node.op == "call_module" and node.target == path and self.recording.owner(node) not in own:
-                return True
-        return False
+        return self.recording.is_used_outside(path, except_by=(self.host, *self.parts))
 
 
 def rewriters_for(recording: Recording, points: Iterable[InsertionPoint]) -> dict[str, ForwardRewriter]:

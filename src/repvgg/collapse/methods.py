@@ -7,7 +7,6 @@ a part whose path consists of names that it reads. The plain model refuses such 
 from __future__ import annotations
 
 import dis
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from repvgg.collapse.code import code_facts, is_method_call, nested_code
+from repvgg.collapse.code import code_facts, function_in, is_method_call, own_attributes, reachable_code
 from repvgg.collapse.insertion import Replacement
 from repvgg.collapse.modules import is_inside, path_below
 from repvgg.collapse.recording import Frame, Recording, constants_of
@@ -187,51 +186,39 @@ class _Code:
 @lru_cache(maxsize=1024)
 def _public_methods(kind: Any) -> dict[str, _Code]:
     """Return the public methods and properties of a class, those of PyTorch excepted."""
-    names = {n for base in kind.__mro__ if not base.__module__.startswith("torch.") for n in vars(base)}
-    found = {name: inspect.getattr_static(kind, name) for name in sorted(names)}
-    properties = {name for name, value in found.items() if isinstance(value, (property, cached_property))}
-    functions = {name: function_of(value) for name, value in found.items()}
+    properties = (property, cached_property)
     own = {
-        name: f for name, f in functions.items() if f is not None and (name in _SPECIAL or not name.startswith("__"))
+        name: (function, isinstance(value, properties))
+        for name, value in sorted(own_attributes(kind).items())
+        if isinstance(value, (FunctionType, *properties)) and (name in _SPECIAL or not name.startswith("__"))
+        if (function := function_in(value)) is not None
     }
+    functions = {name: function for name, (function, _) in own.items()}
     public = [name for name in own if name in _SPECIAL or not (name.startswith("_") or hasattr(nn.Module, name))]
-    return {name: _code_of(name, own, is_property=name in properties) for name in public}
-
-
-def function_of(value: Any) -> FunctionType | None:
-    """Return the function that an attribute of a class runs for an instance, if it is a method or a property."""
-    value = value.fget if isinstance(value, property) else value.func if isinstance(value, cached_property) else value
-    return value if isinstance(value, FunctionType) else None
+    return {name: _code_of(name, functions, is_property=own[name][1]) for name in public}
 
 
 def _code_of(name: str, functions: dict[str, FunctionType], *, is_property: bool) -> _Code:
     names, read, repeated = set[str](), set[str](), set[str]()
-    todo, done = [name], {"forward"}
     runs = False
-    while todo:
-        current = todo.pop()
-        if current in done or current not in functions:
-            continue
-        done.add(current)
-        for code in nested_code(inspect.unwrap(functions[current]).__code__):
-            steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-            # Only a function that is called once, without loops, reads each name once.
-            is_once = current == name and code.co_name == name and not any("BACKWARD" in s.opname for s in steps)
-            for step, after in pairwise(steps):
-                if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                    is_described = after.opname == "LOAD_ATTR" and after.argval in ("device", "dtype")
-                    if step.argval in _DESCRIBED and is_described:
-                        continue
-                    repeated |= {step.argval} if step.argval in names or not is_once else set()
-                    names.add(step.argval)
-                    read |= set() if is_method_call(step) else {step.argval}
-                    runs = runs or is_method_call(step)
-                runs = runs or step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "FOR_ITER")
-            texts = {text for text in code.co_consts if isinstance(text, str)}  # for getattr
-            names |= texts
-            read |= texts
-            repeated |= texts
-            todo += code.co_names
+    for current, code in reachable_code(functions, name):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+        # Only a function that is called once, without loops, reads each name once.
+        is_once = current == name and code.co_name == name and not any("BACKWARD" in s.opname for s in steps)
+        for step, after in pairwise(steps):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                is_described = after.opname == "LOAD_ATTR" and after.argval in ("device", "dtype")
+                if step.argval in _DESCRIBED and is_described:
+                    continue
+                repeated |= {step.argval} if step.argval in names or not is_once else set()
+                names.add(step.argval)
+                read |= set() if is_method_call(step) else {step.argval}
+                runs = runs or is_method_call(step)
+            runs = runs or step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "FOR_ITER")
+        texts = {text for text in code.co_consts if isinstance(text, str)}  # for getattr
+        names |= texts
+        read |= texts
+        repeated |= texts
     values = names & (_DESCRIBED | _CHILDREN | {"data", "parameters", "buffers", "state_dict"})
     only_describes = is_property and not runs and not values and not names.isdisjoint(_DESCRIPTIONS)
     return _Code(frozenset(names), frozenset(read), frozenset(repeated), is_property, only_describes)

@@ -82,6 +82,7 @@ class NumberReader:
     def element(self, name: str, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Read an element by one of the methods :data:`ELEMENTS`."""
         builder, frame = self.builder, self.builder.frame
+        builder.read_values = True
         node = builder.node_of(args[0])
         if builder.copy.path_of(args[0]) is not None and node.op == "get_attr":
             frame.caveats.append("computes with the values of its parameters")

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from repvgg._calls import signature_of
-from repvgg.collapse.code import code_facts, has_public_methods
+from repvgg.collapse.code import has_public_methods
 from repvgg.collapse.emit import why_not_emitted
 from repvgg.collapse.insertion import InsertionPoint, call_in_new_forward, frames_around, insertion_points
 from repvgg.collapse.matching import canonical_form, is_same_region
@@ -21,7 +21,6 @@ from repvgg.collapse.modules import computes_weights, has_own_hooks, held_elsewh
 from repvgg.collapse.recording import DRAWS_OUTSIDE_PYTORCH, Frame, is_constant, leaves
 from repvgg.collapse.region import Region
 from repvgg.collapse.validity import Validity
-from repvgg.symbolic import InputSpec, Layout
 
 
 class Placement:
@@ -74,20 +73,6 @@ class Placement:
             if not computes_weights(part)  # torch's own hooks read them
             and any(id(tensor) in read for tensor in (*part._parameters.values(), *part._buffers.values()))
         }
-
-    @cached_property
-    def _with_readers(self) -> set[str]:
-        """Paths of modules that have a parameter which the code of another module reads, one that is not inside."""
-        found: set[str] = set()
-        for node in self.recording.graph.nodes:
-            if node.op == "get_attr":
-                readers = {self.recording.owner(user) for user in node.users if user.op != "output"}
-                path = str(node.target).rpartition(".")[0]
-                while path:
-                    if any(not is_inside(reader, path) for reader in readers):
-                        found.add(path)
-                    path = path.rpartition(".")[0]
-        return found
 
     def used_elsewhere(self, region: Region) -> set[nn.Module]:
         """Return the modules of a region that other code calls, or reads the parameters of."""
@@ -194,7 +179,7 @@ class Placement:
         part = self.recording.module.get_submodule(path)
         if path in self._shared or path in self.excluded or path in self.recording.changed or has_own_hooks(part):
             return False
-        if path in self._with_readers:
+        if self.recording.is_used_outside(path):
             return False
         parameters = signature_of(part)
         if type(part) is nn.Sequential:
@@ -246,9 +231,6 @@ class Placement:
             return f"{around} could not be run on inputs of another size"
         if canonical_form(again) != mine:
             return f"{around} computes with numbers that depend on the size of its input"
-        facts = code_facts(self.recording.module.get_submodule(path))
-        if facts.export_switches and not self.validity.trusted:
-            return f"{around} asks whether it is being exported ({facts.export_switches[0]}): pass inputs="
         text = "takes optional arguments that change what it computes"
         return self.validity.why_unsafe(path, lambda other: canonical_form(other.root, path) != mine, text)
 
@@ -291,20 +273,3 @@ class Placement:
                     hint = "" if self.validity.trusted else ": pass inputs="
                     return f"the method {method!r} of {path or 'the model'} calls a part of it on its own{hint}"
         return None
-
-    # Facts for the report and the proof
-
-    def input_specs(self, path: str) -> tuple[InputSpec | None, ...]:
-        """Return channels and layout of what the module at ``path`` takes; None where they are not one tensor."""
-        frame = self.frames[path][0]
-        found: list[InputSpec | None] = []
-        for value in (*frame.args, *frame.kwargs.values()):
-            shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
-            found.append(None if shape is None else _spec(shape))
-        return tuple(found)
-
-
-def _spec(shape: tuple[int, ...]) -> InputSpec | None:
-    if not 2 <= len(shape) <= 5:
-        return None
-    return InputSpec(shape[1], Layout(len(shape)))

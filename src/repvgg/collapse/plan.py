@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg._calls import Call
-from repvgg.collapse.alias import AliasAnalysis
 from repvgg.collapse.calls import cropped, made_up_calls, similar_calls
 from repvgg.collapse.cost import Policy
 from repvgg.collapse.graph_builder import NeedsValuesError
@@ -26,8 +25,9 @@ from repvgg.collapse.removal import Removals
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.unread import Unread
 from repvgg.collapse.validity import Validity
+from repvgg.collapse.variants import recorded_call
 from repvgg.errors import RepvggError, UsageError, typed_line
-from repvgg.symbolic import InputSpec, first_float
+from repvgg.symbolic import first_float
 from repvgg.verify.comparison import does_not_run
 
 Reasons: TypeAlias = dict[nn.Module, str]  # modules that must stay, and why
@@ -123,16 +123,12 @@ class Plan:
             return outer.reason if outer is not None else "the recorded call does not run it"
         return self.reasons.get(path, "there is no convolution next to it in one linear region")
 
-    def rewritten_hosts(self) -> Iterator[tuple[str, tuple[InputSpec | None, ...]]]:
-        """Yield the paths of modules that get a new forward, with their inputs, outer ones first."""
+    def rewritten_hosts(self) -> Iterator[tuple[str, Call]]:
+        """Yield the paths of modules that get a new forward, with how they are called, outer ones first."""
         for scope in self.scopes:
             inlined = {path for done in scope.regions.all for path in done.insertion.inlined}
             for path in sorted(scope.rewritten_paths() - inlined):
-                yield join(scope.path, path), scope.placement.input_specs(path)
-
-    def model_inputs(self) -> tuple[InputSpec | None, ...]:
-        """Return what the model takes, as far as it was recorded."""
-        return next((scope.placement.input_specs("") for scope in self.scopes if not scope.path), ())
+                yield join(scope.path, path), recorded_call(scope.recording.first_call(path))
 
     def cropped(self, call: Call | None) -> tuple[Call, str] | None:
         """Return a call of the model on a part of its images, if it runs the same on that, and the size in words."""
@@ -280,22 +276,16 @@ class _Planner:
         placement = Placement(validity, excluded, removals.unread)
         opaque = {**recording.opaque, **placement.fixed_nodes()}
         escaped = {**recording.escaped, **placement.boundaries()}
-        shapes = {
-            node: node.meta["shape"]
-            for node in recording.graph.nodes
-            if "shape" in node.meta and node.meta["dtype"].is_floating_point
-        }
         options = SearchOptions(
             opaque=opaque,
             escaped=escaped,
             merge_branches=self.options.merge_branches,
-            shapes=shapes,
             fixed_sizes=self.options.call is not None,
             find_insertion=placement.find,
             why_not_absorbed=placement.why_not_absorbed,
             policy=self.options.policy,
         )
-        regions = find_regions(recording, lambda: AliasAnalysis(recording), options)
+        regions = find_regions(recording, options)
         self.plan.scopes.append(Scope(path, recording, call, regions, placement, validity.guards, removals.unread))
         self.plan.called |= {join(path, inner) for inner in recording.called_paths()}
         for node, reason in {**regions.reasons, **opaque}.items():

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from repvgg._calls import Call, Inputs, bind
 from repvgg.algebra import ConvMap
 from repvgg.collapse.modules import hooks_of, is_torch_utility
 from repvgg.errors import UsageError, typed_line
-from repvgg.symbolic import InputSpec, Layout, algebra_device, first_float
+from repvgg.symbolic import Layout, algebra_device, first_float
 from repvgg.verify import UNIT_ROUNDOFF, border_inputs, isolated_eval
 from repvgg.verify.comparison import FLOORS, Comparison, tolerance_for
 from repvgg.verify.execution import name_of, structural_copy
@@ -29,8 +30,8 @@ from repvgg.verify.float64 import Float64Mode
 from repvgg.verify.inputs import make_up_inputs
 from repvgg.verify.outputs import largest
 
-# The first size that runs is used: some networks reduce a small image to no pixels.
-_IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), (224, 224))
+# The first size that runs is used, at the end the recorded one: some networks reduce a small image to no pixels.
+_IMAGE_SIZES = ((4, 5), (9, 11), (37, 43), None)
 _DEPTH = 6  # of synthetic volumes
 _NOT_RUN = "not run on its own"
 _CHAOTIC = 1e-2  # relative; above it a comparison says nothing
@@ -131,70 +132,72 @@ def image_for(conv: ConvMap, layout: Layout, shape: Sequence[int] | None = None)
 
     With ``shape``, it has that shape, as code that reshapes to numbers requires it.
     """
-    if shape is not None:
-        flat = border_inputs((1, 1, math.prod(shape[:-1]), shape[-1]), batches=1, dtype=torch.float64)[0]
-        return flat.view(*shape)
-    if layout.rows:
-        rows = border_inputs((4, conv.in_channels, 1, 1), batches=1, dtype=torch.float64)[0].flatten(1)
-        return rows.view(*(1,) * ((layout.rank or 2) - 2), 4, conv.in_channels)
-    sizes = [max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes]
-    sizes = [size + place for place, size in enumerate(sizes)]  # different sizes, so that swapped axes show
-    flat = border_inputs((1, conv.in_channels * math.prod(sizes[:-2]), *([1, *sizes][-2:])), batches=1)[0]
-    return flat.double().view(1, conv.in_channels, *sizes)
+    if shape is None and layout.rows:
+        shape = (*(1,) * ((layout.rank or 2) - 2), 4, conv.in_channels)
+    if shape is None:
+        sizes = [max(4, axis.reach + 2 * axis.stride - 2 * min(0, axis.before, axis.after)) for axis in conv.axes]
+        # Different sizes, so that swapped axes show.
+        shape = (1, conv.in_channels, *(size + place for place, size in enumerate(sizes)))
+    return _border_tensor(shape, layout.spatial)
+
+
+def _border_tensor(shape: Sequence[int], spatial: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return a tensor of images as those of :func:`repvgg.verify.border_inputs`; the last axes are spatial."""
+    height, width = [1, 1, *shape[max(0, len(shape) - max(spatial, 1)) :]][-2:]
+    count = math.prod(shape) // (height * width)
+    return border_inputs((1, count, height, width), batches=1, dtype=dtype)[0].view(*shape)
 
 
 def image_for_transposed(transposed: nn.Module) -> Tensor:
     """Return one small input of a transposed convolution."""
     weight: Any = transposed.weight
-    sizes = [4 + place for place in range(weight.dim() - 2)]
-    return image_for(ConvMap.identity(len(weight), spatial=len(sizes)), Layout(weight.dim())).reshape(1, -1, *sizes)
+    return _border_tensor((1, len(weight), *(4 + place for place in range(weight.dim() - 2))), weight.dim() - 2)
 
 
 def prove_module(
-    old: nn.Module,
-    new: nn.Module,
-    specs: Sequence[InputSpec | None],
-    inputs: Inputs | Call | None = None,
-    crop: tuple[Call, str] | None = None,
+    old: nn.Module, new: nn.Module, inputs: Inputs | Call | None, crop: tuple[Call, str] | None = None
 ) -> Proof:
     """Run both modules and compare all tensors that they return, as :func:`repvgg.verify.verify` does.
 
     Args:
         old: the original; it is left untouched.
         new: its replacement; it is left untouched.
-        specs: channels and layout of the inputs, in order, None where unknown; they determine synthetic inputs. Where
-            they do not, inputs are made up from the channels of the first convolution.
-        inputs: inputs to use instead.
+        inputs: how it is called; None if that is not known. Tensors without values are made up, of the smallest sizes
+            on which the original runs.
         crop: a call with parts of the images in ``inputs``, and their size in words, to use if both run on it.
     """
     if crop is not None:
         proof = _compare(old, new, crop[0], f"on {crop[1]} pixels of the given inputs")
         if proof.ran:
             return proof
-    if inputs is not None:
-        return _compare(old, new, bind(old, inputs), "on the given inputs")
-    known = [spec for spec in specs if spec is not None and spec.layout.rank is not None]
-    if not known or len(known) < len(specs):
+    if inputs is None:
         try:
             made_up = make_up_inputs(_without_hooks(old) or old)
         except UsageError:
             return Proof(None, f"{_NOT_RUN}: the forward does not determine its inputs", ran=False)
         return _compare(old, new, made_up.calls[0], f"on inputs that were made up, {made_up.text}")
+    call = bind(old, inputs)
+    if not any(tensor.is_meta for tensor in call.tensors()):
+        return _compare(old, new, call, "on the given inputs")
     first: Proof | None = None
-    for height, width in _IMAGE_SIZES:
-        proof = _compare(old, new, _synthetic_call(old, known, height, width), "on border-exposing images")
+    for sizes in _IMAGE_SIZES:
+        proof = _compare(old, new, call.map_tensors(partial(_made_up, sizes=sizes)), "on border-exposing images")
         if proof.ran:
             return proof
         first = first or proof
     return first or Proof(None, _NOT_RUN, ran=False)
 
 
-def _synthetic_call(module: nn.Module, specs: Sequence[InputSpec], height: int, width: int) -> Call:
-    # One batch of images serves all inputs: each gets some of the channels.
-    widths = [spec.channels * (_DEPTH if spec.layout.rank == 5 else 1) for spec in specs]
-    images = border_inputs((2, sum(widths), height, width), batches=1, dtype=_dtype_of(module))[0]
-    parts = torch.split(images, widths, 1)
-    return Call(tuple(_to_layout(part, spec.layout) for part, spec in zip(parts, specs, strict=True)))
+def _made_up(like: Tensor, sizes: tuple[int, int] | None) -> Tensor:
+    """Return a tensor like one without values, of other spatial sizes if there may be any."""
+    if not like.is_meta:
+        return like
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    shape, spatial = tuple(like.shape), max(0, like.dim() - 2)
+    if sizes is not None and spatial:
+        shape = (*shape[:2], *(_DEPTH,) * (spatial - 2), *sizes[-spatial:])
+    return _border_tensor(shape, spatial, like.dtype)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -261,12 +264,3 @@ def _without_hooks(module: nn.Module) -> nn.Module | None:
                 del hooks[key]
         return copied
     return None if any(True for _ in hooks_of(copied)) else copied
-
-
-def _to_layout(x_NCHW: Tensor, layout: Layout) -> Tensor:
-    if layout.rank == 5 and not layout.rows:
-        return x_NCHW.reshape(len(x_NCHW), -1, _DEPTH, *x_NCHW.shape[2:])
-    if layout.rank == 2:
-        return x_NCHW[:, :, 0, 0]
-    x = x_NCHW.flatten(2) if layout.rank == 3 else x_NCHW
-    return x.movedim(1, -1) if layout.rows else x

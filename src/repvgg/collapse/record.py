@@ -40,12 +40,7 @@ from repvgg.collapse.recording import (
     map_values,
     mark_constants,
 )
-from repvgg.collapse.shape_inference import (
-    elementwise_without_values,
-    meta_shortcut,
-    output_without_values,
-    shapes_suffice,
-)
+from repvgg.collapse.shape_inference import COSTLY, function_of, output_without_values, shapes_suffice
 from repvgg.collapse.tracked import UNKNOWN, Unknown, UnknownValueError, untracked
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item, first_float
@@ -132,7 +127,7 @@ class _Recorder(TorchFunctionMode):
 
     Args:
         model, on_meta, forced, mode: see :func:`record`.
-        values: whether convolutions are computed, or only their shapes.
+        values: whether layers are computed, or only their shapes.
         copy_parameters: whether the code may write to parameters.
         watch_draws: whether to look in each call of a module for draws of random numbers that the graph does not show.
     """
@@ -152,11 +147,12 @@ class _Recorder(TorchFunctionMode):
             model, on_meta=on_meta, copy_parameters=copy_parameters, mode=mode, call=self._call, call_leaf=self._leaf
         )
         self.builder = GraphBuilder(self.copy, on_meta)
+        self.builder.read_values = values
         self.numbers = NumberReader(self.builder, forced)
         self.model, self.on_meta, self.copy_parameters = model, on_meta, copy_parameters
         like = first_float(model)
         self.device = torch.device("cpu") if like is None else like.device
-        self.values = values or on_meta
+        self.values = values
         self.watch_draws = watch_draws
         self.writes_parameter = self.has_drawn = self.layers_left_out = False
         self.failed_in = ""
@@ -181,6 +177,7 @@ class _Recorder(TorchFunctionMode):
         except Exception as error:
             error.decisions = tuple(self.numbers.decisions)  # type: ignore[attr-defined]  # what led to it
             error.frame_path = self.failed_in  # type: ignore[attr-defined]
+            error.read_values = builder.read_values  # type: ignore[attr-defined]
             raise
         builder.root.output = builder.nodes_of(output)
         builder.paused = True
@@ -212,6 +209,7 @@ class _Recorder(TorchFunctionMode):
             own_devices=self.numbers.own_devices,
             on_meta=self.on_meta,
             writes_parameters=self.copy_parameters,
+            read_values=builder.read_values,
         )
 
     def release(self) -> None:
@@ -359,13 +357,11 @@ class _Recorder(TorchFunctionMode):
             return Unknown(self.numbers, node)
         if builder.left_out and op != "call_module" and not shapes_suffice(name, tensors):
             builder.require_values(given)
-        run = (self.on_meta and op == "call_module" and meta_shortcut(self.model.get_submodule(target))) or func
+        args, kwargs = map_values(untracked, args), map_values(untracked, kwargs)
         try:
             result = None if self.values else self._left_out(op, name, func, given, args, kwargs)
-            if self.on_meta and op == "call_function":  # torch's kernels for meta tensors are written in Python
-                result = builder.without_recording(elementwise_without_values, name, None, args, kwargs)
             if result is None:
-                result = builder.without_recording(run, *map_values(untracked, args), **map_values(untracked, kwargs))
+                result = builder.without_recording(func, *args, **kwargs)
         except NotImplementedError as error:
             if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
                 raise NeedsValuesError(str(error)) from error
@@ -400,17 +396,20 @@ class _Recorder(TorchFunctionMode):
 
     def _left_out(self, op: str, name: str, func: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Return the output of a layer or function without its values; None if it has to be computed."""
-        layer = getattr(func, "__self__", None) if op == "call_module" else None  # none of a compiled script
-        # What is computed from parameters may be stored.
-        if (op == "call_module" and layer is None) or are_constants(given):
+        if are_constants(given):  # what is computed from parameters may be stored
             return None
-        builder, result = self.builder, None
-        if layer is not None:
-            result = builder.without_recording(output_without_values, layer, *args, **kwargs)
-            builder.left_out = builder.left_out or result is not None
-        if result is None and builder.left_out:
-            result = builder.without_recording(elementwise_without_values, name, layer, args, kwargs)
-        self.layers_left_out = self.layers_left_out or result is not None
+        builder = self.builder
+        if op == "call_module":
+            layer = getattr(func, "__self__", None)  # none of a compiled script
+            found = None if kwargs or len(args) != 1 else builder.without_recording(function_of, layer, *args)
+            if found is None:
+                return None
+            name, args, kwargs = found
+        if not (builder.left_out or name in COSTLY):
+            return None
+        result: Tensor | None = builder.without_recording(output_without_values, name, args, kwargs)
+        if result is not None:
+            builder.left_out = self.layers_left_out = True
         return result
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from repvgg import _structure
+from repvgg.collapse.modules import is_inside, paths_around
 from repvgg.collapse.tracked import UNKNOWN, Unknown, is_tracked
 from repvgg.errors import NotLinearError
 
@@ -124,6 +127,7 @@ class Recording:
         assigned: nodes whose tensor the forward assigned to ``.data`` of a parameter, with its path. It is a constant,
             and read under this name from there on; or the node is opaque.
         writes_parameters: whether the forward writes to the memory of parameters.
+        read_values: whether the run may depend on elements of tensors.
         changed_by_others: those in ``changed`` that other code changed than the module's forward and what it calls.
     """
 
@@ -139,6 +143,7 @@ class Recording:
     on_meta: bool
     assigned: dict[fx.Node, str] = field(default_factory=dict)
     writes_parameters: bool = False
+    read_values: bool = False
     changed_by_others: frozenset[str] = frozenset()
 
     def all_calls(self) -> Iterator[tuple[Frame, str, fx.Node | Frame]]:
@@ -161,9 +166,23 @@ class Recording:
         """Return the paths of all modules that ran."""
         return {path for _, path in self.calls()} | {frame.path for frame in self.root.frames()}
 
-    def read_paths(self) -> set[str]:
-        """Return the paths of all parameters and buffers that a forward read itself."""
-        return {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+    @cached_property
+    def users(self) -> Mapping[str, set[str]]:
+        """For each path, the modules whose code reads a tensor there or below, or calls a leaf module there."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                readers = {self.owner(user) for user in node.users if user.op != "output"}
+                for path in paths_around([str(node.target)]):
+                    found[path] |= readers
+            elif node.op == "call_module":
+                found[str(node.target)].add(self.owner(node))
+        return found
+
+    def is_used_outside(self, path: str, *, except_by: Collection[str] = ()) -> bool:
+        """Whether code of modules that are not inside ``path`` reads a tensor there, or calls a leaf module there."""
+        users = self.users.get(path, set[str]()).difference(except_by)
+        return any(not is_inside(user, path) for user in users)
 
     def constant(self, node: fx.Node) -> Any:
         """Return the parameter, buffer or attribute that a ``get_attr`` node names."""

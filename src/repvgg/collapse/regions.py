@@ -1,11 +1,10 @@
-"""The linear regions of an recording graph: where they end, whether merging pays, and where the result is inserted."""
+"""The linear regions of a recording: where they end, whether merging pays, and where the result is inserted."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -16,26 +15,30 @@ from repvgg.collapse.insertion import InsertionPoint, Replacement
 from repvgg.collapse.recording import Recording
 from repvgg.collapse.region import Region, Step, Value, describe, reads_invariant_metadata
 from repvgg.collapse.sums import parts_of_sums
-from repvgg.collapse.symbolic_eval import EvaluationOptions, SymbolicValues, transposed_conv_at
-
-FindInsertion: TypeAlias = Callable[[Region], InsertionPoint | str]
+from repvgg.collapse.symbolic_eval import SymbolicValues, transposed_conv_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions(EvaluationOptions):
+class SearchOptions:
     """Options of a search for regions.
 
     Attributes:
+        opaque: nodes that must stay, with the reason.
         escaped: nodes whose tensors other code may read, with the reason.
-        find_insertion: where the merged convolution of a region goes, or the reason why it cannot be inserted.
+        merge_branches: whether branches may merge, or only chains.
+        fixed_sizes: whether costs are those at the recorded sizes, borders included.
         policy: whether a merge pays.
+        find_insertion: where the merged convolution of a region goes, or the reason why it cannot be inserted.
         why_not_absorbed: why the nodes of a region may not all change together where convolutions absorb a norm; the
             region is that of the norm and all of them.
     """
 
+    opaque: Mapping[fx.Node, str]
     escaped: Mapping[fx.Node, str]
-    find_insertion: FindInsertion
+    merge_branches: bool
     policy: Policy
+    find_insertion: Callable[[Region], InsertionPoint | str]
+    fixed_sizes: bool = False
     why_not_absorbed: Callable[[Region], str | None] = lambda _: None
 
 
@@ -63,38 +66,30 @@ class Regions:
         return (*self.merged, *self.scaled, *self.absorbed)
 
 
-def find_regions(
-    recording: Recording, analyse_aliasing: Callable[[], AliasAnalysis], options: SearchOptions
-) -> Regions:
+def find_regions(recording: Recording, options: SearchOptions) -> Regions:
     """Find the maximal linear regions that are worth replacing by one convolution each.
 
     A region ends where something non-linear, or something with another input, reads its output. It is cut where two
     regions would share a node, where merging does not pay, and where the surrounding code cannot be rewritten.
-    ``analyse_aliasing`` is called only if there are regions, because it analyses all modules that the graph calls.
     """
-    regions = _Search(recording, AliasAnalysis.without_aliasing(), options).result()
-    if not regions.all:
-        return regions
-    # In-place operations rarely matter. Search without them, and only repeat the search if they do.
-    aliasing = analyse_aliasing()
-    safe = not aliasing.unsafe_writes and all(
-        aliasing.write_between(*found.region.span) is None for found in regions.all
-    )
-    return regions if safe else replace(_Search(recording, aliasing, options).result(), were_cut=True)
+    return _Search(recording, options).result()
 
 
 class _Search:
     """Symbolic values over a growing set of cuts, until no region needs another cut."""
 
-    def __init__(self, recording: Recording, aliasing: AliasAnalysis, options: SearchOptions) -> None:
-        self.recording, self.aliasing, self.options = recording, aliasing, options
-        self.reasons = dict.fromkeys(aliasing.clobbered, "its memory is modified in place")
+    def __init__(self, recording: Recording, options: SearchOptions) -> None:
+        self.recording, self.aliasing, self.options = recording, AliasAnalysis(recording), options
+        self.reasons = dict.fromkeys(self.aliasing.clobbered, "its memory is modified in place")
         self.reasons |= options.escaped
         self.firm = frozenset(self.reasons)
         self.unprofitable: set[fx.Node] = set()  # steps that larger regions were cut at for their cost
         self.unpaid: dict[fx.Node, str] = {}  # why the larger regions that nodes were in did not pay
-        self.were_cut = False  # cuts that are known from the start do not count: a second pass would find them again
-        self.values = SymbolicValues(recording, aliasing, options, self.reasons)
+        # What is known from the start does not count, as a second pass would find it again; but writes may go.
+        self.were_cut = bool(self.aliasing.unsafe_writes)
+        self.values = SymbolicValues(
+            recording, self.aliasing, options.opaque, options.merge_branches, options.fixed_sizes, self.reasons
+        )
         self._insertions: dict[Value, InsertionPoint | str] = {}
 
     def _cut_all(self) -> None:

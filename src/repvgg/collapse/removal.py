@@ -14,7 +14,7 @@ from repvgg.collapse.recording import Frame, Recording
 from repvgg.collapse.report import Skipped
 from repvgg.collapse.unread import Unread, is_read, unread_modules
 from repvgg.collapse.validity import Validity
-from repvgg.collapse.variants import calls_of
+from repvgg.collapse.variants import recorded_call
 
 _NOT_IN_CALL = "no call like the given inputs uses it"
 
@@ -49,7 +49,7 @@ class Removals:
 
     def not_run(self) -> Iterator[str]:
         """Yield the outermost modules with parameters that did not run, and whose parameters nothing read."""
-        used = paths_around({*self.recording.called_paths(), *self.recording.read_paths()})
+        used = paths_around({*self.recording.called_paths(), *self.recording.users})
         done: list[str] = []
         for path, part in self.recording.module.named_modules():
             if not path or any(is_inside(path, other) for other in done) or not has_parameters(part):
@@ -97,8 +97,7 @@ class Removals:
         if owner not in self._in_training:
             module, frame = self.recording.module.get_submodule(owner), self.validity.frames[owner][0]
             try:
-                call = next(calls_of(self.recording, frame, module))
-                training = record(module, call, mode={"": True}, on_meta=self.recording.on_meta)
+                training = record(module, recorded_call(frame), mode={"": True}, on_meta=self.recording.on_meta)
             except Exception:
                 self._in_training[owner] = None
             else:

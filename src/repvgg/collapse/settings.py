@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
-from functools import lru_cache, partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from functools import lru_cache
+from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from repvgg.collapse.code import nested_code
+from repvgg.collapse.code import function_in, nested_code
 
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward", "training"}
 _LIBRARIES = {"torch", "numpy", "repvgg", *sys.stdlib_module_names} - {"__main__"}
@@ -193,7 +193,7 @@ def _is_library(value: Any) -> bool:
 
 
 def _code_of(module: nn.Module) -> _Code:
-    own = [function for value in vars(module).values() if (function := _function_in(value)) is not None]
+    own = [function for value in vars(module).values() if (function := function_in(value)) is not None]
     return _reachable(type(module), own) if own else _code_of_class(cast("Any", type(module)))
 
 
@@ -217,7 +217,7 @@ def _reachable(kind: type, own: Iterable[FunctionType]) -> _Code:
             # Functions of other Python modules and of classes are called by their names.
             is_namespace = isinstance(value, (ModuleType, type)) and not _is_library(value)
             called = [vars(value)[name] for name in names if name in vars(value)] if is_namespace else [value]
-            todo += (found for item in called if (found := _function_in(item)) is not None)
+            todo += (found for item in called if (found := function_in(item)) is not None)
     codes = [code for function in functions for code in nested_code(function.__code__)]
     read = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
     steps = (step for code in codes for step in dis.get_instructions(code))
@@ -248,15 +248,6 @@ def _contents(root: dict[str, Any] | CellType) -> Any:
 def _methods(kind: type, name: str) -> Iterator[FunctionType]:
     """Yield the functions of a class under a name, those that others override included: ``super()`` calls them."""
     for base in kind.__mro__:
-        function = _function_in(vars(base).get(name))
+        function = function_in(vars(base).get(name))
         if function is not None and not base.__module__.startswith("torch."):
             yield function
-
-
-def _function_in(value: Any) -> FunctionType | None:
-    """Return the Python function that a call of a value runs, if it is plain to see."""
-    if isinstance(value, property):
-        value = value.fget
-    while isinstance(value, (MethodType, partial, staticmethod, classmethod)):
-        value = value.func if isinstance(value, partial) else value.__func__
-    return value if isinstance(value, FunctionType) else None

@@ -8,18 +8,36 @@ on one. The outputs are memory that nothing has written to, of which the operati
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repvgg.symbolic.handlers import numbers
+
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+_ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu"}
+_ARITHMETIC = {"add", "sub", "mul", "truediv", "iadd", "isub", "imul", "itruediv"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU)
-_CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
-_ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh"}
-_ARITHMETIC = {"add", "sub", "mul", "truediv"}
-_ARITHMETIC_IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
+_FUNCTION_OF: dict[type, str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.Linear: "linear",
+    **dict.fromkeys(_NORMS, "batch_norm"),
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.LeakyReLU: "leaky_relu",
+}
+
+#: Functions that take nearly all of the time: the first of them is what a recorder begins to leave values out at.
+COSTLY = {*_CONVOLUTIONS, "linear"}
 
 #: Functions and methods that return tensors, of shapes that do not depend on the values of the arguments, or a fact
 #: about memory or dtype.
@@ -58,47 +76,37 @@ def shapes_suffice(name: str, tensors: list[Tensor]) -> bool:
     return name in _SHAPES_SUFFICE and not masks
 
 
-def output_without_values(layer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return a tensor in place of the output of a convolution or a linear layer; None if it must be computed."""
-    known = type(layer) is nn.Linear or type(layer) in _CONVOLUTIONS
-    if not known or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+def function_of(layer: Any, x: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    """Return the function that a layer calls with ``x``, by its name, and the arguments; None if that is not known.
+
+    Raises:
+        ValueError: a batch norm gets other channels than its own.
+    """
+    name = _FUNCTION_OF.get(type(layer))
+    if name is None or type(x) is not Tensor or layer._forward_hooks or layer._forward_pre_hooks:
         return None
-    if torch.is_autocast_enabled(args[0].device.type):
+    if name in COSTLY:
+        weight = layer._parameters.get("weight")
+        if weight is None or getattr(layer, "padding_mode", "zeros") != "zeros":
+            return None
+        geometry = () if name == "linear" else (None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return name, (x, weight, *geometry), {}
+    if name != "batch_norm":
+        return name, (x,), {"inplace": getattr(layer, "inplace", False)}
+    if layer.training or not layer.track_running_stats:
         return None
-    x, weight = args[0], layer._parameters.get("weight")
-    if weight is None or layer._forward_pre_hooks or layer._forward_hooks or not _is_plain(x, weight):
-        return None
-    shape: tuple[int, ...]
-    if type(layer) is nn.Linear:
-        if not x.dim() or x.shape[-1] != weight.shape[1]:
-            return None
-        shape = (*x.shape[:-1], weight.shape[0])
-    else:
-        fits = x.dim() == weight.dim() == _CONVOLUTIONS[type(layer)] and x.shape[1] == weight.shape[1] * layer.groups
-        if not fits or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return None
-        geometry = zip(x.shape[2:], weight.shape[2:], layer.stride, layer.padding, layer.dilation, strict=True)
-        sizes = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in geometry]
-        if min(sizes) < 1:
-            return None
-        shape = (x.shape[0], weight.shape[0], *sizes)
-    return x.new_empty(shape)
+    layer._check_input_dim(x)
+    if x.shape[1] != layer.num_features:
+        raise ValueError(f"a batch norm of {layer.num_features} channels gets {x.shape[1]}")
+    return name, (x, layer.running_mean, layer.running_var), {}
 
 
-def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return a tensor in place of what an elementwise function or layer returns for arguments; None for others."""
+def output_without_values(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a tensor in place of what a function returns for arguments; None if it must be computed."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.is_contiguous() or not x.dim():
+    if type(x) is not Tensor or not x.is_floating_point() or x.layout is not torch.strided or not x.is_contiguous():
         return None
-    if _under_autocast(x) or x.layout is not torch.strided or x.requires_grad:
-        return None
-    if layer is not None:
-        if kwargs or len(args) != 1 or layer._forward_hooks or layer._forward_pre_hooks:
-            return None
-        if type(layer) in _NORMS and layer.track_running_stats and not layer.training:
-            return _normalized(layer, x)
-        if type(layer) in _ELEMENTWISE:
-            return _as_written(x) if getattr(layer, "inplace", False) else torch.empty_like(x)
+    if not x.numel() or not x.dim() or x.requires_grad or _under_autocast(x):
         return None
     if name in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
         return _as_written(x) if kwargs.get("inplace") else torch.empty_like(x)
@@ -106,9 +114,56 @@ def elementwise_without_values(name: str, layer: Any, args: Sequence[Any], kwarg
         mean_and_variance = [*args[1:3], *(kwargs[key] for key in ("running_mean", "running_var") if key in kwargs)]
         fit = all(isinstance(one, Tensor) and one.shape == x.shape[1:2] for one in mean_and_variance)
         return torch.empty_like(x) if fit and len(mean_and_variance) == 2 else None
-    if name in _ARITHMETIC | _ARITHMETIC_IN_PLACE and len(args) == 2 and not kwargs:
-        return _arithmetic(name in _ARITHMETIC_IN_PLACE, x, args[1])
-    return None
+    if name in _ARITHMETIC and len(args) == 2 and not kwargs:
+        return _arithmetic(name.startswith("i"), x, args[1])
+    find: Callable[..., Sequence[int] | None] | None = _SHAPES.get(name)
+    try:
+        shape = None if find is None else find(x, *args[1:], **kwargs)
+    except TypeError:  # arguments of another form of the function
+        return None
+    return None if shape is None else x.new_empty(shape)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Sequence[int] | None:
+    axes = weight.dim() - 2
+    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * groups or not _is_like(x, weight):
+        return None
+    if isinstance(padding, str):
+        return None
+    geometry = (numbers(value, axes) for value in (stride, padding, dilation))
+    steps = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
+    sizes = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in steps]
+    return (x.shape[0], weight.shape[0], *sizes) if min(sizes) > 0 else None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Sequence[int] | None:
+    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and _is_like(x, weight)
+    return (*x.shape[:-1], weight.shape[0]) if fits else None
+
+
+def _padded(x: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Sequence[int] | None:
+    sizes = list(x.shape)
+    if mode != "constant" or len(pad) > 2 * len(sizes):
+        return None
+    for place, side in enumerate(pad):
+        sizes[-1 - place // 2] += side
+    return sizes if min(sizes) > 0 else None
+
+
+def _averaged(x: Tensor, dim: Any = None, keepdim: bool = False) -> Sequence[int] | None:
+    dims = {place % x.dim() for place in ((dim,) if isinstance(dim, int) else dim or ())}
+    kept = [1 if place in dims else size for place, size in enumerate(x.shape) if keepdim or place not in dims]
+    return kept if dims else None
+
+
+_SHAPES: dict[str, Callable[..., Sequence[int] | None]] = {
+    **dict.fromkeys(_CONVOLUTIONS, _convolved),
+    "linear": _linear,
+    "pad": _padded,
+    "mean": _averaged,
+}
 
 
 def _under_autocast(x: Tensor) -> bool:
@@ -119,10 +174,8 @@ def _under_autocast(x: Tensor) -> bool:
 def _arithmetic(in_place: bool, x: Tensor, y: Any) -> Tensor | None:
     """Return a tensor in place of a sum or product that has the shape of its first operand."""
     if isinstance(y, Tensor):
-        if y.dtype is not x.dtype or y.device != x.device or y.requires_grad or not y.is_contiguous():
-            return None
         sides = zip(reversed(x.shape), reversed(y.shape), strict=False)
-        if y.dim() > x.dim() or any(size not in (1, full) for full, size in sides):
+        if y.requires_grad or not _is_like(x, y) or y.dim() > x.dim() or any(n not in (1, full) for full, n in sides):
             return None
     elif type(y) not in (int, float, bool):
         return None
@@ -135,21 +188,6 @@ def _as_written(x: Tensor) -> Tensor:
     return x
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether the output has the dtype, device and memory format of both."""
-    same = x.dtype is weight.dtype and x.device == weight.device
-    return same and x.layout is torch.strided and x.is_contiguous() and weight.is_contiguous() and x.numel() > 0
-
-
-def meta_shortcut(layer: Any) -> Callable[..., Any] | None:
-    """Return what gives the shape of a frequent layer whose meta kernel is slow, as it is written in Python."""
-    if type(layer) in _NORMS and layer.track_running_stats:
-        return partial(_normalized, layer)
-    return torch.empty_like if type(layer) in _ELEMENTWISE and not getattr(layer, "inplace", False) else None
-
-
-def _normalized(norm: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-    norm._check_input_dim(input)
-    if input.shape[1] != norm.num_features:
-        raise ValueError(f"a batch norm of {norm.num_features} channels gets {input.shape[1]}")
-    return torch.empty_like(input)
+def _is_like(x: Tensor, other: Tensor) -> bool:
+    """Whether two operands have one dtype, device and memory format, which are those of the result."""
+    return x.dtype is other.dtype and x.device == other.device and other.is_contiguous()

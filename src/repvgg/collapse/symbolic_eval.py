@@ -1,6 +1,6 @@
-"""Evaluate the nodes of an recording graph: on symbols, on real tensors, or on meta tensors for their shapes.
+"""Evaluate the nodes of a recording on symbols: the core of the collapse.
 
-:class:`SymbolicValues` is the core of the collapse. It assigns to every node the earlier node that it is a linear
+:class:`SymbolicValues` assigns to every node the earlier node that it is a linear
 function of, and that function; a maximal linear region is then a node whose users are not part of it.
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,6 @@ from repvgg.symbolic import (
     SymbolicTensor,
 )
 
-Shapes: TypeAlias = Mapping[fx.Node, Sequence[int]]
-
 _ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "neg", "iadd", "isub", "imul", "itruediv", "multiply", "divide"}
 _TAKE_IMAGES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED_RANKS = {nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5}
@@ -50,23 +47,6 @@ def _converts(node: fx.Node) -> bool:
     return node.op != "call_module" and getattr(node.target, "__name__", node.target) in _ARITHMETIC
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is known about a graph before it is evaluated, and what may merge.
-
-    Attributes:
-        opaque: nodes that must stay, with the reason.
-        merge_branches: whether branches may merge, or only chains.
-        shapes: shapes of all floating-point tensors.
-        fixed_sizes: whether costs are those at ``shapes``, borders included.
-    """
-
-    opaque: Mapping[fx.Node, str]
-    merge_branches: bool
-    shapes: Shapes
-    fixed_sizes: bool = False
-
-
 class SymbolicValues:
     """All nodes of a graph that are linear functions of another node.
 
@@ -76,13 +56,16 @@ class SymbolicValues:
     Args:
         recording: the graph.
         aliasing: which nodes share memory.
-        options: see :class:`EvaluationOptions`.
+        opaque: nodes that must stay, with the reason.
+        merge_branches: whether branches may merge, or only chains.
+        fixed_sizes: whether costs are those at the recorded sizes, borders included.
         cuts: nodes at which regions must start.
 
     Attributes:
         recording: the graph.
         by_node: the values.
         by_source: the nodes that are functions of a node.
+        shapes: the shapes of all floating-point tensors.
         constants: the values of nodes that depend on no input, on the meta device.
         cuts: nodes at which regions must start.
         order: the position of each node in execution order.
@@ -91,20 +74,31 @@ class SymbolicValues:
     """
 
     def __init__(
-        self, recording: Recording, aliasing: AliasAnalysis, options: EvaluationOptions, cuts: Collection[fx.Node] = ()
+        self,
+        recording: Recording,
+        aliasing: AliasAnalysis,
+        opaque: Mapping[fx.Node, str],
+        merge_branches: bool = True,
+        fixed_sizes: bool = False,
+        cuts: Collection[fx.Node] = (),
     ) -> None:
         self.by_node: dict[fx.Node, Value] = {}
         self.by_source: dict[fx.Node, set[fx.Node]] = {}
         self.cuts = set(cuts)
         self._modules = {target: recording.module.get_submodule(target) for _, target in recording.calls()}
-        opaque = options.opaque
         self.reasons = dict(opaque)
         self.reasons |= dict.fromkeys(aliasing.unsafe_writes, "it modifies in place a tensor that is read again")
         self.fixed = frozenset(self.reasons)
-        self.recording, self._aliasing, self._options = recording, aliasing, options
+        self.recording, self._aliasing = recording, aliasing
+        self._merge_branches, self._fixed_sizes = merge_branches, fixed_sizes
         self._evaluator = Evaluator(recording, lambda tensor: meta_tensor(tensor.shape))
         self._nodes = list(recording.graph.nodes)
         self.order = {node: position for position, node in enumerate(self._nodes)}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {
+            node: node.meta["shape"]
+            for node in self._nodes
+            if "shape" in node.meta and node.meta["dtype"].is_floating_point
+        }
         self.constants: dict[fx.Node, Any] = {}
         self._specs: dict[fx.Node, list[InputSpec]] = {}
         self._starts: dict[tuple[fx.Node, InputSpec], Value] = {}
@@ -164,7 +158,7 @@ class SymbolicValues:
 
     def _constant(self, node: fx.Node) -> Any:
         """Return the value of a node that depends on no input, on the meta device."""
-        shape = self._options.shapes.get(node)
+        shape = self.shapes.get(node)
         if shape is not None and is_constant(node):  # not every function runs on meta tensors
             return meta_tensor(shape)
         return self._evaluator.run(node, self.constants.__getitem__)
@@ -174,7 +168,7 @@ class SymbolicValues:
 
         Raises ReparamError if there is none.
         """
-        if node not in self._options.shapes:
+        if node not in self.shapes:
             raise NotLinearError("its output is not one tensor")
         errors: list[ReparamError] = []
         for start in self._possible_starts(inputs, errors):
@@ -231,15 +225,10 @@ class SymbolicValues:
         # A kernel that is larger than what it is made of stays as it is.
         return bool(computed) and sum(self.constants[n].numel() for n in computed) <= before
 
-    @property
-    def shapes(self) -> Shapes:
-        """The shapes of all floating-point tensors."""
-        return self._options.shapes
-
     def alone(self, node: fx.Node) -> Value | None:
         """Return a node by itself as a function of its only argument; None if it is no linear one."""
         inputs = [n for n in node.all_input_nodes if n not in self.constants]
-        if len(inputs) != 1 or node not in self._options.shapes:
+        if len(inputs) != 1 or node not in self.shapes:
             return None
         try:
             specs = self._possible_specs(inputs[0])
@@ -282,12 +271,12 @@ class SymbolicValues:
     def _start(self, node: fx.Node, spec: InputSpec) -> Value:
         """Return the node as the source of a region."""
         if (node, spec) not in self._starts:
-            source = Source(self._options.merge_branches)
+            source = Source(self._merge_branches)
             symbol = SymbolicTensor.of(source, spec.channels, device="meta", layout=spec.layout)
-            source.shape = tuple(self._options.shapes[node]) if node in self._options.shapes else None
+            source.shape = self.shapes.get(node)
             # Rows have no borders, so their cost per row is exact without sizes.
-            if self._options.fixed_sizes and node in self._options.shapes and not spec.layout.rows:
-                source.sizes = tuple(self._options.shapes[node][2:])
+            if self._fixed_sizes and source.shape is not None and not spec.layout.rows:
+                source.sizes = source.shape[2:]
             self._starts[node, spec] = Value(node, symbol)
         return self._starts[node, spec]
 
@@ -303,7 +292,7 @@ class SymbolicValues:
     def _find_specs(self, node: fx.Node) -> list[InputSpec]:
         known = self.by_node[node].symbol if node in self.by_node else None
         specs = [] if known is None else [InputSpec(known.map.out_channels, known.layout)]
-        shape = self._options.shapes.get(node)
+        shape = self.shapes.get(node)
         if shape is None:
             raise NotLinearError("one of its arguments is no floating-point tensor")
         possible = [InputSpec(shape[-1 if layout.rows else 1], layout) for layout in _possible_layouts(shape)]
@@ -314,12 +303,12 @@ class SymbolicValues:
 
     def _is_read_as_rows(self, node: fx.Node, depth: int = 4) -> bool:
         """Whether a linear layer reads the tensor of a node, perhaps after functions that keep its shape."""
-        shape = self._options.shapes.get(node)
+        shape = self.shapes.get(node)
         for user in node.users:
             function = type(self._modules[str(user.target)]) if user.op == "call_module" else user.target
             if function in (nn.Linear, F.linear):
                 return True
-            keeps_shape = function not in _TAKE_IMAGES and self._options.shapes.get(user) == shape
+            keeps_shape = function not in _TAKE_IMAGES and self.shapes.get(user) == shape
             if depth and keeps_shape and self._is_read_as_rows(user, depth - 1):
                 return True
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from repvgg.collapse.guard import CallGuard
 from repvgg.collapse.modules import path_below
 from repvgg.collapse.recording import Decision, Frame, Recording
 from repvgg.collapse.settings import Setting, export_setting
-from repvgg.collapse.variants import Variants, find_variants
+from repvgg.collapse.variants import Variants, appearance, find_variants
 
 
 class Validity:
@@ -39,6 +39,7 @@ class Validity:
             self.frames[frame.path].append(frame)
         self.guards: dict[str, CallGuard] = {}
         self._variants: dict[str, Variants] = {}
+        self._variants_of: dict[Hashable, Variants] = {}
 
     @cached_property
     def _similar(self) -> tuple[Recording | None, bool]:
@@ -65,7 +66,12 @@ class Validity:
     def variants(self, path: str) -> Variants:
         """Return the other branches that the forward of a module may take."""
         if path not in self._variants:
-            self._variants[path] = find_variants(self.recording, self.frames[path][0])
+            frame = self.frames[path][0]
+            alike = appearance(self.recording, frame)  # the blocks of a stage are
+            found = self._variants_of.get(alike) or find_variants(self.recording, frame)
+            if not found.read_values:
+                self._variants_of[alike] = found
+            self._variants[path] = found
         return self._variants[path]
 
     def why_unsafe(self, path: str, differs: Callable[[Recording], bool], text: str) -> str | None:

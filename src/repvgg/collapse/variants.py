@@ -11,10 +11,11 @@ import inspect
 import math
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,91 +49,150 @@ class Variants:
         unknown: why there may be others, a clause about the forward; None if all are known.
         settings: attributes and variables that the code reads, each with a recording with a boolean attribute negated;
             None for any other one that may select what is computed.
+        read_values: whether a run computed with elements of tensors, and so may not show what another module does
+            that only differs in these.
     """
 
-    recordings: tuple[Recording, ...] = ()
-    unknown: str | None = None
-    settings: tuple[tuple[Setting, Recording | None], ...] = ()
+    recordings: tuple[Recording, ...]
+    unknown: str | None
+    settings: tuple[tuple[Setting, Recording | None], ...]
+    read_values: bool
 
 
 def find_variants(recording: Recording, frame: Frame) -> Variants:
     """Record the other branches that the code of a frame may take."""
-    module = recording.module.get_submodule(frame.path)
-    settings = tuple(_setting_variants(recording, frame, module))
-    lost = next((decision for decision in frame.decisions if not decision.known), None)
-    if lost is not None:
-        return Variants((), f"turns a tensor into a number ({lost.where})", settings)
-    facts = code_facts(module)
-    if facts.reads_rest:
-        return Variants((), "takes any number of arguments", settings)
-    calls = list(calls_of(recording, frame, module))
-    nested = _nested_calls(calls[0]) if "isinstance" in facts.names else []
-    if not nested and not frame.decisions and len(calls) == 1:
-        return Variants(settings=settings)
-    if facts.inspects_objects and any(map(_has_unknown, calls)):
-        # The object that stands for unknown values is none of those that the code asks for.
-        return Variants((), "takes optional arguments and may ask which object they are", settings)
-    found: list[Recording] = []
-    waiting = deque[tuple[Call, list[bool]]]((call, []) for call in (*nested, *calls))
-    runs = 0
-    while waiting:
-        # The earliest decisions first: each that goes the other way adds all that follow it, and each is one more run.
-        if runs + len(waiting) > _MAX_RUNS:
-            return Variants(tuple(found), "has too many branches to try them all", settings)
-        call, forced = waiting.popleft()
-        runs += 1
+    return _Trials(recording, frame).variants()
+
+
+class _Trials:
+    """Recordings of other calls of the module that a frame is a call of."""
+
+    def __init__(self, recording: Recording, frame: Frame) -> None:
+        self.recording, self.frame = recording, frame
+        self.module = recording.module.get_submodule(frame.path)
+        self.read_values = False
+
+    def variants(self) -> Variants:
+        settings = tuple(self._settings())
+        found, unknown = self._branches()
+        return Variants(tuple(found), unknown, settings, self.read_values)
+
+    def _record(self, call: Call, **options: Any) -> Recording:
         try:
-            variant = record(module, call, forced=forced, on_meta=recording.on_meta)
+            found = record(self.module, call, on_meta=self.recording.on_meta, **options)
         except Exception as error:
-            if call in nested:  # most forwards do not take such a structure
+            self.read_values = self.read_values or getattr(error, "read_values", True)
+            raise
+        self.read_values = self.read_values or found.read_values
+        return found
+
+    def _branches(self) -> tuple[list[Recording], str | None]:
+        """Return the recordings of other branches, and why there may be more."""
+        frame, found = self.frame, list[Recording]()
+        lost = next((decision for decision in frame.decisions if not decision.known), None)
+        if lost is not None:
+            return found, f"turns a tensor into a number ({lost.where})"
+        facts = code_facts(self.module)
+        if facts.reads_rest:
+            return found, "takes any number of arguments"
+        calls = list(_calls_of(frame, self.module))
+        nested = _nested_calls(calls[0]) if "isinstance" in facts.names else []
+        if not nested and not frame.decisions and len(calls) == 1:
+            return found, None
+        if facts.inspects_objects and any(map(_has_unknown, calls)):
+            # The object that stands for unknown values is none of those that the code asks for.
+            return found, "takes optional arguments and may ask which object they are"
+        waiting = deque[tuple[Call, list[bool]]]((call, []) for call in (*nested, *calls))
+        runs = 0
+        while waiting:
+            # The earliest decisions first: each that goes the other way adds all that follow it, and each is one run.
+            if runs + len(waiting) > _MAX_RUNS:
+                return found, "has too many branches to try them all"
+            call, forced = waiting.popleft()
+            runs += 1
+            try:
+                variant = self._record(call, forced=forced)
+            except Exception as error:
+                if call in nested:  # most forwards do not take such a structure
+                    continue
+                if not _is_refusal(error):
+                    return found, _reason(frame, call, error)
+                outcomes = getattr(error, "decisions", [])
+            else:
+                found.append(variant)
+                outcomes = variant.decisions
+            if any(not decision.known for decision in outcomes):
+                return found, "turns a tensor into a number"
+            for place in range(len(forced), len(outcomes)):
+                before = [decision.outcome for decision in outcomes[:place]]
+                waiting.append((call, [*before, not outcomes[place].outcome]))
+        return found, None
+
+    def _settings(self) -> Iterator[tuple[Setting, Recording | None]]:
+        """Yield what the code reads and may branch on; see :class:`Variants`."""
+        settings = settings_read(self.module)
+        yield from ((setting, None) for setting in settings if not setting.is_attribute)
+        attributes = [setting for setting in settings if setting.is_attribute]
+        if not attributes:
+            return
+        call = recorded_call(self.frame)
+        unknown = [setting for setting in attributes if not isinstance(setting.value, bool)]
+        for flag in (setting for setting in attributes if setting not in unknown):
+            try:
+                yield flag, self._record(call, attributes={flag.name: not flag.value})
+            except Exception:  # the module was not built for it
                 continue
-            if not _is_refusal(error):
-                return Variants(tuple(found), _reason(frame, call, error), settings)
-            outcomes = getattr(error, "decisions", [])
-        else:
-            found.append(variant)
-            outcomes = variant.decisions
-        if any(not decision.known for decision in outcomes):
-            return Variants(tuple(found), "turns a tensor into a number", settings)
-        for place in range(len(forced), len(outcomes)):
-            before = [decision.outcome for decision in outcomes[:place]]
-            waiting.append((call, [*before, not outcomes[place].outcome]))
-    return Variants(tuple(found), None, settings)
+        if unknown and self._may_select(call, unknown):
+            yield from ((setting, None) for setting in unknown)
 
-
-def _setting_variants(
-    recording: Recording, frame: Frame, module: nn.Module
-) -> Iterator[tuple[Setting, Recording | None]]:
-    """Yield what the code of a module reads and may branch on; see :class:`Variants`."""
-    settings = settings_read(module)
-    yield from ((setting, None) for setting in settings if not setting.is_attribute)
-    attributes = [setting for setting in settings if setting.is_attribute]
-    if not attributes:
-        return
-    call = next(calls_of(recording, frame, module))
-    unknown = [setting for setting in attributes if not isinstance(setting.value, bool)]
-    for flag in (setting for setting in attributes if setting not in unknown):
+    def _may_select(self, call: Call, settings: list[Setting]) -> bool:
+        """Whether the code may branch on one of the module's attributes, which are tried together."""
+        values = {setting.name: UNKNOWN for setting in settings}
         try:
-            yield flag, record(module, call, attributes={flag.name: not flag.value}, on_meta=recording.on_meta)
-        except Exception:  # the module was not built for it
-            continue
-    if unknown and _may_select(recording, module, call, unknown):
-        yield from ((setting, None) for setting in unknown)
+            found = self._record(call, attributes=values, stop_at_unknown=True)
+            decisions: Sequence[Decision] = found.decisions
+        except Exception as error:
+            # Numbers are computed with, as parameters are.
+            are_numbers = all(isinstance(setting.value, (int, float)) for setting in settings)
+            if isinstance(error, UnknownValueError) or not (are_numbers or _is_refusal(error)):
+                return True
+            decisions = getattr(error, "decisions", ())
+        return any(decision.unknown for decision in decisions)
 
 
-def _may_select(recording: Recording, module: nn.Module, call: Call, settings: list[Setting]) -> bool:
-    """Whether the code of a module may branch on one of its attributes, which are tried together."""
-    values = {setting.name: UNKNOWN for setting in settings}
-    try:
-        found = record(module, call, attributes=values, on_meta=recording.on_meta, stop_at_unknown=True)
-        decisions: Sequence[Decision] = found.decisions
-    except Exception as error:
-        # Numbers are computed with, as parameters are.
-        are_numbers = all(isinstance(setting.value, (int, float)) for setting in settings)
-        if isinstance(error, UnknownValueError) or not (are_numbers or _is_refusal(error)):
-            return True
-        decisions = getattr(error, "decisions", ())
-    return any(decision.unknown for decision in decisions)
+def appearance(recording: Recording, frame: Frame) -> Hashable:
+    """Return what code can see of the module and the arguments of a frame, apart from the elements of tensors.
+
+    Where it is equal, the code of two modules does the same, unless that depends on elements.
+    """
+    parts = list(recording.module.get_submodule(frame.path).modules())
+    places = {id(part): place for place, part in enumerate(parts)}
+    own = [(type(part), _appearance_of(vars(part), places)) for part in parts]
+    return (*own, _appearance_of((frame.args, frame.kwargs, frame.decisions), places))
+
+
+def _appearance_of(value: Any, places: dict[int, int]) -> Hashable:
+    """Return the appearance of a value; ``places`` numbers the modules inside, and all tensors in order."""
+    kind = type(value)
+    if isinstance(value, (Tensor, fx.Node)):
+        like = _value_of(value)
+        if not isinstance(like, Tensor):
+            return kind, like
+        stride = like.stride() if like.layout is torch.strided else None
+        facts = (like.shape, like.dtype, like.device, like.requires_grad, like.layout, stride)
+        return kind, places.setdefault(id(value), len(places)), facts
+    if isinstance(value, nn.Module):
+        return kind, places.get(id(value), -id(value))
+    if isinstance(value, MethodType):
+        return kind, value.__func__, _appearance_of(value.__self__, places)
+    if isinstance(value, dict):
+        return kind, tuple(value), tuple([_appearance_of(item, places) for item in value.values()])
+    if isinstance(value, (list, tuple)):
+        return kind, tuple([_appearance_of(item, places) for item in value])
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(value)
+    is_data = isinstance(value, (int, float, str, type(None), torch.device, Enum, Decision))
+    return kind, value if is_data else id(value)
 
 
 def _reason(frame: Frame, call: Call, error: Exception) -> str:
@@ -150,10 +210,16 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, AssertionError) or (last.line or "").lstrip().startswith("raise ")
 
 
-def calls_of(recording: Recording, frame: Frame, module: nn.Module) -> Iterator[Call]:
+def recorded_call(frame: Frame) -> Call:
+    """Return a call like the recorded one of a frame: with tensors without values, and the recorded numbers."""
+    return Call(*map_values(_value_of, (frame.args, frame.kwargs)))
+
+
+def _calls_of(frame: Frame, module: nn.Module) -> Iterator[Call]:
     """Yield the recorded call of a frame, and calls with other values of its optional arguments."""
-    args, kwargs = map_values(_value_of, (frame.args, frame.kwargs))
-    yield Call(args, kwargs)
+    call = recorded_call(frame)
+    args, kwargs = call.args, call.kwargs
+    yield call
     signature = signature_of(module)
     if signature is None:
         return

@@ -12,7 +12,6 @@ from repvgg.symbolic.trace import (
     check_eval_mode,
     equivalent_conv,
     first_float,
-    run,
     trace,
     unchanged_by_call,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "equivalent_conv",
     "first_float",
     "guarded",
-    "run",
     "shadow_of",
     "things_in",
     "trace",

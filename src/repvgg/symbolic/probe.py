@@ -64,8 +64,6 @@ class ChannelProbe(SymbolicTensor):
     number of axes, or slices some of them, gets a guess, and is run again for every other guess.
 
     Attributes:
-        certain: whether arithmetic raises as well. It may broadcast one channel to many, or integers to real numbers:
-            what follows then does not determine the input.
         known: whether the layout was given, or determined by a function.
         guessed: whether the forward relied on a layout that was not known.
         refuted: whether a function contradicts the guess.
@@ -73,9 +71,8 @@ class ChannelProbe(SymbolicTensor):
         input: the probe of the input, which this one is, or was rearranged from.
     """
 
-    def __init__(self, certain: bool = False, layout: Layout = IMAGES, *, known: bool = False) -> None:
+    def __init__(self, layout: Layout = IMAGES, *, known: bool = False) -> None:
         super().__init__(Source(), ConvMap.identity(1, device="meta", spatial=layout.spatial), layout)
-        self.certain = certain
         self.known = known
         self.guessed = self.refuted = False
         self.channels: int | None = None
@@ -106,12 +103,9 @@ class ChannelProbe(SymbolicTensor):
         if handler in _REARRANGE:
             return probe.rearranged(handler, args, kwargs)
         # Assume no broadcasting; a wrong number of channels fails at the convolution, with an error.
-        if handler in _MAY_BROADCAST and not probe.certain:
+        if handler in _MAY_BROADCAST:
             return probe
-        name = getattr(func, "__name__", func)
-        if handler is None and probe.certain:
-            raise NotLinearError(f"{name} is not a linear, shift-invariant map")
-        raise NotLinearError(f"the number of input channels is not known before {name}")
+        raise NotLinearError(f"the number of input channels is not known before {getattr(func, '__name__', func)}")
 
     def infer_from_kernel(self, weight: Any, handler: Callable[..., Any], groups: int | None) -> None:
         """Take channels and layout from the kernel of a convolution or a linear layer."""
@@ -215,13 +209,12 @@ def guarded(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def channels_of(
-    forward: Callable[[Any], Any], *, certain: bool = False, channels: int | None = None, layout: Layout | None = None
+    forward: Callable[[Any], Any], *, channels: int | None = None, layout: Layout | None = None
 ) -> InputSpec:
-    """Return channels and layout of the input that ``forward`` expects; if ``certain``, the only possible ones.
+    """Return channels and layout of the input that ``forward`` expects.
 
     Args:
         forward: called with a probe, more than once where it depends on the number of axes.
-        certain: see :class:`ChannelProbe`.
         channels: if they are known; if then nothing determines the layout, it is that of images.
         layout: if it is known.
 
@@ -233,7 +226,7 @@ def channels_of(
     normalizes = False
     # One run is enough unless the forward branches on the rank; images come first, as by far the most common.
     for guess in (layout,) if layout else _GUESSES:
-        probe = ChannelProbe(certain, guess, known=layout is not None)
+        probe = ChannelProbe(guess, known=layout is not None)
         answer = _ask(forward, probe, channels, errors)
         # A forward for several ranks is taken to be for images.
         if answer and (guess == IMAGES or not probe.guessed):

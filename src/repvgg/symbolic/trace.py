@@ -101,47 +101,21 @@ def trace(
     check_model(module, "trace")
     check_eval_mode(module)
     device = algebra_device(first_float(module))
-    result = run(module, Source(), in_channels, dtype=dtype, device=device, layout=layout)
-    if not isinstance(result, SymbolicTensor):
-        raise NotLinearError(f"the output is a {type(result).__name__}, not one tensor")
-    return result.map
-
-
-def run(
-    module: nn.Module,
-    source: Source,
-    in_channels: int | None = None,
-    *,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str | None = None,
-    strict: bool = False,
-    layout: Layout | None = None,
-) -> Any:
-    """Return the output of ``module`` in eval mode on ``source``, its tensors converted to ``dtype`` on ``device``.
-
-    The number of channels and the layout are inferred unless they are given. If ``strict``, they must be unambiguous,
-    and the module must not modify its own state. On the meta device the result has geometry and costs but no values.
-    See :func:`trace` for the errors.
-    """
     # Kernels are not converted here; the algebra converts them once they are multiplied out.
     shadow = shadow_of(
-        module,
-        lambda tensor: tensor.to(device=device, dtype=dtype),
-        keep_kernels=True,
-        training=False,
-        compute_weights=True,
+        module, lambda x: x.to(device=device, dtype=dtype), keep_kernels=True, training=False, compute_weights=True
     )
     # Even if one of them is given, the other must be inferred in agreement with it.
     if in_channels is None or layout is None:
-        in_channels, layout = channels_of(shadow, certain=strict, channels=in_channels, layout=layout)
-    call = unchanged_by_call if strict else guarded
-    result = call(shadow, SymbolicTensor.of(source, in_channels, dtype, device, layout))
-    if isinstance(result, SymbolicTensor):
-        if (error := result.why_unreadable()) is not None:
-            raise error
-        if not result.has_axes_of_source:
-            raise NotLinearError("the axes of its output are not those of its input")
-    return result
+        in_channels, layout = channels_of(shadow, channels=in_channels, layout=layout)
+    result = guarded(shadow, SymbolicTensor.of(Source(), in_channels, dtype, device, layout))
+    if not isinstance(result, SymbolicTensor):
+        raise NotLinearError(f"the output is a {type(result).__name__}, not one tensor")
+    if (error := result.why_unreadable()) is not None:
+        raise error
+    if not result.has_axes_of_source:
+        raise NotLinearError("the axes of its output are not those of its input")
+    return result.map
 
 
 def equivalent_conv(module: nn.Module, in_channels: int | None = None, layout: Layout | None = None) -> EquivalentConv:
