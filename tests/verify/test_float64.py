@@ -223,3 +223,29 @@ def test_large_kernels_are_converted_in_parts(layer, shape, monkeypatch):
     monkeypatch.setattr(float64, "_NUMBERS_PER_PART", 8)
     with Float64Mode(torch.float32):
         torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("function", "shape", "kernel", "geometry"),
+    [
+        (F.conv1d, (2, 4, 9), (4, 1, 3), (2, 1)),
+        (F.conv2d, (2, 4, 9, 11), (4, 1, 3, 5), (1, (1, 2))),
+        (F.conv2d, (1, 4, 12, 10), (4, 1, 3, 2), ((2, 3), (0, 4), (3, 2))),
+        (F.conv3d, (1, 4, 5, 6, 7), (4, 1, 1, 2, 3), (1, [0], 2)),
+    ],
+)
+def test_depthwise_convolutions_are_sums_over_their_taps(function, shape, kernel, geometry, dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    weight, bias = torch.randn(kernel, generator=g).to(dtype), torch.randn(4, generator=g).to(dtype)
+    stride, padding, dilation = (*geometry, 1)[:3]
+    arguments = (stride, padding, dilation, 4)
+    expected = function(x, weight.double(), bias.double(), *arguments)
+    with Float64Mode(dtype) as mode:
+        found = function(x, weight, bias, *arguments)
+    assert mode._depthwise(x, weight, bias, *arguments) is not None
+    # Sums of at most 15 products of numbers below 6.
+    torch.testing.assert_close(found, expected, rtol=0, atol=16 * 36 * 16 * torch.finfo(torch.float64).eps)
+    for other in (("same",), (0, 1, 2)):  # PyTorch computes these
+        assert mode._depthwise(x, weight, bias, 1, *other) is None

@@ -98,7 +98,7 @@ def function_in(value: Any) -> FunctionType | None:
 
 
 def reachable_code(functions: Mapping[str, FunctionType], start: str) -> Iterator[tuple[str, CodeType]]:
-    """Yield the code of a method and of those that it may call, with their names; that of ``forward`` only for itself."""
+    """Yield the code of a method and of those that it may call, with their names; ``forward`` only as the start."""
     todo, done = [start], {"forward"} - {start}
     while todo:
         name = todo.pop()

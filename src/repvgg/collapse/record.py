@@ -40,7 +40,7 @@ from repvgg.collapse.recording import (
     map_values,
     mark_constants,
 )
-from repvgg.collapse.shape_inference import COSTLY, function_of, output_without_values, shapes_suffice
+from repvgg.collapse.shape_inference import ARITHMETIC, COSTLY, function_of, output_without_values, shapes_suffice
 from repvgg.collapse.tracked import UNKNOWN, Unknown, UnknownValueError, untracked
 from repvgg.errors import ReparamError
 from repvgg.symbolic import assign_item, first_float
@@ -99,9 +99,9 @@ def record(
         with guard(), torch.inference_mode(False), torch.no_grad():
             try:
                 recording = recorder.run(call, attributes or {})
-            except UnknownValueError:  # no value of a tensor changes that
-                raise
-            except Exception:
+            except Exception as error:
+                if isinstance(error, UnknownValueError) or error is recorder.error_of_shapes:
+                    raise  # no value of a tensor changes that
                 if not (recorder.layers_left_out or builder.needs_values or recorder.writes_parameter):
                     raise
             else:
@@ -156,6 +156,7 @@ class _Recorder(TorchFunctionMode):
         self.watch_draws = watch_draws
         self.writes_parameter = self.has_drawn = self.layers_left_out = False
         self.failed_in = ""
+        self.error_of_shapes: Exception | None = None
         self.state_outside_pytorch = state_outside_pytorch()
 
     def run(self, call: Call, attributes: Mapping[str, Any]) -> Recording:
@@ -362,9 +363,12 @@ class _Recorder(TorchFunctionMode):
             result = None if self.values else self._left_out(op, name, func, given, args, kwargs)
             if result is None:
                 result = builder.without_recording(func, *args, **kwargs)
-        except NotImplementedError as error:
-            if self.on_meta:  # no kernel for meta tensors, or the shape of the result depends on elements
+        except Exception as error:
+            # No kernel for meta tensors, or the shape of the result depends on elements.
+            if self.on_meta and isinstance(error, NotImplementedError):
                 raise NeedsValuesError(str(error)) from error
+            if op == "call_function" and name in ARITHMETIC:
+                self.error_of_shapes = error
             raise
         node = builder.add(op, target, *given)
         # Meta tensors draw nothing, and a GPU has its own generator. Dropout of feature maps may stay in a new forward.

@@ -17,7 +17,8 @@ from repvgg.symbolic.handlers import numbers
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu"}
-_ARITHMETIC = {"add", "sub", "mul", "truediv", "iadd", "isub", "imul", "itruediv"}
+#: Functions that fail only for what their arguments are, whatever the values.
+ARITHMETIC = {"add", "sub", "mul", "truediv", "iadd", "isub", "imul", "itruediv"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FUNCTION_OF: dict[type, str] = {
     nn.Conv1d: "conv1d",
@@ -114,7 +115,7 @@ def output_without_values(name: str, args: Sequence[Any], kwargs: Mapping[str, A
         mean_and_variance = [*args[1:3], *(kwargs[key] for key in ("running_mean", "running_var") if key in kwargs)]
         fit = all(isinstance(one, Tensor) and one.shape == x.shape[1:2] for one in mean_and_variance)
         return torch.empty_like(x) if fit and len(mean_and_variance) == 2 else None
-    if name in _ARITHMETIC and len(args) == 2 and not kwargs:
+    if name in ARITHMETIC and len(args) == 2 and not kwargs:
         return _arithmetic(name.startswith("i"), x, args[1])
     find: Callable[..., Sequence[int] | None] | None = _SHAPES.get(name)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ class Float64Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _CASTS and func not in (Tensor.to, Tensor.type):
             return args[0].double()
-        if func in _KERNELS and not kwargs and (found := self._in_parts(func, *args)) is not None:
-            return found
+        if func in _KERNELS and not kwargs:
+            if (found := self._in_parts(func, *args)) is None and func is not F.linear:
+                found = self._depthwise(*args)
+            if found is not None:
+                return found
         # In-place functions convert to the dtype of their target themselves, which must stay the same tensor.
         written = args[0] if args and _is_in_place(func) else None
         args, kwargs = self._cast(args, written), self._cast(kwargs, None)
@@ -81,6 +85,41 @@ class Float64Mode(TorchFunctionMode):
             for kernel, own in zip(kernels, biases, strict=True)
         ]
         return torch.cat(outputs, 1 - weight.dim())
+
+    def _depthwise(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        """Compute a depthwise convolution as a sum over the taps of its kernel; return None for all others.
+
+        On a CPU, PyTorch computes that of float64 tensors one channel at a time, which takes most of a proof.
+        """
+        axes = weight.dim() - 2
+        is_depthwise = 1 < groups == len(weight) == x.shape[1] and weight.shape[1] == 1 and x.dim() == weight.dim()
+        if not is_depthwise or x.device.type != "cpu" or isinstance(padding, str):
+            return None
+        strides, paddings, dilations = (
+            tuple(value) * (axes // len(value)) if isinstance(value, (list, tuple)) else (value,) * axes
+            for value in (stride, padding, dilation)
+        )
+        x = F.pad(self._cast_tensor(x), [side for pad in reversed(paddings) for side in (pad, pad)])
+        reaches = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=True)]
+        stops = [size - reach for size, reach in zip(x.shape[2:], reaches, strict=True)]
+        if min(stops) < 1:
+            return None  # PyTorch says why
+        kernel, out = self._cast_tensor(weight), torch.zeros((), dtype=torch.float64)
+        for tap in product(*map(range, weight.shape[2:])):
+            starts = [step * place for step, place in zip(dilations, tap, strict=True)]
+            steps = zip(starts, stops, strides, strict=True)
+            part = x[(..., *(slice(start, start + stop, stride) for start, stop, stride in steps))]
+            out = out + part * kernel[(slice(None), 0, *tap)].view(-1, *(1,) * axes)
+        return out if bias is None else out + self._cast_tensor(bias).view(-1, *(1,) * axes)
 
     def _make_constant(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if kwargs.get("dtype") is None and torch.get_default_dtype() is not torch.float64:
