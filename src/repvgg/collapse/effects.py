@@ -20,7 +20,7 @@ from repvgg.collapse.modules import is_scripted, join
 from repvgg.collapse.recording import is_constant, leaves, map_values
 from repvgg.collapse.tracked import UNKNOWN
 from repvgg.symbolic import things_in
-from repvgg.symbolic.shadow import own_state
+from repvgg.symbolic.shadow import STANDARD, own_state
 
 
 class Effects:
@@ -137,7 +137,8 @@ class Effects:
         for path, part in self.copy.module.named_modules():
             if is_scripted(part):
                 continue
-            for value in things_in(v for key, v in vars(part).items() if key not in ("_modules", "forward")):
+            own = (value for name, value in vars(part).items() if name not in STANDARD and name != "forward")
+            for value in things_in((part._parameters, part._buffers, *own)):
                 node = self.builder.tensors.get(value)
                 if node is not None and not _is_of_model(node):
                     escaped[node] = f"its output is stored in an attribute of {path or 'the model'}"

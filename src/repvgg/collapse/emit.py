@@ -51,7 +51,7 @@ def emit(recording: Recording, path: str, inlined: Collection[str]) -> Emission:
         ReparamError: the recording does not show all that the forward does; the text is a clause about the forward.
     """
     emitter = _Emitter(recording, path, inlined)
-    frame = recording.first_call(path)
+    frame = recording.first_calls[path]
     emitter.bind_arguments(frame)
     emitter.copy(frame)
     emitter.graph.output(emitter.mapped(frame.output))

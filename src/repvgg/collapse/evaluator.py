@@ -52,7 +52,7 @@ class Evaluator:
 
         In float64, a rounding in the forward could fall the other way.
         """
-        value = _OwnValues(self, {})(node)
+        value = _Values(self, {}, own=True)(node)
         return self.convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def constant(self, node: fx.Node) -> Any:
@@ -70,43 +70,31 @@ class Evaluator:
 
 
 class _Values:
-    """The values of nodes, computed when they are asked for.
+    """The values of nodes, computed when they are asked for; ``own`` ones in the dtype of the model.
 
     This is no function inside another one: that would refer to itself, and its tensors would wait for the garbage
     collector.
     """
 
-    def __init__(self, evaluator: Evaluator, values: dict[fx.Node, Any]) -> None:
-        self.evaluator, self.values = evaluator, values
+    def __init__(self, evaluator: Evaluator, values: dict[fx.Node, Any], *, own: bool = False) -> None:
+        self.evaluator, self.values, self.own = evaluator, values, own
         self.is_symbolic = any(isinstance(value, SymbolicTensor) for value in values.values())
 
     def __call__(self, node: fx.Node) -> Any:
         if node not in self.values:
-            number = recorded_number(node)
-            if number is not None:
+            if (number := recorded_number(node)) is not None:
                 return number if self.is_symbolic else node.meta["value"]
             self.values[node] = self.compute(node)
         return self.values[node]
 
     def compute(self, node: fx.Node) -> Any:
+        evaluator = self.evaluator
         if node.op == "get_attr":
-            return self.evaluator.constant(node)
-        return self.evaluator.computed(node) if is_constant(node) else self.evaluator.run(node, self)
-
-
-class _OwnValues(_Values):
-    """Values in the dtype of the model."""
-
-    def __call__(self, node: fx.Node) -> Any:
-        if node not in self.values:
-            self.values[node] = self.compute(node)
-        return self.values[node]
-
-    def compute(self, node: fx.Node) -> Any:
-        if node.op != "get_attr":
-            return self.evaluator.run(node, self)
-        value = self.evaluator.recording.constant(node)
-        return value.detach().clone() if isinstance(value, Tensor) else value  # the forward may write to it
+            if not self.own:
+                return evaluator.constant(node)
+            value = evaluator.recording.constant(node)
+            return value.detach().clone() if isinstance(value, Tensor) else value  # the forward may write to it
+        return evaluator.computed(node) if is_constant(node) and not self.own else evaluator.run(node, self)
 
 
 def recorded_number(node: fx.Node) -> Any:

@@ -164,9 +164,9 @@ class GraphBuilder:
         finally:
             self.paused = paused
 
-    def require_values(self, given: Any = None) -> None:
-        """Stop a run without values if something depends on them: other than the constants ``given``."""
-        if self.left_out and not (given and are_constants(given)):
+    def require_values(self, of_constants: bool = False) -> None:
+        """Stop a run without values if something depends on them, other than on those of constants."""
+        if self.left_out and not of_constants:
             self.needs_values = True
             raise NeedsValuesError("it depends on the values of a tensor")
 

@@ -274,7 +274,7 @@ def rewriters_for(recording: Recording, points: Iterable[InsertionPoint]) -> dic
 
 
 def _host_of(recording: Recording, path: str, inlined: Collection[str]) -> str:
-    return next(outer.path for outer in recording.first_call(path).stack() if outer.path not in inlined)
+    return next(outer.path for outer in recording.first_calls[path].stack() if outer.path not in inlined)
 
 
 def _delete(root: nn.Module, path: str, called: Collection[str]) -> None:

@@ -80,9 +80,7 @@ def insertion_points(
     last = recording.frame_of[region.exit]  # inside the host: what stays of a chain may lie outside the module
     steps, read = {step.node for step in region.steps}, [region.read_by_convolution]
     around = [
-        frame
-        for frame in last.stack()
-        if _is_whole(steps.intersection(frame.nodes()), read, region.exit, recording, frame) and may_replace(frame)
+        frame for frame in last.stack() if _is_whole(steps, read, region.exit, recording, frame) and may_replace(frame)
     ]
     if around:
         found.append(InsertionPoint("module", around[-1].path))
@@ -116,13 +114,10 @@ def _is_whole(
 ) -> bool:
     """Whether a module computes ``output`` from its only input, one of ``inputs``, by ``nodes`` and own constants."""
     is_of_input = not frame.kwargs and len(frame.args) == 1 and frame.args[0] in inputs
-    return is_of_input and frame.output is output and _runs_nothing_else(nodes, recording, frame)
-
-
-def _runs_nothing_else(nodes: set[fx.Node], recording: Recording, frame: Frame) -> bool:
-    """Whether a module runs ``nodes`` and computes constants for them, from its own tensors only."""
+    if not is_of_input or frame.output is not output:
+        return False
     ran = set(frame.nodes())
-    constants = {n for node in nodes for n in constants_of(node)}
+    constants = {n for node in nodes & ran for n in constants_of(node)}
     if any(n not in ran for n in constants if n.op != "get_attr"):
         return False
     read = [str(n.target) for n in constants if n.op == "get_attr"]

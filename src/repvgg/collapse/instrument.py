@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repvgg.collapse.modules import is_leaf, is_scripted, is_torch_utility, join, storage_of, submodule_or_none
 from repvgg.symbolic import shadow_of, things_in
+from repvgg.symbolic.shadow import STANDARD
 from repvgg.verify.execution import parameter_of
 
 META = torch.device("meta")
@@ -120,7 +121,7 @@ class InstrumentedCopy:
                     if self.on_meta and not value.is_meta:  # integers, which shadows share
                         value = store[name] = value.to(META)
                     self._paths.setdefault(id(value), (value, join(path, name)))
-        boxes = (box for name, box in vars(part).items() if name not in ("_parameters", "_buffers", "_modules"))
+        boxes = (box for name, box in vars(part).items() if name not in STANDARD)
         for value in things_in(box for box in boxes if isinstance(box, (dict, list, tuple, deque))):
             if isinstance(value, Tensor):
                 self._holders.setdefault(id(value), (value, path))

@@ -226,7 +226,8 @@ class Placement:
         mine = canonical_form(frame)
         if any(canonical_form(other) != mine for other in others):
             return f"{around} computes something else when it is called again"
-        again = self.validity.similar_frames.get(path)
+        similar = self.validity.similar
+        again = similar and similar.first_calls.get(path)
         if again is None:
             return f"{around} could not be run on inputs of another size"
         if canonical_form(again) != mine:

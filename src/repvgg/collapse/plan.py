@@ -128,7 +128,7 @@ class Plan:
         for scope in self.scopes:
             inlined = {path for done in scope.regions.all for path in done.insertion.inlined}
             for path in sorted(scope.rewritten_paths() - inlined):
-                yield join(scope.path, path), recorded_call(scope.recording.first_call(path))
+                yield join(scope.path, path), recorded_call(scope.recording.first_calls[path])
 
     def cropped(self, call: Call | None) -> tuple[Call, str] | None:
         """Return a call of the model on a part of its images, if it runs the same on that, and the size in words."""

@@ -343,24 +343,27 @@ class _Recorder(TorchFunctionMode):
         """Run a function or a leaf module, and record it as a node."""
         builder = self.builder
         given = builder.nodes_of(args), builder.nodes_of(kwargs)
-        tensors = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
+        flat = leaves((args, kwargs))
+        tensors = [value for value in flat if isinstance(value, Tensor)]
         versions = [None if value.is_inference() else value._version for value in tensors]
         name = getattr(target, "__name__", str(target))
-        generator_before = torch.default_generator.get_state()
+        of_constants = are_constants(given)
         if tensors and not (self.copy_parameters or self.on_meta) and _writes(name, kwargs):
             written_to, memory = kwargs.get("out", tensors[0]), self.copy.parameter_memory
             if any(isinstance(value, Tensor) and storage_of(value) in memory for value in leaves(written_to)):
                 self.writes_parameter = True
                 raise _WritesParameterError
-        if any(isinstance(value, Unknown) for value in leaves((args, kwargs))):
+        if any(isinstance(value, Unknown) for value in flat):
             node = builder.add(op, target, *given)
             node.meta["unknown"] = True
             return Unknown(self.numbers, node)
         if builder.left_out and op != "call_module" and not shapes_suffice(name, tensors):
-            builder.require_values(given)
+            builder.require_values(of_constants)
+        generator_before = torch.default_generator.get_state() if of_constants else None
         args, kwargs = map_values(untracked, args), map_values(untracked, kwargs)
         try:
-            result = None if self.values else self._left_out(op, name, func, given, args, kwargs)
+            # What is computed from parameters may be stored.
+            result = None if self.values or of_constants else self._left_out(op, name, func, args, kwargs)
             if result is None:
                 result = builder.without_recording(func, *args, **kwargs)
         except Exception as error:
@@ -373,7 +376,7 @@ class _Recorder(TorchFunctionMode):
         node = builder.add(op, target, *given)
         # Meta tensors draw nothing, and a GPU has its own generator. Dropout of feature maps may stay in a new forward.
         named = op != "call_module" and name in RANDOM
-        drawn = not torch.equal(generator_before, torch.default_generator.get_state())
+        drawn = generator_before is not None and not generator_before.equal(torch.default_generator.get_state())
         if named or (drawn and all(map(is_constant, node.all_input_nodes))):
             node.meta["constant"] = False
             builder.opaque[node] = f"{name} draws random numbers"
@@ -398,10 +401,8 @@ class _Recorder(TorchFunctionMode):
         builder.tensors.bind(target, node)
         builder.assigned[node] = self.copy.path_of(target) or ""
 
-    def _left_out(self, op: str, name: str, func: Any, given: Any, args: Any, kwargs: Any) -> Tensor | None:
+    def _left_out(self, op: str, name: str, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Return the output of a layer or function without its values; None if it has to be computed."""
-        if are_constants(given):  # what is computed from parameters may be stored
-            return None
         builder = self.builder
         if op == "call_module":
             layer = getattr(func, "__self__", None)  # none of a compiled script

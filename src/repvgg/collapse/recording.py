@@ -150,9 +150,13 @@ class Recording:
         """Yield the calls of all modules, each with the frame of the caller; see :meth:`Frame.calls`."""
         return ((frame, path, call) for frame in self.root.frames() for path, call in frame.calls())
 
-    def first_call(self, path: str) -> Frame:
-        """Return the first call of the module at ``path``."""
-        return next(frame for frame in self.root.frames() if frame.path == path)
+    @cached_property
+    def first_calls(self) -> Mapping[str, Frame]:
+        """The first call of each module that has a Python forward, by its path."""
+        found: dict[str, Frame] = {}
+        for frame in self.root.frames():
+            found.setdefault(frame.path, frame)
+        return found
 
     def owner(self, node: fx.Node) -> str:
         """Return the path of the module whose forward ran ``node``."""

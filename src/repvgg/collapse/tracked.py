@@ -10,31 +10,21 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from torch import fx
 
 from repvgg.errors import ReparamError
 
 
-class NumberRecorder(Protocol):
-    """What a tracked number reports to."""
-
-    def number(self, value: Any, node: fx.Node) -> Any:
-        """Return ``value`` as a tracked number that ``node`` computes."""
-
-    def number_node(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        """Return a node that applies ``function`` to numbers."""
-
-    def decide(self, outcome: bool, node: fx.Node | None) -> bool:
-        """Record that the code branches on a number, and return which way it shall go."""
+Recorder: TypeAlias = Any  # a repvgg.collapse.number_reader.NumberReader
 
 
 class TrackedInt(int):
     """An integer that was read from a tensor: a size, a rank, or an element."""
 
     node: fx.Node
-    recorder: NumberRecorder
+    recorder: Recorder
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -44,7 +34,7 @@ class TrackedFloat(float):
     """A real number that was computed from tracked integers, or an element of a tensor."""
 
     node: fx.Node
-    recorder: NumberRecorder
+    recorder: Recorder
 
     def __hash__(self) -> int:
         return float.__hash__(self)
@@ -54,7 +44,7 @@ class TrackedShape(tuple[int, ...]):
     """The shape of a tensor, or a slice of it."""
 
     node: fx.Node
-    recorder: NumberRecorder
+    recorder: Recorder
 
     def __getitem__(self, index: Any) -> Any:
         value = tuple.__getitem__(self, index)
@@ -93,7 +83,7 @@ class UnknownValueError(ReparamError):
 class Unknown:
     """An argument of which nothing is known: functions of it are unknown as well, and branches on it are decisions."""
 
-    def __init__(self, recorder: Any, node: fx.Node) -> None:
+    def __init__(self, recorder: Recorder, node: fx.Node) -> None:
         self.__dict__.update(recorder=recorder, node=node)
 
     def __getattr__(self, name: str) -> Any:
@@ -134,7 +124,7 @@ class Unknown:
 UNKNOWN = object()  # in a call that is to be recorded: stands for an Unknown
 
 
-def tracked(value: Any, node: fx.Node, recorder: NumberRecorder) -> Any:
+def tracked(value: Any, node: fx.Node, recorder: Recorder) -> Any:
     """Return ``value`` (a number, or a tuple of integers) as a tracked one; anything else as it is."""
     kind: Any
     if isinstance(value, (bool, complex)):

@@ -55,14 +55,6 @@ class Validity:
         """Whether the model runs the same on small images as on the recorded ones, which are large."""
         return self._similar[1]
 
-    @cached_property
-    def similar_frames(self) -> dict[str, Frame]:
-        """The first call of each module in it, by its path."""
-        found: dict[str, Frame] = {}
-        for frame in self.similar.root.frames() if self.similar is not None else ():
-            found.setdefault(frame.path, frame)
-        return found
-
     def variants(self, path: str) -> Variants:
         """Return the other branches that the forward of a module may take."""
         if path not in self._variants:

@@ -19,8 +19,8 @@ from repvgg.errors import NotLinearError
 Module = TypeVar("Module", bound=nn.Module)
 
 
-_STANDARD = frozenset(nn.Module().__dict__)
-_CONSTANT = _STANDARD - {"_parameters", "_buffers", "_modules"}  # attributes that no forward changes
+STANDARD = frozenset(nn.Module().__dict__)  # attributes that every module has
+_CONSTANT = STANDARD - {"_parameters", "_buffers", "_modules"}  # attributes that no forward changes
 
 # These store nothing in eval mode, and most of a network consists of them; skipping them makes fingerprints cheap.
 _STATELESS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -102,7 +102,7 @@ class _Shadows:
         return self.modules[id(module)]  # type: ignore[return-value]
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
-        state = {k: v if k in _STANDARD else self.own(v) for k, v in module.__dict__.items()}
+        state = {k: v if k in STANDARD else self.own(v) for k, v in module.__dict__.items()}
         # module.compile() stores a compiled call there, which would run on the original's tensors.
         state.pop("_compiled_call_impl", None)
         as_is = self.keep_kernels and _only_convolves(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -79,6 +80,13 @@ def parameter_of(data: Tensor, like: nn.Parameter) -> nn.Parameter:
     return own
 
 
+def empty_copies(part: nn.Module) -> dict[int, Any]:
+    """Return copies of the empty containers of a module, as a memo for ``deepcopy``, which takes half of its time."""
+    return {
+        id(value): type(value)() for value in vars(part).values() if type(value) in (dict, OrderedDict) and not value
+    }
+
+
 def structural_copy(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode that shares the memory of the parameters, and nothing else, with the model.
 
@@ -92,6 +100,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for part in model.modules():
         computed = (value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value for value in computed}  # PyTorch copies leaves only
+        memo |= empty_copies(part)
     try:
         for part in model.modules():
             if isinstance(compiled := getattr(part, "_orig_mod", None), nn.Module):
