@@ -227,7 +227,7 @@ class Placement:
         if any(canonical_form(other) != mine for other in others):
             return f"{around} computes something else when it is called again"
         similar = self.validity.similar
-        again = similar and similar.first_calls.get(path)
+        again = None if similar is None else similar.first_calls.get(path)
         if again is None:
             return f"{around} could not be run on inputs of another size"
         if canonical_form(again) != mine:

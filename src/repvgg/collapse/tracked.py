@@ -16,7 +16,6 @@ from torch import fx
 
 from repvgg.errors import ReparamError
 
-
 Recorder: TypeAlias = Any  # a repvgg.collapse.number_reader.NumberReader
 
 
@@ -54,10 +53,10 @@ class TrackedShape(tuple[int, ...]):
         return (self[index] for index in range(tuple.__len__(self)))
 
     def __eq__(self, other: object) -> bool:
-        return self.recorder.decide(tuple.__eq__(self, other), self.node)
+        return bool(self.recorder.decide(tuple.__eq__(self, other), self.node))
 
     def __ne__(self, other: object) -> bool:
-        return self.recorder.decide(tuple.__ne__(self, other), self.node)
+        return bool(self.recorder.decide(tuple.__ne__(self, other), self.node))
 
     def __hash__(self) -> int:
         return tuple.__hash__(self)

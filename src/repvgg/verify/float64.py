@@ -115,10 +115,11 @@ class Float64Mode(TorchFunctionMode):
             return None  # PyTorch says why
         kernel, out = self._cast_tensor(weight), torch.zeros((), dtype=torch.float64)
         for tap in product(*map(range, weight.shape[2:])):
-            starts = [step * place for step, place in zip(dilations, tap, strict=True)]
+            starts = [step * at for step, at in zip(dilations, tap, strict=True)]
             steps = zip(starts, stops, strides, strict=True)
-            part = x[(..., *(slice(start, start + stop, stride) for start, stop, stride in steps))]
-            out = out + part * kernel[(slice(None), 0, *tap)].view(-1, *(1,) * axes)
+            place: Any = (..., *(slice(start, start + stop, stride) for start, stop, stride in steps))
+            weights: Any = (slice(None), 0, *tap)
+            out = out + x[place] * kernel[weights].view(-1, *(1,) * axes)
         return out if bias is None else out + self._cast_tensor(bias).view(-1, *(1,) * axes)
 
     def _make_constant(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
