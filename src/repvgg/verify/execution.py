@@ -80,7 +80,7 @@ def parameter_of(data: Tensor, like: nn.Parameter) -> nn.Parameter:
     return own
 
 
-def empty_copies(part: nn.Module) -> dict[int, Any]:
+def _empty_copies(part: nn.Module) -> dict[int, Any]:
     """Return copies of the empty containers of a module, as a memo for ``deepcopy``, which takes half of its time."""
     return {
         id(value): type(value)() for value in vars(part).values() if type(value) in (dict, OrderedDict) and not value
@@ -100,7 +100,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for part in model.modules():
         computed = (value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value for value in computed}  # PyTorch copies leaves only
-        memo |= empty_copies(part)
+        memo |= _empty_copies(part)
     try:
         for part in model.modules():
             if isinstance(compiled := getattr(part, "_orig_mod", None), nn.Module):
