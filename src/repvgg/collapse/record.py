@@ -363,7 +363,8 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = map_values(untracked, args), map_values(untracked, kwargs)
         try:
             # What is computed from parameters may be stored.
-            result = None if self.values or of_constants else self._left_out(op, name, func, args, kwargs)
+            leaves_out = not of_constants and (self.on_meta or not self.values)
+            result = self._left_out(op, name, func, args, kwargs) if leaves_out else None
             if result is None:
                 result = builder.without_recording(func, *args, **kwargs)
         except Exception as error:
@@ -410,10 +411,11 @@ class _Recorder(TorchFunctionMode):
             if found is None:
                 return None
             name, args, kwargs = found
-        if not (builder.left_out or name in COSTLY):
+        # PyTorch's own kernels for meta tensors are slow, as they are written in Python.
+        if not (builder.left_out or self.on_meta or name in COSTLY):
             return None
         result: Tensor | None = builder.without_recording(output_without_values, name, args, kwargs)
-        if result is not None:
+        if result is not None and not self.on_meta:
             builder.left_out = self.layers_left_out = True
         return result
 
