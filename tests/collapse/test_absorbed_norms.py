@@ -171,7 +171,7 @@ def test_a_part_that_is_written_to_before_its_norm_stays():
         y = self.conv(x)
         return self.bn(y[:, :4].relu_()) + torch.sigmoid(y[:, 4:])
 
-    check_kept(module(forward, conv=conv(4, 8), bn=nn.BatchNorm2d(4)), "cannot be folded")
+    check_kept(module(forward, conv=conv(4, 8), bn=nn.BatchNorm2d(4)), "its memory is modified in place")
 
 
 # After a concatenation or a sum
