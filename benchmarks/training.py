@@ -245,6 +245,7 @@ def lightning_overhead(rounds: int, threads: int) -> dict[str, Any]:
         recipe,
         model="repvgg_t1",
         epochs=2,
+        progressive=(),
         ema=0.0,
         threads=threads,
         dry_run=False,

@@ -39,6 +39,7 @@ COMMAND_LINE = {
         "--config",
         "--cutmix",
         "--data.allow-commands",
+        "--data.augment.alternate-flip",
         "--data.augment.crop",
         "--data.augment.crop-padding",
         "--data.augment.crop-ratio",
@@ -101,6 +102,7 @@ COMMAND_LINE = {
         "--out",
         "--overwrite",
         "--precision",
+        "--progressive",
         "--qat.calibration-images",
         "--qat.enabled",
         "--qat.equalize",
@@ -116,6 +118,7 @@ COMMAND_LINE = {
         "--seed",
         "--sync-bn",
         "--threads",
+        "--whiten-stem",
     ],
     "eval": [
         "--absent",

@@ -19,6 +19,7 @@ from repvgg.errors import UsageError
         ({"crop_scale": (0.5, 1.5)}, "up to 1"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio"),
         ({"flip": 1.1}, "probability"),
+        ({"flip": 0.0, "alternate_flip": True}, r"flip in \(0, 1\)"),
         ({"erase": -0.1}, "probability"),
         ({"erase_size": 0.0}, "erase_size"),
         ({"randaugment_magnitude": 31}, "magnitude"),

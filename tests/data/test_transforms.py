@@ -72,6 +72,16 @@ def test_flip_alone():
     assert_close(padded, out, atol=0, rtol=0)
 
 
+def test_alternating_flips_reverse_each_image_in_every_second_epoch():
+    images, keys = pixels(300), torch.arange(300)
+    alternating = transforms(Augment(flip=0.3, alternate_flip=True))
+    epochs = [alternating.jitter_crop_flip(images, epoch, keys) for epoch in range(3)]
+    # The first epoch is the one without alternation.
+    assert_close(epochs[0], transforms(Augment(flip=0.3)).jitter_crop_flip(images, 0, keys), atol=0, rtol=0)
+    assert_close(epochs[1], epochs[0].flip(3), atol=0, rtol=0)
+    assert_close(epochs[2], epochs[0], atol=0, rtol=0)
+
+
 def test_erased_squares():
     images = torch.zeros(3000, 1, 12, 12, dtype=torch.uint8)
     out = transforms(Augment(erase=0.5, erase_size=1 / 3), channels=1).erase(images, 0, torch.arange(3000))

@@ -288,6 +288,20 @@ def test_mixed_labels_reach_the_loss(monkeypatch, change):
     assert fingerprint(mixed) == fingerprint(run(replace(CONFIG, **change))[0])
 
 
+def test_progressive_resizing_starts_small(monkeypatch):
+    """6 steps an epoch: 3 of 12 steps at 4 pixels, 3 at 6, and the others at the 8 of the data."""
+    sizes = []
+    original = tasks.ClassificationTask.mix
+
+    def mix(task, images, targets):
+        sizes.append(images.shape[-1])
+        return original(task, images, targets)
+
+    monkeypatch.setattr(tasks.ClassificationTask, "mix", mix)
+    run(replace(CONFIG, progressive=((0.25, 0.5), (0.5, 0.75))))
+    assert sizes == [4] * 3 + [6] * 3 + [8] * 6
+
+
 @pytest.mark.parametrize(("device_batch", "precision"), [(None, "float32"), (8, "float32"), (None, "bf16")])
 def test_gradients_are_clipped(monkeypatch, device_batch, precision):
     norms = []

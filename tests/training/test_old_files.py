@@ -273,7 +273,8 @@ def test_former_names(name):
 
 # Settings that files of that time do not have; "mask" and "qat" are mappings.
 NEW_SETTINGS = (
-    r"(?m)^    mask:\n(?:      .*\n)+|^qat:\n(?:  .*\n)+|^  (?:allow_commands|ignore_index|schedule|head_lr): .*\n"
+    r"(?m)^    mask:\n(?:      .*\n)+|^qat:\n(?:  .*\n)+|"
+    r"^ *(?:allow_commands|ignore_index|schedule|head_lr|alternate_flip|progressive|whiten_stem): .*\n"
 )
 
 

@@ -9,12 +9,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from repvgg.data import Augment
 from repvgg.training import write_config
 from repvgg.training.checkpoint import read_position
-from tests.training.helpers import CONFIG, outcome, with_workers
+from tests.training.helpers import CONFIG, DATA, outcome, with_workers
 
 KILL, TERM, INT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
-EVERYTHING = replace(CONFIG, batch_size=24, device_batch=8, ema=0.9, mixup=0.3, save_steps=1, epochs=3)
+EVERYTHING = replace(
+    CONFIG,
+    batch_size=24,
+    device_batch=8,
+    data=replace(DATA, augment=Augment(flip=0.5, alternate_flip=True)),
+    progressive=((0.5, 0.75),),
+    ema=0.9,
+    mixup=0.3,
+    save_steps=1,
+    epochs=3,
+)
 STEPS = 12  # batches of an epoch of EVERYTHING: 4 steps of 3 rounds
 
 

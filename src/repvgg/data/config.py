@@ -124,6 +124,8 @@ class Augment:
         crop_scale: range of the region's area for "random-resized", as a fraction of the image's area.
         crop_ratio: range of the region's width / height for "random-resized"; drawn log-uniformly.
         flip: probability of a horizontal flip.
+        alternate_flip: draw the flips of the first epoch only, and reverse each in every second epoch: any two
+            successive epochs show both orientations of an image. Needs flip in (0, 1).
         policy: a sequence of colour and geometry operations: the AutoAugment policies of ImageNet or CIFAR-10,
             RandAugment, or TrivialAugment (wide).
         randaugment_ops: operations per image of "randaugment".
@@ -138,6 +140,7 @@ class Augment:
 
     Sources: C. Szegedy et al. 2015 (random-resized), T. DeVries and G. Taylor 2017 (cutout), E. Cubuk et al. 2018
     (AutoAugment) and 2019 (RandAugment), S. Müller and F. Hutter 2021 (TrivialAugment). The policies are torchvision's.
+    Alternating flips: K. Jordan 2024 (arXiv 2404.00498).
     """
 
     crop: Crop = "none"
@@ -145,6 +148,7 @@ class Augment:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
+    alternate_flip: bool = False
     policy: Policy = "none"
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
@@ -160,6 +164,8 @@ class Augment:
         for name, probability in (("flip", self.flip), ("erase", self.erase)):
             if not 0 <= probability <= 1:
                 raise UsageError(f"{name} must be a probability in [0, 1], got {probability}.")
+        if self.alternate_flip and not 0 < self.flip < 1:
+            raise UsageError(f"alternate_flip needs a flip in (0, 1), such as 0.5, got {self.flip}.")
         if self.crop_padding < 0:
             raise UsageError(f"crop_padding must be at least 0 pixels, got {self.crop_padding}.")
         _check_range("crop_scale", self.crop_scale, highest=1.0)

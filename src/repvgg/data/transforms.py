@@ -189,10 +189,17 @@ class BatchTransforms:
         draws = uniforms(self.seed, epoch, keys_N, _NUM_UNIFORMS)
         if augment.jitter != AffineJitter():
             x_NCHW = self._jitter(x_NCHW, draws[:, _JITTER])
-        flip = draws[:, _FLIP] < augment.flip
+        flip = self._flips(draws, epoch, keys_N)
         if augment.crop == "pad":
             return pad_crop_flip(x_NCHW, augment.crop_padding, draws[:, _CROP], flip)
         return torch.where(flip.reshape(-1, 1, 1, 1), x_NCHW.flip(3), x_NCHW) if augment.flip else x_NCHW
+
+    def _flips(self, draws: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
+        """Return which images (N,) bool are flipped."""
+        if not self.augment.alternate_flip:
+            return draws[:, _FLIP] < self.augment.flip
+        first = uniforms(self.seed, 0, keys_N, _NUM_UNIFORMS)[:, _FLIP] < self.augment.flip
+        return first.logical_not() if epoch % 2 else first
 
     def erase(self, x_NCHW: Tensor, epoch: int, keys_N: Tensor) -> Tensor:
         if self.augment.erase == 0:

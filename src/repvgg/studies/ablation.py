@@ -153,6 +153,7 @@ class AblationSettings:
             accelerator="cpu" if self.device == "cpu" else "auto",
             precision=self.precision or recipe.precision,
             dry_run=False,  # even if the recipe says so
+            whiten_stem=False,  # only a stem of RepVGG's branches could be
         )
         # Not left to each training: the precision is part of the header, which every machine of a study must have.
         return settle_precision(config)[0]

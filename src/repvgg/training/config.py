@@ -153,10 +153,15 @@ class TrainConfig:
         mixup: α of mixup (Zhang et al., ICLR 2018), 0 for none.
         cutmix: α of CutMix (Yun et al., ICCV 2019), 0 for none; with both, one is drawn for each batch.
         auxiliary_weight: weight of each auxiliary loss, for models with auxiliary heads.
+        progressive: smaller training images at first (progressive resizing): pairs of a share of the steps and a scale,
+            both rising. ((0.4, 0.625), (0.7, 0.75)) takes 0.625 of ``data.train_size`` up to 40 % of the steps, 0.75 of
+            it up to 70 %, and the full size for the rest.
         ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0 for none.
         init: checkpoint to start from; its classifier is replaced if the classes differ. A segmentation network also
             starts from a classification checkpoint of its backbone, a plain one expanded into branches.
         expand: expand a plain ``init`` into branches that compute the same, before training.
+        whiten_stem: a new model starts with principal components of image patches in its first kernel, and keeps them;
+            a batch norm follows, so that the network begins with decorrelated inputs. A checkpoint keeps its stem.
         qat: quantization-aware training from the checkpoint ``init``; "best" and validation then mean the integers.
         precision: of the arithmetic; weights and statistics stay in float32. "auto" takes what this machine is fast at
             and says what that is; the config of the run folder names it.
@@ -187,9 +192,11 @@ class TrainConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     auxiliary_weight: float = 0.1
+    progressive: tuple[tuple[float, float], ...] = ()
     ema: float = 0.0
     init: str | None = None
     expand: bool = False
+    whiten_stem: bool = False
     qat: QatConfig = field(default_factory=QatConfig)
     precision: Precision = "float32"
     channels_last: bool = False
@@ -220,6 +227,8 @@ class TrainConfig:
             )
         if has_masks and (self.mixup or self.cutmix):
             raise UsageError(f"mixup and cutmix are for labels, and {self.data.uri!r} has masks: set both to 0.")
+        if self.progressive:
+            self._check_progressive(has_masks)
         if not 0 <= self.ema < 1:
             raise UsageError(f"ema must be in [0, 1), got {self.ema}.")
         for name in ("device_batch", "threads", "devices", "nodes"):
@@ -237,6 +246,20 @@ class TrainConfig:
             raise UsageError("expand needs a plain checkpoint to expand: give one as init.")
         if self.qat.enabled:
             self._check_qat()
+
+    def training_scale(self, share: float) -> float:
+        """Return the scale of training images after this share of the steps."""
+        return next((scale for end, scale in self.progressive if share < end), 1.0)
+
+    def _check_progressive(self, has_masks: bool) -> None:
+        if has_masks:
+            raise UsageError(f"progressive is for labels, and {self.data.uri!r} has masks: leave it out.")
+        columns = [[pair[axis] for pair in self.progressive] for axis in (0, 1)]
+        if not all(sorted(set(column)) == column and 0 < column[0] <= column[-1] <= 1 for column in columns):
+            raise UsageError(
+                "progressive needs shares of the steps and scales in (0, 1], both rising, as in 0.4 0.625 0.7 0.75; "
+                f"got {' '.join(f'{share:g} {scale:g}' for share, scale in self.progressive)}."
+            )
 
     def _check_qat(self) -> None:
         if self.precision != "float32":

@@ -29,6 +29,7 @@ from repvgg.models import (
 )
 from repvgg.training.config import TrainConfig
 from repvgg.training.tasks import TrainingData, check_task
+from repvgg.training.whitening import whiten_stem
 
 _EXPANSION_BATCHES = 4
 _PLAIN_WARNING = "warning: trains a plain model, without branches and batch norms; "
@@ -68,7 +69,11 @@ def build_initial_model(config: TrainConfig, data: TrainingData, spec: PSPNetSpe
         with seeded("model", config.seed):
             model = create_model(spec or config.model, len(data.classes), channels)
         check_task(model, model.spec.name, data)
-        return InitialModel(model)
+        if not config.whiten_stem:
+            return InitialModel(model)
+        if not isinstance(model, RepVGG):
+            raise UsageError(f"The stem of {model.spec.name} cannot be whitened: leave out whiten_stem.")
+        return InitialModel(model, (whiten_stem(model, data),))
     if spec is not None or (config.model in PSPNETS and not _is_segmentation_checkpoint(config.init)):
         return _with_backbone_of(config.init, spec or PSPNETS[config.model], config, data)
     loaded = load(config.init, config.model or None)

@@ -396,7 +396,9 @@ def _print_setup(job: TrainingJob, initial: InitialModel, notes: Sequence[str], 
 
 
 def _schedule(config: TrainConfig) -> str:
-    return "" if config.optim.schedule == "cosine" else f"{config.optim.schedule} schedule, "
+    schedule = "" if config.optim.schedule == "cosine" else f"{config.optim.schedule} schedule, "
+    sizes = "".join(f"{scale:g} of the size up to {share:.0%} of the steps, " for share, scale in config.progressive)
+    return schedule + sizes
 
 
 def _finish(run_folder: RunFolder, result: FitResult, console: Console, network: QatNetwork | None) -> RunResult:

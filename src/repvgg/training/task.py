@@ -88,6 +88,15 @@ class TrainingTask(L.LightningModule, ABC):
         """Combine the images of a batch with each other; the default is none of that."""
         return images, targets
 
+    def resize(self, images: Tensor) -> Tensor:
+        """Bring training images (N, C, H, W) to the size of this step, see ``TrainConfig.progressive``."""
+        if not self.config.progressive:
+            return images
+        # By the step, not the epoch: short runs have few epochs, and a resumed one goes on with the same sizes.
+        scale = self.config.training_scale(self.global_step / self.trainer.estimated_stepping_batches)
+        size = [max(1, round(scale * length)) for length in images.shape[2:]]
+        return images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
+
     def on_fit_start(self) -> None:
         # Compiled only now: the moving average deep-copies the task before this hook, and torch.compile's module must
         # not be in the copy. The lambda keeps it out of this module's state_dict.
@@ -103,7 +112,7 @@ class TrainingTask(L.LightningModule, ABC):
         images, targets = batch
         # Seeded by position, not by history: a resumed run draws the same mixing weights and dropout masks.
         with seeded("step", self.config.seed, self.global_step, batch_idx, self.global_rank):
-            images, targets = self.mix(self.prepare(images), targets)
+            images, targets = self.mix(self.resize(self.prepare(images)), targets)
             output = self(self.to_memory_format(images))
         loss = self.loss(output, targets)
         self.train_loss.update(loss.detach())  # before the penalty, so that recorded losses are comparable
