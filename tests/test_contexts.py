@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from repvgg import _contexts
-from repvgg._contexts import derived_seed, eval_mode, gc_paused, seeded
+from repvgg._contexts import derived_seed, eval_mode, gc_paused, meta_device, seeded
 
 
 def draw(*keys):
@@ -96,3 +98,30 @@ def test_what_others_froze_stays_frozen_and_is_counted_once(collector):
         with gc_paused():
             assert not gc.isenabled()
     assert collector == ["freeze", "count"]
+
+
+WITHOUT_COMPILER = """
+import sys
+from torch import nn
+from repvgg._contexts import meta_device
+from repvgg.models import create_model
+with meta_device():
+    model = create_model("repvgg_a0")
+    weight = nn.init.kaiming_normal_(nn.Conv2d(3, 8, 3).weight)
+    nn.init.normal_(weight)
+assert weight.shape == (8, 3, 3, 3)
+assert weight.is_meta and all(p.is_meta for p in model.parameters())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_models_on_meta_do_not_import_the_compiler():
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], check=True)
+
+
+def test_normal_values_on_other_devices_are_drawn():
+    weight = torch.full((64,), 7.0)
+    with meta_device():
+        assert nn.init.normal_(weight) is weight
+    assert weight.mean().abs() < 1
+    assert 0.5 < weight.std() < 2

@@ -11,9 +11,11 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 PrecisionNode = tuple[str, str]
 
@@ -23,6 +25,29 @@ PRECISION_NODES: tuple[PrecisionNode, ...] = (
     *((backend, "all") for backend in ("cuda", "mkldnn")),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
 )
+
+
+# What initializes weights with normal values; nn.init is a function of its own to modes.
+_NORMAL = frozenset({torch.Tensor.normal_, nn.init.normal_, nn.init.kaiming_normal_})
+
+
+class _NoNormalValues(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORMAL:
+            tensor = args[0] if args else kwargs["tensor"]  # nn.init passes everything by name
+            if tensor.device.type == "meta":
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Make ``meta`` the default device, without drawing the normal values that its tensors do not have.
+
+    PyTorch's rule of ``normal_`` on that device imports its compiler, which takes 2 s of CPU time in a new process.
+    """
+    with torch.device("meta"), _NoNormalValues():
+        yield
 
 
 # The modules that are in an eval_mode, by id: the module, its mode before, and the number of contexts.

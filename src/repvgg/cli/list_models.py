@@ -68,11 +68,10 @@ def _describe_segmentation(name: str) -> dict[str, Any]:
 
 
 def _counts(create: Any, name: str, size: int) -> dict[str, int]:
-    import torch
-
+    from repvgg._contexts import meta_device
     from repvgg.measure import count
 
-    with torch.device("meta"):  # shapes are enough to count
+    with meta_device():  # shapes are enough to count
         train, plain = create(name), create(name, plain=True)
     counts = count(plain, (1, train.in_channels, size, size))
     return {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repvgg import __version__
 from repvgg._arguments import check_model
+from repvgg._contexts import meta_device
 from repvgg._html import table as html_table
 from repvgg.checkpoints import (
     Account,
@@ -221,7 +222,7 @@ def _rebuild(checkpoint: Checkpoint) -> LoadedModel:
         metadata = replace(metadata, ema=checkpoint.averaged)
         claim = "looks like" if naming.layout.name == "repvgg" else f"looks like, by the names of {naming.layout.name},"
     try:
-        with torch.device("meta"):  # no memory for weights that the file replaces
+        with meta_device():  # no memory for weights that the file replaces
             model = RepVGG(spec, metadata.num_classes, metadata.in_channels, metadata.form == "plain")
     except (UsageError, ValueError, RuntimeError) as error:  # groups that do not divide the channels, for example
         reason = str(error).rstrip(".")
@@ -253,7 +254,7 @@ def _rebuild_pspnet(checkpoint: Checkpoint, metadata: Metadata) -> LoadedModel:
             spec = pspnet_spec_of(metadata.model)
         else:
             spec = pspnet_spec_from_data({**metadata.spec, "name": metadata.model})
-        with torch.device("meta"):  # no memory for weights that the file replaces
+        with meta_device():  # no memory for weights that the file replaces
             model = build_pspnet(spec, metadata.num_classes, metadata.in_channels, form == "plain")
     except (UsageError, UnknownModelError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path!r} is of a model that cannot be built: {first_line(error)}.") from error

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from repvgg._contexts import meta_device
 from repvgg.blocks import BranchSum, ConvBN, Geometry, RepVGGBlock, block_of
 from repvgg.errors import BorderError, OtherBlockWarning, SourceError, UnknownModelError, UsageError, did_you_mean
 from repvgg.models.backbones import build_pspnet
@@ -276,7 +276,7 @@ def _resolve_on_meta(source: str, num_classes: int | None, in_channels: int | No
     origin = "none: it has shapes alone"
     if collection in _COLLECTIONS and name:
         try:
-            with torch.device("meta"):
+            with meta_device():
                 model, shape = _COLLECTIONS[collection](name, num_classes, in_channels)
             # .to(): some constructors name the CPU for a buffer.
             return ResolvedModel(source, model.to("meta"), shape, origin)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from repvgg._contexts import meta_device
 from repvgg.collapse import fold_batch_norms
 from repvgg.errors import UsageError
 from repvgg.measure import Op, Walk, walk
@@ -174,7 +175,7 @@ def _count_row(paper: PrintedModel) -> CountRow:
 
 def _train_and_plain(name: str, image: torch.Tensor) -> tuple[nn.Module, nn.Module]:
     if name in SPECS:
-        with torch.device("meta"):
+        with meta_device():
             return create_model(name).eval(), create_model(name, plain=True).eval()
     # Baselines have no branches to merge; the paper counts them with batch norms folded.
     model = create_baseline(name, values=False).eval()

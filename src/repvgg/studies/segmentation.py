@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import nn
 
+from repvgg._contexts import meta_device
 from repvgg.errors import UsageError
 from repvgg.measure import INTERLEAVED, RunSettings, count
 from repvgg.models import PSPNETS, PSPNetSpec, create_model, dilate_by_phases
@@ -217,7 +217,7 @@ def build(row: Row) -> nn.Module:
 
 def _count(row: Row, size: int) -> dict[str, int]:
     # On phases, a layer has as many multiply-adds as the undilated one, and as many for which Winograd applies.
-    with torch.device("meta"):  # shapes are enough to count
+    with meta_device():  # shapes are enough to count
         counted = build(replace(row, form="undilated") if row.form == "by phases" else row)
     counts = count(counted, (1, 3, size, size))
     return {"params": counts.params, "macs": counts.macs, "winograd_muls": counts.winograd_muls}
