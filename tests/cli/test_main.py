@@ -296,7 +296,17 @@ def test_examples_in_help_use_known_flags(repvgg):
     for command, second, *rest in examples:
         flags = {word for word in (second, *rest) if word.startswith("--")}
         known = COMMAND_LINE[command if command in COMMAND_LINE else f"{command} {second}"]
-        of_studies = ["--checkpoints", "--max-gmacs", "--threads", "--data", "--epochs", "--jobs", "--train", "--init"]
+        of_studies = [
+            "--engine",
+            "--checkpoints",
+            "--max-gmacs",
+            "--threads",
+            "--data",
+            "--epochs",
+            "--jobs",
+            "--train",
+            "--init",
+        ]
         more = {"train": ["--data"], "study": of_studies}  # short flags, and those of a single study
         assert flags <= {*known, *more.get(command, [])}
 
