@@ -21,9 +21,11 @@ from repvgg.quantization import (
     load_quantized,
     prepare_qat,
     quantize,
+    refinement,
     save_quantized,
     sqnr,
 )
+from repvgg.quantization.calibration import run
 from repvgg.symbolic import equivalent_conv
 from repvgg.training import merge_constant_scale_branches, seeded
 from tests.bn_statistics import trained_like
@@ -289,6 +291,24 @@ def test_adaptive_rounding_is_where_training_starts():
     assert_close(network.layers["stem.conv"].to_integers().weight_integers, stem, rtol=0, atol=0)
     nearest, _ = prepare_qat(model, calibration, replace(settings, rounding_sweeps=0))
     assert (nearest.layers["stem.conv"].to_integers().weight_integers != stem).any()
+
+
+def test_little_memory_gives_the_same_start(monkeypatch):
+    model, calibration = tiny(), images(16)
+    settings = QuantizationSettings("per_channel", 4)
+    together, report = prepare_qat(model, calibration, settings)
+    runs = []
+    monkeypatch.setattr(refinement, "run", lambda net, x: runs.append(len(x)) or run(net, x))
+    monkeypatch.setattr(refinement, "MEMORY_BYTES", 5 * 12 * 8 * calibration[0, 0].numel())  # of maps of 8 channels
+    in_parts, in_parts_report = prepare_qat(model, calibration, settings)
+    assert max(runs) < len(calibration)
+    assert sum(runs) == len(calibration) * report.rounded
+    assert in_parts_report == report
+    # Sums of integers are exact, so they are equal; means are added in float64, and parameters rounded to float32.
+    for name, layer in layers_of(together.to_integers()).items():
+        other = layers_of(in_parts.to_integers())[name]
+        assert torch.equal(layer.weight_integers, other.weight_integers), name
+        assert_close(layer.bias_integers, other.bias_integers, rtol=0, atol=1)
 
 
 class Open(nn.Module):

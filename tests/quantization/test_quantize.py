@@ -25,6 +25,7 @@ from repvgg.quantization import (
     refinement,
     sqnr,
 )
+from repvgg.quantization.adaptive_rounding import _second_moments, _unfold
 from repvgg.quantization.affine import PAIR_BOUND, adjacent_weights
 from repvgg.quantization.calibration import run
 from tests.quantization.networks import NETWORKS, Chain, Residual, images, random_
@@ -124,6 +125,26 @@ def test_adaptive_rounding_lowers_the_output_error():
     assert after < before
     assert ratio < 1
     assert int(quantized.weight_integers.abs().max()) <= 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3, 2, 1, groups=2), nn.Linear(21, 4)], ids=["grouped", "linear"])
+def test_moments_are_exact_however_inputs_are_divided(layer):
+    x = 3 * torch.randn(50, 6, 19, 21, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_layer(layer, ActivationQuantizer.of_range(-9, 12), "per_channel")
+    groups = getattr(layer, "groups", 1)
+    one, several = (torch.stack(_second_moments(quantized, parts, groups)) for parts in ([x], torch.split(x, 7)))
+    assert torch.equal(one, several)
+    columns = quantized.centred_input(x)
+    if groups > 1:
+        columns = _unfold(columns, quantized).movedim(1, 0).reshape(groups, 27, -1)
+    else:
+        columns = columns.reshape(-1, 21).T[None]
+    expected = columns @ columns.mT * float(quantized.input_scale) ** 2
+    expected += 0.01 * torch.diag_embed(
+        expected.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(groups, len(one[0]))
+    )
+    assert_close(one, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])

@@ -33,7 +33,7 @@ from repvgg.engine.operator import call_traced, is_traced, register
 from repvgg.engine.partition import PartitionedModel
 from repvgg.engine.planner.algorithms import Precision, Selector, Target, check_precision, supports_winograd
 from repvgg.engine.planner.autotune import autotune
-from repvgg.engine.planner.calibration import calibrated_costs
+from repvgg.engine.planner.calibration import calibrated_costs, is_calibration_wanted
 from repvgg.engine.planner.machine_costs import machine_costs
 from repvgg.engine.planner.plan import BatchChunks, conv_problems, plan
 from repvgg.engine.planner.selection_cache import select_cached
@@ -195,7 +195,9 @@ class CompiledModel:
         self.threads = thread_count(threads)
         isa = isa or host_isa()
         self._pool, self._search = ThreadPool(isa, self.threads), search
-        costs = calibrated_costs(isa, self.threads, self._pool) if self._is_large(isa) else None
+        # In this order: a pass over the shapes of the graph is lost where calibration is off.
+        wanted = is_calibration_wanted(isa) and self._is_large(isa)
+        costs = calibrated_costs(isa, self.threads, self._pool) if wanted else None
         self.calibrated = costs is not None
         self._target = Target(isa, self.threads, precision, costs or machine_costs(isa))
         self._select: Selector = select_cached

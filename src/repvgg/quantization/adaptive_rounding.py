@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repvgg.errors import UsageError
 from repvgg.quantization.affine import PAIR_BOUND, adjacent_weights, over_axis_0
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer
 
 _DAMPING = 0.01  # of the mean diagonal of H: directions that few calibration inputs have are left as they are
 _BLOCK = 64  # weights of an output channel that are visited between updates of the whole gradient
 _COLUMN_BYTES = 256 * 2**20  # of unfolded inputs at once
+_EXACT_TERMS = 256  # products of integers of at most 255 whose sum is exact in float32: 255² · 256 < 2²⁴
+_MOMENT_ELEMENTS = 2**22  # of the products of several blocks, which small layers multiply at once
 
 
 def adapt_rounding(
@@ -127,19 +130,38 @@ def _parts(layer: QuantizedLayer, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _second_moments(layer: QuantizedLayer, inputs: Iterable[Tensor], groups: int) -> list[Tensor]:
-    """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs."""
-    total: list[Tensor] = []
+    """Return H of each group, (D, D) with D weights for each output channel, of the quantized inputs.
+
+    The sums are those of integers and exact, so that H does not depend on how the inputs are divided.
+    """
+    total: Tensor | None = None
     for images in _parts(layer, inputs):
-        columns = layer.centred_input(images) * layer.input_scale.double()
+        columns = layer.centred_input(images).float()
         if isinstance(layer, QuantizedConv2d):
-            columns = _unfold(columns, layer)
-            columns = columns.movedim(1, 0).flatten(1)
+            columns = _unfold(columns, layer).movedim(1, 0).flatten(1)
         else:
             columns = columns.flatten(0, -2).T
-        # Sums in float32: they are statistics of calibration images, whose choice matters more than their rounding.
-        parts = [(part @ part.T).double() for part in columns.float().chunk(groups)]
-        total = parts if not total else [one + other for one, other in zip(total, parts, strict=True)]
+        found = _exact_moments(columns.reshape(groups, -1, columns.shape[1]))
+        total = found if total is None else total.add_(found)
+    if total is None:
+        raise UsageError("Adaptive rounding needs inputs: give at least one batch.")
+    total *= layer.input_scale.double().square()
     for moment in total:
         diagonal = moment.diagonal()
         diagonal += _DAMPING * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return list(total)
+
+
+def _exact_moments(columns: Tensor) -> Tensor:
+    """Return ``Σ x xᵀ`` of each group, (G, D, D) in float64, for integers (G, D, positions) of at most ±255.
+
+    Blocks of positions are multiplied in float32, in which their sums are exact, and added in float64.
+    """
+    groups, size, positions = columns.shape
+    blocks = -(-positions // _EXACT_TERMS)
+    columns = F.pad(columns, (0, blocks * _EXACT_TERMS - positions))
+    columns = columns.reshape(groups, size, blocks, _EXACT_TERMS).movedim(2, 1)
+    total = torch.zeros(groups, size, size, dtype=torch.float64, device=columns.device)
+    for part in columns.split(max(1, _MOMENT_ELEMENTS // total.numel()), dim=1):
+        total += (part @ part.mT).double().sum(1)
     return total

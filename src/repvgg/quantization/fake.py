@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, final
 
 import torch
@@ -146,19 +147,19 @@ class FakeQuantLayer(nn.Module):
             delta = delta * self.output_factor
         return shift_merged(source, "bias", delta)
 
-    def adapt_rounding(self, x: Tensor, sweeps: int) -> bool:
+    def adapt_rounding(self, inputs: Iterable[Tensor], sweeps: int) -> bool:
         """Change parameters of the source so that weights round to the integers of the smallest output error.
 
         Each weight moves as little as rounding to that integer takes. Returns False if no parameter can do so.
 
         Args:
-            x: inputs, as the layer receives them.
+            inputs: batches of inputs, as the layer receives them.
             sweeps: see :func:`repvgg.quantization.adapt_rounding`.
         """
         weight, _ = (None if one is None else one.detach() for one in self.kernel())
         assert weight is not None
         bits, layer = self.settings.weight_bits, self.to_integers()
-        adapt_rounding(layer, weight, [x], sweeps, largest_integer(bits), pair_bound=self.settings.pair_bound)
+        adapt_rounding(layer, weight, inputs, sweeps, largest_integer(bits), pair_bound=self.settings.pair_bound)
         scale = layer.weight_scale.double()
         steps = weight.double() / over_axis_0(scale, weight.ndim)
         wanted = layer.weight_integers.double()

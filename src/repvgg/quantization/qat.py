@@ -21,11 +21,12 @@ from repvgg._arguments import check_model
 from repvgg.collapse import Report, reparameterize
 from repvgg.errors import NothingFoldedWarning, ReparamError, UsageError
 from repvgg.quantization.api import calibration_images, layers_to_quantize
-from repvgg.quantization.bias_correction import add_to_channels, mean_shift
+from repvgg.quantization.bias_correction import mean_shift
 from repvgg.quantization.calibration import LayerStatistics, collect_statistics, hooked, run
 from repvgg.quantization.equalization import EqualizationReport, equalize
 from repvgg.quantization.fake import FakeQuantLayer, kernel_of
 from repvgg.quantization.ranges import choose_quantizer
+from repvgg.quantization.refinement import images_at_once, layer_inputs
 from repvgg.quantization.settings import QuantizationSettings
 
 _BATCH = 32  # calibration images at once
@@ -179,31 +180,41 @@ def _refine(
 ) -> tuple[int, int]:
     """Adapt the rounding and correct the bias of one layer after the other, as :func:`repvgg.quantize` does.
 
-    What changes are parameters of the train form. Returns the numbers of layers whose rounding and bias changed.
+    What changes are parameters of the train form. Returns the numbers of layers whose rounding and bias changed. Where
+    the feature maps of all images do not fit into memory, the network runs once for each layer, on parts of the images.
     """
-    layers = {name: layer for name, layer in network.layers.items() if statistics[name].calls == 1}
+    if not (settings.rounding_sweeps or settings.correct_biases):
+        return 0, 0
+    simulated = network.layers
+    layers = {name: simulated[name] for name, found in statistics.items() if found.calls == 1}
     rounded, corrected = 0, 0
 
-    def visit(name: str, x: Tensor, y: Tensor) -> Tensor:
+    def refine(name: str, inputs: Iterable[Tensor]) -> None:
         nonlocal rounded, corrected
         layer = layers[name]
         if settings.rounding_sweeps:
             with torch.enable_grad():  # of the merge, which says how a parameter acts on the kernel
-                adapted = layer.adapt_rounding(x, settings.rounding_sweeps)
-            rounded += adapted
-            y = layer.forward(x) if adapted else y  # not the call, which would visit it again
+                rounded += layer.adapt_rounding(inputs, settings.rounding_sweeps)
         if settings.correct_biases:
-            shift = mean_shift([y], statistics[name])
+            with torch.no_grad():
+                shift = mean_shift((layer.forward(x) for x in inputs), statistics[name])
             with torch.enable_grad():
-                shifted = layer.shift_bias(shift)
-            corrected += shifted
-            y = add_to_channels(y, shift) if shifted else y
-        return y
+                corrected += layer.shift_bias(shift)
+
+    def visit(name: str, x: Tensor, _: Tensor) -> Tensor:
+        refine(name, [x])
+        return layers[name].forward(x)  # not the call, which would visit it again
 
     was_training = network.training
-    if settings.rounding_sweeps or settings.correct_biases:
+    network.eval()
+    at_once = images_at_once(statistics[name] for name in layers)
+    if at_once >= len(images):
         with hooked(network.simulated, list(layers), visit):
-            run(network.eval(), images)
+            run(network, images)
+    else:
+        parts = torch.split(images, at_once)
+        for name, layer in layers.items():
+            refine(name, layer_inputs(network.simulated, name, layer.quantizer, parts))
     network.train(was_training)
     return rounded, corrected
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.quantization.adaptive_rounding import adapt_rounding
-from repvgg.quantization.affine import largest_integer
+from repvgg.quantization.affine import ActivationQuantizer, largest_integer
 from repvgg.quantization.bias_correction import add_to_channels, correct_bias
 from repvgg.quantization.calibration import LayerStatistics, hooked, run
 from repvgg.quantization.layers import QuantizedLayer
@@ -66,14 +66,15 @@ class Refinement:
         # A layer that is called several times has several inputs and output means, which one weight and bias cannot
         # serve.
         names = [name for name, found in self._statistics.items() if found.calls == 1]
-        largest = max((self._statistics[name].elements_per_image for name in names), default=1)
-        at_once = max(1, MEMORY_BYTES // (_BYTES_PER_ELEMENT * largest))
+        at_once = images_at_once(self._statistics[name] for name in names)
         if at_once >= len(images):
             with hooked(self._quantized, names, self._refine_in_passing):
                 run(self._quantized, images)
             return
         for name in names:
-            self._refine(name, self._inputs(name, torch.split(images, at_once)))
+            quantizer = self._layer(name).quantizer
+            # The layers before it are refined already.
+            self._refine(name, layer_inputs(self._quantized, name, quantizer, torch.split(images, at_once)))
 
     def _refine_in_passing(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         layer = self._layer(name)
@@ -110,27 +111,36 @@ class Refinement:
         assert isinstance(layer, QuantizedLayer)
         return layer
 
-    def _inputs(self, name: str, batches: Iterable[Tensor]) -> _StoredInputs:
-        """Return what the layer receives in the quantized network, whose layers before it are refined already."""
-        stored = _StoredInputs(self._layer(name))
 
-        def keep(_: str, x: Tensor, y: Tensor) -> None:
-            stored.append(x)
-            raise _Reached
+def images_at_once(statistics: Iterable[LayerStatistics]) -> int:
+    """Return how many images may run together so that the maps of the largest layer take :data:`MEMORY_BYTES`."""
+    largest = max((layer.elements_per_image for layer in statistics), default=1)
+    return max(1, MEMORY_BYTES // (_BYTES_PER_ELEMENT * largest))
 
-        with hooked(self._quantized, [name], keep):
-            for images in batches:
-                with suppress(_Reached):
-                    run(self._quantized, images)
-        return stored
+
+def layer_inputs(
+    model: nn.Module, name: str, quantizer: ActivationQuantizer, batches: Iterable[Tensor]
+) -> Iterable[Tensor]:
+    """Return what the layer ``name`` receives, as ``quantizer`` rounds it; ``model`` runs up to that layer."""
+    stored = _StoredInputs(quantizer)
+
+    def keep(_: str, x: Tensor, y: Tensor) -> None:
+        stored.append(x)
+        raise _Reached
+
+    with hooked(model, [name], keep):
+        for images in batches:
+            with suppress(_Reached):
+                run(model, images)
+    return stored
 
 
 @final
 class _StoredInputs:
     """Inputs of a layer, kept as the uint8 integers that it makes of them."""
 
-    def __init__(self, layer: QuantizedLayer) -> None:
-        self._quantizer = layer.quantizer
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self._quantizer = quantizer
         self._parts: list[Tensor] = []
 
     def append(self, x: Tensor) -> None:

@@ -175,3 +175,10 @@ def test_a_compiled_model_says_that_it_is_calibrated(monkeypatch, tmp_path):
     compiled = repvgg.engine.compile(large, (1, 128, 14, 14), 1)
     assert len(calls) == 1
     assert repr(compiled).endswith(f"{host_isa().name}, 1 threads, calibrated costs>")
+
+
+def test_without_calibration_the_size_of_a_network_does_not_matter(monkeypatch):
+    monkeypatch.setenv(CALIBRATE_VARIABLE, "off")
+    monkeypatch.setattr(repvgg.engine.CompiledModel, "_is_large", lambda *given: pytest.fail("shapes were inferred"))
+    conv = nn.Conv2d(16, 16, 3, padding=1).eval()
+    assert not repvgg.engine.compile(conv, (1, 16, 14, 14), 1).calibrated

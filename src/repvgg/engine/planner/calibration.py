@@ -99,7 +99,7 @@ def calibrated_costs(
         pool: the threads to measure with.
         measure: replaces :func:`measure_problems` in tests.
     """
-    if not _is_wanted(isa):
+    if not is_calibration_wanted(isa):
         return None
     prior = machine_costs(isa)
     machine = (isa.name, isa.cpu, isa.features, processor_name(), str(threads))
@@ -115,7 +115,8 @@ def calibrated_costs(
     return found
 
 
-def _is_wanted(isa: VectorIsa) -> bool:
+def is_calibration_wanted(isa: VectorIsa) -> bool:
+    """Return whether costs are to be fitted: none are built in for this processor, and the result can be kept."""
     if os.environ.get(CALIBRATE_VARIABLE, "").lower() in ("off", "0", "no", "false"):
         return False
     # Without a cache, each process would calibrate. Code for another processor tells nothing about its speed there.
