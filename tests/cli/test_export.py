@@ -1,5 +1,6 @@
 import json
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,14 @@ from torch.testing import assert_close
 
 from repvgg import engine
 from repvgg.cli.export import export
+from repvgg.deploy.file_target import compare
+from repvgg.deploy.preprocessing import preprocessing_of
 from repvgg.deploy.targets import TARGETS
 from repvgg.engine.library.build import find_linker
 from repvgg.engine.library.targets import CPU_TARGETS, NATIVE, cpu_target
 from repvgg.errors import EquivalenceError
+from repvgg.models import load
+from repvgg.quantization.images import open_evaluation_images
 
 
 def photographs(folder):
@@ -56,6 +61,27 @@ def test_to_torchscript_with_images_and_preprocessing(repvgg, files, tmp_path):
     assert_close(*probabilities, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [(), ("--with-preprocessing",)], ids=["normalized", "pixels"])
+def test_to_torchscript_with_the_images_of_a_data_set(repvgg, files, tmp_path, options, monkeypatch):
+    seen = []
+
+    def see(reference, run, batches, *rest):
+        seen.append(torch.cat(batches))
+        return compare(reference, run, batches, *rest)
+
+    monkeypatch.setattr("repvgg.deploy.file_target.compare", see)
+    out = tmp_path / "plain.torchscript"
+    outcome = repvgg("export", files.plain, out, "--to", "torchscript", "--data", "digits:", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "; 16 of 16 predictions agree, on 16 photographs" in outcome.out
+    # They are those of the validation split, as 'repvgg quantize' chooses them.
+    loaded = load(files.plain)
+    config = replace(loaded.metadata.data_config(uri="digits:"), mean=(0.0,), std=(1.0,))
+    pixels = 255 * torch.cat([images for images, _ in open_evaluation_images(config, (1, 16, 16), 16)])
+    expected = pixels if options else preprocessing_of(loaded.model, loaded.metadata, (1, 16, 16)).apply(pixels)
+    assert_close(seen[1], expected, rtol=1e-5, atol=1e-4)
+
+
 def predicted(repvgg, file, images):
     outcome = repvgg("predict", file, images, "--json", "--engine", "torch")
     assert outcome.code == 0, outcome.err
@@ -91,6 +117,10 @@ def test_refusals(refused, files, tmp_path):
     assert "other files than an export" in refused("export", files.plain, folder, "--to", "c", "--overwrite")
     assert "at least 1" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--input-size", "0", "5")
     assert "There is no file" in refused("export", files.plain, tmp_path / "m", "--to", "c", "--images", "none.png")
+    both = "--images", "none.png", "--data", "digits:"
+    assert "give one of them" in refused("export", files.plain, tmp_path / "m", "--to", "c", *both)
+    sized = "--data", "digits:", "--input-size", "16", "24"
+    assert "set --input-size N N" in refused("export", files.plain, tmp_path / "m", "--to", "c", *sized)
 
 
 def test_refusals_of_exports_to_files(refused, files, tmp_path):

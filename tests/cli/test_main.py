@@ -176,6 +176,7 @@ COMMAND_LINE = {
     ],
     "export": [
         "--crop-fraction",
+        "--data",
         "--help",
         "--images",
         "--input-size",

@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from repvgg.deploy.all_targets import TABLE, export_all
-from repvgg.deploy.targets import ExportRequest
+from repvgg.deploy.all_targets import TABLE, export_all, file_name
+from repvgg.deploy.targets import TARGETS, ExportRequest
 from repvgg.errors import ExportError, OutputExistsError
 from tests.deploy.test_targets import SHAPE, STATISTICS, network, pixels, request
 
@@ -34,6 +35,14 @@ def test_a_folder_with_a_table_and_a_reason_for_each_target_that_is_missing(tmp_
     assert sorted(file.name for file in (tmp_path / "all").iterdir()) == ["README.md", TABLE, "model.torchscript"]
     with pytest.raises(OutputExistsError):
         export_all(given, rounds=2, names=("torchscript",))
+
+
+def test_no_two_targets_write_a_file_of_one_name():
+    names = [Path(file_name(name)).with_suffix(end).name for name, one in TARGETS.items() for end in one.suffixes]
+    assert len(set(names)) == len(names) > len([one for one in TARGETS.values() if one.suffix])
+    assert [file_name(name) for name in ("onnx", "openvino", "ncnn", "tensorrt", "c")] == [
+        "model.onnx", "model.xml", "model.ncnn.param", "model.tensorrt.onnx", "c"
+    ]  # fmt: skip
 
 
 def test_a_file_that_differs_is_a_row_and_nothing_at_all_is_an_error(tmp_path):

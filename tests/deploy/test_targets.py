@@ -17,8 +17,8 @@ from repvgg.deploy.comparison_images import border_images
 from repvgg.deploy.file_target import FileSpec, compare
 from repvgg.deploy.loading import run_in_parts
 from repvgg.deploy.preprocessing import KEY, Preprocessing
-from repvgg.deploy.targets import TARGETS, ExportRequest, export, target_module
-from repvgg.errors import EquivalenceError, ExportError, RepvggError, UnsupportedError, UsageError
+from repvgg.deploy.targets import TARGETS, ExportRequest, check_files_beside, export, target_module
+from repvgg.errors import EquivalenceError, ExportError, OutputExistsError, RepvggError, UnsupportedError, UsageError
 
 SHAPE = (3, 17, 15)
 STATISTICS = Preprocessing((0.4, 0.5, 0.3), (0.2, 0.25, 0.3), SHAPE[1:], tuple("abcde"))
@@ -236,6 +236,27 @@ def test_files_of_nothing_are_refused(tmp_path):
         (tmp_path / f"a{suffix}").write_bytes(b"nothing")
         with pytest.raises(ExportError):
             load_runner(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(("name", "other"), [("ncnn", "m.xml"), ("openvino", "m.param")])
+def test_weights_of_another_export_are_not_replaced(tmp_path, monkeypatch, name, other):
+    monkeypatch.setattr("repvgg.deploy.targets.importlib.util.find_spec", lambda name: object())
+    out = tmp_path / f"m{TARGETS[name].suffix}"
+    check_files_beside(name, out)
+    weights = tmp_path / "m.bin"
+    weights.write_bytes(b"weights")
+    with pytest.raises(OutputExistsError, match="something else"):
+        check_files_beside(name, out, overwrite=True)
+    out.touch()
+    with pytest.raises(OutputExistsError, match="add --overwrite"):
+        check_files_beside(name, out)
+    check_files_beside(name, out, overwrite=True)
+    (tmp_path / other).touch()
+    with pytest.raises(OutputExistsError, match=rf"weights of '{other}'.* such as 'm\.{name}\.") as raised:
+        export(name, request(name, tmp_path, out=out, overwrite=True))
+    assert str(raised.value).count(". ") == 0
+    check_files_beside(name, tmp_path / f"m.{name}{out.suffix}")  # the name that it advises
+    assert weights.read_bytes() == b"weights"
 
 
 def test_the_table_imports_no_runtime():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from repvgg.checkpoints import Metadata
     from repvgg.collapse import Report
+    from repvgg.data import DataConfig
 
 _HUB = "hub:"
 
@@ -102,6 +103,15 @@ def load_network(
         )
     shape = input_shape or (about.in_channels, *(input_size or (about.input_size, about.input_size)))
     return Network(loaded.model, shape, source, f"from {Path(source).name}", about)
+
+
+def data_config(network: Network, uri: str) -> DataConfig:
+    """Return the config of the images of a data set as the network takes them."""
+    from repvgg.data import DataConfig
+
+    if network.metadata is not None:
+        return network.metadata.data_config(uri=uri)
+    return DataConfig(uri=uri, channels=1 if network.shape[0] == 1 else 3)
 
 
 def warn_of_random_weights(network: Network, weights: Path | None) -> None:

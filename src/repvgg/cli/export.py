@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from repvgg._progress import busy
 from repvgg.cli._network import (
     Network,
     check_output_file,
+    data_config,
     folded_regions,
     load_network,
     plain_form,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _ALL = "all"
 _NO_PAGE_OPTIONS = PageOptions()
 _BATCH = 8  # photographs that are compared at once
+_DATA_IMAGES = 16  # of --data
 _ROUNDS = 20
 _CPU = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "native"]
 _TARGET = Literal[
@@ -62,6 +65,7 @@ def export(
     precision: Literal["float32", "float16"] = "float32",
     with_preprocessing: bool = False,
     images: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="", metavar="IMAGE")] = (),
+    data: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="URI")] = None,
     target: Annotated[_CPU | None, tyro.conf.arg(help_behavior_hint="")] = None,
     max_batch: Number = None,
     threads: Number = None,
@@ -94,7 +98,7 @@ def export(
         repvgg export plain.safetensors m.xml --to openvino --precision float16
         repvgg export timm:mobileone_s0 m.pte --to executorch --weights s0.pth
         repvgg export plain.safetensors model/ --to c --target x86-64-v3
-        repvgg export plain.safetensors m.onnx --to onnx --with-preprocessing
+        repvgg export plain.safetensors m.onnx --to onnx --data imagefolder:photos
         repvgg export int8.onnx int8.xml --to openvino
         repvgg export plain.safetensors page/ --to web --single-file
         repvgg export plain.safetensors everything/ --to all
@@ -111,6 +115,8 @@ def export(
         with_preprocessing: the file takes pixels in [0, 255], as float32 (N, C, H, W), and normalizes them itself.
         images: files, or folders of them, to compare on instead of the photographs of scikit-learn; prepared as SOURCE
             was trained, or for ImageNet where it does not say.
+        data: labelled images, such as imagefolder:PATH, or images with masks, such as masks:PATH; 16 random images of
+            the validation split are compared instead of the photographs of scikit-learn.
         target: of a C library: the processors (default: native, the widest of these that this machine runs).
         max_batch: of a C library: the largest number of images of a call (default: 1).
         threads: of a C library: the default number, also what is optimized for (default: that of PyTorch here).
@@ -133,18 +139,20 @@ def export(
         raise UsageError("Height and width of an image are both at least 1.")
     _check(to, source, out, weights, options, precision, rounds, overwrite, as_json)
     if is_onnx_source(source):
-        changed = [weights, num_classes, input_size, model, *images]
+        changed = [weights, num_classes, input_size, model, data, *images]
         if any(value is not None for value in changed) or with_preprocessing or precision != "float32":
             raise UsageError("An ONNX file is exported as it is: name only OUT and --to.")
         _export_onnx_file(to, source, out, overwrite)
         return
     if with_preprocessing and to in ("c", "web"):
         raise UsageError(f"--to {to} has no preprocessing in the graph: leave out --with-preprocessing.")
+    if images and data is not None:
+        raise UsageError("--images and --data are both images to compare on: give one of them.")
     with busy("Loading"):
         network = load_network(source, model, weights, num_classes, input_size, None)
         example = images_for(network.model, network.shape)[0]
         preprocessing = preprocessing_of(network.model, network.metadata, network.shape)
-        real, remark = _photographs(images, network, preprocessing, pixels=with_preprocessing)
+        real, remark = _photographs(images, data, network, preprocessing, pixels=with_preprocessing)
     warn_of_random_weights(network, weights)
     plain, folded = plain_form(network, example)
     made_plain = f"the network was made plain first: {folded_regions(folded)}"
@@ -185,7 +193,7 @@ def _check(
 ) -> None:
     """Check what can be checked before the network is loaded."""
     from repvgg.deploy.all_targets import TABLE
-    from repvgg.deploy.targets import check_request, export_target
+    from repvgg.deploy.targets import check_files_beside, check_request, export_target
 
     if to == _ALL:
         if options:
@@ -201,6 +209,7 @@ def _check(
         check_output_folder(out, export_target(to).replaceable, overwrite=overwrite)
     else:
         check_output_file(source, out, weights, overwrite=overwrite)
+        check_files_beside(to, out, overwrite=overwrite)
 
 
 def _export_onnx_file(to: str, source: str, out: Path, overwrite: bool) -> None:
@@ -252,7 +261,7 @@ def _write_result(exported: Exported, photographs: int) -> None:
 
 
 def _photographs(
-    paths: Sequence[Path], network: Network, preprocessing: Preprocessing, *, pixels: bool
+    paths: Sequence[Path], data: str | None, network: Network, preprocessing: Preprocessing, *, pixels: bool
 ) -> tuple[list[Tensor], str]:
     """Return photographs as the exported file takes them, in batches, and a sentence if there are none."""
     import torch
@@ -260,21 +269,28 @@ def _photographs(
     from repvgg.data import DataConfig, list_images, read_usable_images
     from repvgg.deploy.comparison_images import photographs
     from repvgg.deploy.preprocessing import PIXEL_MAX
+    from repvgg.quantization.images import open_evaluation_images
 
     channels, height, width = network.shape
-    if not paths:
+    if not paths and data is None:
         try:
             found = photographs(network.shape)
         except MissingDependencyError as error:
             return [], str(error)
         found = found if pixels else preprocessing.apply(found)
         return list(torch.split(found, _BATCH)), ""
-    if height != width or channels not in (1, 3):
-        raise UsageError("--images are for networks of square images of 1 or 3 channels: leave them out.")
-    config = DataConfig(mean=preprocessing.mean, std=preprocessing.std)
+    if channels not in (1, 3):
+        raise UsageError("--images and --data are for networks of images of 1 or 3 channels: leave them out.")
+    mean, std = preprocessing.mean, preprocessing.std
     if pixels:
-        config = DataConfig(mean=(0.0,) * channels, std=(1.0 / PIXEL_MAX,) * channels)
-    found, _, corrupt = read_usable_images(list_images(paths), config, height, channels)
+        mean, std = (0.0,) * channels, (1.0 / PIXEL_MAX,) * channels
+    if data is not None:
+        config = replace(data_config(network, data), mean=mean, std=std)
+        chosen = [batch for batch, _ in open_evaluation_images(config, network.shape, _DATA_IMAGES)]
+        return list(torch.split(torch.cat(chosen), _BATCH)), ""
+    if height != width:
+        raise UsageError("--images are for networks of square images: leave them out.")
+    found, _, corrupt = read_usable_images(list_images(paths), DataConfig(mean=mean, std=std), height, channels)
     if corrupt:
         raise DataError(f"{corrupt[0].location!r} {corrupt[0].reason}: name images that can be read.")
     return list(torch.split(found, _BATCH)), ""

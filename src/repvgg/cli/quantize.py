@@ -13,6 +13,7 @@ from repvgg._progress import busy
 from repvgg.cli._network import (
     Network,
     check_output_file,
+    data_config,
     folded_regions,
     load_network,
     plain_form,
@@ -26,7 +27,6 @@ from repvgg.errors import ExportError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from repvgg.data import DataConfig
     from repvgg.deploy.int8 import RuntimeResult
     from repvgg.quantization import QuantizationReport, QuantizationSettings
     from repvgg.quantization.images import QuantizationImages
@@ -123,7 +123,7 @@ def quantize(
     with busy("Loading"):
         network = load_network(source, model, weights, num_classes, input_size, None)
         images = open_quantization_images(
-            _config(network, data),
+            data_config(network, data),
             network.shape if input_size or not is_mask_uri(data) else None,
             calibration=calibration_images,
             selection=selection_images if html is not None or (granularity == "auto" and not report_only) else 0,
@@ -152,14 +152,6 @@ def quantize(
     for result in results:
         write_line(str(result))
     write_line(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
-
-
-def _config(network: Network, uri: str) -> DataConfig:
-    from repvgg.data import DataConfig
-
-    if network.metadata is not None:
-        return network.metadata.data_config(uri=uri)
-    return DataConfig(uri=uri, channels=1 if network.shape[0] == 1 else 3)
 
 
 def _check_task(network: Network, plain: nn.Module, images: QuantizationImages) -> None:

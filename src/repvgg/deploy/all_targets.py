@@ -166,10 +166,17 @@ def export_all(
 
 
 def file_name(name: str) -> str:
-    """Return what a target's file or folder is called in the folder."""
-    # Targets of the same suffix, or with weights of the same suffix next to them, have names of their own.
-    own = f".{name}" if name in ("ncnn", "tensorrt") else ""
-    return f"model{own}{TARGETS[name].suffix}" if TARGETS[name].suffix else name
+    """Return what a target's file or folder is called in the folder: ``model``, and the suffix.
+
+    Where an earlier target has files of the same suffix, such as the weights of OpenVINO and ncnn, the name of the
+    target is in it.
+    """
+    target = TARGETS[name]
+    if not target.suffix:
+        return name
+    earlier = [other for key, other in TARGETS.items() if list(TARGETS).index(key) < list(TARGETS).index(name)]
+    taken = {suffix for other in earlier for suffix in other.suffixes}
+    return f"model{'' if taken.isdisjoint(target.suffixes) else f'.{name}'}{target.suffix}"
 
 
 def _row(name: str, request: ExportRequest, folder: Path) -> Row:

@@ -43,7 +43,7 @@ def photographs(shape: Shape) -> Tensor:
         loaded = require("sklearn.datasets", "train").load_sample_images()
     except ImportError as error:
         raise NoPhotographsError(
-            "No photographs were compared: pip install 'repvgg[train]', or name your own with --images."
+            "No photographs were compared: pip install 'repvgg[train]', or name your own with --images or --data."
         ) from error
     found = []
     for pixels in loaded.images:

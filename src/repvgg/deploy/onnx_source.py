@@ -16,7 +16,7 @@ from repvgg.deploy.file_target import Written
 from repvgg.deploy.loading import run_in_parts
 from repvgg.deploy.onnx import OnnxRunner
 from repvgg.deploy.preprocessing import PIXEL_MAX, read_preprocessing
-from repvgg.deploy.targets import Exported, Runner, axes_in_words, export_target, target_module
+from repvgg.deploy.targets import Exported, Runner, axes_in_words, check_files_beside, export_target, target_module
 from repvgg.errors import EquivalenceError, ExportError, MissingDependencyError, UsageError, first_line, require
 from repvgg.quantization.calibration import first_tensor
 from repvgg.verify import verify
@@ -54,6 +54,7 @@ def export_onnx_file(name: str, source: Path, out: Path, *, overwrite: bool = Fa
     if not target.reads_qdq:
         raise UsageError(f"--to {name} takes a network, not an ONNX file: name the checkpoint that it was made of.")
     target.check_packages()
+    check_files_beside(name, out, overwrite=overwrite)
     exact = OnnxRunner(source, torch.get_num_threads(), optimize=False)
     shape = exact.input_shape
     if len(exact.inputs) != 1 or len(shape) != 4 or None in shape[1:]:

@@ -17,9 +17,10 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from repvgg._files import check_output
 from repvgg.deploy.inventory import Inventory
 from repvgg.deploy.preprocessing import Preprocessing
-from repvgg.errors import MissingDependencyError, UsageError, did_you_mean
+from repvgg.errors import MissingDependencyError, OutputExistsError, UsageError, did_you_mean
 from repvgg.verify import Evidence
 
 Shape = tuple[int, int, int]
@@ -130,6 +131,7 @@ class ExportTarget:
         why_not_run: the reason, a clause, if nothing does.
         dynamic_batch: whether one file can take any number of images.
         precisions: that it can be written in.
+        weights: suffix of the file of weights next to it, which has the same stem; "" if there is none.
         reads_qdq: whether it takes a quantized ONNX file (``repvgg quantize``) as its source.
     """
 
@@ -144,11 +146,17 @@ class ExportTarget:
     why_not_run: str = ""
     dynamic_batch: bool = True
     precisions: tuple[FloatPrecision, ...] = ("float32", "float16")
+    weights: str = ""
     reads_qdq: bool = False
 
     @property
     def is_folder(self) -> bool:
         return bool(self.replaceable)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of all files that have the same stem."""
+        return tuple(one for one in (self.suffix, self.weights) if one)
 
     def missing_package(self) -> str | None:
         """Return the first package that is not installed, or None."""
@@ -182,6 +190,7 @@ TARGETS: dict[str, ExportTarget] = {
         "openvino",
         (*_ONNX, "openvino"),
         runtime="OpenVINO",
+        weights=".bin",
         reads_qdq=True,
     ),
     "pt2": ExportTarget("a program of torch.export", "repvgg.deploy.formats.pt2", ".pt2", runtime="torch"),
@@ -204,6 +213,7 @@ TARGETS: dict[str, ExportTarget] = {
         ("ncnn", "pnnx"),
         runtime="ncnn",
         dynamic_batch=False,
+        weights=".bin",
     ),
     "coreml": ExportTarget(
         "a Core ML package",
@@ -301,8 +311,35 @@ def check_request(name: str, out: Path, options: Mapping[str, Any], precision: F
     target.check_packages()
 
 
+def check_files_beside(name: str, out: Path, *, overwrite: bool = False) -> None:
+    """Check that the weights next to ``out`` may be written, and that they are not those of another export.
+
+    Raises:
+        OutputExistsError: they exist and ``overwrite`` is not set, or they belong to another file, which would lose
+            them.
+    """
+    target = export_target(name)
+    if not target.weights:
+        return
+    weights = out.with_suffix(target.weights)
+    for other_name, other in TARGETS.items():
+        another = out.with_suffix(other.suffix)
+        if other_name != name and other.weights == target.weights and another.exists():
+            raise OutputExistsError(
+                f"{str(weights)!r} has the weights of {another.name!r}, and would have those of {out.name!r}: choose "
+                f"another name, such as {f'{out.stem}.{name}{out.suffix}'!r}."
+            )
+    if weights.exists() and not out.exists():
+        raise OutputExistsError(
+            f"{str(weights)!r} exists without {out.name!r}, so that it is something else: move it, or choose another "
+            "name."
+        )
+    check_output(weights, overwrite=overwrite)
+
+
 def export(name: str, request: ExportRequest) -> Exported:
     """Export a network to a target. Raises what the target does, and as :func:`check_request`."""
     check_request(name, request.out, request.options, request.precision)
+    check_files_beside(name, request.out, overwrite=request.overwrite)
     exported: Exported = target_module(name).export(request)
     return exported

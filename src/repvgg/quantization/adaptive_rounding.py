@@ -162,6 +162,6 @@ def _exact_moments(columns: Tensor) -> Tensor:
     columns = F.pad(columns, (0, blocks * _EXACT_TERMS - positions))
     columns = columns.reshape(groups, size, blocks, _EXACT_TERMS).movedim(2, 1)
     total = torch.zeros(groups, size, size, dtype=torch.float64, device=columns.device)
-    for part in columns.split(max(1, _MOMENT_ELEMENTS // total.numel()), dim=1):
+    for part in torch.split(columns, max(1, _MOMENT_ELEMENTS // total.numel()), dim=1):
         total += (part @ part.mT).double().sum(1)
     return total

@@ -70,21 +70,49 @@ def open_quantization_images(
     return _with_labels(config, shape, calibration, selection, evaluation)
 
 
+def open_evaluation_images(config: DataConfig, shape: Shape | None, count: int | None = None) -> Batches:
+    """Choose images of the validation split at random, always the same ones, with their labels or masks.
+
+    Args:
+        config: as for :func:`open_quantization_images`.
+        shape: likewise.
+        count: how many; None takes all.
+
+    Raises:
+        UsageError: labelled images are not square.
+        DataError: see :func:`repvgg.data.open_data`.
+    """
+    if is_mask_uri(config.uri):
+        from repvgg.data import open_evaluation_data
+
+        data = cast("SegmentationData", open_evaluation_data(config, "val"))
+        wanted = shape or cast("Shape", data.test_shape)
+        return _MaskBatches(data, _order(data.num_val)[:count].tolist(), wanted)
+    from repvgg.data import open_image_evaluation_data
+
+    assert shape is not None
+    return in_batches(*_labelled(open_image_evaluation_data(_of_size(config, shape), "val"), count))
+
+
 def _with_labels(
     config: DataConfig, shape: Shape, calibration: int, selection: int, evaluation: int | None
 ) -> QuantizationImages:
     from repvgg.data import open_image_evaluation_data
 
+    train = open_image_evaluation_data(_of_size(config, shape), "train")
+    images, labels = _labelled(train, calibration + selection)
+    _check_count(len(images), calibration, selection, config.uri)
+    chosen = in_batches(images[calibration:], labels[calibration:])
+    test = open_evaluation_images(config, shape, evaluation)
+    return QuantizationImages(images[:calibration], chosen, test, shape, "classification")
+
+
+def _of_size(config: DataConfig, shape: Shape) -> DataConfig:
     _, height, width = shape
     if height != width:
         raise UsageError(f"Data sets give square images: set --input-size N N, the network has {height} x {width}.")
     # Without a cache, which would decode all images for the sake of a few.
-    config = replace(config, train_size=height, test_size=height, cache="none")
-    images, labels = _labelled(open_image_evaluation_data(config, "train"), calibration + selection)
-    _check_count(len(images), calibration, selection, config.uri)
-    chosen = in_batches(images[calibration:], labels[calibration:])
-    test = in_batches(*_labelled(open_image_evaluation_data(config, "val"), evaluation))
-    return QuantizationImages(images[:calibration], chosen, test, shape, "classification")
+    return replace(config, train_size=height, test_size=height, cache="none")
 
 
 def _labelled(data: ImageData, count: int | None) -> tuple[Tensor, Tensor]:
@@ -108,16 +136,17 @@ def _with_masks(
 ) -> QuantizationImages:
     from repvgg.data import open_evaluation_data
 
-    train, test = (cast("SegmentationData", open_evaluation_data(config, split)) for split in ("train", "val"))
-    wanted = shape or cast("Shape", test.test_shape)
+    train = cast("SegmentationData", open_evaluation_data(config, "train"))
+    if shape is None:
+        shape = cast("Shape", cast("SegmentationData", open_evaluation_data(config, "val")).test_shape)
     order = _order(train.num_val)[: calibration + selection].tolist()
     _check_count(len(order), calibration, selection, config.uri)
-    images = torch.cat([one for one, _ in _MaskBatches(train, order[:calibration], wanted)])
+    images = torch.cat([one for one, _ in _MaskBatches(train, order[:calibration], shape)])
     return QuantizationImages(
         images,
-        _MaskBatches(train, order[calibration:], wanted),
-        _MaskBatches(test, _order(test.num_val)[:evaluation].tolist(), wanted),
-        wanted,
+        _MaskBatches(train, order[calibration:], shape),
+        open_evaluation_images(config, shape, evaluation),
+        shape,
         "segmentation",
     )
 
