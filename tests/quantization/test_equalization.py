@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 import repvgg
 from repvgg.models import ModelSpec, SqueezeExciteSpec, Stage
-from repvgg.quantization import equalize, trace_channels
-from repvgg.quantization.channel_graph import FIXED
+from repvgg.quantization import equalize, rescale_randomly
+from repvgg.quantization.equalization import channel_spread
 from tests.bn_statistics import trained_like
 from tests.quantization.networks import NETWORKS, Chain, Residual, Smooth, images, random_
 
@@ -61,18 +61,13 @@ def test_one_pair_gets_equal_ranges():
 def test_the_result_does_not_depend_on_how_channels_were_scaled(network):
     model = random_(network()).double()
     x = images().double()
-    graph = trace_channels(model, x)
-    scales = torch.exp(torch.empty(graph.num_variables, dtype=torch.float64).uniform_(-6.9, 6.9))  # up to 1000x
-    scales[FIXED] = 1
-    sabotaged = copy.deepcopy(model)
-    state = sabotaged.state_dict()
-    for layer in graph.layers:
-        weight = state[layer.weight]
-        into = scales[layer.inputs].reshape(layer.groups, -1).repeat_interleave(len(weight) // layer.groups, 0)
-        factor = into / scales[layer.outputs][:, None]
-        weight *= factor.reshape(*factor.shape, *[1] * (weight.ndim - 2))
-        state[layer.bias] /= scales[layer.outputs]
+    before = copy.deepcopy(model.state_dict())
+    sabotaged = rescale_randomly(model, x, largest=1000)
     assert_close(sabotaged(x), model(x))
+    first = model.body[0] if network is Chain else model.stem
+    rescaled = sabotaged.body[0] if network is Chain else sabotaged.stem
+    assert channel_spread(rescaled.weight) > 20 * channel_spread(first.weight)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
     ours, _ = equalize(model, x)
     theirs, _ = equalize(sabotaged, x)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):

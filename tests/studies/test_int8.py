@@ -1,6 +1,7 @@
 """The study of INT8 on a network with random weights and a few digits."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 from repvgg import reparameterize
 from repvgg.errors import UsageError
-from repvgg.models import create_model, describe_model, save
-from repvgg.studies import base, int8, int8_rows
+from repvgg.models import create_model, describe_model, load, save
+from repvgg.studies import base, int8
 from repvgg.studies.int8 import Int8Settings
 from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS
-from repvgg.studies.int8_rows import FLOAT, OURS, ROWS, TRAINED
+from repvgg.studies.int8_rows import FLOAT, OURS, ROWS, TRAINED, Subject
 from tests.bn_statistics import trained_like
 from tests.studies.helpers import read_rows, run
 
@@ -64,7 +65,7 @@ def test_an_interrupted_study_continues_cell_by_cell(checkpoint, tmp_path, monke
         calls.append(out)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        int8_rows._copy_float(subject, out)
+        FLOAT.write(subject, out)
 
     rows = (FLOAT, *(replace(FLOAT, key=f"ours-{name}", title=name, family="ours", write=write) for name in "ab"))
     monkeypatch.setattr(int8, "ROWS", rows)
@@ -88,16 +89,59 @@ def test_a_row_that_fails_is_shown_with_the_reason(checkpoint, tmp_path, monkeyp
 
 
 def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
-    assert TRAINED in Int8Settings(**FEW).chosen_rows
+    assert TRAINED in Int8Settings(**FEW).rows_of("digits")
     settings = {"checkpoints": (f"net={checkpoint}",), "rows": ("trained",), **FEW}
     assert run("int8", tmp_path / "without", **settings).complete
     assert len(read_rows(tmp_path / "without" / "int8-net.csv")) == 1
 
 
+def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch):
+    """And shows them together; what it has is not measured again."""
+    copies = {}
+    for name in ("a-qat", "b"):
+        copies[name] = shutil.copytree(checkpoint, tmp_path / name)
+    settings = {**FEW, "rounds": 0, "other_images": 5}
+    rows = ("sabotaged-float", "onnxruntime-u8u8-tensor-minmax")
+    first = run("int8", tmp_path / "s", checkpoints=(f"a={checkpoint}",), rows=rows, **settings)
+    assert first.complete
+    one = read_rows(tmp_path / "s" / "int8-a.csv")
+    assert [row["images"] for row in one] == ["16", "5"]
+    sabotaged = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
+    assert [row["row"] for row in sabotaged] == ["float32"]
+    assert float(sabotaged[0]["onnxruntime_sabotaged_sqnr_db"]) > 80  # it is the same function
+    assert list(read_rows(tmp_path / "s" / "int8-a-cost.csv")[0]) == ["row", "megabytes", "seconds"]
+
+    subject = Subject(
+        reparameterize(load(checkpoint / "plain.safetensors").model)[0], tmp_path / "f.onnx", torch.rand(8, 1, 16, 16)
+    )
+    next(row for row in ROWS if row.key == "ours-nearest").write(subject, copies["a-qat"] / "int8.onnx")
+    loaded = []
+    load_network = int8._load
+    monkeypatch.setattr(int8, "_load", lambda *given: loaded.append(given[1]) or load_network(*given))
+    networks = {"checkpoints": (f"a={checkpoint}", f"b={copies['b']}"), "trained": (f"a={copies['a-qat']}",)}
+    second = run("int8", tmp_path / "s", rows=("trained",), **networks, **settings)
+    assert second.complete
+    both = read_rows(tmp_path / "s" / "int8-summary.csv")
+    assert [row["row"] for row in both] == ["float32", "quantization-aware training, a-qat"]
+    assert both[1]["b_onnxruntime_sqnr_db"] == ""
+    assert 10 < float(both[1]["a_onnxruntime_sqnr_db"]) < 60
+    assert float(both[1]["lowest_agreement_percent"]) <= 100
+    assert loaded == [checkpoint, copies["b"]]
+    run("int8", tmp_path / "s", rows=("trained", *rows[:1]), checkpoints=networks["checkpoints"][:1], **settings)
+    assert len(loaded) == 2
+
+    other = trained_like(create_model("repvgg_t0", num_classes=10, in_channels=1))
+    save(copies["b"] / "plain.safetensors", other, describe_model(other, "train", input_size=16), overwrite=True)
+    with pytest.raises(UsageError, match="'b' with other weights"):
+        run("int8", tmp_path / "s", rows=("trained",), **networks, **settings)
+
+
 def test_every_setting_has_a_name_of_its_own():
     assert len({row.key for row in ROWS}) == len(ROWS)
     assert len(ONNX_RUNTIME_SETTINGS) == 2 * 2 * 2 * 3 + 2 * 3
-    assert len(NNCF_SETTINGS) == 6
+    assert len(NNCF_SETTINGS) == 7
+    assert sum(bool(row.sabotages) for row in ROWS) == 9
+    assert {row.sabotages for row in ROWS} <= {"", *(row.key for row in ROWS)}
     assert OURS in {row.key for row in ROWS}
 
 
@@ -107,6 +151,9 @@ def test_every_setting_has_a_name_of_its_own():
         ({"rows": ("other",)}, "No row begins with 'other'"),
         ({"checkpoints": ("a=x", "a=y"), "data": "digits:"}, "Two checkpoints have one name"),
         ({"checkpoints": ("x",)}, "nothing to calibrate on"),
+        ({"trained": ("b=runs/qat",)}, "No checkpoint is named 'b'"),
+        ({"trained": ("digits=a/qat", "digits=b/qat")}, "folders of one name"),
+        ({"rounds": -1}, "rounds must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, sentence):
@@ -117,4 +164,7 @@ def test_bad_settings_are_refused(settings, sentence):
 def test_a_checkpoint_that_does_not_exist_is_refused_first(tmp_path):
     with pytest.raises(UsageError, match="There is no checkpoint"):
         run("int8", tmp_path / "s", checkpoints=(str(tmp_path / "x.safetensors"),), **FEW)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match=r"has no int8\.onnx"):
+        run("int8", tmp_path / "s", trained=(f"digits={tmp_path / 'run'}",), **FEW)
     assert not (tmp_path / "s").exists()

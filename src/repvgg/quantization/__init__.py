@@ -5,7 +5,7 @@ from repvgg.quantization.affine import ActivationQuantizer, Granularity, Quantiz
 from repvgg.quantization.api import quantize
 from repvgg.quantization.bias_correction import correct_bias
 from repvgg.quantization.channel_graph import ChannelGraph, trace_channels
-from repvgg.quantization.equalization import EqualizationReport, LayerFactors, LayerSpread, equalize
+from repvgg.quantization.equalization import EqualizationReport, LayerFactors, LayerSpread, equalize, rescale_randomly
 from repvgg.quantization.fake import FakeQuantLayer
 from repvgg.quantization.files import load_quantized, save_quantized
 from repvgg.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, quantize_layer
@@ -55,6 +55,7 @@ __all__ = [
     "quantize",
     "quantize_layer",
     "quantize_weight",
+    "rescale_randomly",
     "save_quantized",
     "sqnr",
     "trace_channels",

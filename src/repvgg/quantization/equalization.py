@@ -10,6 +10,7 @@ function.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
@@ -92,6 +93,35 @@ def equalize(model: nn.Module, images: Tensor) -> tuple[nn.Module, EqualizationR
     state = result.state_dict(keep_vars=True)
     weights = {layer.weight: _magnitudes(state[layer.weight], layer) for layer in graph.layers}
     scales, sweeps = _solve(graph, weights)
+    factors = _rescale(state, graph, scales)
+    spreads = []
+    for layer in graph.layers:
+        after = _magnitudes(state[layer.weight], layer)
+        free = int((layer.outputs != FIXED).sum())
+        before = weights[layer.weight]
+        reason = None if free else graph.reasons.get(layer.weight)
+        spreads.append(LayerSpread(layer.name, _spread(before), _spread(after), free, len(layer.outputs), reason))
+    return result, EqualizationReport(tuple(spreads), sweeps, factors)
+
+
+def rescale_randomly(model: nn.Module, images: Tensor, *, largest: float = 1000.0, seed: int = 0) -> nn.Module:
+    """Return a copy of ``model`` that computes the same function, with weights that are hard to quantize.
+
+    Each channel that :func:`equalize` may rescale gets a factor between ``1 / largest`` and ``largest``, uniform on a
+    logarithmic scale. The arguments are those of :func:`equalize`.
+    """
+    graph = trace_channels(model, images)
+    result = copy.deepcopy(model).eval()
+    draw = torch.Generator().manual_seed(seed)
+    bound = math.log(largest)
+    scales = torch.empty(graph.num_variables, dtype=torch.float64).uniform_(-bound, bound, generator=draw).exp()
+    scales[FIXED] = 1.0
+    _rescale(result.state_dict(keep_vars=True), graph, scales)
+    return result
+
+
+def _rescale(state: Mapping[str, Tensor], graph: ChannelGraph, scales: Tensor) -> dict[str, LayerFactors]:
+    """Divide channels by ``scales`` where they are written and multiply by them where they are read, in place."""
     factors: dict[str, LayerFactors] = {}
     with torch.no_grad():
         for layer in graph.layers:
@@ -102,14 +132,7 @@ def equalize(model: nn.Module, images: Tensor) -> tuple[nn.Module, EqualizationR
             if layer.bias is not None:
                 state[layer.bias].copy_(state[layer.bias].double() / out)
             factors[layer.name] = LayerFactors(factor, out)
-    spreads = []
-    for layer in graph.layers:
-        after = _magnitudes(state[layer.weight], layer)
-        free = int((layer.outputs != FIXED).sum())
-        before = weights[layer.weight]
-        reason = None if free else graph.reasons.get(layer.weight)
-        spreads.append(LayerSpread(layer.name, _spread(before), _spread(after), free, len(layer.outputs), reason))
-    return result, EqualizationReport(tuple(spreads), sweeps, factors)
+    return factors
 
 
 def channel_spread(weight: Tensor) -> float:

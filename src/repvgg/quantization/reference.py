@@ -63,6 +63,20 @@ class Reference:
             yield ReferenceBatch(images, labels, outputs)
         self._outputs = kept
 
+    def first(self, count: int) -> Reference:
+        """Return the same network on the first ``count`` images; outputs that are kept are not computed again."""
+        batches: list[tuple[Tensor, Tensor | None]] = []
+        for images, labels in self._batches:
+            batches.append((images[:count], None if labels is None else labels[:count]))
+            count -= len(images)
+            if count <= 0:
+                break
+        part = Reference(self.model, batches)
+        if self._outputs is not None:
+            pairs = zip(self._outputs, batches, strict=False)  # there are more outputs than batches
+            part._outputs = [outputs[: len(images)] for outputs, (images, _) in pairs]
+        return part
+
     def compare(self, candidate: Callable[[Tensor], Tensor]) -> Quality:
         """Compare the outputs of another network, a module or any callable, with those of the float network.
 

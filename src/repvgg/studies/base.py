@@ -75,6 +75,8 @@ class Study:
     # Settings about how the work is divided: they may change when a study continues.
     free_settings: frozenset[str] = frozenset()
     mix_machines: bool = False  # accept cells of several machines
+    # Whether a finished study may get more cells, by other free settings.
+    extends: bool = False
     # Name of the default folder, for a study whose settings select one of several; None takes its name.
     default_folder: Callable[[Any], str] | None = None
 
@@ -122,7 +124,9 @@ def run_study(
         header = Header(study.name, settled, environment(), command)  # before measuring, for an honest load average
         default = study.name if study.default_folder is None else study.default_folder(chosen)
         folder = FOLDER / default if out is None else out
-        store = CellStore.open(folder, header, overwrite=overwrite, mix_machines=study.mix_machines)
+        store = CellStore.open(
+            folder, header, overwrite=overwrite, mix_machines=study.mix_machines, extends=study.extends
+        )
         interrupted = False
         try:
             console = console or Console(stderr=True)

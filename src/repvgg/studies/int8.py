@@ -1,21 +1,23 @@
 """INT8: what the settings of ONNX Runtime, NNCF and this library cost, in accuracy, size and time.
 
     repvgg study int8
-    repvgg study int8 --checkpoints a=runs/a qat=runs/a-qat --data imagefolder:cifar10 --test-images 2000
+    repvgg study int8 --checkpoints a=runs/a b=runs/b --trained a=runs/a-qat --data imagefolder:cifar10 --rounds 0
     repvgg study int8 --rows ours nncf --threads 1
 
-Without --checkpoints it trains the network of the quickstart first. Expected on 2 cores: 5 minutes.
+Without --checkpoints it trains the network of the quickstart first. Expected on 2 cores: 5 minutes. A folder takes more
+networks and rows later: cells that it has are not measured again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import re
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,12 @@ from repvgg.models import load
 from repvgg.quantization import Reference
 from repvgg.quantization.images import open_quantization_images
 from repvgg.studies.base import ProgressReporter, Study, check_positive
-from repvgg.studies.int8_rows import FLOAT, ROWS, TRAINED, Row, Subject
+from repvgg.studies.int8_rows import FLOAT, OURS, ROWS, TRAINED, Row, Subject, as_key, trained_row
 from repvgg.studies.int8_tables import int8_outcome
 from repvgg.studies.store import Cell, CellStore
 
 _DIGITS = "digits"
+_OTHERS = 4  # of the order of rows: those that --other-images is about
 _TRAINED_FILE = "int8.onnx"  # in the run folder of quantization-aware training
 _WEIGHT_FILES = ("train.safetensors", "plain.safetensors", "best.safetensors")  # of a run folder, the last first choice
 
@@ -48,15 +51,19 @@ class Int8Settings:
     Attributes:
         run: device, dtype, memory format and threads.
         batch: images in a timed call.
-        rounds: how often each file is timed, beside the float file.
+        rounds: how often each file is timed, beside the float file; 0 does not time.
         checkpoints: run folders or checkpoints, each as PATH or NAME=PATH; default: the quickstart's network, which is
             trained first. The int8.onnx that quantization-aware training leaves in its folder becomes a row.
+        trained: run folders of quantization-aware training, each as NAME=PATH with the name of the checkpoint that it
+            started from, whose float network its integers are compared with.
         data: labelled images, or images with masks; the training split calibrates, the validation split evaluates;
             default: digits.
         input_size: height and width of the images; default: of the checkpoint.
         calibration_images: random training images.
         test_images: random validation images; default: all.
-        rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained; default: all.
+        other_images: how many of them rows are compared on, other than float32, all steps of this library (sabotaged,
+            too) and trained integers; default: all of them.
+        rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained, sabotaged; default: all.
         seed: of the quickstart's training.
 
     Raises:
@@ -67,33 +74,42 @@ class Int8Settings:
     batch: int = 1
     rounds: int = 10
     checkpoints: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     data: str | None = None
     input_size: int | None = None
     calibration_images: int = 128
     test_images: int | None = None
+    other_images: int | None = None
     rows: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_positive(
             batch=self.batch,
-            rounds=self.rounds,
             input_size=self.input_size,
             calibration_images=self.calibration_images,
             test_images=self.test_images,
+            other_images=self.other_images,
         )
+        if self.rounds < 0:
+            raise UsageError(f"rounds must be at least 0, got {self.rounds}.")
         if self.run.device != "cpu" or self.run.dtype != "float32" or self.run.compile:
             raise UsageError(
                 "Integers are measured on the CPU, beside float32: leave out --device, --dtype, --compile."
             )
-        for name in self.rows:
-            if not any(row.key.startswith(name) for row in ROWS):
-                raise UsageError(
-                    f"No row begins with {name!r}: take ours, nncf, onnxruntime, trained, or a name of one."
-                )
         names = [name for name, _ in self.named_checkpoints]
         if len(set(names)) < len(names):
             raise UsageError("Two checkpoints have one name: give them as NAME=PATH.")
+        for name, path in self._named_trainings:
+            if name not in names:
+                raise UsageError(f"No checkpoint is named {name!r}: give --trained NAME={path} with a name of one.")
+        every = [[row.key for row in self._all_rows(name)] for name in names]
+        if any(len(set(keys)) < len(keys) for keys in every):
+            raise UsageError("Two trainings of one checkpoint are in folders of one name: rename one of them.")
+        for chosen in self.rows:
+            if not any(key.startswith(chosen) for keys in every for key in keys):
+                families = "ours, nncf, onnxruntime, trained, sabotaged"
+                raise UsageError(f"No row begins with {chosen!r}: take {families}, or a name of one.")
         if self.checkpoints and self.data is None:
             raise UsageError("There is nothing to calibrate on: give --data, such as imagefolder:PATH.")
 
@@ -102,10 +118,19 @@ class Int8Settings:
         """Name and path of each network; None is the quickstart's, which the study trains."""
         return [_named(text) for text in self.checkpoints] or [(_DIGITS, None)]
 
+    def rows_of(self, network: str) -> tuple[Row, ...]:
+        """Return the rows to measure of a network; float always."""
+        return tuple(
+            row for row in self._all_rows(network) if row is FLOAT or not self.rows or row.key.startswith(self.rows)
+        )
+
+    def _all_rows(self, network: str) -> list[Row]:
+        trained = [trained_row(path / _TRAINED_FILE) for name, path in self._named_trainings if name == network]
+        return [each for row in ROWS for each in ((row, *trained) if row is TRAINED else (row,))]
+
     @property
-    def chosen_rows(self) -> tuple[Row, ...]:
-        """The rows to measure; float always."""
-        return tuple(row for row in ROWS if row is FLOAT or not self.rows or row.key.startswith(self.rows))
+    def _named_trainings(self) -> list[tuple[str, Path]]:
+        return [_named(text) for text in self.trained]
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -113,7 +138,7 @@ def _named(text: str) -> tuple[str, Path]:
     path = Path(rest or text)
     if not rest:
         name = path.name if path.is_dir() else path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
-    return re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-._") or "network", path
+    return as_key(name) or "network", path
 
 
 def _weights_of(path: Path) -> Path:
@@ -138,26 +163,72 @@ def _resolve(settings: Int8Settings) -> Int8Settings:
     for _, path in settings.named_checkpoints:
         if path is not None:
             _weights_of(path)  # before anything is measured
+    for _, path in settings._named_trainings:
+        if not (path / _TRAINED_FILE).is_file():
+            raise UsageError(f"{str(path)!r} has no {_TRAINED_FILE}: name a folder of 'repvgg train --recipe qat'.")
     return replace(settings, data=settings.data or "digits:")
 
 
 def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporter) -> None:
-    networks = settings.named_checkpoints
-    total, done = len(networks) * len(settings.chosen_rows), 0
-    for name, path in networks:
-        rows = [row for row in settings.chosen_rows if cell_key(name, row) not in store]
-        done += len(settings.chosen_rows) - len(rows)
+    networks = {name: path or _quickstart(settings, store, reporter) for name, path in settings.named_checkpoints}
+    digests = {name: _digest(_weights_of(path)) for name, path in networks.items()}
+    for name, digest in digests.items():
+        _check_weights(name, digest, settings, store)
+    total, done = sum(len(settings.rows_of(name)) for name in networks), 0
+    for name, path in networks.items():
+        rows = [row for row in settings.rows_of(name) if cell_key(name, row) not in store]
+        done += len(settings.rows_of(name)) - len(rows)
         if rows:
             with tempfile.TemporaryDirectory() as folder:
-                subject, reference = _load(settings, store, path, Path(folder), reporter)
-                for row in rows:
-                    cell = _cell(row, subject, reference, settings, Path(folder) / "int8.onnx")
+                subject, reference = _load(settings, path, Path(folder))
+                # Made when one of these rows is next: the outputs of the whole reference are known by then.
+                of_others = cache(partial(_for_others, reference, settings))
+                for row in sorted(rows, key=_priority):
+                    compared = reference if _priority(row) < _OTHERS else of_others()
+                    cell = _cell(row, subject, compared, settings, Path(folder) / f"int8{row.suffix}")
                     if cell is not None:
-                        store.put(cell_key(name, row), cell)
+                        store.put(cell_key(name, row), {**cell, "weights": digest})
                         reporter.message(f"{name}, {row.title}: {_summary(cell)}")
                     done += 1
                     reporter(done, total)
         reporter(done, total)
+
+
+def _priority(row: Row) -> int:
+    """Return the order of measuring: first what most is learned from, should the study be interrupted."""
+    first = [row.key == OURS, row is FLOAT, row.family == "trained", row.key == f"sabotaged-{OURS}"]
+    return first.index(True) if any(first) else _OTHERS
+
+
+def _for_others(reference: Reference, settings: Int8Settings) -> Reference:
+    return reference if settings.other_images is None else reference.first(settings.other_images)
+
+
+def _quickstart(settings: Int8Settings, store: CellStore, reporter: ProgressReporter) -> Path:
+    path = store.folder / "quickstart"
+    if not path.exists():
+        from repvgg.studies.quickstart import run
+
+        store.create()
+        reporter.message(f"training the network of the quickstart in {path}")
+        run(path, settings.seed, console=Console(quiet=True))
+    return path
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_weights(name: str, digest: str, settings: Int8Settings, store: CellStore) -> None:
+    """Raise UsageError if cells of ``name`` were measured with other weights."""
+    for row in settings.rows_of(name):
+        key = cell_key(name, row)
+        if key in store and store[key].get("weights") != digest:
+            raise UsageError(
+                f"{str(store.folder)!r} has results of {name!r} with other weights: give it another name, as "
+                "NAME=PATH, or choose another folder."
+            )
 
 
 def cell_key(network: str, row: Row) -> str:
@@ -165,17 +236,7 @@ def cell_key(network: str, row: Row) -> str:
     return f"{network}-{row.key}"
 
 
-def _load(
-    settings: Int8Settings, store: CellStore, path: Path | None, folder: Path, reporter: ProgressReporter
-) -> tuple[Subject, Reference]:
-    if path is None:
-        path = store.folder / "quickstart"
-        if not path.exists():
-            from repvgg.studies.quickstart import run
-
-            store.create()
-            reporter.message(f"training the network of the quickstart in {path}")
-            run(path, settings.seed, console=Console(quiet=True))
+def _load(settings: Int8Settings, path: Path, folder: Path) -> tuple[Subject, Reference]:
     loaded = load(_weights_of(path))
     images = open_quantization_images(
         _config(settings, loaded.metadata),
@@ -228,8 +289,10 @@ def _cell(row: Row, subject: Subject, reference: Reference, settings: Int8Settin
             raise
         return {"failed": f"{type(error).__name__}: {first_line(error)}"}  # of a library
     finally:
-        size = file.stat().st_size if file.is_file() else 0
-        file.unlink(missing_ok=True)
+        files = list(file.parent.glob(f"{file.stem}.*"))  # OpenVINO's weights are in a file next to it
+        size = sum(one.stat().st_size for one in files)
+        for one in files:
+            one.unlink()
     return {"bytes": size, "seconds": seconds, "runtimes": {one.runtime: _as_data(one) for one in results}}
 
 
@@ -289,17 +352,21 @@ STUDIES = (
             "Saturation is what the integer kernels of ONNX Runtime lose against the same file in float arithmetic, "
             "on the first 512 images: CPUs without VNNI instructions add pairs of products of signed weights in 16 "
             "bits. Latency is that of a call, each file beside the float file of the same runtime in the same rounds. "
-            "Steps of this library are added one at a time; every row is shown, the worse ones too."
+            "Steps of this library are added one at a time; every row is shown, the worse ones too. A sabotaged "
+            "network computes the same function with channels whose scales are random, up to 1000 times as large or "
+            "as small."
         ),
         settings=Int8Settings,
         resolve=_resolve,
         measure=_measure,
         outcome=lambda settings, values: int8_outcome(
             {
-                name: {row: values.get(cell_key(name, row)) for row in settings.chosen_rows}
+                name: {row: values.get(cell_key(name, row)) for row in settings.rows_of(name)}
                 for name, _ in settings.named_checkpoints
             },
             settings.batch,
         ),
+        free_settings=frozenset({"checkpoints", "trained", "rows"}),
+        extends=True,
     ),
 )

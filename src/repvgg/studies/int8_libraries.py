@@ -14,6 +14,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor
 
+from repvgg.deploy.openvino import openvino_core
 from repvgg.errors import require
 
 _BATCH = 16  # calibration images at once, at most
@@ -92,6 +93,7 @@ class NncfSettings:
         mixed: activations asymmetric ("MIXED"), instead of symmetric.
         full_bias_correction: the accurate bias correction instead of the fast one.
         overflow_fix: half of the range of weights: "ENABLE" everywhere, "DISABLE" nowhere.
+        channel_alignment: rescale channels between layers first; NNCF has it for OpenVINO IR, which is written then.
     """
 
     key: str
@@ -99,14 +101,20 @@ class NncfSettings:
     mixed: bool = False
     full_bias_correction: bool = False
     overflow_fix: Literal["ENABLE", "DISABLE"] | None = None
+    channel_alignment: bool = False
 
     def write(self, float_file: Path, calibration: Tensor, out: Path) -> None:
         """Quantize an ONNX file with calibration images (N, C, H, W).
 
         Raises:
-            MissingDependencyError: nncf or onnx is not installed.
+            MissingDependencyError: nncf, onnx or openvino is not installed.
         """
-        onnx = require("onnx", "onnx")
+        model: Any
+        if self.channel_alignment:
+            model = openvino_core().read_model(str(float_file))
+        else:
+            onnx = require("onnx", "onnx")
+            model = onnx.load(float_file)
         with _quiet():
             nncf = require("nncf", "nncf")
             advanced = require("nncf.quantization.advanced_parameters", "nncf")
@@ -114,18 +122,22 @@ class NncfSettings:
             options: dict[str, Any] = {}
             if self.mixed:
                 options["preset"] = nncf.QuantizationPreset.MIXED
+            more: dict[str, Any] = {"disable_channel_alignment": not self.channel_alignment}
             if self.overflow_fix is not None:
-                fix = advanced.OverflowFix[self.overflow_fix]
-                options["advanced_parameters"] = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+                more["overflow_fix"] = advanced.OverflowFix[self.overflow_fix]
             images = nncf.Dataset(torch.split(calibration, 1), lambda image: {_INPUT: image.numpy()})
             quantized = nncf.quantize(
-                onnx.load(float_file),
+                model,
                 images,
                 subset_size=len(calibration),
                 fast_bias_correction=not self.full_bias_correction,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(**more),
                 **options,
             )
-        onnx.save(quantized, out)
+        if self.channel_alignment:
+            require("openvino", "openvino").save_model(quantized, str(out), compress_to_fp16=False)
+        else:
+            onnx.save(quantized, out)
 
 
 #: 7 bits are for signed weights: products of unsigned ones are added in 32 bits.
@@ -146,6 +158,9 @@ NNCF_SETTINGS = (
     ),
     NncfSettings(
         "nncf-full-mixed-nofix", "NNCF, full bias correction, MIXED, no OverflowFix", True, True, overflow_fix="DISABLE"
+    ),
+    NncfSettings(
+        "nncf-alignment", "NNCF, full bias correction, MIXED, channel alignment", True, True, channel_alignment=True
     ),
 )
 

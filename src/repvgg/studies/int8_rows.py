@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
 from repvgg.deploy.int8 import RUNTIMES
+from repvgg.deploy.onnx import export_onnx
 from repvgg.deploy.qdq import export_qdq
-from repvgg.quantization import QuantizationSettings, quantize
+from repvgg.quantization import QuantizationSettings, quantize, rescale_randomly
 from repvgg.quantization.steps import NEAREST
 from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS, NncfSettings, OnnxRuntimeSettings
 
 Family = Literal["float", "onnxruntime", "nncf", "ours", "trained"]
+#: Channels of a sabotaged network have random factors of up to this.
+SABOTAGE = 1000.0
 
 
 @final
@@ -37,6 +41,20 @@ class Subject:
     calibration: Tensor
     trained_file: Path | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        _, channels, height, width = self.calibration.shape
+        return channels, height, width
+
+    @cached_property
+    def sabotaged(self) -> Subject:
+        """The same function with channels whose scales are random."""
+        plain = rescale_randomly(self.plain, self.calibration[:1], largest=SABOTAGE)
+        file = self.float_file.with_name(f"sabotaged-{self.float_file.name}")
+        export_onnx(plain, file, self.shape, overwrite=True)
+        return Subject(plain, file, self.calibration)
+
 
 @final
 @dataclass(frozen=True)
@@ -47,8 +65,11 @@ class Row:
         key: in files, and for ``--rows``.
         family: who quantizes.
         title: for readers.
-        write: quantizes a network and writes an ONNX file.
+        write: quantizes a network and writes a file.
         runtimes: that run the file.
+        suffix: of the file.
+        sabotages: key of the row that quantizes the network as it is, where this one quantizes it with channels of
+            random scales.
     """
 
     key: str
@@ -56,15 +77,26 @@ class Row:
     title: str
     write: Callable[[Subject, Path], None]
     runtimes: tuple[str, ...] = RUNTIMES
+    suffix: str = ".onnx"
+    sabotages: str = ""
 
 
-def _copy_float(subject: Subject, out: Path) -> None:
-    shutil.copyfile(subject.float_file, out)
+def as_key(text: str) -> str:
+    """Return what is left of a text in the names of files and of ``--rows``; may be empty."""
+    return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-._")
 
 
-def _copy_trained(subject: Subject, out: Path) -> None:
-    assert subject.trained_file is not None
-    shutil.copyfile(subject.trained_file, out)
+def trained_row(file: Path) -> Row:
+    """Return the row of a file that a run of quantization-aware training left in its folder."""
+    name = file.parent.name
+    write = partial(_copy, lambda subject: file)
+    return Row(f"trained-{as_key(name)}", "trained", f"quantization-aware training, {name}", write)
+
+
+def _copy(file: Callable[[Subject], Path | None], subject: Subject, out: Path) -> None:
+    source = file(subject)
+    assert source is not None
+    shutil.copyfile(source, out)
 
 
 def _by_library(settings: OnnxRuntimeSettings | NncfSettings, subject: Subject, out: Path) -> None:
@@ -73,8 +105,18 @@ def _by_library(settings: OnnxRuntimeSettings | NncfSettings, subject: Subject, 
 
 def _by_us(settings: QuantizationSettings, subject: Subject, out: Path) -> None:
     quantized, _ = quantize(subject.plain, subject.calibration, settings)
-    _, channels, height, width = subject.calibration.shape
-    export_qdq(quantized, out, (channels, height, width))
+    export_qdq(quantized, out, subject.shape)
+
+
+def _sabotaged(row: Row, title: str = "") -> Row:
+    """Return the row that does the same to the network with channels of random scales."""
+
+    def write(subject: Subject, out: Path) -> None:
+        row.write(subject.sabotaged, out)
+
+    return replace(
+        row, key=f"sabotaged-{row.key}", title=title or f"sabotaged; {row.title}", write=write, sabotages=row.key
+    )
 
 
 def _our_rows() -> tuple[Row, ...]:
@@ -102,14 +144,42 @@ def _our_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _nncf_row(settings: NncfSettings) -> Row:
+    write = partial(_by_library, settings)
+    if settings.channel_alignment:  # which NNCF has for OpenVINO's own format only
+        return Row(settings.key, "nncf", settings.title, write, RUNTIMES[1:], ".xml")
+    return Row(settings.key, "nncf", settings.title, write)
+
+
 #: The row that the others are compared with: all steps.
 OURS = "ours-bounded"
-FLOAT = Row("float", "float", "float32", _copy_float)
-TRAINED = Row("trained", "trained", "integers of quantization-aware training", _copy_trained)
+FLOAT = Row("float", "float", "float32", partial(_copy, lambda subject: subject.float_file))
+TRAINED = Row(
+    "trained",
+    "trained",
+    "integers of quantization-aware training",
+    partial(_copy, lambda subject: subject.trained_file),
+)
+_QUANTIZED: tuple[Row, ...] = (
+    *_our_rows(),
+    *map(_nncf_row, NNCF_SETTINGS),
+    *(Row(one.key, "onnxruntime", one.title, partial(_by_library, one)) for one in ONNX_RUNTIME_SETTINGS),
+)
+_SABOTAGED = (
+    "ours-nearest",
+    OURS,
+    "nncf-default",
+    "nncf-full-mixed-fix",
+    "nncf-alignment",
+    "onnxruntime-u8s8-tensor-minmax",
+    "onnxruntime-u8s8-channel-reduced-minmax",
+    "onnxruntime-u8u8-channel-minmax",
+)
 ROWS: tuple[Row, ...] = (
     FLOAT,
-    *_our_rows(),
+    *(row for row in _QUANTIZED if row.family == "ours"),
     TRAINED,
-    *(Row(one.key, "nncf", one.title, partial(_by_library, one)) for one in NNCF_SETTINGS),
-    *(Row(one.key, "onnxruntime", one.title, partial(_by_library, one)) for one in ONNX_RUNTIME_SETTINGS),
+    *(row for row in _QUANTIZED if row.family != "ours"),
+    _sabotaged(FLOAT, "sabotaged, float32"),
+    *(_sabotaged(row) for row in _QUANTIZED if row.key in _SABOTAGED),
 )

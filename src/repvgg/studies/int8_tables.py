@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from repvgg.deploy.int8 import RUNTIMES
 from repvgg.studies.base import Outcome
-from repvgg.studies.int8_rows import OURS, Family, Row
+from repvgg.studies.int8_rows import OURS, SABOTAGE, Family, Row, as_key
 from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.store import Cell
 from repvgg.studies.tables import Column, Table, Value
@@ -21,13 +21,77 @@ _SHOWN = 3  # of the rows of ONNX Runtime in the chart: the best ones; the table
 
 def int8_outcome(networks: Mapping[str, Cells], batch: int) -> Outcome:
     """Return what the study shows; cells that are missing are dashes."""
-    tables: list[Table] = []
+    tables: list[Table] = [_summary_table(networks)] if len(networks) > 1 else []
     charts: list[Chart] = []
-    for name, cells in networks.items():
-        tables += [_quality_table(name, cells), _cost_table(name, cells, batch)]
+    for name, every in networks.items():
+        cells = {row: cell for row, cell in every.items() if not row.sabotages}
+        tables += [_quality_table(name, cells), *_sabotage_table(name, every), _cost_table(name, cells, batch)]
         charts += [_chart(name, cells, runtime) for runtime in RUNTIMES if _best(cells, runtime, None) is not None]
     leads = [sentence for name, cells in networks.items() if (sentence := _lead(name, cells))]
     return Outcome(" ".join(leads) or "Nothing was measured yet.", tuple(tables), tuple(charts))
+
+
+def _summary_table(networks: Mapping[str, Cells]) -> Table:
+    """Return a row for each quantization of any network, in the order of the table of each."""
+    columns = [Column("row", "Quantization")]
+    columns += [
+        Column(f"{as_key(name)}_{_KEYS[runtime]}_sqnr_db", f"{name}, {runtime}: SQNR (dB)", 1)
+        for runtime in RUNTIMES
+        for name in networks
+    ]
+    columns += [
+        Column("lowest_agreement_percent", "lowest agreement (%)", 2),
+        Column("lowest_difference_points", "lowest top-1 or mIoU − float (points)", 2),
+    ]
+    by_key: dict[str, dict[str, Cell]] = {}
+    titles: dict[str, str] = {}
+    for name, cells in networks.items():
+        for row, cell in cells.items():
+            if not row.sabotages and cell is not None:
+                titles.setdefault(row.key, row.title)
+                by_key.setdefault(row.key, {})[name] = cell
+    order = list(dict.fromkeys(row.key for cells in networks.values() for row in cells))
+    body: list[tuple[Value, ...]] = []
+    for key in sorted(by_key, key=order.index):
+        found = by_key[key]
+        results = [_result(cell, runtime) for cell in found.values() for runtime in RUNTIMES]
+        agreements = [100 * one["agreement"] for one in results if one]
+        differences = [
+            100 * one[metric]["difference"] for one in results for metric in ("accuracy", "miou") if metric in one
+        ]
+        sqnrs = [_sqnr(found.get(name), runtime) for runtime in RUNTIMES for name in networks]
+        body.append((titles[key], *sqnrs, min(agreements, default=None), min(differences, default=None)))
+    return Table("int8-summary", "all networks", tuple(columns), tuple(body))
+
+
+def _sabotage_table(name: str, cells: Cells) -> list[Table]:
+    """Return the table of the network with channels of random scales, if it was measured."""
+    pairs = [(row, cell) for row, cell in cells.items() if row.sabotages and cell is not None]
+    if not pairs:
+        return []
+    plain = {row.key: (row.title, cell) for row, cell in cells.items() if not row.sabotages}
+    columns = [Column("row", "Quantization")]
+    for runtime in RUNTIMES:
+        prefix = _KEYS[runtime]
+        columns += [
+            Column(f"{prefix}_sqnr_db", f"{runtime}: SQNR as it is (dB)", 1),
+            Column(f"{prefix}_sabotaged_sqnr_db", "sabotaged (dB)", 1),
+            Column(f"{prefix}_sabotaged_agreement_percent", "sabotaged: agreement (%)", 2),
+        ]
+    body: list[tuple[Value, ...]] = []
+    for row, cell in pairs:
+        title, before = plain.get(row.sabotages, (row.title, None))
+        values: list[Value] = [title]
+        for runtime in RUNTIMES:
+            agreement = _result(cell, runtime).get("agreement")
+            values += [_sqnr(before, runtime), _sqnr(cell, runtime), None if agreement is None else 100 * agreement]
+        body.append(tuple(values))
+    title = f"{name}: the same function with channels of random scales, up to {SABOTAGE:,.0f}x"
+    return [Table(f"int8-{name}-sabotaged", title, tuple(columns), tuple(body), _failures(dict(pairs)))]
+
+
+def _failures(cells: Cells) -> tuple[str, ...]:
+    return tuple(f"{row.title}: {cell['failed']}" for row, cell in cells.items() if cell and "failed" in cell)
 
 
 def _result(cell: Cell | None, runtime: str) -> Mapping[str, Any]:
@@ -44,7 +108,7 @@ def _best(cells: Cells, runtime: str, family: Family | None) -> tuple[Row, float
     found = [
         (row, value)
         for row, cell in cells.items()
-        if (row.family == family if family else row.family != "float")
+        if not row.sabotages and (row.family == family if family else row.family != "float")
         if (value := _sqnr(cell, runtime)) is not None
     ]
     return max(found, key=lambda pair: pair[1], default=None)
@@ -80,19 +144,17 @@ def _quality_table(name: str, cells: Cells) -> Table:
             Column(f"{prefix}_difference_high", "to", 2),
         ]
     columns.append(Column("saturation_db", "lost to saturation in ONNX Runtime (dB)", 1))
+    columns.append(Column("images", "Images", 0))
     body = []
     for row, cell in _applicable(cells):
         values: list[Value] = [row.title]
         for runtime in RUNTIMES:
             values += _quality_values(_result(cell, runtime), key)
         saturation = None if row.family == "float" else _result(cell, RUNTIMES[0]).get("saturation_db")
-        body.append((*values, saturation))
-    images = next((one["images"] for one in measured if one), None)
-    notes = [f"{images:,} validation images."] if images else []
-    notes += [f"{row.title}: {cell['failed']}" for row, cell in cells.items() if cell and "failed" in cell]
-    return Table(
-        f"int8-{name}", f"{name}: what is kept of the float network", tuple(columns), tuple(body), tuple(notes)
-    )
+        images = next((one["images"] for runtime in RUNTIMES if (one := _result(cell, runtime))), None)
+        body.append((*values, saturation, images))
+    title = f"{name}: what is kept of the float network"
+    return Table(f"int8-{name}", title, tuple(columns), tuple(body), _failures(cells))
 
 
 def _quality_values(found: Mapping[str, Any], key: str) -> list[Value]:
@@ -116,7 +178,8 @@ def _cost_table(name: str, cells: Cells, batch: int) -> Table:
         Column("megabytes", "File (MB)", 2),
         Column("seconds", "Time to quantize (s)", 1),
     ]
-    for runtime in RUNTIMES:
+    timed = any("latency" in _result(cell, runtime) for cell in cells.values() for runtime in RUNTIMES)
+    for runtime in RUNTIMES if timed else ():
         prefix = _KEYS[runtime]
         columns += [
             Column(f"{prefix}_milliseconds", f"{runtime}: a call (ms)", 2),
@@ -129,10 +192,10 @@ def _cost_table(name: str, cells: Cells, batch: int) -> Table:
         keys = ("milliseconds", "float_milliseconds", "speedup")
         measured = cell or {}
         megabytes = measured["bytes"] / 1e6 if "bytes" in measured else None
-        times = [one.get(key) for one in latencies for key in keys]
+        times = [one.get(key) for one in latencies for key in keys] if timed else []
         body.append((row.title, megabytes, measured.get("seconds"), *times))
-    note = f"Calls of {batch} {'image' if batch == 1 else 'images'}."
-    return Table(f"int8-{name}-cost", f"{name}: size and time", tuple(columns), tuple(body), (note,))
+    notes = (f"Calls of {batch} {'image' if batch == 1 else 'images'}.",) if timed else ()
+    return Table(f"int8-{name}-cost", f"{name}: size and time", tuple(columns), tuple(body), notes)
 
 
 def _applicable(cells: Cells) -> list[tuple[Row, Cell | None]]:

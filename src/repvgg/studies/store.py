@@ -56,7 +56,15 @@ class CellStore:
         self._mix_machines = mix_machines
 
     @classmethod
-    def open(cls, folder: Path, header: Header, *, overwrite: bool = False, mix_machines: bool = False) -> CellStore:
+    def open(
+        cls,
+        folder: Path,
+        header: Header,
+        *,
+        overwrite: bool = False,
+        mix_machines: bool = False,
+        extends: bool = False,
+    ) -> CellStore:
         """Start in a new folder, or continue an unfinished study.
 
         Args:
@@ -64,9 +72,10 @@ class CellStore:
             header: describes the study that starts.
             overwrite: remove the study in the folder and start again.
             mix_machines: accept cells of several machines, for studies whose cells hold no times.
+            extends: continue a finished study, too; it is shown with the new command.
 
         Raises:
-            OutputExistsError: the folder holds a finished study, or files that are no study.
+            OutputExistsError: the folder holds a finished study and ``extends`` is not set, or files that are no study.
             UsageError: it holds cells of another study, other settings or another machine; the text names the entry.
             DataError: a file in it cannot be read.
         """
@@ -83,7 +92,9 @@ class CellStore:
             return cls(folder, replace(header, started=_now()), {}, mix_machines=mix_machines)
         found = read_header(folder)
         _check_comparable(folder, found, header, mix_machines)
-        if found.finished:
+        if extends:
+            found = replace(found, command=header.command, finished="")
+        elif found.finished:
             raise OutputExistsError(
                 f"{str(folder)!r} holds a finished study: choose another folder, or pass --overwrite."
             )
@@ -152,7 +163,7 @@ class CellStore:
             if not create_text(self.folder / HEADER, _to_json(asdict(self.header))):
                 found = read_header(self.folder)
                 _check_comparable(self.folder, found, self.header, self._mix_machines)
-                self.header = found
+                self.header = replace(found, command=self.header.command, finished=self.header.finished)
             (self.folder / CELLS).mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be created: {error.strerror or error}.") from error
