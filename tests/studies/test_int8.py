@@ -89,10 +89,12 @@ def test_a_row_that_fails_is_shown_with_the_reason(checkpoint, tmp_path, monkeyp
 
 
 def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
-    assert TRAINED in Int8Settings(**FEW).rows_of("digits")
-    settings = {"checkpoints": (f"net={checkpoint}",), "rows": ("trained",), **FEW}
-    assert run("int8", tmp_path / "without", **settings).complete
-    assert len(read_rows(tmp_path / "without" / "int8-net.csv")) == 1
+    assert TRAINED not in Int8Settings(**FEW).rows_of("digits")
+    trained = shutil.copytree(checkpoint, tmp_path / "net")
+    settings = {"checkpoints": (str(trained),), "rows": ("trained",), **FEW}
+    assert Int8Settings(**settings).rows_of("net") == (FLOAT,)
+    (trained / "int8.onnx").touch()
+    assert Int8Settings(**settings).rows_of("net") == (FLOAT, TRAINED)
 
 
 def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch):
@@ -111,9 +113,8 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     assert float(sabotaged[0]["onnxruntime_sabotaged_sqnr_db"]) > 80  # it is the same function
     assert list(read_rows(tmp_path / "s" / "int8-a-cost.csv")[0]) == ["row", "megabytes", "seconds"]
 
-    subject = Subject(
-        reparameterize(load(checkpoint / "plain.safetensors").model)[0], tmp_path / "f.onnx", torch.rand(8, 1, 16, 16)
-    )
+    plain = load(checkpoint / "plain.safetensors").model
+    subject = Subject(plain, tmp_path / "float.onnx", torch.rand(8, 1, 16, 16))
     next(row for row in ROWS if row.key == "ours-nearest").write(subject, copies["a-qat"] / "int8.onnx")
     loaded = []
     load_network = int8._load

@@ -119,9 +119,13 @@ class Int8Settings:
         return [_named(text) for text in self.checkpoints] or [(_DIGITS, None)]
 
     def rows_of(self, network: str) -> tuple[Row, ...]:
-        """Return the rows to measure of a network; float always."""
+        """Return the rows to measure of a network: float always, and that of a training if it left integers."""
+        path = dict(self.named_checkpoints)[network]
+        left_out = set() if path is not None and (path / _TRAINED_FILE).is_file() else {TRAINED}
         return tuple(
-            row for row in self._all_rows(network) if row is FLOAT or not self.rows or row.key.startswith(self.rows)
+            row
+            for row in self._all_rows(network)
+            if row is FLOAT or (row not in left_out and (not self.rows or row.key.startswith(self.rows)))
         )
 
     def _all_rows(self, network: str) -> list[Row]:
@@ -186,9 +190,8 @@ def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporte
                 for row in sorted(rows, key=_priority):
                     compared = reference if _priority(row) < _OTHERS else of_others()
                     cell = _cell(row, subject, compared, settings, Path(folder) / f"int8{row.suffix}")
-                    if cell is not None:
-                        store.put(cell_key(name, row), {**cell, "weights": digest})
-                        reporter.message(f"{name}, {row.title}: {_summary(cell)}")
+                    store.put(cell_key(name, row), {**cell, "weights": digest})
+                    reporter.message(f"{name}, {row.title}: {_summary(cell)}")
                     done += 1
                     reporter(done, total)
         reporter(done, total)
@@ -266,10 +269,8 @@ def _shape(settings: Int8Settings, about: Metadata) -> tuple[int, int, int] | No
     return about.in_channels, size, size
 
 
-def _cell(row: Row, subject: Subject, reference: Reference, settings: Int8Settings, file: Path) -> Cell | None:
-    """Quantize and evaluate; None if the row does not apply to the network."""
-    if row is TRAINED and subject.trained_file is None:
-        return None
+def _cell(row: Row, subject: Subject, reference: Reference, settings: Int8Settings, file: Path) -> Cell:
+    """Quantize and evaluate."""
     start = time.perf_counter()
     try:
         row.write(subject, file)

@@ -146,7 +146,7 @@ def _quality_table(name: str, cells: Cells) -> Table:
     columns.append(Column("saturation_db", "lost to saturation in ONNX Runtime (dB)", 1))
     columns.append(Column("images", "Images", 0))
     body = []
-    for row, cell in _applicable(cells):
+    for row, cell in cells.items():
         values: list[Value] = [row.title]
         for runtime in RUNTIMES:
             values += _quality_values(_result(cell, runtime), key)
@@ -187,7 +187,7 @@ def _cost_table(name: str, cells: Cells, batch: int) -> Table:
             Column(f"{prefix}_speedup", "times as fast", 2),
         ]
     body: list[tuple[Value, ...]] = []
-    for row, cell in _applicable(cells):
+    for row, cell in cells.items():
         latencies = [_result(cell, runtime).get("latency", {}) for runtime in RUNTIMES]
         keys = ("milliseconds", "float_milliseconds", "speedup")
         measured = cell or {}
@@ -196,11 +196,6 @@ def _cost_table(name: str, cells: Cells, batch: int) -> Table:
         body.append((row.title, megabytes, measured.get("seconds"), *times))
     notes = (f"Calls of {batch} {'image' if batch == 1 else 'images'}.",) if timed else ()
     return Table(f"int8-{name}-cost", f"{name}: size and time", tuple(columns), tuple(body), notes)
-
-
-def _applicable(cells: Cells) -> list[tuple[Row, Cell | None]]:
-    """Return the rows of the tables: without that of a training that left no integers."""
-    return [(row, cell) for row, cell in cells.items() if row.family != "trained" or cell is not None]
 
 
 def _chart(name: str, cells: Cells, runtime: str) -> Chart:
