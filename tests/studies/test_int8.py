@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from repvgg import reparameterize
 from repvgg.errors import UsageError
 from repvgg.models import create_model, describe_model, load, save
+from repvgg.quantization import Reference, in_batches
 from repvgg.studies import base, int8
 from repvgg.studies.int8 import Int8Settings
 from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS
@@ -97,44 +99,76 @@ def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
     assert Int8Settings(**settings).rows_of("net") == (FLOAT, TRAINED)
 
 
+def measured(images):
+    """What a cell holds."""
+    agreement, accuracy = (
+        1 - 1 / images,
+        {"reference": 0.9, "candidate": 0.8, "difference": -0.1, "interval": [-0.2, 0]},
+    )
+    one = {"sqnr_db": float(images), "agreement": agreement, "images": images, "saturation_db": 0, "accuracy": accuracy}
+    return {"bytes": 1000, "seconds": 1.0, "runtimes": {"ONNX Runtime": one, "OpenVINO": one}}
+
+
 def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch):
     """And shows them together; what it has is not measured again."""
-    copies = {}
-    for name in ("a-qat", "b"):
-        copies[name] = shutil.copytree(checkpoint, tmp_path / name)
+    calls = []
+
+    def load_network(settings, path, folder):
+        model = nn.Flatten()
+        return Subject(model, folder / "float.onnx", torch.zeros(1)), Reference(model, in_batches(torch.ones(16, 1)))
+
+    def cell(row, subject, reference, settings, file):
+        calls.append(row.key)
+        return measured(sum(len(batch.images) for batch in reference))
+
+    monkeypatch.setattr(int8, "_load", load_network)
+    monkeypatch.setattr(int8, "_cell", cell)
+    copies = {name: shutil.copytree(checkpoint, tmp_path / name) for name in ("a-qat", "b")}
+    (copies["a-qat"] / "int8.onnx").touch()
     settings = {**FEW, "rounds": 0, "other_images": 5}
-    rows = ("sabotaged-float", "onnxruntime-u8u8-tensor-minmax")
-    first = run("int8", tmp_path / "s", checkpoints=(f"a={checkpoint}",), rows=rows, **settings)
-    assert first.complete
-    one = read_rows(tmp_path / "s" / "int8-a.csv")
-    assert [row["images"] for row in one] == ["16", "5"]
-    sabotaged = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
-    assert [row["row"] for row in sabotaged] == ["float32"]
-    assert float(sabotaged[0]["onnxruntime_sabotaged_sqnr_db"]) > 80  # it is the same function
+    rows = ("sabotaged-float", "onnxruntime-u8u8-tensor-minmax", OURS)
+    assert run("int8", tmp_path / "s", checkpoints=(f"a={checkpoint}",), rows=rows, **settings).complete
+    assert calls == [OURS, "float", rows[1], rows[0]]
+    table = read_rows(tmp_path / "s" / "int8-a.csv")
+    assert [row["images"] for row in table] == ["16", "16", "5"]
+    (sabotaged,) = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
+    assert (sabotaged["onnxruntime_sqnr_db"], sabotaged["onnxruntime_sabotaged_sqnr_db"]) == ("16.0", "5.0")
     assert list(read_rows(tmp_path / "s" / "int8-a-cost.csv")[0]) == ["row", "megabytes", "seconds"]
 
-    plain = load(checkpoint / "plain.safetensors").model
-    subject = Subject(plain, tmp_path / "float.onnx", torch.rand(8, 1, 16, 16))
-    next(row for row in ROWS if row.key == "ours-nearest").write(subject, copies["a-qat"] / "int8.onnx")
-    loaded = []
-    load_network = int8._load
-    monkeypatch.setattr(int8, "_load", lambda *given: loaded.append(given[1]) or load_network(*given))
     networks = {"checkpoints": (f"a={checkpoint}", f"b={copies['b']}"), "trained": (f"a={copies['a-qat']}",)}
-    second = run("int8", tmp_path / "s", rows=("trained",), **networks, **settings)
-    assert second.complete
-    both = read_rows(tmp_path / "s" / "int8-summary.csv")
-    assert [row["row"] for row in both] == ["float32", "quantization-aware training, a-qat"]
-    assert both[1]["b_onnxruntime_sqnr_db"] == ""
-    assert 10 < float(both[1]["a_onnxruntime_sqnr_db"]) < 60
-    assert float(both[1]["lowest_agreement_percent"]) <= 100
-    assert loaded == [checkpoint, copies["b"]]
-    run("int8", tmp_path / "s", rows=("trained", *rows[:1]), checkpoints=networks["checkpoints"][:1], **settings)
-    assert len(loaded) == 2
+    del calls[:]
+    assert run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings).complete
+    assert calls == ["trained-a-qat", OURS, "float", rows[1]]  # of a, and of b
+    summary = {row["row"]: row for row in read_rows(tmp_path / "s" / "int8-summary.csv")}
+    trained, unsigned = (summary[name] for name in ("quantization-aware training, a-qat", table[2]["row"]))
+    assert (trained["a_openvino_sqnr_db"], trained["b_openvino_sqnr_db"]) == ("16.0", "")
+    assert (unsigned["a_openvino_sqnr_db"], unsigned["b_openvino_sqnr_db"]) == ("5.0", "5.0")
+    assert float(unsigned["lowest_agreement_percent"]) == pytest.approx(80)
+    assert float(unsigned["lowest_difference_points"]) == pytest.approx(-10)
 
-    other = trained_like(create_model("repvgg_t0", num_classes=10, in_channels=1))
-    save(copies["b"] / "plain.safetensors", other, describe_model(other, "train", input_size=16), overwrite=True)
+    save(copies["b"] / "plain.safetensors", *other_network(), overwrite=True)
     with pytest.raises(UsageError, match="'b' with other weights"):
-        run("int8", tmp_path / "s", rows=("trained",), **networks, **settings)
+        run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
+
+
+def other_network():
+    other = create_model("repvgg_t0", num_classes=10, in_channels=1)
+    return other, describe_model(other, "train", input_size=16)
+
+
+@pytest.mark.slow
+def test_a_sabotaged_network_and_a_training_are_compared_with_the_float_network(checkpoint, tmp_path):
+    trained = shutil.copytree(checkpoint, tmp_path / "qat")
+    subject = Subject(load(checkpoint / "plain.safetensors").model, tmp_path / "f.onnx", torch.rand(8, 1, 16, 16))
+    next(row for row in ROWS if row.key == "ours-nearest").write(subject, trained / "int8.onnx")
+    networks = {"checkpoints": (f"a={checkpoint}",), "trained": (f"a={trained}",)}
+    rows = ("sabotaged-float", "sabotaged-ours-nearest", "trained")
+    run("int8", tmp_path / "s", rows=rows, **networks, **{**FEW, "rounds": 0})
+    same, broken = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
+    assert float(same["onnxruntime_sabotaged_sqnr_db"]) > 80  # it is the same function
+    assert float(broken["onnxruntime_sabotaged_sqnr_db"]) < 10
+    integers = read_rows(tmp_path / "s" / "int8-a.csv")[1]
+    assert 10 < float(integers["onnxruntime_sqnr_db"]) < 60
 
 
 def test_every_setting_has_a_name_of_its_own():
