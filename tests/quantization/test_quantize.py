@@ -216,6 +216,12 @@ def test_the_float_network_runs_once_for_any_number_of_comparisons():
     assert first == second
     assert first.accuracy.images == 5
     assert len(calls) == 3
+    few = reference.first(3)
+    assert [len(batch.images) for batch in few] == [len(batch.outputs) for batch in few] == [2, 1]
+    assert few.compare(lambda x: torch.zeros(len(x), 5)).accuracy.images == 3
+    assert len(calls) == 3
+    assert Reference(model, in_batches(images(5), size=2)).first(3).compare(model).images == 3
+    assert len(calls) == 3 + 2 * 2
 
 
 def test_sabotaged_channels_come_back():
