@@ -54,6 +54,7 @@ class CellStore:
         self.folder, self.header = folder, header
         self._values = dict(values)
         self._mix_machines = mix_machines
+        self._extends = False  # whether the header's command is that of this process, and it is not finished
 
     @classmethod
     def open(
@@ -99,6 +100,7 @@ class CellStore:
                 f"{str(folder)!r} holds a finished study: choose another folder, or pass --overwrite."
             )
         store = cls(folder, found, {}, mix_machines=mix_machines)
+        store._extends = extends
         store.refresh_all()
         return store
 
@@ -163,7 +165,7 @@ class CellStore:
             if not create_text(self.folder / HEADER, _to_json(asdict(self.header))):
                 found = read_header(self.folder)
                 _check_comparable(self.folder, found, self.header, self._mix_machines)
-                self.header = replace(found, command=self.header.command, finished=self.header.finished)
+                self.header = replace(found, command=self.header.command, finished="") if self._extends else found
             (self.folder / CELLS).mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be created: {error.strerror or error}.") from error
