@@ -125,3 +125,13 @@ def test_normal_values_on_other_devices_are_drawn():
         assert nn.init.normal_(weight) is weight
     assert weight.mean().abs() < 1
     assert 0.5 < weight.std() < 2
+
+
+def test_overlapping_pauses_end_with_the_last():
+    first, second = gc_paused(), gc_paused()  # as of two threads
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()

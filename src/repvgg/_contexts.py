@@ -80,9 +80,10 @@ def eval_mode(*models: object) -> Iterator[None]:
                     module.training = mode
 
 
-# How many gc_paused are open that froze the live objects or found them frozen by an outer one; and whether somebody
-# else froze some before. That is found out once: counting them visits each, 30 ms for a process with PyTorch.
-_gc_pauses, _others_froze = 0, False
+# How many gc_paused are open; whether collection was enabled before the first of them; and whether anyone else had
+# frozen objects. That is found out once, and holds even if they are thawed later: to count them takes 30 ms in a
+# process with PyTorch, as each is visited.
+_gc_pauses, _gc_enabled, _others_froze = 0, True, False
 _gc_lock = Lock()
 
 
@@ -92,10 +93,10 @@ def gc_paused() -> Iterator[None]:
 
     Explicit calls of ``gc.collect`` inside only visit objects that were created inside, and so are cheap.
     """
-    global _gc_pauses, _others_froze
+    global _gc_pauses, _gc_enabled, _others_froze
     with _gc_lock:
-        enabled = gc.isenabled()
         if not _gc_pauses:
+            _gc_enabled = gc.isenabled()
             _others_froze = _others_froze or gc.get_freeze_count() > 0
             if not _others_froze:  # unfreezing would also thaw what the user froze
                 gc.freeze()
@@ -106,10 +107,11 @@ def gc_paused() -> Iterator[None]:
     finally:
         with _gc_lock:
             _gc_pauses -= 1
-            if not _gc_pauses and not _others_froze:
-                gc.unfreeze()
-            if enabled:
-                gc.enable()
+            if not _gc_pauses:
+                if not _others_froze:
+                    gc.unfreeze()
+                if _gc_enabled:
+                    gc.enable()
 
 
 @contextmanager

@@ -232,3 +232,27 @@ def test_another_thread_may_run_the_model_meanwhile():
     assert all(proof.ran and proof.failure is None for proof in proofs)
     assert outcomes
     assert all(outcomes)
+
+
+class Masked(nn.Module):
+    """The sum of a convolution, where a mask is set, and of an empty cache."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.conv, self.keep = nn.Conv2d(3, 3, 3, padding=1), keep
+
+    def forward(self, x, mask, cache):
+        chosen = mask if self.keep else ~mask
+        return torch.where(chosen, self.conv(x), 0) + cache.sum()
+
+
+def test_masks_and_empty_tensors_without_values_are_made_up():
+    old = Masked(keep=True).eval()
+    shapes = ((1, 3, 37, 43), torch.float32), ((1, 1, 37, 43), torch.bool), ((1, 8, 0, 64), torch.float32)
+    call = Call(tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes))
+    equal = prove_module(old, copy.deepcopy(old), call)
+    assert equal.ran
+    assert equal.failure is None
+    other = copy.deepcopy(old)
+    other.keep = False
+    assert prove_module(old, other, call).failure

@@ -70,7 +70,7 @@ class Evaluator:
 
 
 class _Values:
-    """The values of nodes, computed when they are asked for; ``own`` ones in the dtype of the model.
+    """The values of nodes, computed when they are asked for; with ``own``, in the dtype of the model.
 
     This is no function inside another one: that would refer to itself, and its tensors would wait for the garbage
     collector.

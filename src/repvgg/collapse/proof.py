@@ -143,6 +143,8 @@ def image_for(conv: ConvMap, layout: Layout, shape: Sequence[int] | None = None)
 
 def _border_tensor(shape: Sequence[int], spatial: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return a tensor of images as those of :func:`repvgg.verify.border_inputs`; the last axes are spatial."""
+    if 0 in shape:  # an empty cache of keys, for example
+        return torch.zeros(tuple(shape), dtype=dtype)
     height, width = [1, 1, *shape[max(0, len(shape) - max(spatial, 1)) :]][-2:]
     count = math.prod(shape) // (height * width)
     return border_inputs((1, count, height, width), batches=1, dtype=dtype)[0].view(*shape)
@@ -180,23 +182,34 @@ def prove_module(
     if not any(tensor.is_meta for tensor in call.tensors()):
         return _compare(old, new, call, "on the given inputs")
     first: Proof | None = None
+    zeros = any(tensor.is_meta and _is_integer(tensor) for tensor in call.tensors())
+    where = "on border-exposing images" + ", integers being 0" * zeros
     for sizes in _IMAGE_SIZES:
-        proof = _compare(old, new, call.map_tensors(partial(_made_up, sizes=sizes)), "on border-exposing images")
+        proof = _compare(old, new, call.map_tensors(partial(_made_up, sizes=sizes)), where)
         if proof.ran:
             return proof
         first = first or proof
     return first or Proof(None, _NOT_RUN, ran=False)
 
 
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
 def _made_up(like: Tensor, sizes: tuple[int, int] | None) -> Tensor:
     """Return a tensor like one without values, of other spatial sizes if there may be any."""
     if not like.is_meta:
         return like
-    if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype)
+    if like.dtype is torch.bool:
+        return (torch.arange(like.numel()) % 2 == 0).view(like.shape)
+    if _is_integer(like):
+        return torch.zeros(like.shape, dtype=like.dtype)  # it may be an index, of which 0 is valid
     shape, spatial = tuple(like.shape), max(0, like.dim() - 2)
     if sizes is not None and spatial:
         shape = (*shape[:2], *(_DEPTH,) * (spatial - 2), *sizes[-spatial:])
+    if like.is_complex():
+        real, imaginary = _border_tensor((2, *shape), spatial, like.real.dtype)
+        return torch.complex(real, imaginary)
     return _border_tensor(shape, spatial, like.dtype)
 
 

@@ -161,7 +161,7 @@ class TrainConfig:
             starts from a classification checkpoint of its backbone, a plain one expanded into branches.
         expand: expand a plain ``init`` into branches that compute the same, before training.
         whiten_stem: a new model starts with principal components of image patches in its first kernel, and keeps them;
-            a batch norm follows, so that the network begins with decorrelated inputs. A checkpoint keeps its stem.
+            a batch norm follows, so that the network begins with decorrelated inputs. Not with ``init``.
         qat: quantization-aware training from the checkpoint ``init``; "best" and validation then mean the integers.
         precision: of the arithmetic; weights and statistics stay in float32. "auto" takes what this machine is fast at
             and says what that is; the config of the run folder names it.
@@ -244,6 +244,8 @@ class TrainConfig:
             )
         if self.expand and self.init is None:
             raise UsageError("expand needs a plain checkpoint to expand: give one as init.")
+        if self.whiten_stem and self.init is not None:
+            raise UsageError("whiten_stem is for new models, and init gives a trained one: leave out one of them.")
         if self.qat.enabled:
             self._check_qat()
 

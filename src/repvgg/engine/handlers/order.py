@@ -169,7 +169,7 @@ def _concat_with_constants(b: GraphBuilder, tensors: Sequence[Any], axis: int) -
     frame = Pad((*vertical, *horizontal), (before, after) if place == C else (0, 0))
     value = b.emit(frame, b.emit(view.rearrangement(grouping), view.value))
     shape = (*view.shape[:axis], before + view.shape[axis] + after, *view.shape[axis + 1 :])
-    # In a reading of any size this has GBs: the zeros are not written, so that they take no memory.
+    # For symbolic image sizes this array has gigabytes; untouched pages of np.zeros take no memory.
     whole = np.zeros(shape, np.float32)
     for constants, part in zip(ends, (slice(before), slice(shape[axis] - after, None)), strict=True):
         if constants:
