@@ -96,7 +96,7 @@ def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
     settings = {"checkpoints": (str(trained),), "rows": ("trained",), **FEW}
     assert Int8Settings(**settings).rows_of("net") == (FLOAT,)
     (trained / "int8.onnx").touch()
-    assert Int8Settings(**settings).rows_of("net") == (FLOAT, TRAINED)
+    assert Int8Settings(**settings).rows_of("net") == (FLOAT, replace(TRAINED, source=trained / "int8.onnx"))
 
 
 def measured(images):
@@ -146,6 +146,10 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     assert float(unsigned["lowest_agreement_percent"]) == pytest.approx(80)
     assert float(unsigned["lowest_difference_points"]) == pytest.approx(-10)
 
+    (copies["a-qat"] / "int8.onnx").write_bytes(b"trained again")
+    with pytest.raises(UsageError, match="'a' with other weights"):
+        run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
+    (copies["a-qat"] / "int8.onnx").write_bytes(b"")
     save(copies["b"] / "plain.safetensors", *other_network(), overwrite=True)
     with pytest.raises(UsageError, match="'b' with other weights"):
         run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)

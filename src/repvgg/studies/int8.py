@@ -121,9 +121,10 @@ class Int8Settings:
     def rows_of(self, network: str) -> tuple[Row, ...]:
         """Return the rows to measure of a network: float always, and that of a training if it left integers."""
         path = dict(self.named_checkpoints)[network]
-        left_out = set() if path is not None and (path / _TRAINED_FILE).is_file() else {TRAINED}
+        integers = path / _TRAINED_FILE if path is not None else None
+        left_out = set() if integers is not None and integers.is_file() else {TRAINED}
         return tuple(
-            row
+            replace(row, source=integers) if row is TRAINED else row
             for row in self._all_rows(network)
             if row is FLOAT or (row not in left_out and (not self.rows or row.key.startswith(self.rows)))
         )
@@ -189,8 +190,9 @@ def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporte
                 of_others = cache(partial(_for_others, reference, settings))
                 for row in sorted(rows, key=_priority):
                     compared = reference if _priority(row) < _OTHERS else of_others()
+                    origin = _origin(row, digest)
                     cell = _cell(row, subject, compared, settings, Path(folder) / f"int8{row.suffix}")
-                    store.put(cell_key(name, row), {**cell, "weights": digest})
+                    store.put(cell_key(name, row), {**cell, **origin})
                     reporter.message(f"{name}, {row.title}: {_summary(cell)}")
                     done += 1
                     reporter(done, total)
@@ -223,11 +225,16 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _origin(row: Row, digest: str) -> dict[str, str]:
+    """Return the digests of the float weights that a row is compared with, and of the integers that it copies."""
+    return {"weights": digest} | ({} if row.source is None else {"integers": _digest(row.source)})
+
+
 def _check_weights(name: str, digest: str, settings: Int8Settings, store: CellStore) -> None:
     """Raise UsageError if cells of ``name`` were measured with other weights."""
     for row in settings.rows_of(name):
         key = cell_key(name, row)
-        if key in store and store[key].get("weights") != digest:
+        if key in store and any(store[key].get(entry) != value for entry, value in _origin(row, digest).items()):
             raise UsageError(
                 f"{str(store.folder)!r} has results of {name!r} with other weights: give it another name, as "
                 "NAME=PATH, or choose another folder."

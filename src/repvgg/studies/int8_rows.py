@@ -70,6 +70,7 @@ class Row:
         suffix: of the file.
         sabotages: key of the row that quantizes the network as it is, where this one quantizes it with channels of
             random scales.
+        source: file whose integers the row copies, for the family ``trained``.
     """
 
     key: str
@@ -79,6 +80,7 @@ class Row:
     runtimes: tuple[str, ...] = RUNTIMES
     suffix: str = ".onnx"
     sabotages: str = ""
+    source: Path | None = None
 
 
 def as_key(text: str) -> str:
@@ -90,7 +92,7 @@ def trained_row(file: Path) -> Row:
     """Return the row of a file that a run of quantization-aware training left in its folder."""
     name = file.parent.name
     write = partial(_copy, lambda subject: file)
-    return Row(f"trained-{as_key(name)}", "trained", f"quantization-aware training, {name}", write)
+    return Row(f"trained-{as_key(name)}", "trained", f"quantization-aware training, {name}", write, source=file)
 
 
 def _copy(file: Callable[[Subject], Path | None], subject: Subject, out: Path) -> None:
