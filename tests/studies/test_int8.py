@@ -91,10 +91,13 @@ def test_a_row_that_fails_is_shown_with_the_reason(checkpoint, tmp_path, monkeyp
 
 
 def test_integers_of_a_training_become_a_row(checkpoint, tmp_path):
+    """And are missed where the row is asked for."""
     assert TRAINED not in Int8Settings(**FEW).rows_of("digits")
     trained = shutil.copytree(checkpoint, tmp_path / "net")
     settings = {"checkpoints": (str(trained),), "rows": ("trained",), **FEW}
     assert Int8Settings(**settings).rows_of("net") == (FLOAT,)
+    with pytest.raises(UsageError, match=r"'net' has no int8\.onnx: give --trained net=FOLDER"):
+        run("int8", tmp_path / "s", **settings)
     (trained / "int8.onnx").touch()
     assert Int8Settings(**settings).rows_of("net") == (FLOAT, replace(TRAINED, source=trained / "int8.onnx"))
 
@@ -152,6 +155,12 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     (copies["a-qat"] / "int8.onnx").write_bytes(b"")
     save(copies["b"] / "plain.safetensors", *other_network(), overwrite=True)
     with pytest.raises(UsageError, match="'b' with other weights"):
+        run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
+
+    (cell,) = (tmp_path / "s" / "cells").glob("a*trained-a-qat.json")
+    old = {name: value for name, value in json.loads(cell.read_text(encoding="utf-8")).items() if name != "integers"}
+    cell.write_text(json.dumps(old), encoding="utf-8")
+    with pytest.raises(UsageError, match="'a' measured by an earlier version"):
         run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
 
 

@@ -171,6 +171,11 @@ def _resolve(settings: Int8Settings) -> Int8Settings:
     for _, path in settings._named_trainings:
         if not (path / _TRAINED_FILE).is_file():
             raise UsageError(f"{str(path)!r} has no {_TRAINED_FILE}: name a folder of 'repvgg train --recipe qat'.")
+    names = [name for name, _ in settings.named_checkpoints]
+    keys = [row.key for name in names for row in settings.rows_of(name)]
+    if not all(any(key.startswith(chosen) for key in keys) for chosen in settings.rows):
+        # Of the rows that exist, only that of a folder's own integers may be left out.
+        raise UsageError(f"{names[0]!r} has no {_TRAINED_FILE}: give --trained {names[0]}=FOLDER.")
     return replace(settings, data=settings.data or "digits:")
 
 
@@ -231,10 +236,17 @@ def _origin(row: Row, digest: str) -> dict[str, str]:
 
 
 def _check_weights(name: str, digest: str, settings: Int8Settings, store: CellStore) -> None:
-    """Raise UsageError if cells of ``name`` were measured with other weights."""
+    """Raise UsageError if cells of ``name`` were measured with other weights, or do not say with which."""
     for row in settings.rows_of(name):
-        key = cell_key(name, row)
-        if key in store and any(store[key].get(entry) != value for entry, value in _origin(row, digest).items()):
+        key, origin = cell_key(name, row), _origin(row, digest)
+        if key not in store:
+            continue
+        if not origin.keys() <= store[key].keys():
+            raise UsageError(
+                f"{str(store.folder)!r} has results of {name!r} measured by an earlier version: choose another "
+                "folder, or pass --overwrite."
+            )
+        if any(store[key][entry] != value for entry, value in origin.items()):
             raise UsageError(
                 f"{str(store.folder)!r} has results of {name!r} with other weights: give it another name, as "
                 "NAME=PATH, or choose another folder."
