@@ -13,7 +13,7 @@ from repvgg.errors import UsageError
 from repvgg.models import create_model, describe_model, load, save
 from repvgg.quantization import Reference, in_batches
 from repvgg.studies import base, int8
-from repvgg.studies.int8 import Int8Settings
+from repvgg.studies.int8 import Int8Settings, cell_key
 from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS
 from repvgg.studies.int8_rows import FLOAT, OURS, ROWS, TRAINED, Subject
 from tests.bn_statistics import trained_like
@@ -160,7 +160,7 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     (cell,) = (tmp_path / "s" / "cells").glob("a*trained-a-qat.json")
     old = {name: value for name, value in json.loads(cell.read_text(encoding="utf-8")).items() if name != "integers"}
     cell.write_text(json.dumps(old), encoding="utf-8")
-    with pytest.raises(UsageError, match="'a' measured by an earlier version"):
+    with pytest.raises(UsageError, match="results measured by an earlier version"):
         run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
 
 
@@ -182,6 +182,13 @@ def test_a_sabotaged_network_and_a_training_are_compared_with_the_float_network(
     assert float(broken["onnxruntime_sabotaged_sqnr_db"]) < 10
     integers = read_rows(tmp_path / "s" / "int8-a.csv")[1]
     assert 10 < float(integers["onnxruntime_sqnr_db"]) < 60
+
+
+def test_no_two_cells_have_one_key():
+    rows = {row.key: row for row in ROWS}
+    assert cell_key("a", rows["sabotaged-float"]) != cell_key("a-sabotaged", rows["float"])
+    ((name, _),) = Int8Settings(**FEW | {"checkpoints": ("a--B-=x",)}).named_checkpoints
+    assert name == "a-b"  # without the separator
 
 
 def test_every_setting_has_a_name_of_its_own():

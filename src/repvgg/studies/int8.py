@@ -40,6 +40,7 @@ from repvgg.studies.store import Cell, CellStore
 
 _DIGITS = "digits"
 _OTHERS = 4  # of the order of rows: those that --other-images is about
+_SEPARATOR = "--"  # of network and row in the key of a cell; as_key makes it in neither
 _TRAINED_FILE = "int8.onnx"  # in the run folder of quantization-aware training
 _WEIGHT_FILES = ("train.safetensors", "plain.safetensors", "best.safetensors")  # of a run folder, the last first choice
 
@@ -182,6 +183,8 @@ def _resolve(settings: Int8Settings) -> Int8Settings:
 def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporter) -> None:
     networks = {name: path or _quickstart(settings, store, reporter) for name, path in settings.named_checkpoints}
     digests = {name: _digest(_weights_of(path)) for name, path in networks.items()}
+    if any(_SEPARATOR not in key for key in store.values):
+        raise UsageError(_by_earlier_version(store))
     for name, digest in digests.items():
         _check_weights(name, digest, settings, store)
     total, done = sum(len(settings.rows_of(name)) for name in networks), 0
@@ -242,10 +245,7 @@ def _check_weights(name: str, digest: str, settings: Int8Settings, store: CellSt
         if key not in store:
             continue
         if not origin.keys() <= store[key].keys():
-            raise UsageError(
-                f"{str(store.folder)!r} has results of {name!r} measured by an earlier version: choose another "
-                "folder, or pass --overwrite."
-            )
+            raise UsageError(_by_earlier_version(store))
         if any(store[key][entry] != value for entry, value in origin.items()):
             raise UsageError(
                 f"{str(store.folder)!r} has results of {name!r} with other weights: give it another name, as "
@@ -253,9 +253,14 @@ def _check_weights(name: str, digest: str, settings: Int8Settings, store: CellSt
             )
 
 
+def _by_earlier_version(store: CellStore) -> str:
+    folder = str(store.folder)
+    return f"{folder!r} has results measured by an earlier version: choose another folder, or pass --overwrite."
+
+
 def cell_key(network: str, row: Row) -> str:
-    """Return the key of a cell."""
-    return f"{network}-{row.key}"
+    """Return the key of a cell, another one for each pair of network and row."""
+    return f"{network}{_SEPARATOR}{row.key}"
 
 
 def _load(settings: Int8Settings, path: Path, folder: Path) -> tuple[Subject, Reference]:
