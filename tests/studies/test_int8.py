@@ -112,7 +112,7 @@ def measured(images):
     return {"bytes": 1000, "seconds": 1.0, "runtimes": {"ONNX Runtime": one, "OpenVINO": one}}
 
 
-def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch):
+def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch, capsys):
     """And shows them together; what it has is not measured again."""
     calls = []
 
@@ -149,6 +149,8 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     assert float(unsigned["lowest_agreement_percent"]) == pytest.approx(80)
     assert float(unsigned["lowest_difference_points"]) == pytest.approx(-10)
 
+    run("int8", tmp_path / "s", checkpoints=networks["checkpoints"][1:], rows=rows[1:], **settings)
+    assert "The folder has more results of a: name" in " ".join(capsys.readouterr().err.split())
     (copies["a-qat"] / "int8.onnx").write_bytes(b"trained again")
     with pytest.raises(UsageError, match="'a' with other weights"):
         run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)

@@ -5,7 +5,8 @@
     repvgg study int8 --rows ours nncf --threads 1
 
 Without --checkpoints it trains the network of the quickstart first. Expected on 2 cores: 5 minutes. A folder takes more
-networks and rows later: cells that it has are not measured again.
+networks and rows later: cells that it has are not measured again. Name the earlier ones again: the report shows the
+networks and rows of the last command.
 """
 
 from __future__ import annotations
@@ -187,6 +188,10 @@ def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporte
         raise UsageError(_by_earlier_version(store))
     for name, digest in digests.items():
         _check_weights(name, digest, settings, store)
+    shown = {cell_key(name, row) for name in networks for row in settings.rows_of(name)}
+    if others := {key.partition(_SEPARATOR)[0]: None for key in store.values if key not in shown}:
+        names = ", ".join(others)
+        reporter.message(f"The folder has more results of {names}: name these networks and rows again to show them.")
     total, done = sum(len(settings.rows_of(name)) for name in networks), 0
     for name, path in networks.items():
         rows = [row for row in settings.rows_of(name) if cell_key(name, row) not in store]
