@@ -128,7 +128,7 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     monkeypatch.setattr(int8, "_cell", cell)
     copies = {name: shutil.copytree(checkpoint, tmp_path / name) for name in ("a-qat", "b")}
     (copies["a-qat"] / "int8.onnx").touch()
-    settings = {**FEW, "rounds": 0, "other_images": 5}
+    settings = {**FEW, "rounds": 0, "baseline_images": 5}
     rows = ("sabotaged-float", "onnxruntime-u8u8-tensor-minmax", OURS)
     assert run("int8", tmp_path / "s", checkpoints=(f"a={checkpoint}",), rows=rows, **settings).complete
     assert calls == [OURS, "float", rows[1], rows[0]]

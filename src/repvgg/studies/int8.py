@@ -40,7 +40,6 @@ from repvgg.studies.int8_tables import int8_outcome
 from repvgg.studies.store import Cell, CellStore
 
 _DIGITS = "digits"
-_OTHERS = 4  # of the order of rows: those that --other-images is about
 _SEPARATOR = "--"  # of network and row in the key of a cell; as_key makes it in neither
 _TRAINED_FILE = "int8.onnx"  # in the run folder of quantization-aware training
 _WEIGHT_FILES = ("train.safetensors", "plain.safetensors", "best.safetensors")  # of a run folder, the last first choice
@@ -63,7 +62,7 @@ class Int8Settings:
         input_size: height and width of the images; default: of the checkpoint.
         calibration_images: random training images.
         test_images: random validation images; default: all.
-        other_images: how many of them rows are compared on, other than float32, all steps of this library (sabotaged,
+        baseline_images: how many of them rows are compared on, other than float32, all steps of this library (sabotaged,
             too) and trained integers; default: all of them.
         rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained, sabotaged; default: all.
         seed: of the quickstart's training.
@@ -81,7 +80,7 @@ class Int8Settings:
     input_size: int | None = None
     calibration_images: int = 128
     test_images: int | None = None
-    other_images: int | None = None
+    baseline_images: int | None = None
     rows: tuple[str, ...] = ()
     seed: int = 0
 
@@ -91,7 +90,7 @@ class Int8Settings:
             input_size=self.input_size,
             calibration_images=self.calibration_images,
             test_images=self.test_images,
-            other_images=self.other_images,
+            baseline_images=self.baseline_images,
         )
         if self.rounds < 0:
             raise UsageError(f"rounds must be at least 0, got {self.rounds}.")
@@ -200,9 +199,9 @@ def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporte
             with tempfile.TemporaryDirectory() as folder:
                 subject, reference = _load(settings, path, Path(folder))
                 # Made when one of these rows is next: the outputs of the whole reference are known by then.
-                of_others = cache(partial(_for_others, reference, settings))
+                of_baselines = cache(partial(_for_baselines, reference, settings))
                 for row in sorted(rows, key=_priority):
-                    compared = reference if _priority(row) < _OTHERS else of_others()
+                    compared = reference if any(_first(row)) else of_baselines()
                     origin = _origin(row, digest)
                     cell = _cell(row, subject, compared, settings, Path(folder) / f"int8{row.suffix}")
                     store.put(cell_key(name, row), {**cell, **origin})
@@ -214,12 +213,17 @@ def _measure(settings: Int8Settings, store: CellStore, reporter: ProgressReporte
 
 def _priority(row: Row) -> int:
     """Return the order of measuring: first what most is learned from, should the study be interrupted."""
-    first = [row.key == OURS, row is FLOAT, row.family == "trained", row.key == f"sabotaged-{OURS}"]
-    return first.index(True) if any(first) else _OTHERS
+    first = _first(row)
+    return first.index(True) if any(first) else len(first)
 
 
-def _for_others(reference: Reference, settings: Int8Settings) -> Reference:
-    return reference if settings.other_images is None else reference.first(settings.other_images)
+def _first(row: Row) -> list[bool]:
+    """Return which of the rows that are compared on all images a row is; the others have ``--baseline-images``."""
+    return [row.key == OURS, row is FLOAT, row.family == "trained", row.key == f"sabotaged-{OURS}"]
+
+
+def _for_baselines(reference: Reference, settings: Int8Settings) -> Reference:
+    return reference if settings.baseline_images is None else reference.first(settings.baseline_images)
 
 
 def _quickstart(settings: Int8Settings, store: CellStore, reporter: ProgressReporter) -> Path:
