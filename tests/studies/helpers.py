@@ -14,10 +14,10 @@ from repvgg.studies.paper import TABLE_4, TABLE_5
 SECONDS = {row.model: 10_000.0 / row.images_per_second for row in (*TABLE_4, *TABLE_5)}
 
 
-def run(name, folder, **chosen):
+def run(name, folder, console=None, **chosen):
     study = find_study(name)
     settings = study.settings(**chosen)
-    return run_study(study, settings, folder, command=f"repvgg study {name}", console=Console(quiet=True))
+    return run_study(study, settings, folder, command=f"repvgg study {name}", console=console or Console(quiet=True))
 
 
 def read_rows(path):

@@ -1,11 +1,13 @@
 """The study of INT8 on a network with random weights and a few digits."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from repvgg import reparameterize
@@ -112,7 +114,7 @@ def measured(images):
     return {"bytes": 1000, "seconds": 1.0, "runtimes": {"ONNX Runtime": one, "OpenVINO": one}}
 
 
-def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, monkeypatch):
     """And shows them together; what it has is not measured again."""
     calls = []
 
@@ -149,8 +151,9 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     assert float(unsigned["lowest_agreement_percent"]) == pytest.approx(80)
     assert float(unsigned["lowest_difference_points"]) == pytest.approx(-10)
 
-    run("int8", tmp_path / "s", checkpoints=networks["checkpoints"][1:], rows=rows[1:], **settings)
-    assert "The folder has more results of a: name" in " ".join(capsys.readouterr().err.split())
+    console = Console(file=io.StringIO())
+    run("int8", tmp_path / "s", console, checkpoints=networks["checkpoints"][1:], rows=rows[1:], **settings)
+    assert "The folder has more results of a: name" in console.file.getvalue()
     (copies["a-qat"] / "int8.onnx").write_bytes(b"trained again")
     with pytest.raises(UsageError, match="'a' with other weights"):
         run("int8", tmp_path / "s", rows=("trained", *rows[1:]), **networks, **settings)
