@@ -62,8 +62,8 @@ class Int8Settings:
         input_size: height and width of the images; default: of the checkpoint.
         calibration_images: random training images.
         test_images: random validation images; default: all.
-        baseline_images: how many of them rows are compared on, other than float32, all steps of this library (sabotaged,
-            too) and trained integers; default: all of them.
+        baseline_images: how many of them rows are compared on, other than float32, all steps of this library (with
+            rescaled channels, too) and trained integers; default: all of them.
         rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained, sabotaged; default: all.
         seed: of the quickstart's training.
 
