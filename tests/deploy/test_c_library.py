@@ -175,10 +175,10 @@ def test_the_example_is_compiled_and_run(exported, tmp_path, linked):
 
 @needs_linker
 @pytest.mark.parametrize("where", ["embedded", "file"])
-def test_a_sabotaged_weight_is_caught_and_nothing_is_left(tmp_path, monkeypatch, where):
+def test_a_changed_weight_is_caught_and_nothing_is_left(tmp_path, monkeypatch, where):
     describe = build.describe_network
 
-    def sabotaged(*arguments, **options):
+    def changed_network(*arguments, **options):
         data = describe(*arguments, **options)
         largest = max(range(len(data.weights)), key=lambda index: data.weights[index].nbytes)
         changed = bytearray(data.weights[largest])
@@ -186,7 +186,7 @@ def test_a_sabotaged_weight_is_caught_and_nothing_is_left(tmp_path, monkeypatch,
         data.weights[largest] = memoryview(bytes(changed))
         return data
 
-    monkeypatch.setattr(build, "describe_network", sabotaged)
+    monkeypatch.setattr(build, "describe_network", changed_network)
     model = Net().eval()
     with pytest.raises(EquivalenceError):
         export_c(model, model, tmp_path / "net", [SHAPE], weights=where)

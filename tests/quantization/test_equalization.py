@@ -62,14 +62,14 @@ def test_the_result_does_not_depend_on_how_channels_were_scaled(network):
     model = random_(network()).double()
     x = images().double()
     before = copy.deepcopy(model.state_dict())
-    sabotaged = rescale_randomly(model, x, largest=1000)
-    assert_close(sabotaged(x), model(x))
+    rescaled = rescale_randomly(model, x, largest=1000)
+    assert_close(rescaled(x), model(x))
     first = model.body[0] if network is Chain else model.stem
-    rescaled = sabotaged.body[0] if network is Chain else sabotaged.stem
-    assert channel_spread(rescaled.weight) > 20 * channel_spread(first.weight)
+    changed = rescaled.body[0] if network is Chain else rescaled.stem
+    assert channel_spread(changed.weight) > 20 * channel_spread(first.weight)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     ours, _ = equalize(model, x)
-    theirs, _ = equalize(sabotaged, x)
+    theirs, _ = equalize(rescaled, x)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(one, other)
 

@@ -224,18 +224,18 @@ def test_the_float_network_runs_once_for_any_number_of_comparisons():
     assert len(calls) == 3 + 2 * 2
 
 
-def test_sabotaged_channels_come_back():
+def test_rescaled_channels_come_back():
     model, calibration, test = random_(Chain()), images(24), images(24, seed=9)
-    sabotaged = random_(Chain())
+    rescaled = random_(Chain())
     with torch.no_grad():
         scales = 10 ** torch.empty(8).uniform_(-3, 3, generator=torch.Generator().manual_seed(0))
-        sabotaged.body[0].weight.mul_(scales.reshape(-1, 1, 1, 1))
-        sabotaged.body[0].bias.mul_(scales)
-        sabotaged.body[2].weight.div_(scales.reshape(1, -1, 1, 1))
+        rescaled.body[0].weight.mul_(scales.reshape(-1, 1, 1, 1))
+        rescaled.body[0].bias.mul_(scales)
+        rescaled.body[2].weight.div_(scales.reshape(1, -1, 1, 1))
     expected = model(test)
-    assert_close(sabotaged(test), expected, rtol=1e-3, atol=1e-4)
-    ours, theirs = (sqnr(expected, quantize(net, calibration)[0](test)) for net in (model, sabotaged))
-    broken = sqnr(expected, quantize(sabotaged, calibration, NEAREST)[0](test))
+    assert_close(rescaled(test), expected, rtol=1e-3, atol=1e-4)
+    ours, theirs = (sqnr(expected, quantize(net, calibration)[0](test)) for net in (model, rescaled))
+    broken = sqnr(expected, quantize(rescaled, calibration, NEAREST)[0](test))
     assert abs(ours - theirs) < 0.5
     assert broken < theirs - 10
 

@@ -131,13 +131,13 @@ def test_a_folder_takes_more_networks_rows_and_trainings(checkpoint, tmp_path, m
     copies = {name: shutil.copytree(checkpoint, tmp_path / name) for name in ("a-qat", "b")}
     (copies["a-qat"] / "int8.onnx").touch()
     settings = {**FEW, "rounds": 0, "baseline_images": 5}
-    rows = ("sabotaged-float", "onnxruntime-u8u8-tensor-minmax", OURS)
+    rows = ("rescaled-float", "onnxruntime-u8u8-tensor-minmax", OURS)
     assert run("int8", tmp_path / "s", checkpoints=(f"a={checkpoint}",), rows=rows, **settings).complete
     assert calls == [OURS, "float", rows[1], rows[0]]
     table = read_rows(tmp_path / "s" / "int8-a.csv")
     assert [row["images"] for row in table] == ["16", "16", "5"]
-    (sabotaged,) = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
-    assert (sabotaged["onnxruntime_sqnr_db"], sabotaged["onnxruntime_sabotaged_sqnr_db"]) == ("16.0", "5.0")
+    (rescaled,) = read_rows(tmp_path / "s" / "int8-a-rescaled.csv")
+    assert (rescaled["onnxruntime_sqnr_db"], rescaled["onnxruntime_rescaled_sqnr_db"]) == ("16.0", "5.0")
     assert list(read_rows(tmp_path / "s" / "int8-a-cost.csv")[0]) == ["row", "megabytes", "seconds"]
 
     networks = {"checkpoints": (f"a={checkpoint}", f"b={copies['b']}"), "trained": (f"a={copies['a-qat']}",)}
@@ -175,23 +175,23 @@ def other_network():
 
 
 @pytest.mark.slow
-def test_a_sabotaged_network_and_a_training_are_compared_with_the_float_network(checkpoint, tmp_path):
+def test_a_network_with_rescaled_channels_and_a_training_are_compared_with_the_float_network(checkpoint, tmp_path):
     trained = shutil.copytree(checkpoint, tmp_path / "qat")
     subject = Subject(load(checkpoint / "plain.safetensors").model, tmp_path / "f.onnx", torch.rand(8, 1, 16, 16))
     next(row for row in ROWS if row.key == "ours-nearest").write(subject, trained / "int8.onnx")
     networks = {"checkpoints": (f"a={checkpoint}",), "trained": (f"a={trained}",)}
-    rows = ("sabotaged-float", "sabotaged-ours-nearest", "trained")
+    rows = ("rescaled-float", "rescaled-ours-nearest", "trained")
     run("int8", tmp_path / "s", rows=rows, **networks, **{**FEW, "rounds": 0})
-    same, broken = read_rows(tmp_path / "s" / "int8-a-sabotaged.csv")
-    assert float(same["onnxruntime_sabotaged_sqnr_db"]) > 80  # it is the same function
-    assert float(broken["onnxruntime_sabotaged_sqnr_db"]) < 10
+    same, broken = read_rows(tmp_path / "s" / "int8-a-rescaled.csv")
+    assert float(same["onnxruntime_rescaled_sqnr_db"]) > 80  # it is the same function
+    assert float(broken["onnxruntime_rescaled_sqnr_db"]) < 10
     integers = read_rows(tmp_path / "s" / "int8-a.csv")[1]
     assert 10 < float(integers["onnxruntime_sqnr_db"]) < 60
 
 
 def test_no_two_cells_have_one_key():
     rows = {row.key: row for row in ROWS}
-    assert cell_key("a", rows["sabotaged-float"]) != cell_key("a-sabotaged", rows["float"])
+    assert cell_key("a", rows["rescaled-float"]) != cell_key("a-rescaled", rows["float"])
     ((name, _),) = Int8Settings(**FEW | {"checkpoints": ("a--B-=x",)}).named_checkpoints
     assert name == "a-b"  # without the separator
 
@@ -200,8 +200,8 @@ def test_every_setting_has_a_name_of_its_own():
     assert len({row.key for row in ROWS}) == len(ROWS)
     assert len(ONNX_RUNTIME_SETTINGS) == 2 * 2 * 2 * 3 + 2 * 3
     assert len(NNCF_SETTINGS) == 7
-    assert sum(bool(row.sabotages) for row in ROWS) == 9
-    assert {row.sabotages for row in ROWS} <= {"", *(row.key for row in ROWS)}
+    assert sum(bool(row.rescales) for row in ROWS) == 9
+    assert {row.rescales for row in ROWS} <= {"", *(row.key for row in ROWS)}
     assert OURS in {row.key for row in ROWS}
 
 

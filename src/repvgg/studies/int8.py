@@ -64,7 +64,7 @@ class Int8Settings:
         test_images: random validation images; default: all.
         baseline_images: how many of them rows are compared on, other than float32, all steps of this library (with
             rescaled channels, too) and trained integers; default: all of them.
-        rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained, sabotaged; default: all.
+        rows: names of rows, or what they begin with: ours, nncf, onnxruntime, trained, rescaled; default: all.
         seed: of the quickstart's training.
 
     Raises:
@@ -109,7 +109,7 @@ class Int8Settings:
             raise UsageError("Two trainings of one checkpoint are in folders of one name: rename one of them.")
         for chosen in self.rows:
             if not any(key.startswith(chosen) for keys in every for key in keys):
-                families = "ours, nncf, onnxruntime, trained, sabotaged"
+                families = "ours, nncf, onnxruntime, trained, rescaled"
                 raise UsageError(f"No row begins with {chosen!r}: take {families}, or a name of one.")
         if self.checkpoints and self.data is None:
             raise UsageError("There is nothing to calibrate on: give --data, such as imagefolder:PATH.")
@@ -219,7 +219,7 @@ def _priority(row: Row) -> int:
 
 def _first(row: Row) -> list[bool]:
     """Return which of the rows that are compared on all images a row is; the others have ``--baseline-images``."""
-    return [row.key == OURS, row is FLOAT, row.family == "trained", row.key == f"sabotaged-{OURS}"]
+    return [row.key == OURS, row is FLOAT, row.family == "trained", row.key == f"rescaled-{OURS}"]
 
 
 def _for_baselines(reference: Reference, settings: Int8Settings) -> Reference:
@@ -386,9 +386,9 @@ STUDIES = (
             "Saturation is what the integer kernels of ONNX Runtime lose against the same file in float arithmetic, "
             "on the first 512 images: CPUs without VNNI instructions add pairs of products of signed weights in 16 "
             "bits. Latency is that of a call, each file beside the float file of the same runtime in the same rounds. "
-            "Steps of this library are added one at a time; every row is shown, the worse ones too. A sabotaged "
-            "network computes the same function with channels whose scales are random, up to 1000 times as large or "
-            "as small."
+            "Steps of this library are added one at a time; every row is shown, the worse ones too. A network "
+            "with randomly rescaled channels computes the same function, with scales up to 1000 times as large or as "
+            "small."
         ),
         settings=Int8Settings,
         resolve=_resolve,

@@ -20,8 +20,8 @@ from repvgg.quantization.steps import NEAREST
 from repvgg.studies.int8_libraries import NNCF_SETTINGS, ONNX_RUNTIME_SETTINGS, NncfSettings, OnnxRuntimeSettings
 
 Family = Literal["float", "onnxruntime", "nncf", "ours", "trained"]
-#: Channels of a sabotaged network have random factors of up to this.
-SABOTAGE = 1000.0
+#: Channels of a rescaled network have random factors of up to this.
+LARGEST_FACTOR = 1000.0
 
 
 @final
@@ -48,10 +48,10 @@ class Subject:
         return channels, height, width
 
     @cached_property
-    def sabotaged(self) -> Subject:
+    def rescaled(self) -> Subject:
         """The same function with channels whose scales are random."""
-        plain = rescale_randomly(self.plain, self.calibration[:1], largest=SABOTAGE)
-        file = self.float_file.with_name(f"sabotaged-{self.float_file.name}")
+        plain = rescale_randomly(self.plain, self.calibration[:1], largest=LARGEST_FACTOR)
+        file = self.float_file.with_name(f"rescaled-{self.float_file.name}")
         export_onnx(plain, file, self.shape, overwrite=True)
         return Subject(plain, file, self.calibration)
 
@@ -68,7 +68,7 @@ class Row:
         write: quantizes a network and writes a file.
         runtimes: that run the file.
         suffix: of the file.
-        sabotages: key of the row that quantizes the network as it is, where this one quantizes it with channels of
+        rescales: key of the row that quantizes the network as it is, where this one quantizes it with channels of
             random scales.
         source: file whose integers the row copies, for the family ``trained``.
     """
@@ -79,7 +79,7 @@ class Row:
     write: Callable[[Subject, Path], None]
     runtimes: tuple[str, ...] = RUNTIMES
     suffix: str = ".onnx"
-    sabotages: str = ""
+    rescales: str = ""
     source: Path | None = None
 
 
@@ -110,14 +110,14 @@ def _by_us(settings: QuantizationSettings, subject: Subject, out: Path) -> None:
     export_qdq(quantized, out, subject.shape)
 
 
-def _sabotaged(row: Row, title: str = "") -> Row:
+def _rescaled(row: Row, title: str = "") -> Row:
     """Return the row that does the same to the network with channels of random scales."""
 
     def write(subject: Subject, out: Path) -> None:
-        row.write(subject.sabotaged, out)
+        row.write(subject.rescaled, out)
 
     return replace(
-        row, key=f"sabotaged-{row.key}", title=title or f"sabotaged; {row.title}", write=write, sabotages=row.key
+        row, key=f"rescaled-{row.key}", title=title or f"rescaled channels; {row.title}", write=write, rescales=row.key
     )
 
 
@@ -167,7 +167,7 @@ _QUANTIZED: tuple[Row, ...] = (
     *map(_nncf_row, NNCF_SETTINGS),
     *(Row(one.key, "onnxruntime", one.title, partial(_by_library, one)) for one in ONNX_RUNTIME_SETTINGS),
 )
-_SABOTAGED = (
+_RESCALED = (
     "ours-nearest",
     OURS,
     "nncf-default",
@@ -182,6 +182,6 @@ ROWS: tuple[Row, ...] = (
     *(row for row in _QUANTIZED if row.family == "ours"),
     TRAINED,
     *(row for row in _QUANTIZED if row.family != "ours"),
-    _sabotaged(FLOAT, "sabotaged, float32"),
-    *(_sabotaged(row) for row in _QUANTIZED if row.key in _SABOTAGED),
+    _rescaled(FLOAT, "rescaled channels, float32"),
+    *(_rescaled(row) for row in _QUANTIZED if row.key in _RESCALED),
 )

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from repvgg.deploy.int8 import RUNTIMES
 from repvgg.studies.base import Outcome
-from repvgg.studies.int8_rows import OURS, SABOTAGE, Family, Row, as_key
+from repvgg.studies.int8_rows import LARGEST_FACTOR, OURS, Family, Row, as_key
 from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.store import Cell
 from repvgg.studies.tables import Column, Table, Value
@@ -24,8 +24,8 @@ def int8_outcome(networks: Mapping[str, Cells], batch: int) -> Outcome:
     tables: list[Table] = [_summary_table(networks)] if len(networks) > 1 else []
     charts: list[Chart] = []
     for name, every in networks.items():
-        cells = {row: cell for row, cell in every.items() if not row.sabotages}
-        tables += [_quality_table(name, cells), *_sabotage_table(name, every), _cost_table(name, cells, batch)]
+        cells = {row: cell for row, cell in every.items() if not row.rescales}
+        tables += [_quality_table(name, cells), *_rescaled_table(name, every), _cost_table(name, cells, batch)]
         charts += [_chart(name, cells, runtime) for runtime in RUNTIMES if _best(cells, runtime, None) is not None]
     leads = [sentence for name, cells in networks.items() if (sentence := _lead(name, cells))]
     return Outcome(" ".join(leads) or "Nothing was measured yet.", tuple(tables), tuple(charts))
@@ -47,7 +47,7 @@ def _summary_table(networks: Mapping[str, Cells]) -> Table:
     titles: dict[str, str] = {}
     for name, cells in networks.items():
         for row, cell in cells.items():
-            if not row.sabotages and cell is not None:
+            if not row.rescales and cell is not None:
                 titles.setdefault(row.key, row.title)
                 by_key.setdefault(row.key, {})[name] = cell
     order = list(dict.fromkeys(row.key for cells in networks.values() for row in cells))
@@ -64,30 +64,30 @@ def _summary_table(networks: Mapping[str, Cells]) -> Table:
     return Table("int8-summary", "all networks", tuple(columns), tuple(body))
 
 
-def _sabotage_table(name: str, cells: Cells) -> list[Table]:
+def _rescaled_table(name: str, cells: Cells) -> list[Table]:
     """Return the table of the network with channels of random scales, if it was measured."""
-    pairs = [(row, cell) for row, cell in cells.items() if row.sabotages and cell is not None]
+    pairs = [(row, cell) for row, cell in cells.items() if row.rescales and cell is not None]
     if not pairs:
         return []
-    plain = {row.key: (row.title, cell) for row, cell in cells.items() if not row.sabotages}
+    plain = {row.key: (row.title, cell) for row, cell in cells.items() if not row.rescales}
     columns = [Column("row", "Quantization")]
     for runtime in RUNTIMES:
         prefix = _KEYS[runtime]
         columns += [
             Column(f"{prefix}_sqnr_db", f"{runtime}: SQNR as it is (dB)", 1),
-            Column(f"{prefix}_sabotaged_sqnr_db", "sabotaged (dB)", 1),
-            Column(f"{prefix}_sabotaged_agreement_percent", "sabotaged: agreement (%)", 2),
+            Column(f"{prefix}_rescaled_sqnr_db", "with randomly rescaled channels (dB)", 1),
+            Column(f"{prefix}_rescaled_agreement_percent", "rescaled: agreement (%)", 2),
         ]
     body: list[tuple[Value, ...]] = []
     for row, cell in pairs:
-        title, before = plain.get(row.sabotages, (row.title, None))
+        title, before = plain.get(row.rescales, (row.title, None))
         values: list[Value] = [title]
         for runtime in RUNTIMES:
             agreement = _result(cell, runtime).get("agreement")
             values += [_sqnr(before, runtime), _sqnr(cell, runtime), None if agreement is None else 100 * agreement]
         body.append(tuple(values))
-    title = f"{name}: the same function with channels of random scales, up to {SABOTAGE:,.0f}x"
-    return [Table(f"int8-{name}-sabotaged", title, tuple(columns), tuple(body), _failures(dict(pairs)))]
+    title = f"{name}: the same function with channels of random scales, up to {LARGEST_FACTOR:,.0f}x"
+    return [Table(f"int8-{name}-rescaled", title, tuple(columns), tuple(body), _failures(dict(pairs)))]
 
 
 def _failures(cells: Cells) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def _best(cells: Cells, runtime: str, family: Family | None) -> tuple[Row, float
     found = [
         (row, value)
         for row, cell in cells.items()
-        if not row.sabotages and (row.family == family if family else row.family != "float")
+        if not row.rescales and (row.family == family if family else row.family != "float")
         if (value := _sqnr(cell, runtime)) is not None
     ]
     return max(found, key=lambda pair: pair[1], default=None)
