@@ -81,6 +81,15 @@ def test_limit_below_every_network_is_refused(tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+def test_chosen_rows_have_no_limit_but_the_chosen_one(quick, tmp_path):
+    rows = ("repvgg_b2", "resnet18")  # 18.4 and 1.8 GMACs; without rows the default on a CPU is 12
+    run("table4", tmp_path / "t", input_size=8, rounds=2, rows=rows)
+    assert {row["model"] for row in read_rows(tmp_path / "t" / "table4.csv")} == {"RepVGG-B2", "ResNet-18"}
+    with pytest.raises(UsageError, match=r"rows repvgg_b2 have more than 12 GMACs: .* --max-gmacs 18\.4 or more"):
+        run("table4", tmp_path / "u", rows=rows, max_gmacs=12.0)
+    assert not (tmp_path / "u").exists()
+
+
 def test_networks_are_deployed_forms_at_their_own_input_size():
     assert not any(isinstance(part, nn.BatchNorm2d) for part in deployed("resnet18").modules())
     plain = deployed("repvgg_a0")

@@ -70,11 +70,11 @@ class NetworkSettings:
         batch: images in a call; default: 8 on a CPU and the paper's 128 on a GPU.
         rounds: how often each network is timed; default: 30.
         max_gmacs: leave out networks with more multiply-adds for an image, in 10⁹ as the paper prints them;
-            default: 12 on a CPU for table4 and figure1, no limit otherwise.
+            default: 12 on a CPU for table4 and figure1 unless rows are chosen, no limit otherwise.
         input_size: height and width; default: 224, and 300 for EfficientNet-B3, as in the paper.
         engine: what runs the networks: torch, or another engine of 'repvgg bench'; with several, separated by commas,
             every network is timed in each, and shown in its fastest.
-        rows: names of the networks to time; default: all within the limit.
+        rows: names of the networks to time; default: all within the limit. A row beyond a chosen limit is refused.
 
     Raises:
         UsageError: a number is out of its range, or an engine does not exist or support the run settings.
@@ -103,11 +103,12 @@ class NetworkSettings:
 def resolve(settings: NetworkSettings, cpu_gmacs: float) -> NetworkSettings:
     """Fill in the defaults that depend on the device; ``cpu_gmacs`` is the default of ``max_gmacs`` on a CPU."""
     device = settings.run.device
+    limited = device == "cpu" and not settings.rows  # rows that were named are wanted, however large
     return replace(
         settings,
         batch=settings.batch or _BATCH[device],
         rounds=settings.rounds or INTERLEAVED.rounds,
-        max_gmacs=settings.max_gmacs or (cpu_gmacs if device == "cpu" else UNLIMITED_GMACS),
+        max_gmacs=settings.max_gmacs or (cpu_gmacs if limited else UNLIMITED_GMACS),
     )
 
 
@@ -118,7 +119,7 @@ def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[Mo
     """Return the chosen rows, or all, up to ``max_gmacs``.
 
     Raises:
-        UsageError: there is none, or a row is not in the table.
+        UsageError: there is none, or a chosen row is not in the table or beyond the limit.
     """
     for name in settings.rows:
         if name not in (names := [model.model for model in models]):
@@ -127,6 +128,12 @@ def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[Mo
     chosen = [model for model in models if model.model in (settings.rows or [model.model])]
     limit = settings.max_gmacs or UNLIMITED_GMACS
     found = [model for model in chosen if model.flops_billions <= limit]
+    if settings.rows and len(found) < len(chosen):
+        beyond = [model for model in chosen if model.flops_billions > limit]
+        names, most = ", ".join(model.model for model in beyond), max(model.flops_billions for model in beyond)
+        raise UsageError(
+            f"The rows {names} have more than {limit:g} GMACs: leave them out, or take --max-gmacs {most:g} or more."
+        )
     if not found:
         least = min(model.flops_billions for model in chosen)
         raise UsageError(f"No network of this table has {limit:g} GMACs or less: take --max-gmacs {least:g} or more.")
