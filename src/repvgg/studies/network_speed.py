@@ -184,7 +184,8 @@ _ABOUT = (
     "the weights of all networks do not fit into half of the free memory, each pair is timed separately, together with "
     "the baseline of the table, and speed-ups are those within its rounds.\n\n"
     "RepVGGs run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
-    "speed does not depend on them. With several engines, tables show every network in its fastest. "
+    "speed does not depend on them. With several engines each pair is timed separately, without the baseline, and "
+    "tables show every network in its fastest; speeds of different pairs are of different minutes. "
     "The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; its "
     "claims are their ratios."
 )
