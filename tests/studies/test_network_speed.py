@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -98,6 +99,22 @@ def test_networks_are_deployed_forms_at_their_own_input_size():
     assert title_of("repvgg_b1g4") == "RepVGG-B1g4"
     assert title_of("efficientnet_b0") == "EfficientNet-B0"
     assert network_speed._candidate("efficientnet_b3", "torch", nn.Identity, input_size=None).image == (3, 300, 300)
+
+
+def test_each_engine_gets_a_network_of_its_own_and_none_is_kept(monkeypatch):
+    built = []
+    monkeypatch.setattr(network_speed, "deployed", lambda name: built.append(name) or Tiny(1.0, name))
+    shared = network_speed._SharedNetwork()
+    first, second, third = (shared.make("a", last) for last in (False, False, True))
+    first.to(torch.float16)
+    assert [str(first.weight.dtype), str(second.weight.dtype), third.name] == ["torch.float16", "torch.float32", "a"]
+    assert len({id(one.weight) for one in (first, second, third)}) == 3
+    assert built == ["a"]
+    assert not shared._kept
+    shared.make("b", last=False)
+    shared.make("c", last=True)
+    assert built == ["a", "b", "c"]
+    assert not shared._kept
 
 
 def test_figure1_marks_the_pareto_front(quick, tmp_path):

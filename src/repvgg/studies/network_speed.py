@@ -14,9 +14,10 @@ networks up to 12 GMACs, 2 minutes for mobile.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -156,15 +157,31 @@ def measure_networks(
         groups = plan_groups(names, SPEED_CLAIMS, baseline, fit_together(weights, settings.run))
     else:  # dozens of candidates: a round of all would take too long for the ratios within it to be of one moment
         groups = plan_groups(names, SPEED_CLAIMS, "", fits=False)
-    make = lru_cache(maxsize=1)(lambda name: deployed(name))  # the engines of a network follow each other
+    shared = _SharedNetwork()
     candidates = {
-        candidate_name(name, engine): _candidate(name, engine, partial(make, name), settings.input_size)
+        candidate_name(name, engine): _candidate(
+            name, engine, partial(shared.make, name, last=engine == engines[-1]), settings.input_size
+        )
         for name in names
         for engine in engines
     }
     in_engines = [[candidate_name(name, engine) for name in group for engine in engines] for group in groups]
     protocol = replace(INTERLEAVED, rounds=settings.rounds or INTERLEAVED.rounds)
     measure_candidates(in_engines, candidates, store, settings.run, protocol, settings.batch or 1, on_progress)
+
+
+class _SharedNetwork:
+    """Builds each network once for all of its engines, which follow each other; each gets a network of its own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, nn.Module] = {}  # the last one, until its last engine has it
+
+    def make(self, name: str, last: bool) -> nn.Module:
+        network = self._kept[name] if name in self._kept else deployed(name)
+        self._kept.clear()
+        if not last:
+            self._kept[name] = copy.deepcopy(network)  # an engine may convert its network in place
+        return network
 
 
 def _candidate(name: str, engine: str, make: Callable[[], nn.Module], input_size: int | None) -> Candidate:
