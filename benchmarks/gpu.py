@@ -30,6 +30,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -151,34 +152,37 @@ def note_error(out: Path, text: str) -> None:
 
 
 def supervise(names: list[str], args: argparse.Namespace, deadline: float) -> None:
-    """Run the steps in a process of their own, and again behind a step that ended it; save what there is."""
+    """Run the steps in a process of their own, and restart after the step that crashed it; save what there is."""
     while names and time.monotonic() < deadline:
         command = [sys.executable, __file__, *sys.argv[1:], "--work", "--steps", *names]
         # A session of its own: an interruption reaches the processes that the step has started, too.
         child = subprocess.Popen(command, start_new_session=True)
         saved = time.monotonic()
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                save(args.studies, args.out)
-                saved = time.monotonic()
-        if child.poll() is None:
-            stop(child)
-            break
-        if child.returncode == 0:
+        try:
+            while child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save(args.studies, args.out)
+                    saved = time.monotonic()
+        finally:  # also when this process is interrupted: the other one would go on without it
+            in_time = child.poll() is not None
+            if not in_time:
+                stop(child)
+            save(args.studies, args.out)
+        if not in_time or child.returncode == 0:
             break
         at_work = args.studies / AT_WORK
         failed = at_work.read_text(encoding="utf-8") if at_work.exists() else names[-1]  # it did not even start
         note_error(args.out, f"{failed}: its process ended with {child.returncode}")
         names = names[names.index(failed) + 1 :]
-    save(args.studies, args.out)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and those that it has started; kill them if they do not end, or at a second Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             child.wait(STOP_SECONDS)
             return
 
@@ -259,9 +263,14 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     started = time.monotonic()
     args = parse()
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: the process of the steps ends, too
     for folder in (args.out, args.studies):
         folder.mkdir(parents=True, exist_ok=True)
     restore(args.studies, args.out)

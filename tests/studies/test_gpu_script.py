@@ -1,7 +1,13 @@
 """benchmarks/gpu.py without a GPU: its steps, and the file from which a later call continues."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+
+import pytest
 
 from benchmarks import gpu
 from repvgg.studies import find_study
@@ -13,6 +19,55 @@ from tests.studies.helpers import SECONDS
 def arguments(tmp_path, **chosen):
     given = {"device": "cuda", "tiny": False, "data": "imagefolder:x", "seeds": 3, "jobs": 4, "tables": False}
     return Namespace(**(given | {"out": tmp_path, "studies": tmp_path / "studies"} | chosen))
+
+
+class Child:
+    """Stands in for the process of the steps: ends with a code at once, or runs until it is stopped."""
+
+    def __init__(self, code=None):
+        self.pid, self.returncode = 1, code
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Record the processes that are stopped."""
+    children = []
+
+    def stop(child):
+        child.returncode = -2
+        children.append(child)
+
+    monkeypatch.setattr(gpu, "stop", stop)
+    return children
+
+
+def test_an_interruption_stops_the_process_of_the_steps_and_saves(tmp_path, monkeypatch, stopped):
+    child, saved = Child(), []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *args, **how: child)
+    monkeypatch.setattr(gpu, "save", lambda *folders: saved.append(folders))
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.time, "sleep", interrupted)
+    args = arguments(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.supervise(["a", "b"], args, time.monotonic() + 60)
+    assert stopped == [child]
+    assert saved == [(args.studies, args.out)]
+
+
+def test_a_process_that_ignores_interruptions_is_killed(monkeypatch):
+    monkeypatch.setattr(gpu, "STOP_SECONDS", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    with child:
+        child.stdout.readline()  # it ignores them from here on
+        gpu.stop(child)
+        assert child.returncode == -signal.SIGKILL
 
 
 def test_steps_have_the_sizes_of_the_paper_and_the_most_valuable_are_first(tmp_path):
