@@ -155,6 +155,8 @@ def supervise(names: list[str], args: argparse.Namespace, deadline: float) -> No
     """Run the steps in a process of their own, and restart after the step that crashed it; save what there is."""
     while names and time.monotonic() < deadline:
         command = [sys.executable, __file__, *sys.argv[1:], "--work", "--steps", *names]
+        at_work = args.studies / AT_WORK
+        at_work.unlink(missing_ok=True)  # that of an earlier process
         # A session of its own: an interruption reaches the processes that the step has started, too.
         child = subprocess.Popen(command, start_new_session=True)
         saved = time.monotonic()
@@ -171,8 +173,10 @@ def supervise(names: list[str], args: argparse.Namespace, deadline: float) -> No
             save(args.studies, args.out)
         if not in_time or child.returncode == 0:
             break
-        at_work = args.studies / AT_WORK
-        failed = at_work.read_text(encoding="utf-8") if at_work.exists() else names[-1]  # it did not even start
+        if not at_work.exists():
+            note_error(args.out, f"The process of the steps did not start: it ended with {child.returncode}")
+            break
+        failed = at_work.read_text(encoding="utf-8")
         note_error(args.out, f"{failed}: its process ended with {child.returncode}")
         names = names[names.index(failed) + 1 :]
 

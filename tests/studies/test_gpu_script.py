@@ -60,6 +60,26 @@ def test_an_interruption_stops_the_process_of_the_steps_and_saves(tmp_path, monk
     assert saved == [(args.studies, args.out)]
 
 
+def test_steps_restart_after_the_one_that_crashed_and_not_at_all_if_none_started(tmp_path, monkeypatch, stopped):
+    args = arguments(tmp_path)
+    args.studies.mkdir()
+    (args.studies / gpu.AT_WORK).write_text("a")  # of an earlier call
+    commands, at_work = [], iter(["b", None])
+
+    def start(command, **how):
+        commands.append(command[command.index("--work") + 2 :])
+        if (name := next(at_work)) is not None:
+            (args.studies / gpu.AT_WORK).write_text(name)
+        return Child(1)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", start)
+    gpu.supervise(["a", "b", "c", "d"], args, time.monotonic() + 60)
+    assert commands == [["a", "b", "c", "d"], ["c", "d"]]
+    first, second = (args.out / gpu.ERRORS).read_text().splitlines()
+    assert first == "b: its process ended with 1"
+    assert "did not start" in second
+
+
 def test_a_process_that_ignores_interruptions_is_killed(monkeypatch):
     monkeypatch.setattr(gpu, "STOP_SECONDS", 0.2)
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
