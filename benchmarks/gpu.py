@@ -140,9 +140,19 @@ def work(steps: list[Step], args: argparse.Namespace) -> None:
                 return
         except Exception as error:  # a step must not take the others with it
             note_error(args.out, f"{step.name}: {type(error).__name__}: {error}")
+            leave_if_cuda_failed()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def leave_if_cuda_failed() -> None:
+    """End this process if the GPU answers no more, as after an illegal access: every later step would fail in it."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise SystemExit(f"CUDA has failed in this process: {error}") from error
 
 
 def note_error(out: Path, text: str) -> None:

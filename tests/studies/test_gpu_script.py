@@ -80,6 +80,24 @@ def test_steps_restart_after_the_one_that_crashed_and_not_at_all_if_none_started
     assert "did not start" in second
 
 
+def test_a_gpu_that_answers_no_more_ends_the_process(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    args.studies.mkdir()
+
+    def fail(*args, **how):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "run_study", fail)
+    steps = gpu.all_steps(args)[:2]
+    gpu.work(steps, args)  # no GPU was used: the next step runs
+    assert len((args.out / gpu.ERRORS).read_text().splitlines()) == 2
+    monkeypatch.setattr(gpu.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", fail)
+    with pytest.raises(SystemExit, match="CUDA has failed"):
+        gpu.work(steps, args)
+    assert (args.studies / gpu.AT_WORK).read_text() == steps[0].name
+
+
 def test_a_process_that_ignores_interruptions_is_killed(monkeypatch):
     monkeypatch.setattr(gpu, "STOP_SECONDS", 0.2)
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
