@@ -38,7 +38,7 @@ import torch
 from repvgg._files import write_text
 from repvgg.measure import RunSettings
 from repvgg.studies import find_study
-from repvgg.studies.ablation import AblationSettings
+from repvgg.studies.ablation import AblationSettings, Job
 from repvgg.studies.base import run_study
 from repvgg.studies.block_speed import BranchSettings, KernelSettings
 from repvgg.studies.claims import ClaimResult, claims_chart, claims_table
@@ -46,13 +46,15 @@ from repvgg.studies.figure3 import MemorySettings
 from repvgg.studies.network_speed import NetworkSettings
 from repvgg.studies.paper import SPEED_CLAIMS, TABLE_4, TABLE_5
 from repvgg.studies.report.charts import write_chart
-from repvgg.studies.store import HEADER, CellStore, read_header
+from repvgg.studies.store import CELLS, HEADER, CellStore, read_header
 from repvgg.studies.tables import as_markdown
 from repvgg.studies.timing import Speeds
+from repvgg.studies.variants import TABLE_6_VARIANTS, TABLE_7_VARIANTS, select_variants
 
 RESULTS, ERRORS, AT_WORK, REPORT = "results.jsonl", "errors.txt", "step.txt", "results.md"
 SAVE_SECONDS, STOP_SECONDS = 5, 20  # between two results files; for an interrupted step to write its tables
 COMPILED_GMACS = 5.2  # A0, A1, A2 and the networks they are compared with: compiling takes many seconds a network
+TRAINED = {"table6": TABLE_6_VARIANTS, "table7": TABLE_7_VARIANTS}
 NETWORKS = "networks-"  # steps that time the networks of Tables 4 and 5 and Figure 1 together
 
 
@@ -120,9 +122,17 @@ def all_steps(args: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether no cell of a study is missing."""
-    return (folder / HEADER).exists() and bool(read_header(folder).finished)
+def is_finished(step: Step, studies: Path) -> bool:
+    """Return whether no cell of a step is missing."""
+    folder = studies / step.name
+    if not (folder / HEADER).exists():
+        return False
+    if isinstance(step.settings, AblationSettings):
+        # Their study is finished only with the cost of a training step, which is no part of these steps.
+        rows = select_variants(TRAINED[step.study], step.settings.rows)
+        jobs = [Job(row, seed) for row in rows for seed in range(step.settings.seeds)]
+        return all((folder / CELLS / f"{job.key}.json").exists() for job in jobs)
+    return bool(read_header(folder).finished)
 
 
 def work(steps: list[Step], args: argparse.Namespace) -> None:
@@ -235,7 +245,7 @@ def report(steps: list[Step], studies: Path, out: Path) -> str:
         store.refresh_all()
         names = ("table4", "table5", "figure1") if step.name.startswith(NETWORKS) else (step.study,)
         machine = ", ".join(f"{name} {value}" for name, value in header.environment.items())
-        parts.append(f"# {step.name}\n\n{header.started}; {machine}{'' if header.finished else '; not finished'}")
+        parts.append(f"# {step.name}\n\n{header.started}; {machine}{'' if is_finished(step, studies) else '; not finished'}")
         for name in names:
             study = find_study(name)
             outcome = study.outcome(study.resolve(step.settings), store.values)
@@ -292,7 +302,7 @@ def main() -> None:
     if unknown := set(args.steps or ()) - {step.name for step in steps}:
         raise SystemExit(f"There is no step {min(unknown)}: take {', '.join(step.name for step in steps)}.")
     left = [
-        step for step in steps if step.name in (args.steps or [step.name]) and not is_finished(args.studies / step.name)
+        step for step in steps if step.name in (args.steps or [step.name]) and not is_finished(step, args.studies)
     ]
     if args.work:
         work(left, args)

@@ -13,6 +13,7 @@ from benchmarks import gpu
 from repvgg.studies import find_study
 from repvgg.studies.base import flatten
 from repvgg.studies.store import CellStore, Header
+from repvgg.studies.variants import TABLE_6_VARIANTS
 from tests.studies.helpers import SECONDS
 
 
@@ -141,4 +142,15 @@ def test_results_restore_the_cells_and_make_the_tables(tmp_path, monkeypatch):
     report = gpu.report(steps, args.studies, args.out)
     assert "| RepVGG-A2 | ResNet-50 | float32 | torch | torch | 1.84 | 1.84 | 1.84 | 1.84 | holds |" in report
     assert "gpu a GPU; not finished" in report
-    assert not gpu.is_finished(args.studies / "networks-float32")
+    assert not gpu.is_finished(steps[0], args.studies)
+
+
+def test_trainings_are_finished_without_the_cost_of_a_step(tmp_path):
+    args = arguments(tmp_path, seeds=2)
+    step = next(step for step in gpu.all_steps(args) if step.name == "table6")
+    store = CellStore(args.studies / "table6", Header("table6", {}, {}), {})
+    keys = [f"{row.name}-seed{seed}" for row in TABLE_6_VARIANTS for seed in range(2)]
+    for key in keys:
+        assert not gpu.is_finished(step, args.studies)
+        store.put(key, {})
+    assert gpu.is_finished(step, args.studies)
