@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,14 +39,14 @@ from repvgg._files import write_text
 from repvgg.measure import RunSettings
 from repvgg.studies import find_study
 from repvgg.studies.ablation import AblationSettings, Job
-from repvgg.studies.base import run_study
+from repvgg.studies.base import flatten, run_study
 from repvgg.studies.block_speed import BranchSettings, KernelSettings
 from repvgg.studies.claims import ClaimResult, claims_chart, claims_table
 from repvgg.studies.figure3 import MemorySettings
 from repvgg.studies.network_speed import NetworkSettings
 from repvgg.studies.paper import SPEED_CLAIMS, TABLE_4, TABLE_5
 from repvgg.studies.report.charts import write_chart
-from repvgg.studies.store import CELLS, HEADER, CellStore, read_header
+from repvgg.studies.store import CELLS, HEADER, CellStore, Header, as_stored, read_header
 from repvgg.studies.tables import as_markdown
 from repvgg.studies.timing import Speeds
 from repvgg.studies.variants import TABLE_6_VARIANTS, TABLE_7_VARIANTS, select_variants
@@ -234,6 +234,32 @@ def restore(studies: Path, out: Path) -> None:
             write_text(path, json.dumps(entry["content"], indent=1) + "\n")
 
 
+def check_settings(steps: list[Step], studies: Path) -> None:
+    """Refuse to continue, or to skip, what was measured with other settings."""
+    for step in steps:
+        if not (studies / step.name / HEADER).exists():
+            continue
+        study, theirs = find_study(step.study), read_header(studies / step.name).settings
+        for name, ours in as_stored(flatten(study.resolve(step.settings))).items():
+            if name not in study.free_settings and theirs.get(name) != ours:
+                raise SystemExit(
+                    f"{step.name} was measured with {name} {theirs.get(name)!r}, not {ours!r}: choose another --out."
+                )
+
+
+def as_measured(step: Step, header: Header) -> Step:
+    """Return a step with the settings of its measurement, which may be those of another call."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in header.settings.items()}
+
+    def stored(settings: Any) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in fields(settings) if field.name in values}
+
+    chosen = stored(step.settings)
+    if not isinstance(step.settings, AblationSettings):  # where it follows from the others
+        chosen["run"] = replace(step.settings.run, **stored(step.settings.run))
+    return replace(step, settings=replace(step.settings, **chosen))
+
+
 def report(steps: list[Step], studies: Path, out: Path) -> str:
     """Return the tables of all steps that have cells; draw the claims in every precision."""
     parts, claims = [], []
@@ -241,6 +267,7 @@ def report(steps: list[Step], studies: Path, out: Path) -> str:
         if not (studies / step.name / HEADER).exists():
             continue
         header = read_header(studies / step.name)
+        step = as_measured(step, header)
         store = CellStore(studies / step.name, header, {})
         store.refresh_all()
         names = ("table4", "table5", "figure1") if step.name.startswith(NETWORKS) else (step.study,)
@@ -301,9 +328,10 @@ def main() -> None:
     steps = all_steps(args)
     if unknown := set(args.steps or ()) - {step.name for step in steps}:
         raise SystemExit(f"There is no step {min(unknown)}: take {', '.join(step.name for step in steps)}.")
-    left = [
-        step for step in steps if step.name in (args.steps or [step.name]) and not is_finished(step, args.studies)
-    ]
+    chosen = [step for step in steps if step.name in (args.steps or [step.name])]
+    if not args.tables:
+        check_settings(chosen, args.studies)
+    left = [step for step in chosen if not is_finished(step, args.studies)]
     if args.work:
         work(left, args)
         return

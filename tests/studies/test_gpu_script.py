@@ -12,7 +12,7 @@ import pytest
 from benchmarks import gpu
 from repvgg.studies import find_study
 from repvgg.studies.base import flatten
-from repvgg.studies.store import CellStore, Header
+from repvgg.studies.store import CellStore, Header, as_stored
 from repvgg.studies.variants import TABLE_6_VARIANTS
 from tests.studies.helpers import SECONDS
 
@@ -143,6 +143,23 @@ def test_results_restore_the_cells_and_make_the_tables(tmp_path, monkeypatch):
     assert "| RepVGG-A2 | ResNet-50 | float32 | torch | torch | 1.84 | 1.84 | 1.84 | 1.84 | holds |" in report
     assert "gpu a GPU; not finished" in report
     assert not gpu.is_finished(steps[0], args.studies)
+
+
+def test_tables_are_those_of_the_measurement_and_other_settings_are_refused(tmp_path, monkeypatch):
+    tiny = gpu.all_steps(arguments(tmp_path, tiny=True, device="cpu"))
+    paper = gpu.all_steps(arguments(tmp_path, device="cpu"))
+    for small, step in zip(tiny, paper, strict=True):
+        study = find_study(step.study)
+        settled = flatten(study.resolve(small.settings))
+        header = Header(step.study, as_stored({k: v for k, v in settled.items() if k not in study.free_settings}), {})
+        found = flatten(study.resolve(gpu.as_measured(step, header).settings))
+        assert {k: found[k] for k in header.settings} == {k: settled[k] for k in header.settings}
+        CellStore(tmp_path / "studies" / step.name, header, {}).create()
+    gpu.check_settings(tiny, tmp_path / "studies")
+    with pytest.raises(SystemExit, match="networks-float32 was measured with batch 2, not 8: choose another --out"):
+        gpu.check_settings(paper, tmp_path / "studies")
+    monkeypatch.setattr(gpu, "write_chart", lambda folder, chart: None)
+    assert "2 images a call" in gpu.report(paper, tmp_path / "studies", tmp_path)
 
 
 def test_trainings_are_finished_without_the_cost_of_a_step(tmp_path):
