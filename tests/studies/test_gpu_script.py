@@ -130,7 +130,9 @@ def test_steps_have_the_sizes_of_the_paper_and_the_most_valuable_are_first(tmp_p
 
 
 def test_results_restore_the_cells_and_make_the_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "write_chart", lambda folder, chart: None)  # drawing would be most of the time
+    charts = []
+    # Drawing would be most of the time.
+    monkeypatch.setattr(gpu, "write_chart", lambda folder, chart: charts.append(chart))
     args = arguments(tmp_path)
     steps = gpu.all_steps(args)
     store = CellStore(args.studies / "networks-float32", Header("figure1", {}, {"gpu": "a GPU"}, started="now"), {})
@@ -142,6 +144,10 @@ def test_results_restore_the_cells_and_make_the_tables(tmp_path, monkeypatch):
     report = gpu.report(steps, args.studies, args.out)
     assert "| RepVGG-A2 | ResNet-50 | float32 | torch | torch | 1.84 | 1.84 | 1.84 | 1.84 | holds |" in report
     assert "gpu a GPU; not finished" in report
+    assert charts[0].description.endswith("whether the claim holds in float32")
+    rows = {row.label: row.verdict for row in charts[0].draw.keywords["rows"]}
+    assert rows["RepVGG-A2 / ResNet-50"] == "holds"
+    assert all(rows.values())
     assert not gpu.is_finished(steps[0], args.studies)
 
 

@@ -161,18 +161,29 @@ def claims_table(name: str, results: Sequence[ClaimResult]) -> Table:
     return Table(f"{name}-claims", "The paper's claims on speed, in each engine", columns, rows, (note,))
 
 
-def claims_chart(name: str, results: Sequence[ClaimResult]) -> Chart:
-    """Return a chart with a row for each claim: the paper's factor, and those here with quartiles."""
+_EACH_ENGINE = (
+    "How many times as fast as another network each RepVGG is, in the paper and here in each engine; at the right, "
+    "whether the claim holds with each network in its fastest engine"
+)
+
+
+def claims_chart(
+    name: str, results: Sequence[ClaimResult], judged: str = EACH_FASTEST, caption: str = _EACH_ENGINE
+) -> Chart:
+    """Return a chart with a row for each claim: the paper's factor, and those here with quartiles.
+
+    Args:
+        name: of the study.
+        results: the claims in each choice, such as an engine.
+        judged: the choice, as in ``where``, whose verdicts are at the right.
+        caption: what the chart shows, for its reader.
+    """
     rows = []
     for model, other in dict.fromkeys((one.model, one.other) for one in results):
         found = {one.where: one for one in results if (one.model, one.other) == (model, other)}
         here = {where: (one.here.median, one.here.q1, one.here.q3) for where, one in found.items()}
-        verdict = found[EACH_FASTEST].verdict if EACH_FASTEST in found else ""
+        verdict = found[judged].verdict if judged in found else ""
         rows.append(RatioRow(f"{title_of(model)} / {title_of(other)}", next(iter(found.values())).paper, here, verdict))
     title = "Which of the paper's claims on speed hold here?"
     draw = partial(draw_ratios, title=title, unit="times as fast", rows=rows)
-    words = (
-        "How many times as fast as another network each RepVGG is, in the paper and here in each engine; at the right, "
-        "whether the claim holds with each network in its fastest engine"
-    )
-    return Chart(f"{name}-claims", words, draw)
+    return Chart(f"{name}-claims", caption, draw)
