@@ -131,9 +131,9 @@ def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[Mo
     found = [model for model in chosen if model.flops_billions <= limit]
     if settings.rows and len(found) < len(chosen):
         beyond = [model for model in chosen if model.flops_billions > limit]
-        names, most = ", ".join(model.model for model in beyond), max(model.flops_billions for model in beyond)
+        large, most = ", ".join(model.model for model in beyond), max(model.flops_billions for model in beyond)
         raise UsageError(
-            f"The rows {names} have more than {limit:g} GMACs: leave them out, or take --max-gmacs {most:g} or more."
+            f"The rows {large} have more than {limit:g} GMACs: leave them out, or take --max-gmacs {most:g} or more."
         )
     if not found:
         least = min(model.flops_billions for model in chosen)
