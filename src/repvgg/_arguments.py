@@ -1,4 +1,4 @@
-"""Checks of arguments that public functions share: a model where one is expected, shapes and ranks."""
+"""Arguments that many functions share: checks of models, shapes and ranks; geometry as torch takes it."""
 
 from __future__ import annotations
 
@@ -70,3 +70,11 @@ def check_shape(shape: Any, axes: str, name: str = "input_shape") -> tuple[int, 
             return numbers
     what = f"a tensor of shape {given}" if isinstance(shape, Tensor) else repr(shape)
     raise UsageError(f"{name} must be {axes}, {count} positive integers, got {what}.")
+
+
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """Return an integer for each axis, from what torch takes as one number for all axes, or one per axis."""
+    if isinstance(value, int):
+        return (int(value),) * axes
+    given = tuple([int(number) for number in value])
+    return given * axes if len(given) == 1 else given

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from repvgg._arguments import per_axis
 from repvgg.algebra import ConvMap
 from repvgg.collapse.modules import is_inside, join
 from repvgg.collapse.recording import Frame, Recording, constants_of, is_constant, leaves
 from repvgg.collapse.region import Absorbed, Region
 from repvgg.symbolic import things_in
-from repvgg.symbolic.handlers import numbers
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _has_geometry(conv: ConvMap, given: dict[str, Any]) -> bool:
     values = [given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     if any(isinstance(leaf, (fx.Node, str)) for leaf in leaves(values)):
         return False
-    stride, padding, dilation = (numbers(value, axes) for value in values)
+    stride, padding, dilation = (per_axis(value, axes) for value in values)
     sides = tuple(side for side in padding for _ in (0, 1))
     expected = (tuple(kernel[2:]), stride, sides, dilation, given.get("groups", 1))
     return expected == (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.symbolic.handlers import numbers
+from repvgg._arguments import per_axis
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu"}
@@ -133,7 +133,7 @@ def _convolved(
         return None
     if isinstance(padding, str):
         return None
-    geometry = (numbers(value, axes) for value in (stride, padding, dilation))
+    geometry = (per_axis(value, axes) for value in (stride, padding, dilation))
     steps = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
     sizes = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in steps]
     return (x.shape[0], weight.shape[0], *sizes) if min(sizes) > 0 else None

@@ -17,20 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg import algebra
+from repvgg._arguments import per_axis
 from repvgg.algebra import ConvMap, Kernel
 from repvgg.errors import BorderError, MissingStatisticsError, NotLinearError, TrainingModeError
 from repvgg.symbolic.layout import UnknownSize
 from repvgg.symbolic.tensor import SymbolicTensor, handles
 
 _T = torch.Tensor
-
-
-def numbers(value: Any, count: int) -> tuple[int, ...]:
-    """Return ``count`` integers for an argument that torch takes as one number for all axes, or one per axis."""
-    if isinstance(value, int):
-        return (int(value),) * count
-    given = tuple([int(number) for number in value])
-    return given * count if len(given) == 1 else given
 
 
 def constant(value: Any, like: SymbolicTensor) -> Tensor:
@@ -94,9 +87,9 @@ def convolution(
     _require_constant(input, weight, bias)
     spatial = weight.dim() - 2
     require_spatial(input, spatial, f"a convolution over {spatial} axes")
-    steps = numbers(dilation, spatial)
+    steps = per_axis(dilation, spatial)
     sides = _conv_padding(padding, weight.shape[2:], steps)
-    return _after(input, weight, bias, groups, numbers(stride, spatial), sides, steps, "zeros")
+    return _after(input, weight, bias, groups, per_axis(stride, spatial), sides, steps, "zeros")
 
 
 @handles(F.linear)
@@ -145,7 +138,7 @@ def _conv_padding(padding: Any, kernel: Sequence[int], dilation: tuple[int, ...]
     if padding == "same":  # torch pads an odd total with the larger half at the end
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         return tuple(side for total in totals for side in (total // 2, total - total // 2))
-    return tuple([side for side in numbers(padding, len(dilation)) for _ in (0, 1)])
+    return tuple([side for side in per_axis(padding, len(dilation)) for _ in (0, 1)])
 
 
 @handles(F.batch_norm, torch.batch_norm)
@@ -209,7 +202,7 @@ def _average_pool(
 ) -> SymbolicTensor:
     """Compose with a depthwise convolution of equal weights."""
     require_spatial(input, spatial, f"an average pool over {spatial} axes")
-    size, sides = numbers(kernel_size, spatial), _conv_padding(padding, (), (1,) * spatial)
+    size, sides = per_axis(kernel_size, spatial), _conv_padding(padding, (), (1,) * spatial)
     # Windows that overhang the border divide by the number of pixels inside, so the map is not shift-invariant.
     if ceil_mode:
         raise BorderError("an average pool in ceil mode divides by fewer pixels at the border")
@@ -218,7 +211,7 @@ def _average_pool(
     channels = input.map.out_channels
     part = 1 / (divisor_override or math.prod(size))
     weight = torch.full((channels, 1, *size), part, dtype=input.dtype, device=input.device)
-    steps = numbers(kernel_size if stride is None or stride in ([], ()) else stride, spatial)
+    steps = per_axis(kernel_size if stride is None or stride in ([], ()) else stride, spatial)
     pool = ConvMap.of(weight, None, steps, sides, groups=channels, border="zeros")
     return input.then(pool, "avg_pool")
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repvgg._arguments import per_axis
 from repvgg.errors import NotLinearError
-from repvgg.symbolic.handlers import numbers, require_spatial
+from repvgg.symbolic.handlers import require_spatial
 from repvgg.symbolic.layout import Arrangement
 from repvgg.symbolic.tensor import SymbolicTensor, handles
 
@@ -148,7 +149,7 @@ def mean(input: SymbolicTensor, dim: Any = None, keepdim: bool = False, *, dtype
 def _global_pool(spatial: int, input: SymbolicTensor, output_size: Any) -> SymbolicTensor:
     """Take the mean over all spatial axes: an adaptive average pool to one pixel."""
     require_spatial(input, spatial, f"an adaptive average pool over {spatial} axes")
-    if any(size != 1 for size in numbers(output_size, spatial)):
+    if any(size != 1 for size in per_axis(output_size, spatial)):
         raise NotLinearError("an adaptive average pool to more than one pixel depends on the size of the image")
     return mean(input, tuple(range(-spatial, 0)), keepdim=True)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repvgg._arguments import per_axis
 from repvgg._calls import Call
 from repvgg._structure import tensors
 from repvgg.errors import UsageError, first_line
@@ -104,10 +105,7 @@ class Float64Mode(TorchFunctionMode):
         is_depthwise = 1 < groups == len(weight) == x.shape[1] and weight.shape[1] == 1 and x.dim() == weight.dim()
         if not is_depthwise or x.device.type != "cpu" or isinstance(padding, str):
             return None
-        strides, paddings, dilations = (
-            tuple(value) * (axes // len(value)) if isinstance(value, (list, tuple)) else (value,) * axes
-            for value in (stride, padding, dilation)
-        )
+        strides, paddings, dilations = (per_axis(value, axes) for value in (stride, padding, dilation))
         x = F.pad(self._cast_tensor(x), [side for pad in reversed(paddings) for side in (pad, pad)])
         reaches = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=True)]
         stops = [size - reach for size, reach in zip(x.shape[2:], reaches, strict=True)]
