@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.collapse.code import function_in, nested_code
+from repvgg.symbolic.shadow import STANDARD
 
-_STANDARD = frozenset(nn.Module().__dict__) | {"forward", "training"}
+_STANDARD = STANDARD | {"forward"}
 _LIBRARIES = {"torch", "numpy", "repvgg", *sys.stdlib_module_names} - {"__main__"}
 _SCALARS = (bool, int, float, str, type(None), Enum)
 _MAX_ITEMS = 64  # of a container that counts as one value

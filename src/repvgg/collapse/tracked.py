@@ -10,20 +10,31 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 from torch import fx
 
 from repvgg.errors import ReparamError
 
-Recorder: TypeAlias = Any  # a repvgg.collapse.number_reader.NumberReader
+
+class NumberRecorder(Protocol):
+    """What a tracked number reports to."""
+
+    def number(self, value: Any, node: fx.Node) -> Any:
+        """Return ``value`` as a tracked number that ``node`` computes."""
+
+    def number_node(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Return a node that applies ``function`` to numbers."""
+
+    def decide(self, outcome: bool, node: fx.Node | None) -> bool:
+        """Record that the code branches on a number, and return which way it shall go."""
 
 
 class TrackedInt(int):
     """An integer that was read from a tensor: a size, a rank, or an element."""
 
     node: fx.Node
-    recorder: Recorder
+    recorder: NumberRecorder
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -33,7 +44,7 @@ class TrackedFloat(float):
     """A real number that was computed from tracked integers, or an element of a tensor."""
 
     node: fx.Node
-    recorder: Recorder
+    recorder: NumberRecorder
 
     def __hash__(self) -> int:
         return float.__hash__(self)
@@ -43,7 +54,7 @@ class TrackedShape(tuple[int, ...]):
     """The shape of a tensor, or a slice of it."""
 
     node: fx.Node
-    recorder: Recorder
+    recorder: NumberRecorder
 
     def __getitem__(self, index: Any) -> Any:
         value = tuple.__getitem__(self, index)
@@ -53,10 +64,10 @@ class TrackedShape(tuple[int, ...]):
         return (self[index] for index in range(tuple.__len__(self)))
 
     def __eq__(self, other: object) -> bool:
-        return bool(self.recorder.decide(tuple.__eq__(self, other), self.node))
+        return self.recorder.decide(tuple.__eq__(self, other), self.node)
 
     def __ne__(self, other: object) -> bool:
-        return bool(self.recorder.decide(tuple.__ne__(self, other), self.node))
+        return self.recorder.decide(tuple.__ne__(self, other), self.node)
 
     def __hash__(self) -> int:
         return tuple.__hash__(self)
@@ -82,7 +93,7 @@ class UnknownValueError(ReparamError):
 class Unknown:
     """An argument of which nothing is known: functions of it are unknown as well, and branches on it are decisions."""
 
-    def __init__(self, recorder: Recorder, node: fx.Node) -> None:
+    def __init__(self, recorder: Any, node: fx.Node) -> None:
         self.__dict__.update(recorder=recorder, node=node)
 
     def __getattr__(self, name: str) -> Any:
@@ -123,7 +134,7 @@ class Unknown:
 UNKNOWN = object()  # in a call that is to be recorded: stands for an Unknown
 
 
-def tracked(value: Any, node: fx.Node, recorder: Recorder) -> Any:
+def tracked(value: Any, node: fx.Node, recorder: NumberRecorder) -> Any:
     """Return ``value`` (a number, or a tuple of integers) as a tracked one; anything else as it is."""
     kind: Any
     if isinstance(value, (bool, complex)):
