@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --data imagefolder:cifar10 --budget 540 --out gpu
     python benchmarks/gpu.py --steps table6 table7 --data imagefolder:cifar10 --budget 300 --out gpu
     python benchmarks/gpu.py --tables --out gpu                                      anywhere, from what was measured
-    python benchmarks/gpu.py --device cpu --tiny --data digits: --budget 300 --out /tmp/tiny
+    python benchmarks/gpu.py --device cpu --tiny --data digits: --budget 300 --out runs/gpu-tiny
 
 Steps are studies (``repvgg study``) at the paper's sizes: the networks of Tables 4 and 5 and Figure 1 (128 images of
 224x224), Table 1, the speeds of Table 6, and Figure 3, in float32, tf32, float16 and bfloat16, the smaller networks

@@ -31,7 +31,7 @@ from repvgg.studies.paper import (
 )
 from repvgg.studies.report.charts import Bar, Chart, draw_bars
 from repvgg.studies.store import Cell, CellStore
-from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
+from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value, with_quartiles
 from repvgg.studies.timing import OUT_OF_MEMORY, Speeds, measure_candidates
 
 # Batch and channels; the paper's would take a CPU minutes per call.
@@ -124,9 +124,7 @@ def _kernel_table(settings: KernelSettings, speeds: Speeds, tflops: Mapping[int,
         Column("paper_flops_billions", "Theoretical FLOPs, paper (B)", 1),
         Column("flops_billions", "Theoretical FLOPs here (B)", 2),
         Column("paper_milliseconds", "Time usage, paper (ms)", 1),
-        Column("milliseconds", "Time usage here (ms)", 2),
-        Column("milliseconds_q1", "lower quartile", 2),
-        Column("milliseconds_q3", "upper quartile", 2),
+        *with_quartiles("milliseconds", "Time usage here (ms)", 2),
         Column("paper_tflops", "Theoretical TFLOPS, paper", 2),
         Column("tflops", "Theoretical TFLOPS here", 3),
     )

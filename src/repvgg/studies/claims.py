@@ -18,7 +18,7 @@ from repvgg.studies.counts import title_of
 from repvgg.studies.engine_speed import candidate_name, fastest_engine
 from repvgg.studies.report.charts import Bar, Chart, RatioRow, draw_bars, draw_ratios
 from repvgg.studies.report.formatting import quantity
-from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.tables import RATIO_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import Speeds
 
 #: How many times as fast the first network is in the paper, by the names of both.
@@ -47,16 +47,11 @@ def pair_table(name: str, claims: Claims, speeds: Speeds) -> Table:
     columns = (
         Column("model", "Model"),
         Column("compared_with", "compared with"),
-        Column("paper_ratio", "times as fast, paper", 2),
-        Column("ratio", "times as fast here", 2),
-        Column("ratio_q1", "lower quartile", 2),
-        Column("ratio_q3", "upper quartile", 2),
+        *RATIO_COLUMNS,
     )
     rows: list[tuple[Value, ...]] = []
     for (ours, other), paper in claims.items():
-        ratio = speeds.ratio(ours, other)
-        here = (ratio.median, ratio.q1, ratio.q3) if ratio else (None, None, None)
-        rows.append((title_of(ours), title_of(other), paper, *here))
+        rows.append((title_of(ours), title_of(other), paper, *speeds.ratio_cells(ours, other)))
     return Table(f"{name}-pairs", "The comparisons that the paper makes", columns, tuple(rows))
 
 
@@ -134,10 +129,7 @@ def claims_table(name: str, results: Sequence[ClaimResult]) -> Table:
         Column("where", "Run"),
         Column("engine", "Engine"),
         Column("engine_of_other", "engine of the other"),
-        Column("paper_ratio", "times as fast, paper", 2),
-        Column("ratio", "times as fast here", 2),
-        Column("ratio_q1", "lower quartile", 2),
-        Column("ratio_q3", "upper quartile", 2),
+        *RATIO_COLUMNS,
         Column("verdict", "the claim"),
     )
     rows: tuple[tuple[Value, ...], ...] = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repvgg.studies.counts import title_of
-from repvgg.studies.tables import Column, Table, Value
+from repvgg.studies.tables import Column, Table, Value, with_quartiles
 from repvgg.studies.timing import Speeds
 
 
@@ -41,11 +41,7 @@ def engine_table(name: str, fastest: Mapping[str, str | None], speeds: Speeds, e
     """
     columns = [Column("model", "Model"), Column("fastest", "Fastest in")]
     for engine in engines:
-        columns += [
-            Column(f"{engine}_images_per_second", f"{engine} (images/s)", 1),
-            Column(f"{engine}_images_per_second_q1", "lower quartile", 1),
-            Column(f"{engine}_images_per_second_q3", "upper quartile", 1),
-        ]
+        columns += with_quartiles(f"{engine}_images_per_second", f"{engine} (images/s)", 1)
     rows: list[tuple[Value, ...]] = []
     for model, best in fastest.items():
         cells = [cell for engine in engines for cell in speeds.cells(candidate_name(model, engine))]

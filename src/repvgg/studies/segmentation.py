@@ -35,7 +35,7 @@ from repvgg.studies.segmentation_training import (
     training_outcome,
 )
 from repvgg.studies.store import Cell, CellStore
-from repvgg.studies.tables import SPEED_COLUMNS, Column, Table, Value
+from repvgg.studies.tables import RATIO_COLUMNS, SPEED_COLUMNS, Column, Table, Value
 from repvgg.studies.timing import Speeds, fit_together, measure_candidates
 
 Form: TypeAlias = Literal["stride 32", "undilated", "fast", "normal", "by phases"]
@@ -336,20 +336,12 @@ def _pairs(backbones: Sequence[str]) -> list[tuple[Row, Row]]:
 
 
 def _pair_table(pairs: Sequence[tuple[Row, Row]], speeds: Speeds) -> Table:
-    columns = (
-        Column("model", "Network"),
-        Column("compared_with", "compared with"),
-        Column("paper_ratio", "times as fast, paper", 2),
-        Column("ratio", "times as fast here", 2),
-        Column("ratio_q1", "lower quartile", 2),
-        Column("ratio_q3", "upper quartile", 2),
+    columns = (Column("model", "Network"), Column("compared_with", "compared with"), *RATIO_COLUMNS)
+    body = tuple(
+        (one.title, other.title, _paper_ratio(one, other), *speeds.ratio_cells(one.name, other.name))
+        for one, other in pairs
     )
-    body: list[tuple[Value, ...]] = []
-    for one, other in pairs:
-        ratio = speeds.ratio(one.name, other.name)
-        here = (ratio.median, ratio.q1, ratio.q3) if ratio else (None, None, None)
-        body.append((one.title, other.title, _paper_ratio(one, other), *here))
-    return Table("table8-pairs", "What dilation costs, and the comparisons of the paper", columns, tuple(body))
+    return Table("table8-pairs", "What dilation costs, and the comparisons of the paper", columns, body)
 
 
 def _pair_chart(pairs: Sequence[tuple[Row, Row]], speeds: Speeds) -> Chart:

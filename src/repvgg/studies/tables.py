@@ -30,12 +30,20 @@ class Column:
         return str(value)
 
 
-#: Median and quartiles of the images per second; see :meth:`repvgg.studies.timing.Speeds.cells`.
-SPEED_COLUMNS = (
-    Column("images_per_second", "Speed here (images/s)", 1),
-    Column("images_per_second_q1", "lower quartile", 1),
-    Column("images_per_second_q3", "upper quartile", 1),
-)
+def with_quartiles(key: str, title: str, digits: int) -> tuple[Column, Column, Column]:
+    """Return the columns of a median and of its quartiles."""
+    return (
+        Column(key, title, digits),
+        Column(f"{key}_q1", "lower quartile", digits),
+        Column(f"{key}_q3", "upper quartile", digits),
+    )
+
+
+#: See :meth:`repvgg.studies.timing.Speeds.cells`.
+SPEED_COLUMNS = with_quartiles("images_per_second", "Speed here (images/s)", 1)
+
+#: How many times as fast one network is as another.
+RATIO_COLUMNS = (Column("paper_ratio", "times as fast, paper", 2), *with_quartiles("ratio", "times as fast here", 2))
 
 
 @dataclass(frozen=True)

@@ -405,6 +405,11 @@ class Speeds:
         samples = next(self._groups_with(name, to), None)
         return None if samples is None else ratio(samples, name, to)
 
+    def ratio_cells(self, name: str, to: str) -> tuple[float | None, float | None, float | None]:
+        """Return the median of :meth:`ratio` and its quartiles, for ``RATIO_COLUMNS``."""
+        found = self.ratio(name, to)
+        return (found.median, found.q1, found.q3) if found else (None, None, None)
+
     def speedup(self, name: str, over: str) -> float | None:
         """Return the median of :meth:`ratio`."""
         found = self.ratio(name, over)
