@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, Literal, final
@@ -174,8 +175,8 @@ def file_name(name: str) -> str:
     target = TARGETS[name]
     if not target.suffix:
         return name
-    earlier = [other for key, other in TARGETS.items() if list(TARGETS).index(key) < list(TARGETS).index(name)]
-    taken = {suffix for other in earlier for suffix in other.suffixes}
+    earlier = takewhile(lambda other: other != name, TARGETS)
+    taken = {suffix for other in earlier for suffix in TARGETS[other].suffixes}
     return f"model{'' if taken.isdisjoint(target.suffixes) else f'.{name}'}{target.suffix}"
 
 

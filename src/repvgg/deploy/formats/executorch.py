@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ from repvgg.deploy.file_target import FileSpec, Written, export_file
 from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.formats.pt2 import inventory_of_graph
 from repvgg.deploy.inventory import Inventory
-from repvgg.deploy.notes import json_beside, read_notes, write_notes
+from repvgg.deploy.notes import json_beside, names_note, read_notes, take_names, write_notes
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import silence
 from repvgg.errors import ExportError, UsageError, first_line, require
 
 _MOST_IMAGES = 16  # memory is planned for the largest batch
-_NAMES = "repvgg-names"  # note with the names of inputs and outputs, which the format does not have
 _DELEGATE = "executorch_call_delegate"
 
 
@@ -44,8 +42,8 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
         lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
         inventory = _inventory(lowered.exported_program())  # before to_executorch(), which changes the graph
         path.write_bytes(lowered.to_executorch().buffer)
-    names = json.dumps({"inputs": flat.inputs, "outputs": flat.outputs, "dynamic_batch": spec.dynamic_batch})
-    write_notes(json_beside(path), path.name, {**spec.notes, _NAMES: names})
+    names = names_note(inputs=flat.inputs, outputs=flat.outputs, dynamic_batch=spec.dynamic_batch)
+    write_notes(json_beside(path), path.name, {**spec.notes, **names})
     return Written(inventory, _MOST_IMAGES if spec.dynamic_batch else 1)
 
 
@@ -101,7 +99,12 @@ class ExecuTorchRunner:
         about = self._method.metadata
         sizes = [tuple(about.input_tensor_meta(index).sizes()) for index in range(about.num_inputs())]
         self.notes = read_notes(json_beside(path))
-        names = _names(self.notes, len(sizes), about.num_outputs())
+        names = {
+            "inputs": [f"input_{index}" for index in range(len(sizes))],
+            "outputs": [f"output_{index}" for index in range(about.num_outputs())],
+            "dynamic_batch": False,
+            **take_names(self.notes, path),
+        }
         self._at_once = sizes[0][0]
         self.input_shape: tuple[int | None, ...] = (None if names["dynamic_batch"] else self._at_once, *sizes[0][1:])
         self.inputs = dict.fromkeys(names["inputs"], self.input_shape)
@@ -117,20 +120,6 @@ class ExecuTorchRunner:
         found = [[tensor.clone() for tensor in self._method.execute([x.contiguous() for x in part])] for part in parts]
         values = [torch.cat(column) for column in zip(*found, strict=True)]
         return values[0] if len(values) == 1 else dict(zip(self.outputs, values, strict=True))
-
-
-def _names(notes: dict[str, str], inputs: int, outputs: int) -> dict[str, Any]:
-    """Return the names of inputs and outputs; numbered ones where the file has no description."""
-    try:
-        found: dict[str, Any] = json.loads(notes.pop(_NAMES, "{}"))
-    except ValueError as error:
-        raise ExportError("The names in the file next to the program are no JSON: export the model again.") from error
-    numbered = {
-        "inputs": [f"input_{index}" for index in range(inputs)],
-        "outputs": [f"output_{index}" for index in range(outputs)],
-        "dynamic_batch": False,
-    }
-    return {**numbered, **found}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from repvgg.deploy.file_target import FileSpec, Written, export_file
 from repvgg.deploy.flat import FlatModule
 from repvgg.deploy.inventory import Inventory, Kinds, Operation, take_inventory
-from repvgg.deploy.notes import json_beside, read_notes, write_notes
+from repvgg.deploy.notes import json_beside, names_note, read_notes, take_names, write_notes
 from repvgg.deploy.targets import Exported, ExportRequest
 from repvgg.deploy.torch_export import silence
 from repvgg.errors import ExportError, UsageError, first_line, require
 
-_NAMES = "repvgg-names"  # note with the shape of the input and the names of the outputs: the format has in0, out0, …
 _MAGIC = "7767517"  # first line of a description
 _KINDS = Kinds(norms={"BatchNorm"}, sums={"BinaryOp", "Eltwise"})
 _NO_OPERATORS = ("Input", "Split")
@@ -50,8 +48,9 @@ def write(model: nn.Module, path: Path, spec: FileSpec) -> Written:
         text = param.read_text(encoding="utf-8")
         path.write_text(text, encoding="utf-8")
         path.with_suffix(".bin").write_bytes(weights.read_bytes())
-    names = json.dumps({"shape": [1, *spec.shape], "inputs": flat.inputs, "outputs": flat.outputs})
-    write_notes(json_beside(path), path.name, {**spec.notes, _NAMES: names})
+    # The format has no shape of the input, and its own names: in0, out0, …
+    names = names_note(shape=[1, *spec.shape], inputs=flat.inputs, outputs=flat.outputs)
+    write_notes(json_beside(path), path.name, {**spec.notes, **names})
     return Written(_inventory(text), 1)
 
 
@@ -107,10 +106,7 @@ class NcnnRunner:
             raise ExportError(f"{str(path)!r} cannot be loaded by ncnn: export it again.")
         self._inputs, self._outputs = list(self._net.input_names()), list(self._net.output_names())
         self.notes = read_notes(json_beside(path))
-        try:
-            about: dict[str, Any] = json.loads(self.notes.pop(_NAMES, "{}"))
-        except ValueError as error:
-            raise ExportError(f"The names next to {str(path)!r} are no JSON: export the model again.") from error
+        about = take_names(self.notes, path)
         self.input_shape: tuple[int | None, ...] = tuple(about.get("shape", (1, None, None, None)))
         self.inputs = dict.fromkeys(about.get("inputs", self._inputs), self.input_shape)
         self.outputs: tuple[str, ...] = tuple(about.get("outputs", self._outputs))
