@@ -126,7 +126,7 @@ def within_limit(models: Sequence[ModelT], settings: NetworkSettings) -> list[Mo
         if name not in (names := [model.model for model in models]):
             advice = did_you_mean(name, names, f"choose one of {', '.join(names)}.")
             raise UsageError(f"The study has no row {name!r}: {advice}")
-    chosen = [model for model in models if model.model in (settings.rows or [model.model])]
+    chosen = [model for model in models if not settings.rows or model.model in settings.rows]
     limit = settings.max_gmacs or UNLIMITED_GMACS
     found = [model for model in chosen if model.flops_billions <= limit]
     if settings.rows and len(found) < len(chosen):
@@ -201,8 +201,8 @@ _ABOUT = (
     "the weights of all networks do not fit into half of the free memory, each pair is timed separately, together with "
     "the baseline of the table, and speed-ups are those within its rounds.\n\n"
     "RepVGGs run in the plain form. Batch norms of the others are folded, as in the paper (§4.1). Weights are random: "
-    "speed does not depend on them. With several engines each pair is timed separately, without the baseline, and "
-    "tables show every network in its fastest; speeds of different pairs are of different minutes. "
+    "speed does not depend on them. With several engines pairs are timed one after the other, without the "
+    "baseline, and tables show every network in its fastest. "
     "The paper's speeds are those of a GTX 1080 Ti at a batch of 128 in float32; its "
     "claims are their ratios."
 )
