@@ -335,7 +335,7 @@ def main() -> None:
     steps = all_steps(args)
     if unknown := set(args.steps or ()) - {step.name for step in steps}:
         raise SystemExit(f"There is no step {min(unknown)}: take {', '.join(step.name for step in steps)}.")
-    chosen = [step for step in steps if step.name in (args.steps or [step.name])]
+    chosen = [step for step in steps if not args.steps or step.name in args.steps]
     if not args.tables:
         check_settings(chosen, args.studies)
     left = [step for step in chosen if not is_finished(step, args.studies)]
